@@ -1,0 +1,1 @@
+"""Rollout actors: vLLM engines in which the model can take tokens back."""

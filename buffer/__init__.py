@@ -1,0 +1,1 @@
+"""What passes between processes: trajectories, their replay store, experts and the weight format."""

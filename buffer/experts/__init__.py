@@ -1,0 +1,1 @@
+"""Expert data: tasks, tokenizers and the noise that demonstrates backspace."""

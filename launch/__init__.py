@@ -1,0 +1,1 @@
+"""Configuration, command line, the driver on Ray, evaluation and benchmarks."""

@@ -1,0 +1,1 @@
+"""The learner: model, state tree, objectives, training loop, checkpoints."""
