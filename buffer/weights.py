@@ -1,0 +1,221 @@
+"""The weight format: what the learner publishes and every actor loads.
+
+One publication is a `WeightManifest` (small, sent to everyone) and a `WeightPayload` (large, stored once per
+node as one object of plain arrays, so that readers map it without a copy). The fingerprint proves that the bytes
+arrived; the probe proves that the *engine* computes with them, which bytes alone cannot (engines repack and tie
+weights).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+WeightPayload = dict[str, Array]
+"""Tensor name -> C-contiguous array. Types that numpy lacks travel as unsigned integers of the same width."""
+
+_CARRIER_DTYPES: dict[str, str] = {
+    "float32": "float32",
+    "float16": "float16",
+    "float64": "float64",
+    "bfloat16": "uint16",
+    "int64": "int64",
+    "int32": "int32",
+    "uint8": "uint8",
+    "bool": "bool",
+}
+"""torch dtype name -> numpy dtype that carries its bytes."""
+
+
+class WeightMismatchError(RuntimeError):
+    """Received weights, or the engine that loaded them, disagree with what the learner published."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a publication. dtype: torch name without `torch.`, e.g. `bfloat16`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WeightManifest:
+    """What a publication contains.
+
+    version: number of publications so far, 0 = the initial model; grows by one with each publication.
+    fingerprint: `fingerprint()` of tensors and payload.
+    tensors: every tensor of the payload; of tied tensors only the first.
+    probe_token_ids: [P] a fixed sequence; probe_logprobs: [P-1] log-probability of each token after the first
+        given those before it, under these weights, computed by the learner.
+    """
+
+    version: int
+    fingerprint: str
+    tensors: tuple[TensorEntry, ...]
+    probe_token_ids: tuple[int, ...]
+    probe_logprobs: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.version < 0:
+            raise ValueError(f"weight version {self.version} is negative; the initial model is version 0")
+        num_predicted = max(len(self.probe_token_ids) - 1, 0)
+        if len(self.probe_logprobs) != num_predicted:
+            raise ValueError(
+                f"a probe of {len(self.probe_token_ids)} tokens needs {num_predicted} log-probabilities, "
+                f"not {len(self.probe_logprobs)}"
+            )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the payload."""
+        return sum(
+            np.dtype(_CARRIER_DTYPES[entry.dtype]).itemsize * int(np.prod(entry.shape, dtype=np.int64))
+            for entry in self.tensors
+        )
+
+
+def pack_state_dict(
+    state_dict: Mapping[str, torch.Tensor],
+) -> tuple[WeightPayload, tuple[TensorEntry, ...]]:
+    """View a state dict as arrays; a name tied to an earlier one (same memory, same shape) is left out.
+
+    Contiguous tensors in host memory are *not* copied: put the payload in the object store (which copies) before
+    the next optimizer step writes to them.
+
+    Raises:
+        ValueError: a tensor has a dtype that the format does not carry.
+    """
+    payload: WeightPayload = {}
+    entries: list[TensorEntry] = []
+    seen: set[tuple[object, ...]] = set()
+    for name, parameter in state_dict.items():
+        tensor = parameter.detach()
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and memory in seen:
+            continue
+        seen.add(memory)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _CARRIER_DTYPES:
+            raise ValueError(
+                f"tensor {name} is {dtype}; weights travel as one of {', '.join(_CARRIER_DTYPES)}"
+            )
+        entries.append(TensorEntry(name, dtype, tuple(tensor.shape)))
+        payload[name] = _to_array(tensor.cpu().contiguous(), dtype)
+    return payload, tuple(entries)
+
+
+def fingerprint(entries: tuple[TensorEntry, ...], payload: WeightPayload) -> str:
+    """xxh3-128 over names, dtypes, shapes and bytes, ordered by name: equal weights have equal fingerprints."""
+    digest = xxhash.xxh3_128()
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        digest.update(f"{entry.name}\0{entry.dtype}\0{entry.shape}\0".encode())
+        digest.update(np.ascontiguousarray(payload[entry.name]).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def verify_fingerprint(payload: WeightPayload, manifest: WeightManifest) -> None:
+    """Check the received bytes.
+
+    Raises:
+        WeightMismatchError: a tensor is missing, extra or mis-shaped, or bytes differ from the published ones.
+    """
+    _check_complete(payload, manifest)
+    found = fingerprint(manifest.tensors, payload)
+    if found != manifest.fingerprint:
+        raise WeightMismatchError(
+            f"weights of version {manifest.version} have fingerprint {found}, published was "
+            f"{manifest.fingerprint}: the bytes changed on their way"
+        )
+
+
+def unpack(payload: WeightPayload, manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) pairs as a model's `load_weights` takes them; views of the payload: never write to them.
+
+    Raises (at the call, before anything is loaded):
+        WeightMismatchError: a tensor is missing, extra, or of another shape or dtype than the manifest says.
+    """
+    import torch
+
+    _check_complete(payload, manifest)
+    tensors: list[tuple[str, torch.Tensor]] = []
+    with warnings.catch_warnings():
+        # Arrays mapped from an object store are read-only, which torch cannot express and warns about.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        for entry in manifest.tensors:
+            tensor = torch.from_numpy(payload[entry.name])
+            tensors.append((entry.name, tensor.view(getattr(torch, entry.dtype))))
+    return iter(tensors)
+
+
+def check_probe(
+    manifest: WeightManifest, engine_logprobs: npt.NDArray[np.floating], tolerance: float
+) -> float:
+    """Compare the engine's log-probabilities [P-1] of the probe with the learner's; gives the largest error (nats).
+
+    Raises:
+        WeightMismatchError: the largest error exceeds `tolerance`, a value is not a number, or the count differs.
+    """
+    expected = np.asarray(manifest.probe_logprobs, dtype=np.float64)
+    found = np.asarray(engine_logprobs, dtype=np.float64)
+    if found.shape != expected.shape:
+        raise WeightMismatchError(
+            f"probe of weights version {manifest.version}: {found.size} log-probabilities from the engine, "
+            f"{expected.size} from the learner"
+        )
+    if not found.size:
+        return 0.0
+    errors = np.abs(found - expected)
+    worst = int(np.argmax(np.where(np.isnan(errors), np.inf, errors)))
+    if not errors[worst] <= tolerance:  # also true for NaN
+        raise WeightMismatchError(
+            f"probe of weights version {manifest.version}: largest error {errors[worst]:.3g} nats at token "
+            f"{worst + 1} (engine {found[worst]:.6g}, learner {expected[worst]:.6g}), tolerance "
+            f"{tolerance:.3g}: the engine does not compute with the published weights"
+        )
+    return float(errors[worst])
+
+
+def _to_array(tensor: torch.Tensor, dtype: str) -> Array:
+    if dtype == _CARRIER_DTYPES[dtype]:
+        return np.asarray(tensor.numpy())
+    import torch
+
+    return np.asarray(tensor.view(getattr(torch, _CARRIER_DTYPES[dtype])).numpy())
+
+
+def _check_complete(payload: WeightPayload, manifest: WeightManifest) -> None:
+    names = [entry.name for entry in manifest.tensors]
+    version = manifest.version
+    if missing := [name for name in names if name not in payload]:
+        raise WeightMismatchError(f"weights of version {version} lack tensor {_first(missing)}")
+    if extra := sorted(payload.keys() - set(names)):
+        raise WeightMismatchError(f"weights of version {version} hold {_first(extra)}, not in the manifest")
+    for entry in manifest.tensors:
+        array = payload[entry.name]
+        if array.shape != entry.shape:
+            raise WeightMismatchError(
+                f"tensor {entry.name} of version {version} has shape {array.shape}, "
+                f"the manifest says {entry.shape}"
+            )
+        carrier = _CARRIER_DTYPES.get(entry.dtype)
+        if carrier is None or array.dtype != np.dtype(carrier):
+            raise WeightMismatchError(
+                f"tensor {entry.name} of version {version} arrived as {array.dtype}, "
+                f"the manifest says {entry.dtype} (carried as {carrier})"
+            )
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"

@@ -1,0 +1,176 @@
+"""Weight format: round trip, completeness, fingerprint and probe."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from buffer.weights import (
+    TensorEntry,
+    WeightManifest,
+    WeightMismatchError,
+    check_probe,
+    fingerprint,
+    pack_state_dict,
+    unpack,
+    verify_fingerprint,
+)
+
+
+def state_dict():
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(7, 4, generator=generator)
+    return {
+        "embed.weight": embedding,
+        "layer.weight": torch.randn(4, 4, generator=generator).to(torch.bfloat16),
+        "layer.scale": torch.tensor(0.5, dtype=torch.float16),
+        "layer.mask": torch.tensor([True, False]),
+        "empty": torch.empty(0, 3),
+        "head.weight": embedding,  # tied
+    }
+
+
+def publish(state, version=1, probe=((), ())):
+    payload, entries = pack_state_dict(state)
+    return payload, WeightManifest(version, fingerprint(entries, payload), entries, *probe)
+
+
+def test_round_trip_is_exact_for_every_dtype_and_leaves_tied_names_out():
+    state = state_dict()
+    payload, manifest = publish(state)
+    assert [entry.name for entry in manifest.tensors] == list(state)[:-1]
+    verify_fingerprint(payload, manifest)
+    for name, tensor in unpack(payload, manifest):
+        assert tensor.dtype == state[name].dtype
+        assert torch.equal(tensor, state[name])
+    assert manifest.size_bytes == sum(array.nbytes for array in payload.values())
+
+
+def test_equal_but_separate_tensors_are_not_taken_for_tied():
+    payload, _ = pack_state_dict(
+        {"a": torch.ones(3), "b": torch.ones(3), "c": torch.empty(0), "d": torch.empty(0)}
+    )
+    assert list(payload) == ["a", "b", "c", "d"]
+
+
+def test_contiguous_tensors_are_views_and_others_are_copied_right():
+    weight = torch.arange(6.0).reshape(2, 3)
+    half = weight.to(torch.bfloat16)
+    payload, entries = pack_state_dict({"w": weight, "t": weight.T, "h": half})
+    assert payload["w"].ctypes.data == weight.data_ptr()
+    assert payload["h"].ctypes.data == half.data_ptr()
+    assert entries[1] == TensorEntry("t", "float32", (3, 2))
+    np.testing.assert_array_equal(payload["t"], weight.T.numpy())
+    assert payload["t"].flags.c_contiguous
+
+
+def test_read_only_arrays_load_without_a_warning():
+    payload, manifest = publish(state_dict())
+    for array in payload.values():
+        array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(unpack(payload, manifest))) == 5
+
+
+def test_buffers_travel_out_of_band():
+    payload, _ = publish(state_dict())
+    buffers: list[pickle.PickleBuffer] = []
+    body = pickle.dumps(payload, protocol=5, buffer_callback=buffers.append)
+    restored = pickle.loads(body, buffers=buffers)
+    assert len(buffers) == len(payload)
+    # Only a 0-d array does not own a buffer worth sharing; the rest are the same memory.
+    assert restored["embed.weight"].ctypes.data == payload["embed.weight"].ctypes.data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.pop("layer.weight"), "lack tensor layer.weight"),
+        (lambda p: (p.pop("layer.weight"), p.pop("empty")), r"lack tensor layer.weight \(and 1 more\)"),
+        (lambda p: p.update(other=np.zeros(1)), "hold other"),
+        (
+            lambda p: p.update({"embed.weight": np.zeros((4, 7), np.float32)}),
+            r"embed.weight .* shape \(4, 7\)",
+        ),
+        (lambda p: p.update({"layer.weight": np.zeros((4, 4), np.float16)}), "layer.weight .* float16"),
+    ],
+)
+def test_incomplete_payload_is_refused_before_anything_is_loaded(change, message):
+    payload, manifest = publish(state_dict())
+    change(payload)
+    with pytest.raises(WeightMismatchError, match=message):
+        unpack(payload, manifest)  # not iterated
+    with pytest.raises(WeightMismatchError, match=message):
+        verify_fingerprint(payload, manifest)
+
+
+@given(st.data())
+def test_fingerprint_sees_every_byte(data):
+    payload, manifest = publish({name: tensor.clone() for name, tensor in state_dict().items()})
+    name = data.draw(st.sampled_from([name for name, array in payload.items() if array.size]))
+    view = payload[name].reshape(-1).view(np.uint8)
+    view[data.draw(st.integers(0, len(view) - 1))] ^= np.uint8(1 << data.draw(st.integers(0, 7)))
+    with pytest.raises(WeightMismatchError, match="version 1"):
+        verify_fingerprint(payload, manifest)
+
+
+def test_fingerprint_sees_names_dtypes_and_shapes_but_not_order():
+    payload, entries = pack_state_dict({"a": torch.zeros(2, 3), "b": torch.ones(2, 3)})
+    base = fingerprint(entries, payload)
+    assert fingerprint(entries[::-1], payload) == base
+    swapped = {"a": payload["b"], "b": payload["a"]}
+    assert fingerprint(entries, swapped) != base
+    reshaped = (TensorEntry("a", "float32", (3, 2)), entries[1])
+    assert fingerprint(reshaped, payload) != base
+    retyped = (TensorEntry("a", "int32", (2, 3)), entries[1])
+    assert fingerprint(retyped, payload) != base
+
+
+def test_unsupported_dtype_names_the_tensor():
+    with pytest.raises(ValueError, match="tensor w is complex64"):
+        pack_state_dict({"w": torch.zeros(1, dtype=torch.complex64)})
+
+
+def test_probe_gives_the_largest_error_or_an_error_that_names_it():
+    _, manifest = publish(state_dict(), version=3, probe=((1, 2, 3), (-1.0, -2.0)))
+    assert check_probe(manifest, np.array([-1.0, -2.00005], np.float32), 1e-4) == pytest.approx(
+        5e-5, rel=1e-2
+    )
+    with pytest.raises(WeightMismatchError, match=r"version 3: largest error 0.25 nats at token 2"):
+        check_probe(manifest, np.array([-1.1, -2.25]), 1e-4)
+    with pytest.raises(WeightMismatchError, match="nan nats at token 1"):
+        check_probe(manifest, np.array([np.nan, -9.0]), 1e-4)
+    with pytest.raises(WeightMismatchError, match="3 log-probabilities from the engine, 2"):
+        check_probe(manifest, np.zeros(3), 1e-4)
+
+
+def test_an_empty_probe_passes():
+    _, manifest = publish(state_dict())
+    assert check_probe(manifest, np.zeros(0), 1e-4) == 0.0
+
+
+def test_manifest_refuses_nonsense():
+    with pytest.raises(ValueError, match="negative"):
+        WeightManifest(-1, "", (), (), ())
+    with pytest.raises(ValueError, match="a probe of 3 tokens needs 2 log-probabilities, not 3"):
+        WeightManifest(0, "", (), (1, 2, 3), (0.0, 0.0, 0.0))
+
+
+def test_buffer_imports_no_heavy_library():
+    code = (
+        "import sys, buffer.weights, buffer.replay\n"
+        "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
