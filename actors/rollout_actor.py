@@ -1,0 +1,280 @@
+"""One rollout actor: a vLLM engine kept full of prompts, whose finished action logs go to the replay buffer.
+
+`run` holds the engine and is the only code that touches it; the control methods (`announce`, `set_paused`, `drain`,
+`status`) run beside it and only leave word. Word is taken between two engine steps, so new weights never wait for a
+rollout to end: a rollout that is under way goes on with them, and each of its actions records its version.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+from buffer.experts.stream import PromptStream
+from ray.actor import ActorHandle
+
+from actors.action_log import FinishedLog, logs_to_batch
+from actors.engine import BackspaceEngine
+from actors.engine_settings import EngineSettings, SamplingSettings
+from actors.policy_noise import PolicyNoiser
+from actors.settings import ActorsSettings
+from actors.status import ActorStatus
+from buffer.schema import TokenContract
+from buffer.settings import NoiseSettings
+from buffer.weights import WeightManifest, WeightPayload, check_probe, unpack, verify_fingerprint
+
+INSERT_TIMEOUT_S = 60.0
+MAX_INSERTS_IN_FLIGHT = 2
+IDLE_WAIT_S = 0.2
+RATE_WINDOW_S = 5.0
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """What every actor of a run is born with; its weights come from the learner.
+
+    config_json: the model's config.json. max_length: prompt and text, in tokens.
+    noise: of the expert trajectories; with kind `policy` the actors make those too.
+    """
+
+    config_json: str
+    contract: TokenContract
+    task: str
+    settings: ActorsSettings
+    noise: NoiseSettings
+    max_length: int
+    seed: int
+
+    def engine_settings(self, model_dir: str, seed: int) -> EngineSettings:
+        """Settings of one actor's engine; it is born without weights."""
+        return EngineSettings(
+            model_dir=model_dir,
+            dtype=self.settings.dtype,
+            max_length=self.max_length,
+            max_concurrent=self.settings.max_concurrent,
+            kv_cache_bytes=int(self.settings.kv_cache_gib * 2**30),
+            enforce_eager=self.settings.enforce_eager,
+            num_threads=self.settings.num_threads,
+            load_format="dummy",
+            seed=seed,
+        )
+
+
+class RolloutActor:
+    """A Ray actor with two concurrency groups: `generation` (one thread: `run`) and `control`."""
+
+    def __init__(self, name: str, spec: RolloutSpec, examples: pa.Table, buffer: ActorHandle) -> None:
+        """Build the engine. `examples`: training examples of the task (`prompt_ids`, `target_ids`)."""
+        self._name = name
+        self._spec = spec
+        self._buffer = buffer
+        # A respawned actor must neither repeat its forerunner's prompts nor its trajectory ids.
+        self._life = uuid.uuid4()
+        seed = (spec.seed + self._life.int) % 2**31
+        self._prompts = PromptStream(examples, seed=seed)
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(spec.config_json)
+            self._engine = BackspaceEngine(
+                spec.engine_settings(folder, seed), spec.contract.backspace_id, spec.contract.eos_id
+            )
+        self._noiser = (
+            PolicyNoiser(self._engine, examples, spec.contract, spec.task, spec.noise, name, seed)
+            if spec.noise.kind == "policy"
+            else None
+        )
+        self._sampling = SamplingSettings(
+            max_new_tokens=spec.settings.rollout.max_new_tokens,
+            max_actions=spec.settings.rollout.max_actions,
+            temperature=spec.settings.rollout.temperature,
+            top_p=spec.settings.rollout.top_p,
+        )
+        self._word = threading.Condition()  # guards what the control methods leave for `run`
+        self._newest: tuple[WeightManifest, ray.ObjectRef[WeightPayload]] | None = None
+        self._paused = False
+        self._draining = False
+        self._fingerprint: str | None = None
+        self._version = -1
+        self._finished: list[FinishedLog] = []
+        self._inserts: list[ray.ObjectRef] = []
+        self._demand: ray.ObjectRef | None = None  # set while the buffer holds this actor back
+        self._num_requests = 0
+        self._actions = self._backspaces = self._trajectories = self._rejected = 0
+        self._window: deque[tuple[float, int]] = deque()
+        self._activity = "starting"
+
+    # Control group ----------------------------------------------------------------------------------------------
+
+    def ready(self) -> str:
+        """The actor's name, once its engine stands."""
+        return self._name
+
+    def announce(self, manifest: WeightManifest, payload: list[ray.ObjectRef[WeightPayload]]) -> None:
+        """Leave word of new weights; `run` loads the newest announced ones before its next engine step."""
+        with self._word:
+            if self._newest is None or manifest.version > self._newest[0].version:
+                self._newest = (manifest, payload[0])
+            self._word.notify_all()
+
+    def set_paused(self, paused: bool) -> None:
+        """Start no new rollouts while paused; those under way are finished."""
+        with self._word:
+            self._paused = paused
+            self._word.notify_all()
+
+    def drain(self) -> None:
+        """Finish what is under way, hand it to the buffer, and let `run` return."""
+        with self._word:
+            self._draining = True
+            self._word.notify_all()
+
+    def status(self) -> ActorStatus:
+        """Counters since birth."""
+        now = time.monotonic()
+        while len(self._window) > 1 and now - self._window[0][0] > RATE_WINDOW_S:
+            self._window.popleft()
+        rate = 0.0
+        if self._window:
+            start, before = self._window[0]
+            rate = (self._actions - before) / max(now - start, 1e-9)
+        return ActorStatus(
+            name=self._name,
+            policy_version=self._version,
+            actions=self._actions,
+            actions_per_s=rate,
+            backspaces=self._backspaces,
+            trajectories=self._trajectories,
+            rejected=self._rejected,
+            in_flight=self._engine.num_unfinished,
+            activity=self._activity,
+        )
+
+    # Generation group -------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Generate until drained.
+
+        Raises:
+            WeightMismatchError: the engine does not compute with the published weights; the actor is fenced, its
+                unfinished rollouts are dropped, and its pool replaces it.
+            TimeoutError: the buffer did not take a batch in time.
+        """
+        while True:
+            self._take_newest_weights()
+            admitting = self._admits_rollouts()
+            if admitting:
+                self._fill_engine()
+            if self._engine.num_unfinished:
+                self._collect(self._engine.step())
+            elif self._draining:
+                break
+            elif not admitting:
+                self._wait_for_word()
+            if len(self._finished) >= self._spec.settings.insert_rows or not self._engine.num_unfinished:
+                self._hand_over()
+        self._hand_over()
+        self._settle_inserts(at_most=0)
+        self._activity = "left"
+
+    def _take_newest_weights(self) -> None:
+        with self._word:
+            newest = self._newest
+        if newest is None or newest[0].version == self._version:
+            return
+        manifest, reference = newest
+        self._activity = f"loading weights {manifest.version}"
+        payload: WeightPayload = ray.get(reference, timeout=INSERT_TIMEOUT_S)
+        verify_fingerprint(payload, manifest)
+        self._engine.load_weights(unpack(payload, manifest), manifest.version)
+        check_probe(
+            manifest, self._engine.probe(manifest.probe_token_ids), self._spec.settings.probe_tolerance
+        )
+        self._version = manifest.version
+        self._fingerprint = manifest.fingerprint
+
+    def _admits_rollouts(self) -> bool:
+        if self._version < 0:
+            self._activity = "waiting for weights"
+        elif self._draining:
+            self._activity = "draining"
+        elif self._paused:
+            self._activity = "paused"
+        elif self._demand is not None and not self._demand_returned():
+            self._activity = "ahead of the learner"
+        else:
+            self._activity = "generating"
+            return True
+        return False
+
+    def _demand_returned(self) -> bool:
+        """Whether the buffer, which held this actor back, wants trajectories again."""
+        done, _ = ray.wait([self._demand], timeout=0)
+        if not done:
+            return False
+        wanted = bool(ray.get(self._demand, timeout=INSERT_TIMEOUT_S))
+        self._demand = None if wanted else self._ask_for_demand()
+        return wanted
+
+    def _ask_for_demand(self) -> ray.ObjectRef:
+        return self._buffer.wait_for_demand.remote(timeout_s=10.0)
+
+    def _wait_for_word(self) -> None:
+        with self._word:
+            self._word.wait(timeout=IDLE_WAIT_S)
+
+    def _fill_engine(self) -> None:
+        if self._noiser is not None:
+            self._noiser.fill()
+        missing = self._spec.settings.max_concurrent - self._engine.num_unfinished
+        for prompt_ids in self._prompts.draw(max(missing, 0)):
+            self._engine.add(f"{self._life.hex[:12]}-{self._num_requests}", prompt_ids, self._sampling)
+            self._num_requests += 1
+
+    def _collect(self, logs: list[FinishedLog]) -> None:
+        if self._noiser is not None:
+            logs = self._noiser.take_own(logs)
+        for log in logs:
+            self._actions += len(log.actions)
+            self._backspaces += int((log.actions == self._spec.contract.backspace_id).sum())
+        self._trajectories += len(logs)
+        self._finished += logs
+        if logs:
+            self._window.append((time.monotonic(), self._actions))
+
+    def _hand_over(self) -> None:
+        batches = [] if self._noiser is None else self._noiser.finished_batches()
+        if self._finished:
+            batches.append(
+                logs_to_batch(
+                    self._finished,
+                    self._spec.contract,
+                    task=self._spec.task,
+                    actor=self._name,
+                    sampling=self._sampling,
+                    weights_fingerprint=self._fingerprint,
+                )
+            )
+            self._finished = []
+        for batch in batches:
+            self._settle_inserts(at_most=MAX_INSERTS_IN_FLIGHT - 1)
+            self._inserts.append(self._buffer.insert.remote(batch))
+
+    def _settle_inserts(self, at_most: int) -> None:
+        """Wait until no more than `at_most` inserts are unanswered, and heed the answers."""
+        while len(self._inserts) > at_most:
+            reference = self._inserts.pop(0)
+            try:
+                result = ray.get(reference, timeout=INSERT_TIMEOUT_S)
+            except ray.exceptions.GetTimeoutError:
+                raise TimeoutError(
+                    f"{self._name} waited {INSERT_TIMEOUT_S:.0f} s for the replay buffer to take a batch"
+                ) from None
+            self._rejected += len(result.rejections)
+            if result.pause and self._demand is None:
+                self._demand = self._ask_for_demand()

@@ -1,0 +1,59 @@
+"""Settings of the rollout actors and of how they sample."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from buffer.settings import Settings
+
+
+class RolloutSettings(Settings):
+    """How training rollouts are sampled."""
+
+    temperature: float = Field(1.0, gt=0.0, description="sampling temperature of training rollouts")
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    max_new_tokens: PositiveInt = Field(64, description="longest answer, in tokens that remain")
+    max_actions: PositiveInt = Field(
+        128, description="most actions per rollout, backspaces and deleted tokens included"
+    )
+
+
+class ActorsSettings(Settings):
+    """The pool of rollout actors; each is one Ray actor that holds one vLLM engine."""
+
+    count: NonNegativeInt = Field(
+        1, description="actors at the start; `sequencematch scale` changes it while the run lives"
+    )
+    num_cpus: float = Field(1.0, gt=0.0, description="CPUs that Ray sets aside per actor")
+    num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside per actor")
+    num_threads: PositiveInt = Field(
+        1, description="CPU threads per engine; more than one only on idle cores"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="engine's number format"
+    )
+    max_concurrent: PositiveInt = Field(64, description="rollouts an engine works on at a time")
+    kv_cache_gib: float = Field(
+        1.0, gt=0.0, description="memory of an engine's key-value cache on CPU, in GiB"
+    )
+    enforce_eager: bool = Field(
+        True, description="skip compilation: starts in seconds, generates 15-35 % slower"
+    )
+    insert_rows: PositiveInt = Field(64, description="finished trajectories per insert into the buffer")
+    max_restarts: NonNegativeInt = Field(
+        3, description="restarts of one actor in a row before the run gives up on it"
+    )
+    start_timeout_s: float = Field(300.0, gt=0.0, description="longest wait for a new actor's engine")
+    health_timeout_s: float = Field(60.0, gt=0.0, description="silence after which an actor is replaced")
+    drain_timeout_s: float = Field(
+        60.0, gt=0.0, description="longest wait for the unfinished rollouts of a leaving actor"
+    )
+    probe_tolerance: float = Field(
+        1e-3,
+        gt=0.0,
+        description="largest difference, in nats, between the learner's and an engine's log-probabilities of the probe "
+        "after a push; raise it to about 0.3 for bfloat16 engines",
+    )
+    rollout: RolloutSettings = RolloutSettings()

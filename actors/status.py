@@ -1,0 +1,41 @@
+"""What actors and their pool tell about themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ActorStatus:
+    """One rollout actor's counters, since its birth."""
+
+    name: str
+    policy_version: int  # of the loaded weights; -1 before the first push
+    actions: int
+    actions_per_s: float  # over the last seconds
+    backspaces: int
+    trajectories: int  # finished and handed to the buffer
+    rejected: int  # refused by the buffer's door
+    in_flight: int
+    activity: str  # what it does now: "generating", "waiting for weights", ...
+
+
+@dataclass(frozen=True)
+class MemberStatus:
+    """An actor as its pool sees it."""
+
+    name: str
+    state: str  # "starting", "running", "draining"
+    restarts: int
+    status: ActorStatus | None  # None until it has answered once
+
+
+@dataclass(frozen=True)
+class PoolStatus:
+    """The pool of rollout actors."""
+
+    desired: int
+    newest_version: int
+    members: tuple[MemberStatus, ...]
+    events: tuple[str, ...] = field(default=())  # newest last
+    failure: str | None = None  # set when the pool has given up
