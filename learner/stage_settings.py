@@ -1,0 +1,70 @@
+"""Settings of the training loop: what a stage does, and how the learner does it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from buffer.settings import Settings
+from learner.settings import ObjectiveSettings
+
+
+class StageSettings(Settings):
+    """One stretch of training with one objective. A recipe is a list of stages; arms share a trunk."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    start_from: str | None = Field(
+        None, description="earlier stage whose final weights this one starts from; null = the stage before it"
+    )
+    objective: ObjectiveSettings
+    steps: PositiveInt
+    batch_size: PositiveInt = Field(64, description="expert trajectories per step")
+    rollout_batch_size: PositiveInt = Field(64, description="policy trajectories per step, where rollouts are needed")
+    learning_rate: float = Field(2e-3, gt=0.0, description="peak learning rate")
+    warmup_steps: NonNegativeInt = 50
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_learning_rate_share: float = Field(
+        0.05, ge=0.0, le=1.0, description="cosine: learning rate of the last step, as a share of the peak"
+    )
+    publish_every_steps: PositiveInt = Field(
+        10, description="weights are pushed to the actors each time this many steps are done (with rollouts)"
+    )
+    num_threads: PositiveInt = Field(
+        1, description="CPU threads of the learner; more than one only where the actors idle"
+    )
+
+
+class LearnerSettings(Settings):
+    """The learner process."""
+
+    num_cpus: float = Field(1.0, gt=0.0, description="CPUs that Ray sets aside for the learner")
+    num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside for the learner")
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    adam_beta2: float = Field(0.98, ge=0.0, lt=1.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    max_nodes_per_row: PositiveInt = Field(
+        256, description="state-tree nodes per attention row; trajectories that share prompts share nodes within a row"
+    )
+    checkpoint_every_steps: PositiveInt = 500
+    keep_checkpoints: PositiveInt = Field(2, description="checkpoints kept per stage, the last one included")
+    data_timeout_s: float = Field(300.0, gt=0.0, description="longest wait for rollouts before the run is ended")
+
+
+def check_stages(stages: tuple[StageSettings, ...]) -> None:
+    """Check a recipe's list of stages as a whole.
+
+    Raises:
+        ValueError: two stages share a name, or one starts from a stage that does not come before it.
+    """
+    seen: list[str] = []
+    for stage in stages:
+        if stage.name in seen:
+            raise ValueError(f"two stages are called {stage.name!r}; a stage's name is its checkpoint folder")
+        if stage.start_from is not None and stage.start_from not in seen:
+            raise ValueError(
+                f"stage {stage.name!r} starts from {stage.start_from!r}, which is not an earlier stage "
+                f"(earlier: {', '.join(seen) or 'none'})"
+            )
+        seen.append(stage.name)
