@@ -1,0 +1,352 @@
+"""A vLLM engine in which the model can take tokens back.
+
+    engine = BackspaceEngine(EngineSettings(model_dir), backspace_id=3, eos_id=2)
+    engine.add("a", prompt_ids, SamplingSettings(max_new_tokens=64, max_actions=128))
+    while engine.num_unfinished:
+        logs += engine.step()
+
+The engine lives in the process that creates it (no helper processes), one per process, and everything happens
+between two calls of `step`: weights are replaced, requests aborted, probes computed. It seeds torch's global
+random generator and takes its sampling noise from there.
+
+Set `engine_environment(settings)` before the process imports vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm import EngineArgs, SamplingParams
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import FinishReason
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from actors.action_log import FinishedLog, Float32, Int32, finished_log
+from actors.decoding_state import EXTRA_ARGS_KEY, DecodingState
+from actors.engine_checks import check_vllm_config
+from actors.engine_settings import EngineSettings, SamplingSettings, check_environment, engine_environment
+from actors.weight_loading import ExpectedTensors, Shape, load_in_place
+
+__all__ = ["BackspaceEngine", "EngineSettings", "FinishedLog", "SamplingSettings", "engine_environment"]
+
+TokenIds = Sequence[int] | npt.NDArray[np.integer]
+
+UNLOADED = -1
+"""Version of weights that were never loaded (`load_format="dummy"`)."""
+
+
+@dataclass(frozen=True)
+class _Unfinished:
+    internal_id: str
+    prompt_ids: Int32
+    num_planted: int
+
+
+class BackspaceEngine:
+    """One engine. Not thread-safe; every method returns between two engine steps.
+
+    Args:
+        settings: see `EngineSettings`.
+        backspace_id: id of the backspace action. It is never part of the model's input.
+        eos_id: id that ends a text; it can't be taken back.
+        version: policy version of the weights that `model_dir` holds (ignored with `load_format="dummy"`).
+
+    Raises:
+        ValueError: vLLM was configured, or the model is built, in a way that can't be rolled back.
+        RuntimeError: the environment lacks what `engine_environment` asks for.
+    """
+
+    scheduler_cls: ClassVar[str] = "actors.backspace_scheduler.BackspaceScheduler"
+    logits_processors: ClassVar[tuple[str, ...]] = ("actors.logits_processor:BackspaceLogitsProcessor",)
+
+    def __init__(self, settings: EngineSettings, backspace_id: int, eos_id: int, version: int = 0) -> None:
+        check_environment()
+        self.settings = settings
+        self.backspace_id = backspace_id
+        self.eos_id = eos_id
+        config = self._engine_args(settings).create_engine_config()
+        # VLLM_CPU_KVCACHE_SPACE would override the setting silently.
+        config.cache_config.kv_cache_memory_bytes = settings.kv_cache_bytes
+        check_vllm_config(config)
+        self.vocab_size: int = config.model_config.get_vocab_size()
+        for name, token_id in (("backspace_id", backspace_id), ("eos_id", eos_id)):
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"{name}={token_id} is outside of the model's vocabulary of {self.vocab_size} ids"
+                )
+        if backspace_id == eos_id:
+            raise ValueError(f"backspace_id and eos_id are both {eos_id}")
+        self._expected = ExpectedTensors.of_model(settings.model_dir)
+        self._llm = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        self._core = self._llm.engine_core.engine_core
+        self._unfinished: dict[str, _Unfinished] = {}
+        self._ready: list[FinishedLog] = []  # finished inside a blocking call, handed out by the next step()
+        self._failure: str | None = None
+        self._set_version(UNLOADED if settings.load_format == "dummy" else version)
+
+    def _engine_args(self, settings: EngineSettings) -> EngineArgs:
+        return EngineArgs(
+            model=settings.model_dir,
+            dtype=settings.dtype,
+            load_format=settings.load_format,
+            seed=settings.seed,
+            max_model_len=settings.max_length,
+            max_num_seqs=settings.max_concurrent,
+            max_num_batched_tokens=settings.max_batched_tokens,
+            block_size=settings.block_size,
+            num_gpu_blocks_override=settings.num_kv_blocks,
+            enable_prefix_caching=settings.enable_prefix_caching,
+            enforce_eager=settings.enforce_eager,
+            async_scheduling=False,
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # a folder's sampling defaults must not reach our requests
+            distributed_executor_backend="uni",
+            scheduler_cls=self.scheduler_cls,
+            logits_processors=list(self.logits_processors),
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+        )
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that were added and not yet returned by `step` or `abort`."""
+        return len(self._unfinished) + len(self._ready)
+
+    @property
+    def version(self) -> int:
+        """Policy version behind the next action; `UNLOADED` before the first load."""
+        return self._version
+
+    @property
+    def expected_tensors(self) -> Mapping[str, Shape]:
+        """Name -> shape of every tensor that `load_weights` must receive."""
+        return self._expected.required
+
+    def add(
+        self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, planted: TokenIds = ()
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            request_id: unique among the unfinished requests.
+            prompt_ids: [P], P >= 1. The floor is its end.
+            sampling: see `SamplingSettings`.
+            planted: ids that are forced as the first actions. The model may take them back afterwards.
+
+        Raises:
+            ValueError: ids, lengths or limits don't fit; the message says which.
+            RuntimeError: no weights were loaded yet, or an earlier failure fenced this engine.
+        """
+        self._check_usable()
+        if request_id in self._unfinished:
+            raise ValueError(f"request id {request_id!r} is already in use")
+        prompt = self._token_ids(prompt_ids, "prompt_ids", forbidden={self.backspace_id})
+        forced = self._token_ids(planted, "planted", forbidden={self.backspace_id, self.eos_id})
+        if not 1 <= len(prompt) < self.settings.max_length:
+            raise ValueError(
+                f"a prompt needs 1 to {self.settings.max_length - 1} tokens, because max_length="
+                f"{self.settings.max_length} counts the text too; request {request_id!r} has {len(prompt)}"
+            )
+        room = min(sampling.max_new_tokens, sampling.max_actions, self.settings.max_length - len(prompt))
+        if len(forced) > room:
+            raise ValueError(
+                f"request {request_id!r} plants {len(forced)} tokens, its limits leave room for {room}"
+            )
+        masked = () if sampling.backspace else (self.backspace_id,)
+        state = DecodingState(
+            backspace_id=self.backspace_id,
+            allow_backspace=sampling.backspace,
+            max_actions=sampling.max_actions,
+            planted=tuple(forced.tolist()),
+            always_masked=(*masked, self.eos_id) if sampling.ban_eos else masked,
+            ban_deleted=sampling.ban_deleted,
+        )
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            ignore_eos=True,
+            stop_token_ids=[self.eos_id],
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # scheduler and logits processor must see the same state
+            extra_args={EXTRA_ARGS_KEY: state},
+        )
+        internal_id = self._llm.add_request(request_id, {"prompt_token_ids": prompt.tolist()}, params)
+        self._unfinished[request_id] = _Unfinished(internal_id, prompt, len(forced))
+
+    def step(self) -> list[FinishedLog]:
+        """Run one engine step (one action for every running request) and return the requests that ended.
+
+        Raises:
+            RuntimeError: an earlier failure fenced this engine.
+        """
+        self._check_usable()
+        finished, self._ready = self._ready, []
+        return finished + (self._step() if self._unfinished else [])
+
+    def abort(self, request_ids: Iterable[str]) -> list[FinishedLog]:
+        """End requests now and return what they did so far; ids that are not unfinished are ignored."""
+        logs = []
+        for request_id in request_ids:
+            request = self._unfinished.pop(request_id, None)
+            if request is None:
+                continue
+            state = self._llm.output_processor.request_states[request.internal_id]
+            output = state.make_request_output([], None, FinishReason.ABORT, None)
+            logs.append(finished_log(request_id, request.prompt_ids, request.num_planted, output.outputs[0]))
+            self._llm.abort_request([request.internal_id], internal=True)
+        return logs
+
+    def draw_next_tokens(
+        self, prefixes: Sequence[TokenIds], temperature: float = 1.0
+    ) -> tuple[Int32, Float32]:
+        """Sample one next token for each prefix from the current policy, backspace and eos excluded.
+
+        Other requests advance meanwhile; those that end are returned by the next `step`.
+
+        Returns:
+            ids [N] and their log-probabilities [N] under the renormalised distribution.
+        """
+        sampling = SamplingSettings(
+            max_new_tokens=1, max_actions=1, temperature=temperature, backspace=False, ban_eos=True
+        )
+        names = {f"draw-{index}": index for index in range(len(prefixes))}
+        added: list[str] = []
+        ids = np.empty(len(prefixes), dtype=np.int32)
+        logprobs = np.empty(len(prefixes), dtype=np.float32)
+        try:
+            for name, prefix in zip(names, prefixes, strict=True):
+                self.add(name, prefix, sampling)
+                added.append(name)
+            while any(name in self._unfinished for name in added):
+                for log in self._step():
+                    if log.request_id in names:
+                        index = names[log.request_id]
+                        ids[index], logprobs[index] = log.actions[0], log.logprobs[0]
+                    else:
+                        self._ready.append(log)
+        except BaseException:
+            self.abort(added)
+            raise
+        return ids, logprobs
+
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace all weights in place; later actions carry `version`.
+
+        Unfinished requests go on from their current text, whose key-value cache is computed again with the
+        new weights, so every later action is one of the new policy alone.
+
+        Args:
+            tensors: Hugging Face name and tensor of every parameter, read during the call only. A tied pair
+                counts as one and may come under both names.
+            version: at least the current version.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or misshapen, or the version goes back; nothing was
+            changed. RuntimeError: loading failed half-way; this engine refuses all further work.
+        """
+        self._check_not_fenced()
+        if version < self._version:
+            raise ValueError(
+                f"weights of version {version} are older than the engine's version {self._version}"
+            )
+        update = list(tensors)
+        self._expected.check(update)
+        self._failure = f"loading the weights of version {version} failed half-way"
+        worker = self._core.model_executor.driver_worker
+        load_in_place(worker.get_model(), self._llm.model_config, update)
+        self._core.scheduler.reset_prefix_cache(reset_running_requests=True)
+        self._failure = None
+        self._set_version(version)
+
+    def probe(self, token_ids: TokenIds) -> Float32:
+        """Log-probabilities of a fixed sequence under the current weights, computed by the engine's own
+        kernels.
+
+        Unfinished requests wait meanwhile: they neither advance nor lose their place, and the noise they will
+        be sampled with does not change.
+
+        Args:
+            token_ids: [N], 2 <= N < max_length.
+
+        Returns:
+            [N-1]: log p(token_ids[i+1] | token_ids[:i+1]) over the whole vocabulary, backspace included.
+        """
+        self._check_usable()
+        ids = self._token_ids(token_ids, "token_ids", forbidden=set())
+        if not 2 <= len(ids) < self.settings.max_length:
+            raise ValueError(
+                f"a probe needs 2 to {self.settings.max_length - 1} tokens, this one has {len(ids)}"
+            )
+        params = SamplingParams(
+            temperature=0.0,  # draws no noise
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        budget = self._core.scheduler.max_num_scheduled_tokens
+        with self._core.scheduler.others_held_back():
+            internal_id = self._llm.add_request("probe", {"prompt_token_ids": ids.tolist()}, params)
+            for _ in range(math.ceil(len(ids) / budget) + 1):
+                outputs = self._llm.step()
+                if outputs:
+                    (output,) = outputs
+                    return np.asarray(output.prompt_logprobs.logprobs, dtype=np.float32)
+            self._llm.abort_request([internal_id], internal=True)
+        raise RuntimeError(f"the engine did not finish a probe of {len(ids)} tokens")
+
+    def shutdown(self) -> None:
+        """End the engine; unfinished requests are lost."""
+        self._unfinished.clear()
+        self._ready.clear()
+        self._failure = "it was shut down"
+        self._llm.engine_core.shutdown()
+
+    def _step(self) -> list[FinishedLog]:
+        logs = []
+        for output in self._llm.step():
+            assert isinstance(output, RequestOutput)
+            request = self._unfinished.pop(output.request_id)
+            logs.append(
+                finished_log(output.request_id, request.prompt_ids, request.num_planted, output.outputs[0])
+            )
+        return logs
+
+    def _set_version(self, version: int) -> None:
+        self._version = version
+        self._core.set_weight_version(str(version))
+
+    def _check_not_fenced(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"this engine takes no more work: {self._failure}")
+
+    def _check_usable(self) -> None:
+        self._check_not_fenced()
+        if self._version == UNLOADED:
+            raise RuntimeError(
+                "this engine was started with load_format='dummy' and holds random numbers: "
+                "call load_weights first"
+            )
+
+    def _token_ids(self, values: TokenIds, name: str, forbidden: set[int]) -> Int32:
+        ids = np.asarray(values, dtype=np.int32).reshape(-1)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise ValueError(f"{name} holds ids outside of the vocabulary of {self.vocab_size}")
+        for token_id in forbidden:
+            if (ids == token_id).any():
+                raise ValueError(
+                    f"{name} holds id {token_id}, the backspace or eos action: give the text they lead to"
+                )
+        return ids

@@ -1,0 +1,58 @@
+"""Refusals at the start of an engine: features of vLLM with which taking tokens back would be wrong or
+unproved.
+
+Pure functions over vLLM's own configuration objects.
+"""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+
+
+def check_vllm_config(config: VllmConfig) -> None:
+    """Refuse a configuration whose scheduler or runner can't roll a request back.
+
+    Raises:
+        ValueError: names the setting to change and why.
+    """
+    problems = {
+        "async_scheduling must be False: the next step is launched before the scheduler sees a backspace": (
+            config.scheduler_config.async_scheduling
+        ),
+        "VLLM_USE_V2_MODEL_RUNNER must be 0: the V2 runner never shortens a request and draws the same token "
+        "again after a backspace": config.use_v2_model_runner,
+        "speculative_config must be unset: drafted tokens can't be rolled back together with a backspace": (
+            config.speculative_config is not None
+        ),
+        "pipeline_parallel_size must be 1: later stages keep their own copy of the tokens": (
+            config.parallel_config.pipeline_parallel_size > 1
+        ),
+        "tensor_parallel_size and data_parallel_size must be 1: planted and banned tokens live in the engine's "
+        "own process": config.parallel_config.world_size_across_dp > 1,
+        "kv_transfer_config must be unset: a KV connector would ship blocks that are still rewritten": (
+            config.kv_transfer_config is not None
+        ),
+    }
+    broken = [text for text, found in problems.items() if found]
+    if broken:
+        raise ValueError("the engine can't take tokens back with this configuration: " + "; ".join(broken))
+
+
+def check_kv_cache(kv_cache: KVCacheConfig) -> None:
+    """Refuse models whose cache can't go one token back: sliding windows free old blocks, recurrent state is
+    lossy.
+
+    Raises:
+        ValueError: names the layers and their cache.
+    """
+    for group in kv_cache.kv_cache_groups:
+        spec = group.kv_cache_spec
+        windowed = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
+        if type(spec) is not FullAttentionSpec or windowed:
+            window = f" with a window of {windowed} tokens" if windowed else ""
+            raise ValueError(
+                f"layers {', '.join(group.layer_names[:3])}... keep their state in a {type(spec).__name__}"
+                f"{window}: only plain full attention can be rolled back; choose a model without sliding "
+                "windows, chunked or recurrent layers"
+            )
