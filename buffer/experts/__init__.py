@@ -1,1 +1,1 @@
-"""Expert data: tasks, tokenizers and the noise that demonstrates backspace."""
+"""Expert trajectories: Hugging Face data sets turned into action logs, with backspace demonstrations."""
