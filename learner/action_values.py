@@ -1,0 +1,226 @@
+"""Action values of a causal language model: Q(s, a) = logit of a after text s, V(s) = logsumexp_a Q(s, a).
+
+At the floor (the end of the prompt) backspace is masked, as it is in the actors, so there V sums over the
+other actions only. `log_prob = q - v` then is the log-probability under the policy that acted.
+
+A tensor of tokens x vocabulary is never held: logits are made in chunks, folded into a running log-sum-exp,
+and made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from learner.state_tree import TreeBatch
+
+CHUNK_ELEMENTS = 2**22
+"""Logits held at a time (16 MiB in float32)."""
+
+_VOCABULARY_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class ActionValues:
+    """Values along the logs of a `TreeBatch` (A actions, L logs), float32.
+
+    q: [A] logit of the label.
+    v, v_next: [A] value of the text before and after the action.
+    v_start, v_final: [L] value of the first and the last text.
+    log_prob_backspace: [A] of backspace before the action, without gradient (-inf at the floor).
+    """
+
+    q: Tensor
+    v: Tensor
+    v_next: Tensor
+    v_start: Tensor
+    v_final: Tensor
+    log_prob_backspace: Tensor
+
+    @property
+    def log_prob(self) -> Tensor:
+        """[A] log-probability of the label."""
+        return self.q - self.v
+
+
+def action_values(
+    model: PreTrainedModel, tree: TreeBatch, backspace_id: int, *, chunk_elements: int = CHUNK_ELEMENTS
+) -> ActionValues:
+    """Evaluate `model` on every state of `tree` with one forward pass of its transformer.
+
+    The model must pass `learner.model.check_supported`: Q is hidden state times row of the output embedding,
+    nothing else. Under FSDP call this inside a wrapped forward, so that the output embedding is gathered.
+    """
+    hidden = model.base_model(
+        input_ids=tree.node_ids,
+        attention_mask=tree.attention_mask,
+        position_ids=tree.positions,
+        use_cache=False,
+    ).last_hidden_state
+    states = hidden.flatten(0, 1)[tree.value_nodes]
+    weight = model.get_output_embeddings().weight
+    v_floor, q_backspace, q = chunked_values(
+        states,
+        weight,
+        tree.state_row,
+        tree.action,
+        backspace_id=backspace_id,
+        chunk_elements=chunk_elements,
+    )
+    v_all = torch.logaddexp(v_floor, q_backspace)
+    v = torch.where(tree.at_floor, v_floor[tree.state_row], v_all[tree.state_row])
+    with torch.no_grad():
+        log_prob_backspace = (q_backspace[tree.state_row] - v).masked_fill(tree.at_floor, -torch.inf)
+    return ActionValues(
+        q=q,
+        v=v,
+        v_next=torch.where(tree.next_at_floor, v_floor[tree.next_state_row], v_all[tree.next_state_row]),
+        v_start=v_floor[tree.start_row],
+        v_final=torch.where(tree.final_at_floor, v_floor[tree.final_row], v_all[tree.final_row]),
+        log_prob_backspace=log_prob_backspace,
+    )
+
+
+def chunked_values(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    actions: Tensor,
+    *,
+    backspace_id: int,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits = hidden @ weight.T: log-sum-exp over all ids but backspace, backspace logit, chosen logits.
+
+    Args:
+        hidden: [M, H] states.
+        weight: [V, H] output embedding. Products accumulate in float32 (float64 if either is).
+        rows: [A] state of each chosen logit.
+        actions: [A] id of each chosen logit.
+        backspace_id: id left out of the log-sum-exp.
+        chunk_elements: logits held at a time.
+
+    Returns:
+        v_floor [M], q_backspace [M], q [A], in the accumulation type; differentiable once.
+    """
+    if chunk_elements < 1:
+        raise ValueError(f"chunk_elements={chunk_elements} must be at least 1")
+    with torch.autocast(hidden.device.type, enabled=False):
+        v_floor, q_backspace, q = _ChunkedValues.apply(
+            hidden, weight, rows, actions, backspace_id, chunk_elements
+        )
+    return v_floor, q_backspace, q
+
+
+class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
+    """Loops over the vocabulary, and in it over the states; a single chunk is kept for the backward pass."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 (autograd passes arguments by position)
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: Tensor,
+        actions: Tensor,
+        backspace_id: int,
+        chunk_elements: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = _accumulation_dtype(hidden, weight)
+        v_floor = hidden.new_full((len(hidden),), -torch.inf, dtype=dtype)
+        q_backspace = torch.empty_like(v_floor)
+        q = hidden.new_zeros((len(rows),), dtype=dtype)
+        chunks = _Chunks(len(hidden), len(weight), chunk_elements)
+        states = _matmul_operand(hidden, weight)
+        kept = None
+        for low, high in chunks.vocabulary:
+            columns = _matmul_operand(weight[low:high], hidden)
+            for begin, end in chunks.states:
+                logits = _matmul(states[begin:end], columns.T)
+                index, inside = _flat_index(rows, actions, (begin, end), (low, high))
+                q += torch.where(inside, logits.flatten()[index], 0.0)
+                if low <= backspace_id < high:
+                    q_backspace[begin:end] = logits[:, backspace_id - low]
+                    logits[:, backspace_id - low] = -torch.inf
+                if chunks.is_single:
+                    v_floor = torch.logsumexp(logits, 1)
+                    kept = logits
+                else:
+                    v_floor[begin:end] = torch.logaddexp(v_floor[begin:end], torch.logsumexp(logits, 1))
+        ctx.save_for_backward(hidden, weight, rows, actions, v_floor, kept)
+        ctx.backspace_id, ctx.chunks = backspace_id, chunks
+        return v_floor, q_backspace, q
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_v: Tensor, grad_backspace: Tensor, grad_q: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, rows, actions, v_floor, kept = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=grad_v.dtype)
+        grad_weight = torch.empty_like(weight)
+        states = _matmul_operand(hidden, weight)
+        for low, high in ctx.chunks.vocabulary:
+            columns = _matmul_operand(weight[low:high], hidden)
+            grad_columns = torch.zeros_like(columns, dtype=grad_v.dtype)
+            for begin, end in ctx.chunks.states:
+                logits = _matmul(states[begin:end], columns.T) if kept is None else kept
+                # The gradient of the logits, in three parts: softmax, backspace column, chosen ids.
+                grad = torch.exp(logits - v_floor[begin:end, None])
+                grad *= grad_v[begin:end, None]
+                if low <= ctx.backspace_id < high:
+                    grad[:, ctx.backspace_id - low] = grad_backspace[begin:end]
+                index, inside = _flat_index(rows, actions, (begin, end), (low, high))
+                grad.view(-1).scatter_add_(0, index, torch.where(inside, grad_q, 0.0))
+                grad = grad.to(columns.dtype)
+                grad_hidden[begin:end] += _matmul(grad, columns)
+                grad_columns += _matmul(grad.T, states[begin:end])
+            grad_weight[low:high] = grad_columns
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
+
+
+class _Chunks:
+    """How M x V logits are cut so that at most `chunk_elements` are held at a time."""
+
+    def __init__(self, num_states: int, vocab_size: int, chunk_elements: int) -> None:
+        self.is_single = num_states * vocab_size <= chunk_elements
+        width = vocab_size if self.is_single else min(vocab_size, _VOCABULARY_CHUNK, chunk_elements)
+        height = num_states if self.is_single else max(1, chunk_elements // width)
+        self.vocabulary = _cut(vocab_size, width)
+        self.states = _cut(num_states, height)
+
+
+def _cut(total: int, size: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + size, total)) for begin in range(0, total, max(size, 1))]
+
+
+def _flat_index(
+    rows: Tensor, actions: Tensor, states: tuple[int, int], vocabulary: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """[A] index of each (row, action) in the flattened chunk (0 outside of it), and whether it lies inside.
+
+    All A pairs go through every chunk: picking those inside would make the host wait for the device.
+    """
+    (begin, end), (low, high) = states, vocabulary
+    inside = (rows >= begin) & (rows < end) & (actions >= low) & (actions < high)
+    return torch.where(inside, (rows - begin) * (high - low) + (actions - low), 0), inside
+
+
+def _accumulation_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+
+
+def _matmul_operand(a: Tensor, other: Tensor) -> Tensor:
+    """`a` as `_matmul` wants it: half precision stays where the device multiplies it into float32."""
+    if a.is_cuda and a.dtype == other.dtype and a.dtype in (torch.bfloat16, torch.float16):
+        return a
+    return a.to(_accumulation_dtype(a, other))
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)

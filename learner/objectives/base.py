@@ -1,0 +1,97 @@
+"""What an objective is: a pure function from evaluated action logs to a loss, and what it needs to be given.
+
+Sums are divided by *global* counts, never by the length of a log or by what one process happens to hold: a
+mean per sequence is not a proper scoring rule, and with global counts the gradients of micro-batches and
+ranks simply add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from learner.action_values import ActionValues
+from learner.state_tree import TreeBatch
+
+Metrics = dict[str, Tensor]
+"""Scalars without gradient. Each is this call's *share*: over the micro-batches and ranks of one optimizer
+step the shares add up to the value (a mean over the global batch); names that end in `_max_abs` combine by
+maximum instead."""
+
+
+@dataclass(frozen=True)
+class LogCounts:
+    """How much of something there is over all micro-batches and ranks of one optimizer step."""
+
+    logs: int
+    actions: int
+    truncated_logs: int
+
+    @classmethod
+    def of(cls, trees: Iterable[TreeBatch]) -> LogCounts:
+        """Counts of these trees together; it reads them, so call it before they go to an accelerator."""
+        trees = list(trees)
+        return cls(
+            logs=sum(tree.num_logs for tree in trees),
+            actions=sum(tree.num_actions for tree in trees),
+            truncated_logs=sum(int(tree.truncated.sum()) for tree in trees),
+        )
+
+    def __add__(self, other: LogCounts) -> LogCounts:
+        return LogCounts(
+            self.logs + other.logs, self.actions + other.actions, self.truncated_logs + other.truncated_logs
+        )
+
+
+@dataclass(frozen=True)
+class EvaluatedLogs:
+    """Action logs with their values. `counts` are global: of the whole optimizer step, not of this tree."""
+
+    tree: TreeBatch
+    values: ActionValues
+    counts: LogCounts
+
+    def mean_over_actions(self, per_action: Tensor) -> Tensor:
+        """This call's share of the global mean of a [A] tensor."""
+        return per_action.sum() / max(self.counts.actions, 1)
+
+    def mean_over_logs(self, terms: Tensor) -> Tensor:
+        """This call's share of the global mean over logs of a sum, given all terms of all its logs."""
+        return terms.sum() / max(self.counts.logs, 1)
+
+    def mean_over_ended_logs(self, per_log: Tensor) -> Tensor:
+        """This call's share of the global mean of a [L] tensor over the logs that reached `<eos>`."""
+        ended = max(self.counts.logs - self.counts.truncated_logs, 1)
+        return per_log.masked_fill(self.tree.truncated, 0.0).sum() / ended
+
+
+class Objective(Protocol):
+    """One way to train. `needs_rollouts`: whether `loss` must be given logs of the model."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs_rollouts(self) -> bool: ...
+
+    def loss(self, data: EvaluatedLogs, model: EvaluatedLogs | None, step: int) -> tuple[Tensor, Metrics]:
+        """Loss to minimise, and metrics, at optimizer step `step` of this objective (from 0)."""
+        ...
+
+
+def combine_metrics(shares: Iterable[Mapping[str, Tensor]]) -> Metrics:
+    """Put the shares of micro-batches or ranks together, as the naming rule of `Metrics` says."""
+    combined: Metrics = {}
+    for share in shares:
+        for name, value in share.items():
+            if name not in combined:
+                combined[name] = value
+            elif name.endswith("_max_abs"):
+                combined[name] = torch.maximum(combined[name], value)
+            else:
+                combined[name] = combined[name] + value
+    return combined

@@ -1,0 +1,167 @@
+"""The SequenceMatch loss (Cundy & Ermon, arXiv 2306.05426): match the occupancy measures of data and model.
+
+With r_t = Q(s_t, a_t) - gamma V(s_{t+1}), a data log s_0..s_N and a model log u_0..u_M, both starting at the
+end of a prompt and ending in the absorbing `<eos>` state, maximise
+
+    J = sum_{t<N} gamma^t phi(alpha r_t) / alpha + gamma^N phi(alpha (1-gamma) V(s_N)) / (alpha (1-gamma))
+        - sum_{t<N} gamma^t/2 [V(s_t) - gamma V(s_{t+1})] - gamma^N/2 V(s_N)
+        - sum_{t<M} gamma^t/2 [V(u_t) - gamma V(u_{t+1})] - gamma^M/2 V(u_M).
+
+The `<eos>` terms are the closed form of the endless loop there. A truncated log has no absorbing state: it
+keeps the value tails, which are exact for any policy, and its phi tail becomes the tangent gamma^N V(s_N);
+then J holds the observed terms only.
+
+The value sums telescope to V at the start. With phi(x) = x - penalty(x) and a shared start, J is
+
+    sum_t gamma^t log p(a_t|s_t)
+        - 1/alpha [ sum_t gamma^t penalty(alpha r_t) + gamma^N/(1-gamma) penalty(alpha (1-gamma) V(s_N)) ]
+
+(no `<eos>` part if truncated): the *collapsed* estimator, equal in expectation, with less variance. Model
+logs cancel out of it, except for the penalty that a mixture divergence puts on them: c E_model[(alpha r)^2],
+c = 1/(4 alpha) for the half-half mixture.
+
+J is a mean over logs; it is scaled by data logs / data actions of the global batch, a constant of the batch,
+so that its scale is per action, as that of behaviour cloning is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.objectives.base import EvaluatedLogs, Metrics
+from learner.objectives.divergences import DIVERGENCES, Divergence
+from learner.objectives.likelihood import cross_entropy, likelihood_metrics
+from learner.settings import SequenceMatchSettings
+
+
+@dataclass(frozen=True)
+class SequenceMatch:
+    """beta * behaviour cloning + (1 - beta) * (-J), with beta annealed linearly."""
+
+    settings: SequenceMatchSettings
+
+    @property
+    def name(self) -> str:
+        """As in the settings."""
+        return self.settings.name
+
+    @property
+    def divergence(self) -> Divergence:
+        """The divergence that the settings name."""
+        return DIVERGENCES[self.settings.divergence]
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """The printed estimator samples its value terms; the collapsed one samples the mixture only."""
+        return self.divergence.penalises_rollouts or self.settings.estimator == "printed"
+
+    @property
+    def mixture_coefficient(self) -> float:
+        """Weight of E_model[(alpha r)^2]."""
+        coefficient = self.settings.mixture_coefficient
+        return 1.0 / (4.0 * self.settings.alpha) if coefficient is None else coefficient
+
+    def beta(self, step: int) -> float:
+        """Weight of behaviour cloning at optimizer step `step` of this objective."""
+        done = min(step / self.settings.beta_steps, 1.0)
+        return self.settings.beta_start + (self.settings.beta_end - self.settings.beta_start) * done
+
+    def loss(self, data: EvaluatedLogs, model: EvaluatedLogs | None, step: int) -> tuple[Tensor, Metrics]:
+        """The annealed loss.
+
+        Raises:
+            ValueError: rollouts are needed and absent, or given and without effect.
+        """
+        if (model is not None) != self.needs_rollouts:
+            advice = "needs rollouts" if self.needs_rollouts else "takes no rollouts; pass model=None"
+            raise ValueError(
+                f"sequencematch with divergence={self.settings.divergence} and "
+                f"estimator={self.settings.estimator} {advice}"
+            )
+        per_action = data.counts.logs / max(data.counts.actions, 1)
+        penalty_data = data.mean_over_logs(self._penalty_sum(data, self.divergence.penalty))
+        penalty_data = penalty_data / self.settings.alpha * per_action
+        if self.settings.estimator == "collapsed":
+            likelihood = (
+                data.mean_over_logs(self._discount(data.tree.time, data) * data.values.log_prob) * per_action
+            )
+            loss_sequencematch = penalty_data - likelihood
+        else:
+            assert model is not None
+            reward = data.mean_over_logs(self._phi_sum(data))
+            values = data.mean_over_logs(self._value_sum(data)) + model.mean_over_logs(self._value_sum(model))
+            loss_sequencematch = (values / 2 - reward) * per_action
+
+        metrics: Metrics = {}
+        if model is not None and self.divergence.penalises_rollouts:
+            squared = model.mean_over_logs(self._penalty_sum(model, torch.square))
+            penalty_model = self.mixture_coefficient * squared * per_action
+            loss_sequencematch = loss_sequencematch + penalty_model
+            metrics["penalty_model"] = penalty_model.detach()
+
+        beta = self.beta(step)
+        loss_behaviour_cloning = cross_entropy(data)
+        loss = beta * loss_behaviour_cloning + (1.0 - beta) * loss_sequencematch
+        metrics |= {
+            "loss": loss.detach(),
+            "loss_behaviour_cloning": loss_behaviour_cloning.detach(),
+            "loss_sequencematch": loss_sequencematch.detach(),
+            "penalty_data": penalty_data.detach(),
+            "beta": loss.new_tensor(beta * data.tree.num_logs / max(data.counts.logs, 1)),
+            **likelihood_metrics(data),
+            **self._residual_metrics(data, ""),
+        }
+        if model is not None:
+            metrics |= self._residual_metrics(model, "_model")
+            metrics |= {f"{name}_model": value for name, value in likelihood_metrics(model).items()}
+        return loss, metrics
+
+    def _residual(self, logs: EvaluatedLogs) -> Tensor:
+        """[A] r = Q(s, a) - gamma V(s')."""
+        return logs.values.q - self.settings.gamma * logs.values.v_next
+
+    def _discount(self, times: Tensor, logs: EvaluatedLogs) -> Tensor:
+        """gamma^times, in the type of the values."""
+        return self.settings.gamma ** times.to(logs.values.q.dtype)
+
+    def _penalty_sum(self, logs: EvaluatedLogs, penalty: Callable[[Tensor], Tensor]) -> Tensor:
+        """[A + L] terms of sum_t gamma^t penalty(alpha r_t) and of its `<eos>` part (none if truncated)."""
+        alpha, gamma = self.settings.alpha, self.settings.gamma
+        observed = penalty(alpha * self._residual(logs))
+        absorbed = penalty(alpha * (1.0 - gamma) * logs.values.v_final) / (1.0 - gamma)
+        return self._discounted(logs, observed, absorbed.masked_fill(logs.tree.truncated, 0.0))
+
+    def _phi_sum(self, logs: EvaluatedLogs) -> Tensor:
+        """[A + L] terms of sum_t gamma^t phi(alpha r_t) / alpha and of its tail."""
+        alpha, gamma, phi = self.settings.alpha, self.settings.gamma, self.divergence.phi
+        observed = phi(alpha * self._residual(logs)) / alpha
+        absorbed = phi(alpha * (1.0 - gamma) * logs.values.v_final) / (alpha * (1.0 - gamma))
+        return self._discounted(
+            logs, observed, torch.where(logs.tree.truncated, logs.values.v_final, absorbed)
+        )
+
+    def _value_sum(self, logs: EvaluatedLogs) -> Tensor:
+        """[A + L] terms of sum_t gamma^t [V(s_t) - gamma V(s_{t+1})] and of its tail gamma^N V(s_N)."""
+        values = logs.values
+        return self._discounted(logs, values.v - self.settings.gamma * values.v_next, values.v_final)
+
+    def _discounted(self, logs: EvaluatedLogs, observed: Tensor, tail: Tensor) -> Tensor:
+        """[A + L] gamma^t observed_t of every action, and gamma^N tail of every log of N actions."""
+        discounts = self._discount(torch.cat([logs.tree.time, logs.tree.length]), logs)
+        return discounts * torch.cat([observed, tail])
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _residual_metrics(self, logs: EvaluatedLogs, suffix: str) -> Metrics:
+        """The mixture bounds |r| by 2 / alpha at its optimum (LS-IQ, arXiv 2303.00599)."""
+        residual = self._residual(logs)
+        magnitude = torch.cat([residual.abs(), residual.new_zeros(1)])  # a batch of empty logs has no maximum
+        beyond = (residual.abs() > 2.0 / self.settings.alpha).to(residual.dtype)
+        return {
+            f"r_mean{suffix}": logs.mean_over_actions(residual),
+            f"r{suffix}_max_abs": magnitude.max(),
+            f"r_share_beyond_bound{suffix}": logs.mean_over_actions(beyond),
+        }

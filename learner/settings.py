@@ -1,0 +1,154 @@
+"""Settings of the learner: the model it trains, the objective it follows, the optimizer that moves it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from buffer.settings import Settings
+
+
+class ScratchModelSettings(Settings):
+    """A small model with random weights, sized for the tokenizer of the task."""
+
+    source: Literal["scratch"] = "scratch"
+    architecture: Literal["llama", "gpt2"] = "llama"
+    hidden_size: PositiveInt = 96
+    num_layers: PositiveInt = 3
+    num_heads: PositiveInt = 4
+    num_key_value_heads: PositiveInt | None = Field(
+        default=None, description="heads of keys and values (llama); null = num_heads"
+    )
+    intermediate_size: PositiveInt = 256
+    max_positions: PositiveInt = Field(default=128, description="longest text (prompt and answer) in tokens")
+    tie_embeddings: bool = Field(
+        default=True, description="share the rows of the input and the output embedding"
+    )
+    initializer_range: PositiveFloat = Field(
+        default=0.02, description="standard deviation of the initial weights"
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    backspace_token: str = Field(
+        default="<backspace>", description="token of the vocabulary that takes a token back"
+    )
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> ScratchModelSettings:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
+                "change one of them"
+            )
+        if self.num_key_value_heads is not None:
+            if self.architecture != "llama":
+                raise ValueError(
+                    f"num_key_value_heads has no effect with architecture={self.architecture}; leave it out"
+                )
+            if self.num_heads % self.num_key_value_heads:
+                raise ValueError(
+                    f"num_heads={self.num_heads} is not a multiple of num_key_value_heads="
+                    f"{self.num_key_value_heads}; change one of them"
+                )
+        return self
+
+
+class PretrainedModelSettings(Settings):
+    """Any causal language model in the Hugging Face format, or a GGUF file inside an installed package."""
+
+    source: Literal["pretrained"] = "pretrained"
+    name: str = Field(
+        description="Hugging Face name, folder, or `package:PACKAGE/FILE.gguf` in an installed package"
+    )
+    revision: str | None = Field(default=None, description="branch, tag or commit on the Hugging Face hub")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    backspace_token: str = Field(
+        default="<backspace>",
+        description="what takes a token back: a reserved token of the vocabulary, or the name of a new one",
+    )
+    add_backspace_row: bool = Field(
+        default=True,
+        description="add a row to the embeddings if the vocabulary does not hold backspace_token",
+    )
+    seed: int = Field(default=0, description="seed of the noise on the backspace row")
+
+    @model_validator(mode="after")
+    def _check(self) -> PretrainedModelSettings:
+        if self.revision is not None and self.name.startswith("package:"):
+            raise ValueError("revision has no effect on a file of an installed package; leave it out")
+        return self
+
+
+ModelSettings = Annotated[ScratchModelSettings | PretrainedModelSettings, Field(discriminator="source")]
+
+
+class LikelihoodSettings(Settings):
+    """Cross-entropy on expert logs. `mle` is for clean data, `behaviour_cloning` for noise and backspace."""
+
+    name: Literal["mle", "behaviour_cloning"]
+
+
+class SequenceMatchSettings(Settings):
+    """Occupancy matching with backspace (arXiv 2306.05426)."""
+
+    name: Literal["sequencematch"] = "sequencematch"
+    divergence: Literal["chi2", "chi2_mixture"] = "chi2_mixture"
+    estimator: Literal["collapsed", "printed"] = Field(
+        default="collapsed",
+        description="`collapsed`: value terms telescoped (least variance); `printed`: the sums of the paper",
+    )
+    alpha: float = Field(default=0.03, gt=0.0, description="weight of the squared soft-Bellman residual")
+    gamma: float = Field(default=0.998, gt=0.0, lt=1.0, description="discount per action")
+    mixture_coefficient: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="weight of E_model[(alpha r)^2]; null = 1/(4 alpha), the balanced mixture",
+    )
+    beta_start: float = Field(
+        default=1.0, ge=0.0, le=1.0, description="weight of behaviour cloning at step 0"
+    )
+    beta_end: float = Field(
+        default=0.2, ge=0.0, le=1.0, description="weight of behaviour cloning from beta_steps on"
+    )
+    beta_steps: PositiveInt = Field(
+        default=150, description="steps of the linear change from beta_start to beta_end"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SequenceMatchSettings:
+        if self.mixture_coefficient is not None and self.divergence != "chi2_mixture":
+            raise ValueError(
+                f"mixture_coefficient has no effect with divergence={self.divergence}; leave it out or "
+                "choose divergence=chi2_mixture"
+            )
+        return self
+
+
+ObjectiveSettings = Annotated[LikelihoodSettings | SequenceMatchSettings, Field(discriminator="name")]
+
+
+class OptimizerSettings(Settings):
+    """AdamW with warm-up, and a cosine or constant schedule."""
+
+    learning_rate: PositiveFloat = 2e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    max_grad_norm: PositiveFloat = 1.0
+    warmup_steps: int = Field(default=50, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_fraction: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="learning rate at the end, as a share of the peak (cosine; null = 0.05)",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerSettings:
+        if self.final_fraction is not None and self.schedule != "cosine":
+            raise ValueError("final_fraction has no effect with schedule=constant; leave it out")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must lie in [0, 1)")
+        return self

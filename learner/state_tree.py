@@ -1,0 +1,281 @@
+"""The states of action logs as a tree, so that one forward pass evaluates every distinct state once.
+
+A node is an appended token; the text of a node is the path from the root to it, and a state is a node.
+`<backspace>` adds no node: it moves to the parent. The attention mask of a node is its ancestors and itself,
+its position is its depth, so its logits equal those of its text run alone. Texts that occur twice (a token
+retyped after a deletion, a prompt shared by several logs, a prompt that begins another one) are one node.
+
+Legend: L logs, A actions over all logs, B rows, N nodes per row (padded), M distinct states with a value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from buffer.replay import FLOOR, ActionLogs, Int64, Replay, replay
+from learner.state_trie import ROOT, Bool, Trie, build_trie
+
+ROW_ALIGNMENT = 8
+"""Rows are padded to a multiple of this: fused attention kernels want aligned masks."""
+
+
+@dataclass(frozen=True)
+class TreeBatch:
+    """Action logs packed into tree rows. Logs keep the order of the batch; a node is `row * N + column`.
+
+    Nodes
+        node_ids: [B, N] token ids.
+        positions: [B, N] depth of the token in its text, from 0.
+        attention_mask: [B, 1, N, N] True where the query (third axis) sees the key: ancestors and itself.
+        value_nodes: [M] nodes that are a state of some log, ascending.
+    Actions
+        log, time: [A] log, and index of the action in it.
+        action: [A] id of the label.
+        at_floor, next_at_floor: [A] whether only the prompt is left before and after the action.
+        state, next_state: [A] node of the text before and after the action (of the *realised* token).
+        state_row, next_state_row: [A] the same as indexes into `value_nodes`.
+    Logs
+        start, final_state: [L] node of the prompt's end and of the last text (`<eos>` if the log ended).
+        start_row, final_row: [L] the same as indexes into `value_nodes`.
+        final_at_floor: [L] whether only the prompt is left at the end.
+        length: [L] actions.
+        truncated: [L] True unless the log ended with `<eos>`.
+        is_expert: [L] whether the log is of the data.
+    Counts
+        num_nodes: nodes without padding.
+        num_nodes_unshared: nodes if no two logs shared any (over `num_nodes`: the sharing ratio).
+    """
+
+    node_ids: Tensor
+    positions: Tensor
+    attention_mask: Tensor
+    value_nodes: Tensor
+    log: Tensor
+    time: Tensor
+    action: Tensor
+    at_floor: Tensor
+    next_at_floor: Tensor
+    state: Tensor
+    next_state: Tensor
+    state_row: Tensor
+    next_state_row: Tensor
+    start: Tensor
+    start_row: Tensor
+    final_state: Tensor
+    final_row: Tensor
+    final_at_floor: Tensor
+    length: Tensor
+    truncated: Tensor
+    is_expert: Tensor
+    num_nodes: int
+    num_nodes_unshared: int
+
+    @property
+    def num_logs(self) -> int:
+        """L."""
+        return int(self.length.shape[0])
+
+    @property
+    def num_actions(self) -> int:
+        """A."""
+        return int(self.action.shape[0])
+
+    def to(self, device: torch.device | str) -> TreeBatch:
+        """The same batch with its tensors on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TreeBatch(
+            **{
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
+        )
+
+
+def build_tree_batch(
+    batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, max_nodes_per_row: int, max_positions: int
+) -> TreeBatch:
+    """Pack the trajectories of `batch` (schema of `buffer.schema`) into tree rows.
+
+    Logs are ordered by prompt, and consecutive ones share a row while it holds at most `max_nodes_per_row`
+    nodes; a log larger than that gets a row of its own. Attention costs B * N^2, so small rows suit short,
+    unrelated prompts and large rows suit long shared ones.
+
+    Raises:
+        ValueError: the batch is empty; a prompt is empty; a text is longer than `max_positions`; a log takes
+        a token
+            back at the floor, or acts after `<eos>`.
+    """
+    logs = ActionLogs.from_batch(batch)
+    if logs.num_logs == 0:
+        raise ValueError("cannot build a state tree from a batch without trajectories")
+    played = replay(logs, backspace_id)
+    truncated = _is_truncated(batch)
+    _check(logs, played, truncated, backspace_id=backspace_id, eos_id=eos_id, max_positions=max_positions)
+
+    trie = build_trie(logs, played, backspace_id)
+    row_of_log = _assign_rows(trie, _order_by_prompt(logs), max_nodes_per_row)
+
+    # Columns: the distinct nodes of a row by depth, so that parents come before their children.
+    num_rows = int(row_of_log.max()) + 1
+    placed, element_place = np.unique(
+        (row_of_log[trie.log] * trie.num_levels + trie.depth) * trie.num_nodes + trie.node,
+        return_inverse=True,
+    )
+    row = placed // (trie.num_levels * trie.num_nodes)
+    row_begin = np.searchsorted(row, np.arange(num_rows))
+    column = np.arange(len(placed)) - row_begin[row]
+    width = -(-(int(column.max()) + 1) // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    flat = row * width + column
+    flat_of_element = flat[element_place]
+
+    first = np.empty(
+        len(placed), dtype=np.int64
+    )  # any element of the place: its token, depth and parent agree
+    first[element_place] = np.arange(len(element_place))
+    parent_element = trie.parent[first]
+    parent_flat = np.where(parent_element == ROOT, ROOT, flat_of_element[parent_element])
+    depth = trie.depth[first]
+    node_ids = np.zeros((num_rows, width), dtype=np.int64)
+    node_ids.ravel()[flat] = trie.token[first]
+    positions = np.zeros((num_rows, width), dtype=np.int64)
+    positions.ravel()[flat] = depth
+
+    floor_flat = flat_of_element[logs.prompt_offsets[1:] - 1]
+    num_prompt_tokens = len(logs.prompt_ids)
+
+    def nodes_of(events: Int64) -> Int64:
+        appended = flat_of_element[num_prompt_tokens + trie.append_of_event[events]]
+        return np.where(events == FLOOR, floor_flat[played.log], appended)
+
+    state, next_state = nodes_of(played.state), nodes_of(played.next_state)
+    final_state, final_at_floor = floor_flat.copy(), np.ones(logs.num_logs, dtype=np.bool_)
+    acted = logs.lengths > 0
+    last_action = logs.offsets[1:][acted] - 1
+    final_state[acted] = next_state[last_action]
+    final_at_floor[acted] = played.next_state[last_action] == FLOOR
+    value_nodes = np.unique(np.concatenate([floor_flat, state, next_state]))
+
+    def rows_of(nodes: Int64) -> Tensor:
+        return torch.from_numpy(np.searchsorted(value_nodes, nodes))
+
+    return TreeBatch(
+        node_ids=torch.from_numpy(node_ids),
+        positions=torch.from_numpy(positions),
+        attention_mask=torch.from_numpy(_ancestor_mask(flat, parent_flat, depth, num_rows, width)),
+        value_nodes=torch.from_numpy(value_nodes),
+        log=torch.from_numpy(played.log),
+        time=torch.from_numpy(played.time),
+        action=torch.from_numpy(logs.actions.astype(np.int64)),
+        at_floor=torch.from_numpy(played.state == FLOOR),
+        next_at_floor=torch.from_numpy(played.next_state == FLOOR),
+        state=torch.from_numpy(state),
+        next_state=torch.from_numpy(next_state),
+        state_row=rows_of(state),
+        next_state_row=rows_of(next_state),
+        start=torch.from_numpy(floor_flat),
+        start_row=rows_of(floor_flat),
+        final_state=torch.from_numpy(final_state),
+        final_row=rows_of(final_state),
+        final_at_floor=torch.from_numpy(final_at_floor),
+        length=torch.from_numpy(logs.lengths),
+        truncated=torch.from_numpy(truncated),
+        is_expert=torch.from_numpy(_column_equals(batch, "source", "expert")),
+        num_nodes=len(placed),
+        num_nodes_unshared=len(trie.pair_log),
+    )
+
+
+def _column_equals(batch: pa.RecordBatch, name: str, value: str) -> Bool:
+    equal: Bool = np.asarray(batch.column(name).to_numpy(zero_copy_only=False) == value, dtype=np.bool_)
+    return equal
+
+
+def _is_truncated(batch: pa.RecordBatch) -> Bool:
+    return ~_column_equals(batch, "finish_reason", "eos")
+
+
+def _check(
+    logs: ActionLogs, played: Replay, truncated: Bool, *, backspace_id: int, eos_id: int, max_positions: int
+) -> None:
+    prompt_lengths = np.diff(logs.prompt_offsets)
+    if not prompt_lengths.all():
+        raise ValueError(
+            f"log {int(np.argmin(prompt_lengths))} has an empty prompt; start it with the <bos> token, so "
+            "that the first action has a state"
+        )
+    longest = prompt_lengths.copy()
+    np.maximum.at(longest, played.log, prompt_lengths[played.log] + played.depth)
+    if longest.max() > max_positions:
+        raise ValueError(
+            f"log {int(np.argmax(longest))} has a text of {int(longest.max())} tokens, more than the "
+            f"{max_positions} positions of the model; lower the prompt or answer length"
+        )
+    at_floor = (logs.actions == backspace_id) & (played.state == FLOOR)
+    if at_floor.any():
+        raise ValueError(
+            f"log {int(played.log[at_floor][0])} has a backspace label at the floor (the end of its prompt)"
+        )
+    ends = np.zeros(logs.num_logs, dtype=np.bool_)
+    last = np.flatnonzero(logs.lengths)
+    ends[last] = logs.realised[logs.offsets[1:][last] - 1] == eos_id
+    num_eos = np.bincount(played.log[logs.realised == eos_id], minlength=logs.num_logs)
+    bad = (num_eos != ends) | (ends == truncated)
+    if bad.any():
+        raise ValueError(
+            f"log {int(np.argmax(bad))}: <eos> must be the last action where finish_reason is `eos`, and "
+            "absent elsewhere"
+        )
+
+
+def _order_by_prompt(logs: ActionLogs) -> Int64:
+    """[L] logs in lexicographic order of their prompts, as fixed-width big-endian byte strings."""
+    lengths = np.diff(logs.prompt_offsets)
+    width = int(lengths.max())
+    padded = np.zeros((logs.num_logs, width), dtype=">u4")
+    padded[np.arange(width) < lengths[:, None]] = logs.prompt_ids.astype(np.uint32) + 1  # 0 is the end
+    return np.argsort(padded.view(f"S{4 * width}").ravel(), kind="stable")
+
+
+def _assign_rows(trie: Trie, order: Int64, max_nodes_per_row: int) -> Int64:
+    """[L] row of each log: consecutive logs of `order` share one while it holds at most
+    `max_nodes_per_row`."""
+    num_logs = len(order)
+    rank = np.empty(num_logs, dtype=np.int64)
+    rank[order] = np.arange(num_logs)
+    pair_rank = rank[trie.pair_log]
+    by_node = np.lexsort((pair_rank, trie.pair_node))
+    node, node_rank = trie.pair_node[by_node], pair_rank[by_node]
+    previous = np.full(len(node), -1)  # rank of the last log before this one that holds the node
+    previous[1:] = np.where(node[1:] == node[:-1], node_rank[:-1], -1)
+    by_rank = np.argsort(node_rank, kind="stable")
+    previous = previous[by_rank]
+    bounds = np.searchsorted(node_rank[by_rank], np.arange(num_logs + 1))
+
+    row_of_rank = np.empty(num_logs, dtype=np.int64)
+    row, row_start, row_nodes = -1, 0, max_nodes_per_row + 1
+    for i in range(num_logs):
+        new = int(np.count_nonzero(previous[bounds[i] : bounds[i + 1]] < row_start))
+        if row_nodes + new > max_nodes_per_row:
+            row, row_start, row_nodes = row + 1, i, 0
+            new = int(bounds[i + 1] - bounds[i])
+        row_nodes += new
+        row_of_rank[i] = row
+    return row_of_rank[rank]
+
+
+def _ancestor_mask(flat: Int64, parent_flat: Int64, depth: Int64, num_rows: int, width: int) -> Bool:
+    """[B, 1, N, N] ancestors and self, filled depth by depth; a padded node sees itself only."""
+    mask = np.zeros((num_rows * width, width), dtype=np.bool_)
+    mask[np.arange(num_rows * width), np.tile(np.arange(width), num_rows)] = True
+    by_depth = np.argsort(depth, kind="stable")
+    bounds = np.searchsorted(depth[by_depth], np.arange(int(depth.max()) + 2))
+    child, parent = flat[by_depth], parent_flat[by_depth]
+    for level in range(1, len(bounds) - 1):
+        here = slice(bounds[level], bounds[level + 1])
+        mask[child[here]] |= mask[parent[here]]
+    return mask.reshape(num_rows, 1, width, width)

@@ -1,0 +1,121 @@
+"""The trie of all texts that action logs pass through: which of their tokens stand for the same text.
+
+Nodes are told apart without walking the logs: every (depth, token) pair has a pseudo-random 64-bit number,
+and the key of a text is their sum modulo 2^64 (Zobrist hashing). An append adds its number, a backspace
+subtracts the number of the token it takes back, so the keys of all texts of a log are one running sum. Equal
+keys are then checked to have equal parents and equal tokens, which by induction makes the result exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from buffer.replay import FLOOR, ActionLogs, Int64, Replay, parent_events
+
+UInt64 = npt.NDArray[np.uint64]
+Bool = npt.NDArray[np.bool_]
+
+ROOT = -1
+"""Stands for the parent of a prompt's first token."""
+
+
+@dataclass(frozen=True)
+class Trie:
+    """Elements are the P prompt tokens of all logs, then their E appends, in order; a node is a distinct
+    text.
+
+    log, depth, token, node: [P + E] of each element. parent: [P + E] element of the text before, or ROOT.
+    append_of_event: [A] index among the appends of each action (meaningless for backspaces).
+    pair_log, pair_node: distinct (log, node) pairs, ascending.
+    """
+
+    log: Int64
+    depth: Int64
+    token: Int64
+    node: Int64
+    parent: Int64
+    append_of_event: Int64
+    pair_log: Int64
+    pair_node: Int64
+    num_nodes: int
+    num_levels: int
+
+
+def build_trie(logs: ActionLogs, played: Replay, backspace_id: int) -> Trie:
+    """Name the text that each prompt token and each append completes."""
+    prompt_lengths = np.diff(logs.prompt_offsets)
+    prompt_log = np.repeat(np.arange(logs.num_logs), prompt_lengths)
+    prompt_depth = np.arange(len(logs.prompt_ids)) - logs.prompt_offsets[:-1][prompt_log]
+
+    is_append = logs.realised != backspace_id
+    append_of_event = np.cumsum(is_append) - 1
+    appends = np.flatnonzero(is_append)
+    append_log = played.log[appends]
+    append_depth = prompt_lengths[append_log] + played.depth[appends] - 1
+
+    before = parent_events(logs, played, backspace_id)[appends]
+    num_prompt_tokens = len(logs.prompt_ids)
+    parent = np.concatenate(
+        [
+            np.where(prompt_depth == 0, ROOT, np.arange(num_prompt_tokens) - 1),
+            np.where(
+                before == FLOOR,
+                logs.prompt_offsets[1:][append_log] - 1,
+                num_prompt_tokens + append_of_event[before],
+            ),
+        ]
+    )
+    log = np.concatenate([prompt_log, append_log])
+    depth = np.concatenate([prompt_depth, append_depth])
+    token = np.concatenate([logs.prompt_ids, logs.realised[appends]]).astype(np.int64)
+
+    numbers = _pair_numbers(depth, token)
+    event_number = np.zeros(len(logs.actions), dtype=np.uint64)
+    event_number[appends] = numbers[num_prompt_tokens:]
+    backspaces = np.flatnonzero(~is_append)
+    event_number[backspaces] = -event_number[played.state[backspaces]]  # modulo 2^64
+    prompt_sums = _wrapping_cumsum(numbers[:num_prompt_tokens])
+    event_sums = _wrapping_cumsum(event_number)
+    prompt_keys = prompt_sums[1:] - prompt_sums[logs.prompt_offsets[:-1]][prompt_log]
+    floor_keys = prompt_keys[logs.prompt_offsets[1:] - 1]
+    append_keys = event_sums[1:][appends] - event_sums[logs.offsets[:-1]][append_log] + floor_keys[append_log]
+    keys, first, node = np.unique(
+        np.concatenate([prompt_keys, append_keys]), return_index=True, return_inverse=True
+    )
+    node_of_parent = np.where(parent == ROOT, ROOT, node[parent])
+    # By induction over the depth: equal parents and equal tokens for equal keys is equality of the texts.
+    assert (node_of_parent == node_of_parent[first][node]).all(), "two texts share a 64-bit key"
+    assert (token == token[first][node]).all(), "two texts share a 64-bit key"
+
+    pairs = np.unique(log * len(keys) + node)
+    return Trie(
+        log=log,
+        depth=depth,
+        token=token,
+        node=node,
+        parent=parent,
+        append_of_event=append_of_event,
+        pair_log=pairs // len(keys),
+        pair_node=pairs % len(keys),
+        num_nodes=len(keys),
+        num_levels=int(depth.max()) + 1,
+    )
+
+
+def _pair_numbers(depth: Int64, token: Int64) -> UInt64:
+    """Pseudo-random 64-bit number of each (depth, token) pair: the SplitMix64 finaliser over the packed
+    pair."""
+    z = (depth.astype(np.uint64) << np.uint64(32)) + token.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    numbers: UInt64 = z ^ (z >> np.uint64(31))
+    return numbers
+
+
+def _wrapping_cumsum(numbers: UInt64) -> UInt64:
+    sums = np.zeros(len(numbers) + 1, dtype=np.uint64)
+    np.cumsum(numbers, out=sums[1:])
+    return sums
