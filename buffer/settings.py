@@ -13,10 +13,13 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+NoiseKind = Literal["none", "random", "task", "policy"]
+
+
 class NoiseSettings(Settings):
     """Backspace demonstrations in expert trajectories (SequenceMatch, section 4 of the paper's method)."""
 
-    kind: Literal["none", "random", "task", "policy"] = Field(
+    kind: NoiseKind = Field(
         "task",
         description="what a noise token is drawn from: the whole vocabulary, plausible wrong tokens of the "
         "task, or the current policy (drawn by the actors)",

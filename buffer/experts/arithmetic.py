@@ -102,9 +102,7 @@ def verify(question: str, answer: str) -> Question:
     left, right = int(match[2], base), int(match[4], base)
     expected = left + right if match[3] == "+" else left - right
     if int(answer, base) != expected:
-        raise ValueError(
-            f"{question!r}: the generator answers {answer!r}, which is not {expected} in base {base}"
-        )
+        raise ValueError(f"{question!r}: the generator answers {answer!r}, which is not {expected} in base {base}")
     return Question(question, answer, base)
 
 

@@ -56,9 +56,7 @@ class NoiseCandidates:
         cumulative = []
         for index, (ids, weight) in enumerate(zip(groups, weights, strict=True)):
             if len(ids) != len(weight) or not weight.sum() > 0:
-                raise ValueError(
-                    f"noise candidates of group {index}: {len(ids)} ids need one weight each, not all 0"
-                )
+                raise ValueError(f"noise candidates of group {index}: {len(ids)} ids need one weight each, not all 0")
             cumulative.append(index + np.cumsum(weight) / weight.sum())
         offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in groups])]).astype(np.int64)
         return cls(np.concatenate(groups).astype(np.int32), np.concatenate(cumulative), offsets)
@@ -127,9 +125,7 @@ def prefixes_at(prompts: Ragged, targets: Ragged, positions: Int64) -> Ragged:
     return prefixes
 
 
-def insert_noise(
-    targets: Ragged, positions: Int64, tokens: Int32, backspace_id: int, eos_id: int
-) -> NoisyLogs:
+def insert_noise(targets: Ragged, positions: Int64, tokens: Int32, backspace_id: int, eos_id: int) -> NoisyLogs:
     """Plant `tokens` [K] before the target positions [K] (ascending, at most one each); void draws are left
     out.
 

@@ -1,14 +1,13 @@
-"""Seeded, endless, resumable streams over the examples of a task: expert trajectories, and prompts for
-rollouts.
+"""Seeded, endless, resumable streams over the examples of a task: expert trajectories, and prompts for rollouts.
 
-A stream is a function of its seed alone: the order of every epoch and the noise of every position do not
-depend on how many rows are drawn at a time. So its state is a handful of counters, and a stream that is
-loaded with them goes on as if it had never stopped.
+A stream is a function of its seed alone: the order of every epoch and the noise of every position do not depend on how
+many rows are drawn at a time. So its state is a handful of counters, and a stream that is loaded with them goes on as
+if it had never stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -18,76 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.experts.noise import NoiseCandidates, choose_noise_positions, insert_noise, prefixes_at
+from buffer.experts.order import CountedUniforms, EpochOrder, read_counters
 from buffer.experts.ragged import Int32, Int64, Ragged
-from buffer.experts.tasks import Task
 from buffer.schema import TokenContract, trajectory_schema
 from buffer.settings import NoiseSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-class EpochOrder:
-    """Row indexes of one epoch after the other, each epoch in an order of its own."""
-
-    def __init__(self, num_examples: int, seed: tuple[int, ...]) -> None:
-        if num_examples < 1:
-            raise ValueError("a stream needs at least one example")
-        self._num_examples = num_examples
-        self._seed = seed
-        self._start_epoch(epoch=0, position=0)
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the next row."""
-        return self._epoch
-
-    def draw(self, count: int) -> Int64:
-        """The next `count` row indexes; may run over the end of an epoch."""
-        parts = []
-        while count > 0:
-            if self._position == self._num_examples:
-                self._start_epoch(self._epoch + 1, position=0)
-            part = self._order[self._position : self._position + count]
-            self._position += len(part)
-            count -= len(part)
-            parts.append(part)
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-    def state(self) -> dict[str, int]:
-        """Counters for `load_state`."""
-        return {"epoch": self._epoch, "position": self._position}
-
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Go to where `state` was taken.
-
-        Raises:
-            ValueError: the state is not of a stream over as many examples.
-        """
-        epoch, position = _counters(state, ("epoch", "position"))
-        if position > self._num_examples:
-            raise ValueError(
-                f"the stream's state is at row {position} of an epoch, but the task has "
-                f"{self._num_examples} examples; resume with the task settings of the run"
-            )
-        self._start_epoch(epoch, position)
-
-    def _start_epoch(self, epoch: int, position: int) -> None:
-        self._epoch, self._position = epoch, position
-        self._order = np.random.default_rng([*self._seed, epoch]).permutation(self._num_examples)
-
-
-class CountedUniforms:
-    """A seeded generator of doubles that knows how many it has given, so that it can be put back there."""
-
-    def __init__(self, seed: tuple[int, ...]) -> None:
-        self._seed = seed
-        self.load_count(0)
-
-    def load_count(self, count: int) -> None:
-        """Go to after the first `count` doubles."""
-        self.rng = np.random.Generator(np.random.PCG64(self._seed).advance(count))
-        self.count = count
 
 
 @dataclass(frozen=True)
@@ -115,45 +51,53 @@ class NoisePlan:
 
 
 class ExpertStream:
-    """Expert trajectories of a task's training examples, with fresh noise every epoch.
+    """Expert trajectories of a task's examples, with fresh noise every epoch.
 
     With noise of kind `policy` the tokens come from the current policy: take a `plan`, have the engine
     continue each of its `prefixes` by one token (`<eos>` and backspace masked), and hand the tokens to
     `realise`. The other kinds do the same inside `draw`.
 
     Args:
-        task: where the examples come from.
+        examples: columns `prompt_ids`, `target_ids` (not empty), and `noise_group` where there are candidates.
+        task: its name.
         noise: kind and rate.
-        contract: of the run's trajectories; must agree with the task's backspace, `<eos>` and tokenizer.
+        contract: of the run's trajectories.
         seed: of order and noise.
+        candidates: what noise of kind `random` or `task` is drawn from (`Task.noise_candidates`).
         actor: who draws; with the task and the seed it makes the trajectory ids, so that each run of an actor
             process needs its own.
 
     Raises:
-        ValueError: the contract is of other tokens than the task's.
+        ValueError: there are no examples, or the candidates do not go with the kind of noise.
     """
 
     def __init__(
-        self, task: Task, noise: NoiseSettings, contract: TokenContract, seed: int, actor: str = "expert"
+        self,
+        examples: Dataset | pa.Table,
+        *,
+        task: str,
+        noise: NoiseSettings,
+        contract: TokenContract,
+        seed: int,
+        candidates: NoiseCandidates | None = None,
+        actor: str = "expert",
     ) -> None:
-        if contract != task.contract(contract.vocab_size):
-            raise ValueError(
-                f"the trajectories' contract {contract} is not that of the task's tokenizer: "
-                f"{task.contract(contract.vocab_size)}"
-            )
+        if (candidates is not None) != (noise.kind in ("random", "task")):
+            raise ValueError("noise of kind random or task needs candidates, and no other kind does")
         self._task = task
-        self._noise = noise
+        self._kind = noise.kind
         self._rate = 0.0 if noise.kind == "none" else noise.rate
+        self._candidates = candidates
+        self._contract = contract
         self._schema = trajectory_schema(contract)
-        self._id_prefix = f"{actor}/{task.name}/{seed}/"
+        self._id_prefix = f"{actor}/{task}/{seed}/"
         self._actor = actor
-        self._order = EpochOrder(len(task.train), (seed, 0))
+        self._order = EpochOrder(len(examples), (seed, 0))
         self._choices = CountedUniforms((seed, 1))
         self._tokens = CountedUniforms((seed, 2))
         self._serial = 0
-        self._examples = task.train.select_columns(["prompt_ids", "target_ids", "noise_group"]).with_format(
-            "arrow"
-        )
+        groups = [] if candidates is None else ["noise_group"]
+        self._examples = _arrow_rows(examples, ["prompt_ids", "target_ids", *groups])
 
     @property
     def epoch(self) -> int:
@@ -164,11 +108,12 @@ class ExpertStream:
         """The next `count` examples with the positions that get a noise token."""
         rows = self._examples[self._order.draw(count)]
         targets = Ragged.from_arrow(rows.column("target_ids"))
+        has_groups = self._candidates is not None
         plan = NoisePlan(
             serial=self._serial,
             prompts=Ragged.from_arrow(rows.column("prompt_ids")),
             targets=targets,
-            groups=rows.column("noise_group").to_numpy().astype(np.int64),
+            groups=rows.column("noise_group").to_numpy() if has_groups else np.zeros(count, dtype=np.int64),
             positions=choose_noise_positions(len(targets.values), self._rate, self._choices.rng),
         )
         self._choices.count += len(targets.values)
@@ -176,17 +121,15 @@ class ExpertStream:
         return plan
 
     def realise(self, plan: NoisePlan, tokens: Int32) -> pa.RecordBatch:
-        """Expert trajectories of a plan with its noise tokens [K]; void ones are left out (see
-        buffer.experts.noise).
-        """
-        logs = insert_noise(plan.targets, plan.positions, tokens, self._task.backspace_id, self._task.eos_id)
+        """Expert trajectories of a plan with its noise tokens [K]; void ones are left out (buffer.experts.noise)."""
+        logs = insert_noise(plan.targets, plan.positions, tokens, self._contract.backspace_id, self._contract.eos_id)
         count = plan.targets.num_rows
         serials = pa.array(np.arange(plan.serial, plan.serial + count)).cast(pa.string())
-        ends_in_eos = plan.targets.last_values == self._task.eos_id
+        ends_in_eos = plan.targets.last_values == self._contract.eos_id
         columns = {
             "id": pc.binary_join_element_wise(self._id_prefix, serials, ""),
             "source": pa.repeat("expert", count),
-            "task": pa.repeat(self._task.name, count),
+            "task": pa.repeat(self._task, count),
             "prompt_ids": plan.prompts.to_arrow(),
             "actions": logs.actions.to_arrow(),
             "realised": logs.realised_column(),
@@ -194,9 +137,7 @@ class ExpertStream:
             "actor": pa.repeat(self._actor, count),
             "created_at": pa.repeat(pa.scalar(datetime.now(UTC), pa.timestamp("us", tz="UTC")), count),
         }
-        absent = {
-            field.name: pa.nulls(count, field.type) for field in self._schema if field.name not in columns
-        }
+        absent = {field.name: pa.nulls(count, field.type) for field in self._schema if field.name not in columns}
         return pa.RecordBatch.from_pydict({**columns, **absent}, schema=self._schema)
 
     def draw(self, count: int) -> pa.RecordBatch:
@@ -205,22 +146,19 @@ class ExpertStream:
         Raises:
             ValueError: the noise is the policy's, which only an actor can draw.
         """
-        if self._noise.kind == "policy":
+        if self._kind == "policy":
             raise ValueError("noise.kind=policy: the actors draw the tokens; use plan() and realise()")
         plan = self.plan(count)
-        candidates = self._candidates()
-        tokens = candidates.draw(plan.position_groups, self._tokens.rng)
+        if self._candidates is None:
+            return self.realise(plan, np.empty(0, dtype=np.int32))
+        tokens = self._candidates.draw(plan.position_groups, self._tokens.rng)
         self._tokens.count += len(tokens)
         return self.realise(plan, tokens)
 
     def state(self) -> dict[str, int]:
         """Counters for `load_state`; goes into a checkpoint."""
-        return {
-            **self._order.state(),
-            "rows": self._serial,
-            "choices": self._choices.count,
-            "tokens": self._tokens.count,
-        }
+        counters = {"rows": self._serial, "choices": self._choices.count, "tokens": self._tokens.count}
+        return {**self._order.state(), **counters}
 
     def load_state(self, state: Mapping[str, int]) -> None:
         """Go on where `state` was taken from a stream with the same task, noise and seed.
@@ -228,30 +166,36 @@ class ExpertStream:
         Raises:
             ValueError: the state is not one of such a stream.
         """
-        rows, choices, tokens = _counters(state, ("rows", "choices", "tokens"))
+        rows, choices, tokens = read_counters(state, ("rows", "choices", "tokens"))
         self._order.load_state(state)
         self._serial = rows
         self._choices.load_count(choices)
         self._tokens.load_count(tokens)
 
-    def _candidates(self) -> NoiseCandidates:
-        return self._task.task_noise if self._noise.kind == "task" else self._task.random_noise
-
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts for rollouts. example_index: [R] rows of the data set they come from. prompts: R rows."""
+    """Prompts for rollouts; iterates over the prompts, one array of ids each.
+
+    example_index: [R] rows of the examples they come from. prompts: R rows.
+    """
 
     example_index: Int64
     prompts: Ragged
 
+    def __len__(self) -> int:
+        return self.prompts.num_rows
+
+    def __iter__(self) -> Iterator[Int32]:
+        return iter(self.prompts.rows())
+
 
 class PromptStream:
-    """Prompts of a data set for one actor: every actor has an order of its own, the same in every run."""
+    """Prompts of a task's examples, in an order of the seed; every actor has a seed of its own."""
 
-    def __init__(self, examples: Dataset, seed: int, actor_index: int) -> None:
-        self._order = EpochOrder(len(examples), (seed, 3, actor_index))
-        self._prompts = examples.select_columns(["prompt_ids"]).with_format("arrow")
+    def __init__(self, examples: Dataset | pa.Table, seed: int) -> None:
+        self._order = EpochOrder(len(examples), (seed, 3))
+        self._prompts = _arrow_rows(examples, ["prompt_ids"])
 
     def draw(self, count: int) -> PromptBatch:
         """The next `count` prompts."""
@@ -267,8 +211,10 @@ class PromptStream:
         self._order.load_state(state)
 
 
-def _counters(state: Mapping[str, int], names: tuple[str, ...]) -> list[int]:
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise ValueError(f"the stream's state lacks {missing}; it has {sorted(state)}")
-    return [state[name] for name in names]
+def _arrow_rows(examples: Dataset | pa.Table, columns: list[str]) -> Dataset:
+    """The columns as a data set that gives Arrow tables: its row look-up copies nothing but the rows asked for."""
+    from datasets import Dataset
+
+    # A table's own `take` joins all chunks of a column first.
+    rows = Dataset(examples) if isinstance(examples, pa.Table) else examples
+    return rows.select_columns(columns).with_format("arrow")

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from buffer.experts import text
 from buffer.experts.arithmetic import ALPHABET, DIGITS, Question, generate_questions
 from buffer.experts.noise import NoiseCandidates
 from buffer.experts.ragged import Ragged
+from buffer.experts.stream import ExpertStream
 from buffer.experts.tokenizer import backspace_token_id, character_tokenizer, prompt_prefix, token_contract
 from buffer.schema import TokenContract
-from buffer.settings import ArithmeticTaskSettings, TaskSettings, TextTaskSettings
+from buffer.settings import ArithmeticTaskSettings, NoiseKind, NoiseSettings, TaskSettings, TextTaskSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,6 +48,32 @@ class Task:
         """The contract of this task's trajectories for a model of `vocab_size` (default: the tokenizer's)."""
         return token_contract(self.tokenizer, self.backspace_id, vocab_size)
 
+    def noise_candidates(self, kind: NoiseKind) -> NoiseCandidates | None:
+        """What noise of this kind is drawn from; None where nothing is (`none`) or the policy is (`policy`)."""
+        return {"task": self.task_noise, "random": self.random_noise}.get(kind)
+
+    def expert_stream(self, noise: NoiseSettings, contract: TokenContract, seed: int) -> ExpertStream:
+        """Expert trajectories of the training examples.
+
+        Raises:
+            ValueError: the contract is of other tokens than the task's.
+        """
+        own = self.contract(contract.vocab_size)
+        if contract != own:
+            raise ValueError(f"the run's contract {contract} is not that of the task's tokenizer, {own}")
+        return ExpertStream(
+            self.train,
+            task=self.name,
+            noise=noise,
+            contract=contract,
+            seed=seed,
+            candidates=self.noise_candidates(noise.kind),
+        )
+
+    def example_table(self) -> pa.Table:
+        """`prompt_ids` and `target_ids` of the training examples: what rollout actors are given."""
+        return self.train.select_columns(["prompt_ids", "target_ids"]).with_format("arrow")[:]
+
 
 def load_task(
     settings: TaskSettings,
@@ -70,16 +98,12 @@ def load_task(
         # Checked before the tokenising, which can take long: every full window has this length.
         prefix = 0 if tokenizer is None else len(prompt_prefix(tokenizer))
         length = prefix + settings.prompt_tokens + settings.target_tokens
-        _check_length(
-            length, max_length, f"a prompt and its target (prompt_tokens + target_tokens{' + bos' * prefix})"
-        )
+        _check_length(length, max_length, f"a prompt and its target (prompt_tokens + target_tokens{' + bos' * prefix})")
         return _text_task(settings, tokenizer, backspace_id)
     task = _arithmetic_task(settings, tokenizer, backspace_id)
     for split in (task.train, task.held_out):
         columns = split.with_format("arrow")[:]
-        lengths = sum(
-            Ragged.from_arrow(columns.column(name)).lengths for name in ("prompt_ids", "target_ids")
-        )
+        lengths = sum(Ragged.from_arrow(columns.column(name)).lengths for name in ("prompt_ids", "target_ids"))
         _check_length(int(np.max(lengths)), max_length, "the longest question with its answer")
     return task
 
@@ -115,17 +139,14 @@ def _arithmetic_task(
     )
 
 
-def _text_task(
-    settings: TextTaskSettings, tokenizer: PreTrainedTokenizerBase | None, backspace_id: int | None
-) -> Task:
+def _text_task(settings: TextTaskSettings, tokenizer: PreTrainedTokenizerBase | None, backspace_id: int | None) -> Task:
     documents = text.load_documents(settings)
     if tokenizer is None:
         tokenizer = character_tokenizer(set().union(*documents["text"]))
     backspace_id = backspace_token_id(tokenizer) if backspace_id is None else backspace_id
     contract = token_contract(tokenizer, backspace_id)
     train, held_out = (
-        text.cut_examples(part, settings, tokenizer, backspace_id)
-        for part in text.split_documents(documents, settings)
+        text.cut_examples(part, settings, tokenizer, backspace_id) for part in text.split_documents(documents, settings)
     )
     if settings.max_examples is not None and settings.max_examples < len(train):
         train = train.shuffle(seed=settings.seed).select(range(settings.max_examples))

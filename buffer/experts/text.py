@@ -68,8 +68,7 @@ def split_documents(documents: Dataset, settings: TextTaskSettings) -> tuple[Dat
     count = len(documents)
     if count < 2:
         raise ValueError(
-            f"data set {settings.dataset!r} has {count} documents; two are needed, as one part "
-            "is held out by document"
+            f"data set {settings.dataset!r} has {count} documents; two are needed, as one part is held out by document"
         )
     num_held_out = min(max(1, round(settings.held_out_fraction * count)), count - 1)
     order = np.random.default_rng(settings.seed).permutation(count)

@@ -31,9 +31,7 @@ def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:
 
     characters = sorted(set(alphabet))
     if not characters or any(len(character) != 1 for character in characters):
-        raise ValueError(
-            f"the alphabet must be a non-empty collection of single characters, not {characters!r}"
-        )
+        raise ValueError(f"the alphabet must be a non-empty collection of single characters, not {characters!r}")
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     # `.` would leave line breaks out.
@@ -75,9 +73,7 @@ def token_contract(
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token; set tokenizer.eos_token")
     if size < len(tokenizer):
-        raise ValueError(
-            f"the model's vocabulary ({size}) is smaller than the tokenizer's ({len(tokenizer)})"
-        )
+        raise ValueError(f"the model's vocabulary ({size}) is smaller than the tokenizer's ({len(tokenizer)})")
     if not 0 <= backspace_id < size or backspace_id == tokenizer.eos_token_id:
         raise ValueError(f"backspace id {backspace_id} must differ from eos and lie in [0, {size})")
     return TokenContract(
