@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import ray
-from buffer.experts.stream import PromptStream
 from ray.actor import ActorHandle
 
 from actors.action_log import FinishedLog, logs_to_batch
 from actors.engine import BackspaceEngine
 from actors.engine_settings import EngineSettings, SamplingSettings
-from actors.policy_noise import PolicyNoiser
 from actors.settings import ActorsSettings
 from actors.status import ActorStatus
+from buffer.experts.stream import ExpertStream, PromptStream
+from buffer.experts.tasks import Task
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
 from buffer.weights import WeightManifest, WeightPayload, check_probe, unpack, verify_fingerprint
@@ -46,7 +46,6 @@ class RolloutSpec:
 
     config_json: str
     contract: TokenContract
-    task: str
     settings: ActorsSettings
     noise: NoiseSettings
     max_length: int
@@ -70,25 +69,26 @@ class RolloutSpec:
 class RolloutActor:
     """A Ray actor with two concurrency groups: `generation` (one thread: `run`) and `control`."""
 
-    def __init__(self, name: str, spec: RolloutSpec, examples: pa.Table, buffer: ActorHandle) -> None:
-        """Build the engine. `examples`: training examples of the task (`prompt_ids`, `target_ids`)."""
+    def __init__(self, name: str, spec: RolloutSpec, task: Task, buffer: ActorHandle) -> None:
+        """Build the engine; the first rollouts wait for the first weights."""
         self._name = name
         self._spec = spec
+        self._task = task
         self._buffer = buffer
-        # A respawned actor must neither repeat its forerunner's prompts nor its trajectory ids.
-        self._life = uuid.uuid4()
-        seed = (spec.seed + self._life.int) % 2**31
-        self._prompts = PromptStream(examples, seed=seed)
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "config.json").write_text(spec.config_json)
-            self._engine = BackspaceEngine(
-                spec.engine_settings(folder, seed), spec.contract.backspace_id, spec.contract.eos_id
-            )
-        self._noiser = (
-            PolicyNoiser(self._engine, examples, spec.contract, spec.task, spec.noise, name, seed)
+        # A respawned actor must neither repeat its forerunner's draws nor its trajectory ids.
+        life = uuid.uuid4()
+        self._id_prefix = f"{name}-{life.hex[:8]}"
+        life_number = life.int % 2**31
+        self._prompts = PromptStream(task.train, spec.seed, life_number)
+        self._experts = (
+            ExpertStream(task, spec.noise, spec.contract, life_number, actor=self._id_prefix)
             if spec.noise.kind == "policy"
             else None
         )
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(spec.config_json, encoding="utf-8")
+            settings = spec.engine_settings(folder, seed=life_number)
+            self._engine = BackspaceEngine(settings, spec.contract.backspace_id, spec.contract.eos_id)
         self._sampling = SamplingSettings(
             max_new_tokens=spec.settings.rollout.max_new_tokens,
             max_actions=spec.settings.rollout.max_actions,
@@ -109,7 +109,7 @@ class RolloutActor:
         self._window: deque[tuple[float, int]] = deque()
         self._activity = "starting"
 
-    # Control group ----------------------------------------------------------------------------------------------
+    # Control group ------------------------------------------------------------
 
     def ready(self) -> str:
         """The actor's name, once its engine stands."""
@@ -155,7 +155,7 @@ class RolloutActor:
             activity=self._activity,
         )
 
-    # Generation group -------------------------------------------------------------------------------------------
+    # Generation group ------------------------------------------------------------
 
     def run(self) -> None:
         """Generate until drained.
@@ -229,16 +229,14 @@ class RolloutActor:
             self._word.wait(timeout=IDLE_WAIT_S)
 
     def _fill_engine(self) -> None:
-        if self._noiser is not None:
-            self._noiser.fill()
         missing = self._spec.settings.max_concurrent - self._engine.num_unfinished
-        for prompt_ids in self._prompts.draw(max(missing, 0)):
-            self._engine.add(f"{self._life.hex[:12]}-{self._num_requests}", prompt_ids, self._sampling)
+        if missing <= 0:
+            return
+        for prompt_ids in self._prompts.draw(missing).prompts.rows():
+            self._engine.add(f"{self._id_prefix}-{self._num_requests}", prompt_ids, self._sampling)
             self._num_requests += 1
 
     def _collect(self, logs: list[FinishedLog]) -> None:
-        if self._noiser is not None:
-            logs = self._noiser.take_own(logs)
         for log in logs:
             self._actions += len(log.actions)
             self._backspaces += int((log.actions == self._spec.contract.backspace_id).sum())
@@ -248,22 +246,27 @@ class RolloutActor:
             self._window.append((time.monotonic(), self._actions))
 
     def _hand_over(self) -> None:
-        batches = [] if self._noiser is None else self._noiser.finished_batches()
-        if self._finished:
-            batches.append(
-                logs_to_batch(
-                    self._finished,
-                    self._spec.contract,
-                    task=self._spec.task,
-                    actor=self._name,
-                    sampling=self._sampling,
-                    weights_fingerprint=self._fingerprint,
-                )
-            )
-            self._finished = []
-        for batch in batches:
-            self._settle_inserts(at_most=MAX_INSERTS_IN_FLIGHT - 1)
-            self._inserts.append(self._buffer.insert.remote(batch))
+        """Send finished rollouts to the buffer, and as many expert trajectories where their noise is the policy's."""
+        if not self._finished:
+            return
+        rollouts = logs_to_batch(
+            self._finished,
+            self._spec.contract,
+            task=self._task.name,
+            actor=self._name,
+            sampling=self._sampling,
+            weights_fingerprint=self._fingerprint,
+        )
+        self._finished = []
+        self._insert(rollouts)
+        if self._experts is not None:
+            plan = self._experts.plan(rollouts.num_rows)
+            tokens, _ = self._engine.draw_next_tokens(plan.prefixes().rows())
+            self._insert(self._experts.realise(plan, tokens))
+
+    def _insert(self, batch: pa.RecordBatch) -> None:
+        self._settle_inserts(at_most=MAX_INSERTS_IN_FLIGHT - 1)
+        self._inserts.append(self._buffer.insert.remote(batch))
 
     def _settle_inserts(self, at_most: int) -> None:
         """Wait until no more than `at_most` inserts are unanswered, and heed the answers."""

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _STEP = re.compile(r"^step-(\d+)$")
@@ -91,6 +92,26 @@ def read_training_state(checkpoint: Path) -> TrainingState:
     """Optimizer, schedule and RNG state of one checkpoint."""
     state: TrainingState = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
     return state
+
+
+def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Load a checkpoint's weights into `model`, in place.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor of the model, or holds one that the model does not have.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        state |= load_file(file)
+    own = model.state_dict()
+    loaded_memory = {own[name].data_ptr() for name in state if name in own}
+    result = model.load_state_dict(state, strict=False)
+    # A tied tensor is saved once; under its other name it is loaded all the same.
+    missing = [name for name in result.missing_keys if own[name].data_ptr() not in loaded_memory]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"checkpoint {checkpoint} does not fit the model: missing {missing}, unexpected {result.unexpected_keys}"
+        )
 
 
 def _fsync(path: Path) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
 from buffer.settings import Settings
-from learner.settings import ObjectiveSettings
+from learner.settings import ObjectiveSettings, OptimizerSettings
 
 
 class StageSettings(Settings):
@@ -20,13 +18,10 @@ class StageSettings(Settings):
     objective: ObjectiveSettings
     steps: PositiveInt
     batch_size: PositiveInt = Field(64, description="expert trajectories per step")
-    rollout_batch_size: PositiveInt = Field(64, description="policy trajectories per step, where rollouts are needed")
-    learning_rate: float = Field(2e-3, gt=0.0, description="peak learning rate")
-    warmup_steps: NonNegativeInt = 50
-    schedule: Literal["constant", "cosine"] = "constant"
-    final_learning_rate_share: float = Field(
-        0.05, ge=0.0, le=1.0, description="cosine: learning rate of the last step, as a share of the peak"
+    rollout_batch_size: PositiveInt = Field(
+        64, description="policy trajectories per step, where rollouts are needed"
     )
+    optimizer: OptimizerSettings = OptimizerSettings()
     publish_every_steps: PositiveInt = Field(
         10, description="weights are pushed to the actors each time this many steps are done (with rollouts)"
     )
@@ -40,16 +35,15 @@ class LearnerSettings(Settings):
 
     num_cpus: float = Field(1.0, gt=0.0, description="CPUs that Ray sets aside for the learner")
     num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside for the learner")
-    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    adam_beta2: float = Field(0.98, ge=0.0, lt=1.0)
-    weight_decay: float = Field(0.0, ge=0.0)
-    max_grad_norm: float = Field(1.0, gt=0.0)
     max_nodes_per_row: PositiveInt = Field(
-        256, description="state-tree nodes per attention row; trajectories that share prompts share nodes within a row"
+        256,
+        description="state-tree nodes per attention row; trajectories that share prompts share nodes within a row",
     )
     checkpoint_every_steps: PositiveInt = 500
     keep_checkpoints: PositiveInt = Field(2, description="checkpoints kept per stage, the last one included")
-    data_timeout_s: float = Field(300.0, gt=0.0, description="longest wait for rollouts before the run is ended")
+    data_timeout_s: float = Field(
+        300.0, gt=0.0, description="longest wait for rollouts before the run is ended"
+    )
 
 
 def check_stages(stages: tuple[StageSettings, ...]) -> None:

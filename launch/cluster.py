@@ -1,0 +1,117 @@
+"""Connecting to Ray: started here for one run, or a cluster that is there already."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+
+from launch.errors import UserError
+from launch.run_folder import LiveCluster, remove_cluster, write_cluster
+from launch.settings import ClusterSettings, RunSettings
+
+# Ray would otherwise start two more processes whose results nobody looks at.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@contextlib.contextmanager
+def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
+    """Ray for the length of a run; its namespace is the run's name. Everything the run created ends with it.
+
+    Raises:
+        UserError: the cluster cannot be reached, or lacks what the plan needs.
+    """
+    namespace = folder.name
+    _start_or_join(settings.cluster, namespace, _planned_cpus(settings))
+    try:
+        _check_plan(settings)
+        context = ray.get_runtime_context()
+        cluster = LiveCluster(context.gcs_address, namespace, os.getpid())
+        write_cluster(folder, cluster)
+        yield cluster
+    finally:
+        remove_cluster(folder)
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def join_live_run(cluster: LiveCluster, timeout_s: float = 10.0) -> Iterator[None]:
+    """Connect to the Ray of a live run from another shell.
+
+    Raises:
+        UserError: nothing answers there.
+    """
+    _join(cluster.address, cluster.namespace, timeout_s)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: float) -> None:
+    if settings.address is not None:
+        _join(settings.address, namespace, settings.connect_timeout_s)
+        return
+    cores = os.cpu_count() or 1
+    ray.init(
+        address="local",
+        namespace=namespace,
+        num_cpus=settings.num_cpus or max(cores, math.ceil(planned_cpus)),
+        object_store_memory=int(settings.object_store_gib * 2**30),
+        include_dashboard=False,
+        configure_logging=False,
+        log_to_driver=False,
+    )
+
+
+def _join(address: str, namespace: str, timeout_s: float) -> None:
+    if address != "auto":
+        _check_reachable(address, timeout_s)
+    try:
+        ray.init(
+            address=address, namespace=namespace, configure_logging=False, log_to_driver=False
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"cannot join the Ray cluster at {address!r}: {str(error).splitlines()[0]}; start one with "
+            "`ray start --head`, or leave cluster.address out to start Ray for this run"
+        ) from None
+
+
+def _check_reachable(address: str, timeout_s: float) -> None:
+    """A plain connection first: Ray itself would retry an unreachable address for a long time."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"cluster.address {address!r} is neither `auto` nor HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at {address}: {error}; check cluster.address, start one with "
+            "`ray start --head`, or leave cluster.address out to start Ray for this run"
+        ) from None
+
+
+def _planned_cpus(settings: RunSettings) -> float:
+    return settings.learner.num_cpus + settings.actors.count * settings.actors.num_cpus
+
+
+def _check_plan(settings: RunSettings) -> None:
+    """Refuse a plan that the cluster can never place, before anything of it starts."""
+    have = ray.cluster_resources()
+    needs = {
+        "CPU": _planned_cpus(settings),
+        "GPU": settings.learner.num_gpus + settings.actors.count * settings.actors.num_gpus,
+    }
+    for kind, amount in needs.items():
+        if amount > have.get(kind, 0.0):
+            raise UserError(
+                f"the plan needs {amount:g} {kind} (learner and {settings.actors.count} actors), the cluster has "
+                f"{have.get(kind, 0.0):g}: lower actors.count, actors.num_{kind.lower()}s or "
+                f"learner.num_{kind.lower()}s, or raise cluster.num_cpus"
+            )

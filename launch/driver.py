@@ -1,0 +1,259 @@
+"""The driver of a run: creates buffer, learner and actor pool on Ray, runs the stages, and ends all it started."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray.actor import ActorHandle
+from rich.console import Console
+
+from actors.engine_settings import engine_environment
+from actors.pool import ActorPool
+from actors.rollout_actor import RolloutSpec
+from buffer.service import ReplayBufferService
+from launch.cluster import run_cluster
+from launch.errors import RunFailedError, UserError
+from launch.live_view import LiveView, RunView
+from launch.settings import RunSettings, needs_actors
+from learner.checkpoint import checkpoints_of, read_progress
+from learner.stage_settings import StageSettings
+from learner.status import StageResult
+from learner.worker import LearnerSpec, LearnerWorker, PreparedRun
+
+POLL_S = 0.25
+STATUS_TIMEOUT_S = 10.0
+PREPARE_TIMEOUT_S = 900.0
+STOP_TIMEOUT_S = 60.0
+
+# Names of the run's Ray actors, within the namespace of the run.
+POOL_NAME = "pool"
+BUFFER_NAME = "buffer"
+LEARNER_NAME = "learner"
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run left. finished: False where it was stopped on request; it can be resumed."""
+
+    folder: Path
+    results: dict[str, StageResult]
+    finished: bool
+
+
+def train(settings: RunSettings, folder: Path, console: Console) -> RunOutcome:
+    """Run every stage that is not done yet. Ctrl-C ends the run after the current step, with a checkpoint.
+
+    Raises:
+        UserError: the settings cannot be met (model, task, cluster).
+        RunFailedError: an actor or the learner could not go on; the message names who.
+    """
+    view = RunView(folder.name, settings.stages, results=_finished_stages(settings, folder))
+    with LiveView(console, view) as live:
+        view.note = "starting Ray"
+        live.refresh()
+        with run_cluster(settings, folder):
+            crew = _Crew(settings, folder, live)
+            try:
+                return crew.run()
+            finally:
+                crew.stop()
+
+
+def _finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResult]:
+    results = {}
+    for stage in settings.stages:
+        checkpoints = checkpoints_of(folder / "checkpoints" / stage.name)
+        if checkpoints and (progress := read_progress(checkpoints[-1])).finished:
+            results[stage.name] = StageResult(stage.name, progress.step, True, str(checkpoints[-1]), 0.0)
+    return results
+
+
+class _Crew:
+    """The processes of one run."""
+
+    def __init__(self, settings: RunSettings, folder: Path, live: LiveView) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._live = live
+        self._buffer: ActorHandle | None = None
+        self._pool: ActorHandle | None = None
+        self._learner: ActorHandle = self._create_learner()
+
+    def run(self) -> RunOutcome:
+        stages = _with_explicit_starts(self._settings.stages)
+        remaining = [stage for stage in stages if stage.name not in self._live.view.results]
+        try:
+            self._note("loading model and task")
+            run = self._prepare()
+            if any(needs_actors(stage, self._settings.noise) for stage in remaining):
+                self._start_actors(run)
+            self._note("")
+            for stage in remaining:
+                result = self._run_stage(stage)
+                self._live.view.results[stage.name] = result
+                if not result.finished:
+                    return self._outcome(finished=False)
+        except KeyboardInterrupt:  # between two stages: nothing is under way that a checkpoint does not hold
+            return self._outcome(finished=False)
+        return self._outcome(finished=True)
+
+    def stop(self) -> None:
+        """End every process of the run, actors first so that their last rollouts reach the buffer."""
+        if self._pool is not None:
+            self._end(self._pool, self._pool.stop.remote(self._settings.actors.drain_timeout_s))
+        if self._buffer is not None:
+            self._end(self._buffer, self._buffer.close.remote())
+        ray.kill(self._learner)
+
+    def _outcome(self, finished: bool) -> RunOutcome:
+        return RunOutcome(self._folder, dict(self._live.view.results), finished)
+
+    def _create_learner(self) -> ActorHandle:
+        settings = self._settings
+        spec = LearnerSpec(
+            model=settings.model,
+            task=settings.task,
+            noise=settings.noise,
+            settings=settings.learner,
+            run_folder=str(self._folder),
+            seed=settings.seed,
+        )
+        return (
+            ray.remote(LearnerWorker)
+            .options(
+                name=LEARNER_NAME,
+                num_cpus=settings.learner.num_cpus,
+                num_gpus=settings.learner.num_gpus,
+                concurrency_groups={"training": 1, "control": 2},
+            )
+            .remote(spec)
+        )
+
+    def _prepare(self) -> PreparedRun:
+        reference = self._learner.prepare.options(concurrency_group="training").remote()
+        self._wait(reference, PREPARE_TIMEOUT_S, "the learner to load model and task")
+        try:
+            run: PreparedRun = ray.get(reference, timeout=STATUS_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ValueError | OSError | ImportError):
+                raise UserError(str(error.cause)) from None
+            raise
+        rollout = self._settings.actors.rollout
+        prompt = max(len(ids) for ids in run.task.train["prompt_ids"])
+        if prompt + rollout.max_new_tokens > run.max_length:
+            raise UserError(
+                f"a prompt of {prompt} tokens and actors.rollout.max_new_tokens={rollout.max_new_tokens} exceed "
+                f"the model's context of {run.max_length} tokens: lower one of them or choose a longer context"
+            )
+        return run
+
+    def _start_actors(self, run: PreparedRun) -> None:
+        settings = self._settings
+        self._buffer = (
+            ray.remote(ReplayBufferService)
+            .options(name=BUFFER_NAME, num_cpus=0, max_concurrency=64)
+            .remote(str(self._folder / "buffer"), run.contract, settings.buffer, settings.seed)
+        )
+        spec = RolloutSpec(
+            config_json=run.config_json,
+            contract=run.contract,
+            settings=settings.actors,
+            noise=settings.noise,
+            max_length=run.max_length,
+            seed=settings.seed,
+        )
+        self._pool = (
+            ray.remote(ActorPool)
+            .options(name=POOL_NAME, num_cpus=0)
+            .remote(
+                spec,
+                [ray.put(run.task)],
+                self._buffer,
+                engine_environment(spec.engine_settings("", seed=0)),
+                settings.actors.count,
+            )
+        )
+        ray.get(self._pool.start.remote(), timeout=STATUS_TIMEOUT_S)
+        ray.get(self._pool.pause.remote(), timeout=STATUS_TIMEOUT_S)
+        first_version = ray.get(self._buffer.newest_version.remote(), timeout=STATUS_TIMEOUT_S) + 1
+        connected = self._learner.connect.options(concurrency_group="training").remote(
+            self._buffer, self._pool, first_version
+        )
+        ray.get(connected, timeout=PREPARE_TIMEOUT_S)
+
+    def _run_stage(self, stage: StageSettings) -> StageResult:
+        rolling = needs_actors(stage, self._settings.noise)
+        if self._pool is not None:
+            ray.get((self._pool.resume if rolling else self._pool.pause).remote(), timeout=STATUS_TIMEOUT_S)
+        reference = self._learner.run_stage.options(concurrency_group="training").remote(stage)
+        stopping_since: float | None = None
+        while True:
+            try:
+                if ray.wait([reference], timeout=POLL_S)[0]:
+                    return self._stage_result(reference)
+                self._refresh()
+                if stopping_since is not None and time.monotonic() - stopping_since > STOP_TIMEOUT_S:
+                    raise RunFailedError(f"the learner did not stop within {STOP_TIMEOUT_S:.0f} s")
+            except KeyboardInterrupt:
+                if stopping_since is not None:
+                    raise RunFailedError("stopped by a second Ctrl-C, without a last checkpoint") from None
+                stopping_since = time.monotonic()
+                self._note("stopping after this step, with a checkpoint (Ctrl-C again to stop at once)")
+                self._learner.request_stop.options(concurrency_group="control").remote()
+
+    def _stage_result(self, reference: ray.ObjectRef) -> StageResult:
+        try:
+            result: StageResult = ray.get(reference, timeout=STATUS_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            raise RunFailedError(f"the learner failed: {type(error.cause).__name__}: {error.cause}") from error
+        except ray.exceptions.RayActorError as error:
+            raise RunFailedError(f"the learner process died: {str(error).splitlines()[0]}") from None
+        return result
+
+    def _refresh(self) -> None:
+        """Ask everyone how they are; who is too busy to answer is shown as last seen."""
+        view = self._live.view
+        view.learner = self._ask(self._learner.status.options(concurrency_group="control").remote()) or view.learner
+        if self._pool is not None and self._buffer is not None:
+            view.pool = self._ask(self._pool.status.remote()) or view.pool
+            view.buffer = self._ask(self._buffer.status.remote()) or view.buffer
+            if view.pool is not None and view.pool.failure is not None:
+                raise RunFailedError(f"the actor pool gave up: {view.pool.failure}")
+        self._live.refresh()
+
+    def _ask(self, reference: ray.ObjectRef) -> object:
+        try:
+            return ray.get(reference, timeout=STATUS_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            return None
+
+    def _wait(self, reference: ray.ObjectRef, timeout_s: float, whom: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not ray.wait([reference], timeout=POLL_S)[0]:
+            self._live.refresh()
+            if time.monotonic() > deadline:
+                raise RunFailedError(f"waited {timeout_s:.0f} s for {whom}")
+
+    def _note(self, note: str) -> None:
+        self._live.view.note = note
+        self._live.refresh()
+
+    def _end(self, actor: ActorHandle, goodbye: ray.ObjectRef) -> None:
+        try:
+            ray.get(goodbye, timeout=self._settings.actors.drain_timeout_s + STATUS_TIMEOUT_S)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+            self._live.say(f"[yellow]{actor} did not end by itself: {type(error).__name__}[/yellow]")
+        ray.kill(actor)
+
+
+def _with_explicit_starts(stages: tuple[StageSettings, ...]) -> list[StageSettings]:
+    """Stages that say of themselves where they start: a stage without `start_from` follows the one before it."""
+    explicit: list[StageSettings] = []
+    for stage in stages:
+        start = stage.start_from or (explicit[-1].name if explicit else None)
+        explicit.append(stage.model_copy(update={"start_from": start}))
+    return explicit

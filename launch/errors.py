@@ -1,0 +1,14 @@
+"""Errors that reach the person at the terminal, and the exit codes they end with."""
+
+from __future__ import annotations
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what is wrong and what to do; the command exits with 2."""
+
+
+class RunFailedError(Exception):
+    """A run that started well and could not go on. The message names who failed; the command exits with 1."""

@@ -1,0 +1,141 @@
+"""Reading a recipe: YAML, dotted overrides, and errors that say what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from launch.errors import UserError
+from launch.settings import RunSettings
+
+Tree = dict[str, object]
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
+    """Read `path` and apply overrides such as `actors.count=2` or `stages.trunk.steps=100`.
+
+    A stage is addressed by its name or its index; values are YAML.
+
+    Raises:
+        UserError: the file is absent or not YAML, an override is malformed, or a key or value is not accepted.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no recipe at {path}; the packaged ones are in launch/recipes/") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no settings; a recipe is a YAML mapping (see launch/recipes/)")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return RunSettings.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_explain(error))) from None
+
+
+def write_recipe(settings: RunSettings, path: Path) -> None:
+    """Write resolved settings, so that `read_recipe` gives them back."""
+    path.write_text(to_yaml(settings), encoding="utf-8")
+
+
+def to_yaml(settings: RunSettings) -> str:
+    """Resolved settings as YAML."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, width=110)
+
+
+def _apply(tree: Tree, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form key=value, e.g. actors.count=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+    *parents, last = key.split(".")
+    node: object = tree
+    for part in parents:
+        node = _child(node, part, override)
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"override {override!r}: nothing lies below {'.'.join(parents)}")
+
+
+def _child(node: object, part: str, override: str) -> object:
+    if isinstance(node, list):
+        return node[_index(node, part, override)]
+    if isinstance(node, dict):
+        if node.get(part) is None:
+            node[part] = {}
+        return node[part]
+    raise UserError(f"override {override!r}: nothing lies below {part!r}")
+
+
+def _index(items: list[object], part: str, override: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    known = ", ".join(str(name) for name in names)
+    raise UserError(f"override {override!r}: no entry {part!r} (entries: {known})")
+
+
+def _explain(error: ValidationError) -> list[str]:
+    explanations = []
+    for detail in error.errors():
+        location = [part for part in detail["loc"] if not _is_tag(part)]
+        where = ".".join(str(part) for part in location) or "recipe"
+        if detail["type"] == "extra_forbidden":
+            explanations.append(_unknown_key(where, location, detail["loc"]))
+        else:
+            message = detail["msg"].removeprefix("Value error, ")
+            explanations.append(f"{where}: {message}")
+    return explanations
+
+
+# Pydantic names the chosen member of a tagged union inside error locations; users never wrote it.
+_TAGS = {"arithmetic", "text", "scratch", "pretrained", "mle", "behaviour_cloning", "sequencematch"}
+
+
+def _is_tag(part: int | str) -> bool:
+    return part in _TAGS
+
+
+def _unknown_key(where: str, location: list[int | str], raw: tuple[int | str, ...]) -> str:
+    known = sorted(_known_keys(RunSettings, raw[:-1]))
+    nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+    return f"unknown key {where!r}; {hint}"
+
+
+def _known_keys(model: type[BaseModel], path: Sequence[int | str]) -> set[str]:
+    """Keys that the settings class at `path` accepts, found through the schema that pydantic itself reports."""
+    schema = model.model_json_schema()
+    node = schema
+    for part in path:
+        node = _resolve(schema, node)
+        if isinstance(part, int):
+            node = node["items"]
+        elif "properties" in node and part in node["properties"]:
+            node = node["properties"][part]
+        elif "discriminator" in node:
+            node = {"$ref": node["discriminator"]["mapping"][part]}
+    node = _resolve(schema, node)
+    keys = set(node.get("properties", {}))
+    for option in node.get("oneOf", []):
+        keys |= set(_resolve(schema, option).get("properties", {}))
+    return keys
+
+
+def _resolve(schema: dict[str, dict[str, dict[str, object]]], node: dict[str, object]) -> dict[str, object]:
+    reference = node.get("$ref")
+    return schema["$defs"][str(reference).rsplit("/", 1)[-1]] if reference else node

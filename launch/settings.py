@@ -1,0 +1,86 @@
+"""The settings of a run: one recipe, made of the settings of every room."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from actors.settings import ActorsSettings
+from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings
+from learner.settings import ModelSettings
+from learner.stage_settings import LearnerSettings, StageSettings, check_stages
+
+
+class ClusterSettings(Settings):
+    """Where the run's processes live."""
+
+    address: str | None = Field(
+        None,
+        description="address of a running Ray cluster (`auto` or HOST:PORT); null starts Ray on this machine for the run",
+    )
+    num_cpus: PositiveInt | None = Field(
+        None,
+        description="CPUs that a Ray started here offers; null = the machine's cores, or more if the plan needs it",
+    )
+    object_store_gib: float = Field(1.0, gt=0.0, description="shared memory of a Ray started here, in GiB")
+    connect_timeout_s: float = Field(10.0, gt=0.0, description="longest wait for the cluster at `address`")
+
+
+class EvaluationSettings(Settings):
+    """What is measured when training is done."""
+
+    stages: tuple[str, ...] = Field(
+        (), description="stages whose final checkpoints are compared; empty = the last stage"
+    )
+    examples: PositiveInt = Field(500, description="held-out examples, at most")
+    shown_rollouts: NonNegativeInt = Field(8, description="rollouts printed with their deletions")
+
+
+class RunSettings(Settings):
+    """One run. `sequencematch train RECIPE --dry-run` prints it with every default filled in."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="first part of the run folder's name")
+    seed: NonNegativeInt = 0
+    runs_folder: str = "runs"
+    task: Annotated[TaskSettings, Field(discriminator="name")]
+    noise: NoiseSettings = NoiseSettings()
+    model: ModelSettings
+    stages: tuple[StageSettings, ...] = Field(min_length=1)
+    learner: LearnerSettings = LearnerSettings()
+    actors: ActorsSettings = ActorsSettings()
+    buffer: BufferSettings = BufferSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunSettings:
+        check_stages(self.stages)
+        names = [stage.name for stage in self.stages]
+        if unknown := [name for name in self.evaluation.stages if name not in names]:
+            raise ValueError(f"evaluation.stages names {unknown[0]!r}, the stages are: {', '.join(names)}")
+        needy = [stage.name for stage in self.stages if needs_actors(stage, self.noise)]
+        if needy and self.actors.count == 0:
+            raise ValueError(
+                f"stage {needy[0]!r} needs rollouts, but actors.count is 0: set actors.count to 1 or more"
+            )
+        if needy and self.buffer.capacity < max(stage.rollout_batch_size for stage in self.stages):
+            raise ValueError(
+                "buffer.capacity is smaller than a stage's rollout_batch_size: no step could be drawn"
+            )
+        return self
+
+
+def needs_policy_trajectories(stage: StageSettings) -> bool:
+    """Whether the stage's objective draws rollouts from the buffer."""
+    return stage.objective.name == "sequencematch" and stage.objective.divergence == "chi2_mixture"
+
+
+def makes_noisy_experts(stage: StageSettings) -> bool:
+    """Whether expert trajectories carry noise: maximum likelihood is the method without backspaces."""
+    return stage.objective.name != "mle"
+
+
+def needs_actors(stage: StageSettings, noise: NoiseSettings) -> bool:
+    """Whether the stage needs rollout actors: for rollouts, or for noise drawn from the policy."""
+    return needs_policy_trajectories(stage) or (makes_noisy_experts(stage) and noise.kind == "policy")

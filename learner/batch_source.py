@@ -1,0 +1,69 @@
+"""Where the learner's trajectories come from: the seam between the training loop and the data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import pyarrow as pa
+import ray
+from ray.actor import ActorHandle
+
+POLL_S = 0.5
+ANSWER_GRACE_S = 10.0
+
+
+class StopRequestedError(Exception):
+    """The run was asked to stop while the learner waited for data."""
+
+
+class BatchSource(Protocol):
+    """Trajectories for one step; `buffer.experts.stream.ExpertStream` is one, `BufferSource` the other."""
+
+    def draw(self, count: int) -> pa.RecordBatch:
+        """Exactly `count` trajectories."""
+
+
+class BufferSource:
+    """Draws from the replay buffer through Ray."""
+
+    def __init__(
+        self,
+        buffer: ActorHandle,
+        source: str,
+        timeout_s: float,
+        newest_version: Callable[[], int],
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        """Args:
+        source: "policy" or "expert".
+        newest_version: the newest published version at the time of a draw; staleness counts from it.
+        stop_requested: asked while waiting.
+        """
+        self._buffer = buffer
+        self._source = source
+        self._timeout_s = timeout_s
+        self._newest_version = newest_version
+        self._stop_requested = stop_requested
+
+    def draw(self, count: int) -> pa.RecordBatch:
+        """Wait for `count` trajectories.
+
+        Raises:
+            TimeoutError: the buffer could not give them in time; its message says what it holds.
+            StopRequestedError: the run is to stop.
+        """
+        reference = self._buffer.draw.remote(
+            count, self._newest_version(), source=self._source, timeout_s=self._timeout_s
+        )
+        deadline = time.monotonic() + self._timeout_s + ANSWER_GRACE_S
+        while not ray.wait([reference], timeout=POLL_S)[0]:
+            if self._stop_requested():
+                raise StopRequestedError
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"the replay buffer did not answer the learner within {self._timeout_s + ANSWER_GRACE_S:.0f} s"
+                )
+        batch: pa.RecordBatch = ray.get(reference, timeout=ANSWER_GRACE_S)
+        return batch

@@ -1,0 +1,46 @@
+"""AdamW and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from learner.settings import OptimizerSettings
+
+DEFAULT_FINAL_FRACTION = 0.05
+
+
+def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over all trainable parameters; weight decay spares vectors (norms, biases)."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if parameter.dim() > 1]
+    vectors = [parameter for parameter in trainable if parameter.dim() <= 1]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, steps: int) -> LambdaLR:
+    """Linear warm-up, then constant or a cosine down to `final_fraction` of the peak at the last step."""
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings, steps))
+
+
+def learning_rate_factor(step: int, settings: OptimizerSettings, steps: int) -> float:
+    """Share of the peak learning rate at `step` (from 0) of `steps`."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
+    final = DEFAULT_FINAL_FRACTION if settings.final_fraction is None else settings.final_fraction
+    done = (step - settings.warmup_steps) / max(steps - 1 - settings.warmup_steps, 1)
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))

@@ -1,0 +1,85 @@
+"""Publishing weights: one copy into the object store, one announcement, no waiting for actors."""
+
+from __future__ import annotations
+
+import numpy as np
+import ray
+import torch
+from ray.actor import ActorHandle
+from transformers import PreTrainedModel
+
+from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_state_dict
+
+PROBE_TOKENS = 16
+ANNOUNCE_TIMEOUT_S = 60.0
+
+
+class WeightPublisher:
+    """Numbers the publications of a run and tells the actor pool of each.
+
+    The object store takes the snapshot: `ray.put` copies the tensors once (and once per further node that asks), so
+    the optimizer may write to them as soon as `publish` returns. The newest payload is kept alive here.
+    """
+
+    def __init__(self, pool: ActorHandle, probe_token_ids: tuple[int, ...], first_version: int = 0) -> None:
+        """Args:
+        probe_token_ids: [P] fixed sequence whose log-probabilities every engine must reproduce.
+        first_version: version of the next publication (beyond 0 when a run resumes).
+        """
+        self._pool = pool
+        self._probe_token_ids = probe_token_ids
+        self._next_version = first_version
+        self._payload: ray.ObjectRef[WeightPayload] | None = None
+        self._announced: ray.ObjectRef[None] | None = None
+
+    @property
+    def newest_version(self) -> int:
+        """Version of the newest publication; -1 before the first."""
+        return self._next_version - 1
+
+    def publish(self, model: PreTrainedModel) -> WeightManifest:
+        """Publish the model's weights under the next version and return without waiting for any actor.
+
+        Raises:
+            TimeoutError: the pool has not answered the previous announcement yet.
+        """
+        self._check_last_announcement()
+        payload, entries = pack_state_dict(model.state_dict())
+        manifest = WeightManifest(
+            version=self._next_version,
+            fingerprint=fingerprint(entries, payload),
+            tensors=entries,
+            probe_token_ids=self._probe_token_ids,
+            probe_logprobs=tuple(sequence_logprobs(model, self._probe_token_ids).tolist()),
+        )
+        self._payload = ray.put(payload)
+        self._announced = self._pool.announce.remote(manifest, [self._payload])
+        self._next_version += 1
+        return manifest
+
+    def _check_last_announcement(self) -> None:
+        if self._announced is not None:
+            try:
+                ray.get(self._announced, timeout=ANNOUNCE_TIMEOUT_S)
+            except ray.exceptions.GetTimeoutError:
+                raise TimeoutError(
+                    f"the actor pool did not take weights version {self.newest_version} within "
+                    f"{ANNOUNCE_TIMEOUT_S:.0f} s"
+                ) from None
+
+
+@torch.no_grad()
+def sequence_logprobs(model: PreTrainedModel, token_ids: tuple[int, ...]) -> np.ndarray:
+    """[P-1] float32 log-probability of each token after the first given those before it, over all actions."""
+    was_training = model.training
+    model.eval()
+    ids = torch.tensor([token_ids], device=model.device)
+    logprobs = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
+    model.train(was_training)
+    return logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
+
+
+def make_probe(vocab_size: int, excluded: tuple[int, ...], seed: int) -> tuple[int, ...]:
+    """A fixed pseudo-random sequence of PROBE_TOKENS ids that avoids `excluded` (backspace never stands in a text)."""
+    candidates = np.setdiff1d(np.arange(vocab_size), np.array(excluded))
+    return tuple(np.random.default_rng(seed).choice(candidates, size=PROBE_TOKENS).tolist())

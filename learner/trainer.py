@@ -1,0 +1,153 @@
+"""The training loop of one stage: draw trajectories, one forward pass per state tree, one optimizer step.
+
+The loop knows neither Ray nor the disk: data, publication, metrics and checkpoints come in as seams, so that it runs
+alone in a test. `learner.worker` wires it to a run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel
+
+from learner.action_values import action_values
+from learner.batch_source import BatchSource
+from learner.checkpoint import TrainingState
+from learner.objectives.base import EvaluatedLogs, LogCounts, Objective
+from learner.optimizer import make_optimizer, make_schedule
+from learner.stage_settings import StageSettings
+from learner.state_tree import TreeBatch, build_tree_batch
+
+
+@dataclass(frozen=True)
+class TreeSettings:
+    """How trajectories become state trees (see `build_tree_batch`)."""
+
+    backspace_id: int
+    eos_id: int
+    max_nodes_per_row: int
+    max_positions: int
+
+    def build(self, batch: pa.RecordBatch) -> TreeBatch:
+        """State trees of a batch of trajectories."""
+        return build_tree_batch(
+            batch,
+            backspace_id=self.backspace_id,
+            eos_id=self.eos_id,
+            max_nodes_per_row=self.max_nodes_per_row,
+            max_positions=self.max_positions,
+        )
+
+
+class Trainer:
+    """One stage of training, step by step.
+
+    Args:
+        experts: expert trajectories. rollouts: policy trajectories, exactly where the objective needs them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        stage: StageSettings,
+        trees: TreeSettings,
+        experts: BatchSource,
+        rollouts: BatchSource | None,
+    ) -> None:
+        assert (rollouts is not None) == objective.needs_rollouts
+        self.step = 0
+        self._model = model
+        self._objective = objective
+        self._stage = stage
+        self._trees = trees
+        self._experts = experts
+        self._rollouts = rollouts
+        self._optimizer = make_optimizer(model, stage.optimizer)
+        self._schedule = make_schedule(self._optimizer, stage.optimizer, stage.steps)
+        model.train()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps of the stage are done."""
+        return self.step >= self._stage.steps
+
+    def train_step(self) -> dict[str, float]:
+        """Draw, evaluate, step; gives the metrics of the step.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite; the weights are as they were before.
+        """
+        started = time.perf_counter()
+        experts = self._trees.build(self._experts.draw(self._stage.batch_size))
+        policy = (
+            None
+            if self._rollouts is None
+            else self._trees.build(self._rollouts.draw(self._stage.rollout_batch_size))
+        )
+        drawn = time.perf_counter()
+        loss, objective_metrics = self._objective.loss(
+            self._evaluate(experts), None if policy is None else self._evaluate(policy), self.step
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradient_norm = torch.nn.utils.clip_grad_norm_(
+            self._model.parameters(), self._stage.optimizer.max_grad_norm
+        )
+        if not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm)):
+            raise FloatingPointError(
+                f"step {self.step}: loss {float(loss):.4g}, gradient norm {float(gradient_norm):.4g}; "
+                "lower the learning rate or alpha"
+            )
+        learning_rate = self._schedule.get_last_lr()[0]
+        self._optimizer.step()
+        self._schedule.step()
+        self.step += 1
+        seconds = time.perf_counter() - started
+        trees = [experts] if policy is None else [experts, policy]
+        num_actions = sum(tree.num_actions for tree in trees)
+        num_nodes = sum(tree.num_nodes for tree in trees)
+        return {
+            **{name: float(value) for name, value in objective_metrics.items()},
+            "gradient_norm": float(gradient_norm),
+            "learning_rate": learning_rate,
+            "step_s": seconds,
+            "data_wait_s": drawn - started,
+            "actions_per_s": num_actions / seconds,
+            "nodes_per_s": num_nodes / seconds,
+            "sharing_ratio": sum(tree.num_nodes_unshared for tree in trees) / num_nodes,
+        }
+
+    def _evaluate(self, tree: TreeBatch) -> EvaluatedLogs:
+        counts = LogCounts.of([tree])
+        tree = tree.to(self._model.device)
+        return EvaluatedLogs(tree, action_values(self._model, tree, self._trees.backspace_id), counts)
+
+    def state(self) -> TrainingState:
+        """Everything but the weights that the next step depends on, apart from the data sources."""
+        return {
+            "step": self.step,
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "random_state": torch.get_rng_state(),
+        }
+
+    def load_state(self, state: TrainingState) -> None:
+        """Go on from `state()` of the same stage."""
+        self.step = int(str(state["step"]))
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random_state"])
+
+
+StepCallback = Callable[[dict[str, float]], None]
+
+
+def run_steps(trainer: Trainer, after_step: StepCallback, stop_requested: Callable[[], bool]) -> None:
+    """Step until the stage is finished or a stop is asked for; `after_step` gets each step's metrics."""
+    while not trainer.finished and not stop_requested():
+        after_step(trainer.train_step())

@@ -1,0 +1,247 @@
+"""The learner process: one Ray actor that owns the model and trains it stage by stage."""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ray.actor import ActorHandle
+from transformers import PreTrainedModel
+
+from buffer.experts.stream import ExpertStream
+from buffer.experts.tasks import Task, load_task
+from buffer.schema import TokenContract
+from buffer.settings import NoiseSettings, TaskSettings
+from learner.batch_source import BatchSource, BufferSource, StopRequestedError
+from learner.checkpoint import (
+    Progress,
+    checkpoints_of,
+    load_weights,
+    read_progress,
+    read_training_state,
+    save_checkpoint,
+)
+from learner.metrics_log import MetricsLog
+from learner.model import load_policy
+from learner.objectives.factory import make_objective
+from learner.publisher import WeightPublisher, make_probe
+from learner.settings import ModelSettings, ScratchModelSettings
+from learner.stage_settings import LearnerSettings, StageSettings
+from learner.status import LearnerStatus, StageResult
+from learner.trainer import Trainer, TreeSettings
+
+RECENT_STEPS = 20
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What the learner is born with."""
+
+    model: ModelSettings
+    task: TaskSettings
+    noise: NoiseSettings
+    settings: LearnerSettings
+    run_folder: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What the other processes need to know of model and task. max_length: longest text, in tokens."""
+
+    config_json: str
+    contract: TokenContract
+    task: Task
+    num_parameters: int
+    max_length: int
+
+
+class LearnerWorker:
+    """A Ray actor with two concurrency groups: `training` (one thread) and `control`."""
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        self._spec = spec
+        self._folder = Path(spec.run_folder)
+        self._stop = threading.Event()
+        self._status = LearnerStatus("", 0, 0, 0.0, -1, "starting", {})
+        self._model: PreTrainedModel
+        self._task: Task
+        self._contract: TokenContract
+        self._buffer: ActorHandle | None = None
+        self._publisher: WeightPublisher | None = None
+
+    # Control group ------------------------------------------------------------
+
+    def status(self) -> LearnerStatus:
+        """Where training stands."""
+        return self._status
+
+    def request_stop(self) -> None:
+        """End the running stage after its current step, with a checkpoint."""
+        self._stop.set()
+
+    # Training group ------------------------------------------------------------------------------------------
+
+    def prepare(self) -> PreparedRun:
+        """Load model and task.
+
+        Raises:
+            ValueError, OSError, ImportError: the model or the task cannot be had as the settings ask.
+        """
+        torch.manual_seed(self._spec.seed)
+        model_settings, task_settings = self._spec.model, self._spec.task
+        if isinstance(model_settings, ScratchModelSettings):
+            self._task = load_task(task_settings, max_length=model_settings.max_positions)
+            policy = load_policy(model_settings, self._task.tokenizer)
+            max_length = model_settings.max_positions
+        else:
+            policy = load_policy(model_settings)
+            max_length = int(policy.model.config.max_position_embeddings)
+            self._task = load_task(
+                task_settings, policy.tokenizer, backspace_id=policy.backspace_id, max_length=max_length
+            )
+        self._model = policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._max_length = max_length
+        self._contract = self._task.contract(policy.model.config.vocab_size)
+        return PreparedRun(
+            config_json=policy.model.config.to_json_string(use_diff=False),
+            contract=self._contract,
+            task=self._task,
+            num_parameters=sum(parameter.numel() for parameter in policy.model.parameters()),
+            max_length=max_length,
+        )
+
+    def connect(self, buffer: ActorHandle, pool: ActorHandle, first_version: int) -> None:
+        """Publish the initial weights to `pool`, so that every actor proves its engine early.
+
+        first_version: of this publication; beyond 0 when a run resumes.
+        """
+        excluded = (self._contract.backspace_id, self._contract.eos_id)
+        num_tokens = min(self._contract.vocab_size, len(self._task.tokenizer))
+        probe = make_probe(num_tokens, excluded, self._spec.seed)
+        self._buffer = buffer
+        self._publisher = WeightPublisher(pool, probe, first_version)
+        self._publish()
+
+    def run_stage(self, stage: StageSettings) -> StageResult:
+        """Train one stage to its end, or until a stop is requested; goes on from its newest checkpoint.
+
+        Raises:
+            TimeoutError: no rollouts came in time. FloatingPointError: training diverged.
+        """
+        self._stop.clear()
+        torch.set_num_threads(stage.num_threads)
+        started = time.monotonic()
+        objective = make_objective(stage.objective)
+        experts, stream = self._expert_source(stage)
+        trainer = Trainer(
+            self._model,
+            objective,
+            stage,
+            TreeSettings(
+                backspace_id=self._contract.backspace_id,
+                eos_id=self._contract.eos_id,
+                max_nodes_per_row=self._spec.settings.max_nodes_per_row,
+                max_positions=self._max_length,
+            ),
+            experts,
+            self._buffer_source("policy") if objective.needs_rollouts else None,
+        )
+        self._restore(stage, trainer, stream)
+        uses_actors = objective.needs_rollouts or stream is None
+        if uses_actors:
+            self._publish()
+            assert self._buffer is not None
+        recent: list[float] = []
+        with MetricsLog(self._folder) as log:
+            while not trainer.finished and not self._stop.is_set():
+                try:
+                    metrics = trainer.train_step()
+                except StopRequestedError:
+                    break
+                if uses_actors:
+                    metrics["policy_version"] = self._newest_version()
+                log.write(stage.name, trainer.step, metrics)
+                recent = [*recent[-RECENT_STEPS + 1 :], metrics["step_s"]]
+                self._status = LearnerStatus(
+                    stage=stage.name,
+                    step=trainer.step,
+                    stage_steps=stage.steps,
+                    seconds_per_step=sum(recent) / len(recent),
+                    policy_version=self._newest_version(),
+                    activity="training",
+                    metrics=metrics,
+                )
+                if uses_actors and trainer.step % stage.publish_every_steps == 0:
+                    self._publish()
+                if trainer.step % self._spec.settings.checkpoint_every_steps == 0 and not trainer.finished:
+                    self._save(stage, trainer, stream)
+        checkpoint = self._save(stage, trainer, stream)
+        return StageResult(
+            stage=stage.name,
+            step=trainer.step,
+            finished=trainer.finished,
+            checkpoint=str(checkpoint),
+            seconds=time.monotonic() - started,
+        )
+
+    def _expert_source(self, stage: StageSettings) -> tuple[BatchSource, ExpertStream | None]:
+        """Expert trajectories of a stage; with noise from the policy they come out of the buffer, made by the
+        actors.
+        """
+        clean = NoiseSettings(kind="none", rate=0.0)
+        noise = clean if stage.objective.name == "mle" else self._spec.noise
+        if noise.kind == "policy":
+            return self._buffer_source("expert"), None
+        # Arms that start from the same stage see the same examples in the same order.
+        seed = (self._spec.seed << 32) + zlib.crc32((stage.start_from or "").encode())
+        stream = ExpertStream(self._task, noise, self._contract, seed)
+        return stream, stream
+
+    def _buffer_source(self, source: str) -> BufferSource:
+        assert self._buffer is not None, "connect() comes before a stage that needs the buffer"
+        return BufferSource(
+            self._buffer, source, self._spec.settings.data_timeout_s, self._newest_version, self._stop.is_set
+        )
+
+    def _newest_version(self) -> int:
+        return -1 if self._publisher is None else self._publisher.newest_version
+
+    def _publish(self) -> None:
+        assert self._publisher is not None, "connect() comes before the first publication"
+        self._publisher.publish(self._model)
+
+    def _restore(self, stage: StageSettings, trainer: Trainer, stream: ExpertStream | None) -> None:
+        """Weights of the stage's own newest checkpoint, or else of the stage it starts from."""
+        own = checkpoints_of(self._stage_folder(stage.name))
+        if own:
+            load_weights(self._model, own[-1])
+            trainer.load_state(read_training_state(own[-1]))
+            if stream is not None:
+                stream.load_state(read_progress(own[-1]).expert_stream)
+        elif stage.start_from is not None:
+            load_weights(self._model, checkpoints_of(self._stage_folder(stage.start_from))[-1])
+
+    def _save(self, stage: StageSettings, trainer: Trainer, stream: ExpertStream | None) -> Path:
+        progress = Progress(
+            stage=stage.name,
+            step=trainer.step,
+            stage_steps=stage.steps,
+            policy_version=self._newest_version(),
+            expert_stream={} if stream is None else stream.state(),
+        )
+        return save_checkpoint(
+            self._stage_folder(stage.name),
+            self._model,
+            self._task.tokenizer,
+            progress,
+            trainer.state(),
+            self._spec.settings.keep_checkpoints,
+        )
+
+    def _stage_folder(self, name: str) -> Path:
+        return self._folder / "checkpoints" / name
