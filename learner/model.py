@@ -216,7 +216,5 @@ def _locate(settings: PretrainedModelSettings) -> _Source:
     path = Path(next(iter(spec.submodule_search_locations))) / file
     if path.suffix != ".gguf" or not path.is_file():
         found = sorted(str(other.relative_to(path.parent)) for other in path.parent.glob("*.gguf"))
-        raise ValueError(
-            f"model {settings.name!r}: no such GGUF file in package {package!r}; it holds {found}"
-        )
+        raise ValueError(f"model {settings.name!r}: no such GGUF file in package {package!r}; it holds {found}")
     return _Source(str(path.parent), path.name, None)

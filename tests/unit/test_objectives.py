@@ -1,0 +1,294 @@
+"""Losses, gradients and metrics against the float64 oracle, on logs that reach every branch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from learner.action_values import ActionValues, action_values
+from learner.objectives.base import EvaluatedLogs, LogCounts, combine_metrics
+from learner.objectives.divergences import DIVERGENCES
+from learner.objectives.registry import make_objective
+from learner.settings import LikelihoodSettings, ObjectiveSettings, SequenceMatchSettings
+from tests import oracle
+from tests.oracle import Log, walk
+from tests.unit.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, tiny
+
+ALPHA, GAMMA = 0.3, 0.9
+DATA = HARD
+MODEL = [
+    Log([1, 4], [8, BACKSPACE, 5, 6, EOS], source="policy"),
+    Log([1, 4], [8, BACKSPACE, 8, BACKSPACE], finish_reason="max_actions", source="policy"),
+    Log([9], [EOS], source="policy"),
+]
+
+
+@pytest.fixture
+def model():
+    """GPT-2, since Llama's norm computes in float32 whatever the type of the model."""
+    return tiny("gpt2").double()
+
+
+def evaluate(model, logs, counts=None, max_nodes_per_row=12) -> EvaluatedLogs:
+    tree = build(logs, max_nodes_per_row)
+    return EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts or LogCounts.of([tree]))
+
+
+def gradients(loss, model):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def settings(**changes) -> SequenceMatchSettings:
+    return SequenceMatchSettings(**({"alpha": ALPHA, "gamma": GAMMA, "beta_start": 0.0, "beta_end": 0.0} | changes))
+
+
+@pytest.mark.parametrize("name", ["mle", "behaviour_cloning"])
+def test_likelihood(model, name):
+    objective = make_objective(LikelihoodSettings(name=name))
+    assert (objective.name, objective.needs_rollouts) == (name, False)
+    loss, metrics = objective.loss(evaluate(model, DATA), None, step=0)
+    expected = oracle.cross_entropy([walk(model, log, BACKSPACE) for log in DATA])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(loss, model), gradients(expected, model))
+    assert float(metrics["loss_behaviour_cloning"]) == pytest.approx(expected.item())
+    with pytest.raises(ValueError, match="takes no rollouts"):
+        objective.loss(evaluate(model, DATA), evaluate(model, MODEL), step=0)
+
+
+CASES = [("chi2", None), ("chi2_mixture", None), ("chi2_mixture", 1.0)]
+ALONE = [None, *(i for i, log in enumerate(DATA) if log.actions)]
+
+
+@pytest.mark.parametrize(("divergence", "coefficient"), CASES)
+@pytest.mark.parametrize("estimator", ["collapsed", "printed"])
+@pytest.mark.parametrize("alone", ALONE)
+def test_sequencematch_against_the_oracle(model, divergence, coefficient, estimator, alone):
+    """All logs together, and each data log alone, so that no branch hides behind another."""
+    data_logs = DATA if alone is None else [DATA[alone]]
+    objective = make_objective(settings(divergence=divergence, estimator=estimator, mixture_coefficient=coefficient))
+    mixture = {"chi2": 0.0, "chi2_mixture": coefficient or 1 / (4 * ALPHA)}[divergence]
+    data = evaluate(model, data_logs)
+    rollouts = evaluate(model, MODEL) if objective.needs_rollouts else None
+    loss, _ = objective.loss(data, rollouts, step=0)
+    expected = oracle.sequencematch_loss(
+        [walk(model, log, BACKSPACE) for log in data_logs],
+        [walk(model, log, BACKSPACE) for log in MODEL],
+        alpha=ALPHA,
+        gamma=GAMMA,
+        mixture_coefficient=mixture,
+        shared_start=estimator == "collapsed",
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(loss, model), gradients(expected, model))
+
+
+@pytest.mark.parametrize("divergence", ["chi2", "chi2_mixture"])
+def test_printed_equals_collapsed_with_a_shared_start(model, divergence):
+    shared = [log for log in HARD if log.prompt == [1, 4]]
+    rollouts = [log for log in MODEL if log.prompt == [1, 4]]
+    assert {log.finish_reason for log in shared} == {"eos", "max_actions"}
+    data, sampled = evaluate(model, shared), evaluate(model, rollouts)
+    losses = {}
+    for estimator in ("printed", "collapsed"):
+        objective = make_objective(settings(divergence=divergence, estimator=estimator))
+        losses[estimator], _ = objective.loss(data, sampled if objective.needs_rollouts else None, step=0)
+    torch.testing.assert_close(losses["printed"], losses["collapsed"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(losses["printed"], list(model.parameters()), retain_graph=True),
+        gradients(losses["collapsed"], model),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+def test_other_start_states_leave_a_residue(model):
+    """The reason for the shared start: the printed form is another number without it."""
+    data, sampled = evaluate(model, HARD[:3]), evaluate(model, MODEL)
+    printed, _ = make_objective(settings(divergence="chi2", estimator="printed")).loss(data, sampled, step=0)
+    collapsed, _ = make_objective(settings(divergence="chi2")).loss(data, None, step=0)
+    start = [walk(model, log, BACKSPACE).v[0] for log in HARD[:3]], [walk(model, log, BACKSPACE).v[0] for log in MODEL]
+    residue = (torch.stack(start[1]).mean() - torch.stack(start[0]).mean()) / 2
+    actions = sum(len(log.actions) for log in HARD[:3])
+    torch.testing.assert_close(printed - collapsed, residue * 3 / actions)
+    assert abs(residue) > 1e-3
+
+
+def test_mixture_penalty_is_a_squared_bellman_residual(model):
+    """(alpha/4) (E[sum gamma^t r^2] + E[gamma^M (1-gamma) V^2]), scaled to data actions."""
+    _, metrics = make_objective(settings()).loss(evaluate(model, DATA), evaluate(model, MODEL), step=0)
+    total = 0.0
+    for log in MODEL:
+        w = walk(model, log, BACKSPACE)
+        total += sum(GAMMA**t * (q - GAMMA * w.v[t + 1]).item() ** 2 for t, q in enumerate(w.q))
+        if log.finish_reason == "eos":
+            total += GAMMA ** len(w.q) * (1 - GAMMA) * w.v[-1].item() ** 2
+    per_action = len(DATA) / sum(len(log.actions) for log in DATA)
+    assert float(metrics["penalty_model"]) == pytest.approx(ALPHA / 4 * total / len(MODEL) * per_action)
+
+
+def test_value_at_eos_is_trained(model):
+    """An ordinary language model never trains it; here the `<eos>` state of a data log gets a gradient."""
+    tree = build([HARD[0]])
+    values = action_values(model, tree, BACKSPACE)
+    values.v_final.retain_grad()
+    data = EvaluatedLogs(tree, values, LogCounts.of([tree]))
+    loss, _ = make_objective(settings(divergence="chi2")).loss(data, None, step=0)
+    loss.backward()
+    assert float(values.v_final.grad.abs().sum()) > 0
+
+
+def test_beta_is_annealed_linearly(model):
+    changes = {"beta_start": 0.8, "beta_end": 0.2, "beta_steps": 10}
+    objective = make_objective(settings(**changes))
+    data, sampled = evaluate(model, DATA), evaluate(model, MODEL)
+    for step, beta in ((0, 0.8), (5, 0.5), (10, 0.2), (1000, 0.2)):
+        loss, metrics = objective.loss(data, sampled, step)
+        assert float(metrics["beta"]) == pytest.approx(beta)
+        mixed = beta * metrics["loss_behaviour_cloning"] + (1 - beta) * metrics["loss_sequencematch"]
+        torch.testing.assert_close(loss.detach(), mixed)
+
+
+def test_micro_batches_add_up(model):
+    """Losses, gradients and metrics of parts with global counts sum to those of the whole."""
+    objective = make_objective(settings(beta_start=0.5, beta_end=0.5))
+    whole_loss, whole = objective.loss(evaluate(model, DATA), evaluate(model, MODEL), step=0)
+    data_counts, model_counts = LogCounts.of([build(DATA)]), LogCounts.of([build(MODEL)])
+    assert LogCounts.of([build(DATA[:3])]) + LogCounts.of([build(DATA[3:])]) == data_counts
+    parts = [
+        objective.loss(evaluate(model, DATA[:3], data_counts), evaluate(model, MODEL[:1], model_counts), step=0),
+        objective.loss(evaluate(model, DATA[3:], data_counts), evaluate(model, MODEL[1:], model_counts), step=0),
+    ]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], whole_loss)
+    torch.testing.assert_close(gradients(parts[0][0] + parts[1][0], model), gradients(whole_loss, model))
+    combined = combine_metrics([metrics for _, metrics in parts])
+    assert combined.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(combined[name], value, msg=name)
+
+
+def test_metrics_say_what_they_are_named(model):
+    alpha = 0.5  # small enough a bound that some residuals lie beyond it
+    _, metrics = make_objective(settings(alpha=alpha)).loss(evaluate(model, DATA), evaluate(model, MODEL), step=0)
+    walks = [walk(model, log, BACKSPACE) for log in DATA]
+    residuals = torch.stack([q - GAMMA * w.v[t + 1] for w in walks for t, q in enumerate(w.q)])
+    log_probs = torch.stack([q - w.v[t] for w in walks for t, q in enumerate(w.q)])
+    ended = [w.v[-1] for w in walks if not w.truncated]
+    beyond = (residuals.abs() > 2 / alpha).double().mean()
+    assert 0 < beyond < 1
+    expected = {
+        "r_mean": residuals.mean(),
+        "r_max_abs": residuals.abs().max(),
+        "r_share_beyond_bound": beyond,
+        "log_prob_mean": log_probs.mean(),
+        "value_mean": torch.stack([v for w in walks for v in w.v[:-1]]).mean(),
+        "value_eos_mean": torch.stack(ended).mean(),
+        "truncated_share": torch.tensor(3 / 8),
+        "truncated_share_model": torch.tensor(1 / 3),
+    }
+    for name, value in expected.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=1e-6), name
+    assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+
+
+def test_backspace_probability_is_that_of_the_policy(model):
+    logs = [HARD[0]]  # three states before an action; the first is the floor, where it is 0
+    _, metrics = make_objective(LikelihoodSettings(name="mle")).loss(evaluate(model, logs), None, step=0)
+    probabilities = [
+        model(input_ids=torch.tensor([text])).logits[0, -1].softmax(-1)[BACKSPACE] for text in ([1, 4, 5], [1, 4, 5, 6])
+    ]
+    assert float(metrics["backspace_prob"]) == pytest.approx(float(sum(probabilities)) / 3)
+
+
+def test_a_batch_of_empty_logs_has_a_finite_loss(model):
+    empty = [Log([9], [], finish_reason="aborted", source="policy")]
+    loss, metrics = make_objective(settings()).loss(evaluate(model, empty), evaluate(model, empty), step=0)
+    assert math.isfinite(float(loss.detach()))
+    assert all(math.isfinite(float(value)) for value in metrics.values())
+
+
+def test_truncated_logs_have_no_reason_to_lift_a_value(model):
+    """Dropping the phi tail alone would leave a term linear in V(s_N); the tangent cancels it."""
+    log = Log([9], [], finish_reason="max_actions")
+    loss, _ = make_objective(settings(divergence="chi2")).loss(evaluate(model, [log, HARD[2]]), None, step=0)
+    only, _ = make_objective(settings(divergence="chi2")).loss(evaluate(model, [HARD[2]]), None, step=0)
+    torch.testing.assert_close(loss, only)
+
+
+@pytest.mark.parametrize("estimator", ["collapsed", "printed"])
+@pytest.mark.parametrize("divergence", ["chi2", "chi2_mixture"])
+def test_rollouts_are_given_exactly_when_needed(model, divergence, estimator):
+    objective = make_objective(settings(divergence=divergence, estimator=estimator))
+    assert objective.needs_rollouts == (divergence == "chi2_mixture" or estimator == "printed")
+    wrong = None if objective.needs_rollouts else evaluate(model, MODEL)
+    with pytest.raises(ValueError, match="rollouts"):
+        objective.loss(evaluate(model, DATA), wrong, step=0)
+
+
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+def test_phi_is_normalised_and_concave(name):
+    """phi(0) = 0, phi'(0) = 1, phi'' <= 0: what the collapsed form takes for granted."""
+    phi = DIVERGENCES[name].phi
+    zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(phi(zero), zero)
+    assert float(phi(zero.detach())) == 0.0
+    assert float(slope) == pytest.approx(1.0)
+    x = torch.linspace(-8, 8, 201, dtype=torch.float64)
+    assert (phi(x).diff().diff() <= 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "sequencematch", "divergence": "chi2", "mixture_coefficient": 1.0}, "no effect"),
+        ({"name": "sequencematch", "gamma": 1.0}, "less than 1"),
+        ({"name": "sequencematch", "alpha": 0.0}, "greater than 0"),
+        ({"name": "sequencematch", "lambda": 1.0}, "Extra inputs"),
+        ({"name": "mle", "alpha": 0.1}, "Extra inputs"),
+        ({"name": "ppo"}, "does not match any of the expected tags"),
+    ],
+)
+def test_settings_refuse_what_has_no_effect(values, message):
+    with pytest.raises(ValidationError, match=message):
+        TypeAdapter(ObjectiveSettings).validate_python(values)
+
+
+@pytest.mark.parametrize("divergence", ["chi2", "chi2_mixture"])
+def test_the_optimum_is_the_data_policy(divergence):
+    """Two letters, two deep, a free logit per state and action. At the optimum the model's logs are the
+    data's."""
+    a, b = 5, 6
+    counts = {(a, a): 4, (a, b): 3, (b, a): 2, (b, b): 1}
+    logs = [Log([1], [*string, EOS]) for string, count in counts.items() for _ in range(count)]
+    tree = build(logs)
+    table = torch.zeros(len(tree.value_nodes), VOCAB, dtype=torch.float64, requires_grad=True)
+    objective = make_objective(settings(divergence=divergence, alpha=0.03, gamma=0.998))
+    optimizer = torch.optim.LBFGS([table], max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-12)
+    others = torch.arange(VOCAB) != BACKSPACE
+    floor = int(tree.start_row[0])
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        v = torch.where(torch.arange(len(table)) == floor, table[:, others].logsumexp(1), table.logsumexp(1))
+        values = ActionValues(
+            q=table[tree.state_row, tree.action],
+            v=v[tree.state_row],
+            v_next=v[tree.next_state_row],
+            v_start=v[tree.start_row],
+            v_final=v[tree.final_row],
+            log_prob_backspace=torch.zeros(tree.num_actions),
+        )
+        evaluated = EvaluatedLogs(tree, values, LogCounts.of([tree]))
+        loss, _ = objective.loss(evaluated, evaluated if objective.needs_rollouts else None, step=0)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    policy = table.detach().softmax(1)
+    first = table.detach()[floor, others].softmax(0)[a - 1]  # backspace, an id below, is left out
+    after_a = int(tree.next_state_row[0])
+    assert float(first) == pytest.approx(0.7, abs=0.01)
+    assert float(policy[after_a, a]) == pytest.approx(4 / 7, abs=0.01)
+    assert float(policy[after_a, BACKSPACE]) < 0.01
