@@ -62,7 +62,9 @@ class NoiseCandidates:
         return cls(np.concatenate(groups).astype(np.int32), np.concatenate(cumulative), offsets)
 
     def draw(self, groups: Int64, rng: np.random.Generator) -> Int32:
-        """[K] one id for each of the groups [K]; takes exactly K doubles from `rng`."""
+        """[K] one id for each of the groups [K] (a single group serves all); takes exactly K doubles from `rng`."""
+        if len(self.group_offsets) == 2:
+            groups = np.zeros_like(groups)
         found = np.searchsorted(self.cumulative, groups + rng.random(len(groups)), side="right")
         # A sum that rounds up to the next whole number belongs to the last id of its own group.
         tokens: Int32 = self.token_ids[np.minimum(found, self.group_offsets[groups + 1] - 1)]

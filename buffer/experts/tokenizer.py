@@ -98,5 +98,5 @@ def backspace_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def prompt_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text of its own accord: `[bos]`, or nothing."""
-    ids: list[int] = tokenizer("1")["input_ids"]
-    return [tokenizer.bos_token_id] if ids[0] == tokenizer.bos_token_id else []
+    ids: list[int] = tokenizer("")["input_ids"]
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []

@@ -1,0 +1,195 @@
+"""Streams: reproducible however they are drawn, resumable anywhere, and rows that keep the wire contract."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from buffer.experts.ragged import Ragged
+from buffer.experts.stream import ExpertStream, PromptStream
+from buffer.experts.tasks import Task, load_task
+from buffer.replay import ActionLogs, final_token_ids, replay
+from buffer.schema import trajectory_schema
+from buffer.settings import ArithmeticTaskSettings, NoiseSettings
+
+NUM_EXAMPLES = 30
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task(ArithmeticTaskSettings(bases=(5, 10), train_questions=NUM_EXAMPLES, held_out_questions=5))
+
+
+def stream(task: Task, seed: int = 0, **noise: object) -> ExpertStream:
+    return task.expert_stream(NoiseSettings(**noise), task.contract(), seed)
+
+
+def rows(batches: list[pa.RecordBatch]) -> list[dict[str, object]]:
+    table = pa.Table.from_batches(batches).drop_columns(["created_at"])
+    return table.to_pylist()
+
+
+@given(st.lists(st.integers(0, 45), min_size=1, max_size=6), st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_a_stream_does_not_depend_on_how_it_is_drawn_or_interrupted(task: Task, counts: list[int], stop: int) -> None:
+    whole = rows([stream(task).draw(sum(counts))])
+    first = stream(task)
+    parts = [first.draw(count) for count in counts[:stop]]
+    resumed = stream(task)
+    resumed.load_state(json.loads(json.dumps(first.state())))
+    parts += [resumed.draw(count) for count in counts[stop:]]
+    assert rows(parts) == whole
+
+
+def test_rows_keep_the_contract(task: Task) -> None:
+    batch = stream(task, rate=0.5).draw(100)
+    assert batch.schema.equals(trajectory_schema(task.contract()), check_metadata=True)
+    batch.validate(full=True)
+    assert len(set(batch.column("id").to_pylist())) == 100
+    assert set(batch.column("source").to_pylist()) == {"expert"}
+    assert set(batch.column("finish_reason").to_pylist()) == {"eos"}
+    for name in ("logprobs", "policy_version", "weights_fingerprint", "sampling", "reward", "features"):
+        assert batch.column(name).null_count == 100
+    noisy = [row for row in batch.to_pylist() if row["realised"] is not None]
+    assert 0 < len(noisy) < 100
+    for row in noisy:
+        assert len(row["realised"]) == len(row["actions"])
+        assert not {task.eos_id, task.backspace_id} & set(row["realised"])
+
+
+@pytest.mark.parametrize("kind", ["none", "random", "task"])
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.99])
+def test_every_epoch_holds_every_clean_answer_once(task: Task, kind: str, rate: float) -> None:
+    expected = sorted(zip(task.train["prompt_ids"], task.train["target_ids"], strict=True))
+    source = stream(task, kind=kind, rate=rate)
+    orders = []
+    for _ in range(2):
+        batch = source.draw(NUM_EXAMPLES)
+        logs = ActionLogs.from_batch(batch)
+        answers = Ragged(*final_token_ids(logs, replay(logs, task.backspace_id), task.backspace_id))
+        drawn = list(zip(batch.column("prompt_ids").to_pylist(), answers.to_arrow().to_pylist(), strict=True))
+        assert sorted(drawn) == expected
+        orders.append(drawn)
+        num_backspaces = int((logs.actions == task.backspace_id).sum())
+        assert (num_backspaces > 0) == (rate > 0 and kind != "none")
+    assert orders[0] != orders[1]
+
+
+def test_rate_and_kind_of_the_planted_tokens(task: Task) -> None:
+    rate, count = 0.4, 60 * NUM_EXAMPLES
+    batch = stream(task, kind="task", rate=rate).draw(count)
+    logs = ActionLogs.from_batch(batch)
+    is_five = np.array(["In base 5," in task.tokenizer.decode(ids) for ids in batch.column("prompt_ids").to_pylist()])
+    base = np.repeat(np.where(is_five, 5, 10), logs.lengths)
+    is_planted = logs.actions != logs.realised
+    digits = np.array([int(digit) for digit in task.tokenizer.decode(logs.realised[is_planted])])
+    assert set(digits[base[is_planted] == 5].tolist()) == set(range(5))
+    assert set(digits[base[is_planted] == 10].tolist()) == set(range(10))
+    # Each position of the clean answers has one draw. Before a digit one draw in `base` is void; before <eos> and a
+    # minus sign every digit is wrong.
+    is_position = ~is_planted & (logs.actions != task.backspace_id)
+    always_wrong = np.isin(logs.actions, [task.eos_id, task.tokenizer.convert_tokens_to_ids("-")])
+    expected = rate * np.where(always_wrong, 1.0, 1 - 1 / base)[is_position].sum()
+    assert abs(is_planted.sum() - expected) < 5 * np.sqrt(is_position.sum() * rate * (1 - rate))
+
+
+def test_noise_is_fresh_every_epoch_and_differs_between_seeds(task: Task) -> None:
+    def noise_of(batch: pa.RecordBatch) -> dict[tuple[int, ...], object]:
+        return {tuple(row["prompt_ids"]): row["realised"] for row in batch.to_pylist()}
+
+    source = stream(task, rate=0.5)
+    first, second = noise_of(source.draw(NUM_EXAMPLES)), noise_of(source.draw(NUM_EXAMPLES))
+    other = noise_of(stream(task, seed=1, rate=0.5).draw(NUM_EXAMPLES))
+    assert first.keys() == second.keys() == other.keys()
+    assert first != second
+    assert first != other
+
+
+def test_policy_noise_is_planned_here_and_drawn_elsewhere(task: Task) -> None:
+    source = ExpertStream(
+        task.example_table(),
+        task=task.name,
+        noise=NoiseSettings(kind="policy", rate=0.5),
+        contract=task.contract(),
+        seed=3,
+        actor="actor-7",
+    )
+    with pytest.raises(ValueError, match="the actors draw the tokens"):
+        source.draw(4)
+    plan = source.plan(20)
+    prefixes = plan.prefixes()
+    assert prefixes.num_rows == len(plan.positions) > 0
+    for position, prefix in zip(plan.positions.tolist(), prefixes.rows(), strict=True):
+        row = int(np.searchsorted(plan.targets.offsets, position, side="right")) - 1
+        so_far = plan.targets.values[plan.targets.offsets[row] : position]
+        assert prefix.tolist() == [*plan.prompts.rows()[row].tolist(), *so_far.tolist()]
+    minus = task.tokenizer.convert_tokens_to_ids("-")
+    batch = source.realise(plan, np.full(len(plan.positions), minus, dtype=np.int32))
+    logs = ActionLogs.from_batch(batch)
+    planted = logs.realised != logs.actions
+    assert set(logs.realised[planted].tolist()) == {minus}
+    assert planted.sum() == (plan.targets.values[plan.positions] != minus).sum()
+    assert batch.column("id")[0].as_py() == "actor-7/arithmetic/3/0"
+    assert batch.column("actor")[0].as_py() == "actor-7"
+
+
+def test_candidates_go_with_the_kind(task: Task) -> None:
+    def build(kind: str, with_candidates: bool) -> ExpertStream:
+        return ExpertStream(
+            task.train,
+            task=task.name,
+            noise=NoiseSettings(kind=kind),
+            contract=task.contract(),
+            seed=0,
+            candidates=task.random_noise if with_candidates else None,
+        )
+
+    for kind, with_candidates in (("task", False), ("random", False), ("none", True), ("policy", True)):
+        with pytest.raises(ValueError, match="candidates"):
+            build(kind, with_candidates)
+
+
+def test_states_of_other_streams_are_refused(task: Task) -> None:
+    source = stream(task)
+    state = source.state()
+    with pytest.raises(ValueError, match=r"lacks \['tokens'\]"):
+        source.load_state({key: value for key, value in state.items() if key != "tokens"})
+    with pytest.raises(ValueError, match="at row 31 of an epoch, but the task has 30 examples"):
+        source.load_state({**state, "position": 31})
+
+
+def test_contract_of_other_tokens_is_refused(task: Task) -> None:
+    task.expert_stream(NoiseSettings(), task.contract(vocab_size=64), seed=0)
+    other = dataclasses.replace(task.contract(), tokenizer_hash="0")
+    with pytest.raises(ValueError, match="is not that of the task's tokenizer"):
+        task.expert_stream(NoiseSettings(), other, seed=0)
+
+
+@given(st.lists(st.integers(0, 45), min_size=1, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_prompts_are_seeded_resumable_and_cover_every_epoch(task: Task, counts: list[int]) -> None:
+    first = PromptStream(task.train, seed=5)
+    drawn = [first.draw(count) for count in counts]
+    index = np.concatenate([batch.example_index for batch in drawn])
+    for start in range(0, len(index) - NUM_EXAMPLES + 1, NUM_EXAMPLES):
+        assert sorted(index[start : start + NUM_EXAMPLES]) == list(range(NUM_EXAMPLES))
+    prompts = [prompt.tolist() for batch in drawn for prompt in batch]
+    assert prompts == [task.train[int(row)]["prompt_ids"] for row in index]
+    assert [len(batch) for batch in drawn] == counts
+    resumed = PromptStream(task.example_table(), seed=5)
+    resumed.load_state(first.state())
+    assert resumed.draw(40).example_index.tolist() == first.draw(40).example_index.tolist()
+    assert PromptStream(task.train, seed=6).draw(40).example_index.tolist() != (
+        PromptStream(task.train, seed=5).draw(40).example_index.tolist()
+    )
+
+
+def test_no_examples_is_an_error(task: Task) -> None:
+    with pytest.raises(ValueError, match="at least one example"):
+        PromptStream(task.example_table().slice(0, 0), seed=0)
