@@ -28,8 +28,8 @@ def check_vllm_config(config: VllmConfig) -> None:
         "pipeline_parallel_size must be 1: later stages keep their own copy of the tokens": (
             config.parallel_config.pipeline_parallel_size > 1
         ),
-        "tensor_parallel_size and data_parallel_size must be 1: planted and banned tokens live in the engine's "
-        "own process": config.parallel_config.world_size_across_dp > 1,
+        "tensor_parallel_size and data_parallel_size must be 1: planted and banned tokens live in the "
+        "engine's own process": config.parallel_config.world_size_across_dp > 1,
         "kv_transfer_config must be unset: a KV connector would ship blocks that are still rewritten": (
             config.kv_transfer_config is not None
         ),

@@ -48,8 +48,8 @@ class EngineSettings:
             raise ValueError("max_length must be at least 2: one prompt token and one generated token")
         if self.max_batched_tokens is not None and self.max_batched_tokens < self.max_concurrent:
             raise ValueError(
-                f"max_batched_tokens={self.max_batched_tokens} is below max_concurrent={self.max_concurrent}: "
-                "every running request needs one token of the budget in each step"
+                f"max_batched_tokens={self.max_batched_tokens} must be at least max_concurrent="
+                f"{self.max_concurrent}: every running request needs a token of each step's budget"
             )
 
 
@@ -84,9 +84,7 @@ class SamplingSettings:
                 f"temperature={self.temperature} must be >= 0 (0 is greedy) and top_p={self.top_p} in (0, 1]"
             )
         if self.ban_deleted and not self.backspace:
-            raise ValueError(
-                "ban_deleted has no effect without backspace: set backspace=True or ban_deleted=False"
-            )
+            raise ValueError("ban_deleted has no effect without backspace: set backspace=True or ban_deleted=False")
 
 
 REQUIRED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -99,7 +97,7 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
     return {
         **REQUIRED_ENVIRONMENT,
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "OMP_NUM_THREADS": str(settings.num_threads),
     }
 

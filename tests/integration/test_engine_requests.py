@@ -1,0 +1,282 @@
+"""What single requests can ask for: floor and limits, planted tokens, banned tokens, draws, aborts, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel
+
+from actors.action_log import FinishedLog, Float32, Int32
+from actors.engine_settings import EngineSettings, SamplingSettings
+from tests.integration.engine_worker import in_engine_process, shared_engine
+from tests.integration.reference import compare, texts_of
+from tests.integration.traffic import Request, rollouts, shared_prompts
+from tests.tiny_models import BACKSPACE_ID, EOS_ID, save_tiny_model, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """Takes back every other token: greedy decoding appends and deletes the same token for ever."""
+    return tiny_model(backspace_rate=0.6)
+
+
+@pytest.fixture(scope="module")
+def settings(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> EngineSettings:
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"), model)
+    return EngineSettings(
+        str(folder),
+        dtype="float32",
+        max_length=256,
+        max_concurrent=16,
+        max_batched_tokens=64,
+        kv_cache_bytes=1 << 25,
+    )
+
+
+def generate(
+    settings: EngineSettings,
+    requests: list[Request],
+    planted: dict[str, list[int]],
+    preempt_after_steps: tuple[int, ...] = (),
+) -> list[FinishedLog]:
+    engine = shared_engine(settings)
+    for request in requests:
+        engine.add(request.request_id, request.prompt_ids, request.sampling, planted.get(request.request_id, ()))
+    logs = []
+    num_steps = 0
+    while engine.num_unfinished:
+        logs += engine.step()
+        num_steps += 1
+        if num_steps in preempt_after_steps:
+            engine._core.scheduler.reset_prefix_cache(reset_running_requests=True)
+    return logs
+
+
+def _assert_exact(logs: list[FinishedLog], requests: list[Request], model: PreTrainedModel) -> None:
+    result = compare(logs, {request.request_id: request.sampling for request in requests}, {0: model})
+    assert not result.errors, "\n".join(result.errors[:10])
+
+
+def test_max_actions_ends_a_policy_that_deletes_for_ever(settings: EngineSettings, model: PreTrainedModel) -> None:
+    sampling = SamplingSettings(max_new_tokens=50, max_actions=41, temperature=0.0)
+    requests = [Request("loop", shared_prompts(1, 20, seed=0)[0], sampling)]
+    (log,) = in_engine_process(generate, settings, requests, {})
+    assert log.finish_reason == "max_actions"
+    assert len(log.actions) == 41
+    assert (log.actions == BACKSPACE_ID).sum() == 20
+    _assert_exact([log], requests, model)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_banned_tokens_break_the_loop_across_preemption(
+    temperature: float, settings: EngineSettings, model: PreTrainedModel
+) -> None:
+    sampling = SamplingSettings(max_new_tokens=20, max_actions=120, temperature=temperature, ban_deleted=True)
+    requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(shared_prompts(12, 40, seed=1))]
+    logs = in_engine_process(generate, settings, requests, {}, preempt_after_steps=(9, 30, 55))
+    _assert_exact(logs, requests, model)
+    num_deletions = 0
+    for log in logs:
+        texts = texts_of(log)
+        deleted = [(texts[i + 1][:-1], texts[i + 1][-1]) for i in range(len(texts) - 1) if _deletes(log, i + 1)]
+        num_deletions += len(deleted)
+        assert len(set(deleted)) == len(deleted), "a token was deleted twice at one state"
+    assert num_deletions > 100
+
+
+def _deletes(log: FinishedLog, index: int) -> bool:
+    return bool(log.actions[index] == BACKSPACE_ID)
+
+
+def test_greedy_with_bans_finishes_where_greedy_alone_does_not(settings: EngineSettings) -> None:
+    alone = SamplingSettings(max_new_tokens=8, max_actions=600, temperature=0.0)
+    prompts = shared_prompts(6, 30, seed=2)
+    requests = [Request(f"alone{i}", prompt, alone) for i, prompt in enumerate(prompts)]
+    requests += [Request(f"banned{i}", prompt, replace(alone, ban_deleted=True)) for i, prompt in enumerate(prompts)]
+    logs = in_engine_process(generate, settings, requests, {})
+    reasons = {log.request_id: log.finish_reason for log in logs}
+    assert {reasons[f"alone{i}"] for i in range(6)} == {"max_actions"}
+    assert sum(reasons[f"banned{i}"] != "max_actions" for i in range(6)) >= 4
+
+
+@pytest.mark.parametrize("backspace", [True, False])
+def test_planted_tokens_are_forced_once(backspace: bool, settings: EngineSettings, model: PreTrainedModel) -> None:
+    sampling = SamplingSettings(max_new_tokens=30, max_actions=40, backspace=backspace)
+    requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(shared_prompts(16, 33, seed=3))]
+    planted = {f"r{i}": [100 + i, 50, 60, 70][: 1 + i % 4] for i in range(16)}
+    # Preempted in the middle of the planted tokens, right after them, and later.
+    logs = in_engine_process(generate, settings, requests, planted, preempt_after_steps=(9, 11, 13, 20))
+    num_deleted = 0
+    for log in logs:
+        forced = planted[log.request_id]
+        assert log.actions[: len(forced)].tolist() == forced
+        assert log.num_planted == len(forced)
+        floor = len(log.prompt_ids)
+        num_deleted += sum(len(text) == floor for text in texts_of(log)[1:])
+    assert (num_deleted > 5) == backspace  # some logs took all of their planted tokens back and went on
+    _assert_exact(logs, requests, model)
+
+
+def test_without_backspace_the_id_never_comes(settings: EngineSettings, model: PreTrainedModel) -> None:
+    sampling = SamplingSettings(max_new_tokens=30, max_actions=1000, backspace=False)
+    requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(shared_prompts(16, 33, seed=4))]
+    logs = in_engine_process(generate, settings, requests, {})
+    assert all((log.actions != BACKSPACE_ID).all() for log in logs)
+    assert {log.finish_reason for log in logs} == {"eos", "max_length"}
+    _assert_exact(logs, requests, model)
+
+
+def draw_while_running(
+    settings: EngineSettings, requests: list[Request], prefixes: list[Int32]
+) -> tuple[Int32, Float32, list[FinishedLog], int]:
+    engine = shared_engine(settings)
+    for request in requests:
+        engine.add(request.request_id, request.prompt_ids, request.sampling)
+    engine.step()
+    ids, logprobs = engine.draw_next_tokens(prefixes)
+    unfinished = engine.num_unfinished
+    logs = []
+    while engine.num_unfinished:
+        logs += engine.step()
+    return ids, logprobs, logs, unfinished
+
+
+def test_draws_of_next_tokens_beside_running_requests(settings: EngineSettings, model: PreTrainedModel) -> None:
+    requests = rollouts(20, seed=5, max_new_tokens=20, max_actions=30)
+    prefixes = [prompt[: 5 + i] for i, prompt in enumerate(shared_prompts(40, 60, seed=6))]
+    ids, logprobs, logs, unfinished = in_engine_process(draw_while_running, settings, requests, prefixes)
+    assert unfinished == len(requests), "a request that ended during the draws must come out of a later step"
+    _assert_exact(logs, requests, model)
+    assert not np.isin(ids, [BACKSPACE_ID, EOS_ID]).any()
+    sampling = SamplingSettings(max_new_tokens=1, max_actions=1, backspace=False, ban_eos=True)
+    drawn = [
+        FinishedLog(
+            str(index),
+            prefix,
+            ids[index : index + 1],
+            logprobs[index : index + 1],
+            np.zeros(1, dtype=np.int32),
+            "max_length",
+        )
+        for index, prefix in enumerate(prefixes)
+    ]
+    result = compare(drawn, {log.request_id: sampling for log in drawn}, {0: model})
+    assert not result.errors, "\n".join(result.errors)
+    assert result.num_actions == 40
+
+
+def abort_midway(settings: EngineSettings, requests: list[Request]) -> tuple[list[FinishedLog], int, int]:
+    engine = shared_engine(settings)
+    before = engine._core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    for request in requests:
+        engine.add(request.request_id, request.prompt_ids, request.sampling)
+    finished = []
+    for _ in range(12):
+        finished += engine.step()
+    aborted = engine.abort([request.request_id for request in requests] + ["unknown"])
+    assert engine.num_unfinished == 0
+    assert engine.step() == []
+    after = engine._core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    return finished + aborted, before, after
+
+
+def test_abort_returns_what_was_done_so_far(settings: EngineSettings, model: PreTrainedModel) -> None:
+    sampling = SamplingSettings(max_new_tokens=60, max_actions=100, ban_eos=True)
+    prompts = shared_prompts(24, 20, seed=7)
+    requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(prompts)]
+    logs, before, after = in_engine_process(abort_midway, settings, requests)
+    assert {log.finish_reason for log in logs} == {"aborted"}
+    assert sorted({len(log.actions) for log in logs})[0] == 0  # some never left the queue
+    assert max(len(log.actions) for log in logs) > 5
+    assert before == after
+    _assert_exact(logs, requests, model)
+
+
+def refusals(settings: EngineSettings) -> dict[str, str]:
+    engine = shared_engine(settings)
+    fine = SamplingSettings(max_new_tokens=5, max_actions=10)
+    attempts: dict[str, tuple[list[int], SamplingSettings, list[int]]] = {
+        "empty prompt": ([], fine, []),
+        "long prompt": ([5] * 256, fine, []),
+        "foreign id": ([5, 256], fine, []),
+        "negative id": ([5, -1], fine, []),
+        "backspace in the prompt": ([5, BACKSPACE_ID], fine, []),
+        "planted eos": ([5], fine, [EOS_ID]),
+        "planted backspace": ([5], fine, [BACKSPACE_ID]),
+        "too much planted": ([5], fine, [7] * 6),
+    }
+    messages = {}
+    for name, (prompt, sampling, planted) in attempts.items():
+        try:
+            engine.add(name, prompt, sampling, planted)
+        except ValueError as error:
+            messages[name] = str(error)
+    engine.add("twice", [5], fine)
+    try:
+        engine.add("twice", [5], fine)
+    except ValueError as error:
+        messages["twice"] = str(error)
+    try:
+        engine.draw_next_tokens([[5], [5, 999]])
+    except ValueError as error:
+        messages["bad draw"] = str(error)
+    for name, ids in (("short probe", [5]), ("long probe", [5] * 256)):
+        try:
+            engine.probe(ids)
+        except ValueError as error:
+            messages[name] = str(error)
+    assert engine.num_unfinished == 1, "a refused request must leave nothing behind"
+    while engine.num_unfinished:
+        engine.step()
+    return messages
+
+
+def test_bad_requests_are_refused_with_a_reason(settings: EngineSettings) -> None:
+    messages = in_engine_process(refusals, settings)
+    expected = {
+        "empty prompt": "has 0",
+        "long prompt": "has 256",
+        "foreign id": "prompt_ids holds ids outside of the vocabulary of 256",
+        "negative id": "prompt_ids holds ids outside",
+        "backspace in the prompt": "prompt_ids holds id 3",
+        "planted eos": "planted holds id 2",
+        "planted backspace": "planted holds id 3",
+        "too much planted": "plants 6 tokens, its limits leave room for 5",
+        "twice": "'twice' is already in use",
+        "bad draw": "prompt_ids holds ids outside",
+        "short probe": "this one has 1",
+        "long probe": "this one has 256",
+    }
+    assert messages.keys() == expected.keys()
+    for name, text in expected.items():
+        assert text in messages[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_actions": 0}, "max_actions=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"backspace": False, "ban_deleted": True}, "ban_deleted has no effect without backspace"),
+    ],
+)
+def test_sampling_settings_are_checked(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingSettings(**{"max_new_tokens": 5, "max_actions": 5, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_length": 1}, "max_length must be at least 2"),
+        ({"max_concurrent": 0}, "max_concurrent must be at least 1"),
+        ({"max_concurrent": 8, "max_batched_tokens": 7}, "max_batched_tokens=7 must be at least max_concurrent=8"),
+    ],
+)
+def test_engine_settings_are_checked(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineSettings("model", **changes)  # type: ignore[arg-type]
