@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
-    AddedToken,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -125,7 +124,7 @@ def choose_backspace_id(
                 f"the vocabulary has no token {token!r} for backspace: set backspace_token to a reserved "
                 f"token that the texts never use (special tokens here: {reserved}), or allow add_backspace_row"
             )
-        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
         vocabulary = tokenizer.get_vocab()
     backspace_id = int(vocabulary[token])
     if backspace_id in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):

@@ -8,6 +8,8 @@ recurrence, an odd output layer) shows there.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from transformers import PreTrainedModel
 
@@ -48,6 +50,8 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ValueError(_refusal("its output embedding is not a plain linear layer"))
     if head.bias is not None:
         raise ValueError(_refusal("its output embedding has a bias"))
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise ValueError(_refusal("it takes no position ids, so branches of a tree cannot be told apart"))
     _probe(model)
 
 
