@@ -1,0 +1,217 @@
+"""What answers are worth, and what editing did for them: numbers from the action logs of an evaluation.
+
+A batch holds one log per example, in the order of the examples. Names of the numbers, each with a standard error:
+
+accuracy            share of answers that are right: ended by `<eos>`, and right by the task's own check.
+empty_rate          share of answers whose final text is empty.
+truncated_rate      share of logs without `<eos>` (a limit was hit, or the log was aborted).
+backspace_rate      backspaces per action.
+actions_per_answer  mean length of the logs.
+wrong_taken_back    share of wrong tokens that were taken back.
+right_taken_back    share of right tokens that were taken back: dithering, and after memorising, damage. Watch it.
+recovery            accuracy where the first answer token was planted and wrong: only an answer that takes it back can
+                    be right.
+planted_taken_back  share of the planted tokens that were taken back.
+
+A token is judged if the text before it, at the moment it is appended, is a prefix of the reference answer. It is right
+if it is the reference's next token there, else wrong. What follows a mistake is neither; nor is `<eos>`, which nothing
+can take back. A token counts as taken back if it is gone at the end of the log, whichever backspace removed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from buffer.experts.noise import NoiseCandidates
+from buffer.experts.ragged import Int32, Ragged
+from buffer.experts.tasks import Task
+from buffer.replay import ActionLogs, Replay, final_token_ids, replay, surviving_events
+from buffer.schema import TokenContract
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Bool = npt.NDArray[np.bool_]
+
+_PLANTING_ROUNDS = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error over `count` cases. No value without a case; no error of a mean of one.
+
+    Shares have the binomial error sqrt(p (1 - p) / n), which takes the cases as independent: for tokens of the same
+    answer that is optimistic.
+    """
+
+    value: float | None
+    standard_error: float | None
+    count: int
+
+    @classmethod
+    def share(cls, cases: Bool) -> Estimate:
+        """How often `cases` [n] are true."""
+        if len(cases) == 0:
+            return cls(None, None, 0)
+        value = float(np.mean(cases))
+        return cls(value, float(np.sqrt(value * (1 - value) / len(cases))), len(cases))
+
+    @classmethod
+    def mean(cls, values: npt.NDArray[np.int64]) -> Estimate:
+        """Mean of `values` [n]."""
+        if len(values) == 0:
+            return cls(None, None, 0)
+        error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+        return cls(float(np.mean(values)), error, len(values))
+
+
+def answer_metrics(
+    batch: pa.RecordBatch, examples: Dataset, task: Task, contract: TokenContract
+) -> dict[str, Estimate]:
+    """All numbers of freely generated answers; those that need a right answer only where the task has one.
+
+    Raises:
+        ValueError: the logs are not those of the examples, in their order.
+    """
+    _check_alignment(batch, examples)
+    logs = ActionLogs.from_batch(batch)
+    played = replay(logs, contract.backspace_id)
+    answers = _final_answers(logs, played, contract)
+    metrics = {
+        "empty_rate": Estimate.share(answers.lengths == 0),
+        "truncated_rate": Estimate.share(~_ended(batch)),
+        "backspace_rate": Estimate.share(logs.actions == contract.backspace_id),
+        "actions_per_answer": Estimate.mean(logs.lengths),
+    }
+    if task.is_correct is None:
+        return metrics
+    judged, right = _judge_tokens(logs, played, _references(examples), contract)
+    taken_back = ~surviving_events(logs, played, contract.backspace_id)
+    return {
+        "accuracy": Estimate.share(_correct(batch, answers, examples, task)),
+        **metrics,
+        "wrong_taken_back": Estimate.share(taken_back[judged & ~right]),
+        "right_taken_back": Estimate.share(taken_back[judged & right]),
+    }
+
+
+def recovery_metrics(
+    batch: pa.RecordBatch, examples: Dataset, task: Task, contract: TokenContract
+) -> dict[str, Estimate]:
+    """Numbers of answers whose first action was planted, and wrong (`plant_wrong_first_tokens`).
+
+    Raises:
+        ValueError: the logs are not those of the examples, the task has no right answers, or a log does not begin
+            with a wrong token.
+    """
+    _check_alignment(batch, examples)
+    if task.is_correct is None:
+        raise ValueError(f"task {task.name} has no right answers to recover to")
+    logs = ActionLogs.from_batch(batch)
+    if (logs.lengths == 0).any():
+        raise ValueError("a log is empty: its first token was not planted")
+    starts = logs.offsets[:-1]
+    if (logs.realised[starts] == _first_targets(examples)).any():
+        raise ValueError("a log begins with the right token: recovery is measured from a wrong one")
+    played = replay(logs, contract.backspace_id)
+    answers = _final_answers(logs, played, contract)
+    return {
+        "recovery": Estimate.share(_correct(batch, answers, examples, task)),
+        "planted_taken_back": Estimate.share(~surviving_events(logs, played, contract.backspace_id)[starts]),
+    }
+
+
+def plant_wrong_first_tokens(
+    examples: Dataset, candidates: NoiseCandidates, contract: TokenContract, rng: np.random.Generator
+) -> Int32:
+    """[R] a plausible first token for each example that differs from the reference's.
+
+    Raises:
+        ValueError: an example has no wrong candidate.
+    """
+    groups = np.asarray(examples["noise_group"], dtype=np.int64)
+    refused = np.stack(
+        [_first_targets(examples), *(np.full(len(examples), i) for i in (contract.eos_id, contract.backspace_id))]
+    )
+    tokens = candidates.draw(groups, rng)
+    for _ in range(_PLANTING_ROUNDS):
+        redraw = (tokens == refused).any(axis=0)
+        if not redraw.any():
+            return tokens
+        tokens[redraw] = candidates.draw(groups[redraw], rng)
+    raise ValueError(f"{int(redraw.sum())} examples have no candidate for a wrong first token")
+
+
+def answer_texts(batch: pa.RecordBatch, task: Task, contract: TokenContract) -> list[str]:
+    """The final text of each log, without `<eos>`."""
+    logs = ActionLogs.from_batch(batch)
+    answers = _final_answers(logs, replay(logs, contract.backspace_id), contract)
+    return _decode(answers, task)
+
+
+def _decode(answers: Ragged, task: Task) -> list[str]:
+    texts: list[str] = task.tokenizer.batch_decode([ids.tolist() for ids in answers.rows()])
+    return texts
+
+
+def _final_answers(logs: ActionLogs, played: Replay, contract: TokenContract) -> Ragged:
+    """What remains of each log, without `<eos>`."""
+    offsets, ids = final_token_ids(logs, played, contract.backspace_id)
+    is_text = ids != contract.eos_id
+    kept_before = np.concatenate([[0], np.cumsum(is_text)])
+    return Ragged(kept_before[offsets], ids[is_text])
+
+
+def _correct(batch: pa.RecordBatch, answers: Ragged, examples: Dataset, task: Task) -> Bool:
+    assert task.is_correct is not None
+    rows: list[Mapping[str, object]] = list(examples)
+    right = [task.is_correct(text, row) for text, row in zip(_decode(answers, task), rows, strict=True)]
+    return np.array(right, dtype=np.bool_) & _ended(batch)
+
+
+def _ended(batch: pa.RecordBatch) -> Bool:
+    ended: Bool = np.array(batch.column("finish_reason").to_pylist()) == "eos"
+    return ended
+
+
+def _judge_tokens(logs: ActionLogs, played: Replay, references: Ragged, contract: TokenContract) -> tuple[Bool, Bool]:
+    """(judged [A], right [A]); `right` means something where judged.
+
+    The number of mistakes in the text is a running sum over the log: an appended mistake adds one, taking one back
+    subtracts it. A token is judged where that sum was zero before it.
+    """
+    is_append = logs.realised != contract.backspace_id
+    index = played.depth - 1
+    in_reference = is_append & (index < references.lengths[played.log])
+    right = np.zeros(len(logs.actions), dtype=np.bool_)
+    at = references.offsets[:-1][played.log[in_reference]] + index[in_reference]
+    right[in_reference] = references.values[at] == logs.realised[in_reference]
+    is_mistake = is_append & ~right
+    # A backspace takes back the token that made its state.
+    change = np.where(is_append, is_mistake.astype(np.int64), -is_mistake[played.state].astype(np.int64))
+    before = np.concatenate([[0], np.cumsum(change)])
+    mistakes = before[:-1] - before[logs.offsets[:-1]][played.log]
+    return in_reference & (mistakes == 0) & (logs.realised != contract.eos_id), right
+
+
+def _references(examples: Dataset) -> Ragged:
+    return Ragged.from_arrow(examples.select_columns(["target_ids"]).with_format("arrow")[:].column("target_ids"))
+
+
+def _first_targets(examples: Dataset) -> Int32:
+    references = _references(examples)
+    return references.values[references.offsets[:-1]]
+
+
+def _check_alignment(batch: pa.RecordBatch, examples: Dataset) -> None:
+    prompts = examples.select_columns(["prompt_ids"]).with_format("arrow")[:].column("prompt_ids")
+    if prompts.to_pylist() != batch.column("prompt_ids").to_pylist():
+        raise ValueError(
+            f"{batch.num_rows} logs and {len(examples)} examples do not have the same prompts in the same order"
+        )

@@ -1,0 +1,125 @@
+"""One rollout made visible: what was written, what was taken back, and what was not the policy's own.
+
+On a terminal, deleted tokens are struck through in red, kept ones green, planted and noise tokens yellow, and the
+prompt is dim. As plain text, `1[-7-]6` is a 7 that was taken back, and `{7}` a token that was planted or drawn as
+noise, so that `[-{7}-]6` is a planted mistake that was corrected. `…` ends a rollout that was cut off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from buffer.experts.ragged import Int64
+from buffer.replay import FLOOR, ActionLogs, Replay, replay, surviving_events
+from buffer.schema import TokenContract
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+Bool = npt.NDArray[np.bool_]
+
+_CUT_OFF = "…"
+# A generated control character must not reach the terminal: it could move the cursor or set colours.
+_VISIBLE = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), 127, *range(0x80, 0xA0)) if chr(code) not in "\n\t"
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one kind. `foreign`: planted, or noise."""
+
+    text: str
+    deleted: bool
+    foreign: bool
+
+
+@dataclass(frozen=True)
+class RolloutView:
+    """A rollout as text; see the module's description for the marks."""
+
+    prompt: str
+    segments: tuple[Segment, ...]
+    finish_reason: str
+
+    def rich(self) -> Text:
+        """For a terminal."""
+        from rich.text import Text
+
+        text = Text(self.prompt, style="dim")
+        for segment in self.segments:
+            style = "yellow" if segment.foreign else "red" if segment.deleted else "green"
+            text.append(segment.text, style=f"dim strike {style}" if segment.deleted else f"not dim {style}")
+        if self.finish_reason != "eos":
+            text.append(_CUT_OFF)
+        return text
+
+    def plain(self) -> str:
+        """For a file or a log; the answer only, without the prompt."""
+        parts = []
+        for segment in self.segments:
+            text = f"{{{segment.text}}}" if segment.foreign else segment.text
+            parts.append(f"[-{text}-]" if segment.deleted else text)
+        return "".join(parts) + ("" if self.finish_reason == "eos" else _CUT_OFF)
+
+
+def view_rollout(
+    batch: pa.RecordBatch,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    contract: TokenContract,
+    num_planted: int = 0,
+) -> RolloutView:
+    """The trajectory at `index` of a batch; its first `num_planted` actions were forced.
+
+    Raises:
+        ValueError: the log takes a token back at the floor.
+    """
+    row = batch.slice(index, 1)
+    log = ActionLogs.from_batch(row)
+    played = replay(log, contract.backspace_id)
+    survives = surviving_events(log, played, contract.backspace_id)
+    foreign = (log.realised != log.actions) | (played.time < num_planted)
+    prompt_ids = log.prompt_ids.tolist()
+    segments: list[Segment] = []
+    for run in _runs(log, survives, foreign, contract):
+        before = prompt_ids + _answer_ids(log, played, int(played.state[run[0]]))
+        text = _continuation(tokenizer, before, log.realised[run].tolist())
+        segments.append(Segment(text, deleted=not survives[run[0]], foreign=bool(foreign[run[0]])))
+    return RolloutView(_decode(tokenizer, prompt_ids), tuple(segments), row.column("finish_reason")[0].as_py())
+
+
+def _runs(log: ActionLogs, survives: Bool, foreign: Bool, contract: TokenContract) -> list[Int64]:
+    """Events of each segment: consecutive appends of one kind, `<eos>` left out."""
+    times = np.arange(len(log.actions))
+    shown = ~np.isin(log.realised, [contract.backspace_id, contract.eos_id])
+    # A segment ends where something is not shown, and where the kind changes.
+    kind = np.where(shown, 2 * survives + foreign, -1)
+    pieces = np.split(times, np.flatnonzero(np.diff(kind)) + 1)
+    return [piece for piece in pieces if len(piece) and shown[piece[0]]]
+
+
+def _answer_ids(log: ActionLogs, played: Replay, event: int) -> list[int]:
+    """The answer up to the token appended by `event`."""
+    ids = []
+    while event != FLOOR:
+        ids.append(int(log.realised[event]))
+        event = int(played.state[event])
+    return ids[::-1]
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
+    """Text that `ids` add: many tokenizers drop the space of a first token, so they are decoded in their place."""
+    start, whole = _decode(tokenizer, before), _decode(tokenizer, before + ids)
+    return whole[len(start) :] if whole.startswith(start) else _decode(tokenizer, ids)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text.translate(_VISIBLE)
