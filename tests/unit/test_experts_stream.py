@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -188,6 +191,23 @@ def test_prompts_are_seeded_resumable_and_cover_every_epoch(task: Task, counts: 
     assert PromptStream(task.train, seed=6).draw(40).example_index.tolist() != (
         PromptStream(task.train, seed=5).draw(40).example_index.tolist()
     )
+
+
+def test_a_task_passes_between_processes(task: Task) -> None:
+    received = pickle.loads(pickle.dumps(task))
+    assert received.contract() == task.contract()
+    original, copy = (t.expert_stream(NoiseSettings(), t.contract(), seed=0) for t in (task, received))
+    assert rows([copy.draw(50)]) == rows([original.draw(50)])
+    assert received.is_correct("12", {"answer": "12"})
+
+
+def test_streams_import_no_engine() -> None:
+    code = (
+        "import sys, buffer.experts.tasks, launch.answer_metrics, launch.rollout_view;"
+        "print([name for name in ('torch', 'ray', 'vllm', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_no_examples_is_an_error(task: Task) -> None:
