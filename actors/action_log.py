@@ -46,9 +46,7 @@ class FinishedLog:
     num_planted: int = 0
 
 
-def finished_log(
-    request_id: str, prompt_ids: Int32, num_planted: int, completion: CompletionOutput
-) -> FinishedLog:
+def finished_log(request_id: str, prompt_ids: Int32, num_planted: int, completion: CompletionOutput) -> FinishedLog:
     """Translate vLLM's finished completion, sampled with `logprobs=0` and `flat_logprobs=True`."""
     actions = np.asarray(completion.token_ids, dtype=np.int32)
     logprobs = np.asarray(completion.logprobs.logprobs, dtype=np.float32)

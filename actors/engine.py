@@ -78,9 +78,7 @@ class BackspaceEngine:
         self.vocab_size: int = config.model_config.get_vocab_size()
         for name, token_id in (("backspace_id", backspace_id), ("eos_id", eos_id)):
             if not 0 <= token_id < self.vocab_size:
-                raise ValueError(
-                    f"{name}={token_id} is outside of the model's vocabulary of {self.vocab_size} ids"
-                )
+                raise ValueError(f"{name}={token_id} is outside of the model's vocabulary of {self.vocab_size} ids")
         if backspace_id == eos_id:
             raise ValueError(f"backspace_id and eos_id are both {eos_id}")
         self._expected = ExpectedTensors.of_model(settings.model_dir)
@@ -129,9 +127,7 @@ class BackspaceEngine:
         """Name -> shape of every tensor that `load_weights` must receive."""
         return self._expected.required
 
-    def add(
-        self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, planted: TokenIds = ()
-    ) -> None:
+    def add(self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, planted: TokenIds = ()) -> None:
         """Queue a request.
 
         Args:
@@ -156,9 +152,7 @@ class BackspaceEngine:
             )
         room = min(sampling.max_new_tokens, sampling.max_actions, self.settings.max_length - len(prompt))
         if len(forced) > room:
-            raise ValueError(
-                f"request {request_id!r} plants {len(forced)} tokens, its limits leave room for {room}"
-            )
+            raise ValueError(f"request {request_id!r} plants {len(forced)} tokens, its limits leave room for {room}")
         masked = () if sampling.backspace else (self.backspace_id,)
         state = DecodingState(
             backspace_id=self.backspace_id,
@@ -207,9 +201,7 @@ class BackspaceEngine:
             self._llm.abort_request([request.internal_id], internal=True)
         return logs
 
-    def draw_next_tokens(
-        self, prefixes: Sequence[TokenIds], temperature: float = 1.0
-    ) -> tuple[Int32, Float32]:
+    def draw_next_tokens(self, prefixes: Sequence[TokenIds], temperature: float = 1.0) -> tuple[Int32, Float32]:
         """Sample one next token for each prefix from the current policy, backspace and eos excluded.
 
         Other requests advance meanwhile; those that end are returned by the next `step`.
@@ -257,9 +249,7 @@ class BackspaceEngine:
         """
         self._check_not_fenced()
         if version < self._version:
-            raise ValueError(
-                f"weights of version {version} are older than the engine's version {self._version}"
-            )
+            raise ValueError(f"weights of version {version} are older than the engine's version {self._version}")
         update = list(tensors)
         self._expected.check(update)
         self._failure = f"loading the weights of version {version} failed half-way"
@@ -285,9 +275,7 @@ class BackspaceEngine:
         self._check_usable()
         ids = self._token_ids(token_ids, "token_ids", forbidden=set())
         if not 2 <= len(ids) < self.settings.max_length:
-            raise ValueError(
-                f"a probe needs 2 to {self.settings.max_length - 1} tokens, this one has {len(ids)}"
-            )
+            raise ValueError(f"a probe needs 2 to {self.settings.max_length - 1} tokens, this one has {len(ids)}")
         params = SamplingParams(
             temperature=0.0,  # draws no noise
             max_tokens=1,
@@ -319,9 +307,7 @@ class BackspaceEngine:
         for output in self._llm.step():
             assert isinstance(output, RequestOutput)
             request = self._unfinished.pop(output.request_id)
-            logs.append(
-                finished_log(output.request_id, request.prompt_ids, request.num_planted, output.outputs[0])
-            )
+            logs.append(finished_log(output.request_id, request.prompt_ids, request.num_planted, output.outputs[0]))
         return logs
 
     def _set_version(self, version: int) -> None:
@@ -336,8 +322,7 @@ class BackspaceEngine:
         self._check_not_fenced()
         if self._version == UNLOADED:
             raise RuntimeError(
-                "this engine was started with load_format='dummy' and holds random numbers: "
-                "call load_weights first"
+                "this engine was started with load_format='dummy' and holds random numbers: call load_weights first"
             )
 
     def _token_ids(self, values: TokenIds, name: str, forbidden: set[int]) -> Int32:
@@ -346,7 +331,5 @@ class BackspaceEngine:
             raise ValueError(f"{name} holds ids outside of the vocabulary of {self.vocab_size}")
         for token_id in forbidden:
             if (ids == token_id).any():
-                raise ValueError(
-                    f"{name} holds id {token_id}, the backspace or eos action: give the text they lead to"
-                )
+                raise ValueError(f"{name} holds id {token_id}, the backspace or eos action: give the text they lead to")
         return ids

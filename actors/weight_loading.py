@@ -59,15 +59,12 @@ class ExpectedTensors:
                 raise ValueError(f"tensor {name} does not belong to this model")
             received[name] = tuple(tensor.shape)
             if name in self.required and received[name] != self.required[name]:
-                raise ValueError(
-                    f"tensor {name} has shape {received[name]}, the model needs {self.required[name]}"
-                )
+                raise ValueError(f"tensor {name} has shape {received[name]}, the model needs {self.required[name]}")
         missing = sorted(self.required.keys() - received.keys())
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(
-                f"the update lacks {', '.join(missing[:3])}{more}: an engine must receive every tensor of "
-                "a version"
+                f"the update lacks {', '.join(missing[:3])}{more}: an engine must receive every tensor of a version"
             )
 
 

@@ -148,13 +148,16 @@ def start_without_weights(settings: EngineSettings, tensors: Tensors, probe: Int
     return refused, engine.probe(probe)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_an_engine_born_with_config_json_alone_takes_weights(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tied", "both_names"), [(False, False), (True, False), (True, True)], ids=["untied", "tied", "both names"]
+)
+def test_an_engine_born_with_config_json_alone_takes_weights(tied: bool, both_names: bool, tmp_path: Path) -> None:
     model = tiny_model(tied=tied)
     model.config.save_pretrained(tmp_path)
     settings = replace(_settings(tmp_path), load_format="dummy")
-    # A tied model may be published under either name, or both.
-    refused, values = in_engine_process(start_without_weights, settings, dict(model.state_dict()), PROBE)
+    tensors = dict(model.state_dict()) if both_names else _parameters(model)
+    assert ("lm_head.weight" in tensors) == (both_names or not tied)
+    refused, values = in_engine_process(start_without_weights, settings, tensors, PROBE)
     assert len(refused) == 2
     assert all("call load_weights first" in text for text in refused)
     assert np.abs(values - sequence_logprobs(model, PROBE.tolist()).numpy()).max() <= TOLERANCE

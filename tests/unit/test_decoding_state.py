@@ -1,0 +1,50 @@
+"""The banned-token stack against the rule it stands for, on random logs."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.decoding_state import DecodingState
+
+BACKSPACE_ID = 3
+
+
+@given(st.lists(st.integers(0, 7), max_size=80))
+def test_banned_tokens_are_those_deleted_at_this_text(choices: list[int]) -> None:
+    """Rule: a token deleted at a text is banned at that text. The stack must know exactly these."""
+    state = DecodingState(BACKSPACE_ID, allow_backspace=True, max_actions=100, ban_deleted=True)
+    text: list[int] = []
+    banned: dict[tuple[int, ...], set[int]] = {}
+    num_actions = 0
+    for choice in choices:
+        if state.is_backspace(choice):
+            if not text:
+                continue  # masked at the floor
+            deleted = text.pop()
+            banned.setdefault(tuple(text), set()).add(deleted)
+            state.record_deletion(deleted)
+        else:
+            if choice in banned.get(tuple(text), ()):
+                continue  # masked as banned
+            text.append(choice)
+            state.record_append()
+        num_actions += 1
+        assert sorted(state.banned[-1]) == sorted(banned.get(tuple(text), ()))
+        assert state.num_actions == num_actions
+
+
+def test_planted_tokens_are_counted_by_actions() -> None:
+    state = DecodingState(BACKSPACE_ID, allow_backspace=True, max_actions=100, planted=(8, 9))
+    assert state.forced_token == 8
+    state.record_append()
+    assert state.forced_token == 9
+    state.record_append()
+    assert state.forced_token is None
+    state.record_deletion(9)
+    assert state.forced_token is None
+
+
+def test_without_backspace_its_id_is_an_ordinary_token() -> None:
+    state = DecodingState(BACKSPACE_ID, allow_backspace=False, max_actions=100)
+    assert not state.is_backspace(BACKSPACE_ID)
