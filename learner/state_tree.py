@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from buffer.replay import FLOOR, ActionLogs, Int64, Replay, replay
-from learner.state_trie import ROOT, Bool, Trie, build_trie
-
-ROW_ALIGNMENT = 8
-"""Rows are padded to a multiple of this: fused attention kernels want aligned masks."""
+from learner.row_packing import aligned, assign_rows
+from learner.state_trie import ROOT, Bool, build_trie
 
 
 @dataclass(frozen=True)
@@ -89,10 +87,7 @@ class TreeBatch:
         """The same batch with its tensors on `device`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return TreeBatch(
-            **{
-                name: value.to(device) if isinstance(value, Tensor) else value
-                for name, value in values.items()
-            }
+            **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
         )
 
 
@@ -102,8 +97,8 @@ def build_tree_batch(
     """Pack the trajectories of `batch` (schema of `buffer.schema`) into tree rows.
 
     Logs are ordered by prompt, and consecutive ones share a row while it holds at most `max_nodes_per_row`
-    nodes; a log larger than that gets a row of its own. Attention costs B * N^2, so small rows suit short,
-    unrelated prompts and large rows suit long shared ones.
+    nodes; narrower rows are taken where they cost less (`learner.row_packing`). A log larger than that gets a
+    row of its own.
 
     Raises:
         ValueError: the batch is empty; a prompt is empty; a text is longer than `max_positions`; a log takes
@@ -118,7 +113,7 @@ def build_tree_batch(
     _check(logs, played, truncated, backspace_id=backspace_id, eos_id=eos_id, max_positions=max_positions)
 
     trie = build_trie(logs, played, backspace_id)
-    row_of_log = _assign_rows(trie, _order_by_prompt(logs), max_nodes_per_row)
+    row_of_log = assign_rows(logs, trie, max_nodes_per_row)
 
     # Columns: the distinct nodes of a row by depth, so that parents come before their children.
     num_rows = int(row_of_log.max()) + 1
@@ -129,13 +124,11 @@ def build_tree_batch(
     row = placed // (trie.num_levels * trie.num_nodes)
     row_begin = np.searchsorted(row, np.arange(num_rows))
     column = np.arange(len(placed)) - row_begin[row]
-    width = -(-(int(column.max()) + 1) // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    width = aligned(int(column.max()) + 1)
     flat = row * width + column
     flat_of_element = flat[element_place]
 
-    first = np.empty(
-        len(placed), dtype=np.int64
-    )  # any element of the place: its token, depth and parent agree
+    first = np.empty(len(placed), dtype=np.int64)  # any element of the place: its token, depth and parent agree
     first[element_place] = np.arange(len(element_place))
     parent_element = trie.parent[first]
     parent_flat = np.where(parent_element == ROOT, ROOT, flat_of_element[parent_element])
@@ -230,42 +223,6 @@ def _check(
             f"log {int(np.argmax(bad))}: <eos> must be the last action where finish_reason is `eos`, and "
             "absent elsewhere"
         )
-
-
-def _order_by_prompt(logs: ActionLogs) -> Int64:
-    """[L] logs in lexicographic order of their prompts, as fixed-width big-endian byte strings."""
-    lengths = np.diff(logs.prompt_offsets)
-    width = int(lengths.max())
-    padded = np.zeros((logs.num_logs, width), dtype=">u4")
-    padded[np.arange(width) < lengths[:, None]] = logs.prompt_ids.astype(np.uint32) + 1  # 0 is the end
-    return np.argsort(padded.view(f"S{4 * width}").ravel(), kind="stable")
-
-
-def _assign_rows(trie: Trie, order: Int64, max_nodes_per_row: int) -> Int64:
-    """[L] row of each log: consecutive logs of `order` share one while it holds at most
-    `max_nodes_per_row`."""
-    num_logs = len(order)
-    rank = np.empty(num_logs, dtype=np.int64)
-    rank[order] = np.arange(num_logs)
-    pair_rank = rank[trie.pair_log]
-    by_node = np.lexsort((pair_rank, trie.pair_node))
-    node, node_rank = trie.pair_node[by_node], pair_rank[by_node]
-    previous = np.full(len(node), -1)  # rank of the last log before this one that holds the node
-    previous[1:] = np.where(node[1:] == node[:-1], node_rank[:-1], -1)
-    by_rank = np.argsort(node_rank, kind="stable")
-    previous = previous[by_rank]
-    bounds = np.searchsorted(node_rank[by_rank], np.arange(num_logs + 1))
-
-    row_of_rank = np.empty(num_logs, dtype=np.int64)
-    row, row_start, row_nodes = -1, 0, max_nodes_per_row + 1
-    for i in range(num_logs):
-        new = int(np.count_nonzero(previous[bounds[i] : bounds[i + 1]] < row_start))
-        if row_nodes + new > max_nodes_per_row:
-            row, row_start, row_nodes = row + 1, i, 0
-            new = int(bounds[i + 1] - bounds[i])
-        row_nodes += new
-        row_of_rank[i] = row
-    return row_of_rank[rank]
 
 
 def _ancestor_mask(flat: Int64, parent_flat: Int64, depth: Int64, num_rows: int, width: int) -> Bool:

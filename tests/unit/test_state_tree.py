@@ -92,6 +92,28 @@ def test_every_text_is_one_node():
     assert roots == 2  # prompts begin with 1 and with 9: one node each
 
 
+def packed_like(shared: bool, max_nodes_per_row: int) -> tuple[int, int]:
+    """Shape (B, N) of 32 logs of 24 nodes, which share their first 20 or nothing."""
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(4, VOCAB, 20).tolist()
+    logs = [
+        Log(prompt if shared else rng.integers(4, VOCAB, 20).tolist(), [*rng.integers(4, VOCAB, 3).tolist(), EOS])
+        for _ in range(32)
+    ]
+    tree = build(logs, max_nodes_per_row)
+    check_against_replay(tree, logs)
+    return tuple(tree.node_ids.shape)
+
+
+def test_rows_are_as_wide_as_pays():
+    """Shared prompts make wide rows worth their attention, unrelated ones do not."""
+    rows, width = packed_like(shared=True, max_nodes_per_row=512)
+    assert rows * width < 200
+    rows, width = packed_like(shared=False, max_nodes_per_row=512)
+    assert width <= 64
+    assert packed_like(shared=True, max_nodes_per_row=24) == (32, 24)
+
+
 @st.composite
 def random_logs(draw: st.DrawFn) -> list[Log]:
     logs = []
