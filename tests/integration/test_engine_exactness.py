@@ -212,7 +212,7 @@ def test_draws_after_a_roll_back_are_independent(model_dir: Path) -> None:
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()),
 )
 def test_sweep(changes: dict[str, object], model: PreTrainedModel, model_dir: Path) -> None:
-    requests = rollouts(120, seed=8, share_plain=0.2, max_new_tokens=90, max_actions=150)
+    requests = rollouts(120, seed=8, longest_prompt=130, share_plain=0.2, max_new_tokens=90, max_actions=150)
     outcome = in_engine_process_for(
         240.0, generate, _settings(model_dir, **changes), requests, reset_every=150, abort_every=61
     )
