@@ -52,7 +52,7 @@ def action_values(
 ) -> ActionValues:
     """Evaluate `model` on every state of `tree` with one forward pass of its transformer.
 
-    The model must pass `learner.model.check_supported`: Q is hidden state times row of the output embedding,
+    The model must pass `learner.model_support.check_supported`: Q is hidden state times row of the output embedding,
     nothing else. Under FSDP call this inside a wrapped forward, so that the output embedding is gathered.
     """
     hidden = model.base_model(
@@ -110,9 +110,7 @@ def chunked_values(
     if chunk_elements < 1:
         raise ValueError(f"chunk_elements={chunk_elements} must be at least 1")
     with torch.autocast(hidden.device.type, enabled=False):
-        v_floor, q_backspace, q = _ChunkedValues.apply(
-            hidden, weight, rows, actions, backspace_id, chunk_elements
-        )
+        v_floor, q_backspace, q = _ChunkedValues.apply(hidden, weight, rows, actions, backspace_id, chunk_elements)
     return v_floor, q_backspace, q
 
 

@@ -22,24 +22,17 @@ class ScratchModelSettings(Settings):
     )
     intermediate_size: PositiveInt = 256
     max_positions: PositiveInt = Field(default=128, description="longest text (prompt and answer) in tokens")
-    tie_embeddings: bool = Field(
-        default=True, description="share the rows of the input and the output embedding"
-    )
-    initializer_range: PositiveFloat = Field(
-        default=0.02, description="standard deviation of the initial weights"
-    )
+    tie_embeddings: bool = Field(default=True, description="share the rows of the input and the output embedding")
+    initializer_range: PositiveFloat = Field(default=0.02, description="standard deviation of the initial weights")
     dtype: Literal["float32", "bfloat16"] = "float32"
-    backspace_token: str = Field(
-        default="<backspace>", description="token of the vocabulary that takes a token back"
-    )
+    backspace_token: str = Field(default="<backspace>", description="token of the vocabulary that takes a token back")
     seed: int = 0
 
     @model_validator(mode="after")
     def _check(self) -> ScratchModelSettings:
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
-                "change one of them"
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; change one of them"
             )
         if self.num_key_value_heads is not None:
             if self.architecture != "llama":
@@ -58,9 +51,7 @@ class PretrainedModelSettings(Settings):
     """Any causal language model in the Hugging Face format, or a GGUF file inside an installed package."""
 
     source: Literal["pretrained"] = "pretrained"
-    name: str = Field(
-        description="Hugging Face name, folder, or `package:PACKAGE/FILE.gguf` in an installed package"
-    )
+    name: str = Field(description="Hugging Face name, folder, or `package:PACKAGE/FILE.gguf` in an installed package")
     revision: str | None = Field(default=None, description="branch, tag or commit on the Hugging Face hub")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     backspace_token: str = Field(
@@ -105,15 +96,9 @@ class SequenceMatchSettings(Settings):
         gt=0.0,
         description="weight of E_model[(alpha r)^2]; null = 1/(4 alpha), the balanced mixture",
     )
-    beta_start: float = Field(
-        default=1.0, ge=0.0, le=1.0, description="weight of behaviour cloning at step 0"
-    )
-    beta_end: float = Field(
-        default=0.2, ge=0.0, le=1.0, description="weight of behaviour cloning from beta_steps on"
-    )
-    beta_steps: PositiveInt = Field(
-        default=150, description="steps of the linear change from beta_start to beta_end"
-    )
+    beta_start: float = Field(default=1.0, ge=0.0, le=1.0, description="weight of behaviour cloning at step 0")
+    beta_end: float = Field(default=0.2, ge=0.0, le=1.0, description="weight of behaviour cloning from beta_steps on")
+    beta_steps: PositiveInt = Field(default=150, description="steps of the linear change from beta_start to beta_end")
 
     @model_validator(mode="after")
     def _check(self) -> SequenceMatchSettings:

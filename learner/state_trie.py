@@ -82,9 +82,7 @@ def build_trie(logs: ActionLogs, played: Replay, backspace_id: int) -> Trie:
     prompt_keys = prompt_sums[1:] - prompt_sums[logs.prompt_offsets[:-1]][prompt_log]
     floor_keys = prompt_keys[logs.prompt_offsets[1:] - 1]
     append_keys = event_sums[1:][appends] - event_sums[logs.offsets[:-1]][append_log] + floor_keys[append_log]
-    keys, first, node = np.unique(
-        np.concatenate([prompt_keys, append_keys]), return_index=True, return_inverse=True
-    )
+    keys, first, node = np.unique(np.concatenate([prompt_keys, append_keys]), return_index=True, return_inverse=True)
     node_of_parent = np.where(parent == ROOT, ROOT, node[parent])
     # By induction over the depth: equal parents and equal tokens for equal keys is equality of the texts.
     assert (node_of_parent == node_of_parent[first][node]).all(), "two texts share a 64-bit key"

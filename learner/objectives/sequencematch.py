@@ -86,9 +86,7 @@ class SequenceMatch:
         penalty_data = data.mean_over_logs(self._penalty_sum(data, self.divergence.penalty))
         penalty_data = penalty_data / self.settings.alpha * per_action
         if self.settings.estimator == "collapsed":
-            likelihood = (
-                data.mean_over_logs(self._discount(data.tree.time, data) * data.values.log_prob) * per_action
-            )
+            likelihood = data.mean_over_logs(self._discount(data.tree.time, data) * data.values.log_prob) * per_action
             loss_sequencematch = penalty_data - likelihood
         else:
             assert model is not None
@@ -140,9 +138,7 @@ class SequenceMatch:
         alpha, gamma, phi = self.settings.alpha, self.settings.gamma, self.divergence.phi
         observed = phi(alpha * self._residual(logs)) / alpha
         absorbed = phi(alpha * (1.0 - gamma) * logs.values.v_final) / (alpha * (1.0 - gamma))
-        return self._discounted(
-            logs, observed, torch.where(logs.tree.truncated, logs.values.v_final, absorbed)
-        )
+        return self._discounted(logs, observed, torch.where(logs.tree.truncated, logs.values.v_final, absorbed))
 
     def _value_sum(self, logs: EvaluatedLogs) -> Tensor:
         """[A + L] terms of sum_t gamma^t [V(s_t) - gamma V(s_{t+1})] and of its tail gamma^N V(s_N)."""

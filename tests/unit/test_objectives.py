@@ -199,7 +199,7 @@ def test_backspace_probability_is_that_of_the_policy(model):
     probabilities = [
         model(input_ids=torch.tensor([text])).logits[0, -1].softmax(-1)[BACKSPACE] for text in ([1, 4, 5], [1, 4, 5, 6])
     ]
-    assert float(metrics["backspace_prob"]) == pytest.approx(float(sum(probabilities)) / 3)
+    assert float(metrics["backspace_prob"]) == pytest.approx(sum(probabilities).item() / 3)
 
 
 def test_a_batch_of_empty_logs_has_a_finite_loss(model):
