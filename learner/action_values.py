@@ -118,7 +118,7 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
     """Loops over the vocabulary, and in it over the states; a single chunk is kept for the backward pass."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 (autograd passes arguments by position)
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         hidden: Tensor,
         weight: Tensor,
