@@ -25,7 +25,6 @@ from actors.engine_settings import EngineSettings, SamplingSettings
 from actors.settings import ActorsSettings
 from actors.status import ActorStatus
 from buffer.experts.stream import ExpertStream, PromptStream
-from buffer.experts.tasks import Task
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
 from buffer.weights import WeightManifest, WeightPayload, check_probe, unpack, verify_fingerprint
@@ -46,6 +45,7 @@ class RolloutSpec:
 
     config_json: str
     contract: TokenContract
+    task: str
     settings: ActorsSettings
     noise: NoiseSettings
     max_length: int
@@ -69,19 +69,28 @@ class RolloutSpec:
 class RolloutActor:
     """A Ray actor with two concurrency groups: `generation` (one thread: `run`) and `control`."""
 
-    def __init__(self, name: str, spec: RolloutSpec, task: Task, buffer: ActorHandle) -> None:
-        """Build the engine; the first rollouts wait for the first weights."""
+    def __init__(self, name: str, spec: RolloutSpec, examples: pa.Table, buffer: ActorHandle) -> None:
+        """Build the engine; the first rollouts wait for the first weights.
+
+        examples: `prompt_ids` and `target_ids` of the task's training examples.
+        """
         self._name = name
         self._spec = spec
-        self._task = task
         self._buffer = buffer
         # A respawned actor must neither repeat its forerunner's draws nor its trajectory ids.
         life = uuid.uuid4()
         self._id_prefix = f"{name}-{life.hex[:8]}"
         life_number = life.int % 2**31
-        self._prompts = PromptStream(task.train, spec.seed, life_number)
+        self._prompts = PromptStream(examples, life_number)
         self._experts = (
-            ExpertStream(task, spec.noise, spec.contract, life_number, actor=self._id_prefix)
+            ExpertStream(
+                examples,
+                task=spec.task,
+                noise=spec.noise,
+                contract=spec.contract,
+                seed=life_number,
+                actor=self._id_prefix,
+            )
             if spec.noise.kind == "policy"
             else None
         )
@@ -252,7 +261,7 @@ class RolloutActor:
         rollouts = logs_to_batch(
             self._finished,
             self._spec.contract,
-            task=self._task.name,
+            task=self._spec.task,
             actor=self._name,
             sampling=self._sampling,
             weights_fingerprint=self._fingerprint,

@@ -1,9 +1,9 @@
 """The weight format: what the learner publishes and every actor loads.
 
 One publication is a `WeightManifest` (small, sent to everyone) and a `WeightPayload` (large, stored once per
-node as one object of plain arrays, so that readers map it without a copy). The fingerprint proves that the bytes
-arrived; the probe proves that the *engine* computes with them, which bytes alone cannot (engines repack and tie
-weights).
+node as one object of plain arrays, so that readers map it without a copy). The fingerprint proves that the
+bytes arrived; the probe proves that the *engine* computes with them, which bytes alone cannot (engines repack
+and tie weights).
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def pack_state_dict(
 ) -> tuple[WeightPayload, tuple[TensorEntry, ...]]:
     """View a state dict as arrays; a name tied to an earlier one (same memory, same shape) is left out.
 
-    Contiguous tensors in host memory are *not* copied: put the payload in the object store (which copies) before
-    the next optimizer step writes to them.
+    Contiguous tensors in host memory are *not* copied: put the payload in the object store (which copies)
+    before the next optimizer step writes to them.
 
     Raises:
         ValueError: a tensor has a dtype that the format does not carry.
@@ -129,7 +129,8 @@ def verify_fingerprint(payload: WeightPayload, manifest: WeightManifest) -> None
     """Check the received bytes.
 
     Raises:
-        WeightMismatchError: a tensor is missing, extra or mis-shaped, or bytes differ from the published ones.
+        WeightMismatchError: a tensor is missing, extra or mis-shaped, or bytes differ from the published
+        ones.
     """
     _check_complete(payload, manifest)
     found = fingerprint(manifest.tensors, payload)
@@ -165,7 +166,8 @@ def check_probe(
     """Compare the engine's log-probabilities [P-1] of the probe with the learner's; gives the largest error (nats).
 
     Raises:
-        WeightMismatchError: the largest error exceeds `tolerance`, a value is not a number, or the count differs.
+        WeightMismatchError: the largest error exceeds `tolerance`, a value is not a number, or the count
+        differs.
     """
     expected = np.asarray(manifest.probe_logprobs, dtype=np.float64)
     found = np.asarray(engine_logprobs, dtype=np.float64)

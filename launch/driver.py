@@ -161,6 +161,7 @@ class _Crew:
         spec = RolloutSpec(
             config_json=run.config_json,
             contract=run.contract,
+            task=run.task.name,
             settings=settings.actors,
             noise=settings.noise,
             max_length=run.max_length,
@@ -171,7 +172,7 @@ class _Crew:
             .options(name=POOL_NAME, num_cpus=0)
             .remote(
                 spec,
-                [ray.put(run.task)],
+                [ray.put(run.task.example_table())],
                 self._buffer,
                 engine_environment(spec.engine_settings("", seed=0)),
                 settings.actors.count,

@@ -27,7 +27,7 @@ from learner.checkpoint import (
 )
 from learner.metrics_log import MetricsLog
 from learner.model import load_policy
-from learner.objectives.factory import make_objective
+from learner.objectives.registry import make_objective
 from learner.publisher import WeightPublisher, make_probe
 from learner.settings import ModelSettings, ScratchModelSettings
 from learner.stage_settings import LearnerSettings, StageSettings
@@ -199,7 +199,7 @@ class LearnerWorker:
             return self._buffer_source("expert"), None
         # Arms that start from the same stage see the same examples in the same order.
         seed = (self._spec.seed << 32) + zlib.crc32((stage.start_from or "").encode())
-        stream = ExpertStream(self._task, noise, self._contract, seed)
+        stream = self._task.expert_stream(noise, self._contract, seed)
         return stream, stream
 
     def _buffer_source(self, source: str) -> BufferSource:
