@@ -6,6 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -28,6 +29,8 @@ POLL_S = 0.25
 STATUS_TIMEOUT_S = 10.0
 PREPARE_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 60.0
+
+Seen = TypeVar("Seen")
 
 # Names of the run's Ray actors, within the namespace of the run.
 POOL_NAME = "pool"
@@ -218,19 +221,21 @@ class _Crew:
     def _refresh(self) -> None:
         """Ask everyone how they are; who is too busy to answer is shown as last seen."""
         view = self._live.view
-        view.learner = self._ask(self._learner.status.options(concurrency_group="control").remote()) or view.learner
+        status = self._learner.status.options(concurrency_group="control").remote()
+        view.learner = self._ask(status, view.learner)
         if self._pool is not None and self._buffer is not None:
-            view.pool = self._ask(self._pool.status.remote()) or view.pool
-            view.buffer = self._ask(self._buffer.status.remote()) or view.buffer
+            view.pool = self._ask(self._pool.status.remote(), view.pool)
+            view.buffer = self._ask(self._buffer.status.remote(), view.buffer)
             if view.pool is not None and view.pool.failure is not None:
                 raise RunFailedError(f"the actor pool gave up: {view.pool.failure}")
         self._live.refresh()
 
-    def _ask(self, reference: ray.ObjectRef) -> object:
+    def _ask(self, reference: ray.ObjectRef, last: Seen) -> Seen:
         try:
-            return ray.get(reference, timeout=STATUS_TIMEOUT_S)
+            answer: Seen = ray.get(reference, timeout=STATUS_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError:
-            return None
+            return last
+        return answer
 
     def _wait(self, reference: ray.ObjectRef, timeout_s: float, whom: str) -> None:
         deadline = time.monotonic() + timeout_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,7 @@ from launch.errors import UserError
 from launch.settings import RunSettings
 
 Tree = dict[str, object]
+JsonSchema = dict[str, Any]
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
@@ -119,23 +121,23 @@ def _unknown_key(where: str, location: list[int | str], raw: tuple[int | str, ..
 
 def _known_keys(model: type[BaseModel], path: Sequence[int | str]) -> set[str]:
     """Keys that the settings class at `path` accepts, found through the schema that pydantic itself reports."""
-    schema = model.model_json_schema()
+    schema: JsonSchema = model.model_json_schema()
     node = schema
     for part in path:
         node = _resolve(schema, node)
         if isinstance(part, int):
             node = node["items"]
-        elif "properties" in node and part in node["properties"]:
+        elif part in node.get("properties", {}):
             node = node["properties"][part]
         elif "discriminator" in node:
             node = {"$ref": node["discriminator"]["mapping"][part]}
     node = _resolve(schema, node)
-    keys = set(node.get("properties", {}))
-    for option in node.get("oneOf", []):
-        keys |= set(_resolve(schema, option).get("properties", {}))
-    return keys
+    options = [_resolve(schema, option) for option in node.get("oneOf", [])]
+    return {key for option in [node, *options] for key in option.get("properties", {})}
 
 
-def _resolve(schema: dict[str, dict[str, dict[str, object]]], node: dict[str, object]) -> dict[str, object]:
-    reference = node.get("$ref")
-    return schema["$defs"][str(reference).rsplit("/", 1)[-1]] if reference else node
+def _resolve(schema: JsonSchema, node: JsonSchema) -> JsonSchema:
+    if "$ref" not in node:
+        return node
+    definition: JsonSchema = schema["$defs"][str(node["$ref"]).rsplit("/", 1)[-1]]
+    return definition

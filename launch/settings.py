@@ -61,26 +61,12 @@ class RunSettings(Settings):
             raise ValueError(f"evaluation.stages names {unknown[0]!r}, the stages are: {', '.join(names)}")
         needy = [stage.name for stage in self.stages if needs_actors(stage, self.noise)]
         if needy and self.actors.count == 0:
-            raise ValueError(
-                f"stage {needy[0]!r} needs rollouts, but actors.count is 0: set actors.count to 1 or more"
-            )
+            raise ValueError(f"stage {needy[0]!r} needs rollouts, but actors.count is 0: set actors.count to 1 or more")
         if needy and self.buffer.capacity < max(stage.rollout_batch_size for stage in self.stages):
-            raise ValueError(
-                "buffer.capacity is smaller than a stage's rollout_batch_size: no step could be drawn"
-            )
+            raise ValueError("buffer.capacity is smaller than a stage's rollout_batch_size: no step could be drawn")
         return self
-
-
-def needs_policy_trajectories(stage: StageSettings) -> bool:
-    """Whether the stage's objective draws rollouts from the buffer."""
-    return stage.objective.name == "sequencematch" and stage.objective.divergence == "chi2_mixture"
-
-
-def makes_noisy_experts(stage: StageSettings) -> bool:
-    """Whether expert trajectories carry noise: maximum likelihood is the method without backspaces."""
-    return stage.objective.name != "mle"
 
 
 def needs_actors(stage: StageSettings, noise: NoiseSettings) -> bool:
     """Whether the stage needs rollout actors: for rollouts, or for noise drawn from the policy."""
-    return needs_policy_trajectories(stage) or (makes_noisy_experts(stage) and noise.kind == "policy")
+    return stage.objective.needs_rollouts or (stage.objective.uses_noise and noise.kind == "policy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import ray
 import torch
 from ray.actor import ActorHandle
@@ -68,15 +69,16 @@ class WeightPublisher:
                 ) from None
 
 
-@torch.no_grad()
-def sequence_logprobs(model: PreTrainedModel, token_ids: tuple[int, ...]) -> np.ndarray:
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def sequence_logprobs(model: PreTrainedModel, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """[P-1] float32 log-probability of each token after the first given those before it, over all actions."""
     was_training = model.training
     model.eval()
     ids = torch.tensor([token_ids], device=model.device)
     logprobs = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
     model.train(was_training)
-    return logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
+    chosen: npt.NDArray[np.float32] = logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
+    return chosen
 
 
 def make_probe(vocab_size: int, excluded: tuple[int, ...], seed: int) -> tuple[int, ...]:

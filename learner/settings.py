@@ -79,6 +79,16 @@ class LikelihoodSettings(Settings):
 
     name: Literal["mle", "behaviour_cloning"]
 
+    @property
+    def needs_rollouts(self) -> bool:
+        """Expert logs are all it uses."""
+        return False
+
+    @property
+    def uses_noise(self) -> bool:
+        """Whether expert logs demonstrate backspace; maximum likelihood is the method without."""
+        return self.name == "behaviour_cloning"
+
 
 class SequenceMatchSettings(Settings):
     """Occupancy matching with backspace (arXiv 2306.05426)."""
@@ -99,6 +109,16 @@ class SequenceMatchSettings(Settings):
     beta_start: float = Field(default=1.0, ge=0.0, le=1.0, description="weight of behaviour cloning at step 0")
     beta_end: float = Field(default=0.2, ge=0.0, le=1.0, description="weight of behaviour cloning from beta_steps on")
     beta_steps: PositiveInt = Field(default=150, description="steps of the linear change from beta_start to beta_end")
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """The printed estimator samples its value terms; the collapsed one needs rollouts for the mixture only."""
+        return self.divergence == "chi2_mixture" or self.estimator == "printed"
+
+    @property
+    def uses_noise(self) -> bool:
+        """Expert logs demonstrate backspace."""
+        return True
 
     @model_validator(mode="after")
     def _check(self) -> SequenceMatchSettings:

@@ -193,8 +193,7 @@ class LearnerWorker:
         """Expert trajectories of a stage; with noise from the policy they come out of the buffer, made by the
         actors.
         """
-        clean = NoiseSettings(kind="none", rate=0.0)
-        noise = clean if stage.objective.name == "mle" else self._spec.noise
+        noise = self._spec.noise if stage.objective.uses_noise else NoiseSettings(kind="none", rate=0.0)
         if noise.kind == "policy":
             return self._buffer_source("expert"), None
         # Arms that start from the same stage see the same examples in the same order.

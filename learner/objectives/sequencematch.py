@@ -56,8 +56,8 @@ class SequenceMatch:
 
     @property
     def needs_rollouts(self) -> bool:
-        """The printed estimator samples its value terms; the collapsed one samples the mixture only."""
-        return self.divergence.penalises_rollouts or self.settings.estimator == "printed"
+        """As the settings say."""
+        return self.settings.needs_rollouts
 
     @property
     def mixture_coefficient(self) -> float:
