@@ -122,9 +122,7 @@ def parent_events(logs: ActionLogs, played: Replay, backspace_id: int) -> Int64:
 
 
 def final_token_ids(logs: ActionLogs, played: Replay, backspace_id: int) -> tuple[Int64, Int32]:
-    """Answers that remain after all deletions, as (offsets [L+1], ids): a token remains unless a later state at its
-    depth or above shows that it was taken back, that is unless it was deleted.
-    """
+    """What is left of every answer at the end of its log: offsets [L+1] and token ids."""
     kept = surviving_events(logs, played, backspace_id)
     counts = np.bincount(played.log[kept], minlength=logs.num_logs)
     offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -143,4 +141,5 @@ def surviving_events(logs: ActionLogs, played: Replay, backspace_id: int) -> npt
     span = int(played.depth.max()) + 2
     shifted = played.depth + played.log * span
     later_minimum = np.minimum.accumulate(shifted[::-1])[::-1]
-    return (logs.realised != backspace_id) & (later_minimum >= shifted)
+    survives: npt.NDArray[np.bool_] = (logs.realised != backspace_id) & (later_minimum >= shifted)
+    return survives

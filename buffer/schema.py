@@ -5,9 +5,11 @@ replaying the log on a stack that starts at the prompt (`buffer.replay`). Invari
 at the door of the buffer:
 
 - `logprobs`, `policy_version` (policy rows) and `realised` (where present) are as long as `actions`;
-- ids lie in [0, vocab_size); `prompt_ids` and `realised` never hold backspace; only the last action may be `<eos>`;
-- replay is defined at every step: no backspace at the floor (the end of the prompt);
-- `finish_reason` is `eos` exactly when the last action is `<eos>`.
+- ids lie in [0, vocab_size); `prompt_ids` and `realised` never hold backspace;
+- what a step *appends* is `realised` where that is not null, else the action. `<eos>` is appended by the last step
+  only, and exactly where `finish_reason` is `eos`. (An earlier *action* may be `<eos>`: the label of a step whose
+  noise was appended instead.)
+- replay is defined at every step: no backspace at the floor (the end of the prompt).
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class TokenContract:
         """Read the contract back from a schema's metadata.
 
         Raises:
-            ValueError: the metadata is absent, incomplete, or of another schema version.
+            ValueError: the metadata is absent, incomplete, malformed, or of another schema version.
         """
         metadata = metadata or {}
         version = metadata.get(b"schema_version", b"none").decode()
@@ -55,15 +57,27 @@ class TokenContract:
             raise ValueError(
                 f"trajectory schema version {version} cannot be read; this program reads version {SCHEMA_VERSION}"
             )
-        try:
-            return cls(
-                vocab_size=int(metadata[b"vocab_size"]),
-                backspace_id=int(metadata[b"backspace_id"]),
-                eos_id=int(metadata[b"eos_id"]),
-                tokenizer_hash=metadata[b"tokenizer_hash"].decode(),
-            )
-        except KeyError as missing:
-            raise ValueError(f"trajectory schema metadata lacks {missing}") from None
+        return cls(
+            vocab_size=_read_int(metadata, "vocab_size"),
+            backspace_id=_read_int(metadata, "backspace_id"),
+            eos_id=_read_int(metadata, "eos_id"),
+            tokenizer_hash=_read(metadata, "tokenizer_hash"),
+        )
+
+
+def _read(metadata: Mapping[bytes, bytes], name: str) -> str:
+    value = metadata.get(name.encode())
+    if value is None:
+        raise ValueError(f"trajectory schema metadata lacks {name}")
+    return value.decode()
+
+
+def _read_int(metadata: Mapping[bytes, bytes], name: str) -> int:
+    value = _read(metadata, name)
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"trajectory schema metadata holds {name}={value!r}, which is not a number") from None
 
 
 SAMPLING_TYPE = pa.struct(

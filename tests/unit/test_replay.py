@@ -1,0 +1,185 @@
+"""Replay of action logs against a stack of events, on logs, batches and slices of every shape."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from buffer.replay import FLOOR, ActionLogs, final_token_ids, parent_events, replay, surviving_events
+from buffer.schema import TokenContract, trajectory_schema
+from tests.oracle import Log
+
+BACKSPACE, EOS, VOCAB = 2, 1, 9
+SCHEMA = trajectory_schema(TokenContract(VOCAB, BACKSPACE, EOS, "hash"))
+
+
+def to_batch(logs: list[Log], *, spell_out: bool = False) -> pa.RecordBatch:
+    """The full trajectory schema. `realised` is null where a log has no noise, or all null elements (`spell_out`)."""
+
+    def realised(log: Log) -> list[int | None] | None:
+        return [log.realised.get(t) for t in range(len(log.actions))] if log.realised or spell_out else None
+
+    rows = [
+        {
+            "id": str(i),
+            "source": log.source,
+            "task": "t",
+            "prompt_ids": log.prompt,
+            "actions": log.actions,
+            "realised": realised(log),
+            "finish_reason": log.finish_reason,
+            "actor": "a",
+            "created_at": datetime.now(UTC),
+        }
+        for i, log in enumerate(logs)
+    ]
+    return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+
+
+def check_against_a_stack(batch: pa.RecordBatch, logs: list[Log]) -> None:
+    """Everything that replay says, from a Python list of the events that are left."""
+    found = ActionLogs.from_batch(batch)
+    assert found.num_logs == len(logs)
+    np.testing.assert_array_equal(found.lengths, [len(log.actions) for log in logs])
+    np.testing.assert_array_equal(found.actions, [a for log in logs for a in log.actions])
+    np.testing.assert_array_equal(found.prompt_ids, [token for log in logs for token in log.prompt])
+    np.testing.assert_array_equal(np.diff(found.prompt_offsets), [len(log.prompt) for log in logs])
+
+    expected: dict[str, list[int]] = {
+        name: [] for name in ("log", "time", "depth", "state", "next_state", "realised", "parent")
+    }
+    survivors: list[int] = []
+    answers: list[list[int]] = []
+    event = 0
+    for i, log in enumerate(logs):
+        stack: list[tuple[int, int]] = []
+        for t, action in enumerate(log.actions):
+            token = log.realised.get(t, action)
+            before = stack[-1][0] if stack else FLOOR
+            if token == BACKSPACE:
+                stack.pop()
+            else:
+                stack.append((event, token))
+            after = stack[-1][0] if stack else FLOOR
+            parent = -2 if token == BACKSPACE else before
+            for name, value in zip(expected, (i, t, len(stack), before, after, token, parent), strict=True):
+                expected[name].append(value)
+            event += 1
+        survivors += [index for index, _ in stack]
+        answers.append([token for _, token in stack])
+
+    played = replay(found, BACKSPACE)
+    for name in ("log", "time", "depth", "state", "next_state"):
+        np.testing.assert_array_equal(getattr(played, name), expected[name], err_msg=name)
+        assert getattr(played, name).dtype == np.int64
+    np.testing.assert_array_equal(found.realised, expected["realised"])
+    np.testing.assert_array_equal(parent_events(found, played, BACKSPACE), expected["parent"])
+    survives = surviving_events(found, played, BACKSPACE)
+    assert survives.dtype == np.bool_
+    np.testing.assert_array_equal(np.flatnonzero(survives), survivors)
+    offsets, ids = final_token_ids(found, played, BACKSPACE)
+    assert [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)] == answers
+    assert len(offsets) == len(logs) + 1
+
+
+HARD = [
+    Log([4], []),
+    Log([4, 5], [6, 7, BACKSPACE, BACKSPACE, 6, BACKSPACE, 7, EOS]),  # to the floor twice, and on
+    Log([], [3, BACKSPACE]),  # empty prompt, empty answer
+    Log([4], [6, 6, 6, BACKSPACE, 6, BACKSPACE, BACKSPACE, 6]),  # equal tokens at every depth
+    Log([4], []),
+    Log([5], [7, BACKSPACE, 7, EOS], realised={0: 8}),  # the label is not what was appended
+    Log([5], [EOS, BACKSPACE, EOS], realised={0: 3}),  # noise before <eos>
+    Log([5], [3, BACKSPACE, BACKSPACE], realised={1: 4}),  # a backspace that the environment overruled
+    Log([5], []),
+]
+
+
+@pytest.mark.parametrize("spell_out", [False, True])
+def test_hard_logs(spell_out):
+    check_against_a_stack(to_batch(HARD, spell_out=spell_out), HARD)
+
+
+def test_no_logs_and_only_empty_logs():
+    check_against_a_stack(to_batch([]), [])
+    check_against_a_stack(to_batch(HARD).slice(3, 0), [])
+    check_against_a_stack(to_batch([HARD[0]] * 3, spell_out=True), [HARD[0]] * 3)
+
+
+@st.composite
+def random_logs(draw: st.DrawFn) -> list[Log]:
+    tokens = st.integers(3, VOCAB - 1)
+    moves = st.lists(st.tuples(st.booleans(), tokens, st.none() | tokens), max_size=14)
+    logs = []
+    for _ in range(draw(st.integers(0, 6))):
+        depth, actions, realised = 0, [], {}
+        for take_back, token, noise in draw(moves):
+            if noise is not None:
+                realised[len(actions)] = noise
+            is_backspace = take_back and depth > 0
+            actions.append(BACKSPACE if is_backspace else token)
+            depth += -1 if is_backspace and noise is None else 1
+        logs.append(Log(draw(st.lists(tokens, max_size=3)), actions, realised))
+    return logs
+
+
+@given(random_logs(), st.booleans(), st.data())
+def test_random_logs_whole_and_sliced(logs, spell_out, data):
+    batch = to_batch(logs, spell_out=spell_out)
+    check_against_a_stack(batch, logs)
+    begin = data.draw(st.integers(0, len(logs)), label="begin")
+    end = data.draw(st.integers(begin, len(logs)), label="end")
+    check_against_a_stack(batch.slice(begin, end - begin), logs[begin:end])
+
+
+def test_values_under_a_null_list_are_not_read():
+    """Arrow lets a null slot own values; they belong to nobody."""
+    logs = [Log([4], [5, 6], realised={1: 7}), Log([4], [5, 6]), Log([4], [6, 5], realised={0: 8})]
+    batch = to_batch(logs)
+    realised = pa.ListArray.from_arrays(
+        pa.array([0, 2, 4, 6], pa.int32()),
+        pa.array([None, 7, 3, 3, 8, None], pa.int32()),
+        mask=pa.array([False, True, False]),
+    )
+    hidden = batch.set_column(batch.schema.get_field_index("realised"), SCHEMA.field("realised"), realised)
+    check_against_a_stack(hidden, logs)
+    check_against_a_stack(hidden.slice(1), logs[1:])
+
+
+def test_list_columns_are_viewed_not_copied():
+    clean = to_batch([Log([4], [5, 6]), Log([4], [7])])
+    values = clean.column("actions").values.to_numpy()
+    logs = ActionLogs.from_batch(clean)
+    assert np.shares_memory(logs.actions, values)
+    assert logs.realised is logs.actions
+    assert np.shares_memory(logs.prompt_ids, clean.column("prompt_ids").values.to_numpy())
+    noisy = ActionLogs.from_batch(to_batch([Log([4], [5, 6], realised={0: 8})]))
+    np.testing.assert_array_equal(noisy.actions, [5, 6])  # the labels stay as they were chosen
+    np.testing.assert_array_equal(noisy.realised, [8, 6])
+
+
+@pytest.mark.parametrize(
+    ("logs", "culprit"),
+    [
+        ([Log([4], [BACKSPACE])], 0),
+        ([Log([4], [5]), Log([4], []), Log([4], [5, BACKSPACE, BACKSPACE, 5, 5])], 2),  # back above it at the end
+        ([Log([4], [5, 5]), Log([4], [BACKSPACE]), Log([4], [5])], 1),  # tokens of the log before do not count
+        ([Log([4], [5, BACKSPACE, BACKSPACE], realised={0: 6})], 0),
+    ],
+)
+def test_a_backspace_at_the_floor_is_refused_by_name(logs, culprit):
+    with pytest.raises(ValueError, match=rf"^log {culprit} takes a token back at the floor"):
+        replay(ActionLogs.from_batch(to_batch(logs)), BACKSPACE)
+
+
+def test_long_logs_stay_within_their_own_depths():
+    """Depths of thousands, next to a log that ends at the floor: nothing leaks from one log to the next."""
+    long = Log([4], [5] * 3000 + [BACKSPACE] * 2999 + [6] * 10)
+    logs = [long, Log([4], [7, BACKSPACE]), long, Log([4], [8])]
+    check_against_a_stack(to_batch(logs), logs)

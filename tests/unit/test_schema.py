@@ -1,0 +1,93 @@
+"""The wire contract: what a trajectory file says of itself, and what is refused when it is read."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from buffer.schema import FINISH_REASONS, SCHEMA_VERSION, SOURCES, TokenContract, trajectory_schema
+
+CONTRACT = TokenContract(vocab_size=300, backspace_id=3, eos_id=2, tokenizer_hash="äß0123")
+
+
+def row(**changes):
+    values = {
+        "id": "a/0",
+        "source": SOURCES[1],
+        "task": "t",
+        "prompt_ids": [5],
+        "actions": [6, 3, 2],
+        "realised": [7, None, None],
+        "logprobs": [-0.5, -1.0, -2.0],
+        "policy_version": [0, 0, 1],
+        "finish_reason": FINISH_REASONS[0],
+        "sampling": {"temperature": 1.0, "top_p": 1.0, "floor_mask": True},
+        "actor": "a",
+        "created_at": 0,
+    }
+    return values | changes
+
+
+def test_contract_comes_back_from_a_file(tmp_path):
+    schema = trajectory_schema(CONTRACT)
+    batch = pa.RecordBatch.from_pylist([row(), row(realised=None, sampling=None)], schema=schema)
+    with pa.ipc.new_file(tmp_path / "segment.arrow", schema) as writer:
+        writer.write_batch(batch)
+    with pa.ipc.open_file(pa.memory_map(str(tmp_path / "segment.arrow"))) as reader:
+        assert TokenContract.from_metadata(reader.schema.metadata) == CONTRACT
+        assert reader.schema.equals(schema, check_metadata=True)
+        assert reader.get_batch(0).equals(batch)
+
+
+def test_schemas_of_other_tokens_differ_in_metadata_only():
+    other = trajectory_schema(TokenContract(300, 3, 2, "another"))
+    assert other.equals(trajectory_schema(CONTRACT))
+    assert not other.equals(trajectory_schema(CONTRACT), check_metadata=True)
+
+
+def test_metadata_of_others_is_no_obstacle():
+    metadata = trajectory_schema(CONTRACT).metadata | {b"pandas": b"{}"}
+    assert TokenContract.from_metadata(metadata) == CONTRACT
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "backspace_id", "eos_id", "tokenizer_hash"])
+def test_a_missing_key_is_named(name):
+    metadata = CONTRACT.to_metadata()
+    del metadata[name.encode()]
+    with pytest.raises(ValueError, match=f"metadata lacks {name}$"):
+        TokenContract.from_metadata(metadata)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "backspace_id", "eos_id"])
+def test_a_value_that_is_no_number_is_named(name):
+    metadata = CONTRACT.to_metadata() | {name.encode(): b"three"}
+    with pytest.raises(ValueError, match=f"metadata holds {name}='three', which is not a number"):
+        TokenContract.from_metadata(metadata)
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {b"vocab_size": b"300"}])
+def test_metadata_that_is_not_ours(metadata):
+    with pytest.raises(ValueError, match=f"schema version none cannot be read; .* version {SCHEMA_VERSION}"):
+        TokenContract.from_metadata(metadata)
+
+
+def test_another_version_is_refused_even_if_it_looks_alike():
+    metadata = CONTRACT.to_metadata() | {b"schema_version": str(SCHEMA_VERSION + 1).encode()}
+    with pytest.raises(ValueError, match=f"schema version {SCHEMA_VERSION + 1} cannot be read"):
+        TokenContract.from_metadata(metadata)
+
+
+def test_ids_are_32_bits_and_what_experts_lack_is_nullable():
+    schema = trajectory_schema(CONTRACT)
+    for name in ("prompt_ids", "actions", "realised", "policy_version"):
+        assert schema.field(name).type == pa.list_(pa.int32())
+    nullable = {field.name for field in schema if field.nullable}
+    assert nullable == {
+        "realised",
+        "logprobs",
+        "policy_version",
+        "weights_fingerprint",
+        "sampling",
+        "reward",
+        "features",
+    }
