@@ -73,22 +73,44 @@ TaskSettings = ArithmeticTaskSettings | TextTaskSettings
 class BufferSettings(Settings):
     """The replay buffer."""
 
-    capacity: PositiveInt = Field(1024, description="live policy trajectories; the oldest are evicted beyond it")
+    capacity: PositiveInt = Field(
+        1024, description="live trajectories per source (policy, expert); the oldest are evicted beyond it"
+    )
     max_staleness: int | None = Field(
-        None, ge=0, description="largest staleness (in published versions) a drawn trajectory may have; null = any"
+        None,
+        ge=0,
+        description="largest staleness (in published versions) a drawn trajectory may have; null = any",
     )
-    sampler: Literal["uniform", "recency"] = "uniform"
+    sampler: Literal["uniform", "recency"] = Field(
+        "uniform", description="which live trajectories are drawn: all alike, or newer ones more often"
+    )
     recency_exponent: float = Field(
-        1.0, ge=0.0, description="recency sampler: weight of the k-th newest trajectory is k^-exponent"
+        1.0, ge=0.0, description="sampler=recency: weight of the k-th newest trajectory is k^-exponent"
     )
-    min_size: PositiveInt = Field(64, description="live trajectories before the first draw")
+    min_size: PositiveInt = Field(64, description="live trajectories of a source before the first draw from it")
     max_samples_per_insert: float | None = Field(
-        None, gt=0.0, description="back-pressure: draws wait for inserts beyond this ratio; null = never"
+        None,
+        gt=0.0,
+        description="back-pressure: draws of policy trajectories wait for inserts beyond this ratio; null = never",
     )
     max_inserts_ahead: PositiveInt = Field(
-        1024, description="back-pressure: actors pause when they are this many trajectories ahead of the draws"
+        1024,
+        description="back-pressure: actors pause when they are this many trajectories ahead of the draws",
     )
-    segment_bytes: PositiveInt = Field(64 * 2**20, description="size at which a segment is sealed")
+    segment_bytes: PositiveInt = Field(64 * 2**20, description="size at which a segment file is sealed")
     fsync: Literal["batch", "seal"] = Field(
-        "batch", description="`batch`: every acknowledged batch is on disk; `seal`: only sealed segments are"
+        "batch",
+        description="what survives a loss of power: every acknowledged batch, or sealed segments only "
+        "(faster; the death of a process loses nothing either way)",
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_size > self.capacity:
+            raise ValueError(
+                f"min_size={self.min_size} is never reached with capacity={self.capacity}: lower min_size or raise "
+                "capacity"
+            )
+        if "recency_exponent" in self.model_fields_set and self.sampler != "recency":
+            raise ValueError(f"recency_exponent has no effect with sampler={self.sampler}")
+        return self

@@ -108,9 +108,7 @@ def pack_state_dict(
         seen.add(memory)
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in _CARRIER_DTYPES:
-            raise ValueError(
-                f"tensor {name} is {dtype}; weights travel as one of {', '.join(_CARRIER_DTYPES)}"
-            )
+            raise ValueError(f"tensor {name} is {dtype}; weights travel as one of {', '.join(_CARRIER_DTYPES)}")
         entries.append(TensorEntry(name, dtype, tuple(tensor.shape)))
         payload[name] = _to_array(tensor.cpu().contiguous(), dtype)
     return payload, tuple(entries)
@@ -160,10 +158,9 @@ def unpack(payload: WeightPayload, manifest: WeightManifest) -> Iterator[tuple[s
     return iter(tensors)
 
 
-def check_probe(
-    manifest: WeightManifest, engine_logprobs: npt.NDArray[np.floating], tolerance: float
-) -> float:
-    """Compare the engine's log-probabilities [P-1] of the probe with the learner's; gives the largest error (nats).
+def check_probe(manifest: WeightManifest, engine_logprobs: npt.NDArray[np.floating], tolerance: float) -> float:
+    """Compare the engine's log-probabilities [P-1] of the probe with the learner's; gives the largest error
+    (nats).
 
     Raises:
         WeightMismatchError: the largest error exceeds `tolerance`, a value is not a number, or the count
@@ -208,8 +205,7 @@ def _check_complete(payload: WeightPayload, manifest: WeightManifest) -> None:
         array = payload[entry.name]
         if array.shape != entry.shape:
             raise WeightMismatchError(
-                f"tensor {entry.name} of version {version} has shape {array.shape}, "
-                f"the manifest says {entry.shape}"
+                f"tensor {entry.name} of version {version} has shape {array.shape}, the manifest says {entry.shape}"
             )
         carrier = _CARRIER_DTYPES.get(entry.dtype)
         if carrier is None or array.dtype != np.dtype(carrier):

@@ -1,0 +1,255 @@
+"""Durable segments: files in the Arrow IPC stream format, which any Arrow library reads.
+
+    segment-000001.arrows        sealed: complete, listed in the manifest with its checksum, memory-mapped
+    segment-000002.arrows.open   open: takes inserts; each batch carries a checksum of its own bytes
+
+A batch is written with one `write` call after the last complete batch, so a crash leaves complete batches and
+at most one torn one, which recovery cuts off. Sealing writes the rows again in few large batches: small
+inserts would make a mapped segment slow to draw from for all its life.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import xxhash
+
+from buffer.manifest import CorruptSegmentError, SegmentEntry, sync_folder
+
+OPEN_SUFFIX = ".arrows.open"
+SEALED_SUFFIX = ".arrows"
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_MESSAGE_START = b"\xff\xff\xff\xff"
+_MESSAGE_ALIGNMENT = 8
+
+# The checksum stands in the metadata of the message that it covers: it is computed with zeros in its place.
+_CHECKSUM_KEY = "checksum"
+_CHECKSUM_PREFIX = b"xxh3_128:"
+_CHECKSUM_ZEROS = b"0" * 32
+_CHECKSUM = re.compile(re.escape(_CHECKSUM_PREFIX) + rb"([0-9a-f]{32})")
+
+
+def open_path(folder: Path, number: int) -> Path:
+    """Where the open segment `number` lies."""
+    return folder / f"segment-{number:06d}{OPEN_SUFFIX}"
+
+
+def sealed_path(folder: Path, number: int) -> Path:
+    """Where the sealed segment `number` lies."""
+    return folder / f"segment-{number:06d}{SEALED_SUFFIX}"
+
+
+class OpenSegment:
+    """The segment that takes inserts. Not thread-safe.
+
+    sync_each_batch: whether `append` returns only when the batch would survive a loss of power; without, it
+    survives the death of the process.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, sync_each_batch: bool) -> None:
+        """Create `path`, or go on after its last byte (`recover_open_segment` first cuts off what is torn)."""
+        self.path = path
+        self._schema = schema
+        self._header = schema.serialize().to_pybytes()
+        self._sync_each_batch = sync_each_batch
+        self._descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+        self._size_bytes = os.fstat(self._descriptor).st_size
+        if self._size_bytes == 0:
+            self._write(self._header)
+            sync_folder(path.parent)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of complete batches and header."""
+        return self._size_bytes
+
+    def append(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Write a batch; gives it back as a view of the written bytes, so that the caller's memory is free to
+        go.
+
+        Raises:
+            OSError: the bytes could not be written; the file is as it was before.
+        """
+        message = _encode(batch, self._schema, len(self._header))
+        self._write(message)
+        view: pa.RecordBatch = pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(message)), self._schema)
+        return view
+
+    def close(self) -> None:
+        """Make every batch durable and let go of the file."""
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+    def _write(self, content: bytes) -> None:
+        view = memoryview(content)
+        try:
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+            if self._sync_each_batch:
+                os.fdatasync(self._descriptor)
+        except OSError:
+            os.ftruncate(self._descriptor, self._size_bytes)
+            raise
+        self._size_bytes += len(content)
+
+
+@dataclass(frozen=True)
+class RecoveredSegment:
+    """Complete batches of an open segment. cut_bytes: torn bytes that were cut off its end."""
+
+    batches: tuple[pa.RecordBatch, ...]
+    cut_bytes: int
+
+
+def recover_open_segment(path: Path, schema: pa.Schema) -> RecoveredSegment:
+    """Read the open segment at `path` after a crash and cut off a torn tail.
+
+    Raises:
+        CorruptSegmentError: a damaged batch lies before a complete one, so this was no crash in mid-write.
+    """
+    content = path.read_bytes()
+    buffer = pa.py_buffer(content)
+    end = _header_end(path, content, schema)
+    batches: list[pa.RecordBatch] = []
+    if end is None:  # a crash while the file was created: nothing was acknowledged
+        end = 0
+    else:
+        while (message := _read_message(buffer, end)) is not None:
+            batches.append(pa.ipc.read_record_batch(message.message, schema))
+            end = message.end
+    cut_bytes = len(content) - end
+    if cut_bytes:
+        for start in _message_starts(content, end + 1):
+            if _read_message(buffer, start) is not None:
+                raise CorruptSegmentError(
+                    f"{path} is damaged at byte {end}, before complete batches (from byte {start}): restore the file "
+                    f"from a copy, or cut it off with `truncate -s {end} {path}` and lose the batches after it"
+                )
+        os.truncate(path, end)
+    return RecoveredSegment(tuple(batches), cut_bytes)
+
+
+@dataclass(frozen=True)
+class SealedFile:
+    """What `write_sealed` wrote."""
+
+    size_bytes: int
+    checksum: str
+
+
+def write_sealed(path: Path, batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> SealedFile:
+    """Write a complete segment next to `path`, make it durable and rename it into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    with pa.memory_map(str(temporary)) as file:
+        content = file.read_buffer()
+        sealed = SealedFile(content.size, _checksum(content))
+    temporary.rename(path)
+    sync_folder(path.parent)
+    return sealed
+
+
+def map_sealed(folder: Path, entry: SegmentEntry, schema: pa.Schema) -> list[pa.RecordBatch]:
+    """Map a sealed segment; its batches are views of the file, which stays readable to them after its
+    deletion.
+
+    Raises:
+        CorruptSegmentError: the file is missing, or differs from what the manifest says.
+    """
+    path = sealed_path(folder, entry.number)
+    remedy = (
+        f"restore it from a copy, or delete its entry from {folder / 'manifest.json'} to go on without its "
+        f"{entry.num_rows} trajectories"
+    )
+    if not path.exists():
+        raise CorruptSegmentError(f"{path} is missing: {remedy}")
+    content = pa.memory_map(str(path)).read_buffer()
+    if content.size != entry.size_bytes:
+        raise CorruptSegmentError(f"{path} has {content.size} bytes instead of {entry.size_bytes}: {remedy}")
+    if (found := _checksum(content)) != entry.checksum:
+        raise CorruptSegmentError(f"{path} has checksum {found} instead of {entry.checksum}: {remedy}")
+    reader = pa.ipc.open_stream(content)
+    if not reader.schema.equals(schema, check_metadata=True):
+        raise CorruptSegmentError(f"{path} holds rows of another schema: {remedy}")
+    return list(reader)
+
+
+def _checksum(content: pa.Buffer) -> str:
+    return xxhash.xxh3_128(memoryview(content)).hexdigest()
+
+
+def _encode(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int) -> bytes:
+    """The message of one batch as it stands in a stream, with its checksum."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        placeholder = (_CHECKSUM_PREFIX + _CHECKSUM_ZEROS).decode()
+        writer.write_batch(batch, custom_metadata={_CHECKSUM_KEY: placeholder})
+    message = bytearray(memoryview(sink.getvalue())[header_bytes : -len(END_OF_STREAM)])
+    at = message.index(_CHECKSUM_PREFIX) + len(_CHECKSUM_PREFIX)
+    message[at : at + len(_CHECKSUM_ZEROS)] = xxhash.xxh3_128(message).hexdigest().encode()
+    return bytes(message)
+
+
+@dataclass(frozen=True)
+class _Message:
+    message: pa.Message
+    end: int
+
+
+def _read_message(buffer: pa.Buffer, start: int) -> _Message | None:
+    """The message at byte `start`, None where there is no complete one with the right checksum."""
+    source = pa.BufferReader(buffer.slice(start))
+    try:
+        message = pa.ipc.read_message(source)
+    except (pa.ArrowInvalid, EOFError, OSError):
+        return None
+    raw = bytearray(memoryview(buffer)[start : start + source.tell()])
+    found = _CHECKSUM.search(raw, 0, len(raw) - message.body.size if message.body else len(raw))
+    if found is None:
+        return None
+    checksum = bytes(found.group(1))
+    raw[found.start(1) : found.end(1)] = _CHECKSUM_ZEROS
+    if xxhash.xxh3_128(raw).hexdigest().encode() != checksum:
+        return None
+    return _Message(message, start + len(raw))
+
+
+def _header_end(path: Path, content: bytes, schema: pa.Schema) -> int | None:
+    """Where the first batch begins; None where the header itself is torn."""
+    header = schema.serialize().to_pybytes()
+    if len(content) < len(header) and header.startswith(content):
+        return None
+    source = pa.BufferReader(content)
+    try:
+        found = pa.ipc.read_schema(source)
+    except (pa.ArrowInvalid, EOFError, OSError) as error:
+        raise CorruptSegmentError(
+            f"{path} does not begin with an Arrow schema ({error}): restore the file from a copy, or delete it and "
+            "lose its trajectories"
+        ) from None
+    if not found.equals(schema, check_metadata=True):
+        raise CorruptSegmentError(
+            f"{path} holds rows of another schema: move it away to go on without its trajectories"
+        )
+    end: int = source.tell()
+    return end
+
+
+def _message_starts(content: bytes, start: int) -> Iterator[int]:
+    at = content.find(_MESSAGE_START, start)
+    while at >= 0:
+        if at % _MESSAGE_ALIGNMENT == 0:
+            yield at
+        at = content.find(_MESSAGE_START, at + 1)

@@ -1,0 +1,64 @@
+"""Staleness: how many publications old the weights behind a trajectory are.
+
+Version v is the weights after the v-th publication, 0 the initial model. A trajectory may span several
+versions, because actors load new weights in mid-rollout. Its staleness at policy version n is
+
+    staleness = n - min(versions of its actions)
+
+The oldest action decides, so a bound on staleness bounds every action of every row that is drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+NO_VERSION = -1
+"""Stands for the version of a trajectory that no policy made; such a trajectory is never stale."""
+
+
+@dataclass(frozen=True)
+class VersionRange:
+    """Oldest and newest policy version per row: [n] each, NO_VERSION where a row has none."""
+
+    oldest: Int32
+    newest: Int32
+
+    @classmethod
+    def from_batch(cls, batch: pa.RecordBatch) -> VersionRange:
+        """Of each row of a validated trajectory batch."""
+        column = batch.column("policy_version")
+        num_rows = len(column)
+        oldest = np.full(num_rows, NO_VERSION, dtype=np.int32)
+        newest = oldest.copy()
+        lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        filled = np.flatnonzero(lengths)
+        if len(filled):
+            versions = column.flatten().to_numpy()
+            starts = np.concatenate([[0], np.cumsum(lengths[filled])[:-1]])
+            oldest[filled] = np.minimum.reduceat(versions, starts)
+            newest[filled] = np.maximum.reduceat(versions, starts)
+        return cls(oldest, newest)
+
+
+def staleness(policy_version: int, oldest: Int32) -> Int64:
+    """[n] staleness at `policy_version` of rows whose oldest version is `oldest`; 0 where they have none.
+
+    A row newer than `policy_version` (an actor may load a publication before the learner's next draw) counts
+    as fresh.
+    """
+    behind = policy_version - oldest.astype(np.int64)
+    return np.where(oldest == NO_VERSION, 0, np.maximum(behind, 0))
+
+
+def stale_rows(oldest: Int32, policy_version: int, max_staleness: int) -> Bool:
+    """[n] True for rows beyond `max_staleness` at `policy_version`."""
+    beyond: Bool = staleness(policy_version, oldest) > max_staleness
+    return beyond
