@@ -1,101 +1,128 @@
-"""Generation outside of training: an engine that answers prompts with the weights of a checkpoint.
+"""Generation outside of training: one engine that answers groups of prompts with the weights of a checkpoint.
 
-A plain class: `sequencematch generate` and `evaluate` use it in their own process, a run uses it as a Ray actor.
+    os.environ.update(engine_environment(settings))  # before vLLM is imported
+    generator = Generator(settings, contract)
+    generator.load(checkpoint)
+    batches = generator.generate({"greedy": PromptGroup(prompts, SamplingSettings(32, 64, temperature=0.0))}, "text")
+
+Importing this module is cheap; creating a `Generator` imports vLLM.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-from safetensors import safe_open
 
 from actors.action_log import FinishedLog, Int32, logs_to_batch
-from actors.engine import BackspaceEngine
 from actors.engine_settings import EngineSettings, SamplingSettings
 from buffer.schema import TokenContract
 
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class PromptGroup:
+    """Prompts that are sampled alike.
+
+    prompts: token ids, one array [P] per request. planted: per prompt, ids that are forced as its first actions;
+        None plants nothing.
+    """
+
+    prompts: Sequence[Int32]
+    sampling: SamplingSettings
+    planted: Sequence[Sequence[int]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.planted is not None and len(self.planted) != len(self.prompts):
+            raise ValueError(f"{len(self.planted)} planted answers for {len(self.prompts)} prompts")
+
 
 class Generator:
-    """Groups of requests, answered together: the engine stays full across groups.
+    """An engine and the weights it holds; one per process.
 
     Raises (on creation):
-        ValueError: the checkpoint says nothing of a backspace action.
+        ValueError: the engine cannot be built from the model folder; the message says why.
     """
 
     def __init__(self, settings: EngineSettings, contract: TokenContract) -> None:
+        from actors.engine import BackspaceEngine
+
         self._contract = contract
+        self._seed = settings.seed
         self._engine = BackspaceEngine(settings, contract.backspace_id, contract.eos_id)
-        self._sampling: dict[str, SamplingSettings] = {}
-        self._sizes: dict[str, int] = {}
-        self._logs: dict[str, dict[int, FinishedLog]] = {}
 
-    def load(self, checkpoint: str) -> None:
-        """Replace the weights, in place, by those of a checkpoint of the same model."""
-        assert not self._engine.num_unfinished, "weights change between groups, not within one"
-        version = self._engine.version + 1
-        tensors = []
-        for file in sorted(Path(checkpoint).glob("*.safetensors")):
-            with safe_open(file, framework="pt") as stored:
-                tensors += [(name, stored.get_tensor(name)) for name in stored.keys()]  # noqa: SIM118
-        self._engine.load_weights(tensors, version)
+    def load(self, checkpoint: Path) -> None:
+        """Replace the weights, in place, by those of a checkpoint of the same model.
 
-    def submit(
+        The sampling noise starts anew, so that what a checkpoint generates does not depend on what was generated
+        before, and the checkpoints of a comparison meet the same noise.
+
+        Raises:
+            ValueError: the folder holds no safetensors file, or tensors of another model.
+        """
+        import torch
+
+        self._engine.load_weights(_read_tensors(checkpoint), self._engine.version + 1)
+        torch.manual_seed(self._seed)
+
+    def generate(
         self,
-        group: str,
-        prompts: Sequence[Int32],
-        sampling: SamplingSettings,
-        planted: Sequence[Sequence[int]] | None = None,
-    ) -> None:
-        """Queue a group of prompts. planted: per prompt, tokens forced as the first actions."""
-        assert group not in self._sizes, f"group {group} was submitted before"
-        self._sampling[group] = sampling
-        self._sizes[group] = len(prompts)
-        self._logs[group] = {}
-        for index, prompt in enumerate(prompts):
-            forced = () if planted is None else planted[index]
-            self._engine.add(f"{group}/{index}", prompt, sampling, forced)
+        groups: Mapping[str, PromptGroup],
+        task: str,
+        on_finished: Callable[[int], None] | None = None,
+    ) -> dict[str, pa.RecordBatch]:
+        """Answer every prompt of every group; the engine stays full across groups.
 
-    def pump(self, seconds: float) -> int:
-        """Generate for about `seconds`; gives the number of requests still open."""
-        deadline = time.monotonic() + seconds
-        while self._engine.num_unfinished and time.monotonic() < deadline:
-            for log in self._engine.step():
-                group, _, index = log.request_id.rpartition("/")
-                self._logs[group][int(index)] = log
-        return self._engine.num_unfinished
+        Args:
+            groups: by name. task: written into the trajectories.
+            on_finished: told after each engine step how many requests it ended.
 
-    def take(self, group: str, task: str) -> pa.RecordBatch:
-        """The finished logs of a group, in the order of its prompts, as trajectories."""
-        logs = self._logs.pop(group)
-        size = self._sizes.pop(group)
-        assert len(logs) == size, f"group {group}: {len(logs)} of {size} requests are finished"
-        return logs_to_batch(
-            [logs[index] for index in range(size)],
-            self._contract,
-            task=task,
-            actor="generator",
-            sampling=self._sampling.pop(group),
-            weights_fingerprint=None,
-        )
+        Returns:
+            The trajectories of each group, in the order of its prompts.
+
+        Raises:
+            ValueError: a prompt does not fit into the engine's `max_length`.
+        """
+        for name, group in groups.items():
+            for index, prompt in enumerate(group.prompts):
+                planted = () if group.planted is None else group.planted[index]
+                self._engine.add(f"{name}/{index}", prompt, group.sampling, planted)
+        logs: dict[str, FinishedLog] = {}
+        while self._engine.num_unfinished:
+            finished = self._engine.step()
+            logs |= {log.request_id: log for log in finished}
+            if finished and on_finished is not None:
+                on_finished(len(finished))
+        return {
+            name: logs_to_batch(
+                [logs[f"{name}/{index}"] for index in range(len(group.prompts))],
+                self._contract,
+                task=task,
+                actor="generator",
+                sampling=group.sampling,
+                weights_fingerprint=None,
+            )
+            for name, group in groups.items()
+        }
+
+    def close(self) -> None:
+        """End the engine."""
+        self._engine.shutdown()
 
 
-def checkpoint_backspace_id(checkpoint: Path) -> int:
-    """Id of the backspace action of a checkpoint.
+def _read_tensors(checkpoint: Path) -> list[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
 
-    Raises:
-        ValueError: the folder is no model, or one without a backspace action.
-    """
-    config = checkpoint / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{checkpoint} is not a model folder: it has no config.json")
-    backspace_id = json.loads(config.read_text(encoding="utf-8")).get("backspace_token_id")
-    if backspace_id is None:
-        raise ValueError(
-            f"{checkpoint} has no backspace action (backspace_token_id in its config.json): "
-            "train it with `sequencematch train`"
-        )
-    return int(backspace_id)
+    files = sorted(checkpoint.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{checkpoint} holds no weights: it has no *.safetensors file")
+    tensors = []
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            tensors += [(name, stored.get_tensor(name)) for name in stored.keys()]  # noqa: SIM118
+    return tensors

@@ -1,0 +1,273 @@
+"""The command `sequencematch`.
+
+Every command imports what it runs inside its function, so that `--help` imports neither torch, ray nor vLLM.
+Exit codes: 0 done, 1 a run failed, 2 something the user can mend, 130 interrupted. Anything else that is raised is a
+defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
+from launch.errors import UserError
+
+app = typer.Typer(
+    name="sequencematch",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune causal language models with SequenceMatch: models that can take tokens back.",
+)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure the parts of the system.")
+app.add_typer(bench_app, name="bench")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
+
+
+def main() -> None:
+    """Entry point of the `sequencematch` script."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sequencematch {importlib.metadata.version('sequencematch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options of the program as a whole."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="YAML recipe; the packaged ones are in launch/recipes/.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, a stage by its name.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and leave.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with this run folder, from its newest checkpoints.")
+    ] = None,
+    evaluate_after: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure the trained models at the end.")
+    ] = True,
+) -> None:
+    """Train a model, show how it goes, and evaluate it at the end.
+
+    [dim]Example:[/dim] sequencematch train launch/recipes/arithmetic_cpu.yaml actors.count=2 stages.trunk.steps=500
+
+    Ctrl-C ends the run after the current step, with a checkpoint.
+    """
+    with reported_errors():
+        from launch.recipe import read_recipe
+
+        if (recipe is None) == (resume is None):
+            raise UserError(
+                "give either a recipe, e.g. launch/recipes/arithmetic_cpu.yaml, or --resume RUN (runs are below runs/)"
+            )
+        if resume is not None:
+            from launch.run_folder import open_run_folder
+
+            if dry_run:
+                raise UserError(f"--dry-run resolves a recipe; the resolved one of a run is in {resume}/config.yaml")
+            folder, settings = open_run_folder(resume)
+        else:
+            assert recipe is not None
+            settings = read_recipe(recipe, overrides or [])
+            if dry_run:
+                _print_yaml(settings)
+                return
+            from launch.run_folder import create_run_folder
+
+            with setting_up():
+                folder = create_run_folder(settings)
+
+        from launch.training import run_and_report
+
+        run_and_report(settings, folder, Console(), evaluate_after)
+
+
+@app.command()
+def evaluate(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint folders, of one model.")],
+    task_from: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN|RECIPE", help="Where the task is described; by default the run above a checkpoint."),
+    ] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Held-out examples, at most.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure checkpoints on the held-out examples of their task, side by side.
+
+    [dim]Example:[/dim] sequencematch evaluate runs/RUN/checkpoints/*/step-000400 --examples 200
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.evaluation import evaluate as evaluate_targets
+        from launch.evaluation_report import show_evaluation
+        from launch.evaluation_task import labelled, settings_for
+
+        settings = settings_for(checkpoints[0], task_from)
+        if examples is not None:
+            chosen = settings.evaluation.model_copy(update={"examples": examples})
+            settings = settings.model_copy(update={"evaluation": chosen})
+        evaluation = evaluate_targets(labelled(checkpoints), settings, Console(stderr=as_json))
+        if not as_json:
+            show_evaluation(evaluation, Console())
+    if as_json:
+        typer.echo(json.dumps(evaluation.to_json()))
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    count: Annotated[int, typer.Option("--n", min=1, help="Rollouts.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 1.0,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer, in tokens that remain; the model's context bounds it too.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt, and show what the model wrote and took back.
+
+    [dim]Example:[/dim] sequencematch generate runs/RUN/checkpoints/sequencematch/step-000400 --prompt "What is 12 + 9?"
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.generation import encode_prompt, open_checkpoint, rollout_to_json
+        from launch.generation import generate as generate_rollouts
+
+        with setting_up():
+            opened = open_checkpoint(checkpoint)
+            prompt_ids = encode_prompt(opened, prompt)
+        views = generate_rollouts(
+            opened,
+            prompt_ids,
+            count=count,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            console=Console(stderr=as_json),
+        )
+        if not as_json:
+            for view in views:
+                Console().print(view.rich())
+    if as_json:
+        typer.echo(json.dumps({"prompt": prompt, "seed": seed, "rollouts": [rollout_to_json(view) for view in views]}))
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False) -> None:
+    """Show how a live run is doing, from another shell.
+
+    [dim]Example:[/dim] sequencematch status runs/arithmetic-20260101-120000
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.run_folder import read_cluster
+
+        read_cluster(run)  # a run that is not live is told so before Ray is imported
+        from launch.control import run_status
+
+        found = run_status(run)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+    else:
+        Console().print(found.render())
+
+
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    actors: Annotated[int, typer.Option(min=0, help="Rollout actors from now on.")],
+) -> None:
+    """Change the number of rollout actors of a live run; the learner goes on undisturbed.
+
+    [dim]Example:[/dim] sequencematch scale runs/arithmetic-20260101-120000 --actors 3
+    """
+    with reported_errors():
+        from launch.run_folder import read_cluster
+
+        read_cluster(run)
+        from launch.control import scale_run
+
+        pool = scale_run(run, actors)
+        states = ", ".join(f"{member.name} {member.state}" for member in pool.members) or "none"
+        typer.echo(f"{actors} actors wanted; now: {states}. `sequencematch status {run}` shows them come and go")
+
+
+@bench_app.command("rollouts")
+def bench_rollouts(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint to measure with; by default a tiny random model.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rollouts at a time.")] = 64,
+    num_actions: Annotated[int, typer.Option("--actions", min=1, help="Actions per rollout.")] = 128,
+    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each pair; the best ones count.")] = 5,
+    dtype: Annotated[str, typer.Option(help="Number format of the engines.")] = "float32",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare rollouts that take tokens back with plain vLLM: actions per second, and exactness.
+
+    [dim]Example:[/dim] sequencematch bench rollouts --json
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.bench.rollouts import bench_rollouts as measure
+
+        if checkpoint is None:
+            found = measure(batch=batch, num_actions=num_actions, repetitions=repetitions, dtype=dtype, seed=seed)
+        else:
+            from launch.generation import open_checkpoint
+
+            with setting_up():
+                opened = open_checkpoint(checkpoint)
+            found = measure(
+                str(checkpoint),
+                backspace_id=opened.contract.backspace_id,
+                eos_id=opened.contract.eos_id,
+                batch=batch,
+                num_actions=num_actions,
+                repetitions=repetitions,
+                dtype=dtype,
+                seed=seed,
+            )
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        from launch.bench.rollouts_report import render_rollout_benchmark
+
+        Console().print(render_rollout_benchmark(found))
+
+
+def _print_yaml(settings: object) -> None:
+    from rich.syntax import Syntax
+
+    from launch.recipe import to_yaml
+    from launch.settings import RunSettings
+
+    assert isinstance(settings, RunSettings)
+    text, console = to_yaml(settings), Console()
+    if console.is_terminal:
+        console.print(Syntax(text, "yaml", background_color="default"))
+    else:
+        typer.echo(text, nl=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""From exceptions to the exit codes and the one-line errors of the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from launch.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunFailedError, UserError
+
+EXIT_RUN_FAILED = 1
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Around a whole command: what a person can act on becomes one line; a defect keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        _end(str(error), EXIT_USER_ERROR)
+    except RunFailedError as error:
+        _end(str(error), EXIT_RUN_FAILED)
+    except KeyboardInterrupt:
+        _end("interrupted", EXIT_INTERRUPTED)
+
+
+@contextmanager
+def setting_up() -> Iterator[None]:
+    """Around the part of a command that meets what the user gave: files, models, values.
+
+    Raises:
+        UserError: in place of ValueError, OSError and ImportError.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(str(error)) from None
+
+
+@contextmanager
+def stdout_kept_clean(active: bool) -> Iterator[None]:
+    """While active, whatever libraries print, from C++ too, goes to stderr: stdout is for one JSON object."""
+    if not active:
+        yield
+        return
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _end(message: str, code: int) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)

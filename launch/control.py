@@ -1,0 +1,169 @@
+"""Looking at and steering a live run from another shell: `sequencematch status` and `sequencematch scale`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from rich.console import RenderableType
+
+from actors.status import PoolStatus
+from buffer.service import BufferStatus
+from launch.cluster import join_live_run
+from launch.driver import BUFFER_NAME, LEARNER_NAME, POOL_NAME
+from launch.errors import RunFailedError, UserError
+from launch.live_view import RunView, render
+from launch.run_folder import CLUSTER_FILE, LiveCluster, open_run_folder, read_cluster
+from launch.settings import RunSettings
+from learner.checkpoint import checkpoints_of, read_progress
+from learner.status import LearnerStatus, StageResult
+
+ANSWER_TIMEOUT_S = 15.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What the processes of a live run say. pool, buffer: None where the run has no rollout actors (yet)."""
+
+    settings: RunSettings
+    folder: Path
+    elapsed_s: float
+    finished: dict[str, StageResult]
+    learner: LearnerStatus
+    pool: PoolStatus | None
+    buffer: BufferStatus | None
+
+    def to_json(self) -> dict[str, object]:
+        """All counters."""
+        return {
+            "run": str(self.folder),
+            "elapsed_s": round(self.elapsed_s, 1),
+            "finished_stages": list(self.finished),
+            "learner": asdict(self.learner),
+            "pool": None if self.pool is None else asdict(self.pool),
+            "buffer": None if self.buffer is None else asdict(self.buffer),
+        }
+
+    def render(self) -> RenderableType:
+        """As the run itself shows it."""
+        view = RunView(self.folder.name, self.settings.stages, results=dict(self.finished))
+        view.learner, view.pool, view.buffer = self.learner, self.pool, self.buffer
+        view.note = "" if self.learner.stage else self.learner.activity
+        return render(view, self.elapsed_s)
+
+
+def run_status(path: Path) -> RunStatus:
+    """Ask the processes of a live run how they are.
+
+    Raises:
+        UserError: `path` is no run, or the run is not live. RunFailedError: a process does not answer.
+    """
+    folder, settings = open_run_folder(path)
+    elapsed_s = time.time() - _started_at(folder)
+    with _live_run(folder) as learner:
+        pool, buffer = _find(POOL_NAME), _find(BUFFER_NAME)
+        status = learner.status.options(concurrency_group="control").remote()
+        learner_status = _answer(LearnerStatus, status, "the learner")
+        pool_status = pool and _answer(PoolStatus, pool.status.remote(), "the actor pool")
+        buffer_status = buffer and _answer(BufferStatus, buffer.status.remote(), "the replay buffer")
+    return RunStatus(
+        settings, folder, elapsed_s, finished_stages(settings, folder), learner_status, pool_status, buffer_status
+    )
+
+
+def scale_run(path: Path, count: int) -> PoolStatus:
+    """Set the number of rollout actors of a live run; returns before they have come or gone.
+
+    Raises:
+        UserError: `path` is no live run, it has no actor pool, or the cluster has no room for so many.
+        RunFailedError: the pool does not answer.
+    """
+    folder, settings = open_run_folder(path)
+    with _live_run(folder):
+        pool = _find(POOL_NAME)
+        if pool is None:
+            raise UserError(
+                f"run {folder.name} has no rollout actors: none of its stages needs them, or it is starting"
+            )
+        _check_room(settings, count)
+        return _answer(PoolStatus, pool.scale.remote(count), "the actor pool")
+
+
+def finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResult]:
+    """The stages of a run that are done, by name, read from their checkpoints."""
+    results = {}
+    for stage in settings.stages:
+        checkpoints = checkpoints_of(folder / "checkpoints" / stage.name)
+        if checkpoints and (progress := read_progress(checkpoints[-1])).finished:
+            results[stage.name] = StageResult(stage.name, progress.step, True, str(checkpoints[-1]), 0.0)
+    return results
+
+
+@contextmanager
+def _live_run(folder: Path) -> Iterator[ActorHandle]:
+    """Connect to a live run; gives its learner, which every run has from its first moment."""
+    cluster = read_cluster(folder)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(join_live_run(cluster))
+        except UserError:
+            raise _stale(cluster, folder, f"no Ray answers at {cluster.address}") from None
+        learner = _find(LEARNER_NAME)
+        if learner is None:
+            raise _stale(cluster, folder, f"the Ray at {cluster.address} has no learner of this run")
+        yield learner
+
+
+def _stale(cluster: LiveCluster, folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"run {folder.name} is not live any more: {reason}; its driver (process {cluster.driver_pid}) ended without "
+        f"cleaning up. Go on with `sequencematch train --resume {folder}`, or delete {folder / CLUSTER_FILE}"
+    )
+
+
+def _find(name: str) -> ActorHandle | None:
+    """A named actor in the namespace of the run."""
+    try:
+        return ray.get_actor(name)
+    except ValueError:  # Ray's answer for a name that nobody has
+        return None
+
+
+def _answer(kind: type[T], reference: ray.ObjectRef, whom: str) -> T:
+    try:
+        value = ray.get(reference, timeout=ANSWER_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        raise RunFailedError(f"{whom} did not answer within {ANSWER_TIMEOUT_S:.0f} s") from None
+    except ray.exceptions.RayActorError as error:
+        raise RunFailedError(f"{whom} is dead: {str(error).splitlines()[0]}") from None
+    assert isinstance(value, kind)
+    return value
+
+
+def _check_room(settings: RunSettings, count: int) -> None:
+    """Actors that can never be placed would time out and end the run, so they are refused here."""
+    have = ray.cluster_resources()
+    for kind, per_actor, learner in (
+        ("CPU", settings.actors.num_cpus, settings.learner.num_cpus),
+        ("GPU", settings.actors.num_gpus, settings.learner.num_gpus),
+    ):
+        needed = learner + count * per_actor
+        if per_actor and needed > have.get(kind, 0.0):
+            raise UserError(
+                f"{count} actors and the learner need {needed:g} {kind}, the cluster has {have.get(kind, 0.0):g}: ask "
+                f"for fewer actors, add nodes, or start the run with a larger cluster.num_cpus"
+            )
+
+
+def _started_at(folder: Path) -> float:
+    """When the run (or its resumption) connected to Ray, in seconds since the epoch."""
+    file = folder / CLUSTER_FILE
+    return file.stat().st_mtime if file.is_file() else time.time()

@@ -1,0 +1,45 @@
+"""Which task a checkpoint is evaluated on, and what it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.errors import UserError
+from launch.evaluation import Target
+from launch.recipe import read_recipe
+from launch.run_folder import CONFIG_FILE, open_run_folder
+from launch.settings import RunSettings
+
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+def settings_for(checkpoint: Path, task_from: Path | None) -> RunSettings:
+    """Settings of a run folder or a recipe; by default of the run that the checkpoint lies in.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if task_from is not None:
+        return open_run_folder(task_from)[1] if task_from.is_dir() else read_recipe(task_from)
+    folder = checkpoint.resolve()
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint at {checkpoint}")
+    for parent in folder.parents:
+        if parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).is_file():
+            return open_run_folder(parent.parent)[1]
+    raise UserError(f"{checkpoint} does not lie in a run folder: name its task with --task-from RUN or RECIPE")
+
+
+def labelled(checkpoints: Sequence[Path]) -> list[Target]:
+    """Targets with labels as short as tells them apart: the stage, the stage and the step, or the whole path."""
+    folders = [checkpoint.resolve() for checkpoint in checkpoints]
+    candidates = (
+        [folder.parent.name if folder.parent.parent.name == CHECKPOINTS_FOLDER else folder.name for folder in folders],
+        [f"{folder.parent.name}/{folder.name}" for folder in folders],
+        [str(folder) for folder in folders],
+    )
+    for labels in candidates:
+        if len(set(labels)) == len(labels):
+            return [Target(*pair) for pair in zip(labels, checkpoints, strict=True)]
+    raise UserError("the same checkpoint is named twice")

@@ -1,0 +1,185 @@
+"""Generation from checkpoints at the command line: opening a checkpoint, starting an engine for it, rollouts to show.
+
+The engine lives in the process of the command, which is why nothing here imports vLLM before its environment is set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from actors.engine_settings import EngineSettings, SamplingSettings, engine_environment
+from actors.generator import Generator, PromptGroup
+from buffer.schema import TokenContract
+from launch.rollout_view import RolloutView, view_rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KV_CACHE_BYTES = 1 << 29
+MAX_CONCURRENT = 64
+ACTIONS_PER_NEW_TOKEN = 4
+"""Bound on the actions of `sequencematch generate`, per token that may remain: generous, but finite."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model on disk, and what generation needs to know of it. max_length: its context, in tokens."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    contract: TokenContract
+    max_length: int
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read configuration and tokenizer of a checkpoint; no weights yet.
+
+    Raises:
+        ValueError, OSError: the folder is absent, no model, or a model without a backspace action.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(
+            f"{folder} is not a checkpoint: it has no config.json (a run keeps its checkpoints in "
+            "RUN/checkpoints/STAGE/step-N)"
+        )
+    backspace_id = json.loads(config_file.read_text(encoding="utf-8")).get("backspace_token_id")
+    if backspace_id is None:
+        raise ValueError(
+            f"{folder} has no backspace action (backspace_token_id in its config.json): "
+            "train the model with `sequencematch train` first"
+        )
+    from transformers import AutoConfig, AutoTokenizer
+
+    from buffer.experts.tokenizer import token_contract
+
+    config = AutoConfig.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    contract = token_contract(tokenizer, int(backspace_id), int(config.vocab_size))
+    return Checkpoint(folder, tokenizer, contract, int(config.max_position_embeddings))
+
+
+@contextmanager
+def running_generator(checkpoint: Checkpoint, max_length: int, seed: int) -> Iterator[Generator]:
+    """An engine for models shaped like `checkpoint`, without weights yet; at most one per process.
+
+    max_length: longest text, prompt included, in tokens.
+    """
+    settings = EngineSettings(
+        str(checkpoint.folder),
+        dtype="float32",
+        max_length=min(max_length, checkpoint.max_length),
+        max_concurrent=MAX_CONCURRENT,
+        seed=seed,
+        kv_cache_bytes=KV_CACHE_BYTES,
+        load_format="dummy",
+    )
+    os.environ.update(engine_environment(settings))
+    generator = Generator(settings, checkpoint.contract)
+    try:
+        yield generator
+    finally:
+        generator.close()
+
+
+@contextmanager
+def progress_bar(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` rollouts, gone when it is done; gives the function that advances it."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def encode_prompt(checkpoint: Checkpoint, prompt: str) -> list[int]:
+    """Token ids of a prompt, as the tasks write them.
+
+    Raises:
+        ValueError: the prompt is empty, fills the whole context, or has characters that the tokenizer lacks.
+    """
+    from buffer.experts.tokenizer import prompt_prefix
+
+    _check_characters(checkpoint.tokenizer, prompt)
+    text_ids: list[int] = checkpoint.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = prompt_prefix(checkpoint.tokenizer) + text_ids
+    if not ids:
+        raise ValueError("the prompt is empty, and this tokenizer puts nothing before a text: give at least one token")
+    if len(ids) >= checkpoint.max_length:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, the model's context holds {checkpoint.max_length} with the answer: "
+            "shorten the prompt"
+        )
+    if checkpoint.contract.backspace_id in ids or checkpoint.contract.eos_id in ids:
+        raise ValueError("the prompt contains the text of the backspace or the end token: leave it out")
+    return ids
+
+
+def _check_characters(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """A tokenizer of single characters without an unknown token fails on others with an error that names none."""
+    from tokenizers.models import WordLevel
+
+    model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
+    if not isinstance(model, WordLevel) or tokenizer.unk_token is not None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    if unknown := sorted(set(prompt) - set(vocabulary)):
+        known = "".join(sorted(token for token in vocabulary if len(token) == 1))
+        raise ValueError(f"the model has no token for {''.join(unknown)!r}; its characters are {known!r}")
+
+
+def generate(
+    checkpoint: Checkpoint,
+    prompt_ids: Sequence[int],
+    *,
+    count: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    console: Console,
+) -> list[RolloutView]:
+    """`count` rollouts from one prompt.
+
+    A rollout ends at `<eos>`, at `max_new_tokens`, or where the model's context is full.
+    """
+    sampling = SamplingSettings(
+        max_new_tokens=max_new_tokens,
+        max_actions=ACTIONS_PER_NEW_TOKEN * max_new_tokens,
+        temperature=temperature,
+        ban_deleted=temperature == 0.0,  # a greedy policy that takes a token back would write it again, for ever
+    )
+    group = PromptGroup([np.asarray(prompt_ids, dtype=np.int32)] * count, sampling)
+    with (
+        console.status("starting the engine"),
+        running_generator(checkpoint, len(prompt_ids) + max_new_tokens, seed) as generator,
+    ):
+        generator.load(checkpoint.folder)
+        batch = generator.generate({"rollouts": group}, task="generate")["rollouts"]
+    return [view_rollout(batch, index, checkpoint.tokenizer, checkpoint.contract) for index in range(count)]
+
+
+def rollout_to_json(view: RolloutView) -> dict[str, object]:
+    """text: what remains; log: the same with the marks of `RolloutView.plain`; segments: in the order they were
+    written.
+    """
+    return {
+        "text": "".join(segment.text for segment in view.segments if not segment.deleted),
+        "log": view.plain(),
+        "finish_reason": view.finish_reason,
+        "segments": [asdict(segment) for segment in view.segments],
+    }

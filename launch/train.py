@@ -1,0 +1,13 @@
+"""`python -m launch.train RECIPE [OVERRIDES...]`: the train command for `ray job submit --working-dir .`.
+
+Ray runs it with the tree it was sent, where the `sequencematch` script is not installed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from launch.cli import app
+
+if __name__ == "__main__":
+    app(["train", *sys.argv[1:]])
