@@ -3,7 +3,9 @@
     checkpoints/<stage>/step-000400/   config.json, model.safetensors, tokenizer files, README.md (model card),
                                        training_state.pt (optimizer, schedule, RNG), progress.json
 
-A folder without `.tmp` in its name is complete.
+A folder without `.tmp` in its name is complete, whenever the process is killed: folders are filled and emptied under
+a `.tmp` name only. Where a step is saved again, the checkpoint that it replaces stays as `step-<n>.replaced` until the
+new one is in place. One process at a time writes to a stage's folder.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_STEP = re.compile(r"^step-(\d+)$")
+_CHECKPOINT = re.compile(r"step-(\d{6,})(?:\.replaced)?")
 
 TrainingState = dict[str, object]
 """Optimizer and schedule state dicts, RNG state: tensors, numbers and strings only (loaded without pickle)."""
@@ -50,22 +52,26 @@ def save_checkpoint(
     keep: int,
 ) -> Path:
     """Write `folder/step-<n>` atomically and delete all but the `keep` newest; gives the checkpoint's path."""
+    assert keep > 0
     final = folder / f"step-{progress.step:06d}"
     temporary = folder / f"{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    _sweep(folder)
     temporary.mkdir(parents=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(_model_card(model, progress), encoding="utf-8")
     torch.save(training_state, temporary / "training_state.pt")
     (temporary / "progress.json").write_text(json.dumps(asdict(progress), indent=2), encoding="utf-8")
-    for file in temporary.iterdir():
-        _fsync(file)
-    shutil.rmtree(final, ignore_errors=True)
+    for path in temporary.rglob("*"):
+        _fsync(path)
+    _fsync(temporary)
+    if final.exists():
+        final.rename(_replaced(final))
     temporary.rename(final)
     _fsync(folder)
+    _sweep(folder)
     for old in checkpoints_of(folder)[:-keep]:
-        shutil.rmtree(old)
+        _discard(old)
     return final
 
 
@@ -73,7 +79,31 @@ def checkpoints_of(folder: Path) -> list[Path]:
     """Complete checkpoints of a stage's folder, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _STEP.match(path.name))
+    by_step: dict[int, Path] = {}
+    for path in sorted(folder.iterdir(), reverse=True):  # `step-<n>` after, and so over, `step-<n>.replaced`
+        if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir():
+            by_step[int(match[1])] = path
+    return [by_step[step] for step in sorted(by_step)]  # by number: the seventh digit comes after a million steps
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f"{final.name}.replaced")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written or half-removed, and checkpoints that have been replaced."""
+    for leftover in folder.glob("step-*.tmp"):
+        shutil.rmtree(leftover)
+    for final in checkpoints_of(folder):
+        if _replaced(final).is_dir():
+            _discard(_replaced(final))
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; renamed first, since a folder that is being emptied must not look complete."""
+    doomed = path.with_name(f"{path.name}.removed.tmp")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -85,7 +115,10 @@ def read_progress(checkpoint: Path) -> Progress:
     file = checkpoint / "progress.json"
     if not file.is_file():
         raise ValueError(f"{checkpoint} is not a training checkpoint: it has no progress.json")
-    return Progress(**json.loads(file.read_text(encoding="utf-8")))
+    try:
+        return Progress(**json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:  # other fields, or no JSON
+        raise ValueError(f"{checkpoint} is not a training checkpoint: its progress.json is wrong ({error})") from error
 
 
 def read_training_state(checkpoint: Path) -> TrainingState:
@@ -95,23 +128,40 @@ def read_training_state(checkpoint: Path) -> TrainingState:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Load a checkpoint's weights into `model`, in place.
+    """Load a checkpoint's weights into `model`, in place: all of them, or none if they do not fit.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor of the model, or holds one that the model does not have.
+        ValueError: the checkpoint lacks a tensor of the model, holds one that the model does not have or has in another
+            shape, or holds two different tensors that the model ties.
     """
     state: dict[str, torch.Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         state |= load_file(file)
-    own = model.state_dict()
-    loaded_memory = {own[name].data_ptr() for name in state if name in own}
-    result = model.load_state_dict(state, strict=False)
-    # A tied tensor is saved once; under its other name it is loaded all the same.
-    missing = [name for name in result.missing_keys if own[name].data_ptr() not in loaded_memory]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"checkpoint {checkpoint} does not fit the model: missing {missing}, unexpected {result.unexpected_keys}"
-        )
+    if misfits := _misfits(model.state_dict(), state):
+        raise ValueError(f"checkpoint {checkpoint} does not fit the model: {'; '.join(misfits)}")
+    model.load_state_dict(state, strict=False)  # not strict: a tied tensor is saved under one of its names
+
+
+def _misfits(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> list[str]:
+    """What keeps `state` from being loaded into a model whose tensors are `own`, in words."""
+    common = sorted(own.keys() & state.keys())
+    found = [
+        f"{name} is {tuple(state[name].shape)}, the model's is {tuple(own[name].shape)}"
+        for name in common
+        if state[name].shape != own[name].shape
+    ]
+    stored_by_memory: dict[int, str] = {}  # tied tensors share their memory
+    for name in common:
+        other = stored_by_memory.setdefault(own[name].data_ptr(), name)
+        if other != name and not torch.equal(state[name], state[other]):
+            found.append(f"{other} and {name} differ, but the model ties them")
+    missing = [name for name in own if name not in state and own[name].data_ptr() not in stored_by_memory]
+    unexpected = [name for name in state if name not in own]
+    if missing:
+        found.append(f"missing {missing}")
+    if unexpected:
+        found.append(f"unexpected {unexpected}")
+    return found
 
 
 def _fsync(path: Path) -> None:
