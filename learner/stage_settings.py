@@ -18,9 +18,7 @@ class StageSettings(Settings):
     objective: ObjectiveSettings
     steps: PositiveInt
     batch_size: PositiveInt = Field(64, description="expert trajectories per step")
-    rollout_batch_size: PositiveInt = Field(
-        64, description="policy trajectories per step, where rollouts are needed"
-    )
+    rollout_batch_size: PositiveInt = Field(64, description="policy trajectories per step, where rollouts are needed")
     optimizer: OptimizerSettings = OptimizerSettings()
     publish_every_steps: PositiveInt = Field(
         10, description="weights are pushed to the actors each time this many steps are done (with rollouts)"
@@ -41,9 +39,7 @@ class LearnerSettings(Settings):
     )
     checkpoint_every_steps: PositiveInt = 500
     keep_checkpoints: PositiveInt = Field(2, description="checkpoints kept per stage, the last one included")
-    data_timeout_s: float = Field(
-        300.0, gt=0.0, description="longest wait for rollouts before the run is ended"
-    )
+    data_timeout_s: float = Field(300.0, gt=0.0, description="longest wait for rollouts before the run is ended")
 
 
 def check_stages(stages: tuple[StageSettings, ...]) -> None:

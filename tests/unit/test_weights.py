@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffer.weights import (
@@ -55,9 +55,7 @@ def test_round_trip_is_exact_for_every_dtype_and_leaves_tied_names_out():
 
 
 def test_equal_but_separate_tensors_are_not_taken_for_tied():
-    payload, _ = pack_state_dict(
-        {"a": torch.ones(3), "b": torch.ones(3), "c": torch.empty(0), "d": torch.empty(0)}
-    )
+    payload, _ = pack_state_dict({"a": torch.ones(3), "b": torch.ones(3), "c": torch.empty(0), "d": torch.empty(0)})
     assert list(payload) == ["a", "b", "c", "d"]
 
 
@@ -70,6 +68,29 @@ def test_contiguous_tensors_are_views_and_others_are_copied_right():
     assert entries[1] == TensorEntry("t", "float32", (3, 2))
     np.testing.assert_array_equal(payload["t"], weight.T.numpy())
     assert payload["t"].flags.c_contiguous
+
+
+def test_unpacked_tensors_are_views_of_the_payload():
+    payload, manifest = publish(state_dict())
+    for name, tensor in unpack(payload, manifest):
+        if tensor.numel():
+            assert tensor.data_ptr() == payload[name].ctypes.data, name
+
+
+def test_views_of_one_memory_are_tied_only_if_they_are_the_same_view():
+    square = torch.arange(4.0).reshape(2, 2)
+    payload, _ = pack_state_dict(
+        {"w": square, "transposed": square.T, "flat": square.view(4), "again": square.view(2, 2)}
+    )
+    assert list(payload) == ["w", "transposed", "flat"]
+    np.testing.assert_array_equal(payload["transposed"], square.numpy().T)
+
+
+def test_parameters_travel_without_their_gradient_graph():
+    weight = torch.nn.Parameter(torch.ones(2))
+    payload, manifest = publish({"w": weight})
+    ((_, tensor),) = unpack(payload, manifest)
+    assert not tensor.requires_grad
 
 
 def test_read_only_arrays_load_without_a_warning():
@@ -113,6 +134,7 @@ def test_incomplete_payload_is_refused_before_anything_is_loaded(change, message
         verify_fingerprint(payload, manifest)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_fingerprint_sees_every_byte(data):
     payload, manifest = publish({name: tensor.clone() for name, tensor in state_dict().items()})
@@ -142,13 +164,15 @@ def test_unsupported_dtype_names_the_tensor():
 
 def test_probe_gives_the_largest_error_or_an_error_that_names_it():
     _, manifest = publish(state_dict(), version=3, probe=((1, 2, 3), (-1.0, -2.0)))
-    assert check_probe(manifest, np.array([-1.0, -2.00005], np.float32), 1e-4) == pytest.approx(
-        5e-5, rel=1e-2
-    )
+    assert check_probe(manifest, np.array([-1.0, -2.00005], np.float32), 1e-4) == pytest.approx(5e-5, rel=1e-2)
     with pytest.raises(WeightMismatchError, match=r"version 3: largest error 0.25 nats at token 2"):
         check_probe(manifest, np.array([-1.1, -2.25]), 1e-4)
     with pytest.raises(WeightMismatchError, match="nan nats at token 1"):
         check_probe(manifest, np.array([np.nan, -9.0]), 1e-4)
+    with pytest.raises(WeightMismatchError, match="inf nats at token 2"):
+        check_probe(manifest, np.array([-9.0, -np.inf]), 1e-4)
+    with pytest.raises(WeightMismatchError, match="nan nats at token 1"):
+        check_probe(manifest, np.array([np.nan, np.nan]), np.inf)
     with pytest.raises(WeightMismatchError, match="3 log-probabilities from the engine, 2"):
         check_probe(manifest, np.zeros(3), 1e-4)
 
@@ -167,10 +191,8 @@ def test_manifest_refuses_nonsense():
 
 def test_buffer_imports_no_heavy_library():
     code = (
-        "import sys, buffer.weights, buffer.replay\n"
+        "import sys, buffer.weights, buffer.replay, buffer.service\n"
         "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"

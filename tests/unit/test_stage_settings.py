@@ -1,0 +1,73 @@
+"""Stages of a recipe: which lists of them make sense."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from learner.stage_settings import LearnerSettings, StageSettings, check_stages
+
+
+def stage(name: str, start_from: str | None = None) -> StageSettings:
+    return StageSettings(name=name, start_from=start_from, objective={"name": "mle"}, steps=1)
+
+
+def test_a_trunk_with_arms_is_fine():
+    check_stages(())
+    check_stages((stage("trunk"), stage("a", "trunk"), stage("b", "trunk"), stage("c", "a"), stage("d")))
+
+
+def test_a_name_used_twice():
+    with pytest.raises(ValueError, match="two stages are called 'a'; a stage's name is its checkpoint folder"):
+        check_stages((stage("a"), stage("b"), stage("a")))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ((stage("a", "a"),), r"'a' starts from 'a', which is not an earlier stage \(earlier: none\)"),
+        ((stage("a"), stage("b", "c"), stage("c")), r"'b' starts from 'c', .* \(earlier: a\)"),
+        ((stage("a"), stage("b"), stage("c", "trunk")), r"'c' starts from 'trunk', .* \(earlier: a, b\)"),
+    ],
+)
+def test_a_start_that_does_not_come_before(stages, message):
+    with pytest.raises(ValueError, match=message):
+        check_stages(stages)
+
+
+@pytest.mark.parametrize("name", ["", "Trunk", "a b", "../a", "a/b", "a\n"])
+def test_a_name_must_be_good_for_a_folder(name):
+    with pytest.raises(ValidationError, match="name"):
+        stage(name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"rollout_batch_size": 0},
+        {"publish_every_steps": 0},
+        {"num_threads": 0},
+        {"objective": {"name": "ppo"}},
+        {"step": 3},
+    ],
+)
+def test_nonsense_is_refused_by_its_key(change):
+    (key,) = change
+    with pytest.raises(ValidationError, match=key):
+        StageSettings(**({"name": "a", "objective": {"name": "mle"}, "steps": 1} | change))
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_cpus": 0}, {"num_gpus": -1}, {"keep_checkpoints": 0}, {"data_timeout_s": 0}, {"max_nodes": 1}]
+)
+def test_nonsense_of_the_learner_is_refused_by_its_key(change):
+    (key,) = change
+    with pytest.raises(ValidationError, match=key):
+        LearnerSettings(**change)
+
+
+def test_a_json_round_trip_keeps_a_stage():
+    original = StageSettings(name="a", objective={"name": "sequencematch", "alpha": 0.1}, steps=5, start_from="trunk")
+    assert StageSettings.model_validate_json(original.model_dump_json()) == original
