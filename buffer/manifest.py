@@ -42,8 +42,7 @@ class Manifest:
 
     capacity: rows per source when this was written; evictions since then followed it.
     open_segment, next_row: number of the segment that takes inserts, and of its first row.
-    newest_version: newest policy version in a sealed row, or at which rows were dropped as stale; -1 before
-        any.
+    newest_version: newest policy version at a draw or in a sealed row; -1 before any.
     inserted: rows per source in sealed segments, deleted ones included.
     live_from: per source, rows before this number were evicted.
     dropped: rows per source dropped as stale.

@@ -213,7 +213,7 @@ def _read_message(buffer: pa.Buffer, start: int) -> _Message | None:
     source = pa.BufferReader(buffer.slice(start))
     try:
         message = pa.ipc.read_message(source)
-    except (pa.ArrowInvalid, EOFError, OSError):
+    except (pa.ArrowException, EOFError, OSError):
         return None
     raw = bytearray(memoryview(buffer)[start : start + source.tell()])
     found = _CHECKSUM.search(raw, 0, len(raw) - message.body.size if message.body else len(raw))
@@ -234,7 +234,7 @@ def _header_end(path: Path, content: bytes, schema: pa.Schema) -> int | None:
     source = pa.BufferReader(content)
     try:
         found = pa.ipc.read_schema(source)
-    except (pa.ArrowInvalid, EOFError, OSError) as error:
+    except (pa.ArrowException, EOFError, OSError) as error:
         raise CorruptSegmentError(
             f"{path} does not begin with an Arrow schema ({error}): restore the file from a copy, or delete it and "
             "lose its trajectories"

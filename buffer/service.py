@@ -183,7 +183,7 @@ class ReplayBufferService:
 
     def _why_not(self, count: int, source: str, timeout_s: float) -> str:
         counters = self._store.status().sources[source]
-        message = f"waited {timeout_s:.0f} s for {count} {source} trajectories: "
+        message = f"waited {timeout_s:g} s for {count} {source} trajectories: "
         needed = count if counters.last_draw is not None else max(count, self._settings.min_size)
         if counters.live >= needed:
             message += (

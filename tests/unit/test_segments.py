@@ -1,0 +1,208 @@
+"""Segment files: torn tails at every byte, damage at every byte, sealing, and what other Arrow readers see."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from buffer.manifest import CorruptSegmentError, SegmentEntry
+from buffer.schema import trajectory_schema
+from buffer.segments import OpenSegment, map_sealed, recover_open_segment, sealed_path, write_sealed
+from tests.trajectories import CONTRACT, numbered
+
+SCHEMA = trajectory_schema(CONTRACT)
+BATCHES = [numbered(0, 3), numbered(3, 2), numbered(5, 4)]
+
+
+def write_open(path: Path, batches=BATCHES) -> list[int]:
+    """An open segment as a killed process leaves it; gives its size after the header and after each batch."""
+    segment = OpenSegment(path, SCHEMA, sync_each_batch=False)
+    sizes = [segment.size_bytes]
+    for batch in batches:
+        assert segment.append(batch).equals(batch)
+        sizes.append(segment.size_bytes)
+    segment.close()
+    return sizes
+
+
+def write_entry(folder: Path) -> SegmentEntry:
+    sealed = write_sealed(sealed_path(folder, 1), BATCHES, SCHEMA)
+    return SegmentEntry(1, 0, 9, sealed.size_bytes, sealed.checksum, 0, 0)
+
+
+def test_every_acknowledged_batch_is_in_the_file(tmp_path):
+    path = tmp_path / "open"
+    segment = OpenSegment(path, SCHEMA, sync_each_batch=True)
+    for count, batch in enumerate(BATCHES, start=1):
+        segment.append(batch)
+        assert path.stat().st_size == segment.size_bytes
+        # Read while the writer holds the file: nothing waits in a user-space buffer.
+        assert recover_open_segment(path, SCHEMA).batches == tuple(BATCHES[:count])
+    segment.close()
+
+
+def test_a_sliced_batch_is_written_without_its_neighbours(tmp_path):
+    big = numbered(0, 1000)
+    segment = OpenSegment(tmp_path / "open", SCHEMA, sync_each_batch=False)
+    view = segment.append(big.slice(500, 2))
+    assert view.equals(big.slice(500, 2))
+    assert segment.size_bytes < 10_000
+    segment.close()
+
+
+def test_torn_tail_at_every_byte_of_the_last_batch(tmp_path):
+    path = tmp_path / "open"
+    sizes = write_open(path)
+    content = path.read_bytes()
+    for size in range(sizes[2], sizes[3]):
+        path.write_bytes(content[:size])
+        recovered = recover_open_segment(path, SCHEMA)
+        assert recovered.batches == tuple(BATCHES[:2])
+        assert recovered.cut_bytes == size - sizes[2]
+        assert path.stat().st_size == sizes[2]
+    # What is left takes inserts again.
+    segment = OpenSegment(path, SCHEMA, sync_each_batch=False)
+    segment.append(BATCHES[2])
+    segment.close()
+    assert path.read_bytes() == content
+
+
+def test_torn_header_at_every_byte(tmp_path):
+    path = tmp_path / "open"
+    sizes = write_open(path, [])
+    content = path.read_bytes()
+    for size in range(sizes[0]):
+        path.write_bytes(content[:size])
+        assert recover_open_segment(path, SCHEMA).batches == ()
+        assert path.stat().st_size == 0
+    assert write_open(path)[0] == sizes[0]
+
+
+def test_damage_at_every_byte_of_the_last_batch_is_cut_off_never_read(tmp_path):
+    """After a loss of power the torn batch may have its full length and wrong bytes."""
+    path = tmp_path / "open"
+    sizes = write_open(path)
+    content = path.read_bytes()
+    for at in range(sizes[2], sizes[3]):
+        damaged = bytearray(content)
+        damaged[at] ^= 0x55
+        path.write_bytes(damaged)
+        assert recover_open_segment(path, SCHEMA).batches == tuple(BATCHES[:2]), at
+    path.write_bytes(content[: sizes[2]] + bytes(sizes[3] - sizes[2]))  # blocks that were never written
+    assert recover_open_segment(path, SCHEMA).batches == tuple(BATCHES[:2])
+
+
+def test_damage_at_every_byte_before_a_complete_batch_is_an_error(tmp_path):
+    path = tmp_path / "open"
+    sizes = write_open(path)
+    content = path.read_bytes()
+    for at in range(sizes[1], sizes[2]):
+        damaged = bytearray(content)
+        damaged[at] ^= 0x55
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptSegmentError, match=rf"damaged at byte {sizes[1]}.*truncate -s {sizes[1]}"):
+            recover_open_segment(path, SCHEMA)
+        assert path.read_bytes() == damaged, "an error leaves the evidence alone"
+
+
+def test_damage_of_the_header_is_an_error(tmp_path):
+    path = tmp_path / "open"
+    sizes = write_open(path)
+    content = path.read_bytes()
+    outcomes = set()
+    for at in range(sizes[0]):
+        damaged = bytearray(content)
+        damaged[at] ^= 0x55
+        path.write_bytes(damaged)
+        try:
+            outcomes.add(recover_open_segment(path, SCHEMA).batches == tuple(BATCHES))
+        except CorruptSegmentError as error:
+            outcomes.add(str(path) in str(error))
+    assert outcomes == {True}, "an error that names the file, or (padding) the rows as they were"
+
+
+def test_rows_of_another_contract_are_an_error(tmp_path):
+    path = tmp_path / "open"
+    write_open(path)
+    other = SCHEMA.with_metadata({**SCHEMA.metadata, b"eos_id": b"9"})
+    with pytest.raises(CorruptSegmentError, match="another schema"):
+        recover_open_segment(path, other)
+
+
+def test_sealed_round_trip_is_mapped_and_outlives_its_file(tmp_path):
+    entry = write_entry(tmp_path)
+    before = pa.total_allocated_bytes()
+    batches = map_sealed(tmp_path, entry, SCHEMA)
+    assert pa.total_allocated_bytes() == before, "views of the mapping take no heap"
+    sealed_path(tmp_path, 1).unlink()
+    assert batches == BATCHES
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_any_arrow_reader_reads_both_kinds(tmp_path):
+    entry = write_entry(tmp_path)
+    write_open(tmp_path / "open")
+    for path in (sealed_path(tmp_path, entry.number), tmp_path / "open"):
+        with pa.OSFile(str(path)) as file:
+            assert list(pa.ipc.open_stream(file)) == BATCHES
+
+
+def test_corrupted_sealed_segment_at_every_byte(tmp_path):
+    entry = write_entry(tmp_path)
+    path = sealed_path(tmp_path, 1)
+    content = path.read_bytes()
+    with path.open("r+b") as file:
+        for at in range(len(content)):
+            os.pwrite(file.fileno(), bytes([content[at] ^ 1]), at)
+            with pytest.raises(CorruptSegmentError, match=r"segment-000001.arrows has checksum .*restore it from"):
+                map_sealed(tmp_path, entry, SCHEMA)
+            os.pwrite(file.fileno(), content[at : at + 1], at)
+    path.write_bytes(content[:-1])
+    with pytest.raises(CorruptSegmentError, match=rf"has {len(content) - 1} bytes instead of {len(content)}"):
+        map_sealed(tmp_path, entry, SCHEMA)
+    path.unlink()
+    with pytest.raises(CorruptSegmentError, match="is missing"):
+        map_sealed(tmp_path, entry, SCHEMA)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from buffer.segments import OpenSegment, recover_open_segment
+from tests.trajectories import CONTRACT, numbered
+from buffer.schema import trajectory_schema
+
+schema = trajectory_schema(CONTRACT)
+path = Path(sys.argv[1])
+segment = OpenSegment(path, schema, sync_each_batch=True)
+segment.append(numbered(0, 3))
+size = segment.size_bytes
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
+try:
+    segment.append(numbered(3, 3))
+except OSError as error:
+    print(type(error).__name__)
+assert path.stat().st_size == segment.size_bytes == size
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+segment.append(numbered(6, 3))
+segment.close()
+print([batch.num_rows for batch in recover_open_segment(path, schema).batches])
+"""
+
+
+def test_a_write_that_fails_half_way_leaves_the_file_as_it_was(tmp_path):
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "open")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split("\n")[:2] == ["OSError", "[3, 3]"]
