@@ -188,11 +188,10 @@ class ActorPool:
     def _spawn(self, name: str, now: float) -> None:
         settings = self._spec.settings
         handle = (
-            ray.remote(RolloutActor)
+            ray.remote(concurrency_groups={"generation": 1, "control": 4})(RolloutActor)
             .options(
                 num_cpus=settings.num_cpus,
                 num_gpus=settings.num_gpus,
-                concurrency_groups={"generation": 1, "control": 4},
                 runtime_env={"env_vars": self._environment},
                 max_restarts=0,  # the pool replaces actors itself, with the newest weights
             )

@@ -20,7 +20,6 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.action_log import FinishedLog, logs_to_batch
-from actors.engine import BackspaceEngine
 from actors.engine_settings import EngineSettings, SamplingSettings
 from actors.settings import ActorsSettings
 from actors.status import ActorStatus
@@ -74,6 +73,9 @@ class RolloutActor:
 
         examples: `prompt_ids` and `target_ids` of the task's training examples.
         """
+        # Here, not at the top: pool and driver know this class too, and should not load vLLM for it.
+        from actors.engine import BackspaceEngine
+
         self._name = name
         self._spec = spec
         self._buffer = buffer

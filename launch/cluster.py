@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import socket
@@ -57,6 +58,8 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
     if settings.address is not None:
         _join(settings.address, namespace, settings.connect_timeout_s)
         return
+    # Ray announces its default (token authentication on) in the middle of the display.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     cores = os.cpu_count() or 1
     ray.init(
         address="local",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,12 +125,11 @@ class _Crew:
             seed=settings.seed,
         )
         return (
-            ray.remote(LearnerWorker)
+            ray.remote(concurrency_groups={"training": 1, "control": 2})(LearnerWorker)
             .options(
                 name=LEARNER_NAME,
                 num_cpus=settings.learner.num_cpus,
                 num_gpus=settings.learner.num_gpus,
-                concurrency_groups={"training": 1, "control": 2},
             )
             .remote(spec)
         )
@@ -158,7 +156,7 @@ class _Crew:
         settings = self._settings
         self._buffer = (
             ray.remote(ReplayBufferService)
-            .options(name=BUFFER_NAME, num_cpus=0, max_concurrency=64)
+            .options(name=BUFFER_NAME, num_cpus=0)
             .remote(str(self._folder / "buffer"), run.contract, settings.buffer, settings.seed)
         )
         spec = RolloutSpec(

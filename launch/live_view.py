@@ -83,7 +83,7 @@ class LiveView:
             self._live.update(render(self.view, elapsed), refresh=True)
         elif time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S:
             self._printed_at = time.monotonic()
-            self._console.print(plain_line(self.view, elapsed), highlight=False)
+            self._console.print(plain_line(self.view, elapsed), highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
         """A line that stays."""
@@ -115,10 +115,9 @@ def plain_line(view: RunView, elapsed_s: float) -> str:
         parts.append(f"{learner.stage} {learner.step}/{learner.stage_steps} loss {loss:.4f}")
     if view.pool is not None:
         for member in view.pool.members:
-            if member.status is not None:
-                parts.append(f"{member.name} v{member.status.policy_version} {member.status.actions_per_s:,.0f} actions/s")
-            else:
-                parts.append(f"{member.name} {member.state}")
+            status = member.status
+            rate = member.state if status is None else f"v{status.policy_version} {status.actions_per_s:,.0f} actions/s"
+            parts.append(f"{member.name} {rate}")
     if view.buffer is not None:
         parts.append(_buffer_line(view))
     if view.note:

@@ -17,7 +17,7 @@ class ClusterSettings(Settings):
 
     address: str | None = Field(
         None,
-        description="address of a running Ray cluster (`auto` or HOST:PORT); null starts Ray on this machine for the run",
+        description="address of a running Ray cluster (`auto` or HOST:PORT); null starts Ray here for the run",
     )
     num_cpus: PositiveInt | None = Field(
         None,
