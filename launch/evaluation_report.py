@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -17,29 +19,38 @@ from launch.evaluation import GREEDY, RECOVERY, SAMPLED, CheckpointResult, Evalu
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FOLDER = "samples"
 
-# (heading, group, metric, is a share). The line breaks of the headings keep the table within 80 columns.
+
+@dataclass(frozen=True)
+class _Column:
+    heading: str  # its line breaks keep the table within 80 columns
+    group: str
+    metric: str
+    is_share: bool = True
+    with_error: bool = False
+
+
 _ANSWER_COLUMNS = (
-    ("right\ngreedy", GREEDY, "accuracy", True),
-    ("right\nsampled", SAMPLED, "accuracy", True),
-    ("recov-\nered", RECOVERY, "recovery", True),
-    ("back-\nspaces", SAMPLED, "backspace_rate", True),
-    ("wrong\nundone", SAMPLED, "wrong_taken_back", True),
-    ("right\nundone", SAMPLED, "right_taken_back", True),
-    ("actions/\nanswer", SAMPLED, "actions_per_answer", False),
+    _Column("right\ngreedy %", GREEDY, "accuracy", with_error=True),
+    _Column("right\nsampled %", SAMPLED, "accuracy", with_error=True),
+    _Column("recovered\n%", RECOVERY, "recovery", with_error=True),
+    _Column("back-\nspaces\n%", SAMPLED, "backspace_rate"),
+    _Column("wrong\nundone\n%", SAMPLED, "wrong_taken_back"),
+    _Column("right\nundone\n%", SAMPLED, "right_taken_back"),
+    _Column("actions\nper\nanswer", SAMPLED, "actions_per_answer", is_share=False),
 )
 _TEXT_COLUMNS = (
-    ("back-\nspaces", SAMPLED, "backspace_rate", True),
-    ("actions/\nfinal token", SAMPLED, "actions_per_final_token", False),
-    ("tokens/\ntext", SAMPLED, "tokens_per_text", False),
-    ("distinct\n4-grams", SAMPLED, "distinct_4grams", True),
-    ("cut off", SAMPLED, "truncated_rate", True),
+    _Column("back-\nspaces %", SAMPLED, "backspace_rate", with_error=True),
+    _Column("actions per\nfinal token", SAMPLED, "actions_per_final_token", is_share=False, with_error=True),
+    _Column("tokens\nper text", SAMPLED, "tokens_per_text", is_share=False, with_error=True),
+    _Column("distinct\n4-grams %", SAMPLED, "distinct_4grams", with_error=True),
+    _Column("cut off\n%", SAMPLED, "truncated_rate", with_error=True),
 )
 _ANSWER_CAPTION = (
-    "% ± standard error. right: share of right answers; recovered: right answers after a planted wrong first\n"
-    "token; backspaces: share of the actions; undone: share of the wrong (right) tokens taken back.\n"
-    "The last four columns are of the sampled rollouts."
+    "± standard error. right: right answers; recovered: right answers after a planted wrong first token; backspaces: "
+    "share of the actions; undone: share of the wrong (right) tokens that were taken back. The last four columns are "
+    "of the sampled answers."
 )
-_TEXT_CAPTION = "± standard error, rollouts sampled at temperature 1. cut off: ended by a limit, not by the model."
+_TEXT_CAPTION = "± standard error; sampled at temperature 1. cut off: ended by a limit, not by the model."
 _GROUP_TITLES = {SAMPLED: "sampled at temperature 1", RECOVERY: "after a planted wrong first token, greedy"}
 
 
@@ -47,15 +58,18 @@ def render_evaluation(evaluation: Evaluation) -> RenderableType:
     """The table of an evaluation, one row per checkpoint."""
     columns = _ANSWER_COLUMNS if evaluation.has_answers else _TEXT_COLUMNS
     title = f"{evaluation.num_examples} held-out examples of {evaluation.task}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), header_style="dim")
-    table.add_column("stage", vertical="bottom")
-    for heading, *_ in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column("stage", vertical="bottom", no_wrap=True)
+    for column in columns:
+        table.add_column(column.heading, justify="right", vertical="bottom", no_wrap=True)
     for result in evaluation.results:
-        cells = [format_estimate(result.metrics[group][name], is_share) for _, group, name, is_share in columns]
+        cells = [
+            format_estimate(result.metrics[column.group][column.metric], column.is_share, column.with_error)
+            for column in columns
+        ]
         table.add_row(Text(result.label, "bold"), *cells)
     caption = _ANSWER_CAPTION if evaluation.has_answers else _TEXT_CAPTION
-    return Group(table, Text(caption, style="dim"))
+    return Group(Text(title, "bold"), table, Text(caption, "dim"))
 
 
 def render_rollouts(result: CheckpointResult) -> RenderableType:
@@ -65,7 +79,7 @@ def render_rollouts(result: CheckpointResult) -> RenderableType:
         parts.append(Text.assemble((result.label, "bold"), f", {_GROUP_TITLES[group]}"))
         for rollout in rollouts:
             mark = {None: Text(""), True: Text("✓ ", "green"), False: Text("✗ ", "red")}[rollout.is_correct]
-            parts.append(Padding(mark + rollout.view.rich(), (0, 0, 0, 2)))
+            parts.append(Padding(mark + rollout.view.rich(), (0, 0, 0, 2), expand=False))
     return Group(*parts)
 
 
@@ -99,13 +113,12 @@ def samples_text(result: CheckpointResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def format_estimate(number: Estimate, is_share: bool) -> str:
+def format_estimate(number: Estimate, is_share: bool, with_error: bool) -> str:
     """`87.4 ±1.5` (per cent for a share); a dash where nothing could be measured."""
     if number.value is None:
         return "-"
-    scale = 100.0 if is_share else 1.0
-    digits = 1 if is_share else 2
-    error = "" if number.standard_error is None else f" ±{scale * number.standard_error:.{digits}f}"
+    scale, digits = (100.0, 1) if is_share else (1.0, 2)
+    error = f" ±{scale * number.standard_error:.{digits}f}" if with_error and number.standard_error is not None else ""
     return f"{scale * number.value:.{digits}f}{error}"
 
 

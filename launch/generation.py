@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -85,11 +87,32 @@ def running_generator(checkpoint: Checkpoint, max_length: int, seed: int) -> Ite
         load_format="dummy",
     )
     os.environ.update(engine_environment(settings))
-    generator = Generator(settings, checkpoint.contract)
+    with library_chatter_held():
+        generator = Generator(settings, checkpoint.contract)
     try:
         yield generator
     finally:
         generator.close()
+
+
+@contextmanager
+def library_chatter_held() -> Iterator[None]:
+    """Keep what libraries write to stderr, from C++ too, off the terminal; it is shown if the block fails."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            if failed:
+                held.seek(0)
+                os.write(2, held.read())
 
 
 @contextmanager
