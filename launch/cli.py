@@ -38,9 +38,14 @@ def main() -> None:
 
 
 def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"sequencematch {importlib.metadata.version('sequencematch')}")
-        raise typer.Exit
+    if not wanted:
+        return
+    try:
+        version = importlib.metadata.version("sequencematch")
+    except importlib.metadata.PackageNotFoundError:  # as under `ray job submit --working-dir .`
+        version = "(run from its source tree, not installed)"
+    typer.echo(f"sequencematch {version}")
+    raise typer.Exit
 
 
 @app.callback()
@@ -89,7 +94,8 @@ def train(
             folder, settings = open_run_folder(resume)
         else:
             assert recipe is not None
-            settings = read_recipe(recipe, overrides or [])
+            with setting_up():
+                settings = read_recipe(recipe, overrides or [])
             if dry_run:
                 _print_yaml(settings)
                 return

@@ -1,0 +1,156 @@
+"""The command line without a run: help, errors and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from launch.cli import app
+from launch.recipe import read_recipe
+from launch.run_folder import LiveCluster, create_run_folder, write_cluster
+
+RECIPE = "launch/recipes/arithmetic_cpu.yaml"
+HEAVY = ("torch", "ray", "vllm", "transformers", "datasets")
+COMMANDS = (
+    ["train"],
+    ["evaluate"],
+    ["generate"],
+    ["status"],
+    ["scale"],
+    ["bench", "rollouts"],
+)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def fails_with(code: int, *arguments: str) -> str:
+    """Run a command that must fail with one line on stderr; gives the line."""
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    return create_run_folder(read_recipe(Path(RECIPE), [f"runs_folder={tmp_path}/runs"]))
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS, ["train", RECIPE, "--dry-run"]], ids=" ".join)
+def test_help_and_dry_run_import_nothing_heavy(command: list[str]) -> None:
+    arguments = command if "--dry-run" in command else [*command, "--help"]
+    program = f"""
+import sys
+from launch.cli import app
+app({arguments!r}, standalone_mode=False)
+assert not [name for name in {HEAVY!r} if name in sys.modules], sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_of_every_command_shows_an_example(command: list[str]) -> None:
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert f"sequencematch {' '.join(command)}" in " ".join(result.stdout.split())
+
+
+def test_version() -> None:
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("sequencematch ")
+
+
+def test_dry_run_prints_a_recipe_that_reads_back_the_same(tmp_path: Path) -> None:
+    result = invoke("train", RECIPE, "actors.count=3", "--dry-run")
+    assert result.exit_code == 0
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(result.stdout)
+    assert read_recipe(copy) == read_recipe(Path(RECIPE), ["actors.count=3"])
+
+
+def test_train_needs_exactly_one_of_recipe_and_resume(run_folder: Path) -> None:
+    assert "launch/recipes/" in fails_with(2, "train")
+    assert "--resume RUN" in fails_with(2, "train", RECIPE, "--resume", str(run_folder))
+    assert "config.yaml" in fails_with(2, "train", "--resume", str(run_folder), "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.yaml"], "no recipe at nowhere.yaml"),
+        ([RECIPE, "actor.count=2"], "did you mean 'actors'?"),
+        ([RECIPE, "actors.count"], "key=value"),
+        (["launch/recipes"], "Is a directory"),
+        (["--resume", "nowhere"], "nowhere is not a run folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_train_refuses_bad_input(arguments: list[str], message: str) -> None:
+    assert message in fails_with(2, "train", *arguments)
+
+
+def test_train_refuses_a_runs_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in fails_with(2, "train", RECIPE, f"runs_folder={tmp_path}/file")
+
+
+def test_resuming_a_live_run_is_refused(run_folder: Path) -> None:
+    write_cluster(run_folder, LiveCluster("127.0.0.1:1", run_folder.name, os.getpid()))
+    assert f"process {os.getpid()} drives it" in fails_with(2, "train", "--resume", str(run_folder))
+
+
+@pytest.mark.parametrize("command", [["status"], ["scale", "--actors", "2"]], ids=" ".join)
+def test_a_run_that_is_not_live_says_how_to_go_on(command: list[str], run_folder: Path, tmp_path: Path) -> None:
+    assert f"--resume {run_folder}" in fails_with(2, *command, str(run_folder))
+    assert "not a run folder" in fails_with(2, *command, str(tmp_path))
+
+
+@pytest.mark.parametrize("command", [["status"], ["scale", "--actors", "2"]], ids=" ".join)
+def test_a_run_that_died_without_cleaning_up(command: list[str], run_folder: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(timeout=30)
+    write_cluster(run_folder, LiveCluster("127.0.0.1:1", run_folder.name, ended.pid))
+    line = fails_with(2, *command, str(run_folder))
+    assert "no Ray answers at 127.0.0.1:1" in line
+    assert f"process {ended.pid}" in line
+    assert "--resume" in line
+
+
+def test_scale_refuses_a_negative_number(run_folder: Path) -> None:
+    assert invoke("scale", str(run_folder), "--actors", "-1").exit_code == 2
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["generate", "--prompt", "1"]], ids=" ".join)
+def test_what_is_no_checkpoint_is_refused(command: list[str], run_folder: Path, tmp_path: Path) -> None:
+    stage = run_folder / "checkpoints" / "trunk"
+    stage.mkdir(parents=True)
+    assert "no config.json" in fails_with(2, *command, str(stage))
+    (stage / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "no backspace action" in fails_with(2, *command, str(stage))
+
+
+def test_evaluate_says_where_the_task_could_come_from(tmp_path: Path) -> None:
+    assert "no checkpoint at" in fails_with(2, "evaluate", str(tmp_path / "nothing"))
+    assert "--task-from" in fails_with(2, "evaluate", str(tmp_path))
+    assert "nowhere.yaml" in fails_with(2, "evaluate", str(tmp_path), "--task-from", "nowhere.yaml")
+
+
+def test_the_script_exits_with_the_code_and_without_a_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.train", "nowhere.yaml"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: no recipe at nowhere.yaml; the packaged ones are in launch/recipes/\n"

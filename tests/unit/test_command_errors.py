@@ -1,0 +1,51 @@
+"""Exit codes, and a stdout that belongs to one JSON object."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import typer
+
+from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
+from launch.errors import RunFailedError, UserError
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("mend it"), 2, "error: mend it\n"),
+        (RunFailedError("actor-0 died"), 1, "error: actor-0 died\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, reported_errors():
+        raise error
+    assert ended.value.exit_code == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    with pytest.raises(ValueError, match="defect"), reported_errors():
+        raise ValueError("defect")
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), FileNotFoundError("no"), ImportError("no")])
+def test_what_set_up_meets_is_the_users(error: Exception) -> None:
+    with pytest.raises(UserError, match="no"), setting_up():
+        raise error
+
+
+def test_other_errors_of_set_up_are_defects() -> None:
+    with pytest.raises(ZeroDivisionError), setting_up():
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_library_output_does_not_reach_stdout(active: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    with stdout_kept_clean(active):
+        os.write(1, b"chatter\n")
+    os.write(1, b"{}\n")
+    out, err = capfd.readouterr()
+    assert (out, err) == (("{}\n", "chatter\n") if active else ("chatter\n{}\n", ""))

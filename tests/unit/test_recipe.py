@@ -1,0 +1,152 @@
+"""Recipes: overrides, and errors that say what to write instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.errors import UserError
+from launch.recipe import read_recipe, write_recipe
+
+RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
+ARITHMETIC = Path("launch/recipes/arithmetic_cpu.yaml")
+
+
+def error_of(*overrides: str, path: Path = ARITHMETIC) -> str:
+    with pytest.raises(UserError) as caught:
+        read_recipe(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_packaged_recipes_are_valid_and_survive_writing(path: Path, tmp_path: Path) -> None:
+    settings = read_recipe(path)
+    write_recipe(settings, tmp_path / "config.yaml")
+    assert read_recipe(tmp_path / "config.yaml") == settings
+
+
+def test_overrides_take_yaml_values() -> None:
+    settings = read_recipe(
+        ARITHMETIC,
+        ["actors.count=2", "task.bases=[10, 16]", "buffer.max_staleness=null", "noise.kind=random", "seed=7"],
+    )
+    assert settings.actors.count == 2
+    assert settings.task.name == "arithmetic"
+    assert settings.task.bases == (10, 16)
+    assert settings.buffer.max_staleness is None
+    assert settings.noise.kind == "random"
+    assert settings.seed == 7
+
+
+def test_the_last_of_two_overrides_counts() -> None:
+    assert read_recipe(ARITHMETIC, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize("stage", ["sequencematch", "1"])
+def test_a_stage_is_addressed_by_name_or_index(stage: str) -> None:
+    before = read_recipe(ARITHMETIC).stages
+    after = read_recipe(ARITHMETIC, [f"stages.{stage}.objective.alpha=0.5", f"stages.{stage}.steps=7"]).stages
+    assert (after[1].steps, after[1].objective.model_dump()["alpha"]) == (7, 0.5)
+    assert (after[0], after[2]) == (before[0], before[2])
+
+
+def test_an_override_reaches_a_section_that_the_recipe_leaves_out() -> None:
+    assert read_recipe(ARITHMETIC, ["cluster.num_cpus=8"]).cluster.num_cpus == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("actor.count=2", ["unknown key 'actor'", "did you mean 'actors'?"]),
+        ("actors.cuont=2", ["unknown key 'actors.cuont'", "did you mean 'count'?"]),
+        ("stages.trunk.optimizer.lerning_rate=1", ["did you mean 'learning_rate'?"]),
+        ("stages.sequencematch.objective.alhpa=1", ["did you mean 'alpha'?"]),
+        ("stages.trunk.objective.alpha=1", ["unknown key 'stages.0.objective.alpha'", "known keys: name"]),
+        ("task.digits=2", ["unknown key 'task.digits'", "did you mean 'max_digits'?"]),
+        ("model.hidden=2", ["unknown key 'model.hidden'", "did you mean 'hidden_size'?"]),
+        ("actors.zzz=2", ["unknown key 'actors.zzz'", "known keys: count"]),
+    ],
+)
+def test_unknown_keys_suggest_the_nearest(override: str, parts: list[str]) -> None:
+    message = error_of(override)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("actors.count", "key=value"),
+        ("=2", "key=value"),
+        ("actors.count=[1", "'[1' is not a YAML value"),
+        ("stages.nothing.steps=2", "no entry 'nothing' (entries: trunk, sequencematch, mle_control)"),
+        ("stages.3.steps=2", "no entry '3'"),
+        ("name.first=x", "nothing lies below"),
+        ("task.name.first.x=1", "nothing lies below"),
+    ],
+)
+def test_malformed_overrides(override: str, part: str) -> None:
+    message = error_of(override)
+    assert override in message
+    assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("actors.count=many", ["actors.count", "valid integer"]),
+        ("stages.trunk.steps=0", ["stages.0.steps", "greater than 0"]),
+        ("noise.kind=loud", ["noise.kind", "'policy'"]),
+        ("name=a/b", ["name", "pattern"]),
+        ("actors.count=0", ["needs rollouts", "set actors.count to 1 or more"]),
+        ("evaluation.stages=[trunc]", ["evaluation.stages names 'trunc'", "trunk"]),
+        ("stages.trunk.start_from=mle_control", ["not an earlier stage"]),
+        ("stages.mle_control.name=trunk", ["two stages are called 'trunk'"]),
+    ],
+)
+def test_values_that_are_not_accepted(override: str, parts: list[str]) -> None:
+    message = error_of(override)
+    assert all(part in message for part in parts), message
+
+
+def test_a_buffer_smaller_than_a_batch_of_rollouts_is_refused() -> None:
+    message = error_of("buffer.capacity=32", "buffer.min_size=32")
+    assert "rollout_batch_size" in message
+
+
+def test_rollouts_are_not_needed_without_a_stage_that_draws_them() -> None:
+    settings = read_recipe(ARITHMETIC, ["actors.count=0", "stages.sequencematch.objective.divergence=chi2"])
+    assert settings.actors.count == 0
+    assert "needs rollouts" in error_of(
+        "actors.count=0", "stages.sequencematch.objective.divergence=chi2", "noise.kind=policy"
+    )
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    assert "launch/recipes/" in error_of(path=tmp_path / "nowhere.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [")
+    assert "is not valid YAML" in error_of(path=broken)
+    broken.write_text("- a\n- b\n")
+    assert "holds no settings" in error_of(path=broken)
+    broken.write_text("name: a\n")
+    assert "task" in error_of(path=broken)
+
+
+def test_several_errors_are_told_at_once() -> None:
+    message = error_of("actors.cuont=2", "seed=-1")
+    assert "did you mean 'count'?" in message
+    assert "seed" in message
+
+
+def test_a_recipe_written_by_hand_needs_little(tmp_path: Path) -> None:
+    tree = {
+        "name": "small",
+        "task": {"name": "arithmetic"},
+        "model": {"source": "scratch"},
+        "stages": [{"name": "only", "objective": {"name": "mle"}, "steps": 1}],
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert read_recipe(path).stages[0].batch_size > 0

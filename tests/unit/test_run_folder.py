@@ -1,0 +1,57 @@
+"""The folder of a run: what is written, and what is said where it is not one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.errors import UserError
+from launch.recipe import read_recipe
+from launch.run_folder import (
+    CLUSTER_FILE,
+    LiveCluster,
+    create_run_folder,
+    open_run_folder,
+    read_cluster,
+    remove_cluster,
+    write_cluster,
+)
+from launch.settings import RunSettings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> RunSettings:
+    return read_recipe(Path("launch/recipes/arithmetic_cpu.yaml"), [f"runs_folder={tmp_path}/runs"])
+
+
+def test_a_run_folder_gives_its_settings_back(settings: RunSettings) -> None:
+    folder = create_run_folder(settings)
+    assert open_run_folder(folder) == (folder, settings)
+    assert "python: 3" in (folder / "environment.txt").read_text()
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(settings: RunSettings) -> None:
+    folders = {create_run_folder(settings) for _ in range(4)}
+    assert len(folders) == 4
+    assert all(folder.name.startswith("arithmetic-") for folder in folders)
+
+
+def test_a_live_run_is_found_until_it_ends(settings: RunSettings) -> None:
+    folder = create_run_folder(settings)
+    cluster = LiveCluster("10.0.0.1:6379", folder.name, 123)
+    write_cluster(folder, cluster)
+    assert read_cluster(folder) == cluster
+    assert sorted(path.name for path in folder.iterdir()) == [CLUSTER_FILE, "config.yaml", "environment.txt"]
+    remove_cluster(folder)
+    remove_cluster(folder)  # a second end is no error
+    with pytest.raises(UserError, match="is not live; start it with"):
+        read_cluster(folder)
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="not a run folder"):
+            open_run_folder(path)
+        with pytest.raises(UserError, match="not a run folder"):
+            read_cluster(path)
