@@ -96,9 +96,9 @@ class ReplayBufferService:
         Raises:
             ValueError: the batch as a whole does not fit. OSError: the disk refused.
         """
-        before = self._store.status().sources["policy"].inserted
+        before = self._store.num_inserted("policy")
         result = self._store.insert(batch)
-        self._inserted += self._store.status().sources["policy"].inserted - before
+        self._inserted += self._store.num_inserted("policy") - before
         self._recent_rejections = (*self._recent_rejections, *result.rejections)[-MAX_RECENT_REJECTIONS:]
         if result.accepted:
             now_s = time.monotonic()

@@ -156,6 +156,10 @@ class ReplayStore:
         """Live rows of `source`."""
         return len(self._lane(source).live)
 
+    def num_inserted(self, source: str) -> int:
+        """Rows of `source` inserted since the folder exists."""
+        return self._lane(source).inserted
+
     def insert(self, batch: pa.RecordBatch) -> InsertResult:
         """Validate and store a batch; on return the accepted rows are in the segment file.
 

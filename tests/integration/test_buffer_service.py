@@ -1,0 +1,146 @@
+"""The buffer as a Ray actor: batches through the object store, waiting calls, and a kill -9 in mid-insert."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from buffer.service import ReplayBufferService
+from buffer.settings import BufferSettings
+from buffer.store import ReplayStore
+from tests.trajectories import CONTRACT, ids_of, numbered
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment}, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def start(folder, **changes):
+    settings = BufferSettings(**{"capacity": 1000, "min_size": 1, **changes})
+    actor = ray.remote(ReplayBufferService).options(num_cpus=0, max_concurrency=64)
+    return actor.remote(str(folder), CONTRACT, settings, 0)
+
+
+def end(service):
+    ray.get(service.close.remote(), timeout=TIMEOUT_S)
+    ray.kill(service)
+
+
+def test_rows_travel_both_ways_and_draws_wait_in_the_actor(tmp_path):
+    service = start(tmp_path)
+    batch = numbered(0, 300)
+    waiting = service.draw.remote(400, 0, timeout_s=TIMEOUT_S)
+    reply = ray.get(service.insert.remote(batch), timeout=TIMEOUT_S)
+    assert (reply.accepted, reply.rejections, reply.pause) == (300, (), False)
+    assert ray.get(service.status.remote(), timeout=TIMEOUT_S).waiting_draws == 1
+    # A slice of an object in the store, as an actor that splits its batches sends it.
+    ray.get(service.insert.remote(numbered(300, 400).slice(0, 100)), timeout=TIMEOUT_S)
+    drawn = ray.get(waiting, timeout=TIMEOUT_S)
+    assert sorted(map(int, ids_of(drawn))) == list(range(400))
+    assert drawn.schema.equals(batch.schema, check_metadata=True)
+    rows = {row["id"]: row for row in batch.to_pylist()}
+    assert all(rows[row["id"]] == row for row in drawn.to_pylist() if row["id"] in rows)
+    end(service)
+
+
+def test_errors_arrive_as_what_they_are(tmp_path):
+    service = start(tmp_path)
+    with pytest.raises(TimeoutError, match="no actor has inserted anything since the buffer started"):
+        ray.get(service.draw.remote(1, 0, timeout_s=0.1), timeout=TIMEOUT_S)
+    with pytest.raises(ValueError, match="schema version none"):
+        ray.get(service.insert.remote(numbered(0, 1).replace_schema_metadata(None)), timeout=TIMEOUT_S)
+    end(service)
+
+
+def test_many_paused_actors_leave_room_for_the_learner(tmp_path):
+    service = start(tmp_path, max_inserts_ahead=5)
+    assert ray.get(service.insert.remote(numbered(0, 10)), timeout=TIMEOUT_S).pause
+    paused = [service.wait_for_demand.remote(timeout_s=TIMEOUT_S) for _ in range(16)]
+    assert ray.wait(paused, timeout=0.2)[0] == []
+    assert ray.get(service.draw.remote(10, 0), timeout=TIMEOUT_S).num_rows == 10
+    assert ray.get(paused, timeout=TIMEOUT_S) == [True] * 16
+    end(service)
+
+
+def test_a_new_actor_goes_on_where_a_killed_one_stopped(tmp_path):
+    service = start(tmp_path)
+    pid = ray.get(service.__ray_call__.remote(lambda _: os.getpid()), timeout=TIMEOUT_S)
+    ray.get(service.insert.remote(numbered(0, 20, version=3)), timeout=TIMEOUT_S)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(service.status.remote(), timeout=TIMEOUT_S)
+    service = start(tmp_path)
+    assert ray.get(service.newest_version.remote(), timeout=TIMEOUT_S) == 3
+    assert ray.get(service.draw.remote(20, 3), timeout=TIMEOUT_S).num_rows == 20
+    end(service)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from buffer.settings import BufferSettings
+from buffer.store import ReplayStore
+from tests.trajectories import CONTRACT, numbered
+
+settings = BufferSettings(capacity=200, min_size=1, max_staleness=3, segment_bytes=20_000, fsync=sys.argv[2])
+store = ReplayStore(Path(sys.argv[1]), CONTRACT, settings)
+generator = np.random.default_rng(store.next_row)
+while True:
+    first = store.next_row
+    version = first // 100
+    store.insert(numbered(first, 7, version=version))
+    print(first + 7, flush=True)
+    if first % 3 == 0:
+        store.draw(4, version, generator)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsync", ["batch", "seal"])
+def test_kill_at_random_moments_loses_nothing_acknowledged(tmp_path, fsync):
+    """Inserts, draws, evictions, sealing and deletion, killed twelve times; what was acknowledged is there."""
+    generator = np.random.default_rng(0)
+    settings = BufferSettings(capacity=200, min_size=1, segment_bytes=20_000)
+    acknowledged = 0
+    for _ in range(12):
+        log = tmp_path / "acknowledged"
+        with log.open("w") as output:
+            writer = subprocess.Popen(
+                [sys.executable, "-c", WRITER, str(tmp_path / "b"), fsync], stdout=output, cwd=ROOT
+            )
+            deadline = time.monotonic() + TIMEOUT_S
+            while log.stat().st_size == 0:
+                assert writer.poll() is None, "the writer died by itself"
+                assert time.monotonic() < deadline, f"the writer inserted nothing within {TIMEOUT_S:.0f} s"
+                time.sleep(0.005)
+            time.sleep(generator.uniform(0.0, 0.3))
+            writer.kill()
+            writer.wait(timeout=TIMEOUT_S)
+        complete_lines = log.read_text().rsplit("\n", 1)[0].split("\n")
+        before, acknowledged = acknowledged, int(complete_lines[-1])
+        assert acknowledged > before
+        store = ReplayStore(tmp_path / "b", CONTRACT, settings)
+        assert acknowledged <= store.next_row <= acknowledged + 7, "at most the insert under way is extra"
+        live = sorted(map(int, ids_of(store.draw(store.num_live("policy"), store.newest_version, generator))))
+        assert live[-1] == store.next_row - 1
+        counters = store.status().sources["policy"]
+        assert counters.inserted == store.next_row
+        assert live == list(range(live[0], store.next_row)), "the newest rows, without a gap"
+        assert counters.live + counters.evicted + counters.dropped_stale == counters.inserted
+        store.close()
