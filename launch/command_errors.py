@@ -58,5 +58,5 @@ def stdout_kept_clean(active: bool) -> Iterator[None]:
 
 
 def _end(message: str, code: int) -> None:
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {' '.join(message.split())}", err=True)  # libraries write messages of many lines
     raise typer.Exit(code)

@@ -61,6 +61,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} has no backspace action (backspace_token_id in its config.json): "
             "train the model with `sequencematch train` first"
         )
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(
+            f"{folder} has no tokenizer (tokenizer_config.json): copy the tokenizer files of its model there"
+        )
     from transformers import AutoConfig, AutoTokenizer
 
     from buffer.experts.tokenizer import token_contract
@@ -138,6 +142,10 @@ def encode_prompt(checkpoint: Checkpoint, prompt: str) -> list[int]:
     """
     from buffer.experts.tokenizer import prompt_prefix
 
+    actions = [checkpoint.contract.backspace_id, checkpoint.contract.eos_id]
+    for token in checkpoint.tokenizer.convert_ids_to_tokens(actions):
+        if token in prompt:
+            raise ValueError(f"the prompt contains {token!r}, which is an action and no text: leave it out")
     _check_characters(checkpoint.tokenizer, prompt)
     text_ids: list[int] = checkpoint.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = prompt_prefix(checkpoint.tokenizer) + text_ids
@@ -148,8 +156,6 @@ def encode_prompt(checkpoint: Checkpoint, prompt: str) -> list[int]:
             f"the prompt has {len(ids)} tokens, the model's context holds {checkpoint.max_length} with the answer: "
             "shorten the prompt"
         )
-    if checkpoint.contract.backspace_id in ids or checkpoint.contract.eos_id in ids:
-        raise ValueError("the prompt contains the text of the backspace or the end token: leave it out")
     return ids
 
 

@@ -1,0 +1,199 @@
+"""Evaluation and generation with a real engine: one process evaluates two checkpoints, the tests look at what it found.
+
+The models are made, not trained: one always ends at once, the other takes every token back, so that the numbers are
+known beforehand.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from buffer.experts.tasks import load_task
+from launch.errors import UserError
+from launch.evaluation import GREEDY, RECOVERY, SAMPLED, Evaluation, Target, evaluate
+from launch.evaluation_report import render_evaluation, render_rollouts, write_evaluation
+from launch.evaluation_task import labelled, settings_for
+from launch.generation import encode_prompt, generate, open_checkpoint, rollout_to_json
+from launch.recipe import read_recipe, write_recipe
+from launch.settings import RunSettings
+from learner.checkpoint import Progress, save_checkpoint
+from learner.model import load_policy
+from tests.integration.engine_worker import in_engine_process_for
+
+# Starting the engine's process, vLLM's import included, takes half a minute and more on a busy machine.
+pytestmark = pytest.mark.slow
+
+RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
+NUM_EXAMPLES = 40
+OVERRIDES = (
+    "model.hidden_size=64",
+    "model.num_heads=2",
+    "model.num_layers=1",
+    "task.train_questions=50",
+    f"task.held_out_questions={NUM_EXAMPLES}",
+    "evaluation.shown_rollouts=4",
+)
+
+
+def make_run(folder: Path) -> Path:
+    """A run folder with two finished stages, `ender` and `hesitant`."""
+    settings = read_recipe(RECIPE, OVERRIDES)
+    folder.mkdir()
+    write_recipe(settings, folder / "config.yaml")
+    task = load_task(settings.task, max_length=64)
+    for stage, likely in (("ender", "eos"), ("hesitant", "backspace")):
+        policy = load_policy(settings.model, task.tokenizer)
+        # Every state has the same distribution: the final norm passes a constant on, and the head reads it.
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                parameter.zero_()
+            embedding = policy.model.get_input_embeddings().weight
+            embedding[:, 0] = 1.0
+            policy.model.model.norm.weight[0] = 1.0
+            favoured = policy.eos_id if likely == "eos" else policy.backspace_id
+            embedding[:, 1] = 0.0
+            embedding[favoured, 0] = 3.0
+        save_checkpoint(
+            folder / "checkpoints" / stage, policy.model, policy.tokenizer, Progress(stage, 1, 1, 0, {}), {}, keep=1
+        )
+    return folder
+
+
+def checkpoint_of(run: Path, stage: str) -> Path:
+    return run / "checkpoints" / stage / "step-000001"
+
+
+def evaluate_in_engine_process(run: Path, stages: list[str], settings: RunSettings) -> Evaluation:
+    targets = labelled([checkpoint_of(run, stage) for stage in stages])
+    return evaluate(targets, settings, Console(file=io.StringIO()))
+
+
+def generate_in_engine_process(checkpoint: Path, prompt: str, temperature: float) -> list[dict[str, object]]:
+    opened = open_checkpoint(checkpoint)
+    views = generate(
+        opened,
+        encode_prompt(opened, prompt),
+        count=6,
+        temperature=temperature,
+        max_new_tokens=5,
+        seed=0,
+        console=Console(file=io.StringIO()),
+    )
+    return [rollout_to_json(view) for view in views]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def settings(run: Path) -> RunSettings:
+    return settings_for(checkpoint_of(run, "ender"), None)
+
+
+@pytest.fixture(scope="module")
+def evaluation(run: Path, settings: RunSettings) -> Evaluation:
+    return in_engine_process_for(120.0, evaluate_in_engine_process, run, ["ender", "hesitant"], settings)
+
+
+def test_numbers_of_known_policies(evaluation: Evaluation) -> None:
+    assert (evaluation.task, evaluation.num_examples, evaluation.has_answers) == ("arithmetic", NUM_EXAMPLES, True)
+    ender, hesitant = evaluation.results
+    assert (ender.label, hesitant.label) == ("ender", "hesitant")
+    # Greedily it ends at once, so that no answer is right, and a planted token stays.
+    assert ender.metrics[GREEDY]["empty_rate"].value == 1.0
+    assert ender.metrics[GREEDY]["actions_per_answer"].value == 1.0
+    assert ender.metrics[GREEDY]["accuracy"].value == 0.0
+    assert ender.metrics[RECOVERY]["planted_taken_back"].value == 0.0
+    # The other takes what was planted back, each time, and nothing that was taken back is offered again.
+    assert hesitant.metrics[RECOVERY]["planted_taken_back"].value == 1.0
+    assert hesitant.metrics[SAMPLED]["backspace_rate"].value > 0.2
+    for result in evaluation.results:
+        for numbers in result.metrics.values():
+            assert all(number.count > 0 or number.value is None for number in numbers.values())
+        assert result.metrics[GREEDY]["accuracy"].count == NUM_EXAMPLES
+
+
+def test_weights_are_replaced_between_checkpoints_and_order_does_not_matter(
+    evaluation: Evaluation, run: Path, settings: RunSettings
+) -> None:
+    other = in_engine_process_for(120.0, evaluate_in_engine_process, run, ["hesitant", "ender"], settings)
+    assert {result.label: result.metrics for result in other.results} == {
+        result.label: result.metrics for result in evaluation.results
+    }
+
+
+def test_report_files_and_table(evaluation: Evaluation, tmp_path: Path) -> None:
+    write_evaluation(evaluation, tmp_path)
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [entry["label"] for entry in written["checkpoints"]] == ["ender", "hesitant"]
+    assert written["seed"] == 0
+    number = written["checkpoints"][1]["metrics"]["greedy"]["accuracy"]
+    assert number.keys() == {"value", "standard_error", "n"}
+    assert number["n"] == NUM_EXAMPLES
+    samples = (tmp_path / "samples" / "hesitant.txt").read_text()
+    assert samples.count("\n> ") == 4
+    assert samples.count("[-{") == 2  # the planted tokens, taken back
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render_evaluation(evaluation))
+    console.print(render_rollouts(evaluation.results[1]))
+    shown = console.file.getvalue()
+    assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
+    assert "hesitant" in shown
+    assert "100.0" not in shown.splitlines()[6]
+
+
+def test_generation_shows_deletions_and_stops_at_the_bound(run: Path) -> None:
+    for temperature in (0.0, 1.0):
+        rollouts = in_engine_process_for(
+            120.0, generate_in_engine_process, checkpoint_of(run, "hesitant"), "In base 10, what is 1 + 1?", temperature
+        )
+        assert len(rollouts) == 6
+        assert all(len(str(rollout["text"])) <= 5 * len("<bos>") for rollout in rollouts)
+        assert any("[-" in str(rollout["log"]) for rollout in rollouts)
+
+
+def test_prompts_that_cannot_be_answered(run: Path) -> None:
+    opened = open_checkpoint(checkpoint_of(run, "ender"))
+    with pytest.raises(ValueError, match="has 64 tokens, the model's context holds 64"):
+        encode_prompt(opened, "1" * 64)
+    assert len(encode_prompt(opened, "1" * 63)) == 63
+    with pytest.raises(ValueError, match="no token for 'é'"):
+        encode_prompt(opened, "é1")
+    with pytest.raises(ValueError, match="empty"):
+        encode_prompt(opened, "")
+    with pytest.raises(ValueError, match="leave it out"):
+        encode_prompt(opened, "1<backspace>")
+
+
+def test_labels_tell_checkpoints_apart(run: Path, tmp_path: Path) -> None:
+    ender = checkpoint_of(run, "ender")
+    later = ender.with_name("step-000002")
+    assert [target.label for target in labelled([ender])] == ["ender"]
+    assert [target.label for target in labelled([ender, later])] == ["ender/step-000001", "ender/step-000002"]
+    assert [target.label for target in labelled([tmp_path / "model"])] == ["model"]
+    with pytest.raises(UserError, match="named twice"):
+        labelled([ender, ender])
+
+
+def test_checkpoints_of_other_models_are_refused(run: Path, settings: RunSettings, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    tree = read_recipe(RECIPE, [*OVERRIDES, "model.hidden_size=96", "model.num_heads=3"])
+    policy = load_policy(tree.model, open_checkpoint(checkpoint_of(run, "ender")).tokenizer)
+    policy.model.save_pretrained(other)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        open_checkpoint(other)
+    policy.tokenizer.save_pretrained(other)
+    with pytest.raises(AssertionError, match="different models cannot be compared"):
+        in_engine_process_for(120.0, evaluate_paths_in_engine_process, [checkpoint_of(run, "ender"), other], settings)
+
+
+def evaluate_paths_in_engine_process(paths: list[Path], settings: RunSettings) -> Evaluation:
+    return evaluate([Target(path.name, path) for path in paths], settings, Console(file=io.StringIO()))
