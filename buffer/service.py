@@ -22,9 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from buffer.counters import StoreStatus
 from buffer.schema import SOURCES, TokenContract
 from buffer.settings import BufferSettings
-from buffer.store import ReplayStore, StoreStatus
+from buffer.store import ReplayStore
 from buffer.validation import Rejection
 
 MAX_RECENT_REJECTIONS = 8

@@ -11,18 +11,18 @@ open segment, and evictions since the last manifest follow from the capacity tha
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from buffer.counters import DrawStatistics, InsertResult, SourceCounters, StoreStatus
+from buffer.folder_lock import FolderLock
 from buffer.live_rows import LiveRows, RowFacts
 from buffer.manifest import CorruptSegmentError, Manifest, SegmentEntry
 from buffer.row_table import RowTable
@@ -43,52 +43,6 @@ from buffer.staleness import VersionRange, stale_rows, staleness
 from buffer.validation import Rejection, validate
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class InsertResult:
-    """accepted: rows now durable (see `fsync` of the settings); rejections: the others, with reasons."""
-
-    accepted: int
-    rejections: tuple[Rejection, ...]
-
-
-@dataclass(frozen=True)
-class DrawStatistics:
-    """Of the rows of one draw. Staleness in published versions, age in seconds since creation."""
-
-    staleness_mean: float
-    staleness_max: int
-    age_mean_s: float
-    age_max_s: float
-
-
-@dataclass(frozen=True)
-class SourceCounters:
-    """Rows of one source. inserted = live + evicted + dropped_stale.
-
-    inserted, evicted and dropped_stale count since the folder exists; drawn (a row counts each time) and
-    rejected since this process opened it.
-    """
-
-    inserted: int
-    live: int
-    evicted: int
-    dropped_stale: int
-    drawn: int
-    last_draw: DrawStatistics | None
-
-
-@dataclass(frozen=True)
-class StoreStatus:
-    """Counters of a store. cut_bytes: torn bytes cut off the open segment when the folder was opened."""
-
-    sources: dict[str, SourceCounters]
-    rejected: int
-    newest_version: int
-    sealed_segments: int
-    size_bytes: int
-    cut_bytes: int
 
 
 class _Lane:
@@ -133,13 +87,13 @@ class ReplayStore:
         self._next_row = 0
         self._open_segment: OpenSegment
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock_folder(folder)
+        self._lock = FolderLock(folder)
         try:
             self._manifest = self._open_manifest()
             self._newest_version = self._manifest.newest_version
             self._cut_bytes = self._restore()
         except BaseException:
-            os.close(self._lock)
+            self._lock.release()
             raise
 
     @property
@@ -240,7 +194,7 @@ class ReplayStore:
         """Make everything durable and let go of the folder; the store is of no use afterwards."""
         self._open_segment.close()
         self._write_manifest()
-        os.close(self._lock)
+        self._lock.release()
 
     def _lane(self, source: str) -> _Lane:
         if source not in self._lanes:
@@ -410,7 +364,8 @@ class ReplayStore:
         cut_bytes = 0
         if path.exists():
             recovered = recover_open_segment(path, self._schema)
-            self._register(recovered.batches, on_heap=True)
+            if recovered.batches:
+                self._register([pa.concat_batches(recovered.batches)], on_heap=True)
             cut_bytes = recovered.cut_bytes
             if cut_bytes:
                 logger.warning("%s: cut %d bytes of an unfinished insert off its end", path, cut_bytes)
@@ -444,16 +399,3 @@ class ReplayStore:
         behind = staleness(self._newest_version, live.oldest_versions[chosen])
         ages_s = np.maximum(self._clock() - live.created_us[chosen] / 1e6, 0.0)
         return DrawStatistics(float(behind.mean()), int(behind.max()), float(ages_s.mean()), float(ages_s.max()))
-
-
-def _lock_folder(folder: Path) -> int:
-    """An exclusive lock, held until the descriptor is closed or the process dies."""
-    descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(
-            f"{folder} is in use by another process: end that run first, or use another run folder"
-        ) from None
-    return descriptor
