@@ -156,9 +156,10 @@ def generate(
     [dim]Example:[/dim] sequencematch generate runs/RUN/checkpoints/sequencematch/step-000400 --prompt "What is 12 + 9?"
     """
     with reported_errors(), stdout_kept_clean(as_json):
-        from launch.generation import encode_prompt, open_checkpoint, rollout_to_json
+        from launch.generation import encode_prompt, open_checkpoint, rollout_text, rollout_to_json
         from launch.generation import generate as generate_rollouts
 
+        console = Console(stderr=as_json)
         with setting_up():
             opened = open_checkpoint(checkpoint)
             prompt_ids = encode_prompt(opened, prompt)
@@ -169,11 +170,11 @@ def generate(
             temperature=temperature,
             max_new_tokens=max_new_tokens,
             seed=seed,
-            console=Console(stderr=as_json),
+            console=console,
         )
         if not as_json:
             for view in views:
-                Console().print(view.rich())
+                console.print(rollout_text(view, console), soft_wrap=True)
     if as_json:
         typer.echo(json.dumps({"prompt": prompt, "seed": seed, "rollouts": [rollout_to_json(view) for view in views]}))
 

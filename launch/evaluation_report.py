@@ -15,6 +15,7 @@ from rich.text import Text
 
 from launch.answer_metrics import Estimate
 from launch.evaluation import GREEDY, RECOVERY, SAMPLED, CheckpointResult, Evaluation, ShownRollout
+from launch.generation import rollout_text
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FOLDER = "samples"
@@ -72,14 +73,14 @@ def render_evaluation(evaluation: Evaluation) -> RenderableType:
     return Group(Text(title, "bold"), table, Text(caption, "dim"))
 
 
-def render_rollouts(result: CheckpointResult) -> RenderableType:
-    """The rollouts of one checkpoint, deleted tokens struck through."""
+def render_rollouts(result: CheckpointResult, console: Console) -> RenderableType:
+    """The rollouts of one checkpoint with their deletions, in the way that `console` can show them."""
     parts: list[RenderableType] = []
     for group, rollouts in _by_group(result.rollouts):
         parts.append(Text.assemble((result.label, "bold"), f", {_GROUP_TITLES[group]}"))
         for rollout in rollouts:
             mark = {None: Text(""), True: Text("✓ ", "green"), False: Text("✗ ", "red")}[rollout.is_correct]
-            parts.append(Padding(mark + rollout.view.rich(), (0, 0, 0, 2), expand=False))
+            parts.append(Padding(mark + rollout_text(rollout.view, console), (0, 0, 0, 2), expand=False))
     return Group(*parts)
 
 
@@ -89,7 +90,7 @@ def show_evaluation(evaluation: Evaluation, console: Console) -> None:
     for result in evaluation.results:
         if result.rollouts:
             console.print()
-            console.print(render_rollouts(result))
+            console.print(render_rollouts(result, console))
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:

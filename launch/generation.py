@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from actors.engine_settings import EngineSettings, SamplingSettings, engine_environment
 from actors.generator import Generator, PromptGroup
@@ -200,6 +201,13 @@ def generate(
         generator.load(checkpoint.folder)
         batch = generator.generate({"rollouts": group}, task="generate")["rollouts"]
     return [view_rollout(batch, index, checkpoint.tokenizer, checkpoint.contract) for index in range(count)]
+
+
+def rollout_text(view: RolloutView, console: Console) -> Text:
+    """Prompt and answer with their deletions: as styles where the console has them, else as marks."""
+    if console.is_terminal and console.color_system is not None:
+        return view.rich()
+    return Text(view.prompt + view.plain())
 
 
 def rollout_to_json(view: RolloutView) -> dict[str, object]:

@@ -143,8 +143,9 @@ def test_report_files_and_table(evaluation: Evaluation, tmp_path: Path) -> None:
     assert samples.count("[-{") == 2  # the planted tokens, taken back
     console = Console(file=io.StringIO(), width=80)
     console.print(render_evaluation(evaluation))
-    console.print(render_rollouts(evaluation.results[1]))
+    console.print(render_rollouts(evaluation.results[1], console))
     shown = console.file.getvalue()
+    assert shown.count("[-{") == 2  # no terminal, so deletions are marked in the text
     assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
     assert "hesitant" in shown
     assert "100.0" not in shown.splitlines()[6]
