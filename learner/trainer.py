@@ -7,7 +7,6 @@ alone in a test. `learner.worker` wires it to a run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -69,7 +68,9 @@ class Trainer:
         self._rollouts = rollouts
         self._optimizer = make_optimizer(model, stage.optimizer)
         self._schedule = make_schedule(self._optimizer, stage.optimizer, stage.steps)
-        model.train()
+        # Gradients flow in evaluation mode too. In training mode a model with dropout would be a random sub-network on
+        # every step, so log-probabilities, values and the published probe would not be those of the model that acts.
+        model.eval()
 
     @property
     def finished(self) -> bool:
@@ -85,9 +86,7 @@ class Trainer:
         started = time.perf_counter()
         experts = self._trees.build(self._experts.draw(self._stage.batch_size))
         policy = (
-            None
-            if self._rollouts is None
-            else self._trees.build(self._rollouts.draw(self._stage.rollout_batch_size))
+            None if self._rollouts is None else self._trees.build(self._rollouts.draw(self._stage.rollout_batch_size))
         )
         drawn = time.perf_counter()
         loss, objective_metrics = self._objective.loss(
@@ -95,12 +94,10 @@ class Trainer:
         )
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradient_norm = torch.nn.utils.clip_grad_norm_(
-            self._model.parameters(), self._stage.optimizer.max_grad_norm
-        )
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._stage.optimizer.max_grad_norm)
         if not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm)):
             raise FloatingPointError(
-                f"step {self.step}: loss {float(loss):.4g}, gradient norm {float(gradient_norm):.4g}; "
+                f"step {self.step}: loss {loss.item():.4g}, gradient norm {gradient_norm.item():.4g}; "
                 "lower the learning rate or alpha"
             )
         learning_rate = self._schedule.get_last_lr()[0]
@@ -138,16 +135,9 @@ class Trainer:
 
     def load_state(self, state: TrainingState) -> None:
         """Go on from `state()` of the same stage."""
-        self.step = int(str(state["step"]))
+        step = state["step"]
+        assert isinstance(step, int)
+        self.step = step
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random_state"])
-
-
-StepCallback = Callable[[dict[str, float]], None]
-
-
-def run_steps(trainer: Trainer, after_step: StepCallback, stop_requested: Callable[[], bool]) -> None:
-    """Step until the stage is finished or a stop is asked for; `after_step` gets each step's metrics."""
-    while not trainer.finished and not stop_requested():
-        after_step(trainer.train_step())

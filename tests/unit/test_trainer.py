@@ -1,0 +1,356 @@
+"""The training loop on the arithmetic task: it learns, repeats itself bit for bit, and goes on where it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from buffer.experts.stream import ExpertStream
+from buffer.experts.tasks import Task, load_task
+from buffer.schema import trajectory_schema
+from buffer.settings import ArithmeticTaskSettings, NoiseSettings
+from learner.action_values import action_values
+from learner.batch_source import BatchSource
+from learner.checkpoint import Progress, load_weights, read_progress, read_training_state, save_checkpoint
+from learner.model import load_policy
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective
+from learner.objectives.registry import make_objective
+from learner.settings import ScratchModelSettings
+from learner.stage_settings import StageSettings
+from learner.trainer import Trainer, TreeSettings
+
+SEED = 5
+OPTIMIZER = {"learning_rate": 5e-3, "warmup_steps": 3}
+CLONING = {"name": "behaviour_cloning"}
+MATCHING = {"name": "sequencematch", "alpha": 0.05, "beta_start": 0.9, "beta_end": 0.1, "beta_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task(ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4))
+
+
+def make_model(task: Task, **changes) -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "max_positions": 40}
+    return load_policy(ScratchModelSettings(**(sizes | changes)), task.tokenizer).model
+
+
+def make_stage(objective: dict[str, object], steps: int = 12, **changes) -> StageSettings:
+    return StageSettings.model_validate(
+        {"name": "s", "objective": objective, "steps": steps, "batch_size": 8, "rollout_batch_size": 5}
+        | {"optimizer": OPTIMIZER}
+        | changes
+    )
+
+
+def make_stream(task: Task, noise: float = 0.3) -> ExpertStream:
+    settings = NoiseSettings(kind="task", rate=noise) if noise else NoiseSettings(kind="none", rate=0.0)
+    return task.expert_stream(settings, task.contract(), SEED)
+
+
+def make_trees(task: Task) -> TreeSettings:
+    return TreeSettings(backspace_id=task.backspace_id, eos_id=task.eos_id, max_nodes_per_row=64, max_positions=40)
+
+
+@dataclass
+class HandMadeRollouts:
+    """Policy rows as an actor would write them: a wrong digit taken back, in a cycle; keeps what it was asked."""
+
+    task: Task
+    answers: tuple[str, ...] = ("12<3", "7", "45<<6")
+    next_row: int = 0
+    counts: list[int] = field(default_factory=list)
+
+    def draw(self, count: int) -> pa.RecordBatch:
+        self.counts.append(count)
+        rows = [self._row(self.next_row + i) for i in range(count)]
+        self.next_row += count
+        return pa.RecordBatch.from_pylist(rows, schema=trajectory_schema(self.task.contract()))
+
+    def _row(self, serial: int) -> dict[str, object]:
+        prompts = self.task.train["prompt_ids"]
+        answer = self.answers[serial % len(self.answers)]
+        vocabulary = self.task.tokenizer.get_vocab()
+        actions = [self.task.backspace_id if character == "<" else vocabulary[character] for character in answer]
+        actions += [self.task.eos_id]
+        return {
+            "id": f"a/{serial}",
+            "source": "policy",
+            "task": self.task.name,
+            "prompt_ids": list(prompts[serial % len(prompts)]),
+            "actions": actions,
+            "logprobs": [-1.0] * len(actions),
+            "policy_version": [0] * len(actions),
+            "finish_reason": "eos",
+            "sampling": {"temperature": 1.0, "top_p": 1.0, "floor_mask": True},
+            "actor": "a",
+            "created_at": datetime.now(UTC),
+        }
+
+
+def make_trainer(
+    task: Task,
+    model: PreTrainedModel,
+    stage: StageSettings,
+    experts: BatchSource | None = None,
+    rollouts: BatchSource | None = None,
+) -> Trainer:
+    objective = make_objective(stage.objective)
+    if objective.needs_rollouts and rollouts is None:
+        rollouts = HandMadeRollouts(task)
+    return Trainer(model, objective, stage, make_trees(task), experts or make_stream(task), rollouts)
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_bit_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def train(trainer: Trainer, steps: int) -> list[dict[str, float]]:
+    return [trainer.train_step() for _ in range(steps)]
+
+
+def test_the_loss_falls_on_the_task(task):
+    """From a uniform guess over the vocabulary to well below it."""
+    stage = make_stage(CLONING, steps=60, batch_size=32)
+    metrics = train(make_trainer(task, make_model(task), stage, make_stream(task, noise=0.0)), 60)
+    first, last = metrics[0]["loss"], float(np.mean([row["loss"] for row in metrics[-5:]]))
+    assert first == pytest.approx(np.log(len(task.tokenizer)), rel=0.05)
+    assert last < 0.5 * first
+
+
+def test_metrics_describe_the_step(task):
+    stage = make_stage(MATCHING)
+    trainer = make_trainer(task, make_model(task), stage)
+    experts, rollouts = make_stream(task).draw(8), HandMadeRollouts(task).draw(5)
+    metrics = trainer.train_step()
+    trees = [make_trees(task).build(batch) for batch in (experts, rollouts)]
+    assert metrics["learning_rate"] == pytest.approx(5e-3 / 3)
+    assert metrics["actions_per_s"] * metrics["step_s"] == pytest.approx(sum(tree.num_actions for tree in trees))
+    assert metrics["nodes_per_s"] * metrics["step_s"] == pytest.approx(sum(tree.num_nodes for tree in trees))
+    unshared = sum(tree.num_nodes_unshared for tree in trees)
+    assert metrics["sharing_ratio"] == pytest.approx(unshared / sum(tree.num_nodes for tree in trees))
+    assert 0 < metrics["data_wait_s"] < metrics["step_s"]
+    assert all(type(value) is float for value in metrics.values())
+    assert trainer.train_step()["learning_rate"] == pytest.approx(5e-3 * 2 / 3)
+
+
+def test_a_stage_is_finished_after_its_steps(task):
+    trainer = make_trainer(task, make_model(task), make_stage(CLONING, steps=2))
+    assert (trainer.step, trainer.finished) == (0, False)
+    train(trainer, 2)
+    assert (trainer.step, trainer.finished) == (2, True)
+
+
+def test_gradients_are_clipped_to_the_norm(task):
+    """Seen in the gradients themselves: Adam's first step is the same at every scale."""
+    model = make_model(task)
+    stage = make_stage(CLONING, optimizer=OPTIMIZER | {"max_grad_norm": 1e-3})
+    metrics = make_trainer(task, model, stage).train_step()
+    left = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]))
+    assert metrics["gradient_norm"] > 0.1  # as it was before
+    assert float(left) == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("objective", [CLONING, MATCHING], ids=lambda o: str(o["name"]))
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(task, objective):
+    ends, losses = [], []
+    for _ in range(2):
+        model = make_model(task, seed=3)
+        losses.append([row["loss"] for row in train(make_trainer(task, model, make_stage(objective)), 6)])
+        ends.append(weights_of(model))
+    assert losses[0] == losses[1]
+    assert_bit_identical(*ends)
+
+
+def test_other_data_give_other_weights(task):
+    """Else the test above could not fail."""
+    ends = []
+    for noise in (0.0, 0.3):
+        model = make_model(task, seed=3)
+        train(make_trainer(task, model, make_stage(CLONING), make_stream(task, noise)), 1)
+        ends.append(weights_of(model))
+    assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 7])
+@pytest.mark.parametrize("objective", [CLONING, MATCHING], ids=lambda o: str(o["name"]))
+def test_stopping_and_going_on_changes_nothing(task, tmp_path, objective, stop_at):
+    """n steps == k steps, a checkpoint on disk, fresh objects, and n - k steps; k in and beyond the warm-up."""
+    steps = 9
+    stage = make_stage(objective, steps)
+    straight = make_model(task, seed=3)
+    expected = [row["loss"] for row in train(make_trainer(task, straight, stage), steps)]
+
+    first, stream = make_model(task, seed=3), make_stream(task)
+    trainer = make_trainer(task, first, stage, stream)
+    losses = [row["loss"] for row in train(trainer, stop_at)]
+    progress = Progress("s", trainer.step, steps, policy_version=0, expert_stream=stream.state())
+    path = save_checkpoint(tmp_path, first, task.tokenizer, progress, trainer.state(), keep=1)
+    del trainer, first, stream
+
+    torch.manual_seed(999)  # another process starts elsewhere
+    second, stream = make_model(task, seed=4), make_stream(task)
+    rollouts = HandMadeRollouts(task, next_row=stop_at * stage.rollout_batch_size)
+    trainer = make_trainer(task, second, stage, stream, rollouts if objective is MATCHING else None)
+    load_weights(second, path)
+    trainer.load_state(read_training_state(path))
+    stream.load_state(read_progress(path).expert_stream)
+    assert trainer.step == stop_at
+    assert torch.equal(torch.get_rng_state(), read_training_state(path)["random_state"])
+    losses += [row["loss"] for row in train(trainer, steps - stop_at)]
+    assert trainer.finished
+    assert losses == expected
+    assert_bit_identical(weights_of(second), weights_of(straight))
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer", "schedule", "step", "stream"])
+def test_each_part_of_the_state_matters(task, tmp_path, forgotten):
+    """Negative control of the test above: leave a part out, and the end is another one."""
+    stage = make_stage(MATCHING, 4)
+    straight, cut = make_model(task, seed=3), make_model(task, seed=3)
+    train(make_trainer(task, straight, stage), 4)
+    stream = make_stream(task)
+    trainer = make_trainer(task, cut, stage, stream)
+    train(trainer, 2)
+    torch.save(trainer.state(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    position = stream.state()
+    stream = make_stream(task)
+    trainer = make_trainer(task, cut, stage, stream, HandMadeRollouts(task, next_row=10))
+    trainer.load_state({**state, **({forgotten: trainer.state()[forgotten]} if forgotten != "stream" else {})})
+    if forgotten != "stream":
+        stream.load_state(position)
+    train(trainer, 2)
+    assert any(not torch.equal(a, b) for a, b in zip(cut.parameters(), straight.parameters(), strict=True))
+
+
+def test_a_model_with_dropout_trains_deterministically(task):
+    """No sub-network is drawn: the log-probabilities of the data are those of the model that acts."""
+    ends = []
+    for global_seed in (0, 1):
+        model = make_model(task, architecture="gpt2", seed=3)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        for block in model.base_model.h:
+            block.attn.attn_dropout.p = 0.5
+        assert sum(isinstance(module, torch.nn.Dropout) for module in model.modules()) > 2
+        model.train()  # as some callers leave it
+        trainer = make_trainer(task, model, make_stage(CLONING))
+        torch.manual_seed(global_seed)
+        train(trainer, 2)
+        ends.append(weights_of(model))
+    assert_bit_identical(*ends)
+    assert not torch.equal(ends[0]["lm_head.weight"], make_model(task, architecture="gpt2", seed=3).lm_head.weight)
+
+
+class OverflowingObjective:
+    """A finite loss at first; then the loss, or only its gradient, is beyond all numbers."""
+
+    name = "overflow"
+    needs_rollouts = False
+
+    def __init__(self, broken: str) -> None:
+        self._broken = broken
+
+    def loss(self, data: EvaluatedLogs, model: EvaluatedLogs | None, step: int) -> tuple[Tensor, Metrics]:
+        mean = data.values.v.mean()
+        if step == 0:
+            return mean, {}
+        # The slope of a square root is infinite at 0, its value is not.
+        return {"loss": mean * torch.inf, "gradient": (mean - mean.detach()).clamp(min=0).sqrt()}[self._broken], {}
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_leaves_everything_as_it_was(task, broken):
+    model = make_model(task)
+    objective: Objective = OverflowingObjective(broken)
+    trainer = Trainer(model, objective, make_stage(CLONING), make_trees(task), make_stream(task), None)
+    trainer.train_step()
+    before, state = weights_of(model), trainer.state()["schedule"]
+    moments = [entry["exp_avg"].clone() for entry in trainer.state()["optimizer"]["state"].values()]
+    with pytest.raises(FloatingPointError, match=r"^step 1: loss \S+, gradient norm (nan|inf); lower the learning"):
+        trainer.train_step()
+    assert_bit_identical(weights_of(model), before)
+    assert trainer.step == 1
+    assert trainer.state()["schedule"] == state
+    after = [entry["exp_avg"] for entry in trainer.state()["optimizer"]["state"].values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
+
+
+def test_logits_that_overflow_the_penalty_are_noticed(task):
+    """The same without a stand-in: weights so large that the squared residual has no float32."""
+    model = make_model(task, tie_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e25)
+    before = weights_of(model)
+    with pytest.raises(FloatingPointError, match="step 0: loss inf"):
+        make_trainer(task, model, make_stage(MATCHING)).train_step()
+    assert_bit_identical(weights_of(model), before)
+
+
+def test_rollouts_reach_an_objective_that_needs_them(task):
+    """The loss of the step is that of the objective on exactly these experts and these rollouts."""
+    stage = make_stage(MATCHING)
+    model, rollouts = make_model(task), HandMadeRollouts(task)
+    objective, trees = make_objective(stage.objective), make_trees(task)
+    evaluated = []
+    with torch.no_grad():
+        for batch in (make_stream(task).draw(8), HandMadeRollouts(task).draw(5)):
+            tree = trees.build(batch)
+            evaluated.append(EvaluatedLogs(tree, action_values(model, tree, task.backspace_id), LogCounts.of([tree])))
+        expected, _ = objective.loss(*evaluated, 0)
+    metrics = make_trainer(task, model, stage, rollouts=rollouts).train_step()
+    assert metrics["loss"] == pytest.approx(float(expected))
+    assert metrics["penalty_model"] > 0
+    assert rollouts.counts == [5]
+
+
+def test_other_rollouts_give_another_gradient(task):
+    norms = set()
+    for answers in (("12<3", "7"), ("9999<<<<9", "1")):
+        rollouts = HandMadeRollouts(task, answers)
+        metrics = make_trainer(task, make_model(task), make_stage(MATCHING), rollouts=rollouts).train_step()
+        norms.add(metrics["gradient_norm"])
+    assert len(norms) == 2
+
+
+@pytest.mark.parametrize(("objective", "given"), [(CLONING, True), (MATCHING, False)])
+def test_rollouts_are_given_exactly_where_they_are_needed(task, objective, given):
+    stage = make_stage(objective)
+    rollouts = HandMadeRollouts(task) if given else None
+    with pytest.raises(AssertionError):
+        Trainer(make_model(task), make_objective(stage.objective), stage, make_trees(task), make_stream(task), rollouts)
+
+
+def test_a_frozen_part_stays_as_it_is(task):
+    model = make_model(task, tie_embeddings=False)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    before = weights_of(model)
+    train(make_trainer(task, model, make_stage(CLONING)), 2)
+    assert torch.equal(model.get_input_embeddings().weight, before["model.embed_tokens.weight"])
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+
+
+def test_the_state_is_made_of_plain_things(task, tmp_path):
+    """So that a checkpoint is read without pickle."""
+    trainer = make_trainer(task, make_model(task), make_stage(CLONING))
+    train(trainer, 1)
+    torch.save(trainer.state(), Path(tmp_path) / "state.pt")
+    state = torch.load(Path(tmp_path) / "state.pt", weights_only=True)
+    assert state.keys() == {"step", "optimizer", "schedule", "random_state"}
+    assert len(state["optimizer"]["state"]) == len(list(trainer._model.parameters()))
