@@ -326,7 +326,7 @@ class ReplayStore:
 
     def _new_open_segment(self) -> OpenSegment:
         path = open_path(self._folder, self._manifest.open_segment)
-        return OpenSegment(path, self._schema, sync_each_batch=self._settings.fsync == "batch")
+        return OpenSegment(path, self._schema, self._settings.fsync == "batch")
 
     def _open_manifest(self) -> Manifest:
         manifest = Manifest.read(self._folder)
@@ -366,8 +366,7 @@ class ReplayStore:
             recovered = recover_open_segment(path, self._schema)
             if recovered.batches:
                 self._register([pa.concat_batches(recovered.batches)], on_heap=True)
-            cut_bytes = recovered.cut_bytes
-            if cut_bytes:
+            if cut_bytes := recovered.cut_bytes:
                 logger.warning("%s: cut %d bytes of an unfinished insert off its end", path, cut_bytes)
         self._remove_dead_rows()
         self._open_segment = self._new_open_segment()

@@ -431,5 +431,5 @@ def test_any_history_with_crashes_matches_a_plain_list(tmp_path):
         base = tmp_path
 
     case = Machine.TestCase
-    case.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+    case.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
     case().runTest()
