@@ -53,5 +53,5 @@ class RecencySampler:
 def make_sampler(settings: BufferSettings) -> Sampler:
     """The sampler that `settings` names."""
     if settings.sampler == "recency":
-        return RecencySampler(settings.recency_exponent)
+        return RecencySampler(1.0 if settings.recency_exponent is None else settings.recency_exponent)
     return UniformSampler()

@@ -84,8 +84,8 @@ class BufferSettings(Settings):
     sampler: Literal["uniform", "recency"] = Field(
         "uniform", description="which live trajectories are drawn: all alike, or newer ones more often"
     )
-    recency_exponent: float = Field(
-        1.0, ge=0.0, description="sampler=recency: weight of the k-th newest trajectory is k^-exponent"
+    recency_exponent: float | None = Field(
+        None, ge=0.0, description="sampler=recency: weight of the k-th newest trajectory is k^-exponent; null = 1"
     )
     min_size: PositiveInt = Field(64, description="live trajectories of a source before the first draw from it")
     max_samples_per_insert: float | None = Field(
@@ -111,6 +111,6 @@ class BufferSettings(Settings):
                 f"min_size={self.min_size} is never reached with capacity={self.capacity}: lower min_size or raise "
                 "capacity"
             )
-        if "recency_exponent" in self.model_fields_set and self.sampler != "recency":
+        if self.recency_exponent is not None and self.sampler != "recency":
             raise ValueError(f"recency_exponent has no effect with sampler={self.sampler}")
         return self

@@ -16,9 +16,6 @@ from launch.errors import UserError
 from launch.run_folder import LiveCluster, remove_cluster, write_cluster
 from launch.settings import ClusterSettings, RunSettings
 
-# Ray would otherwise start two more processes whose results nobody looks at.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
 
 @contextlib.contextmanager
 def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
@@ -76,9 +73,7 @@ def _join(address: str, namespace: str, timeout_s: float) -> None:
     if address != "auto":
         _check_reachable(address, timeout_s)
     try:
-        ray.init(
-            address=address, namespace=namespace, configure_logging=False, log_to_driver=False
-        )
+        ray.init(address=address, namespace=namespace, configure_logging=False, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot join the Ray cluster at {address!r}: {str(error).splitlines()[0]}; start one with "
