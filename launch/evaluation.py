@@ -202,13 +202,19 @@ def _measure(
 def _show(
     group: str, batch: pa.RecordBatch, examples: Dataset, task: Task, contract: TokenContract, count: int
 ) -> list[ShownRollout]:
-    """The first `count` rollouts of a batch, as they came: a choice would flatter."""
+    """`count` rollouts of a batch as they came, those that take tokens back before the others; right or wrong is no
+    criterion: that would flatter.
+    """
+    log_of_action = np.repeat(np.arange(batch.num_rows), batch.column("actions").value_lengths().to_numpy())
+    deletes = np.zeros(batch.num_rows, dtype=np.bool_)
+    deletes[log_of_action[batch.column("actions").flatten().to_numpy() == contract.backspace_id]] = True
+    answers = answer_texts(batch, task, contract)
     shown = []
-    for index, answer in enumerate(answer_texts(batch.slice(0, count), task, contract)):
+    for index in np.argsort(~deletes, kind="stable")[:count].tolist():
         view = view_rollout(batch, index, task.tokenizer, contract, num_planted=1 if group == RECOVERY else 0)
         is_correct = None
         if task.is_correct is not None:
-            is_correct = view.finish_reason == "eos" and task.is_correct(answer, examples[index])
+            is_correct = view.finish_reason == "eos" and task.is_correct(answers[index], examples[index])
         shown.append(ShownRollout(group, view, is_correct))
     return shown
 

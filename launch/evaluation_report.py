@@ -52,7 +52,10 @@ _ANSWER_CAPTION = (
     "of the sampled answers."
 )
 _TEXT_CAPTION = "± standard error; sampled at temperature 1. cut off: ended by a limit, not by the model."
-_GROUP_TITLES = {SAMPLED: "sampled at temperature 1", RECOVERY: "after a planted wrong first token, greedy"}
+_GROUP_TITLES = {
+    SAMPLED: "sampled at temperature 1 (those that take tokens back first)",
+    RECOVERY: "after a planted wrong first token, greedy",
+}
 
 
 def render_evaluation(evaluation: Evaluation) -> RenderableType:
