@@ -114,18 +114,18 @@ def _live_run(folder: Path) -> Iterator[ActorHandle]:
     with ExitStack() as stack:
         try:
             stack.enter_context(join_live_run(cluster))
-        except UserError:
-            raise _stale(cluster, folder, f"no Ray answers at {cluster.address}") from None
+        except UserError as error:
+            raise _unreachable(cluster, folder, str(error)) from None
         learner = _find(LEARNER_NAME)
         if learner is None:
-            raise _stale(cluster, folder, f"the Ray at {cluster.address} has no learner of this run")
+            raise _unreachable(cluster, folder, f"the Ray at {cluster.address} has no learner of this run")
         yield learner
 
 
-def _stale(cluster: LiveCluster, folder: Path, reason: str) -> UserError:
+def _unreachable(cluster: LiveCluster, folder: Path, reason: str) -> UserError:
     return UserError(
-        f"run {folder.name} is not live any more: {reason}; its driver (process {cluster.driver_pid}) ended without "
-        f"cleaning up. Go on with `sequencematch train --resume {folder}`, or delete {folder / CLUSTER_FILE}"
+        f"run {folder.name} cannot be reached: {reason}. If its driver (process {cluster.driver_pid}) ended without "
+        f"cleaning up, go on with `sequencematch train --resume {folder}`, or delete {folder / CLUSTER_FILE}"
     )
 
 

@@ -124,7 +124,7 @@ def test_a_run_that_died_without_cleaning_up(command: list[str], run_folder: Pat
     ended.wait(timeout=30)
     write_cluster(run_folder, LiveCluster("127.0.0.1:1", run_folder.name, ended.pid))
     line = fails_with(2, *command, str(run_folder))
-    assert "no Ray answers at 127.0.0.1:1" in line
+    assert "no Ray cluster answers at 127.0.0.1:1" in line
     assert f"process {ended.pid}" in line
     assert "--resume" in line
 
