@@ -71,6 +71,7 @@ class ActorPool:
         self._retry_at: dict[str, float] = {}
         self._newest: tuple[WeightManifest, list[ray.ObjectRef[WeightPayload]]] | None = None
         self._paused = False
+        self._first_version = 0
         self._stopping = False
         self._failure: str | None = None
         self._events: deque[str] = deque(maxlen=MAX_EVENTS)
@@ -95,9 +96,7 @@ class ActorPool:
         The payload reference travels in a list, so that Ray does not fetch the bytes into the pool.
         """
         if self._newest is not None and manifest.version <= self._newest[0].version:
-            raise ValueError(
-                f"weights version {manifest.version} announced after version {self._newest[0].version}"
-            )
+            raise ValueError(f"weights version {manifest.version} announced after version {self._newest[0].version}")
         self._newest = (manifest, payload)
         for member in self._members.values():
             if member.state == "running":
@@ -105,17 +104,18 @@ class ActorPool:
 
     async def pause(self) -> None:
         """No new rollouts until `resume`: a stage that needs none leaves the cores to the learner."""
-        await self._set_paused(True)
+        self._tell_paused(True)
 
-    async def resume(self) -> None:
-        """Rollouts again."""
-        await self._set_paused(False)
+    async def resume(self, first_version: int) -> None:
+        """Rollouts again, with weights of `first_version` (those the stage starts with) or newer."""
+        self._first_version = first_version
+        self._tell_paused(False)
 
-    async def _set_paused(self, paused: bool) -> None:
+    def _tell_paused(self, paused: bool) -> None:
         self._paused = paused
         for member in self._members.values():
             if member.state == "running":
-                _control(member.handle.set_paused, paused)
+                _control(member.handle.set_paused, paused, self._first_version)
 
     async def status(self) -> PoolStatus:
         """Counts and the last known status of every member."""
@@ -125,8 +125,7 @@ class ActorPool:
             desired=self._desired,
             newest_version=-1 if self._newest is None else self._newest[0].version,
             members=tuple(
-                MemberStatus(m.name, m.state, self._failures.get(m.name, 0), m.status)
-                for m in self._members.values()
+                MemberStatus(m.name, m.state, self._failures.get(m.name, 0), m.status) for m in self._members.values()
             ),
             events=tuple(self._events),
             failure=self._failure,
@@ -221,14 +220,12 @@ class ActorPool:
         elif now - member.last_answer_at > settings.health_timeout_s:
             self._fail(member, f"silent for {settings.health_timeout_s:.0f} s", now)
         elif member.state == "draining" and now - member.drain_started_at > settings.drain_timeout_s:
-            self._remove(
-                member.name, f"{member.name} ended by force: not drained in {settings.drain_timeout_s:.0f} s"
-            )
+            self._remove(member.name, f"{member.name} ended by force: not drained in {settings.drain_timeout_s:.0f} s")
 
     def _put_to_work(self, member: _Member, now: float) -> None:
         if self._newest is not None:
             _control(member.handle.announce, *self._newest)
-        _control(member.handle.set_paused, self._paused)
+        _control(member.handle.set_paused, self._paused, self._first_version)
         run = member.handle.run.options(concurrency_group="generation").remote()
         member.run = asyncio.create_task(_result(run))
         member.last_answer_at = now

@@ -109,6 +109,7 @@ class RolloutActor:
         self._word = threading.Condition()  # guards what the control methods leave for `run`
         self._newest: tuple[WeightManifest, ray.ObjectRef[WeightPayload]] | None = None
         self._paused = False
+        self._first_version = 0
         self._draining = False
         self._fingerprint: str | None = None
         self._version = -1
@@ -133,10 +134,11 @@ class RolloutActor:
                 self._newest = (manifest, payload[0])
             self._word.notify_all()
 
-    def set_paused(self, paused: bool) -> None:
-        """Start no new rollouts while paused; those under way are finished."""
+    def set_paused(self, paused: bool, first_version: int) -> None:
+        """Start no new rollouts while paused, nor with weights older than `first_version`; finish those under way."""
         with self._word:
             self._paused = paused
+            self._first_version = first_version
             self._word.notify_all()
 
     def drain(self) -> None:
@@ -203,14 +205,12 @@ class RolloutActor:
         payload: WeightPayload = ray.get(reference, timeout=INSERT_TIMEOUT_S)
         verify_fingerprint(payload, manifest)
         self._engine.load_weights(unpack(payload, manifest), manifest.version)
-        check_probe(
-            manifest, self._engine.probe(manifest.probe_token_ids), self._spec.settings.probe_tolerance
-        )
+        check_probe(manifest, self._engine.probe(manifest.probe_token_ids), self._spec.settings.probe_tolerance)
         self._version = manifest.version
         self._fingerprint = manifest.fingerprint
 
     def _admits_rollouts(self) -> bool:
-        if self._version < 0:
+        if self._version < self._first_version:
             self._activity = "waiting for weights"
         elif self._draining:
             self._activity = "draining"

@@ -28,23 +28,13 @@ class ActorsSettings(Settings):
     )
     num_cpus: float = Field(1.0, gt=0.0, description="CPUs that Ray sets aside per actor")
     num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside per actor")
-    num_threads: PositiveInt = Field(
-        1, description="CPU threads per engine; more than one only on idle cores"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32", description="engine's number format"
-    )
+    num_threads: PositiveInt = Field(1, description="CPU threads per engine; more than one only on idle cores")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="engine's number format")
     max_concurrent: PositiveInt = Field(64, description="rollouts an engine works on at a time")
-    kv_cache_gib: float = Field(
-        1.0, gt=0.0, description="memory of an engine's key-value cache on CPU, in GiB"
-    )
-    enforce_eager: bool = Field(
-        True, description="skip compilation: starts in seconds, generates 15-35 % slower"
-    )
+    kv_cache_gib: float = Field(1.0, gt=0.0, description="memory of an engine's key-value cache on CPU, in GiB")
+    enforce_eager: bool = Field(True, description="skip compilation: starts in seconds, generates 15-35 % slower")
     insert_rows: PositiveInt = Field(64, description="finished trajectories per insert into the buffer")
-    max_restarts: NonNegativeInt = Field(
-        3, description="restarts of one actor in a row before the run gives up on it"
-    )
+    max_restarts: NonNegativeInt = Field(3, description="restarts of one actor in a row before the run gives up on it")
     start_timeout_s: float = Field(300.0, gt=0.0, description="longest wait for a new actor's engine")
     health_timeout_s: float = Field(60.0, gt=0.0, description="silence after which an actor is replaced")
     drain_timeout_s: float = Field(

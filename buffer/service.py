@@ -149,6 +149,10 @@ class ReplayBufferService:
             return True
         return await self._wait(self._demand, timeout_s)
 
+    async def begin_stage(self, first_version: int) -> None:
+        """A stage of training starts with the weights of `first_version`: rows of older weights are of another stage."""
+        self._store.begin_stage(first_version)
+
     async def newest_version(self) -> int:
         """Newest policy version the buffer knows of, also from before a restart; -1 before any."""
         return self._store.newest_version

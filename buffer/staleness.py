@@ -58,7 +58,16 @@ def staleness(policy_version: int, oldest: Int32) -> Int64:
     return np.where(oldest == NO_VERSION, 0, np.maximum(behind, 0))
 
 
-def stale_rows(oldest: Int32, policy_version: int, max_staleness: int) -> Bool:
-    """[n] True for rows beyond `max_staleness` at `policy_version`."""
-    beyond: Bool = staleness(policy_version, oldest) > max_staleness
-    return beyond
+def oldest_allowed(policy_version: int, max_staleness: int | None, first_version: int) -> int:
+    """The oldest version that a drawn row may begin with.
+
+    first_version: of the weights that the current stage of training started with; rows of another stage were made by
+    a policy that this one does not descend from. max_staleness: None = any.
+    """
+    return first_version if max_staleness is None else max(first_version, policy_version - max_staleness)
+
+
+def stale_rows(oldest: Int32, allowed: int) -> Bool:
+    """[n] True for policy rows whose oldest version lies before `allowed`."""
+    stale: Bool = (oldest != NO_VERSION) & (oldest < allowed)
+    return stale

@@ -39,7 +39,7 @@ from buffer.segments import (
     write_sealed,
 )
 from buffer.settings import BufferSettings
-from buffer.staleness import VersionRange, stale_rows, staleness
+from buffer.staleness import VersionRange, oldest_allowed, stale_rows, staleness
 from buffer.validation import Rejection, validate
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ class ReplayStore:
         try:
             self._manifest = self._open_manifest()
             self._newest_version = self._manifest.newest_version
+            self._first_version = 0
             self._cut_bytes = self._restore()
         except BaseException:
             self._lock.release()
@@ -169,6 +170,10 @@ class ReplayStore:
         lane.last_draw = self._statistics(lane.live, chosen)
         return self._table.take(lane.live.rows[chosen])
 
+    def begin_stage(self, first_version: int) -> None:
+        """From now on no policy row with an action older than `first_version` is drawn, nor one that still comes in."""
+        self._first_version = first_version
+
     def status(self) -> StoreStatus:
         """Counters of now."""
         return StoreStatus(
@@ -242,13 +247,11 @@ class ReplayStore:
                 self._ids.difference_update(lane.live.evict_oldest(excess))
 
     def _drop_stale(self) -> bool:
-        """Drop rows beyond `max_staleness`; True if there were any."""
-        max_staleness = self._settings.max_staleness
-        if max_staleness is None:
-            return False
+        """Drop rows beyond `max_staleness` or of another stage; True if there were any."""
+        allowed = oldest_allowed(self._newest_version, self._settings.max_staleness, self._first_version)
         dropped = False
         for lane in self._lanes.values():
-            stale = stale_rows(lane.live.oldest_versions, self._newest_version, max_staleness)
+            stale = stale_rows(lane.live.oldest_versions, allowed)
             if stale.any():
                 self._ids.difference_update(lane.live.drop(stale))
                 lane.dropped_stale += int(stale.sum())
@@ -257,7 +260,7 @@ class ReplayStore:
             self._manifest = replace(
                 self._manifest,
                 stale_before_row=self._next_row,
-                stale_below=self._newest_version - max_staleness,
+                stale_below=allowed,
             )
         return dropped
 

@@ -74,6 +74,12 @@ def _finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResu
     return results
 
 
+def _newest_published(settings: RunSettings, folder: Path) -> int:
+    """Newest weights version that a checkpoint of the run knows of; -1 without one."""
+    checkpoints = [path for stage in settings.stages for path in checkpoints_of(folder / "checkpoints" / stage.name)]
+    return max((read_progress(path).policy_version for path in checkpoints), default=-1)
+
+
 class _Crew:
     """The processes of one run."""
 
@@ -181,16 +187,16 @@ class _Crew:
         )
         ray.get(self._pool.start.remote(), timeout=STATUS_TIMEOUT_S)
         ray.get(self._pool.pause.remote(), timeout=STATUS_TIMEOUT_S)
-        first_version = ray.get(self._buffer.newest_version.remote(), timeout=STATUS_TIMEOUT_S) + 1
+        stored = ray.get(self._buffer.newest_version.remote(), timeout=STATUS_TIMEOUT_S)
+        first_version = max(stored, _newest_published(settings, self._folder)) + 1
         connected = self._learner.connect.options(concurrency_group="training").remote(
             self._buffer, self._pool, first_version
         )
         ray.get(connected, timeout=PREPARE_TIMEOUT_S)
 
     def _run_stage(self, stage: StageSettings) -> StageResult:
-        rolling = needs_actors(stage, self._settings.noise)
-        if self._pool is not None:
-            ray.get((self._pool.resume if rolling else self._pool.pause).remote(), timeout=STATUS_TIMEOUT_S)
+        if self._pool is not None:  # until the learner has published the weights that the stage starts from
+            ray.get(self._pool.pause.remote(), timeout=STATUS_TIMEOUT_S)
         reference = self._learner.run_stage.options(concurrency_group="training").remote(stage)
         stopping_since: float | None = None
         while True:

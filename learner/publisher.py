@@ -58,6 +58,10 @@ class WeightPublisher:
         self._next_version += 1
         return manifest
 
+    def resume_rollouts(self, first_version: int) -> None:
+        """Let the pool's actors generate, with weights of `first_version` or newer."""
+        self._pool.resume.remote(first_version)
+
     def _check_last_announcement(self) -> None:
         if self._announced is not None:
             try:

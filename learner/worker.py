@@ -151,11 +151,10 @@ class LearnerWorker:
             experts,
             self._buffer_source("policy") if objective.needs_rollouts else None,
         )
-        self._restore(stage, trainer, stream)
+        resumed = self._restore(stage, trainer, stream)
         uses_actors = objective.needs_rollouts or stream is None
         if uses_actors:
-            self._publish()
-            assert self._buffer is not None
+            self._start_rollouts(resumed)
         recent: list[float] = []
         with MetricsLog(self._folder) as log:
             while not trainer.finished and not self._stop.is_set():
@@ -214,8 +213,17 @@ class LearnerWorker:
         assert self._publisher is not None, "connect() comes before the first publication"
         self._publisher.publish(self._model)
 
-    def _restore(self, stage: StageSettings, trainer: Trainer, stream: ExpertStream | None) -> None:
-        """Weights of the stage's own newest checkpoint, or else of the stage it starts from."""
+    def _start_rollouts(self, resumed: bool) -> None:
+        """Let the actors go on, with the weights that this stage starts from and no older ones."""
+        assert self._publisher is not None, "connect() comes before such a stage"
+        assert self._buffer is not None, "connect() comes before such a stage"
+        first_version = self._publisher.publish(self._model).version
+        if not resumed:  # what lies in the buffer was made by another stage
+            self._buffer.begin_stage.remote(first_version)
+        self._publisher.resume_rollouts(first_version)
+
+    def _restore(self, stage: StageSettings, trainer: Trainer, stream: ExpertStream | None) -> bool:
+        """Weights of the stage's own newest checkpoint (then True), or else of the stage it starts from."""
         own = checkpoints_of(self._stage_folder(stage.name))
         if own:
             load_weights(self._model, own[-1])
@@ -223,7 +231,13 @@ class LearnerWorker:
             if stream is not None:
                 stream.load_state(read_progress(own[-1]).expert_stream)
         elif stage.start_from is not None:
-            load_weights(self._model, checkpoints_of(self._stage_folder(stage.start_from))[-1])
+            start = checkpoints_of(self._stage_folder(stage.start_from))
+            if not start:
+                raise ValueError(
+                    f"stage {stage.name!r} starts from {stage.start_from!r}, which has no checkpoint in {self._folder}"
+                )
+            load_weights(self._model, start[-1])
+        return bool(own)
 
     def _save(self, stage: StageSettings, trainer: Trainer, stream: ExpertStream | None) -> Path:
         progress = Progress(

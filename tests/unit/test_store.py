@@ -224,6 +224,21 @@ def test_stale_rows_stay_dropped_and_versions_never_go_back(tmp_path):
     store.close()
 
 
+def test_rows_of_another_stage_are_not_drawn_not_even_those_that_come_in_late(tmp_path):
+    store = open_store(tmp_path / "b", max_staleness=None)
+    store.insert(numbered(0, 3, version=4))
+    store.begin_stage(5)
+    store.insert(numbered(3, 2, version=4))
+    assert store.draw(1, 5, generator()) is None
+    store.insert(numbered(5, 2, version=5))
+    batch = store.draw(2, 5, generator())
+    assert {versions[0] for versions in batch.column("policy_version").to_pylist()} == {5}
+    copy = open_store(crash(tmp_path / "b", tmp_path / "c"), max_staleness=None)
+    assert copy.num_live("policy") == 2
+    copy.close()
+    store.close()
+
+
 @pytest.mark.parametrize("seals", [1, 2])
 def test_a_crash_between_any_two_steps_of_sealing_loses_nothing(tmp_path, seals):
     """Sealing: sealed file in place, then manifest, then the open file goes. Each state is mixed from two folders."""
