@@ -150,7 +150,7 @@ class ReplayBufferService:
         return await self._wait(self._demand, timeout_s)
 
     async def begin_stage(self, first_version: int) -> None:
-        """A stage of training starts with the weights of `first_version`: rows of older weights are of another stage."""
+        """A stage of training starts with the weights of `first_version`: older rows are of another stage."""
         self._store.begin_stage(first_version)
 
     async def newest_version(self) -> int:

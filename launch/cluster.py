@@ -61,7 +61,7 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
     ray.init(
         address="local",
         namespace=namespace,
-        num_cpus=settings.num_cpus or max(cores, math.ceil(planned_cpus)),
+        num_cpus=settings.num_cpus or max(2 * cores, math.ceil(planned_cpus)),
         object_store_memory=int(settings.object_store_gib * 2**30),
         include_dashboard=False,
         configure_logging=False,
