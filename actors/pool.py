@@ -86,23 +86,9 @@ class ActorPool:
         """Set the number of actors. New ones take the newest weights at birth; surplus ones drain and leave."""
         if desired < 0:
             raise ValueError(f"the number of actors cannot be negative, got {desired}")
-        if desired > self._desired:
-            self._check_room(desired - self._desired)
         self._note(f"scale {self._desired} -> {desired}")
         self._desired = desired
         return await self.status()
-
-    def _check_room(self, additional: int) -> None:
-        """Raise a ValueError where the cluster can never place `additional` actors."""
-        settings = self._spec.settings
-        free = ray.available_resources()
-        for kind, per_actor in (("CPU", settings.num_cpus), ("GPU", settings.num_gpus)):
-            if additional * per_actor > free.get(kind, 0.0):
-                raise ValueError(
-                    f"{additional} more actors need {additional * per_actor:g} {kind}, the cluster has "
-                    f"{free.get(kind, 0.0):g} free: add nodes, or start the run with a smaller "
-                    f"actors.num_{kind.lower()}s or (on one machine) a larger cluster.num_cpus"
-                )
 
     async def announce(self, manifest: WeightManifest, payload: list[ray.ObjectRef[WeightPayload]]) -> None:
         """Tell every running actor of new weights; only the newest announcement is kept for late joiners.

@@ -21,7 +21,7 @@ class ClusterSettings(Settings):
     )
     num_cpus: PositiveInt | None = Field(
         None,
-        description="CPUs that a Ray started here offers; null = twice the cores (an actor may share one), or what the plan needs",
+        description="CPUs that a Ray started here offers; null = twice the cores, or more if the plan needs it",
     )
     object_store_gib: float = Field(1.0, gt=0.0, description="shared memory of a Ray started here, in GiB")
     connect_timeout_s: float = Field(10.0, gt=0.0, description="longest wait for the cluster at `address`")
