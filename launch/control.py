@@ -16,12 +16,11 @@ from rich.console import RenderableType
 from actors.status import PoolStatus
 from buffer.service import BufferStatus
 from launch.cluster import join_live_run
-from launch.driver import BUFFER_NAME, LEARNER_NAME, POOL_NAME
+from launch.driver import BUFFER_NAME, LEARNER_NAME, POOL_NAME, finished_stages
 from launch.errors import RunFailedError, UserError
 from launch.live_view import RunView, render
 from launch.run_folder import CLUSTER_FILE, LiveCluster, open_run_folder, read_cluster
 from launch.settings import RunSettings
-from learner.checkpoint import checkpoints_of, read_progress
 from learner.status import LearnerStatus, StageResult
 
 ANSWER_TIMEOUT_S = 15.0
@@ -95,16 +94,6 @@ def scale_run(path: Path, count: int) -> PoolStatus:
             )
         _check_room(settings, count)
         return _answer(PoolStatus, pool.scale.remote(count), "the actor pool")
-
-
-def finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResult]:
-    """The stages of a run that are done, by name, read from their checkpoints."""
-    results = {}
-    for stage in settings.stages:
-        checkpoints = checkpoints_of(folder / "checkpoints" / stage.name)
-        if checkpoints and (progress := read_progress(checkpoints[-1])).finished:
-            results[stage.name] = StageResult(stage.name, progress.step, True, str(checkpoints[-1]), 0.0)
-    return results
 
 
 @contextmanager

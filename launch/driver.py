@@ -53,7 +53,7 @@ def train(settings: RunSettings, folder: Path, console: Console) -> RunOutcome:
         UserError: the settings cannot be met (model, task, cluster).
         RunFailedError: an actor or the learner could not go on; the message names who.
     """
-    view = RunView(folder.name, settings.stages, results=_finished_stages(settings, folder))
+    view = RunView(folder.name, settings.stages, results=finished_stages(settings, folder))
     with LiveView(console, view) as live:
         view.note = "starting Ray"
         live.refresh()
@@ -65,7 +65,8 @@ def train(settings: RunSettings, folder: Path, console: Console) -> RunOutcome:
                 crew.stop()
 
 
-def _finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResult]:
+def finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResult]:
+    """The stages of a run that are done, by name, read from their checkpoints."""
     results = {}
     for stage in settings.stages:
         checkpoints = checkpoints_of(folder / "checkpoints" / stage.name)

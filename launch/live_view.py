@@ -19,7 +19,7 @@ from learner.stage_settings import StageSettings
 from learner.status import LearnerStatus, StageResult
 
 PLAIN_INTERVAL_S = 10.0
-BAR_WIDTH = 28
+BAR_WIDTH = 20
 
 
 @dataclass
@@ -129,7 +129,7 @@ def plain_line(view: RunView, elapsed_s: float) -> str:
 
 
 def _stage_table(view: RunView) -> Table:
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(padding=(0, 1))
     for stage in view.stages:
         result = view.results.get(stage.name)
         running = view.learner is not None and view.learner.stage == stage.name and result is None
@@ -153,9 +153,9 @@ def _stage_table(view: RunView) -> Table:
 
 
 def _actor_table(pool: PoolStatus) -> Table:
-    table = Table(box=None, header_style="dim", padding=(0, 2))
-    for name in ("actor", "state", "version", "actions/s", "backspaces", "in flight", "trajectories"):
-        table.add_column(name, justify="left" if name in ("actor", "state") else "right")
+    table = Table(box=None, header_style="dim", padding=(0, 1), pad_edge=False)
+    for name in ("actor", "state", "weights", "actions/s", "backspaces", "in flight", "rollouts"):
+        table.add_column(name, justify="left" if name in ("actor", "state") else "right", no_wrap=True)
     for member in pool.members:
         status = member.status
         if status is None:
@@ -165,7 +165,7 @@ def _actor_table(pool: PoolStatus) -> Table:
         table.add_row(
             member.name,
             status.activity,
-            str(status.policy_version),
+            f"v{status.policy_version}",
             f"{status.actions_per_s:,.0f}",
             f"{100 * rate:.1f} %",
             str(status.in_flight),
