@@ -19,7 +19,7 @@ from learner.stage_settings import StageSettings
 from learner.status import LearnerStatus, StageResult
 
 PLAIN_INTERVAL_S = 10.0
-BAR_WIDTH = 20
+BAR_WIDTH = 14
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _stage_table(view: RunView) -> Table:
         details = ""
         if running and view.learner:
             loss = view.learner.metrics.get("loss", float("nan"))
-            details = f"loss {loss:.4f}   {1e3 * view.learner.seconds_per_step:.0f} ms/step"
+            details = f"loss {loss:.4f}  {1e3 * view.learner.seconds_per_step:.0f} ms/step"
         elif result:
             details = f"{_clock(result.seconds)}"
         table.add_row(
@@ -154,7 +154,7 @@ def _stage_table(view: RunView) -> Table:
 
 def _actor_table(pool: PoolStatus) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 1), pad_edge=False)
-    for name in ("actor", "state", "weights", "actions/s", "backspaces", "in flight", "rollouts"):
+    for name in ("actor", "state", "weights", "actions/s", "backsp.", "in flight", "rollouts"):
         table.add_column(name, justify="left" if name in ("actor", "state") else "right", no_wrap=True)
     for member in pool.members:
         status = member.status
