@@ -200,6 +200,7 @@ class RolloutActor:
             newest = self._newest
         if newest is None or newest[0].version == self._version:
             return
+        self._hand_over()  # what finished with the present weights carries their fingerprint
         manifest, reference = newest
         self._activity = f"loading weights {manifest.version}"
         payload: WeightPayload = ray.get(reference, timeout=INSERT_TIMEOUT_S)

@@ -15,6 +15,7 @@ from actors.engine_settings import engine_environment
 from actors.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from buffer.service import ReplayBufferService
+from buffer.store import ReplayStore
 from launch.cluster import run_cluster
 from launch.errors import RunFailedError, UserError
 from launch.live_view import LiveView, RunView
@@ -90,6 +91,7 @@ class _Crew:
         self._live = live
         self._buffer: ActorHandle | None = None
         self._pool: ActorHandle | None = None
+        self._stopping_since: float | None = None
         self._learner: ActorHandle = self._create_learner()
 
     def run(self) -> RunOutcome:
@@ -104,11 +106,11 @@ class _Crew:
             for stage in remaining:
                 result = self._run_stage(stage)
                 self._live.view.results[stage.name] = result
-                if not result.finished:
-                    return self._outcome(finished=False)
+                if not result.finished or self._stopping_since is not None:
+                    break
         except KeyboardInterrupt:  # between two stages: nothing is under way that a checkpoint does not hold
-            return self._outcome(finished=False)
-        return self._outcome(finished=True)
+            pass
+        return self._outcome()
 
     def stop(self) -> None:
         """End every process of the run, actors first so that their last rollouts reach the buffer."""
@@ -118,8 +120,10 @@ class _Crew:
             self._end(self._buffer, self._buffer.close.remote())
         ray.kill(self._learner)
 
-    def _outcome(self, finished: bool) -> RunOutcome:
-        return RunOutcome(self._folder, dict(self._live.view.results), finished)
+    def _outcome(self) -> RunOutcome:
+        results = dict(self._live.view.results)
+        done = [stage.name in results and results[stage.name].finished for stage in self._settings.stages]
+        return RunOutcome(self._folder, results, finished=all(done))
 
     def _create_learner(self) -> ActorHandle:
         settings = self._settings
@@ -161,6 +165,7 @@ class _Crew:
 
     def _start_actors(self, run: PreparedRun) -> None:
         settings = self._settings
+        self._check_buffer(run)
         self._buffer = (
             ray.remote(ReplayBufferService)
             .options(name=BUFFER_NAME, num_cpus=0)
@@ -195,22 +200,31 @@ class _Crew:
         )
         ray.get(connected, timeout=PREPARE_TIMEOUT_S)
 
+    def _check_buffer(self, run: PreparedRun) -> None:
+        """Open the buffer of a run that resumes once here: a Ray actor that fails at birth tells only a traceback."""
+        folder = self._folder / "buffer"
+        if not folder.is_dir():
+            return
+        try:
+            ReplayStore(folder, run.contract, self._settings.buffer).close()
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from None
+
     def _run_stage(self, stage: StageSettings) -> StageResult:
         if self._pool is not None:  # until the learner has published the weights that the stage starts from
             ray.get(self._pool.pause.remote(), timeout=STATUS_TIMEOUT_S)
         reference = self._learner.run_stage.options(concurrency_group="training").remote(stage)
-        stopping_since: float | None = None
         while True:
             try:
                 if ray.wait([reference], timeout=POLL_S)[0]:
                     return self._stage_result(reference)
                 self._refresh()
-                if stopping_since is not None and time.monotonic() - stopping_since > STOP_TIMEOUT_S:
+                if self._stopping_since is not None and time.monotonic() - self._stopping_since > STOP_TIMEOUT_S:
                     raise RunFailedError(f"the learner did not stop within {STOP_TIMEOUT_S:.0f} s")
             except KeyboardInterrupt:
-                if stopping_since is not None:
+                if self._stopping_since is not None:
                     raise RunFailedError("stopped by a second Ctrl-C, without a last checkpoint") from None
-                stopping_since = time.monotonic()
+                self._stopping_since = time.monotonic()
                 self._note("stopping after this step, with a checkpoint (Ctrl-C again to stop at once)")
                 self._learner.request_stop.options(concurrency_group="control").remote()
 
@@ -220,26 +234,28 @@ class _Crew:
         except ray.exceptions.RayTaskError as error:
             raise RunFailedError(f"the learner failed: {type(error.cause).__name__}: {error.cause}") from error
         except ray.exceptions.RayActorError as error:
-            raise RunFailedError(f"the learner process died: {str(error).splitlines()[0]}") from None
+            raise RunFailedError(f"the learner died: {str(error).splitlines()[0]}") from None
         return result
 
     def _refresh(self) -> None:
         """Ask everyone how they are; who is too busy to answer is shown as last seen."""
         view = self._live.view
         status = self._learner.status.options(concurrency_group="control").remote()
-        view.learner = self._ask(status, view.learner)
+        view.learner = self._ask(status, view.learner, "the learner")
         if self._pool is not None and self._buffer is not None:
-            view.pool = self._ask(self._pool.status.remote(), view.pool)
-            view.buffer = self._ask(self._buffer.status.remote(), view.buffer)
+            view.pool = self._ask(self._pool.status.remote(), view.pool, "the actor pool")
+            view.buffer = self._ask(self._buffer.status.remote(), view.buffer, "the replay buffer")
             if view.pool is not None and view.pool.failure is not None:
                 raise RunFailedError(f"the actor pool gave up: {view.pool.failure}")
         self._live.refresh()
 
-    def _ask(self, reference: ray.ObjectRef, last: Seen) -> Seen:
+    def _ask(self, reference: ray.ObjectRef, last: Seen, whom: str) -> Seen:
         try:
             answer: Seen = ray.get(reference, timeout=STATUS_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError:
             return last
+        except ray.exceptions.RayActorError as error:
+            raise RunFailedError(f"{whom} died: {str(error).splitlines()[0]}") from None
         return answer
 
     def _wait(self, reference: ray.ObjectRef, timeout_s: float, whom: str) -> None:

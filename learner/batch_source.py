@@ -10,6 +10,8 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
+from buffer.staleness import VersionRange, staleness
+
 POLL_S = 0.5
 ANSWER_GRACE_S = 10.0
 
@@ -46,6 +48,8 @@ class BufferSource:
         self._timeout_s = timeout_s
         self._newest_version = newest_version
         self._stop_requested = stop_requested
+        self.staleness_mean = 0.0  # of the newest draw, in published versions
+        self.staleness_max = 0
 
     def draw(self, count: int) -> pa.RecordBatch:
         """Wait for `count` trajectories.
@@ -54,9 +58,8 @@ class BufferSource:
             TimeoutError: the buffer could not give them in time; its message says what it holds.
             StopRequestedError: the run is to stop.
         """
-        reference = self._buffer.draw.remote(
-            count, self._newest_version(), source=self._source, timeout_s=self._timeout_s
-        )
+        version = self._newest_version()
+        reference = self._buffer.draw.remote(count, version, source=self._source, timeout_s=self._timeout_s)
         deadline = time.monotonic() + self._timeout_s + ANSWER_GRACE_S
         while not ray.wait([reference], timeout=POLL_S)[0]:
             if self._stop_requested():
@@ -66,4 +69,7 @@ class BufferSource:
                     f"the replay buffer did not answer the learner within {self._timeout_s + ANSWER_GRACE_S:.0f} s"
                 )
         batch: pa.RecordBatch = ray.get(reference, timeout=ANSWER_GRACE_S)
+        drawn_staleness = staleness(version, VersionRange.from_batch(batch).oldest)
+        self.staleness_mean = float(drawn_staleness.mean())
+        self.staleness_max = int(drawn_staleness.max())
         return batch

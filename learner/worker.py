@@ -81,7 +81,7 @@ class LearnerWorker:
         return self._status
 
     def request_stop(self) -> None:
-        """End the running stage after its current step, with a checkpoint."""
+        """End the running stage after its current step, with a checkpoint; the learner trains no further one."""
         self._stop.set()
 
     # Training group ------------------------------------------------------------------------------------------
@@ -133,11 +133,11 @@ class LearnerWorker:
         Raises:
             TimeoutError: no rollouts came in time. FloatingPointError: training diverged.
         """
-        self._stop.clear()
         torch.set_num_threads(stage.num_threads)
         started = time.monotonic()
         objective = make_objective(stage.objective)
         experts, stream = self._expert_source(stage)
+        rollouts = self._buffer_source("policy") if objective.needs_rollouts else None
         trainer = Trainer(
             self._model,
             objective,
@@ -149,7 +149,7 @@ class LearnerWorker:
                 max_positions=self._max_length,
             ),
             experts,
-            self._buffer_source("policy") if objective.needs_rollouts else None,
+            rollouts,
         )
         resumed = self._restore(stage, trainer, stream)
         uses_actors = objective.needs_rollouts or stream is None
@@ -164,6 +164,9 @@ class LearnerWorker:
                     break
                 if uses_actors:
                     metrics["policy_version"] = self._newest_version()
+                if rollouts is not None:
+                    metrics["staleness_mean"] = rollouts.staleness_mean
+                    metrics["staleness_max"] = rollouts.staleness_max
                 log.write(stage.name, trainer.step, metrics)
                 recent = [*recent[-RECENT_STEPS + 1 :], metrics["step_s"]]
                 self._status = LearnerStatus(

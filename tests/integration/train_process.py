@@ -1,0 +1,167 @@
+"""`sequencematch train` as people start it: a process of its own, from whose session everything it starts is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+
+from buffer.schema import TokenContract, trajectory_schema
+from buffer.segments import recover_open_segment
+
+ROOT = Path(__file__).parents[2]
+ARITHMETIC = "launch/recipes/arithmetic_cpu.yaml"
+POLL_S = 0.1
+LEFTOVER_TIMEOUT_S = 30.0
+
+# A run of seconds: one small layer, a few dozen steps, every version of the weights kept as a checkpoint.
+TINY = (
+    "model.hidden_size=64",
+    "model.num_heads=2",
+    "model.num_layers=1",
+    "task.train_questions=200",
+    "task.held_out_questions=20",
+    "stages.trunk.steps=20",
+    "stages.trunk.batch_size=8",
+    "stages.sequencematch.steps=40",
+    "stages.sequencematch.batch_size=8",
+    "stages.sequencematch.rollout_batch_size=8",
+    "stages.mle_control.steps=5",
+    "stages.mle_control.batch_size=8",
+    "learner.checkpoint_every_steps=10",
+    "learner.keep_checkpoints=9",
+    "actors.max_concurrent=16",
+    "actors.insert_rows=8",
+    "buffer.min_size=16",
+    "buffer.max_staleness=2",
+    "buffer.max_samples_per_insert=2",
+    "buffer.max_inserts_ahead=64",
+    "buffer.fsync=seal",
+    "cluster.num_cpus=4",
+    "cluster.object_store_gib=0.25",
+)
+
+
+class TrainProcess:
+    """A running `sequencematch train`; a context manager that ends whatever is left of it."""
+
+    def __init__(self, runs_folder: Path, *arguments: str) -> None:
+        """arguments: of the command. The run folder will lie in `runs_folder`, as will what the command prints."""
+        runs_folder.mkdir(parents=True, exist_ok=True)
+        self._runs_folder = runs_folder
+        command = [str(Path(sys.executable).with_name("sequencematch")), "train", *arguments]
+        if "--resume" not in arguments:
+            command.append(f"runs_folder={runs_folder}")
+        self._stdout_file = runs_folder / "stdout.txt"
+        self._stderr_file = runs_folder / "stderr.txt"
+        with self._stdout_file.open("w") as stdout, self._stderr_file.open("w") as stderr:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> TrainProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes():
+            process.kill()
+        self._process.wait(timeout=LEFTOVER_TIMEOUT_S)
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed so far."""
+        return self._stdout_file.read_text()
+
+    @property
+    def stderr(self) -> str:
+        """What it has printed as errors so far."""
+        return self._stderr_file.read_text()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, once it is there."""
+        (folder,) = (path for path in self._runs_folder.iterdir() if path.is_dir())
+        return folder
+
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """Processes of the run, the command itself included, whose command line contains `title`."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) != self._process.pid or process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
+        return found
+
+    def interrupt(self) -> None:
+        """Ctrl-C: SIGINT to the whole foreground process group."""
+        os.killpg(self._process.pid, signal.SIGINT)
+
+    def wait(self, timeout_s: float) -> int:
+        """The exit code."""
+        try:
+            return self._process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the run did not end within {timeout_s:.0f} s\n{self.printed()}") from None
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Wait for something the run does; fails at once where the run ends before."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self._process.poll() is None, f"the run ended while the test waited for {what}\n{self.printed()}"
+            assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}\n{self.printed()}"
+            time.sleep(POLL_S)
+
+    def assert_nothing_left(self) -> None:
+        """Every process of the run ends; the last ones see the end of the others and need a moment."""
+        deadline = time.monotonic() + LEFTOVER_TIMEOUT_S
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        assert not left, f"still running {LEFTOVER_TIMEOUT_S:.0f} s after the run: {left}"
+
+    def printed(self) -> str:
+        """Both outputs, for messages."""
+        return f"stdout:\n{self.stdout}\nstderr:\n{self.stderr}"
+
+    def step(self, stage: str) -> int:
+        """Newest logged step of a stage; 0 before the first."""
+        folders = [path for path in self._runs_folder.iterdir() if path.is_dir()]
+        return max((int(row["step"]) for row in metrics_of(folders[0], stage)), default=0) if folders else 0
+
+
+def metrics_of(folder: Path, stage: str | None = None) -> list[dict[str, float]]:
+    """Complete lines of a run's metrics, of one stage or of all."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    complete = file.read_text().rpartition("\n")[0].splitlines()
+    rows = [json.loads(line) for line in complete]
+    return [row for row in rows if stage in (None, row["stage"])]
+
+
+def trajectories_of(folder: Path, contract: TokenContract) -> list[pa.RecordBatch]:
+    """Every batch in the segment files of a run that has ended."""
+    schema = trajectory_schema(contract)
+    batches: list[pa.RecordBatch] = []
+    for path in sorted((folder / "buffer").glob("segment-*.arrows")):
+        batches += list(pa.ipc.open_stream(pa.memory_map(str(path))))
+    for path in (folder / "buffer").glob("segment-*.arrows.open"):
+        batches += recover_open_segment(path, schema).batches
+    return batches
