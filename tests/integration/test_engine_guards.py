@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from transformers import MistralConfig, MistralForCausalLM
@@ -44,9 +45,11 @@ def config_refusals(folder: str) -> dict[str, str]:
     for name, config in configs.items():
         messages[name] = _message(lambda config=config: check_vllm_config(config))
     plain = EngineArgs(**fine).create_engine_config()
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # without Triton vLLM would not build this configuration
-    try:
+    # Without Triton vLLM would not build this configuration, and it reads the variable only until the first engine.
+    with mock.patch.object(type(plain), "use_v2_model_runner", True):
         messages["v2 runner"] = _message(lambda: check_vllm_config(plain))
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    try:
         messages["environment"] = _message(lambda: fresh_engine(EngineSettings(folder)))
     finally:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
