@@ -16,11 +16,13 @@ import pyarrow as pa
 
 from buffer.schema import TokenContract, trajectory_schema
 from buffer.segments import recover_open_segment
+from launch.run_folder import CLUSTER_FILE
 
 ROOT = Path(__file__).parents[2]
 ARITHMETIC = "launch/recipes/arithmetic_cpu.yaml"
 POLL_S = 0.1
 LEFTOVER_TIMEOUT_S = 30.0
+REFUSAL_TIMEOUT_S = 120.0
 
 # A run of seconds: one small layer, a few dozen steps, every version of the weights kept as a checkpoint.
 TINY = (
@@ -144,6 +146,19 @@ class TrainProcess:
         """Newest logged step of a stage; 0 before the first."""
         folders = [path for path in self._runs_folder.iterdir() if path.is_dir()]
         return max((int(row["step"]) for row in metrics_of(folders[0], stage)), default=0) if folders else 0
+
+
+def refusal_of(runs_folder: Path, *arguments: str) -> str:
+    """The one error line of a command that must refuse what it was given, and leave nothing behind."""
+    with TrainProcess(runs_folder, *arguments) as process:
+        code = process.wait(REFUSAL_TIMEOUT_S)
+        process.assert_nothing_left()
+        lines = [line for line in process.stderr.splitlines() if line.strip()]
+        assert code == 2, process.printed()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], process.printed()
+        assert "Traceback" not in process.stdout + process.stderr
+    assert not list(runs_folder.glob(f"*/{CLUSTER_FILE}"))
+    return lines[-1]
 
 
 def metrics_of(folder: Path, stage: str | None = None) -> list[dict[str, float]]:

@@ -1,0 +1,63 @@
+"""What a person can get wrong ends `sequencematch train` with exit code 2, one line, and nothing left running."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from tests.integration.train_process import ARITHMETIC, TINY, refusal_of
+from tests.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_model
+
+TEXT = "launch/recipes/text_cpu.yaml"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A Ray that is there already, as the override that joins it; it must be empty again after each run."""
+    ray.init(address="local", num_cpus=4, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield f"cluster.address={ray.get_runtime_context().gcs_address}"
+    left = ray.util.list_named_actors(all_namespaces=True)
+    ray.shutdown()
+    assert not left
+
+
+def test_unknown_key(tmp_path: Path) -> None:
+    assert "did you mean" in refusal_of(tmp_path, ARITHMETIC, "actors.cuont=2")
+
+
+def test_unreachable_cluster(tmp_path: Path) -> None:
+    error = refusal_of(tmp_path, ARITHMETIC, "cluster.address=127.0.0.1:1")
+    assert "no Ray cluster answers at 127.0.0.1:1" in error
+    assert "cluster.address" in error
+
+
+@pytest.mark.slow
+def test_missing_model_folder(cluster: str, tmp_path: Path) -> None:
+    missing = tmp_path / "models" / "nothing-here"
+    assert str(missing) in refusal_of(tmp_path / "runs", TEXT, cluster, f"model.name={missing}")
+
+
+@pytest.mark.slow
+def test_answers_longer_than_the_context(cluster: str, tmp_path: Path) -> None:
+    overrides = [override for override in TINY if not override.startswith("cluster.")]
+    error = refusal_of(tmp_path, ARITHMETIC, *overrides, cluster, "actors.rollout.max_new_tokens=60")
+    assert "actors.rollout.max_new_tokens=60" in error
+    assert "context of 64 tokens" in error
+
+
+@pytest.mark.slow
+def test_vocabulary_without_room_for_backspace(cluster: str, tmp_path: Path) -> None:
+    """The recipe's token is not in the vocabulary, and no row may be added."""
+    folder = save_tiny_model(tmp_path / "model", tiny_model())
+    words = {f"w{index}": index for index in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w4"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", unk_token="w4").save_pretrained(folder)
+    error = refusal_of(tmp_path / "runs", TEXT, cluster, f"model.name={folder}", "model.add_backspace_row=false")
+    assert "<empty_output>" in error
+    assert "add_backspace_row" in error

@@ -1,0 +1,254 @@
+"""Weights on their way from a publisher to the engine of a living actor: pool, actor and buffer are real Ray actors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from transformers import PreTrainedModel
+
+from actors.action_log import FinishedLog
+from actors.engine_settings import SamplingSettings, engine_environment
+from actors.pool import ActorPool
+from actors.rollout_actor import RolloutSpec
+from actors.settings import ActorsSettings, RolloutSettings
+from actors.status import PoolStatus
+from buffer.schema import TokenContract
+from buffer.service import ReplayBufferService
+from buffer.settings import BufferSettings, NoiseSettings
+from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_state_dict
+from learner.publisher import WeightPublisher, make_probe, sequence_logprobs
+from tests.integration.reference import compare
+from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, VOCAB_SIZE, perturbed, tiny_model
+
+ROOT = Path(__file__).parents[2]
+ANSWER_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
+POLL_S = 0.1
+ROWS = 24
+CONTRACT = TokenContract(vocab_size=VOCAB_SIZE, backspace_id=BACKSPACE_ID, eos_id=EOS_ID, tokenizer_hash="tiny")
+PROBE = make_probe(VOCAB_SIZE, (BACKSPACE_ID, EOS_ID), seed=0)
+SETTINGS = ActorsSettings(
+    count=1,
+    max_concurrent=8,
+    insert_rows=4,
+    kv_cache_gib=0.05,
+    max_restarts=2,
+    rollout=RolloutSettings(max_new_tokens=12, max_actions=24),
+)
+SAMPLING = SamplingSettings(max_new_tokens=12, max_actions=24)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=256 * 2**20,
+        include_dashboard=False,
+        runtime_env={"env_vars": environment},
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+class Push:
+    """A pool of one actor, and what the learner would hold of it."""
+
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+        settings = BufferSettings(capacity=100_000, min_size=1, max_inserts_ahead=100_000, fsync="seal")
+        service = ray.remote(ReplayBufferService).options(num_cpus=0)
+        self.buffer = service.remote(str(folder / "buffer"), CONTRACT, settings, 0)
+        generator = np.random.default_rng(0)
+        texts = [generator.integers(FIRST_TEXT_ID, VOCAB_SIZE, size).tolist() for size in range(4, 12)]
+        examples = pa.table({"prompt_ids": pa.array(texts), "target_ids": pa.array(texts)})
+        spec = RolloutSpec(
+            config_json=model.config.to_json_string(use_diff=False),
+            contract=CONTRACT,
+            task="tiny",
+            settings=SETTINGS,
+            noise=NoiseSettings(kind="none", rate=0.0),
+            max_length=64,
+            seed=0,
+        )
+        environment = engine_environment(spec.engine_settings("", seed=0)) | {"PYTHONPATH": str(ROOT)}
+        self.pool = (
+            ray.remote(ActorPool).options(num_cpus=0).remote(spec, [ray.put(examples)], self.buffer, environment, 1)
+        )
+        ray.get(self.pool.start.remote(), timeout=ANSWER_TIMEOUT_S)
+        self.publisher = WeightPublisher(self.pool, PROBE)
+
+    def status(self) -> PoolStatus:
+        status: PoolStatus = ray.get(self.pool.status.remote(), timeout=ANSWER_TIMEOUT_S)
+        return status
+
+    def wait_until(
+        self, condition: Callable[[PoolStatus], bool], what: str, timeout_s: float = START_TIMEOUT_S
+    ) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition(status := self.status()):
+            assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}; the pool: {status}"
+            time.sleep(POLL_S)
+
+    def rollouts_of(self, version: int, count: int) -> list[FinishedLog]:
+        """`count` rollouts whose last action is of `version`, as the buffer holds them."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        found: dict[str, dict[str, object]] = {}
+        while len(found) < count:
+            assert time.monotonic() < deadline, f"no rollouts with version {version}; the pool: {self.status()}"
+            draw = self.buffer.draw.remote(count, version, timeout_s=START_TIMEOUT_S)
+            for row in ray.get(draw, timeout=START_TIMEOUT_S + ANSWER_TIMEOUT_S).to_pylist():
+                if row["policy_version"][-1] == version:
+                    found[row["id"]] = row
+        return [as_log(row) for row in found.values()]
+
+    def stop(self) -> None:
+        ray.get(self.pool.stop.remote(30.0), timeout=ANSWER_TIMEOUT_S)
+        for actor in (self.pool, self.buffer):
+            ray.kill(actor)
+
+
+def as_log(row: dict[str, object]) -> FinishedLog:
+    return FinishedLog(
+        request_id=str(row["id"]),
+        prompt_ids=np.array(row["prompt_ids"], dtype=np.int32),
+        actions=np.array(row["actions"], dtype=np.int32),
+        logprobs=np.array(row["logprobs"], dtype=np.float32),
+        policy_version=np.array(row["policy_version"], dtype=np.int32),
+        finish_reason=str(row["finish_reason"]),
+        num_planted=0,
+    )
+
+
+def assert_explained(logs: list[FinishedLog], models: dict[int, PreTrainedModel]) -> None:
+    """Every action's log-probability is what transformers computes with the weights of the action's version."""
+    result = compare(logs, {log.request_id: SAMPLING for log in logs}, models)
+    assert not result.errors, result.errors[:3]
+    assert result.num_backspaces > 0
+    assert result.worst < 1e-4
+
+
+def actor_process() -> psutil.Process:
+    """The process of the one rollout actor of this test's Ray."""
+    found = [p for p in psutil.Process().children(recursive=True) if "RolloutActor" in " ".join(p.cmdline())]
+    assert len(found) == 1, found
+    return found[0]
+
+
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False], ids=["tied", "untied"])
+def test_pushes_reach_the_engine_and_wrong_ones_fence_the_actor(tmp_path: Path, tied: bool) -> None:
+    models = {0: tiny_model(tied=tied)}
+    for version in (1, 2):
+        models[version] = perturbed(models[version - 1], seed=version)
+    push = Push(tmp_path, models[0])
+
+    # Good pushes: at birth, in the middle of rollouts, and while the actor hears nothing.
+    push.publisher.publish(models[0])
+    assert_explained(push.rollouts_of(0, ROWS), models)
+    push.publisher.publish(models[1])
+    assert_explained(push.rollouts_of(1, ROWS), models)
+    process = actor_process()
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        # The second publication waits until the pool has taken the first; neither waits for the actor.
+        push.publisher.publish(models[2])
+        push.publisher.publish(models[2])
+        waited_s = time.monotonic() - started
+        push.wait_until(lambda status: status.newest_version == 3, "the pool to know of both", timeout_s=20.0)
+        assert process.status() == psutil.STATUS_STOPPED
+        assert version_of(push.status()) <= 1
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    assert waited_s < 10.0
+    push.wait_until(lambda status: version_of(status) == 3, "the woken actor to load the newest weights")
+    assert_explained(push.rollouts_of(3, ROWS), models | {3: models[2]})
+    assert not any("failed" in event for event in push.status().events)
+
+    # Wrong pushes: the first meets a running actor, the others meet its successors at birth.
+    good, payload = publication(models[2], version=4)
+    name = good.tensors[1].name
+    lacking = {key: array for key, array in payload.items() if key != name}
+    assert name in failure_after(push, good, lacking)
+    changed = dict(payload)
+    changed[name] = changed[name].copy()
+    changed[name].reshape(-1)[0] += 1e-3
+    assert "the bytes changed on their way" in failure_after(push, replace(good, version=5), changed)
+    shifted = tuple(value + (0.05 if index == 3 else 0.0) for index, value in enumerate(good.probe_logprobs))
+    reason = failure_after(push, replace(good, version=6, probe_logprobs=shifted), payload)
+    assert "the engine does not compute with the published weights" in reason
+    assert "at token 4" in reason
+    push.wait_until(lambda status: status.failure is not None, "the pool to give up")
+    assert "failed 3 times in a row" in str(push.status().failure)
+    rows = ray.get(push.buffer.draw.remote(ROWS, 3), timeout=ANSWER_TIMEOUT_S)
+    assert max(version for versions in rows.column("policy_version").to_pylist() for version in versions) <= 3
+    push.stop()
+
+
+def version_of(status: PoolStatus) -> int:
+    versions = [member.status.policy_version for member in status.members if member.status is not None]
+    return max(versions, default=-1)
+
+
+def publication(model: PreTrainedModel, version: int) -> tuple[WeightManifest, WeightPayload]:
+    payload, entries = pack_state_dict(model.state_dict())
+    logprobs = tuple(sequence_logprobs(model, PROBE).tolist())
+    return WeightManifest(version, fingerprint(entries, payload), entries, PROBE, logprobs), payload
+
+
+def failure_after(push: Push, manifest: WeightManifest, payload: WeightPayload) -> str:
+    """Announce it, wait for the actor that loads it to fail; gives the reason that the pool tells."""
+    before = len(failures(push.status()))
+    reference = ray.put(payload)
+    ray.get(push.pool.announce.remote(manifest, [reference]), timeout=ANSWER_TIMEOUT_S)
+    push.wait_until(lambda status: len(failures(status)) > before, f"version {manifest.version} to be refused")
+    # The successor must meet the next publication, so that this object may go.
+    reason = failures(push.status())[before]
+    assert "WeightMismatchError" in reason
+    assert f"version {manifest.version}" in reason
+    return reason
+
+
+def failures(status: PoolStatus) -> list[str]:
+    return [event for event in status.events if " failed: " in event]
+
+
+def test_publishing_is_a_snapshot(tmp_path: Path) -> None:
+    """What the optimizer writes after `publish` returned reaches no actor."""
+    model = tiny_model()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    class Receiver:
+        def __init__(self) -> None:
+            self.payload: WeightPayload = {}
+
+        def announce(self, manifest: WeightManifest, payload: list[ray.ObjectRef[WeightPayload]]) -> None:
+            self.payload = {name: array.copy() for name, array in ray.get(payload[0]).items()}
+
+        def received(self) -> WeightPayload:
+            return self.payload
+
+    receiver = ray.remote(Receiver).options(num_cpus=0).remote()
+    publisher = WeightPublisher(receiver, PROBE, first_version=7)
+    assert publisher.newest_version == 6
+    assert publisher.publish(model).version == publisher.newest_version == 7
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    received = ray.get(receiver.received.remote(), timeout=ANSWER_TIMEOUT_S)
+    assert received.keys() == expected.keys()
+    for name, array in received.items():
+        assert np.array_equal(array, expected[name].numpy()), name
+    ray.kill(receiver)
