@@ -147,14 +147,32 @@ def actor_process() -> psutil.Process:
     return found[0]
 
 
-@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False], ids=["tied", "untied"])
-def test_pushes_reach_the_engine_and_wrong_ones_fence_the_actor(tmp_path: Path, tied: bool) -> None:
+@pytest.mark.slow
+def test_pushes_of_tied_weights_reach_the_engine(tmp_path: Path) -> None:
+    models = successive_models(tied=True)
+    push = Push(tmp_path, models[0])
+    push_good_weights(push, models)
+    push.stop()
+
+
+@pytest.mark.slow
+def test_pushes_reach_the_engine_and_wrong_ones_fence_the_actor(tmp_path: Path) -> None:
+    models = successive_models(tied=False)
+    push = Push(tmp_path, models[0])
+    push_good_weights(push, models)
+    push_wrong_weights(push, models[2])
+    push.stop()
+
+
+def successive_models(tied: bool) -> dict[int, PreTrainedModel]:
     models = {0: tiny_model(tied=tied)}
     for version in (1, 2):
         models[version] = perturbed(models[version - 1], seed=version)
-    push = Push(tmp_path, models[0])
+    return models
 
-    # Good pushes: at birth, in the middle of rollouts, and while the actor hears nothing.
+
+def push_good_weights(push: Push, models: dict[int, PreTrainedModel]) -> None:
+    """Versions 0 to 3: at birth, in the middle of rollouts, and while the actor hears nothing."""
     push.publisher.publish(models[0])
     assert_explained(push.rollouts_of(0, ROWS), models)
     push.publisher.publish(models[1])
@@ -177,8 +195,10 @@ def test_pushes_reach_the_engine_and_wrong_ones_fence_the_actor(tmp_path: Path, 
     assert_explained(push.rollouts_of(3, ROWS), models | {3: models[2]})
     assert not any("failed" in event for event in push.status().events)
 
-    # Wrong pushes: the first meets a running actor, the others meet its successors at birth.
-    good, payload = publication(models[2], version=4)
+
+def push_wrong_weights(push: Push, model: PreTrainedModel) -> None:
+    """Versions 4 to 6: the first meets a running actor, the others meet its successors at birth."""
+    good, payload = publication(model, version=4)
     name = good.tensors[1].name
     lacking = {key: array for key, array in payload.items() if key != name}
     assert name in failure_after(push, good, lacking)
@@ -194,7 +214,6 @@ def test_pushes_reach_the_engine_and_wrong_ones_fence_the_actor(tmp_path: Path, 
     assert "failed 3 times in a row" in str(push.status().failure)
     rows = ray.get(push.buffer.draw.remote(ROWS, 3), timeout=ANSWER_TIMEOUT_S)
     assert max(version for versions in rows.column("policy_version").to_pylist() for version in versions) <= 3
-    push.stop()
 
 
 def version_of(status: PoolStatus) -> int:

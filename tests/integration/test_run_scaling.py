@@ -1,0 +1,148 @@
+"""Actors come, go and die while the learner trains. Noise is the policy's own, so they make expert rows too."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from transformers import AutoConfig
+
+from actors.status import PoolStatus
+from buffer.experts.tasks import load_task
+from buffer.validation import validate
+from launch.control import run_status, scale_run
+from launch.recipe import read_recipe
+from learner.checkpoint import checkpoints_of
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
+
+pytestmark = pytest.mark.slow
+
+STAGE = "sequencematch"
+STEPS = 100_000  # the test ends the run by Ctrl-C when it has seen all
+START_TIMEOUT_S = 200.0
+SCALE_TIMEOUT_S = 120.0
+OVERRIDES = (
+    *TINY,
+    f"stages.{STAGE}.steps={STEPS}",
+    "stages.trunk.steps=5",
+    "learner.checkpoint_every_steps=1000",
+    "noise.kind=policy",
+    "actors.num_cpus=0.5",
+    "buffer.max_staleness=10",
+    # Slow enough for the learner to be still at work after two engine starts.
+    "buffer.max_samples_per_insert=1",
+)
+
+
+class Watched:
+    """A live run and the last that its pool said."""
+
+    def __init__(self, process: TrainProcess) -> None:
+        self._process = process
+        self._asked = 0
+        self.pool = PoolStatus(0, -1, ())
+        self.drawn = {"policy": 0, "expert": 0}
+
+    def wait_for_pool(self, states: dict[str, str], what: str) -> None:
+        """Until the members are exactly these, by name."""
+
+        def reached() -> bool:
+            self.ask()
+            return {member.name: member.state for member in self.pool.members} == states
+
+        self._process.wait_until(reached, SCALE_TIMEOUT_S, what)
+
+    def wait_for_steps(self, count: int) -> None:
+        goal = self._process.step(STAGE) + count
+        self._process.wait_until(lambda: self._process.step(STAGE) >= goal, SCALE_TIMEOUT_S, f"{count} more steps")
+
+    def ask(self) -> None:
+        status = run_status(self._process.folder)
+        assert status.pool is not None
+        assert status.buffer is not None
+        self.pool = status.pool
+        self.drawn = {source: counters.drawn for source, counters in status.buffer.store.sources.items()}
+
+
+def test_actors_come_go_and_die_while_the_learner_trains(tmp_path: Path) -> None:
+    with TrainProcess(tmp_path, ARITHMETIC, "--no-evaluate", *OVERRIDES) as process:
+        process.wait_until(lambda: process.step(STAGE) >= 5, START_TIMEOUT_S, "steps with rollouts")
+        run = Watched(process)
+        run.wait_for_pool({"actor-0": "running"}, "the first actor")
+
+        before = process.step(STAGE)
+        assert scale_run(process.folder, 2).desired == 2
+        run.wait_for_pool({"actor-0": "running", "actor-1": "running"}, "the second actor")
+        assert process.step(STAGE) > before, "the learner waited for the new actor"
+        process.wait_until(lambda: finished_by(asked(run), "actor-1") > 0, SCALE_TIMEOUT_S, "its first rollouts")
+        newcomer = run.pool.members[1].status
+        assert newcomer is not None
+        assert newcomer.rejected == 0
+        assert newcomer.policy_version >= run.pool.newest_version - 3, "a late joiner takes the newest weights"
+        run.wait_for_steps(10)
+
+        (victim, *_) = process.processes("RolloutActor")
+        victim.kill()
+        process.wait_until(
+            lambda: any("failed: " in event for event in asked(run).events), SCALE_TIMEOUT_S, "the death to be noticed"
+        )
+        run.wait_for_pool({"actor-0": "running", "actor-1": "running"}, "the killed actor's successor")
+        assert run.pool.failure is None
+        (death,) = (event for event in run.pool.events if "failed: " in event)
+        survivor = "actor-1" if "actor-0" in death else "actor-0"
+        process.wait_until(
+            lambda: all(finished_by(asked(run), name) > 0 for name in ("actor-0", "actor-1")),
+            SCALE_TIMEOUT_S,
+            "rollouts of both",
+        )
+        run.wait_for_steps(10)
+
+        assert scale_run(process.folder, 1).desired == 1
+        # The successor of the killed one is the youngest, whose engine has the least behind it.
+        run.wait_for_pool({survivor: "running"}, "the surplus actor to leave")
+        (surplus,) = {"actor-0", "actor-1"} - {survivor}
+        assert run.pool.events[-1].endswith(f"{surplus} left"), "it drained, nobody had to end it"
+        assert len(process.processes("RolloutActor")) == 1
+        run.wait_for_steps(10)
+        run.ask()
+        assert run.drawn["policy"] > 0
+        assert run.drawn["expert"] > 0
+
+        process.interrupt()
+        assert process.wait(SCALE_TIMEOUT_S) == 130, process.printed()
+        process.assert_nothing_left()
+        folder = process.folder
+    check_what_it_left(folder)
+
+
+def asked(run: Watched) -> PoolStatus:
+    run.ask()
+    return run.pool
+
+
+def finished_by(pool: PoolStatus, name: str) -> int:
+    statuses = [member.status for member in pool.members if member.name == name]
+    return sum(status.trajectories for status in statuses if status is not None)
+
+
+def check_what_it_left(folder: Path) -> None:
+    steps = [row["step"] for row in metrics_of(folder, STAGE)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert all(math.isfinite(row["loss"]) for row in metrics_of(folder, STAGE))
+    settings = read_recipe(folder / "config.yaml")
+    newest = checkpoints_of(folder / "checkpoints" / STAGE)[-1]
+    contract = load_task(settings.task, max_length=64).contract(AutoConfig.from_pretrained(newest).vocab_size)
+    batches = trajectories_of(folder, contract)
+    assert all(not validate(batch, contract).rejections for batch in batches)
+    rows = pa.Table.from_batches(batches).to_pylist()
+    assert all(count == 1 for count in Counter(row["id"] for row in rows).values()), "a successor repeats no id"
+    policy = [row for row in rows if row["source"] == "policy"]
+    assert {row["actor"] for row in policy} == {"actor-0", "actor-1"}
+    # Each of the three lives of an actor marks its trajectories with a prefix of its own.
+    assert len({row["id"].rpartition("-")[0] for row in policy}) == 3
+    experts = [row for row in rows if row["source"] == "expert"]
+    assert any(row["realised"] is not None for row in experts), "noise was injected"
+    assert any(contract.backspace_id in row["actions"] for row in experts), "and taken back"
