@@ -25,7 +25,14 @@ TIMEOUT_S = 60.0
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment}, log_to_driver=False)
+    ray.init(
+        address="local",  # never somebody else's Ray that happens to run on this machine
+        num_cpus=2,
+        object_store_memory=256 * 2**20,
+        include_dashboard=False,
+        runtime_env={"env_vars": environment},
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()
 
