@@ -283,5 +283,7 @@ def _error_of(task: asyncio.Task[object]) -> str | None:
     error = task.exception()
     if error is None:
         return None
+    if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
+        return str(error).strip().splitlines()[-1]  # the rest is the traceback of the constructor
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"

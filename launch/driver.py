@@ -27,6 +27,7 @@ from learner.worker import LearnerSpec, LearnerWorker, PreparedRun
 
 POLL_S = 0.25
 STATUS_TIMEOUT_S = 10.0
+BIRTH_TIMEOUT_S = 120.0  # of a process without a model; a busy machine takes long to import
 PREPARE_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 60.0
 
@@ -191,14 +192,17 @@ class _Crew:
                 settings.actors.count,
             )
         )
-        ray.get(self._pool.start.remote(), timeout=STATUS_TIMEOUT_S)
-        ray.get(self._pool.pause.remote(), timeout=STATUS_TIMEOUT_S)
-        stored = ray.get(self._buffer.newest_version.remote(), timeout=STATUS_TIMEOUT_S)
+        self._wait(self._pool.start.remote(), BIRTH_TIMEOUT_S, "the actor pool to start")
+        self._wait(self._pool.pause.remote(), BIRTH_TIMEOUT_S, "the actor pool to pause")
+        newest = self._buffer.newest_version.remote()
+        self._wait(newest, BIRTH_TIMEOUT_S, "the replay buffer to open")
+        stored = ray.get(newest, timeout=STATUS_TIMEOUT_S)
         first_version = max(stored, _newest_published(settings, self._folder)) + 1
         connected = self._learner.connect.options(concurrency_group="training").remote(
             self._buffer, self._pool, first_version
         )
-        ray.get(connected, timeout=PREPARE_TIMEOUT_S)
+        self._wait(connected, PREPARE_TIMEOUT_S, "the learner to publish its first weights")
+        ray.get(connected, timeout=STATUS_TIMEOUT_S)
 
     def _check_buffer(self, run: PreparedRun) -> None:
         """Open the buffer of a run that resumes once here: a Ray actor that fails at birth tells only a traceback."""
@@ -212,7 +216,7 @@ class _Crew:
 
     def _run_stage(self, stage: StageSettings) -> StageResult:
         if self._pool is not None:  # until the learner has published the weights that the stage starts from
-            ray.get(self._pool.pause.remote(), timeout=STATUS_TIMEOUT_S)
+            self._wait(self._pool.pause.remote(), BIRTH_TIMEOUT_S, "the actor pool to pause")
         reference = self._learner.run_stage.options(concurrency_group="training").remote(stage)
         while True:
             try:
