@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from learner.action_values import action_values
 from learner.batch_source import BatchSource
 from learner.checkpoint import TrainingState
-from learner.objectives.base import EvaluatedLogs, LogCounts, Objective
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics
 from learner.optimizer import make_optimizer, make_schedule
 from learner.stage_settings import StageSettings
 from learner.state_tree import TreeBatch, build_tree_batch
@@ -89,11 +90,14 @@ class Trainer:
             None if self._rollouts is None else self._trees.build(self._rollouts.draw(self._stage.rollout_batch_size))
         )
         drawn = time.perf_counter()
-        loss, objective_metrics = self._objective.loss(
-            self._evaluate(experts), None if policy is None else self._evaluate(policy), self.step
-        )
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        data_counts = LogCounts.of([experts])
+        shares = [self._backward(self._objective.data_loss(self._evaluate(experts, data_counts), self.step))]
+        if policy is not None:
+            evaluated = self._evaluate(policy, LogCounts.of([policy]))
+            shares.append(self._backward(self._objective.rollout_loss(evaluated, data_counts, self.step)))
+        objective_metrics = combine_metrics(shares)
+        loss = objective_metrics["loss"]
         gradient_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._stage.optimizer.max_grad_norm)
         if not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm)):
             raise FloatingPointError(
@@ -119,10 +123,15 @@ class Trainer:
             "sharing_ratio": sum(tree.num_nodes_unshared for tree in trees) / num_nodes,
         }
 
-    def _evaluate(self, tree: TreeBatch) -> EvaluatedLogs:
-        counts = LogCounts.of([tree])
+    def _evaluate(self, tree: TreeBatch, counts: LogCounts) -> EvaluatedLogs:
         tree = tree.to(self._model.device)
         return EvaluatedLogs(tree, action_values(self._model, tree, self._trees.backspace_id), counts)
+
+    @staticmethod
+    def _backward(loss_and_metrics: tuple[Tensor, Metrics]) -> Metrics:
+        loss, metrics = loss_and_metrics
+        loss.backward()
+        return metrics
 
     def state(self) -> TrainingState:
         """Everything but the weights that the next step depends on, apart from the data sources."""

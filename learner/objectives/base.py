@@ -70,7 +70,11 @@ class EvaluatedLogs:
 
 
 class Objective(Protocol):
-    """One way to train. `needs_rollouts`: whether `loss` must be given logs of the model."""
+    """One way to train. The loss of an optimizer step is the sum of `data_loss` over the micro-batches of expert logs
+    and of `rollout_loss` over those of policy logs, on all ranks. The metrics of both hold that share as `loss`.
+
+    needs_rollouts: whether there is a `rollout_loss`; without, it must not be called.
+    """
 
     @property
     def name(self) -> str: ...
@@ -78,8 +82,12 @@ class Objective(Protocol):
     @property
     def needs_rollouts(self) -> bool: ...
 
-    def loss(self, data: EvaluatedLogs, model: EvaluatedLogs | None, step: int) -> tuple[Tensor, Metrics]:
-        """Loss to minimise, and metrics, at optimizer step `step` of this objective (from 0)."""
+    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+        """This call's share of what expert logs add to the loss, at optimizer step `step` (from 0)."""
+        ...
+
+    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
+        """This call's share of what policy logs add to the loss. data_counts: global, of the expert logs."""
         ...
 
 

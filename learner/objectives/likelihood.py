@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.objectives.base import EvaluatedLogs, Metrics
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,19 @@ class Likelihood:
         """Expert logs are all it uses."""
         return False
 
-    def loss(self, data: EvaluatedLogs, model: EvaluatedLogs | None, step: int) -> tuple[Tensor, Metrics]:
-        """Cross-entropy of the labels.
-
-        Raises:
-            ValueError: logs of the model are given; they would have no effect.
-        """
-        if model is not None:
-            raise ValueError(f"objective {self.name} takes no rollouts; pass model=None")
+    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+        """Cross-entropy of the labels."""
         loss = cross_entropy(data)
         metrics = {"loss": loss.detach(), "loss_behaviour_cloning": loss.detach(), **likelihood_metrics(data)}
         return loss, metrics
+
+    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
+        """There is none.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"objective {self.name} takes no rollouts")
 
 
 def cross_entropy(data: EvaluatedLogs) -> Tensor:

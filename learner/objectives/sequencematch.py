@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.objectives.base import EvaluatedLogs, Metrics
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics
 from learner.objectives.divergences import DIVERGENCES, Divergence
 from learner.objectives.likelihood import cross_entropy, likelihood_metrics
 from learner.settings import SequenceMatchSettings
@@ -70,52 +70,61 @@ class SequenceMatch:
         done = min(step / self.settings.beta_steps, 1.0)
         return self.settings.beta_start + (self.settings.beta_end - self.settings.beta_start) * done
 
-    def loss(self, data: EvaluatedLogs, model: EvaluatedLogs | None, step: int) -> tuple[Tensor, Metrics]:
-        """The annealed loss.
-
-        Raises:
-            ValueError: rollouts are needed and absent, or given and without effect.
-        """
-        if (model is not None) != self.needs_rollouts:
-            advice = "needs rollouts" if self.needs_rollouts else "takes no rollouts; pass model=None"
-            raise ValueError(
-                f"sequencematch with divergence={self.settings.divergence} and "
-                f"estimator={self.settings.estimator} {advice}"
-            )
-        per_action = data.counts.logs / max(data.counts.actions, 1)
-        penalty_data = data.mean_over_logs(self._penalty_sum(data, self.divergence.penalty))
-        penalty_data = penalty_data / self.settings.alpha * per_action
+    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+        """beta * cross-entropy + (1 - beta) * the terms of -J that stand under E_data."""
+        per_action = _logs_per_action(data.counts)
+        penalty = data.mean_over_logs(self._penalty_sum(data, self.divergence.penalty))
+        penalty = penalty / self.settings.alpha * per_action
         if self.settings.estimator == "collapsed":
             likelihood = data.mean_over_logs(self._discount(data.tree.time, data) * data.values.log_prob) * per_action
-            loss_sequencematch = penalty_data - likelihood
+            loss_sequencematch = penalty - likelihood
         else:
-            assert model is not None
             reward = data.mean_over_logs(self._phi_sum(data))
-            values = data.mean_over_logs(self._value_sum(data)) + model.mean_over_logs(self._value_sum(model))
+            values = data.mean_over_logs(self._value_sum(data))
             loss_sequencematch = (values / 2 - reward) * per_action
-
-        metrics: Metrics = {}
-        if model is not None and self.divergence.penalises_rollouts:
-            squared = model.mean_over_logs(self._penalty_sum(model, torch.square))
-            penalty_model = self.mixture_coefficient * squared * per_action
-            loss_sequencematch = loss_sequencematch + penalty_model
-            metrics["penalty_model"] = penalty_model.detach()
-
         beta = self.beta(step)
         loss_behaviour_cloning = cross_entropy(data)
         loss = beta * loss_behaviour_cloning + (1.0 - beta) * loss_sequencematch
-        metrics |= {
+        metrics = {
             "loss": loss.detach(),
             "loss_behaviour_cloning": loss_behaviour_cloning.detach(),
             "loss_sequencematch": loss_sequencematch.detach(),
-            "penalty_data": penalty_data.detach(),
+            "penalty_data": penalty.detach(),
             "beta": loss.new_tensor(beta * data.tree.num_logs / max(data.counts.logs, 1)),
             **likelihood_metrics(data),
             **self._residual_metrics(data, ""),
         }
-        if model is not None:
-            metrics |= self._residual_metrics(model, "_model")
-            metrics |= {f"{name}_model": value for name, value in likelihood_metrics(model).items()}
+        return loss, metrics
+
+    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
+        """(1 - beta) * the terms of -J that stand under E_model.
+
+        Raises:
+            ValueError: the estimator and the divergence leave no such term.
+        """
+        if not self.needs_rollouts:
+            raise ValueError(
+                f"sequencematch with divergence={self.settings.divergence} and "
+                f"estimator={self.settings.estimator} takes no rollouts"
+            )
+        per_action = _logs_per_action(data_counts)
+        loss_sequencematch = rollouts.values.q.new_zeros(())
+        metrics: Metrics = {}
+        if self.settings.estimator == "printed":
+            values = rollouts.mean_over_logs(self._value_sum(rollouts))
+            loss_sequencematch = loss_sequencematch + values / 2 * per_action
+        if self.divergence.penalises_rollouts:
+            squared = rollouts.mean_over_logs(self._penalty_sum(rollouts, torch.square))
+            penalty = self.mixture_coefficient * squared * per_action
+            loss_sequencematch = loss_sequencematch + penalty
+            metrics["penalty_model"] = penalty.detach()
+        loss = (1.0 - self.beta(step)) * loss_sequencematch
+        metrics |= {
+            "loss": loss.detach(),
+            "loss_sequencematch": loss_sequencematch.detach(),
+            **self._residual_metrics(rollouts, "_model"),
+            **{f"{name}_model": value for name, value in likelihood_metrics(rollouts).items()},
+        }
         return loss, metrics
 
     def _residual(self, logs: EvaluatedLogs) -> Tensor:
@@ -161,3 +170,8 @@ class SequenceMatch:
             f"r{suffix}_max_abs": magnitude.max(),
             f"r_share_beyond_bound{suffix}": logs.mean_over_actions(beyond),
         }
+
+
+def _logs_per_action(data_counts: LogCounts) -> float:
+    """Data logs per data action of the global batch: from a mean over logs to the scale of one action."""
+    return data_counts.logs / max(data_counts.actions, 1)

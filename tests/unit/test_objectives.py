@@ -37,6 +37,15 @@ def evaluate(model, logs, counts=None, max_nodes_per_row=12) -> EvaluatedLogs:
     return EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts or LogCounts.of([tree]))
 
 
+def total_loss(objective, data, rollouts, step):
+    """The sum that the trainer takes over micro-batches, for one of each kind."""
+    loss, metrics = objective.data_loss(data, step)
+    if rollouts is None:
+        return loss, metrics
+    rollout_loss, rollout_metrics = objective.rollout_loss(rollouts, data.counts, step)
+    return loss + rollout_loss, combine_metrics([metrics, rollout_metrics])
+
+
 def gradients(loss, model):
     return torch.autograd.grad(loss, list(model.parameters()))
 
@@ -49,13 +58,13 @@ def settings(**changes) -> SequenceMatchSettings:
 def test_likelihood(model, name):
     objective = make_objective(LikelihoodSettings(name=name))
     assert (objective.name, objective.needs_rollouts) == (name, False)
-    loss, metrics = objective.loss(evaluate(model, DATA), None, step=0)
+    loss, metrics = total_loss(objective, evaluate(model, DATA), None, step=0)
     expected = oracle.cross_entropy([walk(model, log, BACKSPACE) for log in DATA])
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(loss, model), gradients(expected, model))
     assert float(metrics["loss_behaviour_cloning"]) == pytest.approx(expected.item())
     with pytest.raises(ValueError, match="takes no rollouts"):
-        objective.loss(evaluate(model, DATA), evaluate(model, MODEL), step=0)
+        total_loss(objective, evaluate(model, DATA), evaluate(model, MODEL), step=0)
 
 
 CASES = [("chi2", None), ("chi2_mixture", None), ("chi2_mixture", 1.0)]
@@ -72,7 +81,7 @@ def test_sequencematch_against_the_oracle(model, divergence, coefficient, estima
     mixture = {"chi2": 0.0, "chi2_mixture": coefficient or 1 / (4 * ALPHA)}[divergence]
     data = evaluate(model, data_logs)
     rollouts = evaluate(model, MODEL) if objective.needs_rollouts else None
-    loss, _ = objective.loss(data, rollouts, step=0)
+    loss, _ = total_loss(objective, data, rollouts, step=0)
     expected = oracle.sequencematch_loss(
         [walk(model, log, BACKSPACE) for log in data_logs],
         [walk(model, log, BACKSPACE) for log in MODEL],
@@ -94,7 +103,7 @@ def test_printed_equals_collapsed_with_a_shared_start(model, divergence):
     losses = {}
     for estimator in ("printed", "collapsed"):
         objective = make_objective(settings(divergence=divergence, estimator=estimator))
-        losses[estimator], _ = objective.loss(data, sampled if objective.needs_rollouts else None, step=0)
+        losses[estimator], _ = total_loss(objective, data, sampled if objective.needs_rollouts else None, step=0)
     torch.testing.assert_close(losses["printed"], losses["collapsed"], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
         torch.autograd.grad(losses["printed"], list(model.parameters()), retain_graph=True),
@@ -107,8 +116,8 @@ def test_printed_equals_collapsed_with_a_shared_start(model, divergence):
 def test_other_start_states_leave_a_residue(model):
     """The reason for the shared start: the printed form is another number without it."""
     data, sampled = evaluate(model, HARD[:3]), evaluate(model, MODEL)
-    printed, _ = make_objective(settings(divergence="chi2", estimator="printed")).loss(data, sampled, step=0)
-    collapsed, _ = make_objective(settings(divergence="chi2")).loss(data, None, step=0)
+    printed, _ = total_loss(make_objective(settings(divergence="chi2", estimator="printed")), data, sampled, step=0)
+    collapsed, _ = total_loss(make_objective(settings(divergence="chi2")), data, None, step=0)
     start = [walk(model, log, BACKSPACE).v[0] for log in HARD[:3]], [walk(model, log, BACKSPACE).v[0] for log in MODEL]
     residue = (torch.stack(start[1]).mean() - torch.stack(start[0]).mean()) / 2
     actions = sum(len(log.actions) for log in HARD[:3])
@@ -118,7 +127,7 @@ def test_other_start_states_leave_a_residue(model):
 
 def test_mixture_penalty_is_a_squared_bellman_residual(model):
     """(alpha/4) (E[sum gamma^t r^2] + E[gamma^M (1-gamma) V^2]), scaled to data actions."""
-    _, metrics = make_objective(settings()).loss(evaluate(model, DATA), evaluate(model, MODEL), step=0)
+    _, metrics = total_loss(make_objective(settings()), evaluate(model, DATA), evaluate(model, MODEL), step=0)
     total = 0.0
     for log in MODEL:
         w = walk(model, log, BACKSPACE)
@@ -135,7 +144,7 @@ def test_value_at_eos_is_trained(model):
     values = action_values(model, tree, BACKSPACE)
     values.v_final.retain_grad()
     data = EvaluatedLogs(tree, values, LogCounts.of([tree]))
-    loss, _ = make_objective(settings(divergence="chi2")).loss(data, None, step=0)
+    loss, _ = total_loss(make_objective(settings(divergence="chi2")), data, None, step=0)
     loss.backward()
     assert float(values.v_final.grad.abs().sum()) > 0
 
@@ -145,7 +154,7 @@ def test_beta_is_annealed_linearly(model):
     objective = make_objective(settings(**changes))
     data, sampled = evaluate(model, DATA), evaluate(model, MODEL)
     for step, beta in ((0, 0.8), (5, 0.5), (10, 0.2), (1000, 0.2)):
-        loss, metrics = objective.loss(data, sampled, step)
+        loss, metrics = total_loss(objective, data, sampled, step)
         assert float(metrics["beta"]) == pytest.approx(beta)
         mixed = beta * metrics["loss_behaviour_cloning"] + (1 - beta) * metrics["loss_sequencematch"]
         torch.testing.assert_close(loss.detach(), mixed)
@@ -154,12 +163,12 @@ def test_beta_is_annealed_linearly(model):
 def test_micro_batches_add_up(model):
     """Losses, gradients and metrics of parts with global counts sum to those of the whole."""
     objective = make_objective(settings(beta_start=0.5, beta_end=0.5))
-    whole_loss, whole = objective.loss(evaluate(model, DATA), evaluate(model, MODEL), step=0)
+    whole_loss, whole = total_loss(objective, evaluate(model, DATA), evaluate(model, MODEL), step=0)
     data_counts, model_counts = LogCounts.of([build(DATA)]), LogCounts.of([build(MODEL)])
     assert LogCounts.of([build(DATA[:3])]) + LogCounts.of([build(DATA[3:])]) == data_counts
     parts = [
-        objective.loss(evaluate(model, DATA[:3], data_counts), evaluate(model, MODEL[:1], model_counts), step=0),
-        objective.loss(evaluate(model, DATA[3:], data_counts), evaluate(model, MODEL[1:], model_counts), step=0),
+        total_loss(objective, evaluate(model, data, data_counts), evaluate(model, rollouts, model_counts), step=0)
+        for data, rollouts in ((DATA[:3], MODEL[:1]), (DATA[3:], MODEL[1:]))
     ]
     torch.testing.assert_close(parts[0][0] + parts[1][0], whole_loss)
     torch.testing.assert_close(gradients(parts[0][0] + parts[1][0], model), gradients(whole_loss, model))
@@ -171,7 +180,9 @@ def test_micro_batches_add_up(model):
 
 def test_metrics_say_what_they_are_named(model):
     alpha = 0.5  # small enough a bound that some residuals lie beyond it
-    _, metrics = make_objective(settings(alpha=alpha)).loss(evaluate(model, DATA), evaluate(model, MODEL), step=0)
+    _, metrics = total_loss(
+        make_objective(settings(alpha=alpha)), evaluate(model, DATA), evaluate(model, MODEL), step=0
+    )
     walks = [walk(model, log, BACKSPACE) for log in DATA]
     residuals = torch.stack([q - GAMMA * w.v[t + 1] for w in walks for t, q in enumerate(w.q)])
     log_probs = torch.stack([q - w.v[t] for w in walks for t, q in enumerate(w.q)])
@@ -195,7 +206,7 @@ def test_metrics_say_what_they_are_named(model):
 
 def test_backspace_probability_is_that_of_the_policy(model):
     logs = [HARD[0]]  # three states before an action; the first is the floor, where it is 0
-    _, metrics = make_objective(LikelihoodSettings(name="mle")).loss(evaluate(model, logs), None, step=0)
+    _, metrics = total_loss(make_objective(LikelihoodSettings(name="mle")), evaluate(model, logs), None, step=0)
     probabilities = [
         model(input_ids=torch.tensor([text])).logits[0, -1].softmax(-1)[BACKSPACE] for text in ([1, 4, 5], [1, 4, 5, 6])
     ]
@@ -204,7 +215,7 @@ def test_backspace_probability_is_that_of_the_policy(model):
 
 def test_a_batch_of_empty_logs_has_a_finite_loss(model):
     empty = [Log([9], [], finish_reason="aborted", source="policy")]
-    loss, metrics = make_objective(settings()).loss(evaluate(model, empty), evaluate(model, empty), step=0)
+    loss, metrics = total_loss(make_objective(settings()), evaluate(model, empty), evaluate(model, empty), step=0)
     assert math.isfinite(float(loss.detach()))
     assert all(math.isfinite(float(value)) for value in metrics.values())
 
@@ -212,19 +223,19 @@ def test_a_batch_of_empty_logs_has_a_finite_loss(model):
 def test_truncated_logs_have_no_reason_to_lift_a_value(model):
     """Dropping the phi tail alone would leave a term linear in V(s_N); the tangent cancels it."""
     log = Log([9], [], finish_reason="max_actions")
-    loss, _ = make_objective(settings(divergence="chi2")).loss(evaluate(model, [log, HARD[2]]), None, step=0)
-    only, _ = make_objective(settings(divergence="chi2")).loss(evaluate(model, [HARD[2]]), None, step=0)
+    loss, _ = total_loss(make_objective(settings(divergence="chi2")), evaluate(model, [log, HARD[2]]), None, step=0)
+    only, _ = total_loss(make_objective(settings(divergence="chi2")), evaluate(model, [HARD[2]]), None, step=0)
     torch.testing.assert_close(loss, only)
 
 
 @pytest.mark.parametrize("estimator", ["collapsed", "printed"])
 @pytest.mark.parametrize("divergence", ["chi2", "chi2_mixture"])
-def test_rollouts_are_given_exactly_when_needed(model, divergence, estimator):
+def test_rollouts_without_effect_are_refused(model, divergence, estimator):
     objective = make_objective(settings(divergence=divergence, estimator=estimator))
     assert objective.needs_rollouts == (divergence == "chi2_mixture" or estimator == "printed")
-    wrong = None if objective.needs_rollouts else evaluate(model, MODEL)
-    with pytest.raises(ValueError, match="rollouts"):
-        objective.loss(evaluate(model, DATA), wrong, step=0)
+    if not objective.needs_rollouts:
+        with pytest.raises(ValueError, match="takes no rollouts"):
+            total_loss(objective, evaluate(model, DATA), evaluate(model, MODEL), step=0)
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
@@ -285,7 +296,7 @@ def test_the_optimum_is_the_data_policy(divergence):
             log_prob_backspace=torch.zeros(tree.num_actions),
         )
         evaluated = EvaluatedLogs(tree, values, LogCounts.of([tree]))
-        loss, _ = objective.loss(evaluated, evaluated if objective.needs_rollouts else None, step=0)
+        loss, _ = total_loss(objective, evaluated, evaluated if objective.needs_rollouts else None, step=0)
         loss.backward()
         return loss
 

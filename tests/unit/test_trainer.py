@@ -267,12 +267,15 @@ class OverflowingObjective:
     def __init__(self, broken: str) -> None:
         self._broken = broken
 
-    def loss(self, data: EvaluatedLogs, model: EvaluatedLogs | None, step: int) -> tuple[Tensor, Metrics]:
+    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         mean = data.values.v.mean()
-        if step == 0:
-            return mean, {}
-        # The slope of a square root is infinite at 0, its value is not.
-        return {"loss": mean * torch.inf, "gradient": (mean - mean.detach()).clamp(min=0).sqrt()}[self._broken], {}
+        if step > 0:
+            # The slope of a square root is infinite at 0, its value is not.
+            mean = {"loss": mean * torch.inf, "gradient": (mean - mean.detach()).clamp(min=0).sqrt()}[self._broken]
+        return mean, {"loss": mean.detach()}
+
+    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
+        raise AssertionError("no rollouts are given")
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
@@ -313,7 +316,8 @@ def test_rollouts_reach_an_objective_that_needs_them(task):
         for batch in (make_stream(task).draw(8), HandMadeRollouts(task).draw(5)):
             tree = trees.build(batch)
             evaluated.append(EvaluatedLogs(tree, action_values(model, tree, task.backspace_id), LogCounts.of([tree])))
-        expected, _ = objective.loss(*evaluated, 0)
+        experts, policy = evaluated
+        expected = objective.data_loss(experts, 0)[0] + objective.rollout_loss(policy, experts.counts, 0)[0]
     metrics = make_trainer(task, model, stage, rollouts=rollouts).train_step()
     assert metrics["loss"] == pytest.approx(float(expected))
     assert metrics["penalty_model"] > 0
