@@ -1,4 +1,4 @@
-"""The training loop of one stage: draw trajectories, one forward pass per state tree, one optimizer step.
+"""The training loop of one stage: draw trajectories, one forward pass per tree batch, one optimizer step.
 
 The loop knows neither Ray nor the disk: data, publication, metrics and checkpoints come in as seams, so that it runs
 alone in a test. `learner.worker` wires it to a run.
@@ -7,9 +7,7 @@ alone in a test. `learner.worker` wires it to a run.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
-import pyarrow as pa
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,30 +15,11 @@ from transformers import PreTrainedModel
 from learner.action_values import action_values
 from learner.batch_source import BatchSource
 from learner.checkpoint import TrainingState
+from learner.micro_batches import TreeSettings, build_micro_batches
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics
 from learner.optimizer import make_optimizer, make_schedule
 from learner.stage_settings import StageSettings
-from learner.state_tree import TreeBatch, build_tree_batch
-
-
-@dataclass(frozen=True)
-class TreeSettings:
-    """How trajectories become state trees (see `build_tree_batch`)."""
-
-    backspace_id: int
-    eos_id: int
-    max_nodes_per_row: int
-    max_positions: int
-
-    def build(self, batch: pa.RecordBatch) -> TreeBatch:
-        """State trees of a batch of trajectories."""
-        return build_tree_batch(
-            batch,
-            backspace_id=self.backspace_id,
-            eos_id=self.eos_id,
-            max_nodes_per_row=self.max_nodes_per_row,
-            max_positions=self.max_positions,
-        )
+from learner.state_tree import TreeBatch
 
 
 class Trainer:
@@ -85,16 +64,21 @@ class Trainer:
             FloatingPointError: the loss or the gradient is not finite; the weights are as they were before.
         """
         started = time.perf_counter()
-        experts = self._trees.build(self._experts.draw(self._stage.batch_size))
+        experts = build_micro_batches(self._experts.draw(self._stage.batch_size), self._trees)
         policy = (
-            None if self._rollouts is None else self._trees.build(self._rollouts.draw(self._stage.rollout_batch_size))
+            []
+            if self._rollouts is None
+            else build_micro_batches(self._rollouts.draw(self._stage.rollout_batch_size), self._trees)
         )
         drawn = time.perf_counter()
         self._optimizer.zero_grad(set_to_none=True)
-        data_counts = LogCounts.of([experts])
-        shares = [self._backward(self._objective.data_loss(self._evaluate(experts, data_counts), self.step))]
-        if policy is not None:
-            evaluated = self._evaluate(policy, LogCounts.of([policy]))
+        data_counts, policy_counts = LogCounts.of(experts), LogCounts.of(policy)
+        shares = []
+        for tree in experts:
+            evaluated = self._evaluate(tree, data_counts)
+            shares.append(self._backward(self._objective.data_loss(evaluated, self.step)))
+        for tree in policy:
+            evaluated = self._evaluate(tree, policy_counts)
             shares.append(self._backward(self._objective.rollout_loss(evaluated, data_counts, self.step)))
         objective_metrics = combine_metrics(shares)
         loss = objective_metrics["loss"]
@@ -109,7 +93,7 @@ class Trainer:
         self._schedule.step()
         self.step += 1
         seconds = time.perf_counter() - started
-        trees = [experts] if policy is None else [experts, policy]
+        trees = [*experts, *policy]
         num_actions = sum(tree.num_actions for tree in trees)
         num_nodes = sum(tree.num_nodes for tree in trees)
         return {

@@ -26,13 +26,14 @@ from learner.checkpoint import (
     save_checkpoint,
 )
 from learner.metrics_log import MetricsLog
+from learner.micro_batches import TreeSettings
 from learner.model import load_policy
 from learner.objectives.registry import make_objective
 from learner.publisher import WeightPublisher, make_probe
 from learner.settings import ModelSettings, ScratchModelSettings
 from learner.stage_settings import LearnerSettings, StageSettings
 from learner.status import LearnerStatus, StageResult
-from learner.trainer import Trainer, TreeSettings
+from learner.trainer import Trainer
 
 RECENT_STEPS = 20
 

@@ -20,12 +20,13 @@ from buffer.settings import ArithmeticTaskSettings, NoiseSettings
 from learner.action_values import action_values
 from learner.batch_source import BatchSource
 from learner.checkpoint import Progress, load_weights, read_progress, read_training_state, save_checkpoint
+from learner.micro_batches import TreeSettings, build_micro_batches
 from learner.model import load_policy
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective
 from learner.objectives.registry import make_objective
 from learner.settings import ScratchModelSettings
 from learner.stage_settings import StageSettings
-from learner.trainer import Trainer, TreeSettings
+from learner.trainer import Trainer
 
 SEED = 5
 OPTIMIZER = {"learning_rate": 5e-3, "warmup_steps": 3}
@@ -137,7 +138,7 @@ def test_metrics_describe_the_step(task):
     trainer = make_trainer(task, make_model(task), stage)
     experts, rollouts = make_stream(task).draw(8), HandMadeRollouts(task).draw(5)
     metrics = trainer.train_step()
-    trees = [make_trees(task).build(batch) for batch in (experts, rollouts)]
+    trees = [tree for batch in (experts, rollouts) for tree in build_micro_batches(batch, make_trees(task))]
     assert metrics["learning_rate"] == pytest.approx(5e-3 / 3)
     assert metrics["actions_per_s"] * metrics["step_s"] == pytest.approx(sum(tree.num_actions for tree in trees))
     assert metrics["nodes_per_s"] * metrics["step_s"] == pytest.approx(sum(tree.num_nodes for tree in trees))
@@ -314,7 +315,7 @@ def test_rollouts_reach_an_objective_that_needs_them(task):
     evaluated = []
     with torch.no_grad():
         for batch in (make_stream(task).draw(8), HandMadeRollouts(task).draw(5)):
-            tree = trees.build(batch)
+            (tree,) = build_micro_batches(batch, trees)
             evaluated.append(EvaluatedLogs(tree, action_values(model, tree, task.backspace_id), LogCounts.of([tree])))
         experts, policy = evaluated
         expected = objective.data_loss(experts, 0)[0] + objective.rollout_loss(policy, experts.counts, 0)[0]
