@@ -15,6 +15,7 @@ import ray
 from launch.errors import UserError
 from launch.run_folder import LiveCluster, remove_cluster, write_cluster
 from launch.settings import ClusterSettings, RunSettings
+from launch.stop_signals import stop_signals_interrupt
 
 
 @contextlib.contextmanager
@@ -31,7 +32,8 @@ def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
         context = ray.get_runtime_context()
         cluster = LiveCluster(context.gcs_address, namespace, os.getpid())
         write_cluster(folder, cluster)
-        yield cluster
+        with stop_signals_interrupt():  # again: Ray has set a handler of its own
+            yield cluster
     finally:
         remove_cluster(folder)
         ray.shutdown()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import typer
 
 from launch.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunFailedError, UserError
+from launch.stop_signals import stop_signals_interrupt
 
 EXIT_RUN_FAILED = 1
 
@@ -18,7 +19,8 @@ EXIT_RUN_FAILED = 1
 def reported_errors() -> Iterator[None]:
     """Around a whole command: what a person can act on becomes one line; a defect keeps its traceback."""
     try:
-        yield
+        with stop_signals_interrupt():
+            yield
     except UserError as error:
         _end(str(error), EXIT_USER_ERROR)
     except RunFailedError as error:

@@ -116,6 +116,10 @@ class TrainProcess:
         """Ctrl-C: SIGINT to the whole foreground process group."""
         os.killpg(self._process.pid, signal.SIGINT)
 
+    def terminate(self) -> None:
+        """What a job system sends to the command alone."""
+        self._process.terminate()
+
     def wait(self, timeout_s: float) -> int:
         """The exit code."""
         try:
