@@ -30,7 +30,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.action_log import FinishedLog, Float32, Int32, finished_log
 from actors.decoding_state import EXTRA_ARGS_KEY, DecodingState
-from actors.engine_checks import check_vllm_config
+from actors.engine_checks import check_fit, check_vllm_config
 from actors.engine_settings import EngineSettings, SamplingSettings, check_environment, engine_environment
 from actors.weight_loading import ExpectedTensors, Shape, load_in_place
 
@@ -75,6 +75,7 @@ class BackspaceEngine:
         # VLLM_CPU_KVCACHE_SPACE would override the setting silently.
         config.cache_config.kv_cache_memory_bytes = settings.kv_cache_bytes
         check_vllm_config(config)
+        check_fit(config, settings.kv_cache_bytes)
         self.vocab_size: int = config.model_config.get_vocab_size()
         for name, token_id in (("backspace_id", backspace_id), ("eos_id", eos_id)):
             if not 0 <= token_id < self.vocab_size:

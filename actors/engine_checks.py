@@ -6,7 +6,10 @@ Pure functions over vLLM's own configuration objects.
 
 from __future__ import annotations
 
+import math
+
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 
@@ -37,6 +40,36 @@ def check_vllm_config(config: VllmConfig) -> None:
     broken = [text for text, found in problems.items() if found]
     if broken:
         raise ValueError("the engine can't take tokens back with this configuration: " + "; ".join(broken))
+
+
+def check_fit(config: VllmConfig, kv_cache_bytes: int) -> None:
+    """Refuse what vLLM would find out only when the engine takes its first step, or say in terms of the GPU.
+
+    Raises:
+        ValueError: not one text of full length fits into the key-value cache, or the CPU kernels lack the head size.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    head_size = model.get_head_size()
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        if head_size not in sizes:
+            raise ValueError(
+                f"vLLM has no CPU attention for heads of {head_size} (hidden size over number of heads): choose a "
+                f"model with one of {', '.join(map(str, sizes))}"
+            )
+    block_size = config.cache_config.block_size
+    num_tokens = math.ceil(model.max_model_len / block_size) * block_size
+    token_bytes = (
+        2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * head_size * model.dtype.itemsize
+    )
+    if num_tokens * token_bytes > kv_cache_bytes:
+        raise ValueError(
+            f"one text of {model.max_model_len} tokens needs {num_tokens * token_bytes / 2**30:.3g} GiB of key-value "
+            f"cache, more than the {kv_cache_bytes / 2**30:.3g} GiB of actors.kv_cache_gib: raise it, or lower the "
+            "length"
+        )
 
 
 def check_kv_cache(kv_cache: KVCacheConfig) -> None:

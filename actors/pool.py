@@ -74,6 +74,7 @@ class ActorPool:
         self._first_version = 0
         self._stopping = False
         self._failure: str | None = None
+        self._refused = False
         self._events: deque[str] = deque(maxlen=MAX_EVENTS)
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -129,6 +130,7 @@ class ActorPool:
             ),
             events=tuple(self._events),
             failure=self._failure,
+            refused=self._refused,
         )
 
     async def stop(self, timeout_s: float) -> None:
@@ -206,7 +208,7 @@ class ActorPool:
         if member.run is None:
             error = _error_of(member.ready)
             if error is not None:
-                self._fail(member, error, now)
+                self._fail(member, error, now, in_vain=_is_refusal(member.ready))
             elif member.ready.done():
                 self._put_to_work(member, now)
             elif now - member.born_at > settings.start_timeout_s:
@@ -244,20 +246,23 @@ class ActorPool:
         _control(member.handle.drain)
         self._note(f"{member.name} draining")
 
-    def _fail(self, member: _Member, reason: str, now: float) -> None:
+    def _fail(self, member: _Member, reason: str, now: float, in_vain: bool = False) -> None:
+        """Remove a member that failed, and plan its successor. in_vain: a successor would fail in the same way."""
         leaving = member.state == "draining"
         self._remove(member.name, f"{member.name} failed: {reason}")
         if leaving:
             return
         failures = self._failures[member.name] = self._failures.get(member.name, 0) + 1
         self._retry_at[member.name] = now + min(MAX_BACKOFF_S, 2.0 ** (failures - 1))
-        if failures <= self._spec.settings.max_restarts:
+        if failures <= self._spec.settings.max_restarts and not in_vain:
             return
         if any(other.state == "running" for other in self._members.values()):
             self._desired -= 1
             self._note(f"gave up on {member.name}; the run goes on with {self._desired} actors")
         else:
-            self._failure = f"{member.name} failed {failures} times in a row, the last time: {reason}"
+            self._refused = in_vain
+            times = "" if in_vain else f" {failures} times in a row, the last time"
+            self._failure = f"{member.name} failed{times}: {reason}"
 
     def _remove(self, name: str, event: str) -> None:
         ray.kill(self._members.pop(name).handle)
@@ -287,3 +292,9 @@ def _error_of(task: asyncio.Task[object]) -> str | None:
         return str(error).strip().splitlines()[-1]  # the rest is the traceback of the constructor
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+
+
+def _is_refusal(task: asyncio.Task[object]) -> bool:
+    """Whether an actor's constructor raised: what it is born with is wrong, and will be the next time."""
+    error = task.exception()
+    return isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed

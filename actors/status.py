@@ -39,3 +39,4 @@ class PoolStatus:
     members: tuple[MemberStatus, ...]
     events: tuple[str, ...] = field(default=())  # newest last
     failure: str | None = None  # set when the pool has given up
+    refused: bool = False  # it gave up because the settings cannot be met, and no restart would help

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import pyarrow.compute as pc
 import ray
 from ray.actor import ActorHandle
 from rich.console import Console
@@ -21,6 +22,7 @@ from launch.errors import RunFailedError, UserError
 from launch.live_view import LiveView, RunView
 from launch.settings import RunSettings, needs_actors
 from learner.checkpoint import checkpoints_of, read_progress
+from learner.publisher import PROBE_TOKENS
 from learner.stage_settings import StageSettings
 from learner.status import StageResult
 from learner.worker import LearnerSpec, LearnerWorker, PreparedRun
@@ -156,7 +158,7 @@ class _Crew:
                 raise UserError(str(error.cause)) from None
             raise
         rollout = self._settings.actors.rollout
-        prompt = max(len(ids) for ids in run.task.train["prompt_ids"])
+        prompt: int = pc.max(pc.list_value_length(run.task.example_table()["prompt_ids"])).as_py()
         if prompt + rollout.max_new_tokens > run.max_length:
             raise UserError(
                 f"a prompt of {prompt} tokens and actors.rollout.max_new_tokens={rollout.max_new_tokens} exceed "
@@ -178,7 +180,7 @@ class _Crew:
             task=run.task.name,
             settings=settings.actors,
             noise=settings.noise,
-            max_length=run.max_length,
+            max_length=_engine_length(settings, run),
             seed=settings.seed,
         )
         self._pool = (
@@ -250,7 +252,8 @@ class _Crew:
             view.pool = self._ask(self._pool.status.remote(), view.pool, "the actor pool")
             view.buffer = self._ask(self._buffer.status.remote(), view.buffer, "the replay buffer")
             if view.pool is not None and view.pool.failure is not None:
-                raise RunFailedError(f"the actor pool gave up: {view.pool.failure}")
+                error = UserError if view.pool.refused else RunFailedError
+                raise error(f"the actor pool gave up: {view.pool.failure}")
         self._live.refresh()
 
     def _ask(self, reference: ray.ObjectRef, last: Seen, whom: str) -> Seen:
@@ -288,3 +291,12 @@ def _with_explicit_starts(stages: tuple[StageSettings, ...]) -> list[StageSettin
         start = stage.start_from or (explicit[-1].name if explicit else None)
         explicit.append(stage.model_copy(update={"start_from": start}))
     return explicit
+
+
+def _engine_length(settings: RunSettings, run: PreparedRun) -> int:
+    """Longest text that an engine will hold, in tokens: often far less than the model's context."""
+    examples = run.task.example_table()
+    prompts, targets = (pc.list_value_length(examples[name]) for name in ("prompt_ids", "target_ids"))
+    answers = pc.max_element_wise(targets, settings.actors.rollout.max_new_tokens)
+    longest: int = pc.max(pc.add(prompts, answers)).as_py()
+    return min(run.max_length, max(longest, PROBE_TOKENS) + 1)

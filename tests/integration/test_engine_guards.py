@@ -28,9 +28,10 @@ def config_refusals(folder: str) -> dict[str, str]:
     """Messages for real vLLM configurations, each with one unsupported feature."""
     from vllm import EngineArgs
 
-    from actors.engine_checks import check_vllm_config
+    from actors.engine_checks import check_fit, check_vllm_config
 
-    fine = {"model": folder, "max_model_len": 128, "skip_tokenizer_init": True, "async_scheduling": False}
+    fine = {"model": folder, "dtype": "float32", "max_model_len": 128}
+    fine |= {"skip_tokenizer_init": True, "async_scheduling": False}
     check_vllm_config(EngineArgs(**fine).create_engine_config())
     broken = {
         "speculative": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
@@ -48,6 +49,11 @@ def config_refusals(folder: str) -> dict[str, str]:
     # Without Triton vLLM would not build this configuration, and it reads the variable only until the first engine.
     with mock.patch.object(type(plain), "use_v2_model_runner", True):
         messages["v2 runner"] = _message(lambda: check_vllm_config(plain))
+    token_bytes = 2 * 2 * 1 * 32 * 4  # keys and values, layers, heads, head size, float32
+    check_fit(plain, 128 * token_bytes)
+    messages["cache"] = _message(lambda: check_fit(plain, 128 * token_bytes - 1))
+    with mock.patch.object(type(plain.model_config), "get_head_size", return_value=24):
+        messages["head size"] = _message(lambda: check_fit(plain, 1 << 30))
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     try:
         messages["environment"] = _message(lambda: fresh_engine(EngineSettings(folder)))
@@ -73,6 +79,8 @@ def test_unsupported_configurations_are_refused(tmp_path: Path) -> None:
         "connector": "ValueError: .*kv_transfer_config must be unset",
         "async": "ValueError: .*async_scheduling must be False",
         "v2 runner": "ValueError: .*VLLM_USE_V2_MODEL_RUNNER must be 0",
+        "cache": "ValueError: one text of 128 tokens needs .*actors.kv_cache_gib",
+        "head size": "ValueError: vLLM has no CPU attention for heads of 24",
         "environment": "RuntimeError: .*VLLM_USE_V2_MODEL_RUNNER is '1', the engine needs '0'",
     }
     assert messages.keys() == expected.keys()
