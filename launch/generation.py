@@ -23,7 +23,7 @@ from rich.text import Text
 from actors.engine_settings import EngineSettings, SamplingSettings, engine_environment
 from actors.generator import Generator, PromptGroup
 from buffer.schema import TokenContract
-from launch.rollout_view import RolloutView, view_rollout
+from launch.rollout_view import FLOOR_MARK, RolloutView, view_rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -207,7 +207,7 @@ def rollout_text(view: RolloutView, console: Console) -> Text:
     """Prompt and answer with their deletions: as styles where the console has them, else as marks."""
     if console.is_terminal and console.color_system is not None:
         return view.rich()
-    return Text(view.prompt + view.plain())
+    return Text(view.prompt + FLOOR_MARK + view.plain())
 
 
 def rollout_to_json(view: RolloutView) -> dict[str, object]:

@@ -1,8 +1,9 @@
 """One rollout made visible: what was written, what was taken back, and what was not the policy's own.
 
 On a terminal, deleted tokens are struck through in red, kept ones green, planted and noise tokens yellow, and the
-prompt is dim. As plain text, `1[-7-]6` is a 7 that was taken back, and `{7}` a token that was planted or drawn as
-noise, so that `[-{7}-]6` is a planted mistake that was corrected. `…` ends a rollout that was cut off.
+prompt is dim and ends with a bar. As plain text, `1[-7-]6` is a 7 that was taken back, and `{7}` a token that was
+planted or drawn as noise, so that `[-{7}-]6` is a planted mistake that was corrected. `…` ends a rollout that was cut
+off.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Bool = npt.NDArray[np.bool_]
 
 _CUT_OFF = "…"
+FLOOR_MARK = "│"  # prompt and answer may run together otherwise: `77?` and `6128`
 # A generated control character must not reach the terminal: it could move the cursor or set colours.
 _VISIBLE = {
     code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), 127, *range(0x80, 0xA0)) if chr(code) not in "\n\t"
@@ -52,7 +54,7 @@ class RolloutView:
         """For a terminal."""
         from rich.text import Text
 
-        text = Text(self.prompt, style="dim")
+        text = Text(self.prompt + FLOOR_MARK, style="dim")
         for segment in self.segments:
             style = "yellow" if segment.foreign else "red" if segment.deleted else "green"
             text.append(segment.text, style=f"dim strike {style}" if segment.deleted else f"not dim {style}")

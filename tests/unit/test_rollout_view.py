@@ -69,7 +69,7 @@ def test_planted_and_noise_tokens_are_marked() -> None:
 def test_rich_styles() -> None:
     view = view_rollout(batch_of(ids_of("1?"), ids_of("78<<16")), 1, TOKENIZER, CONTRACT, num_planted=1)
     text = view.rich()
-    assert text.plain == "1?7816…"
+    assert text.plain == "1?│7816…"
     styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
     assert styles == {"7": "dim strike yellow", "8": "dim strike red", "16": "not dim green"}
     assert text.style == "dim"
