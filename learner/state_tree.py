@@ -83,6 +83,14 @@ class TreeBatch:
         """A."""
         return int(self.action.shape[0])
 
+    def without_logs(self) -> TreeBatch:
+        """The same nodes with no log on them: every sum over actions or logs is 0, and so is its gradient."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        names = list(values)
+        of_logs = names[names.index("log") : names.index("num_nodes")]  # see the order of the fields above
+        emptied = {name: values[name][:0] for name in of_logs}
+        return TreeBatch(**values | emptied | {"num_nodes": 0, "num_nodes_unshared": 0})
+
     def to(self, device: torch.device | str) -> TreeBatch:
         """The same batch with its tensors on `device`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

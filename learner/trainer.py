@@ -1,56 +1,81 @@
 """The training loop of one stage: draw trajectories, one forward pass per tree batch, one optimizer step.
 
 The loop knows neither Ray nor the disk: data, publication, metrics and checkpoints come in as seams, so that it runs
-alone in a test. `learner.worker` wires it to a run.
+alone in a test. `learner.worker` wires it to a run. With several ranks every one of them runs this loop, on the same
+batches; each evaluates its share, and what is decided on (loss, gradient norm) is the same everywhere.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
+import pyarrow as pa
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from learner.action_values import action_values
 from learner.batch_source import BatchSource
 from learner.checkpoint import TrainingState
 from learner.micro_batches import TreeSettings, build_micro_batches
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics
 from learner.optimizer import make_optimizer, make_schedule
+from learner.rank_shares import count_logs, share_of_rank
+from learner.ranks import Ranks
+from learner.sharding import (
+    OptimizerState,
+    clip_gradients,
+    load_optimizer_state,
+    synchronise_gradients,
+    whole_optimizer_state,
+)
 from learner.stage_settings import StageSettings
 from learner.state_tree import TreeBatch
+from learner.tree_policy import TreePolicy
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward and backward pass. counts: of the whole draw, over all ranks."""
+
+    tree: TreeBatch
+    counts: LogCounts
+    loss: Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]
 
 
 class Trainer:
     """One stage of training, step by step.
 
     Args:
-        experts: expert trajectories. rollouts: policy trajectories, exactly where the objective needs them.
+        policy: sharded among `ranks`, if they are several.
+        experts: expert trajectories. rollouts: policy trajectories, exactly where the objective needs them. Both give
+            the same at every rank.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        policy: TreePolicy,
         objective: Objective,
         stage: StageSettings,
         trees: TreeSettings,
         experts: BatchSource,
         rollouts: BatchSource | None,
+        ranks: Ranks | None = None,
     ) -> None:
         assert (rollouts is not None) == objective.needs_rollouts
         self.step = 0
-        self._model = model
+        self._policy = policy
         self._objective = objective
         self._stage = stage
         self._trees = trees
         self._experts = experts
         self._rollouts = rollouts
-        self._optimizer = make_optimizer(model, stage.optimizer)
+        self._ranks = ranks or Ranks()
+        self._optimizer = make_optimizer(policy.model, stage.optimizer)
         self._schedule = make_schedule(self._optimizer, stage.optimizer, stage.steps)
-        # Gradients flow in evaluation mode too. In training mode a model with dropout would be a random sub-network on
-        # every step, so log-probabilities, values and the published probe would not be those of the model that acts.
-        model.eval()
+        policy.eval()
 
     @property
     def finished(self) -> bool:
@@ -62,75 +87,101 @@ class Trainer:
 
         Raises:
             FloatingPointError: the loss or the gradient is not finite; the weights are as they were before.
+            RankLostError: another rank failed.
         """
         started = time.perf_counter()
-        experts = build_micro_batches(self._experts.draw(self._stage.batch_size), self._trees)
-        policy = (
-            []
-            if self._rollouts is None
-            else build_micro_batches(self._rollouts.draw(self._stage.rollout_batch_size), self._trees)
-        )
+        experts = self._experts.draw(self._stage.batch_size)
+        rollouts = None if self._rollouts is None else self._rollouts.draw(self._stage.rollout_batch_size)
         drawn = time.perf_counter()
-        self._optimizer.zero_grad(set_to_none=True)
-        data_counts, policy_counts = LogCounts.of(experts), LogCounts.of(policy)
-        shares = []
-        for tree in experts:
-            evaluated = self._evaluate(tree, data_counts)
-            shares.append(self._backward(self._objective.data_loss(evaluated, self.step)))
-        for tree in policy:
-            evaluated = self._evaluate(tree, policy_counts)
-            shares.append(self._backward(self._objective.rollout_loss(evaluated, data_counts, self.step)))
-        objective_metrics = combine_metrics(shares)
-        loss = objective_metrics["loss"]
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._stage.optimizer.max_grad_norm)
-        if not bool(torch.isfinite(loss) & torch.isfinite(gradient_norm)):
+        passes = self._passes(experts, rollouts)
+        with self._ranks.exchange(f"step {self.step}"):
+            objective_metrics, gradient_norm = self._accumulate(passes)
+        loss = float(objective_metrics["loss"])
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise FloatingPointError(
-                f"step {self.step}: loss {loss.item():.4g}, gradient norm {gradient_norm.item():.4g}; "
+                f"step {self.step}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}; "
                 "lower the learning rate or alpha"
             )
         learning_rate = self._schedule.get_last_lr()[0]
         self._optimizer.step()
         self._schedule.step()
         self.step += 1
+        num_actions, num_nodes, num_nodes_unshared = self._ranks.sum(
+            [
+                sum(each.tree.num_actions for each in passes),
+                sum(each.tree.num_nodes for each in passes),
+                sum(each.tree.num_nodes_unshared for each in passes),
+            ]
+        )
         seconds = time.perf_counter() - started
-        trees = [*experts, *policy]
-        num_actions = sum(tree.num_actions for tree in trees)
-        num_nodes = sum(tree.num_nodes for tree in trees)
         return {
             **{name: float(value) for name, value in objective_metrics.items()},
-            "gradient_norm": float(gradient_norm),
+            "gradient_norm": gradient_norm,
             "learning_rate": learning_rate,
             "step_s": seconds,
             "data_wait_s": drawn - started,
             "actions_per_s": num_actions / seconds,
             "nodes_per_s": num_nodes / seconds,
-            "sharing_ratio": sum(tree.num_nodes_unshared for tree in trees) / num_nodes,
+            "sharing_ratio": num_nodes_unshared / num_nodes,
         }
 
-    def _evaluate(self, tree: TreeBatch, counts: LogCounts) -> EvaluatedLogs:
-        tree = tree.to(self._model.device)
-        return EvaluatedLogs(tree, action_values(self._model, tree, self._trees.backspace_id), counts)
+    def _passes(self, experts: pa.RecordBatch, rollouts: pa.RecordBatch | None) -> list[_Pass]:
+        """This rank's passes over its shares of the draws: as many at every rank, since FSDP gathers in each."""
+        data_counts = count_logs(experts)
+        loss = partial(self._objective.data_loss, step=self.step)
+        passes = [_Pass(tree, data_counts, loss) for tree in self._trees_of(experts)]
+        if rollouts is not None:
+            loss = partial(self._objective.rollout_loss, data_counts=data_counts, step=self.step)
+            counts = count_logs(rollouts)
+            passes += [_Pass(tree, counts, loss) for tree in self._trees_of(rollouts)]
+        missing = self._ranks.maximum(len(passes)) - len(passes)
+        if missing:
+            passes += missing * [_Pass(self._tree_without_logs(experts), data_counts, passes[0].loss)]
+        return passes
 
-    @staticmethod
-    def _backward(loss_and_metrics: tuple[Tensor, Metrics]) -> Metrics:
-        loss, metrics = loss_and_metrics
-        loss.backward()
-        return metrics
+    def _trees_of(self, batch: pa.RecordBatch) -> list[TreeBatch]:
+        """State trees of this rank's share; a tree without logs where there is none, so that metrics exist."""
+        share = share_of_rank(batch, self._ranks.rank, self._ranks.size, self._trees.backspace_id)
+        return build_micro_batches(share, self._trees) if share.num_rows else [self._tree_without_logs(batch)]
+
+    def _tree_without_logs(self, batch: pa.RecordBatch) -> TreeBatch:
+        """A small tree on which every loss, gradient and count is zero."""
+        return build_micro_batches(batch.slice(0, 1), self._trees)[0].without_logs()
+
+    def _accumulate(self, passes: list[_Pass]) -> tuple[Metrics, float]:
+        """Gradients of the step, summed over passes and ranks and clipped; metrics, and the norm before clipping."""
+        self._optimizer.zero_grad(set_to_none=True)
+        shares = []
+        for number, each in enumerate(passes, start=1):
+            synchronise_gradients(self._policy, enabled=number == len(passes))
+            tree = each.tree.to(self._policy.device)
+            loss, metrics = each.loss(EvaluatedLogs(tree, self._policy.evaluate(tree), each.counts))
+            loss.backward()
+            shares.append(metrics)
+        metrics = combine_metrics(self._ranks.gather_scalars(combine_metrics(shares)))
+        return metrics, float(clip_gradients(self._policy, self._stage.optimizer.max_grad_norm))
 
     def state(self) -> TrainingState:
-        """Everything but the weights that the next step depends on, apart from the data sources."""
+        """Everything but the weights that the next step depends on, apart from the data sources.
+
+        It does not depend on the number of ranks. All of them call this together; rank 0 gets the state, the others
+        get one without the optimizer's tensors.
+        """
         return {
             "step": self.step,
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": whole_optimizer_state(self._optimizer, self._ranks),
             "schedule": self._schedule.state_dict(),
             "random_state": torch.get_rng_state(),
         }
 
     def load_state(self, state: TrainingState) -> None:
-        """Go on from `state()` of the same stage."""
+        """Go on from `state()` of the same stage, of any number of ranks; every rank gives the whole state."""
         step = state["step"]
         assert isinstance(step, int)
         self.step = step
-        self._optimizer.load_state_dict(state["optimizer"])
+        optimizer = state["optimizer"]
+        assert isinstance(optimizer, dict)
+        whole = OptimizerState(state=optimizer["state"], param_groups=optimizer["param_groups"])
+        load_optimizer_state(self._optimizer, whole)
         self._schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random_state"])

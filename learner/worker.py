@@ -34,6 +34,7 @@ from learner.settings import ModelSettings, ScratchModelSettings
 from learner.stage_settings import LearnerSettings, StageSettings
 from learner.status import LearnerStatus, StageResult
 from learner.trainer import Trainer
+from learner.tree_policy import TreePolicy
 
 RECENT_STEPS = 20
 
@@ -140,7 +141,7 @@ class LearnerWorker:
         experts, stream = self._expert_source(stage)
         rollouts = self._buffer_source("policy") if objective.needs_rollouts else None
         trainer = Trainer(
-            self._model,
+            TreePolicy(self._model, self._contract.backspace_id),
             objective,
             stage,
             TreeSettings(

@@ -27,6 +27,7 @@ from learner.objectives.registry import make_objective
 from learner.settings import ScratchModelSettings
 from learner.stage_settings import StageSettings
 from learner.trainer import Trainer
+from learner.tree_policy import TreePolicy
 
 SEED = 5
 OPTIMIZER = {"learning_rate": 5e-3, "warmup_steps": 3}
@@ -107,7 +108,8 @@ def make_trainer(
     objective = make_objective(stage.objective)
     if objective.needs_rollouts and rollouts is None:
         rollouts = HandMadeRollouts(task)
-    return Trainer(model, objective, stage, make_trees(task), experts or make_stream(task), rollouts)
+    policy = TreePolicy(model, task.backspace_id)
+    return Trainer(policy, objective, stage, make_trees(task), experts or make_stream(task), rollouts)
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -283,7 +285,8 @@ class OverflowingObjective:
 def test_a_loss_or_gradient_that_is_not_finite_leaves_everything_as_it_was(task, broken):
     model = make_model(task)
     objective: Objective = OverflowingObjective(broken)
-    trainer = Trainer(model, objective, make_stage(CLONING), make_trees(task), make_stream(task), None)
+    policy = TreePolicy(model, task.backspace_id)
+    trainer = Trainer(policy, objective, make_stage(CLONING), make_trees(task), make_stream(task), None)
     trainer.train_step()
     before, state = weights_of(model), trainer.state()["schedule"]
     moments = [entry["exp_avg"].clone() for entry in trainer.state()["optimizer"]["state"].values()]
@@ -338,8 +341,9 @@ def test_other_rollouts_give_another_gradient(task):
 def test_rollouts_are_given_exactly_where_they_are_needed(task, objective, given):
     stage = make_stage(objective)
     rollouts = HandMadeRollouts(task) if given else None
+    policy = TreePolicy(make_model(task), task.backspace_id)
     with pytest.raises(AssertionError):
-        Trainer(make_model(task), make_objective(stage.objective), stage, make_trees(task), make_stream(task), rollouts)
+        Trainer(policy, make_objective(stage.objective), stage, make_trees(task), make_stream(task), rollouts)
 
 
 def test_a_frozen_part_stays_as_it_is(task):
@@ -358,4 +362,4 @@ def test_the_state_is_made_of_plain_things(task, tmp_path):
     torch.save(trainer.state(), Path(tmp_path) / "state.pt")
     state = torch.load(Path(tmp_path) / "state.pt", weights_only=True)
     assert state.keys() == {"step", "optimizer", "schedule", "random_state"}
-    assert len(state["optimizer"]["state"]) == len(list(trainer._model.parameters()))
+    assert len(state["optimizer"]["state"]) == len(list(trainer._policy.parameters()))
