@@ -1,4 +1,4 @@
-"""Settings of the learner: the model it trains, the objective it follows, the optimizer that moves it."""
+"""Settings of the learner: the model it trains, and the optimizer that moves it."""
 
 from __future__ import annotations
 
@@ -72,65 +72,6 @@ class PretrainedModelSettings(Settings):
 
 
 ModelSettings = Annotated[ScratchModelSettings | PretrainedModelSettings, Field(discriminator="source")]
-
-
-class LikelihoodSettings(Settings):
-    """Cross-entropy on expert logs. `mle` is for clean data, `behaviour_cloning` for noise and backspace."""
-
-    name: Literal["mle", "behaviour_cloning"]
-
-    @property
-    def needs_rollouts(self) -> bool:
-        """Expert logs are all it uses."""
-        return False
-
-    @property
-    def uses_noise(self) -> bool:
-        """Whether expert logs demonstrate backspace; maximum likelihood is the method without."""
-        return self.name == "behaviour_cloning"
-
-
-class SequenceMatchSettings(Settings):
-    """Occupancy matching with backspace (arXiv 2306.05426)."""
-
-    name: Literal["sequencematch"] = "sequencematch"
-    divergence: Literal["chi2", "chi2_mixture"] = "chi2_mixture"
-    estimator: Literal["collapsed", "printed"] = Field(
-        default="collapsed",
-        description="`collapsed`: value terms telescoped (least variance); `printed`: the sums of the paper",
-    )
-    alpha: float = Field(default=0.03, gt=0.0, description="weight of the squared soft-Bellman residual")
-    gamma: float = Field(default=0.998, gt=0.0, lt=1.0, description="discount per action")
-    mixture_coefficient: float | None = Field(
-        default=None,
-        gt=0.0,
-        description="weight of E_model[(alpha r)^2]; null = 1/(4 alpha), the balanced mixture",
-    )
-    beta_start: float = Field(default=1.0, ge=0.0, le=1.0, description="weight of behaviour cloning at step 0")
-    beta_end: float = Field(default=0.2, ge=0.0, le=1.0, description="weight of behaviour cloning from beta_steps on")
-    beta_steps: PositiveInt = Field(default=150, description="steps of the linear change from beta_start to beta_end")
-
-    @property
-    def needs_rollouts(self) -> bool:
-        """The printed estimator samples its value terms; the collapsed one needs rollouts for the mixture only."""
-        return self.divergence == "chi2_mixture" or self.estimator == "printed"
-
-    @property
-    def uses_noise(self) -> bool:
-        """Expert logs demonstrate backspace."""
-        return True
-
-    @model_validator(mode="after")
-    def _check(self) -> SequenceMatchSettings:
-        if self.mixture_coefficient is not None and self.divergence != "chi2_mixture":
-            raise ValueError(
-                f"mixture_coefficient has no effect with divergence={self.divergence}; leave it out or "
-                "choose divergence=chi2_mixture"
-            )
-        return self
-
-
-ObjectiveSettings = Annotated[LikelihoodSettings | SequenceMatchSettings, Field(discriminator="name")]
 
 
 class OptimizerSettings(Settings):

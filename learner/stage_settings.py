@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field, PositiveInt
 
 from buffer.settings import Settings
-from learner.settings import ObjectiveSettings, OptimizerSettings
+from learner.objective_settings import ObjectiveSettings
+from learner.settings import OptimizerSettings
 
 
 class StageSettings(Settings):

@@ -79,9 +79,26 @@ def walk(model: PreTrainedModel, log: Log, backspace_id: int) -> Walk:
     return Walk([logits[t][action] for t, action in enumerate(log.actions)], values, log.finish_reason != "eos")
 
 
-def chi2(x: Tensor) -> Tensor:
-    """phi of the chi-squared divergence."""
-    return x - x * x / 4
+PHI: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "chi2": (lambda x: x - x * x / 4, -math.inf),
+    "chi2_mixture": (lambda x: x - x * x / 4, -math.inf),
+    "kl": (lambda x: (1 + x).log(), -1.0),
+    "reverse_kl": (lambda x: 1 - (-x).exp(), -math.inf),
+    "js": (lambda x: (2 - (-x).exp()).log(), -math.log(2)),
+    "hellinger": (lambda x: x / (1 + x), -1.0),
+    "mle": (lambda x: x, -math.inf),
+}
+"""phi and the lower end of its domain, by divergence, as SequenceMatch's convention prints them."""
+
+
+def phi(divergence: str, x: Tensor, margin: float) -> Tensor:
+    """phi of one number; below its domain's end + margin the tangent there, found by automatic differentiation."""
+    formula, low = PHI[divergence]
+    if x.item() >= low + margin:
+        return formula(x)
+    joint = torch.tensor(low + margin, dtype=x.dtype, requires_grad=True)
+    (slope,) = torch.autograd.grad(formula(joint), joint)
+    return formula(joint).detach() + slope * (x - joint.detach())
 
 
 def cross_entropy(walks: Sequence[Walk]) -> Tensor:
@@ -90,58 +107,74 @@ def cross_entropy(walks: Sequence[Walk]) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def data_term(walk: Walk, alpha: float, gamma: float, phi: Callable[[Tensor], Tensor] = chi2) -> Tensor:
-    """sum_t gamma^t phi(alpha r_t) / alpha and the closed form at `<eos>` (its tangent if truncated)."""
-    n = len(walk.q)
-    total = torch.zeros((), dtype=walk.v[0].dtype)
-    for t in range(n):
-        total = total + gamma**t / alpha * phi(alpha * walk.q[t] - alpha * gamma * walk.v[t + 1])
-    if walk.truncated:
-        return total + gamma**n * walk.v[n]
-    return total + gamma**n / (alpha * (1 - gamma)) * phi(alpha * (1 - gamma) * walk.v[n])
+@dataclass(frozen=True)
+class Terms:
+    """The sums of the paper under one choice of weights.
 
+    uniform: weight 1 for every action, and for the first step after `<eos>`; gamma^t otherwise.
+    """
 
-def value_term(walk: Walk, gamma: float) -> Tensor:
-    """1/2 sum_t gamma^t [V(s_t) - gamma V(s_{t+1})] and the closed form at the end."""
-    n = len(walk.q)
-    total = torch.zeros((), dtype=walk.v[0].dtype)
-    for t in range(n):
-        total = total + gamma**t / 2 * (walk.v[t] - gamma * walk.v[t + 1])
-    return total + gamma**n / 2 * walk.v[n]
+    divergence: str
+    alpha: float
+    gamma: float
+    margin: float
+    uniform: bool = False
 
+    def weight(self, t: int) -> float:
+        """Of action t of a log."""
+        return 1.0 if self.uniform else self.gamma**t
 
-def squared_residual(walk: Walk, alpha: float, gamma: float, max_horizon: int) -> Tensor:
-    """sum_t gamma^t (alpha r_t)^2; after `<eos>` the loop there is walked `max_horizon` steps, not summed in
-    closed form."""
-    n = len(walk.q)
-    total = torch.zeros((), dtype=walk.v[0].dtype)
-    for t in range(n):
-        total = total + gamma**t * (alpha * (walk.q[t] - gamma * walk.v[t + 1])) ** 2
-    if not walk.truncated:
-        # In the absorbing state every action loops, so its reward is V - gamma V whatever the action.
-        for t in range(n, n + max_horizon):
-            total = total + gamma**t * (alpha * (walk.v[n] - gamma * walk.v[n])) ** 2
-    return total
+    def loop_weights(self, n: int) -> list[float]:
+        """Of the steps in the absorbing state after n actions, walked until nothing is left."""
+        horizon = math.ceil(math.log(1e-18) / math.log(self.gamma))
+        return [self.weight(n) * self.gamma**t for t in range(horizon)]
+
+    def residuals(self, walk: Walk) -> list[Tensor]:
+        """r_t of every action."""
+        return [q - self.gamma * walk.v[t + 1] for t, q in enumerate(walk.q)]
+
+    def reward(self, walk: Walk) -> Tensor:
+        """sum_t w_t phi(alpha r_t) / alpha and the loop at `<eos>` (the tangent of its closed form if truncated)."""
+        n = len(walk.q)
+        terms = [
+            self.weight(t) / self.alpha * phi(self.divergence, self.alpha * r, self.margin)
+            for t, r in enumerate(self.residuals(walk))
+        ]
+        if walk.truncated:
+            terms.append(self.weight(n) * walk.v[n])
+        else:
+            # In the absorbing state every action loops, so its reward is V - gamma V whatever the action.
+            looped = phi(self.divergence, self.alpha * (walk.v[n] - self.gamma * walk.v[n]), self.margin)
+            terms.append(sum(self.loop_weights(n)) / self.alpha * looped)
+        return torch.stack(terms).sum()
+
+    def values(self, walk: Walk) -> Tensor:
+        """1/2 sum_t w_t [V(s_t) - gamma V(s_{t+1})] and the closed form at the end."""
+        n = len(walk.q)
+        steps = [self.weight(t) / 2 * (walk.v[t] - self.gamma * walk.v[t + 1]) for t in range(n)]
+        return torch.stack([*steps, self.weight(n) / 2 * walk.v[n]]).sum()
+
+    def squared_residual(self, walk: Walk) -> Tensor:
+        """sum_t w_t (alpha r_t)^2 and the loop at `<eos>` (none if truncated)."""
+        n = len(walk.q)
+        terms = [self.weight(t) * (self.alpha * r) ** 2 for t, r in enumerate(self.residuals(walk))]
+        terms.append(torch.zeros((), dtype=walk.v[0].dtype))
+        if not walk.truncated:
+            looped = walk.v[n] - self.gamma * walk.v[n]
+            terms.append(sum(self.loop_weights(n)) * (self.alpha * looped) ** 2)
+        return torch.stack(terms).sum()
 
 
 def sequencematch_loss(
-    data: Sequence[Walk],
-    model: Sequence[Walk],
-    *,
-    alpha: float,
-    gamma: float,
-    mixture_coefficient: float,
-    shared_start: bool,
+    terms: Terms, data: Sequence[Walk], model: Sequence[Walk], *, mixture_coefficient: float, shared_start: bool
 ) -> Tensor:
     """-J per data action. With `shared_start` the model's value terms are V(s_0)/2 of the data, as if they
     began there."""
-    horizon = math.ceil(math.log(1e-18) / math.log(gamma))
-    objective = torch.stack([data_term(w, alpha, gamma) - value_term(w, gamma) for w in data]).mean()
+    objective = torch.stack([terms.reward(w) - terms.values(w) for w in data]).mean()
     if shared_start:
         objective = objective - torch.stack([w.v[0] / 2 for w in data]).mean()
     else:
-        objective = objective - torch.stack([value_term(w, gamma) for w in model]).mean()
+        objective = objective - torch.stack([terms.values(w) for w in model]).mean()
     if mixture_coefficient:
-        penalties = [squared_residual(w, alpha, gamma, horizon) for w in model]
-        objective = objective - mixture_coefficient * torch.stack(penalties).mean()
+        objective = objective - mixture_coefficient * torch.stack([terms.squared_residual(w) for w in model]).mean()
     return -objective * len(data) / sum(len(w.q) for w in data)

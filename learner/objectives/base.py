@@ -17,6 +17,11 @@ from torch import Tensor
 from learner.action_values import ActionValues
 from learner.state_tree import TreeBatch
 
+
+class OutsideDomainError(ArithmeticError):
+    """The loss was asked for where its divergence is not defined; the weights are as they were before the step."""
+
+
 Metrics = dict[str, Tensor]
 """Scalars without gradient. Each is this call's *share*: over the micro-batches and ranks of one optimizer
 step the shares add up to the value (a mean over the global batch); names that end in `_max_abs` combine by
@@ -72,6 +77,7 @@ class EvaluatedLogs:
 class Objective(Protocol):
     """One way to train. The loss of an optimizer step is the sum of `data_loss` over the micro-batches of expert logs
     and of `rollout_loss` over those of policy logs, on all ranks. The metrics of both hold that share as `loss`.
+    Before the weights move, `check` sees the metrics of the whole step.
 
     needs_rollouts: whether there is a `rollout_loss`; without, it must not be called.
     """
@@ -88,6 +94,14 @@ class Objective(Protocol):
 
     def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
         """This call's share of what policy logs add to the loss. data_counts: global, of the expert logs."""
+        ...
+
+    def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
+        """Refuse to go on, given the combined metrics of step `step`.
+
+        Raises:
+            OutsideDomainError: the settings ask to stop where the divergence is not defined, and it was not.
+        """
         ...
 
 

@@ -1,41 +1,114 @@
 """Divergences between the occupancy measures of data and model, by their concave functions phi.
 
-Convention: divergence = sup_r E_data[phi(r)] - E_model[r]. Every phi here has phi(0) = 0 and phi'(0) = 1, so
-it is written as phi(x) = x - penalty(x) with a convex penalty that vanishes to second order at 0: the linear
-part turns into log-likelihood (the value terms telescope), the penalty is what the divergence adds to it.
+Convention: divergence = sup_r E_data[phi(r)] - E_model[r] (Cundy & Ermon, arXiv 2306.05426, and Garg et al., IQ-Learn,
+arXiv 2106.12142). Every phi here has phi(0) = 0 and phi'(0) = 1, so it is written as phi(x) = x - penalty(x) with a
+convex penalty that vanishes to second order at 0: the linear part turns into log-likelihood (the value terms
+telescope), the penalty is what the divergence adds to it. The penalties below are written without the difference
+x - phi(x) where that would cancel in float32.
+
+Some phi are defined for x > low only. From low + margin downwards they go on by their tangent: that keeps them
+concave and keeps a gradient back into the domain, which clamping would lose for ever.
+
+Total variation is not among them. Its phi is r where |r| <= 1/2 on data *and* model samples, a bound and not a
+penalty: while the bound is inactive the loss is exactly maximum likelihood, and clipping on the data alone collapses.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Domain:
+    """x > low. penalty_slope: derivative of the penalty at a number of the domain."""
+
+    low: float
+    penalty_slope: Callable[[float], float]
 
 
 @dataclass(frozen=True)
 class Divergence:
     """A member of the family.
 
-    penalty: convex, elementwise, x - phi(x). penalises_rollouts: the reference is the half-half mixture of
-    data and model, so that the squared residual of the rollouts is penalised too.
+    penalty_inside: x - phi(x) on the domain, elementwise. domain: None = every number. penalises_rollouts: the
+    reference is the half-half mixture of data and model, so that the squared residual of the rollouts is penalised too.
     """
 
-    penalty: Callable[[Tensor], Tensor]
+    penalty_inside: Callable[[Tensor], Tensor]
+    domain: Domain | None = None
     penalises_rollouts: bool = False
 
-    def phi(self, x: Tensor) -> Tensor:
-        """phi(x) = x - penalty(x), elementwise."""
-        return x - self.penalty(x)
+    def penalty(self, x: Tensor, margin: float) -> Tensor:
+        """x - phi(x), elementwise; by the tangent below low + margin."""
+        if self.domain is None:
+            return self.penalty_inside(x)
+        joint = self.domain.low + margin
+        inside = x.clamp(min=joint)
+        return self.penalty_inside(inside) + self.domain.penalty_slope(joint) * (x - inside)
+
+    def phi(self, x: Tensor, margin: float) -> Tensor:
+        """phi(x), elementwise; by the tangent below low + margin."""
+        return x - self.penalty(x, margin)
+
+    def outside(self, x: Tensor, margin: float) -> Tensor:
+        """Where the tangent is in force: x < low + margin; nowhere for a phi that is defined everywhere."""
+        if self.domain is None:
+            return torch.zeros_like(x, dtype=torch.bool)
+        return x < self.domain.low + margin
 
 
 def chi2_penalty(x: Tensor) -> Tensor:
-    """x^2 / 4: phi of E_data[(rho_model / rho_data - 1)^2]."""
+    """x^2 / 4. phi(x) = x - x^2/4, all x: E_data[(rho_model / rho_data - 1)^2]."""
     return x.square() / 4
 
 
+def kl_penalty(x: Tensor) -> Tensor:
+    """x - log(1 + x). phi(x) = log(1 + x), x > -1: KL(data || model).
+
+    The textbook 1 + log x is the same divergence shifted, but undefined at ordinary initial logits.
+    """
+    return x - torch.log1p(x)
+
+
+def reverse_kl_penalty(x: Tensor) -> Tensor:
+    """exp(-x) - 1 + x. phi(x) = 1 - exp(-x), all x: KL(model || data)."""
+    return torch.expm1(-x) + x
+
+
+def js_penalty(x: Tensor) -> Tensor:
+    """x - log(2 - exp(-x)). phi(x) = log(2 - exp(-x)), x > -log 2: 2 JS(data, model).
+
+    JS is the mean of both KL to the half-half mixture.
+    """
+    return x - torch.log1p(-torch.expm1(-x))
+
+
+def hellinger_penalty(x: Tensor) -> Tensor:
+    """x^2 / (1 + x). phi(x) = x / (1 + x), x > -1: squared Hellinger, sum (sqrt rho_data - sqrt rho_model)^2."""
+    return x.square() / (1.0 + x)
+
+
+def mle_penalty(x: Tensor) -> Tensor:
+    """0. phi(x) = x, all x: the collapsed loss is discounted maximum likelihood."""
+    return torch.zeros_like(x)
+
+
+def _js_penalty_slope(x: float) -> float:
+    return 1.0 - math.exp(-x) / (2.0 - math.exp(-x))
+
+
 DIVERGENCES = {
-    "chi2": Divergence(chi2_penalty),
     "chi2_mixture": Divergence(chi2_penalty, penalises_rollouts=True),
+    "chi2": Divergence(chi2_penalty),
+    "kl": Divergence(kl_penalty, Domain(-1.0, lambda x: x / (1.0 + x))),
+    "reverse_kl": Divergence(reverse_kl_penalty),
+    "js": Divergence(js_penalty, Domain(-math.log(2.0), _js_penalty_slope)),
+    "hellinger": Divergence(hellinger_penalty, Domain(-1.0, lambda x: 1.0 - 1.0 / (1.0 + x) ** 2)),
+    "mle": Divergence(mle_penalty),
 }
 """By the name that `SequenceMatchSettings.divergence` gives."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from learner.objective_settings import LikelihoodSettings, SequenceMatchSettings
 from learner.objectives.base import Objective
 from learner.objectives.likelihood import Likelihood
 from learner.objectives.sequencematch import SequenceMatch
-from learner.settings import LikelihoodSettings, SequenceMatchSettings
 
 
 def make_objective(settings: LikelihoodSettings | SequenceMatchSettings) -> Objective:

@@ -20,22 +20,30 @@ The value sums telescope to V at the start. With phi(x) = x - penalty(x) and a s
 logs cancel out of it, except for the penalty that a mixture divergence puts on them: c E_model[(alpha r)^2],
 c = 1/(4 alpha) for the half-half mixture.
 
+The *uniform* estimator puts 1 for every gamma^t and gamma^N of the printed sums and keeps gamma inside r and the value
+differences, as IQ-Learn (Garg et al., arXiv 2106.12142) samples its states. Late actions weigh as much as early ones;
+the value sums telescope no more, so it is biased by O((1-gamma) N). The `<eos>` terms stay closed forms, as an endless
+loop of weight 1 has no sum. So it is the printed one in the limit gamma -> 1 at a fixed length.
+
 J is a mean over logs; it is scaled by data logs / data actions of the global batch, a constant of the batch,
 so that its scale is per action, as that of behaviour cloning is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics
+from learner.objective_settings import SequenceMatchSettings
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, OutsideDomainError
 from learner.objectives.divergences import DIVERGENCES, Divergence
 from learner.objectives.likelihood import cross_entropy, likelihood_metrics
-from learner.settings import SequenceMatchSettings
+
+DEFAULT_DOMAIN_MARGIN = 0.1
+"""Bounds the slope of phi by about 10 (kl, js) or 100 (hellinger)."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,12 @@ class SequenceMatch:
         coefficient = self.settings.mixture_coefficient
         return 1.0 / (4.0 * self.settings.alpha) if coefficient is None else coefficient
 
+    @property
+    def domain_margin(self) -> float:
+        """How far above the end of its domain phi becomes its tangent."""
+        margin = self.settings.domain_margin
+        return DEFAULT_DOMAIN_MARGIN if margin is None else margin
+
     def beta(self, step: int) -> float:
         """Weight of behaviour cloning at optimizer step `step` of this objective."""
         done = min(step / self.settings.beta_steps, 1.0)
@@ -73,10 +87,10 @@ class SequenceMatch:
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """beta * cross-entropy + (1 - beta) * the terms of -J that stand under E_data."""
         per_action = _logs_per_action(data.counts)
-        penalty = data.mean_over_logs(self._penalty_sum(data, self.divergence.penalty))
+        penalty = data.mean_over_logs(self._penalty_sum(data, self._penalty))
         penalty = penalty / self.settings.alpha * per_action
         if self.settings.estimator == "collapsed":
-            likelihood = data.mean_over_logs(self._discount(data.tree.time, data) * data.values.log_prob) * per_action
+            likelihood = data.mean_over_logs(self._weight(data.tree.time, data) * data.values.log_prob) * per_action
             loss_sequencematch = penalty - likelihood
         else:
             reward = data.mean_over_logs(self._phi_sum(data))
@@ -94,6 +108,8 @@ class SequenceMatch:
             **likelihood_metrics(data),
             **self._residual_metrics(data, ""),
         }
+        if self.divergence.domain is not None:
+            metrics["phi_outside_share"] = self._outside_share(data)
         return loss, metrics
 
     def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
@@ -110,7 +126,7 @@ class SequenceMatch:
         per_action = _logs_per_action(data_counts)
         loss_sequencematch = rollouts.values.q.new_zeros(())
         metrics: Metrics = {}
-        if self.settings.estimator == "printed":
+        if self.settings.estimator != "collapsed":
             values = rollouts.mean_over_logs(self._value_sum(rollouts))
             loss_sequencematch = loss_sequencematch + values / 2 * per_action
         if self.divergence.penalises_rollouts:
@@ -127,13 +143,38 @@ class SequenceMatch:
         }
         return loss, metrics
 
+    def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
+        """With `domain_policy=stop`, refuse to go on once alpha r left the domain of phi.
+
+        Raises:
+            OutsideDomainError: it did.
+        """
+        domain = self.divergence.domain
+        if self.settings.domain_policy != "stop" or domain is None:
+            return
+        share = float(metrics["phi_outside_share"])
+        if share > 0.0:
+            raise OutsideDomainError(
+                f"step {step}: {100 * share:.2g} % of alpha r on the expert batch left the domain of divergence "
+                f"{self.settings.divergence} (below {domain.low + self.domain_margin:.3g}; phi ends at "
+                f"{domain.low:.3g}). Lower alpha, clone behaviour for longer before this stage, choose a divergence "
+                "that has none (chi2_mixture, chi2, reverse_kl), or set domain_policy=project to go on by the tangent"
+            )
+
+    def _penalty(self, x: Tensor) -> Tensor:
+        return self.divergence.penalty(x, self.domain_margin)
+
+    def _phi(self, x: Tensor) -> Tensor:
+        return self.divergence.phi(x, self.domain_margin)
+
     def _residual(self, logs: EvaluatedLogs) -> Tensor:
         """[A] r = Q(s, a) - gamma V(s')."""
         return logs.values.q - self.settings.gamma * logs.values.v_next
 
-    def _discount(self, times: Tensor, logs: EvaluatedLogs) -> Tensor:
-        """gamma^times, in the type of the values."""
-        return self.settings.gamma ** times.to(logs.values.q.dtype)
+    def _weight(self, times: Tensor, logs: EvaluatedLogs) -> Tensor:
+        """gamma^times (1 in the uniform estimator), in the type of the values."""
+        times = times.to(logs.values.q.dtype)
+        return torch.ones_like(times) if self.settings.estimator == "uniform" else self.settings.gamma**times
 
     def _penalty_sum(self, logs: EvaluatedLogs, penalty: Callable[[Tensor], Tensor]) -> Tensor:
         """[A + L] terms of sum_t gamma^t penalty(alpha r_t) and of its `<eos>` part (none if truncated)."""
@@ -144,7 +185,7 @@ class SequenceMatch:
 
     def _phi_sum(self, logs: EvaluatedLogs) -> Tensor:
         """[A + L] terms of sum_t gamma^t phi(alpha r_t) / alpha and of its tail."""
-        alpha, gamma, phi = self.settings.alpha, self.settings.gamma, self.divergence.phi
+        alpha, gamma, phi = self.settings.alpha, self.settings.gamma, self._phi
         observed = phi(alpha * self._residual(logs)) / alpha
         absorbed = phi(alpha * (1.0 - gamma) * logs.values.v_final) / (alpha * (1.0 - gamma))
         return self._discounted(logs, observed, torch.where(logs.tree.truncated, logs.values.v_final, absorbed))
@@ -156,8 +197,18 @@ class SequenceMatch:
 
     def _discounted(self, logs: EvaluatedLogs, observed: Tensor, tail: Tensor) -> Tensor:
         """[A + L] gamma^t observed_t of every action, and gamma^N tail of every log of N actions."""
-        discounts = self._discount(torch.cat([logs.tree.time, logs.tree.length]), logs)
-        return discounts * torch.cat([observed, tail])
+        weights = self._weight(torch.cat([logs.tree.time, logs.tree.length]), logs)
+        return weights * torch.cat([observed, tail])
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _outside_share(self, logs: EvaluatedLogs) -> Tensor:
+        """This call's share of the arguments of phi (of every action, and of `<eos>`) that left its domain."""
+        alpha, gamma = self.settings.alpha, self.settings.gamma
+        observed = self.divergence.outside(alpha * self._residual(logs), self.domain_margin)
+        absorbed = self.divergence.outside(alpha * (1.0 - gamma) * logs.values.v_final, self.domain_margin)
+        num_outside = (observed.sum() + (absorbed & ~logs.tree.truncated).sum()).to(logs.values.q.dtype)
+        counts = logs.counts
+        return num_outside / max(counts.actions + counts.logs - counts.truncated_logs, 1)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _residual_metrics(self, logs: EvaluatedLogs, suffix: str) -> Metrics:

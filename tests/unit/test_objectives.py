@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,10 +10,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from learner.action_values import ActionValues, action_values
-from learner.objectives.base import EvaluatedLogs, LogCounts, combine_metrics
+from learner.objective_settings import (
+    DIVERGENCES_WITH_DOMAIN,
+    LikelihoodSettings,
+    ObjectiveSettings,
+    SequenceMatchSettings,
+)
+from learner.objectives.base import EvaluatedLogs, LogCounts, OutsideDomainError, combine_metrics
 from learner.objectives.divergences import DIVERGENCES
 from learner.objectives.registry import make_objective
-from learner.settings import LikelihoodSettings, ObjectiveSettings, SequenceMatchSettings
+from learner.objectives.sequencematch import DEFAULT_DOMAIN_MARGIN
 from tests import oracle
 from tests.oracle import Log, walk
 from tests.unit.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, text_of, tiny
@@ -26,10 +33,16 @@ MODEL = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model():
     """GPT-2, since Llama's norm computes in float32 whatever the type of the model."""
     return tiny("gpt2").double()
+
+
+@pytest.fixture(scope="module")
+def walks(model):
+    """Every log run alone, by its `id()`; gradients through them need `retain_graph`."""
+    return {id(log): walk(model, log, BACKSPACE) for log in [*DATA, *MODEL]}
 
 
 def evaluate(model, logs, counts=None, max_nodes_per_row=12) -> EvaluatedLogs:
@@ -46,8 +59,8 @@ def total_loss(objective, data, rollouts, step):
     return loss + rollout_loss, combine_metrics([metrics, rollout_metrics])
 
 
-def gradients(loss, model):
-    return torch.autograd.grad(loss, list(model.parameters()))
+def gradients(loss, model, retain_graph=False):
+    return torch.autograd.grad(loss, list(model.parameters()), retain_graph=retain_graph)
 
 
 def settings(**changes) -> SequenceMatchSettings:
@@ -67,34 +80,53 @@ def test_likelihood(model, name):
         total_loss(objective, evaluate(model, DATA), evaluate(model, MODEL), step=0)
 
 
-CASES = [("chi2", None), ("chi2_mixture", None), ("chi2_mixture", 1.0)]
-ALONE = [None, *(i for i, log in enumerate(DATA) if log.actions)]
+def estimators(divergence: str) -> list[str]:
+    return ["collapsed", "printed"] + (["uniform"] if divergence != "mle" else [])
 
 
-@pytest.mark.parametrize(("divergence", "coefficient"), CASES)
-@pytest.mark.parametrize("estimator", ["collapsed", "printed"])
-@pytest.mark.parametrize("alone", ALONE)
-def test_sequencematch_against_the_oracle(model, divergence, coefficient, estimator, alone):
-    """All logs together, and each data log alone, so that no branch hides behind another."""
-    data_logs = DATA if alone is None else [DATA[alone]]
+CASES = [
+    (divergence, estimator, coefficient)
+    for divergence in DIVERGENCES
+    for estimator in estimators(divergence)
+    for coefficient in ((None, 1.0, 0.37) if divergence == "chi2_mixture" else (None,))
+]
+SUBSETS = {
+    "all": DATA,
+    "eos": [log for log in DATA if log.finish_reason == "eos"],
+    "truncated": [log for log in DATA if log.finish_reason != "eos"],
+    **{f"log {i}": [log] for i, log in enumerate(DATA) if log.actions},
+}
+
+
+def is_quick(subset: str, coefficient: float | None) -> bool:
+    """Single logs are worth their time with the default coefficient."""
+    return not subset.startswith("log") or coefficient is None
+
+
+@pytest.mark.parametrize(
+    ("divergence", "estimator", "coefficient", "subset"),
+    [(*case, subset) for case in CASES for subset in SUBSETS if is_quick(subset, case[2])],
+)
+def test_sequencematch_against_the_oracle(model, walks, divergence, estimator, coefficient, subset):
+    """All logs together, by how they end, and each data log alone, so that no branch hides behind another."""
+    data_logs = SUBSETS[subset]
     objective = make_objective(settings(divergence=divergence, estimator=estimator, mixture_coefficient=coefficient))
-    mixture = {"chi2": 0.0, "chi2_mixture": coefficient or 1 / (4 * ALPHA)}[divergence]
+    default = 1 / (4 * ALPHA) if divergence == "chi2_mixture" else 0.0
     data = evaluate(model, data_logs)
     rollouts = evaluate(model, MODEL) if objective.needs_rollouts else None
     loss, _ = total_loss(objective, data, rollouts, step=0)
     expected = oracle.sequencematch_loss(
-        [walk(model, log, BACKSPACE) for log in data_logs],
-        [walk(model, log, BACKSPACE) for log in MODEL],
-        alpha=ALPHA,
-        gamma=GAMMA,
-        mixture_coefficient=mixture,
+        oracle.Terms(divergence, ALPHA, GAMMA, DEFAULT_DOMAIN_MARGIN, uniform=estimator == "uniform"),
+        [walks[id(log)] for log in data_logs],
+        [walks[id(log)] for log in MODEL],
+        mixture_coefficient=default if coefficient is None else coefficient,
         shared_start=estimator == "collapsed",
     )
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradients(loss, model), gradients(expected, model))
+    torch.testing.assert_close(gradients(loss, model), gradients(expected, model, retain_graph=True))
 
 
-@pytest.mark.parametrize("divergence", ["chi2", "chi2_mixture"])
+@pytest.mark.parametrize("divergence", list(DIVERGENCES))
 def test_printed_equals_collapsed_with_a_shared_start(model, divergence):
     shared = [log for log in HARD if log.prompt == [1, 4]]
     rollouts = [log for log in MODEL if log.prompt == [1, 4]]
@@ -111,6 +143,32 @@ def test_printed_equals_collapsed_with_a_shared_start(model, divergence):
         rtol=1e-9,
         atol=1e-12,
     )
+
+
+def test_collapsed_mle_is_discounted_maximum_likelihood(model, walks):
+    loss, _ = total_loss(make_objective(settings(divergence="mle")), evaluate(model, DATA), None, step=0)
+    log_probs = [GAMMA**t * (q - walks[id(log)].v[t]) for log in DATA for t, q in enumerate(walks[id(log)].q)]
+    torch.testing.assert_close(loss, -torch.stack(log_probs).sum() / len(log_probs))
+
+
+@pytest.mark.parametrize("divergence", ["chi2_mixture", "kl"])
+def test_the_uniform_estimator_nears_the_printed_one_as_gamma_nears_one(model, divergence):
+    """Its weights are those of the limit; what is left is of the order of (1 - gamma) times the length."""
+    data, sampled = evaluate(model, DATA), evaluate(model, MODEL)
+    gaps = []
+    for distance in (1e-2, 1e-3):
+        printed, uniform = (
+            total_loss(
+                make_objective(settings(divergence=divergence, estimator=estimator, gamma=1 - distance)),
+                data,
+                sampled,
+                step=0,
+            )[0]
+            for estimator in ("printed", "uniform")
+        )
+        gaps.append(abs(float((printed - uniform).detach())))
+    assert gaps[0] > 1e-4
+    assert gaps[1] == pytest.approx(gaps[0] / 10, rel=0.15)
 
 
 def test_other_start_states_leave_a_residue(model):
@@ -228,32 +286,71 @@ def test_truncated_logs_have_no_reason_to_lift_a_value(model):
     torch.testing.assert_close(loss, only)
 
 
-@pytest.mark.parametrize("estimator", ["collapsed", "printed"])
-@pytest.mark.parametrize("divergence", ["chi2", "chi2_mixture"])
-def test_rollouts_without_effect_are_refused(model, divergence, estimator):
-    objective = make_objective(settings(divergence=divergence, estimator=estimator))
-    assert objective.needs_rollouts == (divergence == "chi2_mixture" or estimator == "printed")
+@pytest.mark.parametrize(("divergence", "estimator"), [(d, e) for d in DIVERGENCES for e in estimators(d)])
+def test_rollouts_are_needed_where_a_term_is_made_of_them(model, divergence, estimator):
+    chosen = settings(divergence=divergence, estimator=estimator)
+    objective = make_objective(chosen)
+    assert objective.needs_rollouts == (divergence == "chi2_mixture" or estimator != "collapsed")
+    assert objective.needs_rollouts == chosen.needs_rollouts
     if not objective.needs_rollouts:
         with pytest.raises(ValueError, match="takes no rollouts"):
             total_loss(objective, evaluate(model, DATA), evaluate(model, MODEL), step=0)
 
 
-@pytest.mark.parametrize("name", sorted(DIVERGENCES))
-def test_phi_is_normalised_and_concave(name):
-    """phi(0) = 0, phi'(0) = 1, phi'' <= 0: what the collapsed form takes for granted."""
-    phi = DIVERGENCES[name].phi
-    zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(phi(zero), zero)
-    assert float(phi(zero.detach())) == 0.0
-    assert float(slope) == pytest.approx(1.0)
-    x = torch.linspace(-8, 8, 201, dtype=torch.float64)
-    assert (phi(x).diff().diff() <= 1e-12).all()
+@pytest.mark.parametrize("divergence", DIVERGENCES_WITH_DOMAIN)
+def test_the_share_outside_the_domain_is_counted_and_stops_a_run_that_asks(model, walks, divergence):
+    terms = oracle.Terms(divergence, ALPHA, GAMMA, DEFAULT_DOMAIN_MARGIN)
+    arguments = [ALPHA * r.item() for log in DATA for r in terms.residuals(walks[id(log)])]
+    arguments += [ALPHA * (1 - GAMMA) * w.v[-1].item() for log in DATA if not (w := walks[id(log)]).truncated]
+    low = oracle.PHI[divergence][1] + DEFAULT_DOMAIN_MARGIN
+    share = sum(x < low for x in arguments) / len(arguments)
+    assert 0 < share < 1  # both branches of phi were tested
+    parts = [evaluate(model, logs, LogCounts.of([build(DATA)])) for logs in (DATA[:3], DATA[3:])]
+    for policy in (None, "project", "stop"):
+        objective = make_objective(settings(divergence=divergence, domain_policy=policy))
+        metrics = combine_metrics(objective.data_loss(part, step=7)[1] for part in parts)
+        assert float(metrics["phi_outside_share"]) == pytest.approx(share)
+        if policy != "stop":
+            objective.check(metrics, step=7)
+            continue
+        message = rf"^step 7: {100 * share:.2g} % of alpha r .* divergence {divergence} .*Lower alpha"
+        with pytest.raises(OutsideDomainError, match=message):
+            objective.check(metrics, step=7)
+
+
+def test_a_tail_outside_the_domain_counts(model):
+    """A value at `<eos>` far below zero: alpha (1 - gamma) V leaves the domain where no action does."""
+    tree = build([Log([1], [EOS])])
+    values = action_values(model, tree, BACKSPACE)
+    down = dataclasses.replace(values, q=values.q - 40.0, v_next=values.v_next - 40.0, v_final=values.v_final - 40.0)
+    objective = make_objective(settings(divergence="kl"))
+    _, metrics = objective.data_loss(EvaluatedLogs(tree, down, LogCounts.of([tree])), step=0)
+    assert float(metrics["phi_outside_share"]) == 1.0  # r = q - 0.9 v_next fell by 4, alpha r by 1.2; the tail as well
+    up = dataclasses.replace(down, q=down.q + 40.0)
+    _, metrics = objective.data_loss(EvaluatedLogs(tree, up, LogCounts.of([tree])), step=0)
+    assert float(metrics["phi_outside_share"]) == 0.5
+
+
+def test_inside_the_domain_nothing_stops(model):
+    objective = make_objective(settings(divergence="kl", domain_policy="stop", alpha=0.01))
+    _, metrics = objective.data_loss(evaluate(model, DATA), step=0)
+    assert float(metrics["phi_outside_share"]) == 0.0
+    objective.check(metrics, step=0)
+    for other in (settings(), settings(divergence="reverse_kl")):  # without a domain there is nothing to leave
+        _, metrics = make_objective(other).data_loss(evaluate(model, DATA), step=0)
+        assert "phi_outside_share" not in metrics
+        make_objective(other).check(metrics, step=0)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"name": "sequencematch", "divergence": "chi2", "mixture_coefficient": 1.0}, "no effect"),
+        ({"name": "sequencematch", "divergence": "tv"}, r"exactly maximum likelihood \(choose divergence=mle\)"),
+        ({"name": "sequencematch", "divergence": "mle", "estimator": "uniform"}, "V would grow without end"),
+        ({"name": "sequencematch", "divergence": "reverse_kl", "domain_policy": "stop"}, "domain_policy has no effect"),
+        ({"name": "sequencematch", "domain_margin": 0.2}, "domain_margin has no effect with divergence=chi2_mixture"),
+        ({"name": "sequencematch", "divergence": "js", "domain_margin": 0.7}, "less than 0.5"),
         ({"name": "sequencematch", "gamma": 1.0}, "less than 1"),
         ({"name": "sequencematch", "alpha": 0.0}, "greater than 0"),
         ({"name": "sequencematch", "lambda": 1.0}, "Extra inputs"),

@@ -1,0 +1,112 @@
+"""Settings of the objective: what training maximises."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from buffer.settings import Settings
+
+DIVERGENCES_WITH_DOMAIN = ("kl", "js", "hellinger")
+"""Those whose phi is not defined for every number."""
+
+
+class LikelihoodSettings(Settings):
+    """Cross-entropy on expert logs. `mle` is for clean data, `behaviour_cloning` for noise and backspace."""
+
+    name: Literal["mle", "behaviour_cloning"]
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Expert logs are all it uses."""
+        return False
+
+    @property
+    def uses_noise(self) -> bool:
+        """Whether expert logs demonstrate backspace; maximum likelihood is the method without."""
+        return self.name == "behaviour_cloning"
+
+
+class SequenceMatchSettings(Settings):
+    """Occupancy matching with backspace (arXiv 2306.05426)."""
+
+    name: Literal["sequencematch"] = "sequencematch"
+    divergence: Literal["chi2_mixture", "chi2", "kl", "reverse_kl", "js", "hellinger", "mle"] = Field(
+        default="chi2_mixture",
+        description="between the occupancy measures of data and model; `chi2_mixture`: of data and the half-half "
+        "mixture, the method of the paper; `mle`: no penalty, the control",
+    )
+    estimator: Literal["collapsed", "printed", "uniform"] = Field(
+        default="collapsed",
+        description="`collapsed`: value terms telescoped (least variance); `printed`: the sums of the paper; "
+        "`uniform`: those sums with every discount gamma^t put to 1, as in IQ-Learn (denser signal, biased)",
+    )
+    alpha: float = Field(default=0.03, gt=0.0, description="weight of the penalty, a squared soft-Bellman residual")
+    gamma: float = Field(default=0.998, gt=0.0, lt=1.0, description="discount per action")
+    mixture_coefficient: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="weight of E_model[(alpha r)^2]; null = 1/(4 alpha), the balanced mixture; 1 = the paper read "
+        "literally",
+    )
+    domain_policy: Literal["project", "stop"] | None = Field(
+        default=None,
+        description="where alpha r leaves the domain of kl, js or hellinger: `project` goes on by the tangent, `stop` "
+        "ends training; null = project",
+    )
+    domain_margin: float | None = Field(
+        default=None,
+        gt=0.0,
+        lt=0.5,
+        description="the domain of kl, js or hellinger counts as left this far above its end; null = 0.1",
+    )
+    beta_start: float = Field(default=1.0, ge=0.0, le=1.0, description="weight of behaviour cloning at step 0")
+    beta_end: float = Field(default=0.2, ge=0.0, le=1.0, description="weight of behaviour cloning from beta_steps on")
+    beta_steps: PositiveInt = Field(default=150, description="steps of the linear change from beta_start to beta_end")
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """The mixture penalises rollouts; all estimators but the collapsed one sample value terms from them."""
+        return self.divergence == "chi2_mixture" or self.estimator != "collapsed"
+
+    @property
+    def uses_noise(self) -> bool:
+        """Expert logs demonstrate backspace."""
+        return True
+
+    @field_validator("divergence", mode="before")
+    @classmethod
+    def _refuse_total_variation(cls, divergence: object) -> object:
+        if divergence == "tv":
+            raise ValueError(
+                "divergence=tv is not offered: total variation bounds |alpha r| by 1/2 on data and on model samples; "
+                "while that bound is inactive its loss is exactly maximum likelihood (choose divergence=mle), and "
+                "clipping alpha r on the data alone makes training collapse. For another bounded divergence choose "
+                "hellinger or js"
+            )
+        return divergence
+
+    @model_validator(mode="after")
+    def _check(self) -> SequenceMatchSettings:
+        if self.mixture_coefficient is not None and self.divergence != "chi2_mixture":
+            raise ValueError(
+                f"mixture_coefficient has no effect with divergence={self.divergence}; leave it out or "
+                "choose divergence=chi2_mixture"
+            )
+        if self.divergence not in DIVERGENCES_WITH_DOMAIN:
+            for name in ("domain_policy", "domain_margin"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} has no effect with divergence={self.divergence}, which is defined for every number; "
+                        f"leave it out or choose one of {', '.join(DIVERGENCES_WITH_DOMAIN)}"
+                    )
+        if self.divergence == "mle" and self.estimator == "uniform":
+            raise ValueError(
+                "divergence=mle has no penalty that bounds V, and the value terms of estimator=uniform do not "
+                "telescope, so V would grow without end; choose another divergence or estimator"
+            )
+        return self
+
+
+ObjectiveSettings = Annotated[LikelihoodSettings | SequenceMatchSettings, Field(discriminator="name")]
