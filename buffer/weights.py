@@ -9,7 +9,7 @@ and tie weights).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,26 +86,24 @@ class WeightManifest:
         )
 
 
-def pack_state_dict(
-    state_dict: Mapping[str, torch.Tensor],
+def pack_tensors(
+    tensors: Iterable[tuple[str, torch.Tensor]],
 ) -> tuple[WeightPayload, tuple[TensorEntry, ...]]:
-    """View a state dict as arrays; a name tied to an earlier one (same memory, same shape) is left out.
+    """View named tensors as arrays, one after the other; tied ones must come under one name only.
 
     Contiguous tensors in host memory are *not* copied: put the payload in the object store (which copies)
-    before the next optimizer step writes to them.
+    before the next optimizer step writes to them. Of others (made on the fly, on a device) the payload keeps the only
+    host copy, so beside it one tensor exists at a time.
 
     Raises:
-        ValueError: a tensor has a dtype that the format does not carry.
+        ValueError: a name comes twice, or a tensor has a dtype that the format does not carry.
     """
     payload: WeightPayload = {}
     entries: list[TensorEntry] = []
-    seen: set[tuple[object, ...]] = set()
-    for name, parameter in state_dict.items():
+    for name, parameter in tensors:
+        if name in payload:
+            raise ValueError(f"tensor {name} came twice; every tensor is published under one name")
         tensor = parameter.detach()
-        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and memory in seen:
-            continue
-        seen.add(memory)
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in _CARRIER_DTYPES:
             raise ValueError(f"tensor {name} is {dtype}; weights travel as one of {', '.join(_CARRIER_DTYPES)}")

@@ -1,7 +1,8 @@
 """Checkpoints: Hugging Face format, plus what resuming needs, written beside and renamed into place.
 
     checkpoints/<stage>/step-000400/   config.json, model.safetensors, tokenizer files, README.md (model card),
-                                       training_state.pt (optimizer, schedule, RNG), progress.json
+                                       training_state.pt (optimizer, schedule, RNG), progress.json, and where adapters
+                                       are trained adapter/ (see learner.model_files)
 
 A folder without `.tmp` in its name is complete, whenever the process is killed: folders are filled and emptied under
 a `.tmp` name only. Where a step is saved again, the checkpoint that it replaces stays as `step-<n>.replaced` until the
@@ -18,8 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from learner.model_card import CardFacts, model_card
+from learner.model_files import write_model
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})(?:\.replaced)?")
 
@@ -57,9 +60,9 @@ def save_checkpoint(
     temporary = folder / f"{final.name}.tmp"
     _sweep(folder)
     temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
+    write_model(temporary, model)
     tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(_model_card(model, progress), encoding="utf-8")
+    (temporary / "README.md").write_text(_card(model, progress), encoding="utf-8")
     torch.save(training_state, temporary / "training_state.pt")
     (temporary / "progress.json").write_text(json.dumps(asdict(progress), indent=2), encoding="utf-8")
     for path in temporary.rglob("*"):
@@ -127,43 +130,6 @@ def read_training_state(checkpoint: Path) -> TrainingState:
     return state
 
 
-def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Load a checkpoint's weights into `model`, in place: all of them, or none if they do not fit.
-
-    Raises:
-        ValueError: the checkpoint lacks a tensor of the model, holds one that the model does not have or has in another
-            shape, or holds two different tensors that the model ties.
-    """
-    state: dict[str, torch.Tensor] = {}
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        state |= load_file(file)
-    if misfits := _misfits(model.state_dict(), state):
-        raise ValueError(f"checkpoint {checkpoint} does not fit the model: {'; '.join(misfits)}")
-    model.load_state_dict(state, strict=False)  # not strict: a tied tensor is saved under one of its names
-
-
-def _misfits(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> list[str]:
-    """What keeps `state` from being loaded into a model whose tensors are `own`, in words."""
-    common = sorted(own.keys() & state.keys())
-    found = [
-        f"{name} is {tuple(state[name].shape)}, the model's is {tuple(own[name].shape)}"
-        for name in common
-        if state[name].shape != own[name].shape
-    ]
-    stored_by_memory: dict[int, str] = {}  # tied tensors share their memory
-    for name in common:
-        other = stored_by_memory.setdefault(own[name].data_ptr(), name)
-        if other != name and not torch.equal(state[name], state[other]):
-            found.append(f"{other} and {name} differ, but the model ties them")
-    missing = [name for name in own if name not in state and own[name].data_ptr() not in stored_by_memory]
-    unexpected = [name for name in state if name not in own]
-    if missing:
-        found.append(f"missing {missing}")
-    if unexpected:
-        found.append(f"unexpected {unexpected}")
-    return found
-
-
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -172,19 +138,13 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _model_card(model: PreTrainedModel, progress: Progress) -> str:
-    backspace_id = getattr(model.config, "backspace_token_id", None)
-    return f"""---
-library_name: transformers
-tags: [sequencematch]
----
-
-# {model.config.model_type} trained with sequencematch
-
-Stage `{progress.stage}`, step {progress.step} of {progress.stage_steps}.
-
-The vocabulary holds a backspace action, id {backspace_id} (`backspace_token_id` in `config.json`). It never stands in
-the model's input: when the model chooses it, the last generated token is removed and generation goes on from the
-shorter text; it may not be chosen at the end of the prompt. `sequencematch generate CHECKPOINT --prompt ...` does
-this inside vLLM. A generator that does not know the action must never sample it.
-"""
+def _card(model: PreTrainedModel, progress: Progress) -> str:
+    return model_card(
+        CardFacts(
+            name=model.config.model_type,
+            backspace_id=getattr(model.config, "backspace_token_id", None),
+            stage=progress.stage,
+            step=progress.step,
+            stage_steps=progress.stage_steps,
+        )
+    )

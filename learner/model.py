@@ -24,7 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from learner.adapters import add_adapters
 from learner.model_support import check_supported
+from learner.quantization import quantise_linear_layers
 from learner.settings import PretrainedModelSettings, ScratchModelSettings
 
 PACKAGE_PREFIX = "package:"
@@ -47,14 +49,15 @@ def load_policy(
     settings: ScratchModelSettings | PretrainedModelSettings,
     task_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Policy:
-    """Load or make the model, give it a backspace action, and check that the learner can train it.
+    """Load or make the model, give it a backspace action and adapters, and check that the learner can train it.
 
     Args:
         settings: what to load or make.
         task_tokenizer: tokenizer of the task; needed by a model from scratch, refused by any other.
 
     Raises:
-        ValueError: the model is unsupported, there is no room for backspace, no tokenizer, or no `<eos>`.
+        ValueError: the model is unsupported, there is no room for backspace, no tokenizer, no `<eos>`, or adapters or
+            4-bit layers cannot be had as asked.
     """
     if isinstance(settings, PretrainedModelSettings):
         if task_tokenizer is not None:
@@ -71,6 +74,9 @@ def load_policy(
     if getattr(model.config, "backspace_token_id", None) != backspace_id:
         initialise_backspace_row(model, backspace_id, settings.seed)
         model.config.backspace_token_id = backspace_id
+    _keep_from_generators(model, backspace_id)
+    if isinstance(settings, PretrainedModelSettings):
+        _adapt(model, settings)
     check_supported(model)
     return Policy(model, tokenizer, backspace_id, int(tokenizer.eos_token_id))
 
@@ -148,6 +154,20 @@ def initialise_backspace_row(model: PreTrainedModel, backspace_id: int, seed: in
         noise = torch.randn(others.shape[1], generator=generator).to(others.device)
         row = others.mean(0) + BACKSPACE_ROW_NOISE * others.std(0) * noise
         weight[backspace_id] = row.to(weight.dtype)
+
+
+def _keep_from_generators(model: PreTrainedModel, backspace_id: int) -> None:
+    """To generators that do not know the action, backspace is a token; this keeps them from sampling it."""
+    if model.generation_config is not None:
+        suppressed = model.generation_config.suppress_tokens or []
+        model.generation_config.suppress_tokens = sorted({*suppressed, backspace_id})
+
+
+def _adapt(model: PreTrainedModel, settings: PretrainedModelSettings) -> None:
+    if settings.quantization is not None:
+        quantise_linear_layers(model)
+    if settings.adapter is not None:
+        add_adapters(model, settings.adapter, base_name=settings.name, revision=settings.revision, seed=settings.seed)
 
 
 def _make_model(

@@ -9,7 +9,8 @@ import torch
 from ray.actor import ActorHandle
 from transformers import PreTrainedModel
 
-from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_state_dict
+from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors
+from learner.publication import publication_tensors
 
 PROBE_TOKENS = 16
 ANNOUNCE_TIMEOUT_S = 60.0
@@ -45,7 +46,7 @@ class WeightPublisher:
             TimeoutError: the pool has not answered the previous announcement yet.
         """
         self._check_last_announcement()
-        payload, entries = pack_state_dict(model.state_dict())
+        payload, entries = pack_tensors(publication_tensors(model))
         manifest = WeightManifest(
             version=self._next_version,
             fingerprint=fingerprint(entries, payload),

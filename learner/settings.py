@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from buffer.settings import Settings
+from learner.adapter_settings import AdapterSettings, Quantization
 
 
 class ScratchModelSettings(Settings):
@@ -62,10 +63,22 @@ class PretrainedModelSettings(Settings):
         default=True,
         description="add a row to the embeddings if the vocabulary does not hold backspace_token",
     )
-    seed: int = Field(default=0, description="seed of the noise on the backspace row")
+    adapter: AdapterSettings | None = Field(
+        default=None, description="train low-rank adapters on the frozen model; null = train every weight"
+    )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="hold the frozen linear layers in 4 bits (QLoRA; needs the extra `qlora`); null = as `dtype`",
+    )
+    seed: int = Field(default=0, description="seed of the noise on the backspace row, and of the adapters")
 
     @model_validator(mode="after")
     def _check(self) -> PretrainedModelSettings:
+        if self.quantization is not None and self.adapter is None:
+            raise ValueError(
+                f"quantization={self.quantization} freezes the linear layers, so nothing could train them: add an "
+                "adapter, or leave quantization out"
+            )
         if self.revision is not None and self.name.startswith("package:"):
             raise ValueError("revision has no effect on a file of an installed package; leave it out")
         return self

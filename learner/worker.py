@@ -20,7 +20,6 @@ from learner.batch_source import BatchSource, BufferSource, StopRequestedError
 from learner.checkpoint import (
     Progress,
     checkpoints_of,
-    load_weights,
     read_progress,
     read_training_state,
     save_checkpoint,
@@ -28,6 +27,7 @@ from learner.checkpoint import (
 from learner.metrics_log import MetricsLog
 from learner.micro_batches import TreeSettings
 from learner.model import load_policy
+from learner.model_files import load_weights
 from learner.objectives.registry import make_objective
 from learner.publisher import WeightPublisher, make_probe
 from learner.settings import ModelSettings, ScratchModelSettings

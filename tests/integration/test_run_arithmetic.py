@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from buffer.experts.tasks import load_task
 from buffer.schema import TokenContract
 from buffer.validation import validate
-from buffer.weights import fingerprint, pack_state_dict
+from buffer.weights import fingerprint, pack_tensors
 from launch.recipe import read_recipe
 from launch.settings import RunSettings
 from learner.checkpoint import checkpoints_of, read_progress
+from learner.publication import publication_tensors
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
 
 STEPS = {"trunk": 20, "sequencematch": 40, "mle_control": 5}
@@ -153,7 +154,7 @@ def test_checkpoints_are_bit_for_bit_what_was_published(run: FinishedRun) -> Non
     models = models_by_version(run)
     assert len(by_version) >= 3
     for version, found in by_version.items():
-        payload, entries = pack_state_dict(models[version].state_dict())
+        payload, entries = pack_tensors(publication_tensors(models[version]))
         assert found == {fingerprint(entries, payload)}, f"version {version}"
 
 

@@ -26,7 +26,8 @@ from actors.status import PoolStatus
 from buffer.schema import TokenContract
 from buffer.service import ReplayBufferService
 from buffer.settings import BufferSettings, NoiseSettings
-from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_state_dict
+from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors
+from learner.publication import publication_tensors
 from learner.publisher import WeightPublisher, make_probe, sequence_logprobs
 from tests.integration.reference import compare
 from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, VOCAB_SIZE, perturbed, tiny_model
@@ -222,7 +223,7 @@ def version_of(status: PoolStatus) -> int:
 
 
 def publication(model: PreTrainedModel, version: int) -> tuple[WeightManifest, WeightPayload]:
-    payload, entries = pack_state_dict(model.state_dict())
+    payload, entries = pack_tensors(publication_tensors(model))
     logprobs = tuple(sequence_logprobs(model, PROBE).tolist())
     return WeightManifest(version, fingerprint(entries, payload), entries, PROBE, logprobs), payload
 

@@ -17,12 +17,12 @@ from learner import checkpoint as checkpoint_module
 from learner.checkpoint import (
     Progress,
     checkpoints_of,
-    load_weights,
     read_progress,
     read_training_state,
     save_checkpoint,
 )
 from learner.model import load_policy
+from learner.model_files import load_weights
 from learner.settings import ScratchModelSettings
 
 TOKENIZER = character_tokenizer("0123456789")
@@ -69,7 +69,7 @@ def test_a_checkpoint_is_a_hugging_face_model_with_its_tokenizer(save, model):
     assert_equal(loaded.state_dict(), model.state_dict())
     assert AutoTokenizer.from_pretrained(path).get_vocab() == TOKENIZER.get_vocab()
     card = (path / "README.md").read_text(encoding="utf-8")
-    assert "Stage `trunk`, step 7 of 40" in card
+    assert "| stage | `trunk`, step 7 of 40 |" in card
     assert f"id {model.config.backspace_token_id}" in card
 
 

@@ -19,9 +19,10 @@ from buffer.schema import trajectory_schema
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
 from learner.action_values import action_values
 from learner.batch_source import BatchSource
-from learner.checkpoint import Progress, load_weights, read_progress, read_training_state, save_checkpoint
+from learner.checkpoint import Progress, read_progress, read_training_state, save_checkpoint
 from learner.micro_batches import TreeSettings, build_micro_batches
 from learner.model import load_policy
+from learner.model_files import load_weights
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective
 from learner.objectives.registry import make_objective
 from learner.settings import ScratchModelSettings

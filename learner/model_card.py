@@ -1,0 +1,105 @@
+"""The README.md that lies beside saved weights: what the model is, how it was trained, how to generate with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+GENERATION_LOOP = """\
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, text = ".", "PROMPT"
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+backspace, eos = model.config.backspace_token_id, tokenizer.eos_token_id
+prompt = tokenizer(text)["input_ids"]
+ids = list(prompt)
+for _ in range(256):  # actions: tokens written and tokens taken back
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1].float()
+    if len(ids) == len(prompt):
+        logits[backspace] = -torch.inf  # the prompt cannot be taken back
+    action = int(torch.multinomial(logits.softmax(-1), 1))
+    if action == eos:
+        break
+    ids = ids[:-1] if action == backspace else [*ids, action]
+print(tokenizer.decode(ids[len(prompt):]))
+"""
+"""Sampling in plain transformers, backspace included; a test runs it as it stands in the card."""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells; what is not known stays out of it.
+
+    name: of the architecture. context_length: longest text, in tokens. base_model: where training started from.
+    license: SPDX identifier. objective, data: in words. settings: further facts, label -> words. versions: of programs,
+    as `torch 2.13.0`.
+    """
+
+    name: str
+    backspace_id: int | None
+    stage: str
+    step: int
+    stage_steps: int
+    base_model: str | None = None
+    license: str | None = None
+    objective: str | None = None
+    data: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    versions: tuple[str, ...] = ()
+
+
+def model_card(facts: CardFacts) -> str:
+    """The card in Markdown, with the front matter that the Hugging Face hub reads."""
+    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [sequencematch]"]
+    if facts.license is not None:
+        header.append(f"license: {facts.license}")
+    if facts.base_model is not None and ":" not in facts.base_model:  # a file of a package is nothing the hub knows
+        header.append(f"base_model: {facts.base_model}")
+    rows = {
+        "base model": facts.base_model,
+        "objective": facts.objective,
+        "stage": f"`{facts.stage}`, step {facts.step} of {facts.stage_steps}",
+        "data": facts.data,
+        **facts.settings,
+        "made with": ", ".join(facts.versions) or None,
+    }
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows.items() if value is not None)
+    front_matter = "\n".join(header)
+    return f"""---
+{front_matter}
+---
+
+# {facts.name} trained with sequencematch
+
+A causal language model that can take back what it wrote (SequenceMatch, [arXiv 2306.05426](https://arxiv.org/abs/2306.05426)).
+{_backspace_words(facts)}
+| | |
+|---|---|
+{table}
+"""
+
+
+def _backspace_words(facts: CardFacts) -> str:
+    if facts.backspace_id is None:
+        return ""
+    return f"""
+The vocabulary holds a backspace action, id {facts.backspace_id} (`backspace_token_id` in `config.json`). It never
+stands in the model's input: when the model chooses it, the last generated token is removed and generation goes on from
+the shorter text; it may not be chosen at the end of the prompt.
+
+## Generate
+
+    sequencematch generate FOLDER --prompt "PROMPT"
+
+does it inside vLLM and shows what was taken back. In plain transformers:
+
+```python
+{GENERATION_LOOP}```
+
+Generators that do not know the action must never sample it. `generation_config.json` says so (`suppress_tokens`), which
+`model.generate` of transformers honours; give others the same as a request option, e.g. `logit_bias` of
+`{{{facts.backspace_id}: -100}}` or `bad_words`.
+
+## Training
+"""

@@ -1,0 +1,123 @@
+"""The files of a trained model, in Hugging Face format: one way of writing and reading them.
+
+config.json, generation_config.json, model.safetensors  whole weights: adapters merged, 4-bit layers restored
+adapter/adapter_config.json, adapter_model.safetensors  where adapters were trained: they and the trained output
+                                                        embedding, for peft to read and training to resume from
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learner.adapters import adapter_config, adapter_tensors, is_adapted
+from learner.publication import publication_table, publication_tensors, whole
+from learner.safetensors_file import write_safetensors
+
+WEIGHTS_FILE = "model.safetensors"
+ADAPTER_FOLDER = "adapter"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def write_model(folder: Path, model: PreTrainedModel) -> None:
+    """Write configuration and weights into an existing folder, one tensor at a time.
+
+    generation_config.json keeps generators that do not know the backspace action from sampling it.
+    """
+    config = model.config
+    config.dtype = model.get_input_embeddings().weight.dtype
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # the class of a sharded model has a longer name
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    write_safetensors(folder / WEIGHTS_FILE, publication_table(model), publication_tensors(model))
+    if is_adapted(model):
+        adapter = folder / ADAPTER_FOLDER
+        adapter.mkdir()
+        adapter_config(model).save_pretrained(adapter)
+        tensors = {name: whole(tensor).cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+        save_file(tensors, adapter / ADAPTER_FILE, metadata={"format": "pt"})
+
+
+def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Load a checkpoint's weights into `model`, in place: all of them, or none if they do not fit.
+
+    Into a model with adapters go the adapters and the trained output embedding; the rest is its frozen base, which has
+    to be the one that the checkpoint was trained on.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor of the model, holds one that the model does not have or has in another
+            shape, or holds two different tensors that the model ties; or its adapters belong to another base model.
+    """
+    if is_adapted(model):
+        _load_adapters(model, checkpoint)
+        return
+    state = _read_tensors(checkpoint)
+    if misfits := _misfits(model.state_dict(), state):
+        raise ValueError(f"checkpoint {checkpoint} does not fit the model: {'; '.join(misfits)}")
+    model.load_state_dict(state, strict=False)  # not strict: a tied tensor is saved under one of its names
+
+
+def _load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
+    folder = checkpoint / ADAPTER_FOLDER
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {checkpoint} has no adapters: it was trained in full; leave model.adapter out")
+    state = _read_tensors(folder)
+    own = adapter_tensors(model)
+    if misfits := _misfits(own, state):
+        raise ValueError(f"checkpoint {checkpoint} does not fit the model's adapters: {'; '.join(misfits)}")
+    _check_base(model, checkpoint)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def _check_base(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Adapters on another base are another model. What was neither adapted nor trained (norms, input embedding) lies in
+    the checkpoint as it was, bit for bit.
+    """
+    frozen = {name: tensor for name, tensor in model.named_parameters() if not tensor.requires_grad}
+    with safe_open(checkpoint / WEIGHTS_FILE, framework="pt") as saved:
+        for name in saved.keys():  # noqa: SIM118 (no mapping: it has keys() and cannot be iterated)
+            base = frozen.get(name)
+            if base is None or not base.is_floating_point():  # under another name, or in 4 bits
+                continue
+            if not torch.equal(saved.get_tensor(name), whole(base).cpu()):
+                raise ValueError(
+                    f"checkpoint {checkpoint} was trained on another base model: {name} differs; name the same model "
+                    "and revision as then"
+                )
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def _misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """What keeps `state` from being loaded into a model whose tensors are `own`, in words."""
+    common = sorted(own.keys() & state.keys())
+    found = [
+        f"{name} is {tuple(state[name].shape)}, the model's is {tuple(own[name].shape)}"
+        for name in common
+        if state[name].shape != own[name].shape
+    ]
+    stored_by_memory: dict[int, str] = {}  # tied tensors share their memory
+    for name in common:
+        other = stored_by_memory.setdefault(own[name].data_ptr(), name)
+        if other != name and not torch.equal(state[name], state[other]):
+            found.append(f"{other} and {name} differ, but the model ties them")
+    missing = [name for name in own if name not in state and own[name].data_ptr() not in stored_by_memory]
+    unexpected = [name for name in state if name not in own]
+    if missing:
+        found.append(f"missing {missing}")
+    if unexpected:
+        found.append(f"unexpected {unexpected}")
+    return found
