@@ -37,7 +37,8 @@ class Progress:
     stage: str
     step: int
     stage_steps: int
-    policy_version: int  # newest published
+    policy_version: int  # newest published; -1 before any
+    first_policy_version: int  # that the stage's rollouts started with; -1 in a stage without rollouts
     expert_stream: dict[str, int]
 
     @property

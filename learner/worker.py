@@ -155,8 +155,7 @@ class LearnerWorker:
         )
         resumed = self._restore(stage, trainer, stream)
         uses_actors = objective.needs_rollouts or stream is None
-        if uses_actors:
-            self._start_rollouts(resumed)
+        first_version = self._start_rollouts(resumed) if uses_actors else -1
         recent: list[float] = []
         with MetricsLog(self._folder) as log:
             while not trainer.finished and not self._stop.is_set():
@@ -183,8 +182,8 @@ class LearnerWorker:
                 if uses_actors and trainer.step % stage.publish_every_steps == 0:
                     self._publish()
                 if trainer.step % self._spec.settings.checkpoint_every_steps == 0 and not trainer.finished:
-                    self._save(stage, trainer, stream)
-        checkpoint = self._save(stage, trainer, stream)
+                    self._save(stage, trainer, stream, first_version)
+        checkpoint = self._save(stage, trainer, stream, first_version)
         return StageResult(
             stage=stage.name,
             step=trainer.step,
@@ -218,38 +217,43 @@ class LearnerWorker:
         assert self._publisher is not None, "connect() comes before the first publication"
         self._publisher.publish(self._model)
 
-    def _start_rollouts(self, resumed: bool) -> None:
-        """Let the actors go on, with the weights that this stage starts from and no older ones."""
+    def _start_rollouts(self, resumed: Progress | None) -> int:
+        """Let the actors go on with the weights of now; gives the version that the stage's rollouts started with."""
         assert self._publisher is not None, "connect() comes before such a stage"
         assert self._buffer is not None, "connect() comes before such a stage"
-        first_version = self._publisher.publish(self._model).version
-        if not resumed:  # what lies in the buffer was made by another stage
-            self._buffer.begin_stage.remote(first_version)
-        self._publisher.resume_rollouts(first_version)
+        published = self._publisher.publish(self._model).version
+        # A resumed stage goes on with the rollouts of its first life; older ones were made by another stage.
+        first_version = published if resumed is None else resumed.first_policy_version
+        self._buffer.begin_stage.remote(first_version)
+        self._publisher.resume_rollouts(published)
+        return first_version
 
-    def _restore(self, stage: StageSettings, trainer: Trainer, stream: ExpertStream | None) -> bool:
-        """Weights of the stage's own newest checkpoint (then True), or else of the stage it starts from."""
+    def _restore(self, stage: StageSettings, trainer: Trainer, stream: ExpertStream | None) -> Progress | None:
+        """Weights of the stage's own newest checkpoint (then its progress), or else of the stage it starts from."""
         own = checkpoints_of(self._stage_folder(stage.name))
         if own:
             load_weights(self._model, own[-1])
             trainer.load_state(read_training_state(own[-1]))
+            progress = read_progress(own[-1])
             if stream is not None:
-                stream.load_state(read_progress(own[-1]).expert_stream)
-        elif stage.start_from is not None:
+                stream.load_state(progress.expert_stream)
+            return progress
+        if stage.start_from is not None:
             start = checkpoints_of(self._stage_folder(stage.start_from))
             if not start:
                 raise ValueError(
                     f"stage {stage.name!r} starts from {stage.start_from!r}, which has no checkpoint in {self._folder}"
                 )
             load_weights(self._model, start[-1])
-        return bool(own)
+        return None
 
-    def _save(self, stage: StageSettings, trainer: Trainer, stream: ExpertStream | None) -> Path:
+    def _save(self, stage: StageSettings, trainer: Trainer, stream: ExpertStream | None, first_version: int) -> Path:
         progress = Progress(
             stage=stage.name,
             step=trainer.step,
             stage_steps=stage.steps,
             policy_version=self._newest_version(),
+            first_policy_version=first_version,
             expert_stream={} if stream is None else stream.state(),
         )
         return save_checkpoint(

@@ -60,7 +60,7 @@ def make_run(folder: Path) -> Path:
             embedding[:, 1] = 0.0
             embedding[favoured, 0] = 3.0
         save_checkpoint(
-            folder / "checkpoints" / stage, policy.model, policy.tokenizer, Progress(stage, 1, 1, 0, {}), {}, keep=1
+            folder / "checkpoints" / stage, policy.model, policy.tokenizer, Progress(stage, 1, 1, 0, -1, {}), {}, keep=1
         )
     return folder
 

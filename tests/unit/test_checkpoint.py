@@ -26,7 +26,14 @@ from learner.model_files import load_weights
 from learner.settings import ScratchModelSettings
 
 TOKENIZER = character_tokenizer("0123456789")
-PROGRESS = Progress(stage="trunk", step=7, stage_steps=40, policy_version=3, expert_stream={"epoch": 1, "rows": 9})
+PROGRESS = Progress(
+    stage="trunk",
+    step=7,
+    stage_steps=40,
+    policy_version=3,
+    first_policy_version=1,
+    expert_stream={"epoch": 1, "rows": 9},
+)
 STATE = {"step": 7, "random_state": torch.arange(5, dtype=torch.uint8), "nested": {"lr": [0.1, 0.2], "none": None}}
 
 

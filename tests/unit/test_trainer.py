@@ -202,7 +202,7 @@ def test_stopping_and_going_on_changes_nothing(task, tmp_path, objective, stop_a
     first, stream = make_model(task, seed=3), make_stream(task)
     trainer = make_trainer(task, first, stage, stream)
     losses = [row["loss"] for row in train(trainer, stop_at)]
-    progress = Progress("s", trainer.step, steps, policy_version=0, expert_stream=stream.state())
+    progress = Progress("s", trainer.step, steps, 0, 0, expert_stream=stream.state())
     path = save_checkpoint(tmp_path, first, task.tokenizer, progress, trainer.state(), keep=1)
     del trainer, first, stream
 

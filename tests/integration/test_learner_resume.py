@@ -1,0 +1,97 @@
+"""The learner against a real buffer and a real pool without actors: what a stage may draw after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.actor import ActorHandle
+
+from actors.pool import ActorPool
+from actors.rollout_actor import RolloutSpec
+from actors.settings import ActorsSettings
+from buffer.experts.tasks import Task, load_task
+from buffer.service import BufferStatus, ReplayBufferService
+from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
+from learner.objective_settings import SequenceMatchSettings
+from learner.settings import ScratchModelSettings
+from learner.stage_settings import LearnerSettings, StageSettings
+from learner.worker import LearnerSpec, LearnerWorker
+from tests.rollouts import rollouts
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 60.0
+TASK = ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4)
+MODEL = ScratchModelSettings(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32, max_positions=40)
+FIRST_VERSION = 10
+"""Of the learner's first publication; the stage starts with the next one."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=256 * 2**20,
+        include_dashboard=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task(TASK, max_length=MODEL.max_positions)
+
+
+def start_buffer(folder: Path, task: Task) -> ActorHandle:
+    actor = ray.remote(ReplayBufferService).options(num_cpus=0)
+    return actor.remote(str(folder / "buffer"), task.contract(), BufferSettings(capacity=100, min_size=1), 0)
+
+
+def end_buffer(buffer: ActorHandle) -> None:
+    ray.get(buffer.close.remote(), timeout=TIMEOUT_S)
+    ray.kill(buffer)
+
+
+def status(buffer: ActorHandle) -> BufferStatus:
+    answer: BufferStatus = ray.get(buffer.status.remote(), timeout=TIMEOUT_S)
+    return answer
+
+
+def learn(folder: Path, buffer: ActorHandle, steps: int, first_version: int) -> None:
+    """One life of a learner: its stage up to step `steps`, with the checkpoint of its end."""
+    spec = LearnerSpec(MODEL, TASK, NoiseSettings(kind="task", rate=0.3), LearnerSettings(), str(folder), seed=3)
+    worker = LearnerWorker(spec)
+    run = worker.prepare()
+    rollout_spec = RolloutSpec("{}", run.contract, run.task.name, ActorsSettings(), spec.noise, run.max_length, 0)
+    pool = ray.remote(ActorPool).options(num_cpus=0).remote(rollout_spec, [ray.put(None)], buffer, {}, 0)
+    worker.connect(buffer, pool, first_version)
+    objective = SequenceMatchSettings(beta_steps=5)
+    stage = StageSettings(name="second", objective=objective, steps=steps, batch_size=4, rollout_batch_size=4)
+    assert worker.run_stage(stage).step == steps
+    ray.kill(pool)
+
+
+def test_a_resumed_stage_draws_no_rows_of_the_stage_before(task: Task, tmp_path: Path) -> None:
+    """An actor may hand in what it made for the stage before long after this one began, and a kill may follow."""
+    own = FIRST_VERSION + 1
+    buffer = start_buffer(tmp_path, task)
+    ray.get(buffer.insert.remote(rollouts(task, 0, 8, version=own)), timeout=TIMEOUT_S)
+    learn(tmp_path, buffer, steps=2, first_version=FIRST_VERSION)
+    ray.get(buffer.insert.remote(rollouts(task, 8, 8, version=own - 1)), timeout=TIMEOUT_S)
+    assert status(buffer).store.sources["policy"].live == 16
+    end_buffer(buffer)
+
+    buffer = start_buffer(tmp_path, task)
+    learn(tmp_path, buffer, steps=4, first_version=own + 5)
+    policy = status(buffer).store.sources["policy"]
+    assert policy.dropped_stale == 8, "rows older than the weights that the stage began with"
+    assert policy.live == 8, "rows of the stage's first life are its own"
+    end_buffer(buffer)
