@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learner.adapters import adapter_config, adapter_tensors, is_adapted
-from learner.publication import publication_table, publication_tensors, whole
+from learner.publication import publication_table, publication_tensors
 from learner.safetensors_file import write_safetensors
+from learner.sharding import gathered, load_tensors, part_like
 
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -40,7 +41,7 @@ def write_model(folder: Path, model: PreTrainedModel) -> None:
         adapter = folder / ADAPTER_FOLDER
         adapter.mkdir()
         adapter_config(model).save_pretrained(adapter)
-        tensors = {name: whole(tensor).cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+        tensors = {name: gathered(tensor).cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
         save_file(tensors, adapter / ADAPTER_FILE, metadata={"format": "pt"})
 
 
@@ -58,9 +59,9 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
         _load_adapters(model, checkpoint)
         return
     state = _read_tensors(checkpoint)
-    if misfits := _misfits(model.state_dict(), state):
+    if misfits := _misfits(model.state_dict(keep_vars=True), state):
         raise ValueError(f"checkpoint {checkpoint} does not fit the model: {'; '.join(misfits)}")
-    model.load_state_dict(state, strict=False)  # not strict: a tied tensor is saved under one of its names
+    load_tensors(model, state)  # a tied tensor is saved under one of its names
 
 
 def _load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
@@ -74,7 +75,7 @@ def _load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
     _check_base(model, checkpoint)
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            tensor.copy_(part_like(state[name], tensor))
 
 
 def _check_base(model: PreTrainedModel, checkpoint: Path) -> None:
@@ -87,7 +88,7 @@ def _check_base(model: PreTrainedModel, checkpoint: Path) -> None:
             base = frozen.get(name)
             if base is None or not base.is_floating_point():  # under another name, or in 4 bits
                 continue
-            if not torch.equal(saved.get_tensor(name), whole(base).cpu()):
+            if not torch.equal(saved.get_tensor(name), gathered(base).cpu()):
                 raise ValueError(
                     f"checkpoint {checkpoint} was trained on another base model: {name} differs; name the same model "
                     "and revision as then"
@@ -109,12 +110,12 @@ def _misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
         for name in common
         if state[name].shape != own[name].shape
     ]
-    stored_by_memory: dict[int, str] = {}  # tied tensors share their memory
+    stored: dict[Tensor, str] = {}  # by identity: tied tensors are one object
     for name in common:
-        other = stored_by_memory.setdefault(own[name].data_ptr(), name)
+        other = stored.setdefault(own[name], name)
         if other != name and not torch.equal(state[name], state[other]):
             found.append(f"{other} and {name} differ, but the model ties them")
-    missing = [name for name in own if name not in state and own[name].data_ptr() not in stored_by_memory]
+    missing = [name for name in own if name not in state and own[name] not in stored]
     unexpected = [name for name in state if name not in own]
     if missing:
         found.append(f"missing {missing}")

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from buffer.weights import TensorEntry
 from learner.adapters import ADAPTER_NAME, adapted_layers
 from learner.quantization import dequantise, is_quantised, original_format
+from learner.sharding import gathered
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -88,7 +88,7 @@ def _source(name: str, tensor: Tensor, module: nn.Module, adapter: LoraLayer | N
     entry = TensorEntry(name, str(dtype).removeprefix("torch."), tuple(shape))
 
     def base() -> Tensor:
-        return dequantise(tensor) if quantised else whole(tensor)
+        return dequantise(tensor) if quantised else gathered(tensor)
 
     if adapter is None or not is_weight:
         return _Source(entry, base)
@@ -97,13 +97,8 @@ def _source(name: str, tensor: Tensor, module: nn.Module, adapter: LoraLayer | N
 
 def merged(weight: Tensor, adapter: LoraLayer) -> Tensor:
     """W + (alpha / rank) B A, added in the adapter's format and rounded once to that of W; a new tensor."""
-    a, b = whole(adapter.lora_A[ADAPTER_NAME].weight), whole(adapter.lora_B[ADAPTER_NAME].weight)
+    a, b = gathered(adapter.lora_A[ADAPTER_NAME].weight), gathered(adapter.lora_B[ADAPTER_NAME].weight)
     update = (b @ a) * adapter.scaling[ADAPTER_NAME]
     if adapter.fan_in_fan_out:
         update = update.T
     return (weight.to(update.dtype) + update).to(weight.dtype)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor without its gradient graph, gathered from all ranks if it is sharded (a collective call then)."""
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
