@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from learner.state_tree import TreeBatch
+from learner.tree_attention import evaluate_nodes
 
 CHUNK_ELEMENTS = 2**22
 """Logits held at a time (16 MiB in float32)."""
@@ -55,13 +56,7 @@ def action_values(
     The model must pass `learner.model_support.check_supported`: Q is hidden state times row of the output embedding,
     nothing else. Under FSDP call this inside a wrapped forward, so that the output embedding is gathered.
     """
-    hidden = model.base_model(
-        input_ids=tree.node_ids,
-        attention_mask=tree.attention_mask,
-        position_ids=tree.positions,
-        use_cache=False,
-    ).last_hidden_state
-    states = hidden.flatten(0, 1)[tree.value_nodes]
+    states = evaluate_nodes(model, tree)[tree.value_nodes]
     weight = model.get_output_embeddings().weight
     v_floor, q_backspace, q = chunked_values(
         states,

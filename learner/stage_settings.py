@@ -34,9 +34,8 @@ class LearnerSettings(Settings):
 
     num_cpus: float = Field(1.0, gt=0.0, description="CPUs that Ray sets aside for the learner")
     num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside for the learner")
-    max_nodes_per_row: PositiveInt = Field(
-        256,
-        description="state-tree nodes per attention row; trajectories that share prompts share nodes within a row",
+    max_nodes_per_batch: PositiveInt = Field(
+        4096, description="state-tree nodes per forward pass: bounds the memory of activations, not what is learned"
     )
     checkpoint_every_steps: PositiveInt = 500
     keep_checkpoints: PositiveInt = Field(2, description="checkpoints kept per stage, the last one included")

@@ -1,11 +1,14 @@
 """The states of action logs as a tree, so that one forward pass evaluates every distinct state once.
 
 A node is an appended token; the text of a node is the path from the root to it, and a state is a node.
-`<backspace>` adds no node: it moves to the parent. The attention mask of a node is its ancestors and itself,
-its position is its depth, so its logits equal those of its text run alone. Texts that occur twice (a token
-retyped after a deletion, a prompt shared by several logs, a prompt that begins another one) are one node.
+`<backspace>` adds no node: it moves to the parent. A node attends to its ancestors and itself, its position is its
+depth, so its logits equal those of its text run alone. Texts that occur twice (a token retyped after a deletion, a
+prompt shared by several logs, a prompt that begins another one) are one node.
 
-Legend: L logs, A actions over all logs, B rows, N nodes per row (padded), M distinct states with a value.
+Nodes are numbered in preorder (a node, then its subtrees one after another), over all trees of the batch: node j is
+an ancestor of i, or i itself, exactly if j <= i < subtree_end[j]. No N x N mask is needed to say so.
+
+Legend: L logs, A actions over all logs, N nodes (padded), M distinct states with a value.
 """
 
 from __future__ import annotations
@@ -18,18 +21,20 @@ import torch
 from torch import Tensor
 
 from buffer.replay import FLOOR, ActionLogs, Int64, Replay, replay
-from learner.row_packing import aligned, assign_rows
-from learner.state_trie import ROOT, Bool, build_trie
+from learner.state_trie import Bool, build_trie, preorder
+
+NODE_ALIGNMENT = 8
+"""A batch is padded to a multiple of this many nodes: matrix kernels are slower at odd sizes."""
 
 
 @dataclass(frozen=True)
 class TreeBatch:
-    """Action logs packed into tree rows. Logs keep the order of the batch; a node is `row * N + column`.
+    """Action logs packed into trees. Logs keep the order of the batch; a node is an index into `node_ids`.
 
     Nodes
-        node_ids: [B, N] token ids.
-        positions: [B, N] depth of the token in its text, from 0.
-        attention_mask: [B, 1, N, N] True where the query (third axis) sees the key: ancestors and itself.
+        node_ids: [N] token ids.
+        positions: [N] depth of the token in its text, from 0.
+        subtree_end: [N] one beyond the last descendant of the node; a padded node is a tree of its own.
         value_nodes: [M] nodes that are a state of some log, ascending.
     Actions
         log, time: [A] log, and index of the action in it.
@@ -51,7 +56,7 @@ class TreeBatch:
 
     node_ids: Tensor
     positions: Tensor
-    attention_mask: Tensor
+    subtree_end: Tensor
     value_nodes: Tensor
     log: Tensor
     time: Tensor
@@ -91,6 +96,17 @@ class TreeBatch:
         emptied = {name: values[name][:0] for name in of_logs}
         return TreeBatch(**values | emptied | {"num_nodes": 0, "num_nodes_unshared": 0})
 
+    @property
+    def num_padded_nodes(self) -> int:
+        """N."""
+        return int(self.node_ids.shape[0])
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[N, N] True where the query (first axis) sees the key: ancestors and itself. Quadratic in N."""
+        node = torch.arange(self.num_padded_nodes, device=self.node_ids.device)
+        return (node <= node[:, None]) & (self.subtree_end > node[:, None])
+
     def to(self, device: torch.device | str) -> TreeBatch:
         """The same batch with its tensors on `device`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -99,75 +115,44 @@ class TreeBatch:
         )
 
 
-def build_tree_batch(
-    batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, max_nodes_per_row: int, max_positions: int
-) -> TreeBatch:
-    """Pack the trajectories of `batch` (schema of `buffer.schema`) into tree rows.
-
-    Logs are ordered by prompt, and consecutive ones share a row while it holds at most `max_nodes_per_row`
-    nodes; narrower rows are taken where they cost less (`learner.row_packing`). A log larger than that gets a
-    row of its own.
+def build_tree_batch(batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, max_positions: int) -> TreeBatch:
+    """Pack the trajectories of `batch` (schema of `buffer.schema`) into one tree per distinct first token.
 
     Raises:
-        ValueError: the batch is empty; a prompt is empty; a text is longer than `max_positions`; a log takes
-        a token
-            back at the floor, or acts after `<eos>`.
+        ValueError: see `checked_logs`.
     """
-    logs = ActionLogs.from_batch(batch)
-    if logs.num_logs == 0:
-        raise ValueError("cannot build a state tree from a batch without trajectories")
-    played = replay(logs, backspace_id)
-    truncated = _is_truncated(batch)
-    _check(logs, played, truncated, backspace_id=backspace_id, eos_id=eos_id, max_positions=max_positions)
-
+    logs, played, truncated = checked_logs(batch, backspace_id=backspace_id, eos_id=eos_id, max_positions=max_positions)
     trie = build_trie(logs, played, backspace_id)
-    row_of_log = assign_rows(logs, trie, max_nodes_per_row)
-
-    # Columns: the distinct nodes of a row by depth, so that parents come before their children.
-    num_rows = int(row_of_log.max()) + 1
-    placed, element_place = np.unique(
-        (row_of_log[trie.log] * trie.num_levels + trie.depth) * trie.num_nodes + trie.node,
-        return_inverse=True,
-    )
-    row = placed // (trie.num_levels * trie.num_nodes)
-    row_begin = np.searchsorted(row, np.arange(num_rows))
-    column = np.arange(len(placed)) - row_begin[row]
-    width = aligned(int(column.max()) + 1)
-    flat = row * width + column
-    flat_of_element = flat[element_place]
-
-    first = np.empty(len(placed), dtype=np.int64)  # any element of the place: its token, depth and parent agree
-    first[element_place] = np.arange(len(element_place))
-    parent_element = trie.parent[first]
-    parent_flat = np.where(parent_element == ROOT, ROOT, flat_of_element[parent_element])
-    depth = trie.depth[first]
-    node_ids = np.zeros((num_rows, width), dtype=np.int64)
-    node_ids.ravel()[flat] = trie.token[first]
-    positions = np.zeros((num_rows, width), dtype=np.int64)
-    positions.ravel()[flat] = depth
-
-    floor_flat = flat_of_element[logs.prompt_offsets[1:] - 1]
+    number, subtree_end = preorder(trie)
+    node_of_element = number[trie.node]
+    width = -(-trie.num_nodes // NODE_ALIGNMENT) * NODE_ALIGNMENT
+    floor_node = node_of_element[logs.prompt_offsets[1:] - 1]
     num_prompt_tokens = len(logs.prompt_ids)
 
+    def by_number(per_element: Int64) -> Tensor:
+        padded = np.zeros(width, dtype=np.int64)
+        padded[number] = per_element[trie.first]
+        return torch.from_numpy(padded)
+
     def nodes_of(events: Int64) -> Int64:
-        appended = flat_of_element[num_prompt_tokens + trie.append_of_event[events]]
-        return np.where(events == FLOOR, floor_flat[played.log], appended)
+        appended = node_of_element[num_prompt_tokens + trie.append_of_event[events]]
+        return np.where(events == FLOOR, floor_node[played.log], appended)
 
     state, next_state = nodes_of(played.state), nodes_of(played.next_state)
-    final_state, final_at_floor = floor_flat.copy(), np.ones(logs.num_logs, dtype=np.bool_)
+    final_state, final_at_floor = floor_node.copy(), np.ones(logs.num_logs, dtype=np.bool_)
     acted = logs.lengths > 0
     last_action = logs.offsets[1:][acted] - 1
     final_state[acted] = next_state[last_action]
     final_at_floor[acted] = played.next_state[last_action] == FLOOR
-    value_nodes = np.unique(np.concatenate([floor_flat, state, next_state]))
+    value_nodes = np.unique(np.concatenate([floor_node, state, next_state]))
 
     def rows_of(nodes: Int64) -> Tensor:
         return torch.from_numpy(np.searchsorted(value_nodes, nodes))
 
     return TreeBatch(
-        node_ids=torch.from_numpy(node_ids),
-        positions=torch.from_numpy(positions),
-        attention_mask=torch.from_numpy(_ancestor_mask(flat, parent_flat, depth, num_rows, width)),
+        node_ids=by_number(trie.token),
+        positions=by_number(trie.depth),
+        subtree_end=torch.from_numpy(np.concatenate([subtree_end, np.arange(trie.num_nodes, width) + 1])),
         value_nodes=torch.from_numpy(value_nodes),
         log=torch.from_numpy(played.log),
         time=torch.from_numpy(played.time),
@@ -178,26 +163,40 @@ def build_tree_batch(
         next_state=torch.from_numpy(next_state),
         state_row=rows_of(state),
         next_state_row=rows_of(next_state),
-        start=torch.from_numpy(floor_flat),
-        start_row=rows_of(floor_flat),
+        start=torch.from_numpy(floor_node),
+        start_row=rows_of(floor_node),
         final_state=torch.from_numpy(final_state),
         final_row=rows_of(final_state),
         final_at_floor=torch.from_numpy(final_at_floor),
         length=torch.from_numpy(logs.lengths),
         truncated=torch.from_numpy(truncated),
         is_expert=torch.from_numpy(_column_equals(batch, "source", "expert")),
-        num_nodes=len(placed),
+        num_nodes=trie.num_nodes,
         num_nodes_unshared=len(trie.pair_log),
     )
+
+
+def checked_logs(
+    batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, max_positions: int
+) -> tuple[ActionLogs, Replay, Bool]:
+    """The logs of a batch, their states, and [L] whether each is truncated (did not end with `<eos>`).
+
+    Raises:
+        ValueError: the batch is empty; a prompt is empty; a text is longer than `max_positions`; a log takes a token
+            back at the floor, or acts after `<eos>`.
+    """
+    logs = ActionLogs.from_batch(batch)
+    if logs.num_logs == 0:
+        raise ValueError("cannot build a state tree from a batch without trajectories")
+    played = replay(logs, backspace_id)
+    truncated = ~_column_equals(batch, "finish_reason", "eos")
+    _check(logs, played, truncated, backspace_id=backspace_id, eos_id=eos_id, max_positions=max_positions)
+    return logs, played, truncated
 
 
 def _column_equals(batch: pa.RecordBatch, name: str, value: str) -> Bool:
     equal: Bool = np.asarray(batch.column(name).to_numpy(zero_copy_only=False) == value, dtype=np.bool_)
     return equal
-
-
-def _is_truncated(batch: pa.RecordBatch) -> Bool:
-    return ~_column_equals(batch, "finish_reason", "eos")
 
 
 def _check(
@@ -231,16 +230,3 @@ def _check(
             f"log {int(np.argmax(bad))}: <eos> must be the last action where finish_reason is `eos`, and "
             "absent elsewhere"
         )
-
-
-def _ancestor_mask(flat: Int64, parent_flat: Int64, depth: Int64, num_rows: int, width: int) -> Bool:
-    """[B, 1, N, N] ancestors and self, filled depth by depth; a padded node sees itself only."""
-    mask = np.zeros((num_rows * width, width), dtype=np.bool_)
-    mask[np.arange(num_rows * width), np.tile(np.arange(width), num_rows)] = True
-    by_depth = np.argsort(depth, kind="stable")
-    bounds = np.searchsorted(depth[by_depth], np.arange(int(depth.max()) + 2))
-    child, parent = flat[by_depth], parent_flat[by_depth]
-    for level in range(1, len(bounds) - 1):
-        here = slice(bounds[level], bounds[level + 1])
-        mask[child[here]] |= mask[parent[here]]
-    return mask.reshape(num_rows, 1, width, width)

@@ -27,21 +27,25 @@ class Trie:
     """Elements are the P prompt tokens of all logs, then their E appends, in order; a node is a distinct
     text.
 
-    log, depth, token, node: [P + E] of each element. parent: [P + E] element of the text before, or ROOT.
+    depth, token, node: [P + E] of each element.
     append_of_event: [A] index among the appends of each action (meaningless for backspaces).
+    first: [K] first element of each node. parent: [K] node of the text before, or ROOT.
     pair_log, pair_node: distinct (log, node) pairs, ascending.
     """
 
-    log: Int64
     depth: Int64
     token: Int64
     node: Int64
-    parent: Int64
     append_of_event: Int64
+    first: Int64
+    parent: Int64
     pair_log: Int64
     pair_node: Int64
-    num_nodes: int
-    num_levels: int
+
+    @property
+    def num_nodes(self) -> int:
+        """K."""
+        return len(self.first)
 
 
 def build_trie(logs: ActionLogs, played: Replay, backspace_id: int) -> Trie:
@@ -90,17 +94,62 @@ def build_trie(logs: ActionLogs, played: Replay, backspace_id: int) -> Trie:
 
     pairs = np.unique(log * len(keys) + node)
     return Trie(
-        log=log,
         depth=depth,
         token=token,
         node=node,
-        parent=parent,
         append_of_event=append_of_event,
+        first=first,
+        parent=node_of_parent[first],
         pair_log=pairs // len(keys),
         pair_node=pairs % len(keys),
-        num_nodes=len(keys),
-        num_levels=int(depth.max()) + 1,
     )
+
+
+def preorder(trie: Trie) -> tuple[Int64, Int64]:
+    """[K] preorder number of each node, over all trees; [K] by number: one beyond the node's last descendant.
+
+    Trees, and children of a node, come in the order of their first elements.
+    """
+    above = np.append(np.where(trie.parent == ROOT, trie.num_nodes, trie.parent), trie.num_nodes)
+    sizes = _subtree_sizes(above)
+    # Nodes of the earlier siblings' subtrees: a running sum over siblings side by side.
+    by_family = np.lexsort((trie.first, above[:-1]))
+    family, family_sizes = above[by_family], sizes[by_family]
+    before = np.cumsum(family_sizes) - family_sizes
+    starts = np.flatnonzero(np.diff(family, prepend=-1))
+    before -= np.repeat(before[starts], np.diff(starts, append=len(family)))
+    steps = np.zeros(trie.num_nodes + 1, dtype=np.int64)
+    steps[by_family] = 1 + before
+    number = _path_sums(steps, above)[:-1] - 1
+    subtree_end = np.empty_like(number)
+    subtree_end[number] = number + sizes
+    return number, subtree_end
+
+
+def _subtree_sizes(above: Int64) -> Int64:
+    """[K] nodes in each subtree. above: [K + 1] parent of each node; K stands above the roots and itself.
+
+    Pointer doubling: after i rounds a node has counted its descendants nearer than 2^i, and those at a distance of
+    exactly 2^i have counted theirs.
+    """
+    outside = len(above) - 1
+    sizes = np.ones(len(above), dtype=np.int64)
+    jump = above
+    while (jump[:-1] != outside).any():
+        sizes += np.bincount(jump[:-1], weights=sizes[:-1], minlength=len(above)).astype(np.int64)
+        jump = jump[jump]
+    return sizes[:-1]
+
+
+def _path_sums(steps: Int64, above: Int64) -> Int64:
+    """[K + 1] sum of `steps` over each node and its ancestors, by pointer doubling. steps, above: [K + 1]."""
+    outside = len(above) - 1
+    sums = steps
+    jump = above
+    while (jump[:-1] != outside).any():
+        sums = sums + sums[jump]
+        jump = jump[jump]
+    return sums
 
 
 def _pair_numbers(depth: Int64, token: Int64) -> UInt64:

@@ -106,11 +106,12 @@ class Trainer:
         self._optimizer.step()
         self._schedule.step()
         self.step += 1
-        num_actions, num_nodes, num_nodes_unshared = self._ranks.sum(
+        num_actions, num_nodes, num_nodes_unshared, num_padded_nodes = self._ranks.sum(
             [
                 sum(each.tree.num_actions for each in passes),
                 sum(each.tree.num_nodes for each in passes),
                 sum(each.tree.num_nodes_unshared for each in passes),
+                sum(each.tree.num_padded_nodes for each in passes),
             ]
         )
         seconds = time.perf_counter() - started
@@ -123,6 +124,7 @@ class Trainer:
             "actions_per_s": num_actions / seconds,
             "nodes_per_s": num_nodes / seconds,
             "sharing_ratio": num_nodes_unshared / num_nodes,
+            "padding_share": 1.0 - num_nodes / num_padded_nodes,
         }
 
     def _passes(self, experts: pa.RecordBatch, rollouts: pa.RecordBatch | None) -> list[_Pass]:

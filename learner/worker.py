@@ -33,6 +33,7 @@ from learner.publisher import WeightPublisher, make_probe
 from learner.settings import ModelSettings, ScratchModelSettings
 from learner.stage_settings import LearnerSettings, StageSettings
 from learner.status import LearnerStatus, StageResult
+from learner.trackers import TrackerName, check_trackers
 from learner.trainer import Trainer
 from learner.tree_policy import TreePolicy
 
@@ -49,6 +50,7 @@ class LearnerSpec:
     settings: LearnerSettings
     run_folder: str
     seed: int
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class LearnerWorker:
         """Load model and task.
 
         Raises:
-            ValueError, OSError, ImportError: the model or the task cannot be had as the settings ask.
+            ValueError, OSError, ImportError: the model, the task or a tracker cannot be had as the settings ask.
         """
+        check_trackers(self._spec.trackers)
         torch.manual_seed(self._spec.seed)
         model_settings, task_settings = self._spec.model, self._spec.task
         if isinstance(model_settings, ScratchModelSettings):
@@ -147,7 +150,7 @@ class LearnerWorker:
             TreeSettings(
                 backspace_id=self._contract.backspace_id,
                 eos_id=self._contract.eos_id,
-                max_nodes_per_row=self._spec.settings.max_nodes_per_row,
+                max_nodes_per_batch=self._spec.settings.max_nodes_per_batch,
                 max_positions=self._max_length,
             ),
             experts,
@@ -157,7 +160,7 @@ class LearnerWorker:
         uses_actors = objective.needs_rollouts or stream is None
         first_version = self._start_rollouts(resumed) if uses_actors else -1
         recent: list[float] = []
-        with MetricsLog(self._folder) as log:
+        with MetricsLog(self._folder, self._spec.trackers) as log:
             while not trainer.finished and not self._stop.is_set():
                 try:
                     metrics = trainer.train_step()

@@ -145,7 +145,7 @@ def test_chunk_elements_must_be_positive():
 @torch.no_grad()
 def test_action_values_against_each_text_alone(kind, tied):
     model = tiny(kind, tied).double()
-    tree = build(HARD, 9)
+    tree = build(HARD)
     values = action_values(model, tree, BACKSPACE)
     flat = 0
     for i, log in enumerate(HARD):

@@ -45,8 +45,8 @@ def walks(model):
     return {id(log): walk(model, log, BACKSPACE) for log in [*DATA, *MODEL]}
 
 
-def evaluate(model, logs, counts=None, max_nodes_per_row=12) -> EvaluatedLogs:
-    tree = build(logs, max_nodes_per_row)
+def evaluate(model, logs, counts=None) -> EvaluatedLogs:
+    tree = build(logs)
     return EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts or LogCounts.of([tree]))
 
 

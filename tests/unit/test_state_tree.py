@@ -1,4 +1,4 @@
-"""The state tree: every text once, every state where replay says it is, logits as if each text were alone."""
+"""The state tree: every text once, every state where replay says it is, every subtree one interval of nodes."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from learner.state_tree import TreeBatch, build_tree_batch
+from learner.state_tree import NODE_ALIGNMENT, TreeBatch, build_tree_batch
 from tests.oracle import Log, states, to_batch
 
 BACKSPACE, EOS, VOCAB = 3, 2, 11
 
 
-def build(logs: list[Log], max_nodes_per_row: int = 64, max_positions: int = 64) -> TreeBatch:
-    return build_tree_batch(
-        to_batch(logs),
-        backspace_id=BACKSPACE,
-        eos_id=EOS,
-        max_nodes_per_row=max_nodes_per_row,
-        max_positions=max_positions,
-    )
+def build(logs: list[Log], max_positions: int = 64) -> TreeBatch:
+    return build_tree_batch(to_batch(logs), backspace_id=BACKSPACE, eos_id=EOS, max_positions=max_positions)
 
 
 def text_of(tree: TreeBatch, node: int) -> list[int]:
-    """Read a node's text from its mask row: the tokens it sees, by position."""
-    row, column = divmod(node, tree.node_ids.shape[1])
-    seen = tree.attention_mask[row, 0, column].nonzero().flatten()
-    by_position = seen[tree.positions[row, seen].argsort()]
-    assert tree.positions[row, by_position].tolist() == list(range(len(seen)))
-    assert by_position[-1] == column
-    return tree.node_ids[row, by_position].tolist()
+    """Read a node's text from the tokens it sees."""
+    seen = (tree.subtree_end[: node + 1] > node).nonzero().flatten()
+    assert tree.positions[seen].tolist() == list(range(len(seen)))  # an ancestor comes before its descendants
+    assert seen[-1] == node
+    return tree.node_ids[seen].tolist()
 
 
 def check_against_replay(tree: TreeBatch, logs: list[Log]) -> None:
@@ -72,12 +74,15 @@ HARD = [
 ]
 
 
-@pytest.mark.parametrize("max_nodes_per_row", [1, 6, 9, 64])
-def test_states_are_those_of_replay(max_nodes_per_row):
-    tree = build(HARD, max_nodes_per_row)
-    check_against_replay(tree, HARD)
-    rows = tree.start // tree.node_ids.shape[1]
-    assert len(rows.unique()) == {1: 8, 6: 5, 9: 2, 64: 1}[max_nodes_per_row]  # counted by hand
+def test_states_are_those_of_replay():
+    check_against_replay(build(HARD), HARD)
+
+
+def test_the_dense_mask():
+    tree = build(HARD)
+    for node, sees in enumerate(tree.attention_mask):
+        seen = sees.nonzero().flatten()
+        assert seen.tolist() == [n for n in range(node + 1) if tree.subtree_end[n] > node]
 
 
 def test_every_text_is_one_node():
@@ -87,31 +92,42 @@ def test_every_text_is_one_node():
     per_log = [{tuple(t[:d]) for t in states(log, BACKSPACE) for d in range(1, len(t) + 1)} for log in HARD]
     assert tree.num_nodes_unshared == sum(map(len, per_log))
     assert tree.num_nodes < tree.num_nodes_unshared
-    sees_more = tree.attention_mask[:, 0].sum(-1) > 1
-    roots = tree.num_nodes - int(sees_more.sum())
-    assert roots == 2  # prompts begin with 1 and with 9: one node each
+    roots = tree.positions[: tree.num_nodes] == 0
+    assert int(roots.sum()) == 2  # prompts begin with 1 and with 9: one node each
 
 
-def packed_like(shared: bool, max_nodes_per_row: int) -> tuple[int, int]:
-    """Shape (B, N) of 32 logs of 24 nodes, which share their first 20 or nothing."""
-    rng = np.random.default_rng(0)
-    prompt = rng.integers(4, VOCAB, 20).tolist()
+def check_preorder(tree: TreeBatch) -> None:
+    """A subtree is one interval, and padding sees itself only."""
+    end, positions = tree.subtree_end.tolist(), tree.positions.tolist()
+    assert len(end) == tree.num_padded_nodes
+    assert tree.num_padded_nodes % NODE_ALIGNMENT == 0
+    assert tree.num_padded_nodes - tree.num_nodes < NODE_ALIGNMENT
+    for node in range(tree.num_nodes):
+        below = next((n for n in range(node + 1, tree.num_nodes) if positions[n] <= positions[node]), tree.num_nodes)
+        assert end[node] == below
+    assert end[tree.num_nodes :] == list(range(tree.num_nodes + 1, len(end) + 1))
+
+
+def test_nodes_are_in_preorder():
     logs = [
-        Log(prompt if shared else rng.integers(4, VOCAB, 20).tolist(), [*rng.integers(4, VOCAB, 3).tolist(), EOS])
-        for _ in range(32)
+        Log([1, 4], [5, 6, BACKSPACE, BACKSPACE, 7, BACKSPACE, 5, 8, EOS]),  # goes back below 5 after 7
+        Log([1, 4], [7, 9, EOS]),
+        Log([1], [EOS]),
     ]
-    tree = build(logs, max_nodes_per_row)
-    check_against_replay(tree, logs)
-    return tuple(tree.node_ids.shape)
+    tree = build(logs)
+    check_preorder(tree)
+    assert tree.node_ids[: tree.num_nodes].tolist() == [1, 4, 5, 6, 8, EOS, 7, 9, EOS, EOS]  # by hand
+    assert tree.subtree_end[: tree.num_nodes].tolist() == [10, 9, 6, 4, 6, 6, 9, 9, 9, 10]
 
 
-def test_rows_are_as_wide_as_pays():
-    """Shared prompts make wide rows worth their attention, unrelated ones do not."""
-    rows, width = packed_like(shared=True, max_nodes_per_row=512)
-    assert rows * width < 200
-    rows, width = packed_like(shared=False, max_nodes_per_row=512)
-    assert width <= 64
-    assert packed_like(shared=True, max_nodes_per_row=24) == (32, 24)
+def test_a_long_text_and_a_wide_tree():
+    """Depth and number of siblings far beyond those of the random logs below."""
+    long = Log([1], [4 + i % 7 for i in range(300)] + [EOS])
+    wide = [Log([1, 4], [4 + i, EOS], finish_reason="eos") for i in range(200)]
+    tree = build([long, *wide], max_positions=1000)
+    check_preorder(tree)
+    assert int(tree.positions.max()) == 301
+    check_against_replay(tree, [long, *wide])
 
 
 @st.composite
@@ -137,25 +153,19 @@ def random_logs(draw: st.DrawFn) -> list[Log]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(logs=random_logs(), max_nodes_per_row=st.integers(1, 40))
-def test_random_logs(logs, max_nodes_per_row):
-    tree = build(logs, max_nodes_per_row)
+@given(logs=random_logs())
+def test_random_logs(logs):
+    tree = build(logs)
     check_against_replay(tree, logs)
-    width = tree.node_ids.shape[1]
-    rows_of_logs = (tree.start // width).tolist()
-    for row in set(rows_of_logs):
-        members = [log for log, r in zip(logs, rows_of_logs, strict=True) if r == row]
-        texts = {tuple(t[:d]) for log in members for t in states(log, BACKSPACE) for d in range(1, len(t) + 1)}
-        assert len(texts) <= max_nodes_per_row or len(members) == 1
-        nodes = {tuple(text_of(tree, row * width + column)) for column in range(len(texts))}
-        assert nodes == texts
-        padding = tree.attention_mask[row, 0, len(texts) :]
-        assert torch.equal(padding, torch.eye(width, dtype=torch.bool)[len(texts) :])
+    check_preorder(tree)
+    texts = {tuple(text[:d]) for log in logs for text in states(log, BACKSPACE) for d in range(1, len(text) + 1)}
+    assert {tuple(text_of(tree, node)) for node in range(tree.num_nodes)} == texts
+    assert tree.num_nodes == len(texts)
 
 
 def test_a_slice_of_a_batch_is_like_its_copy():
     batch = to_batch(HARD)
-    arguments = {"backspace_id": BACKSPACE, "eos_id": EOS, "max_nodes_per_row": 9, "max_positions": 64}
+    arguments = {"backspace_id": BACKSPACE, "eos_id": EOS, "max_positions": 64}
     sliced = build_tree_batch(batch.slice(2, 5), **arguments)
     copied = build_tree_batch(to_batch(HARD[2:7]), **arguments)
     for field in dataclasses.fields(sliced):
@@ -181,35 +191,26 @@ def test_refusals(logs, message):
         build(logs)
 
 
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+
+
 def tiny(kind: str, tied: bool = True) -> PreTrainedModel:
+    """A random model of one of four architectures."""
     torch.manual_seed(0)
-    if kind == "llama":
-        config = LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-        )
-        return LlamaForCausalLM(config).eval()
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
-    ).eval()
-
-
-@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("gpt2", True)])
-@pytest.mark.parametrize("max_nodes_per_row", [1, 9, 64])
-@torch.no_grad()
-def test_logits_are_those_of_each_text_alone(kind, tied, max_nodes_per_row):
-    model = tiny(kind, tied)
-    tree = build(HARD, max_nodes_per_row)
-    logits = model(
-        input_ids=tree.node_ids, attention_mask=tree.attention_mask, position_ids=tree.positions, use_cache=False
-    ).logits.flatten(0, 1)
-    for node in tree.value_nodes.tolist():
-        alone = model(input_ids=torch.tensor([text_of(tree, node)]), use_cache=False).logits[0, -1]
-        torch.testing.assert_close(logits[node], alone, rtol=0, atol=1e-5)
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+        return GPT2LMHeadModel(config).eval()
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied)).eval()
+    if kind == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=tied)).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def make_stream(task: Task, noise: float = 0.3) -> ExpertStream:
 
 
 def make_trees(task: Task) -> TreeSettings:
-    return TreeSettings(backspace_id=task.backspace_id, eos_id=task.eos_id, max_nodes_per_row=64, max_positions=40)
+    return TreeSettings(backspace_id=task.backspace_id, eos_id=task.eos_id, max_nodes_per_batch=64, max_positions=40)
 
 
 @dataclass
@@ -146,6 +146,8 @@ def test_metrics_describe_the_step(task):
     assert metrics["actions_per_s"] * metrics["step_s"] == pytest.approx(sum(tree.num_actions for tree in trees))
     assert metrics["nodes_per_s"] * metrics["step_s"] == pytest.approx(sum(tree.num_nodes for tree in trees))
     unshared = sum(tree.num_nodes_unshared for tree in trees)
+    padded = sum(tree.num_padded_nodes for tree in trees)
+    assert metrics["padding_share"] == pytest.approx(1 - sum(tree.num_nodes for tree in trees) / padded)
     assert metrics["sharing_ratio"] == pytest.approx(unshared / sum(tree.num_nodes for tree in trees))
     assert 0 < metrics["data_wait_s"] < metrics["step_s"]
     assert all(type(value) is float for value in metrics.values())
@@ -319,7 +321,7 @@ def test_rollouts_reach_an_objective_that_needs_them(task):
     evaluated = []
     with torch.no_grad():
         for batch in (make_stream(task).draw(8), HandMadeRollouts(task).draw(5)):
-            (tree,) = build_micro_batches(batch, trees)
+            (tree,) = build_micro_batches(batch, replace(trees, max_nodes_per_batch=10_000))
             evaluated.append(EvaluatedLogs(tree, action_values(model, tree, task.backspace_id), LogCounts.of([tree])))
         experts, policy = evaluated
         expected = objective.data_loss(experts, 0)[0] + objective.rollout_loss(policy, experts.counts, 0)[0]
