@@ -7,6 +7,7 @@ wait has a time-out, and whoever started the ranks ends all of them when one has
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,9 +103,8 @@ class Ranks:
         except RuntimeError as error:
             if not _is_of_process_group(error):
                 raise
-            reason = str(error).splitlines()[0]
             raise RankLostError(
-                f"learner rank {self.rank} of {self.size} lost the other ranks during {what}: {reason}"
+                f"learner rank {self.rank} of {self.size} lost the other ranks during {what}: {_reason(error)}"
             ) from error
 
 
@@ -132,8 +132,7 @@ def join_ranks(rank: int, size: int, meeting: dist.TCPStore | tuple[str, int], t
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except dist.DistError as error:
         raise RankLostError(
-            f"learner rank {rank} of {size} did not find the others within {timeout_s:.0f} s: "
-            f"{str(error).splitlines()[0]}"
+            f"learner rank {rank} of {size} did not find the others within {timeout_s:.0f} s: {_reason(error)}"
         ) from error
     return Ranks(rank, size)
 
@@ -147,3 +146,8 @@ def leave_ranks() -> None:
 def _is_of_process_group(error: RuntimeError) -> bool:
     """gloo raises plain RuntimeErrors, as torch does for much else; they name the library."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _reason(error: RuntimeError) -> str:
+    """gloo's first sentence, without the place in its source; other libraries' first line."""
+    return re.sub(r"^\[\S+:\d+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0]

@@ -1,0 +1,232 @@
+"""What the processes of `test_ranks` do: the same steps on the same batches, each as one rank of several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learner.batch_source import StopRequestedError
+from learner.objectives.registry import make_objective
+from learner.publication import publication_tensors
+from learner.ranks import Ranks, join_ranks, leave_ranks, open_rendezvous
+from learner.sharding import gathered, load_tensors, shard
+from learner.shared_batches import SharedBatchSource
+from learner.stage_settings import StageSettings
+from learner.trainer import Trainer
+from learner.tree_policy import TreePolicy
+from tests.random_logs import CLONING, MATCHING, TREES, random_logs
+from tests.tiny_models import tiny_model
+from tests.trajectories import BACKSPACE
+
+TIMEOUT_S = 60.0
+PROCESS_TIMEOUT_S = 180.0
+STEPS = 3
+RESUMED = "llama, tied"
+
+
+@dataclass
+class RandomLogs:
+    """A batch source whose every draw is a function of its number."""
+
+    source: str
+    draws: int = 0
+
+    def draw(self, count: int) -> pa.RecordBatch:
+        self.draws += 1
+        return random_logs(self.source, count, seed=self.draws)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the sizes of its batches. rollouts: 0 = an objective without."""
+
+    kind: str
+    tied: bool
+    experts: int
+    rollouts: int
+    max_grad_norm: float = 1e9
+
+    def model(self) -> PreTrainedModel:
+        return tiny_model(self.kind, tied=self.tied)
+
+    def stage(self) -> StageSettings:
+        return StageSettings.model_validate(
+            {
+                "name": "s",
+                "objective": MATCHING if self.rollouts else CLONING,
+                "steps": 6,
+                "batch_size": self.experts,
+                "rollout_batch_size": max(self.rollouts, 1),
+                "optimizer": {
+                    "learning_rate": 1e-3,
+                    "warmup_steps": 2,
+                    "max_grad_norm": self.max_grad_norm,
+                    "weight_decay": 0.1,
+                    "eps": 1e-3,  # else Adam makes full steps of gradients that are zero but for rounding
+                },
+            }
+        )
+
+
+CASES = {
+    "llama, tied": Case("llama", True, experts=8, rollouts=5),
+    "llama, untied, clipped": Case("llama", False, experts=7, rollouts=6, max_grad_norm=0.1),
+    "gpt2": Case("gpt2", True, experts=6, rollouts=6),
+    "one log": Case("llama", True, experts=1, rollouts=0),
+    "three logs and one rollout": Case("llama", False, experts=3, rollouts=1),
+}
+
+
+def make_trainer(case: Case, ranks: Ranks, drawn: int = 0) -> tuple[TreePolicy, Trainer]:
+    """A trainer of `case` at this rank, after `drawn` steps; the sources exist at rank 0 only."""
+    policy = TreePolicy(case.model(), BACKSPACE)
+    shard(policy, ranks)
+
+    def shared(source: str) -> SharedBatchSource:
+        return SharedBatchSource(ranks, RandomLogs(source, drawn) if ranks.leads else None, lambda: False)
+
+    stage = case.stage()
+    rollouts = shared("policy") if case.rollouts else None
+    trainer = Trainer(policy, make_objective(stage.objective), stage, TREES, shared("expert"), rollouts, ranks)
+    return policy, trainer
+
+
+def weights(policy: TreePolicy) -> dict[str, Tensor]:
+    """Whole tensors by name, at every rank."""
+    return {name: tensor.clone() for name, tensor in publication_tensors(policy.model)}
+
+
+def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
+    """What `count` steps leave; the gradients are those of the first."""
+    policy, trainer = make_trainer(case, ranks)
+    metrics = [trainer.train_step()]
+    gradients = {name: gathered(parameter.grad) for name, parameter in policy.model.named_parameters()}
+    metrics += [trainer.train_step() for _ in range(count - 1)]
+    probe = torch.from_numpy(policy.sequence_logprobs((5, 9, 4, 20)))
+    return {
+        "metrics": metrics,
+        "gradients": gradients,
+        "weights": weights(policy),
+        "state": trainer.state(),
+        "probe": probe,
+    }
+
+
+def more_steps(ranks: Ranks, case: Case, saved: dict[str, object], count: int) -> dict[str, object]:
+    """`count` further steps from what `first_steps` gave, perhaps with another number of ranks."""
+    policy, trainer = make_trainer(case, ranks, drawn=saved["state"]["step"])
+    load_tensors(policy.model, saved["weights"])
+    trainer.load_state(saved["state"])
+    metrics = [trainer.train_step() for _ in range(count)]
+    return {"metrics": metrics, "weights": weights(policy), "state": trainer.state()}
+
+
+def run_ranks(size: int, work: Callable[[Ranks, Path], None], folder: Path) -> list[int]:
+    """Run `work` in `size` processes; gives their exit codes (negative: the signal that ended them)."""
+    context = multiprocessing.get_context("spawn")
+    ports = context.Queue()
+    processes = [
+        context.Process(target=_be_rank, args=(rank, size, ports, work, folder), daemon=True) for rank in range(size)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(PROCESS_TIMEOUT_S)
+        assert all(process.exitcode is not None for process in processes), "a rank hangs"
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _be_rank(
+    rank: int, size: int, ports: multiprocessing.Queue[int], work: Callable[[Ranks, Path], None], folder: Path
+) -> None:
+    torch.set_num_threads(1)
+    if rank == 0:
+        store = open_rendezvous("127.0.0.1", size, TIMEOUT_S)
+        for _ in range(1, size):
+            ports.put(store.port)
+        ranks = join_ranks(0, size, store, TIMEOUT_S)
+    else:
+        try:
+            ranks = join_ranks(rank, size, ("127.0.0.1", ports.get(timeout=PROCESS_TIMEOUT_S)), TIMEOUT_S)
+        except Empty:
+            raise TimeoutError("rank 0 did not open a meeting point") from None
+    work(ranks, folder)
+    leave_ranks()
+
+
+def run_cases(ranks: Ranks, folder: Path) -> None:
+    """Every case, and one that goes on from where a single rank (`alone.pt`) stopped; rank 0 writes the results."""
+    for name, case in CASES.items():
+        _write(ranks, first_steps(ranks, case, STEPS), folder / f"{name}.pt")
+    saved = torch.load(folder / "alone.pt", weights_only=True)
+    _write(ranks, more_steps(ranks, CASES[RESUMED], saved, STEPS), folder / "resumed.pt")
+
+
+def _write(ranks: Ranks, result: dict[str, object], path: Path) -> None:
+    if ranks.leads:
+        torch.save(result, path)
+
+
+class FailingSource:
+    """At rank 0 the second draw fails, with `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+        self._draws = 0
+
+    def draw(self, count: int) -> pa.RecordBatch:
+        self._draws += 1
+        if self._draws > 1:
+            raise self._error
+        return random_logs("expert", count, seed=1)
+
+
+def failing_draws(ranks: Ranks, folder: Path) -> None:
+    """A request to stop, and a failure, at rank 0: every rank writes down what it is told."""
+    told = []
+    for error in (StopRequestedError(), TimeoutError("no rollouts came")):
+        source = SharedBatchSource(ranks, FailingSource(error) if ranks.leads else None, lambda: False)
+        assert source.draw(3).equals(random_logs("expert", 3, seed=1))
+        told.append(_error_of(source.draw, 3))
+    asked = SharedBatchSource(ranks, RandomLogs("expert") if ranks.leads else None, lambda: True)
+    told.append(_error_of(asked.draw, 3))
+    (folder / f"draws {ranks.rank}.txt").write_text("\n".join(told))
+
+
+def loses_a_rank(ranks: Ranks, folder: Path) -> None:
+    """The last rank is killed in the middle of a step; the others write down what they are told, and after how long."""
+    _, trainer = make_trainer(CASES["gpt2"], ranks)
+    if ranks.rank == ranks.size - 1:
+        trainer._accumulate = lambda passes: os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    told = _error_of(trainer.train_step)
+    (folder / f"lost {ranks.rank}.txt").write_text(f"{time.monotonic() - started}\n{told}")
+
+
+def failures(ranks: Ranks, folder: Path) -> None:
+    """One after the other, so that processes are started once."""
+    failing_draws(ranks, folder)
+    loses_a_rank(ranks, folder)
+
+
+def _error_of(function: Callable[..., object], *arguments: object) -> str:
+    try:
+        function(*arguments)
+    except (RuntimeError, TimeoutError, StopRequestedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

@@ -1,0 +1,132 @@
+"""Two and four ranks do what one does: the same gradients, metrics, weights and state, from processes of their own."""
+
+from __future__ import annotations
+
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from learner.ranks import Ranks
+from tests.integration.rank_worker import (
+    CASES,
+    RESUMED,
+    STEPS,
+    TIMEOUT_S,
+    failures,
+    first_steps,
+    more_steps,
+    run_cases,
+    run_ranks,
+)
+
+SIZES = (2, 4)
+# Times, and what depends on who evaluates which log: ranks share no nodes.
+PER_MACHINE = {"step_s", "data_wait_s", "actions_per_s", "nodes_per_s", "sharing_ratio"}
+
+pytestmark = pytest.mark.slow
+
+Result = dict[str, object]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Result]:
+    """What one rank does, here."""
+    return {name: first_steps(Ranks(), case, STEPS) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size} ranks")
+def folder(request: pytest.FixtureRequest, alone: dict[str, Result], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of all cases with several ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.save(alone[RESUMED], folder / "alone.pt")
+    assert run_ranks(request.param, run_cases, folder) == [0] * request.param
+    return folder
+
+
+def read(path: Path) -> Result:
+    result: Result = torch.load(path, weights_only=True)
+    return result
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    """By the largest entry of all tensors: rounding scales with that."""
+    assert found.keys() == expected.keys()
+    scale = max(float(tensor.abs().max()) for tensor in expected.values())
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0.0, atol=tolerance * scale, msg=partial("{}: {}".format, name)
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_a_step_are_those_of_one_rank(folder, alone, name):
+    found = read(folder / f"{name}.pt")["gradients"]
+    assert_close(found, alone[name]["gradients"])
+    assert any(tensor.abs().max() > 0 for tensor in found.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_metrics_are_of_the_whole_batch(folder, alone, name):
+    for found, expected in zip(read(folder / f"{name}.pt")["metrics"], alone[name]["metrics"], strict=True):
+        assert found.keys() == expected.keys()
+        for metric in found.keys() - PER_MACHINE:
+            assert found[metric] == pytest.approx(expected[metric], rel=1e-4, abs=1e-5), metric
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_and_optimizer_after_a_few_steps(folder, alone, name):
+    found, expected = read(folder / f"{name}.pt"), alone[name]
+    assert_close(found["weights"], expected["weights"])
+    torch.testing.assert_close(found["probe"], expected["probe"], rtol=0.0, atol=1e-4)
+    state, other = found["state"]["optimizer"], expected["state"]["optimizer"]
+    assert state["param_groups"] == other["param_groups"]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert_close(*({i: values[moment] for i, values in each["state"].items()} for each in (state, other)))
+    assert found["state"]["schedule"] == expected["state"]["schedule"]
+
+
+def test_several_ranks_go_on_where_one_stopped(folder):
+    expected = more_steps(Ranks(), CASES[RESUMED], read(folder / "alone.pt"), STEPS)
+    found = read(folder / "resumed.pt")
+    assert found["state"]["step"] == 2 * STEPS
+    assert_close(found["weights"], expected["weights"], tolerance=1e-5)
+
+
+def test_one_rank_goes_on_where_several_stopped(folder):
+    expected = more_steps(Ranks(), CASES[RESUMED], read(folder / "alone.pt"), STEPS)
+    found = more_steps(Ranks(), CASES[RESUMED], read(folder / f"{RESUMED}.pt"), STEPS)
+    assert_close(found["weights"], expected["weights"], tolerance=1e-5)
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What three ranks are told when draws fail, and when the last of them is killed."""
+    folder = tmp_path_factory.mktemp("failures")
+    assert run_ranks(3, failures, folder) == [0, 0, -signal.SIGKILL]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [
+        (0, "TimeoutError: no rollouts came"),
+        (1, "RankLostError: learner rank 1: rank 0 could not draw a batch"),
+        (2, "RankLostError: learner rank 2: rank 0 could not draw a batch"),
+    ],
+)
+def test_a_stop_or_a_failure_at_rank_0_reaches_all(failed, rank, told):
+    stopped, failure, asked = (failed / f"draws {rank}.txt").read_text().splitlines()
+    assert stopped == asked == "StopRequestedError: "
+    assert failure == told
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_loss_of_a_rank_is_noticed_by_the_others(failed, rank):
+    seconds, told = (failed / f"lost {rank}.txt").read_text().splitlines()
+    assert float(seconds) < TIMEOUT_S / 2, "noticed by the time-out only"
+    assert told.startswith(f"RankLostError: learner rank {rank} of 3 lost the other ranks during step 0: "), told

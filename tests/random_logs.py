@@ -1,0 +1,32 @@
+"""Small random action logs with backspaces, for tests of training where the data do not matter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from learner.micro_batches import TreeSettings
+from tests.trajectories import BACKSPACE, EOS, VOCAB, batch_of, expert_row, row
+
+MATCHING = {"name": "sequencematch", "alpha": 0.05, "beta_start": 0.9, "beta_end": 0.1, "beta_steps": 4}
+CLONING = {"name": "behaviour_cloning"}
+TREES = TreeSettings(backspace_id=BACKSPACE, eos_id=EOS, max_nodes_per_row=32, max_positions=64)
+
+
+def random_logs(source: str, count: int, seed: int) -> pa.RecordBatch:
+    """Logs of 1 to 12 actions with backspaces on prompts that some of them share."""
+    generator = np.random.default_rng((seed, source == "expert"))
+    rows = []
+    for number in range(count):
+        actions, depth = [], 0
+        for _ in range(int(generator.integers(1, 13))):
+            back = depth > 0 and generator.random() < 0.3
+            actions.append(BACKSPACE if back else int(generator.integers(3, VOCAB)))
+            depth += -1 if back else 1
+        if generator.random() < 0.7:
+            actions.append(EOS)
+        prompt = [7] * int(generator.integers(1, 4))
+        make = expert_row if source == "expert" else row
+        finish = "eos" if actions[-1] == EOS else "max_actions"
+        rows.append(make(f"{source}-{number}", actions, prompt_ids=prompt, finish_reason=finish))
+    return batch_of(rows)

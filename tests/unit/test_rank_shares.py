@@ -1,0 +1,124 @@
+"""Sharing a batch out: every row once, prompts together, loads even; and a tree without logs weighs nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner.micro_batches import build_micro_batches
+from learner.objectives.base import EvaluatedLogs, LogCounts
+from learner.objectives.registry import make_objective
+from learner.rank_shares import count_logs, share_of_rank
+from learner.stage_settings import StageSettings
+from learner.tree_policy import TreePolicy
+from tests.random_logs import CLONING, MATCHING, TREES, random_logs
+from tests.tiny_models import tiny_model
+from tests.trajectories import BACKSPACE, EOS, batch_of, expert_row, ids_of, row
+
+
+def prompts_of(batch: pa.RecordBatch) -> list[tuple[int, ...]]:
+    return [tuple(prompt) for prompt in batch.column("prompt_ids").to_pylist()]
+
+
+def shares_of(batch: pa.RecordBatch, size: int) -> list[pa.RecordBatch]:
+    return [share_of_rank(batch, rank, size, BACKSPACE) for rank in range(size)]
+
+
+def num_nodes(batch: pa.RecordBatch) -> int:
+    """Upper bound: answers share nothing, logs of one prompt share the prompt."""
+    answers = sum(sum(action != BACKSPACE for action in actions) for actions in batch.column("actions").to_pylist())
+    return answers + sum(len(prompt) for prompt in set(prompts_of(batch)))
+
+
+@settings(deadline=None, max_examples=50)
+@given(logs=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 20)), min_size=1, max_size=30), size=st.integers(2, 5))
+def test_every_row_goes_to_one_rank_with_its_prompt_and_in_order(logs, size):
+    rows = [row(str(i), [5] * length, prompt_ids=[9] * prompt) for i, (prompt, length) in enumerate(logs)]
+    batch = batch_of(rows)
+    shares = shares_of(batch, size)
+    ids = [[int(number) for number in ids_of(share)] for share in shares]
+    assert sorted(number for share in ids for number in share) == list(range(len(logs)))
+    assert all(share == sorted(share) for share in ids)
+    owners = [set(prompts_of(share)) for share in shares]
+    assert sum(len(owner) for owner in owners) == len(set(prompts_of(batch)))
+    # Longest first: nobody exceeds the mean by more than the largest group.
+    largest = max(num_nodes(batch.filter(pa.array([p == q for p in prompts_of(batch)]))) for q in prompts_of(batch))
+    assert max(num_nodes(share) for share in shares) <= num_nodes(batch) / size + largest
+
+
+def test_loads_are_even_where_prompts_are_many():
+    generator = np.random.default_rng(0)
+    rows = [row(str(i), [5] * int(generator.integers(1, 40)), prompt_ids=[i + 3, 4]) for i in range(64)]
+    loads = [num_nodes(share) for share in shares_of(batch_of(rows), 4)]
+    assert max(loads) - min(loads) <= 2
+
+
+def test_tokens_taken_back_count_as_nodes_but_backspaces_do_not():
+    """Rank 0 gets the log with five nodes, rank 1 the two with two each, though they have more actions."""
+    rows = [
+        row("long", [5, 6, 7, 8], prompt_ids=[9]),
+        row("a", [5, BACKSPACE] * 3, prompt_ids=[10]),
+        row("b", [5, 6], prompt_ids=[11]),
+    ]
+    assert [ids_of(share) for share in shares_of(batch_of(rows), 2)] == [["long"], ["a", "b"]]
+
+
+def test_noise_that_was_realised_counts_as_what_it_was():
+    """The label is backspace or not; what became a node is what the environment appended."""
+    noisy = expert_row("noisy", [5, 6, 7], realised=[8, None, None], prompt_ids=[9])
+    assert [ids_of(share) for share in shares_of(batch_of([noisy]), 2)] == [["noisy"], []]
+
+
+def test_one_rank_gets_the_batch_itself():
+    batch = random_logs("expert", 5, seed=0)
+    assert share_of_rank(batch, 0, 1, BACKSPACE) is batch
+
+
+def test_there_may_be_fewer_prompts_than_ranks():
+    shares = shares_of(batch_of([row("a", [5]), row("b", [6])]), 3)
+    assert [share.num_rows for share in shares] == [2, 0, 0]
+
+
+def test_counts_are_those_of_the_trees():
+    for batch in (random_logs("expert", 9, seed=1), random_logs("policy", 4, seed=2), batch_of([row("a", [])])):
+        assert count_logs(batch) == LogCounts.of(build_micro_batches(batch, TREES))
+
+
+@pytest.mark.parametrize("objective", [CLONING, MATCHING, MATCHING | {"estimator": "printed"}])
+def test_a_tree_without_logs_adds_nothing(objective):
+    """Neither to the loss nor to a gradient nor to a metric; but every metric is there, and every gradient."""
+    policy = TreePolicy(tiny_model(), BACKSPACE)
+    stage = StageSettings.model_validate({"name": "s", "objective": objective, "steps": 1})
+    made = make_objective(stage.objective)
+    batch = random_logs("policy", 2, seed=3)
+    full = build_micro_batches(batch, TREES)[0]
+    empty = full.without_logs()
+    assert (empty.num_logs, empty.num_actions, empty.num_nodes, empty.num_nodes_unshared) == (0, 0, 0, 0)
+    counts = count_logs(batch)
+    losses = [made.data_loss] if not made.needs_rollouts else [made.data_loss, _rollout_loss(made, counts)]
+    for loss_of in losses:
+        _, expected = loss_of(EvaluatedLogs(full, policy.evaluate(full), counts), 0)
+        loss, metrics = loss_of(EvaluatedLogs(empty, policy.evaluate(empty), counts), 0)
+        policy.zero_grad(set_to_none=True)
+        loss.backward()
+        assert loss.item() == 0.0
+        assert metrics.keys() == expected.keys()
+        assert not any(float(value) for value in metrics.values()), metrics
+        assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in policy.parameters())
+
+
+def _rollout_loss(objective, counts):
+    return lambda logs, step: objective.rollout_loss(logs, counts, step)
+
+
+def test_random_logs_reach_what_they_are_for():
+    """Backspace, `<eos>` and truncation, and prompts that several share."""
+    batch = random_logs("policy", 40, seed=1)
+    actions = batch.column("actions").to_pylist()
+    assert any(BACKSPACE in log for log in actions)
+    assert {log[-1] == EOS for log in actions} == {True, False}
+    assert len(set(prompts_of(batch))) < batch.num_rows
