@@ -137,6 +137,7 @@ class _Crew:
             settings=settings.learner,
             run_folder=str(self._folder),
             seed=settings.seed,
+            trackers=settings.trackers,
         )
         return (
             ray.remote(concurrency_groups={"training": 1, "control": 2})(LearnerWorker)

@@ -10,6 +10,7 @@ from actors.settings import ActorsSettings
 from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings
 from learner.settings import ModelSettings
 from learner.stage_settings import LearnerSettings, StageSettings, check_stages
+from learner.trackers import TrackerName
 
 
 class ClusterSettings(Settings):
@@ -52,11 +53,17 @@ class RunSettings(Settings):
     buffer: BufferSettings = BufferSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     cluster: ClusterSettings = ClusterSettings()
+    trackers: tuple[TrackerName, ...] = Field(
+        ("tensorboard",),
+        description="where metrics are shown beside metrics.jsonl: tensorboard, wandb, trackio (two extras)",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RunSettings:
         check_stages(self.stages)
         names = [stage.name for stage in self.stages]
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers names one twice: {', '.join(self.trackers)}")
         if unknown := [name for name in self.evaluation.stages if name not in names]:
             raise ValueError(f"evaluation.stages names {unknown[0]!r}, the stages are: {', '.join(names)}")
         needy = [stage.name for stage in self.stages if needs_actors(stage, self.noise)]

@@ -1,42 +1,49 @@
-"""Metrics of a run: one JSON line per step, and TensorBoard events beside it."""
+"""Metrics of a run: one JSON line per step, and the trackers that the user chose (names: docs/metrics.md)."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from torch.utils.tensorboard import SummaryWriter
+from learner.trackers import Int64, TrackerName, make_trackers
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` (flushed every line, so that a killed run keeps its curve) and to TensorBoard.
+    """Appends to `metrics.jsonl` (flushed every line, so that a killed run keeps its curve) and to the trackers.
 
     Numbers that are not finite are null in the file, since JSON has none. A run that resumes writes the steps after
     its checkpoint again: of two lines of one stage and step the later one counts.
     """
 
-    def __init__(self, run_folder: Path) -> None:
+    def __init__(self, run_folder: Path, trackers: Sequence[TrackerName] = ("tensorboard",)) -> None:
+        """Raises:
+        ImportError: a tracker is not installed.
+        """
+        self._trackers = make_trackers(trackers, run_folder)
         path = run_folder / "metrics.jsonl"
         _drop_unfinished_line(path)
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run_folder / "tensorboard"))
 
-    def write(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        """Log one step of a stage."""
+    def write(
+        self, stage: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Int64] | None = None
+    ) -> None:
+        """Log one step of a stage. histograms: samples whose distribution the trackers show; not in the file."""
         row: dict[str, str | int | float | None] = {"time": round(time.time(), 3), "stage": stage, "step": step}
         row |= {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            self._events.add_scalar(f"{stage}/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.write(stage, step, metrics, histograms or {})
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close all."""
         self._file.close()
-        self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> MetricsLog:
         return self

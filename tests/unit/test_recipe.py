@@ -150,3 +150,14 @@ def test_a_recipe_written_by_hand_needs_little(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(tree))
     assert read_recipe(path).stages[0].batch_size > 0
+
+
+def test_trackers_are_named_once_and_known() -> None:
+    assert read_recipe(ARITHMETIC, ["trackers=[wandb, trackio]"]).trackers == ("wandb", "trackio")
+    assert "names one twice" in error_of("trackers=[tensorboard, tensorboard]")
+    assert "'tensorboard', 'wandb' or 'trackio'" in error_of("trackers=[mlflow]")
+
+
+def test_total_variation_is_refused_with_its_reason() -> None:
+    message = error_of("stages.sequencematch.objective.divergence=tv")
+    assert "exactly maximum likelihood (choose divergence=mle)" in message

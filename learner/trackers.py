@@ -1,0 +1,122 @@
+"""Where the metrics of a run are shown: TensorBoard, Weights & Biases, trackio. Each is imported when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+Int64 = npt.NDArray[np.int64]
+
+PROJECT = "sequencematch"
+
+
+class Tracker(Protocol):
+    """A sink of metrics."""
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Int64]) -> None:
+        """Log one step of a stage: scalars by name, and samples whose distribution is shown, by name."""
+
+    def close(self) -> None:
+        """Flush and end."""
+
+
+def check_trackers(names: Sequence[TrackerName]) -> None:
+    """See that every tracker can be imported.
+
+    Raises:
+        ImportError: one cannot; the message names the extra that brings it.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise ImportError(
+                f"tracker {name!r} is not installed: pip install 'sequencematch[{name}]', or take it out of `trackers`"
+            )
+
+
+def make_trackers(names: Sequence[TrackerName], run_folder: Path) -> list[Tracker]:
+    """The trackers of a run, which is called as its folder.
+
+    Raises:
+        ImportError: see `check_trackers`.
+    """
+    check_trackers(names)
+    return [
+        TensorBoardTracker(run_folder) if name == "tensorboard" else OnlineTracker(name, run_folder) for name in names
+    ]
+
+
+class TensorBoardTracker:
+    """Event files in `tensorboard/` of the run folder; the stage is the first part of a scalar's name."""
+
+    def __init__(self, run_folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._events = SummaryWriter(str(run_folder / "tensorboard"))
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Int64]) -> None:
+        """See `Tracker`."""
+        for name, value in metrics.items():
+            self._events.add_scalar(f"{stage}/{name}", value, step)
+        for name, samples in histograms.items():
+            self._events.add_histogram(f"{stage}/{name}", samples, step)
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self._events.close()
+
+
+class _Run(Protocol):
+    def log(self, data: Mapping[str, object], step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class _Library(Protocol):
+    """What Weights & Biases and trackio, which follows its interface, have in common."""
+
+    def init(self, **options: object) -> _Run: ...
+
+    def Histogram(self, sequence: Sequence[int]) -> object: ...
+
+
+class OnlineTracker:
+    """Weights & Biases or trackio. Every stage is a run of its own in the group of the whole run, so that the arms of a
+    recipe can be laid over one another; a resumed stage goes on in its run.
+
+    Where that is kept, and whether it leaves this machine, their own settings say (`WANDB_MODE=offline` keeps it in the
+    run folder, `TRACKIO_DIR` is trackio's folder). Steps of Weights & Biases only grow: of steps that a resumed stage
+    takes again, those of its first life stay.
+    """
+
+    def __init__(self, name: Literal["wandb", "trackio"], run_folder: Path) -> None:
+        self._library = cast(_Library, import_module(name))
+        self._has_run_ids = name == "wandb"
+        self._folder = run_folder
+        self._stage = ""
+        self._run: _Run | None = None
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Int64]) -> None:
+        """See `Tracker`."""
+        if self._run is None or self._stage != stage:
+            self.close()
+            self._run, self._stage = self._open(stage), stage
+        shown = {name: self._library.Histogram(samples.tolist()) for name, samples in histograms.items()}
+        self._run.log({**metrics, **shown}, step=step)
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+    def _open(self, stage: str) -> _Run:
+        name = f"{self._folder.name}-{stage}"
+        own = {"id": name, "dir": str(self._folder)} if self._has_run_ids else {"embed": False}
+        return self._library.init(project=PROJECT, name=name, group=self._folder.name, resume="allow", **own)
