@@ -37,6 +37,11 @@ class LearnerSettings(Settings):
     max_nodes_per_batch: PositiveInt = Field(
         4096, description="state-tree nodes per forward pass: bounds the memory of activations, not what is learned"
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="run each decoder layer again in the backward pass instead of keeping what it computed: less "
+        "memory for about a third more time",
+    )
     checkpoint_every_steps: PositiveInt = 500
     keep_checkpoints: PositiveInt = Field(2, description="checkpoints kept per stage, the last one included")
     data_timeout_s: float = Field(300.0, gt=0.0, description="longest wait for rollouts before the run is ended")

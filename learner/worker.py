@@ -16,6 +16,7 @@ from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task, load_task
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings, TaskSettings
+from learner.activation_checkpointing import checkpoint_activations
 from learner.batch_source import BatchSource, BufferSource, StopRequestedError
 from learner.checkpoint import (
     Progress,
@@ -110,6 +111,8 @@ class LearnerWorker:
                 task_settings, policy.tokenizer, backspace_id=policy.backspace_id, max_length=max_length
             )
         self._model = policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if self._spec.settings.activation_checkpointing:
+            checkpoint_activations(self._model)
         self._max_length = max_length
         self._contract = self._task.contract(policy.model.config.vocab_size)
         return PreparedRun(

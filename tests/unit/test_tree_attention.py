@@ -117,6 +117,15 @@ def test_without_a_tree_the_model_is_as_before():
     assert torch.equal(after.generate(ids, **options), before.generate(ids, **options))
 
 
+def test_a_saved_model_does_not_ask_for_this_attention(tmp_path):
+    model = tiny("llama")
+    with torch.no_grad():
+        evaluate_nodes(model, build(HARD))
+    model.save_pretrained(tmp_path)
+    assert tree_attention.NAME not in (tmp_path / "config.json").read_text()
+    assert tree_attention.NAME not in model.config.to_json_string(use_diff=False)
+
+
 def visible(tree: TreeBatch, tile_size: int | None) -> torch.Tensor:
     """The N x N mask put together from the tiles."""
     tiles = tile_tree(tree, tile_size)
