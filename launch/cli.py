@@ -180,6 +180,33 @@ def generate(
 
 
 @app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Checkpoint, or run: its newest one.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make; it must not exist.")],
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Adapters alone, for peft; by default they are merged.")
+    ] = False,
+    license_id: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="Licence for the card; by default that of the base model."),
+    ] = None,
+) -> None:
+    """Write a trained model where others can use it: Hugging Face format, tokenizer and model card.
+
+    [dim]Example:[/dim] sequencematch export runs/RUN exported/my-model
+    """
+    with reported_errors(), setting_up():
+        from launch.export import export as export_model
+
+        exported = export_model(source, out, adapter_only=adapter_only, license_id=license_id)
+    typer.echo(f"exported {exported.checkpoint} to {exported.out}")
+    if exported.license is None:
+        typer.echo(
+            f"no licence is known: write it into {exported.out}/README.md, or export with --license ID", err=True
+        )
+
+
+@app.command()
 def status(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False) -> None:
     """Show how a live run is doing, from another shell.
 

@@ -22,13 +22,20 @@ def settings_for(checkpoint: Path, task_from: Path | None) -> RunSettings:
     """
     if task_from is not None:
         return open_run_folder(task_from)[1] if task_from.is_dir() else read_recipe(task_from)
-    folder = checkpoint.resolve()
-    if not folder.is_dir():
+    if not checkpoint.is_dir():
         raise UserError(f"no checkpoint at {checkpoint}")
-    for parent in folder.parents:
+    run = run_of(checkpoint)
+    if run is None:
+        raise UserError(f"{checkpoint} does not lie in a run folder: name its task with --task-from RUN or RECIPE")
+    return open_run_folder(run)[1]
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in, if it does."""
+    for parent in checkpoint.resolve().parents:
         if parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).is_file():
-            return open_run_folder(parent.parent)[1]
-    raise UserError(f"{checkpoint} does not lie in a run folder: name its task with --task-from RUN or RECIPE")
+            return parent.parent
+    return None
 
 
 def labelled(checkpoints: Sequence[Path]) -> list[Target]:

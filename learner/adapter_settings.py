@@ -8,6 +8,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from buffer.settings import Settings
 
+ALL_LINEAR = "all-linear"
+
 Quantization = Literal["nf4"]
 
 
@@ -19,8 +21,8 @@ class AdapterSettings(Settings):
 
     rank: PositiveInt = Field(default=64, description="columns of B and rows of A")
     alpha: PositiveFloat = Field(default=16.0, description="the update B A is scaled by alpha / rank")
-    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
-        default="all-linear",
+    target_modules: tuple[str, ...] = Field(
+        default=(ALL_LINEAR,),
         description="linear layers to adapt: names as `q_proj`, or `all-linear` for all but the unembedding",
     )
     train_unembedding: bool = Field(
@@ -29,9 +31,16 @@ class AdapterSettings(Settings):
         "embedding, it becomes a matrix of its own",
     )
 
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _take_one_name(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("target_modules")
     @classmethod
-    def _check_targets(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    def _check_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
-            raise ValueError("target_modules is empty: name linear layers, or say `all-linear`")
+            raise ValueError(f"target_modules is empty: name linear layers, or say `{ALL_LINEAR}`")
+        if ALL_LINEAR in value and len(value) > 1:
+            raise ValueError(f"target_modules: `{ALL_LINEAR}` stands alone, it includes the other layers")
         return value

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from learner.adapter_settings import AdapterSettings
+from learner.adapter_settings import ALL_LINEAR, AdapterSettings
 
 if TYPE_CHECKING:  # peft takes seconds to import, and most runs train without it
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
 ADAPTER_NAME = "default"
-ALL_LINEAR = "all-linear"
 
 _PEFT_PREFIX = "base_model.model."
 """What peft's files put before the names of a model's own modules."""
@@ -49,7 +48,7 @@ def add_adapters(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
-        target_modules=targets if targets == ALL_LINEAR else list(targets),
+        target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else list(targets),
         base_model_name_or_path=base_name,
         revision=revision,
         fan_in_fan_out=_stores_transposed(model),

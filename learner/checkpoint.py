@@ -147,5 +147,6 @@ def _card(model: PreTrainedModel, progress: Progress) -> str:
             stage=progress.stage,
             step=progress.step,
             stage_steps=progress.stage_steps,
+            vocab_size=model.config.vocab_size,
         )
     )

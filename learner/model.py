@@ -45,6 +45,15 @@ class Policy:
     eos_id: int
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """Where transformers finds a model: a hub name or folder, and a file in it if it is GGUF."""
+
+    name: str
+    gguf_file: str | None
+    revision: str | None
+
+
 def load_policy(
     settings: ScratchModelSettings | PretrainedModelSettings,
     task_tokenizer: PreTrainedTokenizerBase | None = None,
@@ -88,7 +97,7 @@ def load_model(
     dtype: torch.dtype = getattr(torch, settings.dtype)
     if isinstance(settings, ScratchModelSettings):
         return _make_model(settings, tokenizer, dtype)
-    source = _locate(settings)
+    source = locate_model(settings)
     arguments: dict[str, object] = {
         "dtype": dtype,
         "attn_implementation": "sdpa",
@@ -106,7 +115,7 @@ def load_model(
 
 def load_tokenizer(settings: PretrainedModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a pretrained model."""
-    source = _locate(settings)
+    source = locate_model(settings)
     arguments = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     return AutoTokenizer.from_pretrained(source.name, revision=source.revision, **arguments)
 
@@ -214,18 +223,14 @@ def _make_model(
     return model.eval()
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where transformers finds a model: a hub name or folder, and a file in it if it is GGUF."""
+def locate_model(settings: PretrainedModelSettings) -> ModelSource:
+    """Where `settings.name` leads; files of packages are looked up, hub names are not.
 
-    name: str
-    gguf_file: str | None
-    revision: str | None
-
-
-def _locate(settings: PretrainedModelSettings) -> _Source:
+    Raises:
+        ValueError: the package is not installed, or holds no such file.
+    """
     if not settings.name.startswith(PACKAGE_PREFIX):
-        return _Source(settings.name, None, settings.revision)
+        return ModelSource(settings.name, None, settings.revision)
     package, _, file = settings.name.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(package) if package else None
     if spec is None or not spec.submodule_search_locations:
@@ -236,4 +241,4 @@ def _locate(settings: PretrainedModelSettings) -> _Source:
     if path.suffix != ".gguf" or not path.is_file():
         found = sorted(str(other.relative_to(path.parent)) for other in path.parent.glob("*.gguf"))
         raise ValueError(f"model {settings.name!r}: no such GGUF file in package {package!r}; it holds {found}")
-    return _Source(str(path.parent), path.name, None)
+    return ModelSource(str(path.parent), path.name, None)

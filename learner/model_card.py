@@ -31,9 +31,8 @@ print(tokenizer.decode(ids[len(prompt):]))
 class CardFacts:
     """What a card tells; what is not known stays out of it.
 
-    name: of the architecture. context_length: longest text, in tokens. base_model: where training started from.
-    license: SPDX identifier. objective, data: in words. settings: further facts, label -> words. versions: of programs,
-    as `torch 2.13.0`.
+    name: of the architecture. base_model: where training started from. license: identifier, as the hub writes it.
+    settings: how it was trained, label -> words. versions: of programs, as `torch 2.13.0`.
     """
 
     name: str
@@ -41,52 +40,79 @@ class CardFacts:
     stage: str
     step: int
     stage_steps: int
+    vocab_size: int
     base_model: str | None = None
     license: str | None = None
-    objective: str | None = None
-    data: str | None = None
     settings: dict[str, str] = field(default_factory=dict)
     versions: tuple[str, ...] = ()
 
 
 def model_card(facts: CardFacts) -> str:
-    """The card in Markdown, with the front matter that the Hugging Face hub reads."""
-    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [sequencematch]"]
+    """The card of a whole model, in Markdown, with the front matter that the Hugging Face hub reads."""
+    return f"""{_front_matter(facts, "transformers")}
+# {facts.name} trained with sequencematch
+
+A causal language model that can take back what it wrote
+([SequenceMatch, arXiv 2306.05426](https://arxiv.org/abs/2306.05426)).
+
+{_backspace_section(facts)}## Training
+
+{_table(facts)}"""
+
+
+def adapter_card(facts: CardFacts) -> str:
+    """The card of adapters alone, for peft."""
+    base = facts.base_model or "BASE MODEL"
+    return f"""{_front_matter(facts, "peft")}
+# Adapter of {facts.name} trained with sequencematch
+
+Low-rank adapters and the whole output embedding. With the base model they make a causal language model that can take
+back what it wrote ([SequenceMatch, arXiv 2306.05426](https://arxiv.org/abs/2306.05426)).
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+base.resize_token_embeddings({facts.vocab_size}, mean_resizing=False)  # room for backspace, where it has none
+model = PeftModel.from_pretrained(base, ".")
+```
+
+The backspace action has id {facts.backspace_id}. It never stands in the model's input: when the model chooses it, the
+last generated token is removed. The card of a whole export (`sequencematch export` without `--adapter-only`) shows the
+loop; a generator that does not know the action must never sample it (`suppress_tokens=[{facts.backspace_id}]`).
+
+## Training
+
+{_table(facts)}"""
+
+
+def _front_matter(facts: CardFacts, library: str) -> str:
+    lines = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [sequencematch]"]
     if facts.license is not None:
-        header.append(f"license: {facts.license}")
-    if facts.base_model is not None and ":" not in facts.base_model:  # a file of a package is nothing the hub knows
-        header.append(f"base_model: {facts.base_model}")
+        lines.append(f"license: {facts.license}")
+    if facts.base_model is not None and ":" not in facts.base_model:  # the hub knows no files of packages
+        lines.append(f"base_model: {facts.base_model}")
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _table(facts: CardFacts) -> str:
     rows = {
         "base model": facts.base_model,
-        "objective": facts.objective,
         "stage": f"`{facts.stage}`, step {facts.step} of {facts.stage_steps}",
-        "data": facts.data,
         **facts.settings,
         "made with": ", ".join(facts.versions) or None,
     }
-    table = "\n".join(f"| {label} | {value} |" for label, value in rows.items() if value is not None)
-    front_matter = "\n".join(header)
-    return f"""---
-{front_matter}
----
-
-# {facts.name} trained with sequencematch
-
-A causal language model that can take back what it wrote (SequenceMatch, [arXiv 2306.05426](https://arxiv.org/abs/2306.05426)).
-{_backspace_words(facts)}
-| | |
-|---|---|
-{table}
-"""
+    lines = [f"| {label} | {words} |" for label, words in rows.items() if words is not None]
+    return "\n".join(["| | |", "|---|---|", *lines, ""])
 
 
-def _backspace_words(facts: CardFacts) -> str:
+def _backspace_section(facts: CardFacts) -> str:
     if facts.backspace_id is None:
         return ""
-    return f"""
-The vocabulary holds a backspace action, id {facts.backspace_id} (`backspace_token_id` in `config.json`). It never
-stands in the model's input: when the model chooses it, the last generated token is removed and generation goes on from
-the shorter text; it may not be chosen at the end of the prompt.
+    return f"""The vocabulary holds a backspace action, id {facts.backspace_id} (`backspace_token_id` in
+`config.json`). It never stands in the model's input: when the model chooses it, the last generated token is removed and
+generation goes on from the shorter text; it may not be chosen at the end of the prompt.
 
 ## Generate
 
@@ -97,9 +123,8 @@ does it inside vLLM and shows what was taken back. In plain transformers:
 ```python
 {GENERATION_LOOP}```
 
-Generators that do not know the action must never sample it. `generation_config.json` says so (`suppress_tokens`), which
-`model.generate` of transformers honours; give others the same as a request option, e.g. `logit_bias` of
-`{{{facts.backspace_id}: -100}}` or `bad_words`.
+A generator that does not know the action must never sample it. `generation_config.json` says so (`suppress_tokens`),
+which `model.generate` of transformers honours; tell others with each request, e.g. as `logit_bias` of
+`{{{facts.backspace_id}: -100}}`.
 
-## Training
 """

@@ -20,6 +20,7 @@ from learner.publication import publication_table, publication_tensors
 from learner.safetensors_file import write_safetensors
 from learner.sharding import gathered, load_tensors, part_like
 
+CONFIGURATION_FILES = ("config.json", "generation_config.json")
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -115,6 +115,9 @@ def test_layers_that_are_no_targets(target):
 def test_settings():
     with pytest.raises(ValidationError, match="target_modules is empty"):
         AdapterSettings(target_modules=())
+    with pytest.raises(ValidationError, match="`all-linear` stands alone"):
+        AdapterSettings(target_modules=("all-linear", "q_proj"))
+    assert AdapterSettings(target_modules="q_proj").target_modules == ("q_proj",)
     with pytest.raises(ValidationError, match="quantization=nf4 freezes the linear layers"):
         PretrainedModelSettings(name="x", quantization="nf4")
 

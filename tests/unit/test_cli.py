@@ -21,6 +21,7 @@ COMMANDS = (
     ["train"],
     ["evaluate"],
     ["generate"],
+    ["export"],
     ["status"],
     ["scale"],
     ["bench", "rollouts"],

@@ -29,7 +29,7 @@ needs_bitsandbytes = pytest.mark.skipif(
 def quantised(*targets: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     model = tiny_model(tied=True).to(dtype)
     quantise_linear_layers(model)
-    settings = AdapterSettings(rank=4, alpha=8.0, target_modules=targets or "all-linear")
+    settings = AdapterSettings(rank=4, alpha=8.0, target_modules=targets or ("all-linear",))
     add_adapters(model, settings, base_name="base", revision=None, seed=0)
     return model
 

@@ -123,6 +123,12 @@ def test_rollouts_are_not_needed_without_a_stage_that_draws_them() -> None:
     )
 
 
+def test_keys_of_settings_that_may_be_left_out() -> None:
+    path = Path("launch/recipes/text_lora_cpu.yaml")
+    assert "unknown key 'model.adapter.rnak'; did you mean 'rank'?" in error_of("model.adapter.rnak=3", path=path)
+    assert "unknown key 'model.adaptre'; did you mean 'adapter'?" in error_of("model.adaptre={}", path=path)
+
+
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     assert "launch/recipes/" in error_of(path=tmp_path / "nowhere.yaml")
     broken = tmp_path / "broken.yaml"
