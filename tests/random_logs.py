@@ -10,7 +10,7 @@ from tests.trajectories import BACKSPACE, EOS, VOCAB, batch_of, expert_row, row
 
 MATCHING = {"name": "sequencematch", "alpha": 0.05, "beta_start": 0.9, "beta_end": 0.1, "beta_steps": 4}
 CLONING = {"name": "behaviour_cloning"}
-TREES = TreeSettings(backspace_id=BACKSPACE, eos_id=EOS, max_nodes_per_row=32, max_positions=64)
+TREES = TreeSettings(backspace_id=BACKSPACE, eos_id=EOS, max_nodes_per_batch=48, max_positions=64)
 
 
 def random_logs(source: str, count: int, seed: int) -> pa.RecordBatch:

@@ -25,7 +25,7 @@ from tests.integration.rank_worker import (
 
 SIZES = (2, 4)
 # Times, and what depends on who evaluates which log: ranks share no nodes.
-PER_MACHINE = {"step_s", "data_wait_s", "actions_per_s", "nodes_per_s", "sharing_ratio"}
+PER_MACHINE = {"step_s", "data_wait_s", "actions_per_s", "nodes_per_s", "sharing_ratio", "padding_share"}
 
 pytestmark = pytest.mark.slow
 

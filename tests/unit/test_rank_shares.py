@@ -116,9 +116,10 @@ def _rollout_loss(objective, counts):
 
 
 def test_random_logs_reach_what_they_are_for():
-    """Backspace, `<eos>` and truncation, and prompts that several share."""
+    """Backspace, `<eos>` and truncation, prompts that several share, and more than one micro-batch."""
     batch = random_logs("policy", 40, seed=1)
     actions = batch.column("actions").to_pylist()
     assert any(BACKSPACE in log for log in actions)
     assert {log[-1] == EOS for log in actions} == {True, False}
     assert len(set(prompts_of(batch))) < batch.num_rows
+    assert len(build_micro_batches(random_logs("expert", 8, seed=1), TREES)) > 1
