@@ -33,6 +33,8 @@ class ActionValues:
     v, v_next: [A] value of the text before and after the action.
     v_start, v_final: [L] value of the first and the last text.
     log_prob_backspace: [A] of backspace before the action, without gradient (-inf at the floor).
+    log_prob_at_temperature: [A] of the label at the temperature that its policy sampled with, without gradient; that of
+        temperature 1 where there is none (`behaviour_temperature` 0).
     """
 
     q: Tensor
@@ -41,6 +43,7 @@ class ActionValues:
     v_start: Tensor
     v_final: Tensor
     log_prob_backspace: Tensor
+    log_prob_at_temperature: Tensor
 
     @property
     def log_prob(self) -> Tensor:
@@ -70,6 +73,11 @@ def action_values(
     v = torch.where(tree.at_floor, v_floor[tree.state_row], v_all[tree.state_row])
     with torch.no_grad():
         log_prob_backspace = (q_backspace[tree.state_row] - v).masked_fill(tree.at_floor, -torch.inf)
+        log_prob_at_temperature = q - v
+        for temperature in tree.temperatures:
+            tempered = _log_prob_at(temperature, states, weight, tree, backspace_id, chunk_elements)
+            drawn = tree.behaviour_temperature == temperature
+            log_prob_at_temperature = torch.where(drawn, tempered, log_prob_at_temperature)
     return ActionValues(
         q=q,
         v=v,
@@ -77,7 +85,24 @@ def action_values(
         v_start=v_floor[tree.start_row],
         v_final=torch.where(tree.final_at_floor, v_floor[tree.final_row], v_all[tree.final_row]),
         log_prob_backspace=log_prob_backspace,
+        log_prob_at_temperature=log_prob_at_temperature,
     )
+
+
+def _log_prob_at(
+    temperature: float, states: Tensor, weight: Tensor, tree: TreeBatch, backspace_id: int, chunk_elements: int
+) -> Tensor:
+    """[A] log-probability of the labels under logits / temperature, which are those of states / temperature."""
+    v_floor, q_backspace, q = chunked_values(
+        states.float() / temperature if states.dtype.itemsize < 4 else states / temperature,
+        weight,
+        tree.state_row,
+        tree.action,
+        backspace_id=backspace_id,
+        chunk_elements=chunk_elements,
+    )
+    v = torch.where(tree.at_floor, v_floor[tree.state_row], torch.logaddexp(v_floor, q_backspace)[tree.state_row])
+    return q - v
 
 
 def chunked_values(

@@ -20,6 +20,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from buffer.behaviour import Behaviour
 from buffer.replay import FLOOR, ActionLogs, Int64, Replay, replay
 from learner.state_trie import Bool, build_trie, preorder
 
@@ -42,7 +43,10 @@ class TreeBatch:
         at_floor, next_at_floor: [A] whether only the prompt is left before and after the action.
         state, next_state: [A] node of the text before and after the action (of the *realised* token).
         state_row, next_state_row: [A] the same as indexes into `value_nodes`.
+        behaviour_log_prob, behaviour_version, behaviour_temperature: [A] what the policy that acted said of the
+            action (see `buffer.behaviour`).
     Logs
+        ids: [L] of the trajectories.
         start, final_state: [L] node of the prompt's end and of the last text (`<eos>` if the log ended).
         start_row, final_row: [L] the same as indexes into `value_nodes`.
         final_at_floor: [L] whether only the prompt is left at the end.
@@ -52,6 +56,7 @@ class TreeBatch:
     Counts
         num_nodes: nodes without padding.
         num_nodes_unshared: nodes if no two logs shared any (over `num_nodes`: the sharing ratio).
+        temperatures: distinct values of behaviour_temperature, but 0 and 1.
     """
 
     node_ids: Tensor
@@ -67,6 +72,10 @@ class TreeBatch:
     next_state: Tensor
     state_row: Tensor
     next_state_row: Tensor
+    behaviour_log_prob: Tensor
+    behaviour_version: Tensor
+    behaviour_temperature: Tensor
+    ids: tuple[str, ...]
     start: Tensor
     start_row: Tensor
     final_state: Tensor
@@ -77,6 +86,7 @@ class TreeBatch:
     is_expert: Tensor
     num_nodes: int
     num_nodes_unshared: int
+    temperatures: tuple[float, ...]
 
     @property
     def num_logs(self) -> int:
@@ -145,6 +155,7 @@ def build_tree_batch(batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, m
     final_state[acted] = next_state[last_action]
     final_at_floor[acted] = played.next_state[last_action] == FLOOR
     value_nodes = np.unique(np.concatenate([floor_node, state, next_state]))
+    behaviour = Behaviour.from_batch(batch)
 
     def rows_of(nodes: Int64) -> Tensor:
         return torch.from_numpy(np.searchsorted(value_nodes, nodes))
@@ -163,6 +174,10 @@ def build_tree_batch(batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, m
         next_state=torch.from_numpy(next_state),
         state_row=rows_of(state),
         next_state_row=rows_of(next_state),
+        behaviour_log_prob=torch.from_numpy(behaviour.log_prob),
+        behaviour_version=torch.from_numpy(behaviour.version),
+        behaviour_temperature=torch.from_numpy(behaviour.temperature),
+        ids=tuple(batch.column("id").to_pylist()),
         start=torch.from_numpy(floor_node),
         start_row=rows_of(floor_node),
         final_state=torch.from_numpy(final_state),
@@ -173,6 +188,7 @@ def build_tree_batch(batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, m
         is_expert=torch.from_numpy(_column_equals(batch, "source", "expert")),
         num_nodes=trie.num_nodes,
         num_nodes_unshared=len(trie.pair_log),
+        temperatures=tuple(value for value in np.unique(behaviour.temperature).tolist() if value not in (0.0, 1.0)),
     )
 
 

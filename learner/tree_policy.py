@@ -7,6 +7,8 @@ the model itself.
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -40,7 +42,7 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
     def forward(self, tree: TreeBatch) -> tuple[Tensor, ...]:
         """The fields of `ActionValues` in order: FSDP finds the tensors of a tuple, not those of a dataclass."""
         values = action_values(self.model, tree, self.backspace_id)
-        return values.q, values.v, values.v_next, values.v_start, values.v_final, values.log_prob_backspace
+        return tuple(getattr(values, field.name) for field in fields(values))
 
     def sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """See the function; with several ranks, all of them call this together."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from buffer.schema import SAMPLING_TYPE
+
 
 @dataclass(frozen=True)
 class Log:
@@ -26,6 +28,11 @@ class Log:
     realised: dict[int, int] = field(default_factory=dict)
     finish_reason: str = "eos"
     source: str = "expert"
+    id: str = ""
+    logprobs: list[float] | None = None
+    versions: list[int] | None = None
+    temperature: float | None = None
+    top_p: float = 1.0
 
 
 def to_batch(logs: Sequence[Log]) -> pa.RecordBatch:
@@ -34,11 +41,23 @@ def to_batch(logs: Sequence[Log]) -> pa.RecordBatch:
     ids = pa.list_(pa.int32())
     return pa.RecordBatch.from_pydict(
         {
+            "id": pa.array([log.id for log in logs], pa.string()),
             "source": pa.array([log.source for log in logs], pa.string()),
             "prompt_ids": pa.array([log.prompt for log in logs], ids),
             "actions": pa.array([log.actions for log in logs], ids),
             "realised": pa.array(realised, ids),
+            "logprobs": pa.array([log.logprobs for log in logs], pa.list_(pa.float32())),
+            "policy_version": pa.array([log.versions for log in logs], ids),
             "finish_reason": pa.array([log.finish_reason for log in logs], pa.string()),
+            "sampling": pa.array(
+                [
+                    None
+                    if log.temperature is None
+                    else {"temperature": log.temperature, "top_p": log.top_p, "floor_mask": True}
+                    for log in logs
+                ],
+                SAMPLING_TYPE,
+            ),
         }
     )
 

@@ -391,6 +391,7 @@ def test_the_optimum_is_the_data_policy(divergence):
             v_start=v[tree.start_row],
             v_final=v[tree.final_row],
             log_prob_backspace=torch.zeros(tree.num_actions),
+            log_prob_at_temperature=torch.zeros(tree.num_actions),
         )
         evaluated = EvaluatedLogs(tree, values, LogCounts.of([tree]))
         loss, _ = total_loss(objective, evaluated, evaluated if objective.needs_rollouts else None, step=0)

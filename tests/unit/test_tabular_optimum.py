@@ -218,6 +218,7 @@ def test_the_table_is_the_objective(name):
         v_start=v[tree.start_row],
         v_final=v[tree.final_row],
         log_prob_backspace=torch.zeros(tree.num_actions),
+        log_prob_at_temperature=torch.zeros(tree.num_actions),
     )
     assert BACKSPACE_ID not in tree.action.tolist()
     settings = SequenceMatchSettings(divergence=name, alpha=alpha, gamma=gamma, beta_start=0.0, beta_end=0.0)

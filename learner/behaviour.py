@@ -1,0 +1,46 @@
+"""Rollouts as the policy that acted saw them, against what the learner says of them now.
+
+For actions of the newest weights the difference of log-probabilities has two parts: what the engine computes otherwise
+than the learner (number format, kernels, weights that did not arrive), and the steps that the learner took since it
+published them. For older ones it is mostly the distance that the policy went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from learner.objectives.base import EvaluatedLogs, Metrics
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def behaviour_metrics(rollouts: EvaluatedLogs, backspace_id: int, newest_version: int) -> Metrics:
+    """This call's shares; `finish_behaviour_metrics` makes means of them once those of all calls are combined.
+
+    newest_version: of all actions of the step's rollouts.
+    """
+    tree, values = rollouts.tree, rollouts.values
+    metrics = {"backspace_rate": rollouts.mean_over_actions((tree.action == backspace_id).to(values.v.dtype))}
+    difference = (values.log_prob_at_temperature - tree.behaviour_log_prob).abs()
+    compared = tree.behaviour_temperature > 0.0
+    newest = tree.behaviour_version == newest_version
+    for suffix, chosen in (("", compared & newest), ("_stale", compared & ~newest)):
+        kept = difference.masked_fill(~chosen, 0.0)
+        metrics[f"log_prob_mismatch{suffix}_mean"] = rollouts.mean_over_actions(kept)
+        metrics[f"log_prob_mismatch{suffix}_max_abs"] = torch.cat([kept, kept.new_zeros(1)]).max()
+        metrics[f"log_prob_compared{suffix}_share"] = rollouts.mean_over_actions(chosen.to(values.v.dtype))
+    return metrics
+
+
+def finish_behaviour_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """From combined shares to means over the compared actions; a group without any is left out."""
+    finished = dict(metrics)
+    for suffix in ("", "_stale"):
+        share = finished.get(f"log_prob_compared{suffix}_share", 0.0)
+        if share > 0.0:
+            finished[f"log_prob_mismatch{suffix}_mean"] /= share
+        else:
+            finished.pop(f"log_prob_mismatch{suffix}_mean", None)
+            finished.pop(f"log_prob_mismatch{suffix}_max_abs", None)
+    return finished
