@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from buffer.validation import Rejection
 
 
@@ -13,6 +15,15 @@ class InsertResult:
 
     accepted: int
     rejections: tuple[Rejection, ...]
+
+
+@dataclass(frozen=True)
+class DrawResult:
+    """The rows of a draw. policy_version: newest one known when they were drawn first; repeated: that was before."""
+
+    batch: pa.RecordBatch
+    policy_version: int
+    repeated: bool
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,8 @@ class DrawStatistics:
 class SourceCounters:
     """Rows of one source. inserted = live + evicted + dropped_stale.
 
-    These count since the folder exists; drawn (a row counts each time) since this process opened it.
+    These count since the folder exists; drawn and replayed (a row counts each time) since this process opened it.
+    replayed: given again to a learner that repeats steps after a restart.
     """
 
     inserted: int
@@ -37,6 +49,7 @@ class SourceCounters:
     evicted: int
     dropped_stale: int
     drawn: int
+    replayed: int
     last_draw: DrawStatistics | None
 
 

@@ -59,13 +59,19 @@ class RowTable:
         self._chunks = [chunk for chunk in self._chunks if chunk.first_row < first_row or chunk.end_row > end_row]
         self._starts = None
 
+    def holds(self, rows: Int64) -> bool:
+        """Whether all rows with these numbers are in the table."""
+        ends = np.array([chunk.end_row for chunk in self._chunks], dtype=np.int64)
+        starts = self._chunk_starts()
+        owners = np.searchsorted(starts, rows, side="right") - 1
+        return bool(len(starts)) and bool(np.all((owners >= 0) & (rows < ends[owners])))
+
     def take(self, rows: Int64) -> pa.RecordBatch:
         """Copy of the rows with these numbers, in this order; all of them are in the table, and there is one."""
-        if self._starts is None:
-            self._starts = np.array([chunk.first_row for chunk in self._chunks], dtype=np.int64)
+        starts = self._chunk_starts()
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
-        owners = np.searchsorted(self._starts, ordered, side="right") - 1
+        owners = np.searchsorted(starts, ordered, side="right") - 1
         touched, begins, counts = np.unique(owners, return_index=True, return_counts=True)
         parts: list[pa.RecordBatch] = []
         positions = np.empty(len(rows), dtype=np.int64)
@@ -83,6 +89,11 @@ class RowTable:
         gathered = parts[0] if len(parts) == 1 else pa.concat_batches(parts)
         taken: pa.RecordBatch = gathered.take(pa.array(positions))
         return taken
+
+    def _chunk_starts(self) -> Int64:
+        if self._starts is None:
+            self._starts = np.array([chunk.first_row for chunk in self._chunks], dtype=np.int64)
+        return self._starts
 
     def _merge_last(self) -> None:
         while len(self._chunks) > 1:

@@ -237,12 +237,10 @@ def _header_end(path: Path, content: bytes, schema: pa.Schema) -> int | None:
     except (pa.ArrowException, EOFError, OSError) as error:
         raise CorruptSegmentError(
             f"{path} does not begin with an Arrow schema ({error}): restore the file from a copy, or delete it and "
-            "lose its trajectories"
+            "lose its rows"
         ) from None
     if not found.equals(schema, check_metadata=True):
-        raise CorruptSegmentError(
-            f"{path} holds rows of another schema: move it away to go on without its trajectories"
-        )
+        raise CorruptSegmentError(f"{path} holds rows of another schema: move it away to go on without them")
     end: int = source.tell()
     return end
 

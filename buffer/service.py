@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.counters import StoreStatus
+from buffer.consumption_log import DrawKey
+from buffer.counters import DrawResult, StoreStatus
 from buffer.schema import SOURCES, TokenContract
 from buffer.settings import BufferSettings
 from buffer.store import ReplayStore
@@ -61,6 +61,8 @@ class BufferStatus:
             if counters.inserted == 0:
                 continue
             line = f"{counters.live:,} {source} trajectories live of {counters.inserted:,}, {counters.drawn:,} drawn"
+            if counters.replayed:
+                line += f", {counters.replayed:,} drawn again"
             if counters.dropped_stale:
                 line += f", {counters.dropped_stale:,} stale"
             if source == "policy" and counters.last_draw is not None:
@@ -75,15 +77,13 @@ class ReplayBufferService:
     """A replay store that waits: draws for rows, actors for demand."""
 
     def __init__(self, folder: str, contract: TokenContract, settings: BufferSettings, seed: int) -> None:
-        """Open the store in `folder`. Same seed, inserts and draws in the same order: same samples.
+        """Open the store in `folder`. seed: of the draws.
 
         Raises:
             ValueError: see `ReplayStore`.
         """
         self._settings = settings
-        self._store = ReplayStore(Path(folder), contract, settings)
-        # A process that goes on with a folder must not repeat the draws of the one before it.
-        self._generator = np.random.default_rng((seed, self._store.next_row))
+        self._store = ReplayStore(Path(folder), contract, settings, seed)
         self._changed = asyncio.Condition()
         self._inserted = 0
         self._drawn = 0
@@ -108,10 +108,9 @@ class ReplayBufferService:
             await self._notify()
         return InsertReply(result.accepted, result.rejections, pause=not self._demand())
 
-    async def draw(
-        self, count: int, policy_version: int, source: str = "policy", timeout_s: float = 60.0
-    ) -> pa.RecordBatch:
-        """`count` live rows of `source`, waiting up to `timeout_s` for them.
+    async def draw(self, key: DrawKey, count: int, policy_version: int, timeout_s: float = 60.0) -> DrawResult:
+        """The rows that the draw `key` was given before, at once, else `count` live rows of its source, waiting up to
+        `timeout_s` for them.
 
         policy_version: newest version the caller has published; see `ReplayStore.draw`.
 
@@ -119,15 +118,15 @@ class ReplayBufferService:
             ValueError: the draw can never be served.
             DrawTimeoutError: too few rows came in time.
         """
-        drawn: list[pa.RecordBatch] = []
+        drawn: list[DrawResult] = []
 
         def served() -> bool:
-            if source == "policy" and self._limited(count):
+            if key.source == "policy" and self._limited(count) and not self._store.has_drawn(key):
                 return False
-            batch = self._store.draw(count, policy_version, self._generator, source)
-            if batch is not None:
-                drawn.append(batch)
-            return batch is not None
+            result = self._store.draw(key, count, policy_version)
+            if result is not None:
+                drawn.append(result)
+            return result is not None
 
         self._waiting_draws += 1
         try:
@@ -137,8 +136,8 @@ class ReplayBufferService:
         finally:
             self._waiting_draws -= 1
         if not drawn:
-            raise DrawTimeoutError(self._why_not(count, source, timeout_s))
-        if source == "policy":
+            raise DrawTimeoutError(self._why_not(count, key.source, timeout_s))
+        if key.source == "policy" and not drawn[0].repeated:  # those were counted when they were drawn first
             self._drawn += count
         await self._notify()
         return drawn[0]
@@ -152,6 +151,14 @@ class ReplayBufferService:
     async def begin_stage(self, first_version: int) -> None:
         """A stage of training starts with the weights of `first_version`: older rows are of another stage."""
         self._store.begin_stage(first_version)
+
+    async def checkpointed(self, stage: str, step: int) -> None:
+        """The learner has a durable checkpoint of `stage` after `step` steps: it will repeat no draw before it.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        self._store.checkpointed(stage, step)
 
     async def newest_version(self) -> int:
         """Newest policy version the buffer knows of, also from before a restart; -1 before any."""

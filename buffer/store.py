@@ -1,18 +1,21 @@
-"""The replay store of one folder: durable inserts, capacity, strict staleness, seeded draws.
+"""The replay store of one folder: durable inserts, capacity, strict staleness, draws that can be repeated.
 
     insert: validate -> segment file (acknowledged) -> live rows -> evict beyond capacity -> seal a full
         segment
-    draw:   drop stale rows (recorded in the manifest) -> sampler -> gather
+    draw:   known to the consumption log? the same rows again. Else: drop stale rows (recorded in the
+        manifest) -> sampler -> consumption log -> gather
 
 Rows of each source are kept apart: capacity counts per source, and a draw names its source. After a crash,
 the same rows are live as before it: sealed segments and stale drops stand in the manifest, inserts in the
-open segment, and evictions since the last manifest follow from the capacity that it notes.
+open segment, and evictions since the last manifest follow from the capacity that it notes. Rows that are no
+longer live are kept as long as the log pins them.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,41 +24,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.counters import DrawStatistics, InsertResult, SourceCounters, StoreStatus
+from buffer.consumption_log import ConsumptionLog, DrawKey, LoggedDraw
+from buffer.counters import DrawResult, DrawStatistics, InsertResult, StoreStatus
 from buffer.folder_lock import FolderLock
-from buffer.live_rows import LiveRows, RowFacts
-from buffer.manifest import CorruptSegmentError, Manifest, SegmentEntry
+from buffer.lanes import Lane
+from buffer.live_rows import RowFacts
 from buffer.row_table import RowTable
 from buffer.samplers import Int64, make_sampler
 from buffer.schema import SOURCES, TokenContract, trajectory_schema
-from buffer.segments import (
-    OPEN_SUFFIX,
-    SEALED_SUFFIX,
-    OpenSegment,
-    map_sealed,
-    open_path,
-    recover_open_segment,
-    sealed_path,
-    write_sealed,
-)
+from buffer.segment_folder import delete_leftovers, open_manifest, seal_rows
+from buffer.segments import OpenSegment, map_sealed, open_path, recover_open_segment, sealed_path
 from buffer.settings import BufferSettings
-from buffer.staleness import VersionRange, oldest_allowed, stale_rows, staleness
+from buffer.staleness import VersionRange, oldest_allowed, staleness
 from buffer.validation import Rejection, validate
 
 logger = logging.getLogger(__name__)
-
-
-class _Lane:
-    """Live rows and counters of one source."""
-
-    def __init__(self) -> None:
-        self.live = LiveRows()
-        self.inserted = 0
-        self.dropped_stale = 0
-        self.live_from = 0
-        self.drawn = 0
-        self.draws = 0
-        self.last_draw: DrawStatistics | None = None
 
 
 class ReplayStore:
@@ -66,9 +49,12 @@ class ReplayStore:
         folder: Path,
         contract: TokenContract,
         settings: BufferSettings,
+        seed: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Open `folder`, creating it where absent, and restore its live rows. clock: seconds since the epoch.
+        """Open `folder`, creating it where absent, and restore its live rows.
+
+        seed: of the draws. clock: seconds since the epoch.
 
         Raises:
             ValueError: another process has the folder open, or its rows follow another token contract.
@@ -77,11 +63,12 @@ class ReplayStore:
         self._folder = folder
         self._contract = contract
         self._settings = settings
+        self._seed = seed
         self._clock = clock
         self._schema = trajectory_schema(contract)
         self._sampler = make_sampler(settings)
         self._table = RowTable()
-        self._lanes = {source: _Lane() for source in SOURCES}
+        self._lanes = {source: Lane() for source in SOURCES}
         self._ids: set[str] = set()
         self._rejected = 0
         self._next_row = 0
@@ -89,7 +76,8 @@ class ReplayStore:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(folder)
         try:
-            self._manifest = self._open_manifest()
+            self._manifest = open_manifest(folder, contract, settings.capacity)
+            self._log = ConsumptionLog(folder, settings.fsync == "batch")
             self._newest_version = self._manifest.newest_version
             self._first_version = 0
             self._cut_bytes = self._restore()
@@ -137,24 +125,26 @@ class ReplayStore:
             self._delete_dead_segments()
         return InsertResult(good.num_rows, rejections)
 
-    def draw(
-        self, count: int, policy_version: int, generator: np.random.Generator, source: str = "policy"
-    ) -> pa.RecordBatch | None:
-        """`count` distinct live rows of `source`, none staler than `max_staleness`.
+    def draw(self, key: DrawKey, count: int, policy_version: int) -> DrawResult | None:
+        """The rows that the draw `key` was given before, else `count` distinct live rows of its source, none staler
+        than `max_staleness`. Same seed, key and contents: same rows.
 
         policy_version: newest published version as far as the caller knows. None while too few rows are live:
-        fewer than `count`, or than `min_size` before the first draw. Stale rows are dropped for good first,
-        whatever comes of the draw.
+        fewer than `count`, or than `min_size` before the first draw. For a new draw stale rows are dropped for good
+        first, whatever comes of it.
 
         Raises:
-            ValueError: `count` is not in 1..capacity, or the source is unknown.
+            ValueError: `count` is not in 1..capacity, the source is unknown, or the draw had another count before.
+            OSError: the disk refused; nothing was drawn.
         """
         if not 1 <= count <= self._settings.capacity:
             raise ValueError(
                 f"a draw of {count} trajectories can never be served: the buffer holds {self._settings.capacity} per "
                 "source; lower the batch or raise buffer.capacity"
             )
-        lane = self._lane(source)
+        lane = self._lane(key.source)
+        if (logged := self._log.find(key)) is not None:
+            return self._repeat(logged, count)
         # A row of a newer version proves its publication, so staleness counts from the newest version known.
         self._newest_version = max(self._newest_version, policy_version)
         dropped = self._drop_stale()
@@ -164,11 +154,24 @@ class ReplayStore:
             self._delete_dead_segments()
         if len(lane.live) < max(count, 0 if lane.draws else self._settings.min_size):
             return None
-        chosen = self._sampler.sample(len(lane.live), count, generator)
+        rows = lane.live.rows[self._sampler.sample(len(lane.live), count, self._generator(key))]
+        self._log.append(LoggedDraw(key, self._newest_version, rows))
         lane.draws += 1
         lane.drawn += count
-        lane.last_draw = self._statistics(lane.live, chosen)
-        return self._table.take(lane.live.rows[chosen])
+        return self._gather(rows, self._newest_version, lane, repeated=False)
+
+    def has_drawn(self, key: DrawKey) -> bool:
+        """Whether the draw is one that would be repeated."""
+        return self._log.find(key) is not None
+
+    def checkpointed(self, stage: str, step: int) -> None:
+        """The learner has a durable checkpoint of `stage` after `step` steps: no draw before it will be repeated.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        self._log.checkpointed(stage, step)
+        self._delete_dead_segments()
 
     def begin_stage(self, first_version: int) -> None:
         """From now on no policy row with an action older than `first_version` is drawn, nor one that still comes in."""
@@ -177,17 +180,7 @@ class ReplayStore:
     def status(self) -> StoreStatus:
         """Counters of now."""
         return StoreStatus(
-            sources={
-                source: SourceCounters(
-                    inserted=lane.inserted,
-                    live=len(lane.live),
-                    evicted=lane.inserted - len(lane.live) - lane.dropped_stale,
-                    dropped_stale=lane.dropped_stale,
-                    drawn=lane.drawn,
-                    last_draw=lane.last_draw,
-                )
-                for source, lane in self._lanes.items()
-            },
+            sources={source: lane.counters() for source, lane in self._lanes.items()},
             rejected=self._rejected,
             newest_version=self._newest_version,
             sealed_segments=len(self._manifest.segments),
@@ -198,13 +191,42 @@ class ReplayStore:
     def close(self) -> None:
         """Make everything durable and let go of the folder; the store is of no use afterwards."""
         self._open_segment.close()
+        self._log.close()
         self._write_manifest()
         self._lock.release()
 
-    def _lane(self, source: str) -> _Lane:
+    def _lane(self, source: str) -> Lane:
         if source not in self._lanes:
             raise ValueError(f"source {source!r} is none of {', '.join(SOURCES)}")
         return self._lanes[source]
+
+    # Drawing
+
+    def _repeat(self, draw: LoggedDraw, count: int) -> DrawResult:
+        if len(draw.rows) != count:
+            raise ValueError(
+                f"step {draw.key.step} of stage {draw.key.stage!r} drew {len(draw.rows)} {draw.key.source} "
+                f"trajectories before it was interrupted, and asks for {count} now: resume with the batch sizes that "
+                "the run began with"
+            )
+        lane = self._lane(draw.key.source)
+        lane.replayed += count
+        return self._gather(draw.rows, draw.policy_version, lane, repeated=True)
+
+    def _gather(self, rows: Int64, policy_version: int, lane: Lane, repeated: bool) -> DrawResult:
+        batch = self._table.take(rows)
+        lane.last_draw = self._statistics(batch, policy_version)
+        return DrawResult(batch, policy_version, repeated)
+
+    def _generator(self, key: DrawKey) -> np.random.Generator:
+        """A draw's own random numbers: they depend on no other draw, so none has to be repeated for this one."""
+        return np.random.default_rng((self._seed, zlib.crc32(key.stage.encode()), key.step, SOURCES.index(key.source)))
+
+    def _statistics(self, batch: pa.RecordBatch, policy_version: int) -> DrawStatistics:
+        behind = staleness(policy_version, VersionRange.from_batch(batch).oldest)
+        created_us = batch.column("created_at").cast(pa.int64()).to_numpy()
+        ages_s = np.maximum(self._clock() - created_us / 1e6, 0.0)
+        return DrawStatistics(float(behind.mean()), int(behind.max()), float(ages_s.mean()), float(ages_s.max()))
 
     # Inserting
 
@@ -241,41 +263,28 @@ class ReplayStore:
 
     def _evict(self, capacity: int) -> None:
         for lane in self._lanes.values():
-            excess = len(lane.live) - capacity
-            if excess > 0:
-                lane.live_from = int(lane.live.rows[excess - 1]) + 1
-                self._ids.difference_update(lane.live.evict_oldest(excess))
+            self._ids.difference_update(lane.evict_beyond(capacity))
 
     def _drop_stale(self) -> bool:
         """Drop rows beyond `max_staleness` or of another stage; True if there were any."""
         allowed = oldest_allowed(self._newest_version, self._settings.max_staleness, self._first_version)
-        dropped = False
-        for lane in self._lanes.values():
-            stale = stale_rows(lane.live.oldest_versions, allowed)
-            if stale.any():
-                self._ids.difference_update(lane.live.drop(stale))
-                lane.dropped_stale += int(stale.sum())
-                dropped = True
-        if dropped:
-            self._manifest = replace(
-                self._manifest,
-                stale_before_row=self._next_row,
-                stale_below=allowed,
-            )
-        return dropped
+        dropped = [id_ for lane in self._lanes.values() for id_ in lane.drop_stale(allowed)]
+        if not dropped:
+            return False
+        self._ids.difference_update(dropped)
+        self._manifest = replace(self._manifest, stale_before_row=self._next_row, stale_below=allowed)
+        return True
 
     def _delete_dead_segments(self) -> None:
-        """Delete sealed segments without a live row, manifest first."""
+        """Delete sealed segments in which no row is live or pinned, manifest first."""
         entries = self._manifest.segments
         if not entries:
             return
         first = np.array([entry.first_row for entry in entries])
         end = first + np.array([entry.num_rows for entry in entries])
-        num_live = sum(
-            np.searchsorted(lane.live.rows, end) - np.searchsorted(lane.live.rows, first)
-            for lane in self._lanes.values()
-        )
-        dead = [entry for entry, count in zip(entries, num_live.tolist(), strict=True) if count == 0]
+        kept_rows = [*(lane.live.rows for lane in self._lanes.values()), self._log.pinned_rows]
+        num_kept = sum(np.searchsorted(rows, end) - np.searchsorted(rows, first) for rows in kept_rows)
+        dead = [entry for entry, count in zip(entries, num_kept.tolist(), strict=True) if count == 0]
         if not dead:
             return
         self._manifest = replace(self._manifest, segments=tuple(entry for entry in entries if entry not in dead))
@@ -289,23 +298,12 @@ class ReplayStore:
     def _seal(self) -> None:
         """Turn the open segment into a sealed one: sealed file, then manifest, then the open file goes."""
         manifest = self._manifest
-        number, first_row = manifest.open_segment, manifest.next_row
-        batches = self._table.batches(first_row)
-        sealed = write_sealed(sealed_path(self._folder, number), batches, self._schema)
-        ranges = [VersionRange.from_batch(batch) for batch in batches]
-        entry = SegmentEntry(
-            number=number,
-            first_row=first_row,
-            num_rows=self._next_row - first_row,
-            size_bytes=sealed.size_bytes,
-            checksum=sealed.checksum,
-            oldest_version=min(int(versions.oldest.min()) for versions in ranges),
-            newest_version=max(int(versions.newest.max()) for versions in ranges),
-        )
+        first_row = manifest.next_row
+        entry = seal_rows(self._folder, manifest.open_segment, first_row, self._table.batches(first_row))
         mapped = map_sealed(self._folder, entry, self._schema)
         self._manifest = replace(
             manifest,
-            open_segment=number + 1,
+            open_segment=entry.number + 1,
             next_row=self._next_row,
             inserted={source: lane.inserted for source, lane in self._lanes.items()},
             segments=(*manifest.segments, entry),
@@ -331,30 +329,13 @@ class ReplayStore:
         path = open_path(self._folder, self._manifest.open_segment)
         return OpenSegment(path, self._schema, self._settings.fsync == "batch")
 
-    def _open_manifest(self) -> Manifest:
-        manifest = Manifest.read(self._folder)
-        if manifest is None:
-            if segments := [*self._folder.glob(f"*{SEALED_SUFFIX}"), *self._folder.glob(f"*{OPEN_SUFFIX}")]:
-                raise CorruptSegmentError(
-                    f"{self._folder} holds {segments[0].name} but no manifest.json: restore it from a copy, or move "
-                    "the folder away to begin with an empty buffer"
-                )
-            manifest = Manifest(self._contract, self._settings.capacity)
-            manifest.write(self._folder)
-        if manifest.contract != self._contract:
-            raise ValueError(
-                f"{self._folder} holds trajectories of another tokenizer ({manifest.contract}, this run has "
-                f"{self._contract}): use another run folder"
-            )
-        return manifest
-
     def _restore(self) -> int:
         """Fill memory from the files that count and delete the others; gives the torn bytes that were cut off."""
         manifest = self._manifest
         for source, lane in self._lanes.items():
             lane.live_from = manifest.live_from.get(source, 0)
             lane.dropped_stale = manifest.dropped.get(source, 0)
-        self._delete_leftovers()
+        delete_leftovers(self._folder, manifest)
         for entry in manifest.segments:
             batches = map_sealed(self._folder, entry, self._schema)
             self._next_row = entry.first_row
@@ -371,6 +352,7 @@ class ReplayStore:
                 self._register([pa.concat_batches(recovered.batches)], on_heap=True)
             if cut_bytes := recovered.cut_bytes:
                 logger.warning("%s: cut %d bytes of an unfinished insert off its end", path, cut_bytes)
+        self._log.forget_unless(self._table.holds)
         self._remove_dead_rows()
         self._open_segment = self._new_open_segment()
         # The capacity may have changed: note what it is from now on before anything is evicted by it.
@@ -382,22 +364,7 @@ class ReplayStore:
         """Take out again what was dropped or evicted before the folder was closed; count nothing twice."""
         manifest = self._manifest
         for lane in self._lanes.values():
-            rows, oldest = lane.live.rows, lane.live.oldest_versions
-            stale = (rows < manifest.stale_before_row) & (oldest >= 0) & (oldest < manifest.stale_below)
-            lane.live.drop(stale | (rows < lane.live_from))
+            lane.remove_dead(manifest.stale_before_row, manifest.stale_below)
         self._evict(manifest.capacity)
         self._evict(self._settings.capacity)
         self._ids = {id_ for lane in self._lanes.values() for id_ in lane.live.ids}
-
-    def _delete_leftovers(self) -> None:
-        """Delete what a crash between two steps of sealing or deleting left behind."""
-        kept = {sealed_path(self._folder, entry.number) for entry in self._manifest.segments}
-        kept.add(open_path(self._folder, self._manifest.open_segment))
-        for path in self._folder.glob("segment-*"):
-            if path not in kept:
-                path.unlink()
-
-    def _statistics(self, live: LiveRows, chosen: Int64) -> DrawStatistics:
-        behind = staleness(self._newest_version, live.oldest_versions[chosen])
-        ages_s = np.maximum(self._clock() - live.created_us[chosen] / 1e6, 0.0)
-        return DrawStatistics(float(behind.mean()), int(behind.max()), float(ages_s.mean()), float(ages_s.max()))

@@ -213,7 +213,7 @@ class _Crew:
         if not folder.is_dir():
             return
         try:
-            ReplayStore(folder, run.contract, self._settings.buffer).close()
+            ReplayStore(folder, run.contract, self._settings.buffer, self._settings.seed).close()
         except (ValueError, OSError) as error:
             raise UserError(str(error)) from None
 

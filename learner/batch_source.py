@@ -10,6 +10,8 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
+from buffer.consumption_log import DrawKey
+from buffer.counters import DrawResult
 from buffer.staleness import VersionRange, staleness
 
 POLL_S = 0.5
@@ -18,6 +20,10 @@ ANSWER_GRACE_S = 10.0
 
 class StopRequestedError(Exception):
     """The run was asked to stop while the learner waited for data."""
+
+
+class BufferLostError(RuntimeError):
+    """The process of the replay buffer is gone."""
 
 
 class BatchSource(Protocol):
@@ -33,33 +39,41 @@ class BufferSource:
     def __init__(
         self,
         buffer: ActorHandle,
+        stage: str,
         source: str,
         timeout_s: float,
         newest_version: Callable[[], int],
         stop_requested: Callable[[], bool],
     ) -> None:
         """Args:
+        stage: of training; each of its steps makes one draw.
         source: "policy" or "expert".
         newest_version: the newest published version at the time of a draw; staleness counts from it.
         stop_requested: asked while waiting.
         """
         self._buffer = buffer
+        self._stage = stage
         self._source = source
+        self._step = 0
         self._timeout_s = timeout_s
         self._newest_version = newest_version
         self._stop_requested = stop_requested
         self.staleness_mean = 0.0  # of the newest draw, in published versions
         self.staleness_max = 0
 
+    def seek(self, step: int) -> None:
+        """Go on with the draw of a stage that has done `step` steps."""
+        self._step = step
+
     def draw(self, count: int) -> pa.RecordBatch:
         """Wait for `count` trajectories.
 
         Raises:
             TimeoutError: the buffer could not give them in time; its message says what it holds.
-            StopRequestedError: the run is to stop.
+            StopRequestedError: the run is to stop. BufferLostError: the buffer's process died.
         """
-        version = self._newest_version()
-        reference = self._buffer.draw.remote(count, version, source=self._source, timeout_s=self._timeout_s)
+        key = DrawKey(self._stage, self._step, self._source)
+        reference = self._buffer.draw.remote(key, count, self._newest_version(), timeout_s=self._timeout_s)
         deadline = time.monotonic() + self._timeout_s + ANSWER_GRACE_S
         while not ray.wait([reference], timeout=POLL_S)[0]:
             if self._stop_requested():
@@ -68,8 +82,15 @@ class BufferSource:
                 raise TimeoutError(
                     f"the replay buffer did not answer the learner within {self._timeout_s + ANSWER_GRACE_S:.0f} s"
                 )
-        batch: pa.RecordBatch = ray.get(reference, timeout=ANSWER_GRACE_S)
-        drawn_staleness = staleness(version, VersionRange.from_batch(batch).oldest)
+        try:
+            drawn: DrawResult = ray.get(reference, timeout=ANSWER_GRACE_S)
+        except ray.exceptions.RayActorError as error:
+            raise BufferLostError(
+                f"the replay buffer died ({str(error).splitlines()[0]}); what it had accepted is on disk: go on with "
+                "`sequencematch train --resume RUN`"
+            ) from None
+        self._step += 1
+        drawn_staleness = staleness(drawn.policy_version, VersionRange.from_batch(drawn.batch).oldest)
         self.staleness_mean = float(drawn_staleness.mean())
         self.staleness_max = int(drawn_staleness.max())
-        return batch
+        return drawn.batch

@@ -145,7 +145,7 @@ class LearnerWorker:
         started = time.monotonic()
         objective = make_objective(stage.objective)
         experts, stream = self._expert_source(stage)
-        rollouts = self._buffer_source("policy") if objective.needs_rollouts else None
+        rollouts = self._buffer_source(stage, "policy") if objective.needs_rollouts else None
         trainer = Trainer(
             TreePolicy(self._model, self._contract.backspace_id),
             objective,
@@ -160,15 +160,20 @@ class LearnerWorker:
             rollouts,
         )
         resumed = self._restore(stage, trainer, stream)
+        for source in (experts, rollouts):
+            if isinstance(source, BufferSource):
+                source.seek(trainer.step)
         uses_actors = objective.needs_rollouts or stream is None
         first_version = self._start_rollouts(resumed) if uses_actors else -1
+        position = {} if stream is None else stream.state()
         recent: list[float] = []
         with MetricsLog(self._folder, self._spec.trackers) as log:
             while not trainer.finished and not self._stop.is_set():
                 try:
                     metrics = trainer.train_step()
                 except StopRequestedError:
-                    break
+                    break  # maybe after the expert part of a step that is not done: `position` is from before it
+                position = {} if stream is None else stream.state()
                 if uses_actors:
                     metrics["policy_version"] = self._newest_version()
                 if rollouts is not None:
@@ -188,8 +193,8 @@ class LearnerWorker:
                 if uses_actors and trainer.step % stage.publish_every_steps == 0:
                     self._publish()
                 if trainer.step % self._spec.settings.checkpoint_every_steps == 0 and not trainer.finished:
-                    self._save(stage, trainer, stream, first_version)
-        checkpoint = self._save(stage, trainer, stream, first_version)
+                    self._save(stage, trainer, position, first_version)
+        checkpoint = self._save(stage, trainer, position, first_version)
         return StageResult(
             stage=stage.name,
             step=trainer.step,
@@ -204,16 +209,21 @@ class LearnerWorker:
         """
         noise = self._spec.noise if stage.objective.uses_noise else NoiseSettings(kind="none", rate=0.0)
         if noise.kind == "policy":
-            return self._buffer_source("expert"), None
+            return self._buffer_source(stage, "expert"), None
         # Arms that start from the same stage see the same examples in the same order.
         seed = (self._spec.seed << 32) + zlib.crc32((stage.start_from or "").encode())
         stream = self._task.expert_stream(noise, self._contract, seed)
         return stream, stream
 
-    def _buffer_source(self, source: str) -> BufferSource:
+    def _buffer_source(self, stage: StageSettings, source: str) -> BufferSource:
         assert self._buffer is not None, "connect() comes before a stage that needs the buffer"
         return BufferSource(
-            self._buffer, source, self._spec.settings.data_timeout_s, self._newest_version, self._stop.is_set
+            self._buffer,
+            stage.name,
+            source,
+            self._spec.settings.data_timeout_s,
+            self._newest_version,
+            self._stop.is_set,
         )
 
     def _newest_version(self) -> int:
@@ -253,16 +263,16 @@ class LearnerWorker:
             load_weights(self._model, start[-1])
         return None
 
-    def _save(self, stage: StageSettings, trainer: Trainer, stream: ExpertStream | None, first_version: int) -> Path:
+    def _save(self, stage: StageSettings, trainer: Trainer, position: dict[str, int], first_version: int) -> Path:
         progress = Progress(
             stage=stage.name,
             step=trainer.step,
             stage_steps=stage.steps,
             policy_version=self._newest_version(),
             first_policy_version=first_version,
-            expert_stream={} if stream is None else stream.state(),
+            expert_stream=position,
         )
-        return save_checkpoint(
+        checkpoint = save_checkpoint(
             self._stage_folder(stage.name),
             self._model,
             self._task.tokenizer,
@@ -270,6 +280,9 @@ class LearnerWorker:
             trainer.state(),
             self._spec.settings.keep_checkpoints,
         )
+        if self._buffer is not None:
+            self._buffer.checkpointed.remote(stage.name, trainer.step)
+        return checkpoint
 
     def _stage_folder(self, name: str) -> Path:
         return self._folder / "checkpoints" / name

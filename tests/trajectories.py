@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
 
+from buffer.consumption_log import DrawKey
 from buffer.schema import TokenContract, trajectory_schema
 
 BACKSPACE, EOS, VOCAB = 1, 2, 32
@@ -75,3 +77,11 @@ def ids_of(batch: pa.RecordBatch) -> list[str]:
     """Ids in order."""
     ids: list[str] = batch.column("id").to_pylist()
     return ids
+
+
+_STEPS = itertools.count()
+
+
+def fresh_key(source: str = "policy") -> DrawKey:
+    """The key of a draw that nobody has made yet."""
+    return DrawKey("stage", next(_STEPS), source)

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import ray
 
+from buffer.consumption_log import DrawKey
 from buffer.service import ReplayBufferService
 from buffer.settings import BufferSettings
 from buffer.store import ReplayStore
-from tests.trajectories import CONTRACT, ids_of, numbered
+from tests.stores import draw
+from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60.0
@@ -51,13 +53,13 @@ def end(service):
 def test_rows_travel_both_ways_and_draws_wait_in_the_actor(tmp_path):
     service = start(tmp_path)
     batch = numbered(0, 300)
-    waiting = service.draw.remote(400, 0, timeout_s=TIMEOUT_S)
+    waiting = service.draw.remote(fresh_key(), 400, 0, timeout_s=TIMEOUT_S)
     reply = ray.get(service.insert.remote(batch), timeout=TIMEOUT_S)
     assert (reply.accepted, reply.rejections, reply.pause) == (300, (), False)
     assert ray.get(service.status.remote(), timeout=TIMEOUT_S).waiting_draws == 1
     # A slice of an object in the store, as an actor that splits its batches sends it.
     ray.get(service.insert.remote(numbered(300, 400).slice(0, 100)), timeout=TIMEOUT_S)
-    drawn = ray.get(waiting, timeout=TIMEOUT_S)
+    drawn = ray.get(waiting, timeout=TIMEOUT_S).batch
     assert sorted(map(int, ids_of(drawn))) == list(range(400))
     assert drawn.schema.equals(batch.schema, check_metadata=True)
     rows = {row["id"]: row for row in batch.to_pylist()}
@@ -68,7 +70,7 @@ def test_rows_travel_both_ways_and_draws_wait_in_the_actor(tmp_path):
 def test_errors_arrive_as_what_they_are(tmp_path):
     service = start(tmp_path)
     with pytest.raises(TimeoutError, match="no actor has inserted anything since the buffer started"):
-        ray.get(service.draw.remote(1, 0, timeout_s=0.1), timeout=TIMEOUT_S)
+        ray.get(service.draw.remote(fresh_key(), 1, 0, timeout_s=0.1), timeout=TIMEOUT_S)
     with pytest.raises(ValueError, match="schema version none"):
         ray.get(service.insert.remote(numbered(0, 1).replace_schema_metadata(None)), timeout=TIMEOUT_S)
     end(service)
@@ -79,7 +81,7 @@ def test_many_paused_actors_leave_room_for_the_learner(tmp_path):
     assert ray.get(service.insert.remote(numbered(0, 10)), timeout=TIMEOUT_S).pause
     paused = [service.wait_for_demand.remote(timeout_s=TIMEOUT_S) for _ in range(16)]
     assert ray.wait(paused, timeout=0.2)[0] == []
-    assert ray.get(service.draw.remote(10, 0), timeout=TIMEOUT_S).num_rows == 10
+    assert ray.get(service.draw.remote(fresh_key(), 10, 0), timeout=TIMEOUT_S).batch.num_rows == 10
     assert ray.get(paused, timeout=TIMEOUT_S) == [True] * 16
     end(service)
 
@@ -93,38 +95,42 @@ def test_a_new_actor_goes_on_where_a_killed_one_stopped(tmp_path):
         ray.get(service.status.remote(), timeout=TIMEOUT_S)
     service = start(tmp_path)
     assert ray.get(service.newest_version.remote(), timeout=TIMEOUT_S) == 3
-    assert ray.get(service.draw.remote(20, 3), timeout=TIMEOUT_S).num_rows == 20
+    assert ray.get(service.draw.remote(fresh_key(), 20, 3), timeout=TIMEOUT_S).batch.num_rows == 20
     end(service)
 
 
 WRITER = """
 import sys
 from pathlib import Path
-import numpy as np
+from buffer.consumption_log import DrawKey
 from buffer.settings import BufferSettings
 from buffer.store import ReplayStore
-from tests.trajectories import CONTRACT, numbered
+from tests.trajectories import CONTRACT, ids_of, numbered
 
 settings = BufferSettings(capacity=200, min_size=1, max_staleness=3, segment_bytes=20_000, fsync=sys.argv[2])
-store = ReplayStore(Path(sys.argv[1]), CONTRACT, settings)
-generator = np.random.default_rng(store.next_row)
+store = ReplayStore(Path(sys.argv[1]), CONTRACT, settings, seed=0)
 while True:
     first = store.next_row
     version = first // 100
     store.insert(numbered(first, 7, version=version))
-    print(first + 7, flush=True)
+    print("inserted", first + 7, flush=True)
     if first % 3 == 0:
-        store.draw(4, version, generator)
+        print("drew", first, *ids_of(store.draw(DrawKey("s", first, "policy"), 4, version).batch), flush=True)
+    if first % 13 == 0:
+        print("checkpoint", first, flush=True)
+        store.checkpointed("s", first)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsync", ["batch", "seal"])
 def test_kill_at_random_moments_loses_nothing_acknowledged(tmp_path, fsync):
-    """Inserts, draws, evictions, sealing and deletion, killed twelve times; what was acknowledged is there."""
+    """Inserts, draws, evictions, sealing and deletion, killed twelve times; what was acknowledged is there, and draws
+    that no checkpoint covers are repeated.
+    """
     generator = np.random.default_rng(0)
     settings = BufferSettings(capacity=200, min_size=1, segment_bytes=20_000)
-    acknowledged = 0
+    acknowledged = checkpoint = repeated = 0
     for _ in range(12):
         log = tmp_path / "acknowledged"
         with log.open("w") as output:
@@ -140,14 +146,27 @@ def test_kill_at_random_moments_loses_nothing_acknowledged(tmp_path, fsync):
             writer.kill()
             writer.wait(timeout=TIMEOUT_S)
         complete_lines = log.read_text().rsplit("\n", 1)[0].split("\n")
-        before, acknowledged = acknowledged, int(complete_lines[-1])
+        before, drawn = acknowledged, {}
+        for event, number, *ids in map(str.split, complete_lines):
+            if event == "inserted":
+                acknowledged = int(number)
+            elif event == "checkpoint":
+                checkpoint = int(number)
+            else:
+                drawn[DrawKey("s", int(number), "policy")] = ids
         assert acknowledged > before
-        store = ReplayStore(tmp_path / "b", CONTRACT, settings)
+        store = ReplayStore(tmp_path / "b", CONTRACT, settings, seed=0)
+        for key, ids in drawn.items():
+            if key.step >= checkpoint:
+                again = store.draw(key, 4, store.newest_version + 100)
+                assert (again.repeated, ids_of(again.batch)) == (True, ids)
+                repeated += 1
         assert acknowledged <= store.next_row <= acknowledged + 7, "at most the insert under way is extra"
-        live = sorted(map(int, ids_of(store.draw(store.num_live("policy"), store.newest_version, generator))))
+        live = sorted(map(int, ids_of(draw(store, store.num_live("policy"), store.newest_version))))
         assert live[-1] == store.next_row - 1
         counters = store.status().sources["policy"]
         assert counters.inserted == store.next_row
         assert live == list(range(live[0], store.next_row)), "the newest rows, without a gap"
         assert counters.live + counters.evicted + counters.dropped_stale == counters.inserted
         store.close()
+    assert repeated > 12, "the kills came too early to prove anything"

@@ -6,9 +6,10 @@ import asyncio
 
 import pytest
 
+from buffer.consumption_log import DrawKey
 from buffer.service import DrawTimeoutError, ReplayBufferService
 from buffer.settings import BufferSettings
-from tests.trajectories import CONTRACT, batch_of, expert_row, ids_of, numbered, row
+from tests.trajectories import CONTRACT, batch_of, expert_row, fresh_key, ids_of, numbered, row
 
 
 def run_with_service(folder, scenario, seed=0, **changes):
@@ -26,6 +27,11 @@ def run_with_service(folder, scenario, seed=0, **changes):
     return asyncio.run(run())
 
 
+async def draw(service, count, version, source="policy", timeout_s=60.0, key=None):
+    """The rows of a new draw, or of the one that `key` names."""
+    return (await service.draw(key or fresh_key(source), count, version, timeout_s)).batch
+
+
 async def started(coroutine):
     """A task that has run up to its first wait."""
     task = asyncio.create_task(coroutine)
@@ -36,7 +42,7 @@ async def started(coroutine):
 
 def test_a_draw_waits_until_enough_rows_are_live(tmp_path):
     async def scenario(service):
-        task = await started(service.draw(4, 0, timeout_s=20))
+        task = await started(draw(service, 4, 0, timeout_s=20))
         await service.insert(numbered(0, 3))
         await started(asyncio.sleep(0))
         assert not task.done()
@@ -50,8 +56,8 @@ def test_a_draw_waits_until_enough_rows_are_live(tmp_path):
 
 def test_two_draws_wait_side_by_side(tmp_path):
     async def scenario(service):
-        policy = await started(service.draw(2, 0, timeout_s=20))
-        expert = await started(service.draw(1, 0, source="expert", timeout_s=20))
+        policy = await started(draw(service, 2, 0, timeout_s=20))
+        expert = await started(draw(service, 1, 0, source="expert", timeout_s=20))
         await service.insert(batch_of([expert_row("e")]))
         assert ids_of(await expert) == ["e"]
         assert not policy.done()
@@ -64,17 +70,17 @@ def test_two_draws_wait_side_by_side(tmp_path):
 def test_a_time_out_names_whom_it_waited_for(tmp_path):
     async def scenario(service):
         with pytest.raises(DrawTimeoutError, match=r"0 are live and 8 are needed; no actor has inserted anything"):
-            await service.draw(2, 0, timeout_s=0.05)
+            await draw(service, 2, 0, timeout_s=0.05)
         await service.insert(batch_of([row("a", actor="actor-7"), row("b", [99], actor="actor-9"), row("c")]))
         with pytest.raises(DrawTimeoutError) as caught:
-            await service.draw(2, 0, timeout_s=0.05)
+            await draw(service, 2, 0, timeout_s=0.05)
         message = str(caught.value)
         assert "waited 0.05 s for 2 policy trajectories: 2 are live and 8 are needed" in message
         assert "1 were rejected, the last because: actions holds an id outside" in message
         assert "actor-7 0 s ago" in message
         assert "actor-0 0 s ago" in message
         with pytest.raises(TimeoutError, match="2 expert trajectories: 0 are live"):
-            await service.draw(2, 0, source="expert", timeout_s=0.05)
+            await draw(service, 2, 0, source="expert", timeout_s=0.05)
         assert (await service.status()).waiting_draws == 0
 
     run_with_service(tmp_path, scenario, min_size=8)
@@ -84,8 +90,8 @@ def test_stale_rows_do_not_serve_a_waiting_draw(tmp_path):
     async def scenario(service):
         await service.insert(numbered(0, 10, version=0))
         with pytest.raises(DrawTimeoutError, match=r"0 are live and 1 are needed; 10 were dropped as stale"):
-            await service.draw(1, 5, timeout_s=0.05)
-        task = await started(service.draw(2, 5, timeout_s=20))
+            await draw(service, 1, 5, timeout_s=0.05)
+        task = await started(draw(service, 2, 5, timeout_s=20))
         await service.insert(numbered(10, 2, version=2))  # too old already
         await started(asyncio.sleep(0))
         assert not task.done()
@@ -98,7 +104,7 @@ def test_stale_rows_do_not_serve_a_waiting_draw(tmp_path):
 def test_a_draw_that_can_never_be_served_fails_at_once(tmp_path):
     async def scenario(service):
         with pytest.raises(ValueError, match=r"raise buffer\.capacity"):
-            await service.draw(101, 0, timeout_s=1000)
+            await draw(service, 101, 0, timeout_s=1000)
         assert (await service.status()).waiting_draws == 0
 
     run_with_service(tmp_path, scenario)
@@ -112,7 +118,7 @@ def test_actors_pause_when_ahead_and_go_on_when_drawn_from(tmp_path):
         assert not await service.wait_for_demand(timeout_s=0.05)
         paused = await started(service.wait_for_demand(timeout_s=20))
         assert not paused.done()
-        await service.draw(3, 0)
+        await draw(service, 3, 0)
         assert await paused
         assert (await service.status()).inserts_ahead == 7
         assert not (await service.insert(numbered(10, 2))).pause
@@ -127,7 +133,7 @@ def test_a_waiting_draw_lifts_the_pause(tmp_path):
     async def scenario(service):
         assert (await service.insert(numbered(0, 10))).pause
         paused = await started(service.wait_for_demand(timeout_s=20))
-        task = await started(service.draw(4, 9, timeout_s=20))
+        task = await started(draw(service, 4, 9, timeout_s=20))
         assert await paused
         assert await service.wait_for_demand(timeout_s=0)
         # Still not served, so the actor is not told to pause again.
@@ -142,17 +148,17 @@ def test_draws_wait_beyond_the_samples_per_insert(tmp_path):
     async def scenario(service):
         await service.insert(numbered(0, 4))
         for _ in range(3):
-            await service.draw(2, 0)
+            await draw(service, 2, 0)
         with pytest.raises(DrawTimeoutError, match=r"6 were drawn of 4 inserted, and max_samples_per_insert=1.5 asks"):
-            await service.draw(2, 0, timeout_s=0.05)
-        task = await started(service.draw(2, 0, timeout_s=20))
+            await draw(service, 2, 0, timeout_s=0.05)
+        task = await started(draw(service, 2, 0, timeout_s=20))
         await service.insert(batch_of([expert_row("e")]))  # counts for nothing here
         await service.insert(numbered(4, 1))
         await started(asyncio.sleep(0))
         assert not task.done()
         await service.insert(numbered(5, 1))
         await task
-        await service.draw(1, 0, source="expert")  # not limited
+        await draw(service, 1, 0, source="expert")  # not limited
 
     run_with_service(tmp_path, scenario, max_samples_per_insert=1.5)
 
@@ -165,19 +171,55 @@ def test_expert_rows_do_not_count_as_ahead(tmp_path):
     run_with_service(tmp_path, scenario, max_inserts_ahead=5)
 
 
-def test_same_seed_and_inserts_same_samples_and_new_ones_after_reopening(tmp_path):
+def test_a_repeated_draw_is_answered_at_once_and_counts_for_nothing(tmp_path):
+    """It neither waits for inserts nor lets more of them in: its rows were counted when they were drawn first."""
+    keys = [DrawKey("s", step, "policy") for step in range(3)]
+
+    async def first_life(service):
+        await service.insert(numbered(0, 4))
+        return [ids_of(await draw(service, 2, 0, key=key)) for key in keys[:2]]
+
+    async def second_life(service):
+        drawn = [ids_of(await draw(service, 2, 9, key=key, timeout_s=0)) for key in keys[:2]]
+        status = await service.status()
+        assert status.inserts_ahead == 0
+        assert "0 drawn, 4 drawn again, staleness 0.0" in status.summary()
+        with pytest.raises(DrawTimeoutError, match="0 were drawn of 0 inserted"):
+            await draw(service, 2, 9, key=keys[2], timeout_s=0.05)
+        await service.checkpointed("s", 1)
+        with pytest.raises(DrawTimeoutError):
+            await draw(service, 2, 9, key=keys[0], timeout_s=0.05)
+        assert ids_of(await draw(service, 2, 9, key=keys[1], timeout_s=0)) == drawn[1]
+        return drawn
+
+    changes = {"max_samples_per_insert": 1.0, "max_inserts_ahead": 5}
+    first = run_with_service(tmp_path, first_life, **changes)
+    assert run_with_service(tmp_path, second_life, **changes) == first
+
+
+def test_a_waiting_draw_that_is_asked_for_twice_is_drawn_once(tmp_path):
+    """A learner that was stopped leaves its draw waiting; the one after it asks for the same."""
+    key = DrawKey("s", 0, "policy")
+
     async def scenario(service):
-        await service.insert(numbered((await service.status()).store.sources["policy"].inserted, 50))
-        return [ids_of(await service.draw(5, 0)) for _ in range(3)]
+        left = await started(draw(service, 4, 0, key=key))
+        again = await started(draw(service, 4, 0, key=key))
+        await service.insert(numbered(0, 20))
+        assert ids_of(await left) == ids_of(await again)
+        assert (await service.status()).inserts_ahead == 16
 
-    first = run_with_service(tmp_path / "a", scenario)
-    assert first == run_with_service(tmp_path / "b", scenario)
-    assert first != run_with_service(tmp_path / "c", scenario, seed=1)
+    run_with_service(tmp_path, scenario)
 
-    async def draw_only(service):
-        return [ids_of(await service.draw(5, 0)) for _ in range(3)]
 
-    assert run_with_service(tmp_path / "a", draw_only) != first
+def test_same_seed_key_and_contents_same_samples(tmp_path):
+    def drawn(name, seed):
+        async def scenario(service):
+            await service.insert(numbered(0, 50))
+            return [ids_of(await draw(service, 5, 0, key=DrawKey("s", step, "policy"))) for step in range(3)]
+
+        return run_with_service(tmp_path / name, scenario, seed=seed)
+
+    assert drawn("a", 0) == drawn("b", 0) != drawn("c", 1)
 
 
 def test_summary_is_one_line_for_people(tmp_path):
@@ -185,7 +227,7 @@ def test_summary_is_one_line_for_people(tmp_path):
         lines = [(await service.status()).summary()]
         await service.insert(numbered(0, 10, version=1))
         await service.insert(batch_of([expert_row("e"), row("bad", [99])]))
-        await service.draw(4, 3)
+        await draw(service, 4, 3)
         lines.append((await service.status()).summary())
         return lines
 

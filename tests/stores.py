@@ -1,0 +1,45 @@
+"""Replay stores for tests: small ones, draws without ceremony, and folders as a crash leaves them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+
+from buffer.settings import BufferSettings
+from buffer.store import ReplayStore
+from tests.trajectories import CONTRACT, fresh_key, ids_of
+
+SMALL = 8_000
+"""segment_bytes that a few inserts fill."""
+
+
+def open_store(folder: Path, seed: int = 0, **changes: object) -> ReplayStore:
+    """A store of 20 rows per source."""
+    return ReplayStore(folder, CONTRACT, BufferSettings(**{"capacity": 20, "min_size": 1, **changes}), seed)
+
+
+def draw(store: ReplayStore, count: int, version: int, source: str = "policy") -> pa.RecordBatch | None:
+    """A new draw whose step is covered by a checkpoint at once, so that nothing stays pinned."""
+    key = fresh_key(source)
+    result = store.draw(key, count, version)
+    if result is None:
+        return None
+    store.checkpointed(key.stage, key.step + 1)
+    return result.batch
+
+
+def live_ids(store: ReplayStore, source: str = "policy") -> set[str]:
+    """All live rows, seen through a draw that takes everything."""
+    count = store.num_live(source)
+    if count == 0:
+        return set()
+    batch = draw(store, count, store.newest_version, source)
+    assert batch is not None
+    return set(ids_of(batch))
+
+
+def crash(folder: Path, to: Path) -> Path:
+    """The folder as it would be found if the process died now."""
+    return Path(shutil.copytree(folder, to))

@@ -1,0 +1,150 @@
+"""Draws that are repeated: the same rows, whatever happened to them; new draws that depend on nothing but their key."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from buffer.consumption_log import DrawKey
+from tests.stores import SMALL, crash, open_store
+from tests.trajectories import batch_of, expert_row, ids_of, numbered
+
+KEY = DrawKey("stage", 0, "policy")
+
+
+def test_a_draw_is_repeated_after_its_rows_were_evicted_and_their_segments_left_the_live_set(tmp_path):
+    store = open_store(tmp_path / "b", segment_bytes=SMALL)
+    store.insert(numbered(0, 20))
+    drawn = store.draw(KEY, 6, 0)
+    assert not drawn.repeated
+    for first in range(20, 200, 10):
+        store.insert(numbered(first, 10))
+    copy = open_store(crash(tmp_path / "b", tmp_path / "c"), segment_bytes=SMALL)
+    for each in (store, copy):
+        again = each.draw(KEY, 6, 0)
+        assert again.repeated
+        assert again.batch.equals(drawn.batch)
+        live = ids_of(each.draw(DrawKey("all", 0, "policy"), 20, 0).batch)
+        assert sorted(live) == [str(number) for number in range(180, 200)], "pinned rows are not live"
+        assert each.status().sources["policy"].replayed == 6
+        each.close()
+
+
+def test_pinned_segments_are_deleted_after_the_checkpoint(tmp_path):
+    store = open_store(tmp_path / "b", segment_bytes=SMALL)
+    store.insert(numbered(0, 20))
+    store.draw(KEY, 6, 0)
+    for first in range(20, 200, 10):
+        store.insert(numbered(first, 10))
+    first_segment = tmp_path / "b" / "segment-000001.arrows"
+    assert first_segment.exists()
+    store.checkpointed("stage", 0)
+    assert first_segment.exists(), "the checkpoint is from before the draw"
+    store.checkpointed("stage", 1)
+    assert not first_segment.exists()
+    assert not store.has_drawn(KEY)
+    store.close()
+
+
+def test_a_repeated_draw_asks_neither_for_freshness_nor_for_a_minimal_size(tmp_path):
+    store = open_store(tmp_path / "b", max_staleness=1, min_size=8)
+    store.insert(numbered(0, 8, version=3))
+    drawn = store.draw(KEY, 4, 4)
+    folder = crash(tmp_path / "b", tmp_path / "c")
+    store.close()
+    store = open_store(folder, max_staleness=1, min_size=8)
+    store.begin_stage(50)
+    assert store.draw(DrawKey("stage", 1, "policy"), 4, 90) is None, "all rows are stale now"
+    again = store.draw(KEY, 4, 91)
+    assert again.batch.equals(drawn.batch)
+    assert again.policy_version == 4, "staleness is what it was when the rows were drawn"
+    found = store.status().sources["policy"]
+    assert (found.drawn, found.replayed, found.dropped_stale) == (0, 4, 8)
+    assert found.last_draw.staleness_max == 1
+    assert store.newest_version == 90, "a repeated draw tells nothing about versions"
+    store.close()
+
+
+def test_a_new_draw_depends_on_seed_key_and_contents_alone(tmp_path):
+    """Not on how many draws came before it, nor on whether the store was opened anew."""
+    batch = batch_of([*(expert_row(f"e{number}") for number in range(20))])
+
+    def drawn(name, *steps, seed=0, stage="stage", source="policy"):
+        store = open_store(tmp_path / name, seed)
+        store.insert(numbered(0, 20))
+        store.insert(batch)
+        results = [store.draw(DrawKey(stage, step, source), 8, 0).batch for step in steps]
+        store.close()
+        return ids_of(results[-1])
+
+    expected = drawn("a", 5)
+    assert drawn("b", 0, 1, 2, 5) == expected
+    others = [
+        drawn("c", 6),
+        drawn("d", 5, seed=1),
+        drawn("e", 5, stage="other"),
+        [id_.removeprefix("e") for id_ in drawn("f", 5, source="expert")],
+    ]
+    assert all(other != expected for other in others)
+
+
+def test_another_batch_size_is_refused_in_words(tmp_path):
+    store = open_store(tmp_path / "b")
+    store.insert(numbered(0, 20))
+    store.draw(KEY, 6, 0)
+    with pytest.raises(
+        ValueError, match=r"step 0 of stage 'stage' drew 6 policy trajectories .* asks for 4 now: resume with the batch"
+    ):
+        store.draw(KEY, 4, 0)
+    store.close()
+
+
+def test_a_draw_whose_rows_were_given_up_is_drawn_anew_for_good(tmp_path, caplog):
+    """The remedy for a damaged segment takes it out of the manifest; its rows cannot be given again."""
+    store = open_store(tmp_path / "b", capacity=1000, segment_bytes=SMALL)
+    store.insert(numbered(0, 10))
+    store.draw(KEY, 10, 0)
+    while store.status().sealed_segments < 1:
+        store.insert(numbered(store.next_row, 10))
+    kept = DrawKey("stage", 1, "policy")
+    store.insert(numbered(5000, 1))
+    sealed_rows = store.next_row - 1
+    for step in range(1, 100):
+        kept = DrawKey("stage", step, "policy")
+        if "5000" in ids_of(store.draw(kept, 1, 0).batch):
+            break
+    else:
+        raise AssertionError("no draw of the row in the open segment")
+    store.close()
+    path = tmp_path / "b" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    (lost,) = manifest["segments"]
+    assert lost["num_rows"] == sealed_rows
+    path.write_text(json.dumps({**manifest, "segments": []}))
+    for _ in range(2):
+        store = open_store(tmp_path / "b", capacity=1000, segment_bytes=SMALL)
+        assert not store.has_drawn(KEY)
+        assert ids_of(store.draw(kept, 1, 0).batch) == ["5000"]
+        store.close()
+    assert "step=0, source='policy') are lost; on resume that step draws others" in caplog.text
+
+
+def test_rows_lost_with_the_power_are_not_mistaken_for_rows_that_get_their_numbers(tmp_path):
+    """With fsync=seal a loss of power may take the open segment's last rows and leave the log's record of them."""
+    store = open_store(tmp_path / "b", fsync="seal")
+    store.insert(numbered(0, 5))
+    before = (tmp_path / "b" / "segment-000001.arrows.open").read_bytes()
+    store.insert(numbered(5, 5))
+    store.draw(KEY, 10, 0)
+    folder = crash(tmp_path / "b", tmp_path / "c")
+    store.close()
+    (folder / "segment-000001.arrows.open").write_bytes(before)
+    store = open_store(folder, fsync="seal")
+    assert not store.has_drawn(KEY)
+    store.insert(numbered(100, 5))
+    folder = crash(folder, tmp_path / "d")
+    store.close()
+    store = open_store(folder, fsync="seal")
+    assert not store.has_drawn(KEY)
+    store.close()
