@@ -17,10 +17,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from buffer.behaviour import newest_version
 from learner.batch_source import BatchSource
+from learner.behaviour import behaviour_metrics, finish_behaviour_metrics
 from learner.checkpoint import TrainingState
 from learner.micro_batches import TreeSettings, build_micro_batches
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics
+from learner.objectives.nonfinite import is_finite
 from learner.optimizer import make_optimizer, make_schedule
 from learner.rank_shares import count_logs, share_of_rank
 from learner.ranks import Ranks
@@ -35,6 +38,21 @@ from learner.stage_settings import StageSettings
 from learner.state_tree import TreeBatch
 from learner.tree_policy import TreePolicy
 
+NAMED_TRAJECTORIES = 20
+"""Ids in an error message, at most."""
+
+
+_Loss = Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What one source gave for the step, of all ranks."""
+
+    batch: pa.RecordBatch
+    counts: LogCounts
+    loss: _Loss
+
 
 @dataclass(frozen=True)
 class _Pass:
@@ -42,7 +60,7 @@ class _Pass:
 
     tree: TreeBatch
     counts: LogCounts
-    loss: Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]
+    loss: _Loss
 
 
 class Trainer:
@@ -86,7 +104,8 @@ class Trainer:
         """Draw, evaluate, step; gives the metrics of the step.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite; the weights are as they were before.
+            FloatingPointError: the loss or the gradient is not finite, on the trajectories that it names; the weights
+                are as they were before. OutsideDomainError: see `Objective.check`; the weights likewise.
             RankLostError: another rank failed.
         """
         started = time.perf_counter()
@@ -100,8 +119,9 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise FloatingPointError(
                 f"step {self.step}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}; "
-                "lower the learning rate or alpha"
+                f"lower the learning rate or alpha. {self._blame(self._draws(experts, rollouts))}"
             )
+        self._objective.check(objective_metrics, self.step)
         learning_rate = self._schedule.get_last_lr()[0]
         self._optimizer.step()
         self._schedule.step()
@@ -116,7 +136,7 @@ class Trainer:
         )
         seconds = time.perf_counter() - started
         return {
-            **{name: float(value) for name, value in objective_metrics.items()},
+            **finish_behaviour_metrics({name: float(value) for name, value in objective_metrics.items()}),
             "gradient_norm": gradient_norm,
             "learning_rate": learning_rate,
             "step_s": seconds,
@@ -129,17 +149,20 @@ class Trainer:
 
     def _passes(self, experts: pa.RecordBatch, rollouts: pa.RecordBatch | None) -> list[_Pass]:
         """This rank's passes over its shares of the draws: as many at every rank, since FSDP gathers in each."""
-        data_counts = count_logs(experts)
-        loss = partial(self._objective.data_loss, step=self.step)
-        passes = [_Pass(tree, data_counts, loss) for tree in self._trees_of(experts)]
-        if rollouts is not None:
-            loss = partial(self._objective.rollout_loss, data_counts=data_counts, step=self.step)
-            counts = count_logs(rollouts)
-            passes += [_Pass(tree, counts, loss) for tree in self._trees_of(rollouts)]
+        draws = self._draws(experts, rollouts)
+        passes = [_Pass(tree, draw.counts, draw.loss) for draw in draws for tree in self._trees_of(draw.batch)]
         missing = self._ranks.maximum(len(passes)) - len(passes)
         if missing:
-            passes += missing * [_Pass(self._tree_without_logs(experts), data_counts, passes[0].loss)]
+            passes += missing * [_Pass(self._tree_without_logs(experts), draws[0].counts, draws[0].loss)]
         return passes
+
+    def _draws(self, experts: pa.RecordBatch, rollouts: pa.RecordBatch | None) -> list[_Draw]:
+        data_counts = count_logs(experts)
+        draws = [_Draw(experts, data_counts, partial(self._objective.data_loss, step=self.step))]
+        if rollouts is not None:
+            loss = partial(self._rollout_loss, data_counts=data_counts, newest=newest_version(rollouts))
+            draws.append(_Draw(rollouts, count_logs(rollouts), loss))
+        return draws
 
     def _trees_of(self, batch: pa.RecordBatch) -> list[TreeBatch]:
         """State trees of this rank's share; a tree without logs where there is none, so that metrics exist."""
@@ -149,6 +172,11 @@ class Trainer:
     def _tree_without_logs(self, batch: pa.RecordBatch) -> TreeBatch:
         """A small tree on which every loss, gradient and count is zero."""
         return build_micro_batches(batch.slice(0, 1), self._trees)[0].without_logs()
+
+    def _rollout_loss(self, logs: EvaluatedLogs, data_counts: LogCounts, newest: int) -> tuple[Tensor, Metrics]:
+        """That of the objective, with the metrics of every objective; newest: policy version in the step's draw."""
+        loss, metrics = self._objective.rollout_loss(logs, data_counts, self.step)
+        return loss, metrics | behaviour_metrics(logs, self._trees.backspace_id, newest)
 
     def _accumulate(self, passes: list[_Pass]) -> tuple[Metrics, float]:
         """Gradients of the step, summed over passes and ranks and clipped; metrics, and the norm before clipping."""
@@ -162,6 +190,27 @@ class Trainer:
             shares.append(metrics)
         metrics = combine_metrics(self._ranks.gather_scalars(combine_metrics(shares)))
         return metrics, float(clip_gradients(self._policy, self._stage.optimizer.max_grad_norm))
+
+    def _blame(self, draws: list[_Draw]) -> str:
+        """Names the trajectories that alone have no finite loss.
+
+        One at a time, since what is not a number spreads to the other trajectories of a pass; every rank looks at all
+        of them, since the passes of the ranks go together.
+        """
+        blamed = []
+        for draw in draws:
+            for row, name in enumerate(draw.batch.column("id").to_pylist()):
+                (tree,) = build_micro_batches(draw.batch.slice(row, 1), self._trees)
+                tree = tree.to(self._policy.device)
+                with torch.no_grad():
+                    values = self._policy.evaluate(tree)
+                if not is_finite(EvaluatedLogs(tree, values, draw.counts), draw.loss):
+                    blamed.append(name)
+        if not blamed:
+            return "Every trajectory alone has a finite loss: the gradient overflowed inside the model"
+        more = f" and {len(blamed) - NAMED_TRAJECTORIES} more" if len(blamed) > NAMED_TRAJECTORIES else ""
+        drawn = sum(draw.batch.num_rows for draw in draws)
+        return f"Not finite on {len(blamed)} of {drawn} trajectories: {', '.join(blamed[:NAMED_TRAJECTORIES])}{more}"
 
     def state(self) -> TrainingState:
         """Everything but the weights that the next step depends on, apart from the data sources.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from learner.checkpoint import Progress, read_progress, read_training_state, sav
 from learner.micro_batches import TreeSettings, build_micro_batches
 from learner.model import load_policy
 from learner.model_files import load_weights
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, OutsideDomainError
 from learner.objectives.registry import make_objective
 from learner.settings import ScratchModelSettings
 from learner.stage_settings import StageSettings
@@ -283,6 +284,9 @@ class OverflowingObjective:
     def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
         raise AssertionError("no rollouts are given")
 
+    def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
+        """Nothing stops it."""
+
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_leaves_everything_as_it_was(task, broken):
@@ -311,6 +315,56 @@ def test_logits_that_overflow_the_penalty_are_noticed(task):
     with pytest.raises(FloatingPointError, match="step 0: loss inf"):
         make_trainer(task, model, make_stage(MATCHING)).train_step()
     assert_bit_identical(weights_of(model), before)
+
+
+def test_trajectories_without_a_finite_loss_are_named(task):
+    """A token whose embedding is not a number spoils every log of its pass; only those that hold it are named."""
+    model, rollouts = make_model(task, tie_embeddings=False), HandMadeRollouts(task, answers=("12<3", "7", "45<<6"))
+    digit = task.tokenizer.get_vocab()["7"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[digit] = torch.nan
+    experts = make_stream(task).draw(8)
+    drawn = [*experts.to_pylist(), *HandMadeRollouts(task).draw(5).to_pylist()]
+    bad = [row["id"] for row in drawn if digit in [*row["prompt_ids"], *row["actions"], *(row.get("realised") or [])]]
+    assert 0 < len(bad) < 13
+    assert "a/1" in bad
+    message = f"Not finite on {len(bad)} of 13 trajectories: {', '.join(bad)}$"
+    with pytest.raises(FloatingPointError, match=message):
+        make_trainer(task, model, make_stage(MATCHING), rollouts=rollouts).train_step()
+
+
+def test_many_bad_trajectories_are_counted(task):
+    model = make_model(task, tie_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.inf
+    stage = make_stage(CLONING, batch_size=30)
+    with pytest.raises(FloatingPointError, match=r"Not finite on 30 of 30 trajectories: (\S+, ){19}\S+ and 10 more$"):
+        make_trainer(task, model, stage).train_step()
+
+
+def test_a_step_outside_the_domain_stops_before_the_weights_move(task):
+    """alpha so large that alpha r lies below -1 on the untrained model, with the policy that asks to be told."""
+    objective = MATCHING | {"divergence": "kl", "alpha": 2.0}
+    make_trainer(task, make_model(task), make_stage(objective)).train_step()
+    model = make_model(task)
+    before = weights_of(model)
+    trainer = make_trainer(task, model, make_stage(objective | {"domain_policy": "stop"}))
+    with pytest.raises(OutsideDomainError, match=r"^step 0: \S+ % of alpha r .* divergence kl \(below -0.9"):
+        trainer.train_step()
+    assert_bit_identical(weights_of(model), before)
+    assert trainer.step == 0
+
+
+def test_the_step_tells_how_rollouts_differ_from_the_learner(task):
+    metrics = make_trainer(task, make_model(task), make_stage(MATCHING)).train_step()
+    rows = HandMadeRollouts(task).draw(5).to_pylist()
+    actions = [action for row in rows for action in row["actions"]]
+    assert metrics["backspace_rate"] == pytest.approx(actions.count(task.backspace_id) / len(actions))
+    assert metrics["log_prob_compared_share"] == 1.0
+    # All stored log-probabilities are -1, and the untrained learner is close to uniform.
+    assert metrics["log_prob_mismatch_mean"] == pytest.approx(np.log(len(task.tokenizer)) - 1, abs=0.3)
+    assert metrics["log_prob_mismatch_max_abs"] > metrics["log_prob_mismatch_mean"]
+    assert "log_prob_mismatch_stale_mean" not in metrics
 
 
 def test_rollouts_reach_an_objective_that_needs_them(task):
