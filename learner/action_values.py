@@ -3,8 +3,8 @@
 At the floor (the end of the prompt) backspace is masked, as it is in the actors, so there V sums over the
 other actions only. `log_prob = q - v` then is the log-probability under the policy that acted.
 
-A tensor of tokens x vocabulary is never held: logits are made in chunks, folded into a running log-sum-exp,
-and made again in the backward pass.
+A tensor of tokens x vocabulary is never held: logits are made in chunks, folded into a running log-sum-exp, and but for
+the first few made again in the backward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from learner.state_tree import TreeBatch
 from learner.tree_attention import evaluate_nodes
 
 CHUNK_ELEMENTS = 2**22
-"""Logits held at a time (16 MiB in float32)."""
+"""Logits made at a time (16 MiB in float32)."""
+
+KEPT_ELEMENTS = 2**25
+"""Logits kept for the backward pass (128 MiB in float32): whatever is small is not computed twice."""
 
 _VOCABULARY_CHUNK = 8192
 
@@ -113,6 +116,7 @@ def chunked_values(
     *,
     backspace_id: int,
     chunk_elements: int = CHUNK_ELEMENTS,
+    kept_elements: int = KEPT_ELEMENTS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of logits = hidden @ weight.T: log-sum-exp over all ids but backspace, backspace logit, chosen logits.
 
@@ -122,7 +126,8 @@ def chunked_values(
         rows: [A] state of each chosen logit.
         actions: [A] id of each chosen logit.
         backspace_id: id left out of the log-sum-exp.
-        chunk_elements: logits held at a time.
+        chunk_elements: logits made at a time.
+        kept_elements: logits kept for the backward pass, at most.
 
     Returns:
         v_floor [M], q_backspace [M], q [A], in the accumulation type; differentiable once.
@@ -130,12 +135,13 @@ def chunked_values(
     if chunk_elements < 1:
         raise ValueError(f"chunk_elements={chunk_elements} must be at least 1")
     with torch.autocast(hidden.device.type, enabled=False):
-        v_floor, q_backspace, q = _ChunkedValues.apply(hidden, weight, rows, actions, backspace_id, chunk_elements)
+        chunks = _Chunks(len(hidden), len(weight), chunk_elements, kept_elements)
+        v_floor, q_backspace, q = _ChunkedValues.apply(hidden, weight, rows, actions, backspace_id, chunks)
     return v_floor, q_backspace, q
 
 
 class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
-    """Loops over the vocabulary, and in it over the states; a single chunk is kept for the backward pass."""
+    """Loops over the vocabulary, and in it over the states; the first chunks are kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -145,15 +151,14 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
         rows: Tensor,
         actions: Tensor,
         backspace_id: int,
-        chunk_elements: int,
+        chunks: _Chunks,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _accumulation_dtype(hidden, weight)
         v_floor = hidden.new_full((len(hidden),), -torch.inf, dtype=dtype)
         q_backspace = torch.empty_like(v_floor)
         q = hidden.new_zeros((len(rows),), dtype=dtype)
-        chunks = _Chunks(len(hidden), len(weight), chunk_elements)
         states = _matmul_operand(hidden, weight)
-        kept = None
+        kept: list[Tensor] = []
         for low, high in chunks.vocabulary:
             columns = _matmul_operand(weight[low:high], hidden)
             for begin, end in chunks.states:
@@ -163,12 +168,10 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
                 if low <= backspace_id < high:
                     q_backspace[begin:end] = logits[:, backspace_id - low]
                     logits[:, backspace_id - low] = -torch.inf
-                if chunks.is_single:
-                    v_floor = torch.logsumexp(logits, 1)
-                    kept = logits
-                else:
-                    v_floor[begin:end] = torch.logaddexp(v_floor[begin:end], torch.logsumexp(logits, 1))
-        ctx.save_for_backward(hidden, weight, rows, actions, v_floor, kept)
+                v_floor[begin:end] = torch.logaddexp(v_floor[begin:end], torch.logsumexp(logits, 1))
+                if len(kept) < chunks.num_kept:
+                    kept.append(logits)
+        ctx.save_for_backward(hidden, weight, rows, actions, v_floor, *kept)
         ctx.backspace_id, ctx.chunks = backspace_id, chunks
         return v_floor, q_backspace, q
 
@@ -177,7 +180,8 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad_v: Tensor, grad_backspace: Tensor, grad_q: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, rows, actions, v_floor, kept = ctx.saved_tensors
+        hidden, weight, rows, actions, v_floor, *kept = ctx.saved_tensors
+        remembered = iter(kept)
         grad_hidden = torch.zeros_like(hidden, dtype=grad_v.dtype)
         grad_weight = torch.empty_like(weight)
         states = _matmul_operand(hidden, weight)
@@ -185,9 +189,11 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
             columns = _matmul_operand(weight[low:high], hidden)
             grad_columns = torch.zeros_like(columns, dtype=grad_v.dtype)
             for begin, end in ctx.chunks.states:
-                logits = _matmul(states[begin:end], columns.T) if kept is None else kept
+                logits = next(remembered, None)
+                if logits is None:
+                    logits = _matmul(states[begin:end], columns.T)
                 # The gradient of the logits, in three parts: softmax, backspace column, chosen ids.
-                grad = torch.exp(logits - v_floor[begin:end, None])
+                grad = torch.sub(logits, v_floor[begin:end, None]).exp_()
                 grad *= grad_v[begin:end, None]
                 if low <= ctx.backspace_id < high:
                     grad[:, ctx.backspace_id - low] = grad_backspace[begin:end]
@@ -195,18 +201,20 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
                 grad.view(-1).scatter_add_(0, index, torch.where(inside, grad_q, 0.0))
                 grad = grad.to(columns.dtype)
                 grad_hidden[begin:end] += _matmul(grad, columns)
-                grad_columns += _matmul(grad.T, states[begin:end])
+                if weight.requires_grad:  # under adapters it is frozen: a third of the work less
+                    grad_columns += _matmul(grad.T, states[begin:end])
             grad_weight[low:high] = grad_columns
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 
 class _Chunks:
-    """How M x V logits are cut so that at most `chunk_elements` are held at a time."""
+    """How M x V logits are cut, and how many chunks, from the first one on, are kept."""
 
-    def __init__(self, num_states: int, vocab_size: int, chunk_elements: int) -> None:
-        self.is_single = num_states * vocab_size <= chunk_elements
-        width = vocab_size if self.is_single else min(vocab_size, _VOCABULARY_CHUNK, chunk_elements)
-        height = num_states if self.is_single else max(1, chunk_elements // width)
+    def __init__(self, num_states: int, vocab_size: int, chunk_elements: int, kept_elements: int) -> None:
+        is_single = num_states * vocab_size <= chunk_elements
+        width = vocab_size if is_single else min(vocab_size, _VOCABULARY_CHUNK, chunk_elements)
+        height = num_states if is_single else max(1, chunk_elements // width)
+        self.num_kept = kept_elements // max(width * min(height, num_states), 1)
         self.vocabulary = _cut(vocab_size, width)
         self.states = _cut(num_states, height)
 

@@ -42,10 +42,12 @@ def weighted_sum(outputs):
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 3, 13, 30, 91, 1000])
+@pytest.mark.parametrize("kept_elements", [0, 40, 1000])
 @pytest.mark.parametrize("backspace_id", [0, 3, 12])
-def test_values_and_gradients_equal_the_plain_computation(chunk_elements, backspace_id):
+def test_values_and_gradients_equal_the_plain_computation(chunk_elements, kept_elements, backspace_id):
     hidden, weight, rows, actions = example(scale=30.0)  # logits of a hundred: exp without a maximum overflows
-    chunked = chunked_values(hidden, weight, rows, actions, backspace_id=backspace_id, chunk_elements=chunk_elements)
+    sizes = {"chunk_elements": chunk_elements, "kept_elements": kept_elements}
+    chunked = chunked_values(hidden, weight, rows, actions, backspace_id=backspace_id, **sizes)
     plain = plain_values(hidden, weight, rows, actions, backspace_id)
     for mine, theirs in zip(chunked, plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-10)
@@ -62,6 +64,38 @@ def test_gradcheck(chunk_elements):
         return chunked_values(hidden, weight, rows, actions, backspace_id=3, chunk_elements=chunk_elements)
 
     assert torch.autograd.gradcheck(function, (hidden, weight))
+
+
+@pytest.mark.parametrize("kept_elements", [0, 1000])
+def test_a_frozen_output_embedding_gets_no_gradient(kept_elements):
+    hidden, weight, rows, actions = example()
+    expected = torch.autograd.grad(weighted_sum(plain_values(hidden, weight, rows, actions, 3)), hidden)
+    weight.requires_grad_(False)
+    outputs = chunked_values(
+        hidden, weight, rows, actions, backspace_id=3, chunk_elements=30, kept_elements=kept_elements
+    )
+    torch.testing.assert_close(torch.autograd.grad(weighted_sum(outputs), hidden), expected, rtol=1e-10, atol=1e-10)
+
+
+def saved_elements(kept_elements: int) -> int:
+    """Elements held from the forward to the backward pass."""
+    hidden, weight, rows, actions = example(64, 300, 16, 20, torch.float32)
+    total = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        chunked_values(hidden, weight, rows, actions, backspace_id=3, chunk_elements=3000, kept_elements=kept_elements)
+    return total
+
+
+def test_no_more_logits_are_kept_than_allowed():
+    least = saved_elements(0)
+    assert saved_elements(7000) - least == 6000  # two chunks of 10 states
+    assert saved_elements(10**6) - least == 64 * 300
 
 
 def test_half_precision_accumulates_in_float32():
