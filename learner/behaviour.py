@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
+from buffer.replay import Int64
 from learner.objectives.base import EvaluatedLogs, Metrics
 
 
@@ -31,6 +33,17 @@ def behaviour_metrics(rollouts: EvaluatedLogs, backspace_id: int, newest_version
         metrics[f"log_prob_mismatch{suffix}_max_abs"] = torch.cat([kept, kept.new_zeros(1)]).max()
         metrics[f"log_prob_compared{suffix}_share"] = rollouts.mean_over_actions(chosen.to(values.v.dtype))
     return metrics
+
+
+def distribution_metrics(name: str, samples: Int64) -> dict[str, float]:
+    """Mean, median, 95th percentile and maximum of [n] samples, as scalars."""
+    p50, p95 = np.quantile(samples, [0.5, 0.95])
+    return {
+        f"{name}_mean": float(samples.mean()),
+        f"{name}_p50": float(p50),
+        f"{name}_p95": float(p95),
+        f"{name}_max": float(samples.max()),
+    }
 
 
 def finish_behaviour_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -16,6 +16,7 @@ class LearnerStatus:
     policy_version: int  # newest published; -1 before the first
     activity: str
     metrics: dict[str, float]  # of the newest step
+    warnings: tuple[str, ...] = ()  # of the whole run, oldest first
 
 
 @dataclass(frozen=True)
