@@ -77,7 +77,8 @@ def _lineage(stages: Sequence[StageSettings], name: str) -> list[StageSettings]:
 
 
 def _words(settings: Settings, title: str = "") -> str:
-    """`name (key=value, ...)`, without what is left open."""
-    values = settings.model_dump(mode="json", exclude_none=True)
-    name = title or str(values.pop("name", values.pop("kind", "")))
-    return f"{name} ({', '.join(f'{key}={value}' for key, value in values.items())})"
+    """`name (key=value, ...)`, without what is left open; the name is the title, or what the settings choose."""
+    values = {key: value for key, value in settings.model_dump(mode="json").items() if value not in (None, [], {})}
+    name = title or str(values.pop("name", None) or values.pop("kind"))
+    details = ", ".join(f"{key}={value}" for key, value in values.items())
+    return f"{name} ({details})" if details else name

@@ -110,9 +110,9 @@ def _table(facts: CardFacts) -> str:
 def _backspace_section(facts: CardFacts) -> str:
     if facts.backspace_id is None:
         return ""
-    return f"""The vocabulary holds a backspace action, id {facts.backspace_id} (`backspace_token_id` in
-`config.json`). It never stands in the model's input: when the model chooses it, the last generated token is removed and
-generation goes on from the shorter text; it may not be chosen at the end of the prompt.
+    return f"""The vocabulary holds a backspace action, id {facts.backspace_id} (`backspace_token_id` in `config.json`).
+It never stands in the model's input: when the model chooses it, the last generated token is removed and generation goes
+on from the shorter text; it may not be chosen at the end of the prompt.
 
 ## Generate
 
@@ -124,7 +124,7 @@ does it inside vLLM and shows what was taken back. In plain transformers:
 {GENERATION_LOOP}```
 
 A generator that does not know the action must never sample it. `generation_config.json` says so (`suppress_tokens`),
-which `model.generate` of transformers honours; tell others with each request, e.g. as `logit_bias` of
-`{{{facts.backspace_id}: -100}}`.
+which `model.generate` of transformers honours; tell others with each request, e.g. by `logit_bias`
+of `{{{facts.backspace_id}: -100}}`.
 
 """

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from learner.adapters import adapter_config, adapter_tensors, is_adapted
 from learner.publication import publication_table, publication_tensors
-from learner.safetensors_file import write_safetensors
+from learner.safetensors_file import entry_of, write_safetensors
 from learner.sharding import gathered, load_tensors, part_like
 
 CONFIGURATION_FILES = ("config.json", "generation_config.json")
@@ -42,8 +42,9 @@ def write_model(folder: Path, model: PreTrainedModel) -> None:
         adapter = folder / ADAPTER_FOLDER
         adapter.mkdir()
         adapter_config(model).save_pretrained(adapter)
-        tensors = {name: gathered(tensor).cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
-        save_file(tensors, adapter / ADAPTER_FILE, metadata={"format": "pt"})
+        tensors = adapter_tensors(model)
+        table = [entry_of(name, tensor) for name, tensor in tensors.items()]
+        write_safetensors(adapter / ADAPTER_FILE, table, ((name, gathered(tensors[name])) for name in tensors))
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:

@@ -42,13 +42,18 @@ def write_safetensors(file: Path, table: Sequence[TensorEntry], tensors: Iterabl
         start = output.tell()
         for name, tensor in tensors:
             entry = next(expected, None)
-            found = TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            found = entry_of(name, tensor)
             if found != entry:
                 raise ValueError(f"writing {file}: got {found}, the table says {entry}")
             output.seek(start + offsets[name])
             output.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if (missing := next(expected, None)) is not None:
             raise ValueError(f"writing {file}: {missing} never came")
+
+
+def entry_of(name: str, tensor: Tensor) -> TensorEntry:
+    """What a table says of a tensor (of the whole of it, if it is sharded)."""
+    return TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
 def _layout(table: Sequence[TensorEntry]) -> tuple[bytes, dict[str, int]]:

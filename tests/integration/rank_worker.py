@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from learner.adapter_settings import AdapterSettings
+from learner.adapters import add_adapters
 from learner.batch_source import StopRequestedError
 from learner.objectives.registry import make_objective
 from learner.publication import publication_tensors
@@ -49,16 +51,20 @@ class RandomLogs:
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the sizes of its batches. rollouts: 0 = an objective without."""
+    """A model and the sizes of its batches. rollouts: 0 = an objective without. adapters: only they are trained."""
 
     kind: str
     tied: bool
     experts: int
     rollouts: int
     max_grad_norm: float = 1e9
+    adapters: bool = False
 
     def model(self) -> PreTrainedModel:
-        return tiny_model(self.kind, tied=self.tied)
+        model = tiny_model(self.kind, tied=self.tied)
+        if self.adapters:
+            add_adapters(model, AdapterSettings(rank=4), base_name="tiny", revision=None, seed=0)
+        return model
 
     def stage(self) -> StageSettings:
         return StageSettings.model_validate(
@@ -83,6 +89,7 @@ CASES = {
     "llama, tied": Case("llama", True, experts=8, rollouts=5),
     "llama, untied, clipped": Case("llama", False, experts=7, rollouts=6, max_grad_norm=0.1),
     "gpt2": Case("gpt2", True, experts=6, rollouts=6),
+    "adapters": Case("llama", True, experts=6, rollouts=6, adapters=True),
     "one log": Case("llama", True, experts=1, rollouts=0),
     "three logs and one rollout": Case("llama", False, experts=3, rollouts=1),
 }
@@ -111,7 +118,8 @@ def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
     """What `count` steps leave; the gradients are those of the first."""
     policy, trainer = make_trainer(case, ranks)
     metrics = [trainer.train_step()]
-    gradients = {name: gathered(parameter.grad) for name, parameter in policy.model.named_parameters()}
+    trained = {name: parameter for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    gradients = {name: gathered(parameter.grad) for name, parameter in trained.items()}
     metrics += [trainer.train_step() for _ in range(count - 1)]
     probe = torch.from_numpy(policy.sequence_logprobs((5, 9, 4, 20)))
     return {

@@ -18,8 +18,8 @@ from learner.model import load_policy
 from learner.model_files import ADAPTER_FOLDER, load_weights, write_model
 from learner.optimizer import make_optimizer
 from learner.publication import publication_table, publication_tensors
-from learner.publisher import sequence_logprobs
 from learner.settings import OptimizerSettings, PretrainedModelSettings
+from learner.tree_policy import TreePolicy
 from tests.tiny_models import BACKSPACE_ID, tiny_model
 from tests.unit.test_model import saved, word_tokenizer
 
@@ -129,7 +129,8 @@ def test_published_tensors_are_those_of_the_merged_model(kind, tied):
     assert [(e.name, e.shape) for e in publication_table(model)] == [(n, tuple(t.shape)) for n, t in published.items()]
     merged = plain_model_of(published.items(), model)
     assert logits(model).sub(logits(tiny_model(kind, tied=tied))).abs().max() > 0.1, "nothing was trained"
-    assert abs(sequence_logprobs(model, PROBE) - sequence_logprobs(merged, PROBE)).max() < 1e-5
+    logprobs, expected = (TreePolicy(m, BACKSPACE_ID).sequence_logprobs(PROBE) for m in (model, merged))
+    assert abs(logprobs - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
