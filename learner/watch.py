@@ -21,10 +21,11 @@ class WatchSettings(Settings):
         "back what was typed before. A policy beyond the bound types and deletes without end",
     )
     max_log_prob_mismatch: float = Field(
-        1.0,
+        2.0,
         gt=0.0,
         description="mean difference, in nats, between the log-probabilities stored with actions of the newest weights "
-        "and the learner's own. Beyond the bound weights do not arrive, or an engine computes something else",
+        "and the learner's own. The learner's steps since it published them make up to 1 of it (10 steps at learning "
+        "rate 2e-3); beyond the bound weights do not arrive, or an engine computes something else",
     )
 
 
