@@ -98,7 +98,7 @@ def _check_reachable(address: str, timeout_s: float) -> None:
 
 
 def _planned_cpus(settings: RunSettings) -> float:
-    return settings.learner.num_cpus + settings.actors.count * settings.actors.num_cpus
+    return settings.learner.num_ranks * settings.learner.num_cpus + settings.actors.count * settings.actors.num_cpus
 
 
 def _check_plan(settings: RunSettings) -> None:
@@ -106,7 +106,8 @@ def _check_plan(settings: RunSettings) -> None:
     have = ray.cluster_resources()
     needs = {
         "CPU": _planned_cpus(settings),
-        "GPU": settings.learner.num_gpus + settings.actors.count * settings.actors.num_gpus,
+        "GPU": settings.learner.num_ranks * settings.learner.num_gpus
+        + settings.actors.count * settings.actors.num_gpus,
     }
     for kind, amount in needs.items():
         if amount > have.get(kind, 0.0):

@@ -16,8 +16,9 @@ from rich.console import RenderableType
 from actors.status import PoolStatus
 from buffer.service import BufferStatus
 from launch.cluster import join_live_run
-from launch.driver import BUFFER_NAME, LEARNER_NAME, POOL_NAME, finished_stages
+from launch.driver import BUFFER_NAME, POOL_NAME, finished_stages
 from launch.errors import RunFailedError, UserError
+from launch.learner_group import LEARNER_NAME
 from launch.live_view import RunView, render
 from launch.run_folder import CLUSTER_FILE, LiveCluster, open_run_folder, read_cluster
 from launch.settings import RunSettings
@@ -140,11 +141,11 @@ def _answer(kind: type[T], reference: ray.ObjectRef, whom: str) -> T:
 def _check_room(settings: RunSettings, count: int) -> None:
     """Actors that can never be placed would time out and end the run, so they are refused here."""
     have = ray.cluster_resources()
-    for kind, per_actor, learner in (
+    for kind, per_actor, per_rank in (
         ("CPU", settings.actors.num_cpus, settings.learner.num_cpus),
         ("GPU", settings.actors.num_gpus, settings.learner.num_gpus),
     ):
-        needed = learner + count * per_actor
+        needed = settings.learner.num_ranks * per_rank + count * per_actor
         if per_actor and needed > have.get(kind, 0.0):
             raise UserError(
                 f"{count} actors and the learner need {needed:g} {kind}, the cluster has {have.get(kind, 0.0):g}: ask "

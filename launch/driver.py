@@ -19,13 +19,14 @@ from buffer.service import ReplayBufferService
 from buffer.store import ReplayStore
 from launch.cluster import run_cluster
 from launch.errors import RunFailedError, UserError
+from launch.learner_group import LearnerCall, LearnerFailedError, LearnerGroup
 from launch.live_view import LiveView, RunView
 from launch.settings import RunSettings, needs_actors
 from learner.checkpoint import checkpoints_of, read_progress
 from learner.publisher import PROBE_TOKENS
 from learner.stage_settings import StageSettings
 from learner.status import StageResult
-from learner.worker import LearnerSpec, LearnerWorker, PreparedRun
+from learner.worker import LearnerSpec, PreparedRun
 
 POLL_S = 0.25
 STATUS_TIMEOUT_S = 10.0
@@ -38,7 +39,6 @@ Seen = TypeVar("Seen")
 # Names of the run's Ray actors, within the namespace of the run.
 POOL_NAME = "pool"
 BUFFER_NAME = "buffer"
-LEARNER_NAME = "learner"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _Crew:
         self._buffer: ActorHandle | None = None
         self._pool: ActorHandle | None = None
         self._stopping_since: float | None = None
-        self._learner: ActorHandle = self._create_learner()
+        self._learner = self._create_learner()
 
     def run(self) -> RunOutcome:
         stages = _with_explicit_starts(self._settings.stages)
@@ -121,43 +121,37 @@ class _Crew:
             self._end(self._pool, self._pool.stop.remote(self._settings.actors.drain_timeout_s))
         if self._buffer is not None:
             self._end(self._buffer, self._buffer.close.remote())
-        ray.kill(self._learner)
+        self._learner.stop()
 
     def _outcome(self) -> RunOutcome:
         results = dict(self._live.view.results)
         done = [stage.name in results and results[stage.name].finished for stage in self._settings.stages]
         return RunOutcome(self._folder, results, finished=all(done))
 
-    def _create_learner(self) -> ActorHandle:
+    def _create_learner(self) -> LearnerGroup:
         settings = self._settings
-        spec = LearnerSpec(
-            model=settings.model,
-            task=settings.task,
-            noise=settings.noise,
-            settings=settings.learner,
-            run_folder=str(self._folder),
-            seed=settings.seed,
-            trackers=settings.trackers,
-        )
-        return (
-            ray.remote(concurrency_groups={"training": 1, "control": 2})(LearnerWorker)
-            .options(
-                name=LEARNER_NAME,
-                num_cpus=settings.learner.num_cpus,
-                num_gpus=settings.learner.num_gpus,
+        return LearnerGroup(
+            LearnerSpec(
+                model=settings.model,
+                task=settings.task,
+                noise=settings.noise,
+                settings=settings.learner,
+                run_folder=str(self._folder),
+                seed=settings.seed,
+                trackers=settings.trackers,
             )
-            .remote(spec)
         )
 
     def _prepare(self) -> PreparedRun:
-        reference = self._learner.prepare.options(concurrency_group="training").remote()
-        self._wait(reference, PREPARE_TIMEOUT_S, "the learner to load model and task")
+        if self._settings.learner.num_ranks > 1:
+            self._wait_for_learner(self._learner.join(), BIRTH_TIMEOUT_S, "the ranks of the learner to find each other")
         try:
-            run: PreparedRun = ray.get(reference, timeout=STATUS_TIMEOUT_S)
-        except ray.exceptions.RayTaskError as error:
+            run = self._wait_for_learner(self._learner.prepare(), PREPARE_TIMEOUT_S, "the learner to load its model")
+        except LearnerFailedError as error:
             if isinstance(error.cause, ValueError | OSError | ImportError):
                 raise UserError(str(error.cause)) from None
             raise
+        assert isinstance(run, PreparedRun)
         rollout = self._settings.actors.rollout
         prompt: int = pc.max(pc.list_value_length(run.task.example_table()["prompt_ids"])).as_py()
         if prompt + rollout.max_new_tokens > run.max_length:
@@ -201,11 +195,8 @@ class _Crew:
         self._wait(newest, BIRTH_TIMEOUT_S, "the replay buffer to open")
         stored = ray.get(newest, timeout=STATUS_TIMEOUT_S)
         first_version = max(stored, _newest_published(settings, self._folder)) + 1
-        connected = self._learner.connect.options(concurrency_group="training").remote(
-            self._buffer, self._pool, first_version
-        )
-        self._wait(connected, PREPARE_TIMEOUT_S, "the learner to publish its first weights")
-        ray.get(connected, timeout=STATUS_TIMEOUT_S)
+        connected = self._learner.connect(self._buffer, self._pool, first_version)
+        self._wait_for_learner(connected, PREPARE_TIMEOUT_S, "the learner to publish its first weights")
 
     def _check_buffer(self, run: PreparedRun) -> None:
         """Open the buffer of a run that resumes once here: a Ray actor that fails at birth tells only a traceback."""
@@ -220,11 +211,12 @@ class _Crew:
     def _run_stage(self, stage: StageSettings) -> StageResult:
         if self._pool is not None:  # until the learner has published the weights that the stage starts from
             self._wait(self._pool.pause.remote(), BIRTH_TIMEOUT_S, "the actor pool to pause")
-        reference = self._learner.run_stage.options(concurrency_group="training").remote(stage)
+        call = self._learner.run_stage(stage)
         while True:
             try:
-                if ray.wait([reference], timeout=POLL_S)[0]:
-                    return self._stage_result(reference)
+                if call.finished(POLL_S):
+                    assert isinstance(call.result, StageResult)
+                    return call.result
                 self._refresh()
                 if self._stopping_since is not None and time.monotonic() - self._stopping_since > STOP_TIMEOUT_S:
                     raise RunFailedError(f"the learner did not stop within {STOP_TIMEOUT_S:.0f} s")
@@ -233,21 +225,12 @@ class _Crew:
                     raise RunFailedError("stopped by a second Ctrl-C, without a last checkpoint") from None
                 self._stopping_since = time.monotonic()
                 self._note("stopping after this step, with a checkpoint (Ctrl-C again to stop at once)")
-                self._learner.request_stop.options(concurrency_group="control").remote()
-
-    def _stage_result(self, reference: ray.ObjectRef) -> StageResult:
-        try:
-            result: StageResult = ray.get(reference, timeout=STATUS_TIMEOUT_S)
-        except ray.exceptions.RayTaskError as error:
-            raise RunFailedError(f"the learner failed: {type(error.cause).__name__}: {error.cause}") from error
-        except ray.exceptions.RayActorError as error:
-            raise RunFailedError(f"the learner died: {str(error).splitlines()[0]}") from None
-        return result
+                self._learner.leader.request_stop.options(concurrency_group="control").remote()
 
     def _refresh(self) -> None:
         """Ask everyone how they are; who is too busy to answer is shown as last seen."""
         view = self._live.view
-        status = self._learner.status.options(concurrency_group="control").remote()
+        status = self._learner.leader.status.options(concurrency_group="control").remote()
         view.learner = self._ask(status, view.learner, "the learner")
         if self._pool is not None and self._buffer is not None:
             view.pool = self._ask(self._pool.status.remote(), view.pool, "the actor pool")
@@ -272,6 +255,15 @@ class _Crew:
             self._live.refresh()
             if time.monotonic() > deadline:
                 raise RunFailedError(f"waited {timeout_s:.0f} s for {whom}")
+
+    def _wait_for_learner(self, call: LearnerCall, timeout_s: float, what: str) -> object:
+        """What rank 0 gives."""
+        deadline = time.monotonic() + timeout_s
+        while not call.finished(POLL_S):
+            self._live.refresh()
+            if time.monotonic() > deadline:
+                raise RunFailedError(f"waited {timeout_s:.0f} s for {what}")
+        return call.result
 
     def _note(self, note: str) -> None:
         self._live.view.note = note

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
@@ -58,8 +59,7 @@ class BufferSource:
         self._timeout_s = timeout_s
         self._newest_version = newest_version
         self._stop_requested = stop_requested
-        self.staleness_mean = 0.0  # of the newest draw, in published versions
-        self.staleness_max = 0
+        self.staleness = np.zeros(0, dtype=np.int64)  # of each trajectory of the newest draw, in published versions
 
     def seek(self, step: int) -> None:
         """Go on with the draw of a stage that has done `step` steps."""
@@ -90,7 +90,5 @@ class BufferSource:
                 "`sequencematch train --resume RUN`"
             ) from None
         self._step += 1
-        drawn_staleness = staleness(drawn.policy_version, VersionRange.from_batch(drawn.batch).oldest)
-        self.staleness_mean = float(drawn_staleness.mean())
-        self.staleness_max = int(drawn_staleness.max())
+        self.staleness = staleness(drawn.policy_version, VersionRange.from_batch(drawn.batch).oldest)
         return drawn.batch

@@ -47,6 +47,15 @@ def write_model(folder: Path, model: PreTrainedModel) -> None:
         write_safetensors(adapter / ADAPTER_FILE, table, ((name, gathered(tensors[name])) for name in tensors))
 
 
+def take_part_in_writing(model: PreTrainedModel) -> None:
+    """What the ranks other than 0 do while rank 0 runs `write_model`: give their parts of every tensor, in order."""
+    for _ in publication_tensors(model):
+        pass
+    if is_adapted(model):
+        for tensor in adapter_tensors(model).values():
+            gathered(tensor)
+
+
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     """Load a checkpoint's weights into `model`, in place: all of them, or none if they do not fit.
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import ray
-import torch
 from ray.actor import ActorHandle
-from transformers import PreTrainedModel
 
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors
 from learner.publication import publication_tensors
+from learner.tree_policy import TreePolicy
 
 PROBE_TOKENS = 16
 ANNOUNCE_TIMEOUT_S = 60.0
@@ -39,20 +37,22 @@ class WeightPublisher:
         """Version of the newest publication; -1 before the first."""
         return self._next_version - 1
 
-    def publish(self, model: PreTrainedModel) -> WeightManifest:
-        """Publish the model's weights under the next version and return without waiting for any actor.
+    def publish(self, policy: TreePolicy) -> WeightManifest:
+        """Publish the weights under the next version and return without waiting for any actor.
+
+        Ranks that share the model take part (`take_part_in_publication`).
 
         Raises:
             TimeoutError: the pool has not answered the previous announcement yet.
         """
         self._check_last_announcement()
-        payload, entries = pack_tensors(publication_tensors(model))
+        payload, entries = pack_tensors(publication_tensors(policy.model))
         manifest = WeightManifest(
             version=self._next_version,
             fingerprint=fingerprint(entries, payload),
             tensors=entries,
             probe_token_ids=self._probe_token_ids,
-            probe_logprobs=tuple(sequence_logprobs(model, self._probe_token_ids).tolist()),
+            probe_logprobs=tuple(policy.sequence_logprobs(self._probe_token_ids).tolist()),
         )
         self._payload = ray.put(payload)
         self._announced = self._pool.announce.remote(manifest, [self._payload])
@@ -74,16 +74,11 @@ class WeightPublisher:
                 ) from None
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
-def sequence_logprobs(model: PreTrainedModel, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """[P-1] float32 log-probability of each token after the first given those before it, over all actions."""
-    was_training = model.training
-    model.eval()
-    ids = torch.tensor([token_ids], device=model.device)
-    logprobs = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
-    model.train(was_training)
-    chosen: npt.NDArray[np.float32] = logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
-    return chosen
+def take_part_in_publication(policy: TreePolicy, probe_token_ids: tuple[int, ...]) -> None:
+    """What the ranks other than 0 do while rank 0 publishes: give their parts of every tensor, in the same order."""
+    for _ in publication_tensors(policy.model):
+        pass
+    policy.sequence_logprobs(probe_token_ids)
 
 
 def make_probe(vocab_size: int, excluded: tuple[int, ...], seed: int) -> tuple[int, ...]:

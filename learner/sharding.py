@@ -45,7 +45,7 @@ def shard(policy: TreePolicy, ranks: Ranks) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a sum, not a mean ...
             module.set_force_sum_reduction_for_comms(True)  # ... in an operation that gloo has too
-    register_fsdp_forward_method(policy, "sequence_logprobs")
+    register_fsdp_forward_method(policy, "gathered_sequence_logprobs")
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -20,7 +20,9 @@ class SharedBatchSource:
     Batches travel as Arrow streams; each comes after an announcement of its size, or of why there is none.
     """
 
-    def __init__(self, ranks: Ranks, source: BatchSource | None, stop_requested: Callable[[], bool]) -> None:
+    def __init__(
+        self, ranks: Ranks, source: BatchSource | None, stop_requested: Callable[[], bool] = lambda: False
+    ) -> None:
         """Args:
         source: at rank 0; None elsewhere.
         stop_requested: asked at rank 0 before each draw.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from buffer.settings import Settings
 from learner.objective_settings import ObjectiveSettings
 from learner.settings import OptimizerSettings
+from learner.watch import WatchSettings
+
+DEFAULT_RANK_TIMEOUT_S = 300.0
 
 
 class StageSettings(Settings):
@@ -32,8 +35,16 @@ class StageSettings(Settings):
 class LearnerSettings(Settings):
     """The learner process."""
 
-    num_cpus: float = Field(1.0, gt=0.0, description="CPUs that Ray sets aside for the learner")
-    num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside for the learner")
+    num_ranks: PositiveInt = Field(
+        1, description="processes that share the model and each step's batch (FSDP); all see the run folder"
+    )
+    num_cpus: float = Field(1.0, gt=0.0, description="CPUs that Ray sets aside for each rank")
+    num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside for each rank")
+    rank_timeout_s: float | None = Field(
+        None,
+        gt=0.0,
+        description="longest wait of a rank for the others, beyond the wait for rollouts (several ranks; null = 300)",
+    )
     max_nodes_per_batch: PositiveInt = Field(
         4096, description="state-tree nodes per forward pass: bounds the memory of activations, not what is learned"
     )
@@ -45,6 +56,18 @@ class LearnerSettings(Settings):
     checkpoint_every_steps: PositiveInt = 500
     keep_checkpoints: PositiveInt = Field(2, description="checkpoints kept per stage, the last one included")
     data_timeout_s: float = Field(300.0, gt=0.0, description="longest wait for rollouts before the run is ended")
+    watch: WatchSettings = WatchSettings()
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """Longest wait of a rank for the others; while rank 0 waits for rollouts, they wait for rank 0."""
+        return self.data_timeout_s + (DEFAULT_RANK_TIMEOUT_S if self.rank_timeout_s is None else self.rank_timeout_s)
+
+    @model_validator(mode="after")
+    def _check(self) -> LearnerSettings:
+        if self.rank_timeout_s is not None and self.num_ranks == 1:
+            raise ValueError("rank_timeout_s has no effect with num_ranks=1; leave it out")
+        return self
 
 
 def check_stages(stages: tuple[StageSettings, ...]) -> None:

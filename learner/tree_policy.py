@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from learner.action_values import ActionValues, action_values
@@ -46,6 +47,13 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
 
     def sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """See the function; with several ranks, all of them call this together."""
+        logprobs: npt.NDArray[np.float32] = self.gathered_sequence_logprobs(token_ids)
+        if isinstance(self, FSDPModule):
+            self.reshard()  # after a forward pass the root waits for a backward pass, with weights that are a copy
+        return logprobs
+
+    def gathered_sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """A forward pass to FSDP (`learner.sharding` registers it): call `sequence_logprobs`."""
         logprobs: npt.NDArray[np.float32] = sequence_logprobs(self.model, token_ids)
         return logprobs
 

@@ -1,23 +1,29 @@
-"""The learner process: one Ray actor that owns the model and trains it stage by stage."""
+"""The learner: Ray actors that share the model and train it stage by stage, one actor a rank.
+
+All ranks get the same calls. Rank 0 leads (see `learner.ranks`): it alone draws, publishes, logs and writes; where its
+work needs the parts of the model that the others hold, they take part.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
 import torch
 from ray.actor import ActorHandle
-from transformers import PreTrainedModel
 
 from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task, load_task
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings, TaskSettings
 from learner.activation_checkpointing import checkpoint_activations
-from learner.batch_source import BatchSource, BufferSource, StopRequestedError
+from learner.batch_source import BufferSource, StopRequestedError
+from learner.behaviour import distribution_metrics
 from learner.checkpoint import (
     Progress,
     checkpoints_of,
@@ -28,15 +34,19 @@ from learner.checkpoint import (
 from learner.metrics_log import MetricsLog
 from learner.micro_batches import TreeSettings
 from learner.model import load_policy
-from learner.model_files import load_weights
+from learner.model_files import load_weights, take_part_in_writing
 from learner.objectives.registry import make_objective
-from learner.publisher import WeightPublisher, make_probe
+from learner.publisher import WeightPublisher, make_probe, take_part_in_publication
+from learner.ranks import Ranks, join_ranks, open_rendezvous
 from learner.settings import ModelSettings, ScratchModelSettings
+from learner.sharding import shard
+from learner.shared_batches import SharedBatchSource
 from learner.stage_settings import LearnerSettings, StageSettings
 from learner.status import LearnerStatus, StageResult
 from learner.trackers import TrackerName, check_trackers
 from learner.trainer import Trainer
 from learner.tree_policy import TreePolicy
+from learner.watch import Watch
 
 RECENT_STEPS = 20
 
@@ -68,14 +78,17 @@ class PreparedRun:
 class LearnerWorker:
     """A Ray actor with two concurrency groups: `training` (one thread) and `control`."""
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    def __init__(self, spec: LearnerSpec, rank: int = 0) -> None:
         self._spec = spec
+        self._rank = rank
+        self._ranks = Ranks()
         self._folder = Path(spec.run_folder)
         self._stop = threading.Event()
         self._status = LearnerStatus("", 0, 0, 0.0, -1, "starting", {})
-        self._model: PreTrainedModel
+        self._policy: TreePolicy
         self._task: Task
         self._contract: TokenContract
+        self._probe: tuple[int, ...] = ()
         self._buffer: ActorHandle | None = None
         self._publisher: WeightPublisher | None = None
 
@@ -91,8 +104,25 @@ class LearnerWorker:
 
     # Training group ------------------------------------------------------------------------------------------
 
-    def prepare(self) -> PreparedRun:
-        """Load model and task.
+    def open_meeting(self) -> tuple[str, int]:
+        """At rank 0 of several: host and port where the ranks find each other."""
+        settings = self._spec.settings
+        host = ray.util.get_node_ip_address()
+        self._meeting = open_rendezvous(host, settings.num_ranks, settings.collective_timeout_s)
+        return host, self._meeting.port
+
+    def join(self, meeting: tuple[str, int]) -> None:
+        """Become one of several ranks; returns when all of them are there.
+
+        Raises:
+            RankLostError: they were not, in time.
+        """
+        settings = self._spec.settings
+        where = self._meeting if self._rank == 0 else meeting
+        self._ranks = join_ranks(self._rank, settings.num_ranks, where, settings.collective_timeout_s)
+
+    def prepare(self) -> PreparedRun | None:
+        """Load model and task; gives None at ranks other than 0.
 
         Raises:
             ValueError, OSError, ImportError: the model, the task or a tracker cannot be had as the settings ask.
@@ -110,11 +140,17 @@ class LearnerWorker:
             self._task = load_task(
                 task_settings, policy.tokenizer, backspace_id=policy.backspace_id, max_length=max_length
             )
-        self._model = policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
         if self._spec.settings.activation_checkpointing:
-            checkpoint_activations(self._model)
+            checkpoint_activations(policy.model)
+        self._policy = TreePolicy(policy.model, policy.backspace_id)
+        shard(self._policy, self._ranks)  # before it goes to the device, which need not hold all of it
+        self._policy.to("cuda" if torch.cuda.is_available() else "cpu")
         self._max_length = max_length
         self._contract = self._task.contract(policy.model.config.vocab_size)
+        num_tokens = min(self._contract.vocab_size, len(self._task.tokenizer))
+        self._probe = make_probe(num_tokens, (self._contract.backspace_id, self._contract.eos_id), self._spec.seed)
+        if not self._ranks.leads:
+            return None
         return PreparedRun(
             config_json=policy.model.config.to_json_string(use_diff=False),
             contract=self._contract,
@@ -128,26 +164,29 @@ class LearnerWorker:
 
         first_version: of this publication; beyond 0 when a run resumes.
         """
-        excluded = (self._contract.backspace_id, self._contract.eos_id)
-        num_tokens = min(self._contract.vocab_size, len(self._task.tokenizer))
-        probe = make_probe(num_tokens, excluded, self._spec.seed)
-        self._buffer = buffer
-        self._publisher = WeightPublisher(pool, probe, first_version)
+        if self._ranks.leads:
+            self._buffer = buffer
+            self._publisher = WeightPublisher(pool, self._probe, first_version)
         self._publish()
 
-    def run_stage(self, stage: StageSettings) -> StageResult:
+    def run_stage(self, stage: StageSettings) -> StageResult | None:
         """Train one stage to its end, or until a stop is requested; goes on from its newest checkpoint.
 
+        Gives None at ranks other than 0.
+
         Raises:
-            TimeoutError: no rollouts came in time. FloatingPointError: training diverged.
+            TimeoutError: no rollouts came in time. FloatingPointError, OutsideDomainError: training diverged; the last
+            good step has a checkpoint. RankLostError: another rank failed.
         """
         torch.set_num_threads(stage.num_threads)
         started = time.monotonic()
         objective = make_objective(stage.objective)
-        experts, stream = self._expert_source(stage)
+        noise = self._spec.noise if stage.objective.uses_noise else NoiseSettings(kind="none", rate=0.0)
+        stream = self._expert_stream(stage, noise)
+        experts = self._buffer_source(stage, "expert") if stream is None else stream
         rollouts = self._buffer_source(stage, "policy") if objective.needs_rollouts else None
         trainer = Trainer(
-            TreePolicy(self._model, self._contract.backspace_id),
+            self._policy,
             objective,
             stage,
             TreeSettings(
@@ -156,30 +195,39 @@ class LearnerWorker:
                 max_nodes_per_batch=self._spec.settings.max_nodes_per_batch,
                 max_positions=self._max_length,
             ),
-            experts,
-            rollouts,
+            # A stop is asked for before a step, for all ranks at once, and by rank 0 while it waits for rollouts.
+            SharedBatchSource(self._ranks, experts, self._stop.is_set),
+            SharedBatchSource(self._ranks, rollouts) if objective.needs_rollouts else None,
+            self._ranks,
         )
         resumed = self._restore(stage, trainer, stream)
         for source in (experts, rollouts):
             if isinstance(source, BufferSource):
                 source.seek(trainer.step)
-        uses_actors = objective.needs_rollouts or stream is None
+        uses_actors = objective.needs_rollouts or noise.kind == "policy"
         first_version = self._start_rollouts(resumed) if uses_actors else -1
         position = {} if stream is None else stream.state()
         recent: list[float] = []
-        with MetricsLog(self._folder, self._spec.trackers) as log:
-            while not trainer.finished and not self._stop.is_set():
+        watch = Watch(stage.name, self._spec.settings.watch)
+        with MetricsLog(self._folder, self._spec.trackers) if self._ranks.leads else nullcontext() as log:
+            while not trainer.finished:
                 try:
                     metrics = trainer.train_step()
+                except ArithmeticError:  # the weights are those of the last good step
+                    self._save(stage, trainer, position, first_version)
+                    raise
                 except StopRequestedError:
                     break  # maybe after the expert part of a step that is not done: `position` is from before it
                 position = {} if stream is None else stream.state()
                 if uses_actors:
                     metrics["policy_version"] = self._newest_version()
-                if rollouts is not None:
-                    metrics["staleness_mean"] = rollouts.staleness_mean
-                    metrics["staleness_max"] = rollouts.staleness_max
-                log.write(stage.name, trainer.step, metrics)
+                histograms = {} if rollouts is None else {"staleness": rollouts.staleness}
+                for name, samples in histograms.items():
+                    metrics |= distribution_metrics(name, samples)
+                alarms, warnings = watch.look(trainer.step, metrics)
+                metrics |= alarms
+                if log is not None:
+                    log.write(stage.name, trainer.step, metrics, histograms)
                 recent = [*recent[-RECENT_STEPS + 1 :], metrics["step_s"]]
                 self._status = LearnerStatus(
                     stage=stage.name,
@@ -189,12 +237,15 @@ class LearnerWorker:
                     policy_version=self._newest_version(),
                     activity="training",
                     metrics=metrics,
+                    warnings=(*self._status.warnings, *warnings),
                 )
                 if uses_actors and trainer.step % stage.publish_every_steps == 0:
                     self._publish()
                 if trainer.step % self._spec.settings.checkpoint_every_steps == 0 and not trainer.finished:
                     self._save(stage, trainer, position, first_version)
         checkpoint = self._save(stage, trainer, position, first_version)
+        if not self._ranks.leads:
+            return None
         return StageResult(
             stage=stage.name,
             step=trainer.step,
@@ -203,19 +254,20 @@ class LearnerWorker:
             seconds=time.monotonic() - started,
         )
 
-    def _expert_source(self, stage: StageSettings) -> tuple[BatchSource, ExpertStream | None]:
-        """Expert trajectories of a stage; with noise from the policy they come out of the buffer, made by the
-        actors.
+    def _expert_stream(self, stage: StageSettings, noise: NoiseSettings) -> ExpertStream | None:
+        """Expert trajectories of a stage. None with noise from the policy (then the actors make them), and at ranks
+        other than 0.
         """
-        noise = self._spec.noise if stage.objective.uses_noise else NoiseSettings(kind="none", rate=0.0)
-        if noise.kind == "policy":
-            return self._buffer_source(stage, "expert"), None
+        if noise.kind == "policy" or not self._ranks.leads:
+            return None
         # Arms that start from the same stage see the same examples in the same order.
         seed = (self._spec.seed << 32) + zlib.crc32((stage.start_from or "").encode())
-        stream = self._task.expert_stream(noise, self._contract, seed)
-        return stream, stream
+        return self._task.expert_stream(noise, self._contract, seed)
 
-    def _buffer_source(self, stage: StageSettings, source: str) -> BufferSource:
+    def _buffer_source(self, stage: StageSettings, source: str) -> BufferSource | None:
+        """Trajectories from the replay buffer; None at ranks other than 0."""
+        if not self._ranks.leads:
+            return None
         assert self._buffer is not None, "connect() comes before a stage that needs the buffer"
         return BufferSource(
             self._buffer,
@@ -229,26 +281,29 @@ class LearnerWorker:
     def _newest_version(self) -> int:
         return -1 if self._publisher is None else self._publisher.newest_version
 
-    def _publish(self) -> None:
+    def _publish(self) -> int:
+        """Publish the weights of now; gives their version (-1 at ranks other than 0)."""
+        if not self._ranks.leads:
+            take_part_in_publication(self._policy, self._probe)
+            return -1
         assert self._publisher is not None, "connect() comes before the first publication"
-        self._publisher.publish(self._model)
+        return self._publisher.publish(self._policy).version
 
     def _start_rollouts(self, resumed: Progress | None) -> int:
         """Let the actors go on with the weights of now; gives the version that the stage's rollouts started with."""
-        assert self._publisher is not None, "connect() comes before such a stage"
-        assert self._buffer is not None, "connect() comes before such a stage"
-        published = self._publisher.publish(self._model).version
+        published = self._publish()
         # A resumed stage goes on with the rollouts of its first life; older ones were made by another stage.
         first_version = published if resumed is None else resumed.first_policy_version
-        self._buffer.begin_stage.remote(first_version)
-        self._publisher.resume_rollouts(published)
+        if self._publisher is not None and self._buffer is not None:
+            self._buffer.begin_stage.remote(first_version)
+            self._publisher.resume_rollouts(published)
         return first_version
 
     def _restore(self, stage: StageSettings, trainer: Trainer, stream: ExpertStream | None) -> Progress | None:
         """Weights of the stage's own newest checkpoint (then its progress), or else of the stage it starts from."""
         own = checkpoints_of(self._stage_folder(stage.name))
         if own:
-            load_weights(self._model, own[-1])
+            load_weights(self._policy.model, own[-1])
             trainer.load_state(read_training_state(own[-1]))
             progress = read_progress(own[-1])
             if stream is not None:
@@ -260,10 +315,17 @@ class LearnerWorker:
                 raise ValueError(
                     f"stage {stage.name!r} starts from {stage.start_from!r}, which has no checkpoint in {self._folder}"
                 )
-            load_weights(self._model, start[-1])
+            load_weights(self._policy.model, start[-1])
         return None
 
-    def _save(self, stage: StageSettings, trainer: Trainer, position: dict[str, int], first_version: int) -> Path:
+    def _save(
+        self, stage: StageSettings, trainer: Trainer, position: dict[str, int], first_version: int
+    ) -> Path | None:
+        """Write a checkpoint; gives its folder (None at ranks other than 0)."""
+        state = trainer.state()
+        if not self._ranks.leads:
+            take_part_in_writing(self._policy.model)
+            return None
         progress = Progress(
             stage=stage.name,
             step=trainer.step,
@@ -274,10 +336,10 @@ class LearnerWorker:
         )
         checkpoint = save_checkpoint(
             self._stage_folder(stage.name),
-            self._model,
+            self._policy.model,
             self._task.tokenizer,
             progress,
-            trainer.state(),
+            state,
             self._spec.settings.keep_checkpoints,
         )
         if self._buffer is not None:

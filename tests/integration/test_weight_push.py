@@ -28,7 +28,8 @@ from buffer.service import ReplayBufferService
 from buffer.settings import BufferSettings, NoiseSettings
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors
 from learner.publication import publication_tensors
-from learner.publisher import WeightPublisher, make_probe, sequence_logprobs
+from learner.publisher import WeightPublisher, make_probe
+from learner.tree_policy import TreePolicy, sequence_logprobs
 from tests.integration.reference import compare
 from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, VOCAB_SIZE, perturbed, tiny_model
 
@@ -165,6 +166,10 @@ def test_pushes_reach_the_engine_and_wrong_ones_fence_the_actor(tmp_path: Path) 
     push.stop()
 
 
+def policy_of(model: PreTrainedModel) -> TreePolicy:
+    return TreePolicy(model, BACKSPACE_ID)
+
+
 def successive_models(tied: bool) -> dict[int, PreTrainedModel]:
     models = {0: tiny_model(tied=tied)}
     for version in (1, 2):
@@ -174,17 +179,17 @@ def successive_models(tied: bool) -> dict[int, PreTrainedModel]:
 
 def push_good_weights(push: Push, models: dict[int, PreTrainedModel]) -> None:
     """Versions 0 to 3: at birth, in the middle of rollouts, and while the actor hears nothing."""
-    push.publisher.publish(models[0])
+    push.publisher.publish(policy_of(models[0]))
     assert_explained(push.rollouts_of(0, ROWS), models)
-    push.publisher.publish(models[1])
+    push.publisher.publish(policy_of(models[1]))
     assert_explained(push.rollouts_of(1, ROWS), models)
     process = actor_process()
     os.kill(process.pid, signal.SIGSTOP)
     try:
         started = time.monotonic()
         # The second publication waits until the pool has taken the first; neither waits for the actor.
-        push.publisher.publish(models[2])
-        push.publisher.publish(models[2])
+        push.publisher.publish(policy_of(models[2]))
+        push.publisher.publish(policy_of(models[2]))
         waited_s = time.monotonic() - started
         push.wait_until(lambda status: status.newest_version == 3, "the pool to know of both", timeout_s=20.0)
         assert process.status() == psutil.STATUS_STOPPED
@@ -263,7 +268,7 @@ def test_publishing_is_a_snapshot(tmp_path: Path) -> None:
     receiver = ray.remote(Receiver).options(num_cpus=0).remote()
     publisher = WeightPublisher(receiver, PROBE, first_version=7)
     assert publisher.newest_version == 6
-    assert publisher.publish(model).version == publisher.newest_version == 7
+    assert publisher.publish(policy_of(model)).version == publisher.newest_version == 7
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
