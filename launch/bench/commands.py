@@ -1,0 +1,115 @@
+"""The commands `sequencematch bench ...`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console, RenderableType
+
+from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
+from launch.command_options import AsJson
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure the parts of the system.")
+
+
+@bench_app.command("rollouts")
+def bench_rollouts(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint to measure with; by default a tiny random model.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rollouts at a time.")] = 64,
+    num_actions: Annotated[int, typer.Option("--actions", min=1, help="Actions per rollout.")] = 128,
+    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each pair; the best ones count.")] = 5,
+    dtype: Annotated[str, typer.Option(help="Number format of the engines.")] = "float32",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare rollouts that take tokens back with plain vLLM: actions per second, and exactness.
+
+    [dim]Example:[/dim] sequencematch bench rollouts --json
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.bench.rollouts import bench_rollouts as measure
+
+        if checkpoint is None:
+            found = measure(batch=batch, num_actions=num_actions, repetitions=repetitions, dtype=dtype, seed=seed)
+        else:
+            from launch.generation import open_checkpoint
+
+            with setting_up():
+                opened = open_checkpoint(checkpoint)
+            found = measure(
+                str(checkpoint),
+                backspace_id=opened.contract.backspace_id,
+                eos_id=opened.contract.eos_id,
+                batch=batch,
+                num_actions=num_actions,
+                repetitions=repetitions,
+                dtype=dtype,
+                seed=seed,
+            )
+    from launch.bench.rollouts_report import render_rollout_benchmark
+
+    _show(found, as_json, render_rollout_benchmark)
+
+
+@bench_app.command("learner")
+def bench_learner(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Model to train, in Hugging Face format; by default a small random one.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=8, help="Texts per step, a multiple of 8.")] = 32,
+    length: Annotated[int, typer.Option(min=4, help="Tokens per text.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per measurement.")] = 3,
+    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each side; medians count.")] = 5,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare training with Hugging Face's Trainer and TRL's SFTTrainer: trained tokens per second.
+
+    Needs the extra `bench` (trl).
+
+    [dim]Example:[/dim] sequencematch bench learner --json
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.bench.learner import prepare_learner_benchmark
+
+        model_dir = None if checkpoint is None else str(checkpoint)
+        with setting_up():
+            benchmark = prepare_learner_benchmark(
+                model_dir, batch=batch, length=length, steps=steps, repetitions=repetitions, seed=seed
+            )
+        found = benchmark.measure()
+    from launch.bench.learner_report import render_learner_benchmark
+
+    _show(found, as_json, render_learner_benchmark)
+
+
+@bench_app.command("learner_memory")
+def bench_learner_memory(
+    num_nodes: Annotated[int, typer.Option("--nodes", min=1, help="States with a value.")] = 4096,
+    vocab_size: Annotated[int, typer.Option("--vocabulary", min=8, help="Rows of the output embedding.")] = 49_152,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the memory of action values with that of the plain loss.
+
+    [dim]Example:[/dim] sequencematch bench learner_memory --json
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.bench.learner_memory import bench_learner_memory as measure
+
+        found = measure(num_nodes=num_nodes, vocab_size=vocab_size)
+    from launch.bench.learner_report import render_memory_benchmark
+
+    _show(found, as_json, render_memory_benchmark)
+
+
+def _show(found: dict[str, object], as_json: bool, render: Callable[[dict[str, object]], RenderableType]) -> None:
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        Console().print(render(found))
