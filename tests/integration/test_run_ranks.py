@@ -1,0 +1,75 @@
+"""A run whose learner has two ranks, through Ctrl-C, the death of a rank, and a resumption with one."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.run_folder import CONFIG_FILE
+from learner.checkpoint import checkpoints_of, read_progress
+from tests.integration.train_process import TrainProcess, metrics_of
+
+pytestmark = pytest.mark.slow
+
+START_TIMEOUT_S = 150.0
+STOP_TIMEOUT_S = 60.0
+STAGE = "cloning"
+LAST_STEP = 1_000_000  # more than are ever done
+RECIPE = f"""
+name: two_ranks
+task: {{name: arithmetic, bases: [10], max_digits: 2, train_questions: 200, held_out_questions: 20}}
+noise: {{kind: task, rate: 0.3}}
+model: {{source: scratch, hidden_size: 64, num_heads: 2, num_layers: 1, max_positions: 64}}
+stages:
+  - {{name: {STAGE}, objective: {{name: behaviour_cloning}}, steps: {LAST_STEP}, batch_size: 8}}
+learner: {{num_ranks: 2, checkpoint_every_steps: 10}}
+actors: {{count: 0, rollout: {{max_new_tokens: 12}}}}
+cluster: {{num_cpus: 4, object_store_gib: 0.25}}
+"""
+
+
+@pytest.mark.timeout(600)  # three starts of Ray
+def test_ranks_stop_together_and_none_is_left_waiting_for_a_dead_one(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    with TrainProcess(tmp_path / "run", str(recipe), "--no-evaluate") as process:
+        process.wait_until(lambda: process.step(STAGE) >= 5, START_TIMEOUT_S, "steps of two ranks")
+        folder = process.folder
+        process.interrupt()
+        assert process.wait(STOP_TIMEOUT_S) == 130, process.printed()
+        process.assert_nothing_left()
+    stopped_at = newest_step(folder)
+    assert stopped_at == len(metrics_of(folder, STAGE)), "the checkpoint is of the last step"
+
+    with TrainProcess(tmp_path / "resumed", "--no-evaluate", "--resume", str(folder)) as process:
+        process.wait_until(lambda: newest_step(folder) >= stopped_at + 20, START_TIMEOUT_S, "checkpoints of two ranks")
+        (follower,) = [each for each in process.processes("ray::LearnerWorker") if not writes_metrics(each)]
+        follower.send_signal(signal.SIGKILL)
+        assert process.wait(STOP_TIMEOUT_S) == 1, process.printed()
+        process.assert_nothing_left()
+        assert re.search(r"^error: learner rank 1 of 2 died: ", process.stderr, re.MULTILINE), process.printed()
+    killed_at = newest_step(folder)
+
+    config = folder / CONFIG_FILE
+    text = config.read_text().replace("num_ranks: 2", "num_ranks: 1").replace(str(LAST_STEP), str(killed_at + 10))
+    config.write_text(text)
+    with TrainProcess(tmp_path / "alone", "--no-evaluate", "--resume", str(folder)) as process:
+        assert process.wait(START_TIMEOUT_S) == 0, process.printed()
+    rows = metrics_of(folder, STAGE)
+    assert {row["step"] for row in rows} == set(range(1, killed_at + 11))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def newest_step(folder: Path) -> int:
+    """Of the stage's checkpoints; 0 before the first."""
+    checkpoints = checkpoints_of(folder / "checkpoints" / STAGE)
+    return read_progress(checkpoints[-1]).step if checkpoints else 0
+
+
+def writes_metrics(process: psutil.Process) -> bool:
+    """Only rank 0 does."""
+    return any(Path(file.path).name == "metrics.jsonl" for file in process.open_files())
