@@ -16,10 +16,11 @@ from rich.console import RenderableType
 from actors.status import PoolStatus
 from buffer.service import BufferStatus
 from launch.cluster import join_live_run
-from launch.driver import BUFFER_NAME, POOL_NAME, finished_stages
+from launch.driver import BUFFER_NAME, POOL_NAME
 from launch.errors import RunFailedError, UserError
 from launch.learner_group import LEARNER_NAME
 from launch.live_view import RunView, render
+from launch.run_checkpoints import finished_stages
 from launch.run_folder import CLUSTER_FILE, LiveCluster, open_run_folder, read_cluster
 from launch.settings import RunSettings
 from learner.status import LearnerStatus, StageResult

@@ -21,8 +21,8 @@ from launch.cluster import run_cluster
 from launch.errors import RunFailedError, UserError
 from launch.learner_group import LearnerCall, LearnerFailedError, LearnerGroup
 from launch.live_view import LiveView, RunView
+from launch.run_checkpoints import finished_stages, newest_published
 from launch.settings import RunSettings, needs_actors
-from learner.checkpoint import checkpoints_of, read_progress
 from learner.publisher import PROBE_TOKENS
 from learner.stage_settings import StageSettings
 from learner.status import StageResult
@@ -69,22 +69,6 @@ def train(settings: RunSettings, folder: Path, console: Console) -> RunOutcome:
                 crew.stop()
 
 
-def finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResult]:
-    """The stages of a run that are done, by name, read from their checkpoints."""
-    results = {}
-    for stage in settings.stages:
-        checkpoints = checkpoints_of(folder / "checkpoints" / stage.name)
-        if checkpoints and (progress := read_progress(checkpoints[-1])).finished:
-            results[stage.name] = StageResult(stage.name, progress.step, True, str(checkpoints[-1]), 0.0)
-    return results
-
-
-def _newest_published(settings: RunSettings, folder: Path) -> int:
-    """Newest weights version that a checkpoint of the run knows of; -1 without one."""
-    checkpoints = [path for stage in settings.stages for path in checkpoints_of(folder / "checkpoints" / stage.name)]
-    return max((read_progress(path).policy_version for path in checkpoints), default=-1)
-
-
 class _Crew:
     """The processes of one run."""
 
@@ -103,8 +87,9 @@ class _Crew:
         try:
             self._note("loading model and task")
             run = self._prepare()
+            newest_version = newest_published(self._settings, self._folder, run.contract)
             if any(needs_actors(stage, self._settings.noise) for stage in remaining):
-                self._start_actors(run)
+                self._start_actors(run, newest_version)
             self._note("")
             for stage in remaining:
                 result = self._run_stage(stage)
@@ -161,7 +146,7 @@ class _Crew:
             )
         return run
 
-    def _start_actors(self, run: PreparedRun) -> None:
+    def _start_actors(self, run: PreparedRun, newest_version: int) -> None:
         settings = self._settings
         self._check_buffer(run)
         self._buffer = (
@@ -194,7 +179,7 @@ class _Crew:
         newest = self._buffer.newest_version.remote()
         self._wait(newest, BIRTH_TIMEOUT_S, "the replay buffer to open")
         stored = ray.get(newest, timeout=STATUS_TIMEOUT_S)
-        first_version = max(stored, _newest_published(settings, self._folder)) + 1
+        first_version = max(stored, newest_version) + 1
         connected = self._learner.connect(self._buffer, self._pool, first_version)
         self._wait_for_learner(connected, PREPARE_TIMEOUT_S, "the learner to publish its first weights")
 

@@ -75,7 +75,7 @@ def find_checkpoint(source: Path) -> Path:
         UserError: there is none.
     """
     if (source / CONFIG_FILE).is_file():
-        from learner.checkpoint import checkpoints_of
+        from learner.checkpoint_store import checkpoints_of
 
         folder, settings = open_run_folder(source)
         for stage in reversed(settings.stages):

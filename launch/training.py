@@ -13,6 +13,7 @@ from launch.driver import train as run_stages
 from launch.errors import EXIT_INTERRUPTED, UserError
 from launch.evaluation import Target, evaluate
 from launch.evaluation_report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
+from launch.run_checkpoints import final_checkpoint
 from launch.run_folder import CLUSTER_FILE, read_cluster
 from launch.settings import RunSettings
 
@@ -67,7 +68,7 @@ def shown_path(folder: Path) -> Path:
 
 def _evaluate(outcome: RunOutcome, settings: RunSettings, console: Console, shown: Path) -> None:
     stages = settings.evaluation.stages or (settings.stages[-1].name,)
-    targets = [Target(stage, Path(outcome.results[stage].checkpoint)) for stage in stages]
+    targets = [Target(stage, final_checkpoint(settings, outcome.folder, stage)) for stage in stages]
     try:
         evaluation = evaluate(targets, settings, console)
     except KeyboardInterrupt:

@@ -7,18 +7,25 @@ adapter/adapter_config.json, adapter_model.safetensors  where adapters were trai
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from buffer.weights import TensorEntry
 from learner.adapters import adapter_config, adapter_tensors, is_adapted
 from learner.publication import publication_table, publication_tensors
 from learner.safetensors_file import entry_of, write_safetensors
 from learner.sharding import gathered, load_tensors, part_like
+
+if TYPE_CHECKING:  # peft takes seconds to import, and most runs train without it
+    from peft import LoraConfig
 
 CONFIGURATION_FILES = ("config.json", "generation_config.json")
 WEIGHTS_FILE = "model.safetensors"
@@ -26,29 +33,64 @@ ADAPTER_FOLDER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
-def write_model(folder: Path, model: PreTrainedModel) -> None:
-    """Write configuration and weights into an existing folder, one tensor at a time.
+@dataclass(frozen=True)
+class ModelSnapshot:
+    """A model as it was at one moment, in host memory of its own, so that training may go on while it is written.
 
-    generation_config.json keeps generators that do not know the backspace action from sampling it.
+    tensors: of `table`, in its order. adapter: configuration and tensors, where adapters are trained.
     """
-    config = model.config
+
+    config: PretrainedConfig
+    generation_config: GenerationConfig | None
+    table: tuple[TensorEntry, ...]
+    tensors: tuple[tuple[str, Tensor], ...]
+    adapter: tuple[LoraConfig, dict[str, Tensor]] | None
+
+    def write(self, folder: Path) -> None:
+        """Write configuration and weights into an existing folder.
+
+        generation_config.json keeps generators that do not know the backspace action from sampling it.
+        """
+        self.config.save_pretrained(folder)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+        write_safetensors(folder / WEIGHTS_FILE, self.table, self.tensors)
+        if self.adapter is not None:
+            config, tensors = self.adapter
+            (folder / ADAPTER_FOLDER).mkdir()
+            config.save_pretrained(folder / ADAPTER_FOLDER)
+            table = [entry_of(name, tensor) for name, tensor in tensors.items()]
+            write_safetensors(folder / ADAPTER_FOLDER / ADAPTER_FILE, table, tensors.items())
+
+
+def snapshot_model(model: PreTrainedModel) -> ModelSnapshot:
+    """Copy a model's whole weights: adapters merged, 4-bit layers restored, shards gathered.
+
+    The ranks of a sharded model do it together: the others `take_part_in_snapshot`.
+    """
+    config = copy.deepcopy(model.config)
     config.dtype = model.get_input_embeddings().weight.dtype
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # the class of a sharded model has a longer name
-    config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    write_safetensors(folder / WEIGHTS_FILE, publication_table(model), publication_tensors(model))
+    tensors = tuple((name, host_copy(tensor)) for name, tensor in publication_tensors(model))
+    adapter = None
     if is_adapted(model):
-        adapter = folder / ADAPTER_FOLDER
-        adapter.mkdir()
-        adapter_config(model).save_pretrained(adapter)
-        tensors = adapter_tensors(model)
-        table = [entry_of(name, tensor) for name, tensor in tensors.items()]
-        write_safetensors(adapter / ADAPTER_FILE, table, ((name, gathered(tensors[name])) for name in tensors))
+        adapter = adapter_config(model), {name: host_copy(gathered(t)) for name, t in adapter_tensors(model).items()}
+    return ModelSnapshot(
+        config=config,
+        generation_config=copy.deepcopy(model.generation_config),
+        table=publication_table(model),
+        tensors=tensors,
+        adapter=adapter,
+    )
 
 
-def take_part_in_writing(model: PreTrainedModel) -> None:
-    """What the ranks other than 0 do while rank 0 runs `write_model`: give their parts of every tensor, in order."""
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy in host memory that shares nothing with the tensor."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def take_part_in_snapshot(model: PreTrainedModel) -> None:
+    """What the ranks other than 0 do while rank 0 runs `snapshot_model`: give their parts of every tensor, in order."""
     for _ in publication_tensors(model):
         pass
     if is_adapted(model):

@@ -54,7 +54,20 @@ class LearnerSettings(Settings):
         "memory for about a third more time",
     )
     checkpoint_every_steps: PositiveInt = 500
-    keep_checkpoints: PositiveInt = Field(2, description="checkpoints kept per stage, the last one included")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept per stage")
+    checkpoint_best_metric: str | None = Field(
+        None,
+        description="metric of the steps, e.g. loss_behaviour_cloning: the checkpoint before which its mean was least "
+        "is kept too",
+    )
+    checkpoint_dir: str | None = Field(
+        None,
+        description="folder or fsspec URL (s3://BUCKET/PATH, ...) below which checkpoints are kept, in a folder named "
+        "after the run; null = in the run folder",
+    )
+    checkpoint_timeout_s: float = Field(
+        600.0, gt=0.0, description="longest wait for a checkpoint to be written before the run is ended"
+    )
     data_timeout_s: float = Field(300.0, gt=0.0, description="longest wait for rollouts before the run is ended")
     watch: WatchSettings = WatchSettings()
 

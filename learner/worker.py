@@ -24,23 +24,20 @@ from buffer.settings import NoiseSettings, TaskSettings
 from learner.activation_checkpointing import checkpoint_activations
 from learner.batch_source import BufferSource, StopRequestedError
 from learner.behaviour import distribution_metrics
-from learner.checkpoint import (
-    Progress,
-    checkpoints_of,
-    read_progress,
-    read_training_state,
-    save_checkpoint,
-)
+from learner.checkpoint import Progress, read_progress, read_training_state
+from learner.checkpoint_store import CheckpointStore
 from learner.metrics_log import MetricsLog
 from learner.micro_batches import TreeSettings
 from learner.model import load_policy
-from learner.model_files import load_weights, take_part_in_writing
+from learner.model_files import load_weights
 from learner.objectives.registry import make_objective
 from learner.publisher import WeightPublisher, make_probe, take_part_in_publication
 from learner.ranks import Ranks, join_ranks, open_rendezvous
+from learner.remote_checkpoints import open_checkpoints
 from learner.settings import ModelSettings, ScratchModelSettings
 from learner.sharding import shard
 from learner.shared_batches import SharedBatchSource
+from learner.stage_checkpoints import StageCheckpoints
 from learner.stage_settings import LearnerSettings, StageSettings
 from learner.status import LearnerStatus, StageResult
 from learner.trackers import TrackerName, check_trackers
@@ -175,8 +172,9 @@ class LearnerWorker:
         Gives None at ranks other than 0.
 
         Raises:
-            TimeoutError: no rollouts came in time. FloatingPointError, OutsideDomainError: training diverged; the last
-            good step has a checkpoint. RankLostError: another rank failed.
+            TimeoutError: no rollouts came in time, or a checkpoint was not written in time. CheckpointWriteError: it
+            could not be written. FloatingPointError, OutsideDomainError: training diverged; the last good step has a
+            checkpoint. RankLostError: another rank failed.
         """
         torch.set_num_threads(stage.num_threads)
         started = time.monotonic()
@@ -200,7 +198,8 @@ class LearnerWorker:
             SharedBatchSource(self._ranks, rollouts) if objective.needs_rollouts else None,
             self._ranks,
         )
-        resumed = self._restore(stage, trainer, stream)
+        store = self._checkpoints(stage.name)
+        resumed = self._restore(stage, store, trainer, stream)
         for source in (experts, rollouts):
             if isinstance(source, BufferSource):
                 source.seek(trainer.step)
@@ -209,12 +208,15 @@ class LearnerWorker:
         position = {} if stream is None else stream.state()
         recent: list[float] = []
         watch = Watch(stage.name, self._spec.settings.watch)
-        with MetricsLog(self._folder, self._spec.trackers) if self._ranks.leads else nullcontext() as log:
+        with (
+            MetricsLog(self._folder, self._spec.trackers) if self._ranks.leads else nullcontext() as log,
+            self._stage_checkpoints(stage, store, first_version) as checkpoints,
+        ):
             while not trainer.finished:
                 try:
                     metrics = trainer.train_step()
                 except ArithmeticError:  # the weights are those of the last good step
-                    self._save(stage, trainer, position, first_version)
+                    checkpoints.save(trainer, position, self._newest_version())
                     raise
                 except StopRequestedError:
                     break  # maybe after the expert part of a step that is not done: `position` is from before it
@@ -228,6 +230,7 @@ class LearnerWorker:
                 metrics |= alarms
                 if log is not None:
                     log.write(stage.name, trainer.step, metrics, histograms)
+                checkpoints.after_step(metrics)
                 recent = [*recent[-RECENT_STEPS + 1 :], metrics["step_s"]]
                 self._status = LearnerStatus(
                     stage=stage.name,
@@ -242,15 +245,16 @@ class LearnerWorker:
                 if uses_actors and trainer.step % stage.publish_every_steps == 0:
                     self._publish()
                 if trainer.step % self._spec.settings.checkpoint_every_steps == 0 and not trainer.finished:
-                    self._save(stage, trainer, position, first_version)
-        checkpoint = self._save(stage, trainer, position, first_version)
+                    checkpoints.save(trainer, position, self._newest_version())
+            checkpoints.save(trainer, position, self._newest_version())
+            checkpoints.wait()
         if not self._ranks.leads:
             return None
         return StageResult(
             stage=stage.name,
             step=trainer.step,
             finished=trainer.finished,
-            checkpoint=str(checkpoint),
+            checkpoint=store.location(trainer.step),
             seconds=time.monotonic() - started,
         )
 
@@ -299,52 +303,52 @@ class LearnerWorker:
             self._publisher.resume_rollouts(published)
         return first_version
 
-    def _restore(self, stage: StageSettings, trainer: Trainer, stream: ExpertStream | None) -> Progress | None:
+    def _restore(
+        self, stage: StageSettings, store: CheckpointStore, trainer: Trainer, stream: ExpertStream | None
+    ) -> Progress | None:
         """Weights of the stage's own newest checkpoint (then its progress), or else of the stage it starts from."""
-        own = checkpoints_of(self._stage_folder(stage.name))
-        if own:
-            load_weights(self._policy.model, own[-1])
-            trainer.load_state(read_training_state(own[-1]))
-            progress = read_progress(own[-1])
+        if store.steps():
+            folder = self._newest_checkpoint(store)
+            load_weights(self._policy.model, folder)
+            trainer.load_state(read_training_state(folder))
+            progress = read_progress(folder)
             if stream is not None:
                 stream.load_state(progress.expert_stream)
             return progress
         if stage.start_from is not None:
-            start = checkpoints_of(self._stage_folder(stage.start_from))
-            if not start:
+            start = self._checkpoints(stage.start_from)
+            if not start.steps():
                 raise ValueError(
                     f"stage {stage.name!r} starts from {stage.start_from!r}, which has no checkpoint in {self._folder}"
                 )
-            load_weights(self._policy.model, start[-1])
+            load_weights(self._policy.model, self._newest_checkpoint(start))
         return None
 
-    def _save(
-        self, stage: StageSettings, trainer: Trainer, position: dict[str, int], first_version: int
-    ) -> Path | None:
-        """Write a checkpoint; gives its folder (None at ranks other than 0)."""
-        state = trainer.state()
-        if not self._ranks.leads:
-            take_part_in_writing(self._policy.model)
-            return None
-        progress = Progress(
-            stage=stage.name,
-            step=trainer.step,
-            stage_steps=stage.steps,
-            policy_version=self._newest_version(),
-            first_policy_version=first_version,
-            expert_stream=position,
-        )
-        checkpoint = save_checkpoint(
-            self._stage_folder(stage.name),
+    def _checkpoints(self, stage: str) -> CheckpointStore:
+        return open_checkpoints(self._spec.settings.checkpoint_dir, self._folder, stage)
+
+    def _newest_checkpoint(self, store: CheckpointStore) -> Path:
+        """Its folder; where it has to be fetched, rank 0 does that before the others look."""
+        step = store.steps()[-1]
+        if self._ranks.leads:
+            store.folder(step)
+        self._ranks.maximum(step)
+        return store.folder(step)
+
+    def _stage_checkpoints(self, stage: StageSettings, store: CheckpointStore, first_version: int) -> StageCheckpoints:
+        return StageCheckpoints(
+            self._ranks,
+            store,
+            self._spec.settings,
+            stage,
+            first_version,
             self._policy.model,
             self._task.tokenizer,
-            progress,
-            state,
-            self._spec.settings.keep_checkpoints,
+            self._contract,
+            self._release_draws,
         )
-        if self._buffer is not None:
-            self._buffer.checkpointed.remote(stage.name, trainer.step)
-        return checkpoint
 
-    def _stage_folder(self, name: str) -> Path:
-        return self._folder / "checkpoints" / name
+    def _release_draws(self, progress: Progress) -> None:
+        """No draw before a durable checkpoint will be repeated."""
+        if self._buffer is not None:
+            self._buffer.checkpointed.remote(progress.stage, progress.step)

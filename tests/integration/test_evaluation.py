@@ -22,8 +22,8 @@ from launch.evaluation_task import labelled, settings_for
 from launch.generation import encode_prompt, generate, open_checkpoint, rollout_to_json
 from launch.recipe import read_recipe, write_recipe
 from launch.settings import RunSettings
-from learner.checkpoint import Progress, save_checkpoint
 from learner.model import load_policy
+from tests.checkpoints import progress_at, save_checkpoint
 from tests.integration.engine_worker import in_engine_process_for
 
 # Starting the engine's process, vLLM's import included, takes half a minute and more on a busy machine.
@@ -59,9 +59,8 @@ def make_run(folder: Path) -> Path:
             favoured = policy.eos_id if likely == "eos" else policy.backspace_id
             embedding[:, 1] = 0.0
             embedding[favoured, 0] = 3.0
-        save_checkpoint(
-            folder / "checkpoints" / stage, policy.model, policy.tokenizer, Progress(stage, 1, 1, 0, -1, {}), {}, keep=1
-        )
+        progress = progress_at(1, stage=stage, stage_steps=1)
+        save_checkpoint(folder / "checkpoints" / stage, policy.model, policy.tokenizer, progress, {})
     return folder
 
 

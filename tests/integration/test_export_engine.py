@@ -14,11 +14,11 @@ from actors.engine_settings import EngineSettings
 from buffer.weights import WeightManifest, WeightPayload, check_probe, fingerprint, pack_tensors, unpack
 from launch.export import export
 from learner.adapter_settings import AdapterSettings
-from learner.checkpoint import Progress, save_checkpoint
 from learner.model import Policy, load_policy
 from learner.publication import publication_tensors
 from learner.settings import PretrainedModelSettings
 from learner.tree_policy import TreePolicy
+from tests.checkpoints import progress_at, save_checkpoint
 from tests.integration.engine_worker import fresh_engine, in_engine_process_for
 from tests.integration.reference import Comparison, compare
 from tests.integration.traffic import Request, rollouts
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4
 PROBE = tuple(range(FIRST_TEXT_ID, FIRST_TEXT_ID + 16))
-PROGRESS = Progress(stage="only", step=1, stage_steps=1, policy_version=0, first_policy_version=0, expert_stream={})
+PROGRESS = progress_at(1, stage="sequencematch", stage_steps=1)
 
 
 @dataclass

@@ -23,7 +23,8 @@ from buffer.validation import validate
 from buffer.weights import fingerprint, pack_tensors
 from launch.recipe import read_recipe
 from launch.settings import RunSettings
-from learner.checkpoint import checkpoints_of, read_progress
+from learner.checkpoint import read_progress
+from learner.checkpoint_store import checkpoints_of
 from learner.publication import publication_tensors
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
 

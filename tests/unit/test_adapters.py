@@ -15,7 +15,7 @@ from learner.action_values import chunked_values
 from learner.adapter_settings import AdapterSettings
 from learner.adapters import adapted_layers, adapter_tensors, add_adapters
 from learner.model import load_policy
-from learner.model_files import ADAPTER_FOLDER, load_weights, write_model
+from learner.model_files import ADAPTER_FOLDER, load_weights, snapshot_model
 from learner.optimizer import make_optimizer
 from learner.publication import publication_table, publication_tensors
 from learner.settings import OptimizerSettings, PretrainedModelSettings
@@ -212,7 +212,7 @@ def test_training_moves_adapters_and_unembedding_only():
 
 def write(folder: Path, model: PreTrainedModel) -> Path:
     folder.mkdir()
-    write_model(folder, model)
+    snapshot_model(model).write(folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what a kill at any moment leaves behind, and what is loaded back or refused."""
+"""Checkpoints: what they hold, and what is loaded back or refused."""
 
 from __future__ import annotations
 
@@ -13,27 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from buffer.experts.tokenizer import character_tokenizer
-from learner import checkpoint as checkpoint_module
-from learner.checkpoint import (
-    Progress,
-    checkpoints_of,
-    read_progress,
-    read_training_state,
-    save_checkpoint,
-)
+from learner.checkpoint import check_contract, read_progress, read_training_state, take_snapshot
 from learner.model import load_policy
 from learner.model_files import load_weights
 from learner.settings import ScratchModelSettings
+from tests.checkpoints import CONTRACT, progress_at, save_checkpoint
 
 TOKENIZER = character_tokenizer("0123456789")
-PROGRESS = Progress(
-    stage="trunk",
-    step=7,
-    stage_steps=40,
-    policy_version=3,
-    first_policy_version=1,
-    expert_stream={"epoch": 1, "rows": 9},
-)
+PROGRESS = progress_at(7, metrics={"loss": 0.5})
 STATE = {"step": 7, "random_state": torch.arange(5, dtype=torch.uint8), "nested": {"lr": [0.1, 0.2], "none": None}}
 
 
@@ -51,9 +38,8 @@ def model() -> PreTrainedModel:
 def save(model, tmp_path):
     """Saves the module's model at a step; gives the checkpoint's path."""
 
-    def save_step(step: int, keep: int = 2, policy_version: int = 3) -> Path:
-        progress = replace(PROGRESS, step=step, policy_version=policy_version)
-        return save_checkpoint(tmp_path, model, TOKENIZER, progress, STATE, keep)
+    def save_step(step: int) -> Path:
+        return save_checkpoint(tmp_path, model, TOKENIZER, replace(PROGRESS, step=step), STATE)
 
     return save_step
 
@@ -84,8 +70,8 @@ def test_progress_and_training_state_come_back(save):
     path = save(7)
     assert read_progress(path) == PROGRESS
     assert not read_progress(path).finished
-    assert read_progress(save(40)).finished
     state = read_training_state(path)
+    assert read_progress(save(40)).finished
     assert torch.equal(state["random_state"], STATE["random_state"])
     assert {name: value for name, value in state.items() if name != "random_state"} == {
         name: value for name, value in STATE.items() if name != "random_state"
@@ -99,7 +85,7 @@ def test_training_state_is_read_without_running_code(save):
         read_training_state(path)
 
 
-@pytest.mark.parametrize("text", [None, "", "[1]", '{"stage": "trunk"}', '{"stage": "trunk", "other": 1}'])
+@pytest.mark.parametrize("text", [None, "", "[1]", '{"stage": "trunk"}', '{"contract": {}, "other": 1}'])
 def test_what_is_no_progress_is_refused_with_its_place(save, text):
     path = save(7)
     (path / "progress.json").unlink()
@@ -109,104 +95,10 @@ def test_what_is_no_progress_is_refused_with_its_place(save, text):
         read_progress(path)
 
 
-def test_the_newest_are_kept_in_order_of_their_numbers(save, tmp_path):
-    assert checkpoints_of(tmp_path / "absent") == []
-    for step in (5, 999_999, 1_000_000, 1_000_001):
-        save(step, keep=2)
-    assert [path.name for path in checkpoints_of(tmp_path)] == ["step-1000000", "step-1000001"]
-    assert {path.name for path in tmp_path.iterdir()} == {"step-1000000", "step-1000001"}
-
-
-def test_what_is_not_a_checkpoint_is_neither_listed_nor_removed(save, tmp_path):
-    for name in ("step-7", "step-000001x", "notes"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "step-000003").write_text("a file")
-    save(7, keep=1)
-    save(8, keep=1)
-    assert [path.name for path in checkpoints_of(tmp_path)] == ["step-000008"]
-    assert {"step-000001x", "notes", "step-000003", "step-7"} <= {path.name for path in tmp_path.iterdir()}
-
-
-def test_keeping_none_is_a_mistake(save):
-    with pytest.raises(AssertionError):
-        save(7, keep=0)
-
-
-class KilledError(Exception):
-    """Stands for the death of the process: nothing after it runs."""
-
-
-def die_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:
-    """Let the `call`-th use of a function (from 0) end the process instead."""
-    original, calls = getattr(owner, name), iter(range(10**6))
-
-    def dying(*args, **kwargs):
-        if next(calls) == call:
-            raise KilledError
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, dying)
-
-
-MOMENTS = [
-    (checkpoint_module.torch, "save", 0),
-    (checkpoint_module.json, "dumps", 0),
-    (checkpoint_module.os, "fsync", 0),
-    (checkpoint_module.os, "fsync", 5),
-    (checkpoint_module.Path, "rename", 0),
-    (checkpoint_module.Path, "rename", 1),
-    (checkpoint_module.Path, "rename", 2),
-    (checkpoint_module.shutil, "rmtree", 0),
-    (checkpoint_module.os, "rmdir", 0),
-    (checkpoint_module.os, "unlink", 3),
-]
-
-
-@pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
-@pytest.mark.parametrize(("owner", "name", "call"), MOMENTS, ids=[f"{name}-{call}" for _, name, call in MOMENTS])
-def test_a_kill_at_any_moment_leaves_a_complete_newest_checkpoint(
-    save, model, tmp_path, monkeypatch, owner, name, call, again
-):
-    """With keep=1 and the same step saved again (a resumed run that had nothing left to do) too."""
-    save(7, keep=1, policy_version=3)
-    with monkeypatch.context() as patch:
-        die_at(patch, owner, name, call)
-        try:
-            save(7 if again else 8, keep=1, policy_version=4)
-        except KilledError:
-            killed = True
-        else:
-            killed = False
-    found = checkpoints_of(tmp_path)
-    assert found, "no checkpoint is left"
-    for path in found:
-        assert read_progress(path).policy_version in (3, 4)
-        read_training_state(path)
-        load_weights(make_model(seed=1), path)
-        AutoTokenizer.from_pretrained(path)
-    assert killed or read_progress(found[-1]).policy_version == 4
-
-    # The process that comes after it ends with one checkpoint and nothing half-written.
-    save(8, keep=1, policy_version=5)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000008"]
-    assert read_progress(tmp_path / "step-000008").policy_version == 5
-
-
-def test_a_left_over_folder_is_ignored_and_replaced(save, tmp_path):
-    left = tmp_path / "step-000008.tmp"
-    left.mkdir()
-    (left / "model-00001-of-00002.safetensors").write_text("half of it")
-    assert checkpoints_of(tmp_path) == []
-    path = save(8)
-    assert checkpoints_of(tmp_path) == [path]
-    assert not (path / "model-00001-of-00002.safetensors").exists()
-    assert not left.exists()
-
-
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"architecture": "gpt2"}, {"dtype": "bfloat16"}])
 def test_weights_are_loaded_in_place(tmp_path, changes):
     source, target = make_model(seed=1, **changes), make_model(seed=2, **changes)
-    path = save_checkpoint(tmp_path, source, TOKENIZER, PROGRESS, STATE, 1)
+    path = save_checkpoint(tmp_path, source, TOKENIZER, PROGRESS, STATE)
     memory = {name: tensor.data_ptr() for name, tensor in target.state_dict().items()}
     parameters = list(target.parameters())
     load_weights(target, path)
@@ -270,13 +162,46 @@ def test_a_tied_checkpoint_does_not_fit_an_untied_model(save):
 
 
 def test_an_untied_checkpoint_does_not_fit_a_tied_model(tmp_path):
-    path = save_checkpoint(tmp_path, make_model(tie_embeddings=False), TOKENIZER, PROGRESS, STATE, 1)
+    path = save_checkpoint(tmp_path, make_model(tie_embeddings=False), TOKENIZER, PROGRESS, STATE)
     with pytest.raises(ValueError, match="the model ties them"):
         load_weights(make_model(), path)
 
 
 def test_progress_is_readable_json(save):
-    assert json.loads((save(7) / "progress.json").read_text(encoding="utf-8"))["expert_stream"] == {
-        "epoch": 1,
-        "rows": 9,
-    }
+    found = json.loads((save(7) / "progress.json").read_text(encoding="utf-8"))
+    assert found["expert_stream"] == {"epoch": 1, "rows": 9}
+    assert found["metrics"] == {"loss": 0.5}
+    assert found["contract"]["backspace_id"] == CONTRACT.backspace_id
+
+
+def test_tokens_that_mean_something_else_are_refused():
+    check_contract(PROGRESS, CONTRACT, "here")
+    with pytest.raises(ValueError, match=r"checkpoint here was trained with other tokens .*'abc'.* than this run has"):
+        check_contract(PROGRESS, replace(CONTRACT, tokenizer_hash="other"), "here")
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}])
+def test_a_snapshot_shares_nothing_with_what_goes_on(tmp_path, changes):
+    """Weights, optimizer state and random state change in place with the next step, while the snapshot is written."""
+    model = make_model(**changes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.tensor([[4, 5, 6]]), labels=torch.tensor([[4, 5, 6]])).loss.backward()
+        optimizer.step()
+
+    step()
+    state = {"optimizer": optimizer.state_dict(), "random_state": torch.get_rng_state()}
+    before, moment = weights_of(model), optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    snapshot = take_snapshot(model, TOKENIZER, PROGRESS, state)
+    step()
+    torch.rand(1)
+    model.config.backspace_token_id = 99
+    snapshot.write(tmp_path)
+    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path).state_dict(), before)
+    assert json.loads((tmp_path / "config.json").read_text())["backspace_token_id"] != 99
+    read = read_training_state(tmp_path)
+    assert torch.equal(read["optimizer"]["state"][0]["exp_avg"], moment)
+    assert not torch.equal(moment, optimizer.state_dict()["state"][0]["exp_avg"]), "the next step moved it"
+    assert read["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]

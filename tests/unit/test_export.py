@@ -19,17 +19,15 @@ from launch.export import export
 from launch.recipe import read_recipe
 from launch.run_folder import create_run_folder
 from learner.adapter_settings import AdapterSettings
-from learner.checkpoint import Progress, save_checkpoint
 from learner.model import Policy, load_policy
 from learner.settings import PretrainedModelSettings
+from tests.checkpoints import progress_at, save_checkpoint
 from tests.unit.test_adapters import train_a_little
 from tests.unit.test_model import saved, word_tokenizer
 
 TEXT = "w5 w6 w7"
 BACKSPACE = 16
-PROGRESS = Progress(
-    stage="sequencematch", step=40, stage_steps=60, policy_version=3, first_policy_version=0, expert_stream={}
-)
+PROGRESS = progress_at(40, stage="sequencematch", stage_steps=60)
 STATE = {"step": 40}
 
 

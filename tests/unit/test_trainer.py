@@ -20,7 +20,7 @@ from buffer.schema import trajectory_schema
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
 from learner.action_values import action_values
 from learner.batch_source import BatchSource
-from learner.checkpoint import Progress, read_progress, read_training_state, save_checkpoint
+from learner.checkpoint import read_progress, read_training_state
 from learner.micro_batches import TreeSettings, build_micro_batches
 from learner.model import load_policy
 from learner.model_files import load_weights
@@ -30,6 +30,7 @@ from learner.settings import ScratchModelSettings
 from learner.stage_settings import StageSettings
 from learner.trainer import Trainer
 from learner.tree_policy import TreePolicy
+from tests.checkpoints import progress_at, save_checkpoint
 
 SEED = 5
 OPTIMIZER = {"learning_rate": 5e-3, "warmup_steps": 3}
@@ -205,7 +206,7 @@ def test_stopping_and_going_on_changes_nothing(task, tmp_path, objective, stop_a
     first, stream = make_model(task, seed=3), make_stream(task)
     trainer = make_trainer(task, first, stage, stream)
     losses = [row["loss"] for row in train(trainer, stop_at)]
-    progress = Progress("s", trainer.step, steps, 0, 0, expert_stream=stream.state())
+    progress = progress_at(trainer.step, stage_steps=steps, expert_stream=stream.state())
     path = save_checkpoint(tmp_path, first, task.tokenizer, progress, trainer.state(), keep=1)
     del trainer, first, stream
 

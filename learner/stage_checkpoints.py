@@ -1,0 +1,109 @@
+"""The checkpoints of the stage under way: all ranks take part in a snapshot, rank 0 has it written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from buffer.schema import TokenContract
+from learner.checkpoint import Progress, take_snapshot
+from learner.checkpoint_store import CheckpointStore
+from learner.checkpoint_writer import CheckpointWriter, MetricMeans
+from learner.model_files import take_part_in_snapshot
+from learner.ranks import Ranks
+from learner.stage_settings import LearnerSettings, StageSettings
+from learner.trainer import Trainer
+
+
+class StageCheckpoints:
+    """Saves one stage; every rank calls the same methods in the same order."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        store: CheckpointStore,
+        settings: LearnerSettings,
+        stage: StageSettings,
+        first_version: int,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        contract: TokenContract,
+        on_durable: Callable[[Progress], None],
+    ) -> None:
+        """Args:
+        first_version: see `Progress`. on_durable: see `CheckpointWriter`; called at rank 0.
+        """
+        self._stage = stage
+        self._first_version = first_version
+        self._model = model
+        self._tokenizer = tokenizer
+        self._contract = contract
+        self._means = MetricMeans(settings.checkpoint_best_metric)
+        self._saved_step: int | None = None
+        self._writer = (
+            CheckpointWriter(
+                store,
+                settings.keep_checkpoints,
+                settings.checkpoint_best_metric,
+                settings.checkpoint_timeout_s,
+                on_durable,
+            )
+            if ranks.leads
+            else None
+        )
+
+    def after_step(self, metrics: dict[str, float]) -> None:
+        """Take note of a step, and of a write that has ended.
+
+        Raises:
+            CheckpointWriteError: it failed. ValueError: the metrics lack `checkpoint_best_metric`.
+        """
+        self._means.add(metrics)
+        if self._writer is not None:
+            self._writer.poll()
+
+    def save(self, trainer: Trainer, expert_position: dict[str, int], policy_version: int) -> None:
+        """Begin to write a checkpoint of now, unless there is one of this step already; waits for the one before.
+
+        Raises:
+            TimeoutError, CheckpointWriteError: see `CheckpointWriter.wait`.
+        """
+        if self._saved_step == trainer.step:
+            return
+        self._saved_step = trainer.step
+        state = trainer.state()
+        if self._writer is None:
+            take_part_in_snapshot(self._model)
+            return
+        self._writer.wait()  # before the copy: no more than one snapshot is in memory
+        progress = Progress(
+            stage=self._stage.name,
+            step=trainer.step,
+            stage_steps=self._stage.steps,
+            policy_version=policy_version,
+            first_policy_version=self._first_version,
+            expert_stream=expert_position,
+            contract=self._contract,
+            metrics=self._means.take(),
+        )
+        self._writer.submit(take_snapshot(self._model, self._tokenizer, progress, state))
+
+    def wait(self) -> None:
+        """Wait for the last write.
+
+        Raises:
+            TimeoutError, CheckpointWriteError: see `CheckpointWriter.wait`.
+        """
+        if self._writer is not None:
+            self._writer.wait()
+
+    def __enter__(self) -> StageCheckpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(kind, error, trace)

@@ -1,0 +1,43 @@
+"""Checkpoints for tests, written without a run around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from buffer.schema import TokenContract
+from learner.checkpoint import Progress, TrainingState, take_snapshot
+from learner.checkpoint_store import LocalCheckpoints, remove_superseded
+
+CONTRACT = TokenContract(vocab_size=16, backspace_id=3, eos_id=2, tokenizer_hash="abc")
+
+
+def progress_at(step: int, **changes: object) -> Progress:
+    """Progress of a stage of 40 steps."""
+    fields = {
+        "stage": "trunk",
+        "step": step,
+        "stage_steps": 40,
+        "policy_version": 3,
+        "first_policy_version": 1,
+        "expert_stream": {"epoch": 1, "rows": 9},
+        "contract": CONTRACT,
+    }
+    return Progress(**{**fields, **changes})
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+    state: TrainingState,
+    keep: int = 1,
+    best_metric: str | None = None,
+) -> Path:
+    """Write a checkpoint into the folder of its stage and delete what is not kept; gives its path."""
+    store = LocalCheckpoints(folder)
+    store.write(progress.step, take_snapshot(model, tokenizer, progress, state).write)
+    remove_superseded(store, keep, best_metric)
+    return store.folder(progress.step)
