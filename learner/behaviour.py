@@ -47,13 +47,10 @@ def distribution_metrics(name: str, samples: Int64) -> dict[str, float]:
 
 
 def finish_behaviour_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """From combined shares to means over the compared actions; a group without any is left out."""
+    """From combined shares to means over the compared actions; 0 where none was compared, as their share then says."""
     finished = dict(metrics)
     for suffix in ("", "_stale"):
         share = finished.get(f"log_prob_compared{suffix}_share", 0.0)
         if share > 0.0:
             finished[f"log_prob_mismatch{suffix}_mean"] /= share
-        else:
-            finished.pop(f"log_prob_mismatch{suffix}_mean", None)
-            finished.pop(f"log_prob_mismatch{suffix}_max_abs", None)
     return finished

@@ -331,6 +331,15 @@ def test_a_tail_outside_the_domain_counts(model):
     assert float(metrics["phi_outside_share"]) == 0.5
 
 
+def test_the_tail_of_a_truncated_log_is_no_argument_of_phi(model):
+    tree = build([Log([1], [], finish_reason="aborted"), Log([1], [5], finish_reason="max_actions")])
+    values = action_values(model, tree, BACKSPACE)
+    down = dataclasses.replace(values, q=values.q + 9.0, v_final=values.v_final - 1000.0)
+    objective = make_objective(settings(divergence="kl"))
+    _, metrics = objective.data_loss(EvaluatedLogs(tree, down, LogCounts.of([tree])), step=0)
+    assert float(metrics["phi_outside_share"]) == 0.0
+
+
 def test_inside_the_domain_nothing_stops(model):
     objective = make_objective(settings(divergence="kl", domain_policy="stop", alpha=0.01))
     _, metrics = objective.data_loss(evaluate(model, DATA), step=0)

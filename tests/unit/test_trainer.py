@@ -365,7 +365,7 @@ def test_the_step_tells_how_rollouts_differ_from_the_learner(task):
     # All stored log-probabilities are -1, and the untrained learner is close to uniform.
     assert metrics["log_prob_mismatch_mean"] == pytest.approx(np.log(len(task.tokenizer)) - 1, abs=0.3)
     assert metrics["log_prob_mismatch_max_abs"] > metrics["log_prob_mismatch_mean"]
-    assert "log_prob_mismatch_stale_mean" not in metrics
+    assert metrics["log_prob_compared_stale_share"] == 0.0
 
 
 def test_rollouts_reach_an_objective_that_needs_them(task):
