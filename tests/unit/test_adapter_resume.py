@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from learner.adapter_settings import AdapterSettings
 from learner.adapters import adapter_tensors, add_adapters
-from learner.checkpoint import Progress, read_training_state, save_checkpoint
+from learner.checkpoint import read_training_state
 from learner.model_files import load_weights
 from learner.objectives.registry import make_objective
 from learner.publication import publication_tensors
@@ -21,6 +21,7 @@ from learner.quantization import quantise_linear_layers
 from learner.stage_settings import StageSettings
 from learner.trainer import Trainer
 from learner.tree_policy import TreePolicy
+from tests.checkpoints import progress_at, save_checkpoint
 from tests.random_logs import CLONING, MATCHING, TREES, random_logs
 from tests.tiny_models import tiny_model
 from tests.trajectories import BACKSPACE
@@ -88,8 +89,7 @@ def test_stopping_and_going_on_changes_nothing(tmp_path: Path, objective, quanti
     first = adapted(quantised=quantised, dtype=dtype)
     trainer = make_trainer(first, objective)
     found = [trainer.train_step()["loss"] for _ in range(STOP_AT)]
-    progress = Progress("s", trainer.step, STEPS, 0, 0, expert_stream={})
-    path = save_checkpoint(tmp_path, first, word_tokenizer(), progress, trainer.state(), keep=1)
+    path = save_checkpoint(tmp_path, first, word_tokenizer(), progress_at(trainer.step), trainer.state())
 
     second = adapted(quantised=quantised, dtype=dtype)
     trainer = make_trainer(second, objective, drawn=STOP_AT)
