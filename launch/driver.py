@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import ray
 from ray.actor import ActorHandle
 from rich.console import Console
+from rich.markup import escape
 
 from actors.engine_settings import engine_environment
 from actors.pool import ActorPool
@@ -79,6 +80,7 @@ class _Crew:
         self._buffer: ActorHandle | None = None
         self._pool: ActorHandle | None = None
         self._stopping_since: float | None = None
+        self._warnings_told = 0
         self._learner = self._create_learner()
 
     def run(self) -> RunOutcome:
@@ -201,6 +203,7 @@ class _Crew:
             try:
                 if call.finished(POLL_S):
                     assert isinstance(call.result, StageResult)
+                    self._refresh()  # the last warnings
                     return call.result
                 self._refresh()
                 if self._stopping_since is not None and time.monotonic() - self._stopping_since > STOP_TIMEOUT_S:
@@ -217,6 +220,10 @@ class _Crew:
         view = self._live.view
         status = self._learner.leader.status.options(concurrency_group="control").remote()
         view.learner = self._ask(status, view.learner, "the learner")
+        if view.learner is not None:
+            for warning in view.learner.warnings[self._warnings_told :]:
+                self._live.say(f"[yellow]{escape(warning)}[/yellow]")
+            self._warnings_told = len(view.learner.warnings)
         if self._pool is not None and self._buffer is not None:
             view.pool = self._ask(self._pool.status.remote(), view.pool, "the actor pool")
             view.buffer = self._ask(self._buffer.status.remote(), view.buffer, "the replay buffer")

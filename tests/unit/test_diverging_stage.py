@@ -1,0 +1,55 @@
+"""A stage whose training diverges ends with an error that names why, and with the weights of its last good step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from buffer.settings import ArithmeticTaskSettings, NoiseSettings
+from learner.checkpoint import read_progress, read_training_state
+from learner.checkpoint_store import checkpoints_of
+from learner.settings import ScratchModelSettings
+from learner.stage_settings import LearnerSettings, StageSettings
+from learner.worker import LearnerSpec, LearnerWorker
+
+TASK = ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4)
+MODEL = ScratchModelSettings(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32, max_positions=40)
+
+
+def worker_in(folder: Path) -> LearnerWorker:
+    noise = NoiseSettings(kind="none", rate=0.0)
+    worker = LearnerWorker(LearnerSpec(MODEL, TASK, noise, LearnerSettings(), str(folder), seed=3, trackers=()))
+    worker.prepare()
+    return worker
+
+
+def stage_of(objective: dict[str, object], **optimizer: object) -> StageSettings:
+    return StageSettings.model_validate(
+        {"name": "only", "objective": objective, "steps": 5, "batch_size": 4, "optimizer": optimizer}
+    )
+
+
+def test_a_gradient_that_is_not_finite(tmp_path):
+    worker = worker_in(tmp_path)
+    stage = stage_of({"name": "mle"}, learning_rate=1e30, warmup_steps=0, schedule="constant")
+    with pytest.raises(FloatingPointError, match=r"^step 1: loss \S+, gradient norm nan; .* inside the model$"):
+        worker.run_stage(stage)
+    (checkpoint,) = checkpoints_of(tmp_path / "checkpoints" / "only")
+    assert read_progress(checkpoint).step == 1
+    assert read_training_state(checkpoint)["step"] == 1
+    assert read_progress(checkpoint).expert_stream["rows"] == 4  # of the step that was good
+    rows = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1]
+
+
+def test_leaving_the_domain_of_a_divergence(tmp_path):
+    """Large logits at the start, and an alpha that no divergence with a domain stands."""
+    worker = worker_in(tmp_path)
+    objective = {"name": "sequencematch", "divergence": "hellinger", "alpha": 3.0, "domain_policy": "stop"}
+    with pytest.raises(ArithmeticError, match=r"^step 0: \S+ % of alpha r .* divergence hellinger .* Lower alpha"):
+        worker.run_stage(stage_of(objective))
+    (checkpoint,) = checkpoints_of(tmp_path / "checkpoints" / "only")
+    assert read_progress(checkpoint).step == 0
+    assert not read_training_state(checkpoint)["optimizer"]["state"]  # no step was taken
