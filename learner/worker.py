@@ -30,6 +30,7 @@ from learner.metrics_log import MetricsLog
 from learner.micro_batches import TreeSettings
 from learner.model import load_policy
 from learner.model_files import load_weights
+from learner.objectives.base import OutsideDomainError
 from learner.objectives.registry import make_objective
 from learner.publisher import WeightPublisher, make_probe, take_part_in_publication
 from learner.ranks import Ranks, join_ranks, open_rendezvous
@@ -215,7 +216,7 @@ class LearnerWorker:
             while not trainer.finished:
                 try:
                     metrics = trainer.train_step()
-                except ArithmeticError:  # the weights are those of the last good step
+                except (FloatingPointError, OutsideDomainError):  # at every rank; the weights are of the last good step
                     checkpoints.save(trainer, position, self._newest_version())
                     raise
                 except StopRequestedError:
