@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.errors import UserError
-from launch.evaluation_task import CHECKPOINTS_FOLDER
+from launch.evaluation_task import run_of
 from launch.export_card import card_facts
 from launch.run_folder import CONFIG_FILE, open_run_folder
 
@@ -37,7 +37,7 @@ def export(source: Path, out: Path, *, adapter_only: bool = False, license_id: s
     """
     if out.exists():
         raise UserError(f"{out} exists already: name a folder that does not, or remove it")
-    checkpoint = find_checkpoint(source)
+    checkpoint, run = find_checkpoint(source)
     from transformers import AutoTokenizer
 
     from learner.checkpoint import read_progress
@@ -48,7 +48,7 @@ def export(source: Path, out: Path, *, adapter_only: bool = False, license_id: s
     if adapter_only and not (checkpoint / ADAPTER_FOLDER).is_dir():
         raise UserError(f"{checkpoint} has no adapters, it was trained in full: export it without --adapter-only")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    facts = card_facts(checkpoint, progress, license_id)
+    facts = card_facts(checkpoint, run, progress, license_id)
     temporary = out.with_name(f"{out.name}.tmp")
     if temporary.exists():
         shutil.rmtree(temporary)  # of an export that was killed
@@ -68,23 +68,24 @@ def export(source: Path, out: Path, *, adapter_only: bool = False, license_id: s
     return Export(checkpoint, out, facts.license)
 
 
-def find_checkpoint(source: Path) -> Path:
-    """`source` itself, or if it is a run folder its newest checkpoint of the last stage that has one.
+def find_checkpoint(source: Path) -> tuple[Path, Path | None]:
+    """A checkpoint and the run folder behind it, if it has one. For a run its newest checkpoint, of the last stage that
+    has any, fetched if it lies elsewhere.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none. ValueError, OSError: it cannot be fetched.
     """
     if (source / CONFIG_FILE).is_file():
-        from learner.checkpoint_store import checkpoints_of
+        from launch.run_checkpoints import stage_checkpoints
 
-        folder, settings = open_run_folder(source)
-        for stage in reversed(settings.stages):
-            if found := checkpoints_of(folder / CHECKPOINTS_FOLDER / stage.name):
-                return found[-1]
+        run, settings = open_run_folder(source)
+        for store in reversed(stage_checkpoints(settings, run).values()):
+            if steps := store.steps():
+                return store.folder(steps[-1]), run
         raise UserError(f"run {source} has no checkpoint yet: `sequencematch train --resume {source}` goes on with it")
     if not (source / "config.json").is_file():
         raise UserError(
             f"{source} is neither a run folder nor a checkpoint: it has no {CONFIG_FILE} and no config.json (a run "
             "keeps its checkpoints in RUN/checkpoints/STAGE/step-N)"
         )
-    return source
+    return source, run_of(source)

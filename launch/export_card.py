@@ -1,4 +1,4 @@
-"""What the card of an export tells: gathered from the checkpoint and, where it lies in one, from its run."""
+"""What the card of an export tells: gathered from the checkpoint and, where it has one, from its run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from buffer.settings import Settings
 from launch.base_license import base_license
-from launch.evaluation_task import run_of
 from launch.run_folder import open_run_folder, read_versions
 from launch.settings import RunSettings
 from learner.settings import PretrainedModelSettings
@@ -20,8 +19,9 @@ if TYPE_CHECKING:
     from learner.model_card import CardFacts
 
 
-def card_facts(checkpoint: Path, progress: Progress, license_id: str | None) -> CardFacts:
-    """Facts of a checkpoint. license_id: None takes the licence of the base model, if that can be found.
+def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_id: str | None) -> CardFacts:
+    """Facts of a checkpoint. run: folder of the run that made it. license_id: None takes the licence of the base model,
+    if that can be found.
 
     Raises:
         UserError: the run's configuration cannot be read. ValueError: the base model's package is not installed.
@@ -29,7 +29,6 @@ def card_facts(checkpoint: Path, progress: Progress, license_id: str | None) -> 
     from learner.model_card import CardFacts
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    run = run_of(checkpoint)
     settings = None if run is None else open_run_folder(run)[1]
     base = None
     if settings is not None and isinstance(settings.model, PretrainedModelSettings):

@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.export import export
 from launch.recipe import read_recipe
+from launch.run_checkpoints import stage_checkpoints
 from launch.run_folder import create_run_folder
 from learner.adapter_settings import AdapterSettings
+from learner.checkpoint import take_snapshot
 from learner.model import Policy, load_policy
 from learner.settings import PretrainedModelSettings
 from tests.checkpoints import progress_at, save_checkpoint
@@ -237,6 +239,24 @@ def test_a_killed_export_is_done_again(run, base, tmp_path):
     out = export(run, tmp_path / "out").out
     assert not left.exists()
     assert not (out / "half").exists()
+
+
+@pytest.mark.parametrize("place", ["memory://exported", "file://{folder}/elsewhere"])
+def test_checkpoints_that_lie_elsewhere_are_fetched(base, tmp_path, place):
+    url = place.format(folder=tmp_path)
+    overrides = [f"runs_folder={tmp_path}/runs", f"model.name={base}", f"learner.checkpoint_dir={url}"]
+    settings = read_recipe(Path("launch/recipes/text_lora_cpu.yaml"), overrides)
+    run = create_run_folder(settings)
+    policy = trained(base, adapters=True)
+    store = stage_checkpoints(settings, run)[PROGRESS.stage]
+    store.write(PROGRESS.step, take_snapshot(policy.model, policy.tokenizer, PROGRESS, STATE).write)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # the copy that was written first
+    done = export(run, tmp_path / "out")
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(done.out)), logits(policy.model), atol=1e-5, rtol=0
+    )
+    assert "| data | text (dataset=sotu" in (done.out / "README.md").read_text(encoding="utf-8")
+    assert (export(run, tmp_path / "adapter", adapter_only=True).out / "adapter_config.json").is_file()
 
 
 def test_a_checkpoint_alone_knows_less_and_is_exported_all_the_same(run, base, tmp_path):
