@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from launch.bench.hardware import hardware
 from launch.bench.learner_load import TrainingLoad, make_load
@@ -24,7 +24,7 @@ from launch.bench.tiny_llama import write_tiny_llama
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from launch.bench.learner_sides import Side, SideName
+    from launch.bench.learner_sides import Moment, Side, SideName
 
 ROLLOUTS_PER_PROMPT = 8
 
@@ -55,21 +55,18 @@ class LearnerBenchmark:
         Returns:
             JSON object. `ratio_to_hf_trainer` and `ratio_to_trl_sft`: our trained tokens per second over theirs on
             `plain`; `ratio_shared_prompt`: over the Hugging Face trainer on `shared`; `sharing_ratio`: nodes unshared
-            over nodes there; `loss`: of each over its first steps.
+            over nodes there; `loss`: of each over its first steps; `by_cpu_time`: the same ratios in time of this
+            process, which a busy machine disturbs less.
         """
         plain = self._compare(self.plain, ("ours", "hf_trainer", "trl_sft"))
         shared = self._compare(self.shared, ("ours", "hf_trainer"))
         by_size = self._nodes_per_s()
         return {
-            "ratio_to_hf_trainer": plain.rates["ours"] / plain.rates["hf_trainer"],
-            "ratio_to_trl_sft": plain.rates["ours"] / plain.rates["trl_sft"],
-            "ratio_shared_prompt": shared.rates["ours"] / shared.rates["hf_trainer"],
+            **_ratios(plain.rates, shared.rates, by_size, "wall_s"),
+            "by_cpu_time": _ratios(plain.rates, shared.rates, by_size, "cpu_s"),
             "sharing_ratio": shared.sharing_ratio,
             "padding_share": shared.padding_share,
-            "actions_per_s": {"plain": plain.rates, "shared_prompt": shared.rates},
             "loss": {"plain": plain.losses, "shared_prompt": shared.losses},
-            "nodes_per_s": {str(size): rate for size, rate in by_size.items()},
-            "nodes_per_s_slowest_over_fastest": min(by_size.values()) / max(by_size.values()),
             "model": self.model_name,
             "num_parameters": self.model.num_parameters(),
             "batch": self.plain.batch,
@@ -87,37 +84,67 @@ class LearnerBenchmark:
         sides: dict[SideName, Side] = {
             name: ours if name == "ours" else LibrarySide(self.model, load, name) for name in names
         }
-        rates: dict[str, list[float]] = {name: [] for name in names}
+        elapsed: dict[str, list[Moment]] = {name: [] for name in names}
         losses: dict[str, float] = {}
         for repetition in range(self.repetitions):
             # Who goes first alternates, so that a drift of the machine favours nobody.
             for name in names if repetition % 2 == 0 else reversed(names):
-                rates[name].append(self.steps * load.actions_per_step / sides[name].run(self.steps))
+                elapsed[name].append(sides[name].run(self.steps))
                 losses.setdefault(name, sides[name].loss)
-        medians = {name: statistics.median(found) for name, found in rates.items()}
-        return _Comparison(medians, losses, ours.sharing_ratio, ours.padding_share)
+        rates = _rates(elapsed, self.steps * load.actions_per_step)
+        return _Comparison(rates, losses, ours.sharing_ratio, ours.padding_share)
 
-    def _nodes_per_s(self) -> dict[int, float]:
-        """Median of nodes per second for each size of the micro-batches that one draw is cut into."""
+    def _nodes_per_s(self) -> Rates:
+        """For each size of the micro-batches that one draw is cut into."""
         from launch.bench.learner_sides import OurSide
 
         load, sizes = self.plain, self.nodes_per_batch
-        rates: dict[int, list[float]] = {size: [] for size in sizes}
+        elapsed: dict[str, list[Moment]] = {str(size): [] for size in sizes}
         for repetition in range(self.repetitions):
             for size in sizes if repetition % 2 == 0 else reversed(sizes):
-                seconds = OurSide(self.model, load, size).run(self.steps)  # one copy of the model at a time
-                rates[size].append(self.steps * load.batch * load.length / seconds)
-        return {size: statistics.median(found) for size, found in rates.items()}
+                side = OurSide(self.model, load, size)  # one copy of the model at a time
+                elapsed[str(size)].append(side.run(self.steps))
+        return _rates(elapsed, self.steps * load.batch * load.length)
+
+
+Clock = Literal["wall_s", "cpu_s"]
+
+Rates = dict[str, dict[Clock, float]]
+"""Of each competitor: median per second of wall-clock time, and of the process's own."""
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """rates: median of trained tokens per second of each side. losses: of each over its first steps."""
+    """rates: of trained tokens. losses: of each side over its first steps."""
 
-    rates: dict[str, float]
+    rates: Rates
     losses: dict[str, float]
     sharing_ratio: float
     padding_share: float
+
+
+def _rates(elapsed: dict[str, list[Moment]], amount: int) -> Rates:
+    return {
+        name: {
+            "wall_s": amount / statistics.median(each.wall_s for each in found),
+            "cpu_s": amount / statistics.median(each.cpu_s for each in found),
+        }
+        for name, found in elapsed.items()
+    }
+
+
+def _ratios(plain: Rates, shared: Rates, by_size: Rates, clock: Clock) -> dict[str, object]:
+    plain_rates, shared_rates, nodes_per_s = (
+        {name: each[clock] for name, each in rates.items()} for rates in (plain, shared, by_size)
+    )
+    return {
+        "ratio_to_hf_trainer": plain_rates["ours"] / plain_rates["hf_trainer"],
+        "ratio_to_trl_sft": plain_rates["ours"] / plain_rates["trl_sft"],
+        "ratio_shared_prompt": shared_rates["ours"] / shared_rates["hf_trainer"],
+        "actions_per_s": {"plain": plain_rates, "shared_prompt": shared_rates},
+        "nodes_per_s": nodes_per_s,
+        "nodes_per_s_slowest_over_fastest": min(nodes_per_s.values()) / max(nodes_per_s.values()),
+    }
 
 
 def prepare_learner_benchmark(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from datasets import Dataset
@@ -38,13 +38,29 @@ LEARNING_RATE = 1e-4
 SideName = Literal["ours", "hf_trainer", "trl_sft"]
 
 
+class Moment(NamedTuple):
+    """A point in time, or what lies between two. cpu_s: of this process; says more than wall_s on a busy machine."""
+
+    wall_s: float
+    cpu_s: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        """The present."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, earlier: Moment) -> Moment:
+        """What lies between."""
+        return Moment(self.wall_s - earlier.wall_s, self.cpu_s - earlier.cpu_s)
+
+
 class Side(Protocol):
     """One trainer with its own copy of the model. loss: mean per trained token over the newest run."""
 
     loss: float
 
-    def run(self, steps: int) -> float:
-        """Seconds that `steps` steps took, after one that does not count; from the first row of the load."""
+    def run(self, steps: int) -> Moment:
+        """What `steps` steps took, after one that does not count; from the first row of the load."""
         ...
 
 
@@ -72,29 +88,29 @@ class OurSide:
         self.sharing_ratio = float("nan")
         self.padding_share = float("nan")
 
-    def run(self, steps: int) -> float:
+    def run(self, steps: int) -> Moment:
         """See `Side`."""
         self._source.rewind()
         metrics = [self._trainer.train_step()]
-        started = time.perf_counter()
+        started = Moment.now()
         metrics += [self._trainer.train_step() for _ in range(steps)]
-        seconds = time.perf_counter() - started
+        elapsed = Moment.now().since(started)
         self.loss = sum(row["loss"] for row in metrics) / len(metrics)
         self.sharing_ratio = metrics[-1]["sharing_ratio"]
         self.padding_share = metrics[-1]["padding_share"]
-        return seconds
+        return elapsed
 
 
 class _StepTimes(TrainerCallback):  # type: ignore[misc]
     """When each step ended."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[Moment] = []
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(Moment.now())
 
 
 class LibrarySide:
@@ -131,13 +147,13 @@ class LibrarySide:
         self._trainer.remove_callback(PrinterCallback)
         self.loss = float("nan")
 
-    def run(self, steps: int) -> float:
+    def run(self, steps: int) -> Moment:
         """See `Side`."""
         self._times.ends.clear()
         self._trainer.args.max_steps = steps + 1
         self.loss = float(self._trainer.train().training_loss)
         assert len(self._times.ends) == steps + 1
-        return self._times.ends[-1] - self._times.ends[0]
+        return self._times.ends[-1].since(self._times.ends[0])
 
 
 def _make_hugging_face_trainer(

@@ -26,6 +26,8 @@ def test_the_trainers_do_the_same_work() -> None:
         # Equal but for the mass of backspace at the first action, which only we leave out.
         for loss in losses.values():
             assert loss == pytest.approx(losses["hf_trainer"], abs=2e-3)
+    assert found["by_cpu_time"].keys() < found.keys()
+    assert all(value > 0 for name, value in found["by_cpu_time"].items() if name.startswith("ratio"))
     assert set(found["actions_per_s"]["plain"]) == {"ours", "hf_trainer", "trl_sft"}
     render_learner_benchmark(found)
 
