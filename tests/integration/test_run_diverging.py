@@ -12,26 +12,45 @@ from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
 
 pytestmark = pytest.mark.slow
 
-RUN_TIMEOUT_S = 120.0
-KL = (
-    "stages.sequencematch.objective.divergence=kl",  # needs no rollouts, so the run has no actors
-    "stages.sequencematch.objective.domain_policy=stop",
-    "stages.sequencematch.objective.alpha=3",
-    "trackers=[]",
-)
+RUN_TIMEOUT_S = 280.0
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_leaving_the_domain_of_a_divergence(tmp_path: Path, num_ranks: int) -> None:
-    ranks = f"learner.num_ranks={num_ranks}"
-    with TrainProcess(tmp_path, ARITHMETIC, "--no-evaluate", *TINY, *KL, ranks) as process:
+def failing_run(tmp_path: Path, stage: str, *overrides: str) -> tuple[str, int]:
+    """What the run printed, and the step of the stage's only checkpoint."""
+    with TrainProcess(tmp_path, ARITHMETIC, "--no-evaluate", *TINY, "trackers=[]", *overrides) as process:
         assert process.wait(RUN_TIMEOUT_S) == 1, process.printed()
         process.assert_nothing_left()
         printed = " ".join(process.printed().split())
-        folder = process.folder
+        (checkpoint,) = checkpoints_of(process.folder / "checkpoints" / stage)
+        assert not (process.folder / "tensorboard").exists()
+    assert "Traceback" not in printed
+    return printed, read_progress(checkpoint).step
+
+
+def test_leaving_the_domain_of_a_divergence(tmp_path: Path) -> None:
+    objective = "stages.sequencematch.objective"
+    printed, step = failing_run(
+        tmp_path,
+        "sequencematch",
+        f"{objective}.divergence=kl",  # needs no rollouts, so the run has no actors
+        f"{objective}.domain_policy=stop",
+        f"{objective}.alpha=3",
+    )
     assert "OutsideDomainError: step 0: " in printed
     assert "of alpha r on the expert batch left the domain of divergence kl" in printed
-    assert "Traceback" not in printed
-    (checkpoint,) = checkpoints_of(folder / "checkpoints" / "sequencematch")
-    assert read_progress(checkpoint).step == 0
-    assert not list(folder.glob("tensorboard"))
+    assert step == 0
+
+
+def test_a_step_that_is_not_finite_on_two_ranks(tmp_path: Path) -> None:
+    """The ranks look for the bad trajectories together, and write the checkpoint together."""
+    printed, step = failing_run(
+        tmp_path,
+        "trunk",
+        "stages.sequencematch.objective.divergence=mle",
+        "stages.trunk.optimizer.learning_rate=1e30",
+        "stages.trunk.optimizer.warmup_steps=0",
+        "learner.num_ranks=2",
+    )
+    assert "FloatingPointError: step 1: loss " in printed
+    assert "Every trajectory alone has a finite loss: the gradient overflowed inside the model" in printed
+    assert step == 1
