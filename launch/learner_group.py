@@ -80,7 +80,7 @@ class LearnerCall:
         causes = [rank for rank, error in self._errors.items() if not _is_consequence(error)]
         if not causes and self._pending and time.monotonic() - self._failed_at < CAUSE_TIMEOUT_S:
             return
-        rank = (causes or list(self._errors))[0]
+        rank = min(causes or self._errors)
         raise LearnerFailedError(self._names[rank], self._errors[rank]) from self._errors[rank]
 
 

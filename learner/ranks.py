@@ -101,7 +101,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if not _is_of_process_group(error):
+            if isinstance(error, RankLostError) or not _is_of_process_group(error):
                 raise
             raise RankLostError(
                 f"learner rank {self.rank} of {self.size} lost the other ranks during {what}: {_reason(error)}"

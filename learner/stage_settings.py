@@ -43,7 +43,8 @@ class LearnerSettings(Settings):
     rank_timeout_s: float | None = Field(
         None,
         gt=0.0,
-        description="longest wait of a rank for the others, beyond the wait for rollouts (several ranks; null = 300)",
+        description="longest wait of a rank for the others, beyond waits for rollouts and storage (with several ranks; "
+        "null = 300)",
     )
     max_nodes_per_batch: PositiveInt = Field(
         4096, description="state-tree nodes per forward pass: bounds the memory of activations, not what is learned"
@@ -73,13 +74,16 @@ class LearnerSettings(Settings):
 
     @property
     def collective_timeout_s(self) -> float:
-        """Longest wait of a rank for the others; while rank 0 waits for rollouts, they wait for rank 0."""
-        return self.data_timeout_s + (DEFAULT_RANK_TIMEOUT_S if self.rank_timeout_s is None else self.rank_timeout_s)
+        """Longest wait of a rank for the others: while rank 0 waits for rollouts or storage, they wait for rank 0."""
+        rank_timeout_s = DEFAULT_RANK_TIMEOUT_S if self.rank_timeout_s is None else self.rank_timeout_s
+        return rank_timeout_s + self.data_timeout_s + self.checkpoint_timeout_s
 
     @model_validator(mode="after")
     def _check(self) -> LearnerSettings:
         if self.rank_timeout_s is not None and self.num_ranks == 1:
             raise ValueError("rank_timeout_s has no effect with num_ranks=1; leave it out")
+        if self.num_ranks > 1 and self.num_gpus % 1.0:
+            raise ValueError(f"num_gpus={self.num_gpus}: several ranks cannot share a GPU; give each a whole one")
         return self
 
 

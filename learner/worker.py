@@ -210,6 +210,7 @@ class LearnerWorker:
         recent: list[float] = []
         watch = Watch(stage.name, self._spec.settings.watch)
         with (
+            self._ranks.exchange(f"stage {stage.name}"),
             MetricsLog(self._folder, self._spec.trackers) if self._ranks.leads else nullcontext() as log,
             self._stage_checkpoints(stage, store, first_version) as checkpoints,
         ):
@@ -288,11 +289,12 @@ class LearnerWorker:
 
     def _publish(self) -> int:
         """Publish the weights of now; gives their version (-1 at ranks other than 0)."""
-        if not self._ranks.leads:
-            take_part_in_publication(self._policy, self._probe)
-            return -1
-        assert self._publisher is not None, "connect() comes before the first publication"
-        return self._publisher.publish(self._policy).version
+        with self._ranks.exchange("a publication"):
+            if not self._ranks.leads:
+                take_part_in_publication(self._policy, self._probe)
+                return -1
+            assert self._publisher is not None, "connect() comes before the first publication"
+            return self._publisher.publish(self._policy).version
 
     def _start_rollouts(self, resumed: Progress | None) -> int:
         """Let the actors go on with the weights of now; gives the version that the stage's rollouts started with."""

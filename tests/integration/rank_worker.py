@@ -14,8 +14,10 @@ from queue import Empty
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from learner.activation_checkpointing import checkpoint_activations
 from learner.adapter_settings import AdapterSettings
 from learner.adapters import add_adapters
 from learner.batch_source import StopRequestedError
@@ -32,7 +34,7 @@ from tests.tiny_models import tiny_model
 from tests.trajectories import BACKSPACE
 
 TIMEOUT_S = 60.0
-PROCESS_TIMEOUT_S = 180.0
+PROCESS_TIMEOUT_S = 500.0  # on a busy machine the imports of four processes take minutes
 STEPS = 3
 RESUMED = "llama, tied"
 
@@ -59,9 +61,12 @@ class Case:
     rollouts: int
     max_grad_norm: float = 1e9
     adapters: bool = False
+    recomputed: bool = False
 
     def model(self) -> PreTrainedModel:
         model = tiny_model(self.kind, tied=self.tied)
+        if self.recomputed:
+            checkpoint_activations(model)
         if self.adapters:
             add_adapters(model, AdapterSettings(rank=4), base_name="tiny", revision=None, seed=0)
         return model
@@ -90,14 +95,17 @@ CASES = {
     "llama, untied, clipped": Case("llama", False, experts=7, rollouts=6, max_grad_norm=0.1),
     "gpt2": Case("gpt2", True, experts=6, rollouts=6),
     "adapters": Case("llama", True, experts=6, rollouts=6, adapters=True),
+    "activations recomputed": Case("llama", False, experts=6, rollouts=6, recomputed=True),
     "one log": Case("llama", True, experts=1, rollouts=0),
     "three logs and one rollout": Case("llama", False, experts=3, rollouts=1),
 }
 
 
-def make_trainer(case: Case, ranks: Ranks, drawn: int = 0) -> tuple[TreePolicy, Trainer]:
+def make_trainer(
+    case: Case, ranks: Ranks, drawn: int = 0, model: PreTrainedModel | None = None
+) -> tuple[TreePolicy, Trainer]:
     """A trainer of `case` at this rank, after `drawn` steps; the sources exist at rank 0 only."""
-    policy = TreePolicy(case.model(), BACKSPACE)
+    policy = TreePolicy(model or case.model(), BACKSPACE)
     shard(policy, ranks)
 
     def shared(source: str) -> SharedBatchSource:
@@ -122,6 +130,8 @@ def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
     gradients = {name: gathered(parameter.grad) for name, parameter in trained.items()}
     metrics += [trainer.train_step() for _ in range(count - 1)]
     probe = torch.from_numpy(policy.sequence_logprobs((5, 9, 4, 20)))
+    # No whole copies are left that would be read, or written to, in place of the parts.
+    assert all(isinstance(parameter, DTensor) == (ranks.size > 1) for parameter in policy.parameters())
     return {
         "metrics": metrics,
         "gradients": gradients,
@@ -216,6 +226,16 @@ def failing_draws(ranks: Ranks, folder: Path) -> None:
     (folder / f"draws {ranks.rank}.txt").write_text("\n".join(told))
 
 
+def diverges(ranks: Ranks, folder: Path) -> None:
+    """A loss beyond all numbers: every rank writes down what it is told."""
+    case = CASES["llama, untied, clipped"]
+    model = case.model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e25)
+    _, trainer = make_trainer(case, ranks, model=model)
+    (folder / f"diverged {ranks.rank}.txt").write_text(_error_of(trainer.train_step))
+
+
 def loses_a_rank(ranks: Ranks, folder: Path) -> None:
     """The last rank is killed in the middle of a step; the others write down what they are told, and after how long."""
     _, trainer = make_trainer(CASES["gpt2"], ranks)
@@ -229,12 +249,13 @@ def loses_a_rank(ranks: Ranks, folder: Path) -> None:
 def failures(ranks: Ranks, folder: Path) -> None:
     """One after the other, so that processes are started once."""
     failing_draws(ranks, folder)
+    diverges(ranks, folder)
     loses_a_rank(ranks, folder)
 
 
 def _error_of(function: Callable[..., object], *arguments: object) -> str:
     try:
         function(*arguments)
-    except (RuntimeError, TimeoutError, StopRequestedError) as error:
+    except (FloatingPointError, RuntimeError, TimeoutError, StopRequestedError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"

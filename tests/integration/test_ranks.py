@@ -27,7 +27,7 @@ SIZES = (2, 4)
 # Times, and what depends on who evaluates which log: ranks share no nodes.
 PER_MACHINE = {"step_s", "data_wait_s", "actions_per_s", "nodes_per_s", "sharing_ratio", "padding_share"}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 Result = dict[str, object]
 
@@ -123,6 +123,12 @@ def test_a_stop_or_a_failure_at_rank_0_reaches_all(failed, rank, told):
     stopped, failure, asked = (failed / f"draws {rank}.txt").read_text().splitlines()
     assert stopped == asked == "StopRequestedError: "
     assert failure == told
+
+
+def test_a_loss_that_is_not_finite_is_told_by_all_alike(failed):
+    told = {(failed / f"diverged {rank}.txt").read_text() for rank in range(3)}
+    assert len(told) == 1
+    assert next(iter(told)).startswith("FloatingPointError: step 0: loss inf"), told
 
 
 @pytest.mark.parametrize("rank", [0, 1])

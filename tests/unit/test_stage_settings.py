@@ -71,3 +71,22 @@ def test_nonsense_of_the_learner_is_refused_by_its_key(change):
 def test_a_json_round_trip_keeps_a_stage():
     original = StageSettings(name="a", objective={"name": "sequencematch", "alpha": 0.1}, steps=5, start_from="trunk")
     assert StageSettings.model_validate_json(original.model_dump_json()) == original
+
+
+def test_ranks_wait_for_what_rank_0_waits_for():
+    settings = LearnerSettings(num_ranks=2, rank_timeout_s=7.0, data_timeout_s=100.0, checkpoint_timeout_s=20.0)
+    assert settings.collective_timeout_s == 127.0
+    assert LearnerSettings(num_ranks=2).collective_timeout_s > 300.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_timeout_s": 5.0}, "rank_timeout_s has no effect with num_ranks=1; leave it out"),
+        ({"num_ranks": 2, "num_gpus": 0.5}, "num_gpus=0.5: several ranks cannot share a GPU; give each a whole one"),
+        ({"num_ranks": 0}, "num_ranks"),
+    ],
+)
+def test_settings_of_ranks_that_make_no_sense(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        LearnerSettings(**changes)
