@@ -10,7 +10,7 @@ from rich.console import Console
 
 from launch.driver import RunOutcome
 from launch.driver import train as run_stages
-from launch.errors import EXIT_INTERRUPTED, UserError
+from launch.errors import EXIT_INTERRUPTED, RunFailedError, UserError
 from launch.evaluation import Target, evaluate
 from launch.evaluation_report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
 from launch.run_checkpoints import final_checkpoint
@@ -29,10 +29,13 @@ def run_and_report(settings: RunSettings, folder: Path, console: Console, evalua
     try:
         outcome = run_stages(settings, folder, console)
     except KeyboardInterrupt:
-        _say_how_to_resume(console, shown)
+        _say_how_to_resume(console, shown, "interrupted")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except RunFailedError:
+        _say_how_to_resume(console, shown, "the run failed; what it saved is there")
+        raise
     if not outcome.finished:
-        _say_how_to_resume(console, shown)
+        _say_how_to_resume(console, shown, "interrupted")
         raise typer.Exit(EXIT_INTERRUPTED)
     if evaluate_after:
         _evaluate(outcome, settings, console, shown)
@@ -84,5 +87,5 @@ def _evaluate(outcome: RunOutcome, settings: RunSettings, console: Console, show
     )
 
 
-def _say_how_to_resume(console: Console, shown: Path) -> None:
-    console.print(f"interrupted; go on with: sequencematch train --resume {shown}", highlight=False, soft_wrap=True)
+def _say_how_to_resume(console: Console, shown: Path, what: str) -> None:
+    console.print(f"{what}; go on with: sequencematch train --resume {shown}", highlight=False, soft_wrap=True)

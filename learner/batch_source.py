@@ -86,8 +86,7 @@ class BufferSource:
             drawn: DrawResult = ray.get(reference, timeout=ANSWER_GRACE_S)
         except ray.exceptions.RayActorError as error:
             raise BufferLostError(
-                f"the replay buffer died ({str(error).splitlines()[0]}); what it had accepted is on disk: go on with "
-                "`sequencematch train --resume RUN`"
+                f"the replay buffer died ({str(error).splitlines()[0]}); what it accepted is on disk: resume the run"
             ) from None
         self._step += 1
         self.staleness = staleness(drawn.policy_version, VersionRange.from_batch(drawn.batch).oldest)

@@ -1,0 +1,175 @@
+"""One run of four lives: kill -9 of the learner, kill -9 of the buffer, two Ctrl-C at once, and the rest in peace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from buffer.experts.tasks import load_task
+from buffer.staleness import VersionRange
+from launch.recipe import read_recipe
+from launch.run_folder import CLUSTER_FILE, CONFIG_FILE
+from learner.checkpoint import read_progress
+from learner.checkpoint_store import checkpoints_of
+from learner.model import load_policy
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
+
+pytestmark = pytest.mark.slow
+
+STEPS = 5000
+START_TIMEOUT_S = 200.0
+END_TIMEOUT_S = 90.0
+STAGE = "sequencematch"
+CHECKPOINT_EVERY = 10
+OVERRIDES = (*TINY, f"stages.{STAGE}.steps={STEPS}", "stages.trunk.steps=5", "stages.mle_control.steps=2")
+
+# What a repeated step computes again; clocks and version numbers go on.
+REPEATED = ("loss", "beta", "gradient_norm", "learning_rate", "penalty", "value", "r_", "backspace", "staleness")
+
+
+@dataclass(frozen=True)
+class Life:
+    """What one life of the run printed, and its end. step: newest one logged; checkpoint: newest one on disk."""
+
+    folder: Path
+    code: int
+    stdout: str
+    errors: list[str]
+    step: int
+    checkpoint: int
+
+
+@pytest.fixture(scope="module")
+def killed_learner(tmp_path_factory: pytest.TempPathFactory) -> Life:
+    """The run, until its learner is killed at a random step between two checkpoints."""
+    with TrainProcess(tmp_path_factory.mktemp("run"), ARITHMETIC, "--no-evaluate", *OVERRIDES) as process:
+        past_a_checkpoint = CHECKPOINT_EVERY + int(np.random.default_rng().integers(3, CHECKPOINT_EVERY))
+        process.wait_until(lambda: process.step(STAGE) >= past_a_checkpoint, START_TIMEOUT_S, "steps with rollouts")
+        kill(process, "LearnerWorker")
+        return ended(process, process.folder)
+
+
+@pytest.fixture(scope="module")
+def killed_buffer(killed_learner: Life, tmp_path_factory: pytest.TempPathFactory) -> Life:
+    """Its resumption, until the process of the replay buffer is killed."""
+    folder = killed_learner.folder
+    with TrainProcess(tmp_path_factory.mktemp("2nd"), "--no-evaluate", "--resume", str(folder)) as process:
+        process.wait_until(lambda: newest_step(folder) > killed_learner.step + 2, START_TIMEOUT_S, "new steps")
+        kill(process, "ReplayBufferService")
+        return ended(process, folder)
+
+
+@pytest.fixture(scope="module")
+def interrupted_twice(killed_buffer: Life, tmp_path_factory: pytest.TempPathFactory) -> Life:
+    """The next resumption, until two Ctrl-C at once."""
+    folder = killed_buffer.folder
+    with TrainProcess(tmp_path_factory.mktemp("3rd"), "--no-evaluate", "--resume", str(folder)) as process:
+        process.wait_until(lambda: newest_step(folder) > killed_buffer.step + 2, START_TIMEOUT_S, "new steps")
+        process.interrupt()
+        process.interrupt()
+        return ended(process, folder)
+
+
+def test_the_death_of_the_learner_is_told_with_what_to_do(killed_learner: Life) -> None:
+    assert killed_learner.step > killed_learner.checkpoint, "nothing would have to be repeated"
+    assert_failed(killed_learner, "the learner died")
+
+
+def test_the_death_of_the_buffer_is_told_with_what_to_do(killed_buffer: Life) -> None:
+    assert_failed(killed_buffer, "the replay buffer died")
+
+
+def test_a_second_ctrl_c_ends_the_run_which_can_be_resumed(interrupted_twice: Life) -> None:
+    assert interrupted_twice.code in (1, 130)
+    assert "go on with: sequencematch train --resume" in interrupted_twice.stdout
+    assert interrupted_twice.checkpoint <= interrupted_twice.step
+
+
+def test_the_last_life_does_what_is_left_and_all_lives_took_the_same_steps(
+    interrupted_twice: Life, tmp_path: Path
+) -> None:
+    """Number for number, although the actors made other rollouts in each life."""
+    folder = interrupted_twice.folder
+    total = interrupted_twice.step + 5
+    shorten(folder, total)
+    with TrainProcess(tmp_path, "--no-evaluate", "--resume", str(folder)) as process:
+        process.wait(START_TIMEOUT_S)
+        assert ended(process, folder).code == 0, process.printed()
+    by_step: dict[int, list[dict[str, float]]] = {}
+    for row in metrics_of(folder, STAGE):
+        by_step.setdefault(int(row["step"]), []).append(row)
+    assert sorted(by_step) == list(range(1, total + 1))
+    assert sum(len(rows) > 1 for rows in by_step.values()) > 3
+    for rows in by_step.values():
+        names = [name for name in rows[0] if name.startswith(REPEATED)]
+        assert len(names) > 10
+        first = {name: rows[0][name] for name in names}
+        assert all({name: row[name] for name in names} == first for row in rows)
+        versions = [row["policy_version"] for row in rows]
+        assert versions == sorted(set(versions)), "weights that are published again get new numbers"
+    for stage in (STAGE, "mle_control"):
+        assert read_progress(checkpoints_of(folder / "checkpoints" / stage)[-1]).finished
+    assert_every_draw_keeps_the_rules(folder)
+
+
+def assert_every_draw_keeps_the_rules(folder: Path) -> None:
+    """Over all lives: each draw once, of distinct rows of its source, fresh enough, within the samples per insert."""
+    settings = read_recipe(folder / CONFIG_FILE)
+    task = load_task(settings.task, max_length=64)
+    contract = task.contract(load_policy(settings.model, task.tokenizer).model.config.vocab_size)
+    rows = pa.Table.from_batches(trajectories_of(folder, contract)).combine_chunks().to_batches()[0]
+    oldest = VersionRange.from_batch(rows).oldest
+    (log,) = (folder / "buffer").glob("consumption-*.open")
+    draws = [row for row in pa.ipc.open_stream(log).read_all().to_pylist() if row["event"] == "draw"]
+    keys = [(draw["stage"], draw["step"], draw["source"]) for draw in draws]
+    assert len(set(keys)) == len(keys)
+    for draw in draws:
+        numbers = np.array(draw["rows"])
+        assert len(set(draw["rows"])) == len(numbers) == 8
+        assert (draw["policy_version"] - oldest[numbers]).max() <= settings.buffer.max_staleness
+        assert {rows.column("source")[number].as_py() for number in draw["rows"]} == {draw["source"]}
+    assert sum(len(draw["rows"]) for draw in draws) <= settings.buffer.max_samples_per_insert * rows.num_rows
+
+
+def assert_failed(life: Life, why: str) -> None:
+    assert life.code == 1, life
+    assert len(life.errors) == 1, life
+    assert why in life.errors[0]
+    assert "go on with: sequencematch train --resume" in life.stdout
+
+
+def ended(process: TrainProcess, folder: Path) -> Life:
+    """After the run has ended, leaving no process, no sign of life and no traceback."""
+    code = process.wait(END_TIMEOUT_S)
+    process.assert_nothing_left()
+    assert "Traceback" not in process.stdout + process.stderr, process.printed()
+    assert not (folder / CLUSTER_FILE).exists()
+    return Life(
+        folder,
+        code,
+        process.stdout,
+        [line for line in process.stderr.splitlines() if line.startswith("error: ")],
+        newest_step(folder),
+        read_progress(checkpoints_of(folder / "checkpoints" / STAGE)[-1]).step,
+    )
+
+
+def kill(process: TrainProcess, actor: str) -> None:
+    (victim,) = process.processes(f"ray::{actor}")
+    victim.kill()
+
+
+def newest_step(folder: Path) -> int:
+    return int(metrics_of(folder, STAGE)[-1]["step"])
+
+
+def shorten(folder: Path, steps: int) -> None:
+    """The run was planned long, so that no kill could come too late; its rest need not be."""
+    config = folder / CONFIG_FILE
+    text = config.read_text()
+    assert text.count(f"steps: {STEPS}\n") == 1
+    config.write_text(text.replace(f"steps: {STEPS}\n", f"steps: {steps}\n"))
