@@ -1,13 +1,17 @@
-"""The learner against a real buffer and a real pool without actors: what a stage may draw after a resume."""
+"""The learner against a real buffer and a real pool without actors: what a stage draws after a resume."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import ray
+import torch
 from ray.actor import ActorHandle
+from safetensors.torch import load_file
 
 from actors.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
@@ -15,6 +19,7 @@ from actors.settings import ActorsSettings
 from buffer.experts.tasks import Task, load_task
 from buffer.service import BufferStatus, ReplayBufferService
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
+from learner.checkpoint_store import checkpoints_of
 from learner.objective_settings import SequenceMatchSettings
 from learner.settings import ScratchModelSettings
 from learner.stage_settings import LearnerSettings, StageSettings
@@ -50,9 +55,10 @@ def task() -> Task:
     return load_task(TASK, max_length=MODEL.max_positions)
 
 
-def start_buffer(folder: Path, task: Task) -> ActorHandle:
+def start_buffer(folder: Path, task: Task, **changes: object) -> ActorHandle:
     actor = ray.remote(ReplayBufferService).options(num_cpus=0)
-    return actor.remote(str(folder / "buffer"), task.contract(), BufferSettings(capacity=100, min_size=1), 0)
+    settings = BufferSettings(**{"capacity": 100, "min_size": 1, **changes})
+    return actor.remote(str(folder / "buffer"), task.contract(), settings, 0)
 
 
 def end_buffer(buffer: ActorHandle) -> None:
@@ -65,8 +71,17 @@ def status(buffer: ActorHandle) -> BufferStatus:
     return answer
 
 
-def learn(folder: Path, buffer: ActorHandle, steps: int, first_version: int) -> None:
-    """One life of a learner: its stage up to step `steps`, with the checkpoint of its end."""
+def learn(
+    folder: Path,
+    buffer: ActorHandle,
+    steps: int,
+    first_version: int,
+    when_waiting: Callable[[LearnerWorker], object] | None = None,
+) -> int:
+    """One life of a learner: its stage up to step `steps`, with the checkpoint of its end; gives the step it reached.
+
+    when_waiting: called once, as soon as the learner waits for rollouts.
+    """
     spec = LearnerSpec(MODEL, TASK, NoiseSettings(kind="task", rate=0.3), LearnerSettings(), str(folder), seed=3)
     worker = LearnerWorker(spec)
     run = worker.prepare()
@@ -75,8 +90,25 @@ def learn(folder: Path, buffer: ActorHandle, steps: int, first_version: int) -> 
     worker.connect(buffer, pool, first_version)
     objective = SequenceMatchSettings(beta_steps=5)
     stage = StageSettings(name="second", objective=objective, steps=steps, batch_size=4, rollout_batch_size=4)
-    assert worker.run_stage(stage).step == steps
+    with ThreadPoolExecutor() as threads:
+        helper = threads.submit(call_when_waiting, buffer, worker, when_waiting) if when_waiting else None
+        result = worker.run_stage(stage)
+        if helper is not None:
+            helper.result(timeout=TIMEOUT_S)
     ray.kill(pool)
+    return result.step
+
+
+def call_when_waiting(buffer: ActorHandle, worker: LearnerWorker, then: Callable[[LearnerWorker], object]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while status(buffer).waiting_draws == 0:
+        assert time.monotonic() < deadline, f"the learner did not wait for rollouts within {TIMEOUT_S:.0f} s"
+        time.sleep(0.02)
+    then(worker)
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints_of(folder / "checkpoints" / "second")[-1] / "model.safetensors")
 
 
 def test_a_resumed_stage_draws_no_rows_of_the_stage_before(task: Task, tmp_path: Path) -> None:
@@ -84,14 +116,38 @@ def test_a_resumed_stage_draws_no_rows_of_the_stage_before(task: Task, tmp_path:
     own = FIRST_VERSION + 1
     buffer = start_buffer(tmp_path, task)
     ray.get(buffer.insert.remote(rollouts(task, 0, 8, version=own)), timeout=TIMEOUT_S)
-    learn(tmp_path, buffer, steps=2, first_version=FIRST_VERSION)
+    assert learn(tmp_path, buffer, steps=2, first_version=FIRST_VERSION) == 2
     ray.get(buffer.insert.remote(rollouts(task, 8, 8, version=own - 1)), timeout=TIMEOUT_S)
     assert status(buffer).store.sources["policy"].live == 16
     end_buffer(buffer)
 
     buffer = start_buffer(tmp_path, task)
-    learn(tmp_path, buffer, steps=4, first_version=own + 5)
+    assert learn(tmp_path, buffer, steps=4, first_version=own + 5) == 4
     policy = status(buffer).store.sources["policy"]
     assert policy.dropped_stale == 8, "rows older than the weights that the stage began with"
     assert policy.live == 8, "rows of the stage's first life are its own"
     end_buffer(buffer)
+
+
+def test_a_stop_while_the_learner_waits_for_rollouts_skips_no_expert(task: Task, tmp_path: Path) -> None:
+    """The expert part of the step is drawn by then; the step is not done, so the checkpoint is from before it."""
+    own = FIRST_VERSION + 1
+    ends = {}
+    for name in ("straight", "stopped"):
+        folder = tmp_path / name
+        buffer = start_buffer(folder, task, max_samples_per_insert=1.0)
+        ray.get(buffer.insert.remote(rollouts(task, 0, 8, version=own)), timeout=TIMEOUT_S)
+
+        def insert_more(_: object = None, buffer: ActorHandle = buffer) -> None:
+            ray.get(buffer.insert.remote(rollouts(task, 8, 8, version=own)), timeout=TIMEOUT_S)
+
+        if name == "straight":
+            assert learn(folder, buffer, 4, FIRST_VERSION, insert_more) == 4
+        else:
+            assert learn(folder, buffer, 4, FIRST_VERSION, LearnerWorker.request_stop) == 2
+            insert_more()
+            assert learn(folder, buffer, 4, own + 5) == 4
+        ends[name] = final_weights(folder)
+        end_buffer(buffer)
+    for name, tensor in ends["straight"].items():
+        assert torch.equal(ends["stopped"][name], tensor), name

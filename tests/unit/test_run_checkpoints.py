@@ -1,0 +1,64 @@
+"""What a run learns from its checkpoints before anything starts, and what it refuses in one line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.errors import UserError
+from launch.recipe import read_recipe
+from launch.run_checkpoints import final_checkpoint, finished_stages, newest_published, stage_checkpoints
+from launch.settings import RunSettings
+from learner.checkpoint import PROGRESS_FILE, Progress
+from tests.checkpoints import CONTRACT, progress_at
+
+RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
+
+
+def settings_with(*overrides: str) -> RunSettings:
+    return read_recipe(RECIPE, overrides)
+
+
+def save(settings: RunSettings, folder: Path, progress: Progress) -> None:
+    def fill(temporary: Path) -> None:
+        (temporary / PROGRESS_FILE).write_text(progress.to_json())
+
+    stage_checkpoints(settings, folder)[progress.stage].write(progress.step, fill)
+
+
+@pytest.mark.parametrize("place", ["null", "memory://runs", "{tmp_path}/elsewhere"])
+def test_stages_are_done_and_versions_known_wherever_checkpoints_are(tmp_path, place):
+    place = place.format(tmp_path=tmp_path)
+    settings, folder = settings_with(f"learner.checkpoint_dir={place}"), tmp_path / "run"
+    assert finished_stages(settings, folder) == {}
+    assert newest_published(settings, folder, CONTRACT) == -1
+    save(settings, folder, progress_at(3, stage="trunk", stage_steps=3, policy_version=-1))
+    save(settings, folder, progress_at(8, stage="sequencematch", stage_steps=20, policy_version=6))
+    save(settings, folder, progress_at(9, stage="sequencematch", stage_steps=20, policy_version=7))
+    (result,) = finished_stages(settings, folder).values()
+    assert (result.stage, result.step, result.finished) == ("trunk", 3, True)
+    assert newest_published(settings, folder, CONTRACT) == 7
+    assert final_checkpoint(settings, folder, "sequencematch").name == "step-000009"
+
+
+def test_checkpoints_of_other_tokens_are_refused_before_a_run_starts(tmp_path):
+    settings = settings_with()
+    save(settings, tmp_path, progress_at(3))
+    other = replace(CONTRACT, tokenizer_hash="other")
+    with pytest.raises(UserError, match=r"trunk/step-000003 was trained with other tokens .* or start a new run"):
+        newest_published(settings, tmp_path, other)
+
+
+def test_a_damaged_checkpoint_is_refused_before_a_run_starts(tmp_path):
+    settings = settings_with()
+    save(settings, tmp_path, progress_at(3))
+    (tmp_path / "checkpoints/trunk/step-000003" / PROGRESS_FILE).write_text("{")
+    with pytest.raises(UserError, match="step-000003 is not a training checkpoint"):
+        finished_stages(settings, tmp_path)
+
+
+def test_a_place_that_cannot_be_reached_is_refused(tmp_path):
+    with pytest.raises(UserError, match="Protocol not known: nowhere"):
+        finished_stages(settings_with("learner.checkpoint_dir=nowhere://x"), tmp_path)
