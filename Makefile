@@ -16,7 +16,7 @@ TORCH_SOURCE := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),$(if $(filter cpu,
 # Tests and training on CPU: more than one thread per process only makes the processes wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install train test test-fast check bench clean
+.PHONY: install train test test-fast test-chaos check bench clean
 
 install: $(INSTALLED)
 
@@ -40,6 +40,9 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	$(BIN)/pytest -m "not slow"
+
+test-chaos: $(INSTALLED)
+	$(BIN)/pytest tests/chaos
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
