@@ -162,6 +162,7 @@ def prepare_learner_benchmark(
     Args:
         model_dir: folder in Hugging Face format; None builds a small random one.
         batch: texts per step, a multiple of 8. length: tokens of each.
+        nodes_per_batch: those beyond the nodes of a step are left out.
 
     Raises:
         ValueError, OSError: sizes that do not fit together, or no such model. ImportError: TRL is not installed.
@@ -178,7 +179,7 @@ def prepare_learner_benchmark(
         shared=make(prompt_length=length // 2, logs_per_prompt=ROLLOUTS_PER_PROMPT),
         steps=steps,
         repetitions=repetitions,
-        nodes_per_batch=nodes_per_batch,
+        nodes_per_batch=tuple(size for size in nodes_per_batch if size <= batch * length) or (batch * length,),
         seed=seed,
     )
 
