@@ -23,6 +23,8 @@ from actors.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings, RolloutSettings
 from actors.status import PoolStatus
+from buffer.consumption_log import DrawKey
+from buffer.counters import DrawResult
 from buffer.schema import TokenContract
 from buffer.service import ReplayBufferService
 from buffer.settings import BufferSettings, NoiseSettings
@@ -91,6 +93,7 @@ class Push:
         )
         ray.get(self.pool.start.remote(), timeout=ANSWER_TIMEOUT_S)
         self.publisher = WeightPublisher(self.pool, PROBE)
+        self._draws = 0
 
     def status(self) -> PoolStatus:
         status: PoolStatus = ray.get(self.pool.status.remote(), timeout=ANSWER_TIMEOUT_S)
@@ -104,14 +107,24 @@ class Push:
             assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}; the pool: {status}"
             time.sleep(POLL_S)
 
+    def draw(self, count: int, version: int) -> list[dict[str, object]]:
+        """`count` rows, drawn anew."""
+        self._draws += 1
+        key = DrawKey("stage", self._draws, "policy")
+        drawn: DrawResult = ray.get(
+            self.buffer.draw.remote(key, count, version, timeout_s=START_TIMEOUT_S),
+            timeout=START_TIMEOUT_S + ANSWER_TIMEOUT_S,
+        )
+        rows: list[dict[str, object]] = drawn.batch.to_pylist()
+        return rows
+
     def rollouts_of(self, version: int, count: int) -> list[FinishedLog]:
         """`count` rollouts whose last action is of `version`, as the buffer holds them."""
         deadline = time.monotonic() + START_TIMEOUT_S
         found: dict[str, dict[str, object]] = {}
         while len(found) < count:
             assert time.monotonic() < deadline, f"no rollouts with version {version}; the pool: {self.status()}"
-            draw = self.buffer.draw.remote(count, version, timeout_s=START_TIMEOUT_S)
-            for row in ray.get(draw, timeout=START_TIMEOUT_S + ANSWER_TIMEOUT_S).to_pylist():
+            for row in self.draw(count, version):
                 if row["policy_version"][-1] == version:
                     found[row["id"]] = row
         return [as_log(row) for row in found.values()]
@@ -218,8 +231,7 @@ def push_wrong_weights(push: Push, model: PreTrainedModel) -> None:
     assert "at token 4" in reason
     push.wait_until(lambda status: status.failure is not None, "the pool to give up")
     assert "failed 3 times in a row" in str(push.status().failure)
-    rows = ray.get(push.buffer.draw.remote(ROWS, 3), timeout=ANSWER_TIMEOUT_S)
-    assert max(version for versions in rows.column("policy_version").to_pylist() for version in versions) <= 3
+    assert max(version for row in push.draw(ROWS, 3) for version in row["policy_version"]) <= 3
 
 
 def version_of(status: PoolStatus) -> int:
