@@ -62,9 +62,15 @@ class Case:
     max_grad_norm: float = 1e9
     adapters: bool = False
     recomputed: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def tolerance(self) -> float:
+        """Of tensors, as a share of their largest entry; bfloat16 keeps eight bits."""
+        return 1e-6 if self.dtype == torch.float32 else 0.02
 
     def model(self) -> PreTrainedModel:
-        model = tiny_model(self.kind, tied=self.tied)
+        model = tiny_model(self.kind, tied=self.tied).to(self.dtype)
         if self.recomputed:
             checkpoint_activations(model)
         if self.adapters:
@@ -96,6 +102,7 @@ CASES = {
     "gpt2": Case("gpt2", True, experts=6, rollouts=6),
     "adapters": Case("llama", True, experts=6, rollouts=6, adapters=True),
     "activations recomputed": Case("llama", False, experts=6, rollouts=6, recomputed=True),
+    "bfloat16": Case("llama", True, experts=6, rollouts=6, dtype=torch.bfloat16),
     "one log": Case("llama", True, experts=1, rollouts=0),
     "three logs and one rollout": Case("llama", False, experts=3, rollouts=1),
 }

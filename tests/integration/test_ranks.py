@@ -66,27 +66,30 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_of_a_step_are_those_of_one_rank(folder, alone, name):
     found = read(folder / f"{name}.pt")["gradients"]
-    assert_close(found, alone[name]["gradients"])
+    assert_close(found, alone[name]["gradients"], CASES[name].tolerance)
     assert any(tensor.abs().max() > 0 for tensor in found.values())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_metrics_are_of_the_whole_batch(folder, alone, name):
+    tolerance = max(1e-4, CASES[name].tolerance)
     for found, expected in zip(read(folder / f"{name}.pt")["metrics"], alone[name]["metrics"], strict=True):
         assert found.keys() == expected.keys()
         for metric in found.keys() - PER_MACHINE:
-            assert found[metric] == pytest.approx(expected[metric], rel=1e-4, abs=1e-5), metric
+            assert found[metric] == pytest.approx(expected[metric], rel=tolerance, abs=tolerance / 10), metric
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_weights_and_optimizer_after_a_few_steps(folder, alone, name):
-    found, expected = read(folder / f"{name}.pt"), alone[name]
-    assert_close(found["weights"], expected["weights"])
-    torch.testing.assert_close(found["probe"], expected["probe"], rtol=0.0, atol=1e-4)
+    found, expected, tolerance = read(folder / f"{name}.pt"), alone[name], CASES[name].tolerance
+    assert_close(found["weights"], expected["weights"], tolerance)
+    torch.testing.assert_close(found["probe"], expected["probe"], rtol=0.0, atol=max(1e-4, 5 * tolerance))
     state, other = found["state"]["optimizer"], expected["state"]["optimizer"]
     assert state["param_groups"] == other["param_groups"]
     for moment in ("exp_avg", "exp_avg_sq"):
-        assert_close(*({i: values[moment] for i, values in each["state"].items()} for each in (state, other)))
+        assert_close(
+            *({i: values[moment] for i, values in each["state"].items()} for each in (state, other)), tolerance
+        )
     assert found["state"]["schedule"] == expected["state"]["schedule"]
 
 
