@@ -62,7 +62,7 @@ def action_values(
     The model must pass `learner.model_support.check_supported`: Q is hidden state times row of the output embedding,
     nothing else. Under FSDP call this inside a wrapped forward, so that the output embedding is gathered.
     """
-    states = evaluate_nodes(model, tree)[tree.value_nodes]
+    states = evaluate_nodes(model, tree).index_select(0, tree.value_nodes)
     weight = model.get_output_embeddings().weight
     v_floor, q_backspace, q = chunked_values(
         states,

@@ -47,7 +47,7 @@ class LearnerSettings(Settings):
         "null = 300)",
     )
     max_nodes_per_batch: PositiveInt = Field(
-        4096, description="state-tree nodes per forward pass: bounds the memory of activations, not what is learned"
+        2048, description="state-tree nodes per forward pass: bounds the memory of activations, not what is learned"
     )
     activation_checkpointing: bool = Field(
         False,

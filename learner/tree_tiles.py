@@ -22,7 +22,7 @@ TILE_SIZES = (16, 32, 64, 128, 256, 512)
 GROUPS = 4
 """At most about this many groups with paths of different lengths, plus one of tiles without a path."""
 
-GATHER_COST = 16
+GATHER_COST = 32
 """Bringing a key (and its value) to a tile, forward and backward, costs about as much as this many queries on it.
 Measured with 8 heads of 32 numbers on a CPU; the optimum is flat."""
 

@@ -79,8 +79,9 @@ class LearnerBenchmark:
 
     def _compare(self, load: TrainingLoad, names: tuple[SideName, ...]) -> _Comparison:
         from launch.bench.learner_sides import LibrarySide, OurSide
+        from learner.stage_settings import LearnerSettings
 
-        ours = OurSide(self.model, load, load.batch * load.length)
+        ours = OurSide(self.model, load, LearnerSettings().max_nodes_per_batch)
         sides: dict[SideName, Side] = {
             name: ours if name == "ours" else LibrarySide(self.model, load, name) for name in names
         }
