@@ -34,6 +34,7 @@ from tests.tiny_models import tiny_model
 from tests.trajectories import BACKSPACE
 
 TIMEOUT_S = 60.0
+HANG_TIMEOUT_S = 15.0
 PROCESS_TIMEOUT_S = 500.0  # on a busy machine the imports of four processes take minutes
 STEPS = 3
 RESUMED = "llama, tied"
@@ -157,12 +158,16 @@ def more_steps(ranks: Ranks, case: Case, saved: dict[str, object], count: int) -
     return {"metrics": metrics, "weights": weights(policy), "state": trainer.state()}
 
 
-def run_ranks(size: int, work: Callable[[Ranks, Path], None], folder: Path) -> list[int]:
-    """Run `work` in `size` processes; gives their exit codes (negative: the signal that ended them)."""
+def run_ranks(size: int, work: Callable[[Ranks, Path], None], folder: Path, timeout_s: float = TIMEOUT_S) -> list[int]:
+    """Run `work` in `size` processes; gives their exit codes (negative: the signal that ended them).
+
+    timeout_s: of every wait of a rank for the others.
+    """
     context = multiprocessing.get_context("spawn")
     ports = context.Queue()
     processes = [
-        context.Process(target=_be_rank, args=(rank, size, ports, work, folder), daemon=True) for rank in range(size)
+        context.Process(target=_be_rank, args=(rank, size, ports, work, folder, timeout_s), daemon=True)
+        for rank in range(size)
     ]
     try:
         for process in processes:
@@ -177,17 +182,22 @@ def run_ranks(size: int, work: Callable[[Ranks, Path], None], folder: Path) -> l
 
 
 def _be_rank(
-    rank: int, size: int, ports: multiprocessing.Queue[int], work: Callable[[Ranks, Path], None], folder: Path
+    rank: int,
+    size: int,
+    ports: multiprocessing.Queue[int],
+    work: Callable[[Ranks, Path], None],
+    folder: Path,
+    timeout_s: float,
 ) -> None:
     torch.set_num_threads(1)
     if rank == 0:
-        store = open_rendezvous("127.0.0.1", size, TIMEOUT_S)
+        store = open_rendezvous("127.0.0.1", size, timeout_s)
         for _ in range(1, size):
             ports.put(store.port)
-        ranks = join_ranks(0, size, store, TIMEOUT_S)
+        ranks = join_ranks(0, size, store, timeout_s)
     else:
         try:
-            ranks = join_ranks(rank, size, ("127.0.0.1", ports.get(timeout=PROCESS_TIMEOUT_S)), TIMEOUT_S)
+            ranks = join_ranks(rank, size, ("127.0.0.1", ports.get(timeout=PROCESS_TIMEOUT_S)), timeout_s)
         except Empty:
             raise TimeoutError("rank 0 did not open a meeting point") from None
     work(ranks, folder)
@@ -251,6 +261,14 @@ def loses_a_rank(ranks: Ranks, folder: Path) -> None:
     started = time.monotonic()
     told = _error_of(trainer.train_step)
     (folder / f"lost {ranks.rank}.txt").write_text(f"{time.monotonic() - started}\n{told}")
+
+
+def hangs(ranks: Ranks, folder: Path) -> None:
+    """Rank 1 does nothing for much longer than `HANG_TIMEOUT_S`; rank 0 writes down what it is told."""
+    if ranks.leads:
+        (folder / "hung.txt").write_text(_error_of(ranks.maximum, 1))
+    else:
+        time.sleep(2 * HANG_TIMEOUT_S)
 
 
 def failures(ranks: Ranks, folder: Path) -> None:
