@@ -141,7 +141,11 @@ def chunked_values(
 
 
 class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
-    """Loops over the vocabulary, and in it over the states; the first chunks are kept for the backward pass."""
+    """Loops over the vocabulary, and in it over the states.
+
+    The first chunks are kept for the backward pass, as exp(logits - peak) with the peak of each state: what they were
+    made into for the log-sum-exp anyway, so that the backward pass takes no second exponential of them.
+    """
 
     @staticmethod
     def forward(
@@ -158,7 +162,7 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
         q_backspace = torch.empty_like(v_floor)
         q = hidden.new_zeros((len(rows),), dtype=dtype)
         states = _matmul_operand(hidden, weight)
-        kept: list[Tensor] = []
+        kept: list[Tensor] = []  # exponentials and peaks in turn
         for low, high in chunks.vocabulary:
             columns = _matmul_operand(weight[low:high], hidden)
             for begin, end in chunks.states:
@@ -168,9 +172,12 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
                 if low <= backspace_id < high:
                     q_backspace[begin:end] = logits[:, backspace_id - low]
                     logits[:, backspace_id - low] = -torch.inf
-                v_floor[begin:end] = torch.logaddexp(v_floor[begin:end], torch.logsumexp(logits, 1))
-                if len(kept) < chunks.num_kept:
-                    kept.append(logits)
+                peak = logits.amax(1)
+                peak = torch.where(peak == -torch.inf, 0.0, peak)  # where backspace stands alone
+                exponentials = logits.sub_(peak[:, None]).exp_()
+                v_floor[begin:end] = torch.logaddexp(v_floor[begin:end], peak + exponentials.sum(1).log())
+                if len(kept) < 2 * chunks.num_kept:
+                    kept += [exponentials, peak]
         ctx.save_for_backward(hidden, weight, rows, actions, v_floor, *kept)
         ctx.backspace_id, ctx.chunks = backspace_id, chunks
         return v_floor, q_backspace, q
@@ -189,12 +196,14 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
             columns = _matmul_operand(weight[low:high], hidden)
             grad_columns = torch.zeros_like(columns, dtype=grad_v.dtype)
             for begin, end in ctx.chunks.states:
-                logits = next(remembered, None)
-                if logits is None:
-                    logits = _matmul(states[begin:end], columns.T)
                 # The gradient of the logits, in three parts: softmax, backspace column, chosen ids.
-                grad = torch.sub(logits, v_floor[begin:end, None]).exp_()
-                grad *= grad_v[begin:end, None]
+                exponentials = next(remembered, None)
+                if exponentials is None:
+                    logits = _matmul(states[begin:end], columns.T)
+                    grad = logits.sub_(v_floor[begin:end, None]).exp_().mul_(grad_v[begin:end, None])
+                else:
+                    scale = (next(remembered) - v_floor[begin:end]).exp() * grad_v[begin:end]
+                    grad = exponentials * scale[:, None]
                 if low <= ctx.backspace_id < high:
                     grad[:, ctx.backspace_id - low] = grad_backspace[begin:end]
                 index, inside = _flat_index(rows, actions, (begin, end), (low, high))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 
 import pytest
 import torch
@@ -94,8 +93,8 @@ def saved_elements(kept_elements: int) -> int:
 
 def test_no_more_logits_are_kept_than_allowed():
     least = saved_elements(0)
-    assert saved_elements(7000) - least == 6000  # two chunks of 10 states
-    assert saved_elements(10**6) - least == 64 * 300
+    assert saved_elements(7000) - least == 6000 + 20  # two chunks of 10 states, and a peak of each state
+    assert saved_elements(10**6) - least == 64 * 300 + 64
 
 
 def test_half_precision_accumulates_in_float32():
@@ -145,28 +144,6 @@ def test_no_tensor_of_tokens_times_vocabulary():
     with LargestOutput() as largest:
         torch.logsumexp(hidden @ weight.T, 1)
     assert largest.elements == num_states * vocab_size  # the recorder does see such a tensor
-
-
-def test_one_chunk_is_as_fast_as_plain_log_sum_exp():
-    hidden, weight, rows, actions = example(2000, 64, 96, 600, torch.float32)
-
-    def chunked():
-        v, _, q = chunked_values(hidden, weight, rows, actions, backspace_id=3)
-        (q.sum() - v.sum()).backward()
-
-    def plain():
-        logits = hidden @ weight.T
-        (logits[rows, actions].sum() - logits.logsumexp(1).sum()).backward()
-
-    def fastest(function):
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    assert fastest(chunked) < 2.0 * fastest(plain)  # measured 0.9 to 1.1; the bound is for busy machines
 
 
 def test_chunk_elements_must_be_positive():
