@@ -1,7 +1,6 @@
-"""Q and V from chunks: equal to the plain computation, in value, gradient and speed, without its memory."""
+"""Q and V from chunks: equal to the plain computation, in value and gradient, without its memory."""
 
 from __future__ import annotations
-
 
 import pytest
 import torch
