@@ -52,17 +52,6 @@ def test_answers_longer_than_the_context(cluster: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_key_value_cache_too_small(cluster: str, tmp_path: Path) -> None:
-    """Only the actor's engine can know; it is told at once, without restarts, and while the trunk trains."""
-    overrides = [override for override in TINY if not override.startswith("cluster.")]
-    error = refusal_of(
-        tmp_path, ARITHMETIC, *overrides, cluster, "actors.kv_cache_gib=1e-6", "stages.trunk.steps=90000"
-    )
-    assert "actor-0 failed: ValueError: one text of" in error
-    assert "actors.kv_cache_gib" in error
-
-
-@pytest.mark.slow
 def test_vocabulary_without_room_for_backspace(cluster: str, tmp_path: Path) -> None:
     """The recipe's token is not in the vocabulary, and no row may be added."""
     folder = save_tiny_model(tmp_path / "model", tiny_model())

@@ -44,10 +44,9 @@ class FinishedRun:
     """The policy's rollouts."""
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    ranks = f"learner.num_ranks={request.param}"
-    with TrainProcess(tmp_path_factory.mktemp("runs"), ARITHMETIC, "--no-evaluate", *TINY, ranks) as process:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    with TrainProcess(tmp_path_factory.mktemp("runs"), ARITHMETIC, "--no-evaluate", *TINY) as process:
         assert process.wait(RUN_TIMEOUT_S) == 0, process.printed()
         process.assert_nothing_left()
         folder = process.folder

@@ -1,4 +1,4 @@
-"""A run whose training diverges ends with exit code 1, a line that says why, and the weights of its last good step."""
+"""Runs that cannot go on: one line that says why, nothing left running, and the weights of the last good step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from learner.checkpoint import read_progress
 from learner.checkpoint_store import checkpoints_of
-from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, refusal_of
 
 pytestmark = pytest.mark.slow
 
@@ -54,3 +54,10 @@ def test_a_step_that_is_not_finite_on_two_ranks(tmp_path: Path) -> None:
     assert "FloatingPointError: step 1: loss " in printed
     assert "Every trajectory alone has a finite loss: the gradient overflowed inside the model" in printed
     assert step == 1
+
+
+def test_an_engine_that_cannot_be_born_ends_the_run_at_once(tmp_path: Path) -> None:
+    """Only the actor can know that its cache is too small; it is told without restarts, and while the trunk trains."""
+    error = refusal_of(tmp_path, ARITHMETIC, *TINY, "actors.kv_cache_gib=1e-6", "stages.trunk.steps=90000")
+    assert "actor-0 failed: ValueError: one text of" in error
+    assert "actors.kv_cache_gib" in error
