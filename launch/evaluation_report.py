@@ -62,7 +62,7 @@ def render_evaluation(evaluation: Evaluation) -> RenderableType:
     """The table of an evaluation, one row per checkpoint."""
     columns = _ANSWER_COLUMNS if evaluation.has_answers else _TEXT_COLUMNS
     title = f"{evaluation.num_examples} held-out examples of {evaluation.task}"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("stage", vertical="bottom", no_wrap=True)
     for column in columns:
         table.add_column(column.heading, justify="right", vertical="bottom", no_wrap=True)
