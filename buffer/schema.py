@@ -10,6 +10,8 @@ at the door of the buffer:
   only, and exactly where `finish_reason` is `eos`. (An earlier *action* may be `<eos>`: the label of a step whose
   noise was appended instead.)
 - replay is defined at every step: no backspace at the floor (the end of the prompt).
+
+Version 2 is version 1 and, in stored rows, the number of the row.
 """
 
 from __future__ import annotations
@@ -17,9 +19,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+ROW = "row"
+"""Name of the column that only stored rows have: the number of the row in its shard."""
 
 SOURCES = ("expert", "policy")
 FINISH_REASONS = ("eos", "max_length", "max_actions", "aborted")
@@ -114,3 +121,30 @@ _FIELDS = [
 def trajectory_schema(contract: TokenContract) -> pa.Schema:
     """The Arrow schema of trajectories whose ids follow `contract`."""
     return pa.schema(_FIELDS, metadata=contract.to_metadata())
+
+
+def stored_schema(contract: TokenContract) -> pa.Schema:
+    """The schema of stored trajectories: `row`, the last column, counts insertions into the shard over all sources.
+
+    A number is never given to two rows, and rows ascend in a file. They need not be contiguous there: compaction
+    leaves out rows that nobody needs any longer.
+    """
+    return trajectory_schema(contract).append(pa.field(ROW, pa.int64(), nullable=False))
+
+
+def with_rows(batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> pa.RecordBatch:
+    """A trajectory batch as it is stored; rows: [n] its row numbers. No column is copied."""
+    fields = [*batch.schema, pa.field(ROW, pa.int64(), nullable=False)]
+    schema = pa.schema(fields, metadata=batch.schema.metadata)
+    return pa.RecordBatch.from_arrays([*batch.columns, pa.array(rows)], schema=schema)
+
+
+def without_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A stored batch as it was handed in. No column is copied."""
+    return batch.drop_columns([ROW])
+
+
+def rows_of(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
+    """[n] row numbers of a stored batch."""
+    rows: npt.NDArray[np.int64] = batch.column(ROW).to_numpy()
+    return rows

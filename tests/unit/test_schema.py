@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from buffer.schema import FINISH_REASONS, SCHEMA_VERSION, SOURCES, TokenContract, trajectory_schema
+from buffer.schema import (
+    FINISH_REASONS,
+    SCHEMA_VERSION,
+    SOURCES,
+    TokenContract,
+    rows_of,
+    stored_schema,
+    trajectory_schema,
+    with_rows,
+    without_rows,
+)
 
 CONTRACT = TokenContract(vocab_size=300, backspace_id=3, eos_id=2, tokenizer_hash="äß0123")
 
@@ -91,3 +102,12 @@ def test_ids_are_32_bits_and_what_experts_lack_is_nullable():
         "reward",
         "features",
     }
+
+
+def test_stored_rows_carry_their_number_and_lose_it_on_the_way_out():
+    batch = pa.RecordBatch.from_pylist([row(), row(id="b")], schema=trajectory_schema(CONTRACT))
+    stored = with_rows(batch, np.array([4, 9]))
+    assert stored.schema.equals(stored_schema(CONTRACT), check_metadata=True)
+    assert rows_of(stored).tolist() == [4, 9]
+    assert without_rows(stored).equals(batch)
+    assert without_rows(stored).schema.equals(batch.schema, check_metadata=True)
