@@ -99,6 +99,69 @@ class OpenSegment:
 
 
 @dataclass(frozen=True)
+class DamagedRange:
+    """Bytes [start, end) of an open segment that hold no batch with the right checksum, though they once did.
+
+    num_rows: how many rows the damaged batch says it has; None where even that cannot be read.
+    """
+
+    start: int
+    end: int
+    num_rows: int | None
+
+
+@dataclass(frozen=True)
+class OpenScan:
+    """What an open segment holds. batches: complete ones, views of the bytes read; end: where the last of them or the
+    last damaged range ends; size_bytes: of the file, which is larger where a write is under way or was torn."""
+
+    batches: tuple[pa.RecordBatch, ...]
+    damaged: tuple[DamagedRange, ...]
+    end: int
+    size_bytes: int
+
+    @property
+    def torn_bytes(self) -> int:
+        """Bytes of an unfinished write at the end."""
+        return self.size_bytes - self.end
+
+
+def scan_open(path: Path, schema: pa.Schema) -> OpenScan:
+    """Read an open segment as it is now, also while its writer goes on; changes nothing.
+
+    Raises:
+        FileNotFoundError: it was sealed meanwhile.
+        CorruptSegmentError: its batches have other columns than `schema`.
+    """
+    content = path.read_bytes()
+    buffer = pa.py_buffer(content)
+    batches: list[pa.RecordBatch] = []
+    damaged: list[DamagedRange] = []
+    end = _header_end(content, schema)
+    while end < len(content):
+        message = _read_message(buffer, end)
+        if message is None:
+            start = next((at for at in _message_starts(content, end + 1) if _read_message(buffer, at)), None)
+            if start is None:
+                break
+            damaged.append(DamagedRange(end, start, _claimed_rows(buffer, end, start, schema)))
+            end = start
+            continue
+        try:
+            batches.append(pa.ipc.read_record_batch(message.message, schema))
+        except pa.ArrowException as error:
+            raise CorruptSegmentError(
+                f"{path} holds rows of another schema ({error}): move it away to go on without them"
+            ) from None
+        end = message.end
+    # A torn write is a prefix of a batch. A batch in full length with a wrong checksum was changed afterwards.
+    if (num_rows := _claimed_rows(buffer, end, len(content), schema)) is not None:
+        damaged.append(DamagedRange(end, len(content), num_rows))
+        end = len(content)
+    return OpenScan(tuple(batches), tuple(damaged), end, len(content))
+
+
+@dataclass(frozen=True)
 class RecoveredSegment:
     """Complete batches of an open segment. cut_bytes: torn bytes that were cut off its end."""
 
@@ -110,28 +173,18 @@ def recover_open_segment(path: Path, schema: pa.Schema) -> RecoveredSegment:
     """Read the open segment at `path` after a crash and cut off a torn tail.
 
     Raises:
-        CorruptSegmentError: a damaged batch lies before a complete one, so this was no crash in mid-write.
+        CorruptSegmentError: it is damaged before its last batch, so this was no crash in mid-write.
     """
-    content = path.read_bytes()
-    buffer = pa.py_buffer(content)
-    end = _header_end(path, content, schema)
-    batches: list[pa.RecordBatch] = []
-    if end is None:  # a crash while the file was created: nothing was acknowledged
-        end = 0
-    else:
-        while (message := _read_message(buffer, end)) is not None:
-            batches.append(pa.ipc.read_record_batch(message.message, schema))
-            end = message.end
-    cut_bytes = len(content) - end
-    if cut_bytes:
-        for start in _message_starts(content, end + 1):
-            if _read_message(buffer, start) is not None:
-                raise CorruptSegmentError(
-                    f"{path} is damaged at byte {end}, before complete batches (from byte {start}): restore the file "
-                    f"from a copy, or cut it off with `truncate -s {end} {path}` and lose the batches after it"
-                )
-        os.truncate(path, end)
-    return RecoveredSegment(tuple(batches), cut_bytes)
+    scan = scan_open(path, schema)
+    if scan.damaged:
+        start, end = scan.damaged[0].start, scan.damaged[0].end
+        raise CorruptSegmentError(
+            f"{path} is damaged from byte {start} to byte {end}: restore the file from a copy, or cut it off with "
+            f"`truncate -s {start} {path}` and lose what follows"
+        )
+    if scan.torn_bytes:
+        os.truncate(path, scan.end)
+    return RecoveredSegment(scan.batches, scan.torn_bytes)
 
 
 @dataclass(frozen=True)
@@ -226,23 +279,27 @@ def _read_message(buffer: pa.Buffer, start: int) -> _Message | None:
     return _Message(message, start + len(raw))
 
 
-def _header_end(path: Path, content: bytes, schema: pa.Schema) -> int | None:
-    """Where the first batch begins; None where the header itself is torn."""
-    header = schema.serialize().to_pybytes()
-    if len(content) < len(header) and header.startswith(content):
-        return None
+def _header_end(content: bytes, schema: pa.Schema) -> int:
+    """Where the schema ends that a file begins with; 0 where it is torn or damaged, so that batches are searched."""
     source = pa.BufferReader(content)
     try:
         found = pa.ipc.read_schema(source)
-    except (pa.ArrowException, EOFError, OSError) as error:
-        raise CorruptSegmentError(
-            f"{path} does not begin with an Arrow schema ({error}): restore the file from a copy, or delete it and "
-            "lose its rows"
-        ) from None
-    if not found.equals(schema, check_metadata=True):
-        raise CorruptSegmentError(f"{path} holds rows of another schema: move it away to go on without them")
+    except (pa.ArrowException, EOFError, OSError):
+        return 0
     end: int = source.tell()
-    return end
+    return end if found.equals(schema, check_metadata=True) else 0
+
+
+def _claimed_rows(buffer: pa.Buffer, start: int, end: int, schema: pa.Schema) -> int | None:
+    """Rows of the batch that fills [start, end) by its own account; None where nothing of that length is there."""
+    source = pa.BufferReader(buffer.slice(start, end - start))
+    try:
+        message = pa.ipc.read_message(source)
+        batch = pa.ipc.read_record_batch(message, schema)
+        batch.validate()
+    except (pa.ArrowException, EOFError, OSError):
+        return None
+    return batch.num_rows if source.tell() == end - start else None
 
 
 def _message_starts(content: bytes, start: int) -> Iterator[int]:

@@ -87,7 +87,7 @@ def test_damage_before_complete_records_is_an_error_that_names_the_file(tmp_path
     content = bytearray(path.read_bytes())
     content[content.index(b"draw")] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CorruptSegmentError, match=r"consumption-000001\.arrows\.open is damaged at byte"):
+    with pytest.raises(CorruptSegmentError, match=r"consumption-000001\.arrows\.open is damaged from byte"):
         open_log(tmp_path / "a")
 
 

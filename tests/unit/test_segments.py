@@ -13,7 +13,15 @@ import pytest
 
 from buffer.manifest import CorruptSegmentError, SegmentEntry
 from buffer.schema import trajectory_schema
-from buffer.segments import OpenSegment, map_sealed, recover_open_segment, sealed_path, write_sealed
+from buffer.segments import (
+    DamagedRange,
+    OpenSegment,
+    map_sealed,
+    recover_open_segment,
+    scan_open,
+    sealed_path,
+    write_sealed,
+)
 from tests.trajectories import CONTRACT, numbered
 
 SCHEMA = trajectory_schema(CONTRACT)
@@ -84,55 +92,52 @@ def test_torn_header_at_every_byte(tmp_path):
     assert write_open(path)[0] == sizes[0]
 
 
-def test_damage_at_every_byte_of_the_last_batch_is_cut_off_never_read(tmp_path):
-    """After a loss of power the torn batch may have its full length and wrong bytes."""
-    path = tmp_path / "open"
-    sizes = write_open(path)
-    content = path.read_bytes()
-    for at in range(sizes[2], sizes[3]):
-        damaged = bytearray(content)
-        damaged[at] ^= 0x55
-        path.write_bytes(damaged)
-        assert recover_open_segment(path, SCHEMA).batches == tuple(BATCHES[:2]), at
-    path.write_bytes(content[: sizes[2]] + bytes(sizes[3] - sizes[2]))  # blocks that were never written
-    assert recover_open_segment(path, SCHEMA).batches == tuple(BATCHES[:2])
+def flipped(content: bytes, at: int) -> bytes:
+    damaged = bytearray(content)
+    damaged[at] ^= 0x55
+    return bytes(damaged)
 
 
-def test_damage_at_every_byte_before_a_complete_batch_is_an_error(tmp_path):
-    path = tmp_path / "open"
-    sizes = write_open(path)
-    content = path.read_bytes()
-    for at in range(sizes[1], sizes[2]):
-        damaged = bytearray(content)
-        damaged[at] ^= 0x55
-        path.write_bytes(damaged)
-        with pytest.raises(CorruptSegmentError, match=rf"damaged at byte {sizes[1]}.*truncate -s {sizes[1]}"):
-            recover_open_segment(path, SCHEMA)
-        assert path.read_bytes() == damaged, "an error leaves the evidence alone"
-
-
-def test_damage_of_the_header_is_an_error(tmp_path):
+def test_damage_at_every_byte_of_the_last_batch_is_seen_and_never_read(tmp_path):
+    """Where its length is still readable it is known for damage, with its rows; else it looks like a torn write."""
     path = tmp_path / "open"
     sizes = write_open(path)
     content = path.read_bytes()
     outcomes = set()
-    for at in range(sizes[0]):
-        damaged = bytearray(content)
-        damaged[at] ^= 0x55
-        path.write_bytes(damaged)
-        try:
-            outcomes.add(recover_open_segment(path, SCHEMA).batches == tuple(BATCHES))
-        except CorruptSegmentError as error:
-            outcomes.add(str(path) in str(error))
-    assert outcomes == {True}, "an error that names the file, or (padding) the rows as they were"
+    for at in range(sizes[2], sizes[3]):
+        path.write_bytes(flipped(content, at))
+        scan = scan_open(path, SCHEMA)
+        assert scan.batches == tuple(BATCHES[:2]), at
+        outcomes.add((scan.damaged, scan.torn_bytes))
+    assert outcomes == {((DamagedRange(sizes[2], sizes[3], 4),), 0), ((), sizes[3] - sizes[2])}
+    path.write_bytes(content[: sizes[2]] + bytes(sizes[3] - sizes[2]))  # blocks that were never written
+    assert scan_open(path, SCHEMA).batches == tuple(BATCHES[:2])
 
 
-def test_rows_of_another_contract_are_an_error(tmp_path):
+def test_damage_at_every_byte_between_complete_batches_spares_both_sides(tmp_path):
     path = tmp_path / "open"
-    write_open(path)
-    other = SCHEMA.with_metadata({**SCHEMA.metadata, b"eos_id": b"9"})
-    with pytest.raises(CorruptSegmentError, match="another schema"):
-        recover_open_segment(path, other)
+    sizes = write_open(path)
+    content = path.read_bytes()
+    for at in range(sizes[1], sizes[2]):
+        path.write_bytes(flipped(content, at))
+        scan = scan_open(path, SCHEMA)
+        assert scan.batches == (BATCHES[0], BATCHES[2]), at
+        assert scan.torn_bytes == 0
+        (damaged,) = scan.damaged
+        assert (damaged.start, damaged.end) == (sizes[1], sizes[2])
+        assert damaged.num_rows in (2, None)
+        assert path.read_bytes() == flipped(content, at), "reading leaves the evidence alone"
+
+
+def test_damage_of_the_header_spares_every_batch(tmp_path):
+    path = tmp_path / "open"
+    sizes = write_open(path)
+    content = path.read_bytes()
+    for at in range(sizes[0]):
+        path.write_bytes(flipped(content, at))
+        scan = scan_open(path, SCHEMA)
+        assert scan.batches == tuple(BATCHES)
+        assert [(each.start, each.end) for each in scan.damaged] in ([(0, sizes[0])], []), "or it was padding"
 
 
 def test_sealed_round_trip_is_mapped_and_outlives_its_file(tmp_path):
