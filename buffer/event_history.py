@@ -64,7 +64,8 @@ def read_events(folder: Path) -> pa.Table:
         return pa.Table.from_batches(records, schema=EVENT_SCHEMA).combine_chunks()
     if missing:
         raise CorruptSegmentError(
-            f"{sealed_log_path(folder, missing[0])} is missing: restore it from a copy; without it the history has a gap"
+            f"{sealed_log_path(folder, missing[0])} is missing: restore it from a copy, since the history has a gap "
+            "without it"
         )
     raise TimeoutError(
         f"{folder}: its consumption log was sealed {LISTING_ATTEMPTS} times while it was read: try again"
