@@ -70,9 +70,27 @@ class TextTaskSettings(Settings):
 TaskSettings = ArithmeticTaskSettings | TextTaskSettings
 
 
+class FlightSettings(Settings):
+    """Read-only access to the live rows for other programs, over Arrow Flight; each shard has an endpoint."""
+
+    enabled: bool = Field(False, description="open the endpoints; their addresses are shown by `sequencematch status`")
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; what is sent is not encrypted, so leave it on the loopback"
+    )
+    port: int = Field(
+        0, ge=0, le=65535, description="port of the first shard, the next ones follow; 0 = any that is free"
+    )
+
+
 class BufferSettings(Settings):
     """The replay buffer."""
 
+    shards: Annotated[int, Field(ge=1, le=1000)] = Field(
+        1,
+        description="processes that hold the buffer, spread over the nodes; each holds its share of `capacity` and "
+        "`min_size`",
+    )
+    flight: FlightSettings = FlightSettings()
     capacity: PositiveInt = Field(
         1024, description="live trajectories per source (policy, expert); the oldest are evicted beyond it"
     )
@@ -81,11 +99,25 @@ class BufferSettings(Settings):
         ge=0,
         description="largest staleness (in published versions) a drawn trajectory may have; null = any",
     )
-    sampler: Literal["uniform", "recency"] = Field(
-        "uniform", description="which live trajectories are drawn: all alike, or newer ones more often"
+    sampler: Literal["uniform", "fifo", "recency", "prioritised", "stratified"] = Field(
+        "uniform",
+        description="which live trajectories are drawn: all alike; the oldest; newer ones more often; those with a "
+        "large soft-Bellman residual more often; as many of every task",
     )
     recency_exponent: float | None = Field(
-        None, ge=0.0, description="sampler=recency: weight of the k-th newest trajectory is k^-exponent; null = 1"
+        None,
+        ge=0.0,
+        le=32.0,
+        description="sampler=recency: weight of the k-th newest trajectory is k^-exponent; null = 1",
+    )
+    priority_exponent: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="sampler=prioritised: weight of a trajectory is priority^exponent (0 = uniform); null = 0.6",
+    )
+    max_times_sampled: PositiveInt | None = Field(
+        None, description="a trajectory that was drawn so often is evicted; null = any number of times"
     )
     min_size: PositiveInt = Field(64, description="live trajectories of a source before the first draw from it")
     max_samples_per_insert: float | None = Field(
@@ -111,6 +143,12 @@ class BufferSettings(Settings):
                 f"min_size={self.min_size} is never reached with capacity={self.capacity}: lower min_size or raise "
                 "capacity"
             )
-        if self.recency_exponent is not None and self.sampler != "recency":
-            raise ValueError(f"recency_exponent has no effect with sampler={self.sampler}")
+        for name, sampler in (("recency_exponent", "recency"), ("priority_exponent", "prioritised")):
+            if getattr(self, name) is not None and self.sampler != sampler:
+                raise ValueError(f"{name} has no effect with sampler={self.sampler}: leave it out")
+        if self.sampler == "fifo" and self.max_times_sampled is None:
+            raise ValueError(
+                "sampler=fifo without max_times_sampled draws the same oldest trajectories again and again: set "
+                "max_times_sampled=1 for a queue"
+            )
         return self
