@@ -72,7 +72,7 @@ def test_same_seed_same_rows(sampler):
 
 def test_settings_choose_the_sampler():
     assert isinstance(make_sampler(BufferSettings()), UniformSampler)
-    newest_only = make_sampler(BufferSettings(sampler="recency", recency_exponent=200.0))
+    newest_only = make_sampler(BufferSettings(sampler="recency", recency_exponent=32.0))
     assert newest_only.sample(50, 1, np.random.default_rng(0)).tolist() == [49]
 
 
