@@ -3,7 +3,7 @@
     event       says that                                        and fills
     snapshot    a file of the log begins with this state         source, rows, times_sampled, priorities, counters
     pinned      a draw of an earlier file is still repeatable    as draw
-    draw        a training step was given rows                   stage, step, source, policy_version, rows
+    draw        a training step was given rows                   stage, step, source, policy_version, rows, whole
     checkpoint  the learner has a durable checkpoint             stage, step
     stage       rows of older weights are of an earlier stage    policy_version (the first one that counts)
     version     a newer version was published                    policy_version
@@ -13,8 +13,10 @@
     priorities  the learner changed how likely rows are          source, rows, priorities
 
 Rows are numbers (see `buffer.schema.stored_schema`). Each draw, removal and rejection stands in exactly one event over
-all files of a log. A snapshot without a source holds the counters of the shard and those of removed rows whose source
-could no longer be read. A number in [0, next_row) is live or was removed, so that nothing can be lost in silence.
+all files of a log; only where a draw from several shards was interrupted may a shard complete its part with a second
+`draw` of other rows. Over all shards, the parts of a draw that was answered add up to `whole` rows. A snapshot without
+a source holds the counters of the shard and those of removed rows whose source could no longer be read. A number in
+[0, next_row) is live or was removed, so that nothing can be lost in silence.
 """
 
 from __future__ import annotations
@@ -81,6 +83,7 @@ EVENT_SCHEMA = pa.schema(
         pa.field("policy_version", pa.int64()),  # newest one known
         pa.field("reason", pa.string()),
         pa.field("rows", pa.list_(pa.int64())),
+        pa.field("whole", pa.int64()),
         pa.field("ids", pa.list_(pa.string())),
         pa.field("times_sampled", pa.list_(pa.int32())),
         pa.field("priorities", pa.list_(pa.float32())),
@@ -101,6 +104,7 @@ class Event:
     policy_version: int | None = None
     reason: str | None = None
     rows: Int64 | None = None
+    whole: int | None = None
     ids: pa.StringArray | None = None
     times_sampled: Int32 | None = None
     priorities: Float32 | None = None
@@ -118,6 +122,7 @@ def encode_events(events: Sequence[Event], at_us: int) -> pa.RecordBatch:
         pa.array([event.policy_version for event in events], pa.int64()),
         pa.array([event.reason for event in events], pa.string()),
         _lists([event.rows for event in events], pa.int64()),
+        pa.array([event.whole for event in events], pa.int64()),
         _lists([event.ids for event in events], pa.string()),
         _lists([event.times_sampled for event in events], pa.int32()),
         _lists([event.priorities for event in events], pa.float32()),
@@ -128,7 +133,8 @@ def encode_events(events: Sequence[Event], at_us: int) -> pa.RecordBatch:
 
 def decode_events(record: pa.RecordBatch) -> list[Event]:
     """The events of a record, arrays as views of it."""
-    scalars = record.select(["event", "stage", "step", "source", "policy_version", "reason", "counters"]).to_pylist()
+    names = ["event", "stage", "step", "source", "policy_version", "reason", "whole", "counters"]
+    scalars = record.select(names).to_pylist()
     return [
         Event(
             kind=values["event"],
@@ -138,6 +144,7 @@ def decode_events(record: pa.RecordBatch) -> list[Event]:
             policy_version=values["policy_version"],
             reason=values["reason"],
             rows=_values(record, "rows", index, np.int64),
+            whole=values["whole"],
             ids=record.column("ids")[index].values,
             times_sampled=_values(record, "times_sampled", index, np.int32),
             priorities=_values(record, "priorities", index, np.float32),
