@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,99 +10,141 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from buffer.gather import GatherSource, gather
+from buffer.schema import ROW, rows_of
+
 Int64 = npt.NDArray[np.int64]
 
 MERGED_ROWS = 4096
 """Heap batches are merged up to this many rows."""
 
-WHOLE_CHUNK_BYTES = 2**20
-"""Up to this size a batch joins a gather as a whole: copying it costs less than one more call of `take`."""
-
 
 @dataclass(frozen=True)
 class _Chunk:
-    first_row: int
-    batch: pa.RecordBatch
-    size_bytes: int
+    """rows: [n] numbers, ascending."""
+
+    source: GatherSource
+    rows: Int64
     on_heap: bool
 
+    @classmethod
+    def of(cls, batch: pa.RecordBatch, on_heap: bool) -> _Chunk:
+        return cls(GatherSource(batch), rows_of(batch), on_heap)
+
     @property
-    def end_row(self) -> int:
-        return self.first_row + int(self.batch.num_rows)
+    def batch(self) -> pa.RecordBatch:
+        return self.source.batch
+
+    def positions(self, rows: Int64) -> Int64:
+        """[n] where these rows stand in the batch, if it holds them."""
+        first, last = int(self.rows[0]), int(self.rows[-1])
+        if last - first + 1 == len(self.rows):
+            return rows - first
+        return np.searchsorted(self.rows, rows)
 
 
 class RowTable:
-    """Batches by row number. Row numbers grow with each append and are never used twice; rows may be removed.
+    """Stored batches (`buffer.schema.stored_schema`), found by the numbers in their `row` column.
 
-    Appended batches are merged with their neighbours as in a log-structured merge tree (each byte is copied
-    O(log MERGED_ROWS) times), because a gather costs time per batch it touches.
+    The numbers grow with each append, with gaps or without. Appended heap batches are merged with their neighbours
+    as in a log-structured merge tree (each byte is copied O(log MERGED_ROWS) times), because a gather costs time per
+    batch it touches.
     """
 
     def __init__(self) -> None:
         self._chunks: list[_Chunk] = []
         self._starts: Int64 | None = None  # first row of each chunk, built on demand
 
-    def append(self, first_row: int, batches: Sequence[pa.RecordBatch], on_heap: bool) -> None:
-        """Add consecutive batches after the last row. on_heap: whether they may be merged (by a copy)."""
-        assert not self._chunks or first_row >= self._chunks[-1].end_row, "rows are appended in order"
+    def append(self, batches: Sequence[pa.RecordBatch], on_heap: bool) -> None:
+        """Add batches whose rows come after those in the table. on_heap: whether they may be merged (by a copy)."""
         for batch in batches:
-            self._chunks.append(_Chunk(first_row, batch, batch.nbytes, on_heap))
-            first_row += batch.num_rows
+            if batch.num_rows == 0:
+                continue
+            chunk = _Chunk.of(batch, on_heap)
+            assert not self._chunks or chunk.rows[0] > self._chunks[-1].rows[-1], "rows are appended in order"
+            self._chunks.append(chunk)
             self._merge_last()
         self._starts = None
 
-    def batches(self, first_row: int) -> list[pa.RecordBatch]:
-        """Batches from `first_row`, where a batch begins, to the end."""
-        return [chunk.batch for chunk in self._chunks if chunk.first_row >= first_row]
+    def batches(self, first_row: int, end_row: int | None = None) -> list[pa.RecordBatch]:
+        """The batches whose rows lie in [first_row, end_row), by row; end_row: None = to the end."""
+        return [
+            chunk.batch
+            for chunk in self._chunks
+            if chunk.rows[0] >= first_row and (end_row is None or chunk.rows[-1] < end_row)
+        ]
 
     def remove(self, first_row: int, end_row: int) -> None:
-        """Forget the batches that lie in [first_row, end_row)."""
-        self._chunks = [chunk for chunk in self._chunks if chunk.first_row < first_row or chunk.end_row > end_row]
+        """Forget the batches whose rows lie in [first_row, end_row)."""
+        self._chunks = [chunk for chunk in self._chunks if chunk.rows[0] < first_row or chunk.rows[-1] >= end_row]
+        self._starts = None
+
+    def replace(self, first_row: int, end_row: int, batches: Sequence[pa.RecordBatch], on_heap: bool) -> None:
+        """Put `batches`, whose rows lie in [first_row, end_row), in the place of those that are there now."""
+        self.remove(first_row, end_row)
+        at = int(np.searchsorted(self._chunk_starts(), first_row))
+        chunks = [_Chunk.of(batch, on_heap) for batch in batches if batch.num_rows]
+        ordered = [*self._chunks[:at][-1:], *chunks, *self._chunks[at : at + 1]]
+        for left, right in itertools.pairwise(ordered):
+            assert left.rows[-1] < right.rows[0], "rows stay in order"
+        self._chunks[at:at] = chunks
         self._starts = None
 
     def holds(self, rows: Int64) -> bool:
         """Whether all rows with these numbers are in the table."""
-        ends = np.array([chunk.end_row for chunk in self._chunks], dtype=np.int64)
-        starts = self._chunk_starts()
-        owners = np.searchsorted(starts, rows, side="right") - 1
-        return bool(len(starts)) and bool(np.all((owners >= 0) & (rows < ends[owners])))
+        owners = self._owners(rows)
+        if np.any(owners < 0):
+            return False
+        return all(
+            np.isin(rows[owners == owner], self._chunks[owner].rows).all() for owner in np.unique(owners).tolist()
+        )
 
     def take(self, rows: Int64) -> pa.RecordBatch:
         """Copy of the rows with these numbers, in this order; all of them are in the table, and there is one."""
-        starts = self._chunk_starts()
-        order = np.argsort(rows, kind="stable")
-        ordered = rows[order]
-        owners = np.searchsorted(starts, ordered, side="right") - 1
-        touched, begins, counts = np.unique(owners, return_index=True, return_counts=True)
-        parts: list[pa.RecordBatch] = []
-        positions = np.empty(len(rows), dtype=np.int64)
-        base = 0
-        for owner, begin, count in zip(touched.tolist(), begins.tolist(), counts.tolist(), strict=True):
-            chunk = self._chunks[owner]
-            local = ordered[begin : begin + count] - chunk.first_row
-            part = chunk.batch
-            if chunk.size_bytes > WHOLE_CHUNK_BYTES and count < part.num_rows:
-                part = part.take(pa.array(local))
-                local = np.arange(count)
-            parts.append(part)
-            positions[order[begin : begin + count]] = base + local
-            base += part.num_rows
-        gathered = parts[0] if len(parts) == 1 else pa.concat_batches(parts)
-        taken: pa.RecordBatch = gathered.take(pa.array(positions))
+        owners = self._owners(rows)
+        taken = gather([chunk.source for chunk in self._chunks], owners, self._positions(rows, owners))
+        assert np.array_equal(rows_of(taken), rows), "a row that the table does not hold"
         return taken
+
+    def ids(self, rows: Int64) -> pa.StringArray:
+        """Ids of the rows with these numbers, in this order; all of them are in the table."""
+        if len(rows) == 0:
+            return pa.array([], pa.string())
+        owners = self._owners(rows)
+        positions = self._positions(rows, owners)
+        # Rows are mostly asked for in ascending order: then each batch is one run.
+        order = np.argsort(owners, kind="stable")
+        parts = []
+        for owner in np.unique(owners).tolist():
+            mine = order[owners[order] == owner]
+            picked = self._chunks[owner].batch.select(["id", ROW]).take(pa.array(positions[mine]))
+            assert np.array_equal(rows_of(picked), rows[mine]), "a row that the table does not hold"
+            parts.append(picked.column("id"))
+        ids = pa.concat_arrays(parts)
+        return ids.take(pa.array(np.argsort(order)))
 
     def _chunk_starts(self) -> Int64:
         if self._starts is None:
-            self._starts = np.array([chunk.first_row for chunk in self._chunks], dtype=np.int64)
+            self._starts = np.array([chunk.rows[0] for chunk in self._chunks], dtype=np.int64)
         return self._starts
+
+    def _owners(self, rows: Int64) -> Int64:
+        """[n] index of the chunk that holds each row, if any does; -1 before the first chunk."""
+        return np.searchsorted(self._chunk_starts(), rows, side="right") - 1
+
+    def _positions(self, rows: Int64, owners: Int64) -> Int64:
+        """[n] position of each row in its chunk."""
+        positions = np.empty(len(rows), dtype=np.int64)
+        for owner in np.unique(owners).tolist():
+            mine = owners == owner
+            positions[mine] = self._chunks[owner].positions(rows[mine])
+        return positions
 
     def _merge_last(self) -> None:
         while len(self._chunks) > 1:
-            left, right = self._chunks[-2:]
-            num_rows = left.batch.num_rows + right.batch.num_rows
-            if not (left.on_heap and right.on_heap and left.end_row == right.first_row):
+            left, right = (chunk.batch for chunk in self._chunks[-2:])
+            if not all(chunk.on_heap for chunk in self._chunks[-2:]):
                 return
-            if left.batch.num_rows > 2 * right.batch.num_rows or num_rows > MERGED_ROWS:
+            if left.num_rows > 2 * right.num_rows or left.num_rows + right.num_rows > MERGED_ROWS:
                 return
-            batch = pa.concat_batches([left.batch, right.batch])
-            self._chunks[-2:] = [_Chunk(left.first_row, batch, batch.nbytes, on_heap=True)]
+            self._chunks[-2:] = [_Chunk.of(pa.concat_batches([left, right]), on_heap=True)]

@@ -31,7 +31,7 @@ from buffer.lanes import Lane
 from buffer.live_rows import RowFacts
 from buffer.row_table import RowTable
 from buffer.samplers import Int64, make_sampler
-from buffer.schema import SOURCES, TokenContract, trajectory_schema
+from buffer.schema import SOURCES, TokenContract, trajectory_schema, with_rows, without_rows
 from buffer.segment_folder import delete_leftovers, open_manifest, seal_rows
 from buffer.segments import OpenSegment, map_sealed, open_path, recover_open_segment, sealed_path
 from buffer.settings import BufferSettings
@@ -214,7 +214,7 @@ class ReplayStore:
         return self._gather(draw.rows, draw.policy_version, lane, repeated=True)
 
     def _gather(self, rows: Int64, policy_version: int, lane: Lane, repeated: bool) -> DrawResult:
-        batch = self._table.take(rows)
+        batch = without_rows(self._table.take(rows))
         lane.last_draw = self._statistics(batch, policy_version)
         return DrawResult(batch, policy_version, repeated)
 
@@ -256,7 +256,7 @@ class ReplayStore:
                 lane.inserted += len(own.records)
                 lane.live.append(own)
                 self._ids.update(own.records["id"].tolist())
-            self._table.append(self._next_row, [batch], on_heap)
+            self._table.append([with_rows(batch, np.arange(self._next_row, self._next_row + batch.num_rows))], on_heap)
             self._next_row += batch.num_rows
 
     # Removing
@@ -299,7 +299,8 @@ class ReplayStore:
         """Turn the open segment into a sealed one: sealed file, then manifest, then the open file goes."""
         manifest = self._manifest
         first_row = manifest.next_row
-        entry = seal_rows(self._folder, manifest.open_segment, first_row, self._table.batches(first_row))
+        batches = [without_rows(batch) for batch in self._table.batches(first_row)]
+        entry = seal_rows(self._folder, manifest.open_segment, first_row, batches)
         mapped = map_sealed(self._folder, entry, self._schema)
         self._manifest = replace(
             manifest,
@@ -310,7 +311,9 @@ class ReplayStore:
         )
         self._write_manifest()
         self._table.remove(first_row, self._next_row)
-        self._table.append(first_row, mapped, on_heap=False)
+        for batch in mapped:
+            self._table.append([with_rows(batch, np.arange(first_row, first_row + batch.num_rows))], on_heap=False)
+            first_row += batch.num_rows
         self._open_segment.close()
         self._open_segment.path.unlink()
         self._open_segment = self._new_open_segment()

@@ -5,33 +5,99 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from buffer import row_table
 from buffer.row_table import RowTable
-from tests.trajectories import ids_of, numbered
+from buffer.schema import with_rows
+from tests.trajectories import BACKSPACE, EOS, batch_of, expert_row, ids_of, numbered, row
 
 
-def table_of(sizes, on_heap=True):
+def numbered_at(rows):
+    """A stored batch whose ids are its row numbers."""
+    batch = pa.concat_batches([numbered(number, 1) for number in rows])
+    return with_rows(batch, np.array(rows))
+
+
+def joined(batches):
+    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
+
+
+def table_of(sizes, on_heap=True, step=1):
+    """A table whose rows are 0, step, 2 * step, ..., and the same rows as one batch."""
     table, batches, first = RowTable(), [], 0
     for size in sizes:
-        batches.append(numbered(first, size))
-        table.append(first, batches[-1:], on_heap)
-        first += size
-    return table, pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
+        batches.append(numbered_at(range(first, first + size * step, step)))
+        table.append(batches[-1:], on_heap)
+        first += size * step
+    return table, joined(batches)
 
 
 @pytest.mark.parametrize("on_heap", [True, False])
-@pytest.mark.parametrize("whole_chunk_bytes", [0, 2**30])
+@pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize("sizes", [[1] * 40, [7, 1, 30, 2], [64], [33, 32, 16, 8, 1]])
-def test_take_gives_rows_in_the_order_asked_for(monkeypatch, sizes, whole_chunk_bytes, on_heap):
-    monkeypatch.setattr(row_table, "WHOLE_CHUNK_BYTES", whole_chunk_bytes)
-    table, plain = table_of(sizes, on_heap)
+def test_take_and_ids_give_rows_in_the_order_asked_for(sizes, step, on_heap):
+    table, plain = table_of(sizes, on_heap, step)
     generator = np.random.default_rng(0)
     for _ in range(20):
-        rows = generator.permutation(plain.num_rows)[: generator.integers(1, plain.num_rows + 1)]
-        taken = table.take(rows)
-        assert taken.equals(plain.take(pa.array(rows)))
+        positions = generator.permutation(plain.num_rows)[: generator.integers(1, plain.num_rows + 1)]
+        expected = plain.take(pa.array(positions))
+        taken = table.take(positions * step)
+        taken.validate(full=True)
+        assert taken.equals(expected)
         assert taken.schema.equals(plain.schema, check_metadata=True)
+        assert table.ids(positions * step).equals(expected.column("id"))
+
+
+KINDS = {
+    "policy": row("a", [5, BACKSPACE, 6]),
+    "no action": row("a", []),
+    "expert": expert_row("a", [5, 6, EOS]),
+    "noise": expert_row("a", [5, 6, EOS], realised=[None, 9, None]),
+    "features": row("a", [5], features=[0.5, 1.0], reward=0.25),
+    "long": row("a", [5] * 300, prompt_ids=[7] * 40, weights_fingerprint=None, sampling=None),
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    batches=st.lists(
+        st.tuples(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=6), st.integers(0, 2)), min_size=1
+    ),
+    data=st.data(),
+)
+def test_any_kinds_of_rows_in_any_batches_and_slices(batches, data):
+    table, stored, first = RowTable(), [], 0
+    for kinds, cut in batches:
+        rows = [{**KINDS[kind], "id": str(first + index)} for index, kind in enumerate(kinds)]
+        batch = with_rows(batch_of(rows), np.arange(first, first + len(rows))).slice(min(cut, len(rows) - 1))
+        table.append([batch], on_heap=bool(cut))
+        stored.append(batch)
+        first += len(rows)
+    plain = joined(stored)
+    positions = data.draw(st.lists(st.integers(0, plain.num_rows - 1), min_size=1, max_size=12))
+    expected = plain.take(pa.array(positions))
+    taken = table.take(expected.column("row").to_numpy())
+    taken.validate(full=True)
+    assert taken.equals(expected)
+
+
+def test_what_stands_under_a_null_list_is_not_gathered():
+    batch = with_rows(batch_of([row("a", [5, 6]), row("b", [7])]), np.array([0, 1]))
+    index = batch.schema.get_field_index("logprobs")
+    column = batch.column(index)
+    hidden = pa.ListArray.from_arrays(column.offsets, column.values, type=column.type, mask=pa.array([True, False]))
+    batch = batch.set_column(index, batch.schema.field(index), hidden)
+    table = RowTable()
+    table.append([batch], on_heap=False)
+    (taken,) = table.take(np.array([1, 0])).select(["logprobs"]).columns
+    assert taken.to_pylist() == [[-0.5], None]
+    assert len(taken.values) == 1
+
+
+def test_ids_of_no_rows():
+    table, _ = table_of([3])
+    assert table.ids(np.array([], dtype=np.int64)).equals(pa.array([], pa.string()))
 
 
 def test_small_heap_batches_are_merged_and_mapped_ones_left_alone():
@@ -42,16 +108,45 @@ def test_small_heap_batches_are_merged_and_mapped_ones_left_alone():
     assert len(mapped.batches(0)) == 100
 
 
+def test_holds_only_rows_that_are_there():
+    table = RowTable()
+    assert not table.holds(np.array([0]))
+    assert table.holds(np.array([], dtype=np.int64))
+    table.append([numbered_at([3, 5, 9]), numbered_at([12])], on_heap=False)
+    assert table.holds(np.array([12, 3, 9, 3]))
+    for absent in (0, 4, 10, 13):
+        assert not table.holds(np.array([3, absent]))
+
+
 def test_removed_rows_leave_the_numbers_of_the_others():
     table, plain = table_of([10, 10, 10], on_heap=False)
     table.remove(10, 20)
+    assert not table.holds(np.array([10]))
     assert ids_of(table.take(np.array([25, 3]))) == ids_of(plain.take(pa.array([25, 3])))
-    table.append(30, [numbered(30, 5)], on_heap=True)
+    table.append([numbered_at(range(30, 35))], on_heap=True)
     assert ids_of(table.take(np.array([32, 29]))) == ["32", "29"]
 
 
-def test_merging_stops_at_a_removed_range():
+def test_replaced_batches_may_leave_rows_out():
+    table, _ = table_of([10, 10, 10], on_heap=False)
+    table.replace(0, 20, [numbered_at([2, 15])], on_heap=False)
+    assert ids_of(table.take(np.array([25, 15, 2]))) == ["25", "15", "2"]
+    assert not table.holds(np.array([3]))
+    table.replace(20, 30, [], on_heap=False)
+    assert len(table.batches(0)) == 1
+    assert len(table.batches(0, 20)) == 1
+    assert table.batches(0, 15) == []
+
+
+def test_a_row_that_is_not_there_is_never_answered_with_another():
     table = RowTable()
-    table.append(0, [numbered(0, 4)], on_heap=True)
-    table.append(10, [numbered(10, 4)], on_heap=True)
-    assert ids_of(table.take(np.array([13, 0]))) == ["13", "0"]
+    table.append([numbered_at([3, 5, 9])], on_heap=False)
+    for read in (table.take, table.ids):
+        with pytest.raises(AssertionError, match="does not hold"):
+            read(np.array([4]))
+
+
+def test_rows_out_of_order_are_refused():
+    table, _ = table_of([3])
+    with pytest.raises(AssertionError, match="in order"):
+        table.append([numbered_at([2])], on_heap=False)
