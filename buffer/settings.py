@@ -129,12 +129,33 @@ class BufferSettings(Settings):
         1024,
         description="back-pressure: actors pause when they are this many trajectories ahead of the draws",
     )
+    samples_per_insert: float | None = Field(
+        None,
+        gt=0.0,
+        description="draws per inserted policy trajectory in the long run: draws wait for inserts, and actors for "
+        "draws, to keep to it; null = draws never wait for inserts",
+    )
+    samples_per_insert_tolerance: float | None = Field(
+        None,
+        gt=0.0,
+        description="how many draws more or less than samples_per_insert * (inserted - min_size) there may be; null = "
+        "samples_per_insert * min_size, or without samples_per_insert: actors pause when `capacity` ahead of the draws",
+    )
     segment_bytes: PositiveInt = Field(64 * 2**20, description="size at which a segment file is sealed")
     fsync: Literal["batch", "seal"] = Field(
         "batch",
         description="what survives a loss of power: every acknowledged batch, or sealed segments only "
         "(faster; the death of a process loses nothing either way)",
     )
+
+    @property
+    def tolerance(self) -> float:
+        """`samples_per_insert_tolerance`, or what stands for it: no more than the rows of a full buffer offer."""
+        if self.samples_per_insert_tolerance is not None:
+            return self.samples_per_insert_tolerance
+        if self.samples_per_insert is None:
+            return self.capacity - self.min_size
+        return self.samples_per_insert * min(self.min_size, self.capacity - self.min_size)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -146,6 +167,18 @@ class BufferSettings(Settings):
         for name, sampler in (("recency_exponent", "recency"), ("priority_exponent", "prioritised")):
             if getattr(self, name) is not None and self.sampler != sampler:
                 raise ValueError(f"{name} has no effect with sampler={self.sampler}: leave it out")
+        ratio = 1.0 if self.samples_per_insert is None else self.samples_per_insert
+        largest = ratio * (self.capacity - self.min_size)
+        if self.tolerance > largest:
+            raise ValueError(
+                f"samples_per_insert_tolerance={self.tolerance:g} would let actors fill more than the buffer holds: "
+                f"lower it to {largest:g} at most, or raise capacity"
+            )
+        if self.max_times_sampled is not None and ratio > self.max_times_sampled:
+            raise ValueError(
+                f"samples_per_insert={ratio:g} is never reached with max_times_sampled={self.max_times_sampled}: lower "
+                "the one or raise the other"
+            )
         if self.sampler == "fifo" and self.max_times_sampled is None:
             raise ValueError(
                 "sampler=fifo without max_times_sampled draws the same oldest trajectories again and again: set "

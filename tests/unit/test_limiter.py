@@ -1,0 +1,98 @@
+"""The limiter in random histories: the bounds hold, and the two sides never wait for each other."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from buffer.limiter import Limiter, Traffic
+from buffer.settings import BufferSettings
+
+LARGE = 10_000
+
+
+def limiter(**changes):
+    return Limiter(BufferSettings(**{"capacity": LARGE, "min_size": 1, **changes}))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    ratio=st.sampled_from([0.1, 0.5, 1.0, 1.5, 4.0, 7.3]),
+    min_size=st.integers(1, 20),
+    count=st.integers(1, 16),
+    spare=st.sampled_from([0.0, 0.5, 3.0, 20.0]),
+    turns=st.lists(st.booleans(), min_size=60, max_size=60),
+)
+def test_bounds_hold_and_one_side_can_always_go_on(ratio, min_size, count, spare, turns):
+    tolerance = (count + ratio) / 2 + spare
+    chosen = limiter(samples_per_insert=ratio, samples_per_insert_tolerance=tolerance, min_size=min_size)
+    chosen.check(count)
+    inserted = drawn = 0
+    for actors_turn in turns:
+        traffic = Traffic(inserted, drawn, live=inserted)
+        can_insert, can_draw = chosen.wants_inserts(traffic), chosen.can_draw(count, traffic)
+        assert can_insert or can_draw
+        assert can_insert or inserted >= min_size, "the first draw is not kept from its rows"
+        if can_insert and (actors_turn or not can_draw):
+            inserted += 1
+        else:
+            drawn += count
+        balance = ratio * (inserted - min_size) - drawn
+        assert balance <= tolerance + 1e-9
+        assert balance >= -tolerance - 1e-9 or drawn == 0  # below before the first draw, for want of rows
+
+
+@given(
+    ratio=st.sampled_from([0.3, 1.0, 2.5]),
+    count=st.integers(1, 50),
+    inserted=st.integers(0, 99),
+    drawn=st.integers(0, 99),
+)
+def test_as_many_inserts_as_it_says_are_needed(ratio, count, inserted, drawn):
+    chosen = limiter(samples_per_insert=ratio, samples_per_insert_tolerance=30.0, min_size=5)
+    needed = chosen.inserts_needed(count, Traffic(inserted, drawn, inserted))
+    assert chosen.can_draw(count, Traffic(inserted + needed, drawn, inserted))
+    assume(needed)
+    assert not chosen.can_draw(count, Traffic(inserted + needed - 1, drawn, inserted))
+
+
+def test_a_tolerance_with_no_room_for_a_draw_is_refused_with_the_smallest_that_has():
+    tight = {"samples_per_insert": 2.0, "min_size": 4}
+    with pytest.raises(
+        ValueError, match=r"tolerance of 8 draws\. Set buffer\.samples_per_insert_tolerance to 17 or more"
+    ):
+        limiter(**tight).check(32)
+    limiter(**tight, samples_per_insert_tolerance=17.0).check(32)
+    with pytest.raises(ValueError, match="to 17 or more"):
+        limiter(**tight, samples_per_insert_tolerance=16.9).check(32)
+    limiter().check(32)  # no ratio, no bounds for draws
+
+
+def test_the_default_tolerance_never_draws_more_than_the_ratio_allows_of_what_was_inserted():
+    chosen = limiter(samples_per_insert=2.0, min_size=10)
+    assert chosen.can_draw(20, Traffic(10, 0, 10))
+    assert not chosen.can_draw(21, Traffic(10, 0, 10))
+    assert chosen.wants_inserts(Traffic(19, 0, 19))
+    assert not chosen.wants_inserts(Traffic(20, 0, 20))
+
+
+def test_without_a_ratio_actors_pause_when_the_buffer_is_full_of_what_was_never_drawn():
+    chosen = limiter(capacity=100, min_size=10)
+    assert chosen.can_draw(50, Traffic(50, 10_000, 50))
+    assert chosen.wants_inserts(Traffic(99, 0, 99))
+    assert not chosen.wants_inserts(Traffic(150, 50, 100))
+    assert chosen.wants_inserts(Traffic(150, 51, 100))
+
+
+def test_what_left_the_buffer_unused_does_not_keep_actors_paused():
+    chosen = limiter(samples_per_insert=1.0, min_size=10)
+    assert not chosen.wants_inserts(Traffic(500, 400, 30))
+    assert chosen.wants_inserts(Traffic(500, 400, 19)), "the others were dropped as stale"
+
+
+def test_settings_that_contradict_the_ratio_are_errors():
+    with pytest.raises(ValueError, match="lower it to 90 at most, or raise capacity"):
+        limiter(capacity=100, min_size=10, samples_per_insert=1.0, samples_per_insert_tolerance=91.0)
+    with pytest.raises(ValueError, match="samples_per_insert=3 is never reached with max_times_sampled=2"):
+        limiter(samples_per_insert=3.0, max_times_sampled=2)
