@@ -75,6 +75,13 @@ class Ranks:
             dist.all_reduce(tensor, dist.ReduceOp.SUM)
         return [int(number) for number in tensor]
 
+    def sum_vector(self, vector: Tensor) -> Tensor:
+        """[n] in host memory: the sum over the ranks, which give as many numbers each."""
+        if self.size > 1:
+            with self.exchange("a sum"):
+                dist.all_reduce(vector, dist.ReduceOp.SUM)
+        return vector
+
     def gather_scalars(self, scalars: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """The scalars of every rank, in the order of ranks, at every rank. All ranks give the same names."""
         if self.size == 1:

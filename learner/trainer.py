@@ -25,6 +25,7 @@ from learner.micro_batches import TreeSettings, build_micro_batches
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics
 from learner.objectives.nonfinite import is_finite
 from learner.optimizer import make_optimizer, make_schedule
+from learner.priorities import Float32, priorities_of_draw
 from learner.rank_shares import count_logs, share_of_rank
 from learner.ranks import Ranks
 from learner.sharding import (
@@ -47,20 +48,32 @@ _Loss = Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]
 
 @dataclass(frozen=True)
 class _Draw:
-    """What one source gave for the step, of all ranks."""
+    """What one source gave for the step, of all ranks. prioritised: whether its source wants to know priorities."""
 
     batch: pa.RecordBatch
     counts: LogCounts
     loss: _Loss
+    prioritised: bool = False
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward and backward pass. counts: of the whole draw, over all ranks."""
+    """One forward and backward pass. counts: of the whole draw, over all ranks. prioritised: as of the draw."""
 
     tree: TreeBatch
     counts: LogCounts
     loss: _Loss
+    prioritised: bool = False
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What the passes of this rank found. ids, priorities: of the logs of each prioritised pass."""
+
+    metrics: Metrics
+    gradient_norm: float
+    ids: list[tuple[str, ...]]
+    priorities: list[Tensor]
 
 
 class Trainer:
@@ -70,6 +83,8 @@ class Trainer:
         policy: sharded among `ranks`, if they are several.
         experts: expert trajectories. rollouts: policy trajectories, exactly where the objective needs them. Both give
             the same at every rank.
+        report_priorities: told after each step, with the priority of each rollout in the order of the draw; at every
+            rank or at none.
     """
 
     def __init__(
@@ -81,6 +96,7 @@ class Trainer:
         experts: BatchSource,
         rollouts: BatchSource | None,
         ranks: Ranks | None = None,
+        report_priorities: Callable[[Float32], None] | None = None,
     ) -> None:
         assert (rollouts is not None) == objective.needs_rollouts
         self.step = 0
@@ -91,6 +107,7 @@ class Trainer:
         self._experts = experts
         self._rollouts = rollouts
         self._ranks = ranks or Ranks()
+        self._report_priorities = report_priorities
         self._optimizer = make_optimizer(policy.model, stage.optimizer)
         self._schedule = make_schedule(self._optimizer, stage.optimizer, stage.steps)
         policy.eval()
@@ -114,7 +131,8 @@ class Trainer:
         drawn = time.perf_counter()
         passes = self._passes(experts, rollouts)
         with self._ranks.exchange(f"step {self.step}"):
-            objective_metrics, gradient_norm = self._accumulate(passes)
+            evaluated = self._accumulate(passes)
+        objective_metrics, gradient_norm = evaluated.metrics, evaluated.gradient_norm
         loss = float(objective_metrics["loss"])
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise FloatingPointError(
@@ -126,6 +144,10 @@ class Trainer:
         self._optimizer.step()
         self._schedule.step()
         self.step += 1
+        if self._report_priorities is not None:
+            assert rollouts is not None, "priorities are those of rollouts"
+            priorities = priorities_of_draw(rollouts, evaluated.ids, evaluated.priorities, self._ranks)
+            self._report_priorities(priorities)
         num_actions, num_nodes, num_nodes_unshared, num_padded_nodes = self._ranks.sum(
             [
                 sum(each.tree.num_actions for each in passes),
@@ -150,7 +172,11 @@ class Trainer:
     def _passes(self, experts: pa.RecordBatch, rollouts: pa.RecordBatch | None) -> list[_Pass]:
         """This rank's passes over its shares of the draws: as many at every rank, since FSDP gathers in each."""
         draws = self._draws(experts, rollouts)
-        passes = [_Pass(tree, draw.counts, draw.loss) for draw in draws for tree in self._trees_of(draw.batch)]
+        passes = [
+            _Pass(tree, draw.counts, draw.loss, draw.prioritised)
+            for draw in draws
+            for tree in self._trees_of(draw.batch)
+        ]
         missing = self._ranks.maximum(len(passes)) - len(passes)
         if missing:
             passes += missing * [_Pass(self._tree_without_logs(experts), draws[0].counts, draws[0].loss)]
@@ -161,7 +187,8 @@ class Trainer:
         draws = [_Draw(experts, data_counts, partial(self._objective.data_loss, step=self.step))]
         if rollouts is not None:
             loss = partial(self._rollout_loss, data_counts=data_counts, newest=newest_version(rollouts))
-            draws.append(_Draw(rollouts, count_logs(rollouts), loss))
+            prioritised = self._report_priorities is not None
+            draws.append(_Draw(rollouts, count_logs(rollouts), loss, prioritised))
         return draws
 
     def _trees_of(self, batch: pa.RecordBatch) -> list[TreeBatch]:
@@ -178,18 +205,23 @@ class Trainer:
         loss, metrics = self._objective.rollout_loss(logs, data_counts, self.step)
         return loss, metrics | behaviour_metrics(logs, self._trees.backspace_id, newest)
 
-    def _accumulate(self, passes: list[_Pass]) -> tuple[Metrics, float]:
-        """Gradients of the step, summed over passes and ranks and clipped; metrics, and the norm before clipping."""
+    def _accumulate(self, passes: list[_Pass]) -> _Evaluated:
+        """Gradients of the step, summed over passes and ranks and clipped; the norm is that before clipping."""
         self._optimizer.zero_grad(set_to_none=True)
-        shares = []
+        shares, ids, priorities = [], [], []
         for number, each in enumerate(passes, start=1):
             synchronise_gradients(self._policy, enabled=number == len(passes))
             tree = each.tree.to(self._policy.device)
-            loss, metrics = each.loss(EvaluatedLogs(tree, self._policy.evaluate(tree), each.counts))
+            logs = EvaluatedLogs(tree, self._policy.evaluate(tree), each.counts)
+            loss, metrics = each.loss(logs)
+            if each.prioritised:
+                ids.append(tree.ids)
+                priorities.append(self._objective.priorities(logs))
             loss.backward()
             shares.append(metrics)
         metrics = combine_metrics(self._ranks.gather_scalars(combine_metrics(shares)))
-        return metrics, float(clip_gradients(self._policy, self._stage.optimizer.max_grad_norm))
+        gradient_norm = float(clip_gradients(self._policy, self._stage.optimizer.max_grad_norm))
+        return _Evaluated(metrics, gradient_norm, ids, priorities)
 
     def _blame(self, draws: list[_Draw]) -> str:
         """Names the trajectories that alone have no finite loss.

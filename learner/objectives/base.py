@@ -79,7 +79,7 @@ class Objective(Protocol):
     and of `rollout_loss` over those of policy logs, on all ranks. The metrics of both hold that share as `loss`.
     Before the weights move, `check` sees the metrics of the whole step.
 
-    needs_rollouts: whether there is a `rollout_loss`; without, it must not be called.
+    needs_rollouts: whether there is a `rollout_loss`; without, neither it nor `priorities` may be called.
     """
 
     @property
@@ -94,6 +94,10 @@ class Objective(Protocol):
 
     def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
         """This call's share of what policy logs add to the loss. data_counts: global, of the expert logs."""
+        ...
+
+    def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
+        """[L] how much there is to learn from each policy log, without gradient: what prioritised replay goes by."""
         ...
 
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:

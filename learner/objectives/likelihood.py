@@ -39,6 +39,14 @@ class Likelihood:
         """
         raise ValueError(f"objective {self.name} takes no rollouts")
 
+    def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
+        """There are none.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"objective {self.name} takes no rollouts")
+
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
         """Cross-entropy is defined everywhere."""
 

@@ -22,6 +22,7 @@ from learner.adapter_settings import AdapterSettings
 from learner.adapters import add_adapters
 from learner.batch_source import StopRequestedError
 from learner.objectives.registry import make_objective
+from learner.priorities import Float32
 from learner.publication import publication_tensors
 from learner.ranks import Ranks, join_ranks, leave_ranks, open_rendezvous
 from learner.sharding import gathered, load_tensors, shard
@@ -110,7 +111,11 @@ CASES = {
 
 
 def make_trainer(
-    case: Case, ranks: Ranks, drawn: int = 0, model: PreTrainedModel | None = None
+    case: Case,
+    ranks: Ranks,
+    drawn: int = 0,
+    model: PreTrainedModel | None = None,
+    report_priorities: Callable[[Float32], None] | None = None,
 ) -> tuple[TreePolicy, Trainer]:
     """A trainer of `case` at this rank, after `drawn` steps; the sources exist at rank 0 only."""
     policy = TreePolicy(model or case.model(), BACKSPACE)
@@ -121,7 +126,8 @@ def make_trainer(
 
     stage = case.stage()
     rollouts = shared("policy") if case.rollouts else None
-    trainer = Trainer(policy, make_objective(stage.objective), stage, TREES, shared("expert"), rollouts, ranks)
+    objective = make_objective(stage.objective)
+    trainer = Trainer(policy, objective, stage, TREES, shared("expert"), rollouts, ranks, report_priorities)
     return policy, trainer
 
 
@@ -132,7 +138,9 @@ def weights(policy: TreePolicy) -> dict[str, Tensor]:
 
 def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
     """What `count` steps leave; the gradients are those of the first."""
-    policy, trainer = make_trainer(case, ranks)
+    priorities: list[Tensor] = []
+    report = (lambda reported: priorities.append(torch.from_numpy(reported))) if case.rollouts else None
+    policy, trainer = make_trainer(case, ranks, report_priorities=report)
     metrics = [trainer.train_step()]
     trained = {name: parameter for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
     gradients = {name: gathered(parameter.grad) for name, parameter in trained.items()}
@@ -146,6 +154,7 @@ def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
         "weights": weights(policy),
         "state": trainer.state(),
         "probe": probe,
+        "priorities": dict(enumerate(priorities)),
     }
 
 

@@ -67,6 +67,14 @@ def test_gradients_of_a_step_are_those_of_one_rank(folder, alone, name):
     assert any(tensor.abs().max() > 0 for tensor in found.values())
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.rollouts])
+def test_priorities_are_of_the_whole_draw_in_its_order(folder, alone, name):
+    found, expected = read(folder / f"{name}.pt")["priorities"], alone[name]["priorities"]
+    assert len(found) == STEPS
+    assert_close(found, expected, max(1e-4, CASES[name].tolerance))
+    assert all(len(priorities) == CASES[name].rollouts and priorities.min() > 0 for priorities in found.values())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_metrics_are_of_the_whole_batch(folder, alone, name):
     tolerance = max(1e-4, CASES[name].tolerance)
