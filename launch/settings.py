@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from actors.settings import ActorsSettings
+from buffer.limiter import Limiter
 from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings
 from learner.settings import ModelSettings
 from learner.stage_settings import LearnerSettings, StageSettings, check_stages
@@ -71,6 +72,14 @@ class RunSettings(Settings):
             raise ValueError(f"stage {needy[0]!r} needs rollouts, but actors.count is 0: set actors.count to 1 or more")
         if needy and self.buffer.capacity < max(stage.rollout_batch_size for stage in self.stages):
             raise ValueError("buffer.capacity is smaller than a stage's rollout_batch_size: no step could be drawn")
+        drawing = [stage for stage in self.stages if stage.objective.needs_rollouts]
+        for stage in drawing:
+            Limiter(self.buffer).check(stage.rollout_batch_size)
+        if self.buffer.sampler == "prioritised" and not drawing:
+            raise ValueError(
+                "buffer.sampler=prioritised goes by the soft-Bellman residuals of rollouts that were trained on, and no "
+                f"stage draws any ({', '.join(stage.name for stage in self.stages)}): choose another sampler"
+            )
         return self
 
 

@@ -115,6 +115,26 @@ def test_a_buffer_smaller_than_a_batch_of_rollouts_is_refused() -> None:
     assert "rollout_batch_size" in message
 
 
+def test_a_tolerance_in_which_no_step_could_draw_is_refused_with_one_that_would_do() -> None:
+    ratio, batch = "buffer.samples_per_insert=0.25", "stages.sequencematch.rollout_batch_size=48"
+    message = error_of(ratio, batch, "buffer.min_size=8")
+    assert "a draw of 48 policy trajectories does not fit" in message
+    assert "Set buffer.samples_per_insert_tolerance to 24.125 or more" in message
+    fitting = [ratio, batch, "buffer.min_size=8", "buffer.samples_per_insert_tolerance=24.125"]
+    assert read_recipe(ARITHMETIC, fitting).buffer.tolerance == 24.125
+    # A stage that draws no rollouts may have any batch size.
+    read_recipe(ARITHMETIC, [*fitting, "stages.trunk.rollout_batch_size=500"])
+
+
+def test_priorities_come_from_a_stage_that_draws_rollouts() -> None:
+    settings = read_recipe(ARITHMETIC, ["buffer.sampler=prioritised"])
+    assert settings.buffer.sampler == "prioritised"
+    message = error_of(
+        "buffer.sampler=prioritised", "stages.sequencematch.objective.divergence=chi2", "noise.kind=policy"
+    )
+    assert "stage draws any (trunk, sequencematch, mle_control): choose another sampler" in message
+
+
 def test_rollouts_are_not_needed_without_a_stage_that_draws_them() -> None:
     settings = read_recipe(ARITHMETIC, ["actors.count=0", "stages.sequencematch.objective.divergence=chi2"])
     assert settings.actors.count == 0
