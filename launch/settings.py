@@ -77,8 +77,8 @@ class RunSettings(Settings):
             Limiter(self.buffer).check(stage.rollout_batch_size)
         if self.buffer.sampler == "prioritised" and not drawing:
             raise ValueError(
-                "buffer.sampler=prioritised goes by the soft-Bellman residuals of rollouts that were trained on, and no "
-                f"stage draws any ({', '.join(stage.name for stage in self.stages)}): choose another sampler"
+                "buffer.sampler=prioritised goes by the soft-Bellman residuals of rollouts that were trained on, and "
+                f"no stage draws any ({', '.join(stage.name for stage in self.stages)}): choose another sampler"
             )
         return self
 

@@ -132,7 +132,7 @@ def test_priorities_come_from_a_stage_that_draws_rollouts() -> None:
     message = error_of(
         "buffer.sampler=prioritised", "stages.sequencematch.objective.divergence=chi2", "noise.kind=policy"
     )
-    assert "stage draws any (trunk, sequencematch, mle_control): choose another sampler" in message
+    assert "no stage draws any (trunk, sequencematch, mle_control): choose another sampler" in message
 
 
 def test_rollouts_are_not_needed_without_a_stage_that_draws_them() -> None:
