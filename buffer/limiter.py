@@ -17,9 +17,13 @@ Without a ratio draws never wait, and actors pause when, one draw per insert, th
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 from buffer.settings import BufferSettings
+
+_ROUNDING = 1e-9
+"""In draws: the ratio need not be a binary fraction."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,22 @@ class Limiter:
         self._low = offset - settings.tolerance
         self._high = offset + settings.tolerance
 
-    def can_draw(self, count: int, traffic: Traffic) -> bool:
-        """Whether a draw of `count` rows need not wait for inserts."""
-        return self.inserts_needed(count, traffic) == 0
+    def allowance(self, traffic: Traffic) -> int:
+        """Rows that may be drawn now; `sys.maxsize` without a ratio."""
+        if self._settings.samples_per_insert is None:
+            return sys.maxsize
+        return max(math.floor(self._ratio * traffic.inserted - traffic.drawn - self._low + _ROUNDING), 0)
 
     def inserts_needed(self, count: int, traffic: Traffic) -> int:
-        """How many more rows have to come before a draw of `count` rows."""
-        if self._settings.samples_per_insert is None:
+        """How many more rows have to come before `count` rows may be drawn."""
+        if self.allowance(traffic) >= count:
             return 0
-        return max(math.ceil((self._low + traffic.drawn + count) / self._ratio) - traffic.inserted, 0)
+        return math.ceil((self._low + traffic.drawn + count - _ROUNDING) / self._ratio) - traffic.inserted
 
     def wants_inserts(self, traffic: Traffic) -> bool:
         """Whether one more row is welcome; if not, actors are to pause (unless a draw waits)."""
         offered = min(self._ratio * traffic.inserted - traffic.drawn, self._ratio * traffic.live)
-        return offered + self._ratio <= self._high
+        return offered + self._ratio <= self._high + _ROUNDING
 
     def check(self, count: int) -> None:
         """Refuse draws that the bounds leave no room for.

@@ -31,7 +31,7 @@ def test_bounds_hold_and_one_side_can_always_go_on(ratio, min_size, count, spare
     inserted = drawn = 0
     for actors_turn in turns:
         traffic = Traffic(inserted, drawn, live=inserted)
-        can_insert, can_draw = chosen.wants_inserts(traffic), chosen.can_draw(count, traffic)
+        can_insert, can_draw = chosen.wants_inserts(traffic), chosen.allowance(traffic) >= count
         assert can_insert or can_draw
         assert can_insert or inserted >= min_size, "the first draw is not kept from its rows"
         if can_insert and (actors_turn or not can_draw):
@@ -52,9 +52,9 @@ def test_bounds_hold_and_one_side_can_always_go_on(ratio, min_size, count, spare
 def test_as_many_inserts_as_it_says_are_needed(ratio, count, inserted, drawn):
     chosen = limiter(samples_per_insert=ratio, samples_per_insert_tolerance=30.0, min_size=5)
     needed = chosen.inserts_needed(count, Traffic(inserted, drawn, inserted))
-    assert chosen.can_draw(count, Traffic(inserted + needed, drawn, inserted))
+    assert chosen.allowance(Traffic(inserted + needed, drawn, inserted)) >= count
     assume(needed)
-    assert not chosen.can_draw(count, Traffic(inserted + needed - 1, drawn, inserted))
+    assert chosen.allowance(Traffic(inserted + needed - 1, drawn, inserted)) < count
 
 
 def test_a_tolerance_with_no_room_for_a_draw_is_refused_with_the_smallest_that_has():
@@ -71,15 +71,15 @@ def test_a_tolerance_with_no_room_for_a_draw_is_refused_with_the_smallest_that_h
 
 def test_the_default_tolerance_never_draws_more_than_the_ratio_allows_of_what_was_inserted():
     chosen = limiter(samples_per_insert=2.0, min_size=10)
-    assert chosen.can_draw(20, Traffic(10, 0, 10))
-    assert not chosen.can_draw(21, Traffic(10, 0, 10))
+    assert chosen.allowance(Traffic(10, 0, 10)) == 20
+    assert chosen.allowance(Traffic(10, 30, 10)) == 0
     assert chosen.wants_inserts(Traffic(19, 0, 19))
     assert not chosen.wants_inserts(Traffic(20, 0, 20))
 
 
 def test_without_a_ratio_actors_pause_when_the_buffer_is_full_of_what_was_never_drawn():
     chosen = limiter(capacity=100, min_size=10)
-    assert chosen.can_draw(50, Traffic(50, 10_000, 50))
+    assert chosen.allowance(Traffic(50, 10_000, 50)) >= 50
     assert chosen.wants_inserts(Traffic(99, 0, 99))
     assert not chosen.wants_inserts(Traffic(150, 50, 100))
     assert chosen.wants_inserts(Traffic(150, 51, 100))
