@@ -66,7 +66,7 @@ class ActionLogs:
 
 def _flatten(column: pa.ListArray) -> tuple[Int64, Int32]:
     offsets = column.offsets.to_numpy().astype(np.int64)
-    return offsets - offsets[0], column.flatten().to_numpy()
+    return offsets - offsets[0], column.values.slice(offsets[0], offsets[-1] - offsets[0]).to_numpy()
 
 
 @dataclass(frozen=True)

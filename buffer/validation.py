@@ -1,7 +1,10 @@
 """The door of the buffer: every invariant of `buffer.schema`, checked for a whole batch at once.
 
 A row that breaks an invariant is refused with the reason; the other rows are kept. What concerns the batch as
-a whole (columns, types, token contract) is a `ValueError`, because then no row can be trusted.
+a whole (columns, types, token contract, broken buffers) is a `ValueError`, because then no row can be trusted.
+
+Batches are small and nearly always good, so each check first asks a question about the whole batch (a count of
+nulls, a smallest and a largest value) and looks for rows only if the answer is not the expected one.
 """
 
 from __future__ import annotations
@@ -13,17 +16,30 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from buffer.conformity import conform, sound_buffers
 from buffer.replay import ActionLogs
-from buffer.schema import FINISH_REASONS, SOURCES, TokenContract, trajectory_schema
+from buffer.schema import FINISH_REASONS, SOURCES, TokenContract
 
 Bool = npt.NDArray[np.bool_]
+Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 LOGPROB_SLACK = 1e-3
 """nats above 0 that rounding may leave in a log-probability."""
 
+MAX_ROW_TOKENS = 2**18
+"""Largest number of prompt ids and actions of one row, together; also of its features."""
+
+MAX_TEXT_BYTES = 1024
+"""Largest size of one text of a row, such as its id, in UTF-8."""
+
 _REQUIRED = ("id", "source", "task", "prompt_ids", "actions", "finish_reason", "actor", "created_at")
-_NO_NULL_ELEMENTS = ("prompt_ids", "actions", "logprobs", "policy_version")
+_TEXTS = ("id", "source", "task", "weights_fingerprint", "finish_reason", "actor")
+_NO_NULL_ELEMENTS = ("prompt_ids", "actions", "logprobs", "policy_version", "features")
+_LISTS = (*_NO_NULL_ELEMENTS, "realised")
+_SOURCES, _FINISH_REASONS = pa.array(SOURCES), pa.array(FINISH_REASONS)
+_POLICY, _EOS = SOURCES.index("policy"), FINISH_REASONS.index("eos")
+_LATEST_US = 253_402_300_799_999_999  # the end of the year 9999, beyond which Python has no dates
 
 
 @dataclass(frozen=True)
@@ -50,10 +66,53 @@ class _Findings:
         self.bad: Bool = np.zeros(num_rows, dtype=np.bool_)
         self.reasons: dict[int, str] = {}
 
-    def refuse(self, rows: Int64, reason: str) -> None:
+    def refuse(self, mask: Bool, reason: str) -> None:
+        if mask.any():
+            self.refuse_rows(np.flatnonzero(mask), reason)
+
+    def refuse_rows(self, rows: Int64, reason: str) -> None:
+        if len(rows) == 0:
+            return
         for row in rows[~self.bad[rows]].tolist():
             self.reasons[row] = reason
         self.bad[rows] = True
+
+
+class _Lists:
+    """A list column. offsets: [n+1] list i owns elements offsets[i]:offsets[i+1], a null list none; null: [n], None
+    where no list is null.
+    """
+
+    def __init__(self, column: pa.ListArray) -> None:
+        self.null: Bool | None = None
+        if not column.null_count:
+            offsets = column.offsets.to_numpy().astype(np.int64)
+            self.elements = column.values.slice(offsets[0], offsets[-1] - offsets[0])
+            self.offsets: Int64 = offsets - offsets[0]
+            return
+        self.elements = column.flatten()
+        self.null = column.is_null().to_numpy(zero_copy_only=False)
+        self.offsets = np.zeros(len(column) + 1, dtype=np.int64)
+        if column.null_count < len(column):
+            np.cumsum(column.value_lengths().fill_null(0).to_numpy(), out=self.offsets[1:])
+
+    @property
+    def lengths(self) -> Int64:
+        return np.diff(self.offsets)
+
+    def owners(self, mask: Bool) -> Int64:
+        """Lists that own the elements where `mask` is True."""
+        return np.searchsorted(self.offsets, np.flatnonzero(mask), side="right") - 1
+
+
+class _Columns:
+    """A batch, taken apart once for all checks. sources, finishes: [n] index in SOURCES, FINISH_REASONS; -1 = none."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.batch = batch
+        self.lists = {name: _Lists(batch.column(name)) for name in _LISTS}
+        self.sources = _codes(batch.column("source"), _SOURCES)
+        self.finishes = _codes(batch.column("finish_reason"), _FINISH_REASONS)
 
 
 def validate(batch: pa.RecordBatch, contract: TokenContract) -> ValidatedBatch:
@@ -63,12 +122,18 @@ def validate(batch: pa.RecordBatch, contract: TokenContract) -> ValidatedBatch:
         ValueError: the batch follows another schema version or token contract, lacks a column, has one of
             another type or one too many, or its buffers are broken.
     """
-    batch = _conform(batch, contract)
     findings = _Findings(batch.num_rows)
-    _check_structure(batch, findings)
-    sound = np.flatnonzero(~findings.bad)
-    if len(sound):
-        _check_tokens(_take(batch, sound), sound, contract, findings)
+    batch, no_text = sound_buffers(conform(batch, contract))
+    for name, broken in no_text.items():
+        findings.refuse(broken, f"{name} is no UTF-8 text")
+    columns = _Columns(batch)
+    _check_texts(columns, findings)
+    _check_structure(columns, findings)
+    sound = np.arange(batch.num_rows)
+    if findings.reasons:
+        sound = np.flatnonzero(~findings.bad)
+        columns = _Columns(_take(batch, sound))
+    _check_values(columns, sound, contract, findings)
     if not findings.reasons:
         return ValidatedBatch(batch, ())
     ids = batch.column("id")
@@ -80,128 +145,150 @@ def _take(batch: pa.RecordBatch, rows: Int64) -> pa.RecordBatch:
     return batch if len(rows) == batch.num_rows else batch.take(pa.array(rows))
 
 
-def _conform(batch: pa.RecordBatch, contract: TokenContract) -> pa.RecordBatch:
-    """The batch with exactly the contract's schema, columns in its order, nothing copied."""
-    theirs = TokenContract.from_metadata(batch.schema.metadata)
-    for name in ("tokenizer_hash", "vocab_size", "backspace_id", "eos_id"):
-        if getattr(theirs, name) != getattr(contract, name):
-            raise ValueError(
-                f"trajectories with {name} {getattr(theirs, name)} do not belong into a buffer with {name} "
-                f"{getattr(contract, name)}: their ids mean other tokens"
-            )
-    schema = trajectory_schema(contract)
-    if missing := [name for name in schema.names if name not in batch.schema.names]:
-        raise ValueError(f"the batch lacks column {', '.join(missing)}")
-    if len(batch.schema.names) != len(schema.names):
-        extra = [name for name in batch.schema.names if name not in schema.names]
-        raise ValueError(f"the batch has a column too many: {', '.join(extra) or 'one appears twice'}")
-    for field in schema:
-        found = batch.schema.field(field.name).type
-        if found != field.type:
-            raise ValueError(f"column {field.name} is {found}, the schema says {field.type}")
-    batch = pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=schema)
-    # Offsets and text are checked before anything follows them; ArrowInvalid is a ValueError.
-    batch.validate(full=True)
-    return batch
-
-
-def _check_structure(batch: pa.RecordBatch, findings: _Findings) -> None:
-    """Nulls, enumerations and list lengths: what the checks of tokens rely on."""
+def _check_texts(columns: _Columns, findings: _Findings) -> None:
+    """Nulls, sizes and enumerations."""
+    batch = columns.batch
     for name in _REQUIRED:
-        findings.refuse(_rows(pc.is_null(batch.column(name))), f"{name} is null")
+        column = batch.column(name)
+        if column.null_count:
+            findings.refuse(_mask(column.is_null()), f"{name} is null")
+    for name in _TEXTS:
+        column = batch.column(name)
+        if column.nbytes > MAX_TEXT_BYTES:
+            too_long = pc.greater(pc.binary_length(column), MAX_TEXT_BYTES)
+            findings.refuse(_mask(too_long), f"{name} is longer than {MAX_TEXT_BYTES:,} bytes")
     ids = batch.column("id")
-    findings.refuse(_rows(pc.equal(ids, "")), "id is empty")
+    findings.refuse(_mask(pc.equal(ids, "")), "id is empty")
     findings.refuse(_repeated(ids), "id appears earlier in the same batch")
-    for name, allowed in (("source", SOURCES), ("finish_reason", FINISH_REASONS)):
-        known = pc.is_in(batch.column(name), value_set=pa.array(allowed))
-        findings.refuse(_rows(pc.invert(known)), f"{name} is none of {', '.join(allowed)}")
+    findings.refuse(columns.sources < 0, f"source is none of {', '.join(SOURCES)}")
+    findings.refuse(columns.finishes < 0, f"finish_reason is none of {', '.join(FINISH_REASONS)}")
+
+
+def _check_structure(columns: _Columns, findings: _Findings) -> None:
+    """List lengths and nulls in lists: what the checks of values rely on."""
+    lists = columns.lists
     for name in _NO_NULL_ELEMENTS:
-        column = batch.column(name)
-        values = column.flatten()
-        if values.null_count:
-            findings.refuse(_owners(column)[_rows(values.is_null())], f"{name} holds a null")
-    sampling = batch.column("sampling")
+        if (elements := lists[name].elements).null_count:
+            findings.refuse_rows(lists[name].owners(_mask(elements.is_null())), f"{name} holds a null")
+    sampling = columns.batch.column("sampling")
     for index, field in enumerate(sampling.type):
-        inner_null = pc.and_(sampling.is_valid(), sampling.field(index).is_null())
-        findings.refuse(_rows(inner_null), f"sampling.{field.name} is null")
-    findings.refuse(np.flatnonzero(_lengths(batch.column("prompt_ids")) == 0), "prompt_ids is empty")
-    from_policy = pc.equal(batch.column("source"), "policy").fill_null(False).to_numpy(zero_copy_only=False)
-    num_actions = _lengths(batch.column("actions"))
+        if sampling.field(index).null_count:
+            inner_null = pc.and_(sampling.is_valid(), sampling.field(index).is_null())
+            findings.refuse(_mask(inner_null), f"sampling.{field.name} is null")
+    num_actions, prompt_lengths = lists["actions"].lengths, lists["prompt_ids"].lengths
+    findings.refuse(prompt_lengths == 0, "prompt_ids is empty")
+    too_long = prompt_lengths + num_actions > MAX_ROW_TOKENS
+    findings.refuse(too_long, f"prompt and actions have more than {MAX_ROW_TOKENS:,} tokens")
+    too_long = lists["features"].lengths > MAX_ROW_TOKENS
+    findings.refuse(too_long, f"features has more than {MAX_ROW_TOKENS:,} numbers")
+    from_policy = columns.sources == _POLICY
     for name in ("logprobs", "policy_version", "realised"):
-        column = batch.column(name)
-        present = column.is_valid().to_numpy(zero_copy_only=False)
+        null = lists[name].null
+        if null is None:
+            null = np.zeros(len(from_policy), dtype=np.bool_)
         if name != "realised":
-            findings.refuse(np.flatnonzero(from_policy & ~present), f"a policy trajectory without {name}")
-            findings.refuse(np.flatnonzero(~from_policy & present), f"an expert trajectory with {name}")
-        differ = present & (_lengths(column) != num_actions)
-        findings.refuse(np.flatnonzero(differ), f"{name} is not as long as actions")
+            findings.refuse(from_policy & null, f"a policy trajectory without {name}")
+            findings.refuse(~(from_policy | null), f"an expert trajectory with {name}")
+        findings.refuse((lists[name].lengths != num_actions) & ~null, f"{name} is not as long as actions")
 
 
-def _check_tokens(batch: pa.RecordBatch, rows: Int64, contract: TokenContract, findings: _Findings) -> None:
+def _check_values(columns: _Columns, rows: Int64, contract: TokenContract, findings: _Findings) -> None:
     """Values and replay of structurally sound rows; rows: [n] index of each in the batch as sent."""
+    batch, lists = columns.batch, columns.lists
     for name in ("prompt_ids", "actions", "realised"):
-        column = batch.column(name)
-        values = column.flatten().fill_null(0).to_numpy(zero_copy_only=False)
+        _check_ids(name, lists[name], rows, contract, findings)
+    values = lists["logprobs"].elements.to_numpy()
+    if len(values) and not (values.min() > -np.inf and values.max() <= LOGPROB_SLACK):  # a NaN fails both
+        wrong = ~(np.isfinite(values) & (values <= LOGPROB_SLACK))
+        owners = lists["logprobs"].owners(wrong)
+        findings.refuse_rows(rows[owners], "logprobs holds a value that is no finite log-probability")
+    values = lists["policy_version"].elements.to_numpy()
+    if len(values) and values.min() < 0:
+        owners = lists["policy_version"].owners(values < 0)
+        findings.refuse_rows(rows[owners], "policy_version holds a negative version")
+    values = lists["features"].elements.to_numpy()
+    if not (finite := np.isfinite(values)).all():
+        findings.refuse_rows(rows[lists["features"].owners(~finite)], "features holds a value that is not finite")
+    sampling = batch.column("sampling")
+    for name, column in (
+        ("reward", batch.column("reward")),
+        ("sampling.temperature", sampling.field("temperature")),
+        ("sampling.top_p", sampling.field("top_p")),
+    ):
+        if column.null_count < len(column):
+            findings.refuse_rows(rows[_mask(pc.invert(pc.is_finite(column)))], f"{name} is not finite")
+    created_us = batch.column("created_at").view(pa.int64()).to_numpy()
+    if len(created_us) and (created_us.min() < 0 or created_us.max() > _LATEST_US):
+        outside = (created_us < 0) | (created_us > _LATEST_US)
+        findings.refuse_rows(rows[outside], "created_at lies outside of the years 1970 to 9999")
+    _check_replay(columns, rows, contract, findings)
+
+
+def _check_ids(name: str, lists: _Lists, rows: Int64, contract: TokenContract, findings: _Findings) -> None:
+    values, present = lists.elements, None
+    if values.null_count:  # in `realised`: nothing was injected there
+        present = _mask(values.is_valid())
+        values = values.fill_null(0)
+    values = values.to_numpy()
+    if len(values) == 0:
+        return
+    if values.min() < 0 or values.max() >= contract.vocab_size:
         outside = (values < 0) | (values >= contract.vocab_size)
-        findings.refuse(rows[_owners(column)[outside]], f"{name} holds an id outside [0, {contract.vocab_size})")
-        if name != "actions":
-            findings.refuse(rows[_owners(column)[values == contract.backspace_id]], f"{name} holds backspace")
-    logprobs = batch.column("logprobs")
-    values = logprobs.flatten().to_numpy()
-    wrong = ~(np.isfinite(values) & (values <= LOGPROB_SLACK))
-    findings.refuse(rows[_owners(logprobs)[wrong]], "logprobs holds a value that is no finite log-probability")
-    versions = batch.column("policy_version")
-    negative = versions.flatten().to_numpy() < 0
-    findings.refuse(rows[_owners(versions)[negative]], "policy_version holds a negative version")
-    _check_replay(batch, rows, contract, findings)
+        findings.refuse_rows(rows[lists.owners(outside)], f"{name} holds an id outside [0, {contract.vocab_size})")
+    if name != "actions":
+        backspace = values == contract.backspace_id
+        if present is not None:
+            backspace &= present
+        if backspace.any():
+            findings.refuse_rows(rows[lists.owners(backspace)], f"{name} holds backspace")
 
 
-def _check_replay(batch: pa.RecordBatch, rows: Int64, contract: TokenContract, findings: _Findings) -> None:
+def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findings: _Findings) -> None:
     """The text that results: `<eos>` only as its last token, no backspace at the floor.
 
     What counts is the realised token: noise may stand in for an `<eos>` that the expert chose.
     """
-    logs = ActionLogs.from_batch(batch)
-    log = np.repeat(np.arange(logs.num_logs), logs.lengths)
-    is_eos = logs.realised == contract.eos_id
-    is_last = np.zeros(len(log), dtype=np.bool_)
-    filled = np.flatnonzero(logs.lengths)
-    is_last[logs.offsets[1:][filled] - 1] = True
-    findings.refuse(rows[log[is_eos & ~is_last]], "an action follows <eos>")
+    logs = ActionLogs.from_batch(columns.batch)
+    eos = np.flatnonzero(logs.realised == contract.eos_id)
+    log = np.searchsorted(logs.offsets, eos, side="right") - 1
+    is_last = eos == logs.offsets[log + 1] - 1
+    findings.refuse_rows(rows[log[~is_last]], "an action follows <eos>")
 
     ends = np.zeros(logs.num_logs, dtype=np.bool_)
-    ends[log[is_eos & is_last]] = True
-    says = pc.equal(batch.column("finish_reason"), "eos").to_numpy(zero_copy_only=False)
-    findings.refuse(rows[says & ~ends], "finish_reason is eos, but the last action is not <eos>")
-    findings.refuse(rows[ends & ~says], "the last action is <eos>, but finish_reason is not eos")
+    ends[log[is_last]] = True
+    says = columns.finishes == _EOS
+    findings.refuse_rows(rows[says & ~ends], "finish_reason is eos, but the last action is not <eos>")
+    findings.refuse_rows(rows[ends & ~says], "the last action is <eos>, but finish_reason is not eos")
 
-    steps = np.where(logs.realised == contract.backspace_id, -1, 1)
-    running = np.cumsum(steps)
-    before_log = np.concatenate([[0], running])[logs.offsets[:-1]]
-    below_floor = running - before_log[log] < 0
-    findings.refuse(rows[log[below_floor]], "takes a token back at the floor (the end of its prompt)")
-
-
-def _rows(mask: pa.Array) -> Int64:
-    return np.flatnonzero(mask.fill_null(False).to_numpy(zero_copy_only=False))
+    is_backspace = logs.realised == contract.backspace_id
+    if is_backspace.any():
+        running = np.cumsum(np.where(is_backspace, -1, 1))
+        before_log = np.concatenate([[0], running])[logs.offsets[:-1]]
+        filled = np.flatnonzero(logs.lengths)
+        lowest = np.minimum.reduceat(running, logs.offsets[filled]) - before_log[filled]
+        findings.refuse_rows(rows[filled[lowest < 0]], "takes a token back at the floor (the end of its prompt)")
 
 
-def _lengths(column: pa.ListArray) -> Int64:
-    lengths: Int64 = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    return lengths
+def _mask(mask: pa.Array) -> Bool:
+    """[n] as numpy; null counts as False."""
+    values: Bool = (mask.fill_null(False) if mask.null_count else mask).to_numpy(zero_copy_only=False)
+    return values
 
 
-def _owners(column: pa.ListArray) -> Int64:
-    """[elements] row that each element of `column.flatten()` belongs to."""
-    return np.repeat(np.arange(len(column)), _lengths(column))
+def _codes(column: pa.StringArray, allowed: pa.StringArray) -> Int32:
+    """[n] index of each text in `allowed`, -1 where it is none of them."""
+    codes = pc.index_in(column, value_set=allowed)
+    values: Int32 = (codes.fill_null(-1) if codes.null_count else codes).to_numpy()
+    return values
 
 
-def _repeated(ids: pa.StringArray) -> Int64:
-    """Rows whose id stands in an earlier row; null ids do not count."""
-    codes = ids.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    if len(codes) == 0 or (codes.max() + 1 == len(codes)):
-        return np.empty(0, dtype=np.int64)
-    _, first = np.unique(codes, return_index=True)
-    repeated = np.ones(len(codes), dtype=np.bool_)
-    repeated[first] = False
-    return np.flatnonzero(repeated & (codes >= 0))
+def _repeated(ids: pa.StringArray) -> Bool:
+    """[n] True where the id stands in an earlier row; null ids do not count."""
+    encoded = ids.dictionary_encode()
+    repeated = np.zeros(len(ids), dtype=np.bool_)
+    if len(encoded.dictionary) + ids.null_count < len(ids):
+        codes = encoded.indices.fill_null(-1).to_numpy()
+        _, first = np.unique(codes, return_index=True)
+        repeated = codes >= 0
+        repeated[first] = False
+    return repeated

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffer.schema import trajectory_schema
-from buffer.validation import validate
-from tests.trajectories import BACKSPACE, CONTRACT, EOS, SAMPLING, VOCAB, batch_of, expert_row, ids_of, row
+from buffer.validation import MAX_ROW_TOKENS, validate
+from tests.trajectories import BACKSPACE, BORN, CONTRACT, EOS, SAMPLING, VOCAB, batch_of, expert_row, ids_of, row
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -30,6 +30,8 @@ GOOD = {
     ),
     "no sampling": row("a", sampling=None),
     "versions of three publications": row("a", [5, 6, 7], policy_version=[1, 2, 4]),
+    "longest text": row("a", task="é" * 512),
+    "reward and features": row("a", reward=-1.5, features=[0.0, 3e38]),
     "last id of the vocabulary": row("a", [VOCAB - 1, 0], prompt_ids=[VOCAB - 1, 0]),
 }
 
@@ -60,6 +62,13 @@ BAD = {
     "finish_reason is eos, but": row("b", [5], finish_reason="eos"),
     "the last action is <eos>, but": row("b", [EOS], finish_reason="max_actions"),
     "takes a token back at the floor": row("b", [5, BACKSPACE, BACKSPACE, 5, 5]),
+    "task is longer than 1,024 bytes": row("b", task="é" * 513),
+    "features holds a null": row("b", features=[None]),
+    "features holds a value that is not finite": row("b", features=[0.0, INFINITY]),
+    "reward is not finite": row("b", reward=NAN),
+    "sampling.temperature is not finite": row("b", sampling={**SAMPLING, "temperature": INFINITY}),
+    "sampling.top_p is not finite": row("b", sampling={**SAMPLING, "top_p": NAN}),
+    "created_at lies outside": row("b", created_at=BORN.replace(year=1969)),
 }
 
 
@@ -119,6 +128,28 @@ def test_null_inside_sampling():
     batch = batch.set_column(batch.schema.get_field_index("sampling"), batch.schema.field("sampling"), inner)
     (rejection,) = validate(batch, CONTRACT).rejections
     assert (rejection.id, rejection.reason) == ("b", "sampling.temperature is null")
+
+
+def test_a_huge_row_is_refused_by_name():
+    longest = row("longest", [5] * (MAX_ROW_TOKENS - 2))
+    huge = row("huge", [5] * (MAX_ROW_TOKENS - 1))
+    features = row("features", features=[0.0] * (MAX_ROW_TOKENS + 1))
+    validated = validate(batch_of([longest, huge, features]), CONTRACT)
+    assert ids_of(validated.good) == ["longest"]
+    assert [(rejection.id, rejection.reason) for rejection in validated.rejections] == [
+        ("huge", "prompt and actions have more than 262,144 tokens"),
+        ("features", "features has more than 262,144 numbers"),
+    ]
+
+
+def test_steps_without_noise_are_no_backspace_where_its_id_is_zero():
+    contract = dataclasses.replace(CONTRACT, backspace_id=0)
+    rows = [
+        expert_row("a", [5, 6, 0, EOS], realised=[None, 9, None, None]),
+        expert_row("b", [5, 6, 0, EOS], realised=[None, 0, None, None]),
+    ]
+    (rejection,) = validate(batch_of(rows, contract), contract).rejections
+    assert (rejection.id, rejection.reason) == ("b", "realised holds backspace")
 
 
 def test_an_id_counts_once_per_batch():
