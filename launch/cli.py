@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from launch.bench.commands import bench_app
+from launch.buffer_commands import query
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson
 from launch.errors import UserError
@@ -242,6 +243,9 @@ def scale(
         pool = scale_run(run, actors)
         states = ", ".join(f"{member.name} {member.state}" for member in pool.members) or "none"
         typer.echo(f"{actors} actors wanted; now: {states}. `sequencematch status {run}` shows them come and go")
+
+
+app.command()(query)
 
 
 def _print_yaml(settings: object) -> None:

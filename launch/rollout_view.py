@@ -123,5 +123,9 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: li
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return as_shown(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def as_shown(text: str) -> str:
+    """Decoded text as it may be written to a terminal: control characters but for line breaks and tabs replaced."""
     return text.translate(_VISIBLE)

@@ -58,10 +58,19 @@ def open_run_folder(path: Path) -> tuple[Path, RunSettings]:
     Raises:
         UserError: `path` is not a run folder.
     """
+    return path.resolve(), read_recipe(run_config(path))
+
+
+def run_config(path: Path) -> Path:
+    """The settings file of an existing run, unread.
+
+    Raises:
+        UserError: `path` is not a run folder.
+    """
     config = path / CONFIG_FILE
     if not config.is_file():
         raise UserError(f"{path} is not a run folder: it has no {CONFIG_FILE} (runs live below runs/)")
-    return path.resolve(), read_recipe(config)
+    return config
 
 
 def write_cluster(folder: Path, cluster: LiveCluster) -> None:

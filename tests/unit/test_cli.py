@@ -24,6 +24,7 @@ COMMANDS = (
     ["export"],
     ["status"],
     ["scale"],
+    ["query"],
     ["bench", "rollouts"],
     ["bench", "learner"],
     ["bench", "learner_memory"],
