@@ -102,8 +102,8 @@ class LiveFacts:
 
     def oldest(self, count: int) -> Int64:
         """[count] the live rows that came first; count <= n."""
-        while self._front < len(self._is_live) and not self._is_live.values[self._front]:
-            self._front += int(np.argmax(self._is_live.values[self._front :])) or 1
+        ahead = self._is_live.values[self._front :]
+        self._front += int(ahead.argmax()) if len(self) else len(ahead)  # `argmax` stops at the first live one
         width = count
         while np.count_nonzero(self._is_live.values[self._front : self._front + width]) < count:
             width *= 2
