@@ -108,6 +108,41 @@ def bench_learner_memory(
     _show(found, as_json, render_memory_benchmark)
 
 
+@bench_app.command("buffer")
+def bench_buffer(
+    num_rows: Annotated[int, typer.Option("--rows", min=256, help="Rollouts per store and repetition.")] = 20_000,
+    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each store; medians count.")] = 5,
+    largest_scale: Annotated[
+        int, typer.Option("--scale", min=10_000, help="Most live rows at which the cost of a draw is measured.")
+    ] = 1_000_000,
+    grow_gib: Annotated[
+        float, typer.Option(min=0.0, help="Size to which a store grows while its memory is watched; 0 = not at all.")
+    ] = 0.5,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the stores put their files; a temporary folder by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the replay store with TorchRL's and cpprb's memory-mapped buffers: rows per second, bytes on disk.
+
+    Needs the extra `bench` (torchrl, cpprb).
+
+    [dim]Example:[/dim] sequencematch bench buffer --json
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.bench.buffer import bench_buffer as measure
+
+        scales = [scale for scale in (10_000, 100_000, 1_000_000) if scale <= largest_scale]
+        grow_bytes = int(grow_gib * 2**30)
+        found = measure(
+            num_rows=num_rows, repetitions=repetitions, scales=scales, grow_bytes=grow_bytes, folder=folder, seed=seed
+        )
+    from launch.bench.buffer_report import render_buffer_benchmark
+
+    _show(found, as_json, render_buffer_benchmark)
+
+
 def _show(found: dict[str, object], as_json: bool, render: Callable[[dict[str, object]], RenderableType]) -> None:
     if as_json:
         typer.echo(json.dumps(found))

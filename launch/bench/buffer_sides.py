@@ -1,0 +1,191 @@
+"""The stores that the buffer's benchmark compares, behind one interface."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from threading import Lock
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from actors.action_log import FinishedLog
+from buffer.consumption_log import DrawKey
+from buffer.settings import BufferSettings
+from buffer.store import ReplayStore
+from launch.bench.buffer_load import CONTRACT, SCALARS, Padded, RolloutLoad, as_arrow, as_padded
+
+SideName = Literal["ours", "ours_fsync_batch", "torchrl", "cpprb"]
+Packed: TypeAlias = pa.RecordBatch | Padded
+
+SEED = 0
+_MADV_DONTNEED = 4
+
+
+class Side(Protocol):
+    """A store with room for all rows of the benchmark; its files lie in a folder of its own."""
+
+    folder: Path
+
+    def pack(self, logs: Sequence[FinishedLog]) -> Packed:
+        """Rollouts in the form that the store takes."""
+
+    def insert(self, packed: Packed) -> None:
+        """Store them. May be called from several threads."""
+
+    def sample(self, count: int) -> int:
+        """Draw `count` rows, all columns, as a batch in memory; gives its size in bytes."""
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+class OurSide:
+    """`ReplayStore`, in this process."""
+
+    def __init__(self, folder: Path, num_rows: int, fsync: Literal["batch", "seal"]) -> None:
+        self.folder = folder
+        settings = BufferSettings(capacity=num_rows, min_size=1, fsync=fsync)
+        self._store = ReplayStore(folder, CONTRACT, settings, SEED)
+        self._steps = count()
+        self._lock = Lock()
+
+    def pack(self, logs: Sequence[FinishedLog]) -> Packed:
+        """An Arrow batch."""
+        return as_arrow(logs)
+
+    def insert(self, packed: Packed) -> None:
+        """Validate and store."""
+        assert isinstance(packed, pa.RecordBatch)
+        with self._lock:
+            result = self._store.insert(packed)
+        assert not result.rejections, result.rejections[0]
+
+    def sample(self, count: int) -> int:
+        """A logged draw, and now and then a checkpoint, as a learner makes them."""
+        step = next(self._steps)
+        drawn = self._store.draw(DrawKey("bench", step, "policy"), count, 0)
+        assert drawn is not None
+        if step % 10 == 9:
+            self._store.checkpointed("bench", step + 1)
+        return int(drawn.batch.nbytes)
+
+    def close(self) -> None:
+        """Make all durable."""
+        self._store.close()
+
+
+class TorchRLSide:
+    """TorchRL's buffer of tensor dictionaries over memory-mapped files, rows padded to the longest."""
+
+    def __init__(self, folder: Path, num_rows: int, load: RolloutLoad) -> None:
+        from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
+
+        self.folder = folder
+        self._load = load
+        self._buffer = TensorDictReplayBuffer(storage=LazyMemmapStorage(num_rows, scratch_dir=folder))
+
+    def pack(self, logs: Sequence[FinishedLog]) -> Packed:
+        """Padded arrays."""
+        return as_padded(logs, self._load)
+
+    def insert(self, packed: Packed) -> None:
+        """Wrap the arrays, without a copy, and store them."""
+        import torch
+        from tensordict import TensorDict
+
+        assert isinstance(packed, dict)
+        tensors = {name: torch.from_numpy(array) for name, array in packed.items()}
+        self._buffer.extend(TensorDict(tensors, batch_size=[len(packed["length"])]))
+
+    def sample(self, count: int) -> int:
+        """Uniform, with replacement (its default sampler)."""
+        drawn = self._buffer.sample(count)
+        return sum(tensor.numel() * tensor.element_size() for tensor in drawn.values())
+
+    def close(self) -> None:
+        """Files of a storage live as long as it does."""
+        del self._buffer
+
+
+class CpprbSide:
+    """cpprb's buffer over memory-mapped files, rows padded to the longest."""
+
+    def __init__(self, folder: Path, num_rows: int, load: RolloutLoad) -> None:
+        import cpprb
+
+        self.folder = folder
+        self._load = load
+        self._lock = Lock()
+        folder.mkdir()
+        columns = {
+            "prompt_ids": {"shape": load.longest_prompt, "dtype": np.int32},
+            "actions": {"shape": load.longest_log, "dtype": np.int32},
+            "logprobs": {"shape": load.longest_log, "dtype": np.float32},
+            "policy_version": {"shape": load.longest_log, "dtype": np.int32},
+            **{name: {"dtype": number_type} for name, number_type in SCALARS.items()},
+        }
+        self._buffer = cpprb.ReplayBuffer(num_rows, columns, mmap_prefix=str(folder / "rows"))
+
+    def pack(self, logs: Sequence[FinishedLog]) -> Packed:
+        """Padded arrays."""
+        return as_padded(logs, self._load)
+
+    def insert(self, packed: Packed) -> None:
+        """Copy the arrays into the files; it has no lock of its own."""
+        assert isinstance(packed, dict)
+        with self._lock:
+            self._buffer.add(**packed)
+
+    def sample(self, count: int) -> int:
+        """Uniform, with replacement."""
+        return sum(array.nbytes for array in self._buffer.sample(count).values())
+
+    def close(self) -> None:
+        """Files live as long as the buffer does."""
+        del self._buffer
+
+
+def open_side(name: SideName, folder: Path, num_rows: int, load: RolloutLoad) -> Side:
+    """An empty store with room for `num_rows`."""
+    match name:
+        case "torchrl":
+            return TorchRLSide(folder, num_rows, load)
+        case "cpprb":
+            return CpprbSide(folder, num_rows, load)
+        case _:
+            return OurSide(folder, num_rows, "batch" if name == "ours_fsync_batch" else "seal")
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes that the files of a folder occupy."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Have the next read of the folder's files come from the disk, also where this process has them mapped."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)  # span of addresses, permissions, offset, device, inode, path
+        if len(fields) == 6 and fields[5].startswith(str(folder)):
+            start, end = (int(bound, 16) for bound in fields[0].split("-"))
+            if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED):
+                raise OSError(ctypes.get_errno(), "madvise failed", fields[5])
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def major_faults() -> int:
+    """Page faults of this process that read from the disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
