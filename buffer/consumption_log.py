@@ -1,13 +1,15 @@
-"""Which rows each training step was given: a log that makes a resumed learner repeat its draws exactly.
+"""The log of a shard: what was drawn, and the authority on which rows are still live.
 
-A draw has a key (stage, step, source). Its rows are in the log before it is answered, so a learner that was killed
-and goes on from a checkpoint is given the same rows again, whatever came into the buffer meanwhile. Rows of draws
-that no checkpoint covers yet are *pinned*: they may cease to be live, but their bytes are kept.
+An event is in the log before anything follows from it: a draw before it is answered, a removal before the row's bytes
+may go. A file begins with a snapshot of the shard, so opening a log reads one file; older ones are history for
+audits (`buffer.event_history`). What is live follows from it:
 
-    consumption-000002.arrows.open   takes records, one Arrow batch per record (see `buffer.segments`)
-    consumption-000001.arrows        sealed: history, never read in training
+    rows of the snapshot + rows in segments from its next_row on - rows removed since
 
-A record is a draw, or the mark that the learner has a durable checkpoint; the mark releases the draws before it.
+A draw has a key (stage, step, source). A learner that was killed and goes on from a checkpoint asks for the same keys
+again and is given the same rows, whatever came into the buffer meanwhile. Rows of draws that no checkpoint covers yet
+are *pinned*: they may cease to be live, but their bytes are kept.
+
 Versions go on over a restart: weights that are published again on the way get new numbers, and a logged draw is
 answered without looking at staleness, since its rows were fresh when they were first drawn. New draws count
 staleness from the new numbers. They exceed the old ones by the publications that a restart adds or repeats, so a
@@ -19,193 +21,204 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.manifest import sync_folder
-from buffer.segments import OPEN_SUFFIX, SEALED_SUFFIX, OpenSegment, recover_open_segment, write_sealed
+from buffer.event_history import (
+    log_files,
+    log_number,
+    open_log_path,
+    read_log_file,
+    scan_log_file,
+    sealed_log_path,
+)
+from buffer.events import EVENT_SCHEMA, Event, decode_events, encode_events
+from buffer.log_state import DrawKey, LoggedDraw, LogSnapshot, LogState, release
+from buffer.manifest import CorruptSegmentError, sync_folder
+from buffer.row_numbers import NO_ROWS, Int64
+from buffer.segments import OPEN_SUFFIX, OpenSegment, cut_torn_tail
 
-Int64 = npt.NDArray[np.int64]
+__all__ = ["ROTATE_BYTES", "SNAPSHOTS_PER_FILE", "ConsumptionLog", "DrawKey", "LoggedDraw"]
 
 logger = logging.getLogger(__name__)
 
 ROTATE_BYTES = 8 * 2**20
-"""Size beyond which a checkpoint begins a new file; opening a log reads no more than about this."""
+"""A smaller file is not worth a new one."""
 
-_PREFIX = "consumption-"
-_SCHEMA = pa.schema(
-    [
-        pa.field("event", pa.string(), nullable=False),  # draw | checkpoint
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("step", pa.int64(), nullable=False),  # steps of the stage done before
-        pa.field("source", pa.string()),  # of a draw
-        pa.field("policy_version", pa.int64()),  # newest one known at a draw
-        pa.field("rows", pa.list_(pa.int64())),  # of a draw: row numbers in the store, in the order given
-    ],
-    metadata={b"schema_version": b"1"},
-)
-
-
-@dataclass(frozen=True)
-class DrawKey:
-    """Names one draw of a run. step: steps of the stage that were done before it."""
-
-    stage: str
-    step: int
-    source: str
-
-
-@dataclass(frozen=True)
-class LoggedDraw:
-    """What a draw was given: row numbers, in order. policy_version: newest version known then."""
-
-    key: DrawKey
-    policy_version: int
-    rows: Int64
+SNAPSHOTS_PER_FILE = 4
+"""A file grows to this many times its snapshot, so that snapshots are a fixed share of what is written."""
 
 
 class ConsumptionLog:
-    """The draws that no durable checkpoint covers yet, in memory and on disk. Not thread-safe."""
+    """Writes events, and keeps the draws that no durable checkpoint covers. Not thread-safe."""
 
-    def __init__(self, folder: Path, sync_each_record: bool, rotate_bytes: int = ROTATE_BYTES) -> None:
-        """Open the log in `folder`; a record that a crash left torn is cut off.
+    def __init__(
+        self,
+        folder: Path,
+        sync_each_record: bool,
+        clock: Callable[[], float],
+        rotate_bytes: int = ROTATE_BYTES,
+    ) -> None:
+        """Open the log in `folder`, or begin one; an event that a crash left torn is cut off.
 
-        sync_each_record: whether a record survives a loss of power; without, it survives the death of the process.
+        sync_each_record: whether an event survives a loss of power; without, it survives the death of the process.
+        clock: seconds since the epoch.
 
         Raises:
-            CorruptSegmentError: the file is damaged before its last record.
+            CorruptSegmentError: the file is damaged before its last event.
         """
         self._folder = folder
         self._sync_each_record = sync_each_record
+        self._clock = clock
         self._rotate_bytes = rotate_bytes
         self._draws: dict[DrawKey, LoggedDraw] = {}
         self._pinned: Int64 | None = None  # built on demand
-        files = sorted(folder.glob(f"{_PREFIX}*{OPEN_SUFFIX}"))
-        self._number = _number_of(files[-1]) if files else 1
-        for superseded in files[:-1]:  # a crash at the end of a rotation
-            superseded.unlink()
-        path = self._path(self._number, OPEN_SUFFIX)
-        if path.exists():
-            recovered = recover_open_segment(path, _SCHEMA)
-            if recovered.cut_bytes:
-                logger.warning("%s: cut %d bytes of an unfinished record off its end", path, recovered.cut_bytes)
-            for batch in recovered.batches:
-                self._apply(batch)
-        self._file = OpenSegment(path, _SCHEMA, sync_each_record)
+        path = self._find_open_file()
+        self._number = log_number(path)
+        scan = scan_log_file(path)
+        if scan.torn_bytes:
+            logger.warning("%s: cut %d bytes of an unfinished event off its end", path, scan.torn_bytes)
+        self.cut_bytes = cut_torn_tail(path, scan)
+        self._snapshot_bytes = scan.batches[0].nbytes
+        self._restored = LogState()
+        for record in scan.batches:
+            self._restored.apply(decode_events(record))
+        self._draws = self._restored.draws
+        self._file = OpenSegment(path, EVENT_SCHEMA, sync_each_record)
+
+    def take_state(self) -> LogState:
+        """What the events added up to when the log was opened; the log forgets it with this."""
+        state = self._restored
+        self._restored = LogState()
+        return state
 
     @property
     def pinned_rows(self) -> Int64:
         """[n] row numbers whose bytes must be kept, ascending, without repetition."""
         if self._pinned is None:
             rows = [draw.rows for draw in self._draws.values()]
-            self._pinned = np.unique(np.concatenate(rows)) if rows else np.empty(0, dtype=np.int64)
+            self._pinned = np.unique(np.concatenate(rows)) if rows else NO_ROWS
         return self._pinned
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to `rotate`."""
+        limit_bytes: int = max(self._rotate_bytes, SNAPSHOTS_PER_FILE * self._snapshot_bytes)
+        return self._file.size_bytes >= limit_bytes
 
     def find(self, key: DrawKey) -> LoggedDraw | None:
         """The draw with this key, None where there was none since the newest checkpoint."""
         return self._draws.get(key)
 
-    def append(self, draw: LoggedDraw) -> None:
-        """Make a draw durable, before it is answered.
+    def append(self, *events: Event) -> None:
+        """Write events that happen together: after a crash there are all of them or none.
 
         Raises:
             OSError: the disk refused; the log is as it was before.
         """
-        assert draw.key not in self._draws, "a logged draw is repeated, not drawn again"
-        self._file.append(_draw_record(draw))
-        self._draws[draw.key] = draw
+        self._file.append(encode_events(events, int(self._clock() * 1e6)))
+
+    def append_draw(self, draw: LoggedDraw, *events: Event) -> None:
+        """Write a draw, before it is answered, after the events that go with it. A key that has one already gets more
+        rows.
+
+        Raises:
+            OSError: see `append`.
+        """
+        self.append(*events, draw.to_event())
+        before = self._draws.get(draw.key)
+        self._draws[draw.key] = draw if before is None else before.extended_by(draw)
         self._pinned = None
 
     def checkpointed(self, stage: str, step: int) -> None:
-        """Release what a durable checkpoint of `stage` after `step` steps covers: its draws before, and other stages'.
-
-        Stages follow one another, so a checkpoint of one means that no other will go on from where it was.
+        """Release what a durable checkpoint of `stage` after `step` steps covers (see `log_state.release`).
 
         Raises:
-            OSError: the disk refused.
+            OSError: see `append`.
         """
-        self._file.append(_record(event="checkpoint", stage=stage, step=step))
-        self._release(stage, step)
-        if self._file.size_bytes >= self._rotate_bytes:
-            self._rotate()
+        self.append(Event("checkpoint", stage=stage, step=step))
+        self._draws = release(self._draws, stage, step)
+        self._pinned = None
 
-    def forget_unless(self, present: Callable[[Int64], bool]) -> None:
-        """Forget, for good, draws whose rows the store no longer has.
-
-        Rows get lost with a segment that was taken out of the manifest by hand, or in a loss of power where the
-        settings do not guard against one; their numbers may then be given to other rows.
-        """
+    def forget_unless(self, present: Callable[[Int64], bool]) -> bool:
+        """Forget draws whose rows the store has lost, with a damaged segment or, where the settings do not guard
+        against one, in a loss of power. True if there were any: the next `rotate` makes it last."""
         lost = [draw.key for draw in self._draws.values() if not present(draw.rows)]
-        if not lost:
-            return
         for key in lost:
             logger.warning("%s: the rows of %s are lost; on resume that step draws others", self._folder, key)
             del self._draws[key]
         self._pinned = None
-        self._rotate()
+        return bool(lost)
 
-    def close(self) -> None:
-        """Make every record durable and let go of the file."""
-        self._file.close()
+    def rotate(self, snapshot: LogSnapshot) -> None:
+        """Begin a new file: history sealed, new file in place, then the old one goes.
 
-    def _apply(self, batch: pa.RecordBatch) -> None:
-        (row,) = batch.to_pylist()
-        if row["event"] == "checkpoint":
-            self._release(row["stage"], row["step"])
-            return
-        key = DrawKey(row["stage"], row["step"], row["source"])
-        self._draws[key] = LoggedDraw(key, row["policy_version"], np.array(row["rows"], dtype=np.int64))
-
-    def _release(self, stage: str, step: int) -> None:
-        self._draws = {key: draw for key, draw in self._draws.items() if key.stage == stage and key.step >= step}
-        self._pinned = None
-
-    def _rotate(self) -> None:
-        """Begin a new file with the draws that still count: history sealed, new file in place, then the old goes."""
+        Raises:
+            OSError: the disk refused; the log goes on in the file it had.
+        """
         old = self._file
-        sealed = self._path(self._number, SEALED_SUFFIX)
-        write_sealed(sealed, _merged(recover_open_segment(old.path, _SCHEMA).batches), _SCHEMA)
-        path = self._path(self._number + 1, OPEN_SUFFIX)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.unlink(missing_ok=True)
-        file = OpenSegment(temporary, _SCHEMA, self._sync_each_record)
-        for draw in self._draws.values():
-            file.append(_draw_record(draw))
-        file.close()
-        os.rename(temporary, path)
-        sync_folder(self._folder)
+        self._seal_history(old.path)
+        try:
+            self._snapshot_bytes = self._begin_file(self._number + 1, snapshot)
+        except OSError:
+            sealed_log_path(self._folder, self._number).unlink()  # it would be taken for the file that still grows
+            raise
         self._number += 1
-        self._file = OpenSegment(path, _SCHEMA, self._sync_each_record)
+        self._file = OpenSegment(open_log_path(self._folder, self._number), EVENT_SCHEMA, self._sync_each_record)
         old.close()
         old.path.unlink()
 
-    def _path(self, number: int, suffix: str) -> Path:
-        return self._folder / f"{_PREFIX}{number:06d}{suffix}"
+    def prepare_sync(self) -> Callable[[], None]:
+        """See `OpenSegment.prepare_sync`."""
+        return self._file.prepare_sync()
 
+    def close(self) -> None:
+        """Make every event durable and let go of the file."""
+        self._file.close()
 
-def _number_of(path: Path) -> int:
-    return int(path.name.removeprefix(_PREFIX).removesuffix(OPEN_SUFFIX))
+    def _find_open_file(self) -> Path:
+        """The file to go on with; what a crash in a rotation left behind is deleted."""
+        for path in self._folder.glob("consumption-*.tmp"):
+            path.unlink()
+        files = sorted(self._folder.glob(f"consumption-*{OPEN_SUFFIX}"), key=log_number)
+        if not files:
+            if history := log_files(self._folder):
+                newest = open_log_path(self._folder, max(history) + 1)
+                raise CorruptSegmentError(
+                    f"{newest} is missing: restore it from a copy; without it nobody knows which rows are live, so "
+                    f"what remains is to move {self._folder} away and to begin with an empty buffer"
+                )
+            self._begin_file(1, LogSnapshot.empty())
+            return open_log_path(self._folder, 1)
+        *superseded, path = files
+        for old in superseded:
+            old.unlink()
+        sealed_log_path(self._folder, log_number(path)).unlink(missing_ok=True)  # a copy of a file that still grows
+        return path
 
+    def _seal_history(self, path: Path) -> None:
+        sealed = sealed_log_path(self._folder, self._number)
+        temporary = sealed.with_name(sealed.name + ".tmp")
+        temporary.unlink(missing_ok=True)
+        file = OpenSegment(temporary, EVENT_SCHEMA, sync_each_batch=False)
+        file.append(pa.concat_batches(read_log_file(path)))
+        file.close()
+        os.rename(temporary, sealed)
+        sync_folder(self._folder)
 
-def _draw_record(draw: LoggedDraw) -> pa.RecordBatch:
-    return _record(
-        event="draw",
-        stage=draw.key.stage,
-        step=draw.key.step,
-        source=draw.key.source,
-        policy_version=draw.policy_version,
-        rows=draw.rows,
-    )
-
-
-def _record(**values: str | int | Int64) -> pa.RecordBatch:
-    columns = [pa.array([values.get(field.name)], type=field.type) for field in _SCHEMA]
-    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
-
-
-def _merged(batches: tuple[pa.RecordBatch, ...]) -> list[pa.RecordBatch]:
-    return [pa.concat_batches(batches)] if batches else []
+    def _begin_file(self, number: int, snapshot: LogSnapshot) -> int:
+        """Put the file `number` in place; gives the size of its first record."""
+        path = open_log_path(self._folder, number)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.unlink(missing_ok=True)
+        pinned = [draw.to_event(again=True) for draw in self._draws.values()]
+        file = OpenSegment(temporary, EVENT_SCHEMA, sync_each_batch=False)
+        record = encode_events([*snapshot.to_events(), *pinned], int(self._clock() * 1e6))
+        file.append(record)
+        file.close()
+        os.rename(temporary, path)
+        sync_folder(self._folder)
+        size_bytes: int = record.nbytes
+        return size_bytes

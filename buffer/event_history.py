@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from buffer.events import EVENT_SCHEMA
 from buffer.manifest import CorruptSegmentError
-from buffer.segments import OPEN_SUFFIX, SEALED_SUFFIX, scan_open
+from buffer.segments import OPEN_SUFFIX, SEALED_SUFFIX, OpenScan, scan_open
 
 LISTING_ATTEMPTS = 20
 """A listing is repeated when files were sealed meanwhile; a writer seals far less often than a reader lists."""
@@ -31,6 +31,13 @@ def open_log_path(folder: Path, number: int) -> Path:
 def sealed_log_path(folder: Path, number: int) -> Path:
     """Where file `number` of a log lies as history."""
     return folder / f"consumption-{number:06d}{SEALED_SUFFIX}"
+
+
+def log_number(path: Path) -> int:
+    """The number in the name of a file of a log."""
+    match = _NAME.fullmatch(path.name)
+    assert match, "only files of a log are asked for their number"
+    return int(match[1])
 
 
 def log_files(folder: Path) -> dict[int, Path]:
@@ -73,7 +80,12 @@ def read_events(folder: Path) -> pa.Table:
 
 
 def read_log_file(path: Path) -> tuple[pa.RecordBatch, ...]:
-    """Complete records of one file.
+    """Complete records of one file; see `scan_log_file`."""
+    return scan_log_file(path).batches
+
+
+def scan_log_file(path: Path) -> OpenScan:
+    """What one file holds.
 
     Raises:
         FileNotFoundError: it was sealed meanwhile.
@@ -81,9 +93,12 @@ def read_log_file(path: Path) -> tuple[pa.RecordBatch, ...]:
     """
     scan = scan_open(path, EVENT_SCHEMA)
     if scan.damaged or (scan.torn_bytes and path.suffix != ".open"):
-        start = scan.damaged[0].start if scan.damaged else scan.end
+        start, end = (scan.damaged[0].start, scan.damaged[0].end) if scan.damaged else (scan.end, scan.size_bytes)
+        remedy = "restore it from a copy"
+        if end == scan.size_bytes and path.suffix == ".open":
+            remedy += f", or cut the last event off with `truncate -s {start} {path}` if the machine lost power"
         raise CorruptSegmentError(
-            f"{path} is damaged at byte {start}: restore it from a copy; without it nobody knows which rows were drawn "
-            "and removed, so the alternative is to move the folder away and to begin with an empty buffer"
+            f"{path} is damaged from byte {start} to byte {end}: {remedy}. Without it nobody knows which rows were "
+            "drawn and removed, so what remains is to move the folder away and to begin with an empty buffer"
         )
-    return scan.batches
+    return scan

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from buffer.live_facts import FIRST_PRIORITY, Float32, LiveFacts
-from buffer.row_facts import Int32, Int64, RowFacts
+from buffer.row_facts import Bool, Int32, Int64, RowFacts
 from buffer.row_samplers import make_sampler
 from buffer.settings import BufferSettings
 
@@ -41,6 +41,10 @@ class Lane:
     def rows(self) -> Int64:
         """[n] numbers of the live rows, ascending; a copy, so ask rarely."""
         return self._facts.rows
+
+    def is_live(self, rows: Int64) -> Bool:
+        """[k] whether these rows are live."""
+        return self._facts.is_live(rows)
 
     def append(self, facts: RowFacts) -> None:
         """Rows become live, not drawn yet and with the largest priority present. facts: rows above all before."""

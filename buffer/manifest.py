@@ -1,22 +1,23 @@
-"""The manifest of a buffer folder: which segments count, and which of their rows are no longer live.
+"""The manifest of a shard's folder: which segment files count, and their numbers.
 
-Readers trust the manifest only. It is replaced as a whole (temporary file, fsync, rename), so a crash leaves
-either the old one or the new one. What a crash can undo is derivable: rows in the open segment by reading it,
-evictions since the last manifest from the capacity noted here.
+Readers trust the manifest only. It is replaced as a whole (temporary file, fsync, rename), so a crash leaves either the
+old one or the new one. Which rows of the segments are live is the business of the consumption log.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
+
+import xxhash
 
 from buffer.schema import TokenContract
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class CorruptSegmentError(ValueError):
@@ -25,10 +26,15 @@ class CorruptSegmentError(ValueError):
 
 @dataclass(frozen=True)
 class SegmentEntry:
-    """One sealed segment. checksum: xxh3-128 of the file; versions: -1 where no row has one."""
+    """One sealed segment; no other one has a row between its first and its last.
+
+    number: of the file. first_row, last_row: numbers of rows, between which some may be missing after a compaction.
+    checksum: xxh3-128 of the file; versions: -1 where no row has one.
+    """
 
     number: int
     first_row: int
+    last_row: int
     num_rows: int
     size_bytes: int
     checksum: str
@@ -38,33 +44,22 @@ class SegmentEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """State of a buffer folder. A row's number is its place in the order of insertion, over all sources.
+    """The files of a shard.
 
-    capacity: rows per source when this was written; evictions since then followed it.
-    open_segment, next_row: number of the segment that takes inserts, and of its first row.
-    newest_version: newest policy version at a draw or in a sealed row; -1 before any.
-    inserted: rows per source in sealed segments, deleted ones included.
-    live_from: per source, rows before this number were evicted.
-    dropped: rows per source dropped as stale.
-    stale_before_row, stale_below: rows before the one whose oldest version is below the other were dropped.
-    segments: sealed segments that still hold a live row, by number.
+    open_segment: number of the segment that takes inserts. next_row: no sealed segment has this row or a later one.
+    next_segment: no file has this number or a higher one. segments: the sealed ones, by row.
     """
 
     contract: TokenContract
-    capacity: int
     open_segment: int = 1
     next_row: int = 0
-    newest_version: int = -1
-    inserted: dict[str, int] = field(default_factory=dict)
-    live_from: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
-    stale_before_row: int = 0
-    stale_below: int = 0
+    next_segment: int = 2
     segments: tuple[SegmentEntry, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Replace the manifest of `folder`; on return it is on disk."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        content = asdict(self)
+        text = json.dumps({"format": FORMAT, "checksum": _checksum(content), **content}, indent=1)
         replace_file(folder / MANIFEST_NAME, text.encode())
 
     @classmethod
@@ -80,28 +75,38 @@ class Manifest:
         try:
             content: _ManifestJson = json.loads(path.read_bytes())
             if content["format"] != FORMAT:
-                raise CorruptSegmentError(
-                    f"{path} has format {content['format']}; this program reads {FORMAT}: use the version of the "
-                    "program that wrote it, or another folder"
-                )
-            return cls(
+                raise CorruptSegmentError(_other_format(path, content["format"]))
+            manifest = cls(
                 contract=TokenContract(**content["contract"]),
-                capacity=content["capacity"],
                 open_segment=content["open_segment"],
                 next_row=content["next_row"],
-                newest_version=content["newest_version"],
-                inserted=content["inserted"],
-                live_from=content["live_from"],
-                dropped=content["dropped"],
-                stale_before_row=content["stale_before_row"],
-                stale_below=content["stale_below"],
+                next_segment=content["next_segment"],
                 segments=tuple(SegmentEntry(**entry) for entry in content["segments"]),
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            if content["checksum"] != (found := _checksum(asdict(manifest))):
+                raise ValueError(f"its checksum is {found} instead of {content['checksum']}")
+            return manifest
+        except CorruptSegmentError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:  # of the decoders, of a field that is none, of the checksum
             raise CorruptSegmentError(
                 f"{path} is damaged ({error}): restore it from a copy, or move {folder} away to begin with an empty "
                 "buffer"
             ) from error
+
+
+def _checksum(content: dict[str, object]) -> str:
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _other_format(path: Path, found: int) -> str:
+    if found < FORMAT:
+        return (
+            f"{path} has format {found}, of an earlier version of this program: its trajectories can be read and "
+            f"queried, but no run goes on with them, since format {FORMAT} accounts for every row: use another run "
+            "folder"
+        )
+    return f"{path} has format {found}; this program reads {FORMAT}: use the version of the program that wrote it"
 
 
 class _ContractJson(TypedDict):
@@ -114,6 +119,7 @@ class _ContractJson(TypedDict):
 class _EntryJson(TypedDict):
     number: int
     first_row: int
+    last_row: int
     num_rows: int
     size_bytes: int
     checksum: str
@@ -123,16 +129,11 @@ class _EntryJson(TypedDict):
 
 class _ManifestJson(TypedDict):
     format: int
+    checksum: str
     contract: _ContractJson
-    capacity: int
     open_segment: int
     next_row: int
-    newest_version: int
-    inserted: dict[str, int]
-    live_from: dict[str, int]
-    dropped: dict[str, int]
-    stale_before_row: int
-    stale_below: int
+    next_segment: int
     segments: list[_EntryJson]
 
 

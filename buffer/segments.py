@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ OPEN_SUFFIX = ".arrows.open"
 SEALED_SUFFIX = ".arrows"
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _MESSAGE_START = b"\xff\xff\xff\xff"
+_PREFIX_BYTES = 8  # of a message: its start, and the length of its metadata
 _MESSAGE_ALIGNMENT = 8
 
 # The checksum stands in the metadata of the message that it covers: it is computed with zeros in its place.
@@ -52,7 +53,7 @@ class OpenSegment:
     """
 
     def __init__(self, path: Path, schema: pa.Schema, sync_each_batch: bool) -> None:
-        """Create `path`, or go on after its last byte (`recover_open_segment` first cuts off what is torn)."""
+        """Create `path`, or go on after its last byte (`cut_torn_tail` comes first)."""
         self.path = path
         self._schema = schema
         self._header = schema.serialize().to_pybytes()
@@ -79,6 +80,19 @@ class OpenSegment:
         self._write(message)
         view: pa.RecordBatch = pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(message)), self._schema)
         return view
+
+    def prepare_sync(self) -> Callable[[], None]:
+        """A function that makes durable what is in the file now; it may run in another thread while batches come in
+        and even after `close`."""
+        descriptor = os.dup(self._descriptor)
+
+        def sync() -> None:
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+
+        return sync
 
     def close(self) -> None:
         """Make every batch durable and let go of the file."""
@@ -154,37 +168,17 @@ def scan_open(path: Path, schema: pa.Schema) -> OpenScan:
                 f"{path} holds rows of another schema ({error}): move it away to go on without them"
             ) from None
         end = message.end
-    # A torn write is a prefix of a batch. A batch in full length with a wrong checksum was changed afterwards.
-    if (num_rows := _claimed_rows(buffer, end, len(content), schema)) is not None:
-        damaged.append(DamagedRange(end, len(content), num_rows))
+    if not _is_torn(buffer, end):
+        damaged.append(DamagedRange(end, len(content), _claimed_rows(buffer, end, len(content), schema)))
         end = len(content)
     return OpenScan(tuple(batches), tuple(damaged), end, len(content))
 
 
-@dataclass(frozen=True)
-class RecoveredSegment:
-    """Complete batches of an open segment. cut_bytes: torn bytes that were cut off its end."""
-
-    batches: tuple[pa.RecordBatch, ...]
-    cut_bytes: int
-
-
-def recover_open_segment(path: Path, schema: pa.Schema) -> RecoveredSegment:
-    """Read the open segment at `path` after a crash and cut off a torn tail.
-
-    Raises:
-        CorruptSegmentError: it is damaged before its last batch, so this was no crash in mid-write.
-    """
-    scan = scan_open(path, schema)
-    if scan.damaged:
-        start, end = scan.damaged[0].start, scan.damaged[0].end
-        raise CorruptSegmentError(
-            f"{path} is damaged from byte {start} to byte {end}: restore the file from a copy, or cut it off with "
-            f"`truncate -s {start} {path}` and lose what follows"
-        )
+def cut_torn_tail(path: Path, scan: OpenScan) -> int:
+    """Cut an unfinished write off the file that `scan` is of, whose writer is dead; gives the bytes cut off."""
     if scan.torn_bytes:
         os.truncate(path, scan.end)
-    return RecoveredSegment(scan.batches, scan.torn_bytes)
+    return scan.torn_bytes
 
 
 @dataclass(frozen=True)
@@ -288,6 +282,29 @@ def _header_end(content: bytes, schema: pa.Schema) -> int:
         return 0
     end: int = source.tell()
     return end if found.equals(schema, check_metadata=True) else 0
+
+
+def _is_torn(buffer: pa.Buffer, start: int) -> bool:
+    """Whether the bytes from `start` to the end, which hold no complete batch, may be those of an unfinished write.
+
+    The death of a process leaves a prefix of a message, a loss of power also blocks of zeros. Anything else was
+    written in full and changed afterwards.
+    """
+    prefix = buffer[start : start + _PREFIX_BYTES].to_pybytes()
+    if not any(prefix):
+        return True
+    if prefix[: len(_MESSAGE_START)] != _MESSAGE_START[: len(prefix)]:
+        return False
+    metadata_bytes = int.from_bytes(prefix[len(_MESSAGE_START) :], "little")
+    if buffer.size - start < _PREFIX_BYTES + metadata_bytes:
+        return True
+    try:
+        pa.ipc.read_message(pa.BufferReader(buffer.slice(start)))
+    except (EOFError, OSError) as error:
+        return "Expected to be able to read" in str(error)  # Arrow's words for a body that is not all there
+    except pa.ArrowException:
+        return False
+    return False
 
 
 def _claimed_rows(buffer: pa.Buffer, start: int, end: int, schema: pa.Schema) -> int | None:

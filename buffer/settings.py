@@ -142,10 +142,27 @@ class BufferSettings(Settings):
         "samples_per_insert * min_size, or without samples_per_insert: actors pause when `capacity` ahead of the draws",
     )
     segment_bytes: PositiveInt = Field(64 * 2**20, description="size at which a segment file is sealed")
-    fsync: Literal["batch", "seal"] = Field(
+    fsync: Literal["batch", "interval", "none"] = Field(
         "batch",
-        description="what survives a loss of power: every acknowledged batch, or sealed segments only "
-        "(faster; the death of a process loses nothing either way)",
+        description="what survives a loss of power: every acknowledged batch; what is older than fsync_interval_s; "
+        "sealed segments only (the death of a process loses nothing in any case)",
+    )
+    fsync_interval_s: float | None = Field(
+        None, gt=0.0, description="fsync=interval: time between two syncs, in seconds; null = 1"
+    )
+    max_age_s: float | None = Field(
+        None, gt=0.0, description="trajectories created longer ago than this many seconds are evicted; null = never"
+    )
+    compact_below: float = Field(
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="a sealed segment is rewritten when a smaller share of its trajectories is still needed; 0 = never",
+    )
+    archive: str | None = Field(
+        None,
+        description="folder or fsspec URL (s3://...) that keeps the trajectories that leave the disk; null = they are "
+        "deleted",
     )
 
     @property
@@ -164,6 +181,8 @@ class BufferSettings(Settings):
                 f"min_size={self.min_size} is never reached with capacity={self.capacity}: lower min_size or raise "
                 "capacity"
             )
+        if self.fsync_interval_s is not None and self.fsync != "interval":
+            raise ValueError(f"fsync_interval_s has no effect with fsync={self.fsync}: leave it out")
         for name, sampler in (("recency_exponent", "recency"), ("priority_exponent", "prioritised")):
             if getattr(self, name) is not None and self.sampler != sampler:
                 raise ValueError(f"{name} has no effect with sampler={self.sampler}: leave it out")

@@ -57,7 +57,7 @@ STAGE = StageSettings(
     optimizer=OptimizerSettings(learning_rate=5e-3, warmup_steps=3),
 )
 SETTINGS = LearnerSettings(checkpoint_every_steps=4, keep_checkpoints=1, checkpoint_timeout_s=30.0)
-BUFFER = BufferSettings(capacity=24, min_size=1, max_staleness=2, segment_bytes=6_000, fsync="seal")
+BUFFER = BufferSettings(capacity=24, min_size=1, max_staleness=2, segment_bytes=6_000, fsync="none")
 LIFE_TIMEOUT_S = 60.0
 LIVES = 6
 

@@ -72,7 +72,7 @@ class Push:
     """A pool of one actor, and what the learner would hold of it."""
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        settings = BufferSettings(capacity=100_000, min_size=1, max_inserts_ahead=100_000, fsync="seal")
+        settings = BufferSettings(capacity=100_000, min_size=1, max_inserts_ahead=100_000, fsync="none")
         service = ray.remote(ReplayBufferService).options(num_cpus=0)
         self.buffer = service.remote(str(folder / "buffer"), CONTRACT, settings, 0)
         generator = np.random.default_rng(0)

@@ -46,7 +46,7 @@ TINY = (
     "buffer.max_staleness=2",
     "buffer.max_samples_per_insert=2",
     "buffer.max_inserts_ahead=64",
-    "buffer.fsync=seal",
+    "buffer.fsync=none",
     "cluster.num_cpus=4",
     "cluster.object_store_gib=0.25",
 )

@@ -35,7 +35,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def open(self, folder):
         return open_store(
-            folder, capacity=self.CAPACITY, max_staleness=self.STALENESS, segment_bytes=5000, fsync="seal"
+            folder, capacity=self.CAPACITY, max_staleness=self.STALENESS, segment_bytes=5000, fsync="none"
         )
 
     @rule(counts=st.lists(st.tuples(st.sampled_from(["policy", "expert"]), st.integers(0, 6)), min_size=1, max_size=9))

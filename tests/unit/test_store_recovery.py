@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 
@@ -102,21 +101,23 @@ def test_a_crash_between_any_two_steps_of_sealing_loses_nothing(tmp_path, seals)
 def test_a_torn_insert_is_cut_off_and_reported(tmp_path, caplog):
     store = open_store(tmp_path / "b")
     store.insert(numbered(0, 3))
+    store.insert(numbered(3, 3))
     store.close()
     path = tmp_path / "b" / "segment-000001.arrows.open"
-    with path.open("ab") as file:
-        file.write(path.read_bytes()[1600:2000])
+    os.truncate(path, path.stat().st_size - 100)
+    torn = path.stat().st_size
     store = open_store(tmp_path / "b")
-    assert store.status().cut_bytes == 400
-    assert "cut 400 bytes of an unfinished insert" in caplog.text
+    assert store.status().cut_bytes == torn - path.stat().st_size > 400
+    assert f"cut {store.status().cut_bytes} bytes of an unfinished insert" in caplog.text
     assert live_ids(store) == {"0", "1", "2"}
     store.close()
 
 
-def test_damaged_folders_are_errors_that_say_what_to_do(tmp_path):
+def test_damage_of_manifest_and_log_is_an_error_that_says_what_to_do(tmp_path):
     store = open_store(tmp_path / "b", capacity=1000, segment_bytes=SMALL)
     while store.status().sealed_segments < 1:
         store.insert(numbered(store.next_row, 10))
+    draw(store, 5, 0)
     store.close()
 
     def damaged(name, damage):
@@ -128,38 +129,27 @@ def test_damaged_folders_are_errors_that_say_what_to_do(tmp_path):
             open_store(folder, capacity=1000)
         return str(caught.value)
 
-    segment = "segment-000001.arrows"
+    def replaced(name, old, new):
+        def damage(folder):
+            content = (folder / name).read_bytes()
+            assert old in content
+            (folder / name).write_bytes(content.replace(old, new, 1))
 
-    def flip(folder):
-        content = bytearray((folder / segment).read_bytes())
-        content[5000] ^= 1
-        (folder / segment).write_bytes(content)
+        return damage
 
-    message = damaged("flip", flip)
-    assert str(tmp_path / "flip" / segment) in message
-    assert "restore it from a copy, or delete its entry from" in message
-    assert "is missing" in damaged("missing", lambda folder: (folder / segment).unlink())
+    log = "consumption-000001.arrows.open"
     assert "but no manifest.json" in damaged("no manifest", lambda folder: (folder / "manifest.json").unlink())
     assert "is damaged" in damaged("torn", lambda folder: os.truncate(folder / "manifest.json", 50))
+    assert "is damaged (its checksum" in damaged(
+        "entry", replaced("manifest.json", b'"first_row": 0', b'"first_row": 4')
+    )
     other = '{"format": 99}'
     assert "has format 99" in damaged("format", lambda folder: (folder / "manifest.json").write_text(other))
-    assert "is damaged" in damaged("keys", lambda folder: (folder / "manifest.json").write_text('{"format": 1}'))
-
-
-def test_the_remedy_for_a_lost_segment_works(tmp_path):
-    store = open_store(tmp_path / "b", capacity=1000, segment_bytes=SMALL)
-    while store.status().sealed_segments < 2:
-        store.insert(numbered(store.next_row, 10))
-    num_rows = store.next_row
-    store.close()
-    path = tmp_path / "b" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    lost = manifest["segments"].pop(0)
-    path.write_text(json.dumps(manifest))
-    store = open_store(tmp_path / "b", capacity=1000, segment_bytes=SMALL)
-    assert store.num_live("policy") == num_rows - lost["num_rows"]
-    store.insert(numbered(5000, 1))
-    store.close()
+    older = '{"format": 1}'
+    assert "earlier version" in damaged("older", lambda folder: (folder / "manifest.json").write_text(older))
+    assert "is damaged" in damaged("keys", lambda folder: (folder / "manifest.json").write_text('{"format": 2}'))
+    assert f"{log} is damaged from byte" in damaged("log", replaced(log, b"snapshot", b"snapshoT"))
+    assert f"{log} is missing" in damaged("no log", lambda folder: (folder / log).unlink())
 
 
 def test_one_process_at_a_time_and_one_contract(tmp_path):
