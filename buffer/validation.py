@@ -34,7 +34,7 @@ MAX_TEXT_BYTES = 1024
 """Largest size of one text of a row, such as its id, in UTF-8."""
 
 _REQUIRED = ("id", "source", "task", "prompt_ids", "actions", "finish_reason", "actor", "created_at")
-_TEXTS = ("id", "source", "task", "weights_fingerprint", "finish_reason", "actor")
+_FREE_TEXTS = ("id", "task", "weights_fingerprint", "actor")
 _NO_NULL_ELEMENTS = ("prompt_ids", "actions", "logprobs", "policy_version", "features")
 _LISTS = (*_NO_NULL_ELEMENTS, "realised")
 _SOURCES, _FINISH_REASONS = pa.array(SOURCES), pa.array(FINISH_REASONS)
@@ -84,21 +84,22 @@ class _Lists:
     """
 
     def __init__(self, column: pa.ListArray) -> None:
-        self.null: Bool | None = None
-        if not column.null_count:
-            offsets = column.offsets.to_numpy().astype(np.int64)
-            self.elements = column.values.slice(offsets[0], offsets[-1] - offsets[0])
-            self.offsets: Int64 = offsets - offsets[0]
-            return
-        self.elements = column.flatten()
-        self.null = column.is_null().to_numpy(zero_copy_only=False)
-        self.offsets = np.zeros(len(column) + 1, dtype=np.int64)
-        if column.null_count < len(column):
+        num_null = column.null_count
+        if num_null == 0:
+            offsets = column.offsets.to_numpy()
+            self.offsets: Int64 = np.subtract(offsets, offsets[0], dtype=np.int64)
+            self.elements = column.values.slice(offsets[0], self.offsets[-1])
+            self.null: Bool | None = None
+        elif num_null == len(column):
+            self.offsets = np.zeros(num_null + 1, dtype=np.int64)
+            self.elements = column.values.slice(0, 0)
+            self.null = np.ones(num_null, dtype=np.bool_)
+        else:
+            self.offsets = np.zeros(len(column) + 1, dtype=np.int64)
             np.cumsum(column.value_lengths().fill_null(0).to_numpy(), out=self.offsets[1:])
-
-    @property
-    def lengths(self) -> Int64:
-        return np.diff(self.offsets)
+            self.elements = column.flatten()
+            self.null = column.is_null().to_numpy(zero_copy_only=False)
+        self.lengths: Int64 = self.offsets[1:] - self.offsets[:-1]
 
     def owners(self, mask: Bool) -> Int64:
         """Lists that own the elements where `mask` is True."""
@@ -149,17 +150,16 @@ def _check_texts(columns: _Columns, findings: _Findings) -> None:
     """Nulls, sizes and enumerations."""
     batch = columns.batch
     for name in _REQUIRED:
-        column = batch.column(name)
-        if column.null_count:
+        if (column := batch.column(name)).null_count:
             findings.refuse(_mask(column.is_null()), f"{name} is null")
-    for name in _TEXTS:
-        column = batch.column(name)
-        if column.nbytes > MAX_TEXT_BYTES:
+    for name in _FREE_TEXTS:
+        if (column := batch.column(name)).nbytes > MAX_TEXT_BYTES:
             too_long = pc.greater(pc.binary_length(column), MAX_TEXT_BYTES)
             findings.refuse(_mask(too_long), f"{name} is longer than {MAX_TEXT_BYTES:,} bytes")
-    ids = batch.column("id")
-    findings.refuse(_mask(pc.equal(ids, "")), "id is empty")
-    findings.refuse(_repeated(ids), "id appears earlier in the same batch")
+    ids = batch.column("id").to_pylist()
+    if len(set(ids)) < len(ids) or "" in ids:
+        findings.refuse(np.array([id_ == "" for id_ in ids]), "id is empty")
+        findings.refuse(_repeated(batch.column("id")), "id appears earlier in the same batch")
     findings.refuse(columns.sources < 0, f"source is none of {', '.join(SOURCES)}")
     findings.refuse(columns.finishes < 0, f"finish_reason is none of {', '.join(FINISH_REASONS)}")
 
@@ -207,16 +207,18 @@ def _check_values(columns: _Columns, rows: Int64, contract: TokenContract, findi
         owners = lists["policy_version"].owners(values < 0)
         findings.refuse_rows(rows[owners], "policy_version holds a negative version")
     values = lists["features"].elements.to_numpy()
-    if not (finite := np.isfinite(values)).all():
+    if len(values) and not (finite := np.isfinite(values)).all():
         findings.refuse_rows(rows[lists["features"].owners(~finite)], "features holds a value that is not finite")
     sampling = batch.column("sampling")
     for name, column in (
         ("reward", batch.column("reward")),
-        ("sampling.temperature", sampling.field("temperature")),
-        ("sampling.top_p", sampling.field("top_p")),
+        ("sampling.temperature", sampling.field(0)),
+        ("sampling.top_p", sampling.field(1)),
     ):
-        if column.null_count < len(column):
-            findings.refuse_rows(rows[_mask(pc.invert(pc.is_finite(column)))], f"{name} is not finite")
+        if (num_null := column.null_count) < len(column):
+            values = (column.fill_null(0.0) if num_null else column).to_numpy()
+            if not (finite := np.isfinite(values)).all():
+                findings.refuse_rows(rows[~finite], f"{name} is not finite")
     created_us = batch.column("created_at").view(pa.int64()).to_numpy()
     if len(created_us) and (created_us.min() < 0 or created_us.max() > _LATEST_US):
         outside = (created_us < 0) | (created_us > _LATEST_US)
@@ -248,25 +250,29 @@ def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findi
 
     What counts is the realised token: noise may stand in for an `<eos>` that the expert chose.
     """
-    logs = ActionLogs.from_batch(columns.batch)
-    eos = np.flatnonzero(logs.realised == contract.eos_id)
-    log = np.searchsorted(logs.offsets, eos, side="right") - 1
-    is_last = eos == logs.offsets[log + 1] - 1
-    findings.refuse_rows(rows[log[~is_last]], "an action follows <eos>")
-
-    ends = np.zeros(logs.num_logs, dtype=np.bool_)
-    ends[log[is_last]] = True
+    actions = columns.lists["actions"]
+    if columns.lists["realised"].lengths.any():
+        realised = ActionLogs.from_batch(columns.batch).realised
+    else:
+        realised = actions.elements.to_numpy()
+    ends = np.zeros(len(rows), dtype=np.bool_)
+    if len(eos := np.flatnonzero(realised == contract.eos_id)):
+        log = np.searchsorted(actions.offsets, eos, side="right") - 1
+        is_last = eos == actions.offsets[log + 1] - 1
+        findings.refuse_rows(rows[log[~is_last]], "an action follows <eos>")
+        ends[log[is_last]] = True
     says = columns.finishes == _EOS
-    findings.refuse_rows(rows[says & ~ends], "finish_reason is eos, but the last action is not <eos>")
-    findings.refuse_rows(rows[ends & ~says], "the last action is <eos>, but finish_reason is not eos")
+    if (ends != says).any():
+        findings.refuse_rows(rows[says & ~ends], "finish_reason is eos, but the last action is not <eos>")
+        findings.refuse_rows(rows[ends & ~says], "the last action is <eos>, but finish_reason is not eos")
 
-    is_backspace = logs.realised == contract.backspace_id
-    if is_backspace.any():
-        running = np.cumsum(np.where(is_backspace, -1, 1))
-        before_log = np.concatenate([[0], running])[logs.offsets[:-1]]
-        filled = np.flatnonzero(logs.lengths)
-        lowest = np.minimum.reduceat(running, logs.offsets[filled]) - before_log[filled]
-        findings.refuse_rows(rows[filled[lowest < 0]], "takes a token back at the floor (the end of its prompt)")
+    if len(backspaces := np.flatnonzero(realised == contract.backspace_id)):
+        # After t actions, k of them backspaces, the text is t - 2k tokens long: none is left to take back if t <= 2k.
+        log = np.searchsorted(actions.offsets, backspaces, side="right") - 1
+        first = np.searchsorted(backspaces, actions.offsets[log])
+        earlier = np.arange(len(backspaces)) - first
+        at_floor = backspaces - actions.offsets[log] <= 2 * earlier
+        findings.refuse_rows(rows[log[at_floor]], "takes a token back at the floor (the end of its prompt)")
 
 
 def _mask(mask: pa.Array) -> Bool:
@@ -284,11 +290,7 @@ def _codes(column: pa.StringArray, allowed: pa.StringArray) -> Int32:
 
 def _repeated(ids: pa.StringArray) -> Bool:
     """[n] True where the id stands in an earlier row; null ids do not count."""
-    encoded = ids.dictionary_encode()
-    repeated = np.zeros(len(ids), dtype=np.bool_)
-    if len(encoded.dictionary) + ids.null_count < len(ids):
-        codes = encoded.indices.fill_null(-1).to_numpy()
-        _, first = np.unique(codes, return_index=True)
-        repeated = codes >= 0
-        repeated[first] = False
+    codes = ids.dictionary_encode().indices.fill_null(-1).to_numpy()
+    repeated: Bool = codes >= 0
+    repeated[np.unique(codes, return_index=True)[1]] = False
     return repeated
