@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
@@ -22,6 +23,7 @@ from ray.actor import ActorHandle
 
 from actors.rollout_actor import RolloutActor, RolloutSpec
 from actors.status import ActorStatus, MemberStatus, PoolStatus
+from buffer.shards import Shard
 from buffer.weights import WeightManifest, WeightPayload
 
 SUPERVISION_INTERVAL_S = 0.5
@@ -50,20 +52,20 @@ class ActorPool:
         self,
         spec: RolloutSpec,
         prompts: ray.ObjectRef,
-        buffer: ActorHandle,
+        shards: Sequence[Shard],
         environment: dict[str, str],
         desired: int,
     ) -> None:
         """Args:
         spec: what every actor is born with.
         prompts: list with one reference to the Arrow table of training examples (kept in the object store).
-        buffer: handle of the replay buffer.
+        shards: of the replay buffer.
         environment: environment variables of the actor processes.
         desired: actors to start with.
         """
         self._spec = spec
         self._prompts = prompts
-        self._buffer = buffer
+        self._shards = shards
         self._environment = environment
         self._desired = desired
         self._members: dict[str, _Member] = {}
@@ -184,9 +186,9 @@ class ActorPool:
                 continue
             missing -= 1
             if now >= self._retry_at.get(name, 0.0):
-                self._spawn(name, now)
+                self._spawn(name, number - 1, now)
 
-    def _spawn(self, name: str, now: float) -> None:
+    def _spawn(self, name: str, number: int, now: float) -> None:
         settings = self._spec.settings
         handle = (
             ray.remote(concurrency_groups={"generation": 1, "control": 4})(RolloutActor)
@@ -196,7 +198,7 @@ class ActorPool:
                 runtime_env={"env_vars": self._environment},
                 max_restarts=0,  # the pool replaces actors itself, with the newest weights
             )
-            .remote(name, self._spec, self._prompts[0], self._buffer)
+            .remote(name, self._spec, self._prompts[0], self._shards, number)
         )
         ready = asyncio.create_task(_result(_control(handle.ready)))
         self._members[name] = _Member(name, handle, ready, "starting", born_at=now)

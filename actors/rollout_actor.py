@@ -12,24 +12,25 @@ import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import ray
-from ray.actor import ActorHandle
 
 from actors.action_log import FinishedLog, logs_to_batch
 from actors.engine_settings import EngineSettings, SamplingSettings
 from actors.settings import ActorsSettings
+from actors.shard_writer import ShardWriter
 from actors.status import ActorStatus
 from buffer.experts.stream import ExpertStream, PromptStream
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
+from buffer.shards import Shard, nearest
 from buffer.weights import WeightManifest, WeightPayload, check_probe, unpack, verify_fingerprint
 
-INSERT_TIMEOUT_S = 60.0
-MAX_INSERTS_IN_FLIGHT = 2
+WEIGHTS_TIMEOUT_S = 60.0
 IDLE_WAIT_S = 0.2
 RATE_WINDOW_S = 5.0
 
@@ -68,17 +69,17 @@ class RolloutSpec:
 class RolloutActor:
     """A Ray actor with two concurrency groups: `generation` (one thread: `run`) and `control`."""
 
-    def __init__(self, name: str, spec: RolloutSpec, examples: pa.Table, buffer: ActorHandle) -> None:
+    def __init__(self, name: str, spec: RolloutSpec, examples: pa.Table, shards: Sequence[Shard], number: int) -> None:
         """Build the engine; the first rollouts wait for the first weights.
 
         examples: `prompt_ids` and `target_ids` of the task's training examples.
+        shards: of the replay buffer. number: of this actor in its pool; each number begins with another shard.
         """
         # Here, not at the top: pool and driver know this class too, and should not load vLLM for it.
         from actors.engine import BackspaceEngine
 
         self._name = name
         self._spec = spec
-        self._buffer = buffer
         # A respawned actor must neither repeat its forerunner's draws nor its trajectory ids.
         life = uuid.uuid4()
         self._id_prefix = f"{name}-{life.hex[:8]}"
@@ -114,10 +115,10 @@ class RolloutActor:
         self._fingerprint: str | None = None
         self._version = -1
         self._finished: list[FinishedLog] = []
-        self._inserts: list[ray.ObjectRef] = []
-        self._demand: ray.ObjectRef | None = None  # set while the buffer holds this actor back
+        node_id = ray.get_runtime_context().get_node_id()
+        self._writer = ShardWriter(name, nearest(shards, node_id), first=number)
         self._num_requests = 0
-        self._actions = self._backspaces = self._trajectories = self._rejected = 0
+        self._actions = self._backspaces = self._trajectories = 0
         self._window: deque[tuple[float, int]] = deque()
         self._activity = "starting"
 
@@ -163,7 +164,7 @@ class RolloutActor:
             actions_per_s=rate,
             backspaces=self._backspaces,
             trajectories=self._trajectories,
-            rejected=self._rejected,
+            rejected=self._writer.rejected,
             in_flight=self._engine.num_unfinished,
             activity=self._activity,
         )
@@ -176,7 +177,7 @@ class RolloutActor:
         Raises:
             WeightMismatchError: the engine does not compute with the published weights; the actor is fenced, its
                 unfinished rollouts are dropped, and its pool replaces it.
-            TimeoutError: the buffer did not take a batch in time.
+            TimeoutError: a shard of the buffer did not take a batch in time. BufferLostError: it is gone for good.
         """
         while True:
             self._take_newest_weights()
@@ -192,7 +193,7 @@ class RolloutActor:
             if len(self._finished) >= self._spec.settings.insert_rows or not self._engine.num_unfinished:
                 self._hand_over()
         self._hand_over()
-        self._settle_inserts(at_most=0)
+        self._writer.settle()
         self._activity = "left"
 
     def _take_newest_weights(self) -> None:
@@ -203,7 +204,7 @@ class RolloutActor:
         self._hand_over()  # what finished with the present weights carries their fingerprint
         manifest, reference = newest
         self._activity = f"loading weights {manifest.version}"
-        payload: WeightPayload = ray.get(reference, timeout=INSERT_TIMEOUT_S)
+        payload: WeightPayload = ray.get(reference, timeout=WEIGHTS_TIMEOUT_S)
         verify_fingerprint(payload, manifest)
         self._engine.load_weights(unpack(payload, manifest), manifest.version)
         check_probe(manifest, self._engine.probe(manifest.probe_token_ids), self._spec.settings.probe_tolerance)
@@ -217,24 +218,12 @@ class RolloutActor:
             self._activity = "draining"
         elif self._paused:
             self._activity = "paused"
-        elif self._demand is not None and not self._demand_returned():
+        elif self._writer.held_back():
             self._activity = "ahead of the learner"
         else:
             self._activity = "generating"
             return True
         return False
-
-    def _demand_returned(self) -> bool:
-        """Whether the buffer, which held this actor back, wants trajectories again."""
-        done, _ = ray.wait([self._demand], timeout=0)
-        if not done:
-            return False
-        wanted = bool(ray.get(self._demand, timeout=INSERT_TIMEOUT_S))
-        self._demand = None if wanted else self._ask_for_demand()
-        return wanted
-
-    def _ask_for_demand(self) -> ray.ObjectRef:
-        return self._buffer.wait_for_demand.remote(timeout_s=10.0)
 
     def _wait_for_word(self) -> None:
         with self._word:
@@ -270,26 +259,8 @@ class RolloutActor:
             weights_fingerprint=self._fingerprint,
         )
         self._finished = []
-        self._insert(rollouts)
+        self._writer.insert(rollouts)
         if self._experts is not None:
             plan = self._experts.plan(rollouts.num_rows)
             tokens, _ = self._engine.draw_next_tokens(plan.prefixes().rows())
-            self._insert(self._experts.realise(plan, tokens))
-
-    def _insert(self, batch: pa.RecordBatch) -> None:
-        self._settle_inserts(at_most=MAX_INSERTS_IN_FLIGHT - 1)
-        self._inserts.append(self._buffer.insert.remote(batch))
-
-    def _settle_inserts(self, at_most: int) -> None:
-        """Wait until no more than `at_most` inserts are unanswered, and heed the answers."""
-        while len(self._inserts) > at_most:
-            reference = self._inserts.pop(0)
-            try:
-                result = ray.get(reference, timeout=INSERT_TIMEOUT_S)
-            except ray.exceptions.GetTimeoutError:
-                raise TimeoutError(
-                    f"{self._name} waited {INSERT_TIMEOUT_S:.0f} s for the replay buffer to take a batch"
-                ) from None
-            self._rejected += len(result.rejections)
-            if result.pause and self._demand is None:
-                self._demand = self._ask_for_demand()
+            self._writer.insert(self._experts.realise(plan, tokens))

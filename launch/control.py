@@ -11,18 +11,20 @@ from typing import TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 
 from actors.status import PoolStatus
-from buffer.service import BufferStatus
+from buffer.status import BufferStatus
+from launch.buffer_shards import find_shards, shard_statuses
 from launch.cluster import join_live_run
-from launch.driver import BUFFER_NAME, POOL_NAME
+from launch.driver import POOL_NAME
 from launch.errors import RunFailedError, UserError
 from launch.learner_group import LEARNER_NAME
 from launch.live_view import RunView, render
 from launch.run_checkpoints import finished_stages
 from launch.run_folder import CLUSTER_FILE, LiveCluster, open_run_folder, read_cluster
 from launch.settings import RunSettings
+from launch.shard_view import shard_table
 from learner.status import LearnerStatus, StageResult
 
 ANSWER_TIMEOUT_S = 15.0
@@ -58,7 +60,10 @@ class RunStatus:
         view = RunView(self.folder.name, self.settings.stages, results=dict(self.finished))
         view.learner, view.pool, view.buffer = self.learner, self.pool, self.buffer
         view.note = "" if self.learner.stage else self.learner.activity
-        return render(view, self.elapsed_s)
+        shown = render(view, self.elapsed_s)
+        if self.buffer is None or len(self.buffer.shards) > 1:  # then the display shows the shards itself
+            return shown
+        return Group(shown, shard_table(self.buffer))
 
 
 def run_status(path: Path) -> RunStatus:
@@ -70,11 +75,11 @@ def run_status(path: Path) -> RunStatus:
     folder, settings = open_run_folder(path)
     elapsed_s = time.time() - _started_at(folder)
     with _live_run(folder) as learner:
-        pool, buffer = _find(POOL_NAME), _find(BUFFER_NAME)
+        pool, shards = _find(POOL_NAME), find_shards(settings.buffer.shards)
         status = learner.status.options(concurrency_group="control").remote()
         learner_status = _answer(LearnerStatus, status, "the learner")
         pool_status = pool and _answer(PoolStatus, pool.status.remote(), "the actor pool")
-        buffer_status = buffer and _answer(BufferStatus, buffer.status.remote(), "the replay buffer")
+        buffer_status = BufferStatus(shard_statuses(shards)) if shards else None
     return RunStatus(
         settings, folder, elapsed_s, finished_stages(settings, folder), learner_status, pool_status, buffer_status
     )

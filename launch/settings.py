@@ -70,8 +70,13 @@ class RunSettings(Settings):
         needy = [stage.name for stage in self.stages if needs_actors(stage, self.noise)]
         if needy and self.actors.count == 0:
             raise ValueError(f"stage {needy[0]!r} needs rollouts, but actors.count is 0: set actors.count to 1 or more")
-        if needy and self.buffer.capacity < max(stage.rollout_batch_size for stage in self.stages):
-            raise ValueError("buffer.capacity is smaller than a stage's rollout_batch_size: no step could be drawn")
+        largest = max(stage.rollout_batch_size for stage in self.stages)
+        if needy and self.buffer.capacity < largest * self.buffer.shards:
+            shards = "" if self.buffer.shards == 1 else f" times the {self.buffer.shards} shards"
+            raise ValueError(
+                f"buffer.capacity={self.buffer.capacity} is smaller than a stage's rollout_batch_size={largest}"
+                f"{shards}: a shard that alone has rows could not serve a step; raise buffer.capacity"
+            )
         drawing = [stage for stage in self.stages if stage.objective.needs_rollouts]
         for stage in drawing:
             Limiter(self.buffer).check(stage.rollout_batch_size)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import ray
-from ray.actor import ActorHandle
 
 from buffer.consumption_log import DrawKey
 from buffer.counters import DrawResult
+from buffer.shard_router import DrawRequest, draw_from_shards
+from buffer.shards import Shard
 from buffer.staleness import VersionRange, staleness
+from learner.ray_shard import RayShard
 
 POLL_S = 0.5
-ANSWER_GRACE_S = 10.0
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 
 
 class StopRequestedError(Exception):
     """The run was asked to stop while the learner waited for data."""
-
-
-class BufferLostError(RuntimeError):
-    """The process of the replay buffer is gone."""
 
 
 class BatchSource(Protocol):
@@ -35,11 +35,11 @@ class BatchSource(Protocol):
 
 
 class BufferSource:
-    """Draws from the replay buffer through Ray."""
+    """Draws from the replay buffer: from all of its shards, in proportion to what they hold."""
 
     def __init__(
         self,
-        buffer: ActorHandle,
+        shards: Sequence[Shard],
         stage: str,
         source: str,
         timeout_s: float,
@@ -47,47 +47,68 @@ class BufferSource:
         stop_requested: Callable[[], bool],
     ) -> None:
         """Args:
+        shards: all of the run's buffer.
         stage: of training; each of its steps makes one draw.
         source: "policy" or "expert".
         newest_version: the newest published version at the time of a draw; staleness counts from it.
         stop_requested: asked while waiting.
         """
-        self._buffer = buffer
+        self._shards = [RayShard(shard) for shard in shards]
         self._stage = stage
         self._source = source
         self._step = 0
+        self._first_version = 0
         self._timeout_s = timeout_s
         self._newest_version = newest_version
         self._stop_requested = stop_requested
-        self.staleness = np.zeros(0, dtype=np.int64)  # of each trajectory of the newest draw, in published versions
+        self._drawn: tuple[DrawResult | None, ...] = ()
+        self.staleness: Int64 = np.zeros(0, dtype=np.int64)
+        """Of each trajectory of the newest draw, in published versions."""
 
-    def seek(self, step: int) -> None:
-        """Go on with the draw of a stage that has done `step` steps."""
+    def seek(self, step: int, first_version: int) -> None:
+        """Go on with the draw of a stage that has done `step` steps, and whose rollouts started with `first_version`:
+        no older ones are drawn, since another stage made them.
+        """
         self._step = step
+        self._first_version = first_version
 
     def draw(self, count: int) -> pa.RecordBatch:
         """Wait for `count` trajectories.
 
         Raises:
-            TimeoutError: the buffer could not give them in time; its message says what it holds.
-            StopRequestedError: the run is to stop. BufferLostError: the buffer's process died.
+            TimeoutError: the buffer could not give them in time; its message says what it holds, or which shard is
+                silent.
+            StopRequestedError: the run is to stop. BufferLostError: a shard died and did not come back.
         """
         key = DrawKey(self._stage, self._step, self._source)
-        reference = self._buffer.draw.remote(key, count, self._newest_version(), timeout_s=self._timeout_s)
-        deadline = time.monotonic() + self._timeout_s + ANSWER_GRACE_S
-        while not ray.wait([reference], timeout=POLL_S)[0]:
-            if self._stop_requested():
-                raise StopRequestedError
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"the replay buffer did not answer the learner within {self._timeout_s + ANSWER_GRACE_S:.0f} s"
-                )
-        try:
-            drawn: DrawResult = ray.get(reference, timeout=ANSWER_GRACE_S)
-        except ray.exceptions.RayActorError as error:
-            raise BufferLostError(
-                f"the replay buffer died ({str(error).splitlines()[0]}); what it accepted is on disk: resume the run"
-            ) from None
+        request = DrawRequest(key, count, self._newest_version(), self._first_version)
+        self._drawn = asyncio.run(self._draw(request))
+        drawn = [part for part in self._drawn if part is not None]
         self._step += 1
-        self.staleness = staleness(drawn.policy_version, VersionRange.from_batch(drawn.batch).oldest)
-        return drawn.batch
+        self.staleness = np.concatenate(
+            [staleness(part.policy_version, VersionRange.from_batch(part.batch).oldest) for part in drawn]
+        )
+        return drawn[0].batch if len(drawn) == 1 else pa.concat_batches([part.batch for part in drawn])
+
+    def report_priorities(self, priorities: Float32) -> None:
+        """Tell the shards how likely the rows of the newest draw are to be drawn again; returns without waiting.
+
+        priorities: [n] in the order of the draw.
+        """
+        first = 0
+        for shard, part in zip(self._shards, self._drawn, strict=True):
+            if part is not None:
+                shard.update_priorities(part.rows, priorities[first : first + len(part.rows)])
+                first += len(part.rows)
+        assert first == len(priorities), "one priority for each trajectory of the draw"
+
+    async def _draw(self, request: DrawRequest) -> tuple[DrawResult | None, ...]:
+        """The parts of all shards; asks now and then whether to stop."""
+        drawing = asyncio.ensure_future(draw_from_shards(self._shards, request, self._timeout_s))
+        try:
+            while not (await asyncio.wait([drawing], timeout=POLL_S))[0]:
+                if self._stop_requested():
+                    raise StopRequestedError
+            return drawing.result()
+        finally:
+            drawing.cancel()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task, load_task
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings, TaskSettings
+from buffer.shards import Shard
 from learner.activation_checkpointing import checkpoint_activations
 from learner.batch_source import BufferSource, StopRequestedError
 from learner.behaviour import distribution_metrics
@@ -87,7 +89,7 @@ class LearnerWorker:
         self._task: Task
         self._contract: TokenContract
         self._probe: tuple[int, ...] = ()
-        self._buffer: ActorHandle | None = None
+        self._shards: tuple[Shard, ...] = ()
         self._publisher: WeightPublisher | None = None
 
     # Control group ------------------------------------------------------------
@@ -157,13 +159,13 @@ class LearnerWorker:
             max_length=max_length,
         )
 
-    def connect(self, buffer: ActorHandle, pool: ActorHandle, first_version: int) -> None:
+    def connect(self, shards: Sequence[Shard], pool: ActorHandle, first_version: int) -> None:
         """Publish the initial weights to `pool`, so that every actor proves its engine early.
 
-        first_version: of this publication; beyond 0 when a run resumes.
+        shards: of the replay buffer. first_version: of this publication; beyond 0 when a run resumes.
         """
         if self._ranks.leads:
-            self._buffer = buffer
+            self._shards = tuple(shards)
             self._publisher = WeightPublisher(pool, self._probe, first_version)
         self._publish()
 
@@ -201,11 +203,11 @@ class LearnerWorker:
         )
         store = self._checkpoints(stage.name)
         resumed = self._restore(stage, store, trainer, stream)
-        for source in (experts, rollouts):
-            if isinstance(source, BufferSource):
-                source.seek(trainer.step)
         uses_actors = objective.needs_rollouts or noise.kind == "policy"
         first_version = self._start_rollouts(resumed) if uses_actors else -1
+        for source in (experts, rollouts):
+            if isinstance(source, BufferSource):
+                source.seek(trainer.step, first_version)
         position = {} if stream is None else stream.state()
         recent: list[float] = []
         watch = Watch(stage.name, self._spec.settings.watch)
@@ -274,9 +276,9 @@ class LearnerWorker:
         """Trajectories from the replay buffer; None at ranks other than 0."""
         if not self._ranks.leads:
             return None
-        assert self._buffer is not None, "connect() comes before a stage that needs the buffer"
+        assert self._shards, "connect() comes before a stage that needs the buffer"
         return BufferSource(
-            self._buffer,
+            self._shards,
             stage.name,
             source,
             self._spec.settings.data_timeout_s,
@@ -301,8 +303,7 @@ class LearnerWorker:
         published = self._publish()
         # A resumed stage goes on with the rollouts of its first life; older ones were made by another stage.
         first_version = published if resumed is None else resumed.first_policy_version
-        if self._publisher is not None and self._buffer is not None:
-            self._buffer.begin_stage.remote(first_version)
+        if self._publisher is not None:
             self._publisher.resume_rollouts(published)
         return first_version
 
@@ -353,5 +354,5 @@ class LearnerWorker:
 
     def _release_draws(self, progress: Progress) -> None:
         """No draw before a durable checkpoint will be repeated."""
-        if self._buffer is not None:
-            self._buffer.checkpointed.remote(progress.stage, progress.step)
+        for each in self._shards:
+            each.handle.checkpointed.remote(progress.stage, progress.step)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from buffer.consumption_log import DrawKey
 from buffer.service import DrawTimeoutError, ReplayBufferService
 from buffer.settings import BufferSettings
+from buffer.status import BufferStatus
 from tests.trajectories import CONTRACT, batch_of, expert_row, fresh_key, ids_of, numbered, row
 
 
@@ -115,16 +117,17 @@ def test_actors_pause_when_ahead_and_go_on_when_drawn_from(tmp_path):
         assert not (await service.insert(numbered(0, 5))).pause
         assert await service.wait_for_demand(timeout_s=0)
         assert (await service.insert(numbered(5, 5))).pause
+        assert (await service.status()).state == "ahead of the learner"
         assert not await service.wait_for_demand(timeout_s=0.05)
         paused = await started(service.wait_for_demand(timeout_s=20))
         assert not paused.done()
         await draw(service, 3, 0)
         assert await paused
-        assert (await service.status()).inserts_ahead == 7
+        assert (await service.status()).state == "serving"
         assert not (await service.insert(numbered(10, 2))).pause
         assert (await service.insert(numbered(12, 1))).pause
 
-    run_with_service(tmp_path, scenario, max_inserts_ahead=10)
+    run_with_service(tmp_path, scenario, samples_per_insert_tolerance=9)
 
 
 def test_a_waiting_draw_lifts_the_pause(tmp_path):
@@ -141,7 +144,7 @@ def test_a_waiting_draw_lifts_the_pause(tmp_path):
         await service.insert(numbered(12, 2, version=9))
         assert len(ids_of(await task)) == 4
 
-    run_with_service(tmp_path, scenario, max_inserts_ahead=5, max_staleness=0)
+    run_with_service(tmp_path, scenario, samples_per_insert_tolerance=4, max_staleness=0)
 
 
 def test_draws_wait_beyond_the_samples_per_insert(tmp_path):
@@ -149,7 +152,9 @@ def test_draws_wait_beyond_the_samples_per_insert(tmp_path):
         await service.insert(numbered(0, 4))
         for _ in range(3):
             await draw(service, 2, 0)
-        with pytest.raises(DrawTimeoutError, match=r"6 were drawn of 4 inserted, and max_samples_per_insert=1.5 asks"):
+        with pytest.raises(
+            DrawTimeoutError, match=r"6 were drawn of 4 inserted, and samples_per_insert=1.5 asks for 2 more"
+        ):
             await draw(service, 2, 0, timeout_s=0.05)
         task = await started(draw(service, 2, 0, timeout_s=20))
         await service.insert(batch_of([expert_row("e")]))  # counts for nothing here
@@ -160,7 +165,7 @@ def test_draws_wait_beyond_the_samples_per_insert(tmp_path):
         await task
         await draw(service, 1, 0, source="expert")  # not limited
 
-    run_with_service(tmp_path, scenario, max_samples_per_insert=1.5)
+    run_with_service(tmp_path, scenario, samples_per_insert=1.5, samples_per_insert_tolerance=1.5)
 
 
 def test_expert_rows_do_not_count_as_ahead(tmp_path):
@@ -168,7 +173,7 @@ def test_expert_rows_do_not_count_as_ahead(tmp_path):
         reply = await service.insert(batch_of([expert_row(str(index)) for index in range(20)]))
         assert (reply.accepted, reply.pause) == (20, False)
 
-    run_with_service(tmp_path, scenario, max_inserts_ahead=5)
+    run_with_service(tmp_path, scenario, samples_per_insert_tolerance=4)
 
 
 def test_a_repeated_draw_is_answered_at_once_and_counts_for_nothing(tmp_path):
@@ -181,10 +186,9 @@ def test_a_repeated_draw_is_answered_at_once_and_counts_for_nothing(tmp_path):
 
     async def second_life(service):
         drawn = [ids_of(await draw(service, 2, 9, key=key, timeout_s=0)) for key in keys[:2]]
-        status = await service.status()
-        assert status.inserts_ahead == 0
-        assert "4 drawn, 4 drawn again, staleness 0.0" in status.summary()
-        with pytest.raises(DrawTimeoutError, match="0 were drawn of 0 inserted"):
+        summary = BufferStatus((await service.status(),)).summary()
+        assert "4 policy trajectories live of 4, 4 drawn, 4 drawn again, staleness 0.0" in summary
+        with pytest.raises(DrawTimeoutError, match="4 were drawn of 4 inserted"):
             await draw(service, 2, 9, key=keys[2], timeout_s=0.05)
         await service.checkpointed("s", 1)
         with pytest.raises(DrawTimeoutError):
@@ -192,7 +196,7 @@ def test_a_repeated_draw_is_answered_at_once_and_counts_for_nothing(tmp_path):
         assert ids_of(await draw(service, 2, 9, key=keys[1], timeout_s=0)) == drawn[1]
         return drawn
 
-    changes = {"max_samples_per_insert": 1.0, "max_inserts_ahead": 5}
+    changes = {"samples_per_insert": 1.0, "samples_per_insert_tolerance": 1.0}
     first = run_with_service(tmp_path, first_life, **changes)
     assert run_with_service(tmp_path, second_life, **changes) == first
 
@@ -206,7 +210,7 @@ def test_a_waiting_draw_that_is_asked_for_twice_is_drawn_once(tmp_path):
         again = await started(draw(service, 4, 0, key=key))
         await service.insert(numbered(0, 20))
         assert ids_of(await left) == ids_of(await again)
-        assert (await service.status()).inserts_ahead == 16
+        assert (await service.status()).store.sources["policy"].drawn == 4
 
     run_with_service(tmp_path, scenario)
 
@@ -224,15 +228,58 @@ def test_same_seed_key_and_contents_same_samples(tmp_path):
 
 def test_summary_is_one_line_for_people(tmp_path):
     async def scenario(service):
-        lines = [(await service.status()).summary()]
+        lines = [BufferStatus((await service.status(),)).summary()]
         await service.insert(numbered(0, 10, version=1))
         await service.insert(batch_of([expert_row("e"), row("bad", [99])]))
         await draw(service, 4, 3)
-        lines.append((await service.status()).summary())
+        status = await service.status()
+        lines.append(BufferStatus((status,)).summary())
+        lines.append(BufferStatus((status, None, status)).summary())
         return lines
 
-    empty, full = run_with_service(tmp_path, scenario)
+    empty, full, sharded = run_with_service(tmp_path, scenario)
     assert empty == "buffer: empty"
     assert "10 policy trajectories live of 10, 4 drawn, staleness 2.0" in full
     assert "1 expert trajectories live of 1" in full
     assert "1 rejected" in full
+    assert "20 policy trajectories live of 20, 8 drawn, staleness 2.0" in sharded
+    assert "2 rejected; shard 1: does not answer" in sharded
+
+
+def test_an_insert_that_is_repeated_counts_as_accepted(tmp_path):
+    """Its answer was lost, or the process died before it: the actor must not count its rows as refused."""
+
+    async def first_life(service):
+        return await service.insert(batch_of([row("a"), row("bad", [99]), row("b")]))
+
+    async def second_life(service):
+        again = await service.insert(batch_of([row("a"), row("bad", [99]), row("c")]))
+        assert (await service.status()).store.sources["policy"].inserted == 3
+        return again
+
+    first = run_with_service(tmp_path, first_life)
+    again = run_with_service(tmp_path, second_life)
+    assert first.accepted == again.accepted == 2
+    assert [each.id for each in first.rejections] == [each.id for each in again.rejections] == ["bad"]
+
+
+def test_rows_of_an_earlier_stage_are_dropped_at_the_draw_that_says_so(tmp_path):
+    async def scenario(service):
+        await service.insert(numbered(0, 10, version=1))
+        await service.insert(numbered(10, 4, version=2))
+        drawn = await service.draw(fresh_key(), 4, 2, first_version=2)
+        assert set(ids_of(drawn.batch)) == {"10", "11", "12", "13"}
+        assert (await service.status()).store.sources["policy"].removed == {"stage": 10}
+
+    run_with_service(tmp_path, scenario)
+
+
+def test_priorities_reach_the_draws(tmp_path):
+    async def scenario(service):
+        await service.insert(numbered(0, 50))
+        first = await service.draw(fresh_key(), 50, 0)
+        priorities = np.where(np.isin(ids_of(first.batch), ["7", "8"]), 1.0, 0.0).astype(np.float32)
+        await service.update_priorities(first.rows, priorities)
+        assert set(ids_of((await service.draw(fresh_key(), 2, 0)).batch)) == {"7", "8"}
+
+    run_with_service(tmp_path, scenario, sampler="prioritised", priority_exponent=1.0)

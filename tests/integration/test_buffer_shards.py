@@ -1,0 +1,264 @@
+"""Two shards as Ray actors that Ray restarts: writers and a learner go on through kill -9, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import ray
+
+from actors.shard_writer import ShardWriter
+from buffer.service import ReplayBufferService
+from buffer.settings import BufferSettings
+from buffer.shards import BufferLostError, shard_folder, shard_settings
+from buffer.store import ReplayStore
+from launch.buffer_shards import BufferShards, check_buffer, find_shards
+from launch.errors import RunFailedError, UserError
+from learner.batch_source import BufferSource, StopRequestedError
+from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=256 * 2**20,
+        include_dashboard=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+def settings_of(**changes):
+    return BufferSettings(**{"shards": 2, "capacity": 100_000, "min_size": 1, **changes})
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the buffer of a run in `tmp_path`; ended with the test."""
+    running = []
+
+    def start_buffer(**changes):
+        buffer = BufferShards(tmp_path / "buffer", CONTRACT, settings_of(**changes), seed=0)
+        running.append(buffer)
+        assert buffer.newest_version(lambda: None) == -1 or len(running) > 1
+        return buffer
+
+    yield start_buffer
+    for buffer in running:
+        buffer.close(lambda warning: None)
+
+
+def statuses(buffer, told=None):
+    """Of every shard; waits for one that is being restarted."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        status = buffer.status((told if told is not None else []).append)
+        if None not in status.shards:
+            return status
+        assert time.monotonic() < deadline, f"a shard did not come back within {TIMEOUT_S:.0f} s"
+
+
+def kill(buffer, index):
+    os.kill(statuses(buffer).shards[index].pid, signal.SIGKILL)
+
+
+def source_of(shards, timeout_s=TIMEOUT_S, stop=lambda: False):
+    return BufferSource(shards, "s", "policy", timeout_s, newest_version=lambda: 0, stop_requested=stop)
+
+
+def writer_of(shards, number=0, **changes):
+    return ShardWriter(f"actor-{number}", shards, first=number, **changes)
+
+
+def stored_ids(folder, index):
+    """Ids of all rows of a shard, read from its segment files after it has ended."""
+    store = ReplayStore(shard_folder(folder, index), CONTRACT, shard_settings(settings_of(), index), seed=0)
+    drawn = store.draw(fresh_key(), store.num_live("policy"), store.newest_version)
+    store.close()
+    return ids_of(drawn.batch)
+
+
+def test_writers_take_turns_and_draws_are_in_proportion(start):
+    buffer = start()
+    writer = writer_of(buffer.shards)
+    for first in range(0, 60, 10):
+        writer.insert(numbered(first, 10))
+    writer.settle()
+    assert (writer.accepted, writer.rejected, writer.bytes_in_flight) == (60, 0, 0)
+    assert [shard.store.sources["policy"].live for shard in statuses(buffer).shards] == [30, 30]
+    other = writer_of(buffer.shards[1:])
+    other.insert(numbered(100, 60))
+    other.settle()
+    source = source_of(buffer.shards)
+    batch = source.draw(12)
+    assert Counter(int(id_) >= 10 and (int(id_) >= 100 or int(id_) // 10 % 2 == 1) for id_ in ids_of(batch)) == {
+        False: 3,
+        True: 9,
+    }
+    assert len(source.staleness) == 12
+    source.seek(0, first_version=0)
+    assert source.draw(12).equals(batch)
+    assert statuses(buffer).sources["policy"].drawn == 12
+    assert {shard.name for shard in find_shards(2)} == {shard.name for shard in buffer.shards}
+
+
+def test_a_slice_travels_without_what_it_was_cut_from(start):
+    buffer = start(shards=1)
+    parent = numbered(0, 3_000)
+    writer = writer_of(buffer.shards, max_bytes_in_flight=2**20)
+    received = ray.remote(lambda batch: batch.get_total_buffer_size()).options(num_cpus=0)
+    for first in range(0, 100, 10):
+        writer.insert(parent.slice(first, 10))
+        assert writer.bytes_in_flight < parent.nbytes // 2
+    assert ray.get(received.remote(parent.slice(0, 10)), timeout=TIMEOUT_S) > parent.nbytes // 2, "it would"
+    writer.settle()
+    assert statuses(buffer).sources["policy"].live == 100
+
+
+def test_bytes_in_flight_are_bounded_while_a_shard_is_silent(start):
+    """A shard that is stopped answers nothing: the writer waits instead of sending more."""
+    buffer = start(shards=1)
+    pid = statuses(buffer).shards[0].pid
+    batch = numbered(0, 100)
+    writer = writer_of(buffer.shards, max_bytes_in_flight=int(2.5 * batch.nbytes))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for first in (0, 100):
+            writer.insert(numbered(first, 100))
+        sending = threading.Thread(target=writer.insert, args=(numbered(200, 100),), daemon=True)
+        sending.start()
+        sending.join(timeout=1.0)
+        assert sending.is_alive(), "the third batch waits"
+        assert writer.bytes_in_flight <= 2.5 * batch.nbytes
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    sending.join(timeout=TIMEOUT_S)
+    writer.settle()
+    assert writer.accepted == 300
+
+
+@ray.remote(num_cpus=0)
+class Writer:
+    """Inserts numbered rows until told to stop; knows which of them were acknowledged."""
+
+    def __init__(self, shards, number):
+        self._writer = writer_of(shards, number)
+        self._first = number * 10_000_000
+        self._sent = 0
+        self._stop = threading.Event()
+
+    def run(self):
+        while not self._stop.is_set():
+            self._writer.insert(numbered(self._first + self._sent, 7))
+            self._sent += 7
+            self._writer.held_back()
+            time.sleep(0.002)
+        self._writer.settle()
+        return self._first, self._sent, self._writer.accepted, self._writer.rejected
+
+    def stop(self):
+        self._stop.set()
+
+    def accepted(self):
+        return self._writer.accepted
+
+
+def test_a_shard_that_is_killed_twice_comes_back_and_nothing_is_lost_or_doubled(start, tmp_path):
+    buffer = start()
+    make = Writer.options(max_concurrency=3)
+    writers = [make.remote(buffer.shards, number) for number in range(2)]
+    running = [writer.run.remote() for writer in writers]
+    source = source_of(buffer.shards)
+    told, drawn = [], []
+
+    def draw_some(seconds):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            drawn.append(source.draw(8))
+
+    draw_some(0.5)
+    for _ in range(2):
+        before = ray.get([writer.accepted.remote() for writer in writers], timeout=TIMEOUT_S)
+        kill(buffer, 1)
+        draw_some(0.5)
+        status = statuses(buffer, told)
+        draw_some(0.5)
+        after = ray.get([writer.accepted.remote() for writer in writers], timeout=TIMEOUT_S)
+        assert all(now > then for now, then in zip(after, before, strict=True)), "both writers went on"
+    for writer in writers:
+        ray.get(writer.stop.remote(), timeout=TIMEOUT_S)
+    ends = ray.get(running, timeout=TIMEOUT_S)
+    assert all(accepted == sent and rejected == 0 for _, sent, accepted, rejected in ends), ends
+    assert len(told) == 2
+    assert all("shard 1 of the replay buffer died" in line and "restarted from its segments" in line for line in told)
+    # Every draw, asked for again, is what it was.
+    source.seek(0, first_version=0)
+    for step, batch in enumerate(drawn):
+        assert len(set(ids_of(batch))) == 8
+        assert source.draw(8).equals(batch), step
+    status = statuses(buffer)
+    assert status.sources["policy"].inserted == sum(sent for _, sent, _, _ in ends)
+    buffer.close(lambda warning: None)
+    ids = stored_ids(tmp_path / "buffer", 0) + stored_ids(tmp_path / "buffer", 1)
+    assert len(ids) == len(set(ids)), "no id twice"
+    assert set(map(int, ids)) == {first + number for first, sent, _, _ in ends for number in range(sent)}
+
+
+def test_a_shard_that_cannot_come_back_is_named(start, tmp_path):
+    """Its folder is taken away under it: the process that Ray starts next refuses."""
+    buffer = start()
+    writer = writer_of(buffer.shards[1:])
+    writer.insert(numbered(0, 10))
+    writer.settle()
+    manifest = shard_folder(tmp_path / "buffer", 1) / "manifest.json"
+    manifest.write_text("not a manifest")
+    kill(buffer, 1)
+    with pytest.raises(RunFailedError, match=r"shard 1 of the replay buffer could not open its folder: .*manifest"):
+        statuses(buffer)
+    with pytest.raises(BufferLostError, match="shard 1 of the replay buffer died"):
+        source_of(buffer.shards).draw(4)
+    writer.insert(numbered(10, 10))
+    with pytest.raises(BufferLostError, match="shard 1 of the replay buffer died"):
+        writer.settle()
+    buffer.close(lambda warning: None)
+    with pytest.raises(UserError, match="manifest"):
+        check_buffer(tmp_path / "buffer", CONTRACT, settings_of())
+
+
+def test_fewer_shards_than_before_are_refused(start, tmp_path):
+    start().close(lambda warning: None)
+    with pytest.raises(UserError, match=r"has 2 shards and buffer.shards is 1: .* resume with buffer.shards=2"):
+        check_buffer(tmp_path / "buffer", CONTRACT, settings_of(shards=1))
+
+
+def test_a_stop_ends_a_draw_that_waits(start):
+    buffer = start()
+    asked = threading.Event()
+    timer = threading.Timer(0.3, asked.set)
+    timer.start()
+    with pytest.raises(StopRequestedError):
+        source_of(buffer.shards, stop=asked.is_set).draw(4)
+    with pytest.raises(TimeoutError, match="from 2 shards: shard 0: 0 are live"):
+        source_of(buffer.shards, timeout_s=0.2).draw(4)
+    with pytest.raises(TimeoutError, match="0 are live and 4 are needed"):
+        source_of(buffer.shards[:1], timeout_s=0.2).draw(4)
+
+
+def test_a_run_folder_that_a_node_does_not_see_is_refused(tmp_path):
+    handle = ray.remote(ReplayBufferService).remote(
+        str(tmp_path / "elsewhere" / "buffer" / "shard-000"), CONTRACT, settings_of(), 0
+    )
+    with pytest.raises(ray.exceptions.RayActorError, match="is not there on this node"):
+        ray.get(handle.status.remote(), timeout=TIMEOUT_S)
