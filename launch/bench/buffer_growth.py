@@ -53,7 +53,7 @@ def _grow(folder: Path, size_bytes: int, connection: multiprocessing.connection.
     from launch.bench.buffer_load import CONTRACT, as_arrow, make_rollouts
 
     load = make_rollouts((50, 500), (16, 64), seed=0)
-    settings = BufferSettings(capacity=size_bytes // CAPACITY_BYTES_PER_ROW + DRAWN_ROWS, min_size=1, fsync="seal")
+    settings = BufferSettings(capacity=size_bytes // CAPACITY_BYTES_PER_ROW + DRAWN_ROWS, min_size=1, fsync="none")
     store = ReplayStore(folder, CONTRACT, settings, seed=0)
     inserted = 0
     for point in range(1, POINTS + 1):

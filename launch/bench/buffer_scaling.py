@@ -54,7 +54,7 @@ def sampling_costs(folder: Path, scales: Sequence[int]) -> dict[str, object]:
 def _draws(folder: Path, scales: Sequence[int]) -> dict[str, float]:
     """From one store that grows."""
     load = make_rollouts(ACTIONS, PROMPT_TOKENS, seed=0)
-    store = ReplayStore(folder, CONTRACT, BufferSettings(capacity=max(scales), min_size=1, fsync="seal"), 0)
+    store = ReplayStore(folder, CONTRACT, BufferSettings(capacity=max(scales), min_size=1, fsync="none"), 0)
     steps = count()
 
     def draw() -> None:

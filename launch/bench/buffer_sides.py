@@ -48,7 +48,7 @@ class Side(Protocol):
 class OurSide:
     """`ReplayStore`, in this process."""
 
-    def __init__(self, folder: Path, num_rows: int, fsync: Literal["batch", "seal"]) -> None:
+    def __init__(self, folder: Path, num_rows: int, fsync: Literal["batch", "none"]) -> None:
         self.folder = folder
         settings = BufferSettings(capacity=num_rows, min_size=1, fsync=fsync)
         self._store = ReplayStore(folder, CONTRACT, settings, SEED)
@@ -159,7 +159,7 @@ def open_side(name: SideName, folder: Path, num_rows: int, load: RolloutLoad) ->
         case "cpprb":
             return CpprbSide(folder, num_rows, load)
         case _:
-            return OurSide(folder, num_rows, "batch" if name == "ours_fsync_batch" else "seal")
+            return OurSide(folder, num_rows, "batch" if name == "ours_fsync_batch" else "none")
 
 
 def disk_bytes(folder: Path) -> int:
