@@ -8,7 +8,7 @@ import numpy as np
 
 from buffer.live_facts import FIRST_PRIORITY, Float32, LiveFacts
 from buffer.row_facts import Bool, Int32, Int64, RowFacts
-from buffer.row_samplers import make_sampler
+from buffer.samplers import make_sampler
 from buffer.settings import BufferSettings
 
 
@@ -99,6 +99,13 @@ class Lane:
         rows, priorities = rows[live], priorities[live]
         self._facts.put_priorities(rows, priorities)
         self._sampler.update(rows, priorities)
+
+    def restart_priorities(self, rows: Int64) -> None:
+        """Give these rows, or those of them that are live, the largest priority of the others, as if they came now."""
+        rows = rows[self._facts.is_live(rows)]
+        self._facts.put_priorities(rows, np.zeros(len(rows), dtype=np.float32))
+        largest = self._facts.largest_priority or FIRST_PRIORITY
+        self.update_priorities(rows, np.full(len(rows), largest, dtype=np.float32))
 
     def snapshot(self) -> LaneSnapshot:
         """What `restore` needs besides the stored rows."""

@@ -175,6 +175,8 @@ def _restored_lane(settings: BufferSettings, state: LogState, fates: _Fates, fou
         lane.count_draw(rows)
     for rows, values in own.priorities:
         lane.update_priorities(rows, values)
+    # The log does not say what was largest when a row came: what nobody has judged yet is to be seen soon.
+    lane.restart_priorities(np.setdiff1d(new, np.concatenate([NO_ROWS, *(rows for rows, _ in own.priorities)])))
     return lane
 
 

@@ -219,3 +219,13 @@ def test_a_new_row_has_the_largest_priority_that_is_left():
     lane.remove(lane.rows)
     lane.append(facts_from(5, 1))
     assert lane.snapshot().priorities.tolist() == [1.0]
+
+
+def test_rows_that_nobody_has_judged_get_the_largest_priority_of_those_that_were():
+    lane = Lane(BufferSettings(sampler="prioritised"))
+    lane.append(facts_from(0, 4))
+    lane.update_priorities(np.array([0, 1]), np.array([0.25, 0.5], dtype=np.float32))
+    lane.restart_priorities(np.array([2, 3, 99]))
+    assert lane.snapshot().priorities.tolist() == [0.25, 0.5, 0.5, 0.5]
+    lane.restart_priorities(lane.rows)
+    assert lane.snapshot().priorities.tolist() == [1.0, 1.0, 1.0, 1.0]
