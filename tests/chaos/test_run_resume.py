@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -49,18 +48,16 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
         return Interrupted(process.folder, progress.step)
 
 
-def test_damaged_segment_is_named(interrupted: Interrupted, tmp_path: Path) -> None:
+def test_a_damaged_log_is_named(interrupted: Interrupted, tmp_path: Path) -> None:
     """Runs before the resumption, on a copy."""
     folder = tmp_path / "copy"
     shutil.copytree(interrupted.folder, folder)
-    manifest = json.loads((folder / "buffer" / "manifest.json").read_text())
-    segment = folder / "buffer" / f"segment-{manifest['segments'][-1]['number']:06d}.arrows"
-    content = bytearray(segment.read_bytes())
+    (log,) = (folder / "buffer" / "shard-000").glob("consumption-*.open")
+    content = bytearray(log.read_bytes())
     content[len(content) // 2] ^= 0xFF
-    segment.write_bytes(content)
+    log.write_bytes(content)
     error = refusal_of(tmp_path, "--resume", str(folder))
-    assert str(segment) in error
-    assert "checksum" in error
+    assert str(log) in error
     assert "restore it from a copy" in error
 
 

@@ -33,7 +33,7 @@ OVERRIDES = (
     "actors.num_cpus=0.5",
     "buffer.max_staleness=10",
     # Slow enough for the learner to be still at work after two engine starts.
-    "buffer.max_samples_per_insert=1",
+    "buffer.samples_per_insert=1",
 )
 
 
@@ -64,7 +64,7 @@ class Watched:
         assert status.pool is not None
         assert status.buffer is not None
         self.pool = status.pool
-        self.drawn = {source: counters.drawn for source, counters in status.buffer.store.sources.items()}
+        self.drawn = {source: counters.drawn for source, counters in status.buffer.sources.items()}
 
 
 def test_actors_come_go_and_die_while_the_learner_trains(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def check_what_it_left(folder: Path) -> None:
     settings = read_recipe(folder / "config.yaml")
     newest = checkpoints_of(folder / "checkpoints" / STAGE)[-1]
     contract = load_task(settings.task, max_length=64).contract(AutoConfig.from_pretrained(newest).vocab_size)
-    batches = trajectories_of(folder, contract)
+    batches = trajectories_of(folder)
     assert all(not validate(batch, contract).rejections for batch in batches)
     rows = pa.Table.from_batches(batches).to_pylist()
     assert all(count == 1 for count in Counter(row["id"] for row in rows).values()), "a successor repeats no id"

@@ -77,7 +77,7 @@ def test_errors_arrive_as_what_they_are(tmp_path):
 
 
 def test_many_paused_actors_leave_room_for_the_learner(tmp_path):
-    service = start(tmp_path, max_inserts_ahead=5)
+    service = start(tmp_path, samples_per_insert_tolerance=4)
     assert ray.get(service.insert.remote(numbered(0, 10)), timeout=TIMEOUT_S).pause
     paused = [service.wait_for_demand.remote(timeout_s=TIMEOUT_S) for _ in range(16)]
     assert ray.wait(paused, timeout=0.2)[0] == []

@@ -17,8 +17,10 @@ from actors.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings
 from buffer.experts.tasks import Task, load_task
-from buffer.service import BufferStatus, ReplayBufferService
+from buffer.service import ReplayBufferService
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
+from buffer.shards import Shard
+from buffer.status import ShardStatus
 from learner.checkpoint_store import checkpoints_of
 from learner.objective_settings import SequenceMatchSettings
 from learner.settings import ScratchModelSettings
@@ -66,8 +68,8 @@ def end_buffer(buffer: ActorHandle) -> None:
     ray.kill(buffer)
 
 
-def status(buffer: ActorHandle) -> BufferStatus:
-    answer: BufferStatus = ray.get(buffer.status.remote(), timeout=TIMEOUT_S)
+def status(buffer: ActorHandle) -> ShardStatus:
+    answer: ShardStatus = ray.get(buffer.status.remote(), timeout=TIMEOUT_S)
     return answer
 
 
@@ -86,8 +88,9 @@ def learn(
     worker = LearnerWorker(spec)
     run = worker.prepare()
     rollout_spec = RolloutSpec("{}", run.contract, run.task.name, ActorsSettings(), spec.noise, run.max_length, 0)
-    pool = ray.remote(ActorPool).options(num_cpus=0).remote(rollout_spec, [ray.put(None)], buffer, {}, 0)
-    worker.connect(buffer, pool, first_version)
+    shards = [Shard(0, buffer, node_id="")]
+    pool = ray.remote(ActorPool).options(num_cpus=0).remote(rollout_spec, [ray.put(None)], shards, {}, 0)
+    worker.connect(shards, pool, first_version)
     objective = SequenceMatchSettings(beta_steps=5)
     stage = StageSettings(name="second", objective=objective, steps=steps, batch_size=4, rollout_batch_size=4)
     with ThreadPoolExecutor() as threads:
@@ -135,7 +138,7 @@ def test_a_stop_while_the_learner_waits_for_rollouts_skips_no_expert(task: Task,
     ends = {}
     for name in ("straight", "stopped"):
         folder = tmp_path / name
-        buffer = start_buffer(folder, task, max_samples_per_insert=1.0)
+        buffer = start_buffer(folder, task, samples_per_insert=1.0, samples_per_insert_tolerance=4.0)
         ray.get(buffer.insert.remote(rollouts(task, 0, 8, version=own)), timeout=TIMEOUT_S)
 
         def insert_more(_: object = None, buffer: ActorHandle = buffer) -> None:

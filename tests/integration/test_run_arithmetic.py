@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     task = load_task(settings.task, max_length=64)
     model = AutoModelForCausalLM.from_pretrained(checkpoints_of(folder / "checkpoints" / "trunk")[-1])
     contract = task.contract(model.config.vocab_size)
-    batches = trajectories_of(folder, contract)
+    batches = trajectories_of(folder)
     rows = pa.Table.from_batches(batches).to_pylist()
     return FinishedRun(folder, settings, contract, rows)
 
@@ -90,13 +90,13 @@ def test_rollouts_reach_the_learner_within_the_staleness_bound(run: FinishedRun)
     assert [row["policy_version"] for row in rows] == [1 + (row["step"] - 1) // PUBLISH_EVERY for row in rows]
     assert all(0 <= row["staleness_mean"] <= row["staleness_max"] <= MAX_STALENESS for row in rows)
     assert any(row["staleness_max"] > 0 for row in rows)
-    ratio = run.settings.buffer.max_samples_per_insert
+    ratio = run.settings.buffer.samples_per_insert
     assert ratio is not None
     assert len(run.rows) * ratio >= STEPS["sequencematch"] * 8, "more draws than the ratio of draws to inserts allows"
 
 
 def test_what_the_actors_stored_holds_every_invariant(run: FinishedRun) -> None:
-    for batch in trajectories_of(run.folder, run.contract):
+    for batch in trajectories_of(run.folder):
         assert validate(batch, run.contract).rejections == ()
     assert {row["source"] for row in run.rows} == {"policy"}
     assert all(count == 1 for count in Counter(row["id"] for row in run.rows).values())

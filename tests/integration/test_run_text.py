@@ -36,7 +36,7 @@ OVERRIDES = (
     "actors.rollout.max_actions=10",
     "buffer.min_size=2",
     "buffer.capacity=64",
-    "buffer.max_inserts_ahead=16",
+    "buffer.samples_per_insert_tolerance=14",
     "cluster.num_cpus=4",
 )
 
@@ -86,4 +86,4 @@ def test_a_few_steps_of_a_pretrained_model(tmp_path: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(backspace_id) == "<empty_output>"
     assert sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(final).parameters()) > 1.3e8
     assert (folder / "buffer").is_dir()
-    assert list((folder / "buffer").glob("segment-*"))
+    assert list((folder / "buffer").glob("shard-000/segment-*"))

@@ -28,6 +28,7 @@ from buffer.counters import DrawResult
 from buffer.schema import TokenContract
 from buffer.service import ReplayBufferService
 from buffer.settings import BufferSettings, NoiseSettings
+from buffer.shards import Shard
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors
 from learner.publication import publication_tensors
 from learner.publisher import WeightPublisher, make_probe
@@ -72,9 +73,10 @@ class Push:
     """A pool of one actor, and what the learner would hold of it."""
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        settings = BufferSettings(capacity=100_000, min_size=1, max_inserts_ahead=100_000, fsync="none")
+        settings = BufferSettings(capacity=100_000, min_size=1, fsync="none")
         service = ray.remote(ReplayBufferService).options(num_cpus=0)
         self.buffer = service.remote(str(folder / "buffer"), CONTRACT, settings, 0)
+        shards = [Shard(0, self.buffer, node_id="")]
         generator = np.random.default_rng(0)
         texts = [generator.integers(FIRST_TEXT_ID, VOCAB_SIZE, size).tolist() for size in range(4, 12)]
         examples = pa.table({"prompt_ids": pa.array(texts), "target_ids": pa.array(texts)})
@@ -88,9 +90,7 @@ class Push:
             seed=0,
         )
         environment = engine_environment(spec.engine_settings("", seed=0)) | {"PYTHONPATH": str(ROOT)}
-        self.pool = (
-            ray.remote(ActorPool).options(num_cpus=0).remote(spec, [ray.put(examples)], self.buffer, environment, 1)
-        )
+        self.pool = ray.remote(ActorPool).options(num_cpus=0).remote(spec, [ray.put(examples)], shards, environment, 1)
         ray.get(self.pool.start.remote(), timeout=ANSWER_TIMEOUT_S)
         self.publisher = WeightPublisher(self.pool, PROBE)
         self._draws = 0

@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 
-from buffer.schema import TokenContract, trajectory_schema
-from buffer.segments import recover_open_segment
-from launch.run_folder import CLUSTER_FILE
+from buffer.reader import read_shard
+from buffer.schema import without_rows
+from buffer.shards import present_shards
+from launch.run_folder import BUFFER_FOLDER, CLUSTER_FILE
 
 ROOT = Path(__file__).parents[2]
 ARITHMETIC = "launch/recipes/arithmetic_cpu.yaml"
@@ -44,8 +45,7 @@ TINY = (
     "actors.insert_rows=8",
     "buffer.min_size=16",
     "buffer.max_staleness=2",
-    "buffer.max_samples_per_insert=2",
-    "buffer.max_inserts_ahead=64",
+    "buffer.samples_per_insert=2",
     "buffer.fsync=none",
     "cluster.num_cpus=4",
     "cluster.object_store_gib=0.25",
@@ -175,12 +175,7 @@ def metrics_of(folder: Path, stage: str | None = None) -> list[dict[str, float]]
     return [row for row in rows if stage in (None, row["stage"])]
 
 
-def trajectories_of(folder: Path, contract: TokenContract) -> list[pa.RecordBatch]:
-    """Every batch in the segment files of a run that has ended."""
-    schema = trajectory_schema(contract)
-    batches: list[pa.RecordBatch] = []
-    for path in sorted((folder / "buffer").glob("segment-*.arrows")):
-        batches += list(pa.ipc.open_stream(pa.memory_map(str(path))))
-    for path in (folder / "buffer").glob("segment-*.arrows.open"):
-        batches += recover_open_segment(path, schema).batches
-    return batches
+def trajectories_of(folder: Path) -> list[pa.RecordBatch]:
+    """Every batch in the segment files of a run, of all shards, as it was handed in."""
+    shards = [read_shard(shard) for shard in present_shards(folder / BUFFER_FOLDER)]
+    return [without_rows(batch) for shard in shards for batch in shard.stored.to_batches()]
