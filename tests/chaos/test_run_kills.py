@@ -1,22 +1,25 @@
-"""One run of four lives: kill -9 of the learner, kill -9 of the buffer, two Ctrl-C at once, and the rest in peace."""
+"""One run of four lives: kill -9 of the learner, kill -9 of a shard of the buffer again and again, two Ctrl-C at once,
+and the rest, in which each shard is killed once more.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from buffer.experts.tasks import load_task
+from buffer.reader import read_shard
+from buffer.shards import present_shards, shard_folder
 from buffer.staleness import VersionRange
+from launch.buffer_shards import MAX_RESTARTS
 from launch.recipe import read_recipe
-from launch.run_folder import CLUSTER_FILE, CONFIG_FILE
+from launch.run_folder import BUFFER_FOLDER, CLUSTER_FILE, CONFIG_FILE
 from learner.checkpoint import read_progress
 from learner.checkpoint_store import checkpoints_of
-from learner.model import load_policy
-from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +28,14 @@ START_TIMEOUT_S = 200.0
 END_TIMEOUT_S = 90.0
 STAGE = "sequencematch"
 CHECKPOINT_EVERY = 10
-OVERRIDES = (*TINY, f"stages.{STAGE}.steps={STEPS}", "stages.trunk.steps=5", "stages.mle_control.steps=2")
+RESTARTED = re.compile("shard 1 of the replay buffer died .* restarted from its segments")
+OVERRIDES = (
+    *TINY,
+    f"stages.{STAGE}.steps={STEPS}",
+    "stages.trunk.steps=5",
+    "stages.mle_control.steps=2",
+    "buffer.shards=2",
+)
 
 # What a repeated step computes again; clocks and version numbers go on.
 REPEATED = ("loss", "beta", "gradient_norm", "learning_rate", "penalty", "value", "r_", "backspace", "staleness")
@@ -55,11 +65,17 @@ def killed_learner(tmp_path_factory: pytest.TempPathFactory) -> Life:
 
 @pytest.fixture(scope="module")
 def killed_buffer(killed_learner: Life, tmp_path_factory: pytest.TempPathFactory) -> Life:
-    """Its resumption, until the process of the replay buffer is killed."""
+    """Its resumption, until a shard of the replay buffer has died more often than it is restarted."""
     folder = killed_learner.folder
     with TrainProcess(tmp_path_factory.mktemp("2nd"), "--no-evaluate", "--resume", str(folder)) as process:
-        process.wait_until(lambda: newest_step(folder) > killed_learner.step + 2, START_TIMEOUT_S, "new steps")
-        kill(process, "ReplayBufferService")
+        wait_for_steps(process, folder, beyond=killed_learner.step)
+        for death in range(1, MAX_RESTARTS + 1):
+            kill_shard(process, folder, 1)
+            process.wait_until(
+                lambda death=death: len(RESTARTED.findall(process.stdout)) == death, START_TIMEOUT_S, "its restart"
+            )
+            wait_for_steps(process, folder, beyond=newest_step(folder))
+        kill_shard(process, folder, 1)
         return ended(process, folder)
 
 
@@ -68,7 +84,7 @@ def interrupted_twice(killed_buffer: Life, tmp_path_factory: pytest.TempPathFact
     """The next resumption, until two Ctrl-C at once."""
     folder = killed_buffer.folder
     with TrainProcess(tmp_path_factory.mktemp("3rd"), "--no-evaluate", "--resume", str(folder)) as process:
-        process.wait_until(lambda: newest_step(folder) > killed_buffer.step + 2, START_TIMEOUT_S, "new steps")
+        wait_for_steps(process, folder, beyond=killed_buffer.step)
         process.interrupt()
         process.interrupt()
         return ended(process, folder)
@@ -79,8 +95,8 @@ def test_the_death_of_the_learner_is_told_with_what_to_do(killed_learner: Life) 
     assert_failed(killed_learner, "the learner died")
 
 
-def test_the_death_of_the_buffer_is_told_with_what_to_do(killed_buffer: Life) -> None:
-    assert_failed(killed_buffer, "the replay buffer died")
+def test_a_shard_that_dies_too_often_ends_the_run_with_what_to_do(killed_buffer: Life) -> None:
+    assert_failed(killed_buffer, "shard 1 of the replay buffer died")
 
 
 def test_a_second_ctrl_c_ends_the_run_which_can_be_resumed(interrupted_twice: Life) -> None:
@@ -92,11 +108,14 @@ def test_a_second_ctrl_c_ends_the_run_which_can_be_resumed(interrupted_twice: Li
 def test_the_last_life_does_what_is_left_and_all_lives_took_the_same_steps(
     interrupted_twice: Life, tmp_path: Path
 ) -> None:
-    """Number for number, although the actors made other rollouts in each life."""
+    """Number for number, although the actors made other rollouts in each life, and both shards die in this one."""
     folder = interrupted_twice.folder
-    total = interrupted_twice.step + 5
+    total = interrupted_twice.step + 60
     shorten(folder, total)
     with TrainProcess(tmp_path, "--no-evaluate", "--resume", str(folder)) as process:
+        for index in range(2):
+            wait_for_steps(process, folder, beyond=interrupted_twice.step + 10 * index)
+            kill_shard(process, folder, index)
         process.wait(START_TIMEOUT_S)
         assert ended(process, folder).code == 0, process.printed()
     by_step: dict[int, list[dict[str, float]]] = {}
@@ -117,22 +136,48 @@ def test_the_last_life_does_what_is_left_and_all_lives_took_the_same_steps(
 
 
 def assert_every_draw_keeps_the_rules(folder: Path) -> None:
-    """Over all lives: each draw once, of distinct rows of its source, fresh enough, within the samples per insert."""
+    """Over all lives: each draw once and whole, of distinct rows of its source, fresh enough, within the samples per
+    insert; nothing that was acknowledged is lost, and no rollout is there twice.
+    """
     settings = read_recipe(folder / CONFIG_FILE)
-    task = load_task(settings.task, max_length=64)
-    contract = task.contract(load_policy(settings.model, task.tokenizer).model.config.vocab_size)
-    rows = pa.Table.from_batches(trajectories_of(folder, contract)).combine_chunks().to_batches()[0]
-    oldest = VersionRange.from_batch(rows).oldest
-    (log,) = (folder / "buffer").glob("consumption-*.open")
-    draws = [row for row in pa.ipc.open_stream(log).read_all().to_pylist() if row["event"] == "draw"]
-    keys = [(draw["stage"], draw["step"], draw["source"]) for draw in draws]
-    assert len(set(keys)) == len(keys)
-    for draw in draws:
-        numbers = np.array(draw["rows"])
-        assert len(set(draw["rows"])) == len(numbers) == 8
-        assert (draw["policy_version"] - oldest[numbers]).max() <= settings.buffer.max_staleness
-        assert {rows.column("source")[number].as_py() for number in draw["rows"]} == {draw["source"]}
-    assert sum(len(draw["rows"]) for draw in draws) <= settings.buffer.max_samples_per_insert * rows.num_rows
+    parts: dict[tuple[str, int, str], int] = {}
+    ids: list[str] = []
+    num_drawn = 0
+    shards = [read_shard(shard) for shard in present_shards(folder / BUFFER_FOLDER)]
+    assert len(shards) == 2
+    for shard in shards:
+        rows = shard.stored.combine_chunks().to_batches()[0]
+        numbers = rows.column("row").to_numpy()
+        assert np.array_equal(numbers, np.arange(shard.next_row)), "every row that was ever inserted is there"
+        ids += rows.column("id").to_pylist()
+        oldest = VersionRange.from_batch(rows).oldest
+        draws = [event for event in shard.events.to_pylist() if event["event"] == "draw"]
+        for draw in draws:
+            key = (draw["stage"], draw["step"], draw["source"])
+            drawn = np.array(draw["rows"])
+            assert len(set(draw["rows"])) == len(drawn)
+            parts[key] = parts.get(key, 0) + len(drawn)
+            num_drawn += len(drawn)
+            assert draw["whole"] == 8
+            assert (draw["policy_version"] - oldest[drawn]).max() <= settings.buffer.max_staleness
+            assert {rows.column("source")[number].as_py() for number in draw["rows"]} == {draw["source"]}
+    assert len(ids) == len(set(ids))
+    newest = max(step for _, step, _ in parts)
+    assert {step for _, step, _ in parts} == set(range(newest + 1))
+    assert set(parts.values()) == {8}
+    assert num_drawn <= settings.buffer.samples_per_insert * len(ids)
+
+
+def wait_for_steps(process: TrainProcess, folder: Path, beyond: int) -> None:
+    process.wait_until(lambda: newest_step(folder) > beyond + 2, START_TIMEOUT_S, f"steps beyond {beyond}")
+
+
+def kill_shard(process: TrainProcess, folder: Path, index: int) -> None:
+    """The processes of the shards have one title; which is which tells the lock that each holds."""
+    lock = str(shard_folder(folder / BUFFER_FOLDER, index) / "lock")
+    shards = process.processes("ray::ReplayBufferService")
+    (victim,) = (each for each in shards if lock in [file.path for file in each.open_files()])
+    victim.kill()
 
 
 def assert_failed(life: Life, why: str) -> None:
