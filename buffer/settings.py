@@ -120,15 +120,6 @@ class BufferSettings(Settings):
         None, description="a trajectory that was drawn so often is evicted; null = any number of times"
     )
     min_size: PositiveInt = Field(64, description="live trajectories of a source before the first draw from it")
-    max_samples_per_insert: float | None = Field(
-        None,
-        gt=0.0,
-        description="back-pressure: draws of policy trajectories wait for inserts beyond this ratio; null = never",
-    )
-    max_inserts_ahead: PositiveInt = Field(
-        1024,
-        description="back-pressure: actors pause when they are this many trajectories ahead of the draws",
-    )
     samples_per_insert: float | None = Field(
         None,
         gt=0.0,

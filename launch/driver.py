@@ -125,6 +125,7 @@ class _Crew:
                 run_folder=str(self._folder),
                 seed=settings.seed,
                 trackers=settings.trackers,
+                prioritised_replay=settings.buffer.sampler == "prioritised",
             )
         )
 

@@ -102,9 +102,14 @@ class BufferSource:
                 first += len(part.rows)
         assert first == len(priorities), "one priority for each trajectory of the draw"
 
+    async def _settled_draw(self, request: DrawRequest) -> tuple[DrawResult | None, ...]:
+        """The parts of all shards, after they know the priorities of the draw before."""
+        await asyncio.gather(*(shard.settle() for shard in self._shards))
+        return await draw_from_shards(self._shards, request, self._timeout_s)
+
     async def _draw(self, request: DrawRequest) -> tuple[DrawResult | None, ...]:
-        """The parts of all shards; asks now and then whether to stop."""
-        drawing = asyncio.ensure_future(draw_from_shards(self._shards, request, self._timeout_s))
+        """See `_settled_draw`; asks now and then whether to stop."""
+        drawing = asyncio.ensure_future(self._settled_draw(request))
         try:
             while not (await asyncio.wait([drawing], timeout=POLL_S))[0]:
                 if self._stop_requested():

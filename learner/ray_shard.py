@@ -29,6 +29,7 @@ class RayShard:
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
+        self._unanswered: list[Awaitable[None]] = []
 
     async def draw(
         self, key: DrawKey, count: int, policy_version: int, timeout_s: float, first_version: int
@@ -60,8 +61,13 @@ class RayShard:
         return await self._answer(self._shard.handle.shortage.remote(count, source))
 
     def update_priorities(self, rows: Int64, priorities: Float32) -> None:
-        """See `ReplayBufferService.update_priorities`; does not wait for it."""
-        self._shard.handle.update_priorities.remote(rows, priorities)
+        """See `ReplayBufferService.update_priorities`; does not wait for it (`settle` does)."""
+        self._unanswered.append(self._shard.handle.update_priorities.remote(rows, priorities))
+
+    async def settle(self) -> None:
+        """Wait for what was sent without waiting: a shard may take calls in another order. Raises as `draw`."""
+        while self._unanswered:
+            await self._answer(self._unanswered.pop())
 
     async def _answer(self, reference: Awaitable[T], waits_s: float = 0.0) -> T:
         limit_s = waits_s + ANSWER_TIMEOUT_S

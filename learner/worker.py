@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from learner.model import load_policy
 from learner.model_files import load_weights
 from learner.objectives.base import OutsideDomainError
 from learner.objectives.registry import make_objective
+from learner.priorities import Float32
 from learner.publisher import WeightPublisher, make_probe, take_part_in_publication
 from learner.ranks import Ranks, join_ranks, open_rendezvous
 from learner.remote_checkpoints import open_checkpoints
@@ -53,7 +54,7 @@ RECENT_STEPS = 20
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """What the learner is born with."""
+    """What the learner is born with. prioritised_replay: whether the buffer draws by priorities and is told them."""
 
     model: ModelSettings
     task: TaskSettings
@@ -62,6 +63,7 @@ class LearnerSpec:
     run_folder: str
     seed: int
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    prioritised_replay: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ class LearnerWorker:
             SharedBatchSource(self._ranks, experts, self._stop.is_set),
             SharedBatchSource(self._ranks, rollouts) if objective.needs_rollouts else None,
             self._ranks,
+            self._priority_report(rollouts) if objective.needs_rollouts else None,
         )
         store = self._checkpoints(stage.name)
         resumed = self._restore(stage, store, trainer, stream)
@@ -285,6 +288,12 @@ class LearnerWorker:
             self._newest_version,
             self._stop.is_set,
         )
+
+    def _priority_report(self, rollouts: BufferSource | None) -> Callable[[Float32], None] | None:
+        """Who is told the priorities of a step, if the buffer draws by them; ranks other than 0 tell nobody."""
+        if not self._spec.prioritised_replay:
+            return None
+        return (lambda priorities: None) if rollouts is None else rollouts.report_priorities
 
     def _newest_version(self) -> int:
         return -1 if self._publisher is None else self._publisher.newest_version

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from actors.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings
+from buffer.event_history import read_events
 from buffer.experts.tasks import Task, load_task
 from buffer.service import ReplayBufferService
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
@@ -58,6 +59,7 @@ def task() -> Task:
 
 
 def start_buffer(folder: Path, task: Task, **changes: object) -> ActorHandle:
+    folder.mkdir(exist_ok=True)
     actor = ray.remote(ReplayBufferService).options(num_cpus=0)
     settings = BufferSettings(**{"capacity": 100, "min_size": 1, **changes})
     return actor.remote(str(folder / "buffer"), task.contract(), settings, 0)
@@ -79,12 +81,16 @@ def learn(
     steps: int,
     first_version: int,
     when_waiting: Callable[[LearnerWorker], object] | None = None,
+    prioritised_replay: bool = False,
 ) -> int:
     """One life of a learner: its stage up to step `steps`, with the checkpoint of its end; gives the step it reached.
 
     when_waiting: called once, as soon as the learner waits for rollouts.
     """
-    spec = LearnerSpec(MODEL, TASK, NoiseSettings(kind="task", rate=0.3), LearnerSettings(), str(folder), seed=3)
+    noise = NoiseSettings(kind="task", rate=0.3)
+    spec = LearnerSpec(
+        MODEL, TASK, noise, LearnerSettings(), str(folder), seed=3, prioritised_replay=prioritised_replay
+    )
     worker = LearnerWorker(spec)
     run = worker.prepare()
     rollout_spec = RolloutSpec("{}", run.contract, run.task.name, ActorsSettings(), spec.noise, run.max_length, 0)
@@ -154,3 +160,18 @@ def test_a_stop_while_the_learner_waits_for_rollouts_skips_no_expert(task: Task,
         end_buffer(buffer)
     for name, tensor in ends["straight"].items():
         assert torch.equal(ends["stopped"][name], tensor), name
+
+
+def test_the_buffer_knows_the_priorities_of_a_step_before_it_gives_the_next(task: Task, tmp_path: Path) -> None:
+    buffer = start_buffer(tmp_path, task, sampler="prioritised", segment_bytes=2_000)
+    ray.get(buffer.insert.remote(rollouts(task, 0, 12, version=FIRST_VERSION + 1)), timeout=TIMEOUT_S)
+    assert learn(tmp_path, buffer, steps=5, first_version=FIRST_VERSION, prioritised_replay=True) == 5
+    end_buffer(buffer)
+    events = read_events(tmp_path / "buffer").select(["event", "rows", "priorities"]).to_pylist()
+    told = [event for event in events if event["event"] in ("draw", "priorities")]
+    # Of the last step nobody waits for them.
+    assert [event["event"] for event in told[:9]] == 4 * ["draw", "priorities"] + ["draw"]
+    for drawn, judged in zip(told[:8:2], told[1:8:2], strict=True):
+        assert drawn["rows"] == judged["rows"]
+        assert min(judged["priorities"]) > 0
+    assert len({priority for event in told[1:8:2] for priority in event["priorities"]}) > 4
