@@ -167,8 +167,7 @@ class ConsumptionLog:
             raise
         self._number += 1
         self._file = OpenSegment(open_log_path(self._folder, self._number), EVENT_SCHEMA, self._sync_each_record)
-        old.close()
-        old.path.unlink()
+        old.delete()
 
     def prepare_sync(self) -> Callable[[], None]:
         """See `OpenSegment.prepare_sync`."""

@@ -29,12 +29,12 @@ class RowFacts:
     task: pa.StringArray
 
     @classmethod
-    def from_batch(cls, batch: pa.RecordBatch) -> RowFacts:
-        """Of a batch of stored rows (the schema with the column `row`)."""
+    def from_batch(cls, batch: pa.RecordBatch, versions: VersionRange | None = None) -> RowFacts:
+        """Of a batch of stored rows (the schema with the column `row`). versions: of the batch, if known already."""
         return cls(
             row=batch.column("row").to_numpy(),
-            oldest_version=VersionRange.from_batch(batch).oldest,
-            created_us=batch.column("created_at").cast(pa.int64()).to_numpy(),
+            oldest_version=(versions or VersionRange.from_batch(batch)).oldest,
+            created_us=batch.column("created_at").view(pa.int64()).to_numpy(),
             task=batch.column("task"),
         )
 

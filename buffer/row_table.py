@@ -46,9 +46,9 @@ class _Chunk:
 class RowTable:
     """Stored batches (`buffer.schema.stored_schema`), found by the numbers in their `row` column.
 
-    The numbers grow with each append, with gaps or without. Appended heap batches are merged with their neighbours
-    as in a log-structured merge tree (each byte is copied O(log MERGED_ROWS) times), because a gather costs time per
-    batch it touches.
+    The numbers grow with each append, with gaps or without. A gather costs time per batch it touches, so before one
+    heap batches are merged with their neighbours as in a log-structured merge tree: each byte is copied
+    O(log MERGED_ROWS) times, or once where many batches came since the gather before.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,6 @@ class RowTable:
             chunk = _Chunk.of(batch, on_heap)
             assert not self._chunks or chunk.rows[0] > self._chunks[-1].rows[-1], "rows are appended in order"
             self._chunks.append(chunk)
-            self._merge_last()
         self._starts = None
 
     def batches(self, first_row: int, end_row: int | None = None) -> list[pa.RecordBatch]:
@@ -101,6 +100,7 @@ class RowTable:
 
     def take(self, rows: Int64) -> pa.RecordBatch:
         """Copy of the rows with these numbers, in this order; all of them are in the table, and there is one."""
+        self._merge_heap()
         owners = self._owners(rows)
         taken = gather([chunk.source for chunk in self._chunks], owners, self._positions(rows, owners))
         assert np.array_equal(rows_of(taken), rows), "a row that the table does not hold"
@@ -140,11 +140,20 @@ class RowTable:
             positions[mine] = self._chunks[owner].positions(rows[mine])
         return positions
 
-    def _merge_last(self) -> None:
-        while len(self._chunks) > 1:
-            left, right = (chunk.batch for chunk in self._chunks[-2:])
-            if not all(chunk.on_heap for chunk in self._chunks[-2:]):
-                return
-            if left.num_rows > 2 * right.num_rows or left.num_rows + right.num_rows > MERGED_ROWS:
-                return
-            self._chunks[-2:] = [_Chunk.of(pa.concat_batches([left, right]), on_heap=True)]
+    def _merge_heap(self) -> None:
+        """From the end: a batch joins those after it if it is at most twice as large as they are together."""
+        merged: list[_Chunk] = []
+        while self._chunks and self._chunks[-1].on_heap:
+            num_rows, at = 0, len(self._chunks)
+            while at > 0 and self._chunks[at - 1].on_heap:
+                more = len(self._chunks[at - 1].rows)
+                if num_rows and (more > 2 * num_rows or num_rows + more > MERGED_ROWS):
+                    break
+                num_rows, at = num_rows + more, at - 1
+            run = self._chunks[at:]
+            whole = run[0] if len(run) == 1 else _Chunk.of(pa.concat_batches([chunk.batch for chunk in run]), True)
+            merged.append(whole)
+            del self._chunks[at:]
+        if len(merged) > 0:
+            self._chunks += reversed(merged)
+            self._starts = None

@@ -135,8 +135,7 @@ class SegmentFiles:
         self._table.replace(entry.first_row, entry.last_row + 1, seal.batches, on_heap=False)
         self._sealed.add(entry, num_live)
         old, self._open = self._open, opened
-        old.close()
-        old.path.unlink()
+        old.delete()
 
     def unneeded(self, pinned_rows: Int64) -> list[SegmentEntry]:
         """Segments of which no row is live or pinned."""

@@ -99,6 +99,11 @@ class OpenSegment:
         os.fsync(self._descriptor)
         os.close(self._descriptor)
 
+    def delete(self) -> None:
+        """Let go of the file and delete it."""
+        os.close(self._descriptor)
+        self.path.unlink()
+
     def _write(self, content: bytes) -> None:
         view = memoryview(content)
         try:

@@ -38,13 +38,22 @@ class VersionRange:
         num_rows = len(column)
         oldest = np.full(num_rows, NO_VERSION, dtype=np.int32)
         newest = oldest.copy()
-        lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        if column.null_count == num_rows:
+            return cls(oldest, newest)
+        if column.null_count:
+            lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+            starts, versions = np.cumsum(lengths) - lengths, column.flatten().to_numpy()
+        else:
+            offsets = column.offsets.to_numpy()
+            lengths = offsets[1:] - offsets[:-1]
+            starts, versions = (
+                offsets[:-1] - offsets[0],
+                column.values.slice(offsets[0], offsets[-1] - offsets[0]).to_numpy(),
+            )
         filled = np.flatnonzero(lengths)
         if len(filled):
-            versions = column.flatten().to_numpy()
-            starts = np.concatenate([[0], np.cumsum(lengths[filled])[:-1]])
-            oldest[filled] = np.minimum.reduceat(versions, starts)
-            newest[filled] = np.maximum.reduceat(versions, starts)
+            oldest[filled] = np.minimum.reduceat(versions, starts[filled])
+            newest[filled] = np.maximum.reduceat(versions, starts[filled])
         return cls(oldest, newest)
 
 

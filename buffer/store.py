@@ -339,7 +339,7 @@ class ReplayStore:
     def _gather(self, draw: LoggedDraw, repeated: bool) -> DrawResult:
         batch = without_rows(self._shard.files.take(draw.rows))
         behind = staleness(draw.policy_version, VersionRange.from_batch(batch).oldest)
-        created_us = batch.column("created_at").cast(pa.int64()).to_numpy()
+        created_us = batch.column("created_at").view(pa.int64()).to_numpy()
         ages_s = np.maximum(self._clock() - created_us / 1e6, 0.0)
         self._last_draw[draw.key.source] = DrawStatistics(
             float(behind.mean()), int(behind.max()), float(ages_s.mean()), float(ages_s.max())
@@ -354,13 +354,16 @@ class ReplayStore:
         end_row = shard.next_row + good.num_rows
         stored = shard.files.append(with_rows(good, np.arange(shard.next_row, end_row)))
         shard.next_row = end_row
-        shard.newest_version = max(shard.newest_version, int(VersionRange.from_batch(stored).newest.max()))
-        facts = RowFacts.from_batch(stored)
+        versions = VersionRange.from_batch(stored)
+        shard.newest_version = max(shard.newest_version, int(versions.newest.max()))
+        facts = RowFacts.from_batch(stored, versions)
         shard.known.add(stored.column("id"), facts.row)
         for source, lane in shard.lanes.items():
-            own = facts.where(pc.equal(stored.column("source"), source).to_numpy(zero_copy_only=False))
-            shard.tallies[source].inserted += len(own)
-            lane.append(own)
+            mask = pc.equal(stored.column("source"), source).to_numpy(zero_copy_only=False)
+            if mask.any():
+                own = facts.where(mask)
+                shard.tallies[source].inserted += len(own)
+                lane.append(own)
 
     def _counters(self, source: str) -> SourceCounters:
         tally = self._shard.tallies[source]

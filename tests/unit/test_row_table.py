@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.row_table import RowTable
+from buffer.row_table import MERGED_ROWS, RowTable
 from buffer.schema import with_rows
 from tests.trajectories import BACKSPACE, EOS, batch_of, expert_row, ids_of, numbered, row
 
@@ -102,10 +102,30 @@ def test_ids_of_no_rows():
 
 def test_small_heap_batches_are_merged_and_mapped_ones_left_alone():
     table, plain = table_of([1] * 1000)
-    assert len(table.batches(0)) <= 10
-    assert pa.Table.from_batches(table.batches(0)).equals(pa.Table.from_batches([plain]))
+    assert len(table.batches(0)) == 1000, "nothing is copied before it is asked for"
+    table.take(np.array([5]))
+    assert len(table.batches(0)) == 1
+    for number in range(1000, 1100):
+        table.append([numbered_at([number])], on_heap=True)
+        table.take(np.array([number]))
+        assert len(table.batches(0)) <= 10
+    assert pa.Table.from_batches(table.batches(0)[:1]).slice(0, 1000).equals(pa.Table.from_batches([plain]))
     mapped, _ = table_of([1] * 100, on_heap=False)
-    assert len(mapped.batches(0)) == 100
+    mapped.append([numbered_at([100])], on_heap=True)
+    mapped.take(np.array([5]))
+    assert len(mapped.batches(0)) == 101
+
+
+def test_merged_batches_have_no_more_rows_than_they_may():
+    sizes = [MERGED_ROWS // 2 + 1] * 3
+    table = RowTable()
+    first = 0
+    for size in sizes:
+        rows = np.arange(first, first + size)
+        table.append([with_rows(pa.concat_batches([numbered(0, 1)] * size), rows)], on_heap=True)
+        first += size
+    assert table.take(np.array([first - 1, 0])).column("row").to_pylist() == [first - 1, 0]
+    assert [batch.num_rows for batch in table.batches(0)] == sizes
 
 
 def test_holds_only_rows_that_are_there():
