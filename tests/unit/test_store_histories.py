@@ -1,122 +1,324 @@
-"""Any history of inserts, draws, repeated draws, checkpoints and crashes against plain lists."""
+"""Any history of inserts, draws, checkpoints, upkeep, crashes and new settings against a slow model of plain dicts."""
 
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
+import pyarrow as pa
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from buffer.consumption_log import DrawKey
-from tests.stores import crash, open_store
-from tests.trajectories import batch_of, expert_row, ids_of, row
+from buffer.event_history import read_events
+from buffer.manifest import Manifest
+from buffer.schema import stored_schema
+from buffer.segments import map_sealed, open_path, scan_open
+from buffer.settings import BufferSettings
+from buffer.store import ReplayStore
+from tests.stores import crash
+from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, row
+
+SOURCES = ("policy", "expert")
+
+
+@dataclass
+class ModelRow:
+    """fate: `live`, or the reason of the removal."""
+
+    id: str
+    source: str
+    version: int
+    born_s: float
+    fate: str = "live"
+    times_sampled: int = 0
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """The oracle is a list of (id, oldest version) per source, and the ids of every draw."""
+    """Every row that was ever inserted, in order, and what becomes of it."""
 
-    CAPACITY, STALENESS = 12, 2
+    base: Path
 
-    @initialize(folder=st.uuids())
-    def begin(self, folder):
-        self.root = Path(self.base) / str(folder)
+    @initialize(folder=st.uuids(), archive=st.booleans())
+    def begin(self, folder, archive):
+        self.root = self.base / str(folder)
         self.root.mkdir()
-        self.generation = 0
-        self.store = self.open(self.root / "0")
-        self.live: dict[str, list[tuple[str, int]]] = {"policy": [], "expert": []}
-        self.inserted = {"policy": 0, "expert": 0}
-        self.dropped = {"policy": 0, "expert": 0}
+        self.folder = self.root / "buffer" / "shard-000"
+        self.num_crashes = 0
+        self.now_s = BORN.timestamp()
+        self.capacity, self.max_times = 12, None
+        self.archive = self.root / "archive" if archive else None
+        self.store = self.open()
+        self.rows: list[ModelRow] = []
         self.newest = -1
-        self.next_id = 0
+        self.first_version = 0
         self.next_step = 0
-        self.drawn: dict[DrawKey, list[str]] = {}  # what no checkpoint covers
+        self.num_draws = Counter()
+        self.num_drawn = Counter()
+        self.rejected = 0
+        self.drawn: dict[DrawKey, list[int]] = {}  # rows of what no checkpoint covers
+        self.whole: dict[DrawKey, int] = {}
+        self.rewrite = None
+        self.was_interrupted = False  # with a rewriting that the archive knows of already
 
-    def open(self, folder):
-        return open_store(
-            folder, capacity=self.CAPACITY, max_staleness=self.STALENESS, segment_bytes=5000, fsync="none"
+    def open(self) -> ReplayStore:
+        changes = BufferSettings(
+            capacity=self.capacity,
+            min_size=1,
+            max_staleness=2,
+            max_times_sampled=self.max_times,
+            max_age_s=100.0,
+            segment_bytes=6_000,
+            compact_below=0.7,
+            fsync="none",
+            archive=None if self.archive is None else str(self.archive),
         )
+        store = ReplayStore(self.folder, CONTRACT, changes, seed=0, clock=lambda: self.now_s)
+        store._shard.log._rotate_bytes = 15_000
+        return store
 
-    @rule(counts=st.lists(st.tuples(st.sampled_from(["policy", "expert"]), st.integers(0, 6)), min_size=1, max_size=9))
-    def insert(self, counts):
+    # The model
+
+    def live(self, source: str) -> list[ModelRow]:
+        return [each for each in self.rows if each.source == source and each.fate == "live"]
+
+    def remove_unfit(self) -> None:
+        for each in self.rows:
+            if each.fate == "live":
+                if self.max_times is not None and each.times_sampled >= self.max_times:
+                    each.fate = "sampled"
+                elif each.born_s < self.now_s - 100.0:
+                    each.fate = "age"
+
+    def evict(self) -> None:
+        self.remove_unfit()
+        for source in SOURCES:
+            for each in self.live(source)[: -self.capacity]:
+                each.fate = "capacity"
+
+    def drop_stale(self, version: int) -> None:
+        self.newest = max(self.newest, version)
+        self.remove_unfit()
+        for each in self.live("policy"):
+            if each.version < self.first_version:
+                each.fate = "stage"
+            elif each.version < self.newest - 2:
+                each.fate = "stale"
+
+    # What happens
+
+    @rule(
+        counts=st.lists(st.tuples(st.sampled_from(SOURCES), st.integers(0, 6), st.integers(0, 60)), max_size=9),
+        again=st.integers(0, 2),
+    )
+    def insert(self, counts, again):
         rows = []
-        for source, version in counts:
-            id_ = str(self.next_id)
-            self.next_id += 1
+        for source, version, age_s in counts:
+            id_ = f"id {len(self.rows)}"
+            born_s = self.now_s - age_s
+            born = BORN + timedelta(seconds=born_s - BORN.timestamp())
             if source == "policy":
-                rows.append(row(id_, [5, 6], policy_version=[version, version + 1]))
+                rows.append(row(id_, [5, 6], policy_version=[version, version + 1], created_at=born))
                 self.newest = max(self.newest, version + 1)
             else:
-                rows.append(expert_row(id_))
-            self.live[source].append((id_, version if source == "policy" else 10**6))
-            self.inserted[source] += 1
-        assert self.store.insert(batch_of(rows)).accepted == len(rows)
-        for source in self.live:
-            self.live[source] = self.live[source][-self.CAPACITY :]
+                rows.append(expert_row(id_, created_at=born))
+            self.rows.append(ModelRow(id_, source, version, born_s))
+        repeated = [expert_row(each.id) for each in self.rows[: len(self.rows) - len(rows)][-again:]] if again else []
+        result = self.store.insert(batch_of([*repeated, *rows]))
+        assert (result.accepted, result.present) == (len(rows), len(repeated))
+        assert [rejection.row for rejection in result.rejections] == list(range(len(repeated)))
+        self.rejected += len(repeated)
+        self.evict()
 
-    @rule(source=st.sampled_from(["policy", "expert"]), version=st.integers(0, 8), count=st.integers(1, CAPACITY))
+    @rule(source=st.sampled_from(SOURCES), version=st.integers(0, 8), count=st.integers(1, 12))
     def draw(self, source, version, count):
-        self.newest = max(self.newest, version)
-        for name, rows in self.live.items():
-            kept = [(id_, oldest) for id_, oldest in rows if self.newest - oldest <= self.STALENESS]
-            self.dropped[name] += len(rows) - len(kept)
-            self.live[name] = kept
+        if count > self.capacity:
+            return
         key = DrawKey("stage", self.next_step, source)
         result = self.store.draw(key, count, version)
-        if len(self.live[source]) < count:
-            assert result is None
-        else:
-            ids = ids_of(result.batch)
-            assert len(set(ids)) == count
-            assert set(ids) <= {id_ for id_, _ in self.live[source]}
+        self.drop_stale(version)
+        assert (result is None) == (len(self.live(source)) < count)
+        if result is not None:
             assert (result.policy_version, result.repeated) == (self.newest, False)
             self.next_step += 1
-            self.drawn[key] = ids
+            self.num_draws[source] += 1
+            self.drawn[key], self.whole[key] = [], count
+            self.take(key, result, count)
+
+    def take(self, key, result, count):
+        rows = result.rows.tolist()
+        assert ids_of(result.batch) == [self.rows[number].id for number in rows]
+        assert len(set(rows)) == len(rows) == count
+        before = self.drawn[key]
+        assert rows[: len(before)] == before
+        for number in rows[len(before) :]:
+            assert (self.rows[number].fate, self.rows[number].source) == ("live", key.source)
+            self.rows[number].times_sampled += 1
+        self.num_drawn[key.source] += len(rows) - len(before)
+        self.drawn[key] = rows
+        self.evict()
 
     @precondition(lambda self: self.drawn)
     @rule(data=st.data())
     def repeat(self, data):
         """Whatever became of the rows meanwhile, and however new the weights are that the caller knows of."""
         key = data.draw(st.sampled_from(list(self.drawn)))
-        result = self.store.draw(key, len(self.drawn[key]), 1000)
-        assert result.repeated
-        assert ids_of(result.batch) == self.drawn[key]
+        rows = self.drawn[key]
+        if len(rows) <= self.capacity:
+            result = self.store.draw(key, len(rows), 1000, self.whole[key])
+            assert result.repeated
+            assert result.rows.tolist() == rows
+            assert ids_of(result.batch) == [self.rows[number].id for number in rows]
+
+    @rule(source=st.sampled_from(SOURCES), parts=st.lists(st.integers(1, 4), min_size=2, max_size=3))
+    def draw_in_parts(self, source, parts):
+        key, count = DrawKey("stage", self.next_step, source), 0
+        for part in parts:
+            count += part
+            if count > self.capacity:
+                break
+            result = self.store.draw(key, count, 0, whole=20)
+            self.drop_stale(0)
+            already = self.drawn.get(key, [])
+            available = sum(number not in already for number, each in enumerate(self.rows) if each in self.live(source))
+            assert (result is None) == (available < part)
+            if result is None:
+                break
+            if not already:
+                self.next_step += 1
+                self.num_draws[source] += 1
+                self.drawn[key], self.whole[key] = [], 20
+            self.take(key, result, count)
 
     @rule(back=st.integers(0, 3))
     def checkpoint(self, back):
         step = max(self.next_step - back, 0)
         self.store.checkpointed("stage", step)
-        covered = [key for key in self.drawn if key.step < step]
-        for key in covered:
+        for key in [key for key in self.drawn if key.step < step]:
             del self.drawn[key]
             assert not self.store.has_drawn(key)
 
-    @precondition(lambda self: self.generation < 5)
-    @rule(clean=st.booleans())
-    def reopen(self, clean):
-        folder = self.root / str(self.generation)
-        self.generation += 1
+    @rule(version=st.integers(0, 5))
+    def begin_stage(self, version):
+        self.store.begin_stage(version)
+        self.first_version = version
+
+    @rule(seconds=st.integers(1, 60))
+    def wait(self, seconds):
+        self.now_s += seconds
+
+    @rule()
+    def plan_upkeep(self):
+        plan = self.store.plan_upkeep()
+        self.evict()
+        if plan is not None:
+            assert self.rewrite is None
+            self.rewrite = plan.run()
+
+    @precondition(lambda self: self.rewrite is not None)
+    @rule()
+    def finish_upkeep(self):
+        self.store.finish_upkeep(self.rewrite)
+        self.rewrite = None
+
+    @precondition(lambda self: self.num_crashes < 6)
+    @rule(clean=st.booleans(), capacity=st.sampled_from([6, 12, 30]), max_times=st.sampled_from([None, 1, 3]))
+    def reopen(self, clean, capacity, max_times):
+        self.num_crashes += 1
+        found = self.root / "found"
         if clean:
             self.store.close()
-            crash(folder, self.root / str(self.generation))
+            crash(self.folder, found)
         else:
-            crash(folder, self.root / str(self.generation))
+            crash(self.folder, found)
             self.store.close()
-        self.store = self.open(self.root / str(self.generation))
+        shutil.rmtree(self.folder)
+        found.rename(self.folder)
+        self.was_interrupted |= self.rewrite is not None
+        self.capacity, self.max_times, self.rewrite = capacity, max_times, None
+        self.store = self.open()
+        self.evict()
+
+    # What always holds
 
     @invariant()
     def counters_agree(self):
         if not hasattr(self, "store"):
             return
         status = self.store.status()
-        assert self.store.newest_version == self.newest
+        assert (self.store.newest_version, self.store.next_row) == (self.newest, len(self.rows))
+        assert (status.rejected, status.lost, status.quarantined) == (self.rejected, 0, ())
         for source, counters in status.sources.items():
-            assert counters.live == len(self.live[source])
-            assert counters.inserted == self.inserted[source]
-            assert counters.dropped_stale == self.dropped[source]
-            assert counters.evicted == counters.inserted - counters.live - counters.dropped_stale
+            own = [each for each in self.rows if each.source == source]
+            fates = Counter(each.fate for each in own)
+            assert counters.live == fates.pop("live", 0)
+            assert counters.removed == fates
+            assert counters.inserted == len(own) == counters.live + counters.evicted + counters.dropped
+            assert (counters.draws, counters.drawn) == (self.num_draws[source], self.num_drawn[source])
         assert all(self.store.has_drawn(key) for key in self.drawn)
+
+    @invariant()
+    def rows_agree(self):
+        if not hasattr(self, "store"):
+            return
+        for source, lane in self.store._shard.lanes.items():
+            snapshot = lane.snapshot()
+            expected = [number for number, each in enumerate(self.rows) if each in self.live(source)]
+            assert snapshot.rows.tolist() == expected
+            assert snapshot.times_sampled.tolist() == [self.rows[number].times_sampled for number in expected]
+
+    @invariant()
+    def the_log_accounts_for_every_row(self):
+        if not hasattr(self, "store"):
+            return
+        events = read_events(self.folder).to_pylist()
+        removed = {
+            number: (event["reason"], event["source"], id_)
+            for event in events
+            if event["event"] == "remove"
+            for number, id_ in zip(event["rows"], event["ids"], strict=True)
+        }
+        gone = {number: each for number, each in enumerate(self.rows) if each.fate != "live"}
+        assert removed == {number: (each.fate, each.source, each.id) for number, each in gone.items()}
+        assert sum(len(event["rows"]) for event in events if event["event"] == "remove") == len(removed)
+        drawn = Counter(number for event in events if event["event"] == "draw" for number in event["rows"])
+        assert drawn == {number: each.times_sampled for number, each in enumerate(self.rows) if each.times_sampled}
+
+    @invariant()
+    def every_row_is_on_disk_or_in_the_archive(self):
+        if not hasattr(self, "store"):
+            return
+        stored = self.stored_rows()
+        needed = {number for number, each in enumerate(self.rows) if each.fate == "live"}
+        assert needed | {number for rows in self.drawn.values() for number in rows} <= set(stored)
+        if self.archive is not None:
+            archived = self.archived_rows()
+            assert len(set(archived)) == len(archived), "each row stands there once"
+            assert all(self.rows[number].fate != "live" for number in archived)
+            assert {*stored, *archived} == set(range(len(self.rows)))
+            if self.rewrite is None and not self.was_interrupted:
+                assert not set(stored) & set(archived)
+
+    def stored_rows(self) -> list[int]:
+        manifest = Manifest.read(self.folder)
+        schema = stored_schema(CONTRACT)
+        batches = [batch for entry in manifest.segments for batch in map_sealed(self.folder, entry, schema)]
+        batches += scan_open(open_path(self.folder, manifest.open_segment), schema).batches
+        rows = [number for batch in batches for number in batch.column("row").to_pylist()]
+        assert rows == sorted(set(rows))
+        return rows
+
+    def archived_rows(self) -> list[int]:
+        rows: list[int] = []
+        for path in self.archive.glob(f"{self.root.name}/buffer/shard-000/*.arrows"):
+            table = pa.ipc.open_stream(path).read_all()
+            rows += table.column("row").to_pylist()
+            assert table.column("id").to_pylist() == [self.rows[number].id for number in rows[-table.num_rows :]]
+        return rows
 
     def teardown(self):
         if hasattr(self, "store"):
@@ -124,7 +326,7 @@ class StoreMachine(RuleBasedStateMachine):
             shutil.rmtree(self.root)
 
 
-def test_any_history_with_crashes_matches_a_plain_list(tmp_path):
+def test_any_history_matches_the_model(tmp_path):
     class Machine(StoreMachine):
         base = tmp_path
 
