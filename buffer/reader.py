@@ -6,12 +6,15 @@
 A snapshot of a shard takes three steps: the manifest; the segments that it lists (mapped, checksums verified) with the
 complete batches of the open one; the consumption log. A seal, an eviction, a compaction or a rotation between two steps
 can only take files away that an older manifest lists, so the reader begins anew when the manifest has changed under it.
-Rows come before the log, and the log is cut before the first event that speaks of a later row: what a snapshot says of
-each of its rows was true at the moment of its last event. The shards of a buffer are read one after the other.
+Rows come before the log, and the log is cut before the first event that speaks of a row inserted meanwhile: what a
+snapshot says of each of its rows was true at the moment of its last event. An event that was there before the segments
+were read is never cut, whatever it says: that its rows are in no segment is then a fact. The shards of a buffer are
+read one after the other.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +30,8 @@ from buffer.segments import map_sealed, open_path, scan_open
 from buffer.shard_snapshot import ShardSnapshot, live_rows, times_sampled
 from buffer.staleness import NO_VERSION, VersionRange
 
+_SHARD = re.compile(r"shard-(\d+)")
+
 ATTEMPTS = 20
 """Snapshots are begun anew at most this often; each takes longer than the steps of the writer that disturb it."""
 
@@ -41,18 +46,19 @@ class BufferSnapshot:
     events: pa.Table
 
 
-def shard_folders(buffer: Path) -> list[Path]:
-    """The folders of the shards below the buffer folder of a run, by index.
+def shard_folders(buffer: Path) -> dict[int, Path]:
+    """The folders of the shards below the buffer folder of a run, by their number.
 
     Raises:
         ValueError: there is none.
     """
-    folders = sorted(path for path in buffer.glob("shard-*") if path.is_dir())
-    if not folders:
+    found = {int(match[1]): path for path in buffer.glob("shard-*") if (match := _SHARD.fullmatch(path.name))}
+    if not found:
         raise ValueError(
-            f"{buffer} holds no replay buffer: the run has not begun to collect trajectories, or never did"
+            f"{buffer} holds no replay buffer: the run has not begun to collect trajectories yet, or trains on expert "
+            "data alone"
         )
-    return folders
+    return dict(sorted(found.items()))
 
 
 def read_buffer(buffer: Path) -> BufferSnapshot:
@@ -63,19 +69,19 @@ def read_buffer(buffer: Path) -> BufferSnapshot:
         CorruptSegmentError: a file is damaged. TimeoutError: see `read_shard`.
     """
     if holds_previous_format(buffer):
-        shards = [read_previous_shard(buffer)]
+        shards = {0: read_previous_shard(buffer)}
     else:
-        shards = [read_shard(folder) for folder in shard_folders(buffer)]
-    contracts = {shard.contract for shard in shards}
+        shards = {index: read_shard(folder) for index, folder in shard_folders(buffer).items()}
+    contracts = {shard.contract for shard in shards.values()}
     if len(contracts) > 1:
         raise ValueError(
             f"{buffer}: its shards hold trajectories of {len(contracts)} tokenizers, which fit no one table"
         )
     return BufferSnapshot(
-        contract=shards[0].contract,
-        newest_version=max(shard.newest_version for shard in shards),
-        trajectories=pa.concat_tables(_with_facts(shard, index) for index, shard in enumerate(shards)),
-        events=pa.concat_tables(_with_shard(shard.events, index) for index, shard in enumerate(shards)),
+        contract=contracts.pop(),
+        newest_version=max(shard.newest_version for shard in shards.values()),
+        trajectories=pa.concat_tables(_with_facts(shard, index) for index, shard in shards.items()),
+        events=pa.concat_tables(_with_shard(shard.events, index) for index, shard in shards.items()),
     )
 
 
@@ -88,9 +94,10 @@ def read_shard(folder: Path) -> ShardSnapshot:
         TimeoutError: the shard replaced its files during each of `ATTEMPTS` readings.
     """
     manifest = _manifest(folder)
+    named_before = _next_row_named(read_events(folder))
     for _ in range(ATTEMPTS):
         try:
-            return _read(folder, manifest)
+            return _read(folder, manifest, named_before)
         except (CorruptSegmentError, FileNotFoundError):
             newer = _manifest(folder)
             if newer == manifest:
@@ -106,20 +113,21 @@ def _manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _read(folder: Path, manifest: Manifest) -> ShardSnapshot:
+def _read(folder: Path, manifest: Manifest, named_before: int) -> ShardSnapshot:
     schema = stored_schema(manifest.contract)
     batches = [batch for entry in manifest.segments for batch in map_sealed(folder, entry, schema)]
     versions = [entry.newest_version for entry in manifest.segments]
-    next_row = manifest.next_row
+    next_row = max(manifest.next_row, named_before)
     if opened := _open_rows(folder, manifest, schema):
         # One batch of many small ones: engines pay per batch.
         batches.append(pa.concat_batches(opened))
         versions.append(int(VersionRange.from_batch(batches[-1]).newest.max()))
-        next_row = batches[-1].column(ROW)[-1].as_py() + 1
+        next_row = max(next_row, batches[-1].column(ROW)[-1].as_py() + 1)
     stored = pa.Table.from_batches(batches, schema=schema)
     events = _before(read_events(folder), next_row)
     rows = stored.column(ROW).to_numpy()
-    assert np.all(np.diff(rows) > 0), "the writer numbers rows in the order of its segments"
+    if np.any(np.diff(rows) <= 0):
+        raise CorruptSegmentError(f"{folder}: the row numbers of its segments do not ascend, so two files share rows")
     return ShardSnapshot(
         folder=folder,
         contract=manifest.contract,
@@ -156,6 +164,13 @@ def _before(events: pa.Table, next_row: int) -> pa.Table:
     counted = pc.struct_field(events.column("counters"), "next_row")
     late_counts = np.flatnonzero(pc.greater(counted, next_row).fill_null(False).to_numpy())
     return events.slice(0, min([events.num_rows, *late_rows[:1].tolist(), *late_counts[:1].tolist()]))
+
+
+def _next_row_named(events: pa.Table) -> int:
+    """The number after the highest row that the log speaks of."""
+    highest = pc.max(pc.list_flatten(events.column("rows"))).as_py()
+    counted = pc.max(pc.struct_field(events.column("counters"), "next_row")).as_py()
+    return max(0 if highest is None else highest + 1, counted or 0)
 
 
 def _logged_versions(events: pa.Table) -> list[int]:

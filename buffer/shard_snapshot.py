@@ -65,7 +65,9 @@ def times_sampled(rows: Int64, events: pa.Table) -> Int32:
 
 
 def _first_snapshots(events: pa.Table) -> pa.Table:
-    """The snapshots that the oldest file of the log begins with."""
+    """The snapshots that the oldest file of the log begins with: that of the shard, and those of its sources."""
     is_snapshot = pc.equal(events.column("event"), "snapshot").to_numpy()
-    others = np.flatnonzero(~is_snapshot)
-    return events.slice(0, int(others[0]) if len(others) else events.num_rows)
+    of_shard = is_snapshot & events.column("source").is_null().to_numpy()
+    ends = np.flatnonzero(~is_snapshot | of_shard)
+    ends = ends[ends > 0]
+    return events.slice(0, int(ends[0]) if len(ends) else events.num_rows)

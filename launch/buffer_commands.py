@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
+from launch.command_options import AsJson
 from launch.errors import UserError
 from launch.query_format import QueryFormat
 
@@ -59,6 +60,31 @@ def query(
                 raise UserError("a table is for the terminal: write a file with --format json, csv or arrow")
         spool.seek(0)
         shutil.copyfileobj(spool, sys.stdout.buffer)
+
+
+def audit(run: RunFolder, as_json: AsJson = False) -> None:
+    """Check that every trajectory of a run is accounted for, also while the run goes on.
+
+    Inserted = live + evicted + dropped, no id twice, no draw beyond the limits of the run, log and files consistent.
+    Exit code 0: all is well; 1: it is not, and the ids are named.
+
+    [dim]Example:[/dim] sequencematch audit runs/arithmetic-20260101-120000
+    """
+    with reported_errors(), stdout_kept_clean(as_json), setting_up():
+        from buffer.audit import audit_buffer
+        from buffer.audit_checks import DrawLimits
+        from launch.audit_report import audit_to_json, show_audit
+        from launch.run_folder import open_run_folder
+
+        folder, settings = open_run_folder(run)
+        limits = DrawLimits(settings.buffer.max_times_sampled, settings.buffer.max_staleness)
+        report = audit_buffer(folder / "buffer", limits)
+        if not as_json:
+            show_audit(report, limits, Console())
+    if as_json:
+        typer.echo(json.dumps(audit_to_json(report, limits)))
+    if report.findings:
+        raise typer.Exit(1)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from launch.bench.commands import bench_app
-from launch.buffer_commands import query
+from launch.buffer_commands import audit, query
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson
 from launch.errors import UserError
@@ -245,6 +245,7 @@ def scale(
         typer.echo(f"{actors} actors wanted; now: {states}. `sequencematch status {run}` shows them come and go")
 
 
+app.command()(audit)
 app.command()(query)
 
 

@@ -24,6 +24,7 @@ COMMANDS = (
     ["export"],
     ["status"],
     ["scale"],
+    ["audit"],
     ["query"],
     ["bench", "rollouts"],
     ["bench", "learner"],

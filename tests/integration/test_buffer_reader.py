@@ -1,0 +1,84 @@
+"""Reading a shard while another process inserts, draws, seals, evicts, compacts and rotates: every snapshot is true."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+
+from buffer.audit import audit_buffer
+from buffer.audit_checks import DrawLimits, check_draws, check_rows, check_states
+from buffer.event_history import log_files
+from buffer.manifest import Manifest
+from buffer.reader import ShardSnapshot, read_shard
+from buffer.schema import SOURCES
+from buffer.shard_history import ShardHistory
+from tests.integration.buffer_writer import (
+    CAPACITY,
+    MAX_STALENESS,
+    MAX_TIMES_SAMPLED,
+    acknowledged_file,
+    expected_actions,
+)
+
+LIMITS = DrawLimits(MAX_TIMES_SAMPLED, MAX_STALENESS)
+NUM_INSERTS = 300
+
+
+def num_acknowledged(folder: Path) -> int:
+    content = acknowledged_file(folder).read_bytes() if acknowledged_file(folder).exists() else b""
+    return struct.unpack("<q", content)[0] if content else 0
+
+
+def check(snapshot: ShardSnapshot, acknowledged: int) -> None:
+    """Nothing torn, nothing twice, nothing missing of what was acknowledged before the snapshot was begun."""
+    stored = snapshot.stored
+    rows = stored.column("row").to_numpy()
+    assert np.all(np.diff(rows) > 0)
+    assert stored.column("id").to_pylist() == [str(number) for number in rows.tolist()]
+    assert stored.column("actions").to_pylist() == [expected_actions(number) for number in rows.tolist()]
+    assert acknowledged <= snapshot.next_row
+    named = pc.max(pc.list_flatten(snapshot.events.column("rows"))).as_py()
+    assert named is None or named < snapshot.next_row
+    history = ShardHistory(snapshot)
+    # Each row below next_row is live or was removed once; draws and states of the log agree with that.
+    findings = [*check_rows(0, history), *check_draws(0, history, LIMITS), *check_states(0, history)]
+    assert findings == []
+    for index in range(len(SOURCES)):
+        # A row is stored before the one that it pushes out is removed.
+        assert np.count_nonzero(snapshot.live & (history.stored.sources == index)) <= CAPACITY + 4
+    drawn = np.bincount(history.drawn.rows, minlength=snapshot.next_row)
+    assert snapshot.times_sampled.tolist() == drawn[rows].tolist()
+
+
+def test_every_snapshot_of_a_shard_under_writing_is_consistent(tmp_path):
+    folder = tmp_path / "buffer" / "shard-000"
+    command = [sys.executable, "-m", "tests.integration.buffer_writer", str(folder), str(NUM_INSERTS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as writer:
+        try:
+            seen = set()
+            while writer.poll() is None:
+                acknowledged = num_acknowledged(folder)
+                if acknowledged:
+                    snapshot = read_shard(folder)
+                    check(snapshot, acknowledged)
+                    seen.add(snapshot.next_row)
+            output, errors = writer.communicate(timeout=60)
+        finally:
+            writer.kill()
+    assert (writer.returncode, errors) == (0, "")
+    assert len(seen) > 20  # snapshots of different moments, while it was written
+    # What the reader had to live with really happened.
+    assert int(output) > 10
+    assert max(log_files(folder)) > 5
+    manifest = Manifest.read(folder)
+    assert manifest is not None
+    assert manifest.open_segment > 20
+    snapshot = read_shard(folder)
+    check(snapshot, num_acknowledged(folder))
+    assert snapshot.next_row == num_acknowledged(folder)
+    assert audit_buffer(tmp_path / "buffer", LIMITS).findings == ()
