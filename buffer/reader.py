@@ -14,7 +14,6 @@ read one after the other.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +27,8 @@ from buffer.previous_format import holds_previous_format, read_previous_shard
 from buffer.schema import ROW, TokenContract, stored_schema
 from buffer.segments import map_sealed, open_path, scan_open
 from buffer.shard_snapshot import ShardSnapshot, live_rows, times_sampled
+from buffer.shards import present_shards
 from buffer.staleness import NO_VERSION, VersionRange
-
-_SHARD = re.compile(r"shard-(\d+)")
 
 ATTEMPTS = 20
 """Snapshots are begun anew at most this often; each takes longer than the steps of the writer that disturb it."""
@@ -52,13 +50,13 @@ def shard_folders(buffer: Path) -> dict[int, Path]:
     Raises:
         ValueError: there is none.
     """
-    found = {int(match[1]): path for path in buffer.glob("shard-*") if (match := _SHARD.fullmatch(path.name))}
-    if not found:
+    folders = present_shards(buffer)
+    if not folders:
         raise ValueError(
             f"{buffer} holds no replay buffer: the run has not begun to collect trajectories yet, or trains on expert "
             "data alone"
         )
-    return dict(sorted(found.items()))
+    return {int(folder.name.rpartition("-")[2]): folder for folder in folders}
 
 
 def read_buffer(buffer: Path) -> BufferSnapshot:

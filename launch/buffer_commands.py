@@ -74,11 +74,11 @@ def audit(run: RunFolder, as_json: AsJson = False) -> None:
         from buffer.audit import audit_buffer
         from buffer.audit_checks import DrawLimits
         from launch.audit_report import audit_to_json, show_audit
-        from launch.run_folder import open_run_folder
+        from launch.run_folder import BUFFER_FOLDER, open_run_folder
 
         folder, settings = open_run_folder(run)
         limits = DrawLimits(settings.buffer.max_times_sampled, settings.buffer.max_staleness)
-        report = audit_buffer(folder / "buffer", limits)
+        report = audit_buffer(folder / BUFFER_FOLDER, limits)
         if not as_json:
             show_audit(report, limits, Console())
     if as_json:
@@ -91,12 +91,12 @@ def audit(run: RunFolder, as_json: AsJson = False) -> None:
 def _database(run: Path) -> Iterator[BufferDatabase]:
     from buffer.reader import read_buffer
     from launch.query import BufferDatabase
-    from launch.run_folder import run_config
+    from launch.run_folder import BUFFER_FOLDER, run_config
     from launch.run_tokenizer import load_run_tokenizer
     from launch.text_columns import TextColumns
 
     folder = run_config(run).parent
-    snapshot = read_buffer(folder / "buffer")
+    snapshot = read_buffer(folder / BUFFER_FOLDER)
     texts = TextColumns(snapshot.contract, lambda: load_run_tokenizer(folder, snapshot.contract))
     database = BufferDatabase(snapshot, texts)
     try:

@@ -18,11 +18,13 @@ from actors.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from launch.buffer_shards import BufferShards, check_buffer
 from launch.cluster import run_cluster
+from launch.command_errors import setting_up
 from launch.errors import RunFailedError, UserError
 from launch.learner_group import LearnerCall, LearnerFailedError, LearnerGroup
 from launch.live_view import LiveView, RunView
 from launch.run_checkpoints import finished_stages, newest_published
 from launch.run_folder import BUFFER_FOLDER
+from launch.run_tokenizer import save_run_tokenizer
 from launch.settings import RunSettings, needs_actors
 from learner.publisher import PROBE_TOKENS
 from learner.stage_settings import StageSettings
@@ -146,6 +148,8 @@ class _Crew:
                 f"a prompt of {prompt} tokens and actors.rollout.max_new_tokens={rollout.max_new_tokens} exceed "
                 f"the model's context of {run.max_length} tokens: lower one of them or choose a longer context"
             )
+        with setting_up():
+            save_run_tokenizer(run.task.tokenizer, self._folder)
         return run
 
     def _start_actors(self, run: PreparedRun, newest_version: int) -> None:

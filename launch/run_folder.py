@@ -1,7 +1,7 @@
 """The folder of a run, and how a command finds the live run behind it.
 
 runs/NAME/  config.yaml  environment.txt  cluster.json (while live)  metrics.jsonl  tensorboard/
-            buffer/  checkpoints/<stage>/step-<n>/  evaluation.json  samples/
+            buffer/  tokenizer/  checkpoints/<stage>/step-<n>/  evaluation.json  samples/
 """
 
 from __future__ import annotations
