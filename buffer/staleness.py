@@ -67,15 +67,6 @@ def staleness(policy_version: int, oldest: Int32) -> Int64:
     return np.where(oldest == NO_VERSION, 0, np.maximum(behind, 0))
 
 
-def oldest_allowed(policy_version: int, max_staleness: int | None, first_version: int) -> int:
-    """The oldest version that a drawn row may begin with.
-
-    first_version: of the weights that the current stage of training started with; rows of another stage were made by
-    a policy that this one does not descend from. max_staleness: None = any.
-    """
-    return first_version if max_staleness is None else max(first_version, policy_version - max_staleness)
-
-
 def stale_rows(oldest: Int32, allowed: int) -> Bool:
     """[n] True for policy rows whose oldest version lies before `allowed`."""
     stale: Bool = (oldest != NO_VERSION) & (oldest < allowed)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.staleness import NO_VERSION, VersionRange, oldest_allowed, stale_rows, staleness
+from buffer.staleness import NO_VERSION, VersionRange, stale_rows, staleness
 from tests.trajectories import batch_of, expert_row, row
 
 versions = st.lists(st.integers(0, 9), max_size=4)
@@ -27,14 +27,9 @@ def test_oldest_action_decides(rows, policy_version, max_staleness):
     assert found.newest.tolist() == [max(of_row) if of_row else NO_VERSION for of_row in rows]
     expected = [max(policy_version - min(of_row), 0) if of_row else 0 for of_row in rows]
     assert staleness(policy_version, found.oldest).tolist() == expected
-    allowed = oldest_allowed(policy_version, max_staleness, first_version=0)
-    assert stale_rows(found.oldest, allowed).tolist() == [value > max_staleness for value in expected]
-
-
-def test_a_stage_bounds_what_may_be_drawn_whatever_the_staleness():
-    assert oldest_allowed(policy_version=20, max_staleness=3, first_version=5) == 17
-    assert oldest_allowed(policy_version=6, max_staleness=3, first_version=5) == 5
-    assert oldest_allowed(policy_version=20, max_staleness=None, first_version=5) == 5
+    assert stale_rows(found.oldest, policy_version - max_staleness).tolist() == [
+        value > max_staleness for value in expected
+    ]
 
 
 def test_rows_of_a_slice_are_those_of_the_slice():

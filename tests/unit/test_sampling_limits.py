@@ -1,0 +1,58 @@
+"""How often a row may be drawn, through a store on disk: a queue, a limit over a crash, a limit that was lowered."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from buffer.consumption_log import DrawKey
+from tests.stores import crash, open_store
+from tests.trajectories import ids_of, numbered
+
+
+def drawn_ids(store, step, count):
+    result = store.draw(DrawKey("s", step, "policy"), count, 0)
+    return None if result is None else ids_of(result.batch)
+
+
+def test_a_queue_gives_everything_once_and_in_order_also_over_a_crash(tmp_path):
+    settings = {"sampler": "fifo", "max_times_sampled": 1, "segment_bytes": 4_000, "fsync": "none"}
+    store = open_store(tmp_path / "0", **settings)
+    given = []
+    for step in range(6):
+        store.insert(numbered(3 * step, 3))
+        given.append(drawn_ids(store, step, 2))
+        store = open_store(crash(tmp_path / str(step), tmp_path / str(step + 1)), **settings)
+        assert drawn_ids(store, step, 2) == given[-1], "a repeated draw"
+    assert [name for pair in given for name in pair] == [str(number) for number in range(12)]
+    counters = store.status().sources["policy"]
+    assert (counters.live, counters.removed, counters.drawn) == (6, {"sampled": 12}, 12)
+    assert drawn_ids(store, 6, 7) is None
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "recency", "prioritised", "stratified"])
+def test_no_row_is_drawn_more_often_than_it_may_be(tmp_path, sampler):
+    store = open_store(tmp_path / "b", sampler=sampler, max_times_sampled=3, fsync="none")
+    store.insert(numbered(0, 20))
+    times = Counter()
+    step = 0
+    while (drawn := drawn_ids(store, step, 4)) is not None:
+        times.update(drawn)
+        step += 1
+        if step == 7:
+            store.close()
+            store = open_store(tmp_path / "b", sampler=sampler, max_times_sampled=3, fsync="none")
+    assert max(times.values()) == 3
+    counters = store.status().sources["policy"]
+    assert counters.live < 4, "the rest is too little for another draw"
+    assert counters.removed == {"sampled": 20 - counters.live}
+
+
+def test_a_limit_that_was_lowered_counts_for_earlier_draws(tmp_path):
+    store = open_store(tmp_path / "b", max_times_sampled=None)
+    store.insert(numbered(0, 4))
+    times = Counter(name for step in range(5) for name in drawn_ids(store, step, 2))
+    store.close()
+    store = open_store(tmp_path / "b", max_times_sampled=2)
+    assert store.num_live("policy") == sum(count < 2 for count in times.values()) + (4 - len(times))
