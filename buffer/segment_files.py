@@ -189,13 +189,18 @@ class SegmentFiles:
         """The new file counts from now on, and the old ones go.
 
         Raises:
-            OSError: the disk refused; as `delete`.
+            OSError: the disk refused; the old files go on, or those that were not deleted go when the folder is opened.
         """
         old, new = rewrite.plan.entries, rewrite.entry
         at = self._manifest.segments.index(old[0])
         segments = list(self._manifest.segments)
         segments[at : at + len(old)] = [] if new is None else [new]
-        self._write_manifest(replace(self._manifest, segments=tuple(segments)))
+        try:
+            self._write_manifest(replace(self._manifest, segments=tuple(segments)))
+        except OSError:
+            if new is not None:
+                sealed_path(self._folder, new.number).unlink(missing_ok=True)
+            raise
         self._rewriting = ()
         self._sealed.replace(old, new)
         self._table.replace(old[0].first_row, old[-1].last_row + 1, rewrite.batches, on_heap=False)

@@ -195,20 +195,28 @@ class SealedFile:
 
 
 def write_sealed(path: Path, batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> SealedFile:
-    """Write a complete segment next to `path`, make it durable and rename it into place."""
+    """Write a complete segment next to `path`, make it durable and rename it into place.
+
+    Raises:
+        OSError: the disk refused; nothing is left behind.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    descriptor = os.open(temporary, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    with pa.memory_map(str(temporary)) as file:
-        content = file.read_buffer()
-        sealed = SealedFile(content.size, _checksum(content))
-    temporary.rename(path)
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        with pa.memory_map(str(temporary)) as file:
+            content = file.read_buffer()
+            sealed = SealedFile(content.size, _checksum(content))
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
     return sealed
 
