@@ -66,11 +66,12 @@ class Limiter:
         """Refuse draws that the bounds leave no room for.
 
         Raises:
-            ValueError: between the bounds there is no place for a draw of `count` rows and an insert.
+            ValueError: between the bounds there is no place for a draw of `count` rows and an insert into each shard,
+                which has its share of the tolerance.
         """
         if self._settings.samples_per_insert is None:
             return
-        smallest = (count + self._ratio) / 2
+        smallest = (count + self._settings.shards * self._ratio) / 2
         if self._settings.tolerance < smallest:
             raise ValueError(
                 f"a draw of {count} policy trajectories does not fit between the bounds of buffer.samples_per_insert="

@@ -66,6 +66,8 @@ def test_a_tolerance_with_no_room_for_a_draw_is_refused_with_the_smallest_that_h
     limiter(**tight, samples_per_insert_tolerance=17.0).check(32)
     with pytest.raises(ValueError, match="to 17 or more"):
         limiter(**tight, samples_per_insert_tolerance=16.9).check(32)
+    with pytest.raises(ValueError, match="to 20 or more"):
+        limiter(**tight, samples_per_insert_tolerance=17.0, shards=4).check(32)
     limiter().check(32)  # no ratio, no bounds for draws
 
 
