@@ -1,0 +1,285 @@
+"""Compaction beside the work of the store, the archive, eviction by age, what is made durable when."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from buffer import upkeep
+from buffer.consumption_log import DrawKey
+from buffer.manifest import Manifest, SegmentEntry
+from buffer.row_numbers import NO_ROWS
+from buffer.schema import stored_schema
+from buffer.segment_set import SegmentSet
+from buffer.segments import map_sealed, open_path, scan_open
+from buffer.settings import BufferSettings
+from buffer.store import ReplayStore
+from tests.stores import SMALL, crash, live_ids, open_store
+from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, numbered, row
+
+KEY = DrawKey("stage", 0, "policy")
+SCHEMA = stored_schema(CONTRACT)
+
+
+def sparse_store(folder: Path, **changes: object) -> ReplayStore:
+    """Three sealed segments at least, in which few rows are live: those of the experts, and of one logged draw."""
+    store = open_store(folder, capacity=20, segment_bytes=SMALL, **changes)
+    store.insert(batch_of([expert_row("e0"), *(row(f"p{number}") for number in range(12))]))
+    store.draw(KEY, 4, 0)
+    for step in range(1, 12):
+        store.insert(batch_of([expert_row(f"e{step}"), *(row(f"p{12 * step + number}") for number in range(12))]))
+    assert len(manifest(folder).segments) >= 3
+    return store
+
+
+def manifest(folder: Path) -> Manifest:
+    found = Manifest.read(folder)
+    assert found is not None
+    return found
+
+
+def stored(folder: Path) -> list[int]:
+    """Numbers of the rows in the files that count."""
+    found = manifest(folder)
+    batches = [batch for entry in found.segments for batch in map_sealed(folder, entry, SCHEMA)]
+    batches += scan_open(open_path(folder, found.open_segment), SCHEMA).batches
+    return [number for batch in batches for number in batch.column("row").to_pylist()]
+
+
+def upkeep_all(store: ReplayStore) -> int:
+    """Rewrite until nothing is worth it; gives how often."""
+    times = 0
+    while (plan := store.plan_upkeep()) is not None:
+        store.finish_upkeep(plan.run())
+        times += 1
+    return times
+
+
+def test_compaction_keeps_what_is_live_or_pinned_and_disturbs_nobody(tmp_path):
+    folder = tmp_path / "b"
+    store = sparse_store(folder)
+    drawn = store.draw(KEY, 4, 0)
+    before = manifest(folder).segments
+    reader = [batch for entry in before for batch in map_sealed(folder, entry, SCHEMA)]
+    seen = pa.Table.from_batches(reader).to_pylist()
+    size_bytes = store.status().size_bytes
+    live = {source: live_ids(store, source) for source in ("policy", "expert")}
+    assert upkeep_all(store) >= 1
+    after = manifest(folder).segments
+    assert len(after) < len(before)
+    assert store.status().size_bytes < size_bytes / 2
+    assert {path.name for path in folder.glob("segment-*.arrows")} == {
+        f"segment-{entry.number:06d}.arrows" for entry in after
+    }
+    for each in (store, open_store(crash(folder, tmp_path / "c"), capacity=20, segment_bytes=SMALL)):
+        assert {source: live_ids(each, source) for source in live} == live
+        assert each.draw(KEY, 4, 0).batch.equals(drawn.batch)
+        assert upkeep_all(each) == 0, "what was rewritten is left alone"
+        each.close()
+    assert pa.Table.from_batches(reader).to_pylist() == seen, "a reader keeps the files that it has mapped"
+
+
+def test_the_store_works_on_while_a_rewriting_runs(tmp_path):
+    folder = tmp_path / "b"
+    store = sparse_store(folder)
+    plan = store.plan_upkeep()
+    assert store.plan_upkeep() is None, "one at a time"
+    rewrite = plan.run()
+    store.checkpointed("stage", 1)
+    sealed = store.status().sealed_segments
+    while store.status().sealed_segments <= sealed + 1:
+        store.insert(batch_of([expert_row(f"f{store.next_row}"), *(row(f"q{store.next_row + n}") for n in range(5))]))
+    assert store.draw(DrawKey("stage", 1, "expert"), 10, 0) is not None
+    expected = {source: live_ids(store, source) for source in ("policy", "expert")}
+    store.finish_upkeep(rewrite)
+    for each in (store, open_store(crash(folder, tmp_path / "c"), capacity=20, segment_bytes=SMALL)):
+        assert {source: live_ids(each, source) for source in expected} == expected
+        rows = stored(each._folder)
+        assert rows == sorted(set(rows))
+        each.close()
+
+
+def test_a_rewriting_that_was_not_finished_leaves_nothing_behind(tmp_path):
+    store = sparse_store(tmp_path / "b")
+    expected = live_ids(store, "expert")
+    rewrite = store.plan_upkeep().run()
+    folder = crash(tmp_path / "b", tmp_path / "c")
+    store.close()
+    new = f"segment-{rewrite.entry.number:06d}.arrows"
+    assert (folder / new).exists()
+    store = open_store(folder, capacity=20, segment_bytes=SMALL)
+    assert not (folder / new).exists()
+    assert live_ids(store, "expert") == expected
+    assert upkeep_all(store) >= 1
+    store.close()
+
+
+def archived(folder: Path) -> dict[int, str]:
+    """Ids by row; each row stands there once."""
+    found: dict[int, str] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            assert path.suffix == ".arrows"
+            for each in pa.ipc.open_stream(path).read_all().to_pylist():
+                assert each["row"] not in found
+                found[each["row"]] = each["id"]
+    return found
+
+
+def test_rows_that_leave_the_disk_are_in_the_archive(tmp_path):
+    folder = tmp_path / "run" / "buffer" / "shard-000"
+    store = sparse_store(folder, archive=str(tmp_path / "archive"))
+    assert upkeep_all(store) >= 1
+    store.checkpointed("stage", 1)
+    for step in range(20, 30):
+        store.insert(batch_of([expert_row(f"e{step}"), *(row(f"p{12 * step + number}") for number in range(12))]))
+        upkeep_all(store)
+    found = archived(tmp_path / "archive")
+    assert {
+        path.parent.relative_to(tmp_path / "archive").as_posix() for path in (tmp_path / "archive").rglob("*.arrows")
+    } == {"run/buffer/shard-000"}
+    assert sorted([*stored(folder), *found]) == list(range(store.next_row)), "on disk or in the archive, never in both"
+    assert not {*live_ids(store), *live_ids(store, "expert")} & set(found.values())
+    assert store.status().unarchived_segments == 0
+    store.close()
+
+
+def test_an_archive_that_cannot_be_reached_blocks_deletion_only(tmp_path, caplog, monkeypatch):
+    (tmp_path / "archive").write_text("a file where a folder should be")
+    folder = tmp_path / "run" / "buffer" / "shard-000"
+    store = sparse_store(folder, archive=str(tmp_path / "archive"))
+    store.checkpointed("stage", 1)
+    monkeypatch.setattr(upkeep.time, "monotonic", lambda: now_s)
+    now_s, pauses_s = 1000.0, []
+    for attempt in range(10):
+        plan = store.plan_upkeep()
+        with pytest.raises(OSError, match=r"the archive did not take .*/archive/run/buffer/shard-000/segment-0000"):
+            plan.run()
+        try:
+            plan.run()
+        except OSError as error:
+            store.fail_upkeep(error)
+        began_s = now_s
+        assert store.insert(numbered(10_000 + attempt, 1)).accepted == 1
+        while store._upkeep.plan() is None:
+            now_s += 0.5
+        store._shard.files.abandon_rewrite()
+        pauses_s.append(now_s - began_s)
+    assert pauses_s[:3] == [1.0, 2.0, 4.0]
+    assert max(pauses_s) == 60.0
+    assert stored(folder) == list(range(store.next_row)), "nothing was deleted"
+    assert "NotADirectoryError" in store.status().upkeep_error or "FileExistsError" in store.status().upkeep_error
+    assert "nothing was deleted, and it is tried again in 60 s" in caplog.text
+    (tmp_path / "archive").unlink()
+    now_s += 60.0
+    assert upkeep_all(store) >= 1
+    assert store.status().upkeep_error is None
+    assert sorted([*stored(folder), *archived(tmp_path / "archive")]) == list(range(store.next_row))
+    store.close()
+
+
+def test_an_archive_that_is_none_is_refused(tmp_path):
+    for _ in range(2):  # the first refusal let go of the folder
+        with pytest.raises(ValueError, match=r"buffer\.archive=gopher://x: Protocol not known: gopher"):
+            open_store(tmp_path / "b", archive="gopher://x")
+
+
+def entry_of(number: int, size_bytes: int, num_rows: int = 100) -> SegmentEntry:
+    return SegmentEntry(number, 1000 * number, 1000 * number + num_rows - 1, num_rows, size_bytes, "", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "live", "expected"),
+    [
+        ([100, 100, 100], [100, 100, 100], []),
+        ([100, 100, 100], [100, 20, 100], [1]),
+        ([100, 100, 100], [20, 100, 20], [0]),
+        ([100, 100, 100, 100], [40, 40, 40, 100], [0, 1]),
+        ([100, 10, 10, 100], [30, 100, 100, 60], [0, 1, 2]),
+        ([100, 10, 10, 100], [100, 100, 100, 100], []),
+        ([10, 10, 10, 10], [100, 100, 100, 100], [0, 1, 2, 3]),
+    ],
+)
+def test_what_is_worth_rewriting(sizes, live, expected):
+    """Neighbours that fit into one segment of 100 bytes; needed by less than half, or small."""
+    segments = SegmentSet()
+    entries = [entry_of(number, size_bytes) for number, size_bytes in enumerate(sizes)]
+    for entry, count in zip(entries, live, strict=True):
+        segments.add(entry, count)
+    assert segments.worth_rewriting(NO_ROWS, 0.5, 100) == [entries[index] for index in expected]
+
+
+def test_an_insert_is_known_when_it_is_repeated_after_its_rows_were_removed(tmp_path):
+    store = open_store(tmp_path / "b", segment_bytes=SMALL)
+    first = numbered(0, 5)
+    store.insert(first)
+    for step in range(1, 20):
+        store.insert(numbered(10 * step, 10))
+    folder = crash(tmp_path / "b", tmp_path / "c")
+    copy = open_store(folder, segment_bytes=SMALL)
+    for each in (store, copy):
+        result = each.insert(first)
+        assert (result.accepted, result.present) == (0, 5)
+    copy._upkeep.rotate()
+    copy.close()
+    copy = open_store(folder, segment_bytes=SMALL)
+    assert copy.insert(first).present == 5, "also from an older file of the log"
+    copy.close()
+    store.close()
+
+
+def test_rows_that_are_too_old_are_evicted(tmp_path):
+    now_s = BORN.timestamp() + 50.0
+    store = ReplayStore(
+        tmp_path / "b", CONTRACT, BufferSettings(min_size=1, max_age_s=100.0), seed=0, clock=lambda: now_s
+    )
+    late = BORN + timedelta(seconds=30)
+    store.insert(batch_of([row("late", created_at=late), row("early"), expert_row("expert")]))
+    now_s += 60.0
+    assert ids_of(store.draw(KEY, 1, 0).batch) == ["late"]
+    assert store.draw(DrawKey("stage", 1, "policy"), 2, 0) is None
+    now_s += 30.0
+    assert store.plan_upkeep() is None
+    assert {source: each.removed for source, each in store.status().sources.items()} == {
+        "policy": {"age": 2},
+        "expert": {"age": 1},
+    }
+    store.close()
+
+
+@pytest.mark.parametrize(("fsync", "per_insert", "per_sync"), [("batch", 1, 2), ("interval", 0, 2), ("none", 0, 2)])
+def test_what_is_made_durable_when(tmp_path, monkeypatch, fsync, per_insert, per_sync):
+    synced = []
+    fdatasync = os.fdatasync
+    store = open_store(tmp_path / "b", fsync=fsync)
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(fdatasync(descriptor)))
+    store.insert(numbered(0, 5))
+    assert len(synced) == per_insert
+    store.draw(KEY, 2, 0)
+    assert len(synced) == 2 * per_insert
+    synced.clear()
+    store.sync()
+    assert len(synced) == per_sync
+    store.close()
+
+
+def test_priorities_that_make_no_sense_are_refused(tmp_path):
+    rows, ones = np.arange(3), np.ones(3, dtype=np.float32)
+    store = open_store(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"no effect with buffer\.sampler=uniform"):
+        store.update_priorities(rows, ones)
+    store.close()
+    store = open_store(tmp_path / "b", sampler="prioritised")
+    store.insert(numbered(0, 3))
+    for bad_rows, bad in ((rows, ones[:2]), (np.zeros(3, dtype=np.int64), ones)):
+        with pytest.raises(ValueError, match="each row needs one"):
+            store.update_priorities(bad_rows, bad)
+    for value in (np.nan, -1.0, np.inf):
+        with pytest.raises(ValueError, match="finite number, not negative"):
+            store.update_priorities(rows, np.array([1.0, 1.0, value], dtype=np.float32))
+    store.close()
