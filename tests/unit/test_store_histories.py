@@ -13,6 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from buffer.audit import audit_buffer
+from buffer.audit_checks import DrawLimits
 from buffer.consumption_log import DrawKey
 from buffer.event_history import read_events
 from buffer.manifest import Manifest
@@ -243,6 +245,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = self.open()
         self.evict()
 
+    @rule()
+    def audit(self):
+        found = audit_buffer(self.folder.parent, DrawLimits(max_times_sampled=None, max_staleness=2))
+        assert found.findings == ()
+        assert all(account.is_balanced for account in found.accounts)
+
     # What always holds
 
     @invariant()
@@ -322,6 +330,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "store"):
+            self.audit()
             self.store.close()
             shutil.rmtree(self.root)
 

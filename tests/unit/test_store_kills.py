@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from buffer.audit import audit_buffer
+from buffer.audit_checks import DrawLimits
 from buffer.consumption_log import DrawKey
 from buffer.event_history import read_events
 from buffer.settings import BufferSettings
@@ -107,6 +109,8 @@ def check(folder: Path, acknowledged: list[list]) -> None:
     drawn = np.concatenate([[], *(event["rows"] for event in events if event["event"] == "draw")])
     assert np.unique(drawn, return_counts=True)[1].max(initial=0) <= 2
     # The insert that had no answer is repeated, and the work goes on.
+    audit = audit_buffer(folder.parent, DrawLimits(max_times_sampled=2, max_staleness=None))
+    assert audit.findings == ()
     step = len(inserted) // 4
     result = store.insert(numbered(4 * step, 4))
     assert result.accepted + result.present == 4
@@ -117,13 +121,13 @@ def check(folder: Path, acknowledged: list[list]) -> None:
 
 def test_a_process_that_dies_before_any_of_its_steps_loses_nothing(tmp_path, monkeypatch):
     """A process that is gone leaves its folder as it was at that moment: so a copy of it stands for each death."""
-    folder = tmp_path / "shard"
+    folder = tmp_path / "buffer" / "shard-000"
     acknowledged: list[list] = []
     states: list[tuple[Path, list[list]]] = []
 
     def keep(number: int) -> None:
         if folder.exists():
-            states.append((crash(folder, tmp_path / str(number)), list(acknowledged)))
+            states.append((crash(folder, tmp_path / str(number) / folder.name), list(acknowledged)))
 
     with monkeypatch.context() as patch:
         before_each_step(keep, patch.setattr)
@@ -139,6 +143,6 @@ def test_a_process_that_dies_before_any_of_its_steps_loses_nothing(tmp_path, mon
 
 @pytest.mark.parametrize("moment", [5, 40, 75])
 def test_a_process_that_really_dies_leaves_nothing_else(tmp_path, moment):
-    folder = tmp_path / "shard"
+    folder = tmp_path / "buffer" / "shard-000"
     acknowledged = killed_at(moment, folder)
     check(folder, acknowledged)
