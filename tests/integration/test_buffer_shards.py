@@ -9,8 +9,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
+from pyarrow import flight
 
 from actors.shard_writer import ShardWriter
 from buffer.service import ReplayBufferService
@@ -19,6 +21,7 @@ from buffer.shards import BufferLostError, shard_folder, shard_settings
 from buffer.store import ReplayStore
 from launch.buffer_shards import BufferShards, check_buffer, find_shards
 from launch.errors import RunFailedError, UserError
+from launch.flight_token import TOKEN_FILE, TOKEN_VARIABLE
 from learner.batch_source import BufferSource, StopRequestedError
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
@@ -235,6 +238,50 @@ def test_a_shard_that_cannot_come_back_is_named(start, tmp_path):
     buffer.close(lambda warning: None)
     with pytest.raises(UserError, match="manifest"):
         check_buffer(tmp_path / "buffer", CONTRACT, settings_of())
+
+
+def test_priorities_reach_the_shard_of_each_row(start):
+    buffer = start(sampler="prioritised", priority_exponent=1.0)
+    writer = writer_of(buffer.shards)
+    for first in range(0, 100, 25):
+        writer.insert(numbered(first, 25))
+    writer.settle()
+    source = source_of(buffer.shards)
+    ids = ids_of(source.draw(100))
+    wanted = {"3", "30", "33", "70"}  # two of each shard
+    source.report_priorities(np.where(np.isin(ids, list(wanted)), 1.0, 0.0).astype(np.float32))
+    assert set(ids_of(source.draw(4))) == wanted
+
+
+def test_live_rows_over_flight_also_after_a_kill_and_not_after_the_end(start, tmp_path, monkeypatch):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    buffer = start(flight={"enabled": True})
+    writer = writer_of(buffer.shards)
+    for first in range(0, 40, 10):
+        writer.insert(numbered(first, 10))
+    writer.settle()
+    token = (tmp_path / TOKEN_FILE).read_text()
+    call = flight.FlightCallOptions(timeout=TIMEOUT_S, headers=[(b"authorization", f"Bearer {token}".encode())])
+
+    def fetched(location):
+        with flight.connect(location) as client:
+            return ids_of(client.do_get(flight.Ticket(b"policy"), call).read_all())
+
+    before = [shard.flight for shard in statuses(buffer).shards]
+    assert [list(map(int, fetched(location))) for location in before] == [
+        [*range(10), *range(20, 30)],
+        [*range(10, 20), *range(30, 40)],
+    ]
+    kill(buffer, 0)
+    told = []
+    after = [shard.flight for shard in statuses(buffer, told).shards]
+    assert len(told) == 1
+    assert len(fetched(after[0])) == len(fetched(after[1])) == 20
+    assert before[1] == after[1]
+    buffer.close(lambda warning: None)
+    for location in after:
+        with pytest.raises(flight.FlightUnavailableError):
+            fetched(location)
 
 
 def test_fewer_shards_than_before_are_refused(start, tmp_path):
