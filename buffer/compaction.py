@@ -24,7 +24,7 @@ from buffer.schema import rows_of
 from buffer.segments import map_sealed, sealed_path, write_sealed
 from buffer.staleness import VersionRange
 
-BATCH_ROWS = 4096
+BATCH_ROWS = 2**16
 """Rows are written in batches of about this size, however small those are that they come from."""
 
 

@@ -113,20 +113,21 @@ class Event:
 
 def encode_events(events: Sequence[Event], at_us: int) -> pa.RecordBatch:
     """The events, which happened at `at_us` (microseconds since the epoch), as one record."""
+    counters = [None if event.counters is None else vars(event.counters) for event in events]
     columns = [
         pa.array([event.kind for event in events], pa.string()),
-        pa.array([at_us] * len(events), pa.int64()).cast(EVENT_SCHEMA.field("at").type),
-        pa.array([event.stage for event in events], pa.string()),
-        pa.array([event.step for event in events], pa.int64()),
-        pa.array([event.source for event in events], pa.string()),
-        pa.array([event.policy_version for event in events], pa.int64()),
-        pa.array([event.reason for event in events], pa.string()),
+        pa.array([at_us] * len(events), pa.int64()).view(EVENT_SCHEMA.field("at").type),
+        _scalars([event.stage for event in events], pa.string()),
+        _scalars([event.step for event in events], pa.int64()),
+        _scalars([event.source for event in events], pa.string()),
+        _scalars([event.policy_version for event in events], pa.int64()),
+        _scalars([event.reason for event in events], pa.string()),
         _lists([event.rows for event in events], pa.int64()),
-        pa.array([event.whole for event in events], pa.int64()),
+        _scalars([event.whole for event in events], pa.int64()),
         _lists([event.ids for event in events], pa.string()),
         _lists([event.times_sampled for event in events], pa.int32()),
         _lists([event.priorities for event in events], pa.float32()),
-        pa.array([event.counters and vars(event.counters) for event in events], COUNTERS_TYPE),
+        _scalars(counters, COUNTERS_TYPE),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=EVENT_SCHEMA)
 
@@ -154,11 +155,20 @@ def decode_events(record: pa.RecordBatch) -> list[Event]:
     ]
 
 
+def _scalars(values: Sequence[str | int | dict[str, int | None] | None], type_: pa.DataType) -> pa.Array:
+    """A column; most are null in most events, which costs least this way."""
+    if all(value is None for value in values):
+        return pa.nulls(len(values), type_)
+    return pa.array(values, type_)
+
+
 def _lists(lists: Sequence[Int64 | Int32 | Float32 | pa.StringArray | None], value_type: pa.DataType) -> pa.ListArray:
     """A list column made without a Python object per element."""
     if all(values is None for values in lists):
         return pa.nulls(len(lists), pa.list_(value_type))
     parts = [pa.array(values, value_type) for values in lists if values is not None]
+    if len(lists) == 1:
+        return pa.ListArray.from_arrays(pa.array([0, len(parts[0])], pa.int32()), parts[0])
     ends = np.cumsum([0 if values is None else len(values) for values in lists])
     # A null in the offsets makes a null list.
     is_null = np.array([values is None for values in lists] + [False])

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.gather import GatherSource, gather
+from buffer.gather import GatherSource, Part, gather
 from buffer.schema import ROW, rows_of
 
 Int64 = npt.NDArray[np.int64]
@@ -101,27 +101,19 @@ class RowTable:
     def take(self, rows: Int64) -> pa.RecordBatch:
         """Copy of the rows with these numbers, in this order; all of them are in the table, and there is one."""
         self._merge_heap()
-        owners = self._owners(rows)
-        taken = gather([chunk.source for chunk in self._chunks], owners, self._positions(rows, owners))
+        taken = gather(self._parts(rows), len(rows))
         assert np.array_equal(rows_of(taken), rows), "a row that the table does not hold"
         return taken
 
     def ids(self, rows: Int64) -> pa.StringArray:
         """Ids of the rows with these numbers, in this order; all of them are in the table."""
-        if len(rows) == 0:
-            return pa.array([], pa.string())
-        owners = self._owners(rows)
-        positions = self._positions(rows, owners)
-        # Rows are mostly asked for in ascending order: then each batch is one run.
-        order = np.argsort(owners, kind="stable")
-        parts = []
-        for owner in np.unique(owners).tolist():
-            mine = order[owners[order] == owner]
-            picked = self._chunks[owner].batch.select(["id", ROW]).take(pa.array(positions[mine]))
-            assert np.array_equal(rows_of(picked), rows[mine]), "a row that the table does not hold"
-            parts.append(picked.column("id"))
-        ids = pa.concat_arrays(parts)
-        return ids.take(pa.array(np.argsort(order)))
+        ids, places = [pa.array([], pa.string())], [np.empty(0, dtype=np.int64)]
+        for part in self._parts(rows):
+            picked = part.source.batch.select(["id", ROW]).take(pa.array(part.local))
+            assert np.array_equal(rows_of(picked), rows[part.at]), "a row that the table does not hold"
+            ids.append(picked.column("id"))
+            places.append(part.at)
+        return pa.concat_arrays(ids).take(pa.array(np.argsort(np.concatenate(places))))
 
     def _chunk_starts(self) -> Int64:
         if self._starts is None:
@@ -132,13 +124,18 @@ class RowTable:
         """[n] index of the chunk that holds each row, if any does; -1 before the first chunk."""
         return np.searchsorted(self._chunk_starts(), rows, side="right") - 1
 
-    def _positions(self, rows: Int64, owners: Int64) -> Int64:
-        """[n] position of each row in its chunk."""
-        positions = np.empty(len(rows), dtype=np.int64)
-        for owner in np.unique(owners).tolist():
-            mine = owners == owner
-            positions[mine] = self._chunks[owner].positions(rows[mine])
-        return positions
+    def _parts(self, rows: Int64) -> list[Part]:
+        """Where the rows stand, by batch."""
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        bounds = np.append(np.searchsorted(ascending, self._chunk_starts()), len(rows))
+        assert bounds[0] == 0, "a row that the table does not hold"
+        parts = []
+        for owner in np.flatnonzero(np.diff(bounds)).tolist():
+            own = slice(bounds[owner], bounds[owner + 1])
+            chunk = self._chunks[owner]
+            parts.append(Part(chunk.source, chunk.positions(ascending[own]), order[own]))
+        return parts
 
     def _merge_heap(self) -> None:
         """From the end: a batch joins those after it if it is at most twice as large as they are together."""

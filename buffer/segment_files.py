@@ -137,6 +137,11 @@ class SegmentFiles:
         old, self._open = self._open, opened
         old.delete()
 
+    @property
+    def has_dead(self) -> bool:
+        """See `SegmentSet.has_dead`."""
+        return self._sealed.has_dead
+
     def unneeded(self, pinned_rows: Int64) -> list[SegmentEntry]:
         """Segments of which no row is live or pinned."""
         return [entry for entry in self._sealed.unneeded(pinned_rows) if entry not in self._rewriting]

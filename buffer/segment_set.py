@@ -53,6 +53,11 @@ class SegmentSet:
         for owner, count in zip(*np.unique(owners, return_counts=True), strict=True):
             self._num_live[owner] -= int(count)
 
+    @property
+    def has_dead(self) -> bool:
+        """Whether there is a segment without a live row."""
+        return 0 in self._num_live
+
     def unneeded(self, pinned_rows: Int64) -> list[SegmentEntry]:
         """Segments of which no row is live or pinned. pinned_rows: ascending."""
         dead = [entry for entry, count in zip(self._entries, self._num_live, strict=True) if count == 0]

@@ -52,7 +52,8 @@ class Upkeep:
         shard = self._shard
         if shard.files.is_full:
             self._seal()
-        if self._archive is None and (unneeded := shard.files.unneeded(shard.log.pinned_rows)):
+        may_delete = self._archive is None and shard.files.has_dead
+        if may_delete and (unneeded := shard.files.unneeded(shard.log.pinned_rows)):
             shard.files.delete(unneeded)
         if shard.log.is_full:
             self.rotate()
