@@ -27,6 +27,7 @@ REMEMBERED_ROWS = 65_536
 _EMPTY, _FREED = -1, -2  # in the place of a row
 _LARGEST_LOAD = 0.6
 _FEWEST_SLOTS = 1024
+_WINDOW = 16  # slots are looked at so many at a time, since a step of numpy costs more than a slot
 
 
 class KnownIds:
@@ -91,13 +92,16 @@ class KnownIds:
         pending = np.arange(len(rows))
         slots = self._first_slots(hashes)
         while len(pending):
-            is_empty = self._row[slots] == _EMPTY
-            # Where several want the same slot the last one written has it, and the others go on.
-            self._row[slots[is_empty]] = rows[pending[is_empty]]
-            settled = is_empty & (self._row[slots] == rows[pending])
-            self._hash[slots[settled]] = hashes[pending[settled]]
+            windows = self._windows(slots)
+            is_empty = self._row[windows] == _EMPTY
+            wanted = windows[np.arange(len(windows)), is_empty.argmax(axis=1)]
+            has_place = is_empty.any(axis=1)
+            # Where several want the same slot the last one written has it, and the others look again.
+            self._row[wanted[has_place]] = rows[pending[has_place]]
+            settled = has_place & (self._row[wanted] == rows[pending])
+            self._hash[wanted[settled]] = hashes[pending[settled]]
+            slots = np.where(has_place, slots, slots + _WINDOW)[~settled]
             pending = pending[~settled]
-            slots = (slots[~settled] + 1) & (len(self._row) - 1)
         self._num_used += len(rows)
 
     def _find(self, hashes: UInt64) -> Int64:
@@ -106,24 +110,29 @@ class KnownIds:
         pending = np.arange(len(hashes))
         slots = self._first_slots(hashes)
         while len(pending):
-            rows = self._row[slots]
-            matches = (rows >= 0) & (self._hash[slots] == hashes[pending])
-            found[pending[matches]] = rows[matches]
-            goes_on = ~matches & (rows != _EMPTY)
-            pending = pending[goes_on]
-            slots = (slots[goes_on] + 1) & (len(self._row) - 1)
+            windows = self._windows(slots)
+            rows = self._row[windows]
+            matches = (rows >= 0) & (self._hash[windows] == hashes[pending, None])
+            has_match = matches.any(axis=1)
+            found[pending[has_match]] = rows[has_match, matches[has_match].argmax(axis=1)]
+            goes_on = ~has_match & ~(rows == _EMPTY).any(axis=1)
+            pending, slots = pending[goes_on], slots[goes_on] + _WINDOW
         return found
 
     def _delete(self, hashes: UInt64, rows: Int64) -> None:
         pending = np.arange(len(hashes))
         slots = self._first_slots(hashes)
         while len(pending):
-            here = self._row[slots]
-            assert not np.any(here == _EMPTY), "only known ids are deleted"
-            matches = here == rows[pending]
-            self._row[slots[matches]] = _FREED
-            pending = pending[~matches]
-            slots = (slots[~matches] + 1) & (len(self._row) - 1)
+            windows = self._windows(slots)
+            matches = self._row[windows] == rows[pending, None]
+            assert not np.any(~matches.any(axis=1) & (self._row[windows] == _EMPTY).any(axis=1)), "known ids go"
+            self._row[windows[matches]] = _FREED
+            goes_on = ~matches.any(axis=1)
+            pending, slots = pending[goes_on], slots[goes_on] + _WINDOW
+
+    def _windows(self, slots: Int64) -> Int64:
+        """[n, _WINDOW] slots to look at together, from `slots` on."""
+        return (slots[:, None] + np.arange(_WINDOW)) & (len(self._row) - 1)
 
     def _first_slots(self, hashes: UInt64) -> Int64:
         return (hashes & np.uint64(len(self._row) - 1)).astype(np.int64)
