@@ -25,7 +25,9 @@ from buffer.segments import map_sealed, sealed_path, write_sealed
 from buffer.staleness import VersionRange
 
 BATCH_ROWS = 2**16
-"""Rows are written in batches of about this size, however small those are that they come from."""
+BATCH_BYTES = 2**28
+"""Rows are written in batches of about these sizes, however small those are that they come from. The elements of a
+column's lists are counted in 32 bits, which the second keeps."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,13 @@ def _merge_small(batches: Sequence[pa.RecordBatch]) -> list[pa.RecordBatch]:
     """A draw from a segment costs time per batch that it touches."""
     merged: list[pa.RecordBatch] = []
     waiting: list[pa.RecordBatch] = []
+    num_rows, size_bytes = 0, 0
     for batch in batches:
-        if waiting and sum(each.num_rows for each in waiting) + batch.num_rows > BATCH_ROWS:
+        is_full = num_rows + batch.num_rows > BATCH_ROWS or size_bytes + batch.nbytes > BATCH_BYTES
+        if waiting and is_full:
             merged.append(pa.concat_batches(waiting))
-            waiting = []
+            waiting, num_rows, size_bytes = [], 0, 0
         waiting.append(batch)
+        num_rows += batch.num_rows
+        size_bytes += batch.nbytes
     return [*merged, pa.concat_batches(waiting)]

@@ -173,6 +173,15 @@ class ConsumptionLog:
         """See `OpenSegment.prepare_sync`."""
         return self._file.prepare_sync()
 
+    def sync(self) -> None:
+        """Make every event durable.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        if not self._sync_each_record:
+            self.prepare_sync()()
+
     def close(self) -> None:
         """Make every event durable and let go of the file."""
         self._file.close()

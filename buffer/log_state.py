@@ -185,7 +185,7 @@ class LogState:
 
     def _draw(self, event: Event) -> None:
         key = DrawKey(_given(event.stage), _given(event.step), _given(event.source))
-        draw = LoggedDraw(key, _given(event.policy_version), _given(event.rows), _given(event.whole))
+        draw = LoggedDraw(key, _given(event.policy_version), _given(event.rows).copy(), _given(event.whole))
         before = self.draws.get(key)
         self.draws[key] = draw if before is None else before.extended_by(draw)
         if event.kind == "draw":

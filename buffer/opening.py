@@ -37,6 +37,7 @@ from buffer.staleness import VersionRange
 Int8 = npt.NDArray[np.int8]
 Int64 = npt.NDArray[np.int64]
 
+_REMEMBERED_TOGETHER = 1024  # removed rows, which are also forgotten together
 _UNKNOWN = -1  # in the place of a source's index
 
 
@@ -204,9 +205,14 @@ def _remember_removed(known: KnownIds, folder: Path, state: LogState) -> None:
         events = [event for record in read_log_file(path) for event in decode_events(record)]
         older = [(each.rows, each.ids) for each in events if each.kind == "remove" and each.rows is not None]
         removed = [*older, *removed]
-    for rows, ids in removed:
-        known.add(ids.drop_null(), rows[ids.is_valid().to_numpy(zero_copy_only=False)])
-        known.remove(ids, rows)
+    # Copies, so that the files that were read are not kept in memory.
+    rows = np.concatenate([NO_ROWS, *(rows for rows, _ in removed)])[-REMEMBERED_ROWS:]
+    ids = pa.concat_arrays([pa.array([], pa.string()), *(ids for _, ids in removed)])[-REMEMBERED_ROWS:]
+    is_readable = ids.is_valid().to_numpy(zero_copy_only=False)
+    known.add(ids.drop_null(), rows[is_readable])
+    for first in range(0, len(rows), _REMEMBERED_TOGETHER):
+        part = slice(first, first + _REMEMBERED_TOGETHER)
+        known.remove(ids[part], rows[part])
 
 
 def _note_lost(shard: ShardState, fates: _Fates) -> None:

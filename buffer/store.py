@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from buffer.archive import Archive
 from buffer.compaction import Rewrite, RewritePlan
 from buffer.consumption_log import DrawKey, LoggedDraw
 from buffer.counters import DrawResult, DrawStatistics, InsertResult, SourceCounters, StoreStatus
@@ -70,11 +71,12 @@ class ReplayStore:
         self._replayed = dict.fromkeys(SOURCES, 0)
         self._last_draw: dict[str, DrawStatistics | None] = dict.fromkeys(SOURCES)
         folder.mkdir(parents=True, exist_ok=True)
+        archive = None if settings.archive is None else Archive(settings.archive, folder)
         self._lock = FolderLock(folder)
         try:
             self._shard, has_forgotten = open_shard(folder, contract, settings, clock)
             self._removals = Removals(settings, self._shard, clock)
-            self._upkeep = Upkeep(folder, settings, self._shard)
+            self._upkeep = Upkeep(self._shard, archive)
             self._quarantined = quarantined(folder)
             if has_forgotten:
                 self._upkeep.rotate()
@@ -136,14 +138,10 @@ class ReplayStore:
         rows that must not be drawn are dropped for good first, whatever comes of it.
 
         Raises:
-            ValueError: `count` is not in 1..capacity, the source is unknown, or the draw had another size before.
+            ValueError: `count` is not in 1..capacity (of a new draw), the source is unknown, or the draw had another
+                size before.
             OSError: the disk refused; asking again gives the rows that were drawn all the same.
         """
-        if not 1 <= count <= self._settings.capacity:
-            raise ValueError(
-                f"a draw of {count} trajectories can never be served: the buffer holds {self._settings.capacity} per "
-                "source; lower the batch or raise buffer.capacity"
-            )
         lane = self._lane(key.source)
         whole = count if whole is None else whole
         logged = self._logged(key, whole)
@@ -152,6 +150,11 @@ class ReplayStore:
                 raise ValueError(_other_size(key, len(logged.rows), count))
             self._replayed[key.source] += count
             return self._gather(logged, repeated=True)
+        if not 1 <= count <= self._settings.capacity:
+            raise ValueError(
+                f"a draw of {count} trajectories can never be served: the buffer holds {self._settings.capacity} per "
+                "source; lower the batch or raise buffer.capacity"
+            )
         self._prepare_draw(policy_version)
         rows = self._sample(key, count, lane, logged)
         if rows is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,6 @@ from buffer.log_state import LogSnapshot, SourceSnapshot
 from buffer.opening import ShardState
 from buffer.row_numbers import Int64
 from buffer.schema import SOURCES
-from buffer.settings import BufferSettings
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +27,10 @@ LONGEST_RETRY_S = 60.0
 class Upkeep:
     """`tidy` belongs to every operation of the store and is quick; `plan` and `finish` enclose what may take long."""
 
-    def __init__(self, folder: Path, settings: BufferSettings, shard: ShardState) -> None:
-        """Raises ValueError where the archive's URL names no file system."""
+    def __init__(self, shard: ShardState, archive: Archive | None) -> None:
+        """archive: of the rows that leave the disk, None = they are deleted."""
         self._shard = shard
-        self._archive = None if settings.archive is None else Archive(settings.archive, folder)
+        self._archive = archive
         self._retry_s = FIRST_RETRY_S
         self._next_try_s = 0.0  # on the monotonic clock
         self.error: str | None = None
@@ -54,6 +52,7 @@ class Upkeep:
             self._seal()
         may_delete = self._archive is None and shard.files.has_dead
         if may_delete and (unneeded := shard.files.unneeded(shard.log.pinned_rows)):
+            shard.log.sync()  # a loss of power must not leave rows gone without a reason
             shard.files.delete(unneeded)
         if shard.log.is_full:
             self.rotate()
@@ -91,6 +90,7 @@ class Upkeep:
         Raises:
             OSError: the disk refused.
         """
+        self._shard.log.sync()
         self._shard.files.finish_rewrite(rewrite)
         self._retry_s = FIRST_RETRY_S
         self.error = None

@@ -89,6 +89,18 @@ def test_a_new_draw_depends_on_seed_key_and_contents_alone(tmp_path):
     assert all(other != expected for other in others)
 
 
+def test_a_logged_draw_is_repeated_whatever_the_capacity_is_now(tmp_path):
+    store = open_store(tmp_path / "b")
+    store.insert(numbered(0, 20))
+    drawn = store.draw(KEY, 6, 0)
+    store.close()
+    store = open_store(tmp_path / "b", capacity=4)
+    assert store.draw(KEY, 6, 0).batch.equals(drawn.batch)
+    with pytest.raises(ValueError, match="a draw of 6 trajectories can never be served: the buffer holds 4"):
+        store.draw(DrawKey("stage", 1, "policy"), 6, 0)
+    store.close()
+
+
 def test_another_batch_size_is_refused_in_words(tmp_path):
     store = open_store(tmp_path / "b")
     store.insert(numbered(0, 20))

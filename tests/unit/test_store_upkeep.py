@@ -283,3 +283,24 @@ def test_priorities_that_make_no_sense_are_refused(tmp_path):
         with pytest.raises(ValueError, match="finite number, not negative"):
             store.update_priorities(rows, np.array([1.0, 1.0, value], dtype=np.float32))
     store.close()
+
+
+def test_rows_of_sealed_segments_take_no_heap(tmp_path):
+    store = open_store(tmp_path / "b", capacity=100_000, segment_bytes=50_000, fsync="none")
+    batch_bytes, most = 0, 0
+    for step in range(60):
+        batch = numbered(50 * step, 50)
+        store.insert(batch)
+        batch_bytes += batch.nbytes
+        most = max(most, store.status().sealed_segments)
+        if most == 2:
+            before = pa.total_allocated_bytes()
+    assert most > 6
+    assert pa.total_allocated_bytes() - before < 100_000 < batch_bytes / 4
+    store.close()
+
+
+def test_settings_that_have_no_effect_are_refused():
+    with pytest.raises(ValueError, match="fsync_interval_s has no effect with fsync=batch"):
+        BufferSettings(fsync_interval_s=0.5)
+    assert BufferSettings(fsync="interval", fsync_interval_s=0.5).fsync_interval_s == 0.5
