@@ -2,7 +2,8 @@
 
 All run in this process, one after the other, on the same rollouts of different lengths. An insert begins with finished
 rollouts, one array per column and rollout, and ends when the store has them; packing is part of it, since it is where
-stores of fixed-size rows pay for padding. The time without packing is reported beside it.
+stores of fixed-size rows pay for padding. TorchRL's users pad with `tensordict.pad_sequence`; `torchrl_hand_padded` is
+the same buffer with the quickest padding that numpy has. Inserts without packing are reported as `insert_packed`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from launch.bench.buffer_growth import memory_while_growing
 from launch.bench.buffer_load import RolloutLoad, make_rollouts
@@ -25,7 +27,7 @@ from launch.bench.buffer_scaling import sampling_costs
 from launch.bench.buffer_sides import Side, SideName, disk_bytes, drop_page_cache, major_faults, open_side
 from launch.bench.hardware import hardware
 
-NAMES: tuple[SideName, ...] = ("ours", "ours_fsync_batch", "torchrl", "cpprb")
+NAMES: tuple[SideName, ...] = ("ours", "ours_fsync_batch", "torchrl", "torchrl_hand_padded", "cpprb")
 ACTIONS, PROMPT_TOKENS = (50, 500), (16, 64)
 INSERT_ROWS = (8, 32, 64)
 DRAWN_ROWS = (64, 128, 256)
@@ -34,21 +36,64 @@ WRITER_ROWS = 32
 DRAWS = 60
 COLD_DRAWS = 3
 
+Clock = Literal["wall_s", "cpu_s"]
+Measure = Literal["insert", "insert_packed", "insert_4_writers", "sample_warm", "sample_cold"]
+MEASURES: tuple[Measure, ...] = ("insert", "insert_packed", "insert_4_writers", "sample_warm", "sample_cold")
+
+
+@dataclass
+class _Stopwatch:
+    """Adds up what is done between `start` and `stop`. cpu_s: of this process; a busy machine disturbs it less."""
+
+    rows: int = 0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+    def start(self) -> None:
+        self.wall_s -= time.perf_counter()
+        self.cpu_s -= time.process_time()
+
+    def stop(self, rows: int) -> None:
+        self.wall_s += time.perf_counter()
+        self.cpu_s += time.process_time()
+        self.rows += rows
+
+    def rate(self, clock: Clock, also: _Stopwatch | None = None) -> float:
+        """Rows per second, where `also` belongs to the same rows."""
+        elapsed_s: float = getattr(self, clock) + (getattr(also, clock) if also else 0.0)
+        return self.rows / elapsed_s
+
 
 @dataclass
 class _Found:
-    """Of one side in one repetition. Rates are of rows; by_size: rows per insert or draw -> rows per second."""
+    """Of one side in one repetition, by rows per insert or draw."""
 
-    insert: float = 0.0
-    insert_packed: float = 0.0
-    insert_writers: float = 0.0
-    sample_warm: float = 0.0
-    sample_cold: float = 0.0
+    pack: dict[int, _Stopwatch] = field(default_factory=dict)
+    insert: dict[int, _Stopwatch] = field(default_factory=dict)
+    sample: dict[int, _Stopwatch] = field(default_factory=dict)
+    writers: _Stopwatch = field(default_factory=_Stopwatch)
+    cold: _Stopwatch = field(default_factory=_Stopwatch)
     cold_major_faults: int = 0
-    row_bytes_in_draws: float = 0.0
     disk_row_bytes: float = 0.0
-    insert_by_size: dict[int, float] = field(default_factory=dict)
-    sample_by_size: dict[int, float] = field(default_factory=dict)
+
+    def rate(self, measure: Measure, clock: Clock) -> float:
+        """Rows per second over all sizes."""
+        match measure:
+            case "insert":
+                return _total(self.insert).rate(clock, _total(self.pack))
+            case "insert_packed":
+                return _total(self.insert).rate(clock)
+            case "insert_4_writers":
+                return self.writers.rate(clock)
+            case "sample_warm":
+                return _total(self.sample).rate(clock)
+            case "sample_cold":
+                return self.cold.rate(clock)
+
+
+def _total(watches: dict[int, _Stopwatch]) -> _Stopwatch:
+    each = watches.values()
+    return _Stopwatch(sum(one.rows for one in each), sum(one.wall_s for one in each), sum(one.cpu_s for one in each))
 
 
 def bench_buffer(
@@ -69,10 +114,10 @@ def bench_buffer(
         folder: where the stores put their files; a temporary folder by default.
 
     Returns:
-        JSON object. `insert_ratio_to_torchrl`, `sample_ratio_to_torchrl`, `disk_ratio_to_torchrl` and the same to
-        cpprb: ours over theirs, medians over repetitions, with our `fsync=none` (theirs have no other); `spread`:
-        smallest and largest ratio of a repetition; `rows_per_s` and `bytes_per_s` (of what a rollout holds without
-        padding) per store.
+        JSON object. `insert_ratio_to_torchrl`, `sample_ratio_to_torchrl`, `disk_ratio_to_torchrl` and the same for the
+        others: ours over theirs, medians over repetitions, with our `fsync=none` (they have no other); `spread`:
+        smallest and largest ratio of a repetition; `by_cpu_time`: the same in time of this process; `rows_per_s` and
+        `bytes_per_s` (of what a rollout holds without padding) of each.
 
     Raises:
         ImportError: TorchRL or cpprb is not installed. ValueError: `num_rows` is too small for the draws.
@@ -93,18 +138,14 @@ def bench_buffer(
         scaling = sampling_costs(root / "scaling", scales)
         growth = memory_while_growing(root / "growth", grow_bytes) if grow_bytes else []
     return {
-        **_ratios(found),
-        "rows_per_s": {name: _rates(each) for name, each in found.items()},
-        "bytes_per_s": {name: _byte_rates(each, _row_bytes(load)) for name, each in found.items()},
-        "rows_per_s_by_size": {
-            name: {
-                "insert": _by_size([one.insert_by_size for one in each]),
-                "sample": _by_size([one.sample_by_size for one in each]),
-            }
-            for name, each in found.items()
-        },
+        **_ratios(found, "wall_s"),
+        "by_cpu_time": _ratios(found, "cpu_s"),
+        "rows_per_s": _rates(found, "wall_s"),
+        "rows_per_cpu_s": _rates(found, "cpu_s"),
+        "bytes_per_s": _rates(found, "wall_s", _row_bytes(load)),
+        "rows_per_cpu_s_by_size": _rates_by_size(found, "cpu_s"),
         "disk_bytes_per_row": {
-            name: round(_median(each, lambda one: one.disk_row_bytes), 1) for name, each in found.items()
+            name: round(_median(each, lambda one: one.disk_row_bytes)) for name, each in found.items()
         },
         "cold_major_faults": {name: _median(each, lambda one: one.cold_major_faults) for name, each in found.items()},
         "sampling": scaling,
@@ -126,58 +167,46 @@ def bench_buffer(
 def _measure(name: SideName, folder: Path, num_rows: int, load: RolloutLoad) -> _Found:
     found = _Found()
     side = open_side(name, folder, num_rows, load)
-    pack_s = insert_s = 0.0
-    first, inserted = 0, 0
+    first = 0
     for index, size in enumerate(INSERT_ROWS):
         end = num_rows * (index + 1) // len(INSERT_ROWS)
-        elapsed_s, begin = 0.0, first
+        pack, insert = found.pack.setdefault(size, _Stopwatch()), found.insert.setdefault(size, _Stopwatch())
         while first < end:
             logs = load.rollouts(first, min(size, end - first))
-            started = time.perf_counter()
+            pack.start()
             packed = side.pack(logs)
-            packed_at = time.perf_counter()
+            pack.stop(len(logs))
+            insert.start()
             side.insert(packed)
-            done = time.perf_counter()
-            pack_s += packed_at - started
-            insert_s += done - packed_at
-            elapsed_s += done - started
+            insert.stop(len(logs))
             first += len(logs)
-        found.insert_by_size[size] = (end - begin) / elapsed_s
-        inserted += end - begin
-    found.insert, found.insert_packed = inserted / (pack_s + insert_s), inserted / insert_s
-    drawn_rows = drawn_s = drawn_bytes = 0.0
     for count in DRAWN_ROWS:
         side.sample(count)
-        started = time.perf_counter()
+        watch = found.sample.setdefault(count, _Stopwatch())
+        watch.start()
         for _ in range(DRAWS):
-            drawn_bytes += side.sample(count)
-        elapsed_s = time.perf_counter() - started
-        found.sample_by_size[count] = DRAWS * count / elapsed_s
-        drawn_rows += DRAWS * count
-        drawn_s += elapsed_s
-    found.sample_warm, found.row_bytes_in_draws = drawn_rows / drawn_s, drawn_bytes / drawn_rows
-    found.sample_cold, found.cold_major_faults = _sample_cold(side)
+            side.sample(count)
+        watch.stop(DRAWS * count)
+    found.cold_major_faults = _sample_cold(side, found.cold)
     side.close()
     found.disk_row_bytes = disk_bytes(folder) / num_rows
-    found.insert_writers = _insert_with_writers(name, folder.with_name(folder.name + "-writers"), num_rows, load)
+    _insert_with_writers(name, folder.with_name(folder.name + "-writers"), num_rows, load, found.writers)
     return found
 
 
-def _sample_cold(side: Side) -> tuple[float, int]:
-    """Rows per second of draws whose rows are not in memory, and major faults."""
-    drawn_s, faults, count = 0.0, 0, DRAWN_ROWS[-1]
+def _sample_cold(side: Side, watch: _Stopwatch) -> int:
+    """Draws whose rows are not in memory; gives the page faults that read from the disk."""
+    before = major_faults()
     for _ in range(COLD_DRAWS):
         drop_page_cache(side.folder)
-        before = major_faults()
-        started = time.perf_counter()
-        side.sample(count)
-        drawn_s += time.perf_counter() - started
-        faults += major_faults() - before
-    return COLD_DRAWS * count / drawn_s, faults
+        watch.start()
+        side.sample(DRAWN_ROWS[-1])
+        watch.stop(DRAWN_ROWS[-1])
+    return major_faults() - before
 
 
-def _insert_with_writers(name: SideName, folder: Path, num_rows: int, load: RolloutLoad) -> float:
-    """Rows per second of several threads that pack and insert."""
+def _insert_with_writers(name: SideName, folder: Path, num_rows: int, load: RolloutLoad, watch: _Stopwatch) -> None:
+    """Several threads that pack and insert."""
     side = open_side(name, folder, num_rows, load)
     share = num_rows // WRITERS
 
@@ -185,62 +214,68 @@ def _insert_with_writers(name: SideName, folder: Path, num_rows: int, load: Roll
         for first in range(writer * share, (writer + 1) * share, WRITER_ROWS):
             side.insert(side.pack(load.rollouts(first, min(WRITER_ROWS, (writer + 1) * share - first))))
 
-    started = time.perf_counter()
+    watch.start()
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(write, range(WRITERS)))
-    elapsed_s = time.perf_counter() - started
+    watch.stop(WRITERS * share)
     side.close()
-    return WRITERS * share / elapsed_s
 
 
-_RATIOS: dict[str, Callable[[_Found], float]] = {
-    "insert_ratio": lambda found: found.insert,
-    "insert_packed_ratio": lambda found: found.insert_packed,
-    "insert_4_writers_ratio": lambda found: found.insert_writers,
-    "sample_ratio": lambda found: found.sample_warm,
-    "sample_cold_ratio": lambda found: found.sample_cold,
-    "disk_ratio": lambda found: found.disk_row_bytes,
-}
-
-
-def _ratios(found: dict[SideName, list[_Found]]) -> dict[str, object]:
+def _ratios(found: dict[SideName, list[_Found]], clock: Clock) -> dict[str, object]:
+    """Medians over repetitions of ours over theirs, and under `spread` the smallest and largest of a repetition."""
     medians: dict[str, object] = {}
     spread: dict[str, list[float]] = {}
-    sides: tuple[tuple[SideName, str], ...] = (("ours", ""), ("ours_fsync_batch", "_fsync_batch"))
-    rivals: tuple[SideName, ...] = ("torchrl", "cpprb")
-    for ours, suffix in sides:
-        for rival in rivals:
-            for name, of in _RATIOS.items():
-                if suffix and not name.startswith("insert"):
-                    continue
-                ratios = [of(mine) / of(theirs) for mine, theirs in zip(found[ours], found[rival], strict=True)]
-                key = f"{name}_to_{rival}{suffix}"
-                medians[key] = round(statistics.median(ratios), 3)
-                spread[key] = [round(min(ratios), 3), round(max(ratios), 3)]
+
+    def add(key: str, ours: SideName, rival: SideName, of: Callable[[_Found], float]) -> None:
+        ratios = [of(mine) / of(theirs) for mine, theirs in zip(found[ours], found[rival], strict=True)]
+        medians[key] = round(statistics.median(ratios), 3)
+        spread[key] = [round(min(ratios), 3), round(max(ratios), 3)]
+
+    rivals: tuple[SideName, ...] = ("torchrl", "torchrl_hand_padded", "cpprb")
+    for rival in rivals:
+        for measure in MEASURES:
+            short = measure.removesuffix("_warm") + "_ratio"
+
+            def of(one: _Found, measure: Measure = measure) -> float:
+                return one.rate(measure, clock)
+
+            add(f"{short}_to_{rival}", "ours", rival, of)
+            if measure.startswith("insert"):
+                add(f"{short}_to_{rival}_fsync_batch", "ours_fsync_batch", rival, of)
+        add(f"disk_ratio_to_{rival}", "ours", rival, lambda one: one.disk_row_bytes)
     return {**medians, "spread": spread}
 
 
-def _rates(found: list[_Found]) -> dict[str, float]:
+def _rates(found: dict[SideName, list[_Found]], clock: Clock, per_row: float = 1.0) -> dict[str, dict[str, float]]:
+    """Rows per second, or `per_row` times that."""
     return {
-        "insert": round(_median(found, lambda one: one.insert)),
-        "insert_packed": round(_median(found, lambda one: one.insert_packed)),
-        "insert_4_writers": round(_median(found, lambda one: one.insert_writers)),
-        "sample_warm": round(_median(found, lambda one: one.sample_warm)),
-        "sample_cold": round(_median(found, lambda one: one.sample_cold)),
+        name: {
+            measure: round(per_row * statistics.median(one.rate(measure, clock) for one in each))
+            for measure in MEASURES
+        }
+        for name, each in found.items()
     }
 
 
-def _byte_rates(found: list[_Found], row_bytes: float) -> dict[str, float]:
-    return {name: round(rate * row_bytes) for name, rate in _rates(found).items()}
+def _rates_by_size(found: dict[SideName, list[_Found]], clock: Clock) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        name: {
+            "insert": {
+                str(size): round(statistics.median(one.insert[size].rate(clock, one.pack[size]) for one in each))
+                for size in INSERT_ROWS
+            },
+            "sample": {
+                str(count): round(statistics.median(one.sample[count].rate(clock) for one in each))
+                for count in DRAWN_ROWS
+            },
+        }
+        for name, each in found.items()
+    }
 
 
 def _row_bytes(load: RolloutLoad) -> float:
     """Mean bytes of a rollout's numbers, unpadded: 4 each for prompt ids, actions, log-probabilities, versions."""
     return statistics.mean(4 * len(log.prompt_ids) + 12 * len(log.actions) for log in load.logs)
-
-
-def _by_size(found: list[dict[int, float]]) -> dict[str, float]:
-    return {str(size): round(statistics.median(one[size] for one in found)) for size in found[0]}
 
 
 def _median(found: list[_Found], of: Callable[[_Found], float]) -> float:

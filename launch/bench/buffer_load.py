@@ -91,12 +91,19 @@ def as_padded(logs: Sequence[FinishedLog], load: RolloutLoad) -> Padded:
         padded["actions"][row, : len(log.actions)] = log.actions
         padded["logprobs"][row, : len(log.actions)] = log.logprobs
         padded["policy_version"][row, : len(log.actions)] = log.policy_version
-    padded["prompt_length"] = np.fromiter((len(log.prompt_ids) for log in logs), np.int32, count)
-    padded["length"] = np.fromiter((len(log.actions) for log in logs), np.int32, count)
-    for name, number_type in SCALARS.items():
-        padded.setdefault(name, np.zeros(count, number_type))
-    return padded
+    return padded | scalars(logs)
 
+
+def scalars(logs: Sequence[FinishedLog]) -> Padded:
+    """The columns of one number per rollout."""
+    count = len(logs)
+    columns: Padded = {name: np.zeros(count, number_type) for name, number_type in SCALARS.items()}
+    columns["prompt_length"] = np.fromiter((len(log.prompt_ids) for log in logs), np.int32, count)
+    columns["length"] = np.fromiter((len(log.actions) for log in logs), np.int32, count)
+    return columns
+
+
+LISTS = ("prompt_ids", "actions", "logprobs", "policy_version")
 
 SCALARS: dict[str, type[np.generic]] = {
     "prompt_length": np.int32,

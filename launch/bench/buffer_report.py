@@ -12,6 +12,7 @@ _TITLES = {
     "ours": "ours, fsync=none",
     "ours_fsync_batch": "ours, fsync=batch",
     "torchrl": "TorchRL, memory-mapped",
+    "torchrl_hand_padded": "TorchRL, padded by hand",
     "cpprb": "cpprb, memory-mapped",
 }
 _MEASURES = ("insert", "insert_packed", "insert_4_writers", "sample_warm", "sample_cold")
