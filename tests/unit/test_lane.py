@@ -20,7 +20,7 @@ from buffer.staleness import NO_VERSION
 from tests.trajectories import batch_of, expert_row, row
 
 SAMPLERS = ("uniform", "fifo", "recency", "prioritised", "stratified")
-CAPACITY = 30
+CAPACITY = 8
 MAX_TIMES_SAMPLED = 3
 
 

@@ -70,6 +70,7 @@ def with_a_history(sampler):
     """Rows 2, 5, 6 and 9 are live, after others came and went."""
     insert(sampler, [0, 2, 4])
     insert(sampler, [5, 6])
+    sampler.sample(5, np.random.default_rng(8))
     remove(sampler, [4, 0])
     sampler.sample(3, np.random.default_rng(9))
     insert(sampler, [8, 9])
