@@ -148,6 +148,5 @@ class KnownIds:
 
 
 def _hashes(ids: pa.StringArray) -> UInt64:
-    return np.fromiter(
-        (xxhash.xxh3_64_intdigest(id_) for id_ in ids.cast(pa.binary()).to_pylist()), dtype=np.uint64, count=len(ids)
-    )
+    as_bytes = ids.view(pa.binary()).to_pylist()
+    return np.array([xxhash.xxh3_64_intdigest(id_) for id_ in as_bytes], dtype=np.uint64)

@@ -118,6 +118,9 @@ _FIELDS = [
 ]
 
 
+_ROW_FIELD = pa.field(ROW, pa.int64(), nullable=False)
+
+
 def trajectory_schema(contract: TokenContract) -> pa.Schema:
     """The Arrow schema of trajectories whose ids follow `contract`."""
     return pa.schema(_FIELDS, metadata=contract.to_metadata())
@@ -129,14 +132,12 @@ def stored_schema(contract: TokenContract) -> pa.Schema:
     A number is never given to two rows, and rows ascend in a file. They need not be contiguous there: compaction
     leaves out rows that nobody needs any longer.
     """
-    return trajectory_schema(contract).append(pa.field(ROW, pa.int64(), nullable=False))
+    return trajectory_schema(contract).append(_ROW_FIELD)
 
 
 def with_rows(batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> pa.RecordBatch:
     """A trajectory batch as it is stored; rows: [n] its row numbers. No column is copied."""
-    fields = [*batch.schema, pa.field(ROW, pa.int64(), nullable=False)]
-    schema = pa.schema(fields, metadata=batch.schema.metadata)
-    return pa.RecordBatch.from_arrays([*batch.columns, pa.array(rows)], schema=schema)
+    return batch.append_column(_ROW_FIELD, pa.array(rows))
 
 
 def without_rows(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -104,7 +104,7 @@ class OpenSegment:
         os.close(self._descriptor)
         self.path.unlink()
 
-    def _write(self, content: bytes) -> None:
+    def _write(self, content: bytes | bytearray) -> None:
         view = memoryview(content)
         try:
             while view:
@@ -250,7 +250,7 @@ def _checksum(content: pa.Buffer) -> str:
     return xxhash.xxh3_128(memoryview(content)).hexdigest()
 
 
-def _encode(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int) -> bytes:
+def _encode(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int) -> bytearray:
     """The message of one batch as it stands in a stream, with its checksum."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
@@ -259,7 +259,7 @@ def _encode(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int) -> byte
     message = bytearray(memoryview(sink.getvalue())[header_bytes : -len(END_OF_STREAM)])
     at = message.index(_CHECKSUM_PREFIX) + len(_CHECKSUM_PREFIX)
     message[at : at + len(_CHECKSUM_ZEROS)] = xxhash.xxh3_128(message).hexdigest().encode()
-    return bytes(message)
+    return message
 
 
 @dataclass(frozen=True)
