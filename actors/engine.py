@@ -95,6 +95,7 @@ class BackspaceEngine:
             model=settings.model_dir,
             dtype=settings.dtype,
             load_format=settings.load_format,
+            trust_remote_code=False,
             seed=settings.seed,
             max_model_len=settings.max_length,
             max_num_seqs=settings.max_concurrent,

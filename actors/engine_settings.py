@@ -6,15 +6,16 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-LoadFormat = Literal["auto", "dummy"]
+LoadFormat = Literal["safetensors", "dummy"]
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """One engine, in the process that creates it.
 
-    model_dir: folder (or hub name) in Hugging Face format. `load_format="dummy"` reads only its config.json:
-        the engine is born with random numbers and refuses requests until the first `load_weights`.
+    model_dir: folder (or hub name) in Hugging Face format; weights in safetensors only, since other files are
+        pickles, which run what they hold. `load_format="dummy"` reads only its config.json: the engine is born
+        with random numbers and refuses requests until the first `load_weights`.
     dtype: "auto" (as in the config), "float32", "bfloat16", "float16".
     max_length: prompt + text after all deletions, in tokens. A log may hold more actions than that.
     max_concurrent: requests that share one step; further ones wait.
@@ -36,7 +37,7 @@ class EngineSettings:
     num_kv_blocks: int | None = None
     block_size: int = 32
     enforce_eager: bool = True
-    load_format: LoadFormat = "auto"
+    load_format: LoadFormat = "safetensors"
     enable_prefix_caching: bool = True
     num_threads: int = 1
 

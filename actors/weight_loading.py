@@ -38,7 +38,7 @@ class ExpectedTensors:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=False))
         # A tied pair is one parameter; the first name stands for it, as in the model's own checkpoints.
         required = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         every = {name for name, _ in model.named_parameters(remove_duplicate=False)}

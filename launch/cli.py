@@ -20,6 +20,7 @@ from launch.buffer_commands import audit, query
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson
 from launch.errors import UserError
+from launch.job_commands import jobs_app, submit
 
 app = typer.Typer(
     name="sequencematch",
@@ -30,6 +31,7 @@ app = typer.Typer(
     help="Fine-tune causal language models with SequenceMatch: models that can take tokens back.",
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(jobs_app, name="jobs")
 
 
 def main() -> None:
@@ -65,6 +67,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, a stage by its name.", show_default=False)
     ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run folder; by default the recipe's name with date and time.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and leave.")] = False,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with this run folder, from its newest checkpoints.")
@@ -89,6 +94,8 @@ def train(
         if resume is not None:
             from launch.run_folder import open_run_folder
 
+            if name is not None:
+                raise UserError(f"--name is for a new run; {resume} keeps the name it has")
             if dry_run:
                 raise UserError(f"--dry-run resolves a recipe; the resolved one of a run is in {resume}/config.yaml")
             folder, settings = open_run_folder(resume)
@@ -99,10 +106,10 @@ def train(
             if dry_run:
                 _print_yaml(settings)
                 return
-            from launch.run_folder import create_run_folder
+            from launch.run_folder import check_run_name, create_run_folder
 
             with setting_up():
-                folder = create_run_folder(settings)
+                folder = create_run_folder(settings, None if name is None else check_run_name(name))
 
         from launch.training import run_and_report
 
@@ -247,6 +254,7 @@ def scale(
 
 app.command()(audit)
 app.command()(query)
+app.command()(submit)
 
 
 def _print_yaml(settings: object) -> None:

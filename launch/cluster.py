@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+from ray._private import ray_constants
 
 from launch.errors import UserError
 from launch.run_folder import LiveCluster, remove_cluster, write_cluster
 from launch.settings import ClusterSettings, RunSettings
 from launch.stop_signals import stop_signals_interrupt
+
+RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
 
 
 @contextlib.contextmanager
@@ -54,21 +57,40 @@ def join_live_run(cluster: LiveCluster, timeout_s: float = 10.0) -> Iterator[Non
 
 
 def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: float) -> None:
-    if settings.address is not None:
-        _join(settings.address, namespace, settings.connect_timeout_s)
+    # Ray's job server, KubeRay's pods and people's shells name their cluster in RAY_ADDRESS; the recipe goes first.
+    address = settings.address or os.environ.get(RAY_ADDRESS_VARIABLE)
+    if address:
+        _join(address, namespace, settings.connect_timeout_s)
         return
     # Ray announces its default (token authentication on) in the middle of the display.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     cores = os.cpu_count() or 1
-    ray.init(
-        address="local",
-        namespace=namespace,
-        num_cpus=settings.num_cpus or max(2 * cores, math.ceil(planned_cpus)),
-        object_store_memory=int(settings.object_store_gib * 2**30),
-        include_dashboard=False,
-        configure_logging=False,
-        log_to_driver=False,
-    )
+    with _for_this_machine_alone():
+        ray.init(
+            address="local",
+            namespace=namespace,
+            num_cpus=settings.num_cpus or max(2 * cores, math.ceil(planned_cpus)),
+            object_store_memory=int(settings.object_store_gib * 2**30),
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=False,
+        )
+
+
+@contextlib.contextmanager
+def _for_this_machine_alone() -> Iterator[None]:
+    """What Ray starts here listens on 127.0.0.1 only.
+
+    An explicit `_node_ip_address="127.0.0.1"` is replaced by the machine's outer address, with every server open to
+    the network. Ray's own switch (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, the default on macOS) is read when Ray is
+    imported, and would also keep this process from joining clusters, so it is turned for the start alone.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _join(address: str, namespace: str, timeout_s: float) -> None:
@@ -85,9 +107,14 @@ def _join(address: str, namespace: str, timeout_s: float) -> None:
 
 def _check_reachable(address: str, timeout_s: float) -> None:
     """A plain connection first: Ray itself would retry an unreachable address for a long time."""
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{address} is the address of a job server: send it the run with `sequencematch submit --address "
+            f"{address}`, or unset RAY_ADDRESS and cluster.address to start Ray for this run"
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"cluster.address {address!r} is neither `auto` nor HOST:PORT")
+        raise UserError(f"the Ray address {address!r} is neither `auto` nor HOST:PORT")
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
     except OSError as error:

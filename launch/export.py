@@ -47,7 +47,7 @@ def export(source: Path, out: Path, *, adapter_only: bool = False, license_id: s
     progress = read_progress(checkpoint)
     if adapter_only and not (checkpoint / ADAPTER_FOLDER).is_dir():
         raise UserError(f"{checkpoint} has no adapters, it was trained in full: export it without --adapter-only")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     facts = card_facts(checkpoint, run, progress, license_id)
     temporary = out.with_name(f"{out.name}.tmp")
     if temporary.exists():

@@ -70,8 +70,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     from buffer.experts.tokenizer import token_contract
 
-    config = AutoConfig.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     contract = token_contract(tokenizer, int(backspace_id), int(config.vocab_size))
     return Checkpoint(folder, tokenizer, contract, int(config.max_position_embeddings))
 

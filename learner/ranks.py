@@ -8,6 +8,7 @@ wait has a time-out, and whoever started the ranks ends all of them when one has
 from __future__ import annotations
 
 import re
+import socket
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,7 +118,17 @@ class Ranks:
 
 def open_rendezvous(host: str, size: int, timeout_s: float) -> dist.TCPStore:
     """The meeting point of `size` ranks, held by rank 0; its `port` is a free one."""
-    return dist.TCPStore(host, 0, size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    listening = socket.create_server((host, 0), family=family)  # left to itself, the store listens on every interface
+    return dist.TCPStore(
+        host,
+        listening.getsockname()[1],
+        size,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
 
 
 def join_ranks(rank: int, size: int, meeting: dist.TCPStore | tuple[str, int], timeout_s: float) -> Ranks:
