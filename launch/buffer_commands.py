@@ -125,8 +125,7 @@ def _write(run: Path, sql: str | None, form: QueryFormat, sink: IO[bytes]) -> No
 
     with _database(run) as database:
         if sql is not None:
-            with database.reported():
-                write_result(database.select(sql), form, sink)
+            database.run(lambda: write_result(database.select(sql), form, sink))
         elif form is QueryFormat.JSON:
             sink.write(f"{json.dumps(tables_to_json(database.describe()))}\n".encode())
         else:
@@ -141,5 +140,4 @@ def _show(run: Path, sql: str | None) -> None:
         if sql is None:
             show_tables(database.describe(), run, console)
         else:
-            with database.reported():
-                show_result(database.select(sql), console)
+            database.run(lambda: show_result(database.select(sql), console))

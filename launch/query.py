@@ -13,9 +13,11 @@ conditions on other columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -25,6 +27,11 @@ from buffer.reader import BufferSnapshot
 from launch.text_columns import TEXT_INPUTS, TextColumns
 
 TABLES = ("trajectories", "draws", "removals", "rejections", "events")
+
+POLL_S = 0.1
+"""How soon a query notices Ctrl-C."""
+
+T = TypeVar("T")
 
 _STORED = "stored_trajectories"  # DuckDB's own views of the Arrow tables; `trajectories` and `events` are made of them
 _LOGGED = "logged_events"
@@ -80,29 +87,41 @@ class BufferDatabase:
         self._connection.execute(_LOCKED)
 
     def select(self, sql: str) -> pa.RecordBatchReader:
-        """The result of one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE), computed as it is read.
+        """The result of one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE), computed as it is read: do that inside `run`.
 
         Raises:
-            ValueError: DuckDB refuses the query, or it is none, or more than one, or does something else than read.
-                The same may be raised where the result is read: do that inside `reported`.
+            ValueError: the query is none, or more than one, or does something else than read. duckdb.Error: DuckDB
+                refuses it, here or where the result is read.
         """
-        with self.reported():
-            statements = self._connection.extract_statements(sql)
-            if len(statements) != 1:
-                raise ValueError(f'give one query, not {len(statements)}, e.g. "select count(*) from trajectories"')
-            readers = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
-            if statements[0].type not in readers:
-                raise ValueError(f"a query only reads: give a SELECT, not {statements[0].type.name}")
-            result: pa.RecordBatchReader = self._connection.sql(sql).to_arrow_reader()
-            return result
+        statements = self._connection.extract_statements(sql)
+        if len(statements) != 1:
+            raise ValueError(f'give one query, not {len(statements)}, e.g. "select count(*) from trajectories"')
+        readers = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
+        if statements[0].type not in readers:
+            raise ValueError(f"a query only reads: give a SELECT, not {statements[0].type.name}")
+        result: pa.RecordBatchReader = self._connection.sql(sql).to_arrow_reader()
+        return result
 
-    @contextmanager
-    def reported(self) -> Iterator[None]:
-        """Around whatever runs a query.
+    def run(self, work: Callable[[], T]) -> T:
+        """What `work` gives, which asks this database. Ctrl-C ends it; DuckDB by itself would not notice.
 
         Raises:
             ValueError: in place of DuckDB's errors, its first line; or why there is no text.
+            KeyboardInterrupt, and what `work` raises.
         """
+        with ThreadPoolExecutor(max_workers=1) as executor, self._reported():
+            future = executor.submit(work)
+            try:
+                while not wait([future], timeout=POLL_S).done:
+                    pass
+            except KeyboardInterrupt:
+                while not wait([future], timeout=POLL_S).done:  # again and again: it may be between two queries
+                    self._connection.interrupt()
+                raise
+            return future.result()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
         try:
             yield
         except (duckdb.Error, pa.ArrowException) as error:

@@ -62,11 +62,10 @@ class TextColumns:
         prompts: list[list[int]] = prompt_ids.to_pylist()
         starts = self._decode_all(prompts)
         wholes = self._decode_all([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
-        texts = self._decode_all(answers)
         return pa.array(
             [
-                whole[len(start) :] if whole.startswith(start) else text
-                for start, whole, text in zip(starts, wholes, texts, strict=True)
+                whole[len(start) :] if whole.startswith(start) else self._decode_all([answer])[0]
+                for start, whole, answer in zip(starts, wholes, answers, strict=True)
             ],
             pa.string(),
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
+import threading
+
 import pyarrow as pa
 import pytest
 
@@ -101,11 +104,31 @@ def test_a_run_without_the_right_tokenizer_says_so(tmp_path):
         raise ValueError("no tokenizer here")
 
     asked = database(refuse)
-    with pytest.raises(ValueError, match=r"^no tokenizer here$"), asked.reported():
-        asked.select("select marked_text from trajectories").read_all()
+    with pytest.raises(ValueError, match=r"^no tokenizer here$"):
+        asked.run(lambda: asked.select("select marked_text from trajectories").read_all())
     asked.close()
 
 
 def test_a_checkpoint_lends_its_tokenizer_to_a_run_that_saved_none(tmp_path):
     TOKENIZER.save_pretrained(tmp_path / "checkpoints" / "trunk" / "step-000010")
     assert load_run_tokenizer(tmp_path, CONTRACT).get_vocab() == TOKENIZER.get_vocab()
+
+
+def test_ctrl_c_ends_a_query_that_would_take_for_ever():
+    asked = database(CountedLoads(), copies=500)
+    begun = threading.Event()
+
+    def count_for_ever() -> int:
+        begun.set()
+        products = " * ".join(f"t{number}.row" for number in range(9))
+        tables = ", ".join(f"trajectories t{number}" for number in range(9))
+        return asked.select(f"select sum(hash({products})) from {tables}").read_all().num_rows
+
+    def press_ctrl_c() -> None:
+        begun.wait(timeout=60)
+        _thread.interrupt_main()
+
+    threading.Thread(target=press_ctrl_c).start()
+    with pytest.raises(KeyboardInterrupt):
+        asked.run(count_for_ever)
+    asked.close()
