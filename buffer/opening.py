@@ -8,7 +8,7 @@ so that each number below next_row is accounted for whatever happened to the fil
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,7 @@ from buffer.log_state import LogState
 from buffer.manifest import Manifest
 from buffer.row_facts import RowFacts
 from buffer.row_numbers import NO_ROWS, contains
-from buffer.schema import SOURCES, TokenContract, rows_of, stored_schema
+from buffer.schema import ROW, SOURCES, TokenContract, rows_of, stored_schema
 from buffer.segment_files import SegmentFiles
 from buffer.segment_folder import FoundRows, find_manifest, find_rows
 from buffer.settings import BufferSettings
@@ -78,9 +78,11 @@ def open_shard(
         found.manifest.write(folder)
     files = SegmentFiles(folder, stored_schema(contract), settings, found.manifest)
     fates = _Fates(state, found)
+    versions = [VersionRange.from_batch(batch) for batch in found.batches]
+    facts = [RowFacts.from_batch(batch, each) for batch, each in zip(found.batches, versions, strict=True)]
     lanes, tallies = {}, {}
     for index, source in enumerate(SOURCES):
-        lanes[source] = _restored_lane(settings, state, fates, found, source)
+        lanes[source] = _restored_lane(settings, state, fates, facts, source)
         tallies[source] = state.sources[source].tally
         tallies[source].inserted += fates.num_inserted(index)
     known = KnownIds(files.ids)
@@ -90,7 +92,8 @@ def open_shard(
         files.restore(entry, batches, sum(int(contains(live_rows, rows_of(batch)).sum()) for batch in batches))
     files.restore_open(found.opened)
     for batch in found.batches:
-        live = batch.filter(pa.array(contains(live_rows, rows_of(batch)))).select(["id", "row"])
+        named = batch.select(["id", ROW])  # before anything is copied
+        live = named.filter(pa.array(contains(live_rows, rows_of(named))))
         known.add(live.column("id"), rows_of(live))
     _remember_removed(known, folder, state)
     shard = ShardState(
@@ -100,7 +103,7 @@ def open_shard(
         tallies=tallies,
         known=known,
         next_row=fates.next_row,
-        newest_version=max([state.newest_version, *(_newest_version(batch) for batch in found.batches)]),
+        newest_version=max([state.newest_version, *(int(each.newest.max()) for each in versions)]),
         first_version=state.first_version,
         rejected=state.rejected,
         lost=state.lost,
@@ -162,11 +165,13 @@ class _Fates:
         return rows[rows >= self.base] - self.base
 
 
-def _restored_lane(settings: BufferSettings, state: LogState, fates: _Fates, found: FoundRows, source: str) -> Lane:
+def _restored_lane(
+    settings: BufferSettings, state: LogState, fates: _Fates, facts: Sequence[RowFacts], source: str
+) -> Lane:
     """The snapshot's rows as they were, then the new ones, then what the log says of both."""
     own = state.sources[source]
     old, new = fates.old_live[source], fates.new_live(SOURCES.index(source))
-    old_facts, new_facts = _facts(found, old), _facts(found, new)
+    old_facts, new_facts = _select(facts, old), _select(facts, new)
     kept = contains(old, own.lane.rows)
     priorities = None if own.lane.priorities is None else own.lane.priorities[kept]
     lane = Lane(settings)
@@ -181,13 +186,13 @@ def _restored_lane(settings: BufferSettings, state: LogState, fates: _Fates, fou
     return lane
 
 
-def _facts(found: FoundRows, rows: Int64) -> RowFacts:
-    """Of these rows (ascending), which the segments hold."""
+def _select(facts: Sequence[RowFacts], rows: Int64) -> RowFacts:
+    """Of these rows (ascending), which are all there."""
     parts = []
-    for batch in found.batches:
-        mask = contains(rows, rows_of(batch))
+    for each in facts:
+        mask = contains(rows, each.row)
         if mask.any():
-            parts.append(RowFacts.from_batch(batch).where(mask))
+            parts.append(each.where(mask))
     return RowFacts(
         row=np.concatenate([NO_ROWS, *(part.row for part in parts)]),
         oldest_version=np.concatenate([np.empty(0, np.int32), *(part.oldest_version for part in parts)]),
@@ -226,7 +231,3 @@ def _note_lost(shard: ShardState, fates: _Fates) -> None:
             shard.tallies[source].removed["quarantine"] += len(rows)
     if events:
         shard.log.append(*events)
-
-
-def _newest_version(batch: pa.RecordBatch) -> int:
-    return int(VersionRange.from_batch(batch).newest.max())
