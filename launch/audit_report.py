@@ -13,7 +13,7 @@ from buffer.audit_checks import DrawLimits
 from buffer.events import EVICTED
 from buffer.shard_history import REASONS
 
-_CLEAN = "clean: inserted = live + evicted + dropped, no id twice, no draw beyond its limits"
+_CLEAN = "clean: every row is accounted for, no id twice, no draw beyond its limits"
 
 SHOWN_NAMES = 10
 """Ids per finding on a terminal; the JSON has all."""
@@ -25,7 +25,7 @@ def show_audit(report: AuditReport, limits: DrawLimits, console: Console) -> Non
     console.print(_facts(report, limits), style="dim")
     if not report.findings:
         console.print(
-            "clean: inserted = live + evicted + dropped, no id twice, no draw beyond its limits", style="green"
+            "clean: every row is accounted for, no id twice, no draw beyond its limits", style="green"
         )
     for finding in report.findings:
         where = "" if finding.shard is None else f"shard {finding.shard}: "
@@ -93,9 +93,12 @@ def _table(report: AuditReport) -> Table:
 
 
 def _lines(report: AuditReport) -> Iterator[tuple[str, list[Account]]]:
-    """Each account by itself, then the sums over shards."""
+    """Each account by itself, then the sums over shards; sources without a row are left out."""
     by_source: dict[str | None, list[Account]] = {}
+    present = {account.source for account in report.accounts if account.inserted}
     for account in report.accounts:
+        if account.source not in present:
+            continue
         by_source.setdefault(account.source, []).append(account)
         yield str(account.shard), [account]
     for accounts in by_source.values():
