@@ -24,9 +24,7 @@ def show_audit(report: AuditReport, limits: DrawLimits, console: Console) -> Non
     console.print(_table(report))
     console.print(_facts(report, limits), style="dim")
     if not report.findings:
-        console.print(
-            "clean: every row is accounted for, no id twice, no draw beyond its limits", style="green"
-        )
+        console.print(_CLEAN, style="green")
     for finding in report.findings:
         where = "" if finding.shard is None else f"shard {finding.shard}: "
         names = ", ".join(finding.names[:SHOWN_NAMES])
