@@ -9,6 +9,7 @@ the first few made again in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,8 @@ CHUNK_ELEMENTS = 2**22
 KEPT_ELEMENTS = 2**25
 """Logits kept for the backward pass (128 MiB in float32): whatever is small is not computed twice."""
 
-_VOCABULARY_CHUNK = 8192
+VOCABULARY_CHUNK = 8192
+"""Columns of the vocabulary in a chunk, at most."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class ActionValues:
     log_prob_backspace: [A] of backspace before the action, without gradient (-inf at the floor).
     log_prob_at_temperature: [A] of the label at the temperature that its policy sampled with, without gradient; that of
         temperature 1 where there is none (`behaviour_temperature` 0).
+    measured: what a `Measurement` found, if one was asked for.
     """
 
     q: Tensor
@@ -47,6 +50,7 @@ class ActionValues:
     v_final: Tensor
     log_prob_backspace: Tensor
     log_prob_at_temperature: Tensor
+    measured: Tensor | None = None
 
     @property
     def log_prob(self) -> Tensor:
@@ -54,8 +58,38 @@ class ActionValues:
         return self.q - self.v
 
 
+@dataclass(frozen=True)
+class StateLogits:
+    """The logits of a tree's M states with a value, as the factors that they are the product of, and their sums.
+
+    hidden: [M, H] states. weight: [V, H] output embedding.
+    v_floor: [M] log-sum-exp over all ids but backspace. q_backspace: [M] logit of backspace.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    v_floor: Tensor
+    q_backspace: Tensor
+    backspace_id: int
+
+    def v_of_actions(self, tree: TreeBatch) -> Tensor:
+        """[A] value of the text before each action."""
+        v_all = torch.logaddexp(self.v_floor, self.q_backspace)
+        return torch.where(tree.at_floor, self.v_floor[tree.state_row], v_all[tree.state_row])
+
+
+Measurement = Callable[[TreeBatch, StateLogits], Tensor]
+"""What else an objective wants to know of the states. It runs inside the model's forward pass, where the ranks have
+the output embedding whole; a tensor of states x vocabulary is as forbidden to it as to this file."""
+
+
 def action_values(
-    model: PreTrainedModel, tree: TreeBatch, backspace_id: int, *, chunk_elements: int = CHUNK_ELEMENTS
+    model: PreTrainedModel,
+    tree: TreeBatch,
+    backspace_id: int,
+    *,
+    measurement: Measurement | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> ActionValues:
     """Evaluate `model` on every state of `tree` with one forward pass of its transformer.
 
@@ -72,8 +106,9 @@ def action_values(
         backspace_id=backspace_id,
         chunk_elements=chunk_elements,
     )
+    logits = StateLogits(states, weight, v_floor, q_backspace, backspace_id)
     v_all = torch.logaddexp(v_floor, q_backspace)
-    v = torch.where(tree.at_floor, v_floor[tree.state_row], v_all[tree.state_row])
+    v = logits.v_of_actions(tree)
     with torch.no_grad():
         log_prob_backspace = (q_backspace[tree.state_row] - v).masked_fill(tree.at_floor, -torch.inf)
         log_prob_at_temperature = q - v
@@ -89,6 +124,7 @@ def action_values(
         v_final=torch.where(tree.final_at_floor, v_floor[tree.final_row], v_all[tree.final_row]),
         log_prob_backspace=log_prob_backspace,
         log_prob_at_temperature=log_prob_at_temperature,
+        measured=None if measurement is None else measurement(tree, logits),
     )
 
 
@@ -157,7 +193,7 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
         backspace_id: int,
         chunks: _Chunks,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = _accumulation_dtype(hidden, weight)
+        dtype = accumulation_dtype(hidden, weight)
         v_floor = hidden.new_full((len(hidden),), -torch.inf, dtype=dtype)
         q_backspace = torch.empty_like(v_floor)
         q = hidden.new_zeros((len(rows),), dtype=dtype)
@@ -221,7 +257,7 @@ class _Chunks:
 
     def __init__(self, num_states: int, vocab_size: int, chunk_elements: int, kept_elements: int) -> None:
         is_single = num_states * vocab_size <= chunk_elements
-        width = vocab_size if is_single else min(vocab_size, _VOCABULARY_CHUNK, chunk_elements)
+        width = vocab_size if is_single else min(vocab_size, VOCABULARY_CHUNK, chunk_elements)
         height = num_states if is_single else max(1, chunk_elements // width)
         self.num_kept = kept_elements // max(width * min(height, num_states), 1)
         self.vocabulary = _cut(vocab_size, width)
@@ -244,7 +280,8 @@ def _flat_index(
     return torch.where(inside, (rows - begin) * (high - low) + (actions - low), 0), inside
 
 
-def _accumulation_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+def accumulation_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """In what products of the two are summed up: float32, or float64 if either is."""
     return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
 
 
@@ -252,7 +289,7 @@ def _matmul_operand(a: Tensor, other: Tensor) -> Tensor:
     """`a` as `_matmul` wants it: half precision stays where the device multiplies it into float32."""
     if a.is_cuda and a.dtype == other.dtype and a.dtype in (torch.bfloat16, torch.float16):
         return a
-    return a.to(_accumulation_dtype(a, other))
+    return a.to(accumulation_dtype(a, other))
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

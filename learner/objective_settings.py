@@ -28,6 +28,75 @@ class LikelihoodSettings(Settings):
         return self.name == "behaviour_cloning"
 
 
+class ExpertObjectiveSettings(Settings):
+    """Token by token on clean expert logs: the methods of the literature that need no rollouts."""
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Expert logs are all they use."""
+        return False
+
+    @property
+    def uses_noise(self) -> bool:
+        """They know no backspace."""
+        return False
+
+
+class UnlikelihoodSettings(ExpertObjectiveSettings):
+    """Likelihood, and the unlikelihood of tokens that the context holds already (arXiv 1908.04319)."""
+
+    name: Literal["unlikelihood"]
+    weight: float = Field(default=1.0, gt=0.0, description="of -log(1 - q(c)) over context tokens c")
+
+
+class EmoSettings(ExpertObjectiveSettings):
+    """Earth mover distance to the label, between token embeddings (arXiv 2310.04691)."""
+
+    name: Literal["emo"]
+    mode: Literal[1, 2] = Field(
+        default=1,
+        description="1: half likelihood, half distance, scaled to the likelihood; 2: the distance, and likelihood "
+        "scaled to it",
+    )
+    ratio_cap: float | None = Field(
+        default=None, gt=0.0, description="bound on the ratio that scales one loss to the other; null = none"
+    )
+    cost_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Hugging Face name or folder of a model with the same vocabulary whose output embedding gives the "
+        "costs; null = the trained model's own, as it is at the start of the stage",
+    )
+
+
+class ScheduledSamplingSettings(ExpertObjectiveSettings):
+    """Texts that are partly the model's own, with the true labels (arXiv 1506.03099).
+
+    The share of true tokens at step i: max(least_truth_share, k - slope i), k^i, or k / (k + exp(i / k)).
+    """
+
+    name: Literal["scheduled_sampling"]
+    schedule: Literal["linear", "exponential", "inverse_sigmoid"] = "inverse_sigmoid"
+    k: float = Field(default=100.0, gt=0.0, description="constant of the schedule: at most 1, below 1, at least 1")
+    slope: float = Field(default=0.0, ge=0.0, description="decrease of the share per step; linear only")
+    least_truth_share: float = Field(default=0.0, ge=0.0, le=1.0, description="where the decrease ends; linear only")
+    seed: int = Field(default=0, description="of what is replaced, and by what")
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduledSamplingSettings:
+        bounds = {"linear": (0.0, 1.0), "exponential": (0.0, 1.0), "inverse_sigmoid": (1.0, float("inf"))}
+        low, high = bounds[self.schedule]
+        if not low <= self.k <= high or (self.schedule == "exponential" and self.k == high):
+            words = {"linear": "at most 1", "exponential": "below 1", "inverse_sigmoid": "at least 1"}[self.schedule]
+            raise ValueError(f"k={self.k} must be {words} with schedule={self.schedule}")
+        for field in ("slope", "least_truth_share"):
+            if getattr(self, field) and self.schedule != "linear":
+                raise ValueError(
+                    f"{field} has no effect with schedule={self.schedule}; leave it out or choose schedule=linear"
+                )
+        return self
+
+
 class SequenceMatchSettings(Settings):
     """Occupancy matching with backspace (arXiv 2306.05426)."""
 
@@ -109,4 +178,7 @@ class SequenceMatchSettings(Settings):
         return self
 
 
-ObjectiveSettings = Annotated[LikelihoodSettings | SequenceMatchSettings, Field(discriminator="name")]
+ObjectiveSettings = Annotated[
+    LikelihoodSettings | UnlikelihoodSettings | EmoSettings | ScheduledSamplingSettings | SequenceMatchSettings,
+    Field(discriminator="name"),
+]

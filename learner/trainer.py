@@ -212,7 +212,7 @@ class Trainer:
         for number, each in enumerate(passes, start=1):
             synchronise_gradients(self._policy, enabled=number == len(passes))
             tree = each.tree.to(self._policy.device)
-            logs = EvaluatedLogs(tree, self._policy.evaluate(tree), each.counts)
+            logs = self._objective.evaluate(self._policy, tree, each.counts, self.step)
             loss, metrics = each.loss(logs)
             if each.prioritised:
                 ids.append(tree.ids)
@@ -235,8 +235,8 @@ class Trainer:
                 (tree,) = build_micro_batches(draw.batch.slice(row, 1), self._trees)
                 tree = tree.to(self._policy.device)
                 with torch.no_grad():
-                    values = self._policy.evaluate(tree)
-                if not is_finite(EvaluatedLogs(tree, values, draw.counts), draw.loss):
+                    logs = self._objective.evaluate(self._policy, tree, draw.counts, self.step)
+                if not is_finite(logs, draw.loss):
                     blamed.append(name)
         if not blamed:
             return "Every trajectory alone has a finite loss: the gradient overflowed inside the model"
@@ -255,6 +255,7 @@ class Trainer:
             "optimizer": whole_optimizer_state(self._optimizer, self._ranks),
             "schedule": self._schedule.state_dict(),
             "random_state": torch.get_rng_state(),
+            "objective": self._objective.state(),
         }
 
     def load_state(self, state: TrainingState) -> None:
@@ -268,3 +269,6 @@ class Trainer:
         load_optimizer_state(self._optimizer, whole)
         self._schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random_state"])
+        remembered = state.get("objective", {})  # a checkpoint from before objectives remembered anything has none
+        assert isinstance(remembered, dict)
+        self._objective.load_state(remembered)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from learner.action_values import ActionValues, action_values
+from learner.action_values import ActionValues, Measurement, action_values
 from learner.state_tree import TreeBatch
 
 
@@ -36,13 +36,13 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
         """Where the weights are."""
         return self.model.device
 
-    def evaluate(self, tree: TreeBatch) -> ActionValues:
+    def evaluate(self, tree: TreeBatch, measurement: Measurement | None = None) -> ActionValues:
         """Values along the logs of `tree` (on the model's device). With several ranks, all call this together."""
-        return ActionValues(*self(tree))
+        return ActionValues(*self(tree, measurement))
 
-    def forward(self, tree: TreeBatch) -> tuple[Tensor, ...]:
+    def forward(self, tree: TreeBatch, measurement: Measurement | None = None) -> tuple[Tensor | None, ...]:
         """The fields of `ActionValues` in order: FSDP finds the tensors of a tuple, not those of a dataclass."""
-        values = action_values(self.model, tree, self.backspace_id)
+        values = action_values(self.model, tree, self.backspace_id, measurement=measurement)
         return tuple(getattr(values, field.name) for field in fields(values))
 
     def sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -1,4 +1,18 @@
-"""What an objective is: a pure function from evaluated action logs to a loss, and what it needs to be given.
+"""What an objective is: a function from evaluated action logs to a loss, and how it has the logs evaluated.
+
+Three kinds fit the one learner. All see the same logs, model and trainer; they differ in how they have a tree of logs
+evaluated (`Objective.evaluate`), in which draws they have a loss for, and in what they remember between steps:
+
+- *Token by token, on expert logs* (likelihood, unlikelihood, EMO, scheduled sampling). What a loss needs of the whole
+  distribution at a state beyond Q and V is a `Measurement`: it runs inside the model's forward pass, and folds the
+  vocabulary chunk by chunk. Scheduled sampling evaluates a tree twice, the second time with other tokens in it.
+- *State by state, on expert logs and rollouts* (sequencematch): a second loss on the rollouts of the same step.
+- *Score functions, on rollouts alone* (a reward, or the density of a target): the expert part of the loss is zero,
+  that of the rollouts is sum_i (weight_i advantage_i) log pi(x_i) over whole logs x_i, with a weight and an advantage
+  without gradient. The weight is pi / mu; log mu is what the actor stored (`TreeBatch.behaviour_log_prob`), so stale
+  rollouts are no approximation. Log-probabilities of a frozen base model are a second evaluation of the same tree.
+
+What an objective remembers (a frozen table, a running mean) is in `state`, which every checkpoint holds.
 
 Sums are divided by *global* counts, never by the length of a log or by what one process happens to hold: a
 mean per sequence is not a proper scoring rule, and with global counts the gradients of micro-batches and
@@ -16,6 +30,7 @@ from torch import Tensor
 
 from learner.action_values import ActionValues
 from learner.state_tree import TreeBatch
+from learner.tree_policy import TreePolicy
 
 
 class OutsideDomainError(ArithmeticError):
@@ -88,6 +103,11 @@ class Objective(Protocol):
     @property
     def needs_rollouts(self) -> bool: ...
 
+    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
+        """Have the logs of `tree` evaluated for optimizer step `step`; counts are global. All ranks call this together,
+        and it runs the policy as many times at each."""
+        ...
+
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """This call's share of what expert logs add to the loss, at optimizer step `step` (from 0)."""
         ...
@@ -107,6 +127,60 @@ class Objective(Protocol):
             OutsideDomainError: the settings ask to stop where the divergence is not defined, and it was not.
         """
         ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next steps depend on besides the weights; the same at every rank."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state()`."""
+        ...
+
+
+class PlainObjective:
+    """What most objectives have in common: values alone are evaluated, and nothing is remembered or refused."""
+
+    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
+        """One forward pass."""
+        return EvaluatedLogs(tree, policy.evaluate(tree), counts)
+
+    def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
+        """The loss is defined everywhere."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing is remembered."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing was remembered."""
+        assert not state, f"{type(self).__name__} remembers nothing, and was given {sorted(state)}"
+
+
+class ExpertObjective(PlainObjective):
+    """An objective of expert logs alone."""
+
+    name: str
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Expert logs are all it uses."""
+        return False
+
+    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
+        """There is none.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"objective {self.name} takes no rollouts")
+
+    def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
+        """There are none.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"objective {self.name} takes no rollouts")
 
 
 def combine_metrics(shares: Iterable[Mapping[str, Tensor]]) -> Metrics:

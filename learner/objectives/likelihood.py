@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics
+from learner.objectives.base import EvaluatedLogs, ExpertObjective, Metrics
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class Likelihood(ExpertObjective):
     """-E_data[log p(a|s)], mean over the actions of the global batch.
 
     `mle` and `behaviour_cloning` differ in the logs they are fed, not in the formula.
@@ -20,35 +19,11 @@ class Likelihood:
 
     name: str
 
-    @property
-    def needs_rollouts(self) -> bool:
-        """Expert logs are all it uses."""
-        return False
-
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the labels."""
         loss = cross_entropy(data)
         metrics = {"loss": loss.detach(), "loss_behaviour_cloning": loss.detach(), **likelihood_metrics(data)}
         return loss, metrics
-
-    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
-        """There is none.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"objective {self.name} takes no rollouts")
-
-    def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
-        """There are none.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"objective {self.name} takes no rollouts")
-
-    def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
-        """Cross-entropy is defined everywhere."""
 
 
 def cross_entropy(data: EvaluatedLogs) -> Tensor:

@@ -13,8 +13,8 @@ from learner.objectives.base import EvaluatedLogs, Metrics
 
 def is_finite(logs: EvaluatedLogs, loss: Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]) -> bool:
     """Whether `loss` and its gradient by the values are; the values may come from an evaluation without gradient."""
-    names = [field.name for field in fields(ActionValues)]
-    leaves = {name: getattr(logs.values, name).detach().clone().requires_grad_() for name in names}
+    given = {field.name: getattr(logs.values, field.name) for field in fields(ActionValues)}
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in given.items() if value is not None}
     share, _ = loss(replace(logs, values=ActionValues(**leaves)))
     share.backward()
     gradients = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from learner.objective_settings import SequenceMatchSettings
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, OutsideDomainError
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, OutsideDomainError, PlainObjective
 from learner.objectives.divergences import DIVERGENCES, Divergence
 from learner.objectives.likelihood import cross_entropy, likelihood_metrics
 
@@ -47,7 +47,7 @@ DEFAULT_DOMAIN_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
-class SequenceMatch:
+class SequenceMatch(PlainObjective):
     """beta * behaviour cloning + (1 - beta) * (-J), with beta annealed linearly."""
 
     settings: SequenceMatchSettings

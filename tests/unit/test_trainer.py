@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +23,14 @@ from learner.checkpoint import read_progress, read_training_state
 from learner.micro_batches import TreeSettings, build_micro_batches
 from learner.model import load_policy
 from learner.model_files import load_weights
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, OutsideDomainError
+from learner.objectives.base import (
+    EvaluatedLogs,
+    ExpertObjective,
+    LogCounts,
+    Metrics,
+    Objective,
+    OutsideDomainError,
+)
 from learner.objectives.registry import make_objective
 from learner.settings import ScratchModelSettings
 from learner.stage_settings import StageSettings
@@ -266,11 +272,10 @@ def test_a_model_with_dropout_trains_deterministically(task):
     assert not torch.equal(ends[0]["lm_head.weight"], make_model(task, architecture="gpt2", seed=3).lm_head.weight)
 
 
-class OverflowingObjective:
+class OverflowingObjective(ExpertObjective):
     """A finite loss at first; then the loss, or only its gradient, is beyond all numbers."""
 
     name = "overflow"
-    needs_rollouts = False
 
     def __init__(self, broken: str) -> None:
         self._broken = broken
@@ -281,12 +286,6 @@ class OverflowingObjective:
             # The slope of a square root is infinite at 0, its value is not.
             mean = {"loss": mean * torch.inf, "gradient": (mean - mean.detach()).clamp(min=0).sqrt()}[self._broken]
         return mean, {"loss": mean.detach()}
-
-    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
-        raise AssertionError("no rollouts are given")
-
-    def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
-        """Nothing stops it."""
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
@@ -419,5 +418,5 @@ def test_the_state_is_made_of_plain_things(task, tmp_path):
     train(trainer, 1)
     torch.save(trainer.state(), Path(tmp_path) / "state.pt")
     state = torch.load(Path(tmp_path) / "state.pt", weights_only=True)
-    assert state.keys() == {"step", "optimizer", "schedule", "random_state"}
+    assert state.keys() == {"step", "optimizer", "schedule", "random_state", "objective"}
     assert len(state["optimizer"]["state"]) == len(list(trainer._policy.parameters()))

@@ -1,0 +1,110 @@
+"""Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099), in two passes over a transformer.
+
+The first pass evaluates the true text. Then each token of an answer is kept with probability eps, or else replaced by
+one that the model draws where the token stood; the second pass evaluates the mixed text against the true labels, and
+alone has a gradient. Prompts are always true. A token that several logs share in the tree is replaced for all of them.
+
+Not consistent (Huszar 2015, arXiv 1511.05101): the optimum mixes the conditional with the marginal distribution,
+eps P(x2 | x1) + (1 - eps) P(x2) on texts of two tokens; at eps = 0 the model forgets what its text holds.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from learner.action_values import CHUNK_ELEMENTS, VOCABULARY_CHUNK, StateLogits, accumulation_dtype
+from learner.objective_settings import ScheduledSamplingSettings
+from learner.objectives.base import EvaluatedLogs, ExpertObjective, LogCounts, Metrics
+from learner.objectives.likelihood import cross_entropy, likelihood_metrics
+from learner.state_tree import TreeBatch
+from learner.tree_policy import TreePolicy
+
+
+@dataclass(frozen=True)
+class ScheduledSampling(ExpertObjective):
+    """Cross-entropy of the labels after texts that are partly the model's, mean over actions of the global batch."""
+
+    settings: ScheduledSamplingSettings
+    name: str = "scheduled_sampling"
+
+    def truth_share(self, step: int) -> float:
+        """eps: the probability that a token of an answer is the true one, at optimizer step `step`."""
+        k = self.settings.k
+        if self.settings.schedule == "linear":
+            return max(self.settings.least_truth_share, k - self.settings.slope * step)
+        if self.settings.schedule == "exponential":
+            return float(k**step)
+        exponent = math.log(k) - step / k  # k / (k + exp(step / k)), where that exponential would overflow
+        return 1 / (1 + math.exp(-exponent)) if exponent >= 0 else math.exp(exponent) / (1 + math.exp(exponent))
+
+    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
+        """Two forward passes. What is drawn depends on the seed, the step and the logs alone, so it is repeated."""
+        key = "/".join([str(self.settings.seed), str(step), *tree.ids])
+        generator = torch.Generator(tree.node_ids.device).manual_seed(zlib.crc32(key.encode()))
+
+        def draw(tree: TreeBatch, logits: StateLogits) -> Tensor:
+            return mixed_tokens(tree, logits, self.truth_share(step), generator)
+
+        with torch.no_grad():
+            tokens = policy.evaluate(tree, draw).measured
+        assert tokens is not None
+        mixed = replace(tree, node_ids=tokens)
+        return EvaluatedLogs(mixed, policy.evaluate(mixed), counts)
+
+    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+        """Cross-entropy of the true labels."""
+        loss = cross_entropy(data)
+        truth_share = self.truth_share(step) * data.tree.num_logs / max(data.counts.logs, 1)
+        metrics = {
+            "loss": loss.detach(),
+            "loss_behaviour_cloning": loss.detach(),
+            "truth_share": loss.new_tensor(truth_share),
+            **likelihood_metrics(data),
+        }
+        return loss, metrics
+
+
+def mixed_tokens(tree: TreeBatch, logits: StateLogits, truth_share: float, generator: torch.Generator) -> Tensor:
+    """[N] the tokens of the tree, where those of answers are the model's with probability 1 - truth_share each."""
+    num_nodes, device = tree.num_padded_nodes, tree.node_ids.device
+    # An action leads to each node of an answer; where several do, they act on the same text, and any one will do.
+    actions = torch.arange(tree.num_actions, device=device)
+    first = torch.full((num_nodes,), tree.num_actions, device=device)
+    first.scatter_reduce_(0, tree.next_state, actions, "amin")
+    node = torch.arange(num_nodes, device=device)
+    in_prompt = ((node <= tree.start[:, None]) & (tree.subtree_end > tree.start[:, None])).any(0)
+    is_model = torch.rand(num_nodes, generator=generator, device=device) >= truth_share
+    replaced = (is_model & ~in_prompt & (first < tree.num_actions)).nonzero().flatten()
+    rows = tree.state_row[first[replaced]]
+    return tree.node_ids.index_copy(0, replaced, sample_tokens(logits, rows, generator))
+
+
+def sample_tokens(logits: StateLogits, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """[K] a token drawn after each of the states `rows` [K]; never backspace, which no text holds.
+
+    By the Gumbel-max trick, so that the vocabulary is gone through in chunks: the largest of logit - log(exponential
+    noise) is a draw from the softmax.
+    """
+    dtype = accumulation_dtype(logits.hidden, logits.weight)
+    width = min(len(logits.weight), VOCABULARY_CHUNK)
+    drawn: list[Tensor] = []
+    for chunk in rows.split(max(1, CHUNK_ELEMENTS // width)):
+        hidden = logits.hidden[chunk].to(dtype)
+        best = hidden.new_full((len(chunk),), -torch.inf)
+        token = torch.zeros_like(chunk)
+        for number, weight in enumerate(logits.weight.split(width)):
+            score = hidden @ weight.to(dtype).T
+            score -= torch.empty_like(score).exponential_(generator=generator).log_()
+            backspace = logits.backspace_id - number * width
+            if 0 <= backspace < len(weight):
+                score[:, backspace] = -torch.inf
+            chunk_best, index = score.max(1)
+            token = torch.where(chunk_best > best, index + number * width, token)
+            best = torch.maximum(best, chunk_best)
+        drawn.append(token)
+    return torch.cat(drawn)
