@@ -12,7 +12,7 @@ import pytest
 
 from buffer.consumption_log import ConsumptionLog, DrawKey, LoggedDraw
 from buffer.counters import Tally
-from buffer.event_history import read_events
+from buffer.event_history import read_events, scan_log_file
 from buffer.events import Event
 from buffer.lane import LaneSnapshot
 from buffer.log_state import LogSnapshot, SourceSnapshot
@@ -112,11 +112,15 @@ def test_a_torn_record_is_cut_off_at_every_byte_of_the_last_two(tmp_path, caplog
     content = path.read_bytes()
     for cut in range(sizes[0], sizes[2]):
         path.write_bytes(content[:cut])
-        log = open_log(tmp_path / "a")
-        assert log.pinned_rows.tolist() == ([0] if cut < sizes[1] else [0, 1])
-        assert log.cut_bytes == cut - (sizes[0] if cut < sizes[1] else sizes[1])
-        assert path.stat().st_size == cut - log.cut_bytes
-        log.close()
+        whole = 1 if cut < sizes[1] else 2
+        scan = scan_log_file(path)
+        assert (len(scan.batches), scan.torn_bytes) == (whole + 1, cut - sizes[whole - 1]), "and the snapshot"
+        if cut % 32 == 0 or cut == sizes[2] - 1:
+            log = open_log(tmp_path / "a")
+            assert log.pinned_rows.tolist() == [0, 1][:whole]
+            assert log.cut_bytes == cut - sizes[whole - 1]
+            assert path.stat().st_size == sizes[whole - 1]
+            log.close()
     assert f"cut {sizes[2] - 1 - sizes[1]} bytes of an unfinished event" in caplog.text
     log = open_log(tmp_path / "a")
     log.append_draw(logged(7, [3]))
