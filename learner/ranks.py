@@ -7,6 +7,7 @@ wait has a time-out, and whoever started the ranks ends all of them when one has
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import zlib
@@ -144,6 +145,7 @@ def join_ranks(rank: int, size: int, meeting: dist.TCPStore | tuple[str, int], t
         RankLostError: not all ranks came in time.
     """
     timeout = timedelta(seconds=timeout_s)
+    _keep_to_loopback(meeting[0] if isinstance(meeting, tuple) else meeting.host)
     try:
         store = dist.TCPStore(*meeting, size, is_master=False, timeout=timeout) if rank else meeting
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -153,6 +155,13 @@ def join_ranks(rank: int, size: int, meeting: dist.TCPStore | tuple[str, int], t
             f"learner rank {rank} of {size} did not find the others within {timeout_s:.0f} s: {_reason(error)}"
         ) from error
     return Ranks(rank, size)
+
+
+def _keep_to_loopback(host: str) -> None:
+    """Ranks that meet on loopback are on one machine; gloo would listen where the machine's name leads."""
+    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}  # Linux, macOS
+    if host == "127.0.0.1" and loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
 
 
 def leave_ranks() -> None:
