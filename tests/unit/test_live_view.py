@@ -8,6 +8,8 @@ import pytest
 from rich.console import Console
 
 from actors.status import ActorStatus, MemberStatus, PoolStatus
+from buffer.counters import SourceCounters, StoreStatus
+from buffer.status import BufferStatus, ShardStatus
 from launch.live_view import LiveView, RunView, plain_line, render
 from launch.recipe import read_recipe
 from learner.status import LearnerStatus, StageResult
@@ -66,3 +68,28 @@ def test_without_a_terminal_lines_come_at_intervals_not_at_every_refresh(capsys:
         for _ in range(50):
             live.refresh()
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def shard_of(live: int, **changes: object) -> ShardStatus:
+    sources = {"expert": SourceCounters(0, 0, {}, 0, 0, 0, None)}
+    sources["policy"] = SourceCounters(123_456, live, {"stale": 123_456 - live}, 3, 234_567, 0, None)
+    store = StoreStatus(sources, 0, 0, 4, 5, 123_456_789, 0, (), **changes)
+    return ShardStatus(store, 16_384, True, 0, (), 1, "host", 3.0, flight="grpc+tcp://127.0.0.1:40123")
+
+
+def test_shards_are_shown_with_fill_and_state_within_80_columns() -> None:
+    view = view_of_a_running_stage()
+    view.buffer = BufferStatus((shard_of(12_288), None, shard_of(8_192, upkeep_error="no space left")))
+    lines = text_of(view).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert not any("…" in line for line in lines)
+    rows = {line.split()[0]: line for line in lines if line[:1].isdigit()}
+    assert "ahead of the learner  12,288  75 %   123,456  234,567  117.7 MiB" in rows["0"]
+    assert "no answer" in rows["1"]
+    assert "in trouble" in rows["2"]
+    assert "50 %" in rows["2"]
+    text = " ".join(" ".join(lines).split())
+    assert "20,480 policy trajectories live of 246,912" in text
+    assert "shard 1: does not answer; shard 2: no space left" in text
+    assert "shard 0 over Arrow Flight: grpc+tcp://127.0.0.1:40123" in text
+    assert "flight_token of the run folder" in text
