@@ -43,7 +43,8 @@ class ScheduledSampling(ExpertObjective):
         return 1 / (1 + math.exp(-exponent)) if exponent >= 0 else math.exp(exponent) / (1 + math.exp(exponent))
 
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
-        """Two forward passes. What is drawn depends on the seed, the step and the logs alone, so it is repeated."""
+        """Two forward passes. What is drawn depends on the seed, the step and the logs of the pass alone: a resumed run
+        repeats it."""
         key = "/".join([str(self.settings.seed), str(step), *tree.ids])
         generator = torch.Generator(tree.node_ids.device).manual_seed(zlib.crc32(key.encode()))
 

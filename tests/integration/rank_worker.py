@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
@@ -53,9 +53,14 @@ class RandomLogs:
         return random_logs(self.source, count, seed=self.draws)
 
 
+ALL_TRUE = {"name": "scheduled_sampling", "schedule": "linear", "k": 1.0}
+
+
 @dataclass(frozen=True)
 class Case:
-    """A model and the sizes of its batches. rollouts: 0 = an objective without. adapters: only they are trained."""
+    """A model and the sizes of its batches. rollouts: 0 = an objective without. adapters: only they are trained.
+    objective: null = that of its kind with most parts.
+    """
 
     kind: str
     tied: bool
@@ -65,6 +70,7 @@ class Case:
     adapters: bool = False
     recomputed: bool = False
     dtype: torch.dtype = torch.float32
+    objective: Mapping[str, object] | None = None
 
     @property
     def tolerance(self) -> float:
@@ -83,7 +89,7 @@ class Case:
         return StageSettings.model_validate(
             {
                 "name": "s",
-                "objective": MATCHING if self.rollouts else CLONING,
+                "objective": self.objective or (MATCHING if self.rollouts else CLONING),
                 "steps": 6,
                 "batch_size": self.experts,
                 "rollout_batch_size": max(self.rollouts, 1),
@@ -107,6 +113,10 @@ CASES = {
     "bfloat16": Case("llama", True, experts=6, rollouts=6, dtype=torch.bfloat16),
     "one log": Case("llama", True, experts=1, rollouts=0),
     "three logs and one rollout": Case("llama", False, experts=3, rollouts=1),
+    "unlikelihood": Case("llama", True, experts=6, rollouts=0, objective={"name": "unlikelihood"}),
+    "emo": Case("llama", False, experts=3, rollouts=0, objective={"name": "emo"}),
+    # What is drawn depends on which logs a pass holds, so here all tokens are true; there are two passes all the same.
+    "scheduled sampling": Case("llama", True, experts=6, rollouts=0, objective=ALL_TRUE),
 }
 
 
