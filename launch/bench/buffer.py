@@ -24,6 +24,7 @@ from typing import Literal
 from launch.bench.buffer_growth import memory_while_growing
 from launch.bench.buffer_load import RolloutLoad, make_rollouts
 from launch.bench.buffer_scaling import sampling_costs
+from launch.bench.buffer_service import service_rates
 from launch.bench.buffer_sides import Side, SideName, disk_bytes, drop_page_cache, major_faults, open_side
 from launch.bench.hardware import hardware
 
@@ -102,6 +103,7 @@ def bench_buffer(
     repetitions: int = 5,
     scales: Sequence[int] = (10_000, 100_000, 1_000_000),
     grow_bytes: int = 2**29,
+    with_service: bool = False,
     folder: Path | None = None,
     seed: int = 0,
 ) -> dict[str, object]:
@@ -111,6 +113,7 @@ def bench_buffer(
         num_rows: rollouts that each store takes per repetition, of 50 to 500 actions.
         scales: live rows at which the cost of a draw is measured.
         grow_bytes: size to which a store grows while its memory is watched; 0 = leave that out.
+        with_service: measure our store behind its Ray actor too.
         folder: where the stores put their files; a temporary folder by default.
 
     Returns:
@@ -137,6 +140,7 @@ def bench_buffer(
                 found[name].append(_measure(name, root / f"{name}-{repetition}", num_rows, load))
         scaling = sampling_costs(root / "scaling", scales)
         growth = memory_while_growing(root / "growth", grow_bytes) if grow_bytes else []
+        service = service_rates(root / "service", num_rows) if with_service else None
     return {
         **_ratios(found, "wall_s"),
         "by_cpu_time": _ratios(found, "cpu_s"),
@@ -150,6 +154,7 @@ def bench_buffer(
         "cold_major_faults": {name: _median(each, lambda one: one.cold_major_faults) for name, each in found.items()},
         "sampling": scaling,
         "memory_while_growing": growth,
+        "service_rows_per_s": service,
         "num_rows": num_rows,
         "actions_per_rollout": list(ACTIONS),
         "insert_rows": list(INSERT_ROWS),

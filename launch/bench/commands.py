@@ -118,6 +118,9 @@ def bench_buffer(
     grow_gib: Annotated[
         float, typer.Option(min=0.0, help="Size to which a store grows while its memory is watched; 0 = not at all.")
     ] = 0.5,
+    with_service: Annotated[
+        bool, typer.Option("--service", help="Measure our store behind its Ray actor, too.")
+    ] = False,
     folder: Annotated[
         Path | None, typer.Option(help="Where the stores put their files; a temporary folder by default.")
     ] = None,
@@ -136,7 +139,13 @@ def bench_buffer(
         scales = [scale for scale in (10_000, 100_000, 1_000_000) if scale <= largest_scale]
         grow_bytes = int(grow_gib * 2**30)
         found = measure(
-            num_rows=num_rows, repetitions=repetitions, scales=scales, grow_bytes=grow_bytes, folder=folder, seed=seed
+            num_rows=num_rows,
+            repetitions=repetitions,
+            scales=scales,
+            grow_bytes=grow_bytes,
+            with_service=with_service,
+            folder=folder,
+            seed=seed,
         )
     from launch.bench.buffer_report import render_buffer_benchmark
 
