@@ -1,0 +1,38 @@
+"""What a run opens to the network: nothing."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_with_actors_listens_on_loopback_only(tmp_path: Path) -> None:
+    """Ray, the learner, the buffer with its Flight endpoint, and the engine."""
+    with TrainProcess(
+        tmp_path, ARITHMETIC, *TINY, "stages.sequencematch.steps=100000", "buffer.flight.enabled=true"
+    ) as run:
+        run.wait_until(lambda: run.step("sequencematch") > 0, 300.0, "the first step with rollouts")
+        processes = run.processes()
+        open_to_all = {
+            (process.name(), connection.laddr.ip)
+            for process in processes
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN and not _is_loopback(connection.laddr.ip)
+        }
+        assert open_to_all == set()
+        run.terminate()
+        run.wait(120.0)
+    assert metrics_of(run.folder, "sequencematch")
+
+
+def _is_loopback(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

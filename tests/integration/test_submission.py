@@ -1,0 +1,225 @@
+"""Runs as jobs of a real Ray cluster of two nodes, submitted from a directory that is not the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.run_folder import CLUSTER_FILE, RAY_JOB_VARIABLE
+from tests.integration.ray_head import BIN, RayHead
+from tests.integration.train_process import ARITHMETIC, ROOT, metrics_of
+
+TIMEOUT_S = 240.0
+POLL_S = 0.3
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with RayHead(num_cpus=0, workers=(2,)) as started:
+        yield started
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder with a recipe of one short stage that needs no actors, and nothing else."""
+    recipe = yaml.safe_load((ROOT / ARITHMETIC).read_text())
+    recipe["model"] |= {"hidden_size": 64, "num_heads": 2, "num_layers": 1}
+    recipe["task"] |= {"train_questions": 200, "held_out_questions": 20}
+    (trunk,) = (stage for stage in recipe["stages"] if stage["name"] == "trunk")
+    recipe["stages"] = [trunk | {"steps": 20, "batch_size": 8}]
+    recipe |= {"runs_folder": str(tmp_path / "runs"), "evaluation": {}}
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "short.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def start(head: RayHead, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`sequencematch ...` in that folder."""
+    return subprocess.Popen(
+        [str(BIN / "sequencematch"), *arguments, "--address", head.address],
+        cwd=folder,
+        env=head.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code and both outputs."""
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"did not end within {TIMEOUT_S:.0f} s: {process.communicate()}") from None
+    return process.returncode, out, err
+
+
+def run(head: RayHead, folder: Path, *arguments: str) -> tuple[int, str, str]:
+    return ended(start(head, folder, *arguments))
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {TIMEOUT_S:.0f} s for {what}"
+        time.sleep(POLL_S)
+
+
+def status(head: RayHead, folder: Path, name: str) -> dict[str, object]:
+    code, out, err = run(head, folder, "jobs", "status", name, "--json")
+    assert code == 0, err
+    found: dict[str, object] = json.loads(out)
+    return found
+
+
+def drivers(head: RayHead, name: str) -> list[int]:
+    """Processes that drive a run."""
+    return [process.pid for process in head.processes("launch.train") if name in process.cmdline()]
+
+
+def test_a_recipe_runs_on_the_cluster_and_its_log_and_end_are_told_here(head: RayHead, elsewhere: Path) -> None:
+    code, out, err = run(head, elsewhere, "submit", "short.yaml", "--name", "done", "--no-evaluate")
+    assert code == 0, out + err
+    assert "run folder:" in out
+    assert "SUCCEEDED" in err
+    folder = elsewhere.parent / "runs" / "done"
+    assert max(row["step"] for row in metrics_of(folder)) == 20
+    assert not (folder / CLUSTER_FILE).exists()
+    # By the tree that was sent, though the same packages are installed on the cluster.
+    assert "working_dir_files" in (folder / "environment.txt").read_text().splitlines()[0]
+    assert (status(head, elsewhere, "done")["state"], status(head, elsewhere, "done")["exit_code"]) == ("SUCCEEDED", 0)
+    assert "run folder:" in run(head, elsewhere, "jobs", "logs", "done")[1]
+    assert run(head, elsewhere, "jobs", "logs", "done", "--follow")[0] == 0
+    assert "SUCCEEDED" in run(head, elsewhere, "jobs", "list")[1]
+    code, out, err = run(head, elsewhere, "submit", "short.yaml", "--name", "done")
+    assert (code, out) == (2, "")
+    assert "choose another --name" in err
+    assert not drivers(head, "done")
+
+
+def test_ctrl_c_ends_the_following_and_stop_ends_the_run_which_can_be_resumed(head: RayHead, elsewhere: Path) -> None:
+    long = ("short.yaml", "stages.trunk.steps=1000000", "learner.checkpoint_every_steps=1000000", "--no-evaluate")
+    folder = elsewhere.parent / "runs" / "endless"
+
+    follower = start(head, elsewhere, "submit", *long, "--name", "endless")
+    wait_until(lambda: len(metrics_of(folder)) > 0, "the run to take steps")
+    os.killpg(follower.pid, signal.SIGINT)
+    code, _, err = ended(follower)
+    assert code == 130
+    assert "the run goes on" in err
+    assert "jobs stop endless" in err
+    assert status(head, elsewhere, "endless")["state"] == "RUNNING"
+
+    code, out, err = run(head, elsewhere, "submit", *long, "--name", "endless")
+    assert (code, out) == (2, "")
+    assert "on that cluster already (RUNNING)" in err
+
+    follower = start(head, elsewhere, "jobs", "logs", "endless", "--follow")
+    code, out, err = run(head, elsewhere, "jobs", "stop", "endless")
+    assert code == 0, err
+    assert "STOPPED" in out
+    assert ended(follower)[0] == 130
+    assert not drivers(head, "endless")
+    assert not (folder / CLUSTER_FILE).exists()
+    (checkpoint,) = (folder / "checkpoints" / "trunk").glob("step-*")
+    stopped_at = int(checkpoint.name.removeprefix("step-"))
+    assert "nothing to stop" in run(head, elsewhere, "jobs", "stop", "endless")[2]
+
+    code, _, err = run(head, elsewhere, "submit", "--resume", str(folder), "--no-wait")
+    assert code == 0, err
+    wait_until(lambda: metrics_of(folder)[-1]["step"] > stopped_at, "the resumed run to take steps")
+    resumed = status(head, elsewhere, "endless")
+    assert (resumed["run"], resumed["state"]) == ("endless", "RUNNING")
+    assert run(head, elsewhere, "jobs", "stop", "endless")[0] == 0
+
+
+def test_a_run_that_the_cluster_has_no_room_for_ends_with_2_here_too(head: RayHead, elsewhere: Path) -> None:
+    code, out, err = run(head, elsewhere, "submit", "short.yaml", "learner.num_cpus=99", "--name", "huge")
+    assert code == 2
+    assert "error: the plan needs" in out
+    assert "exit code 2" in err
+    assert not (elsewhere.parent / "runs" / "huge" / CLUSTER_FILE).exists()
+    assert not drivers(head, "huge")
+
+
+def test_variables_of_the_job_reach_the_run(head: RayHead, elsewhere: Path) -> None:
+    code, _, err = run(head, elsewhere, "submit", "short.yaml", "--name", "told", "--env", "COLUMNS=77", "--no-wait")
+    assert code == 0, err
+    wait_until(lambda: len(drivers(head, "told")) > 0, "the driver to start")
+    (driver, *_) = head.processes("recipe.yaml --name told")
+    assert driver.environ()["COLUMNS"] == "77"
+    assert RAY_JOB_VARIABLE in driver.environ()
+    assert run(head, elsewhere, "jobs", "stop", "told")[0] == 0
+
+
+def test_a_command_without_token_or_with_another_one_is_told_so(head: RayHead, elsewhere: Path) -> None:
+    home = {"HOME": str(elsewhere)}  # a token of the user's would lie there
+    for token, message in (({}, "asks for a token"), ({"RAY_AUTH_TOKEN": "another"}, "refuses the token given")):
+        environment = {key: value for key, value in head.environment.items() if not key.startswith("RAY_AUTH")}
+        done = subprocess.run(
+            [str(BIN / "sequencematch"), "submit", "short.yaml", "--address", head.address],
+            cwd=elsewhere,
+            env={**environment, **home, **token},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+    assert not (elsewhere.parent / "runs").exists()
+
+
+def test_the_address_given_goes_before_that_of_the_environment(head: RayHead, elsewhere: Path) -> None:
+    """Other than in Ray's own client."""
+    done = subprocess.run(
+        [str(BIN / "sequencematch"), "jobs", "list", "--address", head.address],
+        cwd=elsewhere,
+        env={**head.environment, "RAY_ADDRESS": "http://127.0.0.1:1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_rays_own_command_runs_the_repository(head: RayHead, elsewhere: Path) -> None:
+    """Without runs_folder the job refuses to run; with it, it runs."""
+    code, printed = ray_job_submit(head, ARITHMETIC)
+    assert code != 0
+    assert "error: runs_folder=runs would be lost" in printed
+    code, printed = ray_job_submit(head, str(elsewhere / "short.yaml"), "--name", "plain", "--no-evaluate")
+    assert code == 0, printed
+    assert max(row["step"] for row in metrics_of(elsewhere.parent / "runs" / "plain")) == 20
+
+
+def ray_job_submit(head: RayHead, *arguments: str) -> tuple[int, str]:
+    """Exit code, and everything printed."""
+    done = subprocess.run(
+        [
+            *(str(BIN / "ray"), "job", "submit", "--address", head.address, "--working-dir", ".", "--"),
+            *("python", "-m", "launch.train", *arguments),
+        ],
+        cwd=ROOT,
+        env=head.environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
