@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 from ray.job_submission import JobStatus
 from typer.testing import CliRunner
 
 from launch.cli import app
+from launch.cluster import run_cluster
 from launch.errors import UserError
 from launch.job_server import Job
 from launch.job_tree import PACKAGES, RECIPE_FILE, write_job_tree
@@ -124,3 +126,21 @@ def test_in_a_job_a_run_has_to_lie_outside_the_jobs_folder(tmp_path: Path, monke
     with pytest.raises(UserError, match="runs_folder=runs would be lost"):
         create_run_folder(settings)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://127.0.0.1:1", "sequencematch submit --address http://127.0.0.1:1"),
+        ("127.0.0.1:1", "no Ray cluster answers"),
+    ],
+)
+def test_a_run_joins_the_cluster_of_the_environment_and_starts_no_ray_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, message: str
+) -> None:
+    folder = create_run_folder(read_recipe(RECIPE, [f"runs_folder={tmp_path}"]))
+    settings = read_recipe(folder / "config.yaml")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=message), run_cluster(settings, folder):
+        raise AssertionError("joined something")
+    assert not ray.is_initialized()
