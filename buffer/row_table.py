@@ -15,7 +15,7 @@ from buffer.schema import ROW, rows_of
 
 Int64 = npt.NDArray[np.int64]
 
-MERGED_ROWS = 4096
+MERGED_ROWS = 2**16
 """Heap batches are merged up to this many rows."""
 
 
