@@ -195,6 +195,7 @@ class ActorPool:
             .options(
                 num_cpus=settings.num_cpus,
                 num_gpus=settings.num_gpus,
+                resources=settings.resources,
                 runtime_env={"env_vars": self._environment},
                 max_restarts=0,  # the pool replaces actors itself, with the newest weights
             )

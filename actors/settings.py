@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from buffer.settings import Settings
 
@@ -28,6 +28,9 @@ class ActorsSettings(Settings):
     )
     num_cpus: float = Field(1.0, gt=0.0, description="CPUs that Ray sets aside per actor")
     num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside per actor")
+    resources: dict[str, PositiveFloat] = Field(
+        {}, description="custom Ray resources per actor: only nodes that were started with them take it"
+    )
     num_threads: PositiveInt = Field(1, description="CPU threads per engine; more than one only on idle cores")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="engine's number format")
     max_concurrent: PositiveInt = Field(64, description="rollouts an engine works on at a time")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
 import socket
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,3 +145,19 @@ def _check_plan(settings: RunSettings) -> None:
                 f"{have.get(kind, 0.0):g}: lower actors.count, actors.num_{kind.lower()}s or "
                 f"learner.num_{kind.lower()}s, or raise cluster.num_cpus"
             )
+    for kind, amount in planned_custom_resources(settings).items():
+        if amount > have.get(kind, 0.0):
+            raise UserError(
+                f"the plan needs {amount:g} of the custom resource {kind!r}, the cluster has {have.get(kind, 0.0):g}: "
+                f"start nodes with `ray start --resources '{json.dumps({kind: amount})}'`, or change actors.resources "
+                "or learner.resources"
+            )
+
+
+def planned_custom_resources(settings: RunSettings) -> dict[str, float]:
+    """Amount of each custom resource that all ranks of the learner and all actors need together."""
+    total: dict[str, float] = defaultdict(float)
+    for role, count in ((settings.learner, settings.learner.num_ranks), (settings.actors, settings.actors.count)):
+        for kind, amount in role.resources.items():
+            total[kind] += count * amount
+    return total

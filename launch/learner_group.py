@@ -96,7 +96,7 @@ class LearnerGroup:
     def __init__(self, spec: LearnerSpec) -> None:
         settings = spec.settings
         self._size = settings.num_ranks
-        resources = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
+        resources = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
         self._placement = placement_group([resources] * self._size, "PACK") if self._size > 1 else None
         self._actors = [self._create(spec, rank) for rank in range(self._size)]
         self._names = [self._name_of(rank) for rank in range(self._size)]
@@ -136,7 +136,11 @@ class LearnerGroup:
         return LearnerCall(references, self._names)
 
     def _create(self, spec: LearnerSpec, rank: int) -> ActorHandle:
-        options: dict[str, object] = {"num_cpus": spec.settings.num_cpus, "num_gpus": spec.settings.num_gpus}
+        options: dict[str, object] = {
+            "num_cpus": spec.settings.num_cpus,
+            "num_gpus": spec.settings.num_gpus,
+            "resources": spec.settings.resources,
+        }
         if self._placement is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._placement, rank)
         return (

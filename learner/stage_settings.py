@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from buffer.settings import Settings
 from learner.objective_settings import ObjectiveSettings
@@ -40,6 +40,9 @@ class LearnerSettings(Settings):
     )
     num_cpus: float = Field(1.0, gt=0.0, description="CPUs that Ray sets aside for each rank")
     num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside for each rank")
+    resources: dict[str, PositiveFloat] = Field(
+        {}, description="custom Ray resources for each rank: only nodes that were started with them take it"
+    )
     rank_timeout_s: float | None = Field(
         None,
         gt=0.0,
