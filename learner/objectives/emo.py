@@ -33,6 +33,9 @@ from learner.tree_policy import TreePolicy
 EPSILON = 1e-10
 """Keeps the ratio of the two losses defined."""
 
+TENSORS_PER_CHUNK = 4
+"""As large as the chunk, at hand in its backward pass."""
+
 
 class Emo(ExpertObjective):
     """The mean of one of the modes over the actions of the global batch.
@@ -127,12 +130,13 @@ def _mean_direction(logits: StateLogits, table: Tensor) -> Tensor:
 
     width = min(len(table), VOCABULARY_CHUNK)
     means: list[Tensor] = []
-    height = max(1, CHUNK_ELEMENTS // width)
+    height = max(1, CHUNK_ELEMENTS // (TENSORS_PER_CHUNK * width))
+    weights = logits.weight.split(width)  # once: each split has a gradient as large as the whole
     for hidden, v_floor in zip(logits.hidden.split(height), logits.v_floor.split(height), strict=True):
         mean = hidden.new_zeros((len(hidden), table.shape[1]), dtype=dtype)
-        for low, weight in enumerate(logits.weight.split(width)):
-            rows = table[low * width : (low + 1) * width]
-            arguments = (hidden, weight, v_floor, rows, logits.backspace_id - low * width)
+        for number, weight in enumerate(weights):
+            rows = table[number * width : (number + 1) * width]
+            arguments = (hidden, weight, v_floor, rows, logits.backspace_id - number * width)
             mean = mean + checkpoint(of_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
         means.append(mean)
     return torch.cat(means)
