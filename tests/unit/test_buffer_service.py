@@ -147,6 +147,17 @@ def test_a_waiting_draw_lifts_the_pause(tmp_path):
     run_with_service(tmp_path, scenario, samples_per_insert_tolerance=4, max_staleness=0)
 
 
+def test_a_draw_of_more_than_the_actors_may_be_ahead_lifts_the_pause(tmp_path):
+    async def scenario(service):
+        assert (await service.insert(numbered(0, 6))).pause
+        task = await started(draw(service, 8, 0, timeout_s=20))
+        assert not (await service.insert(numbered(6, 1))).pause
+        await service.insert(numbered(7, 1))
+        assert len(ids_of(await task)) == 8
+
+    run_with_service(tmp_path, scenario, samples_per_insert_tolerance=4)
+
+
 def test_draws_wait_beyond_the_samples_per_insert(tmp_path):
     async def scenario(service):
         await service.insert(numbered(0, 4))

@@ -92,7 +92,7 @@ CALLS = {
         options(""),
         flight.FlightCallOptions(timeout=20, headers=[(b"authorization", TOKEN.encode())]),
         flight.FlightCallOptions(
-            timeout=20, headers=[(b"authorization", b"Bearer wrong"), (b"authorization", f"Bearer {TOKEN}".encode())]
+            timeout=20, headers=[(b"authorization", f"Bearer {TOKEN}".encode()), (b"authorization", b"Bearer wrong")]
         ),
     ],
     ids=["none", "wrong", "empty", "no scheme", "two"],

@@ -161,6 +161,34 @@ def test_a_shard_that_logged_its_part_gives_the_rest_where_the_other_cannot(tmp_
     assert run_with_shards(tmp_path, 2, second_life, max_staleness=4) == parts
 
 
+def test_what_the_limiter_of_one_shard_keeps_back_the_other_gives(tmp_path):
+    async def scenario(services):
+        await services[0].insert(numbered(0, 10))
+        await services[1].insert(numbered(100, 20))
+        await services[0].draw(DrawKey("s", 9, "policy"), 10, 0)  # one sample for each of its inserts
+        assert [len(part) for part in await draw(services, 6)] == [0, 6]
+        waiting = await started(draw(services, 16, key=DrawKey("s", 1, "policy")))
+        assert [(await service.offer(KEY, 6, 0, 0)).available for service in services] == [0, 14]
+        await services[0].insert(numbered(200, 1))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        await services[0].insert(numbered(201, 1))
+        assert [len(part) for part in await waiting] == [2, 14]
+
+    changes = {"samples_per_insert": 1.0, "samples_per_insert_tolerance": 2.0, "min_size": 2}
+    run_with_shards(tmp_path, 2, scenario, **changes)
+
+
+def test_shards_draw_with_numbers_of_their_own(tmp_path):
+    async def scenario(services):
+        for service, first in zip(services, (0, 100), strict=True):
+            await service.insert(numbered(first, 50))
+        return await draw(services, 40)
+
+    first, second = run_with_shards(tmp_path, 2, scenario)
+    assert {int(id_) % 100 for id_ in first} != {int(id_) % 100 for id_ in second}
+
+
 def test_an_empty_shard_holds_nothing_up(tmp_path):
     async def scenario(services):
         await services[1].insert(numbered(0, 20))
