@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -180,7 +181,7 @@ class JobServer:
         """
         try:
             return asyncio.run(self._follow(job, show))
-        except (OSError, RuntimeError, UserError) as error:  # aiohttp's errors are OSErrors, Ray's are RuntimeErrors
+        except (aiohttp.ClientError, OSError, RuntimeError, UserError) as error:  # Ray's own are RuntimeErrors
             raise RunFailedError(
                 f"lost the log of run {job.run}, which may go on ({str(error) or type(error).__name__}): look again "
                 f"with `sequencematch jobs status {job.run} --address {self.address}`"

@@ -79,6 +79,14 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(POLL_S)
 
 
+def command_output(head: RayHead, *arguments: str) -> str:
+    """Of a command that is not about the job server, on a node of the cluster."""
+    command = [str(BIN / "sequencematch"), *arguments]
+    return subprocess.run(
+        command, env=head.environment, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=True
+    ).stdout
+
+
 def status(head: RayHead, folder: Path, name: str) -> dict[str, object]:
     code, out, err = run(head, folder, "jobs", "status", name, "--json")
     assert code == 0, err
@@ -123,6 +131,7 @@ def test_ctrl_c_ends_the_following_and_stop_ends_the_run_which_can_be_resumed(he
     assert "the run goes on" in err
     assert "jobs stop endless" in err
     assert status(head, elsewhere, "endless")["state"] == "RUNNING"
+    assert json.loads(command_output(head, "status", str(folder), "--json"))["learner"]["stage"] == "trunk"
 
     code, out, err = run(head, elsewhere, "submit", *long, "--name", "endless")
     assert (code, out) == (2, "")
