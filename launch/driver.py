@@ -22,8 +22,10 @@ from launch.command_errors import setting_up
 from launch.errors import RunFailedError, UserError
 from launch.learner_group import LearnerCall, LearnerFailedError, LearnerGroup
 from launch.live_view import LiveView, RunView
+from launch.metric_export import MetricExporter
 from launch.run_checkpoints import finished_stages, newest_published
 from launch.run_folder import BUFFER_FOLDER
+from launch.run_log import RunLog
 from launch.run_tokenizer import save_run_tokenizer
 from launch.settings import RunSettings, needs_actors
 from learner.publisher import PROBE_TOKENS
@@ -60,24 +62,29 @@ def train(settings: RunSettings, folder: Path, console: Console) -> RunOutcome:
         RunFailedError: an actor or the learner could not go on; the message names who.
     """
     view = RunView(folder.name, settings.stages, results=finished_stages(settings, folder))
-    with LiveView(console, view) as live:
+    with LiveView(console, view) as live, RunLog(folder) as log:
+        log.write("info", "driver", "the run begins")
         view.note = "starting Ray"
         live.refresh()
         with run_cluster(settings, folder):
-            crew = _Crew(settings, folder, live)
+            crew = _Crew(settings, folder, live, log)
             try:
-                return crew.run()
+                outcome = crew.run()
             finally:
                 crew.stop()
+            log.write("info", "driver", "the run is finished" if outcome.finished else "the run was stopped")
+            return outcome
 
 
 class _Crew:
     """The processes of one run."""
 
-    def __init__(self, settings: RunSettings, folder: Path, live: LiveView) -> None:
+    def __init__(self, settings: RunSettings, folder: Path, live: LiveView, log: RunLog) -> None:
         self._settings = settings
         self._folder = folder
         self._live = live
+        self._log = log
+        self._metrics = MetricExporter(folder.name)
         self._buffer: BufferShards | None = None
         self._pool: ActorHandle | None = None
         self._stopping_since: float | None = None
@@ -210,14 +217,16 @@ class _Crew:
         view.learner = self._ask(status, view.learner, "the learner")
         if view.learner is not None:
             for warning in view.learner.warnings[self._warnings_told :]:
-                self._warn(warning)
+                self._show(warning)  # the log takes it from the status
             self._warnings_told = len(view.learner.warnings)
         if self._pool is not None and self._buffer is not None:
             view.pool = self._ask(self._pool.status.remote(), view.pool, "the actor pool")
             view.buffer = self._buffer.status(self._warn)
-            if view.pool is not None and view.pool.failure is not None:
-                error = UserError if view.pool.refused else RunFailedError
-                raise error(f"the actor pool gave up: {view.pool.failure}")
+        self._metrics.export(view)
+        self._log.follow(view)
+        if view.pool is not None and view.pool.failure is not None:
+            error = UserError if view.pool.refused else RunFailedError
+            raise error(f"the actor pool gave up: {view.pool.failure}")
         self._live.refresh()
 
     def _ask(self, reference: ray.ObjectRef, last: Seen, whom: str) -> Seen:
@@ -250,6 +259,10 @@ class _Crew:
         self._live.refresh()
 
     def _warn(self, warning: str) -> None:
+        self._log.write("warning", "driver", warning)
+        self._show(warning)
+
+    def _show(self, warning: str) -> None:
         self._live.say(f"[yellow]{escape(warning)}[/yellow]")
 
     def _end(self, actor: ActorHandle, goodbye: ray.ObjectRef) -> None:

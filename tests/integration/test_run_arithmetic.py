@@ -22,6 +22,7 @@ from buffer.schema import TokenContract
 from buffer.validation import validate
 from buffer.weights import fingerprint, pack_tensors
 from launch.recipe import read_recipe
+from launch.run_log import LOG_FILE
 from launch.settings import RunSettings
 from learner.checkpoint import read_progress
 from learner.checkpoint_store import checkpoints_of
@@ -183,4 +184,17 @@ def test_checkpoints_stand_alone(run: FinishedRun) -> None:
 
 def test_the_run_folder_is_that_of_a_run_that_ended(run: FinishedRun) -> None:
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"config.yaml", "environment.txt", "metrics.jsonl", "tensorboard", "buffer", "checkpoints"}
+    files = {"config.yaml", "environment.txt", "metrics.jsonl", "logs"}
+    assert names == files | {"tensorboard", "tokenizer", "buffer", "checkpoints"}
+
+
+def test_the_log_tells_the_run_from_beginning_to_end(run: FinishedRun) -> None:
+    lines = [json.loads(line) for line in (run.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+    assert {line["run"] for line in lines} == {run.folder.name}
+    assert [lines[0]["message"], lines[-1]["message"]] == ["the run begins", "the run is finished"]
+    begun = [line["message"].split()[1] for line in lines if "has begun" in line["message"]]
+    assert begun == list(STEPS)
+    assert {line["role"] for line in lines} == {"driver", "learner", "pool", "actor", "buffer"}
+    loaded = [line["version"] for line in lines if line["role"] == "actor" and "has weights" in line["message"]]
+    assert loaded
+    assert loaded == sorted(loaded)

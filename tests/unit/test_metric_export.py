@@ -1,0 +1,82 @@
+"""Metrics of a live run: each has one name, a view gives all of them, and the Grafana board asks for no other."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from actors.status import ActorStatus, MemberStatus, PoolStatus
+from buffer.counters import DrawStatistics, SourceCounters, StoreStatus
+from buffer.status import BufferStatus, ShardStatus
+from launch.live_view import RunView
+from launch.metric_export import growth, samples
+from launch.metric_names import METRIC_NAMES
+from learner.status import LearnerStatus
+from tests.dockerfiles import ROOT
+
+BOARD = json.loads((ROOT / "docker" / "grafana" / "sequencematch.json").read_text(encoding="utf-8"))
+TABLE = ROOT / "docs" / "monitoring.md"
+
+
+def full_view(actions: int = 20_000) -> RunView:
+    """Of a run in which everything has a value. actions: of the actor, since its birth."""
+    counters = SourceCounters(500, 400, {"capacity": 90, "stale": 10}, 7, 700, 0, DrawStatistics(1.5, 3, 20.0, 60.0))
+    store = StoreStatus({"policy": counters}, 2, 0, 11, 3, 4096, 0, ("segment-000001.arrows",))
+    status = ActorStatus("actor-0", 10, actions, 4213.0, 2_000, 5_000, 1, 64, "generating")
+    return RunView(
+        "run",
+        [],
+        learner=LearnerStatus("sequencematch", 100, 400, 0.125, 11, "training", {"loss": 0.5}),
+        pool=PoolStatus(2, 11, (MemberStatus("actor-0", "running", 1, status),)),
+        buffer=BufferStatus((ShardStatus(store, 16_384, True, 1, (), 1, "host", 3.0), None)),
+    )
+
+
+def test_a_full_view_has_every_metric_with_its_labels() -> None:
+    found = list(samples(full_view()))
+    assert {sample.metric for sample in found} == set(METRIC_NAMES)
+    assert all(len(sample.labels) == len(sample.metric.labels) for sample in found)
+    assert len({(sample.metric, sample.labels) for sample in found}) == len(found)
+    values = {(sample.metric.name.removeprefix("sequencematch_"), *sample.labels): sample.value for sample in found}
+    assert values["learner_metric", "sequencematch", "loss"] == 0.5
+    assert values["learner_step_seconds", "sequencematch"] == 0.125
+    assert values["actor_actions", "actor-0"] == 20_000
+    assert values["buffer_removed_rows", "0", "policy", "stale"] == 10
+    assert values["buffer_draw_age_seconds", "0", "policy"] == 20.0
+    assert (values["buffer_answers", "0"], values["buffer_answers", "1"]) == (1.0, 0.0)
+
+
+def test_names_follow_prometheus() -> None:
+    names = [metric.name for metric in METRIC_NAMES]
+    assert len(set(names)) == len(names)
+    for metric in METRIC_NAMES:
+        assert re.fullmatch(r"sequencematch_(learner|actors?|buffer)_[a-z_]+", metric.name)
+        assert not metric.name.endswith("_total"), "Ray adds it to counters"
+        assert metric.exported_name.endswith("_total") == (metric.kind == "counter")
+
+
+def test_a_counter_that_fell_belongs_to_a_new_process() -> None:
+    assert growth(0.0, 5.0) == 5.0
+    assert growth(5.0, 5.0) == 0.0
+    assert growth(5.0, 8.0) == 3.0
+    assert growth(8.0, 2.0) == 2.0
+
+
+def test_the_board_asks_for_metrics_that_there_are() -> None:
+    exported = {metric.exported_name: metric for metric in METRIC_NAMES}
+    expressions = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
+    asked = {name for expression in expressions for name in re.findall(r"ray_\w+", expression)}
+    assert asked == exported.keys(), "each is on the board, and nothing else is"
+    for panel in BOARD["panels"]:
+        for target in panel["targets"]:
+            labels = {"run"}.union(*(exported[n].labels for n in re.findall(r"ray_\w+", target["expr"])))
+            assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= labels, panel["title"]
+    assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
+    (variable,) = BOARD["templating"]["list"]
+    assert variable["name"] == "run"
+    assert set(re.findall(r"ray_\w+", variable["query"])) <= exported.keys()
+
+
+def test_the_page_on_monitoring_names_every_metric() -> None:
+    rows = [line.split("|")[1] for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| `ray_")]
+    assert [row.strip().strip("`") for row in rows] == [metric.exported_name for metric in METRIC_NAMES]
