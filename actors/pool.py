@@ -23,7 +23,7 @@ from ray.actor import ActorHandle
 
 from actors.rollout_actor import RolloutActor, RolloutSpec
 from actors.status import ActorStatus, MemberStatus, PoolStatus
-from buffer.shards import Shard
+from buffer.shards.shard import Shard
 from buffer.weights import WeightManifest, WeightPayload
 
 SUPERVISION_INTERVAL_S = 0.5

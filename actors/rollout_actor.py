@@ -27,7 +27,7 @@ from actors.status import ActorStatus
 from buffer.experts.stream import ExpertStream, PromptStream
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
-from buffer.shards import Shard, nearest
+from buffer.shards.shard import Shard, nearest
 from buffer.weights import WeightManifest, WeightPayload, check_probe, unpack, verify_fingerprint
 
 WEIGHTS_TIMEOUT_S = 60.0

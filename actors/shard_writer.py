@@ -19,9 +19,9 @@ from typing import TypeVar
 import pyarrow as pa
 import ray
 
-from buffer.service import InsertReply
-from buffer.shards import BufferLostError, Shard
-from buffer.transport import compact
+from buffer.shards.service import InsertReply
+from buffer.shards.shard import BufferLostError, Shard
+from buffer.shards.transport import compact
 
 MAX_BYTES_IN_FLIGHT = 16 * 2**20
 MAX_INSERTS_IN_FLIGHT = 4

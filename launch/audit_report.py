@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from buffer.audit import Account, AuditReport
-from buffer.audit_checks import DrawLimits
-from buffer.events import EVICTED
-from buffer.shard_history import REASONS
+from buffer.reading.audit import Account, AuditReport
+from buffer.reading.audit_checks import DrawLimits
+from buffer.reading.shard_history import REASONS
+from buffer.store.events import EVICTED
 
 _CLEAN = "clean: every row is accounted for, no id twice, no draw beyond its limits"
 

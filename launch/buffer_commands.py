@@ -71,8 +71,8 @@ def audit(run: RunFolder, as_json: AsJson = False) -> None:
     [dim]Example:[/dim] sequencematch audit runs/arithmetic-20260101-120000
     """
     with reported_errors(), stdout_kept_clean(as_json), setting_up():
-        from buffer.audit import audit_buffer
-        from buffer.audit_checks import DrawLimits
+        from buffer.reading.audit import audit_buffer
+        from buffer.reading.audit_checks import DrawLimits
         from launch.audit_report import audit_to_json, show_audit
         from launch.run_folder import BUFFER_FOLDER, open_run_folder
 
@@ -89,7 +89,7 @@ def audit(run: RunFolder, as_json: AsJson = False) -> None:
 
 @contextmanager
 def _database(run: Path) -> Iterator[BufferDatabase]:
-    from buffer.reader import read_buffer
+    from buffer.reading.reader import read_buffer
     from launch.query import BufferDatabase
     from launch.run_folder import BUFFER_FOLDER, run_config
     from launch.run_tokenizer import load_run_tokenizer

@@ -16,13 +16,13 @@ from typing import TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from buffer.previous_format import holds_previous_format
 from buffer.schema import TokenContract
-from buffer.service import ReplayBufferService
 from buffer.settings import BufferSettings
-from buffer.shards import Shard, present_shards, shard_folder, shard_seed, shard_settings
-from buffer.status import BufferStatus, ShardStatus
-from buffer.store import ReplayStore
+from buffer.shards.service import ReplayBufferService
+from buffer.shards.shard import Shard, present_shards, shard_folder, shard_seed, shard_settings
+from buffer.shards.status import BufferStatus, ShardStatus
+from buffer.store.previous_format import holds_previous_format
+from buffer.store.replay_store import ReplayStore
 from launch.errors import RunFailedError, UserError
 from launch.flight_token import flight_token
 

@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from rich.console import Group, RenderableType
 
 from actors.status import PoolStatus
-from buffer.status import BufferStatus
+from buffer.shards.status import BufferStatus
 from launch.buffer_shards import find_shards, shard_statuses
 from launch.cluster import join_live_run
 from launch.driver import POOL_NAME

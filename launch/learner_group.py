@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from buffer.shards import Shard
+from buffer.shards.shard import Shard
 from launch.errors import RunFailedError
 from learner.ranks import RankLostError
 from learner.stage_settings import StageSettings

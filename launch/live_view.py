@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.status import PoolStatus
-from buffer.status import BufferStatus
+from buffer.shards.status import BufferStatus
 from launch.shard_view import flight_lines, shard_table
 from learner.stage_settings import StageSettings
 from learner.status import LearnerStatus, StageResult

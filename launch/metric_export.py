@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ray.util.metrics import Counter, Gauge
 
 from actors.status import PoolStatus
-from buffer.status import BufferStatus, ShardStatus
+from buffer.shards.status import BufferStatus, ShardStatus
 from launch import metric_names as names
 from launch.live_view import RunView
 from launch.metric_names import METRIC_NAMES, MetricName

@@ -23,7 +23,7 @@ import duckdb
 import pyarrow as pa
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
-from buffer.reader import BufferSnapshot
+from buffer.reading.reader import BufferSnapshot
 from launch.text_columns import TEXT_INPUTS, TextColumns
 
 TABLES = ("trajectories", "draws", "removals", "rejections", "events")

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Literal
 
 from actors.status import MemberStatus, PoolStatus
-from buffer.status import BufferStatus
+from buffer.shards.status import BufferStatus
 from launch.live_view import RunView
 from learner.status import LearnerStatus
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from actors.settings import ActorsSettings
-from buffer.limiter import Limiter
+from buffer.sampling.limiter import Limiter
 from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings
 from learner.settings import ModelSettings
 from learner.stage_settings import LearnerSettings, StageSettings, check_stages

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from buffer.status import BufferStatus
+from buffer.shards.status import BufferStatus
 from launch.flight_token import TOKEN_FILE, TOKEN_VARIABLE
 
 

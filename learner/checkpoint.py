@@ -5,7 +5,7 @@
                    learner.model_files)
 
 The position in the buffer is the step: a draw is named by stage and step, and the buffer's consumption log gives the
-steps after the checkpoint the rows that they were given before (see buffer.consumption_log).
+steps after the checkpoint the rows that they were given before (see buffer.store.consumption_log).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A shard of the replay buffer that lives in a Ray actor, as `buffer.shard_router` wants it."""
+"""A shard of the replay buffer that lives in a Ray actor, as `buffer.shards.shard_router` wants it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from buffer.consumption_log import DrawKey
-from buffer.counters import DrawResult
-from buffer.shard_split import Offer
-from buffer.shards import BufferLostError, Shard
+from buffer.shards.shard import BufferLostError, Shard
+from buffer.shards.shard_split import Offer
+from buffer.store.consumption_log import DrawKey
+from buffer.store.counters import DrawResult
 
 ANSWER_TIMEOUT_S = 120.0
 """Beyond the time that a call itself may wait: a shard that died needs some to come back, more with a large folder."""

@@ -22,7 +22,7 @@ from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task, load_task
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings, TaskSettings
-from buffer.shards import Shard
+from buffer.shards.shard import Shard
 from learner.activation_checkpointing import checkpoint_activations
 from learner.batch_source import BufferSource, StopRequestedError
 from learner.behaviour import distribution_metrics

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from buffer.settings import BufferSettings
-from buffer.store import ReplayStore
+from buffer.store.replay_store import ReplayStore
 from tests.trajectories import CONTRACT, fresh_key
 
 SMALL = 8_000

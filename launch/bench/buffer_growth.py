@@ -47,9 +47,9 @@ def memory_while_growing(folder: Path, size_bytes: int) -> list[dict[str, float]
 
 
 def _grow(folder: Path, size_bytes: int, connection: multiprocessing.connection.Connection) -> None:
-    from buffer.consumption_log import DrawKey
     from buffer.settings import BufferSettings
-    from buffer.store import ReplayStore
+    from buffer.store.consumption_log import DrawKey
+    from buffer.store.replay_store import ReplayStore
     from launch.bench.buffer_load import CONTRACT, as_arrow, make_rollouts
 
     load = make_rollouts((50, 500), (16, 64), seed=0)

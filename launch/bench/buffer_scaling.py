@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from buffer.consumption_log import DrawKey
-from buffer.lane import Lane
-from buffer.row_facts import RowFacts
+from buffer.sampling.lane import Lane
+from buffer.sampling.row_facts import RowFacts
 from buffer.settings import BufferSettings
-from buffer.store import ReplayStore
+from buffer.store.consumption_log import DrawKey
+from buffer.store.replay_store import ReplayStore
 from launch.bench.buffer_load import CONTRACT, as_arrow, make_rollouts
 
 DRAWN_ROWS = 256

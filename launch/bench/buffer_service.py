@@ -6,9 +6,9 @@ import time
 from itertools import count
 from pathlib import Path
 
-from buffer.consumption_log import DrawKey
-from buffer.service import ReplayBufferService
 from buffer.settings import BufferSettings
+from buffer.shards.service import ReplayBufferService
+from buffer.store.consumption_log import DrawKey
 from launch.bench.buffer_load import CONTRACT, as_arrow, make_rollouts
 
 WRITERS = (1, 4)

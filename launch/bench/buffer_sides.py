@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from actors.action_log import FinishedLog
-from buffer.consumption_log import DrawKey
 from buffer.settings import BufferSettings
-from buffer.store import ReplayStore
+from buffer.store.consumption_log import DrawKey
+from buffer.store.replay_store import ReplayStore
 from launch.bench.buffer_load import CONTRACT, LISTS, SCALARS, Padded, RolloutLoad, as_arrow, as_padded, scalars
 
 if TYPE_CHECKING:

@@ -21,13 +21,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from buffer import segments
-from buffer.consumption_log import ConsumptionLog, DrawKey
 from buffer.experts.tasks import Task, load_task
-from buffer.row_table import RowTable
-from buffer.service import ReplayBufferService
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
-from buffer.store import ReplayStore
+from buffer.shards.service import ReplayBufferService
+from buffer.store import segments
+from buffer.store.consumption_log import ConsumptionLog, DrawKey
+from buffer.store.replay_store import ReplayStore
+from buffer.store.row_table import RowTable
 from learner import checkpoint as checkpoint_module
 from learner import trainer as trainer_module
 from learner.checkpoint import Progress, read_progress, read_training_state

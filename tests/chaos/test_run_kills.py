@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buffer.reader import read_shard
-from buffer.shards import present_shards, shard_folder
+from buffer.reading.reader import read_shard
+from buffer.shards.shard import present_shards, shard_folder
 from buffer.staleness import VersionRange
 from launch.buffer_shards import MAX_RESTARTS
 from launch.recipe import read_recipe

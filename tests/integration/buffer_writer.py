@@ -11,7 +11,7 @@ import struct
 import sys
 from pathlib import Path
 
-from buffer.consumption_log import ConsumptionLog, DrawKey
+from buffer.store.consumption_log import ConsumptionLog, DrawKey
 from tests.stores import open_store
 from tests.trajectories import batch_of, expert_row, row
 

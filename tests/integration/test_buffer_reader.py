@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
-from buffer.audit import audit_buffer
-from buffer.audit_checks import DrawLimits, check_draws, check_rows, check_states
-from buffer.event_history import log_files
-from buffer.manifest import Manifest
-from buffer.reader import ShardSnapshot, read_shard
+from buffer.reading.audit import audit_buffer
+from buffer.reading.audit_checks import DrawLimits, check_draws, check_rows, check_states
+from buffer.reading.reader import ShardSnapshot, read_shard
+from buffer.reading.shard_history import ShardHistory
 from buffer.schema import SOURCES
-from buffer.shard_history import ShardHistory
+from buffer.store.event_history import log_files
+from buffer.store.manifest import Manifest
 from tests.integration.buffer_writer import (
     CAPACITY,
     MAX_STALENESS,

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import ray
 
-from buffer.consumption_log import DrawKey
-from buffer.service import ReplayBufferService
 from buffer.settings import BufferSettings
-from buffer.store import ReplayStore
+from buffer.shards.service import ReplayBufferService
+from buffer.store.consumption_log import DrawKey
+from buffer.store.replay_store import ReplayStore
 from tests.stores import draw
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
@@ -102,9 +102,9 @@ def test_a_new_actor_goes_on_where_a_killed_one_stopped(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from buffer.consumption_log import DrawKey
+from buffer.store.consumption_log import DrawKey
 from buffer.settings import BufferSettings
-from buffer.store import ReplayStore
+from buffer.store.replay_store import ReplayStore
 from tests.trajectories import CONTRACT, ids_of, numbered
 
 settings = BufferSettings(capacity=200, min_size=1, max_staleness=3, segment_bytes=20_000, fsync=sys.argv[2])

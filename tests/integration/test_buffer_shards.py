@@ -15,10 +15,10 @@ import ray
 from pyarrow import flight
 
 from actors.shard_writer import ShardWriter
-from buffer.service import ReplayBufferService
 from buffer.settings import BufferSettings
-from buffer.shards import BufferLostError, shard_folder, shard_settings
-from buffer.store import ReplayStore
+from buffer.shards.service import ReplayBufferService
+from buffer.shards.shard import BufferLostError, shard_folder, shard_settings
+from buffer.store.replay_store import ReplayStore
 from launch.buffer_shards import BufferShards, check_buffer, find_shards
 from launch.errors import RunFailedError, UserError
 from launch.flight_token import TOKEN_FILE, TOKEN_VARIABLE

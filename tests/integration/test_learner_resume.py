@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from actors.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings
-from buffer.event_history import read_events
 from buffer.experts.tasks import Task, load_task
-from buffer.service import ReplayBufferService
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
-from buffer.shards import Shard
-from buffer.status import ShardStatus
+from buffer.shards.service import ReplayBufferService
+from buffer.shards.shard import Shard
+from buffer.shards.status import ShardStatus
+from buffer.store.event_history import read_events
 from learner.checkpoint_store import checkpoints_of
 from learner.objective_settings import SequenceMatchSettings
 from learner.settings import ScratchModelSettings

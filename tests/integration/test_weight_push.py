@@ -23,12 +23,12 @@ from actors.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings, RolloutSettings
 from actors.status import PoolStatus
-from buffer.consumption_log import DrawKey
-from buffer.counters import DrawResult
 from buffer.schema import TokenContract
-from buffer.service import ReplayBufferService
 from buffer.settings import BufferSettings, NoiseSettings
-from buffer.shards import Shard
+from buffer.shards.service import ReplayBufferService
+from buffer.shards.shard import Shard
+from buffer.store.consumption_log import DrawKey
+from buffer.store.counters import DrawResult
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors
 from learner.publication import publication_tensors
 from learner.publisher import WeightPublisher, make_probe

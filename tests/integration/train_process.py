@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 
-from buffer.reader import read_shard
+from buffer.reading.reader import read_shard
 from buffer.schema import without_rows
-from buffer.shards import present_shards
+from buffer.shards.shard import present_shards
 from launch.run_folder import BUFFER_FOLDER, CLUSTER_FILE
 
 ROOT = Path(__file__).parents[2]

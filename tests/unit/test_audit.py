@@ -13,13 +13,13 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner, Result
 
-from buffer.audit import audit_buffer
-from buffer.audit_checks import DrawLimits
-from buffer.consumption_log import ConsumptionLog, DrawKey
-from buffer.event_history import log_files, log_number, read_log_file
-from buffer.events import EVENT_SCHEMA, Event, decode_events, encode_events
-from buffer.manifest import Manifest
-from buffer.segments import OpenSegment
+from buffer.reading.audit import audit_buffer
+from buffer.reading.audit_checks import DrawLimits
+from buffer.store.consumption_log import ConsumptionLog, DrawKey
+from buffer.store.event_history import log_files, log_number, read_log_file
+from buffer.store.events import EVENT_SCHEMA, Event, decode_events, encode_events
+from buffer.store.manifest import Manifest
+from buffer.store.segments import OpenSegment
 from launch.cli import app
 from launch.recipe import read_recipe, write_recipe
 from tests.stores import SMALL, open_store

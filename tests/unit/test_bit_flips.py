@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.manifest import CorruptSegmentError
+from buffer.store.manifest import CorruptSegmentError
 from tests.stores import draw, open_store
 from tests.trajectories import batch_of, expert_row, fresh_key, numbered
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from buffer.experts.tokenizer import character_tokenizer, token_contract
 from buffer.settings import BufferSettings
-from buffer.store import ReplayStore
+from buffer.store.replay_store import ReplayStore
 from launch.cli import app
 from launch.recipe import read_recipe, write_recipe
 from launch.run_tokenizer import save_run_tokenizer

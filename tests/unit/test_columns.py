@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer import columns
-from buffer.columns import BlockMinima
+from buffer.sampling import columns
+from buffer.sampling.columns import BlockMinima
 
 numbers = st.integers(-20, 20)
 operations = st.one_of(

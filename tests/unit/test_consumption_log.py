@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from buffer.consumption_log import ConsumptionLog, DrawKey, LoggedDraw
-from buffer.counters import Tally
-from buffer.event_history import read_events, scan_log_file
-from buffer.events import Event
-from buffer.lane import LaneSnapshot
-from buffer.log_state import LogSnapshot, SourceSnapshot
-from buffer.manifest import CorruptSegmentError
+from buffer.sampling.lane import LaneSnapshot
+from buffer.store.consumption_log import ConsumptionLog, DrawKey, LoggedDraw
+from buffer.store.counters import Tally
+from buffer.store.event_history import read_events, scan_log_file
+from buffer.store.events import Event
+from buffer.store.log_state import LogSnapshot, SourceSnapshot
+from buffer.store.manifest import CorruptSegmentError
 from tests.stores import crash
 
 OPEN = "consumption-000001.arrows.open"
@@ -265,7 +265,7 @@ def test_a_rotation_that_the_disk_refuses_leaves_the_log_as_it_was(tmp_path, mon
         rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("buffer.consumption_log.os.rename", refuse)
+        patch.setattr("buffer.store.consumption_log.os.rename", refuse)
         with pytest.raises(OSError, match="No space left"):
             log.rotate(snapshot(10))
     log.append_draw(logged(1, [1]))

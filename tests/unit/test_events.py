@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from buffer.event_history import open_log_path, read_events, sealed_log_path
-from buffer.events import EVENT_SCHEMA, Counters, Event, decode_events, encode_events
-from buffer.manifest import CorruptSegmentError
-from buffer.segments import OpenSegment
+from buffer.store.event_history import open_log_path, read_events, sealed_log_path
+from buffer.store.events import EVENT_SCHEMA, Counters, Event, decode_events, encode_events
+from buffer.store.manifest import CorruptSegmentError
+from buffer.store.segments import OpenSegment
 
 EVENTS = [
     Event("snapshot", counters=Counters(next_row=9, newest_version=-1, rejected=2)),

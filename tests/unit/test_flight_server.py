@@ -8,7 +8,7 @@ import stat
 import pytest
 from pyarrow import flight
 
-from buffer.flight_server import FlightEndpoint
+from buffer.shards.flight_server import FlightEndpoint
 from launch.flight_token import TOKEN_FILE, TOKEN_VARIABLE, flight_token
 from tests.stores import draw, open_store
 from tests.trajectories import CONTRACT, batch_of, expert_row, ids_of, numbered

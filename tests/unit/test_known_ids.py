@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from buffer import known_ids
-from buffer.known_ids import KnownIds
+from buffer.store import known_ids
+from buffer.store.known_ids import KnownIds
 
 
 def strings(numbers) -> pa.StringArray:

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from buffer import columns, live_facts, sum_tree, weighted_rows
-from buffer.lane import Lane
-from buffer.row_facts import RowFacts
+from buffer.sampling import columns, live_facts, sum_tree, weighted_rows
+from buffer.sampling.lane import Lane
+from buffer.sampling.row_facts import RowFacts
 from buffer.schema import with_rows
 from buffer.settings import BufferSettings
 from buffer.staleness import NO_VERSION

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from buffer.limiter import Limiter, Traffic
+from buffer.sampling.limiter import Limiter, Traffic
 from buffer.settings import BufferSettings
 
 LARGE = 10_000

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from actors.status import ActorStatus, MemberStatus, PoolStatus
-from buffer.counters import SourceCounters, StoreStatus
-from buffer.status import BufferStatus, ShardStatus
+from buffer.shards.status import BufferStatus, ShardStatus
+from buffer.store.counters import SourceCounters, StoreStatus
 from launch.live_view import LiveView, RunView, plain_line, render
 from launch.recipe import read_recipe
 from learner.status import LearnerStatus, StageResult

@@ -6,8 +6,8 @@ import json
 import re
 
 from actors.status import ActorStatus, MemberStatus, PoolStatus
-from buffer.counters import DrawStatistics, SourceCounters, StoreStatus
-from buffer.status import BufferStatus, ShardStatus
+from buffer.shards.status import BufferStatus, ShardStatus
+from buffer.store.counters import DrawStatistics, SourceCounters, StoreStatus
 from launch.live_view import RunView
 from launch.metric_export import growth, samples
 from launch.metric_names import METRIC_NAMES

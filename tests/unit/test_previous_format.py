@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from buffer.manifest import CorruptSegmentError
-from buffer.reader import read_buffer
+from buffer.reading.reader import read_buffer
 from buffer.schema import stored_schema
+from buffer.store.manifest import CorruptSegmentError
 from tests.trajectories import BACKSPACE, CONTRACT, EOS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "buffer_v1" / "folder"
@@ -39,8 +39,11 @@ def test_every_row_of_the_golden_folder_is_read_with_what_became_of_it():
     assert rows[0]["policy_version"] == [0, 0, 0, 1, 1]
     assert rows[2]["realised"] == [None, 20, None, None, None]
     assert rows[3]["reward"] == 0.5
-    assert rows[6]["actions"] == [] and rows[6]["logprobs"] is None and rows[6]["finish_reason"] == "aborted"
-    assert rows[7]["sampling"] is None and rows[7]["weights_fingerprint"] is None
+    assert rows[6]["actions"] == []
+    assert rows[6]["logprobs"] is None
+    assert rows[6]["finish_reason"] == "aborted"
+    assert rows[7]["sampling"] is None
+    assert rows[7]["weights_fingerprint"] is None
     events = snapshot.events.select(["event", "stage", "step", "source", "rows"]).to_pylist()
     assert [tuple(event.values()) for event in events] == [
         ("draw", "trunk", 0, "expert", [2, 1]),

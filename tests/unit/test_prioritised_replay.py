@@ -8,7 +8,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from buffer.consumption_log import DrawKey
+from buffer.store.consumption_log import DrawKey
 from learner.objectives.registry import make_objective
 from learner.trainer import Trainer
 from learner.tree_policy import TreePolicy

@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from buffer.consumption_log import DrawKey
-from buffer.event_history import read_events
-from buffer.segments import scan_open
+from buffer.store.consumption_log import DrawKey
+from buffer.store.event_history import read_events
+from buffer.store.segments import scan_open
 from tests.stores import SMALL, crash, live_ids, open_store
 from tests.trajectories import batch_of, expert_row, ids_of, numbered, row
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer import row_table
-from buffer.row_table import RowTable
 from buffer.schema import with_rows
+from buffer.store import row_table
+from buffer.store.row_table import RowTable
 from tests.trajectories import BACKSPACE, EOS, batch_of, expert_row, ids_of, numbered, row
 
 

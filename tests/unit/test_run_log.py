@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from actors.status import ActorStatus, MemberStatus, PoolStatus
-from buffer.status import BufferStatus
+from buffer.shards.status import BufferStatus
 from launch.live_view import RunView
 from launch.run_log import LOG_FILE, RunLog, news
 from learner.status import LearnerStatus

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from buffer.samplers import (
+from buffer.sampling.samplers import (
     FifoSampler,
     PrioritisedSampler,
     RecencySampler,

@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from buffer.manifest import CorruptSegmentError, SegmentEntry
 from buffer.schema import trajectory_schema
-from buffer.segments import (
+from buffer.store.manifest import CorruptSegmentError, SegmentEntry
+from buffer.store.segments import (
     DamagedRange,
     OpenSegment,
     cut_torn_tail,
@@ -186,7 +186,7 @@ def test_corrupted_sealed_segment_at_every_byte(tmp_path):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from buffer.segments import OpenSegment, scan_open
+from buffer.store.segments import OpenSegment, scan_open
 from tests.trajectories import CONTRACT, numbered
 from buffer.schema import trajectory_schema
 

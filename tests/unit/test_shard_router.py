@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from buffer.consumption_log import DrawKey
-from buffer.service import DrawTimeoutError, ReplayBufferService
 from buffer.settings import BufferSettings
-from buffer.shard_router import DrawRequest, draw_from_shards
-from buffer.shards import shard_folder, shard_seed, shard_settings
+from buffer.shards.service import DrawTimeoutError, ReplayBufferService
+from buffer.shards.shard import shard_folder, shard_seed, shard_settings
+from buffer.shards.shard_router import DrawRequest, draw_from_shards
+from buffer.store.consumption_log import DrawKey
 from tests.trajectories import CONTRACT, ids_of, numbered
 
 KEY = DrawKey("s", 0, "policy")

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 
 import pytest
 
-from buffer.compaction import RewritePlan
-from buffer.service import ReplayBufferService
 from buffer.settings import BufferSettings
-from buffer.shard_upkeep import ShardUpkeep
-from buffer.store import ReplayStore
+from buffer.shards.service import ReplayBufferService
+from buffer.shards.shard_upkeep import ShardUpkeep
+from buffer.store.compaction import RewritePlan
+from buffer.store.replay_store import ReplayStore
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
 QUICK_S = 0.01

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from buffer.consumption_log import DrawKey
 from buffer.settings import BufferSettings
-from buffer.store import ReplayStore
+from buffer.store.consumption_log import DrawKey
+from buffer.store.replay_store import ReplayStore
 from tests.stores import SMALL, crash, draw, live_ids, open_store
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, numbered, policy_batch, row
 

@@ -13,15 +13,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from buffer.audit import audit_buffer
-from buffer.audit_checks import DrawLimits
-from buffer.consumption_log import DrawKey
-from buffer.event_history import read_events
-from buffer.manifest import Manifest
+from buffer.reading.audit import audit_buffer
+from buffer.reading.audit_checks import DrawLimits
 from buffer.schema import stored_schema
-from buffer.segments import map_sealed, open_path, scan_open
 from buffer.settings import BufferSettings
-from buffer.store import ReplayStore
+from buffer.store.consumption_log import DrawKey
+from buffer.store.event_history import read_events
+from buffer.store.manifest import Manifest
+from buffer.store.replay_store import ReplayStore
+from buffer.store.segments import map_sealed, open_path, scan_open
 from tests.stores import crash
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, row
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buffer.audit import audit_buffer
-from buffer.audit_checks import DrawLimits
-from buffer.consumption_log import DrawKey
-from buffer.event_history import read_events
+from buffer.reading.audit import audit_buffer
+from buffer.reading.audit_checks import DrawLimits
 from buffer.settings import BufferSettings
-from buffer.store import ReplayStore
+from buffer.store.consumption_log import DrawKey
+from buffer.store.event_history import read_events
+from buffer.store.replay_store import ReplayStore
 from tests.stores import crash
 from tests.trajectories import CONTRACT, ids_of, numbered
 

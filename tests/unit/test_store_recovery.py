@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from buffer.manifest import CorruptSegmentError
 from buffer.settings import BufferSettings
-from buffer.store import ReplayStore
+from buffer.store.manifest import CorruptSegmentError
+from buffer.store.replay_store import ReplayStore
 from tests.stores import SMALL, crash, draw, live_ids, open_store
 from tests.trajectories import CONTRACT, numbered, policy_batch
 

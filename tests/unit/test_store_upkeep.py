@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from buffer import upkeep
-from buffer.consumption_log import DrawKey
-from buffer.manifest import Manifest, SegmentEntry
-from buffer.row_numbers import NO_ROWS
 from buffer.schema import stored_schema
-from buffer.segment_set import SegmentSet
-from buffer.segments import map_sealed, open_path, scan_open
 from buffer.settings import BufferSettings
-from buffer.store import ReplayStore
+from buffer.store import upkeep
+from buffer.store.consumption_log import DrawKey
+from buffer.store.manifest import Manifest, SegmentEntry
+from buffer.store.replay_store import ReplayStore
+from buffer.store.row_numbers import NO_ROWS
+from buffer.store.segment_set import SegmentSet
+from buffer.store.segments import map_sealed, open_path, scan_open
 from tests.stores import SMALL, crash, live_ids, open_store
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, numbered, row
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer import sum_tree
-from buffer.sum_tree import SumTree
+from buffer.sampling import sum_tree
+from buffer.sampling.sum_tree import SumTree
 
 # Whole numbers, so that sums are exact in any order.
 weights_lists = st.lists(st.integers(0, 4), max_size=25)

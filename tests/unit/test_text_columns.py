@@ -8,10 +8,10 @@ import threading
 import pyarrow as pa
 import pytest
 
-from buffer.events import EVENT_SCHEMA
 from buffer.experts.tokenizer import character_tokenizer, token_contract
-from buffer.reader import BufferSnapshot
+from buffer.reading.reader import BufferSnapshot
 from buffer.schema import TokenContract
+from buffer.store.events import EVENT_SCHEMA
 from launch.query import BufferDatabase
 from launch.run_tokenizer import load_run_tokenizer, save_run_tokenizer
 from launch.text_columns import TextColumns

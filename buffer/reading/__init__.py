@@ -1,0 +1,1 @@
+"""Read-only views of a live or finished buffer: snapshots, history, audit."""

@@ -1,0 +1,1 @@
+"""Which live rows a draw takes, and who has to wait."""

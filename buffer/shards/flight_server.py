@@ -1,0 +1,151 @@
+"""Read-only access to the live rows of a shard over Arrow Flight, for programs that are no part of the run.
+
+    flight    path [source], one per source: its live rows with all stored columns (see `buffer.schema.stored_schema`)
+    ticket    the source
+
+Each answer is a snapshot read from the shard's files (see `buffer.reading.reader`), mapped, and sent from there: it
+needs nothing of the store and holds up neither inserts nor draws for longer than the interpreter needs. Every call has
+to bring the token as `authorization: Bearer TOKEN`; calls that are not about reading are refused.
+"""
+
+from __future__ import annotations
+
+import hmac
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import flight
+
+from buffer.reading.reader import read_shard
+from buffer.schema import SOURCES, TokenContract, stored_schema
+
+SHUTDOWN_TIMEOUT_S = 5.0
+MIN_RUN_ROWS = 16
+"""Live rows that lie together in runs of so many on average are sent as slices of what is stored, others gathered."""
+
+_UNKNOWN_SIZE = -1
+_AUTHORIZATION = "authorization"
+_SCHEME = "Bearer "
+
+
+class FlightEndpoint:
+    """A running Flight server over the folder of one shard."""
+
+    def __init__(self, folder: Path, contract: TokenContract, host: str, port: int, token: str) -> None:
+        """Begin to listen. port: 0 = any that is free.
+
+        Raises:
+            ValueError: the address cannot be listened on.
+        """
+        assert token, "an endpoint without a token would be open to everybody"
+        try:
+            self._server = _Server(folder, stored_schema(contract), f"grpc+tcp://{host}:{port}", token)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"no Arrow Flight endpoint can be opened at {host}:{port} ({str(error).splitlines()[0]}): choose "
+                "another buffer.flight.port or buffer.flight.host"
+            ) from None
+        self.location = f"grpc+tcp://{host}:{self._server.port}"
+
+    def close(self) -> None:
+        """Stop listening; answers under way may take `SHUTDOWN_TIMEOUT_S` to end."""
+        ending = threading.Thread(target=self._server.shutdown, daemon=True)
+        ending.start()
+        ending.join(timeout=SHUTDOWN_TIMEOUT_S)
+
+
+class _Server(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow ships no types
+    def __init__(self, folder: Path, schema: pa.Schema, location: str, token: str) -> None:
+        super().__init__(location, middleware={"token": _TokenCheck(token)})
+        self._folder = folder
+        self._schema = schema
+
+    def list_flights(self, context: flight.ServerCallContext, criteria: bytes) -> Iterator[flight.FlightInfo]:
+        """One for each source."""
+        return iter([self._info(source) for source in SOURCES])
+
+    def get_flight_info(
+        self, context: flight.ServerCallContext, descriptor: flight.FlightDescriptor
+    ) -> flight.FlightInfo:
+        """Of the path [source]."""
+        path = descriptor.path if descriptor.descriptor_type == flight.DescriptorType.PATH else []
+        return self._info(_source(b"/".join(path)))
+
+    def get_schema(self, context: flight.ServerCallContext, descriptor: flight.FlightDescriptor) -> flight.SchemaResult:
+        """Of the path [source]."""
+        return flight.SchemaResult(self.get_flight_info(context, descriptor).schema)
+
+    def do_get(self, context: flight.ServerCallContext, ticket: flight.Ticket) -> flight.FlightDataStream:
+        """The live rows of a source."""
+        source = _source(ticket.ticket)
+        snapshot = read_shard(self._folder)
+        wanted = snapshot.live & pc.equal(snapshot.stored.column("source"), source).to_numpy(zero_copy_only=False)
+        return flight.GeneratorStream(self._schema, _chosen(snapshot.stored.to_batches(), wanted))
+
+    def do_put(self, context: flight.ServerCallContext, *request: object) -> NoReturn:
+        """Refused."""
+        _refuse("put")
+
+    def do_exchange(self, context: flight.ServerCallContext, *request: object) -> NoReturn:
+        """Refused."""
+        _refuse("exchange")
+
+    def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> NoReturn:
+        """Refused."""
+        _refuse("action")
+
+    def list_actions(self, context: flight.ServerCallContext) -> list[flight.ActionType]:
+        """There are none."""
+        return []
+
+    def _info(self, source: str) -> flight.FlightInfo:
+        # Without a location: what is fetched comes from where the information was asked for.
+        endpoint = flight.FlightEndpoint(source.encode(), [])
+        descriptor = flight.FlightDescriptor.for_path(source)
+        return flight.FlightInfo(self._schema, descriptor, [endpoint], _UNKNOWN_SIZE, _UNKNOWN_SIZE)
+
+
+class _TokenCheck(flight.ServerMiddlewareFactory):  # type: ignore[misc]  # pyarrow ships no types
+    """Lets no call pass without the token."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = (_SCHEME + token).encode()
+
+    def start_call(self, info: flight.CallInfo, headers: Mapping[str, Sequence[str | bytes]]) -> None:
+        """Called before every call is looked at."""
+        sent = [value for name, values in headers.items() if name.lower() == _AUTHORIZATION for value in values]
+        given = [value.encode() if isinstance(value, str) else value for value in sent]
+        if len(given) != 1 or not hmac.compare_digest(given[0], self._expected):
+            raise flight.FlightUnauthenticatedError("the header `authorization: Bearer TOKEN` is missing or wrong")
+
+
+def _source(name: bytes) -> str:
+    source = name.decode(errors="replace")
+    if source not in SOURCES:
+        raise flight.FlightServerError(f"there is no flight {source!r}; there are: {', '.join(SOURCES)}")
+    return source
+
+
+def _refuse(what: str) -> NoReturn:
+    raise flight.FlightUnauthorizedError(f"this endpoint is read-only: {what} is not permitted")
+
+
+def _chosen(batches: Sequence[pa.RecordBatch], wanted: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
+    """The rows where `wanted` is True, over all batches; as slices, which copy nothing, where that pays."""
+    first = 0
+    for batch in batches:
+        mask = wanted[first : first + batch.num_rows]
+        first += batch.num_rows
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
+        begins, ends = edges[::2], edges[1::2]
+        if len(begins) * MIN_RUN_ROWS > mask.sum():
+            yield batch.filter(pa.array(mask))
+            continue
+        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+            yield batch.slice(begin, end - begin)

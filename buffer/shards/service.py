@@ -1,0 +1,290 @@
+"""One shard of the replay buffer as a process: a store behind a door where actors hand in and the learner draws.
+
+The launcher makes it a Ray actor (`ray.remote(ReplayBufferService)`). All methods that wait are coroutines on one event
+loop, so the store needs no lock. Actors and learner are coupled in both directions (see `buffer.sampling.limiter`):
+
+    actors pause   while the draws are too far behind the inserts, and no draw is waiting
+    draws wait     while they would run ahead of the inserts, or too few rows are live
+
+A waiting draw always lifts the pause, so the two never wait for each other. Whatever the process is killed at, its
+calls can be asked for again at the one that Ray starts in its place: ids of trajectories and keys of draws say what was
+done already. What takes long (syncs on a timer, rewriting segments) is done in threads by `buffer.shards.shard_upkeep`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from buffer.sampling.limiter import Limiter, Traffic
+from buffer.schema import TokenContract
+from buffer.settings import BufferSettings
+from buffer.shards.shard_split import Offer
+from buffer.shards.shard_upkeep import ShardUpkeep
+from buffer.shards.status import ShardStatus
+from buffer.store.consumption_log import DrawKey
+from buffer.store.counters import DrawResult
+from buffer.store.door import PRESENT
+from buffer.store.replay_store import ReplayStore
+from buffer.validation import Rejection
+
+if TYPE_CHECKING:
+    from buffer.shards.flight_server import FlightEndpoint
+
+MAX_RECENT_REJECTIONS = 8
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+
+class DrawTimeoutError(TimeoutError):
+    """The buffer could not serve a draw in time; the message says what it lacked and whom it waited for."""
+
+
+@dataclass(frozen=True)
+class InsertReply:
+    """accepted: rows that are stored, those of an earlier insert that is repeated included; rejections: the others,
+    with reasons; pause: call `wait_for_demand` before going on."""
+
+    accepted: int
+    rejections: tuple[Rejection, ...]
+    pause: bool
+
+
+class ReplayBufferService:
+    """A replay store that waits: draws for rows, actors for demand."""
+
+    def __init__(
+        self, folder: str, contract: TokenContract, settings: BufferSettings, seed: int, flight_token: str | None = None
+    ) -> None:
+        """Open the store in `folder`. settings: of this shard. seed: of its draws. flight_token: for who reads over
+        Arrow Flight, where the settings open that.
+
+        Raises:
+            ValueError: see `ReplayStore`, or this node does not see the run folder.
+        """
+        if not Path(folder).parent.is_dir():
+            raise ValueError(
+                f"{Path(folder).parent} is not there on this node ({socket.gethostname()}): the run folder has to lie "
+                "on storage that every node with a shard sees; set runs_folder, or buffer.shards=1"
+            )
+        self._settings = settings
+        self._started_s = time.monotonic()
+        self._store = ReplayStore(Path(folder), contract, settings, seed)
+        self._upkeep = ShardUpkeep(self._store, settings)
+        self._limiter = Limiter(settings)
+        self._changed = asyncio.Condition()
+        self._inserts = 0
+        self._waiting_draws = 0
+        self._last_insert_s: dict[str, float] = {}
+        self._recent_rejections: tuple[Rejection, ...] = ()
+        self._flight: FlightEndpoint | None = None
+        if settings.flight.enabled:
+            from buffer.shards.flight_server import FlightEndpoint
+
+            assert flight_token is not None, "the launcher makes a token"
+            host, port = settings.flight.host, settings.flight.port
+            self._flight = FlightEndpoint(Path(folder), contract, host, port, flight_token)
+
+    async def insert(self, batch: pa.RecordBatch) -> InsertReply:
+        """Store a batch; on return the accepted rows are in the segment file.
+
+        Raises:
+            ValueError: the batch as a whole does not fit. OSError: the disk refused.
+        """
+        self._upkeep.ensure()
+        result = self._store.insert(batch)
+        refused = tuple(each for each in result.rejections if each.reason != PRESENT)
+        self._recent_rejections = (*self._recent_rejections, *refused)[-MAX_RECENT_REJECTIONS:]
+        if result.accepted:
+            now_s = time.monotonic()
+            for actor in pc.unique(batch.column("actor")).to_pylist():
+                self._last_insert_s[actor] = now_s
+            self._inserts += 1
+            await self._notify()
+        return InsertReply(result.accepted + result.present, refused, pause=not self._demand())
+
+    async def draw(
+        self, key: DrawKey, count: int, policy_version: int, timeout_s: float = 60.0, first_version: int = 0
+    ) -> DrawResult:
+        """The rows that the draw `key` was given before, at once, else `count` live rows of its source, waiting up to
+        `timeout_s` for them. For a draw of which this shard gives all.
+
+        policy_version: newest version the caller has published; see `ReplayStore.draw`. first_version: of the weights
+        that the rollouts of the stage started with; older rows are of another stage.
+
+        Raises:
+            ValueError: the draw can never be served.
+            DrawTimeoutError: too few rows came in time.
+        """
+        drawn: list[DrawResult] = []
+
+        def served() -> bool:
+            result = self._draw(key, count, count, policy_version, first_version)
+            if result is not None:
+                drawn.append(result)
+            return result is not None
+
+        self._waiting_draws += 1
+        try:
+            if not served():
+                await self._notify()  # a waiting draw is demand
+                await self._wait(served, timeout_s)
+        finally:
+            self._waiting_draws -= 1
+        if not drawn:
+            reason = await self.shortage(count, key.source)
+            raise DrawTimeoutError(f"waited {timeout_s:g} s for {count} {key.source} trajectories: {reason}")
+        await self._notify()
+        return drawn[0]
+
+    async def offer(self, key: DrawKey, count: int, policy_version: int, first_version: int) -> Offer:
+        """What this shard can give to a draw of `count` rows from several shards. Drops rows that are too stale for it.
+
+        Raises:
+            ValueError: the draw can never be served, or had another size before. OSError: the disk refused.
+        """
+        capacity = self._settings.capacity * self._settings.shards
+        if count > capacity:
+            raise ValueError(
+                f"a draw of {count} trajectories can never be served: the buffer holds {capacity} per source; lower "
+                "the batch or raise buffer.capacity"
+            )
+        self._store.begin_stage(first_version)
+        available = self._store.num_available(key, count, policy_version)
+        live = self._store.num_live(key.source)
+        if self._store.num_drawn(key.source) == 0 and live < self._settings.min_size:
+            available = 0
+        if key.source == "policy":
+            available = min(available, self._limiter.allowance(self._traffic()))
+        return Offer(logged=self._store.num_logged(key), live=live, available=available, inserts=self._inserts)
+
+    async def take(
+        self, key: DrawKey, part: int, count: int, policy_version: int, first_version: int
+    ) -> DrawResult | None:
+        """This shard's part of a draw of `count` rows from several shards: what it has logged for it, and as many more
+        as `part` asks for. None where it cannot give so many, against its offer.
+
+        Raises:
+            ValueError: the draw had another size before. OSError: the disk refused.
+        """
+        result = self._draw(key, part, count, policy_version, first_version)
+        if result is not None:
+            await self._notify()
+        return result
+
+    async def wait_for_rows(self, inserts: int, timeout_s: float) -> bool:
+        """Wait until more than `inserts` inserts were taken (see `offer`); False if `timeout_s` passed first.
+
+        Its caller is a draw that waits, so actors are not told to pause meanwhile.
+        """
+        self._waiting_draws += 1
+        try:
+            await self._notify()
+            return await self._wait(lambda: self._inserts != inserts, timeout_s)
+        finally:
+            self._waiting_draws -= 1
+
+    async def shortage(self, count: int, source: str) -> str:
+        """Why a draw of `count` rows of `source` is not served, for people."""
+        status = self._store.status()
+        counters = status.sources[source]
+        needed = count if counters.draws else max(count, self._settings.min_size)
+        if counters.live < needed:
+            message = f"{counters.live} are live and {needed} are needed; "
+        else:
+            more = self._limiter.inserts_needed(count, self._traffic())
+            message = (
+                f"{counters.drawn} were drawn of {counters.inserted} inserted, and samples_per_insert="
+                f"{self._settings.samples_per_insert} asks for {more} more inserts first; "
+            )
+        if counters.dropped_stale:
+            message += f"{counters.dropped_stale} were dropped as stale; "
+        if self._recent_rejections:
+            message += f"{status.rejected} were rejected, the last because: {self._recent_rejections[-1].reason}; "
+        if not self._last_insert_s:
+            return message + "no actor has inserted anything since the buffer started"
+        now_s = time.monotonic()
+        last = [f"{actor} {now_s - when_s:.0f} s ago" for actor, when_s in sorted(self._last_insert_s.items())]
+        return message + f"last inserts: {', '.join(last)}"
+
+    async def wait_for_demand(self, timeout_s: float) -> bool:
+        """Wait until actors that were told to pause may go on; False if `timeout_s` passed first (ask again)."""
+        return await self._wait(self._demand, timeout_s)
+
+    async def update_priorities(self, rows: Int64, priorities: Float32) -> None:
+        """How likely these policy rows of the shard are drawn from now on; see `ReplayStore.update_priorities`."""
+        self._store.update_priorities(rows, priorities)
+
+    async def checkpointed(self, stage: str, step: int) -> None:
+        """The learner has a durable checkpoint of `stage` after `step` steps: it will repeat no draw before it.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        self._store.checkpointed(stage, step)
+
+    async def newest_version(self) -> int:
+        """Newest policy version the shard knows of, also from before a restart; -1 before any."""
+        return self._store.newest_version
+
+    async def status(self) -> ShardStatus:
+        """State of now."""
+        self._upkeep.ensure()
+        return ShardStatus(
+            store=self._store.status(),
+            capacity=self._settings.capacity,
+            actors_paused=not self._demand(),
+            waiting_draws=self._waiting_draws,
+            recent_rejections=self._recent_rejections,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            up_s=time.monotonic() - self._started_s,
+            flight=None if self._flight is None else self._flight.location,
+        )
+
+    async def close(self) -> None:
+        """Make everything durable and let go of the folder."""
+        if self._flight is not None:
+            await asyncio.to_thread(self._flight.close)
+        await self._upkeep.stop()
+        self._store.close()
+
+    def _draw(self, key: DrawKey, part: int, count: int, policy_version: int, first_version: int) -> DrawResult | None:
+        """`part` rows of a draw of `count`, those that were given before included; None while it cannot be."""
+        self._upkeep.ensure()
+        self._store.begin_stage(first_version)
+        added = part - self._store.num_logged(key)
+        if key.source == "policy" and added > self._limiter.allowance(self._traffic()):
+            return None
+        return self._store.draw(key, part, policy_version, whole=count)
+
+    def _traffic(self) -> Traffic:
+        store = self._store
+        return Traffic(store.num_inserted("policy"), store.num_drawn("policy"), store.num_live("policy"))
+
+    def _demand(self) -> bool:
+        return self._waiting_draws > 0 or self._limiter.wants_inserts(self._traffic())
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _wait(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(condition)
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,1 @@
+"""One shard on disk: segments, manifest, consumption log, recovery, compaction."""

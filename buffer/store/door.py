@@ -1,0 +1,49 @@
+"""What of a batch comes into a shard: rows that hold every invariant and are not there already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from buffer.schema import TokenContract
+from buffer.store.events import Event
+from buffer.store.known_ids import KnownIds
+from buffer.validation import Rejection, validate
+
+PRESENT = "id is in the buffer already"
+
+
+@dataclass(frozen=True)
+class CheckedBatch:
+    """good: rows to be stored; rejections: the others, by row; num_present: how many of those are stored already."""
+
+    good: pa.RecordBatch
+    rejections: tuple[Rejection, ...]
+    num_present: int
+
+    def to_events(self) -> list[Event]:
+        """The rejections for the log, one event per reason."""
+        by_reason: dict[str, list[str | None]] = {}
+        for rejection in self.rejections:
+            by_reason.setdefault(rejection.reason, []).append(rejection.id)
+        return [Event("reject", reason=reason, ids=pa.array(ids, pa.string())) for reason, ids in by_reason.items()]
+
+
+def check(batch: pa.RecordBatch, contract: TokenContract, known: KnownIds) -> CheckedBatch:
+    """Split a batch as sent.
+
+    Raises:
+        ValueError: the batch as a whole does not fit (see `buffer.validation.validate`).
+    """
+    validated = validate(batch, contract)
+    good = validated.good
+    is_known = known.knows(good.column("id"))
+    if not is_known.any():
+        return CheckedBatch(good, validated.rejections, 0)
+    sent_rows = np.setdiff1d(np.arange(batch.num_rows), [rejection.row for rejection in validated.rejections])
+    ids = good.column("id").filter(pa.array(is_known)).to_pylist()
+    repeated = [Rejection(row, id_, PRESENT) for row, id_ in zip(sent_rows[is_known].tolist(), ids, strict=True)]
+    rejections = sorted((*validated.rejections, *repeated), key=lambda rejection: rejection.row)
+    return CheckedBatch(good.filter(pa.array(~is_known)), tuple(rejections), len(repeated))

@@ -1,0 +1,156 @@
+"""Random access to rows that lie in many record batches, on the heap or in mapped files."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from buffer.schema import ROW, rows_of
+from buffer.store.gather import GatherSource, Part, gather
+
+Int64 = npt.NDArray[np.int64]
+
+MERGED_ROWS = 2**16
+"""Heap batches are merged up to this many rows."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """rows: [n] numbers, ascending."""
+
+    source: GatherSource
+    rows: Int64
+    on_heap: bool
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch, on_heap: bool) -> _Chunk:
+        return cls(GatherSource(batch), rows_of(batch), on_heap)
+
+    @property
+    def batch(self) -> pa.RecordBatch:
+        return self.source.batch
+
+    def positions(self, rows: Int64) -> Int64:
+        """[n] where these rows stand in the batch, if it holds them."""
+        first, last = int(self.rows[0]), int(self.rows[-1])
+        if last - first + 1 == len(self.rows):
+            return rows - first
+        return np.searchsorted(self.rows, rows)
+
+
+class RowTable:
+    """Stored batches (`buffer.schema.stored_schema`), found by the numbers in their `row` column.
+
+    The numbers grow with each append, with gaps or without. A gather costs time per batch it touches, so before one
+    heap batches are merged with their neighbours as in a log-structured merge tree: each byte is copied
+    O(log MERGED_ROWS) times, or once where many batches came since the gather before.
+    """
+
+    def __init__(self) -> None:
+        self._chunks: list[_Chunk] = []
+        self._starts: Int64 | None = None  # first row of each chunk, built on demand
+
+    def append(self, batches: Sequence[pa.RecordBatch], on_heap: bool) -> None:
+        """Add batches whose rows come after those in the table. on_heap: whether they may be merged (by a copy)."""
+        for batch in batches:
+            if batch.num_rows == 0:
+                continue
+            chunk = _Chunk.of(batch, on_heap)
+            assert not self._chunks or chunk.rows[0] > self._chunks[-1].rows[-1], "rows are appended in order"
+            self._chunks.append(chunk)
+        self._starts = None
+
+    def batches(self, first_row: int, end_row: int | None = None) -> list[pa.RecordBatch]:
+        """The batches whose rows lie in [first_row, end_row), by row; end_row: None = to the end."""
+        return [
+            chunk.batch
+            for chunk in self._chunks
+            if chunk.rows[0] >= first_row and (end_row is None or chunk.rows[-1] < end_row)
+        ]
+
+    def remove(self, first_row: int, end_row: int) -> None:
+        """Forget the batches whose rows lie in [first_row, end_row)."""
+        self._chunks = [chunk for chunk in self._chunks if chunk.rows[0] < first_row or chunk.rows[-1] >= end_row]
+        self._starts = None
+
+    def replace(self, first_row: int, end_row: int, batches: Sequence[pa.RecordBatch], on_heap: bool) -> None:
+        """Put `batches`, whose rows lie in [first_row, end_row), in the place of those that are there now."""
+        self.remove(first_row, end_row)
+        at = int(np.searchsorted(self._chunk_starts(), first_row))
+        chunks = [_Chunk.of(batch, on_heap) for batch in batches if batch.num_rows]
+        ordered = [*self._chunks[:at][-1:], *chunks, *self._chunks[at : at + 1]]
+        for left, right in itertools.pairwise(ordered):
+            assert left.rows[-1] < right.rows[0], "rows stay in order"
+        self._chunks[at:at] = chunks
+        self._starts = None
+
+    def holds(self, rows: Int64) -> bool:
+        """Whether all rows with these numbers are in the table."""
+        owners = self._owners(rows)
+        if np.any(owners < 0):
+            return False
+        return all(
+            np.isin(rows[owners == owner], self._chunks[owner].rows).all() for owner in np.unique(owners).tolist()
+        )
+
+    def take(self, rows: Int64) -> pa.RecordBatch:
+        """Copy of the rows with these numbers, in this order; all of them are in the table, and there is one."""
+        self._merge_heap()
+        taken = gather(self._parts(rows), len(rows))
+        assert np.array_equal(rows_of(taken), rows), "a row that the table does not hold"
+        return taken
+
+    def ids(self, rows: Int64) -> pa.StringArray:
+        """Ids of the rows with these numbers, in this order; all of them are in the table."""
+        ids, places = [pa.array([], pa.string())], [np.empty(0, dtype=np.int64)]
+        for part in self._parts(rows):
+            picked = part.source.batch.select(["id", ROW]).take(pa.array(part.local))
+            assert np.array_equal(rows_of(picked), rows[part.at]), "a row that the table does not hold"
+            ids.append(picked.column("id"))
+            places.append(part.at)
+        return pa.concat_arrays(ids).take(pa.array(np.argsort(np.concatenate(places))))
+
+    def _chunk_starts(self) -> Int64:
+        if self._starts is None:
+            self._starts = np.array([chunk.rows[0] for chunk in self._chunks], dtype=np.int64)
+        return self._starts
+
+    def _owners(self, rows: Int64) -> Int64:
+        """[n] index of the chunk that holds each row, if any does; -1 before the first chunk."""
+        return np.searchsorted(self._chunk_starts(), rows, side="right") - 1
+
+    def _parts(self, rows: Int64) -> list[Part]:
+        """Where the rows stand, by batch."""
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        bounds = np.append(np.searchsorted(ascending, self._chunk_starts()), len(rows))
+        assert bounds[0] == 0, "a row that the table does not hold"
+        parts = []
+        for owner in np.flatnonzero(np.diff(bounds)).tolist():
+            own = slice(bounds[owner], bounds[owner + 1])
+            chunk = self._chunks[owner]
+            parts.append(Part(chunk.source, chunk.positions(ascending[own]), order[own]))
+        return parts
+
+    def _merge_heap(self) -> None:
+        """From the end: a batch joins those after it if it is at most twice as large as they are together."""
+        merged: list[_Chunk] = []
+        while self._chunks and self._chunks[-1].on_heap:
+            num_rows, at = 0, len(self._chunks)
+            while at > 0 and self._chunks[at - 1].on_heap:
+                more = len(self._chunks[at - 1].rows)
+                if num_rows and (more > 2 * num_rows or num_rows + more > MERGED_ROWS):
+                    break
+                num_rows, at = num_rows + more, at - 1
+            run = self._chunks[at:]
+            whole = run[0] if len(run) == 1 else _Chunk.of(pa.concat_batches([chunk.batch for chunk in run]), True)
+            merged.append(whole)
+            del self._chunks[at:]
+        if len(merged) > 0:
+            self._chunks += reversed(merged)
+            self._starts = None

@@ -1,0 +1,140 @@
+"""Opening the files of a shard: what a crash left behind is cleared up, what is damaged is put aside."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from buffer.schema import TokenContract, rows_of
+from buffer.store.event_history import log_files, open_log_path
+from buffer.store.manifest import CorruptSegmentError, Manifest, SegmentEntry, sync_folder
+from buffer.store.quarantine import set_bytes_aside, set_file_aside
+from buffer.store.segments import (
+    OPEN_SUFFIX,
+    SEALED_SUFFIX,
+    OpenScan,
+    OpenSegment,
+    cut_torn_tail,
+    map_sealed,
+    open_path,
+    scan_open,
+    sealed_path,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def find_manifest(folder: Path, contract: TokenContract) -> Manifest | None:
+    """The manifest of `folder`, None where the folder is new.
+
+    Raises:
+        CorruptSegmentError: it is damaged, or there are segments without it, or it without a consumption log.
+        ValueError: the rows follow another token contract.
+    """
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        if segments := [*folder.glob(f"segment-*{SEALED_SUFFIX}"), *folder.glob(f"segment-*{OPEN_SUFFIX}")]:
+            raise CorruptSegmentError(
+                f"{folder} holds {segments[0].name} but no manifest.json: restore it from a copy, or move the folder "
+                "away to begin with an empty buffer"
+            )
+        return None
+    if manifest.contract != contract:
+        raise ValueError(
+            f"{folder} holds trajectories of another tokenizer ({manifest.contract}, this run has {contract}): use "
+            "another run folder"
+        )
+    if not log_files(folder):
+        raise CorruptSegmentError(
+            f"{open_log_path(folder, 1).name} is missing in {folder}: restore it from a copy; without it nobody knows "
+            "which rows are live, so what remains is to move the folder away and to begin with an empty buffer"
+        )
+    return manifest
+
+
+@dataclass(frozen=True)
+class FoundRows:
+    """What the segments of a folder hold.
+
+    manifest: without the segments that had to be put aside. sealed: per entry, mapped. opened: of the open segment.
+    next_row: number after the last row that the files show to have existed. cut_bytes: torn bytes cut off.
+    """
+
+    manifest: Manifest
+    sealed: tuple[tuple[SegmentEntry, tuple[pa.RecordBatch, ...]], ...]
+    opened: tuple[pa.RecordBatch, ...]
+    next_row: int
+    cut_bytes: int
+
+    @property
+    def batches(self) -> list[pa.RecordBatch]:
+        """All, by row."""
+        return [*(batch for _, batches in self.sealed for batch in batches), *self.opened]
+
+
+def find_rows(folder: Path, manifest: Manifest, schema: pa.Schema) -> FoundRows:
+    """Read the segments that count and delete the other files; damaged ones go to `quarantine/`.
+
+    Raises:
+        CorruptSegmentError: a segment holds rows of another schema.
+    """
+    _delete_leftovers(folder, manifest)
+    sealed = []
+    for entry in manifest.segments:
+        try:
+            sealed.append((entry, tuple(map_sealed(folder, entry, schema))))
+        except CorruptSegmentError as error:
+            lost = (
+                f"lost with it: those of its {entry.num_rows} rows ({entry.first_row} to {entry.last_row}) still live"
+            )
+            set_file_aside(sealed_path(folder, entry.number), f"{error}; {lost}")
+    if len(sealed) < len(manifest.segments):
+        manifest = replace(manifest, segments=tuple(entry for entry, _ in sealed))
+    path = open_path(folder, manifest.open_segment)
+    if not path.exists():
+        return FoundRows(manifest, tuple(sealed), (), manifest.next_row, 0)
+    scan = scan_open(path, schema)
+    next_row = int(rows_of(scan.batches[-1])[-1]) + 1 if scan.batches else manifest.next_row
+    if scan.damaged:
+        _put_damage_aside(path, scan, schema)
+        if scan.damaged[-1].end == scan.end:
+            next_row += scan.damaged[-1].num_rows or 0
+    elif scan.torn_bytes:
+        logger.warning("%s: cut %d bytes of an unfinished insert off its end", path, scan.torn_bytes)
+        cut_torn_tail(path, scan)
+    return FoundRows(manifest, tuple(sealed), _as_one(scan.batches), next_row, scan.torn_bytes)
+
+
+def _delete_leftovers(folder: Path, manifest: Manifest) -> None:
+    """Delete what a crash between two steps of sealing, rewriting or deleting left behind."""
+    kept = {sealed_path(folder, entry.number) for entry in manifest.segments}
+    kept.add(open_path(folder, manifest.open_segment))
+    for path in folder.glob("segment-*"):
+        if path not in kept:
+            path.unlink()
+
+
+def _put_damage_aside(path: Path, scan: OpenScan, schema: pa.Schema) -> None:
+    """Copy what is damaged in an open segment, then write the segment anew without it."""
+    for damage in scan.damaged:
+        rows = "rows" if damage.num_rows is None else f"{damage.num_rows} rows"
+        set_bytes_aside(
+            path, damage.start, damage.end, f"{path} is damaged from byte {damage.start} to byte {damage.end} ({rows})"
+        )
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    file = OpenSegment(temporary, schema, sync_each_batch=False)
+    for batch in scan.batches:
+        file.append(batch)
+    file.close()
+    os.rename(temporary, path)
+    sync_folder(path.parent)
+
+
+def _as_one(batches: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ...]:
+    return (pa.concat_batches(batches),) if batches else ()

@@ -1,0 +1,340 @@
+"""Durable segments: files in the Arrow IPC stream format, which any Arrow library reads.
+
+    segment-000001.arrows        sealed: complete, listed in the manifest with its checksum, memory-mapped
+    segment-000002.arrows.open   open: takes inserts; each batch carries a checksum of its own bytes
+
+A batch is written with one `write` call after the last complete batch, so a crash leaves complete batches and
+at most one torn one, which recovery cuts off. Sealing writes the rows again in few large batches: small
+inserts would make a mapped segment slow to draw from for all its life.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import xxhash
+
+from buffer.store.manifest import CorruptSegmentError, SegmentEntry, sync_folder
+
+OPEN_SUFFIX = ".arrows.open"
+SEALED_SUFFIX = ".arrows"
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_MESSAGE_START = b"\xff\xff\xff\xff"
+_PREFIX_BYTES = 8  # of a message: its start, and the length of its metadata
+_MESSAGE_ALIGNMENT = 8
+
+# The checksum stands in the metadata of the message that it covers: it is computed with zeros in its place.
+_CHECKSUM_KEY = "checksum"
+_CHECKSUM_PREFIX = b"xxh3_128:"
+_CHECKSUM_ZEROS = b"0" * 32
+_CHECKSUM = re.compile(re.escape(_CHECKSUM_PREFIX) + rb"([0-9a-f]{32})")
+
+
+def open_path(folder: Path, number: int) -> Path:
+    """Where the open segment `number` lies."""
+    return folder / f"segment-{number:06d}{OPEN_SUFFIX}"
+
+
+def sealed_path(folder: Path, number: int) -> Path:
+    """Where the sealed segment `number` lies."""
+    return folder / f"segment-{number:06d}{SEALED_SUFFIX}"
+
+
+class OpenSegment:
+    """The segment that takes inserts. Not thread-safe.
+
+    sync_each_batch: whether `append` returns only when the batch would survive a loss of power; without, it
+    survives the death of the process.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, sync_each_batch: bool) -> None:
+        """Create `path`, or go on after its last byte (`cut_torn_tail` comes first)."""
+        self.path = path
+        self._schema = schema
+        self._header = schema.serialize().to_pybytes()
+        self._sync_each_batch = sync_each_batch
+        self._descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+        self._size_bytes = os.fstat(self._descriptor).st_size
+        if self._size_bytes == 0:
+            self._write(self._header)
+            sync_folder(path.parent)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of complete batches and header."""
+        return self._size_bytes
+
+    def append(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Write a batch; gives it back as a view of the written bytes, so that the caller's memory is free to
+        go.
+
+        Raises:
+            OSError: the bytes could not be written; the file is as it was before.
+        """
+        message = _encode(batch, self._schema, len(self._header))
+        self._write(message)
+        view: pa.RecordBatch = pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(message)), self._schema)
+        return view
+
+    def prepare_sync(self) -> Callable[[], None]:
+        """A function that makes durable what is in the file now; it may run in another thread while batches come in
+        and even after `close`."""
+        descriptor = os.dup(self._descriptor)
+
+        def sync() -> None:
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+
+        return sync
+
+    def close(self) -> None:
+        """Make every batch durable and let go of the file."""
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+    def delete(self) -> None:
+        """Let go of the file and delete it."""
+        os.close(self._descriptor)
+        self.path.unlink()
+
+    def _write(self, content: bytes | bytearray) -> None:
+        view = memoryview(content)
+        try:
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+            if self._sync_each_batch:
+                os.fdatasync(self._descriptor)
+        except OSError:
+            os.ftruncate(self._descriptor, self._size_bytes)
+            raise
+        self._size_bytes += len(content)
+
+
+@dataclass(frozen=True)
+class DamagedRange:
+    """Bytes [start, end) of an open segment that hold no batch with the right checksum, though they once did.
+
+    num_rows: how many rows the damaged batch says it has; None where even that cannot be read.
+    """
+
+    start: int
+    end: int
+    num_rows: int | None
+
+
+@dataclass(frozen=True)
+class OpenScan:
+    """What an open segment holds. batches: complete ones, views of the bytes read; end: where the last of them or the
+    last damaged range ends; size_bytes: of the file, which is larger where a write is under way or was torn."""
+
+    batches: tuple[pa.RecordBatch, ...]
+    damaged: tuple[DamagedRange, ...]
+    end: int
+    size_bytes: int
+
+    @property
+    def torn_bytes(self) -> int:
+        """Bytes of an unfinished write at the end."""
+        return self.size_bytes - self.end
+
+
+def scan_open(path: Path, schema: pa.Schema) -> OpenScan:
+    """Read an open segment as it is now, also while its writer goes on; changes nothing.
+
+    Raises:
+        FileNotFoundError: it was sealed meanwhile.
+        CorruptSegmentError: its batches have other columns than `schema`.
+    """
+    content = path.read_bytes()
+    buffer = pa.py_buffer(content)
+    batches: list[pa.RecordBatch] = []
+    damaged: list[DamagedRange] = []
+    end = _header_end(content, schema)
+    while end < len(content):
+        message = _read_message(buffer, end)
+        if message is None:
+            start = next((at for at in _message_starts(content, end + 1) if _read_message(buffer, at)), None)
+            if start is None:
+                break
+            damaged.append(DamagedRange(end, start, _claimed_rows(buffer, end, start, schema)))
+            end = start
+            continue
+        try:
+            batches.append(pa.ipc.read_record_batch(message.message, schema))
+        except pa.ArrowException as error:
+            raise CorruptSegmentError(
+                f"{path} holds rows of another schema ({error}): move it away to go on without them"
+            ) from None
+        end = message.end
+    if not _is_torn(buffer, end):
+        damaged.append(DamagedRange(end, len(content), _claimed_rows(buffer, end, len(content), schema)))
+        end = len(content)
+    return OpenScan(tuple(batches), tuple(damaged), end, len(content))
+
+
+def cut_torn_tail(path: Path, scan: OpenScan) -> int:
+    """Cut an unfinished write off the file that `scan` is of, whose writer is dead; gives the bytes cut off."""
+    if scan.torn_bytes:
+        os.truncate(path, scan.end)
+    return scan.torn_bytes
+
+
+@dataclass(frozen=True)
+class SealedFile:
+    """What `write_sealed` wrote."""
+
+    size_bytes: int
+    checksum: str
+
+
+def write_sealed(path: Path, batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> SealedFile:
+    """Write a complete segment next to `path`, make it durable and rename it into place.
+
+    Raises:
+        OSError: the disk refused; nothing is left behind.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        with pa.memory_map(str(temporary)) as file:
+            content = file.read_buffer()
+            sealed = SealedFile(content.size, _checksum(content))
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return sealed
+
+
+def map_sealed(folder: Path, entry: SegmentEntry, schema: pa.Schema) -> list[pa.RecordBatch]:
+    """Map a sealed segment; its batches are views of the file, which stays readable to them after its
+    deletion.
+
+    Raises:
+        CorruptSegmentError: the file is missing, or differs from what the manifest says.
+    """
+    path = sealed_path(folder, entry.number)
+    remedy = (
+        f"restore it from a copy, or delete its entry from {folder / 'manifest.json'} to go on without its "
+        f"{entry.num_rows} trajectories"
+    )
+    if not path.exists():
+        raise CorruptSegmentError(f"{path} is missing: {remedy}")
+    content = pa.memory_map(str(path)).read_buffer()
+    if content.size != entry.size_bytes:
+        raise CorruptSegmentError(f"{path} has {content.size} bytes instead of {entry.size_bytes}: {remedy}")
+    if (found := _checksum(content)) != entry.checksum:
+        raise CorruptSegmentError(f"{path} has checksum {found} instead of {entry.checksum}: {remedy}")
+    reader = pa.ipc.open_stream(content)
+    if not reader.schema.equals(schema, check_metadata=True):
+        raise CorruptSegmentError(f"{path} holds rows of another schema: {remedy}")
+    return list(reader)
+
+
+def _checksum(content: pa.Buffer) -> str:
+    return xxhash.xxh3_128(memoryview(content)).hexdigest()
+
+
+def _encode(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int) -> bytearray:
+    """The message of one batch as it stands in a stream, with its checksum."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        placeholder = (_CHECKSUM_PREFIX + _CHECKSUM_ZEROS).decode()
+        writer.write_batch(batch, custom_metadata={_CHECKSUM_KEY: placeholder})
+    message = bytearray(memoryview(sink.getvalue())[header_bytes : -len(END_OF_STREAM)])
+    at = message.index(_CHECKSUM_PREFIX) + len(_CHECKSUM_PREFIX)
+    message[at : at + len(_CHECKSUM_ZEROS)] = xxhash.xxh3_128(message).hexdigest().encode()
+    return message
+
+
+@dataclass(frozen=True)
+class _Message:
+    message: pa.Message
+    end: int
+
+
+def _read_message(buffer: pa.Buffer, start: int) -> _Message | None:
+    """The message at byte `start`, None where there is no complete one with the right checksum."""
+    source = pa.BufferReader(buffer.slice(start))
+    try:
+        message = pa.ipc.read_message(source)
+    except (pa.ArrowException, EOFError, OSError):
+        return None
+    raw = bytearray(memoryview(buffer)[start : start + source.tell()])
+    found = _CHECKSUM.search(raw, 0, len(raw) - message.body.size if message.body else len(raw))
+    if found is None:
+        return None
+    checksum = bytes(found.group(1))
+    raw[found.start(1) : found.end(1)] = _CHECKSUM_ZEROS
+    if xxhash.xxh3_128(raw).hexdigest().encode() != checksum:
+        return None
+    return _Message(message, start + len(raw))
+
+
+def _header_end(content: bytes, schema: pa.Schema) -> int:
+    """Where the schema ends that a file begins with; 0 where it is torn or damaged, so that batches are searched."""
+    source = pa.BufferReader(content)
+    try:
+        found = pa.ipc.read_schema(source)
+    except (pa.ArrowException, EOFError, OSError):
+        return 0
+    end: int = source.tell()
+    return end if found.equals(schema, check_metadata=True) else 0
+
+
+def _is_torn(buffer: pa.Buffer, start: int) -> bool:
+    """Whether the bytes from `start` to the end, which hold no complete batch, may be those of an unfinished write.
+
+    The death of a process leaves a prefix of a message, a loss of power also blocks of zeros. Anything else was
+    written in full and changed afterwards.
+    """
+    prefix = buffer[start : start + _PREFIX_BYTES].to_pybytes()
+    if not any(prefix):
+        return True
+    if prefix[: len(_MESSAGE_START)] != _MESSAGE_START[: len(prefix)]:
+        return False
+    metadata_bytes = int.from_bytes(prefix[len(_MESSAGE_START) :], "little")
+    if buffer.size - start < _PREFIX_BYTES + metadata_bytes:
+        return True
+    try:
+        pa.ipc.read_message(pa.BufferReader(buffer.slice(start)))
+    except (EOFError, OSError) as error:
+        return "Expected to be able to read" in str(error)  # Arrow's words for a body that is not all there
+    except pa.ArrowException:
+        return False
+    return False
+
+
+def _claimed_rows(buffer: pa.Buffer, start: int, end: int, schema: pa.Schema) -> int | None:
+    """Rows of the batch that fills [start, end) by its own account; None where nothing of that length is there."""
+    source = pa.BufferReader(buffer.slice(start, end - start))
+    try:
+        message = pa.ipc.read_message(source)
+        batch = pa.ipc.read_record_batch(message, schema)
+        batch.validate()
+    except (pa.ArrowException, EOFError, OSError):
+        return None
+    return batch.num_rows if source.tell() == end - start else None
+
+
+def _message_starts(content: bytes, start: int) -> Iterator[int]:
+    at = content.find(_MESSAGE_START, start)
+    while at >= 0:
+        if at % _MESSAGE_ALIGNMENT == 0:
+            yield at
+        at = content.find(_MESSAGE_START, at + 1)
