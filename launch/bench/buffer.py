@@ -4,6 +4,7 @@ All run in this process, one after the other, on the same rollouts of different 
 rollouts, one array per column and rollout, and ends when the store has them; packing is part of it, since it is where
 stores of fixed-size rows pay for padding. TorchRL's users pad with `tensordict.pad_sequence`; `torchrl_hand_padded` is
 the same buffer with the quickest padding that numpy has. Inserts without packing are reported as `insert_packed`.
+Ratios of inserts are those of as many rows at a time as an actor sends; `rows_per_cpu_s_by_size` has the other sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from launch.bench.buffer_growth import memory_while_growing
-from launch.bench.buffer_load import RolloutLoad, make_rollouts
+from launch.bench.buffer_load import SENT_ROWS, RolloutLoad, make_rollouts
 from launch.bench.buffer_scaling import sampling_costs
 from launch.bench.buffer_service import service_rates
 from launch.bench.buffer_sides import Side, SideName, disk_bytes, drop_page_cache, major_faults, open_side
@@ -30,10 +31,9 @@ from launch.bench.hardware import hardware
 
 NAMES: tuple[SideName, ...] = ("ours", "ours_fsync_batch", "torchrl", "torchrl_hand_padded", "cpprb")
 ACTIONS, PROMPT_TOKENS = (50, 500), (16, 64)
-INSERT_ROWS = (8, 32, 64)
+INSERT_ROWS = (8, 64, 256)
 DRAWN_ROWS = (64, 128, 256)
 WRITERS = 4
-WRITER_ROWS = 32
 DRAWS = 60
 COLD_DRAWS = 3
 
@@ -78,12 +78,12 @@ class _Found:
     disk_row_bytes: float = 0.0
 
     def rate(self, measure: Measure, clock: Clock) -> float:
-        """Rows per second over all sizes."""
+        """Rows per second: of inserts of `SENT_ROWS`, of draws over all sizes."""
         match measure:
             case "insert":
-                return _total(self.insert).rate(clock, _total(self.pack))
+                return self.insert[SENT_ROWS].rate(clock, self.pack[SENT_ROWS])
             case "insert_packed":
-                return _total(self.insert).rate(clock)
+                return self.insert[SENT_ROWS].rate(clock)
             case "insert_4_writers":
                 return self.writers.rate(clock)
             case "sample_warm":
@@ -158,6 +158,7 @@ def bench_buffer(
         "num_rows": num_rows,
         "actions_per_rollout": list(ACTIONS),
         "insert_rows": list(INSERT_ROWS),
+        "sent_rows": SENT_ROWS,
         "drawn_rows": list(DRAWN_ROWS),
         "page_cache": "inserts: new files, written back by the kernel; warm: as the inserts left it; cold: dropped",
         "repetitions": repetitions,
@@ -171,20 +172,33 @@ def bench_buffer(
 
 def _measure(name: SideName, folder: Path, num_rows: int, load: RolloutLoad) -> _Found:
     found = _Found()
-    side = open_side(name, folder, num_rows, load)
-    first = 0
-    for index, size in enumerate(INSERT_ROWS):
-        end = num_rows * (index + 1) // len(INSERT_ROWS)
-        pack, insert = found.pack.setdefault(size, _Stopwatch()), found.insert.setdefault(size, _Stopwatch())
-        while first < end:
-            logs = load.rollouts(first, min(size, end - first))
-            pack.start()
-            packed = side.pack(logs)
-            pack.stop(len(logs))
-            insert.start()
-            side.insert(packed)
-            insert.stop(len(logs))
-            first += len(logs)
+    for size in INSERT_ROWS:  # each in a store of its own, so that each pays for the files that its rows fill
+        side = open_side(name, folder.with_name(f"{folder.name}-{size}"), num_rows, load)
+        found.pack[size], found.insert[size] = _insert(side, size, num_rows, load)
+        if size == SENT_ROWS:
+            _sample(side, found)
+        side.close()
+        if size == SENT_ROWS:
+            found.disk_row_bytes = disk_bytes(side.folder) / num_rows
+    _insert_with_writers(name, folder.with_name(folder.name + "-writers"), num_rows, load, found.writers)
+    return found
+
+
+def _insert(side: Side, size: int, num_rows: int, load: RolloutLoad) -> tuple[_Stopwatch, _Stopwatch]:
+    """Fill a store, `size` rows at a time; gives the time of packing and of inserting."""
+    pack, insert = _Stopwatch(), _Stopwatch()
+    for first in range(0, num_rows, size):
+        logs = load.rollouts(first, min(size, num_rows - first))
+        pack.start()
+        packed = side.pack(logs)
+        pack.stop(len(logs))
+        insert.start()
+        side.insert(packed)
+        insert.stop(len(logs))
+    return pack, insert
+
+
+def _sample(side: Side, found: _Found) -> None:
     for count in DRAWN_ROWS:
         side.sample(count)
         watch = found.sample.setdefault(count, _Stopwatch())
@@ -193,10 +207,6 @@ def _measure(name: SideName, folder: Path, num_rows: int, load: RolloutLoad) -> 
             side.sample(count)
         watch.stop(DRAWS * count)
     found.cold_major_faults = _sample_cold(side, found.cold)
-    side.close()
-    found.disk_row_bytes = disk_bytes(folder) / num_rows
-    _insert_with_writers(name, folder.with_name(folder.name + "-writers"), num_rows, load, found.writers)
-    return found
 
 
 def _sample_cold(side: Side, watch: _Stopwatch) -> int:
@@ -216,8 +226,8 @@ def _insert_with_writers(name: SideName, folder: Path, num_rows: int, load: Roll
     share = num_rows // WRITERS
 
     def write(writer: int) -> None:
-        for first in range(writer * share, (writer + 1) * share, WRITER_ROWS):
-            side.insert(side.pack(load.rollouts(first, min(WRITER_ROWS, (writer + 1) * share - first))))
+        for first in range(writer * share, (writer + 1) * share, SENT_ROWS):
+            side.insert(side.pack(load.rollouts(first, min(SENT_ROWS, (writer + 1) * share - first))))
 
     watch.start()
     with ThreadPoolExecutor(WRITERS) as pool:

@@ -7,7 +7,6 @@ import multiprocessing.connection
 from pathlib import Path
 
 POINTS = 8
-INSERT_ROWS = 64
 DRAWN_ROWS = 256
 CAPACITY_BYTES_PER_ROW = 3_000
 """Less than a row takes, so that none is evicted before the store has its size."""
@@ -50,7 +49,7 @@ def _grow(folder: Path, size_bytes: int, connection: multiprocessing.connection.
     from buffer.settings import BufferSettings
     from buffer.store.consumption_log import DrawKey
     from buffer.store.replay_store import ReplayStore
-    from launch.bench.buffer_load import CONTRACT, as_arrow, make_rollouts
+    from launch.bench.buffer_load import CONTRACT, SENT_ROWS, as_arrow, make_rollouts
 
     load = make_rollouts((50, 500), (16, 64), seed=0)
     settings = BufferSettings(capacity=size_bytes // CAPACITY_BYTES_PER_ROW + DRAWN_ROWS, min_size=1, fsync="none")
@@ -58,9 +57,9 @@ def _grow(folder: Path, size_bytes: int, connection: multiprocessing.connection.
     inserted = 0
     for point in range(1, POINTS + 1):
         while store.status().size_bytes < size_bytes * point // POINTS:
-            store.insert(as_arrow(load.rollouts(inserted, INSERT_ROWS)))
-            inserted += INSERT_ROWS
-            if inserted % (64 * INSERT_ROWS) == 0:
+            store.insert(as_arrow(load.rollouts(inserted, SENT_ROWS)))
+            inserted += SENT_ROWS
+            if inserted % (64 * SENT_ROWS) == 0:
                 assert store.draw(DrawKey("bench", inserted, "policy"), DRAWN_ROWS, 0) is not None
                 store.checkpointed("bench", inserted + 1)
         memory = _memory_mib()

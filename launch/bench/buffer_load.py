@@ -11,12 +11,16 @@ import pyarrow as pa
 
 from actors.action_log import FinishedLog, logs_to_batch
 from actors.engine_settings import SamplingSettings
+from actors.settings import ActorsSettings
 from buffer.schema import TokenContract
 
 CONTRACT = TokenContract(vocab_size=49_152, backspace_id=3, eos_id=2, tokenizer_hash="0" * 32)
 SAMPLING = SamplingSettings(max_new_tokens=512, max_actions=512)
 FIRST_TEXT_ID = 4
 BACKSPACE_SHARE = 0.1
+SENT_ROWS: int = ActorsSettings().insert_rows
+"""Rows per insert that rates are told of: what an actor sends."""
+
 NUM_DISTINCT = 1024
 """Rollouts that are made; a store of more rows holds each of them several times, under ids of their own."""
 

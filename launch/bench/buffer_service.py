@@ -9,10 +9,9 @@ from pathlib import Path
 from buffer.settings import BufferSettings
 from buffer.shards.service import ReplayBufferService
 from buffer.store.consumption_log import DrawKey
-from launch.bench.buffer_load import CONTRACT, as_arrow, make_rollouts
+from launch.bench.buffer_load import CONTRACT, SENT_ROWS, as_arrow, make_rollouts
 
 WRITERS = (1, 4)
-INSERT_ROWS = 32
 DRAWN_ROWS = 256
 DRAWS = 30
 TIMEOUT_S = 300.0
@@ -70,8 +69,8 @@ def _write(service: object, first: int, num_rows: int) -> tuple[float, float]:
     insert = service.insert  # type: ignore[attr-defined]
     ray.get(insert.remote(as_arrow([])), timeout=TIMEOUT_S)  # the service is up
     started = time.time()
-    for at in range(first, first + num_rows, INSERT_ROWS):
-        batch = as_arrow(load.rollouts(at, min(INSERT_ROWS, first + num_rows - at)))
+    for at in range(first, first + num_rows, SENT_ROWS):
+        batch = as_arrow(load.rollouts(at, min(SENT_ROWS, first + num_rows - at)))
         reply = ray.get(insert.remote(batch), timeout=TIMEOUT_S)
         assert reply.accepted == batch.num_rows, reply
     return started, time.time()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import resource
 from collections.abc import Sequence
@@ -91,6 +92,7 @@ class TorchRLSide:
         """pad_by_hand: fill padded arrays with numpy, which is several times as quick as `tensordict.pad_sequence`."""
         from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
 
+        logging.getLogger("torchrl").setLevel(logging.WARNING)  # it tells of every storage it makes
         self.folder = folder
         self._load = load
         self._pad_by_hand = pad_by_hand
