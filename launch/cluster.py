@@ -21,6 +21,7 @@ from launch.settings import ClusterSettings, RunSettings
 from launch.stop_signals import stop_signals_interrupt
 
 RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
+LOOPBACK = "127.0.0.1"
 
 
 @contextlib.contextmanager
@@ -51,7 +52,10 @@ def join_live_run(cluster: LiveCluster, timeout_s: float = 10.0) -> Iterator[Non
     Raises:
         UserError: nothing answers there.
     """
-    _join(cluster.address, cluster.namespace, timeout_s)
+    # Ray would replace 127.0.0.1 by the outer address, where a Ray that a run started for itself does not listen.
+    is_private = cluster.address.startswith(f"{LOOPBACK}:")
+    with _for_this_machine_alone() if is_private else contextlib.nullcontext():
+        _join(cluster.address, cluster.namespace, timeout_s)
     try:
         yield
     finally:
@@ -81,11 +85,11 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
 
 @contextlib.contextmanager
 def _for_this_machine_alone() -> Iterator[None]:
-    """What Ray starts here listens on 127.0.0.1 only.
+    """What Ray starts here listens on 127.0.0.1 only, and what it joins here is there.
 
     An explicit `_node_ip_address="127.0.0.1"` is replaced by the machine's outer address, with every server open to
     the network. Ray's own switch (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, the default on macOS) is read when Ray is
-    imported, and would also keep this process from joining clusters, so it is turned for the start alone.
+    imported, and would also keep this process from joining clusters, so it is turned for one start or joining alone.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False

@@ -1,4 +1,4 @@
-"""What a run opens to the network: nothing."""
+"""What a run opens to the network: nothing; and from this machine it can be reached."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.control import run_status
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of
 
 
@@ -27,6 +28,10 @@ def test_a_run_with_actors_listens_on_loopback_only(tmp_path: Path) -> None:
             if connection.status == psutil.CONN_LISTEN and not _is_loopback(connection.laddr.ip)
         }
         assert open_to_all == set()
+        status = run_status(run.folder)  # from another process of this machine all of it is within reach
+        assert status.learner.stage == "sequencematch"
+        assert status.pool is not None
+        assert status.buffer is not None
         run.terminate()
         run.wait(120.0)
     assert metrics_of(run.folder, "sequencematch")
