@@ -40,7 +40,7 @@ def make_objective(settings: ObjectiveSettings) -> Objective:
 def _output_embedding(name: str) -> Tensor:
     """[V, d] of a model in the Hugging Face format; the rest of the model is let go."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
     except OSError as error:
         raise ValueError(f"cost_model {name!r} cannot be loaded: {error}") from error
     table: Tensor = model.get_output_embeddings().weight.detach().clone()

@@ -18,6 +18,8 @@ from launch.generation import open_checkpoint
 from launch.recipe import read_recipe
 from learner.checkpoint import TRAINING_STATE_FILE, read_training_state
 from learner.model import load_policy
+from learner.objective_settings import EmoSettings
+from learner.objectives.registry import make_objective
 from learner.ranks import open_rendezvous
 from learner.settings import PretrainedModelSettings
 from tests.tiny_models import BACKSPACE_ID, save_tiny_model, tiny_model
@@ -76,6 +78,14 @@ def test_weights_in_a_pickle_are_refused_by_name(model_folder: Path, mark: Path)
     assert not mark.exists()
 
 
+def test_a_cost_model_in_a_pickle_is_refused(model_folder: Path, mark: Path) -> None:
+    (model_folder / "model.safetensors").unlink()
+    (model_folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
+    with pytest.raises(ValueError, match=r"cost_model '.*' cannot be loaded: .*safetensors"):
+        make_objective(EmoSettings(name="emo", cost_model=str(model_folder)))
+    assert not mark.exists()
+
+
 def test_a_pickle_beside_safetensors_is_not_read(model_folder: Path, mark: Path) -> None:
     (model_folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
     load_policy(PretrainedModelSettings(name=str(model_folder)))
@@ -97,7 +107,11 @@ def read_as_actor(folder: Path) -> None:
     ExpectedTensors.of_model(str(folder))
 
 
-@pytest.mark.parametrize("read", [read_as_learner, read_as_actor, open_checkpoint])
+def read_as_cost_model(folder: Path) -> None:
+    make_objective(EmoSettings(name="emo", cost_model=str(folder)))
+
+
+@pytest.mark.parametrize("read", [read_as_learner, read_as_actor, read_as_cost_model, open_checkpoint])
 def test_code_in_a_models_folder_is_not_run(model_folder: Path, mark: Path, read: Callable[[Path], object]) -> None:
     (model_folder / "theirs.py").write_text(
         f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
