@@ -106,7 +106,7 @@ def test_a_second_ctrl_c_ends_the_run_which_can_be_resumed(interrupted_twice: Li
 
 
 def test_the_last_life_does_what_is_left_and_all_lives_took_the_same_steps(
-    interrupted_twice: Life, tmp_path: Path
+    killed_learner: Life, killed_buffer: Life, interrupted_twice: Life, tmp_path: Path
 ) -> None:
     """Number for number, although the actors made other rollouts in each life, and both shards die in this one."""
     folder = interrupted_twice.folder
@@ -122,7 +122,12 @@ def test_the_last_life_does_what_is_left_and_all_lives_took_the_same_steps(
     for row in metrics_of(folder, STAGE):
         by_step.setdefault(int(row["step"]), []).append(row)
     assert sorted(by_step) == list(range(1, total + 1))
-    assert sum(len(rows) > 1 for rows in by_step.values()) > 3
+    lost = {
+        step
+        for life in (killed_learner, killed_buffer, interrupted_twice)
+        for step in range(life.checkpoint + 1, life.step + 1)
+    }
+    assert {step for step, rows in by_step.items() if len(rows) > 1} == lost, "what no checkpoint had, and nothing else"
     for rows in by_step.values():
         names = [name for name in rows[0] if name.startswith(REPEATED)]
         assert len(names) > 10
