@@ -15,12 +15,15 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import ray
 
 from actors.action_log import FinishedLog, logs_to_batch
 from actors.engine_settings import EngineSettings, SamplingSettings
+from actors.scoring import RolloutScoring
+from actors.scoring_settings import ScoringSettings
 from actors.settings import ActorsSettings
 from actors.shard_writer import ShardWriter
 from actors.status import ActorStatus
@@ -29,6 +32,9 @@ from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
 from buffer.shards.shard import Shard, nearest
 from buffer.weights import WeightManifest, WeightPayload, check_probe, unpack, verify_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WEIGHTS_TIMEOUT_S = 60.0
 IDLE_WAIT_S = 0.2
@@ -41,6 +47,7 @@ class RolloutSpec:
 
     config_json: the model's config.json. max_length: prompt and text, in tokens.
     noise: of the expert trajectories; with kind `policy` the actors make those too.
+    scoring: of the rollouts; None = they are not scored. tokenizer: of the task; needed where they are.
     """
 
     config_json: str
@@ -50,6 +57,8 @@ class RolloutSpec:
     noise: NoiseSettings
     max_length: int
     seed: int
+    scoring: ScoringSettings | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def engine_settings(self, model_dir: str, seed: int) -> EngineSettings:
         """Settings of one actor's engine; it is born without weights."""
@@ -74,6 +83,9 @@ class RolloutActor:
 
         examples: `prompt_ids` and `target_ids` of the task's training examples.
         shards: of the replay buffer. number: of this actor in its pool; each number begins with another shard.
+
+        Raises:
+            ValueError: the engine cannot be built, or a scorer cannot be imported.
         """
         # Here, not at the top: pool and driver know this class too, and should not load vLLM for it.
         from actors.engine import BackspaceEngine
@@ -97,6 +109,10 @@ class RolloutActor:
             if spec.noise.kind == "policy"
             else None
         )
+        self._scoring = None
+        if spec.scoring is not None:
+            assert spec.tokenizer is not None, "scorers read texts"
+            self._scoring = RolloutScoring(spec.scoring, spec.tokenizer, spec.contract, examples)
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(spec.config_json, encoding="utf-8")
             settings = spec.engine_settings(folder, seed=life_number)
@@ -118,7 +134,8 @@ class RolloutActor:
         node_id = ray.get_runtime_context().get_node_id()
         self._writer = ShardWriter(name, nearest(shards, node_id), first=number)
         self._num_requests = 0
-        self._actions = self._backspaces = self._trajectories = 0
+        self._actions = self._backspaces = self._trajectories = self._dropped = 0
+        self._drop_reason: str | None = None
         self._window: deque[tuple[float, int]] = deque()
         self._activity = "starting"
 
@@ -167,6 +184,8 @@ class RolloutActor:
             rejected=self._writer.rejected,
             in_flight=self._engine.num_unfinished,
             activity=self._activity,
+            dropped=self._dropped,
+            drop_reason=self._drop_reason,
         )
 
     # Generation group ------------------------------------------------------------
@@ -259,6 +278,13 @@ class RolloutActor:
             weights_fingerprint=self._fingerprint,
         )
         self._finished = []
+        if self._scoring is not None:
+            scored = self._scoring.score(rollouts)
+            rollouts = scored.rollouts
+            self._dropped += len(scored.dropped)
+            self._drop_reason = next(reversed(scored.dropped.values()), self._drop_reason)
+            if rollouts.num_rows == 0:
+                return
         self._writer.insert(rollouts)
         if self._experts is not None:
             plan = self._experts.plan(rollouts.num_rows)

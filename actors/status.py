@@ -18,6 +18,8 @@ class ActorStatus:
     rejected: int  # refused by the buffer's door
     in_flight: int
     activity: str  # what it does now: "generating", "waiting for weights", ...
+    dropped: int = 0  # rollouts without a finite reward or feature
+    drop_reason: str | None = None  # of the newest of them
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from launch.run_folder import BUFFER_FOLDER
 from launch.run_log import RunLog
 from launch.run_tokenizer import save_run_tokenizer
 from launch.settings import RunSettings, needs_actors
+from launch.trusted_code import check_trusted
 from learner.publisher import PROBE_TOKENS
 from learner.stage_settings import StageSettings
 from learner.status import StageResult
@@ -58,9 +59,10 @@ def train(settings: RunSettings, folder: Path, console: Console) -> RunOutcome:
     """Run every stage that is not done yet. Ctrl-C ends the run after the current step, with a checkpoint.
 
     Raises:
-        UserError: the settings cannot be met (model, task, cluster).
+        UserError: the settings cannot be met (model, task, cluster), or run code that nobody vouched for.
         RunFailedError: an actor or the learner could not go on; the message names who.
     """
+    check_trusted(settings.scoring)
     view = RunView(folder.name, settings.stages, results=finished_stages(settings, folder))
     with LiveView(console, view) as live, RunLog(folder) as log:
         log.write("info", "driver", "the run begins")
@@ -172,6 +174,8 @@ class _Crew:
             noise=settings.noise,
             max_length=_engine_length(settings, run),
             seed=settings.seed,
+            scoring=settings.scoring if settings.scoring.scorers else None,
+            tokenizer=run.task.tokenizer,
         )
         self._pool = (
             ray.remote(ActorPool)

@@ -168,7 +168,7 @@ def _actor_table(pool: PoolStatus) -> Table:
         rate = status.backspaces / status.actions if status.actions else 0.0
         table.add_row(
             member.name,
-            status.activity,
+            status.activity if status.dropped == 0 else f"{status.activity}, {status.dropped:,} dropped",
             f"v{status.policy_version}",
             f"{status.actions_per_s:,.0f}",
             f"{100 * rate:.1f} %",

@@ -94,7 +94,7 @@ def _index(items: list[object], part: str, override: str) -> int:
 def _explain(error: ValidationError) -> list[str]:
     explanations = []
     for detail in error.errors():
-        location = [part for part in detail["loc"] if not _is_tag(part)]
+        location = _keys_of(detail["loc"])
         where = ".".join(str(part) for part in location) or "recipe"
         if detail["type"] == "extra_forbidden":
             explanations.append(_unknown_key(where, location, detail["loc"]))
@@ -104,14 +104,6 @@ def _explain(error: ValidationError) -> list[str]:
     return explanations
 
 
-# Pydantic names the chosen member of a tagged union inside error locations; users never wrote it.
-_TAGS = {"arithmetic", "text", "scratch", "pretrained", "mle", "behaviour_cloning", "sequencematch"}
-
-
-def _is_tag(part: int | str) -> bool:
-    return part in _TAGS
-
-
 def _unknown_key(where: str, location: list[int | str], raw: tuple[int | str, ...]) -> str:
     known = sorted(_known_keys(RunSettings, raw[:-1]))
     nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
@@ -119,26 +111,44 @@ def _unknown_key(where: str, location: list[int | str], raw: tuple[int | str, ..
     return f"unknown key {where!r}; {hint}"
 
 
+def _keys_of(path: Sequence[int | str]) -> list[int | str]:
+    """An error's location as users wrote it: pydantic also names the chosen member of a tagged union in it."""
+    schema: JsonSchema = RunSettings.model_json_schema()
+    node, keys = schema, []
+    for part in path:
+        node, is_key = _step(schema, node, part)
+        if is_key:
+            keys.append(part)
+    return keys
+
+
+def _step(schema: JsonSchema, node: JsonSchema, part: int | str) -> tuple[JsonSchema, bool]:
+    """The schema of a part of `node` (empty where it is unknown), and whether the part is a key and no tag."""
+    node = _resolve(schema, node)
+    if isinstance(part, int):
+        return node.get("items", {}), True
+    if part in node.get("properties", {}):
+        return node["properties"][part], True
+    if part in node.get("discriminator", {}).get("mapping", {}):
+        return {"$ref": node["discriminator"]["mapping"][part]}, False
+    of_any_key = node.get("additionalProperties")  # in a mapping whose keys are the user's
+    return of_any_key if isinstance(of_any_key, dict) else {}, True
+
+
 def _known_keys(model: type[BaseModel], path: Sequence[int | str]) -> set[str]:
     """Keys that the settings class at `path` accepts, found through the schema that pydantic itself reports."""
     schema: JsonSchema = model.model_json_schema()
     node = schema
     for part in path:
-        node = _resolve(schema, node)
-        if isinstance(part, int):
-            node = node["items"]
-        elif part in node.get("properties", {}):
-            node = node["properties"][part]
-        elif "discriminator" in node:
-            node = {"$ref": node["discriminator"]["mapping"][part]}
+        node, _ = _step(schema, node, part)
     node = _resolve(schema, node)
     options = [_resolve(schema, option) for option in node.get("oneOf", [])]
     return {key for option in [node, *options] for key in option.get("properties", {})}
 
 
 def _resolve(schema: JsonSchema, node: JsonSchema) -> JsonSchema:
-    for option in node.get("anyOf", []):  # settings that may be left out: a class or null
-        if "$ref" in option:
+    for option in node.get("anyOf", []):  # settings that may be left out: a class (or one of several) or null
+        if "$ref" in option or "discriminator" in option:
             node = option
     if "$ref" not in node:
         return node

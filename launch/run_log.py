@@ -101,12 +101,16 @@ class RunLog:
             version = None if member.status is None else member.status.policy_version
             if version is not None and (before is None or before.status is None or _version_of(before) != version):
                 self._of_actor(member, f"has weights v{version}" if version >= 0 else "waits for its first weights")
+            dropped = _drop_reason_of(member)
+            if member.status is not None and dropped is not None and dropped != _drop_reason_of(before):
+                message = f"dropped {member.status.dropped} rollouts so far, the last one because {dropped}"
+                self._of_actor(member, message, level="warning")
         for name in self._members.keys() - members.keys():
             self._of_actor(self._members[name], "gone")
         self._members = members
 
-    def _of_actor(self, member: MemberStatus, message: str) -> None:
-        self.write("info", "actor", message, index=int(member.name.rpartition("-")[2]), version=_version_of(member))
+    def _of_actor(self, member: MemberStatus, message: str, level: Level = "info") -> None:
+        self.write(level, "actor", message, index=int(member.name.rpartition("-")[2]), version=_version_of(member))
 
     def _follow_buffer(self, buffer: BufferStatus) -> None:
         for index, shard in enumerate(buffer.shards):
@@ -134,6 +138,11 @@ def _is_torn(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
+
+
+def _drop_reason_of(member: MemberStatus | None) -> str | None:
+    """Of the last rollout that it dropped; None where it dropped none, or has not answered yet."""
+    return None if member is None or member.status is None else member.status.drop_reason
 
 
 def _version_of(member: MemberStatus) -> int | None:

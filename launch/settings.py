@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from actors.scoring_settings import ExactAnswerSettings, ScoringSettings
 from actors.settings import ActorsSettings
 from buffer.sampling.limiter import Limiter
 from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings
@@ -51,6 +52,7 @@ class RunSettings(Settings):
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     learner: LearnerSettings = LearnerSettings()
     actors: ActorsSettings = ActorsSettings()
+    scoring: ScoringSettings = ScoringSettings()
     buffer: BufferSettings = BufferSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     cluster: ClusterSettings = ClusterSettings()
@@ -85,7 +87,19 @@ class RunSettings(Settings):
                 "buffer.sampler=prioritised goes by the soft-Bellman residuals of rollouts that were trained on, and "
                 f"no stage draws any ({', '.join(stage.name for stage in self.stages)}): choose another sampler"
             )
+        self._check_scoring(bool(needy))
         return self
+
+    def _check_scoring(self, has_rollouts: bool) -> None:
+        scorers = self.scoring.scorers
+        if scorers and not has_rollouts:
+            raise ValueError("scoring has no effect: no stage makes rollouts; leave it out")
+        for name, scorer in scorers.items():
+            if isinstance(scorer, ExactAnswerSettings) and self.task.name == "text":
+                raise ValueError(
+                    f"scoring: {name} is exact_answer, but task text has no right answers; choose another kind, or a "
+                    "task with right answers (arithmetic)"
+                )
 
 
 def needs_actors(stage: StageSettings, noise: NoiseSettings) -> bool:

@@ -77,6 +77,20 @@ def test_changes_are_told_once_as_they_come(tmp_path: Path) -> None:
     ]
 
 
+def test_why_rollouts_are_dropped_is_told_when_it_changes(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        view = RunView(tmp_path.name, [])
+        for dropped, reason in ((0, None), (2, "reward is nan"), (5, "reward is nan"), (6, "reward raised E: x")):
+            view.pool = pool(
+                MemberStatus("actor-3", "running", 0, replace(WORKING, dropped=dropped, drop_reason=reason))
+            )
+            log.follow(view)
+    assert told(tmp_path)[2:] == [
+        ("warning", "actor", 3, 10, "dropped 2 rollouts so far, the last one because reward is nan"),
+        ("warning", "actor", 3, 10, "dropped 6 rollouts so far, the last one because reward raised E: x"),
+    ]
+
+
 def test_a_resumed_run_goes_on_behind_a_torn_line_and_says_how_it_ended(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / LOG_FILE).write_text('{"time": 1.0, "mess')

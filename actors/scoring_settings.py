@@ -1,0 +1,87 @@
+"""What rollouts are scored by: a reward, and features for objectives that constrain them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
+
+from buffer.settings import Settings
+
+
+class PatternSettings(Settings):
+    """1 where a regular expression matches somewhere in the answer, else 0."""
+
+    kind: Literal["pattern"]
+    pattern: str = Field(min_length=1, description="regular expression, as of Python's `re`")
+    ignore_case: bool = False
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return pattern
+
+
+class WordSettings(Settings):
+    """1 where the answer holds a word (or several in a row) that stands alone, else 0."""
+
+    kind: Literal["word"]
+    word: str = Field(min_length=1)
+    ignore_case: bool = True
+
+
+class ExactAnswerSettings(Settings):
+    """1 where the answer is the right one and ended with `<eos>`, else 0; of tasks that have right answers."""
+
+    kind: Literal["exact_answer"]
+
+
+class LengthSettings(Settings):
+    """Tokens of the answer, `<eos>` not counted; with bounds 1 where the length lies within them, else 0."""
+
+    kind: Literal["length"]
+    at_least: NonNegativeInt | None = None
+    at_most: NonNegativeInt | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> LengthSettings:
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(f"no length is at_least={self.at_least} and at_most={self.at_most}: swap them")
+        return self
+
+
+class FunctionSettings(Settings):
+    """A function of your own, `score(prompts, answers)`: two lists of texts, to as many numbers.
+
+    It runs in the rollout actors. So that no recipe of a stranger runs code unnoticed, its module has to be named
+    outside of the recipe too (see `launch.trusted_code`).
+    """
+
+    kind: Literal["function"]
+    function: str = Field(
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="MODULE:NAME of a function that the actors can import"
+    )
+
+
+ScorerSettings = Annotated[
+    PatternSettings | WordSettings | ExactAnswerSettings | LengthSettings | FunctionSettings,
+    Field(discriminator="kind"),
+]
+
+
+class ScoringSettings(Settings):
+    """Numbers that every rollout is given before it is stored."""
+
+    reward: ScorerSettings | None = Field(None, description="what reinforce and kl_control raise; null = none")
+    features: dict[str, ScorerSettings] = Field({}, description="by name, for constraints")
+
+    @property
+    def scorers(self) -> dict[str, ScorerSettings]:
+        """All of them, by a name for messages."""
+        reward = {} if self.reward is None else {"reward": self.reward}
+        return reward | {f"feature {name}": settings for name, settings in self.features.items()}

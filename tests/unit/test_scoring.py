@@ -1,0 +1,164 @@
+"""Rewards and features of rollouts: what the scorers say, what is dropped and why, and whose code may run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from actors.scorers import Answer, make_scorer
+from actors.scoring import RolloutScoring
+from actors.scoring_settings import FunctionSettings, LengthSettings, PatternSettings, ScoringSettings, WordSettings
+from buffer.experts.tasks import Task, load_task
+from buffer.schema import trajectory_schema
+from buffer.settings import ArithmeticTaskSettings
+from buffer.validation import validate
+from launch.errors import UserError
+from launch.recipe import read_recipe
+from launch.trusted_code import check_trusted
+from tests.unit.test_trainer import HandMadeRollouts
+
+ARITHMETIC = Path("launch/recipes/arithmetic_cpu.yaml")
+PICKY = FunctionSettings(kind="function", function=f"{__name__}:picky")
+
+
+def picky(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Fails on a whole batch that holds a 7, has no number for 46, and knows its prompts."""
+    assert all(prompt.startswith("In base 10") for prompt in prompts)
+    if "7" in answers:
+        raise KeyError("seven")
+    return [math.nan if answer == "46" else float(len(answer)) for answer in answers]
+
+
+def short(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """One number for any batch."""
+    return [1.0]
+
+
+def huge(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Beyond float32."""
+    return [1e300 for _ in answers]
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task(ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4))
+
+
+def answers(*texts: str) -> list[Answer]:
+    return [Answer("p", text, len(text.split()), "r", True) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("settings", "texts", "expected"),
+    [
+        (PatternSettings(kind="pattern", pattern="a+b$"), ["xaab", "aabc", "AB"], [1, 0, 0]),
+        (PatternSettings(kind="pattern", pattern="a+b$", ignore_case=True), ["AB"], [1]),
+        (WordSettings(kind="word", word="peace"), ["Peace, now", "peaceful", "for peace"], [1, 0, 1]),
+        (WordSettings(kind="word", word="c++", ignore_case=False), ["use c++ here", "C++", "c+++"], [1, 0, 1]),
+        (LengthSettings(kind="length"), ["", "a b c"], [0, 3]),
+        (LengthSettings(kind="length", at_least=2), ["a", "a b", "a b c d"], [0, 1, 1]),
+        (LengthSettings(kind="length", at_most=2), ["", "a b", "a b c"], [1, 1, 0]),
+    ],
+)
+def test_scorers_of_texts(settings, texts, expected):
+    assert list(make_scorer(settings)(answers(*texts))) == expected
+
+
+def test_rows_get_reward_and_features_in_the_order_of_the_recipe(task):
+    """The text is what is left after all deletions; the length is that of the text, not of the log."""
+    settings = ScoringSettings.model_validate(
+        {"reward": {"kind": "length"}, "features": {"z": {"kind": "word", "word": "13"}, "a": {"kind": "length"}}}
+    )
+    rollouts = HandMadeRollouts(task).draw(3)  # 13, 7 and 6, all with <eos>
+    scored = RolloutScoring(settings, task.tokenizer, task.contract(), task.example_table()).score(rollouts)
+    assert scored.dropped == {}
+    assert scored.rollouts.schema.equals(trajectory_schema(task.contract()), check_metadata=True)
+    assert validate(scored.rollouts, task.contract()).rejections == ()
+    assert scored.rollouts.column("reward").to_pylist() == [2, 1, 1]
+    assert scored.rollouts.column("features").to_pylist() == [[1, 2], [0, 1], [0, 1]]
+
+
+def test_an_exact_answer_is_what_evaluation_calls_right(task):
+    """By the task's own check; an answer that was cut off is not right."""
+    scoring = RolloutScoring(
+        ScoringSettings.model_validate({"reward": {"kind": "exact_answer"}}),
+        task.tokenizer,
+        task.contract(),
+        task.example_table(),
+    )
+    right = [list(row["target_ids"]) for row in task.train.select(range(3))]
+    rows = HandMadeRollouts(task).draw(3).to_pylist()
+    logs = [right[0], right[1][:-1], right[0]]  # right, without <eos>, right for another question
+    for row, actions in zip(rows, logs, strict=True):
+        row |= {"actions": actions, "logprobs": [-1.0] * len(actions), "policy_version": [0] * len(actions)}
+    rows[1]["finish_reason"] = "max_length"
+    batch = pa.RecordBatch.from_pylist(rows, schema=trajectory_schema(task.contract()))
+    rewards = scoring.score(batch).rollouts.column("reward").to_pylist()
+    assert rewards == [1, 0, float(task.train[0]["answer"] == task.train[2]["answer"])]
+
+
+@pytest.mark.parametrize(
+    ("function", "kept", "reason"),
+    [("picky", ["a/0", "a/2"], "reward raised KeyError: 'seven'"), ("huge", [], "reward is inf")],
+)
+def test_rollouts_that_have_no_number_are_dropped_with_the_reason(task, function, kept, reason):
+    settings = ScoringSettings(reward=FunctionSettings(kind="function", function=f"{__name__}:{function}"))
+    scoring = RolloutScoring(settings, task.tokenizer, task.contract(), task.example_table())
+    scored = scoring.score(HandMadeRollouts(task).draw(3))
+    assert scored.rollouts.column("id").to_pylist() == kept
+    assert scored.dropped["a/1"] == reason
+    assert len(scored.dropped) + len(kept) == 3
+
+
+def test_a_number_that_is_none_and_a_wrong_count(task):
+    rollouts = HandMadeRollouts(task, answers=("46", "1")).draw(2)
+    contract, examples = task.contract(), task.example_table()
+    scored = RolloutScoring(ScoringSettings(reward=PICKY), task.tokenizer, contract, examples).score(rollouts)
+    assert (scored.dropped, scored.rollouts.column("reward").to_pylist()) == ({"a/0": "reward is nan"}, [1])
+    counted = FunctionSettings(kind="function", function=f"{__name__}:short")
+    settings = ScoringSettings(features={"f": counted})  # right for one answer, so asked one by one it is
+    scored = RolloutScoring(settings, task.tokenizer, contract, examples).score(rollouts)
+    assert scored.rollouts.column("features").to_pylist() == [[1], [1]]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("no_such_module:f", r"cannot be imported .*PYTHONPATH"), ("math:no_such", "module math has no function no_such")],
+)
+def test_a_function_that_is_not_there(function, message):
+    with pytest.raises(ValueError, match=message):
+        make_scorer(FunctionSettings(kind="function", function=function))
+
+
+def test_a_recipe_runs_no_code_that_is_not_trusted_by_name(monkeypatch):
+    scoring = ScoringSettings(features={"f": FunctionSettings(kind="function", function="pkg.rewards:score")})
+    monkeypatch.setenv("SEQUENCEMATCH_TRUSTED_MODULES", "pkg,other")
+    with pytest.raises(UserError, match=r"feature f of the recipe runs code, function pkg\.rewards:score"):
+        check_trusted(scoring)
+    monkeypatch.setenv("SEQUENCEMATCH_TRUSTED_MODULES", "other, pkg.rewards")
+    check_trusted(scoring)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["scoring.reward={kind: word}"], "scoring.reward.word: Field required"),
+        (["scoring.features.f={kind: word, wrod: x}"], "unknown key 'scoring.features.f.wrod'; did you mean 'word'?"),
+        (["scoring.reward={kind: pattern, pattern: 'a('}"], "'a(' is not a regular expression"),
+        (["scoring.reward={kind: length, at_least: 3, at_most: 2}"], "no length is at_least=3 and at_most=2"),
+        (["scoring.reward={kind: function, function: os.system}"], "scoring.reward.function: String should match"),
+        (["scoring.reward={kind: exact_answer}", "task={name: text}"], "task text has no right answers"),
+        (
+            ["scoring.reward={kind: length}", "stages.sequencematch.objective={name: mle}"],
+            "scoring has no effect: no stage makes rollouts",
+        ),
+    ],
+)
+def test_scoring_that_is_refused(overrides, message):
+    with pytest.raises(UserError) as caught:
+        read_recipe(ARITHMETIC, overrides)
+    assert message in str(caught.value)
