@@ -48,22 +48,26 @@ _Loss = Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]
 
 @dataclass(frozen=True)
 class _Draw:
-    """What one source gave for the step, of all ranks. prioritised: whether its source wants to know priorities."""
+    """What one source gave for the step, of all ranks. prioritised: whether its source wants to know priorities.
+    is_rollouts: of the policy, not of the experts.
+    """
 
     batch: pa.RecordBatch
     counts: LogCounts
     loss: _Loss
     prioritised: bool = False
+    is_rollouts: bool = False
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward and backward pass. counts: of the whole draw, over all ranks. prioritised: as of the draw."""
+    """One forward and backward pass. counts: of the whole draw, over all ranks. The last two: as of the draw."""
 
     tree: TreeBatch
     counts: LogCounts
     loss: _Loss
     prioritised: bool = False
+    is_rollouts: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,9 @@ class Trainer:
         """Draw, evaluate, step; gives the metrics of the step.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite, on the trajectories that it names; the weights
-                are as they were before. OutsideDomainError: see `Objective.check`; the weights likewise.
+            FloatingPointError: the loss or the gradient is not finite, on the trajectories that it names, or see
+                `Objective.advance`; the weights are as they were before. OutsideDomainError: see `Objective.check`; the
+                weights likewise.
             RankLostError: another rank failed.
         """
         started = time.perf_counter()
@@ -131,6 +136,9 @@ class Trainer:
         drawn = time.perf_counter()
         passes = self._passes(experts, rollouts)
         with self._ranks.exchange(f"step {self.step}"):
+            if rollouts is not None:
+                trees = [each.tree for each in passes if each.is_rollouts]
+                self._objective.prepare(self._policy, trees, count_logs(rollouts), self.step)
             evaluated = self._accumulate(passes)
         objective_metrics, gradient_norm = evaluated.metrics, evaluated.gradient_norm
         loss = float(objective_metrics["loss"])
@@ -140,6 +148,7 @@ class Trainer:
                 f"lower the learning rate or alpha. {self._blame(self._draws(experts, rollouts))}"
             )
         self._objective.check(objective_metrics, self.step)
+        self._objective.advance()
         learning_rate = self._schedule.get_last_lr()[0]
         self._optimizer.step()
         self._schedule.step()
@@ -173,7 +182,7 @@ class Trainer:
         """This rank's passes over its shares of the draws: as many at every rank, since FSDP gathers in each."""
         draws = self._draws(experts, rollouts)
         passes = [
-            _Pass(tree, draw.counts, draw.loss, draw.prioritised)
+            _Pass(tree, draw.counts, draw.loss, draw.prioritised, draw.is_rollouts)
             for draw in draws
             for tree in self._trees_of(draw.batch)
         ]
@@ -188,7 +197,7 @@ class Trainer:
         if rollouts is not None:
             loss = partial(self._rollout_loss, data_counts=data_counts, newest=newest_version(rollouts))
             prioritised = self._report_priorities is not None
-            draws.append(_Draw(rollouts, count_logs(rollouts), loss, prioritised))
+            draws.append(_Draw(rollouts, count_logs(rollouts), loss, prioritised, is_rollouts=True))
         return draws
 
     def _trees_of(self, batch: pa.RecordBatch) -> list[TreeBatch]:

@@ -12,7 +12,8 @@ evaluated (`Objective.evaluate`), in which draws they have a loss for, and in wh
   without gradient. The weight is pi / mu; log mu is what the actor stored (`TreeBatch.behaviour_log_prob`), so stale
   rollouts are no approximation. Log-probabilities of a frozen base model are a second evaluation of the same tree.
 
-What an objective remembers (a frozen table, a running mean) is in `state`, which every checkpoint holds.
+What an objective remembers (a frozen table, a running mean, a network that it trains beside the policy) is in `state`,
+which every checkpoint holds. A network of its own takes its step in `advance`.
 
 Sums are divided by *global* counts, never by the length of a log or by what one process happens to hold: a
 mean per sequence is not a proper scoring rule, and with global counts the gradients of micro-batches and
@@ -21,7 +22,7 @@ ranks simply add up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,6 +104,12 @@ class Objective(Protocol):
     @property
     def needs_rollouts(self) -> bool: ...
 
+    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
+        """Look at all rollouts of a step before any loss of it is asked for: for what concerns them together. All ranks
+        call this together, each with trees of its own (not on the policy's device yet) and the global counts; only
+        where rollouts are needed."""
+        ...
+
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
         """Have the logs of `tree` evaluated for optimizer step `step`; counts are global. All ranks call this together,
         and it runs the policy as many times at each."""
@@ -128,6 +135,15 @@ class Objective(Protocol):
         """
         ...
 
+    def advance(self) -> None:
+        """Take a step with what the objective trains itself; after `check`, just before the policy's weights move. All
+        ranks call this together.
+
+        Raises:
+            FloatingPointError: its gradient is not finite, and nothing has moved.
+        """
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """What the next steps depend on besides the weights; the same at every rank."""
         ...
@@ -138,7 +154,10 @@ class Objective(Protocol):
 
 
 class PlainObjective:
-    """What most objectives have in common: values alone are evaluated, and nothing is remembered or refused."""
+    """What most objectives have in common: values alone are evaluated; nothing is remembered, refused or trained."""
+
+    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
+        """Each pass is looked at by itself."""
 
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
         """One forward pass."""
@@ -146,6 +165,9 @@ class PlainObjective:
 
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
         """The loss is defined everywhere."""
+
+    def advance(self) -> None:
+        """The policy alone is trained."""
 
     def state(self) -> dict[str, Tensor]:
         """Nothing is remembered."""
