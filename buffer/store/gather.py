@@ -1,67 +1,29 @@
 """Gathering rows that lie scattered over many record batches into one batch.
 
-Most of a trajectory's bytes stand in lists of numbers. Arrow's `take` moves such lists element by element; here
-each list is copied as the run of bytes that it is. All other columns are narrow and left to Arrow: to `take`, or, where
-only few rows come from each batch, to the concatenation of slices.
+Nearly all bytes of a trajectory stand in lists of numbers, the rest mostly in text. Arrow's `take` moves lists element
+by element, and joins batches first. Here the records of all rows are brought together, 16 bytes per list or text, and
+one cast of the binary views in them copies run by run, whatever batches the bytes come from. Draws of a few hundred
+rows are the rule, so what counts is the number of steps: hardly any of them is done per column or per batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from buffer.store.gather_layout import GatherLayout
+from buffer.store.gather_source import INLINE_BYTES, NULL_MARK, VIEW_LANES, GatherSource
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
-Bool = npt.NDArray[np.bool_]
 
 SLICED_ROWS = 20
 """With fewer rows per batch, slicing them out one by one costs less than one `take`."""
-
-
-@dataclass(frozen=True)
-class _Lists:
-    """A list column whose elements are never null. content: bytes of all elements; valid: [n], None = no null.
-
-    Columns whose lists are of the same lengths share one array of offsets. all_null: every list is.
-    """
-
-    content: memoryview
-    offsets: Int32
-    valid: Bool | None
-    all_null: bool
-
-
-class GatherSource:
-    """A record batch, with what a gather from it needs."""
-
-    def __init__(self, batch: pa.RecordBatch) -> None:
-        self.batch = batch
-        self._lists: dict[str, _Lists] | None = None
-        self._narrow: tuple[tuple[str, ...], pa.RecordBatch] = ((), batch)
-        self.schema = batch.schema
-        self.names = tuple(batch.schema.names)
-
-    @property
-    def lists(self) -> dict[str, _Lists]:
-        """The columns that can be copied as runs of bytes, by name."""
-        if self._lists is None:
-            self._lists = {}
-            offsets: list[Int32] = []
-            for field, column in zip(self.schema, self.batch.columns, strict=True):
-                if (lists := _as_lists(field.type, column, offsets)) is not None:
-                    self._lists[field.name] = lists
-        return self._lists
-
-    def select(self, names: tuple[str, ...]) -> pa.RecordBatch:
-        """The batch with these columns only; asked for the same ones nearly always."""
-        if self._narrow[0] != names:
-            self._narrow = (names, self.batch.select(names))
-        return self._narrow[1]
 
 
 class Part(NamedTuple):
@@ -72,107 +34,90 @@ class Part(NamedTuple):
     at: Int64
 
 
-def gather(parts: Sequence[Part], num_rows: int) -> pa.RecordBatch:
-    """Copy of the rows of all parts, which fill the places 0 to `num_rows` - 1; at least one row, all of one schema."""
-    schema, all_names = parts[0].source.schema, parts[0].source.names
-    names = [name for name in parts[0].source.lists if all(name in part.source.lists for part in parts)]
-    columns = _gather_lists(names, schema, parts, num_rows)
-    rest = tuple(name for name in all_names if name not in columns)
-    if rest:
-        columns |= dict(zip(rest, _gather_narrow(rest, parts, num_rows).columns, strict=True))
-    return pa.RecordBatch.from_arrays([columns[name] for name in all_names], schema=schema)
+def gather(layout: GatherLayout, parts: Sequence[Part], num_rows: int) -> pa.RecordBatch:
+    """Copy of the rows of all parts, which fill the places 0 to `num_rows` - 1; at least one row.
 
+    layout: of the table that the batches belong to.
 
-def _gather_narrow(names: tuple[str, ...], parts: Sequence[Part], num_rows: int) -> pa.RecordBatch:
-    if num_rows < SLICED_ROWS * len(parts):
-        slices = [None] * num_rows
-        for part in parts:
-            batch = part.source.select(names)
-            for place, row in zip(part.at.tolist(), part.local.tolist(), strict=True):
-                slices[place] = batch.slice(row, 1)
-        return pa.concat_batches(slices)
-    if len(parts) == 1:
-        (part,) = parts
-        return part.source.select(names).take(pa.array(part.local[np.argsort(part.at)]))
-    taken = pa.concat_batches([part.source.select(names).take(pa.array(part.local)) for part in parts])
-    places = np.concatenate([part.at for part in parts])
-    return taken.take(pa.array(np.argsort(places)))
-
-
-def _as_lists(type_: pa.DataType, column: pa.Array, known_offsets: list[Int32]) -> _Lists | None:
-    """None where the column is none of lists that are runs of bytes. known_offsets: of the columns before."""
-    if not pa.types.is_list(type_) or not pa.types.is_primitive(type_.value_type) or type_.value_type.bit_width % 8:
-        return None
-    elements = column.values
-    if elements.null_count:
-        return None
-    offsets = column.offsets.to_numpy()
-    for known in known_offsets:
-        if np.array_equal(known, offsets):
-            offsets = known
-            break
-    else:
-        known_offsets.append(offsets)
-    content = elements.buffers()[1]
-    view = memoryview(content).cast("B") if content is not None else memoryview(b"")
-    valid = column.is_valid().to_numpy(zero_copy_only=False) if column.null_count else None
-    view = view[elements.offset * type_.value_type.bit_width // 8 :]
-    return _Lists(view, offsets, valid, column.null_count == len(column))
-
-
-class _Spans(NamedTuple):
-    """Of the lists that a column of the result has. bounds: per list, index of its part, start and end in bytes there;
-    null: [n].
+    Raises:
+        ValueError: a column of lists would hold more elements than Arrow can count in a batch.
     """
+    layout.cover([part.source for part in parts])
+    places = parts[0].at if len(parts) == 1 else np.concatenate([part.at for part in parts])
+    records = _records(layout, parts)
+    columns = layout.repeated(num_rows)
+    lane = VIEW_LANES * len(layout.runs)
+    if layout.runs:
+        columns |= _copy_runs(layout, parts, records[:, :lane], places)
+    for name in layout.numbers:
+        type_ = layout.schema.field(name).type
+        lanes = type_.bit_width // 32
+        numbers = np.empty((num_rows, lanes), dtype=np.int32)
+        numbers[places] = records[:, lane : lane + lanes]
+        columns[name] = pa.Array.from_buffers(type_, num_rows, [None, pa.py_buffer(numbers)], 0)
+        lane += lanes
+    if layout.rest:
+        columns |= dict(zip(layout.rest, _gather_rest(layout.rest, parts, num_rows, places).columns, strict=True))
+    return pa.RecordBatch.from_arrays([columns[name] for name in layout.names], schema=layout.schema)
 
-    bounds: list[tuple[int, int, int]]
-    offsets: pa.Array
-    null: pa.Array | None
+
+def _records(layout: GatherLayout, parts: Sequence[Part]) -> Int32:
+    """[n, lanes] of all rows, part by part."""
+    found = [part.source.records(layout.runs, layout.numbers).take(part.local, axis=0) for part in parts]
+    return found[0] if len(found) == 1 else np.concatenate(found)
 
 
-def _gather_lists(
-    names: Sequence[str], schema: pa.Schema, parts: Sequence[Part], num_rows: int
-) -> dict[str, pa.ListArray]:
-    columns: dict[str, pa.ListArray] = {}
-    spans_of: dict[tuple[int, ...], _Spans] = {}
-    for name in names:
-        type_ = schema.field(name).type
-        item_bytes = type_.value_type.bit_width // 8
-        found = [part.source.lists[name] for part in parts]
-        if all(lists.all_null for lists in found):
-            columns[name] = pa.nulls(num_rows, type_)
-            continue
-        # Columns without nulls whose lists are of the same lengths everywhere have the same spans.
-        key = (item_bytes, *(id(lists.offsets) for lists in found))
-        spans = spans_of.get(key) if all(lists.valid is None for lists in found) else None
-        if spans is None:
-            spans = _spans(found, parts, num_rows, item_bytes)
-            if spans.null is None:
-                spans_of[key] = spans
-        contents = [lists.content for lists in found]
-        joined = b"".join([contents[index][start:end] for index, start, end in spans.bounds])
-        elements = pa.Array.from_buffers(
-            type_.value_type, len(joined) // item_bytes, [None, pa.py_buffer(joined)], null_count=0
+def _copy_runs(layout: GatherLayout, parts: Sequence[Part], records: Int32, places: Int64) -> dict[str, pa.Array]:
+    """The columns of lists and of text. records: [n, lanes] of the views; places: [n] in the result."""
+    num_rows, num_columns = len(places), len(layout.runs)
+    views = np.empty((num_columns, num_rows, VIEW_LANES), dtype=np.int32)
+    views[:, places] = records.reshape(num_rows, num_columns, VIEW_LANES).swapaxes(0, 1)
+    lengths = views[:, :, 0]
+    windows = parts[0].source.windows
+    if len(parts) > 1:
+        first_windows = np.empty(num_rows, dtype=np.int32)
+        windows = []
+        for part in parts:
+            first_windows[part.at] = len(windows)
+            windows += part.source.windows
+        # Short runs have themselves where the others have their buffer.
+        views[:, :, 2] += first_windows * (lengths > INLINE_BYTES)
+    described = pa.Array.from_buffers(
+        pa.binary_view(), num_columns * num_rows, [None, pa.py_buffer(views), *windows], 0
+    )
+    _, bounds, content = pc.cast(described, pa.large_binary()).buffers()
+    ends = np.frombuffer(bounds, dtype=np.int64)  # in bytes, over all columns
+    begins = ends[:-1:num_rows]
+    # Items are of 2^k bytes.
+    shifts = np.array([parts[0].source.runs[name].item_bytes.bit_length() - 1 for name in layout.runs])
+    num_items = (ends[num_rows::num_rows] - begins) >> shifts
+    if num_items.max() > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"{num_rows} rows with {num_items.max()} elements are too many for a batch: draw fewer at once"
         )
-        columns[name] = pa.ListArray.from_arrays(spans.offsets, elements, type=type_, mask=spans.null)
+    offsets = np.zeros((num_columns, num_rows + 1), dtype=np.int32)
+    offsets[:, 1:] = (ends[1:].reshape(num_columns, num_rows) - begins[:, None]) >> shifts[:, None]
+    all_offsets, width = pa.py_buffer(offsets), offsets[0].nbytes
+    columns: dict[str, pa.Array] = {}
+    for index, (name, begin, count) in enumerate(zip(layout.runs, begins.tolist(), num_items.tolist(), strict=True)):
+        validity, null_count = None, 0
+        if name in layout.nullable:
+            is_null = (lengths[index] == 0) & (views[index, :, 1] == NULL_MARK)
+            validity, null_count = pa.array(~is_null).buffers()[1], int(np.count_nonzero(is_null))
+        buffers = [validity, all_offsets.slice(index * width, width)]
+        type_, own = layout.schema.field(name).type, content.slice(begin, count << int(shifts[index]))
+        if pa.types.is_string(type_):
+            columns[name] = pa.Array.from_buffers(type_, num_rows, [*buffers, own], null_count)
+        else:
+            items = pa.Array.from_buffers(type_.value_type, count, [None, own], 0)
+            columns[name] = pa.Array.from_buffers(type_, num_rows, buffers, null_count, children=[items])
     return columns
 
 
-def _spans(found: Sequence[_Lists], parts: Sequence[Part], num_rows: int, item_bytes: int) -> _Spans:
-    starts = np.empty(num_rows, dtype=np.int64)
-    ends = np.empty(num_rows, dtype=np.int64)
-    owners = np.empty(num_rows, dtype=np.int64)
-    null: Bool | None = None
-    for index, (lists, part) in enumerate(zip(found, parts, strict=True)):
-        owners[part.at] = index
-        starts[part.at] = lists.offsets[part.local]
-        ends[part.at] = lists.offsets[part.local + 1]
-        if lists.valid is not None:
-            null = np.zeros(num_rows, dtype=np.bool_) if null is None else null
-            null[part.at] = ~lists.valid[part.local]
-    if null is not None:  # what stands under a null is no part of the rows
-        ends[null] = starts[null]
-    bounds = zip(owners.tolist(), (starts * item_bytes).tolist(), (ends * item_bytes).tolist(), strict=True)
-    offsets = np.zeros(num_rows + 1, dtype=np.int64)
-    np.cumsum(ends - starts, out=offsets[1:])
-    return _Spans(list(bounds), pa.array(offsets, pa.int32()), None if null is None else pa.array(null))
+def _gather_rest(names: tuple[str, ...], parts: Sequence[Part], num_rows: int, places: Int64) -> pa.RecordBatch:
+    """The columns that records do not hold."""
+    if num_rows < SLICED_ROWS * len(parts):
+        slices = [part.source.select(names).slice(row, 1) for part in parts for row in part.local.tolist()]
+        return pa.concat_batches([slices[index] for index in np.argsort(places).tolist()])
+    taken = pa.concat_batches([part.source.select(names).take(pa.array(part.local)) for part in parts])
+    return taken.take(pa.array(np.argsort(places)))

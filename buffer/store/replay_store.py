@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from buffer.sampling.lane import Lane
 from buffer.sampling.row_facts import RowFacts
-from buffer.schema import SOURCES, TokenContract, with_rows, without_rows
+from buffer.schema import SOURCES, TokenContract, with_rows
 from buffer.settings import BufferSettings
 from buffer.staleness import VersionRange, staleness
 from buffer.store.archive import Archive
@@ -340,7 +340,7 @@ class ReplayStore:
         )
 
     def _gather(self, draw: LoggedDraw, repeated: bool) -> DrawResult:
-        batch = without_rows(self._shard.files.take(draw.rows))
+        batch = self._shard.files.take(draw.rows)
         behind = staleness(draw.policy_version, VersionRange.from_batch(batch).oldest)
         created_us = batch.column("created_at").view(pa.int64()).to_numpy()
         ages_s = np.maximum(self._clock() - created_us / 1e6, 0.0)

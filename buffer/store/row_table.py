@@ -11,36 +11,46 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.schema import ROW, rows_of
-from buffer.store.gather import GatherSource, Part, gather
+from buffer.store.gather import Part, gather
+from buffer.store.gather_layout import GatherLayout
+from buffer.store.gather_source import GatherSource
 
 Int64 = npt.NDArray[np.int64]
 
 MERGED_ROWS = 2**16
 """Heap batches are merged up to this many rows."""
 
+_ABSENT = "a row that the table does not hold"
+
 
 @dataclass(frozen=True)
 class _Chunk:
-    """rows: [n] numbers, ascending."""
+    """rows: [n] numbers, ascending; is_dense: without gaps."""
 
     source: GatherSource
     rows: Int64
+    is_dense: bool
     on_heap: bool
 
     @classmethod
     def of(cls, batch: pa.RecordBatch, on_heap: bool) -> _Chunk:
-        return cls(GatherSource(batch), rows_of(batch), on_heap)
+        rows = rows_of(batch)
+        return cls(GatherSource(batch), rows, int(rows[-1] - rows[0]) + 1 == len(rows), on_heap)
 
     @property
     def batch(self) -> pa.RecordBatch:
         return self.source.batch
 
     def positions(self, rows: Int64) -> Int64:
-        """[n] where these rows stand in the batch, if it holds them."""
-        first, last = int(self.rows[0]), int(self.rows[-1])
-        if last - first + 1 == len(self.rows):
-            return rows - first
-        return np.searchsorted(self.rows, rows)
+        """[n] where these rows (ascending, at least one, none before the first) stand in the batch."""
+        if self.is_dense:
+            places: Int64 = rows - self.rows[0]
+            assert places[-1] < len(self.rows), _ABSENT
+            return places
+        places = np.searchsorted(self.rows, rows)
+        assert places[-1] < len(self.rows), _ABSENT
+        assert np.array_equal(self.rows[places], rows), _ABSENT
+        return places
 
 
 class RowTable:
@@ -54,6 +64,8 @@ class RowTable:
     def __init__(self) -> None:
         self._chunks: list[_Chunk] = []
         self._starts: Int64 | None = None  # first row of each chunk, built on demand
+        self._is_merged = True  # the heap, as far as it is worth it
+        self._layout: GatherLayout | None = None  # of the columns, from the first gather on
 
     def append(self, batches: Sequence[pa.RecordBatch], on_heap: bool) -> None:
         """Add batches whose rows come after those in the table. on_heap: whether they may be merged (by a copy)."""
@@ -63,6 +75,7 @@ class RowTable:
             chunk = _Chunk.of(batch, on_heap)
             assert not self._chunks or chunk.rows[0] > self._chunks[-1].rows[-1], "rows are appended in order"
             self._chunks.append(chunk)
+            self._is_merged &= not on_heap
         self._starts = None
 
     def batches(self, first_row: int, end_row: int | None = None) -> list[pa.RecordBatch]:
@@ -87,6 +100,7 @@ class RowTable:
         for left, right in itertools.pairwise(ordered):
             assert left.rows[-1] < right.rows[0], "rows stay in order"
         self._chunks[at:at] = chunks
+        self._is_merged &= not on_heap
         self._starts = None
 
     def holds(self, rows: Int64) -> bool:
@@ -99,19 +113,25 @@ class RowTable:
         )
 
     def take(self, rows: Int64) -> pa.RecordBatch:
-        """Copy of the rows with these numbers, in this order; all of them are in the table, and there is one."""
-        self._merge_heap()
-        taken = gather(self._parts(rows), len(rows))
-        assert np.array_equal(rows_of(taken), rows), "a row that the table does not hold"
-        return taken
+        """Copy of the rows with these numbers, in this order, without the column of the numbers; all of them are in the
+        table, and there is one.
+
+        Raises:
+            ValueError: see `gather`.
+        """
+        if not self._is_merged:
+            self._merge_heap()
+        parts = self._parts(rows)
+        if self._layout is None:
+            schema = parts[0].source.batch.schema
+            self._layout = GatherLayout(schema.remove(schema.get_field_index(ROW)), parts[0].source)
+        return gather(self._layout, parts, len(rows))
 
     def ids(self, rows: Int64) -> pa.StringArray:
         """Ids of the rows with these numbers, in this order; all of them are in the table."""
         ids, places = [pa.array([], pa.string())], [np.empty(0, dtype=np.int64)]
         for part in self._parts(rows):
-            picked = part.source.batch.select(["id", ROW]).take(pa.array(part.local))
-            assert np.array_equal(rows_of(picked), rows[part.at]), "a row that the table does not hold"
-            ids.append(picked.column("id"))
+            ids.append(part.source.batch.column("id").take(pa.array(part.local)))
             places.append(part.at)
         return pa.concat_arrays(ids).take(pa.array(np.argsort(np.concatenate(places))))
 
@@ -126,15 +146,14 @@ class RowTable:
 
     def _parts(self, rows: Int64) -> list[Part]:
         """Where the rows stand, by batch."""
-        order = np.argsort(rows, kind="stable")
+        order = np.argsort(rows)
         ascending = rows[order]
-        bounds = np.append(np.searchsorted(ascending, self._chunk_starts()), len(rows))
-        assert bounds[0] == 0, "a row that the table does not hold"
+        begins = np.searchsorted(ascending, self._chunk_starts()).tolist()
+        assert not begins or begins[0] == 0, _ABSENT
         parts = []
-        for owner in np.flatnonzero(np.diff(bounds)).tolist():
-            own = slice(bounds[owner], bounds[owner + 1])
-            chunk = self._chunks[owner]
-            parts.append(Part(chunk.source, chunk.positions(ascending[own]), order[own]))
+        for chunk, begin, end in zip(self._chunks, begins, [*begins[1:], len(rows)], strict=True):
+            if begin < end:
+                parts.append(Part(chunk.source, chunk.positions(ascending[begin:end]), order[begin:end]))
         return parts
 
     def _merge_heap(self) -> None:
@@ -151,6 +170,6 @@ class RowTable:
             whole = run[0] if len(run) == 1 else _Chunk.of(pa.concat_batches([chunk.batch for chunk in run]), True)
             merged.append(whole)
             del self._chunks[at:]
-        if len(merged) > 0:
-            self._chunks += reversed(merged)
-            self._starts = None
+        self._chunks += reversed(merged)
+        self._starts = None
+        self._is_merged = True
