@@ -35,6 +35,22 @@ def live_ids(store: ReplayStore, source: str = "policy") -> set[str]:
     return set(store._shard.files.ids(store._shard.lanes[source].rows).to_pylist())
 
 
+def settle(store: ReplayStore) -> None:
+    """Wait until every full segment is sealed."""
+    upkeep = store._upkeep
+    upkeep.tidy()
+    while upkeep._sealer.is_busy:
+        upkeep.finish_seal()
+        upkeep.tidy()
+
+
 def crash(folder: Path, to: Path) -> Path:
     """The folder as it would be found if the process died now."""
-    return Path(shutil.copytree(folder, to))
+
+    def copy(source: str, target: str) -> None:
+        try:
+            shutil.copy2(source, target)
+        except FileNotFoundError:
+            assert source.endswith(".tmp"), "only a sealed file that is being written is renamed meanwhile"
+
+    return Path(shutil.copytree(folder, to, copy_function=copy))

@@ -28,7 +28,7 @@ from buffer.staleness import NO_VERSION, VersionRange
 from buffer.store.event_history import read_events
 from buffer.store.manifest import CorruptSegmentError, Manifest
 from buffer.store.previous_format import holds_previous_format, read_previous_shard
-from buffer.store.segments import map_sealed, open_path, scan_open
+from buffer.store.segments import map_sealed, open_numbers, open_path, scan_open
 
 ATTEMPTS = 20
 """Snapshots are begun anew at most this often; each takes longer than the steps of the writer that disturb it."""
@@ -139,20 +139,24 @@ def _read(folder: Path, manifest: Manifest, named_before: int) -> ShardSnapshot:
 
 
 def _open_rows(folder: Path, manifest: Manifest, schema: pa.Schema) -> tuple[pa.RecordBatch, ...]:
-    path = open_path(folder, manifest.open_segment)
-    try:
+    """Of all open segments, by row: when one is listed, those before it are full."""
+    numbers = open_numbers(folder, manifest.open_segment)
+    if numbers[:1] != [manifest.open_segment]:
+        if not numbers and _manifest(folder) == manifest:
+            return ()  # the folder is new, and nothing was inserted yet
+        raise CorruptSegmentError(f"{open_path(folder, manifest.open_segment)} is gone")
+    batches: list[pa.RecordBatch] = []
+    for number in numbers:
+        path = open_path(folder, number)
         scan = scan_open(path, schema)
-    except FileNotFoundError:
-        if _manifest(folder) == manifest:
-            return ()  # the segment before was sealed, and nothing was inserted since
-        raise CorruptSegmentError(f"{path} is gone") from None
-    if scan.damaged:
-        damage = scan.damaged[0]
-        raise CorruptSegmentError(
-            f"{path} is damaged from byte {damage.start} to byte {damage.end}: a run that resumes puts the batch into "
-            "quarantine and goes on without it"
-        )
-    return scan.batches
+        if scan.damaged:
+            damage = scan.damaged[0]
+            raise CorruptSegmentError(
+                f"{path} is damaged from byte {damage.start} to byte {damage.end}: a run that resumes puts the batch "
+                "into quarantine and goes on without it"
+            )
+        batches += scan.batches
+    return tuple(batches)
 
 
 def _before(events: pa.Table, next_row: int) -> pa.Table:

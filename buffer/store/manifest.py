@@ -46,8 +46,9 @@ class SegmentEntry:
 class Manifest:
     """The files of a shard.
 
-    open_segment: number of the segment that takes inserts. next_row: no sealed segment has this row or a later one.
-    next_segment: no file has this number or a higher one. segments: the sealed ones, by row.
+    open_segment: number of the first open segment; any open file with a higher number counts too, and rows come into
+    the last one. next_row: no sealed segment has this row or a later one. next_segment: no file that this lists has
+    this number or a higher one. segments: the sealed ones, by row.
     """
 
     contract: TokenContract

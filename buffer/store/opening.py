@@ -90,7 +90,8 @@ def open_shard(
     live_rows.sort()
     for entry, batches in found.sealed:
         files.restore(entry, batches, sum(int(contains(live_rows, rows_of(batch)).sum()) for batch in batches))
-    files.restore_open(found.opened)
+    for number, batches in found.opened:
+        files.restore_open(number, batches)
     for batch in found.batches:
         named = batch.select(["id", ROW])  # before anything is copied
         live = named.filter(pa.array(contains(live_rows, rows_of(named))))

@@ -294,6 +294,7 @@ class ReplayStore:
 
     def close(self) -> None:
         """Make everything durable and let go of the folder; the store is of no use afterwards."""
+        self._upkeep.close()
         self._shard.files.close()
         self._shard.log.close()
         self._lock.release()

@@ -1,16 +1,18 @@
-"""The rows of a shard and the files that hold them: one open segment, sealed ones, and the manifest that lists them.
+"""The rows of a shard and the files that hold them: open segments, sealed ones, and the manifest.
 
     append      bytes in the open segment: acknowledged
-    seal        sealed file in place, rows noted in the log, manifest, the open file goes
+    begin       the open segment is full: rows come into a new one from now on
+    seal        sealed copy of the full one in place, rows noted in the log, manifest, the open file goes
     delete      manifest, then files in which no row is needed go
     rewrite     see `buffer.store.compaction`
 
-After a crash between any two steps the manifest says which files count, and the others are deleted. Open rows lie on
-the heap, sealed ones in mapped files.
+After a crash between any two steps the manifest says which files count, and the others are deleted: the sealed ones
+that it lists, and every open one from its `open_segment` on. Open rows lie on the heap, sealed ones in mapped files.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,23 +21,26 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from buffer.schema import rows_of
 from buffer.settings import BufferSettings
 from buffer.store.archive import Archive
-from buffer.store.compaction import Rewrite, RewritePlan, seal_rows
+from buffer.store.compaction import Rewrite, RewritePlan
 from buffer.store.manifest import Manifest, SegmentEntry
 from buffer.store.row_table import RowTable
+from buffer.store.sealing import Seal, SealPlan
 from buffer.store.segment_set import SegmentSet
-from buffer.store.segments import OpenSegment, map_sealed, open_path, sealed_path
+from buffer.store.segments import OpenSegment, open_path, sealed_path
 
 Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Seal:
-    """A sealed copy of the open segment that waits for the manifest."""
+class _FullSegment:
+    """An open segment that takes no more rows. end_row: number after its last one."""
 
-    entry: SegmentEntry
-    batches: tuple[pa.RecordBatch, ...]
+    number: int
+    file: OpenSegment
+    end_row: int
 
 
 class SegmentFiles:
@@ -50,7 +55,9 @@ class SegmentFiles:
         self._table = RowTable()
         self._sealed = SegmentSet()
         self._rewriting: tuple[SegmentEntry, ...] = ()
-        self._open = self._open_segment(manifest.open_segment)
+        self._full: deque[_FullSegment] = deque()
+        self._open_number = manifest.open_segment
+        self._open = self._open_segment(self._open_number)
 
     @property
     def entries(self) -> tuple[SegmentEntry, ...]:
@@ -60,20 +67,28 @@ class SegmentFiles:
     @property
     def size_bytes(self) -> int:
         """Of the files that count."""
-        return self._open.size_bytes + sum(entry.size_bytes for entry in self._sealed.entries)
+        open_bytes = sum(full.file.size_bytes for full in self._full) + self._open.size_bytes
+        return open_bytes + sum(entry.size_bytes for entry in self._sealed.entries)
 
     @property
     def is_full(self) -> bool:
-        """Whether it is time to `seal`."""
-        return self._open.size_bytes >= self._settings.segment_bytes
+        """Whether it is time to `begin_segment`."""
+        return self._open.size_bytes >= self._settings.segment_bytes and not self._open.is_empty
+
+    @property
+    def has_full(self) -> bool:
+        """Whether a full segment is to be sealed."""
+        return bool(self._full)
 
     def restore(self, entry: SegmentEntry, batches: Sequence[pa.RecordBatch], num_live: int) -> None:
         """A sealed segment that the manifest lists, mapped."""
         self._table.append(batches, on_heap=False)
         self._sealed.add(entry, num_live)
 
-    def restore_open(self, batches: Sequence[pa.RecordBatch]) -> None:
-        """What the open segment holds."""
+    def restore_open(self, number: int, batches: Sequence[pa.RecordBatch]) -> None:
+        """What an open segment holds; in the order of their numbers, the first one is that of the manifest."""
+        if number != self._open_number:
+            self._go_on_in(number, self._open_segment(number))
         self._table.append(batches, on_heap=True)
 
     def append(self, batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -102,40 +117,40 @@ class SegmentFiles:
         """These rows are no longer live."""
         self._sealed.lose(rows)
 
-    def begin_seal(self) -> Seal:
-        """Write the open segment, which is not empty, as a sealed one beside it.
+    def begin_segment(self) -> None:
+        """Have rows come into a new open segment from now on; the one before is full.
 
         Raises:
             OSError: the disk refused; nothing has changed.
         """
-        batches = self._table.batches(self._manifest.next_row)
-        entry = seal_rows(self._folder, self._manifest.open_segment, batches, self._schema)
-        return Seal(entry, tuple(map_sealed(self._folder, entry, self._schema)))
+        number = self._manifest.next_segment
+        self._go_on_in(number, self._open_segment(number))
+        self._manifest = replace(self._manifest, next_segment=number + 1)
+
+    def plan_seal(self) -> SealPlan:
+        """What seals the full segment that comes first; there is one."""
+        full = self._full[0]
+        batches = tuple(self._table.batches(self._manifest.next_row, full.end_row))
+        return SealPlan(self._folder, self._schema, full.number, batches)
 
     def finish_seal(self, seal: Seal, num_live: int) -> None:
-        """The sealed segment counts from now on.
+        """The sealed copy of the first full segment counts from now on, and the open file goes.
 
         Raises:
-            OSError: the disk refused; the open segment goes on.
+            OSError: the disk refused; the full segment stays.
         """
-        entry, number = seal.entry, self._manifest.next_segment
-        opened = self._open_segment(number)
+        entry, next_open = seal.entry, self._full[1].number if len(self._full) > 1 else self._open_number
+        assert entry.number == self._full[0].number, "segments are sealed in their order"
         manifest = replace(
             self._manifest,
-            open_segment=number,
-            next_segment=number + 1,
+            open_segment=next_open,
             next_row=entry.last_row + 1,
             segments=(*self._manifest.segments, entry),
         )
-        try:
-            self._write_manifest(manifest)
-        except OSError:
-            opened.close()
-            raise
+        self._write_manifest(manifest)
         self._table.replace(entry.first_row, entry.last_row + 1, seal.batches, on_heap=False)
         self._sealed.add(entry, num_live)
-        old, self._open = self._open, opened
-        old.delete()
+        self._full.popleft().file.delete()
 
     @property
     def has_dead(self) -> bool:
@@ -217,11 +232,30 @@ class SegmentFiles:
 
     def prepare_sync(self) -> Callable[[], None]:
         """See `OpenSegment.prepare_sync`."""
-        return self._open.prepare_sync()
+        syncs = [file.prepare_sync() for file in self._open_files()]
+
+        def sync() -> None:
+            for each in syncs:
+                each()
+
+        return sync
 
     def close(self) -> None:
-        """Make everything durable and let go of the open segment."""
-        self._open.close()
+        """Make everything durable and let go of the open segments."""
+        for file in self._open_files():
+            file.close()
+
+    def _open_files(self) -> list[OpenSegment]:
+        return [*(full.file for full in self._full), self._open]
+
+    def _go_on_in(self, number: int, file: OpenSegment) -> None:
+        first = self._full[-1].end_row if self._full else self._manifest.next_row
+        batches = self._table.batches(first)
+        end_row = int(rows_of(batches[-1])[-1]) + 1
+        # What is sealed takes the place of these rows alone, so they are merged with no later ones.
+        self._table.replace(first, end_row, batches, on_heap=False)
+        self._full.append(_FullSegment(self._open_number, self._open, end_row))
+        self._open_number, self._open = number, file
 
     def _open_segment(self, number: int) -> OpenSegment:
         return OpenSegment(open_path(self._folder, number), self._schema, self._settings.fsync == "batch")

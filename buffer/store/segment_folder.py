@@ -21,6 +21,7 @@ from buffer.store.segments import (
     OpenSegment,
     cut_torn_tail,
     map_sealed,
+    open_numbers,
     open_path,
     scan_open,
     sealed_path,
@@ -61,20 +62,22 @@ def find_manifest(folder: Path, contract: TokenContract) -> Manifest | None:
 class FoundRows:
     """What the segments of a folder hold.
 
-    manifest: without the segments that had to be put aside. sealed: per entry, mapped. opened: of the open segment.
-    next_row: number after the last row that the files show to have existed. cut_bytes: torn bytes cut off.
+    manifest: as the files found make it: without the segments that had to be put aside, numbers of files that exist
+    used up. sealed: per entry, mapped. opened: per open segment, its number and its rows. next_row: number after the
+    last row that the files show to have existed. cut_bytes: torn bytes cut off.
     """
 
     manifest: Manifest
     sealed: tuple[tuple[SegmentEntry, tuple[pa.RecordBatch, ...]], ...]
-    opened: tuple[pa.RecordBatch, ...]
+    opened: tuple[tuple[int, tuple[pa.RecordBatch, ...]], ...]
     next_row: int
     cut_bytes: int
 
     @property
     def batches(self) -> list[pa.RecordBatch]:
         """All, by row."""
-        return [*(batch for _, batches in self.sealed for batch in batches), *self.opened]
+        files = (batches for _, batches in (*self.sealed, *self.opened))
+        return [batch for batches in files for batch in batches]
 
 
 def find_rows(folder: Path, manifest: Manifest, schema: pa.Schema) -> FoundRows:
@@ -95,25 +98,32 @@ def find_rows(folder: Path, manifest: Manifest, schema: pa.Schema) -> FoundRows:
             set_file_aside(sealed_path(folder, entry.number), f"{error}; {lost}")
     if len(sealed) < len(manifest.segments):
         manifest = replace(manifest, segments=tuple(entry for entry, _ in sealed))
-    path = open_path(folder, manifest.open_segment)
-    if not path.exists():
-        return FoundRows(manifest, tuple(sealed), (), manifest.next_row, 0)
-    scan = scan_open(path, schema)
-    next_row = int(rows_of(scan.batches[-1])[-1]) + 1 if scan.batches else manifest.next_row
-    if scan.damaged:
-        _put_damage_aside(path, scan, schema)
-        if scan.damaged[-1].end == scan.end:
-            next_row += scan.damaged[-1].num_rows or 0
-    elif scan.torn_bytes:
-        logger.warning("%s: cut %d bytes of an unfinished insert off its end", path, scan.torn_bytes)
-        cut_torn_tail(path, scan)
-    return FoundRows(manifest, tuple(sealed), _as_one(scan.batches), next_row, scan.torn_bytes)
+    opened: list[tuple[int, tuple[pa.RecordBatch, ...]]] = []
+    next_row, cut_bytes = manifest.next_row, 0
+    for number in open_numbers(folder, manifest.open_segment):
+        path = open_path(folder, number)
+        scan = scan_open(path, schema)
+        if scan.batches:
+            next_row = int(rows_of(scan.batches[-1])[-1]) + 1
+        if scan.damaged:
+            _put_damage_aside(path, scan, schema)
+            if scan.damaged[-1].end == scan.end:
+                next_row += scan.damaged[-1].num_rows or 0
+        elif scan.torn_bytes:
+            logger.warning("%s: cut %d bytes of an unfinished insert off its end", path, scan.torn_bytes)
+            cut_torn_tail(path, scan)
+        cut_bytes += scan.torn_bytes
+        opened = [*(each for each in opened if each[1]), (number, _as_one(scan.batches))]  # nothing to seal in others
+    if opened:
+        next_segment = max(manifest.next_segment, opened[-1][0] + 1)
+        manifest = replace(manifest, open_segment=opened[0][0], next_segment=next_segment)
+    return FoundRows(manifest, tuple(sealed), tuple(opened), next_row, cut_bytes)
 
 
 def _delete_leftovers(folder: Path, manifest: Manifest) -> None:
     """Delete what a crash between two steps of sealing, rewriting or deleting left behind."""
     kept = {sealed_path(folder, entry.number) for entry in manifest.segments}
-    kept.add(open_path(folder, manifest.open_segment))
+    kept |= {open_path(folder, number) for number in open_numbers(folder, manifest.open_segment)}
     for path in folder.glob("segment-*"):
         if path not in kept:
             path.unlink()

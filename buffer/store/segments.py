@@ -1,7 +1,8 @@
 """Durable segments: files in the Arrow IPC stream format, which any Arrow library reads.
 
     segment-000001.arrows        sealed: complete, listed in the manifest with its checksum, memory-mapped
-    segment-000002.arrows.open   open: takes inserts; each batch carries a checksum of its own bytes
+    segment-000002.arrows.open   open, full: its sealed copy is being written
+    segment-000003.arrows.open   open: takes inserts; each batch carries a checksum of its own bytes
 
 A batch is written with one `write` call after the last complete batch, so a crash leaves complete batches and
 at most one torn one, which recovery cuts off. Sealing writes the rows again in few large batches: small
@@ -24,6 +25,7 @@ from buffer.store.manifest import CorruptSegmentError, SegmentEntry, sync_folder
 OPEN_SUFFIX = ".arrows.open"
 SEALED_SUFFIX = ".arrows"
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_ANY_OPEN = f"segment-*{OPEN_SUFFIX}"
 _MESSAGE_START = b"\xff\xff\xff\xff"
 _PREFIX_BYTES = 8  # of a message: its start, and the length of its metadata
 _MESSAGE_ALIGNMENT = 8
@@ -45,8 +47,15 @@ def sealed_path(folder: Path, number: int) -> Path:
     return folder / f"segment-{number:06d}{SEALED_SUFFIX}"
 
 
+def open_numbers(folder: Path, first: int) -> list[int]:
+    """Numbers of the open segments, ascending, from `first` on. Rows come into the last one; those before are full and
+    wait for their sealed copies."""
+    names = (path.name.removeprefix("segment-").removesuffix(OPEN_SUFFIX) for path in folder.glob(_ANY_OPEN))
+    return sorted(number for name in names if name.isdecimal() and (number := int(name)) >= first)
+
+
 class OpenSegment:
-    """The segment that takes inserts. Not thread-safe.
+    """A segment that takes inserts. Not thread-safe.
 
     sync_each_batch: whether `append` returns only when the batch would survive a loss of power; without, it
     survives the death of the process.
@@ -68,6 +77,11 @@ class OpenSegment:
     def size_bytes(self) -> int:
         """Bytes of complete batches and header."""
         return self._size_bytes
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no batch yet."""
+        return self._size_bytes <= len(self._header)
 
     def append(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Write a batch; gives it back as a view of the written bytes, so that the caller's memory is free to

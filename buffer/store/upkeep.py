@@ -6,16 +6,14 @@ import logging
 import time
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from buffer.schema import SOURCES
 from buffer.store.archive import Archive
 from buffer.store.compaction import Rewrite, RewritePlan
 from buffer.store.events import Event
 from buffer.store.log_state import LogSnapshot, SourceSnapshot
 from buffer.store.opening import ShardState
 from buffer.store.row_numbers import Int64
+from buffer.store.sealing import Sealer
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +30,7 @@ class Upkeep:
         self._shard = shard
         self._archive = archive
         self._retry_s = FIRST_RETRY_S
+        self._sealer = Sealer()
         self._next_try_s = 0.0  # on the monotonic clock
         self.error: str | None = None
         """Why the last rewriting failed; None where it did not."""
@@ -42,20 +41,19 @@ class Upkeep:
         return 0 if self._archive is None else len(self._shard.files.unneeded(self._shard.log.pinned_rows))
 
     def tidy(self) -> None:
-        """Seal a full segment, delete files that nobody needs, begin a new file of a full log.
+        """Have a full segment sealed in a thread, delete files that nobody needs, begin a new file of a full log.
 
         Raises:
             OSError: the disk refused; it is tried again the next time.
         """
         shard = self._shard
-        if shard.files.is_full:
-            self._seal()
         may_delete = self._archive is None and shard.files.has_dead
         if may_delete and (unneeded := shard.files.unneeded(shard.log.pinned_rows)):
             shard.log.sync()  # a loss of power must not leave rows gone without a reason
             shard.files.delete(unneeded)
         if shard.log.is_full:
             self.rotate()
+        self._seal()
 
     def rotate(self) -> None:
         """Begin a new file of the log with the state of now.
@@ -107,15 +105,38 @@ class Upkeep:
         live = np.sort(np.concatenate([lane.rows for lane in self._shard.lanes.values()]))
         return live[np.searchsorted(live, first) : np.searchsorted(live, end)]
 
-    def _seal(self) -> None:
-        shard = self._shard
-        seal = shard.files.begin_seal()
-        stored = pa.Table.from_batches(seal.batches).select(["source", "row"]).combine_chunks()
-        events, num_live = [], 0
-        for source in SOURCES:
-            rows = stored.filter(pc.equal(stored.column("source"), source)).column("row").to_numpy()
-            if len(rows):
-                events.append(Event("seal", source=source, rows=rows))
-                num_live += int(np.count_nonzero(shard.lanes[source].is_live(rows)))
-        shard.log.append(*events)
+    def finish_seal(self) -> None:
+        """Wait for the sealed copy that is being written, and let it count.
+
+        Raises:
+            OSError: the disk refused; the segment stays open, and `tidy` tries again.
+        """
+        shard, seal = self._shard, self._sealer.result()
+        num_live = sum(int(np.count_nonzero(shard.lanes[source].is_live(rows))) for source, rows in seal.rows.items())
+        shard.log.append(*(Event("seal", source=source, rows=rows) for source, rows in seal.rows.items()))
         shard.files.finish_seal(seal, num_live)
+
+    def close(self) -> None:
+        """End what runs in threads: it writes into the folder, which another process may take over."""
+        if self._sealer.is_busy:
+            try:
+                self.finish_seal()
+            except OSError as error:
+                logger.warning("%s; the segment stays open until the folder is used again", error)
+        self._sealer.close()
+
+    def _seal(self) -> None:
+        files = self._shard.files
+        if self._sealer.is_done:
+            self.finish_seal()
+        if files.is_full:
+            if files.has_full:  # inserts are ahead of the disk
+                self._start_seal()
+                self.finish_seal()
+            files.begin_segment()
+        if files.has_full:
+            self._start_seal()
+
+    def _start_seal(self) -> None:
+        if not self._sealer.is_busy:
+            self._sealer.start(self._shard.files.plan_seal())

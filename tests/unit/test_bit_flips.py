@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffer.store.manifest import CorruptSegmentError
-from tests.stores import draw, open_store
+from tests.stores import draw, open_store, settle
 from tests.trajectories import batch_of, expert_row, fresh_key, numbered
 
 SMALL = {"capacity": 24, "segment_bytes": 6_000, "max_staleness": 3}
@@ -36,6 +36,7 @@ def pristine(tmp_path_factory):
         experts = batch_of([expert_row(f"expert-{number}-{index}") for index in range(2)])
         for each in (batch, experts):
             store.insert(each)
+            settle(store)
             rows |= {row["id"]: row for row in each.to_pylist()}
         if number % 2:
             key = fresh_key()

@@ -12,7 +12,7 @@ import pytest
 from buffer.store.consumption_log import DrawKey
 from buffer.store.event_history import read_events
 from buffer.store.segments import scan_open
-from tests.stores import SMALL, crash, live_ids, open_store
+from tests.stores import SMALL, crash, live_ids, open_store, settle
 from tests.trajectories import batch_of, expert_row, ids_of, numbered, row
 
 SEALED = "segment-000001.arrows"
@@ -26,6 +26,7 @@ def sound(tmp_path_factory) -> Path:
     while store.status().sealed_segments < 1:
         number = store.next_row
         store.insert(batch_of([row(f"p{number}"), expert_row(f"e{number}"), row(f"q{number}")]))
+        settle(store)
     store.draw(DrawKey("s", 0, "policy"), 1, 0)
     store.checkpointed("s", 1)
     store.insert(numbered(5000, 2))

@@ -9,7 +9,7 @@ import pytest
 from buffer.settings import BufferSettings
 from buffer.store.consumption_log import DrawKey
 from buffer.store.replay_store import ReplayStore
-from tests.stores import SMALL, crash, draw, live_ids, open_store
+from tests.stores import SMALL, crash, draw, live_ids, open_store, settle
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, numbered, policy_batch, row
 
 
@@ -126,6 +126,7 @@ def test_full_segments_are_sealed_mapped_and_deleted_once_dead(tmp_path):
         store.insert(numbered(5 * step, 5))
         most = max(most, len(list(folder.glob("segment-*"))))
         assert draw(store, 20 if step >= 3 else 5 * (step + 1), 0) is not None
+    settle(store)
     assert most <= 4
     status = store.status()
     assert status.sources["policy"].inserted == 300

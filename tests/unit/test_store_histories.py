@@ -21,7 +21,7 @@ from buffer.store.consumption_log import DrawKey
 from buffer.store.event_history import read_events
 from buffer.store.manifest import Manifest
 from buffer.store.replay_store import ReplayStore
-from buffer.store.segments import map_sealed, open_path, scan_open
+from buffer.store.segments import map_sealed, open_numbers, open_path, scan_open
 from tests.stores import crash
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, row
 
@@ -315,7 +315,8 @@ class StoreMachine(RuleBasedStateMachine):
         manifest = Manifest.read(self.folder)
         schema = stored_schema(CONTRACT)
         batches = [batch for entry in manifest.segments for batch in map_sealed(self.folder, entry, schema)]
-        batches += scan_open(open_path(self.folder, manifest.open_segment), schema).batches
+        for number in open_numbers(self.folder, manifest.open_segment):
+            batches += scan_open(open_path(self.folder, number), schema).batches
         rows = [number for batch in batches for number in batch.column("row").to_pylist()]
         assert rows == sorted(set(rows))
         return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -69,13 +70,14 @@ def killed_at(moment: int, folder: Path) -> list[list]:
 
 
 def before_each_step(react: Callable[[int], None], patch: Callable[[object, str, object], None] = setattr) -> None:
-    """Call `react` with the number of each step before it is taken."""
-    numbers = count(1)
+    """Call `react` with the number of each step before it is taken; one thread steps at a time."""
+    numbers, one_at_a_time = count(1), threading.RLock()
 
     def reacting(function):
         def step(*arguments, **options):
-            react(next(numbers))
-            return function(*arguments, **options)
+            with one_at_a_time:
+                react(next(numbers))
+                return function(*arguments, **options)
 
         return step
 

@@ -10,7 +10,7 @@ import pytest
 from buffer.settings import BufferSettings
 from buffer.store.manifest import CorruptSegmentError
 from buffer.store.replay_store import ReplayStore
-from tests.stores import SMALL, crash, draw, live_ids, open_store
+from tests.stores import SMALL, crash, draw, live_ids, open_store, settle
 from tests.trajectories import CONTRACT, numbered, policy_batch
 
 
@@ -57,7 +57,8 @@ def test_stale_rows_stay_dropped_and_versions_never_go_back(tmp_path):
 
 @pytest.mark.parametrize("seals", [1, 2])
 def test_a_crash_between_any_two_steps_of_sealing_loses_nothing(tmp_path, seals):
-    """Sealing: sealed file in place, then manifest, then the open file goes. Each state is mixed from two folders."""
+    """Sealing: next open file, sealed file in place, manifest, then the open file goes. Each state is mixed from two
+    folders."""
     after, before_insert = tmp_path / "after", tmp_path / "before insert"
     store = open_store(after, capacity=1000, segment_bytes=SMALL)
     inserted = 0
@@ -66,15 +67,18 @@ def test_a_crash_between_any_two_steps_of_sealing_loses_nothing(tmp_path, seals)
         crash(after, before_insert)
         inserted += 1
         store.insert(numbered(inserted, 1))
+        settle(store)
     store.close()
     # The same insert without the sealing: the state when sealing begins.
     store = open_store(before_insert, capacity=1000)
     store.insert(numbered(inserted, 1))
     before = crash(before_insert, tmp_path / "before sealing")
     store.close()
-    names = (f"segment-{seals:06d}.arrows", f"segment-{seals:06d}.arrows.open")
+    names = (f"segment-{seals:06d}.arrows", f"segment-{seals:06d}.arrows.open", f"segment-{seals + 1:06d}.arrows.open")
     everything = {str(number) for number in range(1, inserted + 1)}
     states = {
+        "next open file": lambda folder: shutil.copy(after / names[2], folder),
+        "next open file without its header": lambda folder: (folder / names[2]).touch(),
         "temporary file": lambda folder: (folder / (names[0] + ".tmp")).write_bytes(b"half"),
         "sealed file in place": lambda folder: shutil.copy(after / names[0], folder),
         "manifest written": lambda folder: [
@@ -94,6 +98,7 @@ def test_a_crash_between_any_two_steps_of_sealing_loses_nothing(tmp_path, seals)
         assert live_ids(store) == everything, name
         store.insert(numbered(10_000, 1))
         assert "10000" in live_ids(store)
+        settle(store)
         assert not list(folder.glob("*.tmp"))
         store.close()
 
@@ -117,6 +122,7 @@ def test_damage_of_manifest_and_log_is_an_error_that_says_what_to_do(tmp_path):
     store = open_store(tmp_path / "b", capacity=1000, segment_bytes=SMALL)
     while store.status().sealed_segments < 1:
         store.insert(numbered(store.next_row, 10))
+        settle(store)
     draw(store, 5, 0)
     store.close()
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from buffer.store.consumption_log import DrawKey
-from tests.stores import SMALL, crash, live_ids, open_store
+from tests.stores import SMALL, crash, live_ids, open_store, settle
 from tests.trajectories import batch_of, expert_row, ids_of, numbered
 
 KEY = DrawKey("stage", 0, "policy")
@@ -118,6 +118,7 @@ def test_a_draw_whose_rows_were_lost_is_drawn_anew_for_good(tmp_path, caplog):
     store.draw(KEY, 10, 0)
     while store.status().sealed_segments < 1:
         store.insert(numbered(store.next_row, 10))
+        settle(store)
     store.insert(numbered(5000, 1))
     for step in range(1, 100):
         kept = DrawKey("stage", step, "policy")

@@ -18,8 +18,8 @@ from buffer.store.manifest import Manifest, SegmentEntry
 from buffer.store.replay_store import ReplayStore
 from buffer.store.row_numbers import NO_ROWS
 from buffer.store.segment_set import SegmentSet
-from buffer.store.segments import map_sealed, open_path, scan_open
-from tests.stores import SMALL, crash, live_ids, open_store
+from buffer.store.segments import map_sealed, open_numbers, open_path, scan_open
+from tests.stores import SMALL, crash, live_ids, open_store, settle
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, numbered, row
 
 KEY = DrawKey("stage", 0, "policy")
@@ -33,6 +33,7 @@ def sparse_store(folder: Path, **changes: object) -> ReplayStore:
     store.draw(KEY, 4, 0)
     for step in range(1, 12):
         store.insert(batch_of([expert_row(f"e{step}"), *(row(f"p{12 * step + number}") for number in range(12))]))
+        settle(store)
     assert len(manifest(folder).segments) >= 3
     return store
 
@@ -47,7 +48,8 @@ def stored(folder: Path) -> list[int]:
     """Numbers of the rows in the files that count."""
     found = manifest(folder)
     batches = [batch for entry in found.segments for batch in map_sealed(folder, entry, SCHEMA)]
-    batches += scan_open(open_path(folder, found.open_segment), SCHEMA).batches
+    for number in open_numbers(folder, found.open_segment):
+        batches += scan_open(open_path(folder, number), SCHEMA).batches
     return [number for batch in batches for number in batch.column("row").to_pylist()]
 
 

@@ -1,0 +1,102 @@
+"""Sealing a full segment beside the work of the store: its rows are written again in few large batches.
+
+    plan     the rows of the full segment, which stay on the heap until the end          quick
+    run      write, sync, rename and map the sealed file                                 slow, in a thread of its own
+    finish   rows noted in the log, manifest, the open file goes                         quick
+
+Inserts go on in the next open segment meanwhile. When that one is full too, they wait: there are never more than two.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from buffer.schema import ROW, SOURCES
+from buffer.store.compaction import seal_rows
+from buffer.store.manifest import SegmentEntry
+from buffer.store.row_numbers import Int64
+from buffer.store.segments import map_sealed
+
+SEAL_TIMEOUT_S = 300.0
+"""A disk that takes longer to write one segment does not work."""
+
+
+@dataclass(frozen=True)
+class Seal:
+    """A sealed copy that waits for the manifest. rows: numbers by source, ascending; sources without any are absent."""
+
+    entry: SegmentEntry
+    batches: tuple[pa.RecordBatch, ...]
+    rows: Mapping[str, Int64]
+
+
+@dataclass(frozen=True)
+class SealPlan:
+    """The full segment `number` with its rows, of which there is one at least."""
+
+    folder: Path
+    schema: pa.Schema
+    number: int
+    batches: tuple[pa.RecordBatch, ...]
+
+    def run(self) -> Seal:
+        """Write the sealed file, in any thread.
+
+        Raises:
+            OSError: the disk refused; nothing has changed.
+        """
+        entry = seal_rows(self.folder, self.number, self.batches, self.schema)
+        sealed = tuple(map_sealed(self.folder, entry, self.schema))
+        stored = pa.Table.from_batches(sealed).select(["source", ROW])
+        by_source = {source: stored.filter(pc.equal(stored.column("source"), source)) for source in SOURCES}
+        return Seal(
+            entry, sealed, {source: own.column(ROW).to_numpy() for source, own in by_source.items() if len(own)}
+        )
+
+
+class Sealer:
+    """Runs one plan at a time in a thread. Its methods are called by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="seal")
+        self._running: Future[Seal] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether `result` is still to be fetched."""
+        return self._running is not None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `result` comes at once."""
+        return self._running is not None and self._running.done()
+
+    def start(self, plan: SealPlan) -> None:
+        """Begin to run `plan`; the result of the one before was fetched."""
+        assert self._running is None, "one at a time"
+        self._running = self._thread.submit(plan.run)
+
+    def result(self) -> Seal:
+        """What the plan came to, waiting for it.
+
+        Raises:
+            OSError: the disk refused, and the plan is to be run again; or (`TimeoutError`) the disk hangs.
+        """
+        assert self._running is not None, "a plan was started"
+        concurrent.futures.wait([self._running], timeout=SEAL_TIMEOUT_S)
+        if not self._running.done():
+            raise TimeoutError(f"the disk did not take a sealed segment within {SEAL_TIMEOUT_S:.0f} s")
+        done, self._running = self._running, None
+        return done.result()
+
+    def close(self) -> None:
+        """End the thread; nothing is running."""
+        assert self._running is None, "what runs writes into the folder"
+        self._thread.shutdown()
