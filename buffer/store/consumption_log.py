@@ -21,11 +21,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from buffer.store.draw_record import DrawRecord
 from buffer.store.event_history import (
     log_files,
     log_number,
@@ -49,6 +51,9 @@ ROTATE_BYTES = 8 * 2**20
 
 SNAPSHOTS_PER_FILE = 4
 """A file grows to this many times its snapshot, so that snapshots are a fixed share of what is written."""
+
+_DRAW_RECORDS = 64
+"""Sizes of draws to be quick with: where there are several shards, the share of each varies."""
 
 
 class ConsumptionLog:
@@ -75,6 +80,7 @@ class ConsumptionLog:
         self._rotate_bytes = rotate_bytes
         self._draws: dict[DrawKey, LoggedDraw] = {}
         self._pinned: Int64 | None = None  # built on demand
+        self._draw_record = lru_cache(_DRAW_RECORDS)(DrawRecord)
         path = self._find_open_file()
         self._number = log_number(path)
         scan = scan_log_file(path)
@@ -120,14 +126,14 @@ class ConsumptionLog:
         """
         self._file.append(encode_events(events, int(self._clock() * 1e6)))
 
-    def append_draw(self, draw: LoggedDraw, *events: Event) -> None:
-        """Write a draw, before it is answered, after the events that go with it. A key that has one already gets more
-        rows.
+    def append_draw(self, draw: LoggedDraw) -> None:
+        """Write a draw of at least one row, before it is answered. A key that has one already gets more rows.
 
         Raises:
             OSError: see `append`.
         """
-        self.append(*events, draw.to_event())
+        record = self._draw_record(draw.key.stage, draw.key.source, len(draw.rows))
+        self._file.append_message(record.message(draw, int(self._clock() * 1e6)))
         before = self._draws.get(draw.key)
         self._draws[draw.key] = draw if before is None else before.extended_by(draw)
         self._pinned = None

@@ -90,10 +90,18 @@ class OpenSegment:
         Raises:
             OSError: the bytes could not be written; the file is as it was before.
         """
-        message = _encode(batch, self._schema, len(self._header))
-        self._write(message)
+        message = encode_message(batch, self._schema, len(self._header))
+        self.append_message(message)
         view: pa.RecordBatch = pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(message)), self._schema)
         return view
+
+    def append_message(self, message: bytearray) -> None:
+        """Write a batch that is encoded already.
+
+        Raises:
+            OSError: see `append`.
+        """
+        self._write(message)
 
     def prepare_sync(self) -> Callable[[], None]:
         """A function that makes durable what is in the file now; it may run in another thread while batches come in
@@ -264,16 +272,23 @@ def _checksum(content: pa.Buffer) -> str:
     return xxhash.xxh3_128(memoryview(content)).hexdigest()
 
 
-def _encode(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int) -> bytearray:
-    """The message of one batch as it stands in a stream, with its checksum."""
+def encode_message(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int) -> bytearray:
+    """The message of one batch as it stands in a stream, with its checksum. header_bytes: of the serialised schema."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         placeholder = (_CHECKSUM_PREFIX + _CHECKSUM_ZEROS).decode()
         writer.write_batch(batch, custom_metadata={_CHECKSUM_KEY: placeholder})
     message = bytearray(memoryview(sink.getvalue())[header_bytes : -len(END_OF_STREAM)])
-    at = message.index(_CHECKSUM_PREFIX) + len(_CHECKSUM_PREFIX)
-    message[at : at + len(_CHECKSUM_ZEROS)] = xxhash.xxh3_128(message).hexdigest().encode()
+    renew_checksum(message)
     return message
+
+
+def renew_checksum(message: bytearray) -> None:
+    """Make the checksum in a message that of its bytes, in place."""
+    begin = message.index(_CHECKSUM_PREFIX) + len(_CHECKSUM_PREFIX)
+    end = begin + len(_CHECKSUM_ZEROS)
+    message[begin:end] = _CHECKSUM_ZEROS
+    message[begin:end] = xxhash.xxh3_128(message).hexdigest().encode()
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,25 @@ def test_draws_come_back_after_a_crash(tmp_path):
         each.close()
 
 
+def test_a_draw_is_written_like_any_other_event(tmp_path):
+    """Byte for byte, also where another draw of its size came before."""
+    quick, plain = open_log(tmp_path / "a"), open_log(tmp_path / "b")
+    draws = [
+        logged(0, [9, 2, 5]),
+        logged(7, [2**40, 1, 0], version=-1),
+        logged(1, [3], source="expert"),
+        logged(2, [8], stage="\u00e9tage"),
+        logged(2**33, [4, 5, 6], version=9),
+        LoggedDraw(DrawKey("stage", 3, "policy"), 4, np.array([7, 8, 9]), 2**20),
+    ]
+    for draw in draws:
+        quick.append_draw(draw)
+        plain.append(draw.to_event())
+    for log in (quick, plain):
+        log.close()
+    assert (tmp_path / "a" / OPEN).read_bytes() == (tmp_path / "b" / OPEN).read_bytes()
+
+
 def test_a_checkpoint_releases_what_it_covers_also_after_a_crash(tmp_path):
     log = open_log(tmp_path / "a")
     early, late = logged(4, [1, 2], stage="a"), [logged(step, [10 + step]) for step in range(4)]
