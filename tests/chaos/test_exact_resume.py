@@ -26,6 +26,7 @@ from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSetting
 from buffer.shards.service import ReplayBufferService
 from buffer.store import segments
 from buffer.store.consumption_log import ConsumptionLog, DrawKey
+from buffer.store.log_state import LogState
 from buffer.store.replay_store import ReplayStore
 from buffer.store.row_table import RowTable
 from learner import checkpoint as checkpoint_module
@@ -163,7 +164,7 @@ def dying_half_way(original: Callable, call: int) -> Callable:
 
 @dataclass(frozen=True)
 class KillPoint:
-    """Where a life ends: at a use of `owner.name`. calls: range of the uses in a whole life."""
+    """Where a life ends: at a use of `owner.attribute`. calls: range of the uses in a whole life."""
 
     name: str
     owner: object
@@ -252,12 +253,16 @@ def test_kills_upon_kills_change_nothing(task, tmp_path, uninterrupted, seed):
     assert_same_end(task, tmp_path, uninterrupted, "; ".join(told))
 
 
-def test_without_the_log_the_end_would_be_another(task, tmp_path, uninterrupted):
-    """That the buffer's contents matter: the same kill, and the log gone."""
+def without_draws(original: Callable, _call: int) -> Callable:
+    """Of `LogState.apply`: a log that names no draw."""
+    return lambda state, events: original(state, [event for event in events if event.kind not in ("draw", "pinned")])
+
+
+def test_had_the_log_no_draws_the_end_would_be_another(task, tmp_path, uninterrupted):
+    """That the buffer's contents matter: the same kill, and what was drawn before it is forgotten."""
     (point,) = (point for point in POINTS if point.attribute == "clip_gradients")
     assert one_life(task, tmp_path, (point, STEPS - 1)) == -signal.SIGKILL
-    for path in (tmp_path / "buffer").glob("consumption-*"):
-        path.unlink()
-    assert one_life(task, tmp_path) == 0
+    forgetful = KillPoint("never", LogState, "apply", without_draws, (0, 1))
+    assert one_life(task, tmp_path, (forgetful, 0)) == 0
     found = final_state(tmp_path)
     assert not all(torch.equal(found[name], tensor) for name, tensor in uninterrupted.items())
