@@ -22,6 +22,7 @@ import ray
 
 from actors.action_log import FinishedLog, logs_to_batch
 from actors.engine_settings import EngineSettings, SamplingSettings
+from actors.rollout_rules import GENERATING, IDLE_WAIT_S, hand_over_due, rollout_activity
 from actors.scoring import RolloutScoring
 from actors.scoring_settings import ScoringSettings
 from actors.settings import ActorsSettings
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WEIGHTS_TIMEOUT_S = 60.0
-IDLE_WAIT_S = 0.2
 RATE_WINDOW_S = 5.0
 
 
@@ -209,7 +209,7 @@ class RolloutActor:
                 break
             elif not admitting:
                 self._wait_for_word()
-            if len(self._finished) >= self._spec.settings.insert_rows or not self._engine.num_unfinished:
+            if hand_over_due(len(self._finished), self._engine.num_unfinished, self._spec.settings.insert_rows):
                 self._hand_over()
         self._hand_over()
         self._writer.settle()
@@ -231,18 +231,10 @@ class RolloutActor:
         self._fingerprint = manifest.fingerprint
 
     def _admits_rollouts(self) -> bool:
-        if self._version < self._first_version:
-            self._activity = "waiting for weights"
-        elif self._draining:
-            self._activity = "draining"
-        elif self._paused:
-            self._activity = "paused"
-        elif self._writer.held_back():
-            self._activity = "ahead of the learner"
-        else:
-            self._activity = "generating"
-            return True
-        return False
+        self._activity = rollout_activity(
+            self._version, self._first_version, self._draining, self._paused, self._writer.held_back
+        )
+        return self._activity == GENERATING
 
     def _wait_for_word(self) -> None:
         with self._word:

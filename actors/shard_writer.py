@@ -19,16 +19,13 @@ from typing import TypeVar
 import pyarrow as pa
 import ray
 
+from actors.rollout_rules import DEMAND_POLL_S, MAX_BYTES_IN_FLIGHT, has_room, shard_in_turn
 from buffer.shards.service import InsertReply
 from buffer.shards.shard import BufferLostError, Shard
 from buffer.shards.transport import compact
 
-MAX_BYTES_IN_FLIGHT = 16 * 2**20
-MAX_INSERTS_IN_FLIGHT = 4
 INSERT_TIMEOUT_S = 120.0
 """Of one insert; a shard that is restarted needs some seconds, and more where its folder is large."""
-
-DEMAND_POLL_S = 10.0
 
 T = TypeVar("T")
 
@@ -74,7 +71,7 @@ class ShardWriter:
             TimeoutError: a shard did not answer in time. BufferLostError: it is gone for good.
         """
         batch = compact(batch)
-        while self._inserts and not self._has_room(batch.nbytes):
+        while not has_room(batch.nbytes, [each.size_bytes for each in self._inserts], self._max_bytes_in_flight):
             self._settle_one()
         shard = self._next_shard()
         reference = shard.handle.insert.remote(batch)
@@ -94,16 +91,10 @@ class ShardWriter:
         while self._inserts:
             self._settle_one()
 
-    def _has_room(self, size_bytes: int) -> bool:
-        fits = self.bytes_in_flight + size_bytes <= self._max_bytes_in_flight
-        return fits and len(self._inserts) < MAX_INSERTS_IN_FLIGHT
-
     def _next_shard(self) -> Shard:
-        """The next in turn that wants trajectories; what is finished has to go somewhere, so else the next one."""
-        count = len(self._shards)
-        in_turn = [self._shards[(self._turn + offset) % count] for offset in range(count)]
+        index = shard_in_turn(self._turn, [shard.index for shard in self._shards], self._demands)
         self._turn += 1
-        return next((shard for shard in in_turn if shard.index not in self._demands), in_turn[0])
+        return next(shard for shard in self._shards if shard.index == index)
 
     def _settle_one(self) -> None:
         """Wait for the oldest insert."""

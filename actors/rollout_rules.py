@@ -1,0 +1,63 @@
+"""What a rollout actor decides without its engine and without Ray, as rules that a simulation can follow too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
+
+SUPERVISION_INTERVAL_S = 0.5
+"""Between two looks of the pool at its members."""
+
+IDLE_WAIT_S = 0.2
+"""Longest time that an actor without work stays away from asking again whether it may go on."""
+
+DEMAND_POLL_S = 10.0
+"""Longest wait in a shard for demand; then it is asked again."""
+
+MAX_BYTES_IN_FLIGHT = 16 * 2**20
+MAX_INSERTS_IN_FLIGHT = 4
+GENERATING = "generating"
+
+T = TypeVar("T")
+
+
+def rollout_activity(
+    version: int, first_version: int, draining: bool, paused: bool, held_back: Callable[[], bool]
+) -> str:
+    """What an actor does between two engine steps; new rollouts are started with `GENERATING` only.
+
+    version: of the loaded weights. first_version: that the present stage asks for. held_back: whether every shard asked
+        for a pause; it is not called where another reason suffices.
+    """
+    if version < first_version:
+        return "waiting for weights"
+    if draining:
+        return "draining"
+    if paused:
+        return "paused"
+    return "ahead of the learner" if held_back() else GENERATING
+
+
+def hand_over_due(num_finished: int, num_unfinished: int, insert_rows: int) -> bool:
+    """Whether finished rollouts are to go to the buffer: enough for an insert, or nothing else is under way."""
+    return num_finished >= insert_rows or num_unfinished == 0
+
+
+def has_room(size_bytes: int, bytes_in_flight: Sequence[int], max_bytes_in_flight: int) -> bool:
+    """Whether one more insert may be sent while others are unanswered; one that is alone may have any size.
+
+    bytes_in_flight: size of each unanswered insert.
+    """
+    if not bytes_in_flight:
+        return True
+    fits = sum(bytes_in_flight) + size_bytes <= max_bytes_in_flight
+    return fits and len(bytes_in_flight) < MAX_INSERTS_IN_FLIGHT
+
+
+def shard_in_turn(turn: int, shards: Sequence[T], pausing: Collection[T]) -> T:
+    """The next in turn that wants trajectories; what is finished has to go somewhere, so else the next one.
+
+    pausing: those that asked for a pause.
+    """
+    in_turn = [shards[(turn + offset) % len(shards)] for offset in range(len(shards))]
+    return next((shard for shard in in_turn if shard not in pausing), in_turn[0])

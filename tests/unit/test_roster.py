@@ -1,0 +1,233 @@
+"""The pool's decisions, with a crew whose members are as the test says."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.roster import MAX_BACKOFF_S, Failure, Roster
+from actors.settings import ActorsSettings
+from actors.status import ActorStatus
+
+SETTINGS = ActorsSettings(max_restarts=2, start_timeout_s=100.0, health_timeout_s=10.0, drain_timeout_s=20.0)
+
+
+class ScriptedCrew:
+    """Members that are as `seen` says; a new one is starting."""
+
+    def __init__(self):
+        self.seen = {}
+        self.done = []
+
+    def look(self, name):
+        return self.seen[name]
+
+    def spawn(self, name, number):
+        assert name == f"actor-{number}"
+        assert name not in self.seen, "one process a name"
+        self.seen[name] = "starting"
+        self.done.append(("spawn", name))
+
+    def put_to_work(self, name):
+        assert self.seen[name] == "ready"
+        self.seen[name] = "at work"
+        self.done.append(("work", name))
+
+    def drain(self, name):
+        assert self.seen[name] == "at work"
+        self.done.append(("drain", name))
+
+    def end(self, name):
+        del self.seen[name]
+        self.done.append(("end", name))
+
+
+class Pool:
+    def __init__(self, desired, **changes):
+        self.crew = ScriptedCrew()
+        self.events = []
+        self.roster = Roster(desired, SETTINGS.model_copy(update=changes), self.crew, self.events.append)
+
+    @property
+    def states(self):
+        return {member.name: member.state for member in self.roster.members()}
+
+    def all_at_work(self, now_s=0.0):
+        self.roster.reconcile(now_s)
+        for name in self.crew.seen:
+            self.crew.seen[name] = "ready"
+        self.roster.reconcile(now_s)
+        assert set(self.states.values()) == {"running"}
+
+
+def status(name, trajectories=0):
+    return ActorStatus(name, 0, 0, 0.0, 0, trajectories, 0, 0, "generating")
+
+
+def test_a_member_from_birth_to_leave():
+    pool = Pool(2)
+    pool.all_at_work()
+    pool.roster.scale(1)
+    pool.roster.reconcile(1.0)
+    assert pool.states == {"actor-0": "running", "actor-1": "draining"}, "the youngest leaves"
+    pool.crew.seen["actor-1"] = "left"
+    pool.roster.reconcile(2.0)
+    assert pool.states == {"actor-0": "running"}
+    pool.roster.scale(2)
+    pool.roster.reconcile(3.0)
+    assert pool.states == {"actor-0": "running", "actor-1": "starting"}, "a free name is used again"
+
+
+def test_surplus_members_that_are_not_ready_go_at_once():
+    pool = Pool(3)
+    pool.roster.reconcile(0.0)
+    pool.roster.scale(0)
+    pool.roster.reconcile(1.0)
+    assert pool.states == {}
+    assert pool.crew.seen == {}
+
+
+@pytest.mark.parametrize(
+    ("seen", "late_s", "reason"),
+    [("starting", 101.0, "did not start within 100 s"), ("at work", 11.0, "silent for 10 s")],
+)
+def test_a_member_that_keeps_still_is_replaced(seen, late_s, reason):
+    pool = Pool(1)
+    pool.roster.reconcile(0.0)
+    if seen == "at work":
+        pool.all_at_work()
+    pool.roster.reconcile(late_s - 2.0)
+    assert len(pool.states) == 1
+    assert not any("failed" in event for event in pool.events)
+    pool.roster.reconcile(late_s)
+    assert reason in pool.events[-1]
+    pool.roster.reconcile(late_s + 1.0)
+    assert pool.states == {"actor-0": "starting"}
+
+
+def test_an_answer_keeps_a_member_alive():
+    pool = Pool(1)
+    pool.all_at_work()
+    for now_s in range(5, 60, 5):
+        pool.roster.heard_from("actor-0", status("actor-0"), now_s)
+        pool.roster.reconcile(now_s)
+    assert pool.states == {"actor-0": "running"}
+    pool.roster.heard_from("actor-7", status("actor-7"), 60.0)  # it has left meanwhile
+    assert pool.states == {"actor-0": "running"}
+
+
+def test_a_member_that_does_not_drain_is_ended():
+    pool = Pool(1)
+    pool.all_at_work()
+    pool.roster.scale(0)
+    for now_s in (1.0, 9.0, 17.0, 22.0):
+        pool.roster.heard_from("actor-0", status("actor-0"), now_s)
+        pool.roster.reconcile(now_s)
+    assert pool.states == {}
+    assert pool.events[-1] == "actor-0 ended by force: not drained in 20 s"
+
+
+def test_back_off_doubles_and_the_pool_gives_up_when_nobody_is_left():
+    pool = Pool(1, max_restarts=7)
+    births = []
+    now_s = 0.0
+    while pool.roster.failure is None:
+        pool.roster.reconcile(now_s)
+        if pool.crew.seen:
+            births.append(now_s)
+            pool.crew.seen["actor-0"] = Failure("no memory")
+        now_s += 0.5
+    waits = [later - earlier for earlier, later in itertools.pairwise(births)]
+    assert waits == [1.5, 2.5, 4.5, 8.5, 16.5, MAX_BACKOFF_S + 0.5, MAX_BACKOFF_S + 0.5]
+    assert pool.roster.failure == "actor-0 failed 8 times in a row, the last time: no memory"
+    assert not pool.roster.refused
+
+
+def test_a_trajectory_ends_the_row_of_failures():
+    pool = Pool(1)
+    for round_ in range(6):
+        pool.all_at_work(100.0 * round_)
+        pool.roster.heard_from("actor-0", status("actor-0", trajectories=1), 100.0 * round_)
+        pool.crew.seen["actor-0"] = Failure("lost")
+        pool.roster.reconcile(100.0 * round_ + 1)
+    assert pool.roster.failure is None
+
+
+def test_the_run_goes_on_with_those_that_work():
+    pool = Pool(2)
+    pool.all_at_work()
+    for now_s in (5.0, 10.0, 15.0):
+        pool.roster.heard_from("actor-0", status("actor-0"), now_s)
+        pool.roster.reconcile(now_s)
+        assert len(pool.states) == 2
+        pool.crew.seen["actor-1"] = Failure("its GPU fell off")
+        pool.roster.reconcile(now_s)
+    assert pool.roster.desired == 1
+    assert pool.events[-1] == "gave up on actor-1; the run goes on with 1 actors"
+    pool.roster.heard_from("actor-0", status("actor-0"), 200.0)
+    pool.roster.reconcile(200.0)
+    assert pool.states == {"actor-0": "running"}
+
+
+def test_what_would_fail_again_is_not_tried_again():
+    pool = Pool(1)
+    pool.roster.reconcile(0.0)
+    pool.crew.seen["actor-0"] = Failure("ValueError: no such model", in_vain=True)
+    pool.roster.reconcile(1.0)
+    pool.roster.reconcile(500.0)
+    assert pool.roster.refused
+    assert pool.roster.failure == "actor-0 failed: ValueError: no such model"
+    assert pool.states == {}
+
+
+def test_a_closed_roster_makes_nobody():
+    pool = Pool(2)
+    pool.all_at_work()
+    pool.roster.close()
+    pool.roster.scale(5)
+    pool.crew.seen["actor-0"] = Failure("lost")
+    pool.roster.reconcile(1.0)
+    pool.roster.reconcile(100.0)
+    assert ("spawn", "actor-0") not in pool.crew.done[4:]
+
+
+def test_a_negative_number_is_refused():
+    with pytest.raises(ValueError, match="cannot be negative, got -1"):
+        Pool(1).roster.scale(-1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    wanted=st.lists(st.integers(0, 6), min_size=1, max_size=12),
+    fates=st.lists(st.sampled_from(["ready", "left", "failed"]), min_size=12, max_size=12),
+)
+def test_there_are_never_more_at_work_than_desired_and_all_come_in_the_end(wanted, fates):
+    pool = Pool(0, max_restarts=1000)
+    now_s = 0.0
+    for desired, fate in zip(wanted, fates, strict=False):
+        pool.roster.scale(desired)
+        for _ in range(3):
+            now_s += 1.0
+            move_on(pool, now_s, fate)
+            staying = [state for state in pool.states.values() if state != "draining"]
+            assert len(staying) <= desired
+    for _ in range(4):
+        now_s += MAX_BACKOFF_S + 1.0
+        move_on(pool, now_s, "left")
+    assert list(pool.states.values()) == ["running"] * wanted[-1]
+
+
+def move_on(pool, now_s, fate):
+    """One look of the pool; who starts is ready, who drains leaves, or fails."""
+    for name, state in pool.states.items():
+        if fate == "failed" and state != "starting":
+            pool.crew.seen[name] = Failure("lost")
+        elif state == "starting":
+            pool.crew.seen[name] = "ready"
+        elif state == "draining" and fate == "left":
+            pool.crew.seen[name] = "left"
+        pool.roster.heard_from(name, status(name), now_s)
+    pool.roster.reconcile(now_s)
