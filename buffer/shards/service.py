@@ -66,10 +66,16 @@ class ReplayBufferService:
     """A replay store that waits: draws for rows, actors for demand."""
 
     def __init__(
-        self, folder: str, contract: TokenContract, settings: BufferSettings, seed: int, flight_token: str | None = None
+        self,
+        folder: str,
+        contract: TokenContract,
+        settings: BufferSettings,
+        seed: int,
+        flight_token: str | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """Open the store in `folder`. settings: of this shard. seed: of its draws. flight_token: for who reads over
-        Arrow Flight, where the settings open that.
+        Arrow Flight, where the settings open that. clock: seconds since the epoch.
 
         Raises:
             ValueError: see `ReplayStore`, or this node does not see the run folder.
@@ -81,7 +87,7 @@ class ReplayBufferService:
             )
         self._settings = settings
         self._started_s = time.monotonic()
-        self._store = ReplayStore(Path(folder), contract, settings, seed)
+        self._store = ReplayStore(Path(folder), contract, settings, seed, clock)
         self._upkeep = ShardUpkeep(self._store, settings)
         self._limiter = Limiter(settings)
         self._changed = asyncio.Condition()
@@ -108,7 +114,7 @@ class ReplayBufferService:
         refused = tuple(each for each in result.rejections if each.reason != PRESENT)
         self._recent_rejections = (*self._recent_rejections, *refused)[-MAX_RECENT_REJECTIONS:]
         if result.accepted:
-            now_s = time.monotonic()
+            now_s = asyncio.get_running_loop().time()
             for actor in pc.unique(batch.column("actor")).to_pylist():
                 self._last_insert_s[actor] = now_s
             self._inserts += 1
@@ -215,7 +221,7 @@ class ReplayBufferService:
             message += f"{status.rejected} were rejected, the last because: {self._recent_rejections[-1].reason}; "
         if not self._last_insert_s:
             return message + "no actor has inserted anything since the buffer started"
-        now_s = time.monotonic()
+        now_s = asyncio.get_running_loop().time()
         last = [f"{actor} {now_s - when_s:.0f} s ago" for actor, when_s in sorted(self._last_insert_s.items())]
         return message + f"last inserts: {', '.join(last)}"
 

@@ -14,7 +14,6 @@ therefore grow, also in a shard that has logged one, and no shard that lacks row
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -78,7 +77,8 @@ async def draw_from_shards(
     versions = (request.policy_version, request.first_version)
     if len(shards) == 1:
         return (await shards[0].draw(key, count, versions[0], timeout_s, versions[1]),)
-    deadline = time.monotonic() + timeout_s
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
     while True:
         offers = await asyncio.gather(*(shard.offer(key, count, *versions) for shard in shards))
         parts = plan_parts(count, offers)
@@ -91,7 +91,7 @@ async def draw_from_shards(
             )
             if sum(0 if drawn is None else drawn.batch.num_rows for drawn in taken) == count:
                 return tuple(taken)
-        left_s = deadline - time.monotonic()
+        left_s = deadline - loop.time()
         if left_s <= 0:
             raise DrawTimeoutError(await _why_not(shards, request, timeout_s))
         if parts is None:
