@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson
+from launch.errors import UserError
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure the parts of the system.")
 
@@ -150,6 +151,73 @@ def bench_buffer(
     from launch.bench.buffer_report import render_buffer_benchmark
 
     _show(found, as_json, render_buffer_benchmark)
+
+
+@bench_app.command("scaling")
+def bench_scaling(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="YAML recipe; by default the packaged arithmetic_cpu.yaml.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, a stage by its name.", show_default=False)
+    ] = None,
+    simulated: Annotated[
+        bool, typer.Option("--simulate", help="Real pool, buffer and limiter; engines and learner as slow as told.")
+    ] = False,
+    actors: Annotated[str, typer.Option(help="Numbers of actors.")] = "1,2,4,16,64,256",
+    ranks: Annotated[str, typer.Option(help="Numbers of learner ranks.")] = "1,8,64",
+    batch_per_rank: Annotated[
+        bool, typer.Option(help="Batches and buffer of the recipe are for each rank, not for all together.")
+    ] = False,
+    times: Annotated[
+        Path | None, typer.Option(help="JSON file with the seconds of each step; by default those of the recipe above.")
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="Stage to simulate; by default the first with rollouts.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Learner steps that are measured at each point.")] = 100,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, help="Steps before; by default until the buffer was drawn twice over.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate a run with other numbers of actors and learner ranks: throughput, staleness, and what saturates.
+
+    [dim]Example:[/dim] sequencematch bench scaling --simulate RECIPE --actors 1,4,16 buffer.samples_per_insert=1
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.bench.scaling import bench_scaling as simulate
+        from launch.bench.scaling import make_plan
+        from launch.bench.scaling_times import TIMED_RECIPE, StepTimes, read_times
+        from launch.recipe import read_recipe
+
+        if not simulated:
+            raise UserError(
+                "many actors and ranks on one machine can only be simulated: add --simulate; what a real run does, "
+                "`sequencematch status RUN` and RUN/metrics.jsonl tell"
+            )
+        with setting_up():
+            settings = read_recipe(recipe or TIMED_RECIPE, overrides or [])
+            step_times = StepTimes() if times is None else read_times(times)
+            plan = make_plan(settings, stage, step_times, steps, warmup)
+            all_actors, all_ranks = _numbers("--actors", actors), _numbers("--ranks", ranks)
+        with Console(stderr=True).status("simulating") as progress:
+            found = simulate(
+                plan,
+                all_actors,
+                all_ranks,
+                batch_per_rank,
+                lambda actors, ranks: progress.update(f"simulating {actors} actors, {ranks} learner ranks"),
+            )
+    from launch.bench.scaling_report import render_scaling
+
+    _show(found, as_json, render_scaling)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Of a list such as 1,2,4."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{option} {text!r} is no list of positive numbers; write it as 1,2,4")
+    return [int(part) for part in parts]
 
 
 def _show(found: dict[str, object], as_json: bool, render: Callable[[dict[str, object]], RenderableType]) -> None:

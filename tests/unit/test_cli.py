@@ -34,6 +34,7 @@ COMMANDS = (
     ["bench", "rollouts"],
     ["bench", "learner"],
     ["bench", "learner_memory"],
+    ["bench", "scaling"],
 )
 
 
