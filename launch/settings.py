@@ -10,6 +10,7 @@ from actors.scoring_settings import ExactAnswerSettings, ScoringSettings
 from actors.settings import ActorsSettings
 from buffer.sampling.limiter import Limiter
 from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings
+from learner.score_function_settings import ScoreFunctionSettings
 from learner.settings import ModelSettings
 from learner.stage_settings import LearnerSettings, StageSettings, check_stages
 from learner.trackers import TrackerName
@@ -88,6 +89,9 @@ class RunSettings(Settings):
                 f"no stage draws any ({', '.join(stage.name for stage in self.stages)}): choose another sampler"
             )
         self._check_scoring(bool(needy))
+        for stage in self.stages:
+            if isinstance(stage.objective, ScoreFunctionSettings):
+                self._check_score_function(stage.name, stage.objective)
         return self
 
     def _check_scoring(self, has_rollouts: bool) -> None:
@@ -100,6 +104,23 @@ class RunSettings(Settings):
                     f"scoring: {name} is exact_answer, but task text has no right answers; choose another kind, or a "
                     "task with right answers (arithmetic)"
                 )
+
+    def _check_score_function(self, stage: str, objective: ScoreFunctionSettings) -> None:
+        if objective.needs_reward and self.scoring.reward is None:
+            raise ValueError(
+                f"stage {stage!r}: objective {objective.name} raises a reward, and the recipe has none: set "
+                "scoring.reward, e.g. to {kind: exact_answer} (docs/scoring.md)"
+            )
+        if self.actors.rollout.top_p < 1.0:
+            raise ValueError(
+                f"stage {stage!r}: objective {objective.name} weighs rollouts by policy over sampler, and with "
+                f"actors.rollout.top_p={self.actors.rollout.top_p:g} the sampler never makes most of them: set it to 1"
+            )
+        if self.buffer.sampler == "prioritised":
+            raise ValueError(
+                f"stage {stage!r}: objective {objective.name} is an expectation over rollouts, which "
+                "buffer.sampler=prioritised would not draw as they come: choose another sampler"
+            )
 
 
 def needs_actors(stage: StageSettings, noise: NoiseSettings) -> bool:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from buffer.settings import Settings
+from learner.score_function_settings import KlControlSettings, ReinforceSettings
 
 DIVERGENCES_WITH_DOMAIN = ("kl", "js", "hellinger")
 """Those whose phi is not defined for every number."""
@@ -179,6 +180,12 @@ class SequenceMatchSettings(Settings):
 
 
 ObjectiveSettings = Annotated[
-    LikelihoodSettings | UnlikelihoodSettings | EmoSettings | ScheduledSamplingSettings | SequenceMatchSettings,
+    LikelihoodSettings
+    | UnlikelihoodSettings
+    | EmoSettings
+    | ScheduledSamplingSettings
+    | ReinforceSettings
+    | KlControlSettings
+    | SequenceMatchSettings,
     Field(discriminator="name"),
 ]

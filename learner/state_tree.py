@@ -16,8 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
+import xxhash
 from torch import Tensor
 
 from buffer.behaviour import Behaviour
@@ -53,6 +55,8 @@ class TreeBatch:
         length: [L] actions.
         truncated: [L] True unless the log ended with `<eos>`.
         is_expert: [L] whether the log is of the data.
+        reward: [L] as stored, nan where there is none. features: [L, F] as stored; F is 0 where no log has any.
+        context: [L] number of the prompt, equal where prompts are; below 2^52, so that float64 holds it.
     Counts
         num_nodes: nodes without padding.
         num_nodes_unshared: nodes if no two logs shared any (over `num_nodes`: the sharing ratio).
@@ -84,6 +88,9 @@ class TreeBatch:
     length: Tensor
     truncated: Tensor
     is_expert: Tensor
+    reward: Tensor
+    features: Tensor
+    context: Tensor
     num_nodes: int
     num_nodes_unshared: int
     temperatures: tuple[float, ...]
@@ -129,7 +136,7 @@ def build_tree_batch(batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, m
     """Pack the trajectories of `batch` (schema of `buffer.schema`) into one tree per distinct first token.
 
     Raises:
-        ValueError: see `checked_logs`.
+        ValueError: see `checked_logs`; or some logs have features that others lack.
     """
     logs, played, truncated = checked_logs(batch, backspace_id=backspace_id, eos_id=eos_id, max_positions=max_positions)
     trie = build_trie(logs, played, backspace_id)
@@ -186,10 +193,31 @@ def build_tree_batch(batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, m
         length=torch.from_numpy(logs.lengths),
         truncated=torch.from_numpy(truncated),
         is_expert=torch.from_numpy(_column_equals(batch, "source", "expert")),
+        reward=torch.from_numpy(batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float32)),
+        features=_features(batch.column("features")),
+        context=torch.tensor([_context(prompt) for prompt in np.split(logs.prompt_ids, logs.prompt_offsets[1:-1])]),
         num_nodes=trie.num_nodes,
         num_nodes_unshared=len(trie.pair_log),
         temperatures=tuple(value for value in np.unique(behaviour.temperature).tolist() if value not in (0.0, 1.0)),
     )
+
+
+def _features(column: pa.ListArray) -> Tensor:
+    """[L, F]; every log has as many, or none has any.
+
+    Raises:
+        ValueError: they have not.
+    """
+    numbers = column.flatten().to_numpy(zero_copy_only=False)
+    width = len(numbers) // len(column)
+    lengths = column.value_lengths().fill_null(0).to_numpy()
+    if (lengths != width).any():
+        raise ValueError(f"logs of one batch have between {lengths.min()} and {lengths.max()} features")
+    return torch.from_numpy(numbers.reshape(len(column), width).astype(np.float32))
+
+
+def _context(prompt: npt.NDArray[np.int32]) -> int:
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(prompt).tobytes()) >> 12
 
 
 def checked_logs(

@@ -85,8 +85,8 @@ class Trainer:
 
     Args:
         policy: sharded among `ranks`, if they are several.
-        experts: expert trajectories. rollouts: policy trajectories, exactly where the objective needs them. Both give
-            the same at every rank.
+        experts: expert trajectories, drawn where the objective needs them. rollouts: policy trajectories, exactly where
+            the objective needs them. Both give the same at every rank.
         report_priorities: told after each step, with the priority of each rollout in the order of the draw; at every
             rank or at none.
     """
@@ -131,7 +131,7 @@ class Trainer:
             RankLostError: another rank failed.
         """
         started = time.perf_counter()
-        experts = self._experts.draw(self._stage.batch_size)
+        experts = self._experts.draw(self._stage.batch_size) if self._objective.needs_experts else None
         rollouts = None if self._rollouts is None else self._rollouts.draw(self._stage.rollout_batch_size)
         drawn = time.perf_counter()
         passes = self._passes(experts, rollouts)
@@ -178,7 +178,7 @@ class Trainer:
             "padding_share": 1.0 - num_nodes / num_padded_nodes,
         }
 
-    def _passes(self, experts: pa.RecordBatch, rollouts: pa.RecordBatch | None) -> list[_Pass]:
+    def _passes(self, experts: pa.RecordBatch | None, rollouts: pa.RecordBatch | None) -> list[_Pass]:
         """This rank's passes over its shares of the draws: as many at every rank, since FSDP gathers in each."""
         draws = self._draws(experts, rollouts)
         passes = [
@@ -188,12 +188,14 @@ class Trainer:
         ]
         missing = self._ranks.maximum(len(passes)) - len(passes)
         if missing:
-            passes += missing * [_Pass(self._tree_without_logs(experts), draws[0].counts, draws[0].loss)]
+            passes += missing * [_Pass(self._tree_without_logs(draws[0].batch), draws[0].counts, draws[0].loss)]
         return passes
 
-    def _draws(self, experts: pa.RecordBatch, rollouts: pa.RecordBatch | None) -> list[_Draw]:
-        data_counts = count_logs(experts)
-        draws = [_Draw(experts, data_counts, partial(self._objective.data_loss, step=self.step))]
+    def _draws(self, experts: pa.RecordBatch | None, rollouts: pa.RecordBatch | None) -> list[_Draw]:
+        draws, data_counts = [], LogCounts(0, 0, 0)
+        if experts is not None:
+            data_counts = count_logs(experts)
+            draws.append(_Draw(experts, data_counts, partial(self._objective.data_loss, step=self.step)))
         if rollouts is not None:
             loss = partial(self._rollout_loss, data_counts=data_counts, newest=newest_version(rollouts))
             prioritised = self._report_priorities is not None

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -183,7 +184,7 @@ class LearnerWorker:
         """
         torch.set_num_threads(stage.num_threads)
         started = time.monotonic()
-        objective = make_objective(stage.objective)
+        objective = make_objective(stage.objective, self._ranks, partial(self._frozen_start, stage))
         noise = self._spec.noise if stage.objective.uses_noise else NoiseSettings(kind="none", rate=0.0)
         stream = self._expert_stream(stage, noise)
         experts = self._buffer_source(stage, "expert") if stream is None else stream
@@ -198,9 +199,9 @@ class LearnerWorker:
                 max_nodes_per_batch=self._spec.settings.max_nodes_per_batch,
                 max_positions=self._max_length,
             ),
-            # A stop is asked for before a step, for all ranks at once, and by rank 0 while it waits for rollouts.
+            # A stop is asked for before a draw, for all ranks at once, and by rank 0 while it waits for rollouts.
             SharedBatchSource(self._ranks, experts, self._stop.is_set),
-            SharedBatchSource(self._ranks, rollouts) if objective.needs_rollouts else None,
+            SharedBatchSource(self._ranks, rollouts, self._stop.is_set) if objective.needs_rollouts else None,
             self._ranks,
             self._priority_report(rollouts) if objective.needs_rollouts else None,
         )
@@ -336,6 +337,19 @@ class LearnerWorker:
                 )
             load_weights(self._policy.model, self._newest_checkpoint(start))
         return None
+
+    def _frozen_start(self, stage: StageSettings) -> TreePolicy:
+        """The policy as `stage` finds it, with weights of its own that nothing moves."""
+        settings = self._spec.model
+        with torch.random.fork_rng(devices=[]):
+            made = load_policy(settings, self._task.tokenizer if isinstance(settings, ScratchModelSettings) else None)
+        if stage.start_from is not None:
+            load_weights(made.model, self._newest_checkpoint(self._checkpoints(stage.start_from)))
+        made.model.requires_grad_(False)
+        policy = TreePolicy(made.model, made.backspace_id)
+        shard(policy, self._ranks)
+        policy.to(self._policy.device)
+        return policy
 
     def _checkpoints(self, stage: str) -> CheckpointStore:
         return open_checkpoints(self._spec.settings.checkpoint_dir, self._folder, stage)

@@ -33,6 +33,8 @@ class Log:
     versions: list[int] | None = None
     temperature: float | None = None
     top_p: float = 1.0
+    reward: float | None = None
+    features: list[float] | None = None
 
 
 def to_batch(logs: Sequence[Log]) -> pa.RecordBatch:
@@ -58,6 +60,8 @@ def to_batch(logs: Sequence[Log]) -> pa.RecordBatch:
                 ],
                 SAMPLING_TYPE,
             ),
+            "reward": pa.array([log.reward for log in logs], pa.float32()),
+            "features": pa.array([log.features for log in logs], pa.list_(pa.float32())),
         }
     )
 

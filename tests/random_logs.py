@@ -14,7 +14,7 @@ TREES = TreeSettings(backspace_id=BACKSPACE, eos_id=EOS, max_nodes_per_batch=48,
 
 
 def random_logs(source: str, count: int, seed: int) -> pa.RecordBatch:
-    """Logs of 1 to 12 actions with backspaces on prompts that some of them share."""
+    """Logs of 1 to 12 actions with backspaces on prompts that some of them share; those of the policy with rewards."""
     generator = np.random.default_rng((seed, source == "expert"))
     rows = []
     for number in range(count):
@@ -26,7 +26,11 @@ def random_logs(source: str, count: int, seed: int) -> pa.RecordBatch:
         if generator.random() < 0.7:
             actions.append(EOS)
         prompt = [7] * int(generator.integers(1, 4))
-        make = expert_row if source == "expert" else row
         finish = "eos" if actions[-1] == EOS else "max_actions"
-        rows.append(make(f"{source}-{number}", actions, prompt_ids=prompt, finish_reason=finish))
+        given: dict[str, object] = {"prompt_ids": prompt, "finish_reason": finish}
+        if source == "expert":
+            rows.append(expert_row(f"{source}-{number}", actions, **given))
+        else:
+            scored = {"logprobs": [-5.0] * len(actions), "reward": 1.0 + number % 3}
+            rows.append(row(f"{source}-{number}", actions, **given, **scored))
     return batch_of(rows)

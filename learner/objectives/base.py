@@ -7,10 +7,11 @@ evaluated (`Objective.evaluate`), in which draws they have a loss for, and in wh
   distribution at a state beyond Q and V is a `Measurement`: it runs inside the model's forward pass, and folds the
   vocabulary chunk by chunk. Scheduled sampling evaluates a tree twice, the second time with other tokens in it.
 - *State by state, on expert logs and rollouts* (sequencematch): a second loss on the rollouts of the same step.
-- *Score functions, on rollouts alone* (a reward, or the density of a target): the expert part of the loss is zero,
+- *Score functions, on rollouts alone* (a reward, or the density of a target): there is no expert part of the loss,
   that of the rollouts is sum_i (weight_i advantage_i) log pi(x_i) over whole logs x_i, with a weight and an advantage
   without gradient. The weight is pi / mu; log mu is what the actor stored (`TreeBatch.behaviour_log_prob`), so stale
-  rollouts are no approximation. Log-probabilities of a frozen base model are a second evaluation of the same tree.
+  rollouts are no approximation. Log-probabilities of a frozen base model are a second evaluation of the same tree. See
+  `learner.objectives.score_function`.
 
 What an objective remembers (a frozen table, a running mean, a network that it trains beside the policy) is in `state`,
 which every checkpoint holds. A network of its own takes its step in `advance`.
@@ -96,6 +97,7 @@ class Objective(Protocol):
     Before the weights move, `check` sees the metrics of the whole step.
 
     needs_rollouts: whether there is a `rollout_loss`; without, neither it nor `priorities` may be called.
+    needs_experts: whether there is a `data_loss`; without, it may not be called, and no expert logs are drawn.
     """
 
     @property
@@ -103,6 +105,9 @@ class Objective(Protocol):
 
     @property
     def needs_rollouts(self) -> bool: ...
+
+    @property
+    def needs_experts(self) -> bool: ...
 
     def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
         """Look at all rollouts of a step before any loss of it is asked for: for what concerns them together. All ranks
@@ -155,6 +160,11 @@ class Objective(Protocol):
 
 class PlainObjective:
     """What most objectives have in common: values alone are evaluated; nothing is remembered, refused or trained."""
+
+    @property
+    def needs_experts(self) -> bool:
+        """Learning from the data is what most are for."""
+        return True
 
     def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
         """Each pass is looked at by itself."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from learner.objective_settings import (
     EmoSettings,
+    ExpertObjectiveSettings,
     LikelihoodSettings,
     ObjectiveSettings,
     ScheduledSamplingSettings,
@@ -15,26 +18,55 @@ from learner.objective_settings import (
 from learner.objectives.base import Objective
 from learner.objectives.emo import Emo
 from learner.objectives.likelihood import Likelihood
+from learner.objectives.reward_rules import RewardRule
 from learner.objectives.scheduled_sampling import ScheduledSampling
+from learner.objectives.score_function import ScoreFunction
 from learner.objectives.sequencematch import SequenceMatch
 from learner.objectives.unlikelihood import Unlikelihood
+from learner.ranks import Ranks
+from learner.score_function_settings import KlControlSettings, ScoreFunctionSettings
+from learner.tree_policy import TreePolicy
 
 
-def make_objective(settings: ObjectiveSettings) -> Objective:
+def make_objective(
+    settings: ObjectiveSettings, ranks: Ranks | None = None, load_base: Callable[[], TreePolicy] | None = None
+) -> Objective:
     """The objective that `settings` describe.
+
+    Args:
+        ranks: that train with it; None = this process alone.
+        load_base: gives the policy as it is at the start of the stage, frozen; called where it is needed.
 
     Raises:
         ValueError: the model that they name cannot be loaded.
     """
     if isinstance(settings, LikelihoodSettings):
         return Likelihood(settings.name)
+    if isinstance(settings, ExpertObjectiveSettings):
+        return _token_objective(settings)
+    if isinstance(settings, ScoreFunctionSettings):
+        return _score_function(settings, ranks or Ranks(), load_base)
+    return SequenceMatch(settings)
+
+
+def _token_objective(settings: ExpertObjectiveSettings) -> Objective:
     if isinstance(settings, UnlikelihoodSettings):
         return Unlikelihood(settings)
     if isinstance(settings, EmoSettings):
         return Emo(settings, None if settings.cost_model is None else _output_embedding(settings.cost_model))
-    if isinstance(settings, ScheduledSamplingSettings):
-        return ScheduledSampling(settings)
-    return SequenceMatch(settings)
+    assert isinstance(settings, ScheduledSamplingSettings)
+    return ScheduledSampling(settings)
+
+
+def _score_function(
+    settings: ScoreFunctionSettings, ranks: Ranks, load_base: Callable[[], TreePolicy] | None
+) -> ScoreFunction:
+    base = None
+    if settings.needs_base_model:
+        assert load_base is not None, f"{settings.name} compares with the policy at the start of the stage"
+        base = load_base()
+    rule = RewardRule(settings.beta if isinstance(settings, KlControlSettings) else 0.0)
+    return ScoreFunction(settings.name, rule, ranks, base)
 
 
 def _output_embedding(name: str) -> Tensor:

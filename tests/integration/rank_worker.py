@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty
 
@@ -54,6 +55,7 @@ class RandomLogs:
 
 
 ALL_TRUE = {"name": "scheduled_sampling", "schedule": "linear", "k": 1.0}
+KL_CONTROL = {"name": "kl_control", "beta": 0.3}
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Case:
     recomputed: bool = False
     dtype: torch.dtype = torch.float32
     objective: Mapping[str, object] | None = None
+
+    @property
+    def has_priorities(self) -> bool:
+        """Whether the objective says how much there is to learn from each rollout."""
+        return bool(self.rollouts) and self.objective is None
 
     @property
     def tolerance(self) -> float:
@@ -117,6 +124,8 @@ CASES = {
     "emo": Case("llama", False, experts=3, rollouts=0, objective={"name": "emo"}),
     # What is drawn depends on which logs a pass holds, so here all tokens are true; there are two passes all the same.
     "scheduled sampling": Case("llama", True, experts=6, rollouts=0, objective=ALL_TRUE),
+    "kl control": Case("llama", True, experts=1, rollouts=7, objective=KL_CONTROL),
+    "reinforce, one rollout": Case("llama", False, experts=1, rollouts=1, objective={"name": "reinforce"}),
 }
 
 
@@ -136,9 +145,16 @@ def make_trainer(
 
     stage = case.stage()
     rollouts = shared("policy") if case.rollouts else None
-    objective = make_objective(stage.objective)
+    objective = make_objective(stage.objective, ranks, partial(_frozen_start, case, ranks))
     trainer = Trainer(policy, objective, stage, TREES, shared("expert"), rollouts, ranks, report_priorities)
     return policy, trainer
+
+
+def _frozen_start(case: Case, ranks: Ranks) -> TreePolicy:
+    """Another model than the one that is trained, else the first step would not see it."""
+    base = TreePolicy(tiny_model(case.kind, tied=case.tied, seed=1).requires_grad_(False), BACKSPACE)
+    shard(base, ranks)
+    return base
 
 
 def weights(policy: TreePolicy) -> dict[str, Tensor]:
@@ -149,7 +165,7 @@ def weights(policy: TreePolicy) -> dict[str, Tensor]:
 def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
     """What `count` steps leave; the gradients are those of the first."""
     priorities: list[Tensor] = []
-    report = (lambda reported: priorities.append(torch.from_numpy(reported))) if case.rollouts else None
+    report = (lambda reported: priorities.append(torch.from_numpy(reported))) if case.has_priorities else None
     policy, trainer = make_trainer(case, ranks, report_priorities=report)
     metrics = [trainer.train_step()]
     trained = {name: parameter for name, parameter in policy.model.named_parameters() if parameter.requires_grad}

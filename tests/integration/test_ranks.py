@@ -67,7 +67,7 @@ def test_gradients_of_a_step_are_those_of_one_rank(folder, alone, name):
     assert any(tensor.abs().max() > 0 for tensor in found.values())
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.rollouts])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.has_priorities])
 def test_priorities_are_of_the_whole_draw_in_its_order(folder, alone, name):
     found, expected = read(folder / f"{name}.pt")["priorities"], alone[name]["priorities"]
     assert len(found) == STEPS

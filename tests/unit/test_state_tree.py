@@ -164,12 +164,26 @@ def test_random_logs(logs):
 
 
 def test_a_slice_of_a_batch_is_like_its_copy():
-    batch = to_batch(HARD)
+    logs = [dataclasses.replace(log, reward=float(n), features=[n, -1.0]) for n, log in enumerate(HARD)]
     arguments = {"backspace_id": BACKSPACE, "eos_id": EOS, "max_positions": 64}
-    sliced = build_tree_batch(batch.slice(2, 5), **arguments)
-    copied = build_tree_batch(to_batch(HARD[2:7]), **arguments)
+    sliced = build_tree_batch(to_batch(logs).slice(2, 5), **arguments)
+    copied = build_tree_batch(to_batch(logs[2:7]), **arguments)
     for field in dataclasses.fields(sliced):
         assert np.array_equal(getattr(sliced, field.name), getattr(copied, field.name)), field.name
+    assert sliced.features[:, 0].tolist() == sliced.reward.tolist() == [2, 3, 4, 5, 6]
+
+
+def test_scores_and_contexts_of_logs():
+    """A log without a reward has none, features are all or none, and a context is a prompt."""
+    tree = build([dataclasses.replace(log, reward=None if n == 1 else 0.5) for n, log in enumerate(HARD)])
+    assert tree.reward.isnan().tolist() == [n == 1 for n in range(len(HARD))]
+    assert tree.features.shape == (len(HARD), 0)
+    prompts = [tuple(log.prompt) for log in HARD]
+    contexts = tree.context.tolist()
+    assert [[a == b for b in contexts] for a in contexts] == [[a == b for b in prompts] for a in prompts]
+    assert [int(float(context)) for context in contexts] == contexts
+    with pytest.raises(ValueError, match="between 0 and 3 features"):
+        build([HARD[0], dataclasses.replace(HARD[1], features=[1.0, 2.0, 3.0])])
 
 
 @pytest.mark.parametrize(
