@@ -41,6 +41,11 @@ class Column(Generic[ScalarT]):
         self._data[self._size : size] = values
         self._size = size
 
+    def cut(self, size: int) -> None:
+        """Keep the first `size` values."""
+        assert size <= self._size, "a column is cut at a value that it has"
+        self._size = size
+
     def keep(self, slots: Int64) -> None:
         """Keep the values at these places, in this order, and forget the others."""
         kept = self.values[slots]
@@ -50,7 +55,8 @@ class Column(Generic[ScalarT]):
 
 
 class BlockMinima:
-    """A column with a lower bound per block of 1,024 values, so that few blocks are read to find small values.
+    """A column with a lower bound per block of 1,024 values, so that few blocks are read to find small values, and one
+    of all values, so that mostly none is.
 
     Values are float64, which holds whole numbers up to 2^53. A value is taken out by `clear`, which puts infinity in
     its place; bounds become exact again when they are looked behind.
@@ -59,6 +65,7 @@ class BlockMinima:
     def __init__(self) -> None:
         self._column = Column(np.float64)
         self._bounds = Column(np.float64)
+        self._bound = math.inf  # no value is smaller
 
     @property
     def values(self) -> Float64:
@@ -72,11 +79,13 @@ class BlockMinima:
         num_blocks = -(-len(self._column) // _BLOCK)
         self._bounds.append(np.full(num_blocks - len(self._bounds), np.inf))
         self._tighten(begin // _BLOCK, num_blocks)
+        self._bound = min(self._bound, float(self._bounds.values[begin // _BLOCK :].min(initial=math.inf)))
 
     def put(self, slots: Int64, values: npt.NDArray[np.float32]) -> None:
         """Replace the values at these places."""
         self._column.values[slots] = values
         np.minimum.at(self._bounds.values, slots // _BLOCK, values)
+        self._bound = min(self._bound, float(values.min(initial=math.inf)))
 
     def clear(self, slots: Int64) -> None:
         """Take out the values at these places."""
@@ -85,16 +94,19 @@ class BlockMinima:
     def keep(self, slots: Int64) -> None:
         """Keep the values at these places, in this order, and forget the others."""
         kept = self.values[slots]
-        self._column, self._bounds = Column(np.float64), Column(np.float64)
+        self._column, self._bounds, self._bound = Column(np.float64), Column(np.float64), math.inf
         self.append(kept)
 
     def below(self, limit: float) -> Int64:
         """[k] places of the values smaller than `limit`, ascending. Looks into blocks that may hold one only."""
+        if limit <= self._bound:
+            return np.empty(0, dtype=np.int64)
         found = []
         for block in np.flatnonzero(self._bounds.values < limit).tolist():
             self._tighten(block, block + 1)
             values = self.values[block * _BLOCK : (block + 1) * _BLOCK]
             found.append(block * _BLOCK + np.flatnonzero(values < limit))
+        self._bound = float(self._bounds.values.min(initial=math.inf))
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
     def smallest(self) -> float:

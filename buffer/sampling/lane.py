@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from buffer.sampling.live_facts import FIRST_PRIORITY, Float32, LiveFacts
+from buffer.sampling.live_facts import FIRST_PRIORITY, Drawn, Float32, LiveFacts
 from buffer.sampling.row_facts import Bool, Int32, Int64, RowFacts
 from buffer.sampling.samplers import make_sampler
 from buffer.settings import BufferSettings
@@ -56,15 +56,17 @@ class Lane:
         assert 1 <= count <= len(self), "the store checks what is live before it draws"
         return self._sampler.sample(count, generator)
 
-    def count_draw(self, rows: Int64) -> Int64:
-        """These distinct rows were drawn; gives those that reached `max_times_sampled`, still live until removed.
+    def count_draw(self, rows: Int64) -> Drawn:
+        """These distinct rows were drawn.
 
         Rows that are not live any more are ignored, so that draws of an earlier life can be counted.
         """
-        rows = rows[self._facts.is_live(rows)]
-        times_sampled = self._facts.count_draw(rows)
+        return self._facts.count_draw(rows)
+
+    def exhausted(self, drawn: Drawn) -> Int64:
+        """The rows of a draw that reached `max_times_sampled`; they are live until they are removed."""
         limit = self._settings.max_times_sampled
-        return rows[:0] if limit is None else rows[times_sampled >= limit]
+        return drawn.rows[:0] if limit is None else drawn.rows[drawn.times_sampled >= limit]
 
     def over_capacity(self) -> Int64:
         """The oldest rows beyond the capacity."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.sampling.columns import BlockMinima, Column
+from buffer.sampling.columns import BlockMinima, Column, Float64
 from buffer.sampling.row_facts import Bool, Int32, Int64, RowFacts
 from buffer.staleness import NO_VERSION
 
@@ -17,6 +19,18 @@ _FEWEST_GAPS = 1024
 
 FIRST_PRIORITY = 1.0
 """Of a row that comes when no other is live. Priorities count relative to each other."""
+
+
+class Drawn(NamedTuple):
+    """The rows of a draw that are still live, with what is remembered of each.
+
+    rows: [k]. times_sampled: [k] with this draw. oldest_version: [k] infinity where there is none. created_us: [k].
+    """
+
+    rows: Int64
+    times_sampled: Int32
+    oldest_version: Float64
+    created_us: Float64
 
 
 class LiveFacts:
@@ -80,21 +94,20 @@ class LiveFacts:
 
     def is_live(self, rows: Int64) -> Bool:
         """[k] whether these rows are here and live."""
-        present = self._row.values
-        slots = np.searchsorted(present, rows)
-        found = slots < len(present)
-        found[found] = (present[slots[found]] == rows[found]) & self._is_live.values[slots[found]]
-        return found
+        return self._find(rows)[1]
 
     def tasks(self, rows: Int64) -> Int32:
         """[k] codes of the tasks of these live rows; a code has no meaning but that equal ones are the same task."""
         return self._task.values[self._slots(rows)]
 
-    def count_draw(self, rows: Int64) -> Int32:
-        """Add a draw to each of these distinct live rows; gives [k] the draws of each since it came."""
-        slots = self._slots(rows)
-        self._times_sampled.values[slots] += 1
-        return self._times_sampled.values[slots]
+    def count_draw(self, rows: Int64) -> Drawn:
+        """Add a draw to each of these distinct rows, but for those that are not live."""
+        slots, is_live = self._find(rows)
+        if not is_live.all():
+            rows, slots = rows[is_live], slots[is_live]
+        times_sampled = self._times_sampled.values[slots] + 1
+        self._times_sampled.values[slots] = times_sampled
+        return Drawn(rows, times_sampled, self._oldest_version.values[slots], self._created_us.values[slots])
 
     def put_priorities(self, rows: Int64, priorities: Float32) -> None:
         """Replace the priorities of these distinct live rows."""
@@ -102,8 +115,10 @@ class LiveFacts:
 
     def oldest(self, count: int) -> Int64:
         """[count] the live rows that came first; count <= n."""
+        if not count:
+            return np.empty(0, dtype=np.int64)
         ahead = self._is_live.values[self._front :]
-        self._front += int(ahead.argmax()) if len(self) else len(ahead)  # `argmax` stops at the first live one
+        self._front += int(ahead.argmax())  # stops at the first live one
         width = count
         while np.count_nonzero(self._is_live.values[self._front : self._front + width]) < count:
             width *= 2
@@ -123,8 +138,19 @@ class LiveFacts:
         return self._row.values[self._is_live.values & (self._times_sampled.values >= times)]
 
     def _slots(self, rows: Int64) -> Int64:
-        assert self.is_live(rows).all(), "only live rows are looked up"
-        return np.searchsorted(self._row.values, rows)
+        slots, is_live = self._find(rows)
+        assert is_live.all(), "only live rows are looked up"
+        return slots
+
+    def _find(self, rows: Int64) -> tuple[Int64, Bool]:
+        """[k] places of these rows, and [k] whether they are here and live; the place of a row that is not means
+        nothing."""
+        present = self._row.values
+        if not len(present):
+            return np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.bool_)
+        slots = np.searchsorted(present, rows)
+        np.minimum(slots, len(present) - 1, out=slots)
+        return slots, (present[slots] == rows) & self._is_live.values[slots]
 
     def _codes_of(self, tasks: pa.StringArray) -> Int32:
         encoded = tasks.dictionary_encode()

@@ -1,4 +1,4 @@
-"""Which live rows a draw takes. Every sampler draws distinct rows at a cost of O(count log n) for n live rows.
+"""Which live rows a draw takes. Every sampler draws distinct rows, at a cost that hardly grows with the live rows.
 
 Tasks are codes: equal codes mean the same task. What a sampler gives follows from the live rows and the generator
 alone, not from how they came about; so a buffer that was restored draws what the first one would have. (Priorities are
@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from buffer.sampling.ranked_rows import RankedRows
 from buffer.sampling.row_facts import Int32, Int64
 from buffer.sampling.sum_tree import Float64, SumTree
 from buffer.sampling.weighted_rows import WeightedRows
@@ -41,13 +42,13 @@ class Sampler(Protocol):
 
 
 class _RankedSampler:
-    """What samplers that go by the order of the rows share: all weights are 1, priorities count for nothing."""
+    """What samplers that go by the order of the rows share: priorities count for nothing."""
 
     def __init__(self) -> None:
-        self._rows = WeightedRows()
+        self._rows = RankedRows()
 
     def insert(self, rows: Int64, tasks: Int32, priorities: Float32) -> None:
-        self._rows.append(rows, np.ones(len(rows)))
+        self._rows.append(rows)
 
     def remove(self, rows: Int64, tasks: Int32) -> None:
         self._rows.remove(rows)
@@ -142,13 +143,12 @@ class StratifiedSampler:
     """
 
     def __init__(self) -> None:
-        self._tasks: dict[int, WeightedRows] = {}
+        self._tasks: dict[int, RankedRows] = {}
 
     def insert(self, rows: Int64, tasks: Int32, priorities: Float32) -> None:
         """See the protocol."""
         for task in np.unique(tasks).tolist():
-            own = rows[tasks == task]
-            self._tasks.setdefault(task, WeightedRows()).append(own, np.ones(len(own)))
+            self._tasks.setdefault(task, RankedRows()).append(rows[tasks == task])
 
     def remove(self, rows: Int64, tasks: Int32) -> None:
         """See the protocol."""

@@ -1,4 +1,4 @@
-"""Rows in ascending order with a weight each: found by number, by rank, or in proportion to their weight."""
+"""Rows in ascending order with a weight each: found by number, or in proportion to their weight."""
 
 from __future__ import annotations
 
@@ -41,20 +41,10 @@ class WeightedRows:
         """Replace the weights of these rows, which are distinct and all here."""
         self._tree.put(self._slots(rows), weights)
 
-    def at_ranks(self, ranks: Int64) -> Int64:
-        """[k] the rows with these ranks, 0 being the oldest; all weights are 1."""
-        found: Int64 = self._rows.values[self._tree.find(ranks.astype(np.float64))]
-        return found
-
     def sample(self, count: int, generator: np.random.Generator) -> Int64:
         """[count] distinct rows; see `SumTree.sample`."""
         found: Int64 = self._rows.values[self._tree.sample(count, generator)]
         return found
-
-    @property
-    def oldest(self) -> int:
-        """The smallest row number; there is a row."""
-        return int(self._rows.values[self._tree.find(np.zeros(1))[0]])
 
     def _slots(self, rows: Int64) -> Int64:
         slots = np.searchsorted(self._rows.values, rows)

@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from buffer.staleness import NO_VERSION, VersionRange
 from buffer.store.events import DROPPED, EVICTED, Counters
 from buffer.validation import Rejection
 
+Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 
@@ -44,6 +46,33 @@ class DrawStatistics:
     staleness_max: int
     age_mean_s: float
     age_max_s: float
+
+
+@dataclass(frozen=True)
+class LastDraw:
+    """What statistics of a draw are computed from, when they are asked for.
+
+    oldest_version: [n] of each row, infinity where it has none. created_us: [n]. policy_version: newest one known at
+    the draw. at_s: time of the draw, in seconds since the epoch.
+    """
+
+    oldest_version: Float64
+    created_us: Float64
+    policy_version: int
+    at_s: float
+
+    @classmethod
+    def from_batch(cls, batch: pa.RecordBatch, policy_version: int, at_s: float) -> LastDraw:
+        """Of the rows that a draw gave."""
+        oldest = VersionRange.from_batch(batch).oldest
+        created_us = batch.column("created_at").view(pa.int64()).to_numpy().astype(np.float64)
+        return cls(np.where(oldest == NO_VERSION, np.inf, oldest), created_us, policy_version, at_s)
+
+    def statistics(self) -> DrawStatistics:
+        """Staleness (see `buffer.staleness`) and age of the rows."""
+        behind = np.maximum(self.policy_version - self.oldest_version, 0.0)
+        ages_s = np.maximum(self.at_s - self.created_us / 1e6, 0.0)
+        return DrawStatistics(float(behind.mean()), int(behind.max()), float(ages_s.mean()), float(ages_s.max()))
 
 
 @dataclass

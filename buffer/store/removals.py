@@ -26,7 +26,8 @@ class Removals:
 
     def exhaust(self, source: str, rows: Int64) -> None:
         """These rows were drawn as often as they may be: the next step here removes them."""
-        self._exhausted[source] = np.concatenate([self._exhausted[source], rows])
+        if len(rows):
+            self._exhausted[source] = np.concatenate([self._exhausted[source], rows])
 
     def evict(self) -> None:
         """Remove what the settings leave no place for.

@@ -12,7 +12,6 @@ file, or with a rewriting of it (see `buffer.store.compaction`).
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,15 +20,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from buffer.sampling.draw_numbers import DrawNumbers
 from buffer.sampling.lane import Lane
+from buffer.sampling.live_facts import Drawn
 from buffer.sampling.row_facts import RowFacts
 from buffer.schema import SOURCES, TokenContract, with_rows
 from buffer.settings import BufferSettings
-from buffer.staleness import VersionRange, staleness
+from buffer.staleness import VersionRange
 from buffer.store.archive import Archive
 from buffer.store.compaction import Rewrite, RewritePlan
 from buffer.store.consumption_log import DrawKey, LoggedDraw
-from buffer.store.counters import DrawResult, DrawStatistics, InsertResult, SourceCounters, StoreStatus
+from buffer.store.counters import DrawResult, InsertResult, LastDraw, SourceCounters, StoreStatus
 from buffer.store.door import check
 from buffer.store.events import Event
 from buffer.store.folder_lock import FolderLock
@@ -66,10 +67,10 @@ class ReplayStore:
         self._folder = folder
         self._contract = contract
         self._settings = settings
-        self._seed = seed
+        self._numbers = DrawNumbers(seed)
         self._clock = clock
         self._replayed = dict.fromkeys(SOURCES, 0)
-        self._last_draw: dict[str, DrawStatistics | None] = dict.fromkeys(SOURCES)
+        self._last_draw: dict[str, LastDraw | None] = dict.fromkeys(SOURCES)
         folder.mkdir(parents=True, exist_ok=True)
         archive = None if settings.archive is None else Archive(settings.archive, folder)
         self._lock = FolderLock(folder)
@@ -149,7 +150,7 @@ class ReplayStore:
             if len(logged.rows) > count:
                 raise ValueError(_other_size(key, len(logged.rows), count))
             self._replayed[key.source] += count
-            return self._gather(logged, repeated=True)
+            return self._answer(logged, repeated=True)
         if not 1 <= count <= self._settings.capacity:
             raise ValueError(
                 f"a draw of {count} trajectories can never be served: the buffer holds {self._settings.capacity} per "
@@ -165,10 +166,11 @@ class ReplayStore:
         tally = shard.tallies[key.source]
         tally.draws += logged is None
         tally.drawn += len(rows)
-        self._removals.exhaust(key.source, lane.count_draw(rows))
+        counted = lane.count_draw(rows)
+        self._removals.exhaust(key.source, lane.exhausted(counted))
         drawn = shard.log.find(key)
         assert drawn is not None, "it was logged just now"
-        result = self._gather(drawn, repeated=False)
+        result = self._answer(drawn, repeated=False, counted=counted if logged is None else None)
         self._removals.evict()
         self._upkeep.tidy()
         return result
@@ -335,19 +337,17 @@ class ReplayStore:
         return rows[~np.isin(rows, logged.rows)][:missing]
 
     def _generator(self, key: DrawKey, num_logged: int) -> np.random.Generator:
-        """A draw's own random numbers: they depend on no other draw, so none has to be repeated for this one."""
-        return np.random.default_rng(
-            (self._seed, zlib.crc32(key.stage.encode()), key.step, SOURCES.index(key.source), num_logged)
-        )
+        return self._numbers.of(key.stage, key.step, key.source, num_logged)
 
-    def _gather(self, draw: LoggedDraw, repeated: bool) -> DrawResult:
+    def _answer(self, draw: LoggedDraw, repeated: bool, counted: Drawn | None = None) -> DrawResult:
+        """counted: what the lane remembers of all rows, None where some may not be live any more."""
         batch = self._shard.files.take(draw.rows)
-        behind = staleness(draw.policy_version, VersionRange.from_batch(batch).oldest)
-        created_us = batch.column("created_at").view(pa.int64()).to_numpy()
-        ages_s = np.maximum(self._clock() - created_us / 1e6, 0.0)
-        self._last_draw[draw.key.source] = DrawStatistics(
-            float(behind.mean()), int(behind.max()), float(ages_s.mean()), float(ages_s.max())
-        )
+        now_s = self._clock()
+        if counted is None:
+            last = LastDraw.from_batch(batch, draw.policy_version, now_s)
+        else:
+            last = LastDraw(counted.oldest_version, counted.created_us, draw.policy_version, now_s)
+        self._last_draw[draw.key.source] = last
         return DrawResult(batch, draw.rows, draw.policy_version, repeated)
 
     # Inserting
@@ -370,7 +370,7 @@ class ReplayStore:
                 lane.append(own)
 
     def _counters(self, source: str) -> SourceCounters:
-        tally = self._shard.tallies[source]
+        tally, last_draw = self._shard.tallies[source], self._last_draw[source]
         return SourceCounters(
             inserted=tally.inserted,
             live=len(self._shard.lanes[source]),
@@ -378,7 +378,7 @@ class ReplayStore:
             draws=tally.draws,
             drawn=tally.drawn,
             replayed=self._replayed[source],
-            last_draw=self._last_draw[source],
+            last_draw=None if last_draw is None else last_draw.statistics(),
         )
 
 

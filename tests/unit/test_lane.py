@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from buffer.sampling import columns, live_facts, sum_tree, weighted_rows
+from buffer.sampling import columns, live_facts, ranked_rows, sum_tree, weighted_rows
 from buffer.sampling.lane import Lane
 from buffer.sampling.row_facts import RowFacts
 from buffer.schema import with_rows
@@ -99,7 +99,11 @@ class LaneHistories(RuleBasedStateMachine):
             assert drawn == sorted(self.model)[:count]
         for each in drawn:
             self.model[each].times_sampled += 1
-        exhausted = self.lane.count_draw(np.array(drawn))
+        counted = self.lane.count_draw(np.array(drawn))
+        versions = [self.model[each].version for each in counted.rows.tolist()]
+        assert counted.oldest_version.tolist() == [np.inf if each == NO_VERSION else each for each in versions]
+        assert counted.created_us.tolist() == [self.model[each].created_us for each in counted.rows.tolist()]
+        exhausted = self.lane.exhausted(counted)
         expected = [each for each in drawn if self.model[each].times_sampled >= MAX_TIMES_SAMPLED]
         assert exhausted.tolist() == expected
         if data.draw(st.booleans(), label="removed at once"):
@@ -178,6 +182,8 @@ def _tiny_blocks(monkeypatch):
     monkeypatch.setattr(sum_tree, "_FANOUT", 3)
     monkeypatch.setattr(live_facts, "_FEWEST_GAPS", 3)
     monkeypatch.setattr(weighted_rows, "_FEWEST_GAPS", 3)
+    monkeypatch.setattr(ranked_rows, "_FEWEST_GAPS", 3)
+    monkeypatch.setattr(ranked_rows, "_BLOCK", 4)
 
 
 class TestLaneHistories(LaneHistories.TestCase):
@@ -202,7 +208,7 @@ def test_a_draw_of_an_earlier_life_counts_for_the_rows_that_are_still_live():
     lane.append(facts_from(0, 4))
     lane.count_draw(np.array([1, 2]))
     lane.remove(np.array([1]))
-    assert lane.count_draw(np.array([1, 2, 3])).tolist() == [2]
+    assert lane.exhausted(lane.count_draw(np.array([1, 2, 3]))).tolist() == [2]
     assert lane.over_sampled().tolist() == [2]
     assert lane.snapshot().times_sampled.tolist() == [0, 2, 1]
 
