@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actors.engine_settings import SamplingSettings
-from buffer.schema import FINISH_REASONS, TokenContract, trajectory_schema
+from buffer.schema import FINISH_REASONS, SAMPLING_TYPE, TokenContract, trajectory_schema
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
@@ -21,6 +22,8 @@ Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 FinishReason = Literal["eos", "max_length", "max_actions", "aborted"]
 assert get_args(FinishReason) == FINISH_REASONS
+
+_schema_of = lru_cache(maxsize=8)(trajectory_schema)
 
 STOP_MAX_ACTIONS = "max_actions"
 """vLLM's stop reason for the action limit; its finish reason is that of the length limit."""
@@ -90,36 +93,45 @@ def logs_to_batch(
         weights_fingerprint: of the newest version in the logs.
     """
     count = len(logs)
-    schema = trajectory_schema(contract)
+    schema = _schema_of(contract)
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "floor_mask": True}
+    by_action = _offsets([log.actions for log in logs])
     columns = {
-        "id": [log.request_id for log in logs],
-        "source": ["policy"] * count,
-        "task": [task] * count,
-        "prompt_ids": _list_column([log.prompt_ids for log in logs], pa.int32()),
-        "actions": _list_column([log.actions for log in logs], pa.int32()),
-        "realised": [None] * count,  # nothing was injected
-        "logprobs": _list_column([log.logprobs for log in logs], pa.float32()),
-        "policy_version": _list_column([log.policy_version for log in logs], pa.int32()),
-        "weights_fingerprint": [weights_fingerprint] * count,
-        "finish_reason": [log.finish_reason for log in logs],
-        "sampling": [sampled] * count,
-        "reward": [None] * count,
-        "features": [None] * count,
-        "actor": [actor] * count,
-        "created_at": [datetime.now(UTC)] * count,
+        "id": pa.array([log.request_id for log in logs], pa.string()),
+        "source": _repeated("policy", pa.string(), count),
+        "task": _repeated(task, pa.string(), count),
+        "prompt_ids": _lists([log.prompt_ids for log in logs], pa.int32()),
+        "actions": _lists([log.actions for log in logs], pa.int32(), by_action),
+        "realised": pa.nulls(count, schema.field("realised").type),  # nothing was injected
+        "logprobs": _lists([log.logprobs for log in logs], pa.float32(), by_action),
+        "policy_version": _lists([log.policy_version for log in logs], pa.int32(), by_action),
+        "weights_fingerprint": _repeated(weights_fingerprint, pa.string(), count),
+        "finish_reason": pa.array([log.finish_reason for log in logs], pa.string()),
+        "sampling": _repeated(sampled, SAMPLING_TYPE, count),
+        "reward": pa.nulls(count, schema.field("reward").type),
+        "features": pa.nulls(count, schema.field("features").type),
+        "actor": _repeated(actor, pa.string(), count),
+        "created_at": _repeated(datetime.now(UTC), schema.field("created_at").type, count),
     }
-    return pa.RecordBatch.from_arrays(
-        [
-            column if isinstance(column, pa.Array) else pa.array(column, schema.field(name).type)
-            for name, column in columns.items()
-        ],
-        schema=schema,
-    )
+    return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
 
 
-def _list_column(arrays: Sequence[npt.NDArray[np.generic]], value_type: pa.DataType) -> pa.ListArray:
+def _repeated(value: str | datetime | dict[str, float | bool] | None, type_: pa.DataType, count: int) -> pa.Array:
+    return pa.repeat(pa.scalar(value, type_), count)
+
+
+def _offsets(arrays: Sequence[npt.NDArray[np.generic]]) -> Int32:
+    """[n + 1] where each array begins when they are joined, and where the last one ends."""
     offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
-    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    np.cumsum(np.fromiter(map(len, arrays), np.int32, len(arrays)), out=offsets[1:])
+    return offsets
+
+
+def _lists(
+    arrays: Sequence[npt.NDArray[np.generic]], value_type: pa.DataType, offsets: Int32 | None = None
+) -> pa.ListArray:
+    """offsets: of the arrays, if known already."""
+    offsets = _offsets(arrays) if offsets is None else offsets
     values = np.concatenate(arrays) if arrays else np.empty(0)
+    assert len(values) == offsets[-1], "one log-probability and one version per action"
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, value_type))

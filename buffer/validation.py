@@ -88,8 +88,11 @@ class _Lists:
         num_null = column.null_count
         if num_null == 0:
             offsets = column.offsets.to_numpy()
-            self.offsets: Int64 = np.subtract(offsets, offsets[0], dtype=np.int64)
-            self.elements = column.values.slice(offsets[0], self.offsets[-1])
+            self.offsets: Int64 = offsets.astype(np.int64)
+            self.elements = column.values
+            if (first := offsets[0]) or offsets[-1] != len(self.elements):
+                self.offsets -= first
+                self.elements = self.elements.slice(first, self.offsets[-1])
             self.null: Bool | None = None
         elif num_null == len(column):
             self.offsets = np.zeros(num_null + 1, dtype=np.int64)
@@ -112,13 +115,14 @@ class _Columns:
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self.batch = batch
-        self.lists = {name: _Lists(batch.column(name)) for name in _LISTS}
-        sources = batch.column("source")
+        self.by_name = dict(zip(batch.schema.names, batch.columns, strict=True))
+        self.lists = {name: _Lists(self.by_name[name]) for name in _LISTS}
+        sources = self.by_name["source"]
         if sources.equals(_ALL_POLICY.slice(0, len(sources))):  # as actors send them
             self.sources = np.full(len(sources), _POLICY, dtype=np.int32)
         else:
             self.sources = _codes(sources, _SOURCES)
-        self.finishes = _codes(batch.column("finish_reason"), _FINISH_REASONS)
+        self.finishes = _codes(self.by_name["finish_reason"], _FINISH_REASONS)
 
 
 def validate(batch: pa.RecordBatch, contract: TokenContract) -> ValidatedBatch:
@@ -153,19 +157,19 @@ def _take(batch: pa.RecordBatch, rows: Int64) -> pa.RecordBatch:
 
 def _check_texts(columns: _Columns, findings: _Findings) -> None:
     """Nulls, sizes and enumerations."""
-    batch = columns.batch
+    by_name = columns.by_name
     for name in _REQUIRED:
-        if (column := batch.column(name)).null_count:
+        if (column := by_name[name]).null_count:
             findings.refuse(_mask(column.is_null()), f"{name} is null")
     for name in _FREE_TEXTS:
-        if (column := batch.column(name)).nbytes > MAX_TEXT_BYTES:
+        if (column := by_name[name]).nbytes > MAX_TEXT_BYTES:
             sizes = pc.binary_length(column)
             sizes_bytes = (sizes.fill_null(0) if sizes.null_count else sizes).to_numpy()
             findings.refuse(sizes_bytes > MAX_TEXT_BYTES, f"{name} is longer than {MAX_TEXT_BYTES:,} bytes")
-    ids = batch.column("id").to_pylist()
+    ids = by_name["id"].to_pylist()
     if len(set(ids)) < len(ids) or "" in ids:
         findings.refuse(np.array([id_ == "" for id_ in ids]), "id is empty")
-        findings.refuse(_repeated(batch.column("id")), "id appears earlier in the same batch")
+        findings.refuse(_repeated(by_name["id"]), "id appears earlier in the same batch")
     findings.refuse(columns.sources < 0, f"source is none of {', '.join(SOURCES)}")
     findings.refuse(columns.finishes < 0, f"finish_reason is none of {', '.join(FINISH_REASONS)}")
 
@@ -176,7 +180,7 @@ def _check_structure(columns: _Columns, findings: _Findings) -> None:
     for name in _NO_NULL_ELEMENTS:
         if (elements := lists[name].elements).null_count:
             findings.refuse_rows(lists[name].owners(_mask(elements.is_null())), f"{name} holds a null")
-    sampling = columns.batch.column("sampling")
+    sampling = columns.by_name["sampling"]
     for index, field in enumerate(sampling.type):
         if sampling.field(index).null_count:
             inner_null = pc.and_(sampling.is_valid(), sampling.field(index).is_null())
@@ -190,17 +194,16 @@ def _check_structure(columns: _Columns, findings: _Findings) -> None:
     from_policy = columns.sources == _POLICY
     for name in ("logprobs", "policy_version", "realised"):
         null = lists[name].null
-        if null is None:
-            null = np.zeros(len(from_policy), dtype=np.bool_)
-        if name != "realised":
-            findings.refuse(from_policy & null, f"a policy trajectory without {name}")
-            findings.refuse(~(from_policy | null), f"an expert trajectory with {name}")
-        findings.refuse((lists[name].lengths != num_actions) & ~null, f"{name} is not as long as actions")
+        present = np.True_ if null is None else ~null
+        if name != "realised" and np.any(present != from_policy):
+            findings.refuse(from_policy & ~present, f"a policy trajectory without {name}")
+            findings.refuse(~from_policy & present, f"an expert trajectory with {name}")
+        findings.refuse((lists[name].lengths != num_actions) & present, f"{name} is not as long as actions")
 
 
 def _check_values(columns: _Columns, rows: Int64, contract: TokenContract, findings: _Findings) -> None:
     """Values and replay of structurally sound rows; rows: [n] index of each in the batch as sent."""
-    batch, lists = columns.batch, columns.lists
+    by_name, lists = columns.by_name, columns.lists
     for name in ("prompt_ids", "actions", "realised"):
         _check_ids(name, lists[name], rows, contract, findings)
     values = lists["logprobs"].elements.to_numpy()
@@ -215,9 +218,9 @@ def _check_values(columns: _Columns, rows: Int64, contract: TokenContract, findi
     values = lists["features"].elements.to_numpy()
     if len(values) and not (finite := np.isfinite(values)).all():
         findings.refuse_rows(rows[lists["features"].owners(~finite)], "features holds a value that is not finite")
-    sampling = batch.column("sampling")
+    sampling = by_name["sampling"]
     for name, column in (
-        ("reward", batch.column("reward")),
+        ("reward", by_name["reward"]),
         ("sampling.temperature", sampling.field(0)),
         ("sampling.top_p", sampling.field(1)),
     ):
@@ -225,7 +228,7 @@ def _check_values(columns: _Columns, rows: Int64, contract: TokenContract, findi
             values = (column.fill_null(0.0) if num_null else column).to_numpy()
             if not (finite := np.isfinite(values)).all():
                 findings.refuse_rows(rows[~finite], f"{name} is not finite")
-    created_us = batch.column("created_at").view(pa.int64()).to_numpy()
+    created_us = by_name["created_at"].view(pa.int64()).to_numpy()
     if len(created_us) and (created_us.min() < 0 or created_us.max() > _LATEST_US):
         outside = (created_us < 0) | (created_us > _LATEST_US)
         findings.refuse_rows(rows[outside], "created_at lies outside of the years 1970 to 9999")
@@ -262,7 +265,8 @@ def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findi
     else:
         realised = actions.elements.to_numpy()
     ends = np.zeros(len(rows), dtype=np.bool_)
-    if len(eos := np.flatnonzero(realised == contract.eos_id)):
+    if (is_eos := realised == contract.eos_id).any():
+        eos = np.flatnonzero(is_eos)
         log = np.searchsorted(actions.offsets, eos, side="right") - 1
         is_last = eos == actions.offsets[log + 1] - 1
         findings.refuse_rows(rows[log[~is_last]], "an action follows <eos>")
@@ -274,11 +278,14 @@ def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findi
 
     if len(backspaces := np.flatnonzero(realised == contract.backspace_id)):
         # After t actions, k of them backspaces, the text is t - 2k tokens long: none is left to take back if t <= 2k.
-        log = np.searchsorted(actions.offsets, backspaces, side="right") - 1
-        first = np.searchsorted(backspaces, actions.offsets[log])
-        earlier = np.arange(len(backspaces)) - first
-        at_floor = backspaces - actions.offsets[log] <= 2 * earlier
-        findings.refuse_rows(rows[log[at_floor]], "takes a token back at the floor (the end of its prompt)")
+        # For the j-th backspace of the batch, at place p, and the first one f of its log, which begins at place b,
+        # that is p - b <= 2 (j - f).
+        firsts = np.searchsorted(backspaces, actions.offsets)
+        floors = np.repeat(actions.offsets[:-1] - 2 * firsts[:-1], np.diff(firsts))
+        at_floor = backspaces - 2 * np.arange(len(backspaces)) <= floors
+        if at_floor.any():
+            log = np.searchsorted(actions.offsets, backspaces[at_floor], side="right") - 1
+            findings.refuse_rows(rows[log], "takes a token back at the floor (the end of its prompt)")
 
 
 def _mask(mask: pa.Array) -> Bool:

@@ -124,5 +124,5 @@ class Lane:
         self._add(facts, snapshot.times_sampled, priorities)
 
     def _add(self, facts: RowFacts, times_sampled: Int32, priorities: Float32) -> None:
-        self._facts.append(facts, times_sampled, priorities)
-        self._sampler.insert(facts.row, self._facts.tasks(facts.row), priorities)
+        tasks = self._facts.append(facts, times_sampled, priorities)
+        self._sampler.insert(facts.row, tasks, priorities)

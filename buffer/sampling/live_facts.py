@@ -71,16 +71,18 @@ class LiveFacts:
         """Largest priority of a live row; FIRST_PRIORITY where there is none."""
         return -self._negative_priority.smallest() if len(self) else FIRST_PRIORITY
 
-    def append(self, facts: RowFacts, times_sampled: Int32, priorities: Float32) -> None:
-        """Add rows with numbers above all before."""
+    def append(self, facts: RowFacts, times_sampled: Int32, priorities: Float32) -> Int32:
+        """Add rows with numbers above all before; gives [n] their `tasks`."""
+        tasks = self._codes_of(facts.task)
         self._row.append(facts.row)
         self._is_live.append(np.ones(len(facts), dtype=np.bool_))
-        self._task.append(self._codes_of(facts.task))
+        self._task.append(tasks)
         self._times_sampled.append(times_sampled)
         oldest = facts.oldest_version
         self._oldest_version.append(np.where(oldest == NO_VERSION, np.inf, oldest))  # without one: never stale
         self._created_us.append(facts.created_us)
         self._negative_priority.append(-priorities)
+        return tasks
 
     def remove(self, rows: Int64) -> None:
         """Take out these rows; all of them are live."""

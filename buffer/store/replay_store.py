@@ -42,6 +42,8 @@ from buffer.store.upkeep import Upkeep
 
 Float32 = npt.NDArray[np.float32]
 
+_SOURCES = pa.array(SOURCES)
+
 
 class ReplayStore:
     """The trajectories of one folder. One process at a time, not thread-safe."""
@@ -356,18 +358,19 @@ class ReplayStore:
         """Rows that were validated: into the segment, then live for now."""
         shard = self._shard
         end_row = shard.next_row + good.num_rows
-        stored = shard.files.append(with_rows(good, np.arange(shard.next_row, end_row)))
+        numbered = with_rows(good, np.arange(shard.next_row, end_row))
+        shard.files.append(numbered)
         shard.next_row = end_row
-        versions = VersionRange.from_batch(stored)
+        versions = VersionRange.from_batch(good)
         shard.newest_version = max(shard.newest_version, int(versions.newest.max()))
-        facts = RowFacts.from_batch(stored, versions)
-        shard.known.add(stored.column("id"), facts.row)
-        for source, lane in shard.lanes.items():
-            mask = pc.equal(stored.column("source"), source).to_numpy(zero_copy_only=False)
-            if mask.any():
+        facts = RowFacts.from_batch(numbered, versions)
+        shard.known.add(good.column("id"), facts.row)
+        sources = pc.index_in(good.column("source"), _SOURCES).to_numpy()
+        for index, source in enumerate(SOURCES):
+            if (mask := sources == index).any():
                 own = facts.where(mask)
                 shard.tallies[source].inserted += len(own)
-                lane.append(own)
+                shard.lanes[source].append(own)
 
     def _counters(self, source: str) -> SourceCounters:
         tally, last_draw = self._shard.tallies[source], self._last_draw[source]

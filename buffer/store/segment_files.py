@@ -91,15 +91,13 @@ class SegmentFiles:
             self._go_on_in(number, self._open_segment(number))
         self._table.append(batches, on_heap=True)
 
-    def append(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Store rows that come after all others; gives them as views of the written bytes.
+    def append(self, batch: pa.RecordBatch) -> None:
+        """Store rows that come after all others, as views of the written bytes.
 
         Raises:
             OSError: the disk refused; nothing has changed.
         """
-        stored = self._open.append(batch)
-        self._table.append([stored], on_heap=True)
-        return stored
+        self._table.append([self._open.append(batch)], on_heap=True)
 
     def take(self, rows: Int64) -> pa.RecordBatch:
         """See `RowTable.take`."""
