@@ -1,6 +1,6 @@
 """The folder of a run, and how a command finds the live run behind it.
 
-runs/NAME/  config.yaml  environment.txt  cluster.json (while live)  metrics.jsonl  tensorboard/
+runs/NAME/  config.yaml  environment.txt  lock  cluster.json (while live)  metrics.jsonl  tensorboard/
             buffer/  tokenizer/  checkpoints/<stage>/step-<n>/  evaluation.json  samples/
 """
 
@@ -13,9 +13,12 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from buffer.store.folder_lock import FolderLock
 from launch.errors import UserError
 from launch.recipe import read_recipe, write_recipe
 from launch.settings import RunSettings
@@ -118,6 +121,29 @@ def run_config(path: Path) -> Path:
     if not config.is_file():
         raise UserError(f"{path} is not a run folder: it has no {CONFIG_FILE} (runs live below runs/)")
     return config
+
+
+@contextmanager
+def sole_driver(folder: Path) -> Iterator[None]:
+    """Hold a run: two drivers would write the same files. The kernel lets go of it however this process ends, so that a
+    driver that was killed is never taken for a live one, whatever process has its number by now.
+
+    Raises:
+        UserError: another process holds it, or the file system has no locks.
+    """
+    try:
+        lock = FolderLock(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be locked: {error}") from None
+    except ValueError as error:
+        if not (folder / CLUSTER_FILE).is_file():  # it is just starting
+            raise UserError(str(error)) from None
+        pid = read_cluster(folder).driver_pid
+        raise UserError(f"run {folder.name} is live: process {pid} drives it. Stop that one first") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_cluster(folder: Path, cluster: LiveCluster) -> None:

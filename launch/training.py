@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import typer
@@ -10,11 +9,11 @@ from rich.console import Console
 
 from launch.driver import RunOutcome
 from launch.driver import train as run_stages
-from launch.errors import EXIT_INTERRUPTED, RunFailedError, UserError
+from launch.errors import EXIT_INTERRUPTED, RunFailedError
 from launch.evaluation import Target, evaluate
 from launch.evaluation_report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
 from launch.run_checkpoints import final_checkpoint
-from launch.run_folder import CLUSTER_FILE, read_cluster
+from launch.run_folder import sole_driver
 from launch.settings import RunSettings
 
 
@@ -22,9 +21,14 @@ def run_and_report(settings: RunSettings, folder: Path, console: Console, evalua
     """Train all stages that are not done, then evaluate.
 
     Raises:
-        UserError, RunFailedError: see `launch.driver.train`. typer.Exit: with 130, where it was interrupted.
+        UserError: another process drives the run; and as RunFailedError: see `launch.driver.train`. typer.Exit: with
+            130, where it was interrupted.
     """
-    check_not_live(folder)
+    with sole_driver(folder):
+        _run_and_report(settings, folder, console, evaluate_after)
+
+
+def _run_and_report(settings: RunSettings, folder: Path, console: Console, evaluate_after: bool) -> None:
     shown = shown_path(folder)
     try:
         outcome = run_stages(settings, folder, console)
@@ -40,27 +44,6 @@ def run_and_report(settings: RunSettings, folder: Path, console: Console, evalua
     if evaluate_after:
         _evaluate(outcome, settings, console, shown)
     console.print(f"\nrun folder: {shown}", highlight=False, soft_wrap=True)
-
-
-def check_not_live(folder: Path) -> None:
-    """Refuse to resume a run whose driver still lives: two drivers would write the same files.
-
-    Raises:
-        UserError: it does.
-    """
-    if not (folder / CLUSTER_FILE).is_file():
-        return
-    pid = read_cluster(folder).driver_pid
-    try:
-        os.kill(pid, 0)  # signal 0 asks whether the process exists
-    except ProcessLookupError:
-        return
-    except PermissionError:
-        pass  # it exists, and is another user's
-    raise UserError(
-        f"run {folder.name} is live: process {pid} drives it. Stop that one first; if it is another program, the run "
-        f"ended without cleaning up: delete {folder / CLUSTER_FILE}"
-    )
 
 
 def shown_path(folder: Path) -> Path:

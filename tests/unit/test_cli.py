@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from launch.cli import app
+from launch.errors import UserError
 from launch.recipe import read_recipe
-from launch.run_folder import LiveCluster, create_run_folder, write_cluster
+from launch.run_folder import LiveCluster, create_run_folder, sole_driver, write_cluster
 
 RECIPE = "launch/recipes/arithmetic_cpu.yaml"
 HEAVY = ("torch", "ray", "vllm", "transformers", "datasets")
@@ -119,8 +120,29 @@ def test_train_refuses_a_runs_folder_that_cannot_be_made(tmp_path: Path) -> None
 
 
 def test_resuming_a_live_run_is_refused(run_folder: Path) -> None:
+    with sole_driver(run_folder):
+        assert f"{run_folder} is in use" in fails_with(2, "train", "--resume", str(run_folder))  # it is about to start
+        write_cluster(run_folder, LiveCluster("127.0.0.1:1", run_folder.name, os.getpid()))
+        assert f"process {os.getpid()} drives it" in fails_with(2, "train", "--resume", str(run_folder))
+
+
+def test_a_driver_that_was_killed_holds_its_run_no_more(run_folder: Path) -> None:
+    """Though a live process has its number, as in a container that was started again."""
     write_cluster(run_folder, LiveCluster("127.0.0.1:1", run_folder.name, os.getpid()))
-    assert f"process {os.getpid()} drives it" in fails_with(2, "train", "--resume", str(run_folder))
+    holding = (
+        "import sys, pathlib, launch.run_folder as t\n"
+        "with t.sole_driver(pathlib.Path(sys.argv[1])): print('holds', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holding, str(run_folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as killed:
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == b"holds\n"
+        with pytest.raises(UserError, match="is live"), sole_driver(run_folder):
+            pass
+        killed.kill()
+    with sole_driver(run_folder):
+        pass
 
 
 @pytest.mark.parametrize("command", [["status"], ["scale", "--actors", "2"]], ids=" ".join)
