@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import typer
 
-from launch.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunFailedError, UserError
+from launch.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunFailedError, UserError, is_disk_full
 from launch.stop_signals import stop_signals_interrupt
 
 EXIT_RUN_FAILED = 1
@@ -25,6 +25,10 @@ def reported_errors() -> Iterator[None]:
         _end(str(error), EXIT_USER_ERROR)
     except RunFailedError as error:
         _end(str(error), EXIT_RUN_FAILED)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        _end(f"{error}; make room there, then repeat the command", EXIT_USER_ERROR)
     except KeyboardInterrupt:
         _end("interrupted", EXIT_INTERRUPTED)
 

@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from buffer.shards.shard import Shard
-from launch.errors import RunFailedError
+from launch.errors import RunFailedError, is_disk_full
 from learner.ranks import RankLostError
 from learner.stage_settings import StageSettings
 from learner.worker import LearnerSpec, LearnerWorker
@@ -38,7 +38,8 @@ class LearnerFailedError(RunFailedError):
         if self.cause is None:
             super().__init__(f"{who} died: {str(error).splitlines()[0]}")
         else:
-            super().__init__(f"{who} failed: {type(self.cause).__name__}: {self.cause}")
+            remedy = "; make room there, then resume the run" if is_disk_full(self.cause) else ""
+            super().__init__(f"{who} failed: {type(self.cause).__name__}: {self.cause}{remedy}")
 
 
 class LearnerCall:

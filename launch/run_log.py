@@ -17,6 +17,7 @@ from typing import Literal
 
 from actors.status import MemberStatus, PoolStatus
 from buffer.shards.status import BufferStatus
+from launch.errors import RunFailedError
 from launch.live_view import RunView
 from learner.status import LearnerStatus
 
@@ -32,12 +33,13 @@ class RunLog:
     def __init__(self, folder: Path) -> None:
         """folder: of the run; its name is the run's."""
         self._run = folder.name
-        path = folder / LOG_FILE
-        path.parent.mkdir(exist_ok=True)
-        torn = _is_torn(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # by lines: a reader follows them as they come
-        if torn:  # by the death of an earlier driver
-            self._file.write("\n")
+        self._path = folder / LOG_FILE
+        self._path.parent.mkdir(exist_ok=True)
+        self._refusal: OSError | None = None
+        torn = _is_torn(self._path)
+        self._file = self._path.open("ab", buffering=0)  # a reader follows the lines as they come
+        if torn:  # by the death of an earlier driver, or by a full disk
+            self._append("\n")
         self._learner: LearnerStatus | None = None
         self._members: dict[str, MemberStatus] = {}
         self._events: tuple[str, ...] = ()
@@ -55,7 +57,10 @@ class RunLog:
 
     def write(self, level: Level, role: Role, message: str, *, index: int = 0, version: int | None = None) -> None:
         """One line. index: number of the process among those of its role; version: of an actor's weights, None before
-        its first ones; the lines of all others have the newest published version."""
+        its first ones; the lines of all others have the newest published version.
+
+        A refusal of the disk is raised by the next `follow`, so that it never hinders a run that is ending.
+        """
         learner = self._learner
         published = None if learner is None or learner.policy_version < 0 else learner.policy_version
         line = {
@@ -69,16 +74,33 @@ class RunLog:
             "version": version if role == "actor" else published,
             "message": message,
         }
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._append(json.dumps(line, ensure_ascii=False) + "\n")
 
     def follow(self, view: RunView) -> None:
-        """Write down what is new in the view."""
+        """Write down what is new in the view.
+
+        Raises:
+            RunFailedError: the disk has refused a line.
+        """
         if view.learner is not None:
             self._follow_learner(view.learner)
         if view.pool is not None:
             self._follow_pool(view.pool)
         if view.buffer is not None:
             self._follow_buffer(view.buffer)
+        if self._refusal is not None:
+            raise RunFailedError(f"{self._path} cannot be written: {self._refusal}; make room or give permission there")
+
+    def _append(self, line: str) -> None:
+        """Write a line whole, or its beginning and nothing after it."""
+        if self._refusal is not None:
+            return
+        content = line.encode()
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            self._refusal = error
 
     def _follow_learner(self, learner: LearnerStatus) -> None:
         before, self._learner = self._learner, learner

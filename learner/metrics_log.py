@@ -24,18 +24,27 @@ class MetricsLog:
         ImportError: a tracker is not installed.
         """
         self._trackers = make_trackers(trackers, run_folder)
-        path = run_folder / "metrics.jsonl"
-        _drop_unfinished_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = run_folder / "metrics.jsonl"
+        _drop_unfinished_line(self._path)
+        self._file = self._path.open("ab", buffering=0)  # so nothing is left to be written by `close`
 
     def write(
         self, stage: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Int64] | None = None
     ) -> None:
-        """Log one step of a stage. histograms: samples whose distribution the trackers show; not in the file."""
+        """Log one step of a stage. histograms: samples whose distribution the trackers show; not in the file.
+
+        Raises:
+            OSError: the disk refused; the file may end in a part of the line.
+        """
         row: dict[str, str | int | float | None] = {"time": round(time.time(), 3), "stage": stage, "step": step}
         row |= {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        content = f"{json.dumps(row, allow_nan=False)}\n".encode()
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            error.filename = str(self._path)  # a descriptor says nothing to whoever has to make room
+            raise
         for tracker in self._trackers:
             tracker.write(stage, step, metrics, histograms or {})
 
@@ -51,7 +60,11 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # else the disk that is full has said so, and what ended the stage is told
+                raise
 
 
 def _drop_unfinished_line(path: Path) -> None:

@@ -133,8 +133,9 @@ class OpenSegment:
                 view = view[os.write(self._descriptor, view) :]
             if self._sync_each_batch:
                 os.fdatasync(self._descriptor)
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._descriptor, self._size_bytes)
+            error.filename = str(self.path)  # a descriptor says nothing to whoever has to make room
             raise
         self._size_bytes += len(content)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -17,6 +18,11 @@ from launch.errors import RunFailedError, UserError
         (UserError("mend it"), 2, "error: mend it\n"),
         (RunFailedError("actor-0 died"), 1, "error: actor-0 died\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (
+            OSError(errno.ENOSPC, "full", "/disk"),
+            2,
+            "error: [Errno 28] full: '/disk'; make room there, then repeat the command\n",
+        ),
     ],
 )
 def test_exit_codes(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,9 +32,10 @@ def test_exit_codes(error: BaseException, code: int, line: str, capsys: pytest.C
     assert capsys.readouterr().err == line
 
 
-def test_a_defect_keeps_its_traceback() -> None:
-    with pytest.raises(ValueError, match="defect"), reported_errors():
-        raise ValueError("defect")
+@pytest.mark.parametrize("defect", [ValueError("defect"), OSError(errno.EIO, "defect")])
+def test_a_defect_keeps_its_traceback(defect: Exception) -> None:
+    with pytest.raises(type(defect), match="defect"), reported_errors():
+        raise defect
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), FileNotFoundError("no"), ImportError("no")])

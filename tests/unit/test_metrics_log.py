@@ -93,3 +93,12 @@ def test_a_killed_process_leaves_every_step_that_it_wrote(tmp_path):
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    full = os.open("/dev/full", os.O_WRONLY)
+    with MetricsLog(tmp_path, ()) as log:
+        os.dup2(full, log._file.fileno())
+        with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+            log.write("trunk", 1, {"loss": 1.0})
+    os.close(full)

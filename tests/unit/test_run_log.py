@@ -10,6 +10,7 @@ import pytest
 
 from actors.status import ActorStatus, MemberStatus, PoolStatus
 from buffer.shards.status import BufferStatus
+from launch.errors import RunFailedError
 from launch.live_view import RunView
 from launch.run_log import LOG_FILE, RunLog, news
 from learner.status import LearnerStatus
@@ -103,6 +104,16 @@ def test_a_resumed_run_goes_on_behind_a_torn_line_and_says_how_it_ended(tmp_path
         "the run begins",
         "the run ended: RuntimeError: no more\nthan this",
     ]
+
+
+def test_a_full_disk_ends_the_run_and_hinders_nothing_on_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / LOG_FILE).symlink_to("/dev/full")
+    with RunLog(tmp_path) as log:
+        log.write("info", "driver", "the run begins")
+        with pytest.raises(RunFailedError, match=r"run\.jsonl cannot be written: .*No space left.*; make room"):
+            log.follow(RunView(tmp_path.name, [], learner=LEARNER))
+        log.write("warning", "driver", "a shard did not end by itself")
 
 
 @pytest.mark.parametrize(
