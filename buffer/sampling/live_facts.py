@@ -105,7 +105,7 @@ class LiveFacts:
     def count_draw(self, rows: Int64) -> Drawn:
         """Add a draw to each of these distinct rows, but for those that are not live."""
         slots, is_live = self._find(rows)
-        if not is_live.all():
+        if np.count_nonzero(is_live) < len(rows):
             rows, slots = rows[is_live], slots[is_live]
         times_sampled = self._times_sampled.values[slots] + 1
         self._times_sampled.values[slots] = times_sampled
@@ -150,8 +150,12 @@ class LiveFacts:
         present = self._row.values
         if not len(present):
             return np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.bool_)
-        slots = np.searchsorted(present, rows)
-        np.minimum(slots, len(present) - 1, out=slots)
+        last = len(present) - 1
+        if present[last] - present[0] == last:  # numbers without a gap: this source is the only one
+            slots = np.maximum(rows - present[0], 0)
+        else:
+            slots = np.searchsorted(present, rows)
+        np.minimum(slots, last, out=slots)
         return slots, (present[slots] == rows) & self._is_live.values[slots]
 
     def _codes_of(self, tasks: pa.StringArray) -> Int32:

@@ -26,6 +26,11 @@ SLICED_ROWS = 20
 """With fewer rows per batch, slicing them out one by one costs less than one `take`."""
 
 
+_VIEWS = pa.binary_view()
+_CONTENT = pa.large_binary()
+_MOST_ITEMS = 2**31 - 1
+
+
 class Part(NamedTuple):
     """Rows that come from one batch. local: [k] their places there, ascending; at: [k] their places in the result."""
 
@@ -82,35 +87,30 @@ def _copy_runs(layout: GatherLayout, parts: Sequence[Part], records: Int32, plac
             windows += part.source.windows
         # Short runs have themselves where the others have their buffer.
         views[:, :, 2] += first_windows * (lengths > INLINE_BYTES)
-    described = pa.Array.from_buffers(
-        pa.binary_view(), num_columns * num_rows, [None, pa.py_buffer(views), *windows], 0
-    )
-    _, bounds, content = pc.cast(described, pa.large_binary()).buffers()
+    described = pa.Array.from_buffers(_VIEWS, num_columns * num_rows, [None, pa.py_buffer(views), *windows], 0)
+    _, bounds, content = pc.cast(described, _CONTENT).buffers()
     ends = np.frombuffer(bounds, dtype=np.int64)  # in bytes, over all columns
     begins = ends[:-1:num_rows]
-    # Items are of 2^k bytes.
-    shifts = np.array([parts[0].source.runs[name].item_bytes.bit_length() - 1 for name in layout.runs])
-    num_items = (ends[num_rows::num_rows] - begins) >> shifts
-    if num_items.max() > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"{num_rows} rows with {num_items.max()} elements are too many for a batch: draw fewer at once"
-        )
+    num_items = ((ends[num_rows::num_rows] - begins) >> layout.item_shifts).tolist()
+    if max(num_items) > _MOST_ITEMS:
+        raise ValueError(f"{num_rows} rows with {max(num_items)} elements are too many for a batch: draw fewer at once")
     offsets = np.zeros((num_columns, num_rows + 1), dtype=np.int32)
-    offsets[:, 1:] = (ends[1:].reshape(num_columns, num_rows) - begins[:, None]) >> shifts[:, None]
-    all_offsets, width = pa.py_buffer(offsets), offsets[0].nbytes
+    offsets[:, 1:] = (ends[1:].reshape(num_columns, num_rows) - begins[:, None]) >> layout.item_shifts[:, None]
+    all_offsets, width = pa.py_buffer(offsets), 4 * (num_rows + 1)
     columns: dict[str, pa.Array] = {}
-    for index, (name, begin, count) in enumerate(zip(layout.runs, begins.tolist(), num_items.tolist(), strict=True)):
+    for index, (column, begin, count) in enumerate(zip(layout.run_columns, begins.tolist(), num_items, strict=True)):
         validity, null_count = None, 0
-        if name in layout.nullable:
+        if column.is_nullable:
             is_null = (lengths[index] == 0) & (views[index, :, 1] == NULL_MARK)
             validity, null_count = pa.array(~is_null).buffers()[1], int(np.count_nonzero(is_null))
         buffers = [validity, all_offsets.slice(index * width, width)]
-        type_, own = layout.schema.field(name).type, content.slice(begin, count << int(shifts[index]))
-        if pa.types.is_string(type_):
-            columns[name] = pa.Array.from_buffers(type_, num_rows, [*buffers, own], null_count)
+        own = content.slice(begin, count << column.item_shift)
+        if column.items is None:
+            values = pa.Array.from_buffers(column.type, num_rows, [*buffers, own], null_count)
         else:
-            items = pa.Array.from_buffers(type_.value_type, count, [None, own], 0)
-            columns[name] = pa.Array.from_buffers(type_, num_rows, buffers, null_count, children=[items])
+            items = pa.Array.from_buffers(column.items, count, [None, own], 0)
+            values = pa.Array.from_buffers(column.type, num_rows, buffers, null_count, children=[items])
+        columns[column.name] = values
     return columns
 
 

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.store.gather_source import GatherSource
+
+
+class RunColumn(NamedTuple):
+    """A column of lists or of text. items: type of a list's items, None of text; item_shift: they have 2^k bytes;
+    is_nullable: it has a null somewhere."""
+
+    name: str
+    type: pa.DataType
+    items: pa.DataType | None
+    item_shift: int
+    is_nullable: bool
 
 
 class GatherLayout:
@@ -26,8 +39,10 @@ class GatherLayout:
         self.runs: tuple[str, ...] = ()
         self.numbers: tuple[str, ...] = ()
         self.rest: tuple[str, ...] = ()
-        self.nullable: set[str] = set()
-        """Of `runs`, those that have a null somewhere."""
+        self.run_columns: tuple[RunColumn, ...] = ()
+        self.item_shifts: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        """Of `run_columns`."""
+        self._nullable: set[str] = set()
         self._constants = {name: value for name, value in first.constants.items() if name in self.names}
         self._repeated = {name: first.batch.column(name).take(pa.array([0])) for name in self._constants}
         self._repeated_last: tuple[int, dict[str, pa.Array]] = (0, {})
@@ -43,7 +58,7 @@ class GatherLayout:
                 if name not in found or found[name] != self._constants[name]:
                     del self._constants[name], self._repeated[name]
             self._not_in_records |= set(self.names) - source.runs.keys() - source.numbers.keys()
-            self.nullable |= {name for name, runs in source.runs.items() if runs.valid is not None}
+            self._nullable |= {name for name, runs in source.runs.items() if runs.valid is not None}
             source.covered_by = self
         if new:
             self._repeated_last = (0, {})
@@ -53,6 +68,8 @@ class GatherLayout:
             self.runs = tuple(sorted(runs, key=lambda name: -new[0].runs[name].item_bytes))
             self.numbers = tuple(name for name in gathered if name in new[0].numbers)
             self.rest = tuple(name for name in varied if name in self._not_in_records)
+            self.run_columns = tuple(self._run_column(name, new[0].runs[name].item_bytes) for name in self.runs)
+            self.item_shifts = np.array([column.item_shift for column in self.run_columns], dtype=np.int64)
 
     def repeated(self, count: int) -> dict[str, pa.Array]:
         """The columns of one value, [count] each."""
@@ -62,3 +79,8 @@ class GatherLayout:
                     self._repeated[name] = longest.take(pa.array(np.zeros(count, dtype=np.int64)))
             self._repeated_last = (count, {name: each.slice(0, count) for name, each in self._repeated.items()})
         return dict(self._repeated_last[1])
+
+    def _run_column(self, name: str, item_bytes: int) -> RunColumn:
+        type_ = self.schema.field(name).type
+        items = None if pa.types.is_string(type_) else type_.value_type
+        return RunColumn(name, type_, items, item_bytes.bit_length() - 1, name in self._nullable)
