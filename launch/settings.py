@@ -6,12 +6,13 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from actors.scoring_settings import ExactAnswerSettings, ScoringSettings
+from actors.scoring_settings import ExactAnswerSettings, ScorerSettings, ScoringSettings, is_binary
 from actors.settings import ActorsSettings
 from buffer.sampling.limiter import Limiter
 from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings
-from learner.score_function_settings import ScoreFunctionSettings
-from learner.settings import ModelSettings
+from learner.objective_settings import AdversarialJsSettings
+from learner.score_function_settings import ConstraintSettings, ScoreFunctionSettings, TargetSettings
+from learner.settings import ModelSettings, PretrainedModelSettings
 from learner.stage_settings import LearnerSettings, StageSettings, check_stages
 from learner.trackers import TrackerName
 
@@ -92,6 +93,8 @@ class RunSettings(Settings):
         for stage in self.stages:
             if isinstance(stage.objective, ScoreFunctionSettings):
                 self._check_score_function(stage.name, stage.objective)
+            if isinstance(stage.objective, AdversarialJsSettings):
+                self._check_adversarial(stage, stage.objective)
         return self
 
     def _check_scoring(self, has_rollouts: bool) -> None:
@@ -111,16 +114,71 @@ class RunSettings(Settings):
                 f"stage {stage!r}: objective {objective.name} raises a reward, and the recipe has none: set "
                 "scoring.reward, e.g. to {kind: exact_answer} (docs/scoring.md)"
             )
+        self._check_rollouts_as_drawn(stage, objective.name)
+
+    def _check_rollouts_as_drawn(self, stage: str, objective: str) -> None:
         if self.actors.rollout.top_p < 1.0:
             raise ValueError(
-                f"stage {stage!r}: objective {objective.name} weighs rollouts by policy over sampler, and with "
+                f"stage {stage!r}: objective {objective} weighs rollouts by policy over sampler, and with "
                 f"actors.rollout.top_p={self.actors.rollout.top_p:g} the sampler never makes most of them: set it to 1"
             )
         if self.buffer.sampler == "prioritised":
             raise ValueError(
-                f"stage {stage!r}: objective {objective.name} is an expectation over rollouts, which "
+                f"stage {stage!r}: objective {objective} is an expectation over rollouts, which "
                 "buffer.sampler=prioritised would not draw as they come: choose another sampler"
             )
+        if isinstance(objective, TargetSettings):
+            features = self.scoring.features
+            for each in objective.constraints:
+                if each.feature not in features:
+                    raise ValueError(
+                        f"stage {stage!r} constrains feature {each.feature!r}, which scoring.features does not have "
+                        f"(it has: {', '.join(features) or 'none'})"
+                    )
+                _check_constraint(each, features[each.feature])
+
+    def _check_adversarial(self, stage: StageSettings, objective: AdversarialJsSettings) -> None:
+        self._check_rollouts_as_drawn(stage.name, objective.name)
+        where, discriminator = f"stage {stage.name!r}: objective {objective.name}", objective.discriminator
+        if stage.rollout_batch_size < 2:
+            raise ValueError(
+                f"{where} compares each rollout with the others of its step: set rollout_batch_size to 2 or more"
+            )
+        if discriminator.warmup_steps >= stage.steps:
+            raise ValueError(
+                f"{where} with discriminator.warmup_steps={discriminator.warmup_steps} would never train the policy, "
+                f"since the stage has steps={stage.steps}: lower the one or raise the other"
+            )
+        if discriminator.body == "policy":
+            return
+        if self.learner.num_ranks > 1:
+            raise ValueError(
+                f"{where} with discriminator.body=own copies the whole body of the policy, of which each of "
+                f"learner.num_ranks={self.learner.num_ranks} has a part: set learner.num_ranks=1 or "
+                "discriminator.body=policy"
+            )
+        if isinstance(self.model, PretrainedModelSettings) and self.model.quantization is not None:
+            raise ValueError(
+                f"{where} with discriminator.body=own trains a copy of the policy's body, and with model.quantization="
+                f"{self.model.quantization} that is frozen: leave quantization out or set discriminator.body=policy"
+            )
+
+
+def _check_constraint(constraint: ConstraintSettings, scorer: ScorerSettings) -> None:
+    """What can be said of a constraint before there is a rollout."""
+    feature, target = constraint.feature, constraint.target
+    if is_binary(scorer):
+        if target == 1.0:
+            raise ValueError(
+                f"a mean of 1 of feature {feature}, which is 0 or 1, takes an infinite weight: leave target out, which "
+                "makes it a pointwise constraint"
+            )
+        if target is not None and not 0.0 < target < 1.0:
+            raise ValueError(f"feature {feature} is 0 or 1: its mean cannot be {target:g}; choose one between 0 and 1")
+    elif target is None and is_binary(scorer) is not None:
+        raise ValueError(
+            f"feature {feature} is not 0 or 1, so it cannot hold for every rollout: set a target, its mean"
+        )
 
 
 def needs_actors(stage: StageSettings, noise: NoiseSettings) -> bool:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from buffer.settings import Settings
-from learner.score_function_settings import KlControlSettings, ReinforceSettings
+from learner.score_function_settings import (
+    DpgSettings,
+    FDpgSettings,
+    GdcSettings,
+    KlControlSettings,
+    ReinforceSettings,
+)
 
 DIVERGENCES_WITH_DOMAIN = ("kl", "js", "hellinger")
 """Those whose phi is not defined for every number."""
@@ -98,6 +104,68 @@ class ScheduledSamplingSettings(ExpertObjectiveSettings):
         return self
 
 
+class DiscriminatorSettings(Settings):
+    """What tells texts of the data from texts of the policy."""
+
+    body: Literal["policy", "own"] = Field(
+        default="policy",
+        description="what reads the texts under its head. `policy`: the policy, which gets no gradient from that; "
+        "`own`: a copy of the policy's body as it is at the start of the stage, trained with the head",
+    )
+    learning_rate: float = Field(default=1e-3, gt=0.0, description="of Adam, the same at every step")
+    prior: float | None = Field(
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="share of real examples in its loss; null = pi (1/2 where pi is 1). Its optimum is the same "
+        "log-ratio at each",
+    )
+    warmup_steps: NonNegativeInt = Field(
+        default=50, description="first steps of the stage, in which the discriminator alone learns"
+    )
+    seed: int = Field(default=0, description="of the head's first weights")
+
+
+class AdversarialJsSettings(Settings):
+    """Generalised Jensen-Shannon divergence of whole texts, by a discriminator (arXiv 1511.05101)."""
+
+    name: Literal["adversarial_js"]
+    pi: float = Field(
+        default=0.5,
+        ge=0.0,
+        le=1.0,
+        description="share of the data in the mixture that data and policy are compared with: near 0 the method is "
+        "maximum likelihood, at 1 it minimises KL(policy || data)",
+    )
+    discriminator: DiscriminatorSettings = DiscriminatorSettings()
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """The policy learns from nothing else."""
+        return True
+
+    @property
+    def uses_noise(self) -> bool:
+        """Expert texts are compared as they are."""
+        return False
+
+    @property
+    def discriminator_prior(self) -> float:
+        """Share of real examples in the discriminator's loss."""
+        if self.discriminator.prior is not None:
+            return self.discriminator.prior
+        return self.pi if self.pi < 1.0 else 0.5
+
+    @field_validator("pi")
+    @classmethod
+    def _refuse_likelihood(cls, pi: float) -> float:
+        if pi == 0.0:
+            raise ValueError(
+                "pi=0 is maximum likelihood, by rollouts that it does not need: choose objective mle, or a small pi"
+            )
+        return pi
+
+
 class SequenceMatchSettings(Settings):
     """Occupancy matching with backspace (arXiv 2306.05426)."""
 
@@ -184,8 +252,12 @@ ObjectiveSettings = Annotated[
     | UnlikelihoodSettings
     | EmoSettings
     | ScheduledSamplingSettings
+    | AdversarialJsSettings
     | ReinforceSettings
     | KlControlSettings
+    | DpgSettings
+    | GdcSettings
+    | FDpgSettings
     | SequenceMatchSettings,
     Field(discriminator="name"),
 ]

@@ -55,6 +55,7 @@ class RandomLogs:
 
 
 ALL_TRUE = {"name": "scheduled_sampling", "schedule": "linear", "k": 1.0}
+ADVERSARIAL = {"name": "adversarial_js", "discriminator": {"warmup_steps": 0}}
 KL_CONTROL = {"name": "kl_control", "beta": 0.3}
 
 
@@ -124,6 +125,8 @@ CASES = {
     "emo": Case("llama", False, experts=3, rollouts=0, objective={"name": "emo"}),
     # What is drawn depends on which logs a pass holds, so here all tokens are true; there are two passes all the same.
     "scheduled sampling": Case("llama", True, experts=6, rollouts=0, objective=ALL_TRUE),
+    "adversarial": Case("llama", True, experts=6, rollouts=6, objective=ADVERSARIAL),
+    "adversarial, two rollouts": Case("llama", False, experts=1, rollouts=2, objective=ADVERSARIAL),
     "kl control": Case("llama", True, experts=1, rollouts=7, objective=KL_CONTROL),
     "reinforce, one rollout": Case("llama", False, experts=1, rollouts=1, objective={"name": "reinforce"}),
 }

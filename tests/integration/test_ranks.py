@@ -96,6 +96,10 @@ def test_weights_and_optimizer_after_a_few_steps(folder, alone, name):
             *({i: values[moment] for i, values in each["state"].items()} for each in (state, other)), tolerance
         )
     assert found["state"]["schedule"] == expected["state"]["schedule"]
+    remembered, others = found["state"]["objective"], expected["state"]["objective"]
+    assert remembered.keys() == others.keys()
+    for key, tensor in others.items():
+        torch.testing.assert_close(remembered[key], tensor, rtol=0.0, atol=tolerance * float(tensor.abs().max() + 1.0))
 
 
 def test_several_ranks_go_on_where_one_stopped(folder):

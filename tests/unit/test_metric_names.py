@@ -44,7 +44,7 @@ def documented() -> list[str]:
 
 def test_the_table_names_every_metric_once(task):
     objectives = [CLONING, MATCHING, MATCHING | {"divergence": "js", "estimator": "printed"}]
-    objectives += [{"name": name} for name in ("unlikelihood", "emo", "scheduled_sampling")]
+    objectives += [{"name": name} for name in ("unlikelihood", "emo", "scheduled_sampling", "adversarial_js")]
     found: set[str] = set()
     for objective in objectives:
         trainer = make_trainer(task, make_model(task), make_stage(objective), rollouts=_rollouts_for(objective, task))
@@ -61,4 +61,4 @@ def test_the_table_names_every_metric_once(task):
 
 
 def _rollouts_for(objective: dict[str, object], task: Task) -> RolloutsOfTwoVersions | None:
-    return RolloutsOfTwoVersions(task) if objective["name"] == "sequencematch" else None
+    return RolloutsOfTwoVersions(task) if objective["name"] in ("sequencematch", "adversarial_js") else None

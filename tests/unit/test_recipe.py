@@ -187,3 +187,34 @@ def test_trackers_are_named_once_and_known() -> None:
 def test_total_variation_is_refused_with_its_reason() -> None:
     message = error_of("stages.sequencematch.objective.divergence=tv")
     assert "exactly maximum likelihood (choose divergence=mle)" in message
+
+
+ADVERSARIAL = ["stages.sequencematch.objective={name: adversarial_js, discriminator: {body: own}}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("stages.sequencematch.rollout_batch_size=1", ["'sequencematch'", "set rollout_batch_size to 2 or more"]),
+        ("stages.sequencematch.steps=50", ["warmup_steps=50 would never train", "steps=50"]),
+        ("actors.rollout.top_p=0.9", ["actors.rollout.top_p=0.9", "set it to 1"]),
+        ("buffer.sampler=prioritised", ["choose another sampler"]),
+        ("learner.num_ranks=2", ["learner.num_ranks=2", "set learner.num_ranks=1 or discriminator.body=policy"]),
+        ("actors.count=0", ["needs rollouts"]),
+        ("stages.sequencematch.objective.discriminator.boddy=own", ["did you mean 'body'?"]),
+    ],
+)
+def test_what_an_adversarial_stage_cannot_do(override: str, parts: list[str]) -> None:
+    read_recipe(ARITHMETIC, ADVERSARIAL)
+    message = error_of(*ADVERSARIAL, override)
+    assert all(part in message for part in parts), message
+
+
+def test_several_ranks_share_a_policy_that_a_discriminator_reads() -> None:
+    overrides = ["stages.sequencematch.objective={name: adversarial_js}", "learner.num_ranks=2"]
+    assert read_recipe(ARITHMETIC, overrides).learner.num_ranks == 2
+
+
+def test_a_body_in_four_bits_is_not_copied() -> None:
+    message = error_of(*ADVERSARIAL, "model.quantization=nf4", path=Path("launch/recipes/text_lora_cpu.yaml"))
+    assert "model.quantization=nf4 that is frozen" in message

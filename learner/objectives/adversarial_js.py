@@ -1,0 +1,202 @@
+"""Generalised Jensen-Shannon divergence of whole texts, by a discriminator (Huszar 2015, arXiv 1511.05101).
+
+With P the data, Q the policy and M = pi P + (1 - pi) Q, all over whole texts after a prompt,
+
+    JS_pi = pi KL(P || M) + (1 - pi) KL(Q || M),
+
+which vanishes at both ends of pi, so that JS_pi / (pi (1 - pi)) is minimised: KL(P || Q) as pi -> 0 (likelihood),
+KL(Q || P) as pi -> 1. A discriminator gives s = log P/Q (see `learner.objectives.discriminator`); with
+M/Q = 1 - pi + pi e^s the gradient is that of a score function,
+
+    -E_Q[R grad log Q],   R = log(M/Q) / pi   (s at pi = 1),
+
+up to a constant of R the softplus of the discriminator's logit, over pi. Each rollout is compared with the mean R of
+the step's others, so a constant reward has no gradient at all. A stale rollout is weighted by Q(x) / mu(x), mu the
+policy that made it; backspaces are actions of it like others, and the discriminator sees the text that remained.
+
+Over whole texts the optimum is Q = P. Token by token (a one-hot label against the policy's distribution) the same
+divergence is not consistent: where a binary choice has probability .7, at pi = .5 its optimum is .817.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import logsigmoid, softplus
+
+from learner.objective_settings import AdversarialJsSettings
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, PlainObjective
+from learner.objectives.discriminator import Discriminator, states_and_tokens
+from learner.objectives.likelihood import cross_entropy, likelihood_metrics
+from learner.ranks import Ranks
+from learner.state_tree import TreeBatch
+from learner.tree_policy import TreePolicy
+
+
+class AdversarialJs(PlainObjective):
+    """The policy by the score function, and beside it the discriminator by its cross-entropy.
+
+    Both take one step per step, from the weights of before; but in the first ones the policy waits, since Adam would
+    turn the noise of a discriminator that has learnt nothing yet into steps of full size. The policy learns from
+    rollouts alone, the discriminator from rollouts and expert logs, with a share `discriminator_prior` of real ones.
+    """
+
+    name = "adversarial_js"
+    needs_rollouts = True
+
+    def __init__(self, settings: AdversarialJsSettings, ranks: Ranks) -> None:
+        self._settings = settings
+        self._ranks = ranks
+        self._discriminator: Discriminator | None = None
+        self._restored: dict[str, Tensor] = {}
+        self._reward_mean = 0.0
+
+    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
+        """Find the mean reward of the step's rollouts, with which each of them is compared."""
+        self._discriminator_of(policy).forget_gradients()
+        missing = self._ranks.maximum(len(rollouts)) - len(rollouts)  # FSDP gathers in each pass
+        total = torch.zeros(1, dtype=torch.float64)
+        with torch.no_grad():
+            for each in [*rollouts, *missing * [rollouts[0].without_logs()]]:
+                tree = each.to(policy.device)
+                pairs = policy.evaluate(tree, states_and_tokens).measured if self._reads_policy else None
+                scores = self._discriminator_of(policy).log_ratio(tree, pairs)
+                total += mixture_reward(scores, self._settings.pi).double().sum().cpu()
+        self._reward_mean = float(self._ranks.sum_vector(total)) / counts.logs
+
+    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
+        """One forward pass, and one of the discriminator's body if it has its own; `measured` is [L] s of each log.
+
+        Expert logs have no gradient in the policy. Ranks that share it get one of zero: all reduce together.
+        """
+        moves_policy = not bool(tree.is_expert.all()) or isinstance(policy, FSDPModule)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and moves_policy):
+            values = policy.evaluate(tree, states_and_tokens if self._reads_policy else None)
+        scores = self._discriminator_of(policy).log_ratio(tree, values.measured)
+        return EvaluatedLogs(tree, replace(values, measured=scores), counts)
+
+    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+        """What the discriminator loses on real examples."""
+        scores, prior = data.values.measured, self._settings.discriminator_prior
+        assert scores is not None
+        loss = prior * data.mean_over_logs(-logsigmoid(scores + _logit(prior)))
+        metrics = {
+            "loss": loss.detach(),
+            "loss_behaviour_cloning": cross_entropy(data).detach(),
+            "loss_discriminator": loss.detach(),
+            "divergence_js": data.mean_over_logs(data_divergence(scores.detach(), self._settings.pi)),
+            "log_ratio_mean": data.mean_over_logs(scores.detach()),
+            **likelihood_metrics(data),
+        }
+        if data.values.q.requires_grad:
+            loss = loss + 0.0 * data.values.log_prob.sum()
+        return loss, metrics
+
+    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
+        """The score function of the policy, per expert action, and what the discriminator loses on rollouts."""
+        scores, prior, pi = rollouts.values.measured, self._settings.discriminator_prior, self._settings.pi
+        assert scores is not None
+        weight = importance_weights(rollouts)
+        reward = mixture_reward(scores.detach(), pi)
+        coefficient = weight * leave_one_out_advantage(reward, self._reward_mean, rollouts.counts.logs)
+        gain = rollouts.mean_over_logs(coefficient[rollouts.tree.log] * rollouts.values.log_prob)
+        if step < self._settings.discriminator.warmup_steps:
+            gain = 0.0 * gain
+        loss_policy = -gain * data_counts.logs / max(data_counts.actions, 1)
+        loss_discriminator = (1.0 - prior) * rollouts.mean_over_logs(weight * softplus(scores + _logit(prior)))
+        loss = loss_policy + loss_discriminator
+        with torch.no_grad():
+            metrics = {
+                "loss": loss.detach(),
+                "loss_score_function": loss_policy.detach(),
+                "loss_discriminator": loss_discriminator.detach(),
+                "divergence_js": -rollouts.mean_over_logs(weight * reward),
+                "reward_mean": rollouts.mean_over_logs(reward),
+                "log_ratio_mean_model": rollouts.mean_over_logs(scores),
+                "importance_weight_mean": rollouts.mean_over_logs(weight),
+                "importance_weight_max_abs": torch.cat([weight, weight.new_zeros(1)]).max(),
+                **{f"{name}_model": value for name, value in likelihood_metrics(rollouts).items()},
+            }
+        return loss, metrics
+
+    def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
+        """There are none: draws that prefer some rollouts would have to be weighted for it.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"objective {self.name} takes no prioritised draws")
+
+    def advance(self) -> None:
+        """One step of the discriminator.
+
+        Raises:
+            FloatingPointError: its gradient is not finite; nothing has moved.
+        """
+        assert self._discriminator is not None, "advance() comes after prepare()"
+        self._discriminator.step(self._ranks)
+
+    def state(self) -> dict[str, Tensor]:
+        """The discriminator: weights, and moments of its optimizer."""
+        return dict(self._restored) if self._discriminator is None else self._discriminator.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the discriminator of `state()`; it is made when the policy is first seen."""
+        self._restored = dict(state)
+        self._discriminator = None
+
+    @property
+    def _reads_policy(self) -> bool:
+        return self._settings.discriminator.body == "policy"
+
+    def _discriminator_of(self, policy: TreePolicy) -> Discriminator:
+        if self._discriminator is None:
+            self._discriminator = Discriminator(self._settings.discriminator, policy)
+            if self._restored:
+                self._discriminator.load_state(self._restored)
+                self._restored = {}
+        return self._discriminator
+
+
+def mixture_reward(log_ratio: Tensor, pi: float) -> Tensor:
+    """log(M/Q) / pi at log P/Q = log_ratio, elementwise: what the policy is rewarded with. pi in (0, 1].
+
+    -E_Q of it is KL(Q || M) / pi, a part of JS_pi / (pi (1 - pi)).
+    """
+    if pi == 1.0:
+        return log_ratio
+    return (softplus(log_ratio + _logit(pi)) + math.log1p(-pi)) / pi
+
+
+def data_divergence(log_ratio: Tensor, pi: float) -> Tensor:
+    """log(P/M) / (1 - pi) at log P/Q = log_ratio, elementwise; 1 - Q/P in the limit pi = 1.
+
+    E_P of it is the other part of JS_pi / (pi (1 - pi)). With any log_ratio but the true one the two parts together are
+    a lower bound (at pi = 1 that of Nguyen, Wainwright and Jordan, arXiv 0809.0853).
+    """
+    if pi == 1.0:
+        return -torch.expm1(-log_ratio)
+    return (logsigmoid(log_ratio + _logit(pi)) - math.log(pi)) / (1.0 - pi)
+
+
+def leave_one_out_advantage(reward: Tensor, mean: float, count: int) -> Tensor:
+    """Each reward less the mean of the others, given the mean of all `count` of them."""
+    return (reward - mean) * (count / (count - 1))
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def importance_weights(rollouts: EvaluatedLogs) -> Tensor:
+    """[L] Q(x) / mu(x) of each whole log, mu the policy that drew it, as it drew it."""
+    per_action = rollouts.values.log_prob - rollouts.tree.behaviour_log_prob
+    # See `SequenceMatch.priorities` for why neither `index_add` nor a check of the lengths.
+    sums = torch.segment_reduce(per_action, "sum", lengths=rollouts.tree.length, initial=0, unsafe=True)
+    return sums.exp()
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability) - math.log1p(-probability)
