@@ -149,9 +149,10 @@ class RowTable:
         order = np.argsort(rows)
         ascending = rows[order]
         begins = np.searchsorted(ascending, self._chunk_starts()).tolist()
-        assert not begins or begins[0] == 0, _ABSENT
+        assert not len(rows) or begins[:1] == [0], _ABSENT
+        ends = [*begins[1:], len(rows)] if begins else []
         parts = []
-        for chunk, begin, end in zip(self._chunks, begins, [*begins[1:], len(rows)], strict=True):
+        for chunk, begin, end in zip(self._chunks, begins, ends, strict=True):
             if begin < end:
                 parts.append(Part(chunk.source, chunk.positions(ascending[begin:end]), order[begin:end]))
         return parts

@@ -195,3 +195,10 @@ def test_rows_out_of_order_are_refused():
     table, _ = table_of([3])
     with pytest.raises(AssertionError, match="in order"):
         table.append([numbered_at([2])], on_heap=False)
+
+
+def test_a_table_without_rows_gives_none_and_misses_what_is_asked_for():
+    table = RowTable()
+    assert table.ids(np.array([], dtype=np.int64)).to_pylist() == []
+    with pytest.raises(AssertionError, match="a row that the table does not hold"):
+        table.ids(np.array([3]))
