@@ -20,6 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import xxhash
 
+from buffer.store.block_memory import BlockMemory
 from buffer.store.manifest import CorruptSegmentError, SegmentEntry, sync_folder
 
 OPEN_SUFFIX = ".arrows.open"
@@ -61,9 +62,11 @@ class OpenSegment:
     survives the death of the process.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, sync_each_batch: bool) -> None:
-        """Create `path`, or go on after its last byte (`cut_torn_tail` comes first)."""
+    def __init__(self, path: Path, schema: pa.Schema, sync_each_batch: bool, memory: BlockMemory | None = None) -> None:
+        """Create `path`, or go on after its last byte (`cut_torn_tail` comes first). memory: for what `append` gives
+        back; None = each batch has its own."""
         self.path = path
+        self._memory = memory
         self._schema = schema
         self._header = schema.serialize().to_pybytes()
         self._sync_each_batch = sync_each_batch
@@ -90,8 +93,11 @@ class OpenSegment:
         Raises:
             OSError: the bytes could not be written; the file is as it was before.
         """
-        message = encode_message(batch, self._schema, len(self._header))
-        self.append_message(message)
+        content = _serialise(batch, self._schema, len(self._header))
+        message = bytearray(content) if self._memory is None else self._memory.take(len(content))
+        message[:] = content
+        renew_checksum(message)
+        self._write(message)
         view: pa.RecordBatch = pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(message)), self._schema)
         return view
 
@@ -126,7 +132,7 @@ class OpenSegment:
         os.close(self._descriptor)
         self.path.unlink()
 
-    def _write(self, content: bytes | bytearray) -> None:
+    def _write(self, content: bytes | bytearray | memoryview) -> None:
         view = memoryview(content)
         try:
             while view:
@@ -275,21 +281,26 @@ def _checksum(content: pa.Buffer) -> str:
 
 def encode_message(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int) -> bytearray:
     """The message of one batch as it stands in a stream, with its checksum. header_bytes: of the serialised schema."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as writer:
-        placeholder = (_CHECKSUM_PREFIX + _CHECKSUM_ZEROS).decode()
-        writer.write_batch(batch, custom_metadata={_CHECKSUM_KEY: placeholder})
-    message = bytearray(memoryview(sink.getvalue())[header_bytes : -len(END_OF_STREAM)])
+    message = bytearray(_serialise(batch, schema, header_bytes))
     renew_checksum(message)
     return message
 
 
-def renew_checksum(message: bytearray) -> None:
+def renew_checksum(message: bytearray | memoryview) -> None:
     """Make the checksum in a message that of its bytes, in place."""
-    begin = message.index(_CHECKSUM_PREFIX) + len(_CHECKSUM_PREFIX)
-    end = begin + len(_CHECKSUM_ZEROS)
+    found = _CHECKSUM.search(message)
+    assert found is not None, "each message is made with a place for it"
+    begin, end = found.span(1)
     message[begin:end] = _CHECKSUM_ZEROS
     message[begin:end] = xxhash.xxh3_128(message).hexdigest().encode()
+
+
+def _serialise(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int) -> memoryview:
+    """A message with zeros for a checksum."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(batch, custom_metadata={_CHECKSUM_KEY: (_CHECKSUM_PREFIX + _CHECKSUM_ZEROS).decode()})
+    return memoryview(sink.getvalue()).cast("B")[header_bytes : -len(END_OF_STREAM)]
 
 
 @dataclass(frozen=True)
