@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 
@@ -56,6 +57,7 @@ class Discriminator:
     """
 
     def __init__(self, settings: DiscriminatorSettings, policy: TreePolicy) -> None:
+        assert settings.body == "policy" or not isinstance(policy, FSDPModule), "a part of a body cannot be copied"
         model = policy.model
         body = copy.deepcopy(model.base_model) if settings.body == "own" else None
         weight = model.get_output_embeddings().weight
@@ -75,7 +77,7 @@ class Discriminator:
             assert policy_pairs is None
             hidden = evaluate_nodes(self.network.body, tree)
             embedding = self.network.body.get_input_embeddings()(tree.node_ids[nodes])
-            pairs = torch.stack([hidden[tree.state[actions]], embedding], dim=1)
+            pairs = torch.stack([hidden[tree.state[actions]], embedding.to(hidden.dtype)], dim=1)
         assert pairs is not None
         terms: Tensor = self.network(pairs)
         final = tree.final_state[:, None]
