@@ -132,6 +132,8 @@ def _lists(
 ) -> pa.ListArray:
     """offsets: of the arrays, if known already."""
     offsets = _offsets(arrays) if offsets is None else offsets
-    values = np.concatenate(arrays) if arrays else np.empty(0)
-    assert len(values) == offsets[-1], "one log-probability and one version per action"
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, value_type))
+    values = b"".join([array.data for array in arrays])  # twice as quick as `numpy.concatenate`
+    count = int(offsets[-1])
+    assert 8 * len(values) == count * value_type.bit_width, "one log-probability and one version per action"
+    elements = pa.Array.from_buffers(value_type, count, [None, pa.py_buffer(values)], null_count=0)
+    return pa.ListArray.from_arrays(pa.array(offsets), elements)

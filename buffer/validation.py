@@ -162,7 +162,7 @@ def _check_texts(columns: _Columns, findings: _Findings) -> None:
         if (column := by_name[name]).null_count:
             findings.refuse(_mask(column.is_null()), f"{name} is null")
     for name in _FREE_TEXTS:
-        if (column := by_name[name]).nbytes > MAX_TEXT_BYTES:
+        if _longest_text_bytes(column := by_name[name]) > MAX_TEXT_BYTES:
             sizes = pc.binary_length(column)
             sizes_bytes = (sizes.fill_null(0) if sizes.null_count else sizes).to_numpy()
             findings.refuse(sizes_bytes > MAX_TEXT_BYTES, f"{name} is longer than {MAX_TEXT_BYTES:,} bytes")
@@ -286,6 +286,15 @@ def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findi
         if at_floor.any():
             log = np.searchsorted(actions.offsets, backspaces[at_floor], side="right") - 1
             findings.refuse_rows(rows[log], "takes a token back at the floor (the end of its prompt)")
+
+
+def _longest_text_bytes(column: pa.StringArray) -> int:
+    """At least as many as the longest text has; what stands under a null counts too."""
+    if not len(column):
+        return 0
+    bounds = np.frombuffer(column.buffers()[1], np.int32, len(column) + 1, 4 * column.offset)
+    longest: int = (bounds[1:] - bounds[:-1]).max()
+    return longest
 
 
 def _mask(mask: pa.Array) -> Bool:

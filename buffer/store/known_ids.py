@@ -24,7 +24,8 @@ Bool = npt.NDArray[np.bool_]
 REMEMBERED_ROWS = 65_536
 """Removed rows whose ids are still known."""
 
-_EMPTY, _FREED = -1, -2  # in the place of a row
+_NO_HASH = np.uint64(0)  # of a slot that was never used; no id has it
+_FREED = -1  # in the place of a row; the hash stays, since others may have been put behind it
 _LARGEST_LOAD = 0.6
 _FEWEST_SLOTS = 1024
 _WINDOW = 16  # slots are looked at so many at a time, since a step of numpy costs more than a slot
@@ -83,7 +84,7 @@ class KnownIds:
 
     def _allocate(self, num_slots: int) -> None:
         self._hash: UInt64 = np.zeros(num_slots, dtype=np.uint64)
-        self._row: Int64 = np.full(num_slots, _EMPTY, dtype=np.int64)
+        self._row: Int64 = np.full(num_slots, _FREED, dtype=np.int64)
         self._num_used = 0  # freed ones included
 
     def _insert(self, hashes: UInt64, rows: Int64) -> None:
@@ -93,9 +94,9 @@ class KnownIds:
         slots = self._first_slots(hashes)
         while len(pending):
             windows = self._windows(slots)
-            is_empty = self._row[windows] == _EMPTY
-            wanted = windows[np.arange(len(windows)), is_empty.argmax(axis=1)]
-            has_place = is_empty.any(axis=1)
+            is_empty = self._hash[windows] == _NO_HASH
+            nearest = np.arange(len(windows)), is_empty.argmax(axis=1)
+            wanted, has_place = windows[nearest], is_empty[nearest]
             # Where several want the same slot the last one written has it, and the others look again.
             self._row[wanted[has_place]] = rows[pending[has_place]]
             settled = has_place & (self._row[wanted] == rows[pending])
@@ -106,16 +107,19 @@ class KnownIds:
 
     def _find(self, hashes: UInt64) -> Int64:
         """[n] row with this hash, or a negative number."""
-        found = np.full(len(hashes), _EMPTY, dtype=np.int64)
+        found = np.full(len(hashes), _FREED, dtype=np.int64)
         pending = np.arange(len(hashes))
         slots = self._first_slots(hashes)
         while len(pending):
             windows = self._windows(slots)
-            rows = self._row[windows]
-            matches = (rows >= 0) & (self._hash[windows] == hashes[pending, None])
-            has_match = matches.any(axis=1)
-            found[pending[has_match]] = rows[has_match, matches[has_match].argmax(axis=1)]
-            goes_on = ~has_match & ~(rows == _EMPTY).any(axis=1)
+            present = self._hash[windows]
+            goes_on = present.all(axis=1)  # no slot was never used
+            if (matches := present == hashes[pending, None]).any():
+                rows = self._row[windows]
+                matches &= rows >= 0
+                has_match = matches.any(axis=1)
+                found[pending[has_match]] = rows[has_match, matches[has_match].argmax(axis=1)]
+                goes_on &= ~has_match
             pending, slots = pending[goes_on], slots[goes_on] + _WINDOW
         return found
 
@@ -125,9 +129,9 @@ class KnownIds:
         while len(pending):
             windows = self._windows(slots)
             matches = self._row[windows] == rows[pending, None]
-            assert not np.any(~matches.any(axis=1) & (self._row[windows] == _EMPTY).any(axis=1)), "known ids go"
-            self._row[windows[matches]] = _FREED
             goes_on = ~matches.any(axis=1)
+            assert self._hash[windows[goes_on]].all(), "known ids go"
+            self._row[windows[matches]] = _FREED
             pending, slots = pending[goes_on], slots[goes_on] + _WINDOW
 
     def _windows(self, slots: Int64) -> Int64:
@@ -149,4 +153,5 @@ class KnownIds:
 
 def _hashes(ids: pa.StringArray) -> UInt64:
     as_bytes = ids.view(pa.binary()).to_pylist()
-    return np.array([xxhash.xxh3_64_intdigest(id_) for id_ in as_bytes], dtype=np.uint64)
+    hashes = np.array([xxhash.xxh3_64_intdigest(id_) for id_ in as_bytes], dtype=np.uint64)
+    return np.maximum(hashes, np.uint64(1))

@@ -18,7 +18,7 @@ def strings(numbers) -> pa.StringArray:
 def test_live_ids_and_those_removed_last_are_known(monkeypatch, num_hashes):
     if num_hashes is not None:
         hashes = known_ids._hashes
-        monkeypatch.setattr(known_ids, "_hashes", lambda ids: hashes(ids) % np.uint64(num_hashes))
+        monkeypatch.setattr(known_ids, "_hashes", lambda ids: hashes(ids) % np.uint64(num_hashes) + np.uint64(1))
     live: dict[int, int] = {}  # number in the id by row
     removed: list[int] = []
     known = KnownIds(lambda rows: strings(live[row] for row in rows.tolist()), remembered_rows=30)
