@@ -74,6 +74,13 @@ ScorerSettings = Annotated[
 ]
 
 
+def is_binary(settings: ScorerSettings) -> bool | None:
+    """Whether a scorer gives 0 or 1 alone; None where only its function knows."""
+    if isinstance(settings, FunctionSettings):
+        return None
+    return not isinstance(settings, LengthSettings) or settings.at_least is not None or settings.at_most is not None
+
+
 class ScoringSettings(Settings):
     """Numbers that every rollout is given before it is stored."""
 

@@ -137,6 +137,7 @@ class _Crew:
                 seed=settings.seed,
                 trackers=settings.trackers,
                 prioritised_replay=settings.buffer.sampler == "prioritised",
+                features=tuple(settings.scoring.features),
             )
         )
 

@@ -6,12 +6,12 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from actors.scoring_settings import ExactAnswerSettings, ScoringSettings
+from actors.scoring_settings import ExactAnswerSettings, ScorerSettings, ScoringSettings, is_binary
 from actors.settings import ActorsSettings
 from buffer.sampling.limiter import Limiter
 from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings
 from learner.objective_settings import AdversarialJsSettings
-from learner.score_function_settings import ScoreFunctionSettings
+from learner.score_function_settings import ConstraintSettings, ScoreFunctionSettings, TargetSettings
 from learner.settings import ModelSettings, PretrainedModelSettings
 from learner.stage_settings import LearnerSettings, StageSettings, check_stages
 from learner.trackers import TrackerName
@@ -115,6 +115,15 @@ class RunSettings(Settings):
                 "scoring.reward, e.g. to {kind: exact_answer} (docs/scoring.md)"
             )
         self._check_rollouts_as_drawn(stage, objective.name)
+        if isinstance(objective, TargetSettings):
+            features = self.scoring.features
+            for each in objective.constraints:
+                if each.feature not in features:
+                    raise ValueError(
+                        f"stage {stage!r} constrains feature {each.feature!r}, which scoring.features does not have "
+                        f"(it has: {', '.join(features) or 'none'})"
+                    )
+                _check_constraint(each, features[each.feature])
 
     def _check_rollouts_as_drawn(self, stage: str, objective: str) -> None:
         if self.actors.rollout.top_p < 1.0:
@@ -153,6 +162,21 @@ class RunSettings(Settings):
                 f"{where} with discriminator.body=own trains a copy of the policy's body, and with model.quantization="
                 f"{self.model.quantization} that is frozen: leave quantization out or set discriminator.body=policy"
             )
+
+
+def _check_constraint(constraint: ConstraintSettings, scorer: ScorerSettings) -> None:
+    """What can be said of a constraint before there is a rollout."""
+    feature, target = constraint.feature, constraint.target
+    if is_binary(scorer):
+        if target == 1.0:
+            raise ValueError(
+                f"a mean of 1 of feature {feature}, which is 0 or 1, takes an infinite weight: leave target out, which "
+                "makes it a pointwise constraint"
+            )
+        if target is not None and not 0.0 < target < 1.0:
+            raise ValueError(f"feature {feature} is 0 or 1: its mean cannot be {target:g}; choose one between 0 and 1")
+    elif target is None and is_binary(scorer) is not None:
+        raise ValueError(f"feature {feature} is not 0 or 1, so it cannot hold in each rollout: set a target, its mean")
 
 
 def needs_actors(stage: StageSettings, noise: NoiseSettings) -> bool:

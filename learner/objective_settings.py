@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from buffer.settings import Settings
-from learner.score_function_settings import KlControlSettings, ReinforceSettings
+from learner.score_function_settings import (
+    DpgSettings,
+    FDpgSettings,
+    GdcSettings,
+    KlControlSettings,
+    ReinforceSettings,
+)
 
 DIVERGENCES_WITH_DOMAIN = ("kl", "js", "hellinger")
 """Those whose phi is not defined for every number."""
@@ -249,6 +255,9 @@ ObjectiveSettings = Annotated[
     | AdversarialJsSettings
     | ReinforceSettings
     | KlControlSettings
+    | DpgSettings
+    | GdcSettings
+    | FDpgSettings
     | SequenceMatchSettings,
     Field(discriminator="name"),
 ]

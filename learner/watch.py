@@ -27,6 +27,13 @@ class WatchSettings(Settings):
         "and the learner's own. The learner's steps since it published them make up to 1 of it (10 steps at learning "
         "rate 2e-3); beyond the bound weights do not arrive, or an engine computes something else",
     )
+    max_unsatisfied_share: float = Field(
+        0.99,
+        gt=0.0,
+        lt=1.0,
+        description="share of a step's rollouts that break a pointwise constraint (dpg, gdc, gdc_pp, f_dpg): from "
+        "those alone nothing is learned",
+    )
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,13 @@ class Watch:
                 settings.max_log_prob_mismatch,
                 "rollouts do not come from the learner's policy: publish more often, lower the learning rate, or see "
                 "whether the engine's number format is too coarse",
+            ),
+            _Alarm(
+                "unsatisfied_share",
+                "alarm_unsatisfied",
+                settings.max_unsatisfied_share,
+                "hardly a rollout meets the pointwise constraints, so next to nothing is learned: choose features that "
+                "the policy shows now and then, start from one that does, or raise rollout_batch_size",
             ),
         )
 

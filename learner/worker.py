@@ -55,7 +55,9 @@ RECENT_STEPS = 20
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """What the learner is born with. prioritised_replay: whether the buffer draws by priorities and is told them."""
+    """What the learner is born with. prioritised_replay: whether the buffer draws by priorities and is told them.
+    features: names of those that rollouts have, in their order.
+    """
 
     model: ModelSettings
     task: TaskSettings
@@ -65,6 +67,7 @@ class LearnerSpec:
     seed: int
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     prioritised_replay: bool = False
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ class LearnerWorker:
         """
         torch.set_num_threads(stage.num_threads)
         started = time.monotonic()
-        objective = make_objective(stage.objective, self._ranks, partial(self._frozen_start, stage))
+        base = partial(self._frozen_start, stage)
+        objective = make_objective(stage.objective, self._ranks, base, self._spec.features)
         noise = self._spec.noise if stage.objective.uses_noise else NoiseSettings(kind="none", rate=0.0)
         stream = self._expert_stream(stage, noise)
         experts = self._buffer_source(stage, "expert") if stream is None else stream
@@ -250,7 +254,7 @@ class LearnerWorker:
                     metrics=metrics,
                     warnings=(*self._status.warnings, *warnings),
                 )
-                if uses_actors and trainer.step % stage.publish_every_steps == 0:
+                if uses_actors and trainer.step % stage.publish_every_steps == 0 and objective.renews_proposal():
                     self._publish()
                 if trainer.step % self._spec.settings.checkpoint_every_steps == 0 and not trainer.finished:
                     checkpoints.save(trainer, position, self._newest_version())

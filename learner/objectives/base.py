@@ -149,6 +149,11 @@ class Objective(Protocol):
         """
         ...
 
+    def renews_proposal(self) -> bool:
+        """Whether the policy of now should be the one that makes rollouts: asked where it would be published, and the
+        same at every rank."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """What the next steps depend on besides the weights; the same at every rank."""
         ...
@@ -178,6 +183,10 @@ class PlainObjective:
 
     def advance(self) -> None:
         """The policy alone is trained."""
+
+    def renews_proposal(self) -> bool:
+        """Rollouts are best when they are the newest policy's."""
+        return True
 
     def state(self) -> dict[str, Tensor]:
         """Nothing is remembered."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,20 +24,37 @@ from learner.objectives.reward_rules import RewardRule
 from learner.objectives.scheduled_sampling import ScheduledSampling
 from learner.objectives.score_function import ScoreFunction
 from learner.objectives.sequencematch import SequenceMatch
+from learner.objectives.target_rules import (
+    Constraint,
+    TargetRule,
+    f_policy_gradient,
+    policy_gradient,
+    policy_gradient_with_baseline,
+)
 from learner.objectives.unlikelihood import Unlikelihood
 from learner.ranks import Ranks
-from learner.score_function_settings import KlControlSettings, ScoreFunctionSettings
+from learner.score_function_settings import (
+    FDpgSettings,
+    GdcSettings,
+    KlControlSettings,
+    ScoreFunctionSettings,
+    TargetSettings,
+)
 from learner.tree_policy import TreePolicy
 
 
 def make_objective(
-    settings: ObjectiveSettings, ranks: Ranks | None = None, load_base: Callable[[], TreePolicy] | None = None
+    settings: ObjectiveSettings,
+    ranks: Ranks | None = None,
+    load_base: Callable[[], TreePolicy] | None = None,
+    features: Sequence[str] = (),
 ) -> Objective:
     """The objective that `settings` describe.
 
     Args:
         ranks: that train with it; None = this process alone.
         load_base: gives the policy as it is at the start of the stage, frozen; called where it is needed.
+        features: names of those that rollouts have, in their order.
 
     Raises:
         ValueError: the model that they name cannot be loaded.
@@ -49,7 +66,7 @@ def make_objective(
     if isinstance(settings, AdversarialJsSettings):
         return AdversarialJs(settings, ranks or Ranks())
     if isinstance(settings, ScoreFunctionSettings):
-        return _score_function(settings, ranks or Ranks(), load_base)
+        return _score_function(settings, ranks or Ranks(), load_base, features)
     return SequenceMatch(settings)
 
 
@@ -63,14 +80,31 @@ def _token_objective(settings: ExpertObjectiveSettings) -> Objective:
 
 
 def _score_function(
-    settings: ScoreFunctionSettings, ranks: Ranks, load_base: Callable[[], TreePolicy] | None
+    settings: ScoreFunctionSettings,
+    ranks: Ranks,
+    load_base: Callable[[], TreePolicy] | None,
+    features: Sequence[str],
 ) -> ScoreFunction:
     base = None
     if settings.needs_base_model:
         assert load_base is not None, f"{settings.name} compares with the policy at the start of the stage"
         base = load_base()
+    if isinstance(settings, TargetSettings):
+        return ScoreFunction(settings.name, _target_rule(settings, features), ranks, base)
     rule = RewardRule(settings.beta if isinstance(settings, KlControlSettings) else 0.0)
     return ScoreFunction(settings.name, rule, ranks, base)
+
+
+def _target_rule(settings: TargetSettings, features: Sequence[str]) -> TargetRule:
+    if isinstance(settings, FDpgSettings):
+        advantage = f_policy_gradient(settings.divergence)
+    else:
+        advantage = policy_gradient_with_baseline if settings.name == "gdc_pp" else policy_gradient
+    constraints = tuple(
+        Constraint(each.feature, features.index(each.feature), each.target) for each in settings.constraints
+    )
+    is_adaptive = isinstance(settings, GdcSettings) and settings.proposal == "kl_adaptive"
+    return TargetRule(constraints, advantage, settings.fit_samples, is_adaptive)
 
 
 def _output_embedding(name: str) -> Tensor:

@@ -50,6 +50,10 @@ class RewardRule:
     def learn(self, rollouts: Rollouts) -> None:
         """Nothing is remembered."""
 
+    def renews_proposal(self) -> bool:
+        """Always: rollouts of the policy of now have the least variance."""
+        return True
+
     def state(self) -> dict[str, Tensor]:
         """Nothing is remembered."""
         return {}
@@ -72,9 +76,9 @@ def leave_one_out_mean(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """Mean of [N] values under weights that need not add up to N; 0 where all are 0."""
+    """Mean over the last axis of [..., N] values under [N] weights that need not add up to N; 0 where all are 0."""
     total = weight.sum()
-    return torch.where(total > 0, (weight * values).sum() / total, 0.0)
+    return torch.where(total > 0, (weight * values).sum(-1) / total, 0.0)
 
 
 def weight_metrics(weight: Tensor) -> dict[str, float]:

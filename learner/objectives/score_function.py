@@ -35,11 +35,12 @@ _NUM_PLAIN_COLUMNS = 6
 class Rollouts:
     """What there is to know of N rollouts: float64, in host memory, without gradient.
 
-    context: [N] number of the prompt, the same wherever that prompt occurs. log_pi, log_mu, log_base: [N] of the whole
-    log, under the policy of now, the one that made it, and the frozen one (nan where there is none). reward: [N] (nan
-    where there is none). features: [N, F].
+    key, context: [N] numbers of trajectory and prompt, the same wherever these occur. log_pi, log_mu, log_base: [N] of
+    the whole log, under the policy of now, the one that made it, and the frozen one (nan where there is none). reward:
+    [N] (nan where there is none). features: [N, F].
     """
 
+    key: Tensor
     context: Tensor
     log_pi: Tensor
     log_mu: Tensor
@@ -90,6 +91,10 @@ class Rule(Protocol):
         """Go on from `state()`."""
         ...
 
+    def renews_proposal(self) -> bool:
+        """Whether the policy of now should be the one that acts; asked where it would be published."""
+        ...
+
 
 class ScoreFunction(PlainObjective):
     """A rule, applied.
@@ -122,9 +127,8 @@ class ScoreFunction(PlainObjective):
         if isinstance(self._base, FSDPModule):
             self._base.reshard()  # its root waits for a backward pass that never comes
         assert len(table) == counts.logs
-        keys, *plain = table[:, :_NUM_PLAIN_COLUMNS].unbind(1)
-        context, log_pi, log_mu, log_base, reward = plain
-        gathered = Rollouts(context.long(), log_pi, log_mu, log_base, reward, table[:, _NUM_PLAIN_COLUMNS:])
+        key, context, log_pi, log_mu, log_base, reward = table[:, :_NUM_PLAIN_COLUMNS].unbind(1)
+        gathered = Rollouts(key.long(), context.long(), log_pi, log_mu, log_base, reward, table[:, _NUM_PLAIN_COLUMNS:])
         sound = log_pi.isfinite() & (log_base.isfinite() if self._base is not None else True)
         # The loss will not be finite either, where the policy gave no number; with a coefficient that is one, the
         # trainer can tell the rollouts to blame for it from those that only shared a pass with them.
@@ -134,7 +138,7 @@ class ScoreFunction(PlainObjective):
             weighed = self._rule.weigh(self._rollouts)
             coefficients[sound] = weighed.coefficients
             self._metrics = weighed.metrics
-        self._coefficient = dict(zip(keys.long().tolist(), coefficients.tolist(), strict=True))
+        self._coefficient = dict(zip(key.long().tolist(), coefficients.tolist(), strict=True))
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """There is none.
@@ -172,6 +176,10 @@ class ScoreFunction(PlainObjective):
         assert self._rollouts is not None, "advance() comes after prepare()"
         self._rule.learn(self._rollouts)
 
+    def renews_proposal(self) -> bool:
+        """As the rule says."""
+        return self._rule.renews_proposal()
+
     def state(self) -> dict[str, Tensor]:
         """Of the rule."""
         return self._rule.state()
@@ -182,7 +190,7 @@ class ScoreFunction(PlainObjective):
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _look_at(self, policy: TreePolicy, tree: TreeBatch) -> Tensor:
-        """[L, 6 + F] columns of `Rollouts`, after the key of the trajectory."""
+        """[L, 6 + F] columns of `Rollouts`."""
         tree = tree.to(policy.device)
         log_pi = _per_log(policy.evaluate(tree).log_prob, tree)
         log_base = torch.full_like(log_pi, torch.nan)

@@ -15,6 +15,7 @@ from learner.behaviour import distribution_metrics
 from learner.watch import Watch, WatchSettings
 from tests.rollouts import rollouts
 from tests.unit.test_score_functions import KL_CONTROL, REINFORCE, ScoredRollouts, make_score_trainer
+from tests.unit.test_target_objectives import CASES, make_target_trainer
 from tests.unit.test_trainer import CLONING, MATCHING, make_model, make_stage, make_trainer
 
 TABLE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -54,6 +55,9 @@ def test_the_table_names_every_metric_once(task):
     for objective in (REINFORCE, KL_CONTROL):
         trainer = make_score_trainer(task, make_model(task), objective, ScoredRollouts(task))
         found |= trainer.train_step().keys()
+    metrics = make_target_trainer(task, make_model(task), CASES["gdc_pp"]).train_step()
+    alarms, _ = Watch("s", WatchSettings()).look(1, metrics)
+    found |= metrics.keys() | alarms.keys()
     found |= distribution_metrics("staleness", np.zeros(1, dtype=np.int64)).keys() | {"policy_version"}
     names = documented()
     assert len(names) == len(set(names))

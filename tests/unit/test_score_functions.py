@@ -88,7 +88,15 @@ def world() -> World:
     policy = model(0)
     log_pi = log_probs(policy)
     log_mu, log_base = (log_probs(model(seed)).detach() for seed in (1, 2))
-    rollouts = Rollouts(tree.context, log_pi.detach(), log_mu, log_base, tree.reward.double(), tree.features.double())
+    rollouts = Rollouts(
+        torch.arange(tree.num_logs),
+        tree.context,
+        log_pi.detach(),
+        log_mu,
+        log_base,
+        tree.reward.double(),
+        tree.features.double(),
+    )
     return World(policy, rollouts, log_pi)
 
 
@@ -145,7 +153,9 @@ def table(pi: Tensor, base: Tensor, **fields: Tensor) -> Rollouts:
     """Every one of the outcomes of a table, as rollouts of the policy itself."""
     nothing = torch.full_like(pi, torch.nan)
     given = {"reward": nothing, "features": torch.zeros(len(pi), 0)} | fields
-    return Rollouts(torch.zeros(len(pi), dtype=torch.int64), pi.log(), pi.log(), base.log(), **given)
+    return Rollouts(
+        torch.arange(len(pi)), torch.zeros(len(pi), dtype=torch.int64), pi.log(), pi.log(), base.log(), **given
+    )
 
 
 def test_golden_optimum_of_kl_control():

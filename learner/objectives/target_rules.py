@@ -1,0 +1,224 @@
+"""Methods that bring the policy to a target p = P / Z, P(x) = a(x) prod_i b_i(x) exp(sum_j lambda_j phi_j(x)).
+
+a is the policy at the start of the stage. Pointwise constraints b_i (0 or 1) hold for every rollout of the target,
+distributional ones are means: lambda is fitted so that E_p[phi_j] is what was asked for (Khalifa et al. 2021, arXiv
+2012.11635; Korbak et al. 2022, arXiv 2206.00761; f-DPG: Go et al. 2023, arXiv 2302.08215). Directions of ascent:
+
+dpg, gdc   E_mu[(P / mu) grad log pi]
+gdc_pp     E_mu[(P / mu - Z pi / mu) grad log pi]: a baseline of Z alone would be biased with stale actors
+f_dpg      -E_mu[(pi / mu) (f'(pi / p) - B) grad log pi], B the mean of the other rollouts
+
+They agree for any mu. `dpg` and `gdc` differ in who acts: with a KL-adaptive proposal the actors keep the policy that
+they have until that of now is nearer to the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.objectives.moment_fit import fit_moments
+from learner.objectives.partition_function import PartitionFunction
+from learner.objectives.reward_rules import leave_one_out_mean, weight_metrics, weighted_mean
+from learner.objectives.score_function import Rollouts, Weighed
+from learner.score_function_settings import FDivergence
+
+Advantage = Callable[["Densities"], Tensor]
+"""[N] coefficients c of rollouts whose target is known."""
+
+
+@dataclass(frozen=True)
+class Densities:
+    """[N] of each rollout: log P (-inf where a pointwise constraint is broken), log pi, log mu, and an estimate of Z
+    that does not depend on the rollout."""
+
+    log_target: Tensor
+    log_pi: Tensor
+    log_mu: Tensor
+    z: Tensor
+
+    @property
+    def ratio(self) -> Tensor:
+        """[N] P / mu."""
+        return (self.log_target - self.log_mu).exp()
+
+    @property
+    def weight(self) -> Tensor:
+        """[N] pi / mu."""
+        return (self.log_pi - self.log_mu).exp()
+
+
+def policy_gradient(densities: Densities) -> Tensor:
+    """dpg and gdc."""
+    return densities.ratio
+
+
+def policy_gradient_with_baseline(densities: Densities) -> Tensor:
+    """gdc_pp."""
+    return densities.ratio - densities.z * densities.weight
+
+
+def f_policy_gradient(divergence: FDivergence) -> Advantage:
+    """f_dpg. A rollout whose Z nobody has an idea of yet has no say."""
+
+    def advantage(densities: Densities) -> Tensor:
+        known = densities.z > 0
+        log_t = torch.where(known, densities.log_pi + densities.z.log() - densities.log_target, 0.0)
+        slope = F_SLOPES[divergence](log_t)
+        weight = densities.weight * known
+        return -weight * (slope - leave_one_out_mean(slope, weight))
+
+    return advantage
+
+
+F_SLOPES: dict[FDivergence, Callable[[Tensor], Tensor]] = {
+    "kl": lambda log_t: -(-log_t).exp(),
+    "reverse_kl": lambda log_t: 1 + log_t,
+    "tv": lambda log_t: log_t.sign() / 2,
+    "js": lambda log_t: math.log(2.0) - torch.nn.functional.softplus(-log_t),
+    "chi2": lambda log_t: 1 - (-2 * log_t).exp(),
+    "reverse_chi2": lambda log_t: 2 * torch.expm1(log_t),
+}
+"""f'(t) of log t, t = pi / p: of KL(p, pi), KL(pi, p), total variation, Jensen-Shannon, chi2(p, pi), chi2(pi, p)."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """column: of the feature. target: its mean; None = 1 in every rollout."""
+
+    name: str
+    column: int
+    target: float | None
+
+
+class TargetRule:
+    """Fit lambda first, while nothing moves; then go by the advantages.
+
+    Args:
+        fit_samples: distinct rollouts that lambda is fitted on.
+        adaptive: whether the actors' policy is renewed only when that brings them nearer to the target.
+    """
+
+    def __init__(
+        self, constraints: tuple[Constraint, ...], advantage: Advantage, fit_samples: int, adaptive: bool = False
+    ) -> None:
+        self._pointwise = [each for each in constraints if each.target is None]
+        self._moments = [each for each in constraints if each.target is not None]
+        self._advantage = advantage
+        self._fit_samples = fit_samples
+        self._adaptive = adaptive
+        self._z = PartitionFunction()
+        self._gain = torch.zeros(1, dtype=torch.float64)  # of log pi over log mu under p, times Z; since the last look
+        self._weight = None if self._moments else torch.zeros(0, dtype=torch.float64)
+        self._samples = torch.zeros(0, 2 + len(self._moments), dtype=torch.float64)  # key, log a b / mu, features
+
+    def weigh(self, rollouts: Rollouts) -> Weighed:
+        """Coefficients; zero while lambda is not known.
+
+        Raises:
+            ValueError: rollouts lack a feature, or one of a pointwise constraint is neither 0 nor 1.
+        """
+        self._check(rollouts)
+        moments = weighted_mean(rollouts.features.T, rollouts.weight)
+        gaps = [abs(float(moments[each.column]) - (1.0 if each.target is None else each.target)) for each in self._all]
+        log_base = self._log_base(rollouts)
+        metrics = {
+            "constraint_gap": max(gaps),
+            "unsatisfied_share": float((log_base == -torch.inf).double().mean()),
+            "kl_base": float(weighted_mean(rollouts.log_pi - rollouts.log_base, rollouts.weight)),
+            **weight_metrics(rollouts.weight),
+        }
+        if self._weight is None:
+            unknown = {"fitting": 1.0, "z": 0.0, "kl_target": 0.0}
+            return Weighed(torch.zeros_like(rollouts.log_pi), metrics | unknown)
+        densities = self._densities(rollouts)
+        ratio = densities.ratio
+        z = float(ratio.mean())
+        excess = torch.where(ratio > 0, ratio * (densities.log_target - densities.log_pi), 0.0)
+        kl = float(excess.mean()) / z - math.log(z) if z > 0 else 0.0
+        return Weighed(self._advantage(densities), metrics | {"fitting": 0.0, "z": z, "kl_target": kl})
+
+    def learn(self, rollouts: Rollouts) -> None:
+        """Gather samples until lambda can be fitted; after that Z, and which policy is nearer to the target.
+
+        Raises:
+            ValueError: the constraints cannot be met (see `fit_moments`).
+        """
+        if self._weight is None:
+            self._gather(rollouts)
+            return
+        densities = self._densities(rollouts)
+        self._z.add(rollouts.context, densities.ratio)
+        self._gain += (densities.ratio * (densities.log_pi - densities.log_mu)).sum()
+
+    def renews_proposal(self) -> bool:
+        """Whether the policy of now should act: KL(p, pi) < KL(p, mu), by the steps since this was asked last.
+
+        Both are -log Z + E_p[log(P / .)], so what decides is the sign of E_mu[(P / mu) log(pi / mu)].
+        """
+        nearer = not self._adaptive or float(self._gain) > 0
+        self._gain = torch.zeros_like(self._gain)
+        return nearer
+
+    def state(self) -> dict[str, Tensor]:
+        """Lambda, or the samples for it; Z."""
+        fitted = {} if self._weight is None else {"lambda": self._weight}
+        return {**fitted, "samples": self._samples, "gain": self._gain, **self._z.state()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state()`."""
+        self._weight, self._samples, self._gain = state.get("lambda"), state["samples"], state["gain"]
+        self._z.load_state(state)
+
+    @property
+    def _all(self) -> list[Constraint]:
+        return [*self._pointwise, *self._moments]
+
+    def _check(self, rollouts: Rollouts) -> None:
+        present = rollouts.features.shape[1]
+        for each in self._all:
+            if each.column >= present:
+                raise ValueError(f"rollouts have {present} features, and no {each.name}: set scoring.features")
+        for each in self._pointwise:
+            values = rollouts.features[:, each.column]
+            if not ((values == 0) | (values == 1)).all():
+                raise ValueError(
+                    f"feature {each.name} is {float(values[(values != 0) & (values != 1)][0]):g} in a rollout, and a "
+                    "pointwise constraint is met (1) or not (0): give it a target, or another feature"
+                )
+
+    def _log_base(self, rollouts: Rollouts) -> Tensor:
+        """[N] log a b: without the distributional constraints."""
+        satisfied = torch.ones_like(rollouts.log_base, dtype=torch.bool)
+        for each in self._pointwise:
+            satisfied &= rollouts.features[:, each.column] == 1
+        return rollouts.log_base.masked_fill(~satisfied, -torch.inf)
+
+    def _constrained(self, rollouts: Rollouts) -> Tensor:
+        return rollouts.features[:, [each.column for each in self._moments]]
+
+    def _densities(self, rollouts: Rollouts) -> Densities:
+        assert self._weight is not None
+        log_target = self._log_base(rollouts) + self._constrained(rollouts) @ self._weight
+        z = self._z.leave_one_out(rollouts.context, (log_target - rollouts.log_mu).exp())
+        return Densities(log_target, rollouts.log_pi, rollouts.log_mu, z)
+
+    def _gather(self, rollouts: Rollouts) -> None:
+        log_weight = self._log_base(rollouts) - rollouts.log_mu
+        new = torch.cat([rollouts.key.double()[:, None], log_weight[:, None], self._constrained(rollouts)], dim=1)
+        new = new[~torch.isin(new[:, 0], self._samples[:, 0])]  # a draw may give what another one gave
+        self._samples = torch.cat([self._samples, new])
+        if len(self._samples) < self._fit_samples:
+            return
+        targets = [each.target for each in self._moments if each.target is not None]
+        self._weight = fit_moments(
+            self._samples[:, 2:],
+            self._samples[:, 1],
+            torch.tensor(targets, dtype=torch.float64),
+            [each.name for each in self._moments],
+        )
+        self._samples = self._samples[:0]
