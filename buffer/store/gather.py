@@ -49,11 +49,14 @@ def gather(layout: GatherLayout, parts: Sequence[Part], num_rows: int) -> pa.Rec
     """
     layout.cover([part.source for part in parts])
     places = parts[0].at if len(parts) == 1 else np.concatenate([part.at for part in parts])
-    records = _records(layout, parts)
+    found = [part.source.records(layout.runs, layout.numbers) for part in parts]
+    taken = [each.lanes.take(part.local, axis=0) for each, part in zip(found, parts, strict=True)]
+    records = taken[0] if len(taken) == 1 else np.concatenate(taken)
     columns = layout.repeated(num_rows)
     lane = VIEW_LANES * len(layout.runs)
     if layout.runs:
-        columns |= _copy_runs(layout, parts, records[:, :lane], places)
+        windows = [each.windows for each in found]
+        columns |= _copy_runs(layout, records[:, :lane], windows, [len(part.at) for part in parts], places)
     for name in layout.numbers:
         type_ = layout.schema.field(name).type
         lanes = type_.bit_width // 32
@@ -66,28 +69,27 @@ def gather(layout: GatherLayout, parts: Sequence[Part], num_rows: int) -> pa.Rec
     return pa.RecordBatch.from_arrays([columns[name] for name in layout.names], schema=layout.schema)
 
 
-def _records(layout: GatherLayout, parts: Sequence[Part]) -> Int32:
-    """[n, lanes] of all rows, part by part."""
-    found = [part.source.records(layout.runs, layout.numbers).take(part.local, axis=0) for part in parts]
-    return found[0] if len(found) == 1 else np.concatenate(found)
+def _copy_runs(
+    layout: GatherLayout,
+    records: Int32,
+    windows: Sequence[Sequence[pa.Buffer]],
+    part_rows: Sequence[int],
+    places: Int64,
+) -> dict[str, pa.Array]:
+    """The columns of lists and of text.
 
-
-def _copy_runs(layout: GatherLayout, parts: Sequence[Part], records: Int32, places: Int64) -> dict[str, pa.Array]:
-    """The columns of lists and of text. records: [n, lanes] of the views; places: [n] in the result."""
+    records: [n, lanes] of the views, part by part. windows, part_rows: of each part. places: [n] in the result.
+    """
     num_rows, num_columns = len(places), len(layout.runs)
+    by_row = records.reshape(num_rows, num_columns, VIEW_LANES)
+    if len(windows) > 1:
+        num_before = np.cumsum([0, *(len(each) for each in windows[:-1])], dtype=np.int32)
+        # Short runs have themselves where the others have their window.
+        by_row[:, :, 2] += np.repeat(num_before, part_rows)[:, None] * (by_row[:, :, 0] > INLINE_BYTES)
     views = np.empty((num_columns, num_rows, VIEW_LANES), dtype=np.int32)
-    views[:, places] = records.reshape(num_rows, num_columns, VIEW_LANES).swapaxes(0, 1)
-    lengths = views[:, :, 0]
-    windows = parts[0].source.windows
-    if len(parts) > 1:
-        first_windows = np.empty(num_rows, dtype=np.int32)
-        windows = []
-        for part in parts:
-            first_windows[part.at] = len(windows)
-            windows += part.source.windows
-        # Short runs have themselves where the others have their buffer.
-        views[:, :, 2] += first_windows * (lengths > INLINE_BYTES)
-    described = pa.Array.from_buffers(_VIEWS, num_columns * num_rows, [None, pa.py_buffer(views), *windows], 0)
+    views[:, places] = by_row.swapaxes(0, 1)
+    all_windows = [window for each in windows for window in each]
+    described = pa.Array.from_buffers(_VIEWS, num_columns * num_rows, [None, pa.py_buffer(views), *all_windows], 0)
     _, bounds, content = pc.cast(described, _CONTENT).buffers()
     ends = np.frombuffer(bounds, dtype=np.int64)  # in bytes, over all columns
     begins = ends[:-1:num_rows]
@@ -101,7 +103,7 @@ def _copy_runs(layout: GatherLayout, parts: Sequence[Part], records: Int32, plac
     for index, (column, begin, count) in enumerate(zip(layout.run_columns, begins.tolist(), num_items, strict=True)):
         validity, null_count = None, 0
         if column.is_nullable:
-            is_null = (lengths[index] == 0) & (views[index, :, 1] == NULL_MARK)
+            is_null = (views[index, :, 0] == 0) & (views[index, :, 1] == NULL_MARK)
             validity, null_count = pa.array(~is_null).buffers()[1], int(np.count_nonzero(is_null))
         buffers = [validity, all_offsets.slice(index * width, width)]
         own = content.slice(begin, count << column.item_shift)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.store.gather_source import GatherSource
+from buffer.store.gather_source import GatherSource, is_number, item_bytes
 
 
 class RunColumn(NamedTuple):
@@ -43,33 +43,39 @@ class GatherLayout:
         self.item_shifts: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         """Of `run_columns`."""
         self._nullable: set[str] = set()
-        self._constants = {name: value for name, value in first.constants.items() if name in self.names}
+        self._unfit = {name for name in self.names if not first.fits_records(name)}
+        """Columns that records cannot hold for some batch."""
+        found = {name: first.constant(name) for name in self.names}
+        self._constants = {name: value for name, value in found.items() if value is not None}
         self._repeated = {name: first.batch.column(name).take(pa.array([0])) for name in self._constants}
         self._repeated_last: tuple[int, dict[str, pa.Array]] = (0, {})
-        self._not_in_records: set[str] = set()
+        self._arrange()
         self.cover([first])
 
     def cover(self, sources: Sequence[GatherSource]) -> None:
-        """Have the layout suit these batches of its schema, too."""
+        """Have the layout suit these batches, which have its columns, too."""
         new = [source for source in sources if source.covered_by is not self]
+        if not new:
+            return
+        before = len(self._constants), len(self._unfit), len(self._nullable)
         for source in new:
-            found = source.constants
-            for name in [*self._constants]:
-                if name not in found or found[name] != self._constants[name]:
-                    del self._constants[name], self._repeated[name]
-            self._not_in_records |= set(self.names) - source.runs.keys() - source.numbers.keys()
-            self._nullable |= {name for name, runs in source.runs.items() if runs.valid is not None}
+            for name in [name for name, value in self._constants.items() if source.constant(name) != value]:
+                del self._constants[name], self._repeated[name]
+            self._unfit |= {name for name in self.names if not source.fits_records(name)}
+            self._nullable |= {name for name in self.names if source.batch.column(name).null_count}
             source.covered_by = self
-        if new:
-            self._repeated_last = (0, {})
-            varied = [name for name in self.names if name not in self._constants]
-            gathered = [name for name in varied if name not in self._not_in_records]
-            runs = [name for name in gathered if name in new[0].runs]
-            self.runs = tuple(sorted(runs, key=lambda name: -new[0].runs[name].item_bytes))
-            self.numbers = tuple(name for name in gathered if name in new[0].numbers)
-            self.rest = tuple(name for name in varied if name in self._not_in_records)
-            self.run_columns = tuple(self._run_column(name, new[0].runs[name].item_bytes) for name in self.runs)
-            self.item_shifts = np.array([column.item_shift for column in self.run_columns], dtype=np.int64)
+        if before != (len(self._constants), len(self._unfit), len(self._nullable)):
+            self._arrange()
+
+    def _arrange(self) -> None:
+        types = {field.name: field.type for field in self.schema if field.name not in self._constants}
+        runs = [name for name in types if name not in self._unfit and not is_number(types[name])]
+        self.runs = tuple(sorted(runs, key=lambda name: -item_bytes(types[name])))
+        self.numbers = tuple(name for name in types if name not in self._unfit and is_number(types[name]))
+        self.rest = tuple(name for name in types if name in self._unfit)
+        self.run_columns = tuple(self._run_column(name) for name in self.runs)
+        self.item_shifts = np.array([column.item_shift for column in self.run_columns], dtype=np.int64)
+        self._repeated_last = (0, {})
 
     def repeated(self, count: int) -> dict[str, pa.Array]:
         """The columns of one value, [count] each."""
@@ -80,7 +86,7 @@ class GatherLayout:
             self._repeated_last = (count, {name: each.slice(0, count) for name, each in self._repeated.items()})
         return dict(self._repeated_last[1])
 
-    def _run_column(self, name: str, item_bytes: int) -> RunColumn:
+    def _run_column(self, name: str) -> RunColumn:
         type_ = self.schema.field(name).type
         items = None if pa.types.is_string(type_) else type_.value_type
-        return RunColumn(name, type_, items, item_bytes.bit_length() - 1, name in self._nullable)
+        return RunColumn(name, type_, items, item_bytes(type_).bit_length() - 1, name in self._nullable)

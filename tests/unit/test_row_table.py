@@ -138,19 +138,35 @@ def test_small_heap_batches_are_merged_and_mapped_ones_left_alone():
     for number in range(1000, 1100):
         table.append([numbered_at([number])], on_heap=True)
         table.take(np.array([number]))
-        assert len(table.batches(0)) <= 10
-    assert pa.Table.from_batches(table.batches(0)[:1]).slice(0, 1000).equals(pa.Table.from_batches([plain]))
+        assert len(table.batches(0)) <= 4 * 7
+    assert table.batches(0)[0].slice(0, 1000).equals(plain)
     mapped, _ = table_of([1] * 100, on_heap=False)
     mapped.append([numbered_at([100])], on_heap=True)
     mapped.take(np.array([5]))
     assert len(mapped.batches(0)) == 101
 
 
+def test_batches_of_any_sizes_are_merged_seldom_and_few_are_left():
+    generator = np.random.default_rng(0)
+    table, num_rows, copied = RowTable(), 0, 0
+    rows = numbered_at(range(4000))
+    while num_rows + 64 <= 4000:
+        size = int(generator.choice([1, 9, 64]))
+        table.append([rows.slice(num_rows, size)], on_heap=True)
+        num_rows += size
+        before = {id(batch) for batch in table.batches(0)}
+        table.take(np.array([num_rows - 1]))
+        copied += sum(batch.num_rows for batch in table.batches(0) if id(batch) not in before)
+        assert len(table.batches(0)) <= 4 * 7
+    assert copied < 5 * num_rows
+
+
 def test_merged_batches_have_no_more_rows_than_they_may(monkeypatch):
     monkeypatch.setattr(row_table, "MERGED_ROWS", 9)
-    table, _ = table_of([5, 5, 5, 2, 2])
+    monkeypatch.setattr(row_table, "MERGED_BATCHES", 2)
+    table, _ = table_of([5, 5, 4, 2, 3])
     assert ids_of(table.take(np.array([18, 0]))) == ["18", "0"]
-    assert [batch.num_rows for batch in table.batches(0)] == [5, 5, 9]
+    assert [batch.num_rows for batch in table.batches(0)] == [5, 9, 5]
 
 
 def test_holds_only_rows_that_are_there():
