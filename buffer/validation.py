@@ -37,7 +37,8 @@ _REQUIRED = ("id", "source", "task", "prompt_ids", "actions", "finish_reason", "
 _FREE_TEXTS = ("id", "task", "weights_fingerprint", "actor")
 _NO_NULL_ELEMENTS = ("prompt_ids", "actions", "logprobs", "policy_version", "features")
 _LISTS = (*_NO_NULL_ELEMENTS, "realised")
-_SOURCES, _FINISH_REASONS = pa.array(SOURCES), pa.array(FINISH_REASONS)
+_SOURCES = pc.SetLookupOptions(value_set=pa.array(SOURCES))
+_FINISH_REASONS = pc.SetLookupOptions(value_set=pa.array(FINISH_REASONS))
 _POLICY, _EOS = SOURCES.index("policy"), FINISH_REASONS.index("eos")
 _ALL_POLICY = pa.repeat("policy", 1024)
 _LATEST_US = 253_402_300_799_999_999  # the end of the year 9999, beyond which Python has no dates
@@ -303,9 +304,9 @@ def _mask(mask: pa.Array) -> Bool:
     return values
 
 
-def _codes(column: pa.StringArray, allowed: pa.StringArray) -> Int32:
-    """[n] index of each text in `allowed`, -1 where it is none of them."""
-    codes = pc.index_in(column, value_set=allowed)
+def _codes(column: pa.StringArray, allowed: pc.SetLookupOptions) -> Int32:
+    """[n] index of each text in the set `allowed`, -1 where it is none of them."""
+    codes = pc.call_function("index_in", [column], allowed)
     values: Int32 = (codes.fill_null(-1) if codes.null_count else codes).to_numpy()
     return values
 

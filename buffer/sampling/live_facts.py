@@ -159,6 +159,9 @@ class LiveFacts:
         return slots, (present[slots] == rows) & self._is_live.values[slots]
 
     def _codes_of(self, tasks: pa.StringArray) -> Int32:
+        if len(tasks) and tasks.equals(pa.repeat(tasks[0], len(tasks))):  # as actors send them
+            code = self._task_codes.setdefault(tasks[0].as_py(), len(self._task_codes))
+            return np.full(len(tasks), code, dtype=np.int32)
         encoded = tasks.dictionary_encode()
         codes = [self._task_codes.setdefault(name, len(self._task_codes)) for name in encoded.dictionary.to_pylist()]
         of_rows: Int32 = np.array(codes, dtype=np.int32)[encoded.indices.to_numpy()]
