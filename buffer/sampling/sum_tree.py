@@ -15,6 +15,9 @@ Float64 = npt.NDArray[np.float64]
 
 _FANOUT = 32
 
+_SPARE = 4
+"""So many places, and a quarter, are drawn beyond those that are needed: mostly they make up for the repetitions."""
+
 
 class SumTree:
     """Weights at places 0, 1, ...; new ones come at the end. A weight of 0 means that nothing is there."""
@@ -98,9 +101,10 @@ class SumTree:
                 saved = np.concatenate([saved, weights[new]])
                 self.put(new, 0.0)
                 taken_out = drawn
-            found = self.find(generator.random(count - len(drawn)) * self.total)
+            missing = count - len(drawn)
+            found = self.find(generator.random(missing + missing // 4 + _SPARE) * self.total)
             _, first = np.unique(found, return_index=True)
-            drawn = np.concatenate([drawn, found[np.sort(first)]])
+            drawn = np.concatenate([drawn, found[np.sort(first)]])[:count]
         if len(taken_out):
             self.put(taken_out, saved)
         return drawn
