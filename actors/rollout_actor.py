@@ -22,7 +22,7 @@ import ray
 
 from actors.action_log import FinishedLog, logs_to_batch
 from actors.engine_settings import EngineSettings, SamplingSettings
-from actors.rollout_rules import GENERATING, IDLE_WAIT_S, hand_over_due, rollout_activity
+from actors.rollout_rules import GENERATING, IDLE_WAIT_S, STARTING, hand_over_due, rollout_activity
 from actors.scoring import RolloutScoring
 from actors.scoring_settings import ScoringSettings
 from actors.settings import ActorsSettings
@@ -137,7 +137,7 @@ class RolloutActor:
         self._actions = self._backspaces = self._trajectories = self._dropped = 0
         self._drop_reason: str | None = None
         self._window: deque[tuple[float, int]] = deque()
-        self._activity = "starting"
+        self._activity = STARTING
 
     # Control group ------------------------------------------------------------
 

@@ -16,6 +16,12 @@ DEMAND_POLL_S = 10.0
 
 MAX_BYTES_IN_FLIGHT = 16 * 2**20
 MAX_INSERTS_IN_FLIGHT = 4
+
+STARTING = "starting"
+WAITING_FOR_WEIGHTS = "waiting for weights"
+DRAINING = "draining"
+PAUSED = "paused"
+HELD_BACK = "ahead of the learner"
 GENERATING = "generating"
 
 T = TypeVar("T")
@@ -30,12 +36,12 @@ def rollout_activity(
         for a pause; it is not called where another reason suffices.
     """
     if version < first_version:
-        return "waiting for weights"
+        return WAITING_FOR_WEIGHTS
     if draining:
-        return "draining"
+        return DRAINING
     if paused:
-        return "paused"
-    return "ahead of the learner" if held_back() else GENERATING
+        return PAUSED
+    return HELD_BACK if held_back() else GENERATING
 
 
 def hand_over_due(num_finished: int, num_unfinished: int, insert_rows: int) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from buffer.settings import Settings
 
@@ -18,6 +18,28 @@ class RolloutSettings(Settings):
     max_actions: PositiveInt = Field(
         128, description="most actions per rollout, backspaces and deleted tokens included"
     )
+
+
+class AutoscaleSettings(Settings):
+    """Actors are added while draws wait for rollouts, and leave while the limiter holds them back."""
+
+    min: PositiveInt = Field(1, description="fewest actors")
+    max: PositiveInt = Field(description="most actors")
+    window_s: float = Field(
+        30.0, gt=0.0, description="how long all actors have to be at work before their number is looked at"
+    )
+    grow_above: float = Field(
+        0.2, gt=0.0, le=1.0, description="share of the time in which draws wait, from which on actors are added"
+    )
+    headroom: float = Field(
+        0.2, ge=0.0, lt=1.0, description="share of the actors' time that may be idle before any of them leaves"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is more than max={self.max}: swap them")
+        return self
 
 
 class ActorsSettings(Settings):
@@ -50,3 +72,21 @@ class ActorsSettings(Settings):
         "after a push; raise it to about 0.3 for bfloat16 engines",
     )
     rollout: RolloutSettings = RolloutSettings()
+    autoscale: AutoscaleSettings | None = Field(
+        None, description="bounds within which the number of actors follows the learner's need; null = it stays"
+    )
+
+    @property
+    def most(self) -> int:
+        """Actors that there may be at a time, unless somebody asks for more by `sequencematch scale`."""
+        return self.count if self.autoscale is None else self.autoscale.max
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        bounds = self.autoscale
+        if bounds is not None and not bounds.min <= self.count <= bounds.max:
+            raise ValueError(
+                f"count={self.count} is not within autoscale.min={bounds.min} and autoscale.max={bounds.max}: change "
+                "the one or the others"
+            )
+        return self

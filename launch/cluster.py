@@ -131,7 +131,7 @@ def _check_reachable(address: str, timeout_s: float) -> None:
 
 
 def _planned_cpus(settings: RunSettings) -> float:
-    return settings.learner.num_ranks * settings.learner.num_cpus + settings.actors.count * settings.actors.num_cpus
+    return settings.learner.num_ranks * settings.learner.num_cpus + settings.actors.most * settings.actors.num_cpus
 
 
 def _check_plan(settings: RunSettings) -> None:
@@ -139,14 +139,14 @@ def _check_plan(settings: RunSettings) -> None:
     have = ray.cluster_resources()
     needs = {
         "CPU": _planned_cpus(settings),
-        "GPU": settings.learner.num_ranks * settings.learner.num_gpus
-        + settings.actors.count * settings.actors.num_gpus,
+        "GPU": settings.learner.num_ranks * settings.learner.num_gpus + settings.actors.most * settings.actors.num_gpus,
     }
+    number = "count" if settings.actors.autoscale is None else "autoscale.max"
     for kind, amount in needs.items():
         if amount > have.get(kind, 0.0):
             raise UserError(
-                f"the plan needs {amount:g} {kind} (learner and {settings.actors.count} actors), the cluster has "
-                f"{have.get(kind, 0.0):g}: lower actors.count, actors.num_{kind.lower()}s or "
+                f"the plan needs {amount:g} {kind} (learner and {settings.actors.most} actors), the cluster has "
+                f"{have.get(kind, 0.0):g}: lower actors.{number}, actors.num_{kind.lower()}s or "
                 f"learner.num_{kind.lower()}s, or raise cluster.num_cpus"
             )
     for kind, amount in planned_custom_resources(settings).items():
@@ -161,7 +161,7 @@ def _check_plan(settings: RunSettings) -> None:
 def planned_custom_resources(settings: RunSettings) -> dict[str, float]:
     """Amount of each custom resource that all ranks of the learner and all actors need together."""
     total: dict[str, float] = defaultdict(float)
-    for role, count in ((settings.learner, settings.learner.num_ranks), (settings.actors, settings.actors.count)):
+    for role, count in ((settings.learner, settings.learner.num_ranks), (settings.actors, settings.actors.most)):
         for kind, amount in role.resources.items():
             total[kind] += count * amount
     return total

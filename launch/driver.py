@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 from rich.console import Console
 from rich.markup import escape
 
+from actors.autoscaler import Autoscaler, Observation
 from actors.engine_settings import engine_environment
 from actors.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
@@ -91,6 +92,8 @@ class _Crew:
         self._pool: ActorHandle | None = None
         self._stopping_since: float | None = None
         self._warnings_told = 0
+        autoscale = settings.actors.autoscale
+        self._autoscaler = None if autoscale is None else Autoscaler(autoscale)
         self._learner = self._create_learner()
 
     def run(self) -> RunOutcome:
@@ -227,12 +230,24 @@ class _Crew:
         if self._pool is not None and self._buffer is not None:
             view.pool = self._ask(self._pool.status.remote(), view.pool, "the actor pool")
             view.buffer = self._buffer.status(self._warn)
+            self._autoscale(self._pool)
         self._metrics.export(view)
         self._log.follow(view)
         if view.pool is not None and view.pool.failure is not None:
             error = UserError if view.pool.refused else RunFailedError
             raise error(f"the actor pool gave up: {view.pool.failure}")
         self._live.refresh()
+
+    def _autoscale(self, pool: ActorHandle) -> None:
+        """Follow the limiter's waits with the number of actors, as `sequencematch scale` would."""
+        view = self._live.view
+        if self._autoscaler is None or self._stopping_since is not None or view.pool is None or view.buffer is None:
+            return
+        seen = Observation.of(time.monotonic(), view.pool, draw_waits=view.buffer.waiting_draws > 0)
+        wanted = self._autoscaler.observe(seen)
+        if wanted is not None:
+            self._log.write("info", "driver", f"autoscaling asks for {wanted} actors instead of {seen.desired}")
+            view.pool = self._ask(pool.scale.remote(wanted), view.pool, "the actor pool")
 
     def _ask(self, reference: ray.ObjectRef, last: Seen, whom: str) -> Seen:
         try:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.rollout_rules import GENERATING
+from actors.rollout_rules import GENERATING, HELD_BACK
 from actors.settings import ActorsSettings
 from buffer.settings import BufferSettings
 from buffer.shards.service import DrawTimeoutError
@@ -29,8 +29,6 @@ from launch.bench.scaling_times import StepTimes
 from launch.bench.virtual_time import VirtualTimeLoop
 from launch.settings import RunSettings
 from learner.stage_settings import LearnerSettings, StageSettings
-
-HELD_BACK = "ahead of the learner"
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,12 @@ class ScalingPlan:
 class ScalingPoint:
     """What one number of actors and ranks did. Rates and shares are those of the measured steps.
 
-    virtual_s: how long they took. actions_per_s: of all engines; samples_per_s: rows drawn. staleness: in published
-    versions. dropped_share: of the inserted rows, dropped as stale. actors_*: share of the actors' time; learner_*: of
-    the learner's. buffer_busy: of the busiest shard's time. join_s: until every actor was at work. saturated: what has
-    no time to spare: actors, learner, buffer or push. inserted, live, removed: rows of the whole simulation. failure:
-    why a real run would have ended; the rates are those before that.
+    actors: at the start; `actors_at_end`: after the last step, where `actors.autoscale` changes their number.
+    virtual_s: how long the steps took. actions_per_s: of all engines; samples_per_s: rows drawn. staleness: in
+    published versions. dropped_share: of the inserted rows, dropped as stale. actors_*: share of the actors' time;
+    learner_*: of the learner's. buffer_busy: of the busiest shard's time. join_s: until every actor was at work.
+    saturated: what has no time to spare: actors, learner, buffer or push. inserted, live, removed: rows of the whole
+    simulation. failure: why a real run would have ended; the rates are those before that.
     """
 
     actors: int
@@ -89,6 +88,7 @@ class ScalingPoint:
     learner_waiting: float
     buffer_busy: float
     join_s: float | None
+    actors_at_end: int
     saturated: str
     inserted: int
     drawn: int
@@ -206,13 +206,14 @@ class _Simulation:
                 failure = pool.roster.failure or str(error)
             end = await self._read()
             supervision.cancel()
+            num_at_end = pool.roster.desired
             join_s = joined.result() if joined.done() else None
             joined.cancel()
         await pool.stop()
         rows = (await self._read()).rows
         for shard in shards:
             await shard.service.close()
-        return self._point(begin, end, rows, join_s, failure)
+        return self._point(begin, end, rows, join_s, num_at_end, failure)
 
     async def _wait_for_all(self) -> float:
         _, pool, _ = self._parts
@@ -234,7 +235,13 @@ class _Simulation:
         )
 
     def _point(
-        self, begin: _Reading, end: _Reading, rows: SourceCounters, join_s: float | None, failure: str | None
+        self,
+        begin: _Reading,
+        end: _Reading,
+        rows: SourceCounters,
+        join_s: float | None,
+        num_at_end: int,
+        failure: str | None,
     ) -> ScalingPoint:
         elapsed_s = end.at_s - begin.at_s
         drawn, inserted = end.rows.drawn - begin.rows.drawn, end.rows.inserted - begin.rows.inserted
@@ -242,9 +249,10 @@ class _Simulation:
         training, publishing, waiting = (
             (after - before) / elapsed_s for before, after in zip(begin.learner_s, end.learner_s, strict=True)
         )
-        actor_s = elapsed_s * self._num_actors
+        spent_s = {activity: seconds - begin.actors_s.get(activity, 0.0) for activity, seconds in end.actors_s.items()}
+        work_s = sum(spent_s.values())  # of those that stood; with autoscaling their number changes
         actors = {
-            activity: (end.actors_s.get(activity, 0.0) - begin.actors_s.get(activity, 0.0)) / actor_s
+            activity: spent_s.get(activity, 0.0) / work_s if work_s else 0.0
             for activity in (GENERATING, LOADING, HELD_BACK, INSERTING)
         }
         buffer_busy = max(
@@ -272,6 +280,7 @@ class _Simulation:
             learner_waiting=waiting,
             buffer_busy=buffer_busy,
             join_s=join_s,
+            actors_at_end=num_at_end,
             saturated=_saturated(actors, training, publishing, buffer_busy),
             inserted=rows.inserted,
             drawn=rows.drawn,

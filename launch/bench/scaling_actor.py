@@ -16,6 +16,7 @@ from actors.rollout_rules import (
     GENERATING,
     IDLE_WAIT_S,
     MAX_BYTES_IN_FLIGHT,
+    STARTING,
     hand_over_due,
     has_room,
     rollout_activity,
@@ -116,6 +117,7 @@ class SimulatedActor:
         self._first_version = 0
         self._finished: list[FinishedLog] = []
         self._trajectories = 0
+        self._activity = STARTING
         self.actions = 0
         """Since birth."""
         self.spent_s: defaultdict[str, float] = defaultdict(float)
@@ -137,7 +139,15 @@ class SimulatedActor:
     def status(self) -> ActorStatus:
         """As the pool asks for it."""
         return ActorStatus(
-            self._name, self._version, self.actions, 0.0, 0, self._trajectories, 0, self._engine.num_unfinished, ""
+            name=self._name,
+            policy_version=self._version,
+            actions=self.actions,
+            actions_per_s=0.0,  # nobody looks at these three
+            backspaces=0,
+            rejected=0,
+            trajectories=self._trajectories,
+            in_flight=self._engine.num_unfinished,
+            activity=self._activity,
         )
 
     async def run(self) -> None:
@@ -145,10 +155,10 @@ class SimulatedActor:
         while True:
             if self._announced > self._version:
                 await self._load_weights()
-            activity = rollout_activity(
+            self._activity = rollout_activity(
                 self._version, self._first_version, self._draining, self._paused, self._writer.held_back
             )
-            if activity == GENERATING:
+            if self._activity == GENERATING:
                 self._engine.add(self._settings.max_concurrent - self._engine.num_unfinished)
             if self._engine.num_unfinished:
                 await self._spend(GENERATING, self._engine.next_step_s())
@@ -156,7 +166,7 @@ class SimulatedActor:
             elif self._draining:
                 break
             else:
-                await self._spend(activity, IDLE_WAIT_S)
+                await self._spend(self._activity, IDLE_WAIT_S)
             if hand_over_due(len(self._finished), self._engine.num_unfinished, self._settings.insert_rows):
                 await self._hand_over()
         await self._hand_over()

@@ -7,9 +7,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from actors.autoscaler import Autoscaler, Observation
 from actors.rollout_rules import SUPERVISION_INTERVAL_S
 from actors.roster import Roster, Sighting
 from actors.settings import ActorsSettings
+from actors.status import PoolStatus
+from buffer.shards.status import BufferStatus
 from launch.bench.scaling_actor import SimulatedActor
 from launch.bench.scaling_shards import SimulatedShard, WeightLink
 from launch.bench.scaling_times import StepTimes
@@ -111,6 +114,8 @@ class SimulatedPool:
         self.crew = SimulatedCrew(settings, times, shards, seed)
         self.events: list[str] = []
         self.roster = Roster(desired, settings, self.crew, self.events.append)
+        self._shards = shards
+        self._autoscaler = None if settings.autoscale is None else Autoscaler(settings.autoscale)
 
     @property
     def complete(self) -> bool:
@@ -122,6 +127,8 @@ class SimulatedPool:
         """Until cancelled."""
         while True:
             self._look_once()
+            if self._autoscaler is not None:
+                await self._autoscale(self._autoscaler)
             await asyncio.sleep(SUPERVISION_INTERVAL_S)
 
     async def stop(self) -> None:
@@ -130,6 +137,15 @@ class SimulatedPool:
         while self.roster.names:
             self._look_once()
             await asyncio.sleep(0.05)
+
+    async def _autoscale(self, autoscaler: Autoscaler) -> None:
+        """What the driver of a run does."""
+        buffer = BufferStatus(tuple([await shard.service.status() for shard in self._shards]))
+        pool = PoolStatus(self.roster.desired, self.crew.newest_version, self.roster.members())
+        now_s = asyncio.get_running_loop().time()
+        wanted = autoscaler.observe(Observation.of(now_s, pool, draw_waits=buffer.waiting_draws > 0))
+        if wanted is not None:
+            self.roster.scale(wanted)
 
     def _look_once(self) -> None:
         now_s = asyncio.get_running_loop().time()

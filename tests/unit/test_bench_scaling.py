@@ -130,6 +130,15 @@ def test_staleness_grows_with_what_lies_in_the_buffer_and_its_bound_holds(tmp_pa
     assert bounded.removed["stale"] > 0
 
 
+@pytest.mark.parametrize(("actors", "learner_s", "wanted"), [(1, 0.1, 4), (8, 0.1, 4), (8, 1.0, 1)])
+def test_autoscaling_finds_the_number_that_is_needed(tmp_path, actors, learner_s, wanted):
+    bounds = ("actors.autoscale.max=8", "actors.autoscale.window_s=4")
+    plan = plan_of(learner_s, *bounds, steps=int(15 / learner_s), start_actor_s=1.0)  # 80 rows/s, or 8
+    point = simulate(plan, actors, 1, tmp_path / "buffer")
+    assert point.actors_at_end == wanted
+    assert point.inserted == point.live + sum(point.removed.values())
+
+
 def test_the_same_again_is_the_same(tmp_path):
     plan = plan_of(0.3, "buffer.shards=2", actions_per_rollout=[2, 4, 7], insert_s=0.01, call_s=0.001)
     first, again = (point_of(plan, 3, tmp_path) for _ in range(2))

@@ -66,7 +66,7 @@ def test_an_override_reaches_a_section_that_the_recipe_leaves_out() -> None:
         ("stages.trunk.objective.alpha=1", ["unknown key 'stages.0.objective.alpha'", "known keys: name"]),
         ("task.digits=2", ["unknown key 'task.digits'", "did you mean 'max_digits'?"]),
         ("model.hidden=2", ["unknown key 'model.hidden'", "did you mean 'hidden_size'?"]),
-        ("actors.zzz=2", ["unknown key 'actors.zzz'", "known keys: count"]),
+        ("actors.zzz=2", ["unknown key 'actors.zzz'", "known keys: autoscale, count"]),
     ],
 )
 def test_unknown_keys_suggest_the_nearest(override: str, parts: list[str]) -> None:
