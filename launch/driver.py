@@ -10,6 +10,7 @@ from typing import TypeVar
 import pyarrow.compute as pc
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 
@@ -37,6 +38,7 @@ from learner.worker import LearnerSpec, PreparedRun
 
 POLL_S = 0.25
 STATUS_TIMEOUT_S = 10.0
+HEALTH_TIMEOUT_S = 120.0  # of silence, where the settings say nothing else
 BIRTH_TIMEOUT_S = 120.0  # of a process without a model; a busy machine takes long to import
 PREPARE_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 60.0
@@ -91,6 +93,7 @@ class _Crew:
         self._buffer: BufferShards | None = None
         self._pool: ActorHandle | None = None
         self._stopping_since: float | None = None
+        self._silent_since: dict[str, float] = {}
         self._warnings_told = 0
         autoscale = settings.actors.autoscale
         self._autoscaler = None if autoscale is None else Autoscaler(autoscale)
@@ -181,9 +184,11 @@ class _Crew:
             scoring=settings.scoring if settings.scoring.scorers else None,
             tokenizer=run.task.tokenizer,
         )
+        # Not on a node that only holds actors: it would be lost with that node, and the run with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._pool = (
             ray.remote(ActorPool)
-            .options(name=POOL_NAME, num_cpus=0)
+            .options(name=POOL_NAME, num_cpus=0, scheduling_strategy=here)
             .remote(
                 spec,
                 [ray.put(run.task.example_table())],
@@ -219,10 +224,10 @@ class _Crew:
                 self._learner.leader.request_stop.options(concurrency_group="control").remote()
 
     def _refresh(self) -> None:
-        """Ask everyone how they are; who is too busy to answer is shown as last seen."""
+        """Ask everyone how they are; who is too busy to answer is shown as last seen, for a while."""
         view = self._live.view
         status = self._learner.leader.status.options(concurrency_group="control").remote()
-        view.learner = self._ask(status, view.learner, "the learner")
+        view.learner = self._ask(status, view.learner, "the learner", self._settings.learner.health_timeout_s)
         if view.learner is not None:
             for warning in view.learner.warnings[self._warnings_told :]:
                 self._show(warning)  # the log takes it from the status
@@ -249,13 +254,26 @@ class _Crew:
             self._log.write("info", "driver", f"autoscaling asks for {wanted} actors instead of {seen.desired}")
             view.pool = self._ask(pool.scale.remote(wanted), view.pool, "the actor pool")
 
-    def _ask(self, reference: ray.ObjectRef, last: Seen, whom: str) -> Seen:
+    def _ask(
+        self, reference: ray.ObjectRef, last: Seen, whom: str, health_timeout_s: float = HEALTH_TIMEOUT_S
+    ) -> Seen:
+        """The answer, or the last one where none comes in time: a process that hangs is told from a busy one by how
+        long it has been silent.
+        """
+        asked_at = time.monotonic()
         try:
-            answer: Seen = ray.get(reference, timeout=STATUS_TIMEOUT_S)
+            answer: Seen = ray.get(reference, timeout=min(STATUS_TIMEOUT_S, health_timeout_s))
         except ray.exceptions.GetTimeoutError:
+            silent_since = self._silent_since.setdefault(whom, asked_at)
+            if time.monotonic() - silent_since >= health_timeout_s:
+                raise RunFailedError(
+                    f"{whom} has been silent for {health_timeout_s:.0f} s: its process hangs, or its node is out of "
+                    "reach"
+                ) from None
             return last
         except ray.exceptions.RayActorError as error:
             raise RunFailedError(f"{whom} died: {str(error).splitlines()[0]}") from None
+        self._silent_since.pop(whom, None)
         return answer
 
     def _wait(self, reference: ray.ObjectRef, timeout_s: float, whom: str) -> None:

@@ -147,9 +147,17 @@ def sole_driver(folder: Path) -> Iterator[None]:
 
 
 def write_cluster(folder: Path, cluster: LiveCluster) -> None:
-    """Tell other shells where the run lives; removed when it ends."""
+    """Tell other shells where the run lives; removed when it ends.
+
+    Raises:
+        OSError: the disk refused; the error names the file.
+    """
     temporary = folder / f"{CLUSTER_FILE}.tmp"
-    temporary.write_text(json.dumps(asdict(cluster)), encoding="utf-8")
+    try:
+        temporary.write_text(json.dumps(asdict(cluster)), encoding="utf-8")
+    except OSError as error:
+        error.filename = str(temporary)  # Python names it only where opening fails
+        raise
     temporary.rename(folder / CLUSTER_FILE)
 
 

@@ -73,6 +73,9 @@ class LearnerSettings(Settings):
         600.0, gt=0.0, description="longest wait for a checkpoint to be written before the run is ended"
     )
     data_timeout_s: float = Field(300.0, gt=0.0, description="longest wait for rollouts before the run is ended")
+    health_timeout_s: float = Field(
+        300.0, gt=0.0, description="silence of the learner's process after which the run is ended"
+    )
     watch: WatchSettings = WatchSettings()
 
     @property
