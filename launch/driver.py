@@ -254,9 +254,7 @@ class _Crew:
             self._log.write("info", "driver", f"autoscaling asks for {wanted} actors instead of {seen.desired}")
             view.pool = self._ask(pool.scale.remote(wanted), view.pool, "the actor pool")
 
-    def _ask(
-        self, reference: ray.ObjectRef, last: Seen, whom: str, health_timeout_s: float = HEALTH_TIMEOUT_S
-    ) -> Seen:
+    def _ask(self, reference: ray.ObjectRef, last: Seen, whom: str, health_timeout_s: float = HEALTH_TIMEOUT_S) -> Seen:
         """The answer, or the last one where none comes in time: a process that hangs is told from a busy one by how
         long it has been silent.
         """
