@@ -16,20 +16,20 @@ class BlockMemory:
     """Gives out pieces of blocks, one after the other."""
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
-        """block_bytes: a larger piece is a block of its own."""
+        """block_bytes: a larger piece has a block of its size."""
         self._block_bytes = block_bytes
         self._block = memoryview(b"")
         self._used_bytes = 0
 
-    def take(self, size_bytes: int) -> memoryview:
-        """[size_bytes] to write to, contents undefined."""
-        if size_bytes > self._block_bytes:
-            return _new_block(size_bytes)
-        begin = self._used_bytes
-        if begin + size_bytes > len(self._block):
-            self._block, begin = _new_block(self._block_bytes), 0
-        self._used_bytes = begin + -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        return self._block[begin : begin + size_bytes]
+    def offer(self, size_bytes: int) -> memoryview:
+        """[size_bytes] to write to, contents undefined; offered again unless `keep` says how much of it is used."""
+        if self._used_bytes + size_bytes > len(self._block):
+            self._block, self._used_bytes = _new_block(max(size_bytes, self._block_bytes)), 0
+        return self._block[self._used_bytes : self._used_bytes + size_bytes]
+
+    def keep(self, size_bytes: int) -> None:
+        """The first bytes of what was offered last are in use now."""
+        self._used_bytes += -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 def _new_block(size_bytes: int) -> memoryview:

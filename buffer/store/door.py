@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from buffer.schema import TokenContract
 from buffer.store.events import Event
-from buffer.store.known_ids import KnownIds
+from buffer.store.known_ids import KnownIds, UInt64, hash_ids
 from buffer.validation import Rejection, validate
 
 PRESENT = "id is in the buffer already"
@@ -17,9 +17,11 @@ PRESENT = "id is in the buffer already"
 
 @dataclass(frozen=True)
 class CheckedBatch:
-    """good: rows to be stored; rejections: the others, by row; num_present: how many of those are stored already."""
+    """good: rows to be stored; hashes: [n] of their ids; rejections: the other rows, in order; num_present: how many of
+    those are stored already."""
 
     good: pa.RecordBatch
+    hashes: UInt64
     rejections: tuple[Rejection, ...]
     num_present: int
 
@@ -39,11 +41,12 @@ def check(batch: pa.RecordBatch, contract: TokenContract, known: KnownIds) -> Ch
     """
     validated = validate(batch, contract)
     good = validated.good
-    is_known = known.knows(good.column("id"))
+    hashes = hash_ids(good.column("id"))
+    is_known = known.knows(good.column("id"), hashes)
     if not is_known.any():
-        return CheckedBatch(good, validated.rejections, 0)
+        return CheckedBatch(good, hashes, validated.rejections, 0)
     sent_rows = np.setdiff1d(np.arange(batch.num_rows), [rejection.row for rejection in validated.rejections])
     ids = good.column("id").filter(pa.array(is_known)).to_pylist()
     repeated = [Rejection(row, id_, PRESENT) for row, id_ in zip(sent_rows[is_known].tolist(), ids, strict=True)]
     rejections = sorted((*validated.rejections, *repeated), key=lambda rejection: rejection.row)
-    return CheckedBatch(good.filter(pa.array(~is_known)), tuple(rejections), len(repeated))
+    return CheckedBatch(good.filter(pa.array(~is_known)), hashes[~is_known], tuple(rejections), len(repeated))

@@ -42,9 +42,9 @@ class KnownIds:
         self._num_removed = 0
         self._allocate(_FEWEST_SLOTS)
 
-    def add(self, ids: pa.StringArray, rows: Int64) -> None:
-        """Ids that are not known yet, of rows that are live."""
-        self._insert(_hashes(ids), rows)
+    def add(self, hashes: UInt64, rows: Int64) -> None:
+        """Ids that are not known yet, of rows that are live. hashes: see `hash_ids`."""
+        self._insert(hashes, rows)
 
     def remove(self, ids: pa.StringArray, rows: Int64) -> None:
         """The rows are no longer live; forgets the ids of those removed longest ago. A null id was never known."""
@@ -56,12 +56,12 @@ class KnownIds:
         while self._num_removed > self._remembered_rows:
             old_rows, old_ids = self._removed.popleft()
             self._num_removed -= len(old_rows)
-            self._delete(_hashes(old_ids), old_rows)
+            self._delete(hash_ids(old_ids), old_rows)
 
-    def knows(self, ids: pa.StringArray) -> Bool:
-        """[n] whether each id is that of a live row or of one removed lately."""
+    def knows(self, ids: pa.StringArray, hashes: UInt64) -> Bool:
+        """[n] whether each id is that of a live row or of one removed lately. hashes: see `hash_ids`."""
         known: Bool = np.zeros(len(ids), dtype=np.bool_)
-        rows = self._find(_hashes(ids))
+        rows = self._find(hashes)
         alike = np.flatnonzero(rows >= 0)
         if len(alike):
             known[alike] = pc.equal(ids.take(pa.array(alike)), self._lookup(rows[alike])).to_numpy(zero_copy_only=False)
@@ -151,7 +151,8 @@ class KnownIds:
         self._insert(hashes, rows)
 
 
-def _hashes(ids: pa.StringArray) -> UInt64:
+def hash_ids(ids: pa.StringArray) -> UInt64:
+    """[n] of each id, never 0."""
     as_bytes = ids.view(pa.binary()).to_pylist()
     hashes = np.array([xxhash.xxh3_64_intdigest(id_) for id_ in as_bytes], dtype=np.uint64)
     return np.maximum(hashes, np.uint64(1))

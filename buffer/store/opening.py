@@ -27,7 +27,7 @@ from buffer.store.consumption_log import ConsumptionLog
 from buffer.store.counters import Tally
 from buffer.store.event_history import log_files, read_log_file
 from buffer.store.events import Event, decode_events
-from buffer.store.known_ids import REMEMBERED_ROWS, KnownIds
+from buffer.store.known_ids import REMEMBERED_ROWS, KnownIds, hash_ids
 from buffer.store.log_state import LogState
 from buffer.store.manifest import Manifest
 from buffer.store.row_numbers import NO_ROWS, contains
@@ -95,7 +95,7 @@ def open_shard(
     for batch in found.batches:
         named = batch.select(["id", ROW])  # before anything is copied
         live = named.filter(pa.array(contains(live_rows, rows_of(named))))
-        known.add(live.column("id"), rows_of(live))
+        known.add(hash_ids(live.column("id")), rows_of(live))
     _remember_removed(known, folder, state)
     shard = ShardState(
         files=files,
@@ -215,7 +215,7 @@ def _remember_removed(known: KnownIds, folder: Path, state: LogState) -> None:
     rows = np.concatenate([NO_ROWS, *(rows for rows, _ in removed)])[-REMEMBERED_ROWS:]
     ids = pa.concat_arrays([pa.array([], pa.string()), *(ids for _, ids in removed)])[-REMEMBERED_ROWS:]
     is_readable = ids.is_valid().to_numpy(zero_copy_only=False)
-    known.add(ids.drop_null(), rows[is_readable])
+    known.add(hash_ids(ids.drop_null()), rows[is_readable])
     for first in range(0, len(rows), _REMEMBERED_TOGETHER):
         part = slice(first, first + _REMEMBERED_TOGETHER)
         known.remove(ids[part], rows[part])

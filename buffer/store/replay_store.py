@@ -34,6 +34,7 @@ from buffer.store.counters import DrawResult, InsertResult, LastDraw, SourceCoun
 from buffer.store.door import check
 from buffer.store.events import Event
 from buffer.store.folder_lock import FolderLock
+from buffer.store.known_ids import UInt64
 from buffer.store.opening import open_shard
 from buffer.store.quarantine import quarantined
 from buffer.store.removals import Removals
@@ -123,7 +124,7 @@ class ReplayStore:
         """
         checked = check(batch, self._contract, self._shard.known)
         if checked.good.num_rows:
-            self._store(checked.good)
+            self._store(checked.good, checked.hashes)
         if checked.rejections:
             self._shard.log.append(*checked.to_events())
             self._shard.rejected += len(checked.rejections)
@@ -354,8 +355,8 @@ class ReplayStore:
 
     # Inserting
 
-    def _store(self, good: pa.RecordBatch) -> None:
-        """Rows that were validated: into the segment, then live for now."""
+    def _store(self, good: pa.RecordBatch, hashes: UInt64) -> None:
+        """Rows that were validated: into the segment, then live for now. hashes: of their ids."""
         shard = self._shard
         end_row = shard.next_row + good.num_rows
         numbered = with_rows(good, np.arange(shard.next_row, end_row))
@@ -364,7 +365,7 @@ class ReplayStore:
         versions = VersionRange.from_batch(good)
         shard.newest_version = max(shard.newest_version, int(versions.newest.max()))
         facts = RowFacts.from_batch(numbered, versions)
-        shard.known.add(good.column("id"), facts.row)
+        shard.known.add(hashes, facts.row)
         sources = pc.index_in(good.column("source"), _SOURCES).to_numpy()
         for index, source in enumerate(SOURCES):
             if (mask := sources == index).any():

@@ -35,6 +35,7 @@ _MESSAGE_ALIGNMENT = 8
 _CHECKSUM_KEY = "checksum"
 _CHECKSUM_PREFIX = b"xxh3_128:"
 _CHECKSUM_ZEROS = b"0" * 32
+_CHECKSUM_ROOM_BYTES = 512  # more than it takes, with its key, its place in the metadata, and the end of the stream
 _CHECKSUM = re.compile(re.escape(_CHECKSUM_PREFIX) + rb"([0-9a-f]{32})")
 
 
@@ -93,9 +94,7 @@ class OpenSegment:
         Raises:
             OSError: the bytes could not be written; the file is as it was before.
         """
-        content = _serialise(batch, self._schema, len(self._header))
-        message = bytearray(content) if self._memory is None else self._memory.take(len(content))
-        message[:] = content
+        message = _serialise(batch, self._schema, len(self._header), self._memory or BlockMemory(0))
         renew_checksum(message)
         self._write(message)
         view: pa.RecordBatch = pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(message)), self._schema)
@@ -281,7 +280,7 @@ def _checksum(content: pa.Buffer) -> str:
 
 def encode_message(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int) -> bytearray:
     """The message of one batch as it stands in a stream, with its checksum. header_bytes: of the serialised schema."""
-    message = bytearray(_serialise(batch, schema, header_bytes))
+    message = bytearray(_serialise(batch, schema, header_bytes, BlockMemory(0)))
     renew_checksum(message)
     return message
 
@@ -295,12 +294,15 @@ def renew_checksum(message: bytearray | memoryview) -> None:
     message[begin:end] = xxhash.xxh3_128(message).hexdigest().encode()
 
 
-def _serialise(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int) -> memoryview:
-    """A message with zeros for a checksum."""
-    sink = pa.BufferOutputStream()
+def _serialise(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int, memory: BlockMemory) -> memoryview:
+    """A message with zeros for a checksum, in `memory`."""
+    room = memory.offer(header_bytes + pa.ipc.get_record_batch_size(batch) + _CHECKSUM_ROOM_BYTES)
+    sink = pa.FixedSizeBufferWriter(pa.py_buffer(room))
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(batch, custom_metadata={_CHECKSUM_KEY: (_CHECKSUM_PREFIX + _CHECKSUM_ZEROS).decode()})
-    return memoryview(sink.getvalue()).cast("B")[header_bytes : -len(END_OF_STREAM)]
+    size_bytes = sink.tell()
+    memory.keep(size_bytes)
+    return room[header_bytes : size_bytes - len(END_OF_STREAM)]
 
 
 @dataclass(frozen=True)
