@@ -5,7 +5,6 @@ and the rest, in which each shard is killed once more.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +15,26 @@ from buffer.shards.shard import present_shards, shard_folder
 from buffer.staleness import VersionRange
 from launch.buffer_shards import MAX_RESTARTS
 from launch.recipe import read_recipe
-from launch.run_folder import BUFFER_FOLDER, CLUSTER_FILE, CONFIG_FILE
+from launch.run_folder import BUFFER_FOLDER, CONFIG_FILE
 from learner.checkpoint import read_progress
 from learner.checkpoint_store import checkpoints_of
-from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of
+from tests.chaos.run_lives import (
+    STAGE,
+    START_TIMEOUT_S,
+    STEPS,
+    Life,
+    assert_failed,
+    assert_same_steps,
+    ended,
+    newest_step,
+    shorten,
+    steps_lost,
+    wait_for_steps,
+)
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
 
 pytestmark = pytest.mark.slow
 
-STEPS = 5000
-START_TIMEOUT_S = 200.0
-END_TIMEOUT_S = 90.0
-STAGE = "sequencematch"
 CHECKPOINT_EVERY = 10
 RESTARTED = re.compile("shard 1 of the replay buffer died .* restarted from its segments")
 OVERRIDES = (
@@ -36,21 +44,6 @@ OVERRIDES = (
     "stages.mle_control.steps=2",
     "buffer.shards=2",
 )
-
-# What a repeated step computes again; clocks and version numbers go on.
-REPEATED = ("loss", "beta", "gradient_norm", "learning_rate", "penalty", "value", "r_", "backspace", "staleness")
-
-
-@dataclass(frozen=True)
-class Life:
-    """What one life of the run printed, and its end. step: newest one logged; checkpoint: newest one on disk."""
-
-    folder: Path
-    code: int
-    stdout: str
-    errors: list[str]
-    step: int
-    checkpoint: int
 
 
 @pytest.fixture(scope="module")
@@ -118,23 +111,7 @@ def test_the_last_life_does_what_is_left_and_all_lives_took_the_same_steps(
             kill_shard(process, folder, index)
         process.wait(START_TIMEOUT_S)
         assert ended(process, folder).code == 0, process.printed()
-    by_step: dict[int, list[dict[str, float]]] = {}
-    for row in metrics_of(folder, STAGE):
-        by_step.setdefault(int(row["step"]), []).append(row)
-    assert sorted(by_step) == list(range(1, total + 1))
-    lost = {
-        step
-        for life in (killed_learner, killed_buffer, interrupted_twice)
-        for step in range(life.checkpoint + 1, life.step + 1)
-    }
-    assert {step for step, rows in by_step.items() if len(rows) > 1} == lost, "what no checkpoint had, and nothing else"
-    for rows in by_step.values():
-        names = [name for name in rows[0] if name.startswith(REPEATED)]
-        assert len(names) > 10
-        first = {name: rows[0][name] for name in names}
-        assert all({name: row[name] for name in names} == first for row in rows)
-        versions = [row["policy_version"] for row in rows]
-        assert versions == sorted(set(versions)), "weights that are published again get new numbers"
+    assert_same_steps(folder, total, steps_lost(killed_learner, killed_buffer, interrupted_twice))
     for stage in (STAGE, "mle_control"):
         assert read_progress(checkpoints_of(folder / "checkpoints" / stage)[-1]).finished
     assert_every_draw_keeps_the_rules(folder)
@@ -173,10 +150,6 @@ def assert_every_draw_keeps_the_rules(folder: Path) -> None:
     assert num_drawn <= settings.buffer.samples_per_insert * len(ids)
 
 
-def wait_for_steps(process: TrainProcess, folder: Path, beyond: int) -> None:
-    process.wait_until(lambda: newest_step(folder) > beyond + 2, START_TIMEOUT_S, f"steps beyond {beyond}")
-
-
 def kill_shard(process: TrainProcess, folder: Path, index: int) -> None:
     """The processes of the shards have one title; which is which tells the lock that each holds."""
     lock = str(shard_folder(folder / BUFFER_FOLDER, index) / "lock")
@@ -185,41 +158,6 @@ def kill_shard(process: TrainProcess, folder: Path, index: int) -> None:
     victim.kill()
 
 
-def assert_failed(life: Life, why: str) -> None:
-    assert life.code == 1, life
-    assert len(life.errors) == 1, life
-    assert why in life.errors[0]
-    assert "go on with: sequencematch train --resume" in life.stdout
-
-
-def ended(process: TrainProcess, folder: Path) -> Life:
-    """After the run has ended, leaving no process, no sign of life and no traceback."""
-    code = process.wait(END_TIMEOUT_S)
-    process.assert_nothing_left()
-    assert "Traceback" not in process.stdout + process.stderr, process.printed()
-    assert not (folder / CLUSTER_FILE).exists()
-    return Life(
-        folder,
-        code,
-        process.stdout,
-        [line for line in process.stderr.splitlines() if line.startswith("error: ")],
-        newest_step(folder),
-        read_progress(checkpoints_of(folder / "checkpoints" / STAGE)[-1]).step,
-    )
-
-
 def kill(process: TrainProcess, actor: str) -> None:
     (victim,) = process.processes(f"ray::{actor}")
     victim.kill()
-
-
-def newest_step(folder: Path) -> int:
-    return int(metrics_of(folder, STAGE)[-1]["step"])
-
-
-def shorten(folder: Path, steps: int) -> None:
-    """The run was planned long, so that no kill could come too late; its rest need not be."""
-    config = folder / CONFIG_FILE
-    text = config.read_text()
-    assert text.count(f"steps: {STEPS}\n") == 1
-    config.write_text(text.replace(f"steps: {STEPS}\n", f"steps: {steps}\n"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -25,19 +27,29 @@ BIN = Path(sys.executable).parent
 class RayHead:
     """Started by `ray start --head`; a context manager. Every process of it knows its token, and ends by that."""
 
-    def __init__(self, *, num_cpus: int, workers: tuple[int, ...] = ()) -> None:
-        """num_cpus: of the head node. workers: CPUs of each further node; the nodes have addresses of their own."""
+    def __init__(
+        self,
+        *,
+        num_cpus: int,
+        workers: tuple[int, ...] = (),
+        node: str = "127.0.0.2",
+        resources: Mapping[str, float] | None = None,
+    ) -> None:
+        """num_cpus, node, resources: of the head node, which has the address `node`. workers: CPUs of each further
+        node; the nodes have addresses of their own.
+        """
         self.token = secrets.token_hex(16)
         # Ray's sockets lie in it, whose paths may have 107 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         self._port = _free_port()
         dashboard_port = _free_port()
         self.address = f"http://127.0.0.1:{dashboard_port}"
-        self._num_nodes = 1 + len(workers)
+        self.gcs_address = f"{node}:{self._port}"
         try:
             self._start(
-                "127.0.0.2",
+                node,
                 num_cpus,
+                f"--resources={json.dumps(dict(resources or {}))}",
                 "--head",
                 f"--port={self._port}",
                 "--dashboard-host=127.0.0.1",
@@ -45,8 +57,8 @@ class RayHead:
                 f"--temp-dir={self._folder}",
             )
             for number, cpus in enumerate(workers):
-                self._start(f"127.0.0.{3 + number}", cpus, f"--address=127.0.0.2:{self._port}")
-            self._wait_for_nodes()
+                self._start(f"127.0.0.{3 + number}", cpus, f"--address={self.gcs_address}")
+            self._wait_for_nodes(node, *(f"127.0.0.{3 + number}" for number in range(len(workers))))
         except BaseException:
             self.stop()
             raise
@@ -82,6 +94,22 @@ class RayHead:
                 continue
         return found
 
+    def add_node(self, node: str, num_cpus: int, resources: Mapping[str, float], within: Sequence[str] = ()) -> None:
+        """Start one more node, with the address `node`; returns when the head knows of it.
+
+        within: command that starts it in another place, such as `ip netns exec NAME`.
+        """
+        options = (f"--resources={json.dumps(dict(resources))}", f"--address={self.gcs_address}")
+        self._start(node, num_cpus, *options, within=within)
+        self._wait_for_nodes(node)
+
+    def assert_idle(self) -> None:
+        """No worker holds an actor or a task any more, after a moment; idle ones stay with their node."""
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while busy := [each for each in self.processes("ray::") if "IDLE" not in each.name()]:
+            assert time.monotonic() < deadline, f"still at work: {busy}"
+            time.sleep(POLL_S)
+
     def stop(self) -> None:
         """End every process of the cluster, whatever it does, and remove its folder."""
         deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -95,8 +123,9 @@ class RayHead:
             psutil.wait_procs(left, timeout=POLL_S)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self, node: str, num_cpus: int, *options: str) -> None:
+    def _start(self, node: str, num_cpus: int, *options: str, within: Sequence[str] = ()) -> None:
         command = [
+            *within,
             str(BIN / "ray"),
             "start",
             *options,
@@ -120,12 +149,13 @@ class RayHead:
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def _wait_for_nodes(self) -> None:
+    def _wait_for_nodes(self, *nodes: str) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         headers = {"Authorization": f"Bearer {self.token}"}
         while True:
             answer = requests.get(f"{self.address}/nodes?view=summary", headers=headers, timeout=START_TIMEOUT_S)
-            if answer.ok and len(answer.json()["data"]["summary"]) == self._num_nodes:
+            summary = answer.json()["data"]["summary"] if answer.ok else []
+            if set(nodes) <= {each["ip"] for each in summary if each["raylet"].get("state") == "ALIVE"}:
                 return
             assert time.monotonic() < deadline, f"the nodes did not come: {answer.text}"
             time.sleep(POLL_S)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -55,8 +55,10 @@ TINY = (
 class TrainProcess:
     """A running `sequencematch train`; a context manager that ends whatever is left of it."""
 
-    def __init__(self, runs_folder: Path, *arguments: str) -> None:
-        """arguments: of the command. The run folder will lie in `runs_folder`, as will what the command prints."""
+    def __init__(self, runs_folder: Path, *arguments: str, environment: Mapping[str, str] = os.environ) -> None:
+        """arguments, environment: of the command. The run folder will lie in `runs_folder`, as will what the command
+        prints.
+        """
         runs_folder.mkdir(parents=True, exist_ok=True)
         self._runs_folder = runs_folder
         command = [str(Path(sys.executable).with_name("sequencematch")), "train", *arguments]
@@ -71,7 +73,7 @@ class TrainProcess:
                 stdout=stdout,
                 stderr=stderr,
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+                env={**environment, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
                 start_new_session=True,
             )
 
@@ -120,6 +122,10 @@ class TrainProcess:
         """What a job system sends to the command alone."""
         self._process.terminate()
 
+    def kill(self) -> None:
+        """kill -9 of the command alone: it can end nothing that it started."""
+        self._process.kill()
+
     def wait(self, timeout_s: float) -> int:
         """The exit code."""
         try:
@@ -135,12 +141,15 @@ class TrainProcess:
             assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}\n{self.printed()}"
             time.sleep(POLL_S)
 
-    def assert_nothing_left(self) -> None:
-        """Every process of the run ends; the last ones see the end of the others and need a moment."""
-        deadline = time.monotonic() + LEFTOVER_TIMEOUT_S
-        while (left := self.processes()) and time.monotonic() < deadline:
+    def assert_nothing_left(self, besides: Sequence[str] = (), timeout_s: float = LEFTOVER_TIMEOUT_S) -> None:
+        """Every process of the run ends; the last ones see the end of the others and need a moment.
+
+        besides: names of those that may take longer.
+        """
+        deadline = time.monotonic() + timeout_s
+        while left := [process for process in self.processes() if name_of(process) not in besides]:
+            assert time.monotonic() < deadline, f"still running {timeout_s:.0f} s after the run: {left}"
             time.sleep(POLL_S)
-        assert not left, f"still running {LEFTOVER_TIMEOUT_S:.0f} s after the run: {left}"
 
     def printed(self) -> str:
         """Both outputs, for messages."""
@@ -150,6 +159,14 @@ class TrainProcess:
         """Newest logged step of a stage; 0 before the first."""
         folders = [path for path in self._runs_folder.iterdir() if path.is_dir()]
         return max((int(row["step"]) for row in metrics_of(folders[0], stage)), default=0) if folders else 0
+
+
+def name_of(process: psutil.Process) -> str:
+    """Empty where it has ended."""
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def refusal_of(runs_folder: Path, *arguments: str) -> str:
