@@ -14,7 +14,7 @@ TREES = TreeSettings(backspace_id=BACKSPACE, eos_id=EOS, max_nodes_per_batch=48,
 
 
 def random_logs(source: str, count: int, seed: int) -> pa.RecordBatch:
-    """Logs of 1 to 12 actions with backspaces on prompts that some of them share; those of the policy with rewards."""
+    """Logs of 1 to 12 actions with backspaces on prompts that some of them share; those of the policy with scores."""
     generator = np.random.default_rng((seed, source == "expert"))
     rows = []
     for number in range(count):
@@ -31,6 +31,6 @@ def random_logs(source: str, count: int, seed: int) -> pa.RecordBatch:
         if source == "expert":
             rows.append(expert_row(f"{source}-{number}", actions, **given))
         else:
-            scored = {"logprobs": [-5.0] * len(actions), "reward": 1.0 + number % 3}
+            scored = {"logprobs": [-5.0] * len(actions), "reward": 1.0 + number % 3, "features": [number % 2]}
             rows.append(row(f"{source}-{number}", actions, **given, **scored))
     return batch_of(rows)

@@ -160,6 +160,8 @@ class TargetRule:
 
         Both are -log Z + E_p[log(P / .)], so what decides is the sign of E_mu[(P / mu) log(pi / mu)].
         """
+        if self._weight is None:
+            return False  # nothing has moved
         nearer = not self._adaptive or float(self._gain) > 0
         self._gain = torch.zeros_like(self._gain)
         return nearer

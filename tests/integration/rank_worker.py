@@ -32,7 +32,7 @@ from learner.stage_settings import StageSettings
 from learner.trainer import Trainer
 from learner.tree_policy import TreePolicy
 from tests.random_logs import CLONING, MATCHING, TREES, random_logs
-from tests.tiny_models import tiny_model
+from tests.tiny_models import perturbed, tiny_model
 from tests.trajectories import BACKSPACE
 
 TIMEOUT_S = 60.0
@@ -57,6 +57,7 @@ class RandomLogs:
 ALL_TRUE = {"name": "scheduled_sampling", "schedule": "linear", "k": 1.0}
 ADVERSARIAL = {"name": "adversarial_js", "discriminator": {"warmup_steps": 0}}
 KL_CONTROL = {"name": "kl_control", "beta": 0.3}
+GDC_PP = {"name": "gdc_pp", "constraints": [{"feature": "odd"}]}
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ CASES = {
     "adversarial": Case("llama", True, experts=6, rollouts=6, objective=ADVERSARIAL),
     "adversarial, two rollouts": Case("llama", False, experts=1, rollouts=2, objective=ADVERSARIAL),
     "kl control": Case("llama", True, experts=1, rollouts=7, objective=KL_CONTROL),
+    "gdc_pp": Case("llama", False, experts=1, rollouts=7, objective=GDC_PP),
     "reinforce, one rollout": Case("llama", False, experts=1, rollouts=1, objective={"name": "reinforce"}),
 }
 
@@ -148,14 +150,15 @@ def make_trainer(
 
     stage = case.stage()
     rollouts = shared("policy") if case.rollouts else None
-    objective = make_objective(stage.objective, ranks, partial(_frozen_start, case, ranks))
+    objective = make_objective(stage.objective, ranks, partial(_frozen_start, case, ranks), ("odd",))
     trainer = Trainer(policy, objective, stage, TREES, shared("expert"), rollouts, ranks, report_priorities)
     return policy, trainer
 
 
 def _frozen_start(case: Case, ranks: Ranks) -> TreePolicy:
-    """Another model than the one that is trained, else the first step would not see it."""
-    base = TreePolicy(tiny_model(case.kind, tied=case.tied, seed=1).requires_grad_(False), BACKSPACE)
+    """A neighbour of the model that is trained: else the first step would not see it."""
+    neighbour = perturbed(tiny_model(case.kind, tied=case.tied), seed=1, scale=0.01)
+    base = TreePolicy(neighbour.requires_grad_(False), BACKSPACE)
     shard(base, ranks)
     return base
 

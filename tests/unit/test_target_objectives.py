@@ -243,6 +243,7 @@ def test_the_adaptive_proposal_goes_to_whoever_is_nearer_to_the_target(nearer):
     pi, mu = (good, bad) if nearer else (bad, good)
     rollouts = Rollouts(*vars(table(mu, BASE, features=PHI[:, None])).values())
     rule = TargetRule((Constraint("phi", 0, 0.5),), policy_gradient, fit_samples=4, adaptive=True)
+    assert not rule.renews_proposal()  # the policy has not moved, and may not be judged yet
     rule.learn(rollouts)
     # Each outcome counts alike in a mean over rollouts: so as mu would draw them.
     drawn = replace(rollouts, log_pi=pi.log(), log_mu=torch.full((4,), 0.25).double().log())
@@ -252,7 +253,7 @@ def test_the_adaptive_proposal_goes_to_whoever_is_nearer_to_the_target(nearer):
     rule.learn(drawn)
     assert rule.renews_proposal() is nearer
     assert rule.renews_proposal() is False  # nothing was learned since
-    assert TargetRule((Constraint("phi", 0, 0.5),), policy_gradient, 4).renews_proposal()
+    assert TargetRule((Constraint("phi", 0, None),), policy_gradient, 4).renews_proposal()
 
 
 @pytest.fixture(scope="module")
