@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,15 +62,30 @@ class TensorBoardTracker:
         self._events = SummaryWriter(str(run_folder / "tensorboard"))
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Int64]) -> None:
-        """See `Tracker`."""
-        for name, value in metrics.items():
-            self._events.add_scalar(f"{stage}/{name}", value, step)
-        for name, samples in histograms.items():
-            self._events.add_histogram(f"{stage}/{name}", samples, step)
+        """See `Tracker`.
+
+        Raises:
+            OSError: the disk refused, now or at an earlier step; the error names the folder.
+        """
+        with self._place_named():
+            for name, value in metrics.items():
+                self._events.add_scalar(f"{stage}/{name}", value, step)
+            for name, samples in histograms.items():
+                self._events.add_histogram(f"{stage}/{name}", samples, step)
 
     def close(self) -> None:
-        """See `Tracker`."""
-        self._events.close()
+        """See `Tracker`; raises as `write`."""
+        with self._place_named():
+            self._events.close()
+
+    @contextmanager
+    def _place_named(self) -> Iterator[None]:
+        """TensorBoard's own thread writes, and hands on its errors without a place."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = self._events.get_logdir()
+            raise
 
 
 class _Run(Protocol):

@@ -102,3 +102,26 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
         with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
             log.write("trunk", 1, {"loss": 1.0})
     os.close(full)
+
+
+def full_from_now_on(log, tmp_path):
+    """The log, whose TensorBoard finds the disk full when it is closed."""
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    events.unlink()
+    events.symlink_to("/dev/full")
+    log.write("trunk", 1, {"loss": 1.0})
+    return log
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread dies of it
+def test_a_full_disk_is_told_with_the_folder_of_tensorboard(tmp_path):
+    log = full_from_now_on(MetricsLog(tmp_path), tmp_path)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/tensorboard'"):
+        log.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_ended_a_stage_is_told_though_its_curve_cannot_be_closed(tmp_path):
+    log = full_from_now_on(MetricsLog(tmp_path), tmp_path)
+    with pytest.raises(FloatingPointError, match="loss inf"), log:
+        raise FloatingPointError("loss inf")
