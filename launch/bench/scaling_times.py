@@ -20,13 +20,13 @@ class StepTimes(Settings):
     """
 
     decode_step_s: dict[PositiveInt, PositiveFloat] = Field(
-        {1: 0.0035, 64: 0.0095},
+        {1: 0.0044, 8: 0.0044, 64: 0.0082},
         min_length=1,
         description="one engine step, by the number of rollouts in it; between two numbers linear, below as the least",
     )
-    prefill_s: float = Field(0.0, ge=0.0, description="added to a step for each rollout that begins in it")
+    prefill_s: float = Field(0.00015, ge=0.0, description="added to a step for each rollout that begins in it")
     actions_per_rollout: tuple[PositiveInt, ...] = Field(
-        (3, 4, 4, 5), min_length=1, description="lengths of rollouts, all equally likely"
+        (4, 5, 5, 5), min_length=1, description="lengths of rollouts, all equally likely"
     )
     start_actor_s: float = Field(12.0, ge=0.0, description="from the pool's decision until an engine stands")
     load_weights_s: float = Field(0.01, ge=0.0, description="an actor stands still to take and check new weights")
@@ -37,12 +37,12 @@ class StepTimes(Settings):
     publish_s: float = Field(0.01, ge=0.0, description="the learner stands still to publish")
     learner_step_s: float = Field(0.01, gt=0.0, description="of a learner step, whatever the batch and the ranks")
     learner_trajectory_s: float = Field(
-        0.001, ge=0.0, description="of a learner step for each trajectory, divided by the ranks"
+        0.0007, ge=0.0, description="of a learner step for each trajectory, divided by the ranks"
     )
-    insert_s: float = Field(0.0015, ge=0.0, description="a shard is busy with an insert")
-    insert_row_s: float = Field(0.00005, ge=0.0, description="... and as long for each of its trajectories")
-    draw_s: float = Field(0.0015, ge=0.0, description="a shard is busy with its part of a draw")
-    draw_row_s: float = Field(0.00002, ge=0.0, description="... and as long for each of its trajectories")
+    insert_s: float = Field(0.003, ge=0.0, description="a shard is busy with an insert")
+    insert_row_s: float = Field(0.0001, ge=0.0, description="... and as long for each of its trajectories")
+    draw_s: float = Field(0.003, ge=0.0, description="a shard is busy with its part of a draw")
+    draw_row_s: float = Field(0.00003, ge=0.0, description="... and as long for each of its trajectories")
     call_s: float = Field(0.001, ge=0.0, description="a call to another process and back, beside the work")
 
     def decode_s(self, num_rollouts: int, num_new: int) -> float:
