@@ -30,17 +30,18 @@ _ABSENT = "a row that the table does not hold"
 
 @dataclass(frozen=True)
 class _Chunk:
-    """rows: [n] numbers, ascending; is_dense: without gaps."""
+    """rows: [n] numbers, ascending; is_dense: without gaps; division: see `RowTable.divide`."""
 
     source: GatherSource
     rows: Int64
     is_dense: bool
     on_heap: bool
+    division: int
 
     @classmethod
-    def of(cls, batch: pa.RecordBatch, on_heap: bool) -> _Chunk:
+    def of(cls, batch: pa.RecordBatch, on_heap: bool, division: int) -> _Chunk:
         rows = rows_of(batch)
-        return cls(GatherSource(batch), rows, int(rows[-1] - rows[0]) + 1 == len(rows), on_heap)
+        return cls(GatherSource(batch), rows, int(rows[-1] - rows[0]) + 1 == len(rows), on_heap, division)
 
     @property
     def batch(self) -> pa.RecordBatch:
@@ -70,6 +71,7 @@ class RowTable:
         self._chunks: list[_Chunk] = []
         self._starts: Int64 | None = None  # first row of each chunk, built on demand
         self._first_unmerged: int | None = None  # the first row on the heap that came since batches were merged
+        self._division = 0
         self._layout: GatherLayout | None = None  # of the columns, from the first gather on
 
     def append(self, batches: Sequence[pa.RecordBatch], on_heap: bool) -> None:
@@ -77,12 +79,16 @@ class RowTable:
         for batch in batches:
             if batch.num_rows == 0:
                 continue
-            chunk = _Chunk.of(batch, on_heap)
+            chunk = _Chunk.of(batch, on_heap, self._division)
             assert not self._chunks or chunk.rows[0] > self._chunks[-1].rows[-1], "rows are appended in order"
             self._chunks.append(chunk)
             if on_heap and self._first_unmerged is None:
                 self._first_unmerged = int(chunk.rows[0])
         self._starts = None
+
+    def divide(self) -> None:
+        """Have no batch that is here merged with one that comes later."""
+        self._division += 1
 
     def batches(self, first_row: int, end_row: int | None = None) -> list[pa.RecordBatch]:
         """The batches whose rows lie in [first_row, end_row), by row; end_row: None = to the end."""
@@ -101,7 +107,7 @@ class RowTable:
         """Put `batches`, whose rows lie in [first_row, end_row), in the place of those that are there now."""
         self.remove(first_row, end_row)
         at = int(np.searchsorted(self._chunk_starts(), first_row))
-        chunks = [_Chunk.of(batch, on_heap) for batch in batches if batch.num_rows]
+        chunks = [_Chunk.of(batch, on_heap, self._division) for batch in batches if batch.num_rows]
         ordered = [*self._chunks[:at][-1:], *chunks, *self._chunks[at : at + 1]]
         for left, right in itertools.pairwise(ordered):
             assert left.rows[-1] < right.rows[0], "rows stay in order"
@@ -172,8 +178,9 @@ class RowTable:
             begin -= 1
         runs: list[_Run] = []
         for at in range(begin, len(self._chunks)):
-            run = _Run(at, at + 1, len(self._chunks[at].rows))
-            if self._chunks[at].rows[0] > first_unmerged and runs and run.num_rows + runs[-1].num_rows <= MERGED_ROWS:
+            chunk = self._chunks[at]
+            run = _Run(at, at + 1, len(chunk.rows), chunk.division)
+            if chunk.rows[0] > first_unmerged and runs and runs[-1].may_take(run):
                 runs[-1] = runs[-1].with_next(run)
             else:
                 runs.append(run)
@@ -183,16 +190,19 @@ class RowTable:
             while len(merged) >= MERGED_BATCHES:
                 first, *others = merged[-MERGED_BATCHES:]
                 num_rows = first.num_rows + sum(each.num_rows for each in others)
-                if first.size > max(each.size for each in others) or num_rows > MERGED_ROWS:
+                is_larger = first.size > max(each.size for each in others)
+                if is_larger or num_rows > MERGED_ROWS or first.division != run.division:
                     break
-                merged[-MERGED_BATCHES:] = [_Run(first.begin, run.end, num_rows)]
+                merged[-MERGED_BATCHES:] = [_Run(first.begin, run.end, num_rows, run.division)]
         self._chunks[begin:] = [self._merged(run) for run in merged]
         self._starts = None
         self._first_unmerged = None
 
     def _merged(self, run: _Run) -> _Chunk:
         chunks = self._chunks[run.begin : run.end]
-        return chunks[0] if len(chunks) == 1 else _Chunk.of(pa.concat_batches([chunk.batch for chunk in chunks]), True)
+        if len(chunks) == 1:
+            return chunks[0]
+        return _Chunk.of(pa.concat_batches([chunk.batch for chunk in chunks]), True, run.division)
 
 
 class _Run(NamedTuple):
@@ -201,10 +211,15 @@ class _Run(NamedTuple):
     begin: int
     end: int
     num_rows: int
+    division: int
+
+    def may_take(self, other: _Run) -> bool:
+        """Whether both may be one batch."""
+        return self.division == other.division and self.num_rows + other.num_rows <= MERGED_ROWS
 
     def with_next(self, other: _Run) -> _Run:
         """Both."""
-        return _Run(self.begin, other.end, self.num_rows + other.num_rows)
+        return self._replace(end=other.end, num_rows=self.num_rows + other.num_rows)
 
     @property
     def size(self) -> int:

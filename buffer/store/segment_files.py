@@ -252,8 +252,7 @@ class SegmentFiles:
         first = self._full[-1].end_row if self._full else self._manifest.next_row
         batches = self._table.batches(first)
         end_row = int(rows_of(batches[-1])[-1]) + 1
-        # What is sealed takes the place of these rows alone, so they are merged with no later ones.
-        self._table.replace(first, end_row, batches, on_heap=False)
+        self._table.divide()  # what is sealed takes the place of these rows alone
         self._full.append(_FullSegment(self._open_number, self._open, end_row))
         self._open_number, self._open = number, file
 

@@ -169,6 +169,18 @@ def test_merged_batches_have_no_more_rows_than_they_may(monkeypatch):
     assert [batch.num_rows for batch in table.batches(0)] == [5, 9, 5]
 
 
+def test_batches_before_and_after_a_division_are_merged_apart():
+    table, _ = table_of([1] * 20)
+    table.divide()
+    for number in range(20, 60):
+        table.append([numbered_at([number])], on_heap=True)
+        if number % 3 == 0:
+            table.take(np.array([number, 0]))
+    assert table.batches(0)[0].num_rows == 20
+    table.replace(0, 20, [numbered_at(range(20))], on_heap=False)
+    assert ids_of(table.take(np.array([59, 20, 19, 0]))) == ["59", "20", "19", "0"]
+
+
 def test_holds_only_rows_that_are_there():
     table = RowTable()
     assert not table.holds(np.array([0]))
