@@ -25,7 +25,7 @@ def test_a_line_per_step_can_be_read_at_once(tmp_path):
         assert len(rows(tmp_path)) == 1
         log.write("arm", 1, {"loss": 0.5})
     first, second = rows(tmp_path)
-    assert first["time"] == pytest.approx(started, abs=30)
+    assert int(started) <= first["time"] <= time.time() + 1.0  # rounded to milliseconds
     assert {name: first[name] for name in first if name != "time"} == {
         "stage": "trunk",
         "step": 1,
