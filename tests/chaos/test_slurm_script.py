@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -99,7 +100,8 @@ class Allocation:
 
     def kill(self) -> None:
         for process in self.left():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # the death of one ends others
+                process.kill()
         self.ray_folder.cleanup()
 
 

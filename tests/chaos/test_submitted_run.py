@@ -4,10 +4,12 @@ cluster that dies under a run.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.run_folder import CLUSTER_FILE
@@ -71,7 +73,8 @@ def test_who_follows_a_run_is_told_when_its_cluster_dies(tmp_path: Path) -> None
             time.sleep(0.3)
         for process in head.processes():
             if process.pid != follower.pid:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # the death of one ends others
+                    process.kill()
         _, err = follower.communicate(timeout=TIMEOUT_S / 4)
     assert follower.returncode == 1, err
     assert "error: lost the log of run orphan" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -82,7 +83,8 @@ class TrainProcess:
 
     def __exit__(self, *error: object) -> None:
         for process in self.processes():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # the death of one ends others
+                process.kill()
         self._process.wait(timeout=LEFTOVER_TIMEOUT_S)
 
     @property
