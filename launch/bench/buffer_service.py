@@ -20,6 +20,8 @@ TIMEOUT_S = 300.0
 def service_rates(folder: Path, num_rows: int) -> dict[str, float]:
     """Rows per second by wall clock, on a Ray cluster of its own on this machine.
 
+    folder: is created for the shards.
+
     Returns:
         `insert_N_writers`: N processes that pack rollouts and wait for each insert; `sample`: draws, one after the
         other.
@@ -29,6 +31,7 @@ def service_rates(folder: Path, num_rows: int) -> dict[str, float]:
     """
     import ray
 
+    folder.mkdir()
     ray.init(
         address="local",  # never somebody else's Ray that happens to run on this machine
         num_cpus=max(WRITERS),

@@ -18,7 +18,7 @@ pytest.importorskip("cpprb", reason="cpprb, of the extra `bench`, is not install
 
 @pytest.mark.slow
 def test_every_number_is_there() -> None:
-    found = bench_buffer(num_rows=600, repetitions=1, scales=(512, 2048), grow_bytes=2**22)
+    found = bench_buffer(num_rows=600, repetitions=1, scales=(512, 2048), grow_bytes=2**22, with_service=True)
     json.dumps(found)
     for clock in (found, found["by_cpu_time"]):
         for rival in ("torchrl", "torchrl_hand_padded", "cpprb"):
@@ -30,6 +30,7 @@ def test_every_number_is_there() -> None:
     assert set(found["sampling"]["sampler_ms"]) == {"uniform", "fifo", "recency", "prioritised", "stratified"}
     sizes_mib = [point["disk_mib"] for point in found["memory_while_growing"]]
     assert sizes_mib == pytest.approx([0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4], abs=0.6)
+    assert min(found["service_rows_per_s"][name] for name in ("insert_1_writers", "insert_4_writers", "sample")) > 0
     render_buffer_benchmark(found)
 
 
