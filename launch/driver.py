@@ -27,7 +27,7 @@ from launch.live_view import LiveView, RunView
 from launch.metric_export import MetricExporter
 from launch.run_checkpoints import finished_stages, newest_published
 from launch.run_folder import BUFFER_FOLDER
-from launch.run_log import RunLog
+from launch.run_log import RUN_BEGINS, RUN_FINISHED, RUN_STOPPED, RunLog
 from launch.run_tokenizer import save_run_tokenizer
 from launch.settings import RunSettings, needs_actors
 from launch.trusted_code import check_trusted
@@ -68,7 +68,7 @@ def train(settings: RunSettings, folder: Path, console: Console) -> RunOutcome:
     check_trusted(settings.scoring)
     view = RunView(folder.name, settings.stages, results=finished_stages(settings, folder))
     with LiveView(console, view) as live, RunLog(folder) as log:
-        log.write("info", "driver", "the run begins")
+        log.write("info", "driver", RUN_BEGINS)
         view.note = "starting Ray"
         live.refresh()
         with run_cluster(settings, folder):
@@ -77,7 +77,7 @@ def train(settings: RunSettings, folder: Path, console: Console) -> RunOutcome:
                 outcome = crew.run()
             finally:
                 crew.stop()
-            log.write("info", "driver", "the run is finished" if outcome.finished else "the run was stopped")
+            log.write("info", "driver", RUN_FINISHED if outcome.finished else RUN_STOPPED)
             return outcome
 
 

@@ -23,6 +23,14 @@ from learner.status import LearnerStatus
 
 LOG_FILE = "logs/run.jsonl"
 
+# Messages that `launch.report` reads again, whole or as beginnings.
+RUN_BEGINS = "the run begins"
+RUN_FINISHED = "the run is finished"
+RUN_STOPPED = "the run was stopped"
+RUN_ENDED = "the run ended: "
+PUBLISHED = "published weights v"
+HAS_WEIGHTS = "has weights v"
+
 Level = Literal["info", "warning", "error"]
 Role = Literal["driver", "learner", "pool", "actor", "buffer"]
 
@@ -52,12 +60,22 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self.write("error", "driver", f"the run ended: {type(error).__name__}: {error}")
+            self.write("error", "driver", f"{RUN_ENDED}{type(error).__name__}: {error}")
         self._file.close()
 
-    def write(self, level: Level, role: Role, message: str, *, index: int = 0, version: int | None = None) -> None:
+    def write(
+        self,
+        level: Level,
+        role: Role,
+        message: str,
+        *,
+        index: int = 0,
+        version: int | None = None,
+        actions: int | None = None,
+    ) -> None:
         """One line. index: number of the process among those of its role; version: of an actor's weights, None before
-        its first ones; the lines of all others have the newest published version.
+        its first ones; the lines of all others have the newest published version. actions: that an actor has sampled
+        since its birth.
 
         A refusal of the disk is raised by the next `follow`, so that it never hinders a run that is ending.
         """
@@ -72,6 +90,7 @@ class RunLog:
             "stage": None if learner is None else learner.stage or None,
             "step": None if learner is None else learner.step,
             "version": version if role == "actor" else published,
+            "actions": actions,
             "message": message,
         }
         self._append(json.dumps(line, ensure_ascii=False) + "\n")
@@ -107,7 +126,7 @@ class RunLog:
         if learner.stage and (before is None or before.stage != learner.stage):
             self.write("info", "learner", f"stage {learner.stage} has begun")
         if learner.policy_version >= 0 and (before is None or before.policy_version != learner.policy_version):
-            self.write("info", "learner", f"published weights v{learner.policy_version}")
+            self.write("info", "learner", f"{PUBLISHED}{learner.policy_version}")
         for warning in learner.warnings[0 if before is None else len(before.warnings) :]:
             self.write("warning", "learner", warning)
 
@@ -121,8 +140,10 @@ class RunLog:
             if before is None or before.state != member.state:
                 self._of_actor(member, member.state)
             version = None if member.status is None else member.status.policy_version
-            if version is not None and (before is None or before.status is None or _version_of(before) != version):
-                self._of_actor(member, f"has weights v{version}" if version >= 0 else "waits for its first weights")
+            if version is not None and (
+                before is None or before.status is None or before.status.policy_version != version
+            ):
+                self._of_actor(member, f"{HAS_WEIGHTS}{version}" if version >= 0 else "waits for its first weights")
             dropped = _drop_reason_of(member)
             if member.status is not None and dropped is not None and dropped != _drop_reason_of(before):
                 message = f"dropped {member.status.dropped} rollouts so far, the last one because {dropped}"
@@ -132,7 +153,14 @@ class RunLog:
         self._members = members
 
     def _of_actor(self, member: MemberStatus, message: str, level: Level = "info") -> None:
-        self.write(level, "actor", message, index=int(member.name.rpartition("-")[2]), version=_version_of(member))
+        self.write(
+            level,
+            "actor",
+            message,
+            index=int(member.name.rpartition("-")[2]),
+            version=_version_of(member),
+            actions=None if member.status is None else member.status.actions,
+        )
 
     def _follow_buffer(self, buffer: BufferStatus) -> None:
         for index, shard in enumerate(buffer.shards):

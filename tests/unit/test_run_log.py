@@ -48,9 +48,10 @@ def test_every_line_says_run_role_index_stage_step_and_version(tmp_path: Path) -
         ("info", "actor", 3, 10, "has weights v10"),
         ("warning", "buffer", 0, 11, "does not answer"),
     ]
-    keys = {"time", "level", "run", "role", "index", "stage", "step", "version", "message"}
+    keys = {"time", "level", "run", "role", "index", "stage", "step", "version", "actions", "message"}
     assert all(line.keys() == keys and line["run"] == tmp_path.name for line in lines_of(tmp_path))
     assert [line["step"] for line in lines_of(tmp_path)] == [None, *[100] * 6]
+    assert [line["actions"] for line in lines_of(tmp_path)] == [None] * 4 + [20_000] * 2 + [None]
 
 
 def test_changes_are_told_once_as_they_come(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_changes_are_told_once_as_they_come(tmp_path: Path) -> None:
     waiting = replace(WORKING, name="actor-0", policy_version=-1)
     with RunLog(tmp_path) as log:
         view = RunView(tmp_path.name, [], learner=replace(LEARNER, policy_version=-1))
-        for member in (newborn, MemberStatus("actor-0", "running", 0, waiting)):
+        for member in (newborn, *[MemberStatus("actor-0", "running", 0, waiting)] * 2):
             view.pool = pool(member)
             log.follow(view)
         view.learner = replace(LEARNER, step=110, warnings=("backspaces take over",))
