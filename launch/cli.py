@@ -132,8 +132,8 @@ def evaluate(
     """
     with reported_errors(), stdout_kept_clean(as_json):
         from launch.evaluation import evaluate as evaluate_targets
-        from launch.evaluation_report import show_evaluation
-        from launch.evaluation_task import labelled, settings_for
+        from launch.evaluation.report import show_evaluation
+        from launch.evaluation.task import labelled, settings_for
 
         settings = settings_for(checkpoints[0], task_from)
         if examples is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.errors import UserError
-from launch.evaluation_task import run_of
+from launch.evaluation.task import run_of
 from launch.export_card import card_facts
 from launch.run_folder import CONFIG_FILE, open_run_folder
 

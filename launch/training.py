@@ -11,7 +11,7 @@ from launch.driver import RunOutcome
 from launch.driver import train as run_stages
 from launch.errors import EXIT_INTERRUPTED, RunFailedError
 from launch.evaluation import Target, evaluate
-from launch.evaluation_report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
+from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
 from launch.run_checkpoints import final_checkpoint
 from launch.run_folder import sole_driver
 from launch.settings import RunSettings

@@ -16,13 +16,13 @@ from buffer.experts.noise import NoiseCandidates
 from buffer.experts.tasks import load_task
 from buffer.schema import trajectory_schema
 from buffer.settings import ArithmeticTaskSettings
-from launch.answer_metrics import (
-    Estimate,
+from launch.evaluation.answer_metrics import (
     answer_metrics,
     answer_texts,
     plant_wrong_first_tokens,
     recovery_metrics,
 )
+from launch.evaluation.estimates import Estimate
 
 TASK = load_task(ArithmeticTaskSettings(bases=(2, 10), max_digits=2, train_questions=40, held_out_questions=60))
 CONTRACT = TASK.contract()

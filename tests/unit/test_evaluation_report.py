@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.answer_metrics import Estimate
-from launch.evaluation import CheckpointResult, Evaluation
-from launch.evaluation_report import render_evaluation
+from launch.evaluation import CheckpointResult, Estimate, Evaluation
+from launch.evaluation.report import render_evaluation
 
 
 @pytest.mark.parametrize("value", [0.05, 0.888, 1.0])

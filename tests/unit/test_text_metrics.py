@@ -8,7 +8,8 @@ import pytest
 
 from buffer.experts.ragged import Ragged
 from buffer.schema import TokenContract
-from launch.text_metrics import distinct_ngrams, ratio, text_metrics
+from launch.evaluation.estimates import ratio
+from launch.evaluation.text_metrics import distinct_ngrams, text_metrics
 
 CONTRACT = TokenContract(vocab_size=16, backspace_id=3, eos_id=2, tokenizer_hash="")
 

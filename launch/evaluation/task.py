@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.errors import UserError
-from launch.evaluation import Target
+from launch.evaluation.results import Target
 from launch.recipe import read_recipe
 from launch.run_folder import CONFIG_FILE, open_run_folder
 from launch.settings import RunSettings

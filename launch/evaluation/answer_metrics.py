@@ -21,7 +21,6 @@ can take back. A token counts as taken back if it is gone at the end of the log,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +32,7 @@ from buffer.experts.ragged import Int32, Ragged
 from buffer.experts.tasks import Task
 from buffer.replay import ActionLogs, Replay, final_token_ids, replay, surviving_events
 from buffer.schema import TokenContract
+from launch.evaluation.estimates import Estimate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,35 +40,6 @@ if TYPE_CHECKING:
 Bool = npt.NDArray[np.bool_]
 
 _PLANTING_ROUNDS = 1000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its standard error over `count` cases. No value without a case; no error of a mean of one.
-
-    Shares have the binomial error sqrt(p (1 - p) / n), which takes the cases as independent: for tokens of the same
-    answer that is optimistic.
-    """
-
-    value: float | None
-    standard_error: float | None
-    count: int
-
-    @classmethod
-    def share(cls, cases: Bool) -> Estimate:
-        """How often `cases` [n] are true."""
-        if len(cases) == 0:
-            return cls(None, None, 0)
-        value = float(np.mean(cases))
-        return cls(value, float(np.sqrt(value * (1 - value) / len(cases))), len(cases))
-
-    @classmethod
-    def mean(cls, values: npt.NDArray[np.int64]) -> Estimate:
-        """Mean of `values` [n]."""
-        if len(values) == 0:
-            return cls(None, None, 0)
-        error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-        return cls(float(np.mean(values)), error, len(values))
 
 
 def answer_metrics(

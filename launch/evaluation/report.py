@@ -13,8 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from launch.answer_metrics import Estimate
-from launch.evaluation import GREEDY, RECOVERY, SAMPLED, CheckpointResult, Evaluation, ShownRollout
+from launch.evaluation.estimates import Estimate
+from launch.evaluation.results import GREEDY, RECOVERY, SAMPLED, CheckpointResult, Evaluation, ShownRollout
 from launch.generation import rollout_text
 
 EVALUATION_FILE = "evaluation.json"

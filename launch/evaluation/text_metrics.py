@@ -10,17 +10,14 @@ truncated_rate           share of texts that a limit ended.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.experts.ragged import Ragged
 from buffer.replay import ActionLogs, replay, surviving_events
 from buffer.schema import TokenContract
-from launch.answer_metrics import Estimate
+from launch.evaluation.estimates import Estimate, Float64, mean, ratio
 
 NGRAM = 4
-
-Float64 = npt.NDArray[np.float64]
 
 
 def text_metrics(batch: pa.RecordBatch, contract: TokenContract) -> dict[str, Estimate]:
@@ -34,8 +31,8 @@ def text_metrics(batch: pa.RecordBatch, contract: TokenContract) -> dict[str, Es
     return {
         "backspace_rate": Estimate.share(logs.actions == contract.backspace_id),
         "actions_per_final_token": ratio(logs.lengths.astype(np.float64), counts.astype(np.float64)),
-        "tokens_per_text": _mean(counts.astype(np.float64)),
-        "distinct_4grams": _mean(distinct_ngrams(texts)),
+        "tokens_per_text": mean(counts.astype(np.float64)),
+        "distinct_4grams": mean(distinct_ngrams(texts)),
         "truncated_rate": Estimate.share(~ended),
     }
 
@@ -53,20 +50,3 @@ def distinct_ngrams(texts: Ragged, size: int = NGRAM) -> Float64:
     has_some = total > 0
     shares: Float64 = distinct[has_some] / total[has_some]
     return shares
-
-
-def ratio(numerators: Float64, denominators: Float64) -> Estimate:
-    """Ratio of sums over n cases, with its linearised standard error (Cochran, Sampling Techniques, 2.11)."""
-    count, total = len(numerators), float(denominators.sum())
-    if total == 0.0:
-        return Estimate(None, None, count)
-    value = float(numerators.sum()) / total
-    if count < 2:
-        return Estimate(value, None, count)
-    residuals = numerators - value * denominators
-    error = float(np.sqrt(count / (count - 1) * np.square(residuals).sum()) / total)
-    return Estimate(value, error, count)
-
-
-def _mean(values: Float64) -> Estimate:
-    return ratio(values, np.ones(len(values)))

@@ -11,8 +11,6 @@ recovery   greedy, after a planted wrong first token: only an answer that takes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,76 +21,23 @@ from actors.engine_settings import SamplingSettings
 from actors.generator import Generator, PromptGroup
 from actors.settings import RolloutSettings
 from buffer.schema import TokenContract
-from launch.answer_metrics import Estimate, answer_metrics, answer_texts, plant_wrong_first_tokens, recovery_metrics
 from launch.errors import UserError
+from launch.evaluation.answer_metrics import (
+    answer_metrics,
+    answer_texts,
+    plant_wrong_first_tokens,
+    recovery_metrics,
+)
+from launch.evaluation.results import GREEDY, RECOVERY, SAMPLED, CheckpointResult, Evaluation, ShownRollout, Target
+from launch.evaluation.text_metrics import text_metrics
 from launch.generation import Checkpoint, open_checkpoint, progress_bar, running_generator
-from launch.rollout_view import RolloutView, view_rollout
+from launch.rollout_view import view_rollout
 from launch.settings import RunSettings
-from launch.text_metrics import text_metrics
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from buffer.experts.tasks import Task
-
-GREEDY, SAMPLED, RECOVERY = "greedy", "sampled", "recovery"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A checkpoint to evaluate. label: its name in tables and files."""
-
-    label: str
-    checkpoint: Path
-
-
-@dataclass(frozen=True)
-class ShownRollout:
-    """A rollout to look at. group: GREEDY, SAMPLED or RECOVERY; is_correct: None where nothing says so."""
-
-    group: str
-    view: RolloutView
-    is_correct: bool | None
-
-
-@dataclass(frozen=True)
-class CheckpointResult:
-    """What was measured of one checkpoint. metrics: group -> name -> number."""
-
-    label: str
-    checkpoint: Path
-    metrics: dict[str, dict[str, Estimate]]
-    rollouts: tuple[ShownRollout, ...]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A comparison of checkpoints on the same examples, in the same order, under the same noise."""
-
-    task: str
-    has_answers: bool
-    num_examples: int
-    seed: int
-    results: tuple[CheckpointResult, ...]
-
-    def to_json(self) -> dict[str, object]:
-        """Every number with its standard error and its number of cases."""
-        return {
-            "task": self.task,
-            "num_examples": self.num_examples,
-            "seed": self.seed,
-            "checkpoints": [
-                {
-                    "label": result.label,
-                    "checkpoint": str(result.checkpoint),
-                    "metrics": {
-                        group: {name: _estimate_to_json(number) for name, number in numbers.items()}
-                        for group, numbers in result.metrics.items()
-                    },
-                }
-                for result in self.results
-            ],
-        }
 
 
 def evaluate(targets: Sequence[Target], settings: RunSettings, console: Console) -> Evaluation:
@@ -217,7 +162,3 @@ def _show(
             is_correct = view.finish_reason == "eos" and task.is_correct(answers[index], examples[index])
         shown.append(ShownRollout(group, view, is_correct))
     return shown
-
-
-def _estimate_to_json(number: Estimate) -> dict[str, float | int | None]:
-    return {"value": number.value, "standard_error": number.standard_error, "n": number.count}
