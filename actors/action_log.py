@@ -94,7 +94,7 @@ def logs_to_batch(
     """
     count = len(logs)
     schema = _schema_of(contract)
-    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "floor_mask": True}
+    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "floor_mask": sampling.backspace}
     by_action = _offsets([log.actions for log in logs])
     columns = {
         "id": pa.array([log.request_id for log in logs], pa.string()),

@@ -122,6 +122,7 @@ class RolloutActor:
             max_actions=spec.settings.rollout.max_actions,
             temperature=spec.settings.rollout.temperature,
             top_p=spec.settings.rollout.top_p,
+            backspace=spec.settings.rollout.backspace,
         )
         self._word = threading.Condition()  # guards what the control methods leave for `run`
         self._newest: tuple[WeightManifest, ray.ObjectRef[WeightPayload]] | None = None

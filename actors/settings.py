@@ -14,6 +14,9 @@ class RolloutSettings(Settings):
 
     temperature: float = Field(1.0, gt=0.0, description="sampling temperature of training rollouts")
     top_p: float = Field(1.0, gt=0.0, le=1.0)
+    backspace: bool = Field(
+        True, description="offer the backspace action; off: it is masked, in rollouts and where they are learned from"
+    )
     max_new_tokens: PositiveInt = Field(64, description="longest answer, in tokens that remain")
     max_actions: PositiveInt = Field(
         128, description="most actions per rollout, backspaces and deleted tokens included"

@@ -1,7 +1,8 @@
 """What the policy that acted said of its actions, read from trajectories.
 
 An action's stored log-probability is that of the distribution it was drawn from: logits over a temperature, cut to a
-nucleus (top-p), without backspace at the floor. All of that but the nucleus can be repeated from logits alone.
+nucleus (top-p), without backspace at the floor or anywhere. All of that but the nucleus can be repeated from logits
+alone.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ class Behaviour:
 
     log_prob: [A] as stored; 0 where none is (experts). version: [A] of the weights; NO_VERSION for experts.
     temperature: [A] that log_prob can be repeated at; 0 where it cannot be (none stored, or drawn from a nucleus).
+    offers_backspace: [L] whether a row's actions were drawn with backspace among them; True for experts.
     """
 
     log_prob: Float32
     version: Int64
     temperature: Float32
+    offers_backspace: npt.NDArray[np.bool_]
 
     @classmethod
     def from_batch(cls, batch: pa.RecordBatch) -> Behaviour:
@@ -43,7 +46,8 @@ class Behaviour:
         whole = pc.equal(pc.struct_field(sampling, "top_p"), 1.0).fill_null(False)
         of_row = pc.if_else(whole, pc.struct_field(sampling, "temperature"), 0.0).fill_null(0.0)
         temperature = np.repeat(of_row.to_numpy(zero_copy_only=False).astype(np.float32), lengths)
-        return cls(log_prob, version, np.where(has_log_prob, temperature, np.float32(0.0)))
+        offers_backspace = pc.struct_field(sampling, "floor_mask").fill_null(True).to_numpy(zero_copy_only=False)
+        return cls(log_prob, version, np.where(has_log_prob, temperature, np.float32(0.0)), offers_backspace)
 
 
 def newest_version(batch: pa.RecordBatch) -> int:

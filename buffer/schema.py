@@ -9,7 +9,8 @@ at the door of the buffer:
 - what a step *appends* is `realised` where that is not null, else the action. `<eos>` is appended by the last step
   only, and exactly where `finish_reason` is `eos`. (An earlier *action* may be `<eos>`: the label of a step whose
   noise was appended instead.)
-- replay is defined at every step: no backspace at the floor (the end of the prompt).
+- replay is defined at every step: no backspace at the floor (the end of the prompt), and none at all where
+  `sampling.floor_mask` says that it was never offered.
 
 Version 2 is version 1 and, in stored rows, the number of the row.
 """
@@ -91,6 +92,7 @@ SAMPLING_TYPE = pa.struct(
     [
         pa.field("temperature", pa.float32(), nullable=False),
         pa.field("top_p", pa.float32(), nullable=False),
+        # Backspace was masked at the floor alone; False: it was masked everywhere, so no action is one.
         pa.field("floor_mask", pa.bool_(), nullable=False),
     ]
 )

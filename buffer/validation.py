@@ -256,7 +256,7 @@ def _check_ids(name: str, lists: _Lists, rows: Int64, contract: TokenContract, f
 
 
 def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findings: _Findings) -> None:
-    """The text that results: `<eos>` only as its last token, no backspace at the floor.
+    """The text that results: `<eos>` only as its last token, no backspace at the floor or where none was offered.
 
     What counts is the realised token: noise may stand in for an `<eos>` that the expert chose.
     """
@@ -287,6 +287,11 @@ def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findi
         if at_floor.any():
             log = np.searchsorted(actions.offsets, backspaces[at_floor], side="right") - 1
             findings.refuse_rows(rows[log], "takes a token back at the floor (the end of its prompt)")
+        offered = pc.struct_field(columns.by_name["sampling"], "floor_mask")
+        if offered.false_count:
+            never_offered = ~_mask(offered.fill_null(True))
+            reason = "takes a token back, and sampling.floor_mask says that backspace was never offered"
+            findings.refuse_rows(rows[never_offered & (np.diff(firsts) > 0)], reason)
 
 
 def _longest_text_bytes(column: pa.StringArray) -> int:

@@ -90,12 +90,21 @@ class RunSettings(Settings):
                 f"no stage draws any ({', '.join(stage.name for stage in self.stages)}): choose another sampler"
             )
         self._check_scoring(bool(needy))
+        self._check_backspace()
         for stage in self.stages:
             if isinstance(stage.objective, ScoreFunctionSettings):
                 self._check_score_function(stage.name, stage.objective)
             if isinstance(stage.objective, AdversarialJsSettings):
                 self._check_adversarial(stage, stage.objective)
         return self
+
+    def _check_backspace(self) -> None:
+        teaching = [stage for stage in self.stages if stage.objective.uses_noise]
+        if teaching and not self.actors.rollout.backspace:
+            raise ValueError(
+                f"stage {teaching[0].name!r}: objective {teaching[0].objective.name} teaches to take tokens back, and "
+                "actors.rollout.backspace is off: leave that out, or choose an objective without (mle, kl_control, ...)"
+            )
 
     def _check_scoring(self, has_rollouts: bool) -> None:
         scorers = self.scoring.scorers

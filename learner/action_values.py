@@ -1,7 +1,8 @@
 """Action values of a causal language model: Q(s, a) = logit of a after text s, V(s) = logsumexp_a Q(s, a).
 
 At the floor (the end of the prompt) backspace is masked, as it is in the actors, so there V sums over the
-other actions only. `log_prob = q - v` then is the log-probability under the policy that acted.
+other actions only; so it does everywhere in a log whose sampler never offered backspace. `log_prob = q - v` then
+is the log-probability under the policy that acted.
 
 A tensor of tokens x vocabulary is never held: logits are made in chunks, folded into a running log-sum-exp, and but for
 the first few made again in the backward pass.
@@ -37,7 +38,7 @@ class ActionValues:
     q: [A] logit of the label.
     v, v_next: [A] value of the text before and after the action.
     v_start, v_final: [L] value of the first and the last text.
-    log_prob_backspace: [A] of backspace before the action, without gradient (-inf at the floor).
+    log_prob_backspace: [A] of backspace before the action, without gradient (-inf where it is masked).
     log_prob_at_temperature: [A] of the label at the temperature that its policy sampled with, without gradient; that of
         temperature 1 where there is none (`behaviour_temperature` 0).
     measured: what a `Measurement` found, if one was asked for.
@@ -75,7 +76,7 @@ class StateLogits:
     def v_of_actions(self, tree: TreeBatch) -> Tensor:
         """[A] value of the text before each action."""
         v_all = torch.logaddexp(self.v_floor, self.q_backspace)
-        return torch.where(tree.at_floor, self.v_floor[tree.state_row], v_all[tree.state_row])
+        return torch.where(tree.backspace_masked, self.v_floor[tree.state_row], v_all[tree.state_row])
 
 
 Measurement = Callable[[TreeBatch, StateLogits], Tensor]
@@ -110,7 +111,7 @@ def action_values(
     v_all = torch.logaddexp(v_floor, q_backspace)
     v = logits.v_of_actions(tree)
     with torch.no_grad():
-        log_prob_backspace = (q_backspace[tree.state_row] - v).masked_fill(tree.at_floor, -torch.inf)
+        log_prob_backspace = (q_backspace[tree.state_row] - v).masked_fill(tree.backspace_masked, -torch.inf)
         log_prob_at_temperature = q - v
         for temperature in tree.temperatures:
             tempered = _log_prob_at(temperature, states, weight, tree, backspace_id, chunk_elements)
@@ -119,9 +120,9 @@ def action_values(
     return ActionValues(
         q=q,
         v=v,
-        v_next=torch.where(tree.next_at_floor, v_floor[tree.next_state_row], v_all[tree.next_state_row]),
+        v_next=torch.where(tree.next_backspace_masked, v_floor[tree.next_state_row], v_all[tree.next_state_row]),
         v_start=v_floor[tree.start_row],
-        v_final=torch.where(tree.final_at_floor, v_floor[tree.final_row], v_all[tree.final_row]),
+        v_final=torch.where(tree.final_backspace_masked, v_floor[tree.final_row], v_all[tree.final_row]),
         log_prob_backspace=log_prob_backspace,
         log_prob_at_temperature=log_prob_at_temperature,
         measured=None if measurement is None else measurement(tree, logits),
@@ -140,7 +141,8 @@ def _log_prob_at(
         backspace_id=backspace_id,
         chunk_elements=chunk_elements,
     )
-    v = torch.where(tree.at_floor, v_floor[tree.state_row], torch.logaddexp(v_floor, q_backspace)[tree.state_row])
+    v_all = torch.logaddexp(v_floor, q_backspace)
+    v = torch.where(tree.backspace_masked, v_floor[tree.state_row], v_all[tree.state_row])
     return q - v
 
 

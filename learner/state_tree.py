@@ -42,7 +42,8 @@ class TreeBatch:
     Actions
         log, time: [A] log, and index of the action in it.
         action: [A] id of the label.
-        at_floor, next_at_floor: [A] whether only the prompt is left before and after the action.
+        backspace_masked, next_backspace_masked: [A] whether backspace is no action before and after this one: only the
+            prompt is left, or the sampler never offered it.
         state, next_state: [A] node of the text before and after the action (of the *realised* token).
         state_row, next_state_row: [A] the same as indexes into `value_nodes`.
         behaviour_log_prob, behaviour_version, behaviour_temperature: [A] what the policy that acted said of the
@@ -51,7 +52,7 @@ class TreeBatch:
         ids: [L] of the trajectories.
         start, final_state: [L] node of the prompt's end and of the last text (`<eos>` if the log ended).
         start_row, final_row: [L] the same as indexes into `value_nodes`.
-        final_at_floor: [L] whether only the prompt is left at the end.
+        final_backspace_masked: [L] likewise, at the end.
         length: [L] actions.
         truncated: [L] True unless the log ended with `<eos>`.
         is_expert: [L] whether the log is of the data.
@@ -70,8 +71,8 @@ class TreeBatch:
     log: Tensor
     time: Tensor
     action: Tensor
-    at_floor: Tensor
-    next_at_floor: Tensor
+    backspace_masked: Tensor
+    next_backspace_masked: Tensor
     state: Tensor
     next_state: Tensor
     state_row: Tensor
@@ -84,7 +85,7 @@ class TreeBatch:
     start_row: Tensor
     final_state: Tensor
     final_row: Tensor
-    final_at_floor: Tensor
+    final_backspace_masked: Tensor
     length: Tensor
     truncated: Tensor
     is_expert: Tensor
@@ -163,6 +164,7 @@ def build_tree_batch(batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, m
     final_at_floor[acted] = played.next_state[last_action] == FLOOR
     value_nodes = np.unique(np.concatenate([floor_node, state, next_state]))
     behaviour = Behaviour.from_batch(batch)
+    never_offered = ~behaviour.offers_backspace
 
     def rows_of(nodes: Int64) -> Tensor:
         return torch.from_numpy(np.searchsorted(value_nodes, nodes))
@@ -175,8 +177,8 @@ def build_tree_batch(batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, m
         log=torch.from_numpy(played.log),
         time=torch.from_numpy(played.time),
         action=torch.from_numpy(logs.actions.astype(np.int64)),
-        at_floor=torch.from_numpy(played.state == FLOOR),
-        next_at_floor=torch.from_numpy(played.next_state == FLOOR),
+        backspace_masked=torch.from_numpy((played.state == FLOOR) | never_offered[played.log]),
+        next_backspace_masked=torch.from_numpy((played.next_state == FLOOR) | never_offered[played.log]),
         state=torch.from_numpy(state),
         next_state=torch.from_numpy(next_state),
         state_row=rows_of(state),
@@ -189,7 +191,7 @@ def build_tree_batch(batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, m
         start_row=rows_of(floor_node),
         final_state=torch.from_numpy(final_state),
         final_row=rows_of(final_state),
-        final_at_floor=torch.from_numpy(final_at_floor),
+        final_backspace_masked=torch.from_numpy(final_at_floor | never_offered),
         length=torch.from_numpy(logs.lengths),
         truncated=torch.from_numpy(truncated),
         is_expert=torch.from_numpy(_column_equals(batch, "source", "expert")),

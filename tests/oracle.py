@@ -33,6 +33,7 @@ class Log:
     versions: list[int] | None = None
     temperature: float | None = None
     top_p: float = 1.0
+    offers_backspace: bool = True
     reward: float | None = None
     features: list[float] | None = None
 
@@ -55,7 +56,7 @@ def to_batch(logs: Sequence[Log]) -> pa.RecordBatch:
                 [
                     None
                     if log.temperature is None
-                    else {"temperature": log.temperature, "top_p": log.top_p, "floor_mask": True}
+                    else {"temperature": log.temperature, "top_p": log.top_p, "floor_mask": log.offers_backspace}
                     for log in logs
                 ],
                 SAMPLING_TYPE,
@@ -91,12 +92,12 @@ class Walk:
 
 
 def walk(model: PreTrainedModel, log: Log, backspace_id: int) -> Walk:
-    """Run every text of the log alone. At the floor backspace is no action."""
+    """Run every text of the log alone. At the floor backspace is no action, and nowhere if it was never offered."""
     texts = states(log, backspace_id)
     logits = [model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1] for text in texts]
     values = []
     for text, row in zip(texts, logits, strict=True):
-        if len(text) == len(log.prompt):
+        if len(text) == len(log.prompt) or not log.offers_backspace:
             row = torch.cat([row[:backspace_id], row[backspace_id + 1 :]])  # noqa: PLW2901
         values.append(row.exp().sum().log())
     return Walk([logits[t][action] for t, action in enumerate(log.actions)], values, log.finish_reason != "eos")

@@ -82,7 +82,8 @@ def prompt_groups(
             max_new_tokens=rollout.max_new_tokens,
             max_actions=rollout.max_actions,
             temperature=temperature,
-            ban_deleted=temperature == 0.0,
+            backspace=rollout.backspace,
+            ban_deleted=rollout.backspace and temperature == 0.0,
         )
 
     groups = {SAMPLED: PromptGroup(prompts, sampling(1.0))}

@@ -105,7 +105,7 @@ def earth_mover_distance(tree: TreeBatch, logits: StateLogits, table: Tensor) ->
     """[A] DEMD between the policy before each action and its label, by the directions of the rows of `table` [V, d].
 
     The mean direction of a state, [d], is summed up chunk by chunk over the vocabulary; each chunk of probabilities is
-    made again in the backward pass. At the floor there is no backspace, as everywhere.
+    made again in the backward pass. Where backspace is masked it has no part in it.
     """
     mean = _mean_direction(logits, table)
     dtype = mean.dtype
@@ -115,7 +115,7 @@ def earth_mover_distance(tree: TreeBatch, logits: StateLogits, table: Tensor) ->
     other_share = torch.sigmoid(logits.v_floor - logits.q_backspace)[tree.state_row]
     cosine_all = other_share * cosine + (1 - other_share) * (labels @ backspace)
     # In exact arithmetic nothing is below 0, rounding is.
-    return (1 - torch.where(tree.at_floor, cosine, cosine_all)).clamp(min=0)
+    return (1 - torch.where(tree.backspace_masked, cosine, cosine_all)).clamp(min=0)
 
 
 def _mean_direction(logits: StateLogits, table: Tensor) -> Tensor:

@@ -46,6 +46,14 @@ def test_rows_hold_the_logs() -> None:
     batch.validate(full=True)
 
 
+def test_rows_say_where_backspace_was_not_offered() -> None:
+    sampling = SamplingSettings(max_new_tokens=4, max_actions=8, backspace=False)
+    batch = logs_to_batch(
+        [_log("a", [1], [9])], CONTRACT, task="t", actor="a", sampling=sampling, weights_fingerprint=None
+    )
+    assert batch.column("sampling").to_pylist() == [{"temperature": 1.0, "top_p": 1.0, "floor_mask": False}]
+
+
 def test_no_logs_make_an_empty_batch() -> None:
     batch = logs_to_batch([], CONTRACT, task="t", actor="a", sampling=SAMPLING, weights_fingerprint=None)
     assert batch.num_rows == 0

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner.action_values import action_values, chunked_values
 from tests.oracle import states
-from tests.unit.test_state_tree import BACKSPACE, HARD, build, text_of, tiny
+from tests.unit.test_state_tree import BACKSPACE, HARD, NEVER_OFFERED, build, text_of, tiny
 
 
 def plain_values(hidden, weight, rows, actions, backspace_id):
@@ -155,14 +155,15 @@ def test_chunk_elements_must_be_positive():
 @torch.no_grad()
 def test_action_values_against_each_text_alone(kind, tied):
     model = tiny(kind, tied).double()
-    tree = build(HARD)
+    logs = [*HARD, NEVER_OFFERED]
+    tree = build(logs)
     values = action_values(model, tree, BACKSPACE)
     flat = 0
-    for i, log in enumerate(HARD):
+    for i, log in enumerate(logs):
         texts = states(log, BACKSPACE)
         logits = [model(input_ids=torch.tensor([text])).logits[0, -1] for text in texts]
         for text, row in zip(texts, logits, strict=True):
-            if len(text) == len(log.prompt):
+            if len(text) == len(log.prompt) or not log.offers_backspace:
                 row[BACKSPACE] = -torch.inf
         log_probs = [row.log_softmax(-1) for row in logits]
         v = [row.logsumexp(-1) for row in logits]

@@ -327,6 +327,10 @@ REINFORCE_RUN = ["stages.sequencematch.objective={name: reinforce}", "scoring.re
         (["scoring.reward=null"], "objective reinforce raises a reward, and the recipe has none: set scoring.reward"),
         (["actors.rollout.top_p=0.9"], "actors.rollout.top_p=0.9 the sampler never makes most of them"),
         (["buffer.sampler=prioritised"], "reinforce is an expectation over rollouts"),
+        (
+            ["actors.rollout.backspace=false", "stages.trunk.objective={name: behaviour_cloning}"],
+            "stage 'trunk': objective behaviour_cloning teaches to take tokens back, and actors.rollout.backspace is",
+        ),
         (["stages.sequencematch.objective={name: kl_control, beta: 0}"], "objective.beta: Input should be greater"),
     ],
 )

@@ -45,7 +45,8 @@ def check_against_replay(tree: TreeBatch, logs: list[Log]) -> None:
         texts = states(log, BACKSPACE)
         assert text_of(tree, int(tree.start[i])) == log.prompt
         assert text_of(tree, int(tree.final_state[i])) == texts[-1]
-        assert bool(tree.final_at_floor[i]) == (texts[-1] == log.prompt)
+        masked = [len(text) == len(log.prompt) or not log.offers_backspace for text in texts]
+        assert bool(tree.final_backspace_masked[i]) == masked[-1]
         assert int(tree.length[i]) == len(log.actions)
         assert bool(tree.truncated[i]) == (log.finish_reason != "eos")
         assert bool(tree.is_expert[i]) == (log.source == "expert")
@@ -53,8 +54,8 @@ def check_against_replay(tree: TreeBatch, logs: list[Log]) -> None:
             assert (int(tree.log[flat]), int(tree.time[flat]), int(tree.action[flat])) == (i, t, action)
             assert text_of(tree, int(tree.state[flat])) == texts[t]
             assert text_of(tree, int(tree.next_state[flat])) == texts[t + 1]
-            assert bool(tree.at_floor[flat]) == (len(texts[t]) == len(log.prompt))
-            assert bool(tree.next_at_floor[flat]) == (len(texts[t + 1]) == len(log.prompt))
+            assert bool(tree.backspace_masked[flat]) == masked[t]
+            assert bool(tree.next_backspace_masked[flat]) == masked[t + 1]
             flat += 1
     assert flat == tree.num_actions
     for name in ("state", "next_state", "start"):
@@ -72,10 +73,14 @@ HARD = [
     Log([9], [], finish_reason="aborted", source="policy"),
     Log([1], [EOS]),
 ]
+NEVER_OFFERED = Log(
+    [1, 4], [5, 6], finish_reason="max_length", source="policy", temperature=1.0, offers_backspace=False
+)
 
 
 def test_states_are_those_of_replay():
-    check_against_replay(build(HARD), HARD)
+    logs = [*HARD, NEVER_OFFERED]
+    check_against_replay(build(logs), logs)
 
 
 def test_the_dense_mask():

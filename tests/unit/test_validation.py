@@ -29,6 +29,7 @@ GOOD = {
         "a", [BACKSPACE, BACKSPACE], realised=[9, None], finish_reason="max_length"
     ),
     "no sampling": row("a", sampling=None),
+    "no backspace, as none was offered": row("a", [5, 6], sampling={**SAMPLING, "floor_mask": False}),
     "versions of three publications": row("a", [5, 6, 7], policy_version=[1, 2, 4]),
     "longest text": row("a", task="é" * 512),
     "reward and features": row("a", reward=-1.5, features=[0.0, 3e38]),
@@ -61,6 +62,7 @@ BAD = {
     "an action follows <eos>": row("b", [EOS, 5], finish_reason="max_actions"),
     "finish_reason is eos, but": row("b", [5], finish_reason="eos"),
     "the last action is <eos>, but": row("b", [EOS], finish_reason="max_actions"),
+    "takes a token back, and sampling.floor_mask": row("b", sampling={**SAMPLING, "floor_mask": False}),
     "takes a token back at the floor": row("b", [5, BACKSPACE, BACKSPACE, 5, 5]),
     "task is longer than 1,024 bytes": row("b", task="é" * 513),
     "features holds a null": row("b", features=[None]),
