@@ -108,6 +108,7 @@ def _of_pool(pool: PoolStatus) -> Iterator[Sample]:
         yield Sample(names.ACTOR_BACKSPACES, status.backspaces, actor)
         yield Sample(names.ACTOR_TRAJECTORIES, status.trajectories, actor)
         yield Sample(names.ACTOR_REJECTED, status.rejected, actor)
+        yield Sample(names.ACTOR_DROPPED, status.dropped, actor)
 
 
 def _of_buffer(buffer: BufferStatus) -> Iterator[Sample]:

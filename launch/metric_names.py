@@ -46,6 +46,9 @@ ACTOR_TRAJECTORIES = MetricName(
     "sequencematch_actor_trajectories", "counter", "rollouts handed to the buffer", ("actor",)
 )
 ACTOR_REJECTED = MetricName("sequencematch_actor_rejected", "counter", "rollouts that the buffer refused", ("actor",))
+ACTOR_DROPPED = MetricName(
+    "sequencematch_actor_dropped", "counter", "rollouts without a finite reward or feature", ("actor",)
+)
 
 SHARD_ANSWERS = MetricName(
     "sequencematch_buffer_answers", "gauge", "1 = the shard answers, 0 = it restarts", ("shard",)

@@ -22,7 +22,7 @@ def full_view(actions: int = 20_000) -> RunView:
     """Of a run in which everything has a value. actions: of the actor, since its birth."""
     counters = SourceCounters(500, 400, {"capacity": 90, "stale": 10}, 7, 700, 0, DrawStatistics(1.5, 3, 20.0, 60.0))
     store = StoreStatus({"policy": counters}, 2, 0, 11, 3, 4096, 0, ("segment-000001.arrows",))
-    status = ActorStatus("actor-0", 10, actions, 4213.0, 2_000, 5_000, 1, 64, "generating")
+    status = ActorStatus("actor-0", 10, actions, 4213.0, 2_000, 5_000, 1, 64, "generating", dropped=3)
     return RunView(
         "run",
         [],
@@ -41,6 +41,7 @@ def test_a_full_view_has_every_metric_with_its_labels() -> None:
     assert values["learner_metric", "sequencematch", "loss"] == 0.5
     assert values["learner_step_seconds", "sequencematch"] == 0.125
     assert values["actor_actions", "actor-0"] == 20_000
+    assert values["actor_dropped", "actor-0"] == 3
     assert values["buffer_removed_rows", "0", "policy", "stale"] == 10
     assert values["buffer_draw_age_seconds", "0", "policy"] == 20.0
     assert (values["buffer_answers", "0"], values["buffer_answers", "1"]) == (1.0, 0.0)
