@@ -5,13 +5,14 @@ A batch holds one log per example, in the order of the examples. Names of the nu
 accuracy            share of answers that are right: ended by `<eos>`, and right by the task's own check.
 empty_rate          share of answers whose final text is empty.
 truncated_rate      share of logs without `<eos>` (a limit was hit, or the log was aborted).
-backspace_rate      backspaces per action.
 actions_per_answer  mean length of the logs.
 wrong_taken_back    share of wrong tokens that were taken back.
 right_taken_back    share of right tokens that were taken back: dithering, and after memorising, damage. Watch it.
 recovery            accuracy where the first answer token was planted and wrong: only an answer that takes it back can
                     be right.
 planted_taken_back  share of the planted tokens that were taken back.
+
+And those of `launch.evaluation.editing_metrics`.
 
 A token is judged if the text before it, at the moment it is appended, is a prefix of the reference answer. It is right
 if it is the reference's next token there, else wrong. What follows a mistake is neither; nor is `<eos>`, which nothing
@@ -24,20 +25,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.experts.noise import NoiseCandidates
 from buffer.experts.ragged import Int32, Ragged
 from buffer.experts.tasks import Task
-from buffer.replay import ActionLogs, Replay, final_token_ids, replay, surviving_events
+from buffer.replay import ActionLogs, Replay, replay, surviving_events
 from buffer.schema import TokenContract
-from launch.evaluation.estimates import Estimate
+from launch.evaluation.editing_metrics import editing_metrics, final_texts
+from launch.evaluation.estimates import Bool, Estimate
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-Bool = npt.NDArray[np.bool_]
 
 _PLANTING_ROUNDS = 1000
 
@@ -53,22 +52,26 @@ def answer_metrics(
     _check_alignment(batch, examples)
     logs = ActionLogs.from_batch(batch)
     played = replay(logs, contract.backspace_id)
-    answers = _final_answers(logs, played, contract)
+    answers = final_texts(logs, played, contract)
     metrics = {
         "empty_rate": Estimate.share(answers.lengths == 0),
         "truncated_rate": Estimate.share(~_ended(batch)),
-        "backspace_rate": Estimate.share(logs.actions == contract.backspace_id),
         "actions_per_answer": Estimate.mean(logs.lengths),
+        **editing_metrics(batch, logs, played, contract),
     }
     if task.is_correct is None:
         return metrics
     judged, right = _judge_tokens(logs, played, _references(examples), contract)
     taken_back = ~surviving_events(logs, played, contract.backspace_id)
+
+    def share_taken_back(tokens: Bool) -> Estimate:
+        return Estimate.share(taken_back[tokens], played.log[tokens], logs.num_logs)
+
     return {
         "accuracy": Estimate.share(_correct(batch, answers, examples, task)),
         **metrics,
-        "wrong_taken_back": Estimate.share(taken_back[judged & ~right]),
-        "right_taken_back": Estimate.share(taken_back[judged & right]),
+        "wrong_taken_back": share_taken_back(judged & ~right),
+        "right_taken_back": share_taken_back(judged & right),
     }
 
 
@@ -91,7 +94,7 @@ def recovery_metrics(
     if (logs.realised[starts] == _first_targets(examples)).any():
         raise ValueError("a log begins with the right token: recovery is measured from a wrong one")
     played = replay(logs, contract.backspace_id)
-    answers = _final_answers(logs, played, contract)
+    answers = final_texts(logs, played, contract)
     return {
         "recovery": Estimate.share(_correct(batch, answers, examples, task)),
         "planted_taken_back": Estimate.share(~surviving_events(logs, played, contract.backspace_id)[starts]),
@@ -122,21 +125,13 @@ def plant_wrong_first_tokens(
 def answer_texts(batch: pa.RecordBatch, task: Task, contract: TokenContract) -> list[str]:
     """The final text of each log, without `<eos>`."""
     logs = ActionLogs.from_batch(batch)
-    answers = _final_answers(logs, replay(logs, contract.backspace_id), contract)
+    answers = final_texts(logs, replay(logs, contract.backspace_id), contract)
     return _decode(answers, task)
 
 
 def _decode(answers: Ragged, task: Task) -> list[str]:
     texts: list[str] = task.tokenizer.batch_decode([ids.tolist() for ids in answers.rows()])
     return texts
-
-
-def _final_answers(logs: ActionLogs, played: Replay, contract: TokenContract) -> Ragged:
-    """What remains of each log, without `<eos>`."""
-    offsets, ids = final_token_ids(logs, played, contract.backspace_id)
-    is_text = ids != contract.eos_id
-    kept_before = np.concatenate([[0], np.cumsum(is_text)])
-    return Ragged(kept_before[offsets], ids[is_text])
 
 
 def _correct(batch: pa.RecordBatch, answers: Ragged, examples: Dataset, task: Task) -> Bool:

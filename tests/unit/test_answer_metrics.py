@@ -92,7 +92,7 @@ def test_numbers_of_one_log(log: str, expected: tuple[float | None, ...]) -> Non
     metrics = values(answer_metrics(logs_of(examples, [log]), examples, TASK, CONTRACT))
     names = ["accuracy", "empty_rate", "truncated_rate", "backspace_rate", "wrong_taken_back", "right_taken_back"]
     assert [metrics.pop(name) for name in names] == [None if x is None else pytest.approx(x) for x in expected]
-    assert metrics == {"actions_per_answer": len(log)}
+    assert metrics["actions_per_answer"] == len(log)
 
 
 def oracle(answer: str, log: str) -> tuple[list[bool], list[bool]]:
@@ -151,7 +151,8 @@ def test_text_tasks_have_no_accuracy() -> None:
     examples = examples_with(["16"])
     task = dataclasses.replace(TASK, is_correct=None)
     metrics = answer_metrics(logs_of(examples, ["17<6."]), examples, task, CONTRACT)
-    assert set(metrics) == {"empty_rate", "truncated_rate", "backspace_rate", "actions_per_answer"}
+    assert {"backspace_rate", "actions_per_answer"} < set(metrics)
+    assert not {"accuracy", "wrong_taken_back", "right_taken_back"} & set(metrics)
     with pytest.raises(ValueError, match="no right answers"):
         recovery_metrics(logs_of(examples, ["17<6."]), examples, task, CONTRACT)
 

@@ -1,36 +1,55 @@
-"""Numbers of generated text, against values worked out by hand."""
+"""Numbers of generated text, against values worked out by hand and against loops over tokens."""
 
 from __future__ import annotations
+
+import math
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from buffer.experts.ragged import Ragged
+from buffer.replay import ActionLogs, replay
 from buffer.schema import TokenContract
-from launch.evaluation.estimates import ratio
-from launch.evaluation.text_metrics import distinct_ngrams, text_metrics
+from launch.evaluation.editing_metrics import editing_metrics, rewrites
+from launch.evaluation.estimates import Estimate, difference, is_within_noise
+from launch.evaluation.ngrams import distinct_ngrams, diversity, ngram_entropy
+from launch.evaluation.self_bleu import self_bleu
+from launch.evaluation.text_metrics import text_metrics
 
 CONTRACT = TokenContract(vocab_size=16, backspace_id=3, eos_id=2, tokenizer_hash="")
 
 
 def ragged(*rows: list[int]) -> Ragged:
-    lengths = np.array([len(row) for row in rows])
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
     return Ragged.from_lengths(lengths, np.array([token for row in rows for token in row], dtype=np.int32))
 
 
-def test_numbers_of_three_texts() -> None:
+def random_rows(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 3, length).tolist() for length in rng.integers(0, 40, count)]
+
+
+def grams_of(row: list[int], size: int) -> list[tuple[int, ...]]:
+    return [tuple(row[start : start + size]) for start in range(len(row) - size + 1)]
+
+
+def batch_of(logs: list[list[int]], reasons: list[str]) -> pa.RecordBatch:
     int_list = pa.list_(pa.int32())
-    logs = [[4, 5, 3, 6, 2], [4, 5, 4, 5, 4, 5, 4], []]  # "4 6.", a loop, nothing
-    batch = pa.record_batch(
+    return pa.record_batch(
         {
-            "prompt_ids": pa.array([[9]] * 3, int_list),
+            "prompt_ids": pa.array([[9]] * len(logs), int_list),
             "actions": pa.array(logs, int_list),
-            "realised": pa.array([None] * 3, int_list),
-            "finish_reason": ["eos", "max_length", "aborted"],
+            "realised": pa.array([None] * len(logs), int_list),
+            "finish_reason": reasons,
         }
     )
-    found = text_metrics(batch, CONTRACT)
+
+
+def test_numbers_of_three_texts() -> None:
+    logs = [[4, 5, 3, 6, 2], [4, 5, 4, 5, 4, 5, 4], []]  # "4 6.", a loop, nothing
+    found = text_metrics(batch_of(logs, ["eos", "max_length", "aborted"]), CONTRACT)
     assert found["backspace_rate"].value == pytest.approx(1 / 12)
     assert found["backspace_rate"].count == 12
     assert found["actions_per_final_token"].value == pytest.approx(12 / 9)
@@ -38,27 +57,127 @@ def test_numbers_of_three_texts() -> None:
     assert found["tokens_per_text"].standard_error == pytest.approx(np.std([2, 7, 0], ddof=1) / np.sqrt(3))
     assert found["distinct_4grams"].value == pytest.approx(2 / 4)  # 4545, 5454, 4545, 5454
     assert found["distinct_4grams"].count == 1
+    assert found["diversity"].value == pytest.approx(2 / 6 * 2 / 5 * 2 / 4)
     assert found["truncated_rate"].value == pytest.approx(2 / 3)
+    assert found["entropy_4gram_bits"].value == pytest.approx(1.0)
+    assert found["self_bleu"].count == 1
 
 
-def test_distinct_ngrams_equal_a_loop() -> None:
-    rng = np.random.default_rng(0)
-    rows = [rng.integers(0, 3, length).tolist() for length in rng.integers(0, 40, 50)]
+@pytest.mark.parametrize(
+    ("log", "rewritten", "longest"),
+    [
+        ([4, 3, 4, 3, 4], 2, 2),
+        ([4, 3, 5, 3, 4], 0, 0),  # another token each time
+        ([4, 5, 3, 3, 4, 5], 1, 1),  # the first backspace is followed by another one
+        ([5, 4, 3, 4, 6, 4, 3, 4, 3, 4, 3], 3, 2),
+        ([4, 3], 0, 0),
+    ],
+)
+def test_rewriting_what_was_taken_back(log: list[int], rewritten: int, longest: int) -> None:
+    logs = ActionLogs.from_batch(batch_of([[6, 3], log, [4]], ["max_actions"] * 3))
+    found, runs = rewrites(logs, replay(logs, 3), 3)
+    assert found.sum() == rewritten
+    assert runs.tolist() == [0, longest, 0]
+
+
+def test_runs_equal_a_loop_over_actions() -> None:
+    rng = np.random.default_rng(2)
+    logs = []
+    for _ in range(60):
+        log: list[int] = []
+        depth = 0
+        for token in rng.choice([3, 3, 4, 5], 25).tolist():
+            if token != 3 or depth:
+                depth += -1 if token == 3 else 1
+                log.append(token)
+        logs.append(log)
     expected = []
-    for row in rows:
-        grams = [tuple(row[start : start + 4]) for start in range(len(row) - 3)]
-        expected += [len(set(grams)) / len(grams)] if grams else []
-    np.testing.assert_allclose(distinct_ngrams(ragged(*rows)), expected)
+    for log in logs:
+        stack: list[int] = []
+        run = {-2: 0, -1: 0}
+        for time, token in enumerate(log):
+            if token != 3:
+                stack.append(token)
+                run[time] = 0
+                continue
+            taken = stack.pop()
+            run[time] = run[time - 2] + 1 if time + 1 < len(log) and log[time + 1] == taken else 0
+        expected.append(max(run.values()))
+    batch = batch_of(logs, ["max_actions"] * len(logs))
+    columns = ActionLogs.from_batch(batch)
+    played = replay(columns, 3)
+    assert rewrites(columns, played, 3)[1].tolist() == expected
+    found = editing_metrics(batch, columns, played, CONTRACT)
+    assert found["longest_rewrite_run"].value == pytest.approx(np.mean(expected))
+    assert found["max_actions_rate"].value == 1.0
 
 
-def test_texts_too_short_for_a_4gram_have_no_share() -> None:
-    assert len(distinct_ngrams(ragged([1, 2, 3], []))) == 0
-    assert len(distinct_ngrams(ragged())) == 0
+def test_repetition_and_entropy_equal_loops() -> None:
+    rows = random_rows(50)
+    shares = {
+        size: [len(set(grams)) / len(grams) if (grams := grams_of(row, size)) else 0.0 for row in rows]
+        for size in (2, 3, 4)
+    }
+    for size, expected in shares.items():
+        found, has_some = distinct_ngrams(ragged(*rows), size)
+        np.testing.assert_allclose(found, expected)
+        assert has_some.tolist() == [len(row) >= size for row in rows]
+    products, valid = diversity(ragged(*rows))
+    np.testing.assert_allclose(products[valid], np.prod(list(shares.values()), axis=0)[valid])
+    counts = np.array(list(Counter(gram for row in rows for gram in grams_of(row, 2)).values()))
+    shares_of_all = counts / counts.sum()
+    assert ngram_entropy(ragged(*rows), 2).value == pytest.approx(-(shares_of_all * np.log2(shares_of_all)).sum())
+
+
+def test_error_of_the_entropy_is_its_spread_over_resampled_texts() -> None:
+    rows = random_rows(300, seed=3)
+    found = ngram_entropy(ragged(*rows), 1)
+    rng = np.random.default_rng(0)
+    resampled = [
+        ngram_entropy(ragged(*(rows[i] for i in rng.integers(0, 300, 300))), 1).value or math.nan for _ in range(300)
+    ]
+    assert found.standard_error == pytest.approx(np.std(resampled), rel=0.2)
+
+
+def bleu_by_loops(row: list[int], others: list[list[int]]) -> float:
+    """BLEU-4 with smoothing 1 as its papers write it."""
+    total = 0.0
+    for size in (1, 2, 3, 4):
+        counts = Counter(grams_of(row, size))
+        matches = sum(min(n, max(grams_of(other, size).count(gram) for other in others)) for gram, n in counts.items())
+        total += math.log((matches or 0.1) / sum(counts.values())) / 4
+    reference = min((abs(len(other) - len(row)), len(other)) for other in others)[1]
+    return math.exp(total + min(0.0, 1 - reference / len(row)))
+
+
+def test_self_bleu_equals_a_loop() -> None:
+    rng = np.random.default_rng(5)
+    rows = [rng.integers(0, 6, length).tolist() for length in rng.integers(2, 15, 30)]
+    expected = [bleu_by_loops(row, rows[:i] + rows[i + 1 :]) for i, row in enumerate(rows) if len(row) >= 4]
+    found = self_bleu(ragged(*rows))
+    assert found.value == pytest.approx(np.mean(expected))
+    assert found.count == len(expected) < 30
+    assert found.standard_error == pytest.approx(np.std(expected, ddof=1) / np.sqrt(len(expected)))
+
+
+def test_self_bleu_looks_at_whole_blocks() -> None:
+    rows = random_rows(250, seed=7)
+    whole, blocks = self_bleu(ragged(*rows)), self_bleu(ragged(*rows[:200]))
+    assert (whole.value, whole.count) == (pytest.approx(blocks.value), blocks.count)
+    assert self_bleu(ragged([1, 2, 3, 4], [1, 2, 3, 4])).value == pytest.approx(1.0)
+    assert self_bleu(ragged([1, 2, 3, 4])).value is None  # nothing to resemble
+    assert self_bleu(ragged()).value is None
+
+
+def test_texts_too_short_for_an_ngram_have_no_share() -> None:
+    assert Estimate.mean(*distinct_ngrams(ragged([1, 2, 3], []), 4)) == Estimate(None, None, 0)
+    assert Estimate.mean(*diversity(ragged())) == Estimate(None, None, 0)
+    assert ngram_entropy(ragged([1], []), 2) == Estimate(None, None, 0)
 
 
 def test_ratio_of_nothing_and_of_one() -> None:
-    assert ratio(np.array([1.0]), np.array([0.0])).value is None
-    one = ratio(np.array([3.0]), np.array([2.0]))
+    assert Estimate.ratio(np.array([1.0]), np.array([0.0])).value is None
+    one = Estimate.ratio(np.array([3.0]), np.array([2.0]))
     assert (one.value, one.standard_error, one.count) == (1.5, None, 1)
 
 
@@ -66,7 +185,39 @@ def test_error_of_a_ratio_equals_the_spread_of_resampled_ratios() -> None:
     rng = np.random.default_rng(1)
     denominators = rng.integers(1, 20, 400).astype(np.float64)
     numerators = denominators * rng.uniform(1.0, 2.0, 400)
-    found = ratio(numerators, denominators)
+    found = Estimate.ratio(numerators, denominators)
     draws = rng.integers(0, 400, (2000, 400))
     spread = (numerators[draws].sum(1) / denominators[draws].sum(1)).std()
     assert found.standard_error == pytest.approx(spread, rel=0.1)
+
+
+def test_paired_differences_know_what_examples_share() -> None:
+    rng = np.random.default_rng(4)
+    hard = rng.random(500) < 0.5
+    first = hard & (rng.random(500) < 0.98)
+    second = hard & (rng.random(500) < 0.90)
+    number, baseline = Estimate.share(first), Estimate.share(second)
+    change = difference(number, baseline)
+    assert change is not None
+    assert change.value == pytest.approx(first.mean() - second.mean())
+    assert change.standard_error == pytest.approx(np.std(first * 1.0 - second * 1.0, ddof=1) / np.sqrt(500))
+    assert change.standard_error < math.hypot(number.standard_error or 0, baseline.standard_error or 0) / 2
+    assert not is_within_noise(change)
+    same = difference(number, number)
+    assert same is not None
+    assert is_within_noise(same)
+    assert difference(number, Estimate(0.5, 0.1, 500)) is None  # not of these examples
+    assert difference(number, Estimate.share(first[:10])) is None
+
+
+def test_differences_of_token_shares_are_clustered_by_example() -> None:
+    rng = np.random.default_rng(6)
+    example = np.repeat(np.arange(300), 8)
+    of_example = rng.random(300)
+    cases = rng.random(2400) < of_example[example]
+    zero = Estimate.share(np.zeros(2400, dtype=bool), example, 300)
+    change = difference(Estimate.share(cases, example, 300), zero)
+    assert change is not None
+    draws = rng.integers(0, 300, (2000, 300))
+    spread = cases.reshape(300, 8).mean(1)[draws].mean(1).std()
+    assert change.standard_error == pytest.approx(spread, rel=0.1)
