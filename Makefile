@@ -44,11 +44,14 @@ $(INSTALLED): $(DEPENDENCIES)
 train: $(INSTALLED)
 	$(BIN)/sequencematch train $(RECIPE)
 
+# The tests of tests/unit share the cores; those of tests/integration start processes of their own.
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest tests/unit --numprocesses auto
+	$(BIN)/pytest tests/integration
 
 test-fast: $(INSTALLED)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest tests/unit --numprocesses auto -m "not slow"
+	$(BIN)/pytest tests/integration -m "not slow"
 
 test-chaos: $(INSTALLED)
 	$(BIN)/pytest tests/chaos
