@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.scoring_settings import (
+    ClassifierSettings,
     ExactAnswerSettings,
     FunctionSettings,
     LengthSettings,
@@ -42,7 +43,7 @@ def make_scorer(settings: ScorerSettings) -> Scorer:
     """The scorer that `settings` describe.
 
     Raises:
-        ValueError: a function of the user's own cannot be imported.
+        ValueError: a function of the user's own cannot be imported, or a classifier not loaded.
     """
     if isinstance(settings, PatternSettings):
         return _matches(settings.pattern, settings.ignore_case)
@@ -53,6 +54,11 @@ def make_scorer(settings: ScorerSettings) -> Scorer:
         return _is_exact
     if isinstance(settings, LengthSettings):
         return _length(settings)
+    if isinstance(settings, ClassifierSettings):
+        # Here, not at the top: pool and driver import this module, and have no use for a model library.
+        from actors.classifier import Classifier
+
+        return Classifier(settings)
     return _function(settings)
 
 

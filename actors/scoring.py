@@ -42,7 +42,7 @@ class RolloutScoring:
         tokenizer: of the task. examples: `prompt_ids` and `target_ids` of those that prompts come from.
 
     Raises:
-        ValueError: a function cannot be imported.
+        ValueError: a function cannot be imported, or a classifier not loaded.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from buffer.settings import Settings
 
@@ -55,6 +55,26 @@ class LengthSettings(Settings):
         return self
 
 
+class ClassifierSettings(Settings):
+    """What a Hugging Face sequence classifier says of the answer: the probability of a label, or its only output."""
+
+    kind: Literal["classifier"]
+    name: str = Field(min_length=1, description="Hugging Face name or folder of the classifier, as safetensors")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hugging Face hub")
+    label: str | None = Field(
+        None, description="whose probability counts; null = the model has one output, which counts as it is"
+    )
+    at_least: float | None = Field(None, description="1 where the number is not below this, else 0; null = the number")
+    with_prompt: bool = Field(False, description="it reads the prompt and the answer, not the answer alone")
+    batch_size: PositiveInt = Field(32, description="texts that it reads at a time")
+
+    @model_validator(mode="after")
+    def _check(self) -> ClassifierSettings:
+        if self.label is not None and self.at_least is not None and not 0.0 < self.at_least <= 1.0:
+            raise ValueError(f"at_least={self.at_least:g} is a bound on a probability: choose one in (0, 1]")
+        return self
+
+
 class FunctionSettings(Settings):
     """A function of your own, `score(prompts, answers)`: two lists of texts, to as many numbers.
 
@@ -69,7 +89,7 @@ class FunctionSettings(Settings):
 
 
 ScorerSettings = Annotated[
-    PatternSettings | WordSettings | ExactAnswerSettings | LengthSettings | FunctionSettings,
+    PatternSettings | WordSettings | ExactAnswerSettings | LengthSettings | ClassifierSettings | FunctionSettings,
     Field(discriminator="kind"),
 ]
 
@@ -78,6 +98,8 @@ def is_binary(settings: ScorerSettings) -> bool | None:
     """Whether a scorer gives 0 or 1 alone; None where only its function knows."""
     if isinstance(settings, FunctionSettings):
         return None
+    if isinstance(settings, ClassifierSettings):
+        return settings.at_least is not None
     return not isinstance(settings, LengthSettings) or settings.at_least is not None or settings.at_most is not None
 
 
