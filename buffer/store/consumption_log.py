@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from buffer.store.draw_record import DrawRecord
 from buffer.store.event_history import (
     log_files,
     log_number,
@@ -36,7 +35,8 @@ from buffer.store.event_history import (
     scan_log_file,
     sealed_log_path,
 )
-from buffer.store.events import EVENT_SCHEMA, Event, decode_events, encode_events
+from buffer.store.event_record import EventRecord
+from buffer.store.events import EVENT_SCHEMA, Event, EventKind, decode_events, encode_events
 from buffer.store.log_state import DrawKey, LoggedDraw, LogSnapshot, LogState, release
 from buffer.store.manifest import CorruptSegmentError, sync_folder
 from buffer.store.row_numbers import NO_ROWS, Int64
@@ -52,8 +52,8 @@ ROTATE_BYTES = 8 * 2**20
 SNAPSHOTS_PER_FILE = 4
 """A file grows to this many times its snapshot, so that snapshots are a fixed share of what is written."""
 
-_DRAW_RECORDS = 64
-"""Sizes of draws to be quick with: where there are several shards, the share of each varies."""
+_RECORDS = 64
+"""Kinds of events to be quick with: draws differ in size, where there are several shards from one to the next."""
 
 
 class ConsumptionLog:
@@ -80,7 +80,7 @@ class ConsumptionLog:
         self._rotate_bytes = rotate_bytes
         self._draws: dict[DrawKey, LoggedDraw] = {}
         self._pinned: Int64 | None = None  # built on demand
-        self._draw_record = lru_cache(_DRAW_RECORDS)(DrawRecord)
+        self._record = lru_cache(_RECORDS)(_numbered_record)
         path = self._find_open_file()
         self._number = log_number(path)
         scan = scan_log_file(path)
@@ -132,8 +132,7 @@ class ConsumptionLog:
         Raises:
             OSError: see `append`.
         """
-        record = self._draw_record(draw.key.stage, draw.key.source, len(draw.rows))
-        self._file.append_message(record.message(draw, int(self._clock() * 1e6)))
+        self._append_numbers(draw.to_event())
         before = self._draws.get(draw.key)
         self._draws[draw.key] = draw if before is None else before.extended_by(draw)
         self._pinned = None
@@ -144,7 +143,7 @@ class ConsumptionLog:
         Raises:
             OSError: see `append`.
         """
-        self.append(Event("checkpoint", stage=stage, step=step))
+        self._append_numbers(Event("checkpoint", stage=stage, step=step))
         self._draws = release(self._draws, stage, step)
         self._pinned = None
 
@@ -192,6 +191,12 @@ class ConsumptionLog:
         """Make every event durable and let go of the file."""
         self._file.close()
 
+    def _append_numbers(self, event: Event) -> None:
+        """Write a draw or a checkpoint."""
+        num_rows = None if event.rows is None else len(event.rows)
+        record = self._record(event.kind, event.stage, event.source, num_rows)
+        self._file.append_message(record.message(event, int(self._clock() * 1e6)))
+
     def _find_open_file(self) -> Path:
         """The file to go on with; what a crash in a rotation left behind is deleted."""
         for path in self._folder.glob("consumption-*.tmp"):
@@ -236,3 +241,11 @@ class ConsumptionLog:
         sync_folder(self._folder)
         size_bytes: int = record.nbytes
         return size_bytes
+
+
+def _numbered_record(kind: EventKind, stage: str, source: str | None, num_rows: int | None) -> EventRecord:
+    """For draws of so many rows; num_rows: None for checkpoints."""
+    if num_rows is None:
+        return EventRecord(Event(kind, stage=stage, step=0))
+    rows = np.zeros(num_rows, dtype=np.int64)
+    return EventRecord(Event(kind, stage=stage, step=0, source=source, policy_version=0, rows=rows, whole=0))

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache, partial
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.store.gather_source import GatherSource, is_number, item_bytes
+from buffer.store.gather_frame import GatherFrame
+from buffer.store.gather_source import GatherSource, is_number
 
-
-class RunColumn(NamedTuple):
-    """A column of lists or of text. items: type of a list's items, None of text; item_shift: they have 2^k bytes;
-    is_nullable: it has a null somewhere."""
-
-    name: str
-    type: pa.DataType
-    items: pa.DataType | None
-    item_shift: int
-    is_nullable: bool
+_FRAMES = 32
+"""Sizes of gathers to be quick with: where there are several shards, the share of each varies."""
 
 
 class GatherLayout:
     """A partition of the columns that suits every batch that was shown to it.
 
-    runs, numbers: what the records hold, see `GatherSource`; runs of wide items come first, so that each column begins
-    at a multiple of its items' width where their bytes follow one another. rest: columns of other types, and numbers
-    with nulls. All other columns have one value in all rows. A column never goes back to those, nor from the rest to
-    the records, so that records are made anew a few times at most.
+    runs, numbers: what the records hold, see `GatherSource`. rest: columns of other types, and numbers with nulls. All
+    other columns have one value in all rows. A column never goes back to those, nor from the rest to the records, so
+    that records are made anew a few times at most.
     """
 
     def __init__(self, schema: pa.Schema, first: GatherSource) -> None:
@@ -39,16 +29,12 @@ class GatherLayout:
         self.runs: tuple[str, ...] = ()
         self.numbers: tuple[str, ...] = ()
         self.rest: tuple[str, ...] = ()
-        self.run_columns: tuple[RunColumn, ...] = ()
-        self.item_shifts: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        """Of `run_columns`."""
         self._nullable: set[str] = set()
         self._unfit = {name for name in self.names if not first.fits_records(name)}
         """Columns that records cannot hold for some batch."""
         found = {name: first.constant(name) for name in self.names}
         self._constants = {name: value for name, value in found.items() if value is not None}
         self._repeated = {name: first.batch.column(name).take(pa.array([0])) for name in self._constants}
-        self._repeated_last: tuple[int, dict[str, pa.Array]] = (0, {})
         self._arrange()
         self.cover([first])
 
@@ -70,23 +56,21 @@ class GatherLayout:
     def _arrange(self) -> None:
         types = {field.name: field.type for field in self.schema if field.name not in self._constants}
         runs = [name for name in types if name not in self._unfit and not is_number(types[name])]
-        self.runs = tuple(sorted(runs, key=lambda name: -item_bytes(types[name])))
+        self.runs = tuple(runs)
         self.numbers = tuple(name for name in types if name not in self._unfit and is_number(types[name]))
         self.rest = tuple(name for name in types if name in self._unfit)
-        self.run_columns = tuple(self._run_column(name) for name in self.runs)
-        self.item_shifts = np.array([column.item_shift for column in self.run_columns], dtype=np.int64)
-        self._repeated_last = (0, {})
+        fields = [field for field in self.schema if field.name not in self.rest]
+        self._frame = lru_cache(_FRAMES)(
+            partial(
+                GatherFrame,
+                pa.schema(fields, self.schema.metadata),
+                self.runs,
+                frozenset(self._nullable.intersection(self.runs)),
+                self.numbers,
+                dict(self._repeated),
+            )
+        )
 
-    def repeated(self, count: int) -> dict[str, pa.Array]:
-        """The columns of one value, [count] each."""
-        if self._repeated_last[0] != count:
-            for name, longest in self._repeated.items():
-                if len(longest) < count:
-                    self._repeated[name] = longest.take(pa.array(np.zeros(count, dtype=np.int64)))
-            self._repeated_last = (count, {name: each.slice(0, count) for name, each in self._repeated.items()})
-        return dict(self._repeated_last[1])
-
-    def _run_column(self, name: str) -> RunColumn:
-        type_ = self.schema.field(name).type
-        items = None if pa.types.is_string(type_) else type_.value_type
-        return RunColumn(name, type_, items, item_bytes(type_).bit_length() - 1, name in self._nullable)
+    def frame(self, num_rows: int) -> GatherFrame:
+        """Of a batch without the columns of `rest`; kept, since draws are of the same size nearly always."""
+        return self._frame(num_rows)

@@ -43,8 +43,8 @@ class Side(Protocol):
     def insert(self, packed: Packed) -> None:
         """Store them. May be called from several threads."""
 
-    def sample(self, count: int) -> int:
-        """Draw `count` rows, all columns, as a batch in memory; gives its size in bytes."""
+    def sample(self, count: int) -> Packed:
+        """Draw `count` rows, all columns, as a batch in memory."""
 
     def close(self) -> None:
         """Let go of the files."""
@@ -71,14 +71,14 @@ class OurSide:
             result = self._store.insert(packed)
         assert not result.rejections, result.rejections[0]
 
-    def sample(self, count: int) -> int:
+    def sample(self, count: int) -> Packed:
         """A logged draw, and now and then a checkpoint, as a learner makes them."""
         step = next(self._steps)
         drawn = self._store.draw(DrawKey("bench", step, "policy"), count, 0)
         assert drawn is not None
         if step % 10 == 9:
             self._store.checkpointed("bench", step + 1)
-        return int(drawn.batch.nbytes)
+        return drawn.batch
 
     def close(self) -> None:
         """Make all durable."""
@@ -131,10 +131,10 @@ class TorchRLSide:
         }
         return lists | {name: torch.from_numpy(array) for name, array in scalars(logs).items()}
 
-    def sample(self, count: int) -> int:
+    def sample(self, count: int) -> Packed:
         """Uniform, with replacement (its default sampler)."""
-        drawn = self._buffer.sample(count)
-        return sum(tensor.numel() * tensor.element_size() for tensor in drawn.values())
+        drawn: TensorDict = self._buffer.sample(count)
+        return drawn
 
     def close(self) -> None:
         """Files of a storage live as long as it does."""
@@ -170,9 +170,10 @@ class CpprbSide:
         with self._lock:
             self._buffer.add(**packed)
 
-    def sample(self, count: int) -> int:
+    def sample(self, count: int) -> Packed:
         """Uniform, with replacement."""
-        return sum(array.nbytes for array in self._buffer.sample(count).values())
+        drawn: Padded = self._buffer.sample(count)
+        return drawn
 
     def close(self) -> None:
         """Files live as long as the buffer does."""
@@ -190,6 +191,13 @@ def open_side(name: SideName, folder: Path, num_rows: int, load: RolloutLoad) ->
             return CpprbSide(folder, num_rows, load)
         case _:
             return OurSide(folder, num_rows, "batch" if name == "ours_fsync_batch" else "none")
+
+
+def drawn_bytes(drawn: Packed) -> int:
+    """Bytes of memory that the columns of a drawn batch take."""
+    if isinstance(drawn, pa.RecordBatch):
+        return int(drawn.nbytes)
+    return sum(int(column.nbytes) for column in drawn.values())
 
 
 def disk_bytes(folder: Path) -> int:

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 from buffer.store.event_history import open_log_path, read_events, sealed_log_path
+from buffer.store.event_record import EventRecord
 from buffer.store.events import EVENT_SCHEMA, Counters, Event, decode_events, encode_events
 from buffer.store.manifest import CorruptSegmentError
-from buffer.store.segments import OpenSegment
+from buffer.store.segments import OpenSegment, encode_message
 
 EVENTS = [
     Event("snapshot", counters=Counters(next_row=9, newest_version=-1, rejected=2)),
@@ -97,3 +98,21 @@ def test_a_sealed_file_of_the_history_is_never_torn(tmp_path):
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(CorruptSegmentError, match=r"is damaged from byte \d+ to byte \d+: restore it from a copy\."):
         read_events(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Event("draw", stage="s", step=2**40, source="policy", policy_version=7, rows=np.array([8, 3]), whole=5),
+        Event("draw", stage="s", step=1, source="expert", policy_version=-1, rows=np.array([2**50]), whole=1),
+        Event("checkpoint", stage="s", step=4),
+    ],
+)
+def test_a_record_with_other_numbers_has_the_bytes_of_one_that_was_encoded(event):
+    zeros = {name: 0 for name in ("step", "policy_version", "whole") if getattr(event, name) is not None}
+    like = replace(event, rows=None if event.rows is None else event.rows * 0, **zeros)
+    record = EventRecord(like)
+    header_bytes = EVENT_SCHEMA.serialize().size
+    for at_us in (17, 2**50):
+        encoded = encode_message(encode_events([event], at_us), EVENT_SCHEMA, header_bytes)
+        assert record.message(event, at_us) == encoded

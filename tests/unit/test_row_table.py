@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from buffer.schema import with_rows, without_rows
 from buffer.store import gather_source, row_table
+from buffer.store.gather_frame import GatherFrame
+from buffer.store.gather_source import VIEW_LANES
 from buffer.store.row_table import RowTable
 from tests.trajectories import BACKSPACE, EOS, batch_of, expert_row, ids_of, numbered, row
 
@@ -123,6 +125,16 @@ def test_a_column_of_one_value_is_compared_bit_by_bit():
         samplings.append(sampling)
         table.append([with_rows(batch_of([row(str(number), [5], sampling=sampling)]), np.array([number]))], False)
     assert str(table.take(np.array([1, 0])).column("sampling").to_pylist()) == str(samplings[::-1])
+
+
+def test_a_column_of_more_items_than_a_batch_can_count():
+    """Five lists of 2^29 - 1 numbers each, whose bytes nobody looks at."""
+    schema = pa.schema([pa.field("actions", pa.list_(pa.int32()))])
+    frame = GatherFrame(schema, ["actions"], frozenset(), [], {}, num_rows=5)
+    records = np.zeros((5, VIEW_LANES), dtype=np.int32)
+    records[:, 0] = 2**31 - 4
+    with pytest.raises(ValueError, match="5 rows with 2684354555 elements are too many"):
+        frame.fill(records, np.arange(5), [])
 
 
 def test_ids_of_no_rows():
