@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.node_choice import NodeRoom, choose_node, in_units
 from actors.rollout_actor import RolloutActor, RolloutSpec
 from actors.roster import Failure, Sighting
 from actors.status import ActorStatus
@@ -21,6 +25,7 @@ STATUS_TIMEOUT_S = 5.0
 @dataclass
 class _Hand:
     handle: ActorHandle
+    node_id: str | None  # that was chosen for it; None where Ray was left to wait for one
     ready: asyncio.Task[object]
     run: asyncio.Task[object] | None = None
     leaving: bool = False
@@ -92,9 +97,11 @@ class RayCrew:
     def spawn(self, name: str, number: int) -> None:
         """See `actors.roster.Crew`."""
         settings = self._spec.settings
+        node_id = self._choose_node()
         handle = (
             ray.remote(concurrency_groups={"generation": 1, "control": 4})(RolloutActor)
             .options(
+                scheduling_strategy=at_best_on(node_id),
                 num_cpus=settings.num_cpus,
                 num_gpus=settings.num_gpus,
                 resources=settings.resources,
@@ -103,7 +110,7 @@ class RayCrew:
             )
             .remote(name, self._spec, self._prompts[0], self._shards, number)
         )
-        self._hands[name] = _Hand(handle, asyncio.create_task(_result(_control(handle.ready))))
+        self._hands[name] = _Hand(handle, node_id, asyncio.create_task(_result(_control(handle.ready))))
 
     def put_to_work(self, name: str) -> None:
         """See `actors.roster.Crew`."""
@@ -124,8 +131,27 @@ class RayCrew:
         """See `actors.roster.Crew`."""
         ray.kill(self._hands.pop(name).handle)
 
+    def _choose_node(self) -> str | None:
+        """For one more actor. What was taken in the last moments may not be known yet: then Ray finds another node."""
+        settings = self._spec.settings
+        each = in_units({"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources})
+        own = Counter(hand.node_id for hand in self._hands.values())
+        free = sorted(available_resources_per_node().items())
+        rooms = [NodeRoom(node_id, in_units(resources), own[node_id]) for node_id, resources in free]
+        index = choose_node(settings.placement, each, rooms)
+        return None if index is None else rooms[index].node_id
+
     def _at_work(self) -> Iterator[_Hand]:
         return (hand for hand in self._hands.values() if hand.run is not None and not hand.leaving)
+
+
+def at_best_on(node_id: str | None) -> object:
+    """Ray's scheduling strategy for a process: on that node while it lives and has room, else on another one; None: on
+    the first that has room, or comes.
+    """
+    if node_id is None:
+        return "DEFAULT"
+    return NodeAffinitySchedulingStrategy(node_id, soft=True, _spill_on_unavailable=True)
 
 
 def _control(method: ray.actor.ActorMethod, *arguments: object) -> ray.ObjectRef:

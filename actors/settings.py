@@ -56,6 +56,11 @@ class ActorsSettings(Settings):
     resources: dict[str, PositiveFloat] = Field(
         {}, description="custom Ray resources per actor: only nodes that were started with them take it"
     )
+    placement: Literal["pack", "spread"] = Field(
+        "pack",
+        description="pack: on as few nodes as hold them, so that weights travel to few; spread: over as many as there "
+        "are",
+    )
     num_threads: PositiveInt = Field(1, description="CPU threads per engine; more than one only on idle cores")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="engine's number format")
     max_concurrent: PositiveInt = Field(64, description="rollouts an engine works on at a time")

@@ -70,7 +70,9 @@ def train(
     name: Annotated[
         str | None, typer.Option(help="Name of the run folder; by default the recipe's name with date and time.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and leave.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan of its processes, and leave.")
+    ] = False,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with this run folder, from its newest checkpoints.")
     ] = None,
@@ -260,11 +262,13 @@ app.command()(submit)
 def _print_yaml(settings: object) -> None:
     from rich.syntax import Syntax
 
+    from launch.placement import plan_lines
     from launch.recipe import to_yaml
     from launch.settings import RunSettings
 
     assert isinstance(settings, RunSettings)
-    text, console = to_yaml(settings), Console()
+    plan = "".join(f"# {line}\n" for line in plan_lines(settings))
+    text, console = f"{to_yaml(settings)}\n# What Ray sets aside for the processes of the run:\n{plan}", Console()
     if console.is_terminal:
         console.print(Syntax(text, "yaml", background_color="default"))
     else:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
 import socket
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import ray
 from ray._private import ray_constants
 
 from launch.errors import UserError
+from launch.placement import planned_roles, total
 from launch.run_folder import LiveCluster, remove_cluster, write_cluster
 from launch.settings import ClusterSettings, RunSettings
 from launch.stop_signals import stop_signals_interrupt
@@ -29,12 +28,11 @@ def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
     """Ray for the length of a run; its namespace is the run's name. Everything the run created ends with it.
 
     Raises:
-        UserError: the cluster cannot be reached, or lacks what the plan needs.
+        UserError: the cluster cannot be reached, or Ray does not start.
     """
     namespace = folder.name
-    _start_or_join(settings.cluster, namespace, _planned_cpus(settings))
+    _start_or_join(settings.cluster, namespace, total(planned_roles(settings))["CPU"])
     try:
-        _check_plan(settings)
         context = ray.get_runtime_context()
         cluster = LiveCluster(context.gcs_address, namespace, os.getpid())
         write_cluster(folder, cluster)
@@ -68,6 +66,11 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
     if address:
         _join(address, namespace, settings.connect_timeout_s)
         return
+    if settings.grow_timeout_s is not None:
+        raise UserError(
+            "cluster.grow_timeout_s waits for nodes of a cluster, and this run starts a Ray of its own: leave it "
+            "out or name the cluster with cluster.address"
+        )
     # Ray announces its default (token authentication on) in the middle of the display.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     cores = os.cpu_count() or 1
@@ -128,40 +131,3 @@ def _check_reachable(address: str, timeout_s: float) -> None:
             f"no Ray cluster answers at {address}: {error}; check cluster.address, start one with "
             "`ray start --head`, or leave cluster.address out to start Ray for this run"
         ) from None
-
-
-def _planned_cpus(settings: RunSettings) -> float:
-    return settings.learner.num_ranks * settings.learner.num_cpus + settings.actors.most * settings.actors.num_cpus
-
-
-def _check_plan(settings: RunSettings) -> None:
-    """Refuse a plan that the cluster can never place, before anything of it starts."""
-    have = ray.cluster_resources()
-    needs = {
-        "CPU": _planned_cpus(settings),
-        "GPU": settings.learner.num_ranks * settings.learner.num_gpus + settings.actors.most * settings.actors.num_gpus,
-    }
-    number = "count" if settings.actors.autoscale is None else "autoscale.max"
-    for kind, amount in needs.items():
-        if amount > have.get(kind, 0.0):
-            raise UserError(
-                f"the plan needs {amount:g} {kind} (learner and {settings.actors.most} actors), the cluster has "
-                f"{have.get(kind, 0.0):g}: lower actors.{number}, actors.num_{kind.lower()}s or "
-                f"learner.num_{kind.lower()}s, or raise cluster.num_cpus"
-            )
-    for kind, amount in planned_custom_resources(settings).items():
-        if amount > have.get(kind, 0.0):
-            raise UserError(
-                f"the plan needs {amount:g} of the custom resource {kind!r}, the cluster has {have.get(kind, 0.0):g}: "
-                f"start nodes with `ray start --resources '{json.dumps({kind: amount})}'`, or change actors.resources "
-                "or learner.resources"
-            )
-
-
-def planned_custom_resources(settings: RunSettings) -> dict[str, float]:
-    """Amount of each custom resource that all ranks of the learner and all actors need together."""
-    total: dict[str, float] = defaultdict(float)
-    for role, count in ((settings.learner, settings.learner.num_ranks), (settings.actors, settings.actors.most)):
-        for kind, amount in role.resources.items():
-            total[kind] += count * amount
-    return total

@@ -17,6 +17,7 @@ from actors.status import PoolStatus
 from buffer.shards.status import BufferStatus
 from launch.buffer_shards import find_shards, shard_statuses
 from launch.cluster import join_live_run
+from launch.cluster_room import check_possible
 from launch.driver import POOL_NAME
 from launch.errors import RunFailedError, UserError
 from launch.learner_group import LEARNER_NAME
@@ -99,7 +100,7 @@ def scale_run(path: Path, count: int) -> PoolStatus:
             raise UserError(
                 f"run {folder.name} has no rollout actors: none of its stages needs them, or it is starting"
             )
-        _check_room(settings, count)
+        check_possible(settings, count)
         return _answer(PoolStatus, pool.scale.remote(count), "the actor pool")
 
 
@@ -142,21 +143,6 @@ def _answer(kind: type[T], reference: ray.ObjectRef, whom: str) -> T:
         raise RunFailedError(f"{whom} is dead: {str(error).splitlines()[0]}") from None
     assert isinstance(value, kind)
     return value
-
-
-def _check_room(settings: RunSettings, count: int) -> None:
-    """Actors that can never be placed would time out and end the run, so they are refused here."""
-    have = ray.cluster_resources()
-    for kind, per_actor, per_rank in (
-        ("CPU", settings.actors.num_cpus, settings.learner.num_cpus),
-        ("GPU", settings.actors.num_gpus, settings.learner.num_gpus),
-    ):
-        needed = settings.learner.num_ranks * per_rank + count * per_actor
-        if per_actor and needed > have.get(kind, 0.0):
-            raise UserError(
-                f"{count} actors and the learner need {needed:g} {kind}, the cluster has {have.get(kind, 0.0):g}: ask "
-                f"for fewer actors, add nodes, or start the run with a larger cluster.num_cpus"
-            )
 
 
 def _started_at(folder: Path) -> float:

@@ -20,11 +20,13 @@ from actors.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from launch.buffer_shards import BufferShards, check_buffer
 from launch.cluster import run_cluster
+from launch.cluster_room import ClusterRoom
 from launch.command_errors import setting_up
 from launch.errors import RunFailedError, UserError
 from launch.learner_group import LearnerCall, LearnerFailedError, LearnerGroup
 from launch.live_view import LiveView, RunView
 from launch.metric_export import MetricExporter
+from launch.placement import LEARNER, describe
 from launch.run_checkpoints import finished_stages, newest_published
 from launch.run_folder import BUFFER_FOLDER
 from launch.run_log import RUN_BEGINS, RUN_FINISHED, RUN_STOPPED, RunLog
@@ -71,8 +73,8 @@ def train(settings: RunSettings, folder: Path, console: Console) -> RunOutcome:
         log.write("info", "driver", RUN_BEGINS)
         view.note = "starting Ray"
         live.refresh()
-        with run_cluster(settings, folder):
-            crew = _Crew(settings, folder, live, log)
+        with run_cluster(settings, folder), ClusterRoom(settings) as room:
+            crew = _Crew(settings, folder, live, log, room)
             try:
                 outcome = crew.run()
             finally:
@@ -84,8 +86,9 @@ def train(settings: RunSettings, folder: Path, console: Console) -> RunOutcome:
 class _Crew:
     """The processes of one run."""
 
-    def __init__(self, settings: RunSettings, folder: Path, live: LiveView, log: RunLog) -> None:
+    def __init__(self, settings: RunSettings, folder: Path, live: LiveView, log: RunLog, room: ClusterRoom) -> None:
         self._settings = settings
+        self._room = room
         self._folder = folder
         self._live = live
         self._log = log
@@ -133,6 +136,8 @@ class _Crew:
 
     def _create_learner(self) -> LearnerGroup:
         settings = self._settings
+        assignment = self._room.place(self._wait_for_room)
+        self._log.write("info", "driver", f"the plan: {describe(assignment)}")
         return LearnerGroup(
             LearnerSpec(
                 model=settings.model,
@@ -144,8 +149,15 @@ class _Crew:
                 trackers=settings.trackers,
                 prioritised_replay=settings.buffer.sampler == "prioritised",
                 features=tuple(settings.scoring.features),
-            )
+            ),
+            [node.node_id for node in assignment[LEARNER]],
         )
+
+    def _wait_for_room(self, missing: str) -> None:
+        note = f"waiting for room: {missing}"
+        if self._live.view.note != note:
+            self._log.write("info", "driver", note)
+        self._note(note)
 
     def _prepare(self) -> PreparedRun:
         if self._settings.learner.num_ranks > 1:
@@ -236,6 +248,8 @@ class _Crew:
             view.pool = self._ask(self._pool.status.remote(), view.pool, "the actor pool")
             view.buffer = self._buffer.status(self._warn)
             self._autoscale(self._pool)
+            if view.pool is not None:
+                self._room.request(view.pool.desired)  # whoever has changed it
         self._metrics.export(view)
         self._log.follow(view)
         if view.pool is not None and view.pool.failure is not None:

@@ -25,6 +25,9 @@ from learner.worker import LearnerSpec, LearnerWorker
 LEARNER_NAME = "learner"
 """Of rank 0, in the namespace of the run; the others have their number behind it."""
 
+NODE_LABEL = "ray.io/node-id"
+"""Ray gives it to every node."""
+
 ANSWER_TIMEOUT_S = 60.0
 CAUSE_TIMEOUT_S = 15.0
 """After a rank has lost the others: longest wait for the one that knows why."""
@@ -94,11 +97,14 @@ def _is_consequence(error: ray.exceptions.RayError) -> bool:
 class LearnerGroup:
     """One actor for each rank of the learner; they start at once and are ready when the first call is."""
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    def __init__(self, spec: LearnerSpec, node_ids: Sequence[str]) -> None:
+        """node_ids: of the node of each rank. All of them are set aside at once, or the first call waits for it."""
         settings = spec.settings
         self._size = settings.num_ranks
         resources = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
-        self._placement = placement_group([resources] * self._size, "PACK") if self._size > 1 else None
+        self._placement = placement_group(
+            [resources] * self._size, bundle_label_selector=[{NODE_LABEL: node_id} for node_id in node_ids]
+        )
         self._actors = [self._create(spec, rank) for rank in range(self._size)]
         self._names = [self._name_of(rank) for rank in range(self._size)]
 
@@ -127,8 +133,7 @@ class LearnerGroup:
         """End the processes, whatever they do."""
         for actor in self._actors:
             ray.kill(actor)
-        if self._placement is not None:
-            remove_placement_group(self._placement)
+        remove_placement_group(self._placement)
 
     def _call(self, method: str, *arguments: object) -> LearnerCall:
         references = [
@@ -137,16 +142,15 @@ class LearnerGroup:
         return LearnerCall(references, self._names)
 
     def _create(self, spec: LearnerSpec, rank: int) -> ActorHandle:
-        options: dict[str, object] = {
-            "num_cpus": spec.settings.num_cpus,
-            "num_gpus": spec.settings.num_gpus,
-            "resources": spec.settings.resources,
-        }
-        if self._placement is not None:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._placement, rank)
         return (
             ray.remote(concurrency_groups={"training": 1, "control": 2})(LearnerWorker)
-            .options(name=LEARNER_NAME if rank == 0 else f"{LEARNER_NAME}-{rank}", **options)
+            .options(
+                name=LEARNER_NAME if rank == 0 else f"{LEARNER_NAME}-{rank}",
+                num_cpus=spec.settings.num_cpus,
+                num_gpus=spec.settings.num_gpus,
+                resources=spec.settings.resources,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank),
+            )
             .remote(spec, rank)
         )
 

@@ -30,6 +30,12 @@ class ClusterSettings(Settings):
     )
     object_store_gib: float = Field(1.0, gt=0.0, description="shared memory of a Ray started here, in GiB")
     connect_timeout_s: float = Field(10.0, gt=0.0, description="longest wait for the cluster at `address`")
+    grow_timeout_s: float | None = Field(
+        None,
+        gt=0.0,
+        description="longest wait for nodes that Ray's autoscaler is asked to add for the plan; null = the cluster "
+        "stays as it is, and a plan that does not fit is refused",
+    )
 
 
 class EvaluationSettings(Settings):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from buffer.settings import Settings
@@ -42,6 +44,9 @@ class LearnerSettings(Settings):
     num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside for each rank")
     resources: dict[str, PositiveFloat] = Field(
         {}, description="custom Ray resources for each rank: only nodes that were started with them take it"
+    )
+    placement: Literal["pack", "spread"] = Field(
+        "pack", description="pack: the ranks on as few nodes as hold them; spread: over as many as there are"
     )
     rank_timeout_s: float | None = Field(
         None,

@@ -5,6 +5,7 @@ cluster that dies under a run.
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from launch.run_folder import CLUSTER_FILE
+from launch.run_log import LOG_FILE
 from tests.integration.ray_head import BIN, RayHead
 from tests.integration.train_process import ARITHMETIC, ROOT, TINY, metrics_of, trajectories_of
 
@@ -48,6 +50,8 @@ def test_a_submitted_run_trains_with_actors_on_other_nodes_and_leaves_nothing(tm
     assert max(row["step"] for row in metrics_of(folder, "sequencematch")) == 40
     assert sum(batch.num_rows for batch in trajectories_of(folder)) > 0
     assert not (folder / CLUSTER_FILE).exists()
+    where = r"127\.0\.0\.[34] \(1\)"
+    assert re.search(f"the plan: learner on {where}; actors on {where}", (folder / LOG_FILE).read_text())
 
 
 @pytest.mark.timeout(600)

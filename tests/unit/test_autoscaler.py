@@ -14,7 +14,7 @@ from actors.autoscaler import Autoscaler, Observation
 from actors.settings import ActorsSettings, AutoscaleSettings
 from actors.status import ActorStatus, MemberStatus, PoolStatus
 from launch.bench.scaling_times import TIMED_RECIPE
-from launch.cluster import planned_custom_resources
+from launch.placement import planned_roles, total
 from launch.recipe import read_recipe
 
 SETTINGS = AutoscaleSettings(min=1, max=16, window_s=10.0)
@@ -133,5 +133,5 @@ def test_bounds_are_checked(changes, message):
 
 def test_the_plan_has_room_for_the_most_actors():
     recipe = read_recipe(TIMED_RECIPE, ["actors.autoscale={max: 5}", "actors.resources={tpu: 2}"])
-    assert planned_custom_resources(recipe) == {"tpu": 10.0}
+    assert total(planned_roles(recipe)) == {"CPU": 6.0, "tpu": 10.0}
     assert ActorsSettings(count=3).most == 3

@@ -18,7 +18,7 @@ import yaml
 from typer.main import get_command
 
 from launch.cli import app
-from launch.cluster import planned_custom_resources
+from launch.placement import planned_roles, total
 from launch.recipe import read_recipe
 from tests.dockerfiles import CPU, CUDA, ROOT, ignored, read_stages, without_mounts
 
@@ -167,7 +167,8 @@ def test_actors_and_learner_find_their_worker_groups() -> None:
     assert {word for word in arguments if word.startswith("--")} <= given
     settings = read_recipe(RECIPE, [word for word in arguments if "=" in word])
     assert Path(settings.runs_folder).is_absolute()
-    needed = planned_custom_resources(settings)
+    needed = total(planned_roles(settings))
+    assert needed.pop("CPU") == 3.0
     assert set(needed) == {"rollouts", "training"}
     for cluster in clusters():
         offered: dict[str, float] = {}
