@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from actors.rollout_rules import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS
 from actors.settings import ActorsSettings
 from actors.status import ActorStatus, MemberStatus
 
@@ -60,6 +61,8 @@ class _Member:
     drain_started_at_s: float = 0.0
     last_answer_at_s: float = 0.0
     status: ActorStatus | None = None
+    join_s: float | None = None
+    waited: bool = False  # for a stage, for weights or for the learner, before its first rollouts
 
 
 class Roster:
@@ -93,7 +96,7 @@ class Roster:
     def members(self) -> tuple[MemberStatus, ...]:
         """All members, oldest first, with what they last told."""
         return tuple(
-            MemberStatus(member.name, member.state, self._failures.get(member.name, 0), member.status)
+            MemberStatus(member.name, member.state, self._failures.get(member.name, 0), member.status, member.join_s)
             for member in self._members.values()
         )
 
@@ -118,6 +121,7 @@ class Roster:
         member = self._members.get(name)
         if member is None:
             return
+        self._measure_join(member, status, now_s)
         member.status = status
         member.last_answer_at_s = now_s
         if status.trajectories > 0:
@@ -160,6 +164,16 @@ class Roster:
         member.state = "running"
         member.last_answer_at_s = now_s
         self._on_event(f"{member.name} ready after {now_s - member.born_at_s:.1f} s")
+
+    def _measure_join(self, member: _Member, status: ActorStatus, now_s: float) -> None:
+        """Take the time to the first rollouts; of an actor that is made to wait it would tell nothing of joining."""
+        if member.join_s is not None or member.waited:
+            return
+        if status.trajectories > 0:
+            member.join_s = now_s - member.born_at_s
+            self._on_event(f"{member.name} joined: first rollouts after {member.join_s:.1f} s")
+        else:
+            member.waited = status.activity in (WAITING_FOR_WEIGHTS, PAUSED, HELD_BACK)
 
     def _drain(self, member: _Member, now_s: float) -> None:
         if member.state == "starting":

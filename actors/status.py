@@ -30,6 +30,7 @@ class MemberStatus:
     state: str  # "starting", "running", "draining"
     restarts: int
     status: ActorStatus | None  # None until it has answered once
+    join_s: float | None = None  # from its making to its first rollouts; None before, or where it was made to wait
 
 
 @dataclass(frozen=True)

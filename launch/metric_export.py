@@ -99,6 +99,8 @@ def _of_pool(pool: PoolStatus) -> Iterator[Sample]:
         actor, status = (member.name,), member.status
         yield Sample(names.ACTOR_RUNNING, float(member.state == "running"), actor)
         yield Sample(names.ACTOR_FAILURES, member.restarts, actor)
+        if member.join_s is not None:
+            yield Sample(names.ACTOR_JOIN, member.join_s, actor)
         if status is None:
             continue
         yield Sample(names.ACTOR_VERSION, status.policy_version, actor)

@@ -37,6 +37,12 @@ LEARNER_METRIC = MetricName(
 ACTORS_DESIRED = MetricName("sequencematch_actors_desired", "gauge", "rollout actors wanted")
 ACTOR_RUNNING = MetricName("sequencematch_actor_running", "gauge", "1 = takes part, 0 = starts or has gone", ("actor",))
 ACTOR_FAILURES = MetricName("sequencematch_actor_failures", "gauge", "failures in a row", ("actor",))
+ACTOR_JOIN = MetricName(
+    "sequencematch_actor_join_seconds",
+    "gauge",
+    "from its making to its first rollouts, unless made to wait",
+    ("actor",),
+)
 ACTOR_VERSION = MetricName("sequencematch_actor_policy_version", "gauge", "loaded weights, -1 = none", ("actor",))
 ACTOR_RATE = MetricName("sequencematch_actor_actions_per_second", "gauge", "over the last seconds", ("actor",))
 ACTOR_IN_FLIGHT = MetricName("sequencematch_actor_in_flight_rollouts", "gauge", "rollouts under way", ("actor",))

@@ -27,7 +27,7 @@ def full_view(actions: int = 20_000) -> RunView:
         "run",
         [],
         learner=LearnerStatus("sequencematch", 100, 400, 0.125, 11, "training", {"loss": 0.5}),
-        pool=PoolStatus(2, 11, (MemberStatus("actor-0", "running", 1, status),)),
+        pool=PoolStatus(2, 11, (MemberStatus("actor-0", "running", 1, status, join_s=9.5),)),
         buffer=BufferStatus((ShardStatus(store, 16_384, True, 1, (), 1, "host", 3.0), None)),
     )
 
@@ -41,6 +41,7 @@ def test_a_full_view_has_every_metric_with_its_labels() -> None:
     assert values["learner_metric", "sequencematch", "loss"] == 0.5
     assert values["learner_step_seconds", "sequencematch"] == 0.125
     assert values["actor_actions", "actor-0"] == 20_000
+    assert values["actor_join_seconds", "actor-0"] == 9.5
     assert values["actor_dropped", "actor-0"] == 3
     assert values["buffer_removed_rows", "0", "policy", "stale"] == 10
     assert values["buffer_draw_age_seconds", "0", "policy"] == 20.0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.rollout_rules import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS
 from actors.roster import MAX_BACKOFF_S, Failure, Roster
 from actors.settings import ActorsSettings
 from actors.status import ActorStatus
@@ -192,6 +194,31 @@ def test_a_closed_roster_makes_nobody():
     pool.roster.reconcile(1.0)
     pool.roster.reconcile(100.0)
     assert ("spawn", "actor-0") not in pool.crew.done[4:]
+
+
+def test_the_time_to_join_is_that_to_the_first_rollouts_of_each_life():
+    pool = Pool(1)
+    pool.roster.reconcile(10.0)
+    pool.crew.seen["actor-0"] = "ready"
+    pool.roster.reconcile(15.0)
+    for now_s, trajectories in ((16.0, 0), (18.5, 4), (30.0, 9)):
+        pool.roster.heard_from("actor-0", status("actor-0", trajectories), now_s)
+    assert [member.join_s for member in pool.roster.members()] == [8.5]
+    assert pool.events[-1] == "actor-0 joined: first rollouts after 8.5 s"
+    pool.crew.seen["actor-0"] = Failure("lost")
+    pool.roster.reconcile(31.0)
+    pool.roster.reconcile(40.0)
+    assert [member.join_s for member in pool.roster.members()] == [None], "a successor joins anew"
+
+
+@pytest.mark.parametrize("activity", [WAITING_FOR_WEIGHTS, PAUSED, HELD_BACK])
+def test_who_is_made_to_wait_has_no_time_to_join(activity):
+    pool = Pool(1)
+    pool.all_at_work()
+    pool.roster.heard_from("actor-0", replace(status("actor-0"), activity=activity), 1.0)
+    pool.roster.heard_from("actor-0", status("actor-0", trajectories=4), 2.0)
+    assert [member.join_s for member in pool.roster.members()] == [None]
+    assert "actor-0 joined" not in "\n".join(pool.events)
 
 
 def test_a_negative_number_is_refused():
