@@ -7,13 +7,15 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import ray
 from ray._private import ray_constants
 
-from launch.errors import UserError
+from launch.errors import RunFailedError, UserError
 from launch.placement import planned_roles, total
 from launch.run_folder import LiveCluster, remove_cluster, write_cluster
 from launch.settings import ClusterSettings, RunSettings
@@ -21,6 +23,8 @@ from launch.stop_signals import stop_signals_interrupt
 
 RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
 LOOPBACK = "127.0.0.1"
+MIN_CHECK_S = 1.0
+"""Left to a server for its answer, where the connection alone took nearly all of the time."""
 
 
 @contextlib.contextmanager
@@ -28,7 +32,7 @@ def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
     """Ray for the length of a run; its namespace is the run's name. Everything the run created ends with it.
 
     Raises:
-        UserError: the cluster cannot be reached, or Ray does not start.
+        UserError: the cluster cannot be reached. RunFailedError: Ray does not start.
     """
     namespace = folder.name
     _start_or_join(settings.cluster, namespace, total(planned_roles(settings))["CPU"])
@@ -74,7 +78,7 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
     # Ray announces its default (token authentication on) in the middle of the display.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     cores = os.cpu_count() or 1
-    with _for_this_machine_alone():
+    with _for_this_machine_alone(), _late_start_told():
         ray.init(
             address="local",
             namespace=namespace,
@@ -84,6 +88,24 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
             configure_logging=False,
             log_to_driver=False,
         )
+
+
+@contextlib.contextmanager
+def _late_start_told() -> Iterator[None]:
+    """Around the start of a Ray: its processes that do not come up in time end in one line.
+
+    Raises:
+        RunFailedError: they did not. Ray waits 30 s, which no setting changes, and then raises `Exception` itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, TimeoutError | ray.exceptions.RpcError):
+            raise
+        raise RunFailedError(
+            f"Ray did not start within its own time limit ({str(error).splitlines()[0]}): the machine is very busy, or "
+            "short of memory; wait until it is quieter"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -107,7 +129,7 @@ def _join(address: str, namespace: str, timeout_s: float) -> None:
         _check_reachable(address, timeout_s)
     try:
         ray.init(address=address, namespace=namespace, configure_logging=False, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RpcError) as error:
         raise UserError(
             f"cannot join the Ray cluster at {address!r}: {str(error).splitlines()[0]}; start one with "
             "`ray start --head`, or leave cluster.address out to start Ray for this run"
@@ -115,7 +137,7 @@ def _join(address: str, namespace: str, timeout_s: float) -> None:
 
 
 def _check_reachable(address: str, timeout_s: float) -> None:
-    """A plain connection first: Ray itself would retry an unreachable address for a long time."""
+    """Knock before Ray does, which would try an address that is dead, dying or hung for minutes."""
     if address.startswith(("http://", "https://")):
         raise UserError(
             f"{address} is the address of a job server: send it the run with `sequencematch submit --address "
@@ -124,10 +146,26 @@ def _check_reachable(address: str, timeout_s: float) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"the Ray address {address!r} is neither `auto` nor HOST:PORT")
+    deadline = time.monotonic() + timeout_s
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
+        _check_alive(f"{host}:{port}", max(deadline - time.monotonic(), MIN_CHECK_S))
     except OSError as error:
         raise UserError(
-            f"no Ray cluster answers at {address}: {error}; check cluster.address, start one with "
-            "`ray start --head`, or leave cluster.address out to start Ray for this run"
+            f"no Ray cluster answers at {address}: {error}; check cluster.address and cluster.connect_timeout_s, start "
+            "one with `ray start --head`, or leave cluster.address out to start Ray for this run"
         ) from None
+
+
+def _check_alive(target: str, timeout_s: float) -> None:
+    """Ask the server there how it is, as gRPC has it; any answer will do, also that a token is missing.
+
+    Raises:
+        ConnectionError: none came in time.
+    """
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+                raise ConnectionError(f"what listens there gave no answer within {timeout_s:.0f} s") from None

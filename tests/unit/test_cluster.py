@@ -1,0 +1,64 @@
+"""A Ray that cannot be started or joined is told in one line, after a time that is known."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from launch.cluster import join_live_run, run_cluster
+from launch.errors import RunFailedError, UserError
+from launch.recipe import read_recipe
+from launch.run_folder import LiveCluster
+
+RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Takes connections and never answers, as the head of a cluster that hangs or dies does."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_cluster_that_hangs_is_not_waited_for(silent_server: str, tmp_path: Path) -> None:
+    settings = read_recipe(RECIPE, [f"cluster.address={silent_server}", "cluster.connect_timeout_s=1"])
+    message = rf"no Ray cluster answers at {silent_server}: .* no answer within 1 s; check .*connect_timeout_s"
+    with pytest.raises(UserError, match=message), run_cluster(settings, tmp_path):
+        raise AssertionError("joined something")
+    run = LiveCluster(silent_server, "run", driver_pid=1)
+    with pytest.raises(UserError, match="no Ray cluster answers"), join_live_run(run, timeout_s=0.5):
+        raise AssertionError("joined something")
+    assert not ray.is_initialized()
+
+
+def start_that_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception) -> None:
+    def init(**options: object) -> None:
+        assert options["address"] == "local"
+        raise error
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    with run_cluster(read_recipe(RECIPE), tmp_path):
+        raise AssertionError("started something")
+
+
+def test_a_start_that_takes_too_long_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The class and the words are those of Ray 2.60."""
+    late = Exception("The current node timed out during startup. This could happen because ...")
+    with pytest.raises(RunFailedError, match=r"own time limit \(The current node timed out"):
+        start_that_raises(monkeypatch, tmp_path, late)
+    with pytest.raises(ZeroDivisionError):
+        start_that_raises(monkeypatch, tmp_path, ZeroDivisionError("a defect keeps its traceback"))
+
+
+def test_a_ray_for_one_run_does_not_grow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = read_recipe(RECIPE, ["cluster.grow_timeout_s=5"])
+    with pytest.raises(UserError, match=r"leave it out or name the cluster"), run_cluster(settings, tmp_path):
+        raise AssertionError("started something")
