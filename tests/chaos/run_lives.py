@@ -14,10 +14,13 @@ from learner.checkpoint import read_progress
 from learner.checkpoint_store import checkpoints_of
 from tests.integration.train_process import ROOT, TrainProcess, metrics_of
 
-STEPS = 5000
-"""Of the stage, so many that no fault comes too late; `shorten` says how many the last life does."""
-
 STAGE = "sequencematch"
+STEPS = 5000
+LONG = (f"stages.{STAGE}.steps={STEPS}", f"stages.{STAGE}.optimizer.schedule=constant")
+"""The stage has so many steps that no fault comes too late; `shorten` says how many the last life does. A learning rate
+that falls towards the last step would then fall sooner, and steps that are repeated would not be the same.
+"""
+
 START_TIMEOUT_S = 200.0
 END_TIMEOUT_S = 90.0
 AUDIT_TIMEOUT_S = 60.0

@@ -16,9 +16,9 @@ import pytest
 from learner.checkpoint import read_progress
 from learner.checkpoint_store import checkpoints_of
 from tests.chaos.run_lives import (
+    LONG,
     STAGE,
     START_TIMEOUT_S,
-    STEPS,
     Life,
     assert_audit_is_clean,
     assert_failed,
@@ -45,7 +45,7 @@ RAY_AGENTS_TIMEOUT_S = 120.0
 
 OVERRIDES = (
     *TINY,
-    f"stages.{STAGE}.steps={STEPS}",
+    *LONG,
     "stages.trunk.steps=5",
     "stages.mle_control.steps=2",
     f"actors.health_timeout_s={ACTOR_TIMEOUT_S}",

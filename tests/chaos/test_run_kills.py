@@ -19,9 +19,9 @@ from launch.run_folder import BUFFER_FOLDER, CONFIG_FILE
 from learner.checkpoint import read_progress
 from learner.checkpoint_store import checkpoints_of
 from tests.chaos.run_lives import (
+    LONG,
     STAGE,
     START_TIMEOUT_S,
-    STEPS,
     Life,
     assert_failed,
     assert_same_steps,
@@ -39,7 +39,7 @@ CHECKPOINT_EVERY = 10
 RESTARTED = re.compile("shard 1 of the replay buffer died .* restarted from its segments")
 OVERRIDES = (
     *TINY,
-    f"stages.{STAGE}.steps={STEPS}",
+    *LONG,
     "stages.trunk.steps=5",
     "stages.mle_control.steps=2",
     "buffer.shards=2",
