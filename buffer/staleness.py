@@ -36,21 +36,18 @@ class VersionRange:
         """Of each row of a validated trajectory batch."""
         column = batch.column("policy_version")
         num_rows = len(column)
+        if column.null_count == 0:
+            offsets = column.offsets.to_numpy()
+            starts, versions = offsets[:-1], column.values.slice(0, offsets[-1]).to_numpy()
+            if num_rows and (starts < offsets[1:]).all():  # as actors send them
+                return cls(np.minimum.reduceat(versions, starts), np.maximum.reduceat(versions, starts))
+            filled = np.flatnonzero(starts < offsets[1:])
+        else:
+            lengths = column.value_lengths().fill_null(0).to_numpy()
+            starts, versions = np.cumsum(lengths) - lengths, column.flatten().to_numpy()
+            filled = np.flatnonzero(lengths)
         oldest = np.full(num_rows, NO_VERSION, dtype=np.int32)
         newest = oldest.copy()
-        if column.null_count == num_rows:
-            return cls(oldest, newest)
-        if column.null_count:
-            lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-            starts, versions = np.cumsum(lengths) - lengths, column.flatten().to_numpy()
-        else:
-            offsets = column.offsets.to_numpy()
-            lengths = offsets[1:] - offsets[:-1]
-            starts, versions = (
-                offsets[:-1] - offsets[0],
-                column.values.slice(offsets[0], offsets[-1] - offsets[0]).to_numpy(),
-            )
-        filled = np.flatnonzero(lengths)
         if len(filled):
             oldest[filled] = np.minimum.reduceat(versions, starts[filled])
             newest[filled] = np.maximum.reduceat(versions, starts[filled])

@@ -10,6 +10,7 @@ nulls, a smallest and a largest value) and looks for rows only if the answer is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -82,11 +83,12 @@ class _Findings:
 
 class _Lists:
     """A list column. offsets: [n+1] list i owns elements offsets[i]:offsets[i+1], a null list none; null: [n], None
-    where no list is null.
+    where no list is null; is_absent: all are.
     """
 
     def __init__(self, column: pa.ListArray) -> None:
         num_null = column.null_count
+        self.is_absent = num_null == len(column) > 0
         if num_null == 0:
             offsets = column.offsets.to_numpy()
             self.offsets: Int64 = offsets.astype(np.int64)
@@ -104,7 +106,15 @@ class _Lists:
             np.cumsum(column.value_lengths().fill_null(0).to_numpy(), out=self.offsets[1:])
             self.elements = column.flatten()
             self.null = column.is_null().to_numpy(zero_copy_only=False)
-        self.lengths: Int64 = self.offsets[1:] - self.offsets[:-1]
+
+    @cached_property
+    def lengths(self) -> Int64:
+        """[n] elements of each list."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    def is_divided_as(self, other: _Lists) -> bool:
+        """Whether each list is there and as long as the one of `other`."""
+        return self.null is None and np.array_equal(self.offsets, other.offsets)
 
     def owners(self, mask: Bool) -> Int64:
         """Lists that own the elements where `mask` is True."""
@@ -118,11 +128,7 @@ class _Columns:
         self.batch = batch
         self.by_name = dict(zip(batch.schema.names, batch.columns, strict=True))
         self.lists = {name: _Lists(self.by_name[name]) for name in _LISTS}
-        sources = self.by_name["source"]
-        if sources.equals(_ALL_POLICY.slice(0, len(sources))):  # as actors send them
-            self.sources = np.full(len(sources), _POLICY, dtype=np.int32)
-        else:
-            self.sources = _codes(sources, _SOURCES)
+        self.sources = source_codes(self.by_name["source"])
         self.finishes = _codes(self.by_name["finish_reason"], _FINISH_REASONS)
 
 
@@ -150,6 +156,13 @@ def validate(batch: pa.RecordBatch, contract: TokenContract) -> ValidatedBatch:
     ids = batch.column("id")
     rejections = tuple(Rejection(row, ids[row].as_py(), reason) for row, reason in sorted(findings.reasons.items()))
     return ValidatedBatch(_take(batch, np.flatnonzero(~findings.bad)), rejections)
+
+
+def source_codes(sources: pa.StringArray) -> Int32:
+    """[n] index of each in `SOURCES`, -1 where it is none of them."""
+    if sources.equals(_ALL_POLICY.slice(0, len(sources))):  # as actors send them
+        return np.full(len(sources), _POLICY, dtype=np.int32)
+    return _codes(sources, _SOURCES)
 
 
 def _take(batch: pa.RecordBatch, rows: Int64) -> pa.RecordBatch:
@@ -186,17 +199,23 @@ def _check_structure(columns: _Columns, findings: _Findings) -> None:
         if sampling.field(index).null_count:
             inner_null = pc.and_(sampling.is_valid(), sampling.field(index).is_null())
             findings.refuse(_mask(inner_null), f"sampling.{field.name} is null")
-    num_actions, prompt_lengths = lists["actions"].lengths, lists["prompt_ids"].lengths
+    actions = lists["actions"]
+    num_actions, prompt_lengths = actions.lengths, lists["prompt_ids"].lengths
     findings.refuse(prompt_lengths == 0, "prompt_ids is empty")
     too_long = prompt_lengths + num_actions > MAX_ROW_TOKENS
     findings.refuse(too_long, f"prompt and actions have more than {MAX_ROW_TOKENS:,} tokens")
-    too_long = lists["features"].lengths > MAX_ROW_TOKENS
-    findings.refuse(too_long, f"features has more than {MAX_ROW_TOKENS:,} numbers")
+    if not lists["features"].is_absent:
+        too_long = lists["features"].lengths > MAX_ROW_TOKENS
+        findings.refuse(too_long, f"features has more than {MAX_ROW_TOKENS:,} numbers")
     from_policy = columns.sources == _POLICY
+    all_from_policy = bool(from_policy.all())
     for name in ("logprobs", "policy_version", "realised"):
         null = lists[name].null
+        may_be_absent = name == "realised"
+        if (lists[name].is_absent and may_be_absent) or (all_from_policy and lists[name].is_divided_as(actions)):
+            continue  # as actors send them
         present = np.True_ if null is None else ~null
-        if name != "realised" and np.any(present != from_policy):
+        if not may_be_absent and np.any(present != from_policy):
             findings.refuse(from_policy & ~present, f"a policy trajectory without {name}")
             findings.refuse(~from_policy & present, f"an expert trajectory with {name}")
         findings.refuse((lists[name].lengths != num_actions) & present, f"{name} is not as long as actions")
@@ -261,7 +280,7 @@ def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findi
     What counts is the realised token: noise may stand in for an `<eos>` that the expert chose.
     """
     actions = columns.lists["actions"]
-    if columns.lists["realised"].lengths.any():
+    if not columns.lists["realised"].is_absent and columns.lists["realised"].lengths.any():
         realised = ActionLogs.from_batch(columns.batch).realised
     else:
         realised = actions.elements.to_numpy()
@@ -287,9 +306,9 @@ def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findi
         if at_floor.any():
             log = np.searchsorted(actions.offsets, backspaces[at_floor], side="right") - 1
             findings.refuse_rows(rows[log], "takes a token back at the floor (the end of its prompt)")
-        offered = pc.struct_field(columns.by_name["sampling"], "floor_mask")
-        if offered.false_count:
-            never_offered = ~_mask(offered.fill_null(True))
+        sampling = columns.by_name["sampling"]
+        if sampling.field("floor_mask").false_count:  # also of what stands under a null
+            never_offered = ~_mask(pc.struct_field(sampling, "floor_mask").fill_null(True))
             reason = "takes a token back, and sampling.floor_mask says that backspace was never offered"
             findings.refuse_rows(rows[never_offered & (np.diff(firsts) > 0)], reason)
 

@@ -21,7 +21,7 @@ class EventRecord:
     def __init__(self, event: Event) -> None:
         """event: one like those to come, without ids, times or priorities."""
         record = encode_events([event], at_us=0)
-        self._message = encode_message(record, EVENT_SCHEMA, EVENT_SCHEMA.serialize().size)
+        self._message = encode_message(record, EVENT_SCHEMA)
         content = pa.py_buffer(self._message)
         stored = pa.ipc.read_record_batch(pa.ipc.read_message(content), EVENT_SCHEMA)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from buffer.sampling.draw_numbers import DrawNumbers
 from buffer.sampling.lane import Lane
@@ -40,10 +39,9 @@ from buffer.store.quarantine import quarantined
 from buffer.store.removals import Removals
 from buffer.store.row_numbers import Int64
 from buffer.store.upkeep import Upkeep
+from buffer.validation import source_codes
 
 Float32 = npt.NDArray[np.float32]
-
-_SOURCES = pa.array(SOURCES)
 
 
 class ReplayStore:
@@ -366,7 +364,7 @@ class ReplayStore:
         shard.newest_version = max(shard.newest_version, int(versions.newest.max()))
         facts = RowFacts.from_batch(numbered, versions)
         shard.known.add(hashes, facts.row)
-        sources = pc.index_in(good.column("source"), _SOURCES).to_numpy()
+        sources = source_codes(good.column("source"))
         for index, source in enumerate(SOURCES):
             if (mask := sources == index).any():
                 own = facts.where(mask)

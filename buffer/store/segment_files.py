@@ -24,7 +24,7 @@ import pyarrow as pa
 from buffer.schema import rows_of
 from buffer.settings import BufferSettings
 from buffer.store.archive import Archive
-from buffer.store.block_memory import BLOCK_BYTES, BlockMemory
+from buffer.store.block_writer import BLOCK_BYTES, BlockWriter
 from buffer.store.compaction import Rewrite, RewritePlan
 from buffer.store.manifest import Manifest, SegmentEntry
 from buffer.store.row_table import RowTable
@@ -57,7 +57,7 @@ class SegmentFiles:
         self._sealed = SegmentSet()
         self._rewriting: tuple[SegmentEntry, ...] = ()
         self._full: deque[_FullSegment] = deque()
-        self._memory = BlockMemory(min(BLOCK_BYTES, settings.segment_bytes))
+        self._writer = BlockWriter(schema, min(BLOCK_BYTES, settings.segment_bytes))
         self._open_number = manifest.open_segment
         self._open = self._open_segment(self._open_number)
 
@@ -258,7 +258,7 @@ class SegmentFiles:
 
     def _open_segment(self, number: int) -> OpenSegment:
         path, sync_each_batch = open_path(self._folder, number), self._settings.fsync == "batch"
-        return OpenSegment(path, self._schema, sync_each_batch, self._memory)
+        return OpenSegment(path, self._schema, sync_each_batch, self._writer)
 
     def _unlink(self, entries: Sequence[SegmentEntry]) -> None:
         for entry in entries:

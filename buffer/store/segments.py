@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import xxhash
 
-from buffer.store.block_memory import BlockMemory
+from buffer.store.block_writer import BlockWriter
 from buffer.store.manifest import CorruptSegmentError, SegmentEntry, sync_folder
 
 OPEN_SUFFIX = ".arrows.open"
@@ -32,10 +32,9 @@ _PREFIX_BYTES = 8  # of a message: its start, and the length of its metadata
 _MESSAGE_ALIGNMENT = 8
 
 # The checksum stands in the metadata of the message that it covers: it is computed with zeros in its place.
-_CHECKSUM_KEY = "checksum"
 _CHECKSUM_PREFIX = b"xxh3_128:"
 _CHECKSUM_ZEROS = b"0" * 32
-_CHECKSUM_ROOM_BYTES = 512  # more than it takes, with its key, its place in the metadata, and the end of the stream
+_NO_CHECKSUM = {b"checksum": _CHECKSUM_PREFIX + _CHECKSUM_ZEROS}
 _CHECKSUM = re.compile(re.escape(_CHECKSUM_PREFIX) + rb"([0-9a-f]{32})")
 
 
@@ -63,11 +62,11 @@ class OpenSegment:
     survives the death of the process.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, sync_each_batch: bool, memory: BlockMemory | None = None) -> None:
-        """Create `path`, or go on after its last byte (`cut_torn_tail` comes first). memory: for what `append` gives
-        back; None = each batch has its own."""
+    def __init__(self, path: Path, schema: pa.Schema, sync_each_batch: bool, writer: BlockWriter | None = None) -> None:
+        """Create `path`, or go on after its last byte (`cut_torn_tail` comes first). writer: of what `append` gives
+        back, of the same schema; None = each batch has memory of its own."""
         self.path = path
-        self._memory = memory
+        self._writer = writer or BlockWriter(schema, block_bytes=0)
         self._schema = schema
         self._header = schema.serialize().to_pybytes()
         self._sync_each_batch = sync_each_batch
@@ -94,7 +93,7 @@ class OpenSegment:
         Raises:
             OSError: the bytes could not be written; the file is as it was before.
         """
-        message = _serialise(batch, self._schema, len(self._header), self._memory or BlockMemory(0))
+        message = self._writer.write(batch, _NO_CHECKSUM)
         renew_checksum(message)
         self._write(message)
         view: pa.RecordBatch = pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(message)), self._schema)
@@ -278,9 +277,9 @@ def _checksum(content: pa.Buffer) -> str:
     return xxhash.xxh3_128(memoryview(content)).hexdigest()
 
 
-def encode_message(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int) -> bytearray:
-    """The message of one batch as it stands in a stream, with its checksum. header_bytes: of the serialised schema."""
-    message = bytearray(_serialise(batch, schema, header_bytes, BlockMemory(0)))
+def encode_message(batch: pa.RecordBatch, schema: pa.Schema) -> bytearray:
+    """The message of one batch as it stands in a stream, with its checksum."""
+    message = bytearray(BlockWriter(schema, block_bytes=0).write(batch, _NO_CHECKSUM))
     renew_checksum(message)
     return message
 
@@ -292,17 +291,6 @@ def renew_checksum(message: bytearray | memoryview) -> None:
     begin, end = found.span(1)
     message[begin:end] = _CHECKSUM_ZEROS
     message[begin:end] = xxhash.xxh3_128(message).hexdigest().encode()
-
-
-def _serialise(batch: pa.RecordBatch, schema: pa.Schema, header_bytes: int, memory: BlockMemory) -> memoryview:
-    """A message with zeros for a checksum, in `memory`."""
-    room = memory.offer(header_bytes + pa.ipc.get_record_batch_size(batch) + _CHECKSUM_ROOM_BYTES)
-    sink = pa.FixedSizeBufferWriter(pa.py_buffer(room))
-    with pa.ipc.new_stream(sink, schema) as writer:
-        writer.write_batch(batch, custom_metadata={_CHECKSUM_KEY: (_CHECKSUM_PREFIX + _CHECKSUM_ZEROS).decode()})
-    size_bytes = sink.tell()
-    memory.keep(size_bytes)
-    return room[header_bytes : size_bytes - len(END_OF_STREAM)]
 
 
 @dataclass(frozen=True)

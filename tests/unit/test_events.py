@@ -112,7 +112,6 @@ def test_a_record_with_other_numbers_has_the_bytes_of_one_that_was_encoded(event
     zeros = {name: 0 for name in ("step", "policy_version", "whole") if getattr(event, name) is not None}
     like = replace(event, rows=None if event.rows is None else event.rows * 0, **zeros)
     record = EventRecord(like)
-    header_bytes = EVENT_SCHEMA.serialize().size
     for at_us in (17, 2**50):
-        encoded = encode_message(encode_events([event], at_us), EVENT_SCHEMA, header_bytes)
+        encoded = encode_message(encode_events([event], at_us), EVENT_SCHEMA)
         assert record.message(event, at_us) == encoded
