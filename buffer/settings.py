@@ -90,6 +90,11 @@ class BufferSettings(Settings):
         description="processes that hold the buffer, spread over the nodes; each holds its share of `capacity` and "
         "`min_size`",
     )
+    health_timeout_s: float = Field(
+        60.0,
+        gt=0.0,
+        description="silence after which the process of a shard is ended; it is restarted from its segments",
+    )
     flight: FlightSettings = FlightSettings()
     capacity: PositiveInt = Field(
         1024, description="live trajectories per source (policy, expert); the oldest are evicted beyond it"

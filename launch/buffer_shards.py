@@ -25,6 +25,7 @@ from buffer.store.previous_format import holds_previous_format
 from buffer.store.replay_store import ReplayStore
 from launch.errors import RunFailedError, UserError
 from launch.flight_token import flight_token
+from launch.hung_shards import HungShards
 
 MAX_RESTARTS = 4
 """Deaths of one shard that a run survives; the next one ends it, since somebody has to look for the cause."""
@@ -99,6 +100,7 @@ class BufferShards:
             for index in range(settings.shards)
         )
         self._pids: dict[int, int] = {}
+        self._hung = HungShards(settings.health_timeout_s)
 
     def newest_version(self, while_waiting: Callable[[], None]) -> int:
         """Newest policy version that a shard knows of, -1 before any; waits until all shards stand.
@@ -120,15 +122,20 @@ class BufferShards:
         return newest
 
     def status(self, tell: Callable[[str], None]) -> BufferStatus:
-        """What every shard says; None of one that does not answer now. tell: takes a line on a shard that came back.
+        """What every shard says; None of one that does not answer now, whose process is ended if that lasts.
+
+        tell: takes a line on a shard that was ended for its silence, or came back.
 
         Raises:
-            RunFailedError: a shard died and does not come back.
+            RunFailedError: a shard died and does not come back, or hangs where nobody can end it.
         """
         statuses = shard_statuses(self.shards)
         for shard, status in zip(self.shards, statuses, strict=True):
             if status is None:
+                if (line := self._hung.silent(shard)) is not None:
+                    tell(line)
                 continue
+            self._hung.heard_from(shard)
             before = self._pids.get(shard.index, status.pid)
             if before != status.pid:
                 tell(f"{shard.name} died (process {before}) and was restarted from its segments (process {status.pid})")

@@ -240,6 +240,26 @@ def test_a_shard_that_cannot_come_back_is_named(start, tmp_path):
         check_buffer(tmp_path / "buffer", CONTRACT, settings_of())
 
 
+def test_a_shard_that_hangs_is_ended_and_comes_back_with_its_rows(start):
+    buffer = start(health_timeout_s=4.0)
+    writer = writer_of(buffer.shards)
+    for first in (0, 20):
+        writer.insert(numbered(first, 20))
+    writer.settle()
+    pid = statuses(buffer).shards[1].pid
+    os.kill(pid, signal.SIGSTOP)
+    for first in (40, 60):
+        writer.insert(numbered(first, 20))
+    told = []
+    status = statuses(buffer, told)
+    writer.settle()
+    silence, death = told
+    assert silence.startswith("shard 1 of the replay buffer was silent for 4 s (buffer.health_timeout_s)")
+    assert f"died (process {pid}) and was restarted from its segments" in death
+    assert status.shards[1].pid != pid
+    assert statuses(buffer).sources["policy"].inserted == 80, "what it was sent while it hung, too, and once"
+
+
 def test_priorities_reach_the_shard_of_each_row(start):
     buffer = start(sampler="prioritised", priority_exponent=1.0)
     writer = writer_of(buffer.shards)

@@ -1,0 +1,70 @@
+"""When the process of a silent shard is ended, with a clock and a Ray that do as the test says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from buffer.shards.shard import Shard
+from launch import hung_shards
+from launch.errors import RunFailedError
+from launch.hung_shards import HungShards
+
+SHARD = Shard(1, SimpleNamespace(_actor_id=b"actor"), "node-a")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """now_s, state and pid: as Ray has them; ended: what was asked to be ended."""
+    told = SimpleNamespace(now_s=0.0, state="ALIVE", pid=7, ended=[])
+
+    def info(actor_id):
+        assert actor_id == SHARD.handle._actor_id.hex()
+        return {"State": told.state, "Pid": told.pid, "Address": {"NodeID": "node-b"}}
+
+    monkeypatch.setattr(hung_shards.time, "monotonic", lambda: told.now_s)
+    monkeypatch.setattr(hung_shards, "actor_info", info)
+    monkeypatch.setattr(hung_shards, "end_process", lambda node_id, pid: told.ended.append((node_id, pid)))
+    return told
+
+
+def silent_at(watch, script, now_s):
+    script.now_s = now_s
+    return watch.silent(SHARD)
+
+
+def test_who_is_silent_for_long_is_ended_where_it_is_now(script):
+    watch = HungShards(10.0)
+    assert silent_at(watch, script, 0.0) is None
+    assert silent_at(watch, script, 9.0) is None
+    watch.heard_from(SHARD)
+    assert silent_at(watch, script, 11.0) is None, "it has answered meanwhile"
+    line = silent_at(watch, script, 21.0)
+    assert line == (
+        "shard 1 of the replay buffer was silent for 10 s (buffer.health_timeout_s): its process 7 is ended"
+    )
+    assert script.ended == [("node-b", 7)], "not where it was placed once"
+
+
+def test_who_is_being_restarted_has_all_its_time_afterwards(script):
+    watch = HungShards(10.0)
+    silent_at(watch, script, 0.0)
+    silent_at(watch, script, 10.0)
+    script.state = "RESTARTING"
+    for now_s in (20.0, 31.0, 45.0):
+        assert silent_at(watch, script, now_s) is None
+    script.state, script.pid = "ALIVE", 8
+    assert silent_at(watch, script, 50.0) is None
+    assert "process 8" in silent_at(watch, script, 55.0)
+    assert script.ended == [("node-b", 7), ("node-b", 8)]
+
+
+def test_who_cannot_be_ended_ends_the_run(script):
+    watch = HungShards(10.0)
+    silent_at(watch, script, 0.0)
+    silent_at(watch, script, 10.0)
+    assert silent_at(watch, script, 19.0) is None
+    with pytest.raises(RunFailedError, match=r"silent for 20 s .* process 7 hangs and could not be ended"):
+        silent_at(watch, script, 20.0)
+    assert len(script.ended) == 1
