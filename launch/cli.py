@@ -20,6 +20,7 @@ from launch.buffer_commands import audit, query
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson
 from launch.errors import UserError
+from launch.evaluation_command import evaluate
 from launch.job_commands import jobs_app, submit
 
 app = typer.Typer(
@@ -116,36 +117,6 @@ def train(
         from launch.training import run_and_report
 
         run_and_report(settings, folder, Console(), evaluate_after)
-
-
-@app.command()
-def evaluate(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint folders, of one model.")],
-    task_from: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN|RECIPE", help="Where the task is described; by default the run above a checkpoint."),
-    ] = None,
-    examples: Annotated[int | None, typer.Option(min=1, help="Held-out examples, at most.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure checkpoints on the held-out examples of their task, side by side.
-
-    [dim]Example:[/dim] sequencematch evaluate runs/RUN/checkpoints/*/step-000400 --examples 200
-    """
-    with reported_errors(), stdout_kept_clean(as_json):
-        from launch.evaluation import evaluate as evaluate_targets
-        from launch.evaluation.report import show_evaluation
-        from launch.evaluation.task import labelled, settings_for
-
-        settings = settings_for(checkpoints[0], task_from)
-        if examples is not None:
-            chosen = settings.evaluation.model_copy(update={"examples": examples})
-            settings = settings.model_copy(update={"evaluation": chosen})
-        evaluation = evaluate_targets(labelled(checkpoints), settings, Console(stderr=as_json))
-        if not as_json:
-            show_evaluation(evaluation, Console())
-    if as_json:
-        typer.echo(json.dumps(evaluation.to_json()))
 
 
 @app.command()
@@ -254,6 +225,7 @@ def scale(
         typer.echo(f"{actors} actors wanted; now: {states}. `sequencematch status {run}` shows them come and go")
 
 
+app.command()(evaluate)
 app.command()(audit)
 app.command()(query)
 app.command()(submit)

@@ -1,7 +1,7 @@
 """The folder of a run, and how a command finds the live run behind it.
 
 runs/NAME/  config.yaml  environment.txt  lock  cluster.json (while live)  metrics.jsonl  tensorboard/
-            buffer/  tokenizer/  checkpoints/<stage>/step-<n>/  evaluation.json  samples/
+            buffer/  tokenizer/  checkpoints/<stage>/step-<n>/  evaluation.json  evaluation/  samples/
 """
 
 from __future__ import annotations
@@ -181,22 +181,27 @@ def remove_cluster(folder: Path) -> None:
 
 def describe_environment() -> str:
     """Command, machine and versions, as text."""
-    versions = []
-    for distribution in _DISTRIBUTIONS:
-        try:
-            versions.append(f"{distribution} {importlib.metadata.version(distribution)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return "\n".join(
         [
             f"command: {' '.join(sys.argv)}",
             f"python: {platform.python_version()}",
             f"system: {platform.platform()}",
             f"processor: {_processor()}, {os.cpu_count()} cores",
-            *versions,
+            *installed_versions(),
             "",
         ]
     )
+
+
+def installed_versions() -> list[str]:
+    """The programs that numbers depend on, as `torch 2.13.0`."""
+    versions = []
+    for distribution in _DISTRIBUTIONS:
+        try:
+            versions.append(f"{distribution} {importlib.metadata.version(distribution)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def read_versions(folder: Path) -> tuple[str, ...]:

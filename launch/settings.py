@@ -10,6 +10,7 @@ from actors.scoring_settings import ExactAnswerSettings, ScorerSettings, Scoring
 from actors.settings import ActorsSettings
 from buffer.sampling.limiter import Limiter
 from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings
+from launch.evaluation_settings import EvaluationSettings
 from learner.objective_settings import AdversarialJsSettings
 from learner.score_function_settings import ConstraintSettings, ScoreFunctionSettings, TargetSettings
 from learner.settings import ModelSettings, PretrainedModelSettings
@@ -36,16 +37,6 @@ class ClusterSettings(Settings):
         description="longest wait for nodes that Ray's autoscaler is asked to add for the plan; null = the cluster "
         "stays as it is, and a plan that does not fit is refused",
     )
-
-
-class EvaluationSettings(Settings):
-    """What is measured when training is done."""
-
-    stages: tuple[str, ...] = Field(
-        (), description="stages whose final checkpoints are compared; empty = the last stage"
-    )
-    examples: PositiveInt = Field(500, description="held-out examples, at most")
-    shown_rollouts: NonNegativeInt = Field(8, description="rollouts printed with their deletions")
 
 
 class RunSettings(Settings):

@@ -12,6 +12,7 @@ from launch.driver import train as run_stages
 from launch.errors import EXIT_INTERRUPTED, RunFailedError
 from launch.evaluation import Target, evaluate
 from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
+from launch.evaluation.task import EVALUATION_FOLDER
 from launch.run_checkpoints import final_checkpoint
 from launch.run_folder import sole_driver
 from launch.settings import RunSettings
@@ -56,7 +57,7 @@ def _evaluate(outcome: RunOutcome, settings: RunSettings, console: Console, show
     stages = settings.evaluation.stages or (settings.stages[-1].name,)
     targets = [Target(stage, final_checkpoint(settings, outcome.folder, stage)) for stage in stages]
     try:
-        evaluation = evaluate(targets, settings, console)
+        evaluation = evaluate(targets, settings, console, keep_in=outcome.folder / EVALUATION_FOLDER)
     except KeyboardInterrupt:
         console.print(f"evaluation interrupted; training is done. Repeat with: sequencematch train --resume {shown}")
         raise typer.Exit(EXIT_INTERRUPTED) from None

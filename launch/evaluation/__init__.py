@@ -1,7 +1,8 @@
 """Evaluation of checkpoints: what is generated, what is measured of it, and how it is shown."""
 
+from launch.decodings import GREEDY, RECOVERY, SAMPLED
 from launch.evaluation.estimates import Estimate
-from launch.evaluation.results import GREEDY, RECOVERY, SAMPLED, CheckpointResult, Evaluation, ShownRollout, Target
+from launch.evaluation.results import CheckpointResult, Evaluation, ShownRollout, Target
 from launch.evaluation.run import evaluate
 
 __all__ = [

@@ -4,54 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from launch.evaluation.estimates import Estimate
-from launch.evaluation.results import GREEDY, RECOVERY, SAMPLED, CheckpointResult, Evaluation, ShownRollout
+from launch.decodings import RECOVERY, SAMPLED
+from launch.evaluation.results import CheckpointResult, Evaluation, ShownRollout
+from launch.evaluation.tables import answer_tables, difference_table, text_tables
 from launch.generation import rollout_text
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FOLDER = "samples"
 
-
-@dataclass(frozen=True)
-class _Column:
-    heading: str  # its line breaks keep the table within 80 columns
-    group: str
-    metric: str
-    is_share: bool = True
-    with_error: bool = False
-
-
-_ANSWER_COLUMNS = (
-    _Column("right\ngreedy %", GREEDY, "accuracy", with_error=True),
-    _Column("right\nsampled %", SAMPLED, "accuracy", with_error=True),
-    _Column("recovered\n%", RECOVERY, "recovery", with_error=True),
-    _Column("back-\nspaces\n%", SAMPLED, "backspace_rate"),
-    _Column("wrong\nundone\n%", SAMPLED, "wrong_taken_back"),
-    _Column("right\nundone\n%", SAMPLED, "right_taken_back"),
-    _Column("actions\nper\nanswer", SAMPLED, "actions_per_answer", is_share=False),
-)
-_TEXT_COLUMNS = (
-    _Column("back-\nspaces %", SAMPLED, "backspace_rate", with_error=True),
-    _Column("actions per\nfinal token", SAMPLED, "actions_per_final_token", is_share=False, with_error=True),
-    _Column("tokens\nper text", SAMPLED, "tokens_per_text", is_share=False, with_error=True),
-    _Column("distinct\n4-grams %", SAMPLED, "distinct_4grams", with_error=True),
-    _Column("cut off\n%", SAMPLED, "truncated_rate", with_error=True),
-)
-_ANSWER_CAPTION = (
-    "± standard error. right: right answers; recovered: right answers after a planted wrong first token; backspaces: "
-    "share of the actions; undone: share of the wrong (right) tokens that were taken back. The last four columns are "
-    "of the sampled answers."
-)
-_TEXT_CAPTION = "± standard error; sampled at temperature 1. cut off: ended by a limit, not by the model."
 _GROUP_TITLES = {
     SAMPLED: "sampled at temperature 1 (those that take tokens back first)",
     RECOVERY: "after a planted wrong first token, greedy",
@@ -59,21 +25,14 @@ _GROUP_TITLES = {
 
 
 def render_evaluation(evaluation: Evaluation) -> RenderableType:
-    """The table of an evaluation, one row per checkpoint."""
-    columns = _ANSWER_COLUMNS if evaluation.has_answers else _TEXT_COLUMNS
+    """The tables of an evaluation, and what it left out."""
     title = f"{evaluation.num_examples} held-out examples of {evaluation.task}"
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.add_column("stage", vertical="bottom", no_wrap=True)
-    for column in columns:
-        table.add_column(column.heading, justify="right", vertical="bottom", no_wrap=True)
-    for result in evaluation.results:
-        cells = [
-            format_estimate(result.metrics[column.group][column.metric], column.is_share, column.with_error)
-            for column in columns
-        ]
-        table.add_row(Text(result.label, "bold"), *cells)
-    caption = _ANSWER_CAPTION if evaluation.has_answers else _TEXT_CAPTION
-    return Group(Text(title, "bold"), table, Text(caption, "dim"))
+    tables = (answer_tables if evaluation.has_answers else text_tables)(evaluation)
+    parts: list[RenderableType] = [Text(title, "bold"), *tables]
+    if len(evaluation.results) > 1:
+        parts += difference_table(evaluation)
+    parts += [Text(f"left out: {what} ({why})", "dim") for what, why in evaluation.left_out.items()]
+    return Group(*parts)
 
 
 def render_rollouts(result: CheckpointResult, console: Console) -> RenderableType:
@@ -88,7 +47,7 @@ def render_rollouts(result: CheckpointResult, console: Console) -> RenderableTyp
 
 
 def show_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """Print table and rollouts."""
+    """Print tables and rollouts."""
     console.print(render_evaluation(evaluation))
     for result in evaluation.results:
         if result.rollouts:
@@ -97,13 +56,14 @@ def show_evaluation(evaluation: Evaluation, console: Console) -> None:
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Write `evaluation.json` and `samples/<label>.txt` into a run folder."""
+    """Write `evaluation.json` and `samples/<label>.txt` into a folder."""
     text = json.dumps(evaluation.to_json(), indent=2)
     (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
     samples = folder / SAMPLES_FOLDER
     samples.mkdir(exist_ok=True)
     for result in evaluation.results:
-        (samples / f"{result.label}.txt").write_text(samples_text(result), encoding="utf-8")
+        name = result.label.replace("/", "-")  # of a stage and a step
+        (samples / f"{name}.txt").write_text(samples_text(result), encoding="utf-8")
 
 
 def samples_text(result: CheckpointResult) -> str:
@@ -115,15 +75,6 @@ def samples_text(result: CheckpointResult) -> str:
             mark = {None: "", True: "   (right)", False: "   (wrong)"}[rollout.is_correct]
             lines += [f"> {rollout.view.prompt}", f"{rollout.view.plain()}{mark}"]
     return "\n".join(lines) + "\n"
-
-
-def format_estimate(number: Estimate, is_share: bool, with_error: bool) -> str:
-    """`87.4 ±1.5` (per cent for a share); a dash where nothing could be measured."""
-    if number.value is None:
-        return "-"
-    scale, digits = (100.0, 1) if is_share else (1.0, 2)
-    error = f" ±{scale * number.standard_error:.{digits}f}" if with_error and number.standard_error is not None else ""
-    return f"{scale * number.value:.{digits}f}{error}"
 
 
 def _by_group(rollouts: Sequence[ShownRollout]) -> Iterator[tuple[str, list[ShownRollout]]]:

@@ -1,36 +1,29 @@
 """Evaluation of checkpoints on the held-out examples of a task, through the engine that also made the rollouts.
 
-Three groups of rollouts for a task with right answers, one (`sampled`) for a text task:
-
-greedy     the most likely action each time. A token that was taken back is not offered there again, else a greedy
-           policy that rejects its own choice would go round in circles.
-sampled    temperature 1, as in training.
-recovery   greedy, after a planted wrong first token: only an answer that takes it back can be right.
+`launch.evaluation.arms` says which rollouts there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
-from actors.engine_settings import SamplingSettings
-from actors.generator import Generator, PromptGroup
-from actors.settings import RolloutSettings
 from buffer.schema import TokenContract
+from launch.decodings import RECOVERY, SAMPLED
 from launch.errors import UserError
-from launch.evaluation.answer_metrics import (
-    answer_metrics,
-    answer_texts,
-    plant_wrong_first_tokens,
-    recovery_metrics,
-)
-from launch.evaluation.results import GREEDY, RECOVERY, SAMPLED, CheckpointResult, Evaluation, ShownRollout, Target
-from launch.evaluation.text_metrics import text_metrics
-from launch.generation import Checkpoint, open_checkpoint, progress_bar, running_generator
+from launch.evaluation.answer_metrics import answer_texts
+from launch.evaluation.arms import plan_arms
+from launch.evaluation.kept_rollouts import KeptRollouts
+from launch.evaluation.mauve_score import KMEANS_STARTS, RESAMPLES
+from launch.evaluation.measuring import check_mauve, measure
+from launch.evaluation.results import CheckpointResult, Evaluation, ShownRollout, Target
+from launch.evaluation.rollouts import RolloutPlan, Rollouts, make_rollouts
+from launch.generation import Checkpoint, open_checkpoint
 from launch.rollout_view import view_rollout
 from launch.settings import RunSettings
 
@@ -40,59 +33,59 @@ if TYPE_CHECKING:
     from buffer.experts.tasks import Task
 
 
-def evaluate(targets: Sequence[Target], settings: RunSettings, console: Console) -> Evaluation:
+def evaluate(
+    targets: Sequence[Target], settings: RunSettings, console: Console, keep_in: Path | None = None
+) -> Evaluation:
     """Evaluate checkpoints of one model on up to `settings.evaluation.examples` held-out examples.
 
+    Args:
+        targets: the first is the baseline of the differences.
+        keep_in: folder in which rollouts are kept, and looked for: an evaluation that was interrupted goes on there.
+
     Raises:
-        UserError: a folder is no checkpoint, the task does not fit the model, or the checkpoints are of different
-            models.
+        UserError: a folder is no checkpoint, the task does not fit the model, the checkpoints are of different models,
+            or there are too few texts for MAUVE.
     """
     with console.status("loading the task"):
         try:
             checkpoints = [open_checkpoint(target.checkpoint) for target in targets]
+            _check_same_tokens(checkpoints)
             task = _load_task(settings, checkpoints[0])
+            examples = task.held_out.shuffle(seed=settings.seed)
+            examples = examples.select(range(min(settings.evaluation.examples, len(examples))))
+            check_mauve(settings.evaluation.mauve, task, len(examples))
         except (ValueError, OSError, ImportError) as error:
             raise UserError(str(error)) from None
-        _check_same_tokens(checkpoints)
-        examples = task.held_out.shuffle(seed=settings.seed)
-        examples = examples.select(range(min(settings.evaluation.examples, len(examples))))
-        groups = prompt_groups(task, checkpoints[0].contract, examples, settings.actors.rollout, settings.seed)
-        longest = max(len(prompt) for prompt in groups[SAMPLED].prompts) + settings.actors.rollout.max_new_tokens
-    shown = settings.evaluation.shown_rollouts
-    results = []
-    with running_generator(checkpoints[0], longest, settings.seed) as generator:
-        for target, checkpoint in zip(targets, checkpoints, strict=True):
-            try:
-                generator.load(checkpoint.folder)
-            except ValueError as error:
-                raise UserError(f"checkpoints of different models cannot be compared in one go: {error}") from None
-            batches = _generate(generator, groups, task, target.label, console)
-            results.append(_measure(target, batches, examples, task, checkpoint.contract, shown))
-    return Evaluation(task.name, task.is_correct is not None, len(examples), settings.seed, tuple(results))
-
-
-def prompt_groups(
-    task: Task, contract: TokenContract, examples: Dataset, rollout: RolloutSettings, seed: int
-) -> dict[str, PromptGroup]:
-    """The groups of the module's description; only `sampled` for a task without right answers."""
-    prompts = [np.asarray(ids, dtype=np.int32) for ids in examples["prompt_ids"]]
-
-    def sampling(temperature: float) -> SamplingSettings:
-        return SamplingSettings(
-            max_new_tokens=rollout.max_new_tokens,
-            max_actions=rollout.max_actions,
-            temperature=temperature,
-            backspace=rollout.backspace,
-            ban_deleted=rollout.backspace and temperature == 0.0,
+        rollout = settings.actors.rollout
+        arms = plan_arms(task, checkpoints[0].contract, examples, rollout, settings.evaluation, settings.seed)
+        longest = max(len(prompt) for prompt in arms[0].group.prompts) + rollout.max_new_tokens
+    plan = RolloutPlan(
+        arms,
+        task.name,
+        min(longest, checkpoints[0].max_length),
+        settings.seed,
+        None if keep_in is None else KeptRollouts(keep_in, lambda path: _tell_damaged(path, console)),
+    )
+    found = make_rollouts(targets, checkpoints, plan, console)
+    metrics = measure(targets, checkpoints, found, plan, examples, task, settings, console)
+    results = [
+        CheckpointResult(
+            target.label,
+            target.checkpoint,
+            numbers,
+            tuple(_shown(rollouts, examples, task, checkpoints[0].contract, settings.evaluation.shown_rollouts)),
         )
-
-    groups = {SAMPLED: PromptGroup(prompts, sampling(1.0))}
-    if task.is_correct is None:
-        return groups
-    planted = plant_wrong_first_tokens(examples, task.task_noise, contract, np.random.default_rng(seed))
-    groups[GREEDY] = PromptGroup(prompts, sampling(0.0))
-    groups[RECOVERY] = PromptGroup(prompts, sampling(0.0), planted=[[token] for token in planted.tolist()])
-    return groups
+        for target, rollouts, numbers in zip(targets, found, metrics, strict=True)
+    ]
+    return Evaluation(
+        task.name,
+        task.is_correct is not None,
+        len(examples),
+        settings.seed,
+        tuple(results),
+        conditions=_conditions(settings),
+        left_out=_left_out(settings, task),
+    )
 
 
 def _load_task(settings: RunSettings, checkpoint: Checkpoint) -> Task:
@@ -113,36 +106,45 @@ def _check_same_tokens(checkpoints: Sequence[Checkpoint]) -> None:
     first = checkpoints[0]
     for other in checkpoints[1:]:
         if other.contract != first.contract:
-            raise UserError(
-                f"{other.folder} and {first.folder} are of models with different vocabularies: evaluate them apart"
+            raise ValueError(
+                f"{other.folder} and {first.folder} have different tokenizers (or another backspace): what they make "
+                "of a text is not comparable token by token; evaluate them apart"
             )
 
 
-def _generate(
-    generator: Generator, groups: dict[str, PromptGroup], task: Task, label: str, console: Console
-) -> dict[str, pa.RecordBatch]:
-    total = sum(len(group.prompts) for group in groups.values())
-    with progress_bar(console, f"evaluating {label}", total) as advance:
-        return generator.generate(groups, task.name, advance)
+def _tell_damaged(path: Path, console: Console) -> None:
+    console.print(f"rollouts kept in {path} are damaged: they are made anew", highlight=False, soft_wrap=True)
 
 
-def _measure(
-    target: Target,
-    batches: dict[str, pa.RecordBatch],
-    examples: Dataset,
-    task: Task,
-    contract: TokenContract,
-    shown: int,
-) -> CheckpointResult:
+def _conditions(settings: RunSettings) -> dict[str, object]:
+    rollout, mauve = settings.actors.rollout, settings.evaluation.mauve
+    conditions: dict[str, object] = {"max_new_tokens": rollout.max_new_tokens, "max_actions": rollout.max_actions}
+    if mauve is not None:
+        conditions["mauve"] = {**mauve.model_dump(), "kmeans_starts": KMEANS_STARTS, "resamples": RESAMPLES}
+    return conditions
+
+
+def _left_out(settings: RunSettings, task: Task) -> dict[str, str]:
+    """What is not measured, and why."""
+    left_out = {}
     if task.is_correct is None:
-        metrics = {SAMPLED: text_metrics(batches[SAMPLED], contract)}
-        rollouts = _show(SAMPLED, batches[SAMPLED], examples, task, contract, shown)
+        left_out["accuracy, recovery, wrong and right tokens taken back"] = f"task {task.name} has no check of answers"
+        if settings.evaluation.mauve is None:
+            left_out["mauve"] = "not asked for: --mauve encoder, or evaluation.mauve in the recipe"
     else:
-        metrics = {group: answer_metrics(batches[group], examples, task, contract) for group in (GREEDY, SAMPLED)}
-        metrics[RECOVERY] = recovery_metrics(batches[RECOVERY], examples, task, contract)
-        rollouts = _show(SAMPLED, batches[SAMPLED], examples, task, contract, shown - shown // 2)
-        rollouts += _show(RECOVERY, batches[RECOVERY], examples, task, contract, shown // 2)
-    return CheckpointResult(target.label, target.checkpoint, metrics, tuple(rollouts))
+        left_out["mauve, self-BLEU, diversity, perplexity"] = f"answers of task {task.name} are right or wrong"
+    if not settings.actors.rollout.backspace:
+        left_out["taking back"] = "actors.rollout.backspace is off"
+    return left_out
+
+
+def _shown(
+    rollouts: Rollouts, examples: Dataset, task: Task, contract: TokenContract, count: int
+) -> list[ShownRollout]:
+    if RECOVERY not in rollouts:
+        return _show(SAMPLED, rollouts[SAMPLED], examples, task, contract, count)
+    shown = _show(SAMPLED, rollouts[SAMPLED], examples, task, contract, count - count // 2)
+    return shown + _show(RECOVERY, rollouts[RECOVERY], examples, task, contract, count // 2)
 
 
 def _show(

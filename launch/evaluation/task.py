@@ -12,6 +12,7 @@ from launch.run_folder import CONFIG_FILE, open_run_folder
 from launch.settings import RunSettings
 
 CHECKPOINTS_FOLDER = "checkpoints"
+EVALUATION_FOLDER = "evaluation"
 
 
 def settings_for(checkpoint: Path, task_from: Path | None) -> RunSettings:
@@ -36,6 +37,12 @@ def run_of(checkpoint: Path) -> Path | None:
         if parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).is_file():
             return parent.parent
     return None
+
+
+def kept_folder(checkpoint: Path) -> Path | None:
+    """Where evaluations of a run's checkpoints keep their rollouts; None for a checkpoint outside of a run."""
+    run = run_of(checkpoint)
+    return None if run is None else run / EVALUATION_FOLDER
 
 
 def labelled(checkpoints: Sequence[Path]) -> list[Target]:

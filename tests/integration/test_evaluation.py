@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from rich.console import Console
@@ -17,6 +20,7 @@ from rich.console import Console
 from buffer.experts.tasks import load_task
 from launch.errors import UserError
 from launch.evaluation import GREEDY, RECOVERY, SAMPLED, Evaluation, Target, evaluate
+from launch.evaluation.kept_rollouts import KeptRollouts
 from launch.evaluation.report import render_evaluation, render_rollouts, write_evaluation
 from launch.evaluation.task import labelled, settings_for
 from launch.generation import encode_prompt, generate, open_checkpoint, rollout_to_json
@@ -24,7 +28,7 @@ from launch.recipe import read_recipe, write_recipe
 from launch.settings import RunSettings
 from learner.model import load_policy
 from tests.checkpoints import progress_at, save_checkpoint
-from tests.integration.engine_worker import in_engine_process_for
+from tests.integration.engine_worker import EngineProcessFailed, in_engine_process_for
 
 # Starting the engine's process, vLLM's import included, takes half a minute and more on a busy machine.
 pytestmark = pytest.mark.slow
@@ -71,6 +75,30 @@ def checkpoint_of(run: Path, stage: str) -> Path:
 def evaluate_in_engine_process(run: Path, stages: list[str], settings: RunSettings) -> Evaluation:
     targets = labelled([checkpoint_of(run, stage) for stage in stages])
     return evaluate(targets, settings, Console(file=io.StringIO()))
+
+
+def evaluate_and_count(run: Path, settings: RunSettings, keep_in: Path, kill_after: int | None) -> tuple[int, ...]:
+    """Evaluate both stages; gives how many groups of rollouts were made, what was found, and what was said.
+
+    kill_after: end the process, by kill -9, when so many groups are kept.
+    """
+    original, made = KeptRollouts.keep, 0
+
+    def counted(kept: KeptRollouts, key: str, batch: pa.RecordBatch) -> None:
+        nonlocal made
+        original(kept, key, batch)
+        made += 1
+        if made == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    console = Console(file=io.StringIO(), width=200)
+    KeptRollouts.keep = counted
+    try:
+        targets = labelled([checkpoint_of(run, stage) for stage in ("ender", "hesitant")])
+        evaluation = evaluate(targets, settings, console, keep_in)
+    finally:
+        KeptRollouts.keep = original
+    return made, evaluation, console.file.getvalue()
 
 
 def generate_in_engine_process(checkpoint: Path, prompt: str, temperature: float) -> list[dict[str, object]]:
@@ -129,6 +157,23 @@ def test_weights_are_replaced_between_checkpoints_and_order_does_not_matter(
     }
 
 
+def test_an_interrupted_evaluation_goes_on_and_finds_the_same(
+    evaluation: Evaluation, run: Path, settings: RunSettings, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineProcessFailed, match="died"):
+        in_engine_process_for(120.0, evaluate_and_count, run, settings, tmp_path, 3)
+    files = sorted((tmp_path / "rollouts").iterdir())
+    assert len(files) == 3
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    made, resumed, said = in_engine_process_for(120.0, evaluate_and_count, run, settings, tmp_path, None)
+    assert made == 6 - 3 + 1  # of three groups for each of two checkpoints, one was damaged
+    assert said.count("damaged") == 1
+    assert resumed.to_json() == evaluation.to_json()
+    again, repeated, _ = in_engine_process_for(120.0, evaluate_and_count, run, settings, tmp_path, None)
+    assert again == 0
+    assert repeated.to_json() == evaluation.to_json()
+
+
 def test_report_files_and_table(evaluation: Evaluation, tmp_path: Path) -> None:
     write_evaluation(evaluation, tmp_path)
     written = json.loads((tmp_path / "evaluation.json").read_text())
@@ -146,9 +191,12 @@ def test_report_files_and_table(evaluation: Evaluation, tmp_path: Path) -> None:
     shown = console.file.getvalue()
     assert shown.count("[-{") == 2  # no terminal, so deletions are marked in the text
     assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
-    assert "hesitant" in shown
     (row,) = (line for line in shown.splitlines() if line.startswith("ender "))
     assert "100.0" not in row
+    change = written["checkpoints"][1]["differences"]["sampled"]["backspace_rate"]
+    assert change["value"] > 0.2
+    assert change["within_noise"] is False
+    assert "minus ender" in shown
 
 
 def test_generation_shows_deletions_and_stops_at_the_bound(run: Path) -> None:

@@ -1,24 +1,102 @@
-"""The evaluation table as a person meets it: in a terminal of 80 columns."""
+"""The evaluation's tables as a person meets them, in a terminal of 80 columns, and its numbers as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from launch.evaluation import CheckpointResult, Estimate, Evaluation
 from launch.evaluation.report import render_evaluation
+from launch.evaluation.results import HELD_OUT
+from launch.evaluation_command import BanDeleted, MauveFeatures, _changed
+from launch.evaluation_settings import EvaluationSettings, MauveSettings
+
+LABELS = ("mle_control", "behaviour_cloning")
+
+
+def printed(evaluation: Evaluation, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    Console(width=80).print(render_evaluation(evaluation))
+    lines = capsys.readouterr().out.splitlines()
+    assert not any("…" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+    return lines
 
 
 @pytest.mark.parametrize("value", [0.05, 0.888, 1.0])
 def test_nothing_is_cut_at_80_columns(value: float, capsys: pytest.CaptureFixture[str]) -> None:
     numbers = defaultdict(lambda: defaultdict(lambda: Estimate(value, 0.021, 500)))
     results = tuple(CheckpointResult(label, Path("step"), numbers, ()) for label in ("sequencematch", "mle_control"))
-    console = Console(width=80)
-    console.print(render_evaluation(Evaluation("arithmetic", True, 500, 0, results)))
-    printed = capsys.readouterr().out
-    assert "…" not in printed
-    assert "actions" in printed.splitlines()[2].split() + printed.splitlines()[1].split()
-    assert max(map(len, printed.splitlines())) <= 80
+    lines = printed(Evaluation("arithmetic", True, 500, 0, results), capsys)
+    assert "actions" in lines[2].split() + lines[1].split()
+
+
+def numbers_of(shift: float, groups: tuple[str, ...], names: tuple[str, ...]) -> dict[str, dict[str, Estimate]]:
+    rng = np.random.default_rng(0)
+    shared = rng.random(200)
+    return {
+        group: {name: Estimate.mean(0.5 * shared + shift * (name != "accuracy")) for name in names} for group in groups
+    }
+
+
+def text_evaluation() -> Evaluation:
+    names = (
+        "mauve", "diversity", "self_bleu", "entropy_2gram_bits", "tokens_per_text", "truncated_rate",
+        "backspace_rate", "actions_per_final_token", "rewritten_rate", "longest_rewrite_run", "max_actions_rate",
+    )  # fmt: skip
+    arms = ("sampled", "greedy", "top_p=0.95", "temperature=0.7", "temperature=0.7, banned")
+    held_out = ("perplexity", "perplexity_without_backspace", "backspace_prob")
+    results = tuple(
+        CheckpointResult(
+            label, Path("step"), {**numbers_of(shift, arms, names), **numbers_of(20 + shift, (HELD_OUT,), held_out)}, ()
+        )
+        for label, shift in zip(LABELS, (0.0, 0.3), strict=True)
+    )
+    return Evaluation("text", False, 200, 7, results, {"max_actions": 9}, {"accuracy": "task text has no answers"})
+
+
+def test_texts_by_decoding(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(text_evaluation(), capsys)
+    assert sum(line.startswith("  temperature=0.7, banned ") for line in lines) == 4  # two tables, two checkpoints
+    assert sum(line.startswith("behaviour_cloning") for line in lines) == 4
+    (change,) = (line for line in lines if line.startswith("behaviour_cloning") and "+30.0" in line)
+    assert "~" not in change
+    assert any("left out: accuracy (task text has no answers)" in line for line in lines)
+
+
+def test_further_decodings_of_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("accuracy", "recovery", "backspace_rate", "wrong_taken_back", "right_taken_back", "actions_per_answer")
+    arms = ("sampled", "greedy", "recovery", "temperature=0.7", "recovery, allowed")
+    results = tuple(CheckpointResult(label, Path("step"), numbers_of(0.1, arms, names), ()) for label in LABELS)
+    lines = printed(Evaluation("arithmetic", True, 200, 0, results), capsys)
+    assert sum(line.startswith("  recovery, allowed") for line in lines) == 2
+    assert any(line.startswith("behaviour_cloning") and line.count("~") == 3 for line in lines)  # the same numbers
+
+
+def test_json_has_every_number_with_its_error_and_paired_differences() -> None:
+    written = json.loads(json.dumps(text_evaluation().to_json()))
+    assert (written["seed"], written["baseline"], written["conditions"]) == (7, "mle_control", {"max_actions": 9})
+    first, second = written["checkpoints"]
+    assert second["metrics"]["sampled"]["diversity"].keys() == {"value", "standard_error", "n"}
+    assert first["differences"] == {}
+    change = second["differences"]["sampled"]["diversity"]
+    assert change["value"] == pytest.approx(0.3)
+    assert change["standard_error"] == pytest.approx(0.0, abs=1e-9)  # what the examples share cancels
+    assert change["within_noise"] is False
+
+
+def test_settings_of_the_command_line_replace_those_of_the_recipe() -> None:
+    recipe = EvaluationSettings(examples=30, mauve=MauveSettings(clusters=7), decoding=("greedy",))
+    assert _changed(recipe, None, None, None, None, None) == recipe
+    found = _changed(recipe, 90, "top_p=0.9, contrastive", BanDeleted.BOTH, MauveFeatures.MODEL, None)
+    assert (found.examples, found.decoding, found.ban_deleted) == (90, ("top_p=0.9", "contrastive"), "both")
+    assert found.mauve == MauveSettings(features="model", clusters=7)
+    assert _changed(EvaluationSettings(), None, None, None, MauveFeatures.ENCODER, 9).mauve == MauveSettings(clusters=9)
+    with pytest.raises(ValueError, match="goes with --mauve"):
+        _changed(EvaluationSettings(), None, None, None, None, 9)
+    with pytest.raises(ValueError, match="no decoding 'beam'"):
+        _changed(recipe, None, "greedy,beam", None, None, None)

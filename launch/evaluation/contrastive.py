@@ -1,0 +1,115 @@
+"""Contrastive search (Su et al., arXiv 2202.06417), a way to decode that needs the model's hidden states.
+
+Of the k most likely tokens v after a text, the one with the largest (1 - alpha) p(v) - alpha max_j cos(h_v, h_j) is
+appended: h_v is the last hidden state at v, h_j those of the text before it, prompt included. Backspace is no
+candidate: the search is a baseline for models that write on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actors.action_log import FinishedLog, Int32, logs_to_batch
+from buffer.schema import TokenContract
+from launch.decodings import ContrastiveSearch
+from launch.evaluation.arms import Arm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH_PROMPTS = 16
+
+
+def contrastive_rollouts(
+    model: PreTrainedModel,
+    arm: Arm,
+    contract: TokenContract,
+    max_length: int,
+    task: str,
+    on_finished: Callable[[int], None],
+) -> pa.RecordBatch:
+    """Continue every prompt of an arm; rows of the trajectory schema in the order of its prompts.
+
+    max_length: longest text with its prompt, in tokens.
+    """
+    assert arm.contrastive is not None
+    prompts, sampling = arm.group.prompts, arm.group.sampling
+    logs: dict[int, FinishedLog] = {}
+    for batch in _batches_of_one_length(prompts):
+        room = min(sampling.max_new_tokens, sampling.max_actions, max_length - len(prompts[batch[0]]))
+        ids, logprobs = search(model, np.stack([prompts[index] for index in batch]), room, arm.contrastive, contract)
+        for index, actions, chosen in zip(batch, ids, logprobs, strict=True):
+            ended = np.flatnonzero(actions == contract.eos_id)
+            length = int(ended[0]) + 1 if len(ended) else len(actions)
+            logs[index] = FinishedLog(
+                request_id=f"{arm.name}/{index}",
+                prompt_ids=prompts[index],
+                actions=actions[:length],
+                logprobs=chosen[:length],
+                policy_version=np.zeros(length, dtype=np.int32),
+                finish_reason="eos" if len(ended) else "max_length",
+            )
+        on_finished(len(batch))
+    return logs_to_batch(
+        [logs[index] for index in range(len(prompts))],
+        contract,
+        task=task,
+        actor="contrastive",
+        sampling=sampling,
+        weights_fingerprint=None,
+    )
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def search(
+    model: PreTrainedModel, prompts: Int32, num_tokens: int, settings: ContrastiveSearch, contract: TokenContract
+) -> tuple[Int32, np.ndarray[tuple[int, int], np.dtype[np.float32]]]:
+    """Continue B prompts of one length by up to `num_tokens` tokens; what follows `<eos>` in a row means nothing.
+
+    prompts: [B, P]. Returns ids [B, T] and their log-probabilities [B, T] among the tokens without backspace.
+    """
+    num_prompts, k = len(prompts), settings.num_candidates
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    out = decoder(input_ids=torch.from_numpy(prompts).long().to(model.device), use_cache=True)
+    context, cache = out.last_hidden_state, out.past_key_values
+    last = context[:, -1]
+    rows = torch.arange(num_prompts, device=model.device)
+    chosen_ids, chosen_logprobs = [], []
+    ended = torch.zeros(num_prompts, dtype=torch.bool, device=model.device)
+    for _ in range(num_tokens):
+        logits = head(last).float()
+        logits[:, contract.backspace_id] = -torch.inf
+        logprobs, candidates = logits.log_softmax(-1).topk(k)
+        cache.batch_repeat_interleave(k)
+        states = decoder(input_ids=candidates.reshape(-1, 1), past_key_values=cache, use_cache=True).last_hidden_state
+        states = states.reshape(num_prompts, k, -1)
+        cosine = torch.nn.functional.normalize(states, dim=-1) @ torch.nn.functional.normalize(context, dim=-1).mT
+        score = (1.0 - settings.penalty) * logprobs.exp() - settings.penalty * cosine.amax(-1)
+        best = score.argmax(-1)
+        cache.batch_select_indices(rows * k + best)
+        last = states[rows, best]
+        context = torch.cat([context, last[:, None]], dim=1)
+        chosen_ids.append(candidates[rows, best])
+        chosen_logprobs.append(logprobs[rows, best])
+        ended |= chosen_ids[-1] == contract.eos_id
+        if ended.all():
+            break
+    ids = torch.stack(chosen_ids, 1).cpu().numpy().astype(np.int32)
+    return ids, torch.stack(chosen_logprobs, 1).cpu().numpy()
+
+
+def _batches_of_one_length(prompts: Sequence[Int32]) -> list[list[int]]:
+    """Indexes of prompts, so that nothing needs padding."""
+    by_length: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(index)
+    return [
+        same[begin : begin + BATCH_PROMPTS]
+        for same in by_length.values()
+        for begin in range(0, len(same), BATCH_PROMPTS)
+    ]

@@ -1,0 +1,134 @@
+"""Which rollouts an evaluation makes, and which of them it takes from an earlier attempt."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from actors.settings import RolloutSettings
+from buffer.experts.tasks import Task, load_task
+from buffer.settings import ArithmeticTaskSettings
+from launch.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, parse_decoding
+from launch.evaluation.arms import Arm, plan_arms
+from launch.evaluation.kept_rollouts import KeptRollouts, rollouts_key, weights_digest
+from launch.evaluation_settings import EvaluationSettings
+
+TASK = load_task(ArithmeticTaskSettings(max_digits=1, train_questions=10, held_out_questions=8))
+ROLLOUT = RolloutSettings(max_new_tokens=5, max_actions=9)
+
+
+def arms_of(task: Task = TASK, rollout: RolloutSettings = ROLLOUT, seed: int = 0, **settings: object) -> list[Arm]:
+    return plan_arms(task, task.contract(), task.held_out, rollout, EvaluationSettings(**settings), seed)
+
+
+def test_decodings_by_name() -> None:
+    assert parse_decoding("ancestral").name == SAMPLED
+    assert parse_decoding("greedy").temperature == 0.0
+    assert parse_decoding("top_p=0.950").name == "top_p=0.95"
+    assert parse_decoding("temperature=.7").temperature == pytest.approx(0.7)
+    assert parse_decoding("contrastive").contrastive == ContrastiveSearch(5, 0.6)
+    assert parse_decoding("contrastive=4:0.5").contrastive == ContrastiveSearch(4, 0.5)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "beam", "top_p", "top_p=", "top_p=1", "top_p=x", "temperature=1", "temperature=-1", "greedy=2",
+             "contrastive=1:0.5", "contrastive=4:1.5", "contrastive=4", "temperature=nan"]
+)  # fmt: skip
+def test_other_decodings_are_refused_with_what_there_is(text: str) -> None:
+    with pytest.raises(ValueError, match=r"no decoding .*choose from ancestral, greedy, top_p=0\.95"):
+        parse_decoding(text)
+    with pytest.raises(ValueError, match="no decoding"):
+        EvaluationSettings(decoding=(text,))
+
+
+def test_a_decoding_is_named_once() -> None:
+    with pytest.raises(ValueError, match="named twice"):
+        EvaluationSettings(decoding=("top_p=0.9", "top_p=0.90"))
+
+
+def test_arms_of_answers_and_of_texts() -> None:
+    assert [arm.name for arm in arms_of()] == [SAMPLED, GREEDY, RECOVERY]
+    texts = dataclasses.replace(TASK, is_correct=None)
+    assert [arm.name for arm in arms_of(texts)] == [SAMPLED]
+    asked = arms_of(texts, decoding=("ancestral", "greedy", "top_p=0.9", "contrastive"))
+    assert [arm.name for arm in asked] == [SAMPLED, GREEDY, "top_p=0.9", "contrastive"]
+    search = asked[-1]
+    assert search.contrastive is not None
+    assert not search.group.sampling.backspace
+
+
+def test_twins_differ_in_the_ban_alone() -> None:
+    arms = {arm.name: arm for arm in arms_of(ban_deleted="both", decoding=("contrastive",))}
+    assert set(arms) == {
+        SAMPLED, GREEDY, RECOVERY, "contrastive", "sampled, banned", "greedy, allowed", "recovery, allowed"
+    }  # fmt: skip
+    for name, twin in ((GREEDY, "greedy, allowed"), (RECOVERY, "recovery, allowed"), (SAMPLED, "sampled, banned")):
+        sampling, other = arms[name].group.sampling, arms[twin].group.sampling
+        assert sampling.ban_deleted != other.ban_deleted
+        assert dataclasses.replace(sampling, ban_deleted=other.ban_deleted) == other
+    assert arms["recovery, allowed"].group.planted == arms[RECOVERY].group.planted
+
+
+def test_without_backspace_nothing_is_banned() -> None:
+    arms = arms_of(rollout=RolloutSettings(backspace=False), ban_deleted="both")
+    assert [arm.name for arm in arms] == [SAMPLED, GREEDY, RECOVERY]
+    assert not any(arm.group.sampling.backspace or arm.group.sampling.ban_deleted for arm in arms)
+
+
+def batch_of(text: str) -> pa.RecordBatch:
+    return pa.record_batch({"actions": [[1, 2], [3]], "task": [text, text]})
+
+
+def test_kept_rollouts_come_back_and_damaged_ones_do_not(tmp_path: Path) -> None:
+    damaged: list[Path] = []
+    kept = KeptRollouts(tmp_path, damaged.append)
+    assert kept.find("a") is None
+    kept.keep("a", batch_of("first"))
+    kept.keep("b", batch_of("second"))
+    assert kept.find("a") == batch_of("first")
+    (file,) = (tmp_path / "rollouts").glob("b-*.arrow")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert kept.find("b") is None
+    assert damaged == [file]
+    assert not file.exists()
+    kept.keep("b", batch_of("again"))
+    assert kept.find("b") == batch_of("again")
+
+
+def test_a_file_cut_short_is_not_used(tmp_path: Path) -> None:
+    kept = KeptRollouts(tmp_path, lambda _: None)
+    kept.keep("a", batch_of("x"))
+    (file,) = (tmp_path / "rollouts").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-10])
+    assert kept.find("a") is None
+
+
+def test_keys_tell_apart_all_that_determines_rollouts() -> None:
+    contract = TASK.contract()
+    arms = arms_of(ban_deleted="both", decoding=("top_p=0.9", "contrastive", "contrastive=4:0.6"))
+    keys = [rollouts_key("w", arm, contract, 20, 0) for arm in arms]
+    keys += [
+        rollouts_key("other", arms[0], contract, 20, 0),
+        rollouts_key("w", arms[0], contract, 21, 0),
+        rollouts_key("w", arms[0], contract, 20, 1),
+        rollouts_key("w", arms[0], dataclasses.replace(contract, backspace_id=1), 20, 0),
+        rollouts_key("w", arms_of(rollout=RolloutSettings(max_new_tokens=6, max_actions=9))[0], contract, 20, 0),
+        rollouts_key("w", arms_of(seed=5)[-1], contract, 20, 0),  # other tokens are planted
+    ]
+    assert len(set(keys)) == len(keys)
+    assert rollouts_key("w", arms_of()[0], contract, 20, 0) == keys[0]
+
+
+def test_the_digest_is_of_weights_and_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"12345")
+    first = weights_digest(tmp_path)
+    (tmp_path / "trainer_state.json").write_text("1")
+    assert weights_digest(tmp_path) == first
+    (tmp_path / "model.safetensors").write_bytes(b"12346")
+    assert weights_digest(tmp_path) != first

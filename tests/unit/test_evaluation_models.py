@@ -1,0 +1,132 @@
+"""What an evaluation asks of the model itself, against plain forward passes: perplexity, search, features."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from actors.engine_settings import SamplingSettings
+from actors.generator import PromptGroup
+from buffer.experts.ragged import Ragged
+from buffer.schema import TokenContract
+from launch.decodings import ContrastiveSearch
+from launch.evaluation.arms import Arm
+from launch.evaluation.contrastive import contrastive_rollouts
+from launch.evaluation.features import model_features
+from launch.evaluation.held_out import held_out_metrics
+from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, VOCAB_SIZE, tiny_model
+
+CONTRACT = TokenContract(VOCAB_SIZE, BACKSPACE_ID, EOS_ID, "hash")
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model(backspace_rate=0.3, seed=1)
+
+
+def random_ids(rng: np.random.Generator, length: int) -> list[int]:
+    return rng.integers(FIRST_TEXT_ID, VOCAB_SIZE, length).tolist()
+
+
+@torch.no_grad()
+def logits_after(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor([ids])).logits[0, -1].double()
+
+
+def test_perplexity_equals_plain_forward_passes(model: PreTrainedModel) -> None:
+    rng = np.random.default_rng(0)
+    prompts = [random_ids(rng, length) for length in (3, 3, 5, 1)]
+    targets = [random_ids(rng, length) for length in (4, 2, 6, 1)]
+    targets[1].append(EOS_ID)
+    losses, without, backspaces = [], [], []
+    for prompt, target in zip(prompts, targets, strict=True):
+        for index, token in enumerate(target):
+            logits = logits_after(model, prompt + target[:index])
+            masked = logits.clone()
+            masked[BACKSPACE_ID] = -torch.inf
+            without.append(-masked.log_softmax(0)[token].item())
+            # At the end of the prompt there is nothing to take back.
+            losses.append(without[-1] if index == 0 else -logits.log_softmax(0)[token].item())
+            if index > 0:
+                backspaces.append(logits.softmax(0)[BACKSPACE_ID].item())
+    found = held_out_metrics(model, Dataset.from_dict({"prompt_ids": prompts, "target_ids": targets}), CONTRACT, 64)
+    assert found["perplexity"].value == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+    assert found["perplexity_without_backspace"].value == pytest.approx(np.exp(np.mean(without)), rel=1e-4)
+    assert found["backspace_prob"].value == pytest.approx(np.mean(backspaces), rel=1e-4)
+    assert found["perplexity"].count == 4
+    assert found["perplexity"].value > found["perplexity_without_backspace"].value * 1.1
+
+
+def test_perplexity_knows_what_each_text_adds(model: PreTrainedModel) -> None:
+    rng = np.random.default_rng(1)
+    texts = [(random_ids(rng, 2), random_ids(rng, length)) for length in rng.integers(1, 6, 60)]
+    examples = Dataset.from_dict({"prompt_ids": [p for p, _ in texts], "target_ids": [t for _, t in texts]})
+    found = held_out_metrics(model, examples, CONTRACT, 64)
+    assert found["perplexity"].influence is not None
+    assert found["perplexity"].influence.shape == (60,)
+    assert found["perplexity"].influence.sum() == pytest.approx(0.0, abs=1e-6 * (found["perplexity"].value or 0))
+
+
+def search_by_loop(model: PreTrainedModel, prompt: list[int], steps: int, k: int, alpha: float) -> list[int]:
+    text = list(prompt)
+    decoder = model.get_decoder()
+    for _ in range(steps):
+        logits = logits_after(model, text)
+        logits[BACKSPACE_ID] = -torch.inf
+        probs, candidates = logits.softmax(0).topk(k)
+        scores = []
+        for prob, candidate in zip(probs.tolist(), candidates.tolist(), strict=True):
+            with torch.no_grad():
+                states = decoder(torch.tensor([[*text, candidate]])).last_hidden_state[0]
+            similarity = torch.nn.functional.cosine_similarity(states[-1:], states[:-1]).max().item()
+            scores.append((1 - alpha) * prob - alpha * similarity)
+        text.append(candidates[int(np.argmax(scores))].item())
+        if text[-1] == EOS_ID:
+            break
+    return text[len(prompt) :]
+
+
+def test_contrastive_search_equals_a_loop_without_cache(model: PreTrainedModel) -> None:
+    rng = np.random.default_rng(2)
+    prompts = [np.array(random_ids(rng, length), dtype=np.int32) for length in (4, 6, 4, 4)]
+    sampling = SamplingSettings(max_new_tokens=6, max_actions=20, temperature=0.0, backspace=False)
+    arm = Arm("contrastive", PromptGroup(prompts, sampling), ContrastiveSearch(4, 0.6))
+    finished: list[int] = []
+    batch = contrastive_rollouts(model, arm, CONTRACT, 11, "text", finished.append)
+    room = [6, 5, 6, 6]  # the second prompt reaches the longest text first
+    expected = [search_by_loop(model, p.tolist(), n, 4, 0.6) for p, n in zip(prompts, room, strict=True)]
+    assert batch.column("actions").to_pylist() == expected
+    assert batch.column("prompt_ids").to_pylist() == [prompt.tolist() for prompt in prompts]
+    assert sum(finished) == 4
+    greedy = [search_by_loop(model, p.tolist(), n, 4, 0.0) for p, n in zip(prompts, room, strict=True)]
+    assert greedy != expected  # the penalty matters to this model
+
+
+def test_contrastive_search_ends_at_eos(model: PreTrainedModel) -> None:
+    ender = tiny_model(seed=2)
+    with torch.no_grad():
+        ender.get_output_embeddings().weight[EOS_ID] += 20 * ender.get_output_embeddings().weight[BACKSPACE_ID]
+    prompt = np.array([7, 8, 9], dtype=np.int32)
+    sampling = SamplingSettings(max_new_tokens=6, max_actions=20, temperature=0.0, backspace=False)
+    arm = Arm("contrastive", PromptGroup([prompt, prompt], sampling), ContrastiveSearch(2, 0.0))
+    batch = contrastive_rollouts(ender, arm, CONTRACT, 20, "text", lambda _: None)
+    expected = search_by_loop(ender, prompt.tolist(), 6, 2, 0.0)
+    assert expected[-1] == EOS_ID
+    assert batch.column("actions").to_pylist() == [expected] * 2
+    assert batch.column("finish_reason").to_pylist() == ["eos"] * 2
+
+
+def test_model_features_do_not_see_the_padding(model: PreTrainedModel) -> None:
+    rng = np.random.default_rng(3)
+    rows = [random_ids(rng, length) for length in (5, 0, 9, 1)]
+    texts = Ragged.from_lengths(
+        np.array([len(row) for row in rows]), np.array([i for row in rows for i in row], dtype=np.int32)
+    )
+    found = model_features(model, texts, EOS_ID)
+    for row, feature in zip(rows, found, strict=True):
+        with torch.no_grad():
+            alone = model.get_decoder()(torch.tensor([[EOS_ID, *row]])).last_hidden_state[0, -1]
+        np.testing.assert_allclose(feature, alone.numpy(), atol=1e-5)
