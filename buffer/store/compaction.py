@@ -86,14 +86,13 @@ class Rewrite:
 
 def seal_rows(folder: Path, number: int, batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> SegmentEntry:
     """Write stored rows as the sealed segment `number`; gives its entry for the manifest."""
-    merged = _merge_small(batches)
-    sealed = write_sealed(sealed_path(folder, number), merged, schema)
-    ranges = [VersionRange.from_batch(batch) for batch in merged]
+    sealed = write_sealed(sealed_path(folder, number), _groups(batches), schema)
+    ranges = [VersionRange.from_batch(batch) for batch in batches]
     return SegmentEntry(
         number=number,
-        first_row=int(rows_of(merged[0])[0]),
-        last_row=int(rows_of(merged[-1])[-1]),
-        num_rows=sum(batch.num_rows for batch in merged),
+        first_row=int(rows_of(batches[0])[0]),
+        last_row=int(rows_of(batches[-1])[-1]),
+        num_rows=sum(batch.num_rows for batch in batches),
         size_bytes=sealed.size_bytes,
         checksum=sealed.checksum,
         oldest_version=min(int(versions.oldest.min()) for versions in ranges),
@@ -101,17 +100,16 @@ def seal_rows(folder: Path, number: int, batches: Sequence[pa.RecordBatch], sche
     )
 
 
-def _merge_small(batches: Sequence[pa.RecordBatch]) -> list[pa.RecordBatch]:
-    """A draw from a segment costs time per batch that it touches."""
-    merged: list[pa.RecordBatch] = []
-    waiting: list[pa.RecordBatch] = []
+def _groups(batches: Sequence[pa.RecordBatch]) -> list[list[pa.RecordBatch]]:
+    """Neighbours that become one batch: a draw from a segment costs time per batch that it touches."""
+    groups: list[list[pa.RecordBatch]] = [[]]
     num_rows, size_bytes = 0, 0
     for batch in batches:
-        is_full = num_rows + batch.num_rows > BATCH_ROWS or size_bytes + batch.nbytes > BATCH_BYTES
-        if waiting and is_full:
-            merged.append(pa.concat_batches(waiting))
-            waiting, num_rows, size_bytes = [], 0, 0
-        waiting.append(batch)
+        batch_bytes = batch.get_total_buffer_size()  # `nbytes` looks behind the offsets of every list
+        if groups[-1] and (num_rows + batch.num_rows > BATCH_ROWS or size_bytes + batch_bytes > BATCH_BYTES):
+            groups.append([])
+            num_rows, size_bytes = 0, 0
+        groups[-1].append(batch)
         num_rows += batch.num_rows
-        size_bytes += batch.nbytes
-    return [*merged, pa.concat_batches(waiting)]
+        size_bytes += batch_bytes
+    return groups

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from buffer.store.gather_layout import GatherLayout
 
 Int32 = npt.NDArray[np.int32]
+UInt8 = npt.NDArray[np.uint8]
 
 Constant: TypeAlias = "bytes | tuple[Constant, ...]"
 """The bits of the value that a column repeats; a tuple: of the fields of a struct."""
@@ -109,18 +110,26 @@ def item_bytes(type_: pa.DataType) -> int:
     return width
 
 
+def run_bytes(column: pa.Array) -> tuple[Int32, UInt8]:
+    """Offsets [n + 1], in items, and bytes of a column of lists without nulls among the items, or of text.
+
+    Something may stand under a null.
+    """
+    if pa.types.is_string(column.type):
+        offsets, buffer, skipped_bytes = _text_offsets(column), column.buffers()[2], 0
+    else:
+        offsets, buffer = column.offsets.to_numpy(), column.values.buffers()[1]
+        skipped_bytes = column.values.offset * item_bytes(column.type)
+    return offsets, np.frombuffer(buffer or b"", dtype=np.uint8)[skipped_bytes:]
+
+
 def _describe(column: pa.Array, views: Int32, first_window: int) -> list[pa.Buffer]:
     """Fill [n, 4], the binary views of the values of a column; gives the windows that they refer to.
 
     Windows begin 2^30 bytes apart and are up to twice as long: one of them holds the whole of any shorter run.
     """
-    width = item_bytes(column.type)
-    if pa.types.is_string(column.type):
-        offsets, buffer, skipped = _text_offsets(column), column.buffers()[2], 0
-    else:
-        offsets, buffer, skipped = column.offsets.to_numpy(), column.values.buffers()[1], column.values.offset
-    content = np.frombuffer(buffer or b"", dtype=np.uint8)
-    ends = (offsets.astype(np.int64) + skipped) * width
+    offsets, content = run_bytes(column)
+    ends = offsets.astype(np.int64) * item_bytes(column.type)
     begins, lengths = ends[:-1], np.diff(ends)
     if column.null_count:
         is_null = column.is_null().to_numpy(zero_copy_only=False)

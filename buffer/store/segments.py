@@ -22,6 +22,7 @@ import xxhash
 
 from buffer.store.block_writer import BlockWriter
 from buffer.store.manifest import CorruptSegmentError, SegmentEntry, sync_folder
+from buffer.store.merged_batch import merged_message
 
 OPEN_SUFFIX = ".arrows.open"
 SEALED_SUFFIX = ".arrows"
@@ -221,17 +222,22 @@ class SealedFile:
     checksum: str
 
 
-def write_sealed(path: Path, batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> SealedFile:
+def write_sealed(path: Path, groups: Sequence[Sequence[pa.RecordBatch]], schema: pa.Schema) -> SealedFile:
     """Write a complete segment next to `path`, make it durable and rename it into place.
+
+    groups: of batches with one row at least, each of which becomes one batch of the file.
 
     Raises:
         OSError: the disk refused; nothing is left behind.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
+        with pa.OSFile(str(temporary), "wb") as sink:
+            sink.write(schema.serialize())
+            for batches in groups:
+                for piece in merged_message(batches, schema):
+                    sink.write(piece)
+            sink.write(END_OF_STREAM)
         descriptor = os.open(temporary, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -41,7 +41,7 @@ def write_open(path: Path, batches=BATCHES) -> list[int]:
 
 
 def write_entry(folder: Path) -> SegmentEntry:
-    sealed = write_sealed(sealed_path(folder, 1), BATCHES, SCHEMA)
+    sealed = write_sealed(sealed_path(folder, 1), [[batch] for batch in BATCHES], SCHEMA)
     return SegmentEntry(1, 0, 8, 9, sealed.size_bytes, sealed.checksum, 0, 0)
 
 
