@@ -20,7 +20,7 @@ TORCH_SOURCE := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),$(if $(filter cpu,
 # Tests and training on CPU: more than one thread per process only makes the processes wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install dependencies train test test-fast test-chaos check bench clean
+.PHONY: install dependencies browser train test test-fast test-chaos check bench clean
 
 install: $(INSTALLED)
 
@@ -44,12 +44,24 @@ $(INSTALLED): $(DEPENDENCIES)
 train: $(INSTALLED)
 	$(BIN)/sequencematch train $(RECIPE)
 
+# The report is tested in the system's Chromium. Where it cannot be installed, the tests say what is missing.
+browser:
+	@[ -n "$$(which chromium chromium-browser google-chrome)" ] || { \
+		if [ "$$(id -u)" = 0 ] && which apt-get >/dev/null; then \
+			{ apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
+				--no-install-recommends -o DPkg::Lock::Timeout=120 chromium fonts-dejavu-core >/dev/null; } \
+			|| echo "Chromium could not be installed"; \
+		else \
+			echo "Chromium is missing, and only root on Debian or Ubuntu can install it here"; \
+		fi; \
+	}
+
 # The tests of tests/unit share the cores; those of tests/integration start processes of their own.
-test: $(INSTALLED)
+test: $(INSTALLED) browser
 	$(BIN)/pytest tests/unit --numprocesses auto
 	$(BIN)/pytest tests/integration
 
-test-fast: $(INSTALLED)
+test-fast: $(INSTALLED) browser
 	$(BIN)/pytest tests/unit --numprocesses auto -m "not slow"
 	$(BIN)/pytest tests/integration -m "not slow"
 

@@ -22,6 +22,7 @@ from launch.command_options import AsJson
 from launch.errors import UserError
 from launch.evaluation_command import evaluate
 from launch.job_commands import jobs_app, submit
+from launch.report.command import report
 
 app = typer.Typer(
     name="sequencematch",
@@ -228,6 +229,7 @@ def scale(
 app.command()(evaluate)
 app.command()(audit)
 app.command()(query)
+app.command()(report)
 app.command()(submit)
 
 

@@ -92,9 +92,9 @@ def view_rollout(
     segments: list[Segment] = []
     for run in _runs(log, survives, foreign, contract):
         before = prompt_ids + _answer_ids(log, played, int(played.state[run[0]]))
-        text = _continuation(tokenizer, before, log.realised[run].tolist())
+        text = continuation(tokenizer, before, log.realised[run].tolist())
         segments.append(Segment(text, deleted=not survives[run[0]], foreign=bool(foreign[run[0]])))
-    return RolloutView(_decode(tokenizer, prompt_ids), tuple(segments), row.column("finish_reason")[0].as_py())
+    return RolloutView(decode(tokenizer, prompt_ids), tuple(segments), row.column("finish_reason")[0].as_py())
 
 
 def _runs(log: ActionLogs, survives: Bool, foreign: Bool, contract: TokenContract) -> list[Int64]:
@@ -116,13 +116,14 @@ def _answer_ids(log: ActionLogs, played: Replay, event: int) -> list[int]:
     return ids[::-1]
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
-    """Text that `ids` add: many tokenizers drop the space of a first token, so they are decoded in their place."""
-    start, whole = _decode(tokenizer, before), _decode(tokenizer, before + ids)
-    return whole[len(start) :] if whole.startswith(start) else _decode(tokenizer, ids)
+def continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
+    """Text that `ids` add: many tokenizers drop the space of a first token, so they are decoded behind `before`."""
+    start, whole = decode(tokenizer, before), decode(tokenizer, before + ids)
+    return whole[len(start) :] if whole.startswith(start) else decode(tokenizer, ids)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Text of `ids`, as it may be shown."""
     return as_shown(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 

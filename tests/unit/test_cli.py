@@ -27,6 +27,7 @@ COMMANDS = (
     ["scale"],
     ["audit"],
     ["query"],
+    ["report"],
     ["submit"],
     ["jobs", "list"],
     ["jobs", "status"],

@@ -1,0 +1,1 @@
+"""`sequencematch report`: one self-contained HTML page about a run, made from its folder alone."""

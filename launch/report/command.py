@@ -1,0 +1,31 @@
+"""The command `sequencematch report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.command_errors import reported_errors, setting_up
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, of a live run or a finished one.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to; by default report.html in the run folder.")
+    ] = None,
+) -> None:
+    """Write one HTML page about a run: curves, evaluation, weight pushes, rollouts to step through.
+
+    The page holds all that it shows and loads nothing, so it can be sent around. `train` writes it at its end.
+
+    [dim]Example:[/dim] sequencematch report runs/arithmetic-20260101-120000
+    """
+    with reported_errors(), setting_up():
+        from launch.report.write import write_report
+
+        written = write_report(run, output)
+    for note in written.notes:
+        typer.echo(f"warning: {note}", err=True)
+    typer.echo(f"report: {written.path}")

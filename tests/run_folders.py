@@ -1,0 +1,149 @@
+"""Run folders as a run of minutes leaves them, made in a moment: by the writers of the real thing, without a model."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from actors.status import ActorStatus, MemberStatus, PoolStatus
+from buffer.experts.tasks import Task
+from buffer.settings import BufferSettings
+from buffer.shards.shard import shard_folder
+from buffer.store.consumption_log import DrawKey
+from buffer.store.replay_store import ReplayStore
+from launch.live_view import RunView
+from launch.recipe import read_recipe, write_recipe
+from launch.report.gather import Report, gather
+from launch.report.rollouts import Action, Rollout, RolloutSample
+from launch.run_folder import BUFFER_FOLDER, CONFIG_FILE
+from launch.run_log import RUN_BEGINS, RUN_FINISHED, RunLog
+from launch.run_tokenizer import save_run_tokenizer
+from learner.metrics_log import MetricsLog
+from learner.status import LearnerStatus
+from tests.rollouts import rollouts
+
+RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "arithmetic_cpu.yaml"
+STEPS = {"trunk": 60, "sequencematch": 40, "mle_control": 40}
+VERSIONS = 4
+ROWS_PER_VERSION = 30
+CLOCK_STARTS = 1_700_000_000.0
+
+
+class Clock:
+    """What `time.time` says to everything below; a second passes with each look."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = CLOCK_STARTS
+        monkeypatch.setattr(time, "time", self)
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def new_run(folder: Path) -> Path:
+    """A run folder of the arithmetic recipe in which nothing has happened yet."""
+    folder.mkdir(parents=True)
+    overrides = [f"stages.{stage}.steps={steps}" for stage, steps in STEPS.items()]
+    write_recipe(read_recipe(RECIPE, overrides), folder / CONFIG_FILE)
+    (folder / "environment.txt").write_text("command: sequencematch train arithmetic_cpu.yaml\npython: 3.11\n")
+    return folder
+
+
+def write_metrics(run: Path, stages: dict[str, int] = STEPS) -> None:
+    """Every step of the stages, with a few metrics and one that no chart knows."""
+    with MetricsLog(run, trackers=()) as log:
+        for stage, steps in stages.items():
+            for step in range(1, steps + 1):
+                metrics = {"loss": 5.0 / step, "gradient_norm": 1.0, "step_s": 0.1, "of_tomorrow": float(step)}
+                if stage == "sequencematch":
+                    metrics |= {"backspace_rate": 0.1, "backspace_prob": 0.2, "staleness_mean": 1.0}
+                log.write(stage, step, metrics)
+
+
+def write_log(run: Path) -> None:
+    """Two actors; actor 1 dies and is born again, and takes every second version only."""
+    learner = LearnerStatus("sequencematch", 0, STEPS["sequencematch"], 0.1, -1, "training", {})
+    with RunLog(run) as log:
+        log.write("info", "driver", RUN_BEGINS)
+        for version in range(VERSIONS):
+            status = LearnerStatus(learner.stage, 10 * version, 40, 0.1, version, "training", {})
+            view = RunView(run.name, [], learner=status)
+            for seen in (0, 1):  # the driver hears of the push first
+                members = [member(0, version if seen else version - 1, 100 * version + 50)]
+                members.append(member(1, version - version % 2, 10 * (version % 3)))
+                view.pool = PoolStatus(2, version, tuple(members))
+                log.follow(view)
+        log.write("warning", "learner", "<b>backspaces take over</b>")
+        log.write("info", "driver", RUN_FINISHED)
+
+
+def member(index: int, version: int, actions: int) -> MemberStatus:
+    """A running actor."""
+    name = f"actor-{index}"
+    return MemberStatus(name, "running", 0, ActorStatus(name, version, actions, 1.0, 0, 0, 0, 0, "generating"))
+
+
+def write_buffer(run: Path, task: Task) -> None:
+    """Rollouts of every version, and a draw after each of them."""
+    folder = shard_folder(run / BUFFER_FOLDER, 0)
+    store = ReplayStore(folder, task.contract(), BufferSettings(capacity=400, min_size=1), seed=0)
+    for version in range(VERSIONS):
+        store.insert(rollouts(task, version * ROWS_PER_VERSION, ROWS_PER_VERSION, version))
+        assert store.draw(DrawKey("sequencematch", version, "policy"), 16, version) is not None
+    store.close()
+    save_run_tokenizer(task.tokenizer, run)
+
+
+def write_evaluation_file(run: Path) -> None:
+    """Two checkpoints: one recovers, the other does not; both are equally right."""
+    checkpoints = [
+        evaluated("sequencematch", accuracy=(0.90, 500), recovery=(0.75, 500), of_tomorrow=(3.5, 500)),
+        evaluated("mle_control", accuracy=(0.89, 500), recovery=(0.0, 500), of_tomorrow=(2.5, 500)),
+    ]
+    evaluation = {"task": "arithmetic", "num_examples": 500, "seed": 0, "checkpoints": checkpoints, "new": {}}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+def evaluated(label: str, **shares: tuple[float, int]) -> dict[str, object]:
+    """A checkpoint in the form of `evaluation.json`; shares: value and number of cases, in one group of rollouts."""
+    numbers = {
+        name: {"value": value, "standard_error": (abs(value * (1 - value)) / count) ** 0.5, "n": count}
+        for name, (value, count) in shares.items()
+    }
+    return {"label": label, "checkpoint": f"checkpoints/{label}", "metrics": {"greedy": numbers}}
+
+
+def finished_run(folder: Path, task: Task) -> Path:
+    """With everything that a report can show."""
+    run = new_run(folder)
+    write_metrics(run)
+    write_log(run)
+    write_buffer(run, task)
+    write_evaluation_file(run)
+    (run / "samples").mkdir()
+    (run / "samples" / "mle_control.txt").write_text("> 1 + 1\n3   (wrong)\n")
+    return run
+
+
+HOSTILE = "</script><script>window.broken=1</script><img src=x onerror=window.broken=1>\u2028{{ 7*7 }}"
+
+
+def hostile_report(folder: Path) -> Report:
+    """Whatever a model, a data set or an error can write into a page tries to break out of it."""
+    run = new_run(folder)
+    write_metrics(run)
+    write_log(run)
+    write_evaluation_file(run)
+    (run / "samples").mkdir()
+    (run / "samples" / "sequencematch.txt").write_text(HOSTILE)
+    report = gather(run)
+    report.notes.append(HOSTILE)
+    actions = [Action("write", HOSTILE, False, True, -9.0, 3), Action("backspace", "", False, False, -0.5, 3)]
+    actions.append(Action("end", "", True, False, -0.1, 4))
+    rollout = Rollout(HOSTILE, HOSTILE, CLOCK_STARTS, HOSTILE, "aborted", 0.5, tuple(actions))
+    report.rollouts = RolloutSample((rollout,), 1, 1)
+    return report

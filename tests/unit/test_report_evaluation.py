@@ -1,0 +1,81 @@
+"""The verdict of a report: intervals that are honest at 0 and 1, and what a difference means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.report.evaluation import EvaluationTable, read_evaluation
+from launch.report.intervals import difference, normal_interval, share_interval
+from tests.run_folders import evaluated, write_evaluation_file
+
+
+def table_of(run: Path, *checkpoints: dict[str, object]) -> EvaluationTable:
+    file = {"task": "t", "num_examples": 9, "seed": 0, "checkpoints": checkpoints}
+    (run / "evaluation.json").write_text(json.dumps(file))
+    table = read_evaluation(run, lambda label: label == "mle")
+    assert table is not None
+    return table
+
+
+def test_intervals_are_wilsons_and_newcombes() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998) 873-890, table II: 56/70 against 48/80.
+    first, second = share_interval(56 / 70, 70), share_interval(48 / 80, 80)
+    assert (first.low, first.high) == (pytest.approx(0.6918, abs=1e-3), pytest.approx(0.8772, abs=1e-3))
+    apart = difference(first, second)
+    assert (apart.low, apart.high) == (pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
+    nothing = share_interval(0.0, 500)
+    assert (nothing.low, nothing.high) == (0.0, pytest.approx(0.0076, abs=1e-4))
+    assert difference(first, normal_interval(1.0, None)).low is None
+
+
+def test_a_difference_is_a_finding_only_where_its_interval_leaves_out_0(tmp_path: Path) -> None:
+    write_evaluation_file(tmp_path)
+    table = read_evaluation(tmp_path, lambda label: label == "mle_control")
+    assert table is not None
+    assert table.labels[table.baseline] == "mle_control"
+    outcomes = {finding.measure.name: finding.outcome for finding in table.findings}
+    assert outcomes == {"accuracy": None, "recovery": "better"}
+    assert [measure.name for measure in table.measures] == ["accuracy", "recovery", "of_tomorrow"]
+    tomorrow = table.measures[-1]
+    assert (tomorrow.info.title, tomorrow.span[0]) == ("of tomorrow", 0.0)
+    assert tomorrow.cells[0].change is not None
+    assert table.measures[0].cells[table.baseline].change is None
+
+
+def test_less_is_better_where_a_metric_says_so(tmp_path: Path) -> None:
+    table = table_of(tmp_path, evaluated("mle", perplexity=(20.0, 9)), evaluated("sm", perplexity=(90.0, 9)))
+    assert [finding.outcome for finding in table.findings] == ["worse"]
+
+
+def test_one_checkpoint_is_compared_with_nothing_and_a_missing_number_with_none(tmp_path: Path) -> None:
+    assert table_of(tmp_path, evaluated("sm", accuracy=(0.5, 9))).findings == ()
+    table = table_of(tmp_path, evaluated("sm", accuracy=(0.5, 9)), evaluated("mle", recovery=(0.5, 9)))
+    assert table.findings == ()
+    assert [[cell.interval is None for cell in measure.cells] for measure in table.measures] == [
+        [False, True],
+        [True, False],
+    ]
+
+
+def test_differences_that_were_measured_pairwise_go_before_our_own_and_may_point_the_other_way(tmp_path: Path) -> None:
+    paired = {"differences": {"greedy": {"accuracy": {"value": -0.1, "standard_error": 0.01}}}}
+    arms = [evaluated("sm", accuracy=(0.6, 50)), evaluated("mle", accuracy=(0.5, 50)) | paired]
+    file = {"task": "t", "num_examples": 50, "seed": 0, "checkpoints": arms, "left_out": {"mauve": "too few texts"}}
+    for baseline, outcome in (("sm", "better"), ("elsewhere", None)):
+        (tmp_path / "evaluation.json").write_text(json.dumps(file | {"baseline": baseline}))
+        table = read_evaluation(tmp_path, lambda label: label == "mle")
+        assert table is not None
+        assert [finding.outcome for finding in table.findings] == [outcome]
+        assert table.findings[0].change.value == pytest.approx(0.1)
+    assert table.left_out == {"mauve": "too few texts"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"task": "t", "num_examples": 1, "seed": 0, "checkpoints": []}'])
+def test_a_file_of_another_form_is_named(tmp_path: Path, text: str) -> None:
+    assert read_evaluation(tmp_path, lambda label: True) is None
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(ValueError, match=r"evaluation\.json is no evaluation that this version can show"):
+        read_evaluation(tmp_path, lambda label: True)

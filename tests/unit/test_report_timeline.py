@@ -1,0 +1,66 @@
+"""What a report reads in the log that a run wrote: pushes, throughput of each actor, how it ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.report.timeline import read_timeline
+from launch.report.wording import pushes
+from launch.run_log import LOG_FILE, RUN_BEGINS, RUN_FINISHED, RUN_STOPPED, RunLog
+from tests.run_folders import VERSIONS, Clock, write_log
+
+
+def test_pushes_and_throughput_are_those_that_the_driver_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    write_log(tmp_path)
+    timeline = read_timeline(tmp_path)
+    assert timeline is not None
+    assert (timeline.state, timeline.starts_s) == ("finished", [0.0])
+    assert [push.version for push in timeline.pushes] == list(range(VERSIONS))
+    assert [push.step for push in timeline.pushes] == [0, 10, 20, 30]
+    assert [sorted(push.taken_s) for push in timeline.pushes] == [[0, 1], [0], [0, 1], [0]]
+    for push in timeline.pushes:
+        assert push.published_s is not None
+        assert all(taken > push.published_s for taken in push.taken_s.values())
+    first, second = timeline.rates
+    assert (first.actor, second.actor) == (0, 1)
+    sampled = [
+        rate * (end - start) for start, end, rate in zip(first.starts_s, first.ends_s, first.actions_per_s, strict=True)
+    ]
+    assert sum(sampled) == pytest.approx(100 * (VERSIONS - 1))
+    # Its counter fell: those are the actions of a new process, and no negative rate.
+    assert min(second.actions_per_s) >= 0.0
+    assert timeline.warnings[0][1:] == ("learner", "<b>backspaces take over</b>")
+    assert "median" in pushes(timeline)
+
+
+@pytest.mark.parametrize(
+    ("messages", "state"),
+    [
+        ([RUN_BEGINS], "open"),
+        ([RUN_BEGINS, RUN_STOPPED], "stopped"),
+        ([RUN_BEGINS, RUN_STOPPED, RUN_BEGINS], "open"),
+        ([RUN_BEGINS, RUN_STOPPED, RUN_BEGINS, RUN_FINISHED], "finished"),
+    ],
+)
+def test_the_state_is_that_of_the_newest_start(tmp_path: Path, messages: list[str], state: str) -> None:
+    with RunLog(tmp_path) as log:
+        for message in messages:
+            log.write("info", "driver", message)
+    timeline = read_timeline(tmp_path)
+    assert timeline is not None
+    assert timeline.state == state
+
+
+def test_a_failure_is_quoted_and_a_torn_line_left_out(tmp_path: Path) -> None:
+    assert read_timeline(tmp_path) is None
+    with pytest.raises(RuntimeError), RunLog(tmp_path) as log:
+        raise RuntimeError("no more")
+    assert log is not None
+    with (tmp_path / LOG_FILE).open("a") as file:
+        file.write('{"time": 1.0, "mess')
+    timeline = read_timeline(tmp_path)
+    assert timeline is not None
+    assert (timeline.state, timeline.ended) == ("failed", "RuntimeError: no more")
