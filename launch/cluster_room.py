@@ -7,7 +7,7 @@ what the earlier asked for beyond what it uses. What runs keeps its nodes in any
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import ray
@@ -16,7 +16,7 @@ from ray.autoscaler.sdk import request_resources
 
 from actors.node_choice import in_units
 from launch.errors import UserError
-from launch.placement import Assignment, Node, assign, bundles, planned_roles
+from launch.placement import Assignment, Node, Role, assign, bundles, planned_roles
 from launch.settings import RunSettings
 
 RELEASE_TIMEOUT_S = 15.0
@@ -58,8 +58,7 @@ class ClusterRoom:
             except UserError as error:
                 waited_s = time.monotonic() - began_at
                 if self._grow_timeout_s is None:
-                    assign(roles, [node.empty() for node in nodes])  # else nobody can make room
-                    if waited_s >= RELEASE_TIMEOUT_S:
+                    if waited_s >= RELEASE_TIMEOUT_S or not _ever_fits(roles, nodes):
                         raise
                 elif waited_s >= self._grow_timeout_s:
                     raise UserError(
@@ -85,6 +84,15 @@ def check_possible(settings: RunSettings, num_actors: int) -> None:
     """
     if settings.cluster.grow_timeout_s is None:
         assign(planned_roles(settings, num_actors), [node.empty() for node in live_nodes()])
+
+
+def _ever_fits(roles: Sequence[Role], nodes: Sequence[Node]) -> bool:
+    """Whether others could make room."""
+    try:
+        assign(roles, [node.empty() for node in nodes])
+    except UserError:
+        return False
+    return True
 
 
 def live_nodes() -> list[Node]:
