@@ -19,6 +19,7 @@ from launch.bench.commands import bench_app
 from launch.buffer_commands import audit, query
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson
+from launch.compare.command import compare
 from launch.errors import UserError
 from launch.evaluation_command import evaluate
 from launch.job_commands import jobs_app, submit
@@ -228,6 +229,7 @@ def scale(
 
 app.command()(evaluate)
 app.command()(audit)
+app.command()(compare)
 app.command()(query)
 app.command()(report)
 app.command()(submit)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from launch.errors import UserError
 from launch.settings import RunSettings
@@ -34,11 +34,20 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no settings; a recipe is a YAML mapping (see launch/recipes/)")
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
+    return settings_from(tree, str(path))
+
+
+def settings_from(tree: Tree, where: str) -> RunSettings:
+    """Settings of a recipe's content. where: begins the error message.
+
+    Raises:
+        UserError: a key or value is not accepted.
+    """
     try:
         return RunSettings.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(error))) from None
+        raise UserError(f"{where}: {explain(error, RunSettings.model_json_schema())}") from None
 
 
 def write_recipe(settings: RunSettings, path: Path) -> None:
@@ -51,7 +60,12 @@ def to_yaml(settings: RunSettings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, width=110)
 
 
-def _apply(tree: Tree, override: str) -> None:
+def apply_override(tree: Tree, override: str) -> None:
+    """Set `KEY=VALUE`, in place.
+
+    Raises:
+        UserError: it is malformed, or has no place in the tree.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} is not of the form key=value, e.g. actors.count=2")
@@ -91,29 +105,29 @@ def _index(items: list[object], part: str, override: str) -> int:
     raise UserError(f"override {override!r}: no entry {part!r} (entries: {known})")
 
 
-def _explain(error: ValidationError) -> list[str]:
+def explain(error: ValidationError, schema: JsonSchema) -> str:
+    """What is wrong with settings, and what to write instead. schema: that of the settings, from pydantic."""
     explanations = []
     for detail in error.errors():
-        location = _keys_of(detail["loc"])
+        location = _keys_of(schema, detail["loc"])
         where = ".".join(str(part) for part in location) or "recipe"
         if detail["type"] == "extra_forbidden":
-            explanations.append(_unknown_key(where, location, detail["loc"]))
+            explanations.append(_unknown_key(schema, where, location, detail["loc"]))
         else:
             message = detail["msg"].removeprefix("Value error, ")
             explanations.append(f"{where}: {message}")
-    return explanations
+    return "; ".join(explanations)
 
 
-def _unknown_key(where: str, location: list[int | str], raw: tuple[int | str, ...]) -> str:
-    known = sorted(_known_keys(RunSettings, raw[:-1]))
+def _unknown_key(schema: JsonSchema, where: str, location: list[int | str], raw: tuple[int | str, ...]) -> str:
+    known = sorted(_known_keys(schema, raw[:-1]))
     nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
     return f"unknown key {where!r}; {hint}"
 
 
-def _keys_of(path: Sequence[int | str]) -> list[int | str]:
+def _keys_of(schema: JsonSchema, path: Sequence[int | str]) -> list[int | str]:
     """An error's location as users wrote it: pydantic also names the chosen member of a tagged union in it."""
-    schema: JsonSchema = RunSettings.model_json_schema()
     node, keys = schema, []
     for part in path:
         node, is_key = _step(schema, node, part)
@@ -135,9 +149,8 @@ def _step(schema: JsonSchema, node: JsonSchema, part: int | str) -> tuple[JsonSc
     return of_any_key if isinstance(of_any_key, dict) else {}, True
 
 
-def _known_keys(model: type[BaseModel], path: Sequence[int | str]) -> set[str]:
-    """Keys that the settings class at `path` accepts, found through the schema that pydantic itself reports."""
-    schema: JsonSchema = model.model_json_schema()
+def _known_keys(schema: JsonSchema, path: Sequence[int | str]) -> set[str]:
+    """Keys that the settings class at `path` accepts."""
     node = schema
     for part in path:
         node, _ = _step(schema, node, part)

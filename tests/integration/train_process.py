@@ -56,20 +56,26 @@ TINY = (
 class TrainProcess:
     """A running `sequencematch train`; a context manager that ends whatever is left of it."""
 
-    def __init__(self, runs_folder: Path, *arguments: str, environment: Mapping[str, str] = os.environ) -> None:
-        """arguments, environment: of the command. The run folder will lie in `runs_folder`, as will what the command
-        prints.
+    def __init__(
+        self,
+        runs_folder: Path,
+        *arguments: str,
+        command: str = "train",
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
+        """command: of `sequencematch`; arguments, environment: its. The run folder will lie in `runs_folder`, as will
+        what the command prints.
         """
         runs_folder.mkdir(parents=True, exist_ok=True)
         self._runs_folder = runs_folder
-        command = [str(Path(sys.executable).with_name("sequencematch")), "train", *arguments]
+        words = [str(Path(sys.executable).with_name("sequencematch")), command, *arguments]
         if "--resume" not in arguments:
-            command.append(f"runs_folder={runs_folder}")
+            words.append(f"runs_folder={runs_folder}")
         self._stdout_file = runs_folder / "stdout.txt"
         self._stderr_file = runs_folder / "stderr.txt"
         with self._stdout_file.open("w") as stdout, self._stderr_file.open("w") as stderr:
             self._process = subprocess.Popen(
-                command,
+                words,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,

@@ -21,6 +21,7 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "datasets")
 COMMANDS = (
     ["train"],
     ["evaluate"],
+    ["compare"],
     ["generate"],
     ["export"],
     ["status"],

@@ -1,0 +1,101 @@
+"""What is compared: objectives by name, with settings of their own where asked, each under a label."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from launch.errors import UserError
+from launch.recipe import JsonSchema, Tree, apply_override, explain
+from learner.objective_settings import ObjectiveSettings
+from learner.stage_settings import StageSettings
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+_OBJECTIVE: TypeAdapter[ObjectiveSettings] = TypeAdapter(ObjectiveSettings)
+
+
+def parse_objectives(text: str, stages: tuple[StageSettings, ...]) -> dict[str, ObjectiveSettings]:
+    """Objectives of `name` or `name:key=value,key=value`, separated by commas, by label.
+
+    An objective that `stages` (the first of them that has it) uses has the settings from there, then its own.
+
+    Raises:
+        UserError: one is unknown, malformed or named twice.
+    """
+    arms: dict[str, ObjectiveSettings] = {}
+    for spec in _specs(text):
+        name, colon, settings = spec.partition(":")
+        _check_name(name)
+        if colon and not settings:
+            raise UserError(f"--objectives {spec}: no setting after the colon; write {name}, or {name}:key=value")
+        tree = _settings_in(stages, name)
+        for override in settings.split(",") if settings else []:
+            apply_override(tree, override)
+        label = re.sub(r"[^A-Za-z0-9_.]+", "-", spec).strip("-")
+        if label in arms:
+            raise UserError(f"objective {spec} is named twice")
+        arms[label] = _resolve(tree, f"--objectives {spec}")
+    return arms
+
+
+def read_objectives(path: Path) -> dict[str, ObjectiveSettings]:
+    """Objectives of a YAML file, a mapping from labels to settings as a stage of a recipe has them.
+
+    Raises:
+        UserError: the file is absent, or no such mapping.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"no objectives at {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
+        raise UserError(f"{path} is no mapping from labels to objectives, as in `cautious: {{name: emo, mode: 2}}`")
+    for label in tree:
+        if not _LABEL.fullmatch(str(label)):
+            raise UserError(f"{path}: label {label!r} is to name a folder: use letters, digits, '_', '.' and '-'")
+    return {str(label): _resolve(settings, f"{path}: {label}") for label, settings in tree.items()}
+
+
+def _resolve(tree: Tree, where: str) -> ObjectiveSettings:
+    _check_name(str(tree.get("name")))
+    try:
+        return _OBJECTIVE.validate_python(tree)
+    except ValidationError as error:
+        schema: JsonSchema = _OBJECTIVE.json_schema()
+        raise UserError(f"{where}: {explain(error, schema)}") from None
+
+
+def _check_name(name: str) -> None:
+    known = sorted(_OBJECTIVE.json_schema()["discriminator"]["mapping"])
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
+        raise UserError(f"unknown objective {name!r}; {hint}")
+
+
+def _specs(text: str) -> list[str]:
+    """Splits at commas; a part such as `alpha=0.1` goes on with the settings of the objective before it."""
+    specs: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        is_setting = "=" in part.partition(":")[0]
+        if is_setting and specs and ":" in specs[-1]:
+            specs[-1] += f",{part}"
+        elif is_setting:
+            raise UserError(f"--objectives: setting {part} follows no objective with settings; write NAME:{part}")
+        elif part:
+            specs.append(part)
+    return specs
+
+
+def _settings_in(stages: tuple[StageSettings, ...], name: str) -> Tree:
+    for stage in stages:
+        if stage.objective.name == name:
+            return stage.objective.model_dump(mode="json")
+    return {"name": name}

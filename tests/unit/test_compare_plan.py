@@ -1,0 +1,189 @@
+"""What a comparison is going to do, and what it refuses before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launch.cli import app
+from launch.compare.arms import parse_objectives, read_objectives
+from launch.compare.plan import COMPARED_STAGE, ComparisonPlan, compared_stage, make_plan, read_plan, stages_before
+from launch.errors import UserError
+from launch.recipe import read_recipe
+from launch.settings import RunSettings
+
+ARITHMETIC = Path("launch/recipes/arithmetic_cpu.yaml")
+KL_CONTROL = Path("launch/recipes/arithmetic_kl_control_cpu.yaml")
+
+
+def plan_of(
+    objectives: str,
+    *overrides: str,
+    recipe: Path = ARITHMETIC,
+    seeds: int = 2,
+    stage: str | None = None,
+    steps: int | None = None,
+    actions: int | None = None,
+) -> ComparisonPlan:
+    settings = read_recipe(recipe, overrides)
+    arms = parse_objectives(objectives, (compared_stage(settings, stage), *settings.stages))
+    return make_plan(settings, arms, seeds, stage=stage, steps=steps, actions=actions)
+
+
+def refusal(objectives: str, *overrides: str, recipe: Path = ARITHMETIC, steps: int | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        plan_of(objectives, *overrides, recipe=recipe, steps=steps)
+    return str(caught.value)
+
+
+def test_arms_differ_in_their_objective_alone() -> None:
+    plan = plan_of("mle,sequencematch,behaviour_cloning", "seed=5", steps=7)
+    assert plan.seeds == (5, 6)
+    arms = [plan.arm_settings(arm, 6, 7) for arm in plan.arms]
+    for arm in arms:
+        assert arm.seed == 6
+        assert [stage.name for stage in arm.stages] == ["trunk", COMPARED_STAGE]
+        assert arm.stages[0] == arms[0].stages[0]
+        same = arms[0].stages[1].model_copy(update={"objective": arm.stages[1].objective})
+        assert arm.stages[1] == same
+    compared = arms[0].stages[1]
+    assert (compared.start_from, compared.steps, compared.publish_every_steps) == ("trunk", 7, 10)
+    assert arms[0].model_copy(update={"stages": ()}) == arms[2].model_copy(update={"stages": ()})
+
+
+def test_the_start_holds_exactly_the_stages_before() -> None:
+    start = plan_of("mle,emo").start_settings(1)
+    assert start is not None
+    assert [stage.name for stage in start.stages] == ["trunk"]
+    assert (start.seed, start.evaluation.stages) == (1, ())
+    assert plan_of("mle,emo", stage="trunk").start_settings(0) is None
+
+
+def test_the_way_to_a_stage_leaves_other_arms_out() -> None:
+    tree = read_recipe(ARITHMETIC).model_dump(mode="json")
+    trunk, first, control = tree["stages"]
+    tree["stages"] = [trunk, first, control | {"start_from": None}, control | {"name": "last", "start_from": "trunk"}]
+    recipe = RunSettings.model_validate(tree)
+    found = stages_before(recipe, "mle_control")
+    assert [(stage.name, stage.start_from) for stage in found] == [("trunk", None), ("sequencematch", "trunk")]
+    assert [stage.name for stage in stages_before(recipe, "last")] == ["trunk"]
+
+
+def test_the_compared_stage_is_the_first_that_learns_from_rollouts() -> None:
+    assert compared_stage(read_recipe(KL_CONTROL), None).name == "kl_control"
+    expert_alone = read_recipe(ARITHMETIC, ["stages.sequencematch.objective={name: emo}"])
+    assert compared_stage(expert_alone, None).name == "mle_control"
+    with pytest.raises(UserError, match="did you mean 'mle_control'"):
+        compared_stage(expert_alone, "mle_contrl")
+
+
+def test_an_objective_has_the_recipes_settings_then_its_own() -> None:
+    plan = plan_of("sequencematch:alpha=0.5,beta_steps=9,sequencematch,mle", "stages.sequencematch.objective.gamma=0.9")
+    label = "sequencematch-alpha-0.5-beta_steps-9"
+    assert list(plan.arms) == [label, "sequencematch", "mle"]
+    assert plan.reference == label
+    changed, plain = plan.arms[label].model_dump(), plan.arms["sequencematch"].model_dump()
+    assert (changed["alpha"], changed["beta_steps"], changed["gamma"]) == (0.5, 9, 0.9)
+    assert (plain["alpha"], plain["beta_steps"], plain["gamma"]) == (0.03, 150, 0.9)
+
+
+def test_what_is_of_rollouts_goes_where_there_are_none() -> None:
+    """`scoring` without rollouts is refused in a recipe; as an arm, maximum likelihood has no use for it."""
+    plan = plan_of("mle,kl_control,adversarial_js:discriminator.body=own", recipe=KL_CONTROL)
+    assert plan.arm_settings("mle", 0, 60).scoring.reward is None
+    rewarded = plan.arm_settings("kl_control", 0, 60)
+    assert rewarded.scoring == plan.recipe.scoring
+    assert rewarded.buffer == plan.recipe.buffer
+    assert plan.recipe.scoring.reward is not None
+
+
+def test_a_plan_survives_writing(tmp_path: Path) -> None:
+    plan = plan_of("mle,sequencematch:divergence=kl", actions=1000)
+    (tmp_path / "comparison.yaml").write_text(plan.to_yaml())
+    assert read_plan(tmp_path) == plan
+    (tmp_path / "comparison.yaml").write_text("arms: {}")
+    with pytest.raises(UserError, match=r"is not what `sequencematch compare` wrote"):
+        read_plan(tmp_path)
+    with pytest.raises(UserError, match="not the folder of a comparison"):
+        read_plan(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("objectives", "parts"),
+    [
+        ("mle,sequencmatch", ["unknown objective 'sequencmatch'", "did you mean 'sequencematch'"]),
+        ("mle,zzz", ["unknown objective 'zzz'", "known: ", "unlikelihood"]),
+        ("mle,emo,mle", ["mle is named twice"]),
+        ("sequencematch,sequencematch:alpha=0.03", ["sequencematch and sequencematch-alpha-0.03 are the same"]),
+        ("mle", ["at least two"]),
+        ("mle,sequencematch:alhpa=1", ["unknown key 'alhpa'", "did you mean 'alpha'"]),
+        ("mle,sequencematch:alpha=-1", ["alpha: Input should be greater than 0"]),
+        ("mle,emo:", ["no setting after the colon"]),
+        ("alpha=1,mle", ["follows no objective"]),
+        ("mle,kl_control", ["objective kl_control", "scoring.reward"]),
+        ("mle,gdc", ["gdc", "constraints: Field required"]),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(objectives: str, parts: list[str]) -> None:
+    message = refusal(objectives)
+    assert all(part in message for part in parts), message
+
+
+def test_settings_that_do_not_suit_are_refused() -> None:
+    assert "checkpoint_dir" in refusal("mle,emo", "learner.checkpoint_dir=/tmp/elsewhere")
+    assert "actors.count is 0" in refusal(
+        "mle,sequencematch", "stages.sequencematch.objective={name: mle}", "actors.count=0"
+    )
+    assert "would never train the policy" in refusal("mle,adversarial_js", steps=50)
+    # A pilot is long enough for a discriminator that learns alone at first.
+    assert plan_of("mle,adversarial_js", actions=1000).pilot_steps("adversarial_js") == 70
+
+
+def test_objectives_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "arms.yaml"
+    file.write_text("plain: {name: mle}\nsoft: {name: gdc, constraints: [{feature: brief, target: 0.5}]}\n")
+    arms = read_objectives(file)
+    assert [objective.name for objective in arms.values()] == ["mle", "gdc"]
+    for content, part in (
+        ("a/b: {name: mle}", "label 'a/b'"),
+        ("a: {name: mel}", "did you mean 'mle'"),
+        ("a: {name: emo, mode: 3}", "a: mode"),
+        ("- mle", "no mapping from labels"),
+        ("a: [", "not valid YAML"),
+    ):
+        file.write_text(content)
+        with pytest.raises(UserError) as caught:
+            read_objectives(file)
+        assert part in str(caught.value)
+    with pytest.raises(UserError, match="no objectives at"):
+        read_objectives(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([str(ARITHMETIC)], "say what to compare"),
+        ([], "give either a recipe"),
+        ([str(ARITHMETIC), "--objectives", "mle,emo", "--steps", "3", "--actions", "3"], "two budgets"),
+        (["--resume", "runs/none", "--steps", "3"], "--steps is for a new comparison"),
+        (["--resume", "runs/none"], "not the folder of a comparison"),
+        ([str(ARITHMETIC), "--objectives", "mle,emo", "--seeds", "0"], "--seeds"),
+        ([str(ARITHMETIC), "--objectives", "mle,reinforce"], "scoring.reward"),
+    ],
+)
+def test_bad_input_ends_with_exit_code_2(arguments: list[str], part: str) -> None:
+    result = CliRunner().invoke(app, ["compare", *arguments])
+    assert result.exit_code == 2
+    assert part in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_dry_run_makes_nothing(tmp_path: Path) -> None:
+    arguments = ["compare", str(ARITHMETIC), f"runs_folder={tmp_path}/runs", "--objectives", "mle,emo", "--dry-run"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    (tmp_path / "comparison.yaml").write_text(result.stdout)
+    assert list(read_plan(tmp_path).arms) == ["mle", "emo"]
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,207 @@
+"""A comparison's table, its files, and the folder that it lies in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from launch.compare.arms import parse_objectives
+from launch.compare.folder import ComparisonFolder, Measured, StageCost, read_measured, stage_cost
+from launch.compare.plan import make_plan, read_plan
+from launch.compare.report import WIDTH, comparison_markdown, render_comparison, write_comparison
+from launch.compare.results import Comparison
+from launch.compare.session import Pace
+from launch.errors import UserError
+from launch.evaluation import CheckpointResult, Estimate, Evaluation
+from launch.evaluation.report import write_evaluation
+from launch.recipe import read_recipe
+from launch.settings import RunSettings
+
+ARMS = ("mle", "behaviour_cloning", "sequencematch-alpha-0.1-beta_steps-50", "unlikelihood", "emo", "kl_control")
+
+
+def comparison(num_seeds: int, arms: tuple[str, ...] = ARMS) -> Comparison:
+    """Each arm is better than the one before by 0.1, give or take a hundredth by seed; the last has no `recovery`."""
+    estimates, costs = {}, {}
+    for position, arm in enumerate(arms):
+        for seed in range(num_seeds):
+            accuracy = 0.3 + 0.1 * position + 0.01 * ((seed * (position + 1)) % 3)
+            numbers = {"greedy.accuracy": Estimate(accuracy, 0.02, 500), "sampled.length": Estimate(12.5, 0.25, 500)}
+            if arm != arms[-1]:
+                numbers["recovery.recovery"] = Estimate(None if arm == arms[0] else 0.5, 0.02, 500)
+            estimates[arm, seed] = numbers
+            costs[arm, seed] = StageCost(400, 100_000 + position, 12.0)
+    return Comparison("arithmetic", "400 steps", arms, tuple(range(num_seeds)), estimates, {}, costs, {})
+
+
+def shown(found: Comparison, width: int = 200) -> list[str]:
+    """Lines as a terminal shows them."""
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    console.print(render_comparison(found))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_every_arm_is_shown_within_a_hundred_columns(num_seeds: int) -> None:
+    lines = shown(comparison(num_seeds))
+    captions = [line for line in lines if len(line) > WIDTH]
+    assert all(line.startswith(("±", "≈", "Nothing", "In brackets")) for line in captions), captions
+    text = "\n".join(lines)
+    assert all(arm in text for arm in ("behaviour_cloning", "unlikelihood", "emo", "kl_control"))
+    heads = [line for line in lines if line.split()[:1] == ["mle"]]
+    assert len(heads) > 1, "six arms take more than one table, each of which begins with the reference"
+
+
+def test_numbers_differences_and_marks() -> None:
+    lines = "\n".join(shown(comparison(3, ARMS[:2])))
+    assert "arithmetic: 3 seeds of each arm, 400 steps" in lines
+    assert ".310 ±.010 (.020)" in lines  # .30 .31 .32
+    assert "+.100 ±.025 ≠" in lines  # differences .10 .11 .09: their deviation .01 / sqrt 3 times t = 4.303
+    assert "100,000" in lines
+    assert "Student's t" in lines
+
+
+def test_few_seeds_are_told_plainly() -> None:
+    found = comparison(2, ARMS[:2])
+    lines = "\n".join(shown(found))
+    assert "Nothing can be said about the spread over seeds: 2 of the 3 that it takes" in lines
+    assert "12.50 (0.25)" in lines
+    assert "+0.00 ±0.49 ≈" in lines
+    assert "Student" not in lines + comparison_markdown(found)
+
+
+def test_markdown_has_every_arm_and_gaps_where_nothing_was_measured() -> None:
+    lines = comparison_markdown(comparison(3)).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert {line.count("|") for line in table} == {len(ARMS) + 2}
+    recovery = next(line for line in table if "recovery recovery" in line)
+    cells = [cell.strip() for cell in recovery.strip("|").split("|")]
+    assert cells[1] == cells[-1] == "-"
+    assert cells[2] == ".500 ±.000 (.020)", "nothing to hold it against"
+
+
+def test_files_hold_every_run_and_say_what_failed(tmp_path: Path) -> None:
+    found = comparison(3, ARMS[:3])
+    gone = (ARMS[1], 2)
+    estimates = {key: numbers for key, numbers in found.estimates.items() if key != gone}
+    costs = {key: cost for key, cost in found.costs.items() if key != gone}
+    failed = Comparison(
+        found.task,
+        found.budget,
+        found.arms,
+        found.seeds,
+        estimates,
+        {},
+        costs,
+        {"x-behaviour_cloning-seed2": "it died"},
+    )
+    write_comparison(failed, tmp_path)
+    tree = json.loads((tmp_path / "compare.json").read_text())
+    assert [(run["arm"], run["seed"]) for run in tree["runs"]] == list(costs)
+    (accuracy, *_) = tree["metrics"]
+    assert accuracy["name"] == "greedy.accuracy"
+    assert accuracy["differences"][ARMS[1]]["num_seeds"] == 2
+    assert accuracy["differences"][ARMS[1]]["basis"] == "examples"
+    assert accuracy["differences"][ARMS[2]]["within_noise"] is False
+    rows = list(csv.DictReader((tmp_path / "compare.csv").open()))
+    assert len(rows) == sum(map(len, estimates.values()))
+    assert rows[0] == {
+        "metric": "greedy.accuracy",
+        "arm": "mle",
+        "seed": "0",
+        "value": "0.3",
+        "standard_error": "0.02",
+        "n": "500",
+    }
+    assert "x-behaviour_cloning-seed2 failed: it died" in (tmp_path / "compare.md").read_text()
+    assert "†" in "\n".join(shown(failed)), "two of three seeds: of the examples alone"
+
+
+def settings_of(runs: Path) -> RunSettings:
+    return read_recipe(Path("launch/recipes/arithmetic_cpu.yaml"), [f"runs_folder={runs}"])
+
+
+def new_comparison(runs: Path) -> ComparisonFolder:
+    settings = settings_of(runs)
+    plan = make_plan(settings, parse_objectives("mle,emo", settings.stages), 1, steps=3)
+    return ComparisonFolder.create(plan, "pair")
+
+
+def test_a_run_has_its_start_by_links_that_move_with_the_folder(tmp_path: Path) -> None:
+    made = new_comparison(tmp_path / "runs")
+    checkpoint = made.start(0) / "checkpoints" / "trunk" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text("{}")
+    settings = made.plan.arm_settings("mle", 0, 3)
+    for _ in range(2):  # a second time it is there already
+        made.open_run(made.arm("mle", 0), settings, made.start(0))
+    moved = tmp_path / "moved" / "pair"
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    opened = ComparisonFolder(moved, read_plan(moved))
+    assert opened.plan == made.plan
+    assert (opened.arm("mle", 0) / "checkpoints" / "trunk" / "step-000001" / "progress.json").read_text() == "{}"
+
+
+def test_a_run_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
+    made = new_comparison(tmp_path)
+    settings = made.plan.arm_settings("mle", 0, 3)
+    run = made.arm("mle", 0)
+    assert not made.is_finished(run, settings)
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("na")
+    made.open_run(run, settings, None)
+    assert read_recipe(run / "config.yaml") == settings.model_copy(update={"runs_folder": str(run.parent)})
+    assert not made.is_finished(run, settings)
+
+
+def test_a_comparison_is_not_begun_twice(tmp_path: Path) -> None:
+    new_comparison(tmp_path)
+    with pytest.raises(UserError, match=r"--resume .*pair"):
+        new_comparison(tmp_path)
+
+
+def test_the_cost_of_a_stage_counts_repeated_steps_once(tmp_path: Path) -> None:
+    rows = [("trunk", 1, 9.0), ("compared", 1, 2.0), ("compared", 2, 2.0), ("compared", 2, 0.5), ("compared", 3, 1.0)]
+    lines = [
+        json.dumps({"stage": stage, "step": step, "step_s": seconds, "actions_per_s": 100 / seconds})
+        for stage, step, seconds in rows
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert stage_cost(tmp_path) == StageCost(steps=3, actions=300, seconds=3.5)
+
+
+def test_what_an_evaluation_wrote_is_read_back(tmp_path: Path) -> None:
+    nothing = Estimate(None, None, 0)
+    results = [
+        CheckpointResult(
+            "mle", Path("a"), {"greedy": {"accuracy": Estimate.share(cases)}, "recovery": {"r": nothing}}, ()
+        )
+        for cases in (np.array([True, False, False, True]), np.array([True, False, True, True]))
+    ]
+    evaluation = Evaluation("arithmetic", True, 4, 0, (results[0], replace(results[1], label="emo")))
+    write_evaluation(evaluation, tmp_path)
+    found = read_measured(tmp_path / "evaluation.json")
+    assert found["mle"] == Measured({"greedy.accuracy": Estimate(0.5, 0.25, 4), "recovery.r": nothing}, {}, "mle")
+    change = found["emo"].changes["greedy.accuracy"]
+    # One of four answers differs, so the differences are 0, 0, 1, 0: their deviation 1/2, over the root of 4.
+    assert (change.value, change.standard_error) == (0.25, pytest.approx(0.25))
+
+
+def test_the_time_left_is_that_of_runs_of_the_same_kind() -> None:
+    pace = Pace(["start", "mle", "emo", "start", "mle", "emo"])
+    assert pace.headline() == "run 1 of 6"
+    pace.skip()
+    pace.done("mle", 60.0)
+    assert pace.headline() == "run 3 of 6, about 4 min left", "nothing else is known"
+    pace.done("emo", 600.0)
+    pace.done("start", 60.0)
+    assert pace.headline() == "run 5 of 6, about 11 min left"
