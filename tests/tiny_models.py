@@ -104,3 +104,18 @@ def perturbed(model: PreTrainedModel, seed: int, scale: float = 0.1) -> PreTrain
             spread = parameter.std() if parameter.dim() > 1 else 1.0
             parameter.add_(scale * spread * torch.randn(parameter.shape, generator=generator))
     return moved
+
+
+@torch.no_grad()
+def make_constant(model: PreTrainedModel, favoured_id: int) -> None:
+    """Give a Llama with tied embeddings the same distribution at every text, in which `favoured_id` is most likely.
+
+    The final norm passes a constant on, and the head reads it.
+    """
+    for parameter in model.parameters():
+        parameter.zero_()
+    embedding = model.get_input_embeddings().weight
+    embedding[:, 0] = 1.0
+    model.model.norm.weight[0] = 1.0
+    embedding[:, 1] = 0.0
+    embedding[favoured_id, 0] = 3.0

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-import torch
 from rich.console import Console
 
 from buffer.experts.tasks import load_task
@@ -29,6 +28,7 @@ from launch.settings import RunSettings
 from learner.model import load_policy
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.integration.engine_worker import EngineProcessFailed, in_engine_process_for
+from tests.tiny_models import make_constant
 
 # Starting the engine's process, vLLM's import included, takes half a minute and more on a busy machine.
 pytestmark = pytest.mark.slow
@@ -53,16 +53,7 @@ def make_run(folder: Path) -> Path:
     task = load_task(settings.task, max_length=64)
     for stage, likely in (("ender", "eos"), ("hesitant", "backspace")):
         policy = load_policy(settings.model, task.tokenizer)
-        # Every state has the same distribution: the final norm passes a constant on, and the head reads it.
-        with torch.no_grad():
-            for parameter in policy.model.parameters():
-                parameter.zero_()
-            embedding = policy.model.get_input_embeddings().weight
-            embedding[:, 0] = 1.0
-            policy.model.model.norm.weight[0] = 1.0
-            favoured = policy.eos_id if likely == "eos" else policy.backspace_id
-            embedding[:, 1] = 0.0
-            embedding[favoured, 0] = 3.0
+        make_constant(policy.model, policy.eos_id if likely == "eos" else policy.backspace_id)
         progress = progress_at(1, stage=stage, stage_steps=1)
         save_checkpoint(folder / "checkpoints" / stage, policy.model, policy.tokenizer, progress, {})
     return folder
