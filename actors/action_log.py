@@ -132,7 +132,8 @@ def _lists(
 ) -> pa.ListArray:
     """offsets: of the arrays, if known already."""
     offsets = _offsets(arrays) if offsets is None else offsets
-    values = b"".join([array.data for array in arrays])  # twice as quick as `numpy.concatenate`
+    # In a quarter of the time that `numpy.concatenate` takes. That arrays are buffers is declared from Python 3.12 on.
+    values = b"".join(arrays)  # type: ignore[arg-type]
     count = int(offsets[-1])
     assert 8 * len(values) == count * value_type.bit_width, "one log-probability and one version per action"
     elements = pa.Array.from_buffers(value_type, count, [None, pa.py_buffer(values)], null_count=0)
