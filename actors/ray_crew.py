@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.node_choice import NodeRoom, choose_node, in_units
 from actors.rollout_actor import RolloutActor, RolloutSpec
 from actors.roster import Failure, Sighting
+from actors.settings import ActorsSettings
 from actors.status import ActorStatus
 from buffer.shards.shard import Shard
 from buffer.weights import WeightManifest, WeightPayload
@@ -97,7 +98,7 @@ class RayCrew:
     def spawn(self, name: str, number: int) -> None:
         """See `actors.roster.Crew`."""
         settings = self._spec.settings
-        node_id = self._choose_node()
+        node_id = node_for_actor(settings, Counter(hand.node_id for hand in self._hands.values()))
         handle = (
             ray.remote(concurrency_groups={"generation": 1, "control": 4})(RolloutActor)
             .options(
@@ -131,18 +132,20 @@ class RayCrew:
         """See `actors.roster.Crew`."""
         ray.kill(self._hands.pop(name).handle)
 
-    def _choose_node(self) -> str | None:
-        """For one more actor. What was taken in the last moments may not be known yet: then Ray finds another node."""
-        settings = self._spec.settings
-        each = in_units({"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources})
-        own = Counter(hand.node_id for hand in self._hands.values())
-        free = sorted(available_resources_per_node().items())
-        rooms = [NodeRoom(node_id, in_units(resources), own[node_id]) for node_id, resources in free]
-        index = choose_node(settings.placement, each, rooms)
-        return None if index is None else rooms[index].node_id
-
     def _at_work(self) -> Iterator[_Hand]:
         return (hand for hand in self._hands.values() if hand.run is not None and not hand.leaving)
+
+
+def node_for_actor(settings: ActorsSettings, own: Mapping[str | None, int]) -> str | None:
+    """Id of the node for one more actor; None where none has room. own: actors of the run by node.
+
+    What was taken in the last moments may not be known yet: then Ray finds another node (`at_best_on`).
+    """
+    each = in_units({"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources})
+    free = sorted(available_resources_per_node().items())
+    rooms = [NodeRoom(node_id, in_units(resources), own.get(node_id, 0)) for node_id, resources in free]
+    index = choose_node(settings.placement, each, rooms)
+    return None if index is None else rooms[index].node_id
 
 
 def at_best_on(node_id: str | None) -> object:

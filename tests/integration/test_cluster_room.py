@@ -1,0 +1,39 @@
+"""The plan on a real cluster of three nodes: what others hold is waited for, and Ray puts actors where it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from actors.node_choice import UNITS
+from tests.integration.ray_head import RayHead
+from tests.integration.train_process import ARITHMETIC, ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+TIMEOUT_S = 400.0
+
+
+def test_processes_go_where_there_is_room_and_where_the_rule_says() -> None:
+    with RayHead(num_cpus=2, workers=(2, 1)) as head:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.integration.room_worker", ARITHMETIC],
+            cwd=ROOT,
+            env={**head.environment, "RAY_ADDRESS": head.gcs_address},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["offered"] == {"127.0.0.2": 2 * UNITS, "127.0.0.3": 2 * UNITS, "127.0.0.4": UNITS}
+    assert "the plan needs 4 CPU (2 for learner, 2 for actors), the cluster has 3 free" in found["waited"]["told"]
+    assert sorted(found["waited"]["nodes"]) == ["127.0.0.2", "127.0.0.3"]
+    assert found["spread"] == [1, 1, 1]
+    assert found["pack"] == [2]
+    assert found["at once"] == 5
