@@ -2,6 +2,7 @@
 
 runs/NAME/  config.yaml  environment.txt  lock  cluster.json (while live)  metrics.jsonl  tensorboard/
             buffer/  tokenizer/  checkpoints/<stage>/step-<n>/  evaluation.json  evaluation/  samples/
+            report.html
 """
 
 from __future__ import annotations

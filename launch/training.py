@@ -7,12 +7,14 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from launch.command_errors import setting_up
 from launch.driver import RunOutcome
 from launch.driver import train as run_stages
 from launch.errors import EXIT_INTERRUPTED, RunFailedError
 from launch.evaluation import Target, evaluate
 from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
 from launch.evaluation.task import EVALUATION_FOLDER
+from launch.report.write import REPORT_FILE, write_report
 from launch.run_checkpoints import final_checkpoint
 from launch.run_folder import sole_driver
 from launch.settings import RunSettings
@@ -44,6 +46,7 @@ def _run_and_report(settings: RunSettings, folder: Path, console: Console, evalu
         raise typer.Exit(EXIT_INTERRUPTED)
     if evaluate_after:
         _evaluate(outcome, settings, console, shown)
+    _report(outcome.folder, console, shown)
     console.print(f"\nrun folder: {shown}", highlight=False, soft_wrap=True)
 
 
@@ -69,6 +72,14 @@ def _evaluate(outcome: RunOutcome, settings: RunSettings, console: Console, show
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _report(folder: Path, console: Console, shown: Path) -> None:
+    with setting_up():
+        written = write_report(folder)
+    for note in written.notes:
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {shown}/{REPORT_FILE}", highlight=False, soft_wrap=True)
 
 
 def _say_how_to_resume(console: Console, shown: Path, what: str) -> None:

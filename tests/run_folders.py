@@ -33,14 +33,15 @@ CLOCK_STARTS = 1_700_000_000.0
 
 
 class Clock:
-    """What `time.time` says to everything below; a second passes with each look."""
+    """What `time.time` says to everything below; `tick_s` pass with each look."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tick_s: float) -> None:
         self.now = CLOCK_STARTS
+        self._tick_s = tick_s
         monkeypatch.setattr(time, "time", self)
 
     def __call__(self) -> float:
-        self.now += 1.0
+        self.now += self._tick_s
         return self.now
 
 

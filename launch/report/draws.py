@@ -130,5 +130,5 @@ def _histogram(title: str, unit: str, caption: str, values: Float64, edges: Floa
         [float(f"{edge:.10g}") for edge in edges],
         counts.tolist(),
         float(values.mean()),
-        float(np.quantile(values, 0.95)),
+        float(np.quantile(values, 0.95, method="inverted_cdf")),
     )

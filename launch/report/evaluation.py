@@ -205,8 +205,8 @@ def _paired(file: _EvaluationFile, index: int, baseline: int, group: str, name: 
     if file.baseline not in (ours.label, others.label):
         return None
     number = holder.differences.get(group, {}).get(name)
-    if number is None or number.value is None:
-        return None
+    if number is None or number.value is None or not number.standard_error:
+        return None  # an error of 0 says that no example differs, not that none could
     return normal_interval(sign * number.value, number.standard_error)
 
 

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from launch.run_log import HAS_WEIGHTS, LOG_FILE, PUBLISHED, RUN_BEGINS, RUN_ENDED, RUN_FINISHED, RUN_STOPPED
 
+MIN_STRETCH_S = 2.0
+"""Actors tell their counters a few times a second: over shorter stretches a rate would be that of the telling."""
+
 RunState = Literal["finished", "stopped", "failed", "open"]
 """`open`: under way, or killed before it could say anything."""
 
@@ -45,7 +48,10 @@ class Push:
 
 @dataclass(frozen=True)
 class Rates:
-    """Actions per second of one actor, each between two lines of the log. starts_s, ends_s: since the run began."""
+    """Actions per second of one actor, each between two of its lines at least `MIN_STRETCH_S` apart.
+
+    starts_s, ends_s: since the run began.
+    """
 
     actor: int
     starts_s: list[float]
@@ -149,10 +155,11 @@ def _rates(lines: Iterable[LogLine], began_at: float) -> list[Rates]:
     for line in lines:
         if line.role != "actor" or line.actions is None:
             continue
-        before = newest.get(line.index)
-        newest[line.index] = line
-        if before is None or before.actions is None or line.time <= before.time:
+        before = newest.setdefault(line.index, line)
+        assert before.actions is not None, "lines without a counter are left out above"
+        if line.time - before.time < MIN_STRETCH_S:
             continue
+        newest[line.index] = line
         # A counter that fell is that of a new process.
         actions = line.actions - before.actions if line.actions >= before.actions else line.actions
         found = rates.setdefault(line.index, Rates(line.index, [], [], []))

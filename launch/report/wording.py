@@ -43,7 +43,8 @@ def model(settings: RunSettings) -> str:
     """The model in a line."""
     chosen = settings.model
     if not isinstance(chosen, PretrainedModelSettings):
-        return f"{chosen.architecture}, {chosen.num_layers} layers of width {chosen.hidden_size}, from scratch"
+        layers = "1 layer" if chosen.num_layers == 1 else f"{chosen.num_layers} layers"
+        return f"{chosen.architecture}, {layers} of width {chosen.hidden_size}, from scratch"
     parts = [chosen.name]
     parts.append("every weight trained" if chosen.adapter is None else "low-rank adapters trained")
     if chosen.quantization is not None:

@@ -184,7 +184,7 @@ def test_checkpoints_stand_alone(run: FinishedRun) -> None:
 
 def test_the_run_folder_is_that_of_a_run_that_ended(run: FinishedRun) -> None:
     names = {path.name for path in run.folder.iterdir()}
-    files = {"config.yaml", "environment.txt", "metrics.jsonl", "logs", "lock"}
+    files = {"config.yaml", "environment.txt", "metrics.jsonl", "logs", "lock", "report.html"}
     assert names == files | {"tensorboard", "tokenizer", "buffer", "checkpoints"}
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.report.timeline import read_timeline
+from launch.report.timeline import MIN_STRETCH_S, read_timeline
 from launch.report.wording import pushes
 from launch.run_log import LOG_FILE, RUN_BEGINS, RUN_FINISHED, RUN_STOPPED, RunLog
 from tests.run_folders import VERSIONS, Clock, write_log
 
 
 def test_pushes_and_throughput_are_those_that_the_driver_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Clock(monkeypatch)
+    Clock(monkeypatch, tick_s=3.0)
     write_log(tmp_path)
     timeline = read_timeline(tmp_path)
     assert timeline is not None
@@ -34,6 +34,18 @@ def test_pushes_and_throughput_are_those_that_the_driver_saw(tmp_path: Path, mon
     assert min(second.actions_per_s) >= 0.0
     assert timeline.warnings[0][1:] == ("learner", "<b>backspaces take over</b>")
     assert "median" in pushes(timeline)
+
+
+def test_rates_are_not_those_of_how_often_actors_tell_their_counters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch, tick_s=0.25)
+    write_log(tmp_path)
+    timeline = read_timeline(tmp_path)
+    assert timeline is not None
+    assert timeline.rates
+    for rates in timeline.rates:
+        assert all(end - start >= MIN_STRETCH_S for start, end in zip(rates.starts_s, rates.ends_s, strict=True))
 
 
 @pytest.mark.parametrize(

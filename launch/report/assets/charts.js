@@ -120,7 +120,7 @@ class Chart {
       this.svg.append(make("line", { class: "grid", x1: this.left, x2: this.right, y1: y(value), y2: y(value) }));
       this.svg.append(make("text", { class: "axis", x: this.left - 6, y: y(value) + 4, "text-anchor": "end" }, format(value)));
     }
-    for (const value of xTicks) {
+    for (const value of xTicks.filter((value) => this.data.kind === "bars" || x(value) > this.left + 18)) { // beside the axis' name
       this.svg.append(make("text", { class: "axis", x: x(value), y: this.bottom + 16, "text-anchor": "middle" }, format(value)));
     }
     if (this.data.kind === "bars") return; // its values have the unit of the title
