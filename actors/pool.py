@@ -20,7 +20,8 @@ from actors.rollout_rules import SUPERVISION_INTERVAL_S
 from actors.roster import Roster
 from actors.status import PoolStatus
 from buffer.shards.shard import Shard
-from buffer.weights import WeightManifest, WeightPayload
+from buffer.weight_transport import StoredWeights
+from buffer.weights import WeightManifest
 
 MAX_EVENTS = 200
 
@@ -59,12 +60,9 @@ class ActorPool:
         self._roster.scale(desired)
         return await self.status()
 
-    async def announce(self, manifest: WeightManifest, payload: list[ray.ObjectRef[WeightPayload]]) -> None:
-        """Tell every running actor of new weights; only the newest announcement is kept for late joiners.
-
-        The payload reference travels in a list, so that Ray does not fetch the bytes into the pool.
-        """
-        self._crew.announce(manifest, payload)
+    async def announce(self, manifest: WeightManifest, handle: StoredWeights) -> None:
+        """Tell every running actor of new weights; only the newest announcement is kept for late joiners."""
+        self._crew.announce(manifest, handle)
 
     async def pause(self) -> None:
         """No new rollouts until `resume`: a stage that needs none leaves the cores to the learner."""

@@ -18,7 +18,8 @@ from actors.roster import Failure, Sighting
 from actors.settings import ActorsSettings
 from actors.status import ActorStatus
 from buffer.shards.shard import Shard
-from buffer.weights import WeightManifest, WeightPayload
+from buffer.weight_transport import StoredWeights
+from buffer.weights import WeightManifest
 
 STATUS_TIMEOUT_S = 5.0
 
@@ -44,7 +45,7 @@ class RayCrew:
         self._shards = shards
         self._environment = environment
         self._hands: dict[str, _Hand] = {}
-        self._newest: tuple[WeightManifest, list[ray.ObjectRef[WeightPayload]]] | None = None
+        self._newest: tuple[WeightManifest, StoredWeights] | None = None
         self._paused = False
         self._first_version = 0
 
@@ -53,7 +54,7 @@ class RayCrew:
         """Of the weights that were announced last; -1 before any."""
         return -1 if self._newest is None else self._newest[0].version
 
-    def announce(self, manifest: WeightManifest, payload: list[ray.ObjectRef[WeightPayload]]) -> None:
+    def announce(self, manifest: WeightManifest, handle: StoredWeights) -> None:
         """Tell every actor at work of new weights; only the newest announcement is kept for late joiners.
 
         Raises:
@@ -61,9 +62,9 @@ class RayCrew:
         """
         if manifest.version <= self.newest_version:
             raise ValueError(f"weights version {manifest.version} announced after version {self.newest_version}")
-        self._newest = (manifest, payload)
+        self._newest = (manifest, handle)
         for hand in self._at_work():
-            _control(hand.handle.announce, manifest, payload)
+            _control(hand.handle.announce, manifest, handle)
 
     def set_paused(self, paused: bool, first_version: int | None = None) -> None:
         """No new rollouts while paused, nor with weights older than `first_version` (None: as before)."""

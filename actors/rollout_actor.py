@@ -1,8 +1,9 @@
 """One rollout actor: a vLLM engine kept full of prompts, whose finished action logs go to the replay buffer.
 
 `run` holds the engine and is the only code that touches it; the control methods (`announce`, `set_paused`, `drain`,
-`status`) run beside it and only leave word. Word is taken between two engine steps, so new weights never wait for a
-rollout to end: a rollout that is under way goes on with them, and each of its actions records its version.
+`status`) run beside it and only leave word. Word is taken between two engine steps, so new weights need not wait for a
+rollout to end: one that is under way goes on with them, and each of its actions records its version. With
+`weight_update: drain` they do wait, and each rollout has one version.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ import ray
 
 from actors.action_log import FinishedLog, logs_to_batch
 from actors.engine_settings import EngineSettings, SamplingSettings
-from actors.rollout_rules import GENERATING, IDLE_WAIT_S, STARTING, hand_over_due, rollout_activity
+from actors.rollout_rules import (
+    GENERATING,
+    IDLE_WAIT_S,
+    STARTING,
+    finishes_first,
+    hand_over_due,
+    rollout_activity,
+)
 from actors.scoring import RolloutScoring
 from actors.scoring_settings import ScoringSettings
 from actors.settings import ActorsSettings
@@ -32,12 +40,12 @@ from buffer.experts.stream import ExpertStream, PromptStream
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
 from buffer.shards.shard import Shard, nearest
-from buffer.weights import WeightManifest, WeightPayload, check_probe, unpack, verify_fingerprint
+from buffer.weight_transport import ObjectStoreReceiver, StoredWeights, WeightReceiver
+from buffer.weights import WeightManifest, check_probe, unpack, verify_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WEIGHTS_TIMEOUT_S = 60.0
 RATE_WINDOW_S = 5.0
 
 
@@ -125,7 +133,8 @@ class RolloutActor:
             backspace=spec.settings.rollout.backspace,
         )
         self._word = threading.Condition()  # guards what the control methods leave for `run`
-        self._newest: tuple[WeightManifest, ray.ObjectRef[WeightPayload]] | None = None
+        self._receiver: WeightReceiver = ObjectStoreReceiver()
+        self._newest: tuple[WeightManifest, StoredWeights] | None = None
         self._paused = False
         self._first_version = 0
         self._draining = False
@@ -146,11 +155,11 @@ class RolloutActor:
         """The actor's name, once its engine stands."""
         return self._name
 
-    def announce(self, manifest: WeightManifest, payload: list[ray.ObjectRef[WeightPayload]]) -> None:
+    def announce(self, manifest: WeightManifest, handle: StoredWeights) -> None:
         """Leave word of new weights; `run` loads the newest announced ones before its next engine step."""
         with self._word:
             if self._newest is None or manifest.version > self._newest[0].version:
-                self._newest = (manifest, payload[0])
+                self._newest = (manifest, handle)
             self._word.notify_all()
 
     def set_paused(self, paused: bool, first_version: int) -> None:
@@ -200,8 +209,8 @@ class RolloutActor:
             TimeoutError: a shard of the buffer did not take a batch in time. BufferLostError: it is gone for good.
         """
         while True:
-            self._take_newest_weights()
-            admitting = self._admits_rollouts()
+            finishing = self._take_newest_weights()
+            admitting = self._admits_rollouts(finishing)
             if admitting:
                 self._fill_engine()
             if self._engine.num_unfinished:
@@ -216,24 +225,29 @@ class RolloutActor:
         self._writer.settle()
         self._activity = "left"
 
-    def _take_newest_weights(self) -> None:
+    def _take_newest_weights(self) -> bool:
+        """Load the newest announced weights, if there are any; gives whether rollouts are to be finished before."""
         with self._word:
             newest = self._newest
         if newest is None or newest[0].version == self._version:
-            return
+            return False
+        num_unfinished = self._engine.num_unfinished
+        if finishes_first(self._spec.settings.weight_update, newest[0].version, self._version, num_unfinished):
+            return True
         self._hand_over()  # what finished with the present weights carries their fingerprint
-        manifest, reference = newest
+        manifest, handle = newest
         self._activity = f"loading weights {manifest.version}"
-        payload: WeightPayload = ray.get(reference, timeout=WEIGHTS_TIMEOUT_S)
+        payload = self._receiver.take(handle)
         verify_fingerprint(payload, manifest)
         self._engine.load_weights(unpack(payload, manifest), manifest.version)
         check_probe(manifest, self._engine.probe(manifest.probe_token_ids), self._spec.settings.probe_tolerance)
         self._version = manifest.version
         self._fingerprint = manifest.fingerprint
+        return False
 
-    def _admits_rollouts(self) -> bool:
+    def _admits_rollouts(self, finishing: bool) -> bool:
         self._activity = rollout_activity(
-            self._version, self._first_version, self._draining, self._paused, self._writer.held_back
+            self._version, self._first_version, self._draining, self._paused, self._writer.held_back, finishing
         )
         return self._activity == GENERATING
 

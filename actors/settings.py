@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from actors.rollout_rules import WeightUpdate
 from buffer.settings import Settings
 
 
@@ -63,6 +64,11 @@ class ActorsSettings(Settings):
     )
     num_threads: PositiveInt = Field(1, description="CPU threads per engine; more than one only on idle cores")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="engine's number format")
+    weight_update: WeightUpdate = Field(
+        "in_flight",
+        description="in_flight: new weights are loaded at once, rollouts under way go on with them, each action keeps "
+        "its version; drain: rollouts under way are finished first, none are started meanwhile",
+    )
     max_concurrent: PositiveInt = Field(64, description="rollouts an engine works on at a time")
     kv_cache_gib: float = Field(1.0, gt=0.0, description="memory of an engine's key-value cache on CPU, in GiB")
     enforce_eager: bool = Field(True, description="skip compilation: starts in seconds, generates 15-35 % slower")

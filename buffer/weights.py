@@ -9,13 +9,15 @@ and tie weights).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
+from buffer.low_rank import LowRankUpdate, merge_low_rank
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +57,10 @@ class WeightManifest:
     """What a publication contains.
 
     version: number of publications so far, 0 = the initial model; grows by one with each publication.
-    fingerprint: `fingerprint()` of tensors and payload.
+    fingerprint: `fingerprint()` of the payload.
     tensors: every tensor of the payload; of tied tensors only the first.
+    updates: what is merged into a tensor of the payload when it is unpacked. The fingerprint is of the tensors that
+        travel, since the sum of W and B A may round differently on another kind of processor; the probe is of the sum.
     probe_token_ids: [P] a fixed sequence; probe_logprobs: [P-1] log-probability of each token after the first
         given those before it, under these weights, computed by the learner.
     """
@@ -66,6 +70,7 @@ class WeightManifest:
     tensors: tuple[TensorEntry, ...]
     probe_token_ids: tuple[int, ...]
     probe_logprobs: tuple[float, ...]
+    updates: tuple[LowRankUpdate, ...] = ()
 
     def __post_init__(self) -> None:
         if self.version < 0:
@@ -112,13 +117,24 @@ def pack_tensors(
     return payload, tuple(entries)
 
 
-def fingerprint(entries: tuple[TensorEntry, ...], payload: WeightPayload) -> str:
-    """xxh3-128 over names, dtypes, shapes and bytes, ordered by name: equal weights have equal fingerprints."""
-    digest = xxhash.xxh3_128()
-    for entry in sorted(entries, key=lambda entry: entry.name):
-        digest.update(f"{entry.name}\0{entry.dtype}\0{entry.shape}\0".encode())
+def digest_tensors(entries: Iterable[TensorEntry], payload: WeightPayload) -> dict[str, bytes]:
+    """xxh3-128 of name, dtype, shape and bytes of each tensor."""
+    digests: dict[str, bytes] = {}
+    for entry in entries:
+        digest = xxhash.xxh3_128(f"{entry.name}\0{entry.dtype}\0{entry.shape}\0".encode())
         digest.update(np.ascontiguousarray(payload[entry.name]).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+        digests[entry.name] = digest.digest()
+    return digests
+
+
+def fingerprint(entries: Iterable[TensorEntry], payload: WeightPayload) -> str:
+    """Of names, dtypes, shapes and bytes: equal tensors have equal fingerprints, in whatever order they come."""
+    return combined_fingerprint(digest_tensors(entries, payload))
+
+
+def combined_fingerprint(digests: Mapping[str, bytes]) -> str:
+    """xxh3-128 over the digests of `digest_tensors`, ordered by name."""
+    return xxhash.xxh3_128(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
 def verify_fingerprint(payload: WeightPayload, manifest: WeightManifest) -> None:
@@ -138,7 +154,9 @@ def verify_fingerprint(payload: WeightPayload, manifest: WeightManifest) -> None
 
 
 def unpack(payload: WeightPayload, manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) pairs as a model's `load_weights` takes them; views of the payload: never write to them.
+    """(name, tensor) pairs as a model's `load_weights` takes them, low-rank updates merged.
+
+    All others are views of the payload: never write to them.
 
     Raises (at the call, before anything is loaded):
         WeightMismatchError: a tensor is missing, extra, or of another shape or dtype than the manifest says.
@@ -146,14 +164,14 @@ def unpack(payload: WeightPayload, manifest: WeightManifest) -> Iterator[tuple[s
     import torch
 
     _check_complete(payload, manifest)
-    tensors: list[tuple[str, torch.Tensor]] = []
+    tensors: dict[str, torch.Tensor] = {}
     with warnings.catch_warnings():
         # Arrays mapped from an object store are read-only, which torch cannot express and warns about.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         for entry in manifest.tensors:
             tensor = torch.from_numpy(payload[entry.name])
-            tensors.append((entry.name, tensor.view(getattr(torch, entry.dtype))))
-    return iter(tensors)
+            tensors[entry.name] = tensor.view(getattr(torch, entry.dtype))
+    return _merged(tensors, manifest.updates)
 
 
 def check_probe(manifest: WeightManifest, engine_logprobs: npt.NDArray[np.floating], tolerance: float) -> float:
@@ -190,6 +208,17 @@ def _to_array(tensor: torch.Tensor, dtype: str) -> Array:
     import torch
 
     return np.asarray(tensor.view(getattr(torch, _CARRIER_DTYPES[dtype])).numpy())
+
+
+def _merged(tensors: dict[str, torch.Tensor], updates: tuple[LowRankUpdate, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    by_weight = {update.weight: update for update in updates}
+    factors = {name for update in updates for name in (update.a, update.b)}
+    for name, tensor in tensors.items():
+        if (update := by_weight.get(name)) is not None:
+            a, b = tensors[update.a], tensors[update.b]
+            yield name, merge_low_rank(tensor, a, b, update.scaling, update.transposed)
+        elif name not in factors:
+            yield name, tensor
 
 
 def _check_complete(payload: WeightPayload, manifest: WeightManifest) -> None:

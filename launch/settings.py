@@ -88,6 +88,7 @@ class RunSettings(Settings):
             )
         self._check_scoring(bool(needy))
         self._check_backspace()
+        self._check_publishing()
         for stage in self.stages:
             if isinstance(stage.objective, ScoreFunctionSettings):
                 self._check_score_function(stage.name, stage.objective)
@@ -101,6 +102,14 @@ class RunSettings(Settings):
             raise ValueError(
                 f"stage {teaching[0].name!r}: objective {teaching[0].objective.name} teaches to take tokens back, and "
                 "actors.rollout.backspace is off: leave that out, or choose an objective without (mle, kl_control, ...)"
+            )
+
+    def _check_publishing(self) -> None:
+        adapted = isinstance(self.model, PretrainedModelSettings) and self.model.adapter is not None
+        if self.learner.publish == "adapter" and not adapted:
+            raise ValueError(
+                "learner.publish=adapter pushes the adapters alone, and the model has none: set model.adapter, or "
+                "leave publish out"
             )
 
     def _check_scoring(self, has_rollouts: bool) -> None:

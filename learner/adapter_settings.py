@@ -12,6 +12,9 @@ ALL_LINEAR = "all-linear"
 
 Quantization = Literal["nf4"]
 
+PublishMode = Literal["full", "adapter"]
+"""What a weight push carries: see `learner.publish`."""
+
 
 class AdapterSettings(Settings):
     """LoRA (arXiv 2106.09685): W + (alpha / rank) B A with W frozen. Defaults: the paper's text task.

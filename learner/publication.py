@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from buffer.low_rank import LowRankUpdate, merge_low_rank
 from buffer.weights import TensorEntry
+from learner.adapter_settings import PublishMode
 from learner.adapters import ADAPTER_NAME, adapted_layers
 from learner.quantization import dequantise, is_quantised, original_format
 from learner.sharding import gathered
@@ -42,12 +44,79 @@ def publication_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield source.entry.name, source.make()
 
 
+def low_rank_updates(model: PreTrainedModel) -> tuple[LowRankUpdate, ...]:
+    """What is to be merged when frozen and trained tensors travel apart."""
+    return tuple(
+        LowRankUpdate(
+            source.entry.name,
+            *_factor_names(source),
+            scaling=source.adapter.scaling[ADAPTER_NAME],
+            transposed=source.adapter.fan_in_fan_out,
+        )
+        for source in _sources(model)
+        if source.adapter is not None
+    )
+
+
+class PublicationPlan:
+    """Which tensors of one model travel with each publication. Ranks that share the model hold one each, in step.
+
+    `full`: every tensor, adapters merged, each time. `adapter`: what is frozen once, then only what training changes,
+    to be merged by whoever takes it (`low_rank_updates`).
+    """
+
+    def __init__(self, mode: PublishMode) -> None:
+        self.mode = mode
+        self._kept = False
+
+    def kept(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that are part of this publication and of all that follow; none after the first."""
+        if self.mode == "full" or self._kept:
+            return
+        self._kept = True
+        with torch.no_grad():
+            for source in _sources(model):
+                if not source.is_trained:
+                    yield source.entry.name, source.base()
+
+    def changed(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that are part of this publication alone."""
+        return publication_tensors(model) if self.mode == "full" else _trained_tensors(model)
+
+    def updates(self, model: PreTrainedModel) -> tuple[LowRankUpdate, ...]:
+        """What whoever takes a publication has to merge."""
+        return () if self.mode == "full" else low_rank_updates(model)
+
+
 @dataclass(frozen=True)
 class _Source:
-    """One tensor to publish, not yet made."""
+    """One tensor to publish, not yet made. base: makes it without `adapter`. is_trained: itself, not by an adapter."""
 
     entry: TensorEntry
-    make: Callable[[], Tensor]
+    base: Callable[[], Tensor]
+    adapter: LoraLayer | None
+    is_trained: bool
+
+    def make(self) -> Tensor:
+        return self.base() if self.adapter is None else merged(self.base(), self.adapter)
+
+
+def _trained_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    with torch.no_grad():
+        for source in _sources(model):
+            if source.adapter is not None:
+                yield from zip(_factor_names(source), _factors(source.adapter), strict=True)
+            elif source.is_trained:
+                yield source.entry.name, source.base()
+
+
+def _factor_names(source: _Source) -> tuple[str, str]:
+    return f"{source.entry.name}.lora_A", f"{source.entry.name}.lora_B"
+
+
+def _factors(adapter: LoraLayer) -> tuple[Tensor, Tensor]:
+    a, b = adapter.lora_A[ADAPTER_NAME].weight, adapter.lora_B[ADAPTER_NAME].weight
+    return gathered(a), gathered(b)
 
 
 def _sources(model: PreTrainedModel) -> list[_Source]:
@@ -90,15 +159,9 @@ def _source(name: str, tensor: Tensor, module: nn.Module, adapter: LoraLayer | N
     def base() -> Tensor:
         return dequantise(tensor) if quantised else gathered(tensor)
 
-    if adapter is None or not is_weight:
-        return _Source(entry, base)
-    return _Source(entry, lambda: merged(base(), adapter))
+    return _Source(entry, base, adapter if is_weight else None, tensor.requires_grad)
 
 
 def merged(weight: Tensor, adapter: LoraLayer) -> Tensor:
-    """W + (alpha / rank) B A, added in the adapter's format and rounded once to that of W; a new tensor."""
-    a, b = gathered(adapter.lora_A[ADAPTER_NAME].weight), gathered(adapter.lora_B[ADAPTER_NAME].weight)
-    update = (b @ a) * adapter.scaling[ADAPTER_NAME]
-    if adapter.fan_in_fan_out:
-        update = update.T
-    return (weight.to(update.dtype) + update).to(weight.dtype)
+    """W with the adapter's update, scaled by alpha / rank; a new tensor."""
+    return merge_low_rank(weight, *_factors(adapter), adapter.scaling[ADAPTER_NAME], adapter.fan_in_fan_out)

@@ -1,41 +1,74 @@
-"""Publishing weights: one copy into the object store, one announcement, no waiting for actors."""
+"""Publishing weights: one snapshot, one announcement, no waiting for actors."""
 
 from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors
-from learner.publication import publication_tensors
+from buffer.weight_transport import ObjectStoreSender, WeightSender
+from buffer.weights import TensorEntry, WeightManifest, combined_fingerprint, digest_tensors, pack_tensors
+from learner.publication import PublicationPlan
 from learner.tree_policy import TreePolicy
 
 PROBE_TOKENS = 16
 ANNOUNCE_TIMEOUT_S = 60.0
 
 
+@dataclass(frozen=True)
+class PublicationTimes:
+    """Seconds that the learner was held by each part of a publication.
+
+    pack_s: making the tensors (merging, gathering). offer_s: the snapshot, and telling the pool.
+    """
+
+    pack_s: float
+    fingerprint_s: float
+    probe_s: float
+    offer_s: float
+
+
 class WeightPublisher:
     """Numbers the publications of a run and tells the actor pool of each.
 
-    The object store takes the snapshot: `ray.put` copies the tensors once (and once per further node that asks), so
-    the optimizer may write to them as soon as `publish` returns. The newest payload is kept alive here.
+    The sender takes a snapshot, so the optimizer may write to the weights as soon as `publish` returns.
     """
 
-    def __init__(self, pool: ActorHandle, probe_token_ids: tuple[int, ...], first_version: int = 0) -> None:
+    def __init__(
+        self,
+        pool: ActorHandle,
+        probe_token_ids: tuple[int, ...],
+        first_version: int = 0,
+        plan: PublicationPlan | None = None,
+    ) -> None:
         """Args:
         probe_token_ids: [P] fixed sequence whose log-probabilities every engine must reproduce.
         first_version: version of the next publication (beyond 0 when a run resumes).
+        plan: which tensors travel; None = all of them, each time.
         """
         self._pool = pool
         self._probe_token_ids = probe_token_ids
         self._next_version = first_version
-        self._payload: ray.ObjectRef[WeightPayload] | None = None
+        self._plan = plan or PublicationPlan("full")
+        self._kept_entries: tuple[TensorEntry, ...] = ()
+        self._kept_digests: dict[str, bytes] = {}
+        self._sender: WeightSender = ObjectStoreSender()
         self._announced: ray.ObjectRef[None] | None = None
+        self._times: PublicationTimes | None = None
 
     @property
     def newest_version(self) -> int:
         """Version of the newest publication; -1 before the first."""
         return self._next_version - 1
+
+    @property
+    def newest_times(self) -> PublicationTimes | None:
+        """What the newest publication cost the learner; None before the first."""
+        return self._times
 
     def publish(self, policy: TreePolicy) -> WeightManifest:
         """Publish the weights under the next version and return without waiting for any actor.
@@ -46,22 +79,36 @@ class WeightPublisher:
             TimeoutError: the pool has not answered the previous announcement yet.
         """
         self._check_last_announcement()
-        payload, entries = pack_tensors(publication_tensors(policy.model))
+        started = time.perf_counter()
+        self._keep(policy)
+        payload, entries = pack_tensors(self._plan.changed(policy.model))
+        packed = time.perf_counter()
+        digest = combined_fingerprint(self._kept_digests | digest_tensors(entries, payload))
+        hashed = time.perf_counter()
+        probe_logprobs = tuple(policy.sequence_logprobs(self._probe_token_ids).tolist())
+        probed = time.perf_counter()
         manifest = WeightManifest(
             version=self._next_version,
-            fingerprint=fingerprint(entries, payload),
-            tensors=entries,
+            fingerprint=digest,
+            tensors=(*self._kept_entries, *entries),
             probe_token_ids=self._probe_token_ids,
-            probe_logprobs=tuple(policy.sequence_logprobs(self._probe_token_ids).tolist()),
+            probe_logprobs=probe_logprobs,
+            updates=self._plan.updates(policy.model),
         )
-        self._payload = ray.put(payload)
-        self._announced = self._pool.announce.remote(manifest, [self._payload])
+        self._announced = self._pool.announce.remote(manifest, self._sender.offer(payload))
+        self._times = PublicationTimes(packed - started, hashed - packed, probed - hashed, time.perf_counter() - probed)
         self._next_version += 1
         return manifest
 
     def resume_rollouts(self, first_version: int) -> None:
         """Let the pool's actors generate, with weights of `first_version` or newer."""
         self._pool.resume.remote(first_version)
+
+    def _keep(self, policy: TreePolicy) -> None:
+        payload, entries = pack_tensors(self._plan.kept(policy.model))
+        if entries:
+            self._sender.keep(payload)
+            self._kept_entries, self._kept_digests = entries, digest_tensors(entries, payload)
 
     def _check_last_announcement(self) -> None:
         if self._announced is not None:
@@ -74,9 +121,9 @@ class WeightPublisher:
                 ) from None
 
 
-def take_part_in_publication(policy: TreePolicy, probe_token_ids: tuple[int, ...]) -> None:
+def take_part_in_publication(policy: TreePolicy, probe_token_ids: tuple[int, ...], plan: PublicationPlan) -> None:
     """What the ranks other than 0 do while rank 0 publishes: give their parts of every tensor, in the same order."""
-    for _ in publication_tensors(policy.model):
+    for _ in chain(plan.kept(policy.model), plan.changed(policy.model)):
         pass
     policy.sequence_logprobs(probe_token_ids)
 

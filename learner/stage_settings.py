@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from buffer.settings import Settings
+from learner.adapter_settings import PublishMode
 from learner.objective_settings import ObjectiveSettings
 from learner.settings import OptimizerSettings
 from learner.watch import WatchSettings
@@ -61,6 +62,11 @@ class LearnerSettings(Settings):
         False,
         description="run each decoder layer again in the backward pass instead of keeping what it computed: less "
         "memory for about a third more time",
+    )
+    publish: PublishMode = Field(
+        "full",
+        description="what a weight push carries: every tensor, or (with model.adapter) the frozen ones once and then "
+        "what is trained, which the actors merge",
     )
     checkpoint_every_steps: PositiveInt = 500
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept per stage")

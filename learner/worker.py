@@ -36,6 +36,7 @@ from learner.model_files import load_weights
 from learner.objectives.base import OutsideDomainError
 from learner.objectives.registry import make_objective
 from learner.priorities import Float32
+from learner.publication import PublicationPlan
 from learner.publisher import WeightPublisher, make_probe, take_part_in_publication
 from learner.ranks import Ranks, join_ranks, open_rendezvous
 from learner.remote_checkpoints import open_checkpoints
@@ -97,6 +98,7 @@ class LearnerWorker:
         self._probe: tuple[int, ...] = ()
         self._shards: tuple[Shard, ...] = ()
         self._publisher: WeightPublisher | None = None
+        self._plan = PublicationPlan(spec.settings.publish)
 
     # Control group ------------------------------------------------------------
 
@@ -172,7 +174,7 @@ class LearnerWorker:
         """
         if self._ranks.leads:
             self._shards = tuple(shards)
-            self._publisher = WeightPublisher(pool, self._probe, first_version)
+            self._publisher = WeightPublisher(pool, self._probe, first_version, self._plan)
         self._publish()
 
     def run_stage(self, stage: StageSettings) -> StageResult | None:
@@ -307,7 +309,7 @@ class LearnerWorker:
         """Publish the weights of now; gives their version (-1 at ranks other than 0)."""
         with self._ranks.exchange("a publication"):
             if not self._ranks.leads:
-                take_part_in_publication(self._policy, self._probe)
+                take_part_in_publication(self._policy, self._probe, self._plan)
                 return -1
             assert self._publisher is not None, "connect() comes before the first publication"
             return self._publisher.publish(self._policy).version

@@ -17,6 +17,7 @@ from actors.rollout_rules import (
     IDLE_WAIT_S,
     MAX_BYTES_IN_FLIGHT,
     STARTING,
+    finishes_first,
     hand_over_due,
     has_room,
     rollout_activity,
@@ -153,10 +154,12 @@ class SimulatedActor:
     async def run(self) -> None:
         """Generate until drained."""
         while True:
-            if self._announced > self._version:
+            unfinished = self._engine.num_unfinished
+            finishing = finishes_first(self._settings.weight_update, self._announced, self._version, unfinished)
+            if self._announced > self._version and not finishing:
                 await self._load_weights()
             self._activity = rollout_activity(
-                self._version, self._first_version, self._draining, self._paused, self._writer.held_back
+                self._version, self._first_version, self._draining, self._paused, self._writer.held_back, finishing
             )
             if self._activity == GENERATING:
                 self._engine.add(self._settings.max_concurrent - self._engine.num_unfinished)

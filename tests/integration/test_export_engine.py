@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from buffer.weights import WeightManifest, WeightPayload, check_probe, fingerpri
 from launch.export import export
 from learner.adapter_settings import AdapterSettings
 from learner.model import Policy, load_policy
-from learner.publication import publication_tensors
+from learner.publication import PublicationPlan
 from learner.settings import PretrainedModelSettings
 from learner.tree_policy import TreePolicy
 from tests.checkpoints import progress_at, save_checkpoint
@@ -87,9 +88,12 @@ def test_an_export_and_a_push_of_adapters_generate_as_the_learners_model(policy:
     exported = AutoModelForCausalLM.from_pretrained(out)
 
     train_a_little(policy.model, seed=2)
-    payload, entries = pack_tensors(publication_tensors(policy.model))
+    plan = PublicationPlan("adapter")  # so the engine's side merges
+    payload, entries = pack_tensors(chain(plan.kept(policy.model), plan.changed(policy.model)))
     logprobs, before = (TreePolicy(m, BACKSPACE_ID).sequence_logprobs(PROBE) for m in (policy.model, exported))
-    manifest = WeightManifest(1, fingerprint(entries, payload), entries, PROBE, tuple(logprobs.tolist()))
+    manifest = WeightManifest(
+        1, fingerprint(entries, payload), entries, PROBE, tuple(logprobs.tolist()), plan.updates(policy.model)
+    )
     assert abs(logprobs - before).max() > 0.1, "the push changes nothing"
 
     requests = rollouts(24, seed=7)

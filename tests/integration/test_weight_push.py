@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import time
@@ -23,18 +24,23 @@ from actors.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings, RolloutSettings
 from actors.status import PoolStatus
+from buffer.reading.reader import read_shard
 from buffer.schema import TokenContract
 from buffer.settings import BufferSettings, NoiseSettings
 from buffer.shards.service import ReplayBufferService
 from buffer.shards.shard import Shard
 from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
+from buffer.weight_transport import ObjectStoreReceiver, ObjectStoreSender, StoredWeights
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors
-from learner.publication import publication_tensors
+from learner.adapter_settings import AdapterSettings
+from learner.adapters import add_adapters
+from learner.publication import PublicationPlan, publication_tensors
 from learner.publisher import WeightPublisher, make_probe
 from learner.tree_policy import TreePolicy, sequence_logprobs
 from tests.integration.reference import compare
 from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, VOCAB_SIZE, perturbed, tiny_model
+from tests.unit.test_adapters import train_a_little
 
 ROOT = Path(__file__).parents[2]
 ANSWER_TIMEOUT_S = 60.0
@@ -72,10 +78,17 @@ def cluster() -> Iterator[None]:
 class Push:
     """A pool of one actor, and what the learner would hold of it."""
 
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        actors: ActorsSettings = SETTINGS,
+        plan: PublicationPlan | None = None,
+    ) -> None:
+        self._folder = folder / "buffer"
         settings = BufferSettings(capacity=100_000, min_size=1, fsync="none")
         service = ray.remote(ReplayBufferService).options(num_cpus=0)
-        self.buffer = service.remote(str(folder / "buffer"), CONTRACT, settings, 0)
+        self.buffer = service.remote(str(self._folder), CONTRACT, settings, 0)
         shards = [Shard(0, self.buffer, node_id="")]
         generator = np.random.default_rng(0)
         texts = [generator.integers(FIRST_TEXT_ID, VOCAB_SIZE, size).tolist() for size in range(4, 12)]
@@ -84,7 +97,7 @@ class Push:
             config_json=model.config.to_json_string(use_diff=False),
             contract=CONTRACT,
             task="tiny",
-            settings=SETTINGS,
+            settings=actors,
             noise=NoiseSettings(kind="none", rate=0.0),
             max_length=64,
             seed=0,
@@ -92,7 +105,7 @@ class Push:
         environment = engine_environment(spec.engine_settings("", seed=0)) | {"PYTHONPATH": str(ROOT)}
         self.pool = ray.remote(ActorPool).options(num_cpus=0).remote(spec, [ray.put(examples)], shards, environment, 1)
         ray.get(self.pool.start.remote(), timeout=ANSWER_TIMEOUT_S)
-        self.publisher = WeightPublisher(self.pool, PROBE)
+        self.publisher = WeightPublisher(self.pool, PROBE, plan=plan)
         self._draws = 0
 
     def status(self) -> PoolStatus:
@@ -129,6 +142,11 @@ class Push:
                     found[row["id"]] = row
         return [as_log(row) for row in found.values()]
 
+    def versions_of_all(self) -> list[set[int]]:
+        """The versions of each rollout that was ever stored."""
+        stored = read_shard(self._folder).stored.column("policy_version").to_pylist()
+        return [set(versions) for versions in stored]
+
     def stop(self) -> None:
         ray.get(self.pool.stop.remote(30.0), timeout=ANSWER_TIMEOUT_S)
         for actor in (self.pool, self.buffer):
@@ -155,11 +173,9 @@ def assert_explained(logs: list[FinishedLog], models: dict[int, PreTrainedModel]
     assert result.worst < 1e-4
 
 
-def actor_process() -> psutil.Process:
-    """The process of the one rollout actor of this test's Ray."""
-    found = [p for p in psutil.Process().children(recursive=True) if "RolloutActor" in " ".join(p.cmdline())]
-    assert len(found) == 1, found
-    return found[0]
+def actor_processes() -> list[psutil.Process]:
+    """The processes of the rollout actors of this test's Ray."""
+    return [p for p in psutil.Process().children(recursive=True) if "RolloutActor" in " ".join(p.cmdline())]
 
 
 @pytest.mark.slow
@@ -176,6 +192,40 @@ def test_pushes_reach_the_engine_and_wrong_ones_fence_the_actor(tmp_path: Path) 
     push = Push(tmp_path, models[0])
     push_good_weights(push, models)
     push_wrong_weights(push, models[2])
+    push.stop()
+
+
+@pytest.mark.slow
+def test_adapters_travel_alone_to_actors_that_drain_join_late_hang_and_die(tmp_path: Path) -> None:
+    """Nothing of that holds up the learner; every actor ends with base and newest adapters, every rollout has one
+    version.
+    """
+    model = tiny_model(tied=True)
+    add_adapters(model, AdapterSettings(rank=4, alpha=8.0), base_name="base", revision=None, seed=0)
+    actors = SETTINGS.model_copy(update={"weight_update": "drain", "health_timeout_s": 600.0})
+    push = Push(tmp_path, model, actors, PublicationPlan("adapter"))
+    models = {}
+    for version in range(2):
+        models[version] = copy.deepcopy(train_a_little(model, seed=version))
+        push.publisher.publish(policy_of(model))
+        assert_explained(push.rollouts_of(version, ROWS), models)
+    before = {process.pid for process in actor_processes()}
+    ray.get(push.pool.scale.remote(2), timeout=ANSWER_TIMEOUT_S)
+    push.wait_until(lambda status: versions_of(status) == [1, 1], "the late joiner to have the newest weights")
+    (hung,) = (process for process in actor_processes() if process.pid in before)
+    os.kill(hung.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    for version in (2, 3):
+        models[version] = copy.deepcopy(train_a_little(model, seed=version))
+        push.publisher.publish(policy_of(model))
+    assert time.monotonic() - started < 30.0, "the learner waited for an actor"
+    push.wait_until(lambda status: 3 in versions_of(status), "the other actor to go on")
+    assert hung.status() == psutil.STATUS_STOPPED
+    os.kill(hung.pid, signal.SIGKILL)
+    push.wait_until(lambda status: versions_of(status) == [3, 3], "the dead actor's successor")
+    assert_explained(push.rollouts_of(3, ROWS), models)
+    assert not any("WeightMismatchError" in event for event in push.status().events)
+    assert all(len(versions) == 1 for versions in push.versions_of_all())
     push.stop()
 
 
@@ -196,7 +246,7 @@ def push_good_weights(push: Push, models: dict[int, PreTrainedModel]) -> None:
     assert_explained(push.rollouts_of(0, ROWS), models)
     push.publisher.publish(policy_of(models[1]))
     assert_explained(push.rollouts_of(1, ROWS), models)
-    process = actor_process()
+    (process,) = actor_processes()
     os.kill(process.pid, signal.SIGSTOP)
     try:
         started = time.monotonic()
@@ -211,6 +261,7 @@ def push_good_weights(push: Push, models: dict[int, PreTrainedModel]) -> None:
         os.kill(process.pid, signal.SIGCONT)
     assert waited_s < 10.0
     push.wait_until(lambda status: version_of(status) == 3, "the woken actor to load the newest weights")
+    assert any(len(versions) > 1 for versions in push.versions_of_all()), "no rollout lived through a push"
     assert_explained(push.rollouts_of(3, ROWS), models | {3: models[2]})
     assert not any("failed" in event for event in push.status().events)
 
@@ -235,8 +286,11 @@ def push_wrong_weights(push: Push, model: PreTrainedModel) -> None:
 
 
 def version_of(status: PoolStatus) -> int:
-    versions = [member.status.policy_version for member in status.members if member.status is not None]
-    return max(versions, default=-1)
+    return max(versions_of(status), default=-1)
+
+
+def versions_of(status: PoolStatus) -> list[int]:
+    return [member.status.policy_version for member in status.members if member.status is not None]
 
 
 def publication(model: PreTrainedModel, version: int) -> tuple[WeightManifest, WeightPayload]:
@@ -248,8 +302,8 @@ def publication(model: PreTrainedModel, version: int) -> tuple[WeightManifest, W
 def failure_after(push: Push, manifest: WeightManifest, payload: WeightPayload) -> str:
     """Announce it, wait for the actor that loads it to fail; gives the reason that the pool tells."""
     before = len(failures(push.status()))
-    reference = ray.put(payload)
-    ray.get(push.pool.announce.remote(manifest, [reference]), timeout=ANSWER_TIMEOUT_S)
+    handle = ObjectStoreSender().offer(payload)
+    ray.get(push.pool.announce.remote(manifest, handle), timeout=ANSWER_TIMEOUT_S)
     push.wait_until(lambda status: len(failures(status)) > before, f"version {manifest.version} to be refused")
     # The successor must meet the next publication, so that this object may go.
     reason = failures(push.status())[before]
@@ -271,8 +325,8 @@ def test_publishing_is_a_snapshot(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.payload: WeightPayload = {}
 
-        def announce(self, manifest: WeightManifest, payload: list[ray.ObjectRef[WeightPayload]]) -> None:
-            self.payload = {name: array.copy() for name, array in ray.get(payload[0]).items()}
+        def announce(self, manifest: WeightManifest, handle: StoredWeights) -> None:
+            self.payload = {name: array.copy() for name, array in ObjectStoreReceiver().take(handle).items()}
 
         def received(self) -> WeightPayload:
             return self.payload

@@ -27,6 +27,12 @@ def test_packaged_recipes_are_valid_and_survive_writing(path: Path, tmp_path: Pa
     assert read_recipe(tmp_path / "config.yaml") == settings
 
 
+def test_adapters_travel_alone_only_where_there_are_any() -> None:
+    assert "the model has none: set model.adapter" in error_of("learner.publish=adapter")
+    text = Path("launch/recipes/text_lora_cpu.yaml")
+    assert read_recipe(text, ["learner.publish=adapter"]).learner.publish == "adapter"
+
+
 def test_overrides_take_yaml_values() -> None:
     settings = read_recipe(
         ARITHMETIC,

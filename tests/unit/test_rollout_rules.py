@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.rollout_rules import MAX_INSERTS_IN_FLIGHT, has_room, rollout_activity, shard_in_turn
+from actors.rollout_rules import MAX_INSERTS_IN_FLIGHT, finishes_first, has_room, rollout_activity, shard_in_turn
 
 
 def never():
@@ -17,6 +17,7 @@ def never():
         ({"version": 2}, "waiting for weights"),
         ({"draining": True}, "draining"),
         ({"paused": True}, "paused"),
+        ({"finishing": True}, "finishing rollouts before new weights"),
         ({"held_back": lambda: True}, "ahead of the learner"),
         ({"held_back": lambda: False}, "generating"),
     ],
@@ -24,6 +25,13 @@ def never():
 def test_activities_and_that_the_shards_are_asked_last(changes, activity):
     now = {"version": 3, "first_version": 3, "draining": False, "paused": False, "held_back": never, **changes}
     assert rollout_activity(**now) == activity
+
+
+def test_only_drain_lets_new_weights_wait_and_only_for_rollouts_that_are_under_way():
+    assert finishes_first("drain", newest_version=3, version=2, num_unfinished=1)
+    assert not finishes_first("drain", newest_version=3, version=2, num_unfinished=0)
+    assert not finishes_first("drain", newest_version=2, version=2, num_unfinished=1)
+    assert not finishes_first("in_flight", newest_version=3, version=2, num_unfinished=1)
 
 
 def test_inserts_in_flight_are_bounded_in_number_and_bytes():
