@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from buffer.settings import Settings
 from launch.decodings import Decoding, check_decodings, parse_decoding
@@ -55,6 +55,16 @@ class EvaluationSettings(Settings):
     def _check_decoding(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
         check_decodings(texts)
         return texts
+
+    @model_validator(mode="after")
+    def _check_mauve(self) -> EvaluationSettings:
+        if self.mauve is not None and self.examples < self.mauve.required_texts:
+            raise ValueError(
+                f"evaluation.mauve with clusters={self.mauve.clusters} needs {self.mauve.required_texts} texts "
+                f"({TEXTS_PER_CLUSTER} per cluster), and evaluation.examples={self.examples} are fewer: raise examples "
+                f"to {self.mauve.required_texts}, or lower clusters to {max(2, self.examples // TEXTS_PER_CLUSTER)}"
+            )
+        return self
 
     @property
     def decodings(self) -> tuple[Decoding, ...]:

@@ -86,6 +86,11 @@ class RunSettings(Settings):
                 "buffer.sampler=prioritised goes by the soft-Bellman residuals of rollouts that were trained on, and "
                 f"no stage draws any ({', '.join(stage.name for stage in self.stages)}): choose another sampler"
             )
+        if self.evaluation.mauve is not None and self.task.name != "text":
+            raise ValueError(
+                f"evaluation.mauve compares free texts; answers of task {self.task.name} are right or wrong: leave it "
+                "out"
+            )
         self._check_scoring(bool(needy))
         self._check_backspace()
         self._check_publishing()

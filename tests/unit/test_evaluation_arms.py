@@ -7,14 +7,20 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from rich.console import Console
+from transformers import LlamaConfig
 
 from actors.settings import RolloutSettings
 from buffer.experts.tasks import Task, load_task
+from buffer.experts.tokenizer import backspace_token_id, character_tokenizer
 from buffer.settings import ArithmeticTaskSettings
 from launch.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, parse_decoding
+from launch.errors import UserError
+from launch.evaluation import Target, evaluate
 from launch.evaluation.arms import Arm, plan_arms
 from launch.evaluation.kept_rollouts import KeptRollouts, rollouts_key, weights_digest
-from launch.evaluation_settings import EvaluationSettings
+from launch.evaluation_settings import EvaluationSettings, MauveSettings
+from launch.recipe import read_recipe
 
 TASK = load_task(ArithmeticTaskSettings(max_digits=1, train_questions=10, held_out_questions=8))
 ROLLOUT = RolloutSettings(max_new_tokens=5, max_actions=9)
@@ -47,6 +53,29 @@ def test_other_decodings_are_refused_with_what_there_is(text: str) -> None:
 def test_a_decoding_is_named_once() -> None:
     with pytest.raises(ValueError, match="named twice"):
         EvaluationSettings(decoding=("top_p=0.9", "top_p=0.90"))
+
+
+def test_a_recipe_with_too_few_texts_for_mauve_is_refused_before_training() -> None:
+    assert EvaluationSettings(examples=60, mauve=MauveSettings(clusters=6)).mauve is not None
+    with pytest.raises(ValueError, match=r"needs 60 texts .*examples=59 are fewer: raise examples to 60, or .* to 5"):
+        EvaluationSettings(examples=59, mauve=MauveSettings(clusters=6))
+    with pytest.raises(UserError, match="answers of task arithmetic are right or wrong"):
+        read_recipe(Path("launch/recipes/arithmetic_cpu.yaml"), ["evaluation.mauve.clusters=5"])
+
+
+def test_checkpoints_with_different_tokenizers_are_refused(tmp_path: Path) -> None:
+    targets = []
+    for alphabet in ("abc", "abd"):
+        tokenizer = character_tokenizer(alphabet)
+        folder = tmp_path / alphabet
+        tokenizer.save_pretrained(folder)
+        config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, num_attention_heads=1)
+        config.backspace_token_id = backspace_token_id(tokenizer)
+        config.save_pretrained(folder)
+        targets.append(Target(alphabet, folder))
+    settings = read_recipe(Path("launch/recipes/arithmetic_cpu.yaml"), [])
+    with pytest.raises(UserError, match="different tokenizers"):
+        evaluate(targets, settings, Console(quiet=True))
 
 
 def test_arms_of_answers_and_of_texts() -> None:

@@ -90,7 +90,7 @@ def test_json_has_every_number_with_its_error_and_paired_differences() -> None:
 
 
 def test_settings_of_the_command_line_replace_those_of_the_recipe() -> None:
-    recipe = EvaluationSettings(examples=30, mauve=MauveSettings(clusters=7), decoding=("greedy",))
+    recipe = EvaluationSettings(examples=70, mauve=MauveSettings(clusters=7), decoding=("greedy",))
     assert _changed(recipe, None, None, None, None, None) == recipe
     found = _changed(recipe, 90, "top_p=0.9, contrastive", BanDeleted.BOTH, MauveFeatures.MODEL, None)
     assert (found.examples, found.decoding, found.ban_deleted) == (90, ("top_p=0.9", "contrastive"), "both")
