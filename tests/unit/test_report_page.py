@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -151,3 +152,13 @@ def test_differences_have_signs_and_durations_units() -> None:
     assert formatting.change(Interval(-0.01, None, None), share) == "\N{MINUS SIGN}1.0 points"
     assert formatting.interval_ends(Interval(0.5, 0.4, 0.6), share) == "40.0 to 60.0"
     assert [formatting.duration(each) for each in (2.5, 75, 7300)] == ["2.5 s", "1 min 15 s", "2 h 1 min"]
+
+
+def test_rollouts_without_a_deletion_are_shown_as_what_they_are(tmp_path: Path) -> None:
+    report = hostile_report(tmp_path / "run")
+    assert "Struck through: written, then taken back; orange" in render(report)
+    assert report.rollouts is not None
+    (rollout,) = report.rollouts.rollouts
+    kept = replace(rollout, actions=tuple(replace(action, kept=True) for action in rollout.actions[::2]))
+    report.rollouts = replace(report.rollouts, rollouts=(kept,), num_deleting=0)
+    assert "None of the rollouts that are shown takes a token back" in render(report)
