@@ -138,8 +138,8 @@ class EvaluationTable:
 def read_evaluation(run: Path, is_baseline: Callable[[str], bool]) -> EvaluationTable | None:
     """The evaluation of a run, None where there is none.
 
-    is_baseline: whether a checkpoint of that label is what editing is compared with; the last such one is, or the last
-        of all where there is none.
+    is_baseline: whether a checkpoint of that label is what editing is compared with; the last such one is. Where there
+        is none, it is the baseline of the file itself, or the last checkpoint.
 
     Raises:
         ValueError: the file is no evaluation. OSError: it cannot be read.
@@ -155,7 +155,8 @@ def read_evaluation(run: Path, is_baseline: Callable[[str], bool]) -> Evaluation
         raise ValueError(f"{path} is no evaluation that this version can show: {where}: {first['msg']}") from None
     labels = tuple(checkpoint.label for checkpoint in file.checkpoints)
     candidates = [index for index, label in enumerate(labels) if is_baseline(label)]
-    baseline = candidates[-1] if candidates else len(labels) - 1
+    named = [index for index, label in enumerate(labels) if label == file.baseline]
+    baseline = [len(labels) - 1, *named, *candidates][-1]
     measures = tuple(_measure(file, baseline, group, name) for group, name in _names(file.checkpoints))
     findings = _findings(labels, baseline, measures)
     return EvaluationTable(file.task, file.num_examples, file.seed, labels, baseline, measures, findings, file.left_out)

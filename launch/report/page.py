@@ -58,7 +58,7 @@ def render(report: Report) -> str:
         task=wording.task(report.settings),
         noise=wording.noise(report.settings),
         rollouts=rollouts if shown else None,
-        examples=sorted(reversed(shown), key=lambda rollout: not rollout.takes_back)[:SHOWN_EXAMPLES],
+        examples=sorted(shown, key=lambda rollout: (not rollout.takes_back, -rollout.created_at))[:SHOWN_EXAMPLES],
         deleting_share=formatting.share(rollouts.num_deleting / rollouts.num_stored) if rollouts and shown else "",
         has_noise=any(action.noise for rollout in shown for action in rollout.actions),
         histograms=report.draws.histograms if report.draws else (),

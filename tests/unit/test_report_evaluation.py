@@ -71,6 +71,10 @@ def test_differences_that_were_measured_pairwise_go_before_our_own_and_may_point
         assert [finding.outcome for finding in table.findings] == [outcome]
         assert table.findings[0].change.value == pytest.approx(0.1)
     assert table.left_out == {"mauve": "too few texts"}
+    (tmp_path / "evaluation.json").write_text(json.dumps(file | {"baseline": "sm"}))
+    table = read_evaluation(tmp_path, lambda label: False)
+    assert table is not None
+    assert table.labels[table.baseline] == "sm"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"task": "t", "num_examples": 1, "seed": 0, "checkpoints": []}'])
