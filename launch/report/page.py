@@ -47,6 +47,8 @@ def render(report: Report) -> str:
     timeline, rollouts = report.timeline, report.rollouts
     pushes = timeline.pushes if timeline else []
     shown = rollouts.rollouts if rollouts else ()
+    actors = actor_indices(timeline) if timeline else []
+    drawn = wording.drawn_actors(len(actors), min(len(actors), MAX_ACTORS))
     return _template().render(
         report=report,
         style=Markup(style),  # ours, and under a hash
@@ -64,8 +66,9 @@ def render(report: Report) -> str:
         histograms=report.draws.histograms if report.draws else (),
         pushes=pushes,
         shown_pushes=thinned(pushes, SHOWN_PUSHES),
-        push_caption=wording.pushes(timeline) if timeline else "",
-        actors=actor_indices(timeline)[:MAX_ACTORS] if timeline else [],
+        push_caption=wording.pushes(timeline) + drawn if timeline else "",
+        rates_caption=f"{wording.RATES}{drawn}",
+        actors=actors[:MAX_ACTORS],
         has_rates=bool(timeline and timeline.rates),
         warnings=timeline.warnings if timeline else [],
         group_titles=GROUPS,

@@ -13,6 +13,8 @@ from launch.report.timeline import Push, Timeline
 from launch.settings import RunSettings
 from learner.settings import PretrainedModelSettings
 
+RATES = "Actions that each actor sampled per second, from one push of weights to the next; pauses and waits are in it."
+
 
 @dataclass(frozen=True)
 class State:
@@ -89,6 +91,11 @@ def pushes(timeline: Timeline) -> str:
         return text
     median, longest = (formatting.duration(max(0.0, lag)) for lag in (statistics.median(lags), max(lags)))
     return f"{text} From the learner's push until an actor had the weights: {median} (median), {longest} at most."
+
+
+def drawn_actors(num_actors: int, num_drawn: int) -> str:
+    """What is left out of charts of actors; empty where nothing is."""
+    return f" Drawn are the first {num_drawn} of {num_actors:,} actors." if num_drawn < num_actors else ""
 
 
 def taken(push: Push, actor: int) -> str:

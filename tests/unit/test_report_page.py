@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.report import formatting
+from launch.report import formatting, wording
 from launch.report.evaluation import MetricInfo
 from launch.report.gather import gather
 from launch.report.intervals import Interval
@@ -144,6 +144,11 @@ def test_a_trunk_is_hidden_once_its_arms_have_begun(tmp_path: Path) -> None:
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert formatting.number(value) == text
+
+
+def test_a_chart_says_whom_it_leaves_out() -> None:
+    assert wording.drawn_actors(12, 12) == ""
+    assert wording.drawn_actors(1024, 12) == " Drawn are the first 12 of 1,024 actors."
 
 
 def test_differences_have_signs_and_durations_units() -> None:
