@@ -45,6 +45,10 @@ class StageCost:
     actions: int
     seconds: float
 
+    def steps_for(self, actions: int) -> int:
+        """How many steps like these make so many actions, at least one."""
+        return max(1, round(actions * self.steps / self.actions))
+
 
 class ComparisonFolder:
     """Where the runs of a comparison lie. path: absolute."""

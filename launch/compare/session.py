@@ -89,8 +89,7 @@ class ComparisonSession:
             return plan.steps
         if pilot.name in self._failures:
             return None
-        cost = stage_cost(pilot)
-        return max(1, round(plan.actions * cost.steps / cost.actions))
+        return stage_cost(pilot).steps_for(plan.actions)
 
     def _train(self, kind: str, title: str, run: Path, settings: RunSettings, start: Path | None) -> None:
         """Do one run, unless it is done or what it starts from is missing."""

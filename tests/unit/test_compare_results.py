@@ -179,6 +179,13 @@ def test_the_cost_of_a_stage_counts_repeated_steps_once(tmp_path: Path) -> None:
     assert stage_cost(tmp_path) == StageCost(steps=3, actions=300, seconds=3.5)
 
 
+def test_a_budget_in_actions_becomes_steps() -> None:
+    """An arm with rollouts spends three times the actions in a step, and takes a third of the steps."""
+    experts, with_rollouts = StageCost(20, 4_000, 1.0), StageCost(20, 12_000, 1.0)
+    assert [cost.steps_for(60_000) for cost in (experts, with_rollouts)] == [300, 100]
+    assert with_rollouts.steps_for(1) == 1
+
+
 def test_what_an_evaluation_wrote_is_read_back(tmp_path: Path) -> None:
     nothing = Estimate(None, None, 0)
     results = [
