@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console, RenderableType
@@ -13,6 +13,9 @@ from rich.console import Console, RenderableType
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson
 from launch.errors import UserError
+
+ModelShape = Literal["smollm2-135m", "tiny"]
+WeightDtype = Literal["float32", "bfloat16"]
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure the parts of the system.")
 
@@ -151,6 +154,28 @@ def bench_buffer(
     from launch.bench.buffer_report import render_buffer_benchmark
 
     _show(found, as_json, render_buffer_benchmark)
+
+
+@bench_app.command("weights")
+def bench_weights(
+    shape: Annotated[ModelShape, typer.Option("--model", help="Shape of the random model.")] = "smollm2-135m",
+    repetitions: Annotated[int, typer.Option(min=1, help="Publications that count; medians count.")] = 7,
+    dtype: Annotated[WeightDtype, typer.Option(help="Number format of weights and engine.")] = "float32",
+    with_engine: Annotated[bool, typer.Option("--engine/--no-engine", help="Load into a real engine, too.")] = True,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Push weights to one actor and to three, against a memory copy of the same bytes (docs/weights.md).
+
+    [dim]Example:[/dim] sequencematch bench weights --json
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.bench.weights import bench_weights as measure
+
+        found = measure(shape, repetitions=repetitions, dtype=dtype, with_engine=with_engine, seed=seed)
+    from launch.bench.weights_report import render_weight_benchmark
+
+    _show(found, as_json, render_weight_benchmark)
 
 
 @bench_app.command("scaling")

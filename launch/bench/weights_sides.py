@@ -1,0 +1,174 @@
+"""The two ends of the weight benchmark, as Ray actors: a learner that publishes, and actors that take.
+
+All clocks are `time.perf_counter`, which processes of one host share on Linux.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from buffer.weight_transport import ObjectStoreReceiver, StoredWeights
+from buffer.weights import WeightManifest, check_probe, pack_tensors, unpack, verify_fingerprint
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from transformers import LlamaConfig
+
+    from actors.engine_settings import EngineSettings
+    from learner.publisher import PublicationTimes
+
+PROBE_TOLERANCE = 0.5
+"""In nats; engines in bfloat16 differ by tenths. That float32 ones do not is a matter of the tests."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One publication. started: when `publish` was called. held_s: seconds that the learner waited for it."""
+
+    version: int
+    started: float
+    held_s: float
+    times: PublicationTimes
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One publication at one actor. heard, verified, ready: when it was announced, its bytes were found to be right,
+    and the engine had proved itself (None without an engine).
+    """
+
+    version: int
+    heard: float
+    verified: float
+    ready: float | None
+    transfer_s: float
+    verify_s: float
+    load_s: float
+    probe_s: float
+
+
+class PublishingLearner:
+    """Holds a random model and publishes it as the learner does."""
+
+    def __init__(self, config: LlamaConfig, dtype: str, receivers: Sequence[ActorHandle], seed: int) -> None:
+        import ray
+        import torch
+        from transformers import LlamaForCausalLM
+
+        from learner.publisher import WeightPublisher, make_probe
+        from learner.tree_policy import TreePolicy
+
+        torch.set_num_threads(1)
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype)).requires_grad_(False)
+        self._policy = TreePolicy(model, backspace_id=3)
+        relay = ray.remote(_Relay).options(num_cpus=0).remote(receivers)
+        self._publisher = WeightPublisher(relay, make_probe(config.vocab_size, (2, 3), seed))
+        self._copy = {name: np.zeros(tensor.nbytes, np.uint8) for name, tensor in model.named_parameters()}
+
+    def size_bytes(self) -> int:
+        """Of one publication."""
+        return sum(array.nbytes for array in self._copy.values())
+
+    def copy_s(self) -> float:
+        """Seconds of one copy of the same bytes between memory that is already mapped: the fastest there is."""
+        payload, _ = pack_tensors(self._policy.model.named_parameters())
+        started = time.perf_counter()
+        for name, array in payload.items():
+            np.copyto(self._copy[name], array.reshape(-1).view(np.uint8))
+        return time.perf_counter() - started
+
+    def fresh_copy_s(self) -> float:
+        """The same into new memory, whose pages the system has to provide first."""
+        payload, _ = pack_tensors(self._policy.model.named_parameters())
+        started = time.perf_counter()
+        copies = [array.copy() for array in payload.values()]
+        wall_s = time.perf_counter() - started
+        assert len(copies) == len(payload)
+        return wall_s
+
+    def publish(self) -> Published:
+        """Move the weights a little and publish them."""
+        import torch
+
+        with torch.no_grad():
+            self._policy.model.model.norm.weight.add_(0.01)
+        started = time.perf_counter()
+        manifest = self._publisher.publish(self._policy)
+        held_s = time.perf_counter() - started
+        times = self._publisher.newest_times
+        assert times is not None
+        return Published(manifest.version, started, held_s, times)
+
+
+class TakingActor:
+    """Takes weights as a rollout actor does, and notes when."""
+
+    def __init__(self, config: LlamaConfig, settings: EngineSettings | None) -> None:
+        """settings: of an engine that loads them; None = the bytes are taken and verified only."""
+        self._receiver = ObjectStoreReceiver()
+        self._word = threading.Condition()
+        self._taken: list[Taken] = []
+        self._engine = None
+        if settings is not None:
+            from dataclasses import replace
+
+            from actors.engine import BackspaceEngine
+
+            with tempfile.TemporaryDirectory() as folder:
+                config.save_pretrained(folder)
+                self._engine = BackspaceEngine(replace(settings, model_dir=folder), backspace_id=3, eos_id=2)
+
+    def ready(self) -> int:
+        """Process id, once the engine stands."""
+        return os.getpid()
+
+    def announce(self, manifest: WeightManifest, handle: StoredWeights) -> None:
+        """The steps of `RolloutActor`, with a look at the clock after each."""
+        moments = [time.perf_counter()]
+        payload = self._receiver.take(handle)
+        moments.append(time.perf_counter())
+        verify_fingerprint(payload, manifest)
+        moments.append(time.perf_counter())
+        if self._engine is not None:
+            self._engine.load_weights(unpack(payload, manifest), manifest.version)
+            moments.append(time.perf_counter())
+            check_probe(manifest, self._engine.probe(manifest.probe_token_ids), PROBE_TOLERANCE)
+            moments.append(time.perf_counter())
+        transfer_s, verify_s, load_s, probe_s = [*np.diff(moments).tolist(), 0.0, 0.0][:4]
+        ready = moments[-1] if self._engine is not None else None
+        with self._word:
+            self._taken.append(
+                Taken(manifest.version, moments[0], moments[2], ready, transfer_s, verify_s, load_s, probe_s)
+            )
+            self._word.notify_all()
+
+    def taken(self, version: int, timeout_s: float) -> Taken:
+        """What happened to `version`.
+
+        Raises:
+            TimeoutError: it was not taken in time.
+        """
+        with self._word:
+            if not self._word.wait_for(lambda: any(each.version == version for each in self._taken), timeout_s):
+                raise TimeoutError(f"weights version {version} were not taken within {timeout_s:.0f} s")
+            return next(each for each in self._taken if each.version == version)
+
+
+class _Relay:
+    """Stands where the actor pool does: hears of a publication and tells the actors."""
+
+    def __init__(self, receivers: Sequence[ActorHandle]) -> None:
+        self._receivers = receivers
+
+    def announce(self, manifest: WeightManifest, handle: StoredWeights) -> None:
+        for receiver in self._receivers:
+            receiver.announce.remote(manifest, handle)
