@@ -37,6 +37,7 @@ COMMANDS = (
     ["bench", "rollouts"],
     ["bench", "learner"],
     ["bench", "learner_memory"],
+    ["bench", "weights"],
     ["bench", "scaling"],
 )
 
