@@ -1,0 +1,115 @@
+"""`sequencematch compare` as people start it: two objectives, two seeds, interrupted after the first arm, resumed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+ARMS, SEEDS, STEPS, TRUNK_STEPS = ("mle", "behaviour_cloning"), (0, 1), 6, 20
+ARM_TIMEOUT_S = 300.0
+COMPARISON_TIMEOUT_S = 800.0
+
+
+@dataclass(frozen=True)
+class Compared:
+    folder: Path
+    first_stderr: str
+    first_stdout: str
+    stdout: str
+    untouched_ns: tuple[int, int]
+    """When the first arm's final weights were written: before the interruption, and as they are now."""
+
+    def run(self, arm: str, seed: int) -> Path:
+        return self.folder / "arms" / f"{self.folder.name}-{arm}-seed{seed}"
+
+    def tree(self) -> dict[str, list[dict[str, object]]]:
+        found: dict[str, list[dict[str, object]]] = json.loads((self.folder / "compare.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    ray.init(address="local", num_cpus=4, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield f"cluster.address={ray.get_runtime_context().gcs_address}"
+    left = ray.util.list_named_actors(all_namespaces=True)
+    ray.shutdown()
+    assert not left
+
+
+@pytest.fixture(scope="module")
+def compared(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    runs = tmp_path_factory.mktemp("runs")
+    folder = runs / "pair"
+    overrides = [override for override in TINY if not override.startswith("cluster.")]
+    options = ("--objectives", ",".join(ARMS), "--seeds", str(len(SEEDS)), "--steps", str(STEPS), "--name", folder.name)
+    first_arm = folder / "arms" / f"pair-{ARMS[0]}-seed0"
+    with TrainProcess(runs, ARITHMETIC, *overrides, cluster, *options, command="compare") as process:
+        second_arm = folder / "arms" / f"pair-{ARMS[1]}-seed0"
+        process.wait_until(second_arm.is_dir, ARM_TIMEOUT_S, "the second arm to begin")
+        process.interrupt()
+        assert process.wait(ARM_TIMEOUT_S) == 130, process.printed()
+        first_stdout, first_stderr = process.stdout, process.stderr
+    weights = first_arm / "checkpoints" / "compared" / f"step-{STEPS:06d}" / "model.safetensors"
+    written_ns = weights.stat().st_mtime_ns
+    with TrainProcess(runs, "--resume", str(folder), command="compare") as process:
+        assert process.wait(COMPARISON_TIMEOUT_S) == 0, process.printed()
+        stdout = process.stdout
+    return Compared(folder, first_stderr, first_stdout, stdout, (written_ns, weights.stat().st_mtime_ns))
+
+
+def test_an_interruption_says_how_to_go_on(compared: Compared) -> None:
+    assert f"go on with: sequencematch compare --resume {compared.folder}" in compared.first_stdout
+    assert "Traceback" not in compared.first_stdout + compared.first_stderr
+    assert re.search(rf"run 2 of 6, about \d+ min left: {ARMS[0]}, seed 0", compared.first_stdout)
+
+
+def test_what_was_finished_is_not_repeated(compared: Compared) -> None:
+    before, now = compared.untouched_ns
+    assert before == now
+    assert f"{ARMS[0]}, seed 0" not in compared.stdout
+    for arm in ARMS:
+        for seed in SEEDS:
+            rows = metrics_of(compared.run(arm, seed))
+            assert [(row["stage"], row["step"]) for row in rows] == [("compared", step + 1) for step in range(STEPS)]
+
+
+def test_arms_of_a_seed_share_their_start_and_their_examples(compared: Compared) -> None:
+    first_losses = {}
+    for seed in SEEDS:
+        start = compared.folder / "starts" / f"pair-start-seed{seed}"
+        assert [row["stage"] for row in metrics_of(start)] == TRUNK_STEPS * ["trunk"]
+        for arm in ARMS:
+            trunk = compared.run(arm, seed) / "checkpoints" / "trunk"
+            assert trunk.resolve() == (start / "checkpoints" / "trunk").resolve()
+            first_losses[arm, seed] = metrics_of(compared.run(arm, seed))[0]["loss"]
+    # Maximum likelihood on clean data and behaviour cloning on noise are different losses; so are the seeds.
+    assert len(set(first_losses.values())) == len(ARMS) * len(SEEDS)
+
+
+def test_the_table_and_its_files_hold_every_run(compared: Compared) -> None:
+    tree = compared.tree()
+    assert [(run["arm"], run["seed"], run["steps"]) for run in tree["runs"]] == [
+        (arm, seed, STEPS) for seed in SEEDS for arm in ARMS
+    ]
+    assert tree["failures"] == {}
+    # Corrected noise makes texts longer: at an equal number of steps, the arms are not trained on as many actions.
+    actions = {(run["arm"], run["seed"]): run["actions"] for run in tree["runs"]}
+    assert actions["behaviour_cloning", 0] > actions["mle", 0]
+    (accuracy,) = (metric for metric in tree["metrics"] if metric["name"] == "greedy.accuracy")
+    difference = accuracy["differences"]["behaviour_cloning"]
+    assert (difference["basis"], difference["num_seeds"]) == ("examples", 2)
+    evaluations = [compared.folder / "evaluation" / f"seed{seed}" / "evaluation.json" for seed in SEEDS]
+    assert [json.loads(file.read_text())["seed"] for file in evaluations] == list(SEEDS)
+    assert "Nothing can be said about the spread over seeds" in compared.stdout
+    assert "behaviour_cloning" in (compared.folder / "compare.md").read_text()
+    assert (compared.folder / "compare.csv").read_text().startswith("metric,arm,seed,value,standard_error,n\n")
