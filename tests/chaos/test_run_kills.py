@@ -1,13 +1,15 @@
-"""One run of four lives: kill -9 of the learner, kill -9 of a shard of the buffer again and again, two Ctrl-C at once,
-and the rest, in which each shard is killed once more.
+"""One run of four lives: kill -9 of the learner while it writes a checkpoint, kill -9 of a shard of the buffer again
+and again, two Ctrl-C at once, and the rest, in which each shard is killed once more.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from buffer.reading.reader import read_shard
@@ -48,12 +50,15 @@ OVERRIDES = (
 
 @pytest.fixture(scope="module")
 def killed_learner(tmp_path_factory: pytest.TempPathFactory) -> Life:
-    """The run, until its learner is killed at a random step between two checkpoints."""
+    """The run, until its learner is killed in the middle of a checkpoint, of whatever step."""
     with TrainProcess(tmp_path_factory.mktemp("run"), ARITHMETIC, "--no-evaluate", *OVERRIDES) as process:
-        past_a_checkpoint = CHECKPOINT_EVERY + int(np.random.default_rng().integers(3, CHECKPOINT_EVERY))
-        process.wait_until(lambda: process.step(STAGE) >= past_a_checkpoint, START_TIMEOUT_S, "steps with rollouts")
-        kill(process, "LearnerWorker")
-        return ended(process, process.folder)
+        process.wait_until(lambda: process.step(STAGE) > CHECKPOINT_EVERY, START_TIMEOUT_S, "steps with rollouts")
+        checkpoints = process.folder / "checkpoints" / STAGE
+        process.wait_until(lambda: bool(checkpoints_of(checkpoints)), START_TIMEOUT_S, "the first whole checkpoint")
+        half_written = kill_in_mid_checkpoint(process, checkpoints)
+        life = ended(process, process.folder)
+    assert half_written.is_dir(), "the next life finds it"
+    return life
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +68,12 @@ def killed_buffer(killed_learner: Life, tmp_path_factory: pytest.TempPathFactory
     with TrainProcess(tmp_path_factory.mktemp("2nd"), "--no-evaluate", "--resume", str(folder)) as process:
         wait_for_steps(process, folder, beyond=killed_learner.step)
         for death in range(1, MAX_RESTARTS + 1):
-            kill_shard(process, folder, 1)
+            shard_process(process, folder, 1).kill()
             process.wait_until(
                 lambda death=death: len(RESTARTED.findall(process.stdout)) == death, START_TIMEOUT_S, "its restart"
             )
             wait_for_steps(process, folder, beyond=newest_step(folder))
-        kill_shard(process, folder, 1)
+        shard_process(process, folder, 1).kill()
         return ended(process, folder)
 
 
@@ -108,7 +113,7 @@ def test_the_last_life_does_what_is_left_and_all_lives_took_the_same_steps(
     with TrainProcess(tmp_path, "--no-evaluate", "--resume", str(folder)) as process:
         for index in range(2):
             wait_for_steps(process, folder, beyond=interrupted_twice.step + 10 * index)
-            kill_shard(process, folder, index)
+            shard_process(process, folder, index).kill()
         process.wait(START_TIMEOUT_S)
         assert ended(process, folder).code == 0, process.printed()
     assert_same_steps(folder, total, steps_lost(killed_learner, killed_buffer, interrupted_twice))
@@ -150,14 +155,32 @@ def assert_every_draw_keeps_the_rules(folder: Path) -> None:
     assert num_drawn <= settings.buffer.samples_per_insert * len(ids)
 
 
-def kill_shard(process: TrainProcess, folder: Path, index: int) -> None:
+def shard_process(process: TrainProcess, folder: Path, index: int) -> psutil.Process:
     """The processes of the shards have one title; which is which tells the lock that each holds."""
     lock = str(shard_folder(folder / BUFFER_FOLDER, index) / "lock")
     shards = process.processes("ray::ReplayBufferService")
-    (victim,) = (each for each in shards if lock in [file.path for file in each.open_files()])
-    victim.kill()
+    (found,) = (each for each in shards if lock in [file.path for file in each.open_files()])
+    return found
 
 
-def kill(process: TrainProcess, actor: str) -> None:
-    (victim,) = process.processes(f"ray::{actor}")
-    victim.kill()
+def kill_in_mid_checkpoint(process: TrainProcess, checkpoints: Path) -> Path:
+    """Stop the learner as soon as a folder shows that is being written, and kill it if it is not complete yet; else let
+    it go on to the next one. Gives the folder.
+    """
+    (learner,) = process.processes("ray::LearnerWorker")
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if not (half_written := being_written(checkpoints)):
+            time.sleep(0.001)
+            continue
+        learner.suspend()
+        if half_written := being_written(checkpoints):
+            learner.kill()
+            return half_written[0]
+        learner.resume()
+    raise AssertionError(f"no checkpoint was caught half-written within {START_TIMEOUT_S:.0f} s\n{process.printed()}")
+
+
+def being_written(checkpoints: Path) -> list[Path]:
+    """Folders with a part of a checkpoint, apart from those that are being removed."""
+    return [path for path in checkpoints.glob("step-*.tmp") if not path.name.endswith(".removed.tmp")]
