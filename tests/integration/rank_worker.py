@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from queue import Empty
 
@@ -18,13 +19,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from buffer.weights import WeightManifest, fingerprint, pack_tensors, unpack
 from learner.activation_checkpointing import checkpoint_activations
 from learner.adapter_settings import AdapterSettings
 from learner.adapters import add_adapters
 from learner.batch_source import StopRequestedError
 from learner.objectives.registry import make_objective
 from learner.priorities import Float32
-from learner.publication import publication_tensors
+from learner.publication import PublicationPlan, publication_tensors
 from learner.ranks import Ranks, join_ranks, leave_ranks, open_rendezvous
 from learner.sharding import gathered, load_tensors, shard
 from learner.shared_batches import SharedBatchSource
@@ -172,6 +174,14 @@ def weights(policy: TreePolicy) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in publication_tensors(policy.model)}
 
 
+def taken(policy: TreePolicy) -> dict[str, Tensor]:
+    """The same as an actor has them when frozen and trained tensors travel apart."""
+    plan = PublicationPlan("adapter")
+    payload, entries = pack_tensors(chain(plan.kept(policy.model), plan.changed(policy.model)))
+    manifest = WeightManifest(0, fingerprint(entries, payload), entries, (), (), plan.updates(policy.model))
+    return {name: tensor.clone() for name, tensor in unpack(payload, manifest)}
+
+
 def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
     """What `count` steps leave; the gradients are those of the first."""
     priorities: list[Tensor] = []
@@ -188,6 +198,7 @@ def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
         "metrics": metrics,
         "gradients": gradients,
         "weights": weights(policy),
+        "taken": taken(policy),
         "state": trainer.state(),
         "probe": probe,
         "priorities": dict(enumerate(priorities)),

@@ -75,6 +75,14 @@ def test_priorities_are_of_the_whole_draw_in_its_order(folder, alone, name):
     assert all(len(priorities) == CASES[name].rollouts and priorities.min() > 0 for priorities in found.values())
 
 
+@pytest.mark.parametrize("name", ["adapters", "llama, tied", "bfloat16"])
+def test_tensors_that_travel_apart_arrive_as_the_ranks_would_have_merged_them(folder, name):
+    found = read(folder / f"{name}.pt")
+    assert found["taken"].keys() == found["weights"].keys()
+    for key, weight in found["weights"].items():
+        assert torch.equal(found["taken"][key], weight), key
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_metrics_are_of_the_whole_batch(folder, alone, name):
     tolerance = max(1e-4, CASES[name].tolerance)
