@@ -270,11 +270,13 @@ def test_tokens_are_drawn_from_the_softmax(chunks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("truth_share", "after_0", "after_1"), [(1.0, 0.9, 0.2), (0.5, 0.655, 0.305), (0.0, 0.41, 0.41)]
+    ("truth_share", "after_0", "after_1", "kl"),
+    [(1.0, 0.9, 0.2, 0.0), (0.5, 0.655, 0.305, 0.06836), (0.25, 0.5325, 0.3575, 0.13689), (0.0, 0.41, 0.41, 0.22905)],
 )
-def test_scheduled_sampling_is_not_consistent(truth_share, after_0, after_1):
+def test_scheduled_sampling_is_not_consistent(truth_share, after_0, after_1, kl):
     """Texts of two tokens, P(x1 = 0) = .3, P(x2 = 0 | x1) = .9 and .2, in exact proportion: a transformer is trained
-    to its optimum, whose conditionals are the golden numbers; those of the data only where all tokens are true."""
+    to its optimum, whose conditionals are the golden numbers; those of the data only where all tokens are true. kl: of
+    the data from that optimum; with none true it is the tokens' mutual information."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=6, n_embd=16, n_layer=1, n_head=1, n_positions=4, tie_word_embeddings=False)
     model = GPT2LMHeadModel(config).eval()
@@ -298,6 +300,9 @@ def test_scheduled_sampling_is_not_consistent(truth_share, after_0, after_1):
                 probabilities = model(torch.tensor([[1, zero], [1, one]])).logits[:, -1].softmax(1)
             means += probabilities[:, zero] / averaged
     assert means.tolist() == pytest.approx([after_0, after_1], abs=0.04)
+    data = torch.tensor([0.9, 0.2])
+    apart = data * (data / means).log() + (1 - data) * ((1 - data) / (1 - means)).log()
+    assert float((torch.tensor([0.3, 0.7]) * apart).sum()) == pytest.approx(kl, abs=0.03)
 
 
 @pytest.mark.parametrize(
