@@ -22,6 +22,7 @@ from launch.buffer_shards import BufferShards, check_buffer
 from launch.cluster import run_cluster
 from launch.cluster_room import ClusterRoom
 from launch.command_errors import setting_up
+from launch.cost_models import check_cost_models
 from launch.errors import RunFailedError, UserError
 from launch.learner_group import LearnerCall, LearnerFailedError, LearnerGroup
 from launch.live_view import LiveView, RunView
@@ -176,6 +177,7 @@ class _Crew:
                 f"a prompt of {prompt} tokens and actors.rollout.max_new_tokens={rollout.max_new_tokens} exceed "
                 f"the model's context of {run.max_length} tokens: lower one of them or choose a longer context"
             )
+        check_cost_models(self._settings.stages, run.contract.vocab_size)
         with setting_up():
             save_run_tokenizer(run.task.tokenizer, self._folder)
         return run
