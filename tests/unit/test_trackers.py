@@ -95,8 +95,9 @@ def test_wandb_keeps_a_run_per_stage_in_the_run_folder(tmp_path):
     folder.mkdir()
     code = TWO_STAGES.format(folder=str(folder), tracker="wandb")
     in_a_process(code, WANDB_MODE="offline", WANDB_SILENT="true")
-    runs = {path.name.split("-", 3)[-1] for path in folder.glob("wandb/offline-run-*")}
-    assert runs == {"arithmetic-1-arm", "arithmetic-1-trunk"}
+    # By their files: folders of one run that begin in the same second are numbered.
+    runs = {path.name for path in folder.glob("wandb/offline-run-*/*.wandb")}
+    assert runs == {"run-arithmetic-1-arm.wandb", "run-arithmetic-1-trunk.wandb"}
     trunk = next(folder.glob("wandb/offline-run-*-trunk/*.wandb")).read_bytes()
     assert b"loss" in trunk
     assert b"arithmetic-1" in trunk
