@@ -1,4 +1,6 @@
-"""`sequencematch compare` as people start it: two objectives, two seeds, interrupted after the first arm, resumed."""
+"""`sequencematch compare` as people start it: two objectives, two seeds, interrupted after the first arm, resumed; and
+one seed with a budget in actions.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from launch.compare.plan import PILOT_STEPS
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -18,6 +21,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ARMS, SEEDS, STEPS, TRUNK_STEPS = ("mle", "behaviour_cloning"), (0, 1), 6, 20
 ARM_TIMEOUT_S = 300.0
 COMPARISON_TIMEOUT_S = 800.0
+BUDGET_ACTIONS = 1000
+RECIPE = (ARITHMETIC, *(override for override in TINY if not override.startswith("cluster.")))
+OBJECTIVES = ("--objectives", ",".join(ARMS))
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,9 @@ def cluster() -> Iterator[str]:
 def compared(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     runs = tmp_path_factory.mktemp("runs")
     folder = runs / "pair"
-    overrides = [override for override in TINY if not override.startswith("cluster.")]
-    options = ("--objectives", ",".join(ARMS), "--seeds", str(len(SEEDS)), "--steps", str(STEPS), "--name", folder.name)
+    options = (*OBJECTIVES, "--seeds", str(len(SEEDS)), "--steps", str(STEPS), "--name", folder.name)
     first_arm = folder / "arms" / f"pair-{ARMS[0]}-seed0"
-    with TrainProcess(runs, ARITHMETIC, *overrides, cluster, *options, command="compare") as process:
+    with TrainProcess(runs, *RECIPE, cluster, *options, command="compare") as process:
         second_arm = folder / "arms" / f"pair-{ARMS[1]}-seed0"
         process.wait_until(second_arm.is_dir, ARM_TIMEOUT_S, "the second arm to begin")
         process.interrupt()
@@ -113,3 +118,17 @@ def test_the_table_and_its_files_hold_every_run(compared: Compared) -> None:
     assert "Nothing can be said about the spread over seeds" in compared.stdout
     assert "behaviour_cloning" in (compared.folder / "compare.md").read_text()
     assert (compared.folder / "compare.csv").read_text().startswith("metric,arm,seed,value,standard_error,n\n")
+
+
+def test_with_a_budget_in_actions_every_arm_is_trained_on_as_many(cluster: str, tmp_path: Path) -> None:
+    options = (*OBJECTIVES, "--seeds", "1", "--actions", str(BUDGET_ACTIONS), "--name", "budget")
+    with TrainProcess(tmp_path, *RECIPE, cluster, *options, command="compare") as process:
+        assert process.wait(COMPARISON_TIMEOUT_S) == 0, process.printed()
+    tree = json.loads((tmp_path / "budget" / "compare.json").read_text())
+    assert tree["budget"] == f"{BUDGET_ACTIONS:,} actions"
+    mle, cloning = tree["runs"]
+    assert [run["actions"] for run in (mle, cloning)] == pytest.approx(2 * [BUDGET_ACTIONS], rel=0.15)
+    assert mle["steps"] > cloning["steps"], "corrected noise makes texts longer"
+    for arm in ARMS:
+        pilot = metrics_of(tmp_path / "budget" / "pilots" / f"budget-pilot-{arm}")
+        assert len(pilot) == PILOT_STEPS

@@ -24,6 +24,7 @@ from learner.checkpoint_store import checkpoints_of
 from tests.integration import failing_scores
 from tests.integration.test_run_arithmetic import FinishedRun, recompute
 from tests.integration.train_process import ROOT, TINY, TrainProcess, metrics_of, trajectories_of
+from tests.unit.test_classifier import save as save_classifier
 
 RECIPE = "launch/recipes/arithmetic_kl_control_cpu.yaml"
 RUN_TIMEOUT_S = 280.0
@@ -55,11 +56,13 @@ def stage(name: str, objective: dict[str, object]) -> dict[str, object]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     trunk = {"name": "trunk", "objective": {"name": "mle"}, "steps": 60, "batch_size": 16}
     stages = [trunk, *(stage(*method) for method in METHODS.items()), stage("out_of_reach", OUT_OF_REACH)]
+    classifier = save_classifier(tmp_path_factory.mktemp("classifier"), id2label={0: "dull", 1: "fine"})
+    features = FEATURES | {"fine": {"kind": "classifier", "name": str(classifier), "label": "fine"}}
     overrides = [
         *(each for each in TINY if each.startswith(("model.", "cluster.")) or each == "buffer.fsync=none"),
         f"stages={json.dumps(stages)}",
         "evaluation={}",
-        f"scoring={json.dumps({'features': FEATURES})}",
+        f"scoring={json.dumps({'features': features})}",
         "actors.rollout.backspace=false",
         "actors.max_concurrent=16",
         "actors.insert_rows=8",
@@ -136,7 +139,13 @@ def test_rollouts_without_a_number_are_dropped_and_the_run_goes_on(run: Finished
     reasons = [line["message"] for line in log_of(run) if line["message"].startswith("dropped ")]
     assert reasons
     assert all(re.search(r" feature small (raised ValueError: invalid literal|is nan)", reason) for reason in reasons)
-    assert all(len(row["features"]) == len(FEATURES) for row in run.rows)
+    assert all(row["features"][0] in (0.0, 1.0) for row in run.rows)
+
+
+def test_a_classifier_scores_beside_the_engine(run: FinishedRun) -> None:
+    scores = {row["features"][-1] for row in run.rows}
+    assert all(0.0 < score < 1.0 for score in scores)
+    assert len(scores) > 1
 
 
 def log_of(run: FinishedRun) -> list[dict[str, str]]:
