@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,9 +37,6 @@ _CARRIER_DTYPES: dict[str, str] = {
     "bool": "bool",
 }
 """torch dtype name -> numpy dtype that carries its bytes."""
-
-_HASH_THREADS = 4
-"""Hashing a tensor leaves the interpreter to others; what more threads would wait for is the memory."""
 
 
 class WeightMismatchError(RuntimeError):
@@ -123,15 +119,12 @@ def pack_tensors(
 
 def digest_tensors(entries: Iterable[TensorEntry], payload: WeightPayload) -> dict[str, bytes]:
     """xxh3-128 of name, dtype, shape and bytes of each tensor."""
-
-    def digest(entry: TensorEntry) -> bytes:
-        found = xxhash.xxh3_128(f"{entry.name}\0{entry.dtype}\0{entry.shape}\0".encode())
-        found.update(np.ascontiguousarray(payload[entry.name]).reshape(-1).view(np.uint8).data)
-        return found.digest()
-
-    hashed = tuple(entries)
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        return dict(zip((entry.name for entry in hashed), pool.map(digest, hashed), strict=True))
+    digests: dict[str, bytes] = {}
+    for entry in entries:
+        digest = xxhash.xxh3_128(f"{entry.name}\0{entry.dtype}\0{entry.shape}\0".encode())
+        digest.update(np.ascontiguousarray(payload[entry.name]).reshape(-1).view(np.uint8).data)
+        digests[entry.name] = digest.digest()
+    return digests
 
 
 def fingerprint(entries: Iterable[TensorEntry], payload: WeightPayload) -> str:
