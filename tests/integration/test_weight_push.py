@@ -169,7 +169,6 @@ def assert_explained(logs: list[FinishedLog], models: dict[int, PreTrainedModel]
     """Every action's log-probability is what transformers computes with the weights of the action's version."""
     result = compare(logs, {log.request_id: SAMPLING for log in logs}, models)
     assert not result.errors, result.errors[:3]
-    assert result.num_backspaces > 0
     assert result.worst < 1e-4
 
 
@@ -243,7 +242,10 @@ def successive_models(tied: bool) -> dict[int, PreTrainedModel]:
 def push_good_weights(push: Push, models: dict[int, PreTrainedModel]) -> None:
     """Versions 0 to 3: at birth, in the middle of rollouts, and while the actor hears nothing."""
     push.publisher.publish(policy_of(models[0]))
-    assert_explained(push.rollouts_of(0, ROWS), models)
+    first = push.rollouts_of(0, ROWS)
+    assert_explained(first, models)
+    # Of the first model alone: weights that were moved at random may take back too seldom to count on it.
+    assert any((log.actions == BACKSPACE_ID).any() for log in first)
     push.publisher.publish(policy_of(models[1]))
     assert_explained(push.rollouts_of(1, ROWS), models)
     (process,) = actor_processes()
