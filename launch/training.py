@@ -7,7 +7,6 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from launch.command_errors import setting_up
 from launch.driver import RunOutcome
 from launch.driver import train as run_stages
 from launch.errors import EXIT_INTERRUPTED, RunFailedError
@@ -75,8 +74,7 @@ def _evaluate(outcome: RunOutcome, settings: RunSettings, console: Console, show
 
 
 def _report(folder: Path, console: Console, shown: Path) -> None:
-    with setting_up():
-        written = write_report(folder)
+    written = write_report(folder)
     for note in written.notes:
         console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {shown}/{REPORT_FILE}", highlight=False, soft_wrap=True)

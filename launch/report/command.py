@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.command_errors import reported_errors, setting_up
+from launch.command_errors import reported_errors
 
 
 def report(
@@ -22,7 +22,7 @@ def report(
 
     [dim]Example:[/dim] sequencematch report runs/arithmetic-20260101-120000
     """
-    with reported_errors(), setting_up():
+    with reported_errors():
         from launch.report.write import write_report
 
         written = write_report(run, output)

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
+from launch.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
 BUCKETS = 220
 """Points of a curve, at most; a chart is a few hundred pixels wide."""
@@ -65,7 +67,7 @@ def read_stages(run: Path) -> list[StageRows]:
     Of two lines of one stage and step the later one counts (see `learner.metrics_log`).
 
     Raises:
-        ValueError: a complete line is no JSON object. OSError: the file cannot be read.
+        UserError: a complete line is no JSON object. OSError: the file cannot be read.
     """
     table = _read_lines(run / METRICS_FILE)
     return [_stage_rows(table, stage) for stage in pc.unique(table.column("stage")).to_pylist()]
@@ -99,7 +101,7 @@ def _read_lines(path: Path) -> pa.Table:
         try:
             return pa.json.read_json(lines, parse_options=pa.json.ParseOptions(explicit_schema=_KEYS))
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
+            raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def _complete_bytes(path: Path) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from buffer.reading.reader import BufferSnapshot, read_buffer
+from launch.errors import UserError
 from launch.evaluation.report import SAMPLES_FOLDER
 from launch.recipe import read_recipe, to_yaml
 from launch.report.charts import ChartGroup, chart_groups
@@ -77,13 +78,13 @@ def gather(run: Path) -> Report:
     """Read a run.
 
     Raises:
-        ValueError: nothing was trained yet, or the metrics are damaged. OSError: a file cannot be read.
-        UserError: `run` is no run folder, or another version of this program wrote its settings.
+        UserError: nothing was trained yet, the metrics are damaged, `run` is no run folder, or another version of this
+            program wrote its settings. OSError: a file cannot be read.
     """
     settings = read_recipe(run_config(run))
     rows = read_stages(run)
     if not rows:
-        raise ValueError(f"{run} has no data yet: no step was logged; ask again when training has begun")
+        raise UserError(f"{run} has no data yet: no step was logged; ask again when training has begun")
     environment = run / ENVIRONMENT_FILE
     timeline = read_timeline(run)
     first, last = min(float(stage.times[0]) for stage in rows), max(float(stage.times[-1]) for stage in rows)

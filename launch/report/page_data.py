@@ -104,6 +104,8 @@ def _staircases(timeline: Timeline) -> dict[str, Json]:
         lines.append((f"actor {actor}", taken))
     series: list[Json] = []
     for color, (name, points) in enumerate(lines):
+        if not points:  # an actor that took the first version only, in a run of seconds
+            continue
         kept = [points[index] for index in _spread(len(points))]
         ends = [*[at for at, _ in kept[1:]], timeline.last_s]
         series.append(

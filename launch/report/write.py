@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.errors import UserError
 from launch.report.gather import gather
 from launch.report.page import render
 
@@ -25,14 +26,16 @@ def write_report(run: Path, path: Path | None = None) -> WrittenReport:
     path: of the page; by default `report.html` in the run folder.
 
     Raises:
-        ValueError, UserError, OSError: see `launch.report.gather.gather`; or the page cannot be written.
+        UserError: see `launch.report.gather.gather`; or a file cannot be read, or the page not be written.
     """
     path = run / REPORT_FILE if path is None else path
-    report = gather(run)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
+        report = gather(run)
         temporary.write_text(render(report), encoding="utf-8")
         temporary.rename(path)
+    except OSError as error:
+        raise UserError(str(error)) from None
     finally:
         temporary.unlink(missing_ok=True)
     return WrittenReport(path, tuple(report.notes))

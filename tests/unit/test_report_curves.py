@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.errors import UserError
 from launch.report.charts import OTHERS, chart_groups, planned_metrics
 from launch.report.curves import BUCKETS, read_stages, thin
 
@@ -52,7 +53,7 @@ def test_no_complete_line_is_no_stage_and_a_damaged_one_is_told(tmp_path: Path) 
     write_lines(tmp_path, [], rest='{"time": 9.0')
     assert read_stages(tmp_path) == []
     write_lines(tmp_path, [{"stage": "a", "step": 1}], rest="no JSON\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl cannot be read"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
         read_stages(tmp_path)
 
 

@@ -13,15 +13,29 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from actors.status import PoolStatus
 from launch.cli import app
+from launch.errors import UserError
+from launch.live_view import RunView
 from launch.report import formatting, wording
 from launch.report.evaluation import MetricInfo
 from launch.report.gather import gather
 from launch.report.intervals import Interval
 from launch.report.page import render
-from launch.report.page_data import shown_stages
+from launch.report.page_data import page_data, shown_stages
 from launch.report.write import REPORT_FILE, write_report
-from tests.run_folders import HOSTILE, STEPS, hostile_report, new_run, write_evaluation_file, write_log, write_metrics
+from launch.run_log import RunLog
+from learner.status import LearnerStatus
+from tests.run_folders import (
+    HOSTILE,
+    STEPS,
+    hostile_report,
+    member,
+    new_run,
+    write_evaluation_file,
+    write_log,
+    write_metrics,
+)
 
 SIZE_LIMIT_BYTES = 2_000_000
 
@@ -100,7 +114,7 @@ def test_a_page_is_replaced_as_a_whole(run: Path) -> None:
     assert write_report(run).path == run / REPORT_FILE
     before = (run / REPORT_FILE).read_text()
     (run / "metrics.jsonl").write_text("damaged\n")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         write_report(run)
     assert (run / REPORT_FILE).read_text() == before
     assert not list(run.glob("*.tmp"))
@@ -125,6 +139,17 @@ def test_what_cannot_be_reported_is_said_in_one_line(tmp_path: Path) -> None:
     assert "has no data yet" in refusal(str(run))
     write_metrics(run, {"trunk": 1})
     assert "No such file or directory" in refusal(str(run), "--output", str(tmp_path / "absent" / "page.html"))
+
+
+def test_an_actor_that_took_only_the_first_version_is_left_out_of_the_later_ones(run: Path) -> None:
+    learner = LearnerStatus("sequencematch", 0, STEPS["sequencematch"], 0.1, -1, "training", {})
+    with RunLog(run) as log:
+        for version in (1, 2, 3):
+            view = RunView(run.name, [], learner=replace(learner, policy_version=version))
+            view.pool = PoolStatus(2, version, (member(0, version, 10), member(1, 1, 10)))
+            log.follow(view)
+    assert [line["name"] for line in page_data(gather(run))["charts"]["pushes"]["series"]] == ["learner", "actor 0"]
+    assert write_report(run).notes == ()
 
 
 def test_a_trunk_is_hidden_once_its_arms_have_begun(tmp_path: Path) -> None:
