@@ -150,6 +150,7 @@ class _Crew:
                 trackers=settings.trackers,
                 prioritised_replay=settings.buffer.sampler == "prioritised",
                 features=tuple(settings.scoring.features),
+                offers_backspace=settings.actors.rollout.backspace,
             ),
             [node.node_id for node in assignment[LEARNER]],
         )

@@ -103,10 +103,11 @@ class RunSettings(Settings):
 
     def _check_backspace(self) -> None:
         teaching = [stage for stage in self.stages if stage.objective.uses_noise]
-        if teaching and not self.actors.rollout.backspace:
+        if teaching and self.noise.kind != "none" and not self.actors.rollout.backspace:
             raise ValueError(
-                f"stage {teaching[0].name!r}: objective {teaching[0].objective.name} teaches to take tokens back, and "
-                "actors.rollout.backspace is off: leave that out, or choose an objective without (mle, kl_control, ...)"
+                f"stage {teaching[0].name!r}: objective {teaching[0].objective.name} teaches to take noise back, and "
+                "actors.rollout.backspace is off: leave that out, set noise.kind=none, or choose an objective without "
+                "noise (mle, kl_control, ...)"
             )
 
     def _check_publishing(self) -> None:

@@ -14,12 +14,16 @@ from learner.state_trie import Trie, build_trie
 
 @dataclass(frozen=True)
 class TreeSettings:
-    """How trajectories become state trees (see `build_micro_batches`)."""
+    """How trajectories become state trees (see `build_micro_batches`).
+
+    offers_backspace: False = backspace is no action in any state, whatever a trajectory says of itself.
+    """
 
     backspace_id: int
     eos_id: int
     max_nodes_per_batch: int
     max_positions: int
+    offers_backspace: bool = True
 
 
 def build_micro_batches(batch: pa.RecordBatch, settings: TreeSettings) -> list[TreeBatch]:
@@ -42,7 +46,7 @@ def build_micro_batches(batch: pa.RecordBatch, settings: TreeSettings) -> list[T
         logs, played, _ = checked_logs(batch, **contract)
         members = _split(logs, build_trie(logs, played, settings.backspace_id), settings.max_nodes_per_batch)
         parts = [batch.take(pa.array(rows)) for rows in members]
-    return [build_tree_batch(part, **contract) for part in parts]
+    return [build_tree_batch(part, **contract, offers_backspace=settings.offers_backspace) for part in parts]
 
 
 def _split(logs: ActionLogs, trie: Trie, max_nodes: int) -> list[Int64]:

@@ -133,8 +133,12 @@ class TreeBatch:
         )
 
 
-def build_tree_batch(batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, max_positions: int) -> TreeBatch:
+def build_tree_batch(
+    batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, max_positions: int, offers_backspace: bool = True
+) -> TreeBatch:
     """Pack the trajectories of `batch` (schema of `buffer.schema`) into one tree per distinct first token.
+
+    offers_backspace: whether it is an action in the trajectories that offer it.
 
     Raises:
         ValueError: see `checked_logs`; or some logs have features that others lack.
@@ -164,7 +168,7 @@ def build_tree_batch(batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, m
     final_at_floor[acted] = played.next_state[last_action] == FLOOR
     value_nodes = np.unique(np.concatenate([floor_node, state, next_state]))
     behaviour = Behaviour.from_batch(batch)
-    never_offered = ~behaviour.offers_backspace
+    never_offered = ~(behaviour.offers_backspace & offers_backspace)
 
     def rows_of(nodes: Int64) -> Tensor:
         return torch.from_numpy(np.searchsorted(value_nodes, nodes))

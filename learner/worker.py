@@ -57,7 +57,8 @@ RECENT_STEPS = 20
 @dataclass(frozen=True)
 class LearnerSpec:
     """What the learner is born with. prioritised_replay: whether the buffer draws by priorities and is told them.
-    features: names of those that rollouts have, in their order.
+    features: names of those that rollouts have, in their order. offers_backspace: whether backspace is an action at
+    all, of experts as of rollouts.
     """
 
     model: ModelSettings
@@ -69,6 +70,7 @@ class LearnerSpec:
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     prioritised_replay: bool = False
     features: tuple[str, ...] = ()
+    offers_backspace: bool = True
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ class LearnerWorker:
                 eos_id=self._contract.eos_id,
                 max_nodes_per_batch=self._spec.settings.max_nodes_per_batch,
                 max_positions=self._max_length,
+                offers_backspace=self._spec.offers_backspace,
             ),
             # A stop is asked for before a draw, for all ranks at once, and by rank 0 while it waits for rollouts.
             SharedBatchSource(self._ranks, experts, self._stop.is_set),

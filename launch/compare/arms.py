@@ -1,4 +1,4 @@
-"""What is compared: objectives by name, with settings of their own where asked, each under a label."""
+"""What is compared: objectives, each under a label, with settings of their own and of the recipe where asked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from buffer.settings import Settings
 from launch.errors import UserError
 from launch.recipe import JsonSchema, Tree, apply_override, explain
 from learner.objective_settings import ObjectiveSettings
@@ -16,18 +17,29 @@ from learner.stage_settings import StageSettings
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
+RECIPE_KEY = "recipe"
+"""In a file of objectives, beside an objective's own settings: what else is different in its runs."""
+
+
+class Arm(Settings):
+    """One side of a comparison. recipe: overrides of the recipe, as `noise.rate=0.1`, that hold for its runs alone."""
+
+    objective: ObjectiveSettings
+    recipe: tuple[str, ...] = ()
+
+
 _OBJECTIVE: TypeAdapter[ObjectiveSettings] = TypeAdapter(ObjectiveSettings)
 
 
-def parse_objectives(text: str, stages: tuple[StageSettings, ...]) -> dict[str, ObjectiveSettings]:
-    """Objectives of `name` or `name:key=value,key=value`, separated by commas, by label.
+def parse_objectives(text: str, stages: tuple[StageSettings, ...]) -> dict[str, Arm]:
+    """Arms of `name` or `name:key=value,key=value`, separated by commas, by label.
 
     An objective that `stages` (the first of them that has it) uses has the settings from there, then its own.
 
     Raises:
         UserError: one is unknown, malformed or named twice.
     """
-    arms: dict[str, ObjectiveSettings] = {}
+    arms: dict[str, Arm] = {}
     for spec in _specs(text):
         name, colon, settings = spec.partition(":")
         _check_name(name)
@@ -39,12 +51,13 @@ def parse_objectives(text: str, stages: tuple[StageSettings, ...]) -> dict[str, 
         label = re.sub(r"[^A-Za-z0-9_.]+", "-", spec).strip("-")
         if label in arms:
             raise UserError(f"objective {spec} is named twice")
-        arms[label] = _resolve(tree, f"--objectives {spec}")
+        arms[label] = Arm(objective=_resolve(tree, f"--objectives {spec}"))
     return arms
 
 
-def read_objectives(path: Path) -> dict[str, ObjectiveSettings]:
-    """Objectives of a YAML file, a mapping from labels to settings as a stage of a recipe has them.
+def read_objectives(path: Path) -> dict[str, Arm]:
+    """Arms of a YAML file: a mapping from labels to objectives as a stage of a recipe has them, each of which may have
+    a list `recipe` of overrides beside its own settings.
 
     Raises:
         UserError: the file is absent, or no such mapping.
@@ -60,7 +73,14 @@ def read_objectives(path: Path) -> dict[str, ObjectiveSettings]:
     for label in tree:
         if not _LABEL.fullmatch(str(label)):
             raise UserError(f"{path}: label {label!r} is to name a folder: use letters, digits, '_', '.' and '-'")
-    return {str(label): _resolve(settings, f"{path}: {label}") for label, settings in tree.items()}
+    return {str(label): _arm(settings, f"{path}: {label}") for label, settings in tree.items()}
+
+
+def _arm(tree: Tree, where: str) -> Arm:
+    overrides = tree.pop(RECIPE_KEY, [])
+    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
+        raise UserError(f"{where}: {RECIPE_KEY} is no list of overrides, as in `{RECIPE_KEY}: [noise.rate=0.1]`")
+    return Arm(objective=_resolve(tree, where), recipe=tuple(overrides))
 
 
 def _resolve(tree: Tree, where: str) -> ObjectiveSettings:

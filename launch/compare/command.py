@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from launch.compare.plan import ComparisonPlan
     from launch.compare.results import Comparison
 
+DEFAULT_SEEDS = 3
+
 
 def compare(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe.")] = None,
@@ -32,7 +34,14 @@ def compare(
     objectives_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML file that maps labels to objectives, in their place.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each objective; 3 or more tell how they spread.")] = 3,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Runs of each objective; 3 or more tell how they spread. With --resume: from now on.",
+            show_default=str(DEFAULT_SEEDS),
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Budget: learner steps; by default as in the recipe.")
     ] = None,
@@ -66,11 +75,12 @@ def compare(
                 raise UserError(f"{fixed[0]} is for a new comparison; {resume} goes on as it was begun")
             from launch.compare.plan import read_plan
 
-            plan = read_plan(resume)
+            plan = read_plan(resume, seeds)
         else:
             assert recipe is not None
             with setting_up():
-                plan = _plan(recipe, overrides or [], objectives, objectives_file, seeds, steps, actions, stage)
+                num_seeds = seeds or DEFAULT_SEEDS
+                plan = _plan(recipe, overrides or [], objectives, objectives_file, num_seeds, steps, actions, stage)
             if dry_run:
                 typer.echo(plan.to_yaml(), nl=False)
                 return
@@ -122,6 +132,7 @@ def _run(folder: ComparisonFolder, console: Console) -> Comparison:
     shown = shown_path(folder.path)
     how_to_resume = f"go on with: sequencematch compare --resume {shown}"
     with sole_driver(folder.path):
+        folder.write_plan()  # a resumed one may have more seeds
         try:
             comparison = ComparisonSession(folder, console).run()
         except KeyboardInterrupt:

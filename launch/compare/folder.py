@@ -75,8 +75,13 @@ class ComparisonFolder:
             raise UserError(
                 f"there is a folder {path} already: go on with it by `--resume {path}`, or choose another --name"
             ) from None
-        (path / PLAN_FILE).write_text(plan.to_yaml(), encoding="utf-8")
-        return cls(path.resolve(), plan)
+        comparison = cls(path.resolve(), plan)
+        comparison.write_plan()
+        return comparison
+
+    def write_plan(self) -> None:
+        """Note what the comparison is from now on."""
+        (self.path / PLAN_FILE).write_text(self.plan.to_yaml(), encoding="utf-8")
 
     def start(self, seed: int) -> Path:
         """Folder of the run before the compared stage."""

@@ -17,15 +17,19 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from buffer.settings import Settings
+from launch.compare.arms import Arm
 from launch.errors import UserError
-from launch.recipe import settings_from
+from launch.recipe import apply_override, settings_from
 from launch.settings import RunSettings, needs_actors
 from launch.trusted_code import check_trusted
-from learner.objective_settings import AdversarialJsSettings, ObjectiveSettings
+from learner.objective_settings import AdversarialJsSettings
 from learner.stage_settings import StageSettings
 
 PLAN_FILE = "comparison.yaml"
 COMPARED_STAGE = "compared"
+CHANGEABLE = ("noise", "actors", "buffer")
+"""Sections of the recipe that an arm may have its own of, besides the compared stage: no start depends on them."""
+
 PILOT_STEPS = 20
 """Enough for the mean of actions per step; that of rollouts is of many texts already in the first one."""
 
@@ -33,13 +37,13 @@ PILOT_STEPS = 20
 class ComparisonPlan(Settings):
     """A comparison; `comparison.yaml` in its folder. One of `steps` and `actions` is the budget of the compared stage.
 
-    stage: of the recipe, whose batch sizes, optimizer and publication all arms have. arms: objectives by label; the
-    first is what the others are compared with.
+    stage: of the recipe, whose batch sizes, optimizer and publication all arms have, unless they say otherwise. arms:
+    by label; the first is what the others are compared with.
     """
 
     recipe: RunSettings
     stage: str
-    arms: dict[str, ObjectiveSettings] = Field(min_length=2)
+    arms: dict[str, Arm] = Field(min_length=2)
     seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
     steps: PositiveInt | None = None
     actions: PositiveInt | None = None
@@ -56,7 +60,7 @@ class ComparisonPlan(Settings):
 
     def pilot_steps(self, arm: str) -> int:
         """Steps of an arm's pilot, the first ones of a discriminator that learns alone not counted."""
-        objective = self.arms[arm]
+        objective = self.arms[arm].objective
         alone = objective.discriminator.warmup_steps if isinstance(objective, AdversarialJsSettings) else 0
         return alone + PILOT_STEPS
 
@@ -69,18 +73,31 @@ class ComparisonPlan(Settings):
         """The run of one arm.
 
         Raises:
-            UserError: the objective does not accept so many steps.
+            UserError: the objective does not accept so many steps, or the recipe not what the arm changes in it.
         """
         before = stages_before(self.recipe, self.stage)
-        compared = compared_stage(self.recipe, self.stage).model_copy(
+        recipe = self._recipe_of(arm)
+        compared = compared_stage(recipe, self.stage).model_copy(
             update={
                 "name": COMPARED_STAGE,
                 "start_from": before[-1].name if before else None,
-                "objective": self.arms[arm],
+                "objective": self.arms[arm].objective,
                 "steps": steps,
             }
         )
-        return _run_settings(self.recipe, (*before, compared), seed, f"objective {arm}")
+        return _run_settings(recipe, (*before, compared), seed, f"objective {arm}")
+
+    def _recipe_of(self, arm: str) -> RunSettings:
+        tree = self.recipe.model_dump(mode="json")
+        allowed = [*CHANGEABLE, f"stages.{self.stage}"]
+        for override in self.arms[arm].recipe:
+            apply_override(tree, override)
+            if not any(override.startswith(f"{part}.") for part in allowed):
+                raise UserError(
+                    f"objective {arm}: {override!r} would change what all arms have in common; an arm may have its own "
+                    f"{', '.join(allowed)}"
+                )
+        return settings_from(tree, f"objective {arm}")
 
     def evaluation_settings(self, seed: int) -> RunSettings:
         """What the arms of a seed are evaluated by."""
@@ -93,7 +110,7 @@ class ComparisonPlan(Settings):
 
 def make_plan(
     recipe: RunSettings,
-    objectives: Mapping[str, ObjectiveSettings],
+    arms: Mapping[str, Arm],
     num_seeds: int,
     *,
     stage: str | None = None,
@@ -103,7 +120,7 @@ def make_plan(
     """Check every arm before anything starts.
 
     Args:
-        objectives: by label; the first is the reference. num_seeds: counted from the recipe's seed. stage: the compared
+        arms: by label; the first is the reference. num_seeds: counted from the recipe's seed. stage: the compared
             one; None = see `compared_stage`. steps, actions: the budget; by default the steps of the compared stage.
 
     Raises:
@@ -111,7 +128,7 @@ def make_plan(
             does not suit a comparison.
     """
     compared = compared_stage(recipe, stage)
-    if len(objectives) < 2:
+    if len(arms) < 2:
         raise UserError("name at least two objectives to compare, as in --objectives mle,sequencematch")
     if steps is not None and actions is not None:
         raise UserError("--steps and --actions are two budgets: give one of them")
@@ -121,16 +138,16 @@ def make_plan(
             "in one folder with it; leave checkpoint_dir out, and let runs_folder say where"
         )
     check_trusted(recipe.scoring)
-    labels: dict[ObjectiveSettings, str] = {}
-    for label, objective in objectives.items():
-        if objective in labels:
-            raise UserError(f"objectives {labels[objective]} and {label} are the same: leave one out, or change it")
-        labels[objective] = label
+    labels: dict[Arm, str] = {}
+    for label, arm in arms.items():
+        if arm in labels:
+            raise UserError(f"objectives {labels[arm]} and {label} are the same: leave one out, or change it")
+        labels[arm] = label
     plan = ComparisonPlan(
         recipe=recipe,
         stage=compared.name,
-        arms=dict(objectives),
-        seeds=tuple(range(recipe.seed, recipe.seed + num_seeds)),
+        arms=dict(arms),
+        seeds=_seeds(recipe, num_seeds),
         steps=None if actions is not None else steps or compared.steps,
         actions=actions,
     )
@@ -139,8 +156,8 @@ def make_plan(
     return plan
 
 
-def read_plan(folder: Path) -> ComparisonPlan:
-    """The plan of an existing comparison.
+def read_plan(folder: Path, num_seeds: int | None = None) -> ComparisonPlan:
+    """The plan of an existing comparison. num_seeds: in place of those it was begun with, as for `make_plan`.
 
     Raises:
         UserError: the folder is none, or its plan was changed into something else.
@@ -149,9 +166,14 @@ def read_plan(folder: Path) -> ComparisonPlan:
     if not file.is_file():
         raise UserError(f"{folder} is not the folder of a comparison: it has no {PLAN_FILE}")
     try:
-        return ComparisonPlan.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        plan = ComparisonPlan.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValidationError) as error:
         raise UserError(f"{file} is not what `sequencematch compare` wrote there: {error}") from None
+    return plan if num_seeds is None else plan.model_copy(update={"seeds": _seeds(plan.recipe, num_seeds)})
+
+
+def _seeds(recipe: RunSettings, count: int) -> tuple[int, ...]:
+    return tuple(range(recipe.seed, recipe.seed + count))
 
 
 def compared_stage(recipe: RunSettings, name: str | None) -> StageSettings:

@@ -1,4 +1,4 @@
-"""Running a comparison: one run after the other, what is done is not repeated, and all are evaluated at the end."""
+"""Running a comparison: one run after the other, a seed's arms evaluated when they are done, and nothing repeated."""
 
 from __future__ import annotations
 
@@ -38,18 +38,13 @@ class ComparisonSession:
             UserError: a run cannot be set up, or another process has it. KeyboardInterrupt: asked to stop; the run
                 under way has a checkpoint.
         """
-        for seed in self._plan.seeds:
-            self._train_seed(seed)
-        trained = [
-            (arm, seed)
-            for seed in self._plan.seeds
-            for arm in self._plan.arms
-            if self._comparison.arm(arm, seed).name not in self._failures
-        ]
+        trained: list[Key] = []
         measured: dict[Key, Measured] = {}
         for seed in self._plan.seeds:
-            found = self._evaluate([arm for arm, of in trained if of == seed], seed)
-            measured |= {(arm, seed): numbers for arm, numbers in found.items()}
+            self._train_seed(seed)
+            arms = [arm for arm in self._plan.arms if self._comparison.arm(arm, seed).name not in self._failures]
+            trained += [(arm, seed) for arm in arms]
+            measured |= {(arm, seed): numbers for arm, numbers in self._evaluate(arms, seed).items()}
         return Comparison(
             task=self._plan.recipe.task.name,
             budget=self._plan.budget,

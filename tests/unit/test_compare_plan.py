@@ -84,7 +84,7 @@ def test_an_objective_has_the_recipes_settings_then_its_own() -> None:
     label = "sequencematch-alpha-0.5-beta_steps-9"
     assert list(plan.arms) == [label, "sequencematch", "mle"]
     assert plan.reference == label
-    changed, plain = plan.arms[label].model_dump(), plan.arms["sequencematch"].model_dump()
+    changed, plain = (plan.arms[arm].objective.model_dump() for arm in (label, "sequencematch"))
     assert (changed["alpha"], changed["beta_steps"], changed["gamma"]) == (0.5, 9, 0.9)
     assert (plain["alpha"], plain["beta_steps"], plain["gamma"]) == (0.03, 150, 0.9)
 
@@ -103,6 +103,7 @@ def test_a_plan_survives_writing(tmp_path: Path) -> None:
     plan = plan_of("mle,sequencematch:divergence=kl", actions=1000)
     (tmp_path / "comparison.yaml").write_text(plan.to_yaml())
     assert read_plan(tmp_path) == plan
+    assert read_plan(tmp_path, 4).seeds == (0, 1, 2, 3)
     (tmp_path / "comparison.yaml").write_text("arms: {}")
     with pytest.raises(UserError, match=r"is not what `sequencematch compare` wrote"):
         read_plan(tmp_path)
@@ -145,13 +146,14 @@ def test_objectives_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "arms.yaml"
     file.write_text("plain: {name: mle}\nsoft: {name: gdc, constraints: [{feature: brief, target: 0.5}]}\n")
     arms = read_objectives(file)
-    assert [objective.name for objective in arms.values()] == ["mle", "gdc"]
+    assert [arm.objective.name for arm in arms.values()] == ["mle", "gdc"]
     for content, part in (
         ("a/b: {name: mle}", "label 'a/b'"),
         ("a: {name: mel}", "did you mean 'mle'"),
         ("a: {name: emo, mode: 3}", "a: mode"),
         ("- mle", "no mapping from labels"),
         ("a: [", "not valid YAML"),
+        ("a: {name: mle, recipe: {noise.rate: 0.1}}", "a: recipe is no list of overrides"),
     ):
         file.write_text(content)
         with pytest.raises(UserError) as caught:
@@ -159,6 +161,46 @@ def test_objectives_of_a_file(tmp_path: Path) -> None:
         assert part in str(caught.value)
     with pytest.raises(UserError, match="no objectives at"):
         read_objectives(tmp_path / "none.yaml")
+
+
+def arms_of(tmp_path: Path, content: str) -> ComparisonPlan:
+    file = tmp_path / "arms.yaml"
+    file.write_text(content)
+    return make_plan(read_recipe(ARITHMETIC), read_objectives(file), 1)
+
+
+def test_an_arm_of_a_file_changes_the_recipe_for_itself(tmp_path: Path) -> None:
+    plan = arms_of(
+        tmp_path,
+        "plain: {name: behaviour_cloning}\n"
+        "noisy: {name: behaviour_cloning, recipe: [noise.kind=random, noise.rate=0.1]}\n"
+        "slow: {name: sequencematch, recipe: [stages.sequencematch.optimizer.learning_rate=1e-5,"
+        " actors.rollout.backspace=false, noise.kind=none]}\n",
+    )
+    plain, noisy, slow = (plan.arm_settings(arm, 0, 7) for arm in plan.arms)
+    assert (noisy.noise.kind, noisy.noise.rate, plain.noise.kind) == ("random", 0.1, "task")
+    assert noisy.model_copy(update={"noise": plain.noise}) == plain
+    assert (slow.stages[-1].optimizer.learning_rate, slow.actors.rollout.backspace) == (1e-5, False)
+    assert (slow.stages[-1].name, slow.stages[-1].steps, slow.noise.kind) == (COMPARED_STAGE, 7, "none")
+    start = plan.start_settings(0)
+    assert start is not None
+    assert {start.stages} == {each.stages[:-1] for each in (plain, noisy, slow)}, "all arms start from the same"
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("task.max_digits=3", "would change what all arms have in common"),
+        ("stages.trunk.steps=3", "would change what all arms have in common"),
+        ("noises=3", "would change what all arms have in common"),
+        ("noise.rat=3", "objective noisy: unknown key 'noise.rat'"),
+        ("noise.rate", "not of the form key=value"),
+    ],
+)
+def test_what_an_arm_may_not_change_is_refused(tmp_path: Path, override: str, part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        arms_of(tmp_path, f"plain: {{name: mle}}\nnoisy: {{name: behaviour_cloning, recipe: ['{override}']}}\n")
+    assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ REINFORCE_RUN = ["stages.sequencematch.objective={name: reinforce}", "scoring.re
         (["buffer.sampler=prioritised"], "reinforce is an expectation over rollouts"),
         (
             ["actors.rollout.backspace=false", "stages.trunk.objective={name: behaviour_cloning}"],
-            "stage 'trunk': objective behaviour_cloning teaches to take tokens back, and actors.rollout.backspace is",
+            "stage 'trunk': objective behaviour_cloning teaches to take noise back, and actors.rollout.backspace is",
         ),
         (["stages.sequencematch.objective={name: kl_control, beta: 0}"], "objective.beta: Input should be greater"),
     ],

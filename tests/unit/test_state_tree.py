@@ -83,6 +83,16 @@ def test_states_are_those_of_replay():
     check_against_replay(build(logs), logs)
 
 
+def test_backspace_is_no_action_where_the_run_has_none():
+    logs = [Log([1, 4], [5, 6, EOS]), NEVER_OFFERED]
+    tree = build_tree_batch(
+        to_batch(logs), backspace_id=BACKSPACE, eos_id=EOS, max_positions=64, offers_backspace=False
+    )
+    for masked in (tree.backspace_masked, tree.next_backspace_masked, tree.final_backspace_masked):
+        assert masked.all()
+    check_against_replay(tree, [dataclasses.replace(log, offers_backspace=False) for log in logs])
+
+
 def test_the_dense_mask():
     tree = build(HARD)
     for node, sees in enumerate(tree.attention_mask):
