@@ -50,13 +50,16 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """The table of a comparison as GitHub shows it."""
-    lines = [f"# {_title(comparison)}", "", f"| | {' | '.join(comparison.arms)} |"]
-    lines.append(f"|{'---|' * (len(comparison.arms) + 1)}")
+    """The tables of a comparison as GitHub shows them: one for each group of numbers, with a row for each arm, of which
+    there may be many.
+    """
+    lines = [f"# {_title(comparison)}"]
     for section, rows in _sections(comparison):
-        for name, cells in rows:
-            columns = ["<br>".join(cells.get(arm, ["-"])) for arm in comparison.arms]
-            lines.append(f"| {section} {name} | {' | '.join(columns)} |")
+        lines += ["", f"## {section}", "", f"| | {' | '.join(name for name, _ in rows)} |"]
+        lines.append(f"|{'---|' * (len(rows) + 1)}")
+        for arm in comparison.arms:
+            cells = ["<br>".join(of_arm.get(arm, ["-"])) for _, of_arm in rows]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
     lines += ["", *_captions(comparison)]
     lines += [f"- {run} failed: {why}" for run, why in comparison.failures.items()]
     return "\n".join(lines) + "\n"

@@ -80,13 +80,14 @@ def test_few_seeds_are_told_plainly() -> None:
 
 
 def test_markdown_has_every_arm_and_gaps_where_nothing_was_measured() -> None:
-    lines = comparison_markdown(comparison(3)).splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in table} == {len(ARMS) + 2}
-    recovery = next(line for line in table if "recovery recovery" in line)
-    cells = [cell.strip() for cell in recovery.strip("|").split("|")]
-    assert cells[1] == cells[-1] == "-"
-    assert cells[2] == ".500 ±.000 (.020)", "nothing to hold it against"
+    _, *sections = comparison_markdown(comparison(3)).split("\n## ")
+    tables = {section.split("\n")[0]: [line for line in section.splitlines() if "|" in line] for section in sections}
+    for table in tables.values():
+        assert len({line.count("|") for line in table}) == 1
+        assert [line.split("|")[1].strip() for line in table[2:]] == list(ARMS)
+    cells = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in tables["recovery"][2:]}
+    assert cells[ARMS[0]] == cells[ARMS[-1]] == "-"
+    assert cells[ARMS[1]] == ".500 ±.000 (.020)", "nothing to hold it against"
 
 
 def test_files_hold_every_run_and_say_what_failed(tmp_path: Path) -> None:
