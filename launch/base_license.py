@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from learner.settings import PretrainedModelSettings
+from learner.settings.model import PretrainedModelSettings
 
 CARD_FILE = "README.md"
 
@@ -19,7 +19,7 @@ def base_license(settings: PretrainedModelSettings) -> str | None:
     Raises:
         ValueError: the model names a package that is not installed.
     """
-    from learner.model import locate_model
+    from learner.model.policy import locate_model
 
     source = locate_model(settings)
     if source.gguf_file is not None:

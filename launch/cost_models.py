@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launch.errors import UserError
-from learner.objective_settings import EmoSettings
-from learner.stage_settings import StageSettings
+from learner.settings.objectives import EmoSettings
+from learner.settings.stages import StageSettings
 
 
 def check_cost_models(stages: Sequence[StageSettings], vocab_size: int) -> None:

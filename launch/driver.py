@@ -34,8 +34,8 @@ from launch.run_log import RUN_BEGINS, RUN_FINISHED, RUN_STOPPED, RunLog
 from launch.run_tokenizer import save_run_tokenizer
 from launch.settings import RunSettings, needs_actors
 from launch.trusted_code import check_trusted
-from learner.publisher import PROBE_TOKENS
-from learner.stage_settings import StageSettings
+from learner.publication.publisher import PROBE_TOKENS
+from learner.settings.stages import StageSettings
 from learner.status import StageResult
 from learner.worker import LearnerSpec, PreparedRun
 

@@ -11,12 +11,12 @@ from buffer.settings import Settings
 from launch.base_license import base_license
 from launch.run_folder import open_run_folder, read_versions
 from launch.settings import RunSettings
-from learner.settings import PretrainedModelSettings
-from learner.stage_settings import StageSettings
+from learner.settings.model import PretrainedModelSettings
+from learner.settings.stages import StageSettings
 
 if TYPE_CHECKING:
-    from learner.checkpoint import Progress
-    from learner.model_card import CardFacts
+    from learner.checkpoints.checkpoint import Progress
+    from learner.checkpoints.model_card import CardFacts
 
 
 def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_id: str | None) -> CardFacts:
@@ -26,7 +26,7 @@ def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_i
     Raises:
         UserError: the run's configuration cannot be read. ValueError: the base model's package is not installed.
     """
-    from learner.model_card import CardFacts
+    from learner.checkpoints.model_card import CardFacts
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     settings = None if run is None else open_run_folder(run)[1]

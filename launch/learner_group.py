@@ -18,8 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from buffer.shards.shard import Shard
 from launch.errors import RunFailedError, is_disk_full
-from learner.ranks import RankLostError
-from learner.stage_settings import StageSettings
+from learner.ranks.group import RankLostError
+from learner.settings.stages import StageSettings
 from learner.worker import LearnerSpec, LearnerWorker
 
 LEARNER_NAME = "learner"

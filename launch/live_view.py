@@ -16,7 +16,7 @@ from rich.text import Text
 from actors.status import PoolStatus
 from buffer.shards.status import BufferStatus
 from launch.shard_view import flight_lines, shard_table
-from learner.stage_settings import StageSettings
+from learner.settings.stages import StageSettings
 from learner.status import LearnerStatus, StageResult
 
 PLAIN_INTERVAL_S = 10.0

@@ -7,9 +7,9 @@ from pathlib import Path
 from buffer.schema import TokenContract
 from launch.command_errors import setting_up
 from launch.settings import RunSettings
-from learner.checkpoint import check_contract
-from learner.checkpoint_store import CheckpointStore
-from learner.remote_checkpoints import open_checkpoints
+from learner.checkpoints.checkpoint import check_contract
+from learner.checkpoints.remote import open_checkpoints
+from learner.checkpoints.store import CheckpointStore
 from learner.status import StageResult
 
 

@@ -11,11 +11,11 @@ from actors.settings import ActorsSettings
 from buffer.sampling.limiter import Limiter
 from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings
 from launch.evaluation_settings import EvaluationSettings
-from learner.objective_settings import AdversarialJsSettings
-from learner.score_function_settings import ConstraintSettings, ScoreFunctionSettings, TargetSettings
-from learner.settings import ModelSettings, PretrainedModelSettings
-from learner.stage_settings import LearnerSettings, StageSettings, check_stages
-from learner.trackers import TrackerName
+from learner.metrics.trackers import TrackerName
+from learner.settings.model import ModelSettings, PretrainedModelSettings
+from learner.settings.objectives import AdversarialJsSettings
+from learner.settings.score_functions import ConstraintSettings, ScoreFunctionSettings, TargetSettings
+from learner.settings.stages import LearnerSettings, StageSettings, check_stages
 
 
 class ClusterSettings(Settings):

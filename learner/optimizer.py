@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from learner.settings import OptimizerSettings
+from learner.settings.optimizer import OptimizerSettings
 
 DEFAULT_FINAL_FRACTION = 0.05
 

@@ -8,12 +8,12 @@ from types import TracebackType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer.schema import TokenContract
-from learner.checkpoint import Progress, take_snapshot
-from learner.checkpoint_store import CheckpointStore
-from learner.checkpoint_writer import CheckpointWriter, MetricMeans
-from learner.model_files import take_part_in_snapshot
-from learner.ranks import Ranks
-from learner.stage_settings import LearnerSettings, StageSettings
+from learner.checkpoints.checkpoint import Progress, take_snapshot
+from learner.checkpoints.model_files import take_part_in_snapshot
+from learner.checkpoints.store import CheckpointStore
+from learner.checkpoints.writer import CheckpointWriter, MetricMeans
+from learner.ranks.group import Ranks
+from learner.settings.stages import LearnerSettings, StageSettings
 from learner.trainer import Trainer
 
 

@@ -18,26 +18,26 @@ import torch
 from torch import Tensor
 
 from buffer.behaviour import newest_version
-from learner.batch_source import BatchSource
-from learner.behaviour import behaviour_metrics, finish_behaviour_metrics
-from learner.checkpoint import TrainingState
-from learner.micro_batches import TreeSettings, build_micro_batches
+from learner.batches.micro_batches import TreeSettings, build_micro_batches
+from learner.batches.priorities import Float32, priorities_of_draw
+from learner.batches.rank_shares import count_logs, share_of_rank
+from learner.batches.source import BatchSource
+from learner.checkpoints.checkpoint import TrainingState
+from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics
 from learner.objectives.nonfinite import is_finite
 from learner.optimizer import make_optimizer, make_schedule
-from learner.priorities import Float32, priorities_of_draw
-from learner.rank_shares import count_logs, share_of_rank
-from learner.ranks import Ranks
-from learner.sharding import (
+from learner.ranks.group import Ranks
+from learner.ranks.sharding import (
     OptimizerState,
     clip_gradients,
     load_optimizer_state,
     synchronise_gradients,
     whole_optimizer_state,
 )
-from learner.stage_settings import StageSettings
-from learner.state_tree import TreeBatch
-from learner.tree_policy import TreePolicy
+from learner.settings.stages import StageSettings
+from learner.state_tree.batch import TreeBatch
+from learner.state_tree.policy import TreePolicy
 
 NAMED_TRAJECTORIES = 20
 """Ids in an error message, at most."""

@@ -1,7 +1,7 @@
 """The learner: Ray actors that share the model and train it stage by stage, one actor a rank.
 
-All ranks get the same calls. Rank 0 leads (see `learner.ranks`): it alone draws, publishes, logs and writes; where its
-work needs the parts of the model that the others hold, they take part.
+All ranks get the same calls. Rank 0 leads (see `learner.ranks.group`): it alone draws, publishes, logs and writes;
+where its work needs the parts of the model that the others hold, they take part.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from buffer.experts.tasks import Task, load_task
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings, TaskSettings
 from buffer.shards.shard import Shard
-from learner.activation_checkpointing import checkpoint_activations
-from learner.batch_source import BufferSource, StopRequestedError
-from learner.behaviour import distribution_metrics
-from learner.checkpoint import Progress, read_progress, read_training_state
-from learner.checkpoint_store import CheckpointStore
-from learner.metrics_log import MetricsLog
-from learner.micro_batches import TreeSettings
-from learner.model import load_policy
-from learner.model_files import load_weights
+from learner.batches.micro_batches import TreeSettings
+from learner.batches.priorities import Float32
+from learner.batches.shared_source import SharedBatchSource
+from learner.batches.source import BufferSource, StopRequestedError
+from learner.checkpoints.checkpoint import Progress, read_progress, read_training_state
+from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.remote import open_checkpoints
+from learner.checkpoints.store import CheckpointStore
+from learner.metrics.behaviour import distribution_metrics
+from learner.metrics.log import MetricsLog
+from learner.metrics.trackers import TrackerName, check_trackers
+from learner.metrics.watch import Watch
+from learner.model.activation_checkpointing import checkpoint_activations
+from learner.model.policy import load_policy
 from learner.objectives.base import OutsideDomainError
 from learner.objectives.registry import make_objective
-from learner.priorities import Float32
-from learner.publication import PublicationPlan
-from learner.publisher import WeightPublisher, make_probe, take_part_in_publication
-from learner.ranks import Ranks, join_ranks, open_rendezvous
-from learner.remote_checkpoints import open_checkpoints
-from learner.settings import ModelSettings, ScratchModelSettings
-from learner.sharding import shard
-from learner.shared_batches import SharedBatchSource
+from learner.publication.publisher import WeightPublisher, make_probe, take_part_in_publication
+from learner.publication.tensors import PublicationPlan
+from learner.ranks.group import Ranks, join_ranks, open_rendezvous
+from learner.ranks.sharding import shard
+from learner.settings.model import ModelSettings, ScratchModelSettings
+from learner.settings.stages import LearnerSettings, StageSettings
 from learner.stage_checkpoints import StageCheckpoints
-from learner.stage_settings import LearnerSettings, StageSettings
+from learner.state_tree.policy import TreePolicy
 from learner.status import LearnerStatus, StageResult
-from learner.trackers import TrackerName, check_trackers
 from learner.trainer import Trainer
-from learner.tree_policy import TreePolicy
-from learner.watch import Watch
 
 RECENT_STEPS = 20
 

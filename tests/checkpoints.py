@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer.schema import TokenContract
-from learner.checkpoint import Progress, TrainingState, take_snapshot
-from learner.checkpoint_store import LocalCheckpoints, remove_superseded
+from learner.checkpoints.checkpoint import Progress, TrainingState, take_snapshot
+from learner.checkpoints.store import LocalCheckpoints, remove_superseded
 
 CONTRACT = TokenContract(vocab_size=16, backspace_id=3, eos_id=2, tokenizer_hash="abc")
 

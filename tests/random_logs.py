@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from learner.micro_batches import TreeSettings
+from learner.batches.micro_batches import TreeSettings
 from tests.trajectories import BACKSPACE, EOS, VOCAB, batch_of, expert_row, row
 
 MATCHING = {"name": "sequencematch", "alpha": 0.05, "beta_start": 0.9, "beta_end": 0.1, "beta_steps": 4}

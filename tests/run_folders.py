@@ -21,7 +21,7 @@ from launch.report.rollouts import Action, Rollout, RolloutSample
 from launch.run_folder import BUFFER_FOLDER, CONFIG_FILE
 from launch.run_log import RUN_BEGINS, RUN_FINISHED, RunLog
 from launch.run_tokenizer import save_run_tokenizer
-from learner.metrics_log import MetricsLog
+from learner.metrics.log import MetricsLog
 from learner.status import LearnerStatus
 from tests.rollouts import rollouts
 

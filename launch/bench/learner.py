@@ -79,7 +79,7 @@ class LearnerBenchmark:
 
     def _compare(self, load: TrainingLoad, names: tuple[SideName, ...]) -> _Comparison:
         from launch.bench.learner_sides import LibrarySide, OurSide
-        from learner.stage_settings import LearnerSettings
+        from learner.settings.stages import LearnerSettings
 
         ours = OurSide(self.model, load, LearnerSettings().max_nodes_per_batch)
         sides: dict[SideName, Side] = {

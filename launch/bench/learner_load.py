@@ -86,7 +86,7 @@ def make_load(
 
 
 class LoadSource:
-    """A `learner.batch_source.BatchSource` that gives the trajectories of a load in order, again and again."""
+    """A `learner.batches.source.BatchSource` that gives the trajectories of a load in order, again and again."""
 
     def __init__(self, trajectories: pa.RecordBatch) -> None:
         self._trajectories = trajectories

@@ -25,13 +25,13 @@ from transformers import Trainer as HuggingFaceTrainer
 
 from launch.bench.learner_load import LoadSource, TrainingLoad
 from launch.bench.tiny_llama import BACKSPACE_ID, EOS_ID
-from learner.micro_batches import TreeSettings
-from learner.objective_settings import LikelihoodSettings
+from learner.batches.micro_batches import TreeSettings
 from learner.objectives.registry import make_objective
-from learner.settings import OptimizerSettings
-from learner.stage_settings import StageSettings
+from learner.settings.objectives import LikelihoodSettings
+from learner.settings.optimizer import OptimizerSettings
+from learner.settings.stages import StageSettings
+from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from learner.tree_policy import TreePolicy
 
 LEARNING_RATE = 1e-4
 

@@ -28,7 +28,7 @@ from launch.bench.scaling_shards import open_shards
 from launch.bench.scaling_times import StepTimes
 from launch.bench.virtual_time import VirtualTimeLoop
 from launch.settings import RunSettings
-from learner.stage_settings import LearnerSettings, StageSettings
+from learner.settings.stages import LearnerSettings, StageSettings
 
 
 @dataclass(frozen=True)

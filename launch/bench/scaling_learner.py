@@ -12,7 +12,7 @@ from buffer.staleness import VersionRange, staleness
 from buffer.store.consumption_log import DrawKey
 from launch.bench.scaling_shards import SimulatedShard
 from launch.bench.scaling_times import StepTimes
-from learner.stage_settings import LearnerSettings, StageSettings
+from learner.settings.stages import LearnerSettings, StageSettings
 
 
 class SimulatedLearner:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
     from actors.engine_settings import EngineSettings
-    from learner.publisher import PublicationTimes
+    from learner.publication.publisher import PublicationTimes
 
 PROBE_TOLERANCE = 0.5
 """In nats; engines in bfloat16 differ by tenths. That float32 ones do not is a matter of the tests."""
@@ -63,8 +63,8 @@ class PublishingLearner:
         import torch
         from transformers import LlamaForCausalLM
 
-        from learner.publisher import WeightPublisher, make_probe
-        from learner.tree_policy import TreePolicy
+        from learner.publication.publisher import WeightPublisher, make_probe
+        from learner.state_tree.policy import TreePolicy
 
         torch.set_num_threads(1)
         torch.manual_seed(seed)

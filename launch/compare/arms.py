@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from buffer.settings import Settings
 from launch.errors import UserError
 from launch.recipe import JsonSchema, Tree, apply_override, explain
-from learner.objective_settings import ObjectiveSettings
-from learner.stage_settings import StageSettings
+from learner.settings.objectives import ObjectiveSettings
+from learner.settings.stages import StageSettings
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 

@@ -22,8 +22,8 @@ from launch.errors import UserError
 from launch.recipe import apply_override, settings_from
 from launch.settings import RunSettings, needs_actors
 from launch.trusted_code import check_trusted
-from learner.objective_settings import AdversarialJsSettings
-from learner.stage_settings import StageSettings
+from learner.settings.objectives import AdversarialJsSettings
+from learner.settings.stages import StageSettings
 
 PLAN_FILE = "comparison.yaml"
 COMPARED_STAGE = "compared"

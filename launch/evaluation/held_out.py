@@ -20,10 +20,10 @@ from buffer.experts.stream import ExpertStream, NoisePlan
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
 from launch.evaluation.estimates import Estimate, Float64, Int64
-from learner.action_values import StateLogits
-from learner.micro_batches import TreeSettings, build_micro_batches
-from learner.state_tree import TreeBatch
-from learner.tree_policy import TreePolicy
+from learner.batches.micro_batches import TreeSettings, build_micro_batches
+from learner.state_tree.action_values import StateLogits
+from learner.state_tree.batch import TreeBatch
+from learner.state_tree.policy import TreePolicy
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -108,8 +108,8 @@ def load_for_evaluation(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model of a checkpoint in float32, as the learner loads it, on the GPU if there is one."""
     import torch
 
-    from learner.model import load_model
-    from learner.settings import PretrainedModelSettings
+    from learner.model.policy import load_model
+    from learner.settings.model import PretrainedModelSettings
 
     settings = PretrainedModelSettings(name=str(checkpoint.folder), dtype="float32")
     with library_chatter_held():

@@ -64,7 +64,7 @@ class StageRows:
 def read_stages(run: Path) -> list[StageRows]:
     """The stages of `metrics.jsonl` in the order in which they began; none where there is no line yet.
 
-    Of two lines of one stage and step the later one counts (see `learner.metrics_log`).
+    Of two lines of one stage and step the later one counts (see `learner.metrics.log`).
 
     Raises:
         UserError: a complete line is no JSON object. OSError: the file cannot be read.

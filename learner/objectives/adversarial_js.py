@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import logsigmoid, softplus
 
-from learner.objective_settings import AdversarialJsSettings
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, PlainObjective
 from learner.objectives.discriminator import Discriminator, states_and_tokens
 from learner.objectives.likelihood import cross_entropy, likelihood_metrics
-from learner.ranks import Ranks
-from learner.state_tree import TreeBatch
-from learner.tree_policy import TreePolicy
+from learner.ranks.group import Ranks
+from learner.settings.objectives import AdversarialJsSettings
+from learner.state_tree.batch import TreeBatch
+from learner.state_tree.policy import TreePolicy
 
 
 class AdversarialJs(PlainObjective):

@@ -30,9 +30,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from learner.action_values import ActionValues
-from learner.state_tree import TreeBatch
-from learner.tree_policy import TreePolicy
+from learner.state_tree.action_values import ActionValues
+from learner.state_tree.batch import TreeBatch
+from learner.state_tree.policy import TreePolicy
 
 
 class OutsideDomainError(ArithmeticError):

@@ -19,12 +19,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 
-from learner.action_values import StateLogits, accumulation_dtype
-from learner.objective_settings import DiscriminatorSettings
-from learner.ranks import Ranks
-from learner.state_tree import TreeBatch
-from learner.tree_attention import evaluate_nodes
-from learner.tree_policy import TreePolicy
+from learner.ranks.group import Ranks
+from learner.settings.objectives import DiscriminatorSettings
+from learner.state_tree.action_values import StateLogits, accumulation_dtype
+from learner.state_tree.attention import evaluate_nodes
+from learner.state_tree.batch import TreeBatch
+from learner.state_tree.policy import TreePolicy
 
 MAX_GRADIENT_NORM = 1.0
 

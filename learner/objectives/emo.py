@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from learner.action_values import CHUNK_ELEMENTS, VOCABULARY_CHUNK, StateLogits, accumulation_dtype
-from learner.objective_settings import EmoSettings
 from learner.objectives.base import EvaluatedLogs, ExpertObjective, LogCounts, Metrics
 from learner.objectives.likelihood import likelihood_metrics
-from learner.state_tree import TreeBatch
-from learner.tree_policy import TreePolicy
+from learner.settings.objectives import EmoSettings
+from learner.state_tree.action_values import CHUNK_ELEMENTS, VOCABULARY_CHUNK, StateLogits, accumulation_dtype
+from learner.state_tree.batch import TreeBatch
+from learner.state_tree.policy import TreePolicy
 
 EPSILON = 1e-10
 """Keeps the ratio of the two losses defined."""

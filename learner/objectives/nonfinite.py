@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 
 from torch import Tensor
 
-from learner.action_values import ActionValues
 from learner.objectives.base import EvaluatedLogs, Metrics
+from learner.state_tree.action_values import ActionValues
 
 
 def is_finite(logs: EvaluatedLogs, loss: Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]) -> bool:

@@ -7,15 +7,6 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from learner.objective_settings import (
-    AdversarialJsSettings,
-    EmoSettings,
-    ExpertObjectiveSettings,
-    LikelihoodSettings,
-    ObjectiveSettings,
-    ScheduledSamplingSettings,
-    UnlikelihoodSettings,
-)
 from learner.objectives.adversarial_js import AdversarialJs
 from learner.objectives.base import Objective
 from learner.objectives.emo import Emo
@@ -32,15 +23,24 @@ from learner.objectives.target_rules import (
     policy_gradient_with_baseline,
 )
 from learner.objectives.unlikelihood import Unlikelihood
-from learner.ranks import Ranks
-from learner.score_function_settings import (
+from learner.ranks.group import Ranks
+from learner.settings.objectives import (
+    AdversarialJsSettings,
+    EmoSettings,
+    ExpertObjectiveSettings,
+    LikelihoodSettings,
+    ObjectiveSettings,
+    ScheduledSamplingSettings,
+    UnlikelihoodSettings,
+)
+from learner.settings.score_functions import (
     FDpgSettings,
     GdcSettings,
     KlControlSettings,
     ScoreFunctionSettings,
     TargetSettings,
 )
-from learner.tree_policy import TreePolicy
+from learner.state_tree.policy import TreePolicy
 
 
 def make_objective(

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from learner.action_values import CHUNK_ELEMENTS, VOCABULARY_CHUNK, StateLogits, accumulation_dtype
-from learner.objective_settings import ScheduledSamplingSettings
 from learner.objectives.base import EvaluatedLogs, ExpertObjective, LogCounts, Metrics
 from learner.objectives.likelihood import cross_entropy, likelihood_metrics
-from learner.state_tree import TreeBatch
-from learner.tree_policy import TreePolicy
+from learner.settings.objectives import ScheduledSamplingSettings
+from learner.state_tree.action_values import CHUNK_ELEMENTS, VOCABULARY_CHUNK, StateLogits, accumulation_dtype
+from learner.state_tree.batch import TreeBatch
+from learner.state_tree.policy import TreePolicy
 
 
 @dataclass(frozen=True)

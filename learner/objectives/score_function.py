@@ -24,9 +24,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, PlainObjective
 from learner.objectives.likelihood import likelihood_metrics
-from learner.ranks import Ranks
-from learner.state_tree import TreeBatch
-from learner.tree_policy import TreePolicy
+from learner.ranks.group import Ranks
+from learner.state_tree.batch import TreeBatch
+from learner.state_tree.policy import TreePolicy
 
 _NUM_PLAIN_COLUMNS = 6
 

@@ -37,10 +37,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.objective_settings import SequenceMatchSettings
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, OutsideDomainError, PlainObjective
 from learner.objectives.divergences import DIVERGENCES, Divergence
 from learner.objectives.likelihood import cross_entropy, likelihood_metrics
+from learner.settings.objectives import SequenceMatchSettings
 
 DEFAULT_DOMAIN_MARGIN = 0.1
 """Bounds the slope of phi by about 10 (kl, js) or 100 (hellinger)."""

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from learner.action_values import CHUNK_ELEMENTS, StateLogits, accumulation_dtype
-from learner.objective_settings import UnlikelihoodSettings
 from learner.objectives.base import EvaluatedLogs, ExpertObjective, LogCounts, Metrics
 from learner.objectives.likelihood import cross_entropy, likelihood_metrics
-from learner.state_tree import TreeBatch
-from learner.tree_policy import TreePolicy
+from learner.settings.objectives import UnlikelihoodSettings
+from learner.state_tree.action_values import CHUNK_ELEMENTS, StateLogits, accumulation_dtype
+from learner.state_tree.batch import TreeBatch
+from learner.state_tree.policy import TreePolicy
 
 LEAST_COMPLEMENT = 1e-5
 """1 - q(c) counts as no less than this: the slope of log(1 - q) is endless at q = 1."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from launch.run_folder import CLUSTER_FILE, CONFIG_FILE
 from launch.run_log import LOG_FILE
-from learner.checkpoint import read_progress
-from learner.checkpoint_store import checkpoints_of
+from learner.checkpoints.checkpoint import read_progress
+from learner.checkpoints.store import checkpoints_of
 from tests.integration.train_process import ROOT, TrainProcess, metrics_of
 
 STAGE = "sequencematch"

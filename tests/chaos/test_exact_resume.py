@@ -29,21 +29,22 @@ from buffer.store.consumption_log import ConsumptionLog, DrawKey
 from buffer.store.log_state import LogState
 from buffer.store.replay_store import ReplayStore
 from buffer.store.row_table import RowTable
-from learner import checkpoint as checkpoint_module
 from learner import trainer as trainer_module
-from learner.checkpoint import Progress, read_progress, read_training_state
-from learner.checkpoint_store import LocalCheckpoints
-from learner.micro_batches import TreeSettings
-from learner.model import load_policy
-from learner.model_files import load_weights
-from learner.objective_settings import SequenceMatchSettings
+from learner.batches.micro_batches import TreeSettings
+from learner.checkpoints import checkpoint as checkpoint_module
+from learner.checkpoints.checkpoint import Progress, read_progress, read_training_state
+from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.store import LocalCheckpoints
+from learner.model.policy import load_policy
 from learner.objectives.registry import make_objective
-from learner.ranks import Ranks
-from learner.settings import OptimizerSettings, ScratchModelSettings
+from learner.ranks.group import Ranks
+from learner.settings.model import ScratchModelSettings
+from learner.settings.objectives import SequenceMatchSettings
+from learner.settings.optimizer import OptimizerSettings
+from learner.settings.stages import LearnerSettings, StageSettings
 from learner.stage_checkpoints import StageCheckpoints
-from learner.stage_settings import LearnerSettings, StageSettings
+from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from learner.tree_policy import TreePolicy
 from tests.rollouts import rollouts
 
 STEPS = 14

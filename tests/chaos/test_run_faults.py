@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.checkpoint import read_progress
-from learner.checkpoint_store import checkpoints_of
+from learner.checkpoints.checkpoint import read_progress
+from learner.checkpoints.store import checkpoints_of
 from tests.chaos.run_lives import (
     LONG,
     STAGE,

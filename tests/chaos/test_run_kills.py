@@ -18,8 +18,8 @@ from buffer.staleness import VersionRange
 from launch.buffer_shards import MAX_RESTARTS
 from launch.recipe import read_recipe
 from launch.run_folder import BUFFER_FOLDER, CONFIG_FILE
-from learner.checkpoint import read_progress
-from learner.checkpoint_store import checkpoints_of
+from learner.checkpoints.checkpoint import read_progress
+from learner.checkpoints.store import checkpoints_of
 from tests.chaos.run_lives import (
     LONG,
     STAGE,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch.run_folder import CONFIG_FILE
-from learner.checkpoint import read_progress
-from learner.checkpoint_store import checkpoints_of
+from learner.checkpoints.checkpoint import read_progress
+from learner.checkpoints.store import checkpoints_of
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, refusal_of
 
 pytestmark = pytest.mark.slow

@@ -20,19 +20,19 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from buffer.weights import WeightManifest, fingerprint, pack_tensors, unpack
-from learner.activation_checkpointing import checkpoint_activations
-from learner.adapter_settings import AdapterSettings
-from learner.adapters import add_adapters
-from learner.batch_source import StopRequestedError
+from learner.batches.priorities import Float32
+from learner.batches.shared_source import SharedBatchSource
+from learner.batches.source import StopRequestedError
+from learner.model.activation_checkpointing import checkpoint_activations
+from learner.model.adapters import add_adapters
 from learner.objectives.registry import make_objective
-from learner.priorities import Float32
-from learner.publication import PublicationPlan, publication_tensors
-from learner.ranks import Ranks, join_ranks, leave_ranks, open_rendezvous
-from learner.sharding import gathered, load_tensors, shard
-from learner.shared_batches import SharedBatchSource
-from learner.stage_settings import StageSettings
+from learner.publication.tensors import PublicationPlan, publication_tensors
+from learner.ranks.group import Ranks, join_ranks, leave_ranks, open_rendezvous
+from learner.ranks.sharding import gathered, load_tensors, shard
+from learner.settings.adapters import AdapterSettings
+from learner.settings.stages import StageSettings
+from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from learner.tree_policy import TreePolicy
 from tests.random_logs import CLONING, MATCHING, TREES, random_logs
 from tests.tiny_models import perturbed, tiny_model
 from tests.trajectories import BACKSPACE

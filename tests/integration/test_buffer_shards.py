@@ -22,7 +22,7 @@ from buffer.store.replay_store import ReplayStore
 from launch.buffer_shards import BufferShards, check_buffer, find_shards
 from launch.errors import RunFailedError, UserError
 from launch.flight_token import TOKEN_FILE, TOKEN_VARIABLE
-from learner.batch_source import BufferSource, StopRequestedError
+from learner.batches.source import BufferSource, StopRequestedError
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
 ROOT = Path(__file__).parents[2]

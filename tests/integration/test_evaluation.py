@@ -25,7 +25,7 @@ from launch.evaluation.task import labelled, settings_for
 from launch.generation import encode_prompt, generate, open_checkpoint, rollout_to_json
 from launch.recipe import read_recipe, write_recipe
 from launch.settings import RunSettings
-from learner.model import load_policy
+from learner.model.policy import load_policy
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.integration.engine_worker import EngineProcessFailed, in_engine_process_for
 from tests.tiny_models import make_constant

@@ -17,7 +17,7 @@ from launch.evaluation import Evaluation, Target, evaluate
 from launch.evaluation_settings import EvaluationSettings, MauveSettings
 from launch.recipe import read_recipe
 from launch.settings import RunSettings
-from learner.model import load_policy
+from learner.model.policy import load_policy
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.integration.engine_worker import in_engine_process_for
 from tests.tiny_models import make_constant

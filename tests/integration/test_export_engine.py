@@ -14,11 +14,11 @@ from actors.action_log import FinishedLog
 from actors.engine_settings import EngineSettings
 from buffer.weights import WeightManifest, WeightPayload, check_probe, fingerprint, pack_tensors, unpack
 from launch.export import export
-from learner.adapter_settings import AdapterSettings
-from learner.model import Policy, load_policy
-from learner.publication import PublicationPlan
-from learner.settings import PretrainedModelSettings
-from learner.tree_policy import TreePolicy
+from learner.model.policy import Policy, load_policy
+from learner.publication.tensors import PublicationPlan
+from learner.settings.adapters import AdapterSettings
+from learner.settings.model import PretrainedModelSettings
+from learner.state_tree.policy import TreePolicy
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.integration.engine_worker import fresh_engine, in_engine_process_for
 from tests.integration.reference import Comparison, compare

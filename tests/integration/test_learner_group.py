@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from launch.learner_group import LearnerCall, LearnerFailedError
-from learner.ranks import RankLostError
+from learner.ranks.group import RankLostError
 
 TIMEOUT_S = 60.0
 NAMES = ["learner rank 0 of 2", "learner rank 1 of 2"]

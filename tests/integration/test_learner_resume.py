@@ -22,10 +22,10 @@ from buffer.shards.service import ReplayBufferService
 from buffer.shards.shard import Shard
 from buffer.shards.status import ShardStatus
 from buffer.store.event_history import read_events
-from learner.checkpoint_store import checkpoints_of
-from learner.objective_settings import SequenceMatchSettings
-from learner.settings import ScratchModelSettings
-from learner.stage_settings import LearnerSettings, StageSettings
+from learner.checkpoints.store import checkpoints_of
+from learner.settings.model import ScratchModelSettings
+from learner.settings.objectives import SequenceMatchSettings
+from learner.settings.stages import LearnerSettings, StageSettings
 from learner.worker import LearnerSpec, LearnerWorker
 from tests.rollouts import rollouts
 

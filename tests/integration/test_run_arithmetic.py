@@ -24,9 +24,9 @@ from buffer.weights import fingerprint, pack_tensors
 from launch.recipe import read_recipe
 from launch.run_log import LOG_FILE
 from launch.settings import RunSettings
-from learner.checkpoint import read_progress
-from learner.checkpoint_store import checkpoints_of
-from learner.publication import publication_tensors
+from learner.checkpoints.checkpoint import read_progress
+from learner.checkpoints.store import checkpoints_of
+from learner.publication.tensors import publication_tensors
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
 
 STEPS = {"trunk": 20, "sequencematch": 40, "mle_control": 5}

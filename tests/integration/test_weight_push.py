@@ -33,11 +33,11 @@ from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
 from buffer.weight_transport import ObjectStoreReceiver, ObjectStoreSender, StoredWeights
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors
-from learner.adapter_settings import AdapterSettings
-from learner.adapters import add_adapters
-from learner.publication import PublicationPlan, publication_tensors
-from learner.publisher import WeightPublisher, make_probe
-from learner.tree_policy import TreePolicy, sequence_logprobs
+from learner.model.adapters import add_adapters
+from learner.publication.publisher import WeightPublisher, make_probe
+from learner.publication.tensors import PublicationPlan, publication_tensors
+from learner.settings.adapters import AdapterSettings
+from learner.state_tree.policy import TreePolicy, sequence_logprobs
 from tests.integration.reference import compare
 from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, VOCAB_SIZE, perturbed, tiny_model
 from tests.unit.test_adapters import train_a_little

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner.action_values import action_values, chunked_values
+from learner.state_tree.action_values import action_values, chunked_values
 from tests.oracle import states
 from tests.unit.test_state_tree import BACKSPACE, HARD, NEVER_OFFERED, build, text_of, tiny
 

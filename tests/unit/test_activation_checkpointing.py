@@ -8,8 +8,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from learner.action_values import action_values
-from learner.activation_checkpointing import checkpoint_activations
+from learner.model.activation_checkpointing import checkpoint_activations
+from learner.state_tree.action_values import action_values
 from tests.unit.test_state_tree import BACKSPACE, HARD, SIZES, build, tiny
 from tests.unit.test_tree_attention import KINDS, grown_logs
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from learner.adapter_settings import AdapterSettings
-from learner.adapters import adapter_tensors, add_adapters
-from learner.checkpoint import read_training_state
-from learner.model_files import load_weights
+from learner.checkpoints.checkpoint import read_training_state
+from learner.checkpoints.model_files import load_weights
+from learner.model.adapters import adapter_tensors, add_adapters
+from learner.model.quantization import quantise_linear_layers
 from learner.objectives.registry import make_objective
-from learner.publication import publication_tensors
-from learner.quantization import quantise_linear_layers
-from learner.stage_settings import StageSettings
+from learner.publication.tensors import publication_tensors
+from learner.settings.adapters import AdapterSettings
+from learner.settings.stages import StageSettings
+from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from learner.tree_policy import TreePolicy
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.random_logs import CLONING, MATCHING, TREES, random_logs
 from tests.tiny_models import tiny_model

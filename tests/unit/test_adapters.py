@@ -11,15 +11,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from learner.action_values import chunked_values
-from learner.adapter_settings import AdapterSettings
-from learner.adapters import adapted_layers, adapter_tensors, add_adapters
-from learner.model import load_policy
-from learner.model_files import ADAPTER_FOLDER, load_weights, snapshot_model
+from learner.checkpoints.model_files import ADAPTER_FOLDER, load_weights, snapshot_model
+from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters
+from learner.model.policy import load_policy
 from learner.optimizer import make_optimizer
-from learner.publication import publication_table, publication_tensors
-from learner.settings import OptimizerSettings, PretrainedModelSettings
-from learner.tree_policy import TreePolicy
+from learner.publication.tensors import publication_table, publication_tensors
+from learner.settings.adapters import AdapterSettings
+from learner.settings.model import PretrainedModelSettings
+from learner.settings.optimizer import OptimizerSettings
+from learner.state_tree.action_values import chunked_values
+from learner.state_tree.policy import TreePolicy
 from tests.tiny_models import BACKSPACE_ID, tiny_model
 from tests.unit.test_model import saved, word_tokenizer
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from learner.objective_settings import AdversarialJsSettings, DiscriminatorSettings, ObjectiveSettings
 from learner.objectives.adversarial_js import (
     AdversarialJs,
     data_divergence,
@@ -23,8 +22,9 @@ from learner.objectives.adversarial_js import (
     mixture_reward,
 )
 from learner.objectives.base import EvaluatedLogs, LogCounts
-from learner.ranks import Ranks
-from learner.tree_policy import TreePolicy
+from learner.ranks.group import Ranks
+from learner.settings.objectives import AdversarialJsSettings, DiscriminatorSettings, ObjectiveSettings
+from learner.state_tree.policy import TreePolicy
 from tests.oracle import Log, states
 from tests.unit.test_state_tree import BACKSPACE, EOS, HARD, build, tiny
 from tests.unit.test_token_objectives import dense

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from buffer.experts.tasks import Task, load_task
 from buffer.settings import ArithmeticTaskSettings
-from learner.activation_checkpointing import checkpoint_activations
-from learner.checkpoint import read_progress, read_training_state
-from learner.model_files import load_weights
+from learner.checkpoints.checkpoint import read_progress, read_training_state
+from learner.checkpoints.model_files import load_weights
+from learner.model.activation_checkpointing import checkpoint_activations
 from learner.objectives.base import LogCounts
-from learner.tree_policy import TreePolicy
+from learner.state_tree.policy import TreePolicy
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.oracle import states
 from tests.unit.test_adversarial_js import MAX_ACTIONS, objective_of, policy_logs

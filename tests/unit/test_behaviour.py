@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from buffer.behaviour import Behaviour, newest_version
-from learner.action_values import action_values
-from learner.behaviour import behaviour_metrics, finish_behaviour_metrics
+from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
 from learner.objectives.base import EvaluatedLogs, LogCounts, combine_metrics
+from learner.state_tree.action_values import action_values
 from tests.oracle import Log, states, to_batch
 from tests.unit.test_state_tree import BACKSPACE, EOS, build, tiny
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from buffer.experts.tokenizer import character_tokenizer
-from learner.checkpoint import check_contract, read_progress, read_training_state, take_snapshot
-from learner.model import load_policy
-from learner.model_files import load_weights
-from learner.settings import ScratchModelSettings
+from learner.checkpoints.checkpoint import check_contract, read_progress, read_training_state, take_snapshot
+from learner.checkpoints.model_files import load_weights
+from learner.model.policy import load_policy
+from learner.settings.model import ScratchModelSettings
 from tests.checkpoints import CONTRACT, progress_at, save_checkpoint
 
 TOKENIZER = character_tokenizer("0123456789")

@@ -8,11 +8,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from learner import checkpoint_store as store_module
-from learner import remote_checkpoints as remote_module
-from learner.checkpoint import PROGRESS_FILE
-from learner.checkpoint_store import CheckpointStore, LocalCheckpoints, remove_superseded
-from learner.remote_checkpoints import COMPLETE, RemoteCheckpoints, open_checkpoints
+from learner.checkpoints import remote as remote_module
+from learner.checkpoints import store as store_module
+from learner.checkpoints.checkpoint import PROGRESS_FILE
+from learner.checkpoints.remote import COMPLETE, RemoteCheckpoints, open_checkpoints
+from learner.checkpoints.store import CheckpointStore, LocalCheckpoints, remove_superseded
 from tests.checkpoints import progress_at
 
 FILES = ("a.txt", "adapter/b.txt", "c.txt")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from learner.checkpoint import PROGRESS_FILE, Progress
-from learner.checkpoint_store import LocalCheckpoints
-from learner.checkpoint_writer import CheckpointWriteError, CheckpointWriter, MetricMeans
+from learner.checkpoints.checkpoint import PROGRESS_FILE, Progress
+from learner.checkpoints.store import LocalCheckpoints
+from learner.checkpoints.writer import CheckpointWriteError, CheckpointWriter, MetricMeans
 from tests.checkpoints import progress_at
 
 WAIT_S = 20.0

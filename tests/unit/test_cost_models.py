@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from launch.cost_models import check_cost_models
 from launch.errors import UserError
-from learner.stage_settings import StageSettings
+from learner.settings.stages import StageSettings
 
 
 def stages(cost_model: Path | None) -> list[StageSettings]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.objective_settings import DIVERGENCES_WITH_DOMAIN
 from learner.objectives.divergences import DIVERGENCES
+from learner.settings.objectives import DIVERGENCES_WITH_DOMAIN
 from tests import oracle
 
 MARGIN = 0.1

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
-from learner.checkpoint import read_progress, read_training_state
-from learner.checkpoint_store import checkpoints_of
-from learner.settings import ScratchModelSettings
-from learner.stage_settings import LearnerSettings, StageSettings
+from learner.checkpoints.checkpoint import read_progress, read_training_state
+from learner.checkpoints.store import checkpoints_of
+from learner.settings.model import ScratchModelSettings
+from learner.settings.stages import LearnerSettings, StageSettings
 from learner.worker import LearnerSpec, LearnerWorker
 
 TASK = ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4)

@@ -19,10 +19,10 @@ from launch.export import export
 from launch.recipe import read_recipe
 from launch.run_checkpoints import stage_checkpoints
 from launch.run_folder import create_run_folder
-from learner.adapter_settings import AdapterSettings
-from learner.checkpoint import take_snapshot
-from learner.model import Policy, load_policy
-from learner.settings import PretrainedModelSettings
+from learner.checkpoints.checkpoint import take_snapshot
+from learner.model.policy import Policy, load_policy
+from learner.settings.adapters import AdapterSettings
+from learner.settings.model import PretrainedModelSettings
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.unit.test_adapters import train_a_little
 from tests.unit.test_model import saved, word_tokenizer

@@ -11,8 +11,9 @@ import pytest
 
 from buffer.experts.tasks import Task, load_task
 from buffer.settings import ArithmeticTaskSettings
-from learner.behaviour import distribution_metrics
-from learner.watch import Watch, WatchSettings
+from learner.metrics.behaviour import distribution_metrics
+from learner.metrics.watch import Watch
+from learner.settings.watch import WatchSettings
 from tests.rollouts import rollouts
 from tests.unit.test_score_functions import KL_CONTROL, REINFORCE, ScoredRollouts, make_score_trainer
 from tests.unit.test_target_objectives import CASES, make_target_trainer

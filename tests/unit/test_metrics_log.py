@@ -11,7 +11,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from learner.metrics_log import MetricsLog
+from learner.metrics.log import MetricsLog
 
 
 def rows(folder):

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.action_values import action_values
-from learner.micro_batches import TreeSettings, build_micro_batches
-from learner.objective_settings import SequenceMatchSettings
+from learner.batches.micro_batches import TreeSettings, build_micro_batches
 from learner.objectives.base import EvaluatedLogs, LogCounts
 from learner.objectives.registry import make_objective
-from learner.state_tree import TreeBatch
+from learner.settings.objectives import SequenceMatchSettings
+from learner.state_tree.action_values import action_values
+from learner.state_tree.batch import TreeBatch
 from tests.oracle import Log, states, to_batch
 from tests.unit.test_state_tree import BACKSPACE, EOS, HARD, random_logs, text_of, tiny
 from tests.unit.test_tree_attention import grown_logs

@@ -30,11 +30,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from learner.action_values import action_values
-from learner.model import initialise_backspace_row, load_policy
-from learner.model_support import check_supported
-from learner.settings import PretrainedModelSettings, ScratchModelSettings
-from learner.state_tree import build_tree_batch
+from learner.model.policy import initialise_backspace_row, load_policy
+from learner.model.support import check_supported
+from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
+from learner.state_tree.action_values import action_values
+from learner.state_tree.batch import build_tree_batch
 from tests.oracle import Log, to_batch
 
 SIZES = {

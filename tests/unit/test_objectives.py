@@ -9,17 +9,17 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from learner.action_values import ActionValues, action_values
-from learner.objective_settings import (
+from learner.objectives.base import EvaluatedLogs, LogCounts, OutsideDomainError, combine_metrics
+from learner.objectives.divergences import DIVERGENCES
+from learner.objectives.registry import make_objective
+from learner.objectives.sequencematch import DEFAULT_DOMAIN_MARGIN
+from learner.settings.objectives import (
     DIVERGENCES_WITH_DOMAIN,
     LikelihoodSettings,
     ObjectiveSettings,
     SequenceMatchSettings,
 )
-from learner.objectives.base import EvaluatedLogs, LogCounts, OutsideDomainError, combine_metrics
-from learner.objectives.divergences import DIVERGENCES
-from learner.objectives.registry import make_objective
-from learner.objectives.sequencematch import DEFAULT_DOMAIN_MARGIN
+from learner.state_tree.action_values import ActionValues, action_values
 from tests import oracle
 from tests.oracle import Log, walk
 from tests.unit.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, text_of, tiny

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from learner.optimizer import DEFAULT_FINAL_FRACTION, learning_rate_factor, make_optimizer, make_schedule
-from learner.settings import OptimizerSettings
+from learner.settings.optimizer import OptimizerSettings
 from tests.tiny_models import tiny_model
 
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from learner.action_values import action_values
-from learner.micro_batches import build_micro_batches
+from learner.batches.micro_batches import build_micro_batches
+from learner.batches.priorities import priorities_of_draw
+from learner.batches.rank_shares import count_logs
 from learner.objectives.base import EvaluatedLogs
 from learner.objectives.registry import make_objective
-from learner.priorities import priorities_of_draw
-from learner.rank_shares import count_logs
-from learner.ranks import Ranks
-from learner.stage_settings import StageSettings
+from learner.ranks.group import Ranks
+from learner.settings.stages import StageSettings
+from learner.state_tree.action_values import action_values
+from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from learner.tree_policy import TreePolicy
 from tests.random_logs import CLONING, MATCHING, TREES, random_logs
 from tests.tiny_models import tiny_model
 from tests.trajectories import BACKSPACE, batch_of, row

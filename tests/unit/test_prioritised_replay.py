@@ -10,8 +10,8 @@ import pytest
 
 from buffer.store.consumption_log import DrawKey
 from learner.objectives.registry import make_objective
+from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from learner.tree_policy import TreePolicy
 from tests.random_logs import MATCHING, TREES, random_logs
 from tests.stores import crash, open_store
 from tests.tiny_models import tiny_model

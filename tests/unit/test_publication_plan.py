@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack, verify_fingerprint
-from learner.adapter_settings import AdapterSettings
-from learner.adapters import adapter_tensors, add_adapters
-from learner.publication import PublicationPlan, publication_tensors
+from learner.model.adapters import adapter_tensors, add_adapters
+from learner.publication.tensors import PublicationPlan, publication_tensors
+from learner.settings.adapters import AdapterSettings
 from tests.tiny_models import tiny_model
 from tests.unit.test_adapters import KINDS, adapted, train_a_little
 from tests.unit.test_quantization import needs_bitsandbytes, quantised

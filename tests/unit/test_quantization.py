@@ -10,13 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from buffer.weights import pack_tensors
-from learner.adapter_settings import AdapterSettings
-from learner.adapters import adapted_layers, adapter_tensors, add_adapters
-from learner.model import load_policy
-from learner.model_files import load_weights
-from learner.publication import publication_table, publication_tensors
-from learner.quantization import is_quantised, quantise_linear_layers
-from learner.settings import PretrainedModelSettings
+from learner.checkpoints.model_files import load_weights
+from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters
+from learner.model.policy import load_policy
+from learner.model.quantization import is_quantised, quantise_linear_layers
+from learner.publication.tensors import publication_table, publication_tensors
+from learner.settings.adapters import AdapterSettings
+from learner.settings.model import PretrainedModelSettings
 from tests.tiny_models import tiny_model
 from tests.unit.test_adapters import PROBE, logits, plain_model_of, train_a_little, write
 from tests.unit.test_model import saved, word_tokenizer

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.micro_batches import build_micro_batches
+from learner.batches.micro_batches import build_micro_batches
+from learner.batches.rank_shares import count_logs, share_of_rank
 from learner.objectives.base import EvaluatedLogs, LogCounts
 from learner.objectives.registry import make_objective
-from learner.rank_shares import count_logs, share_of_rank
-from learner.stage_settings import StageSettings
-from learner.tree_policy import TreePolicy
+from learner.settings.stages import StageSettings
+from learner.state_tree.policy import TreePolicy
 from tests.random_logs import CLONING, MATCHING, TREES, random_logs
 from tests.tiny_models import tiny_model
 from tests.trajectories import BACKSPACE, EOS, batch_of, expert_row, ids_of, row

@@ -11,7 +11,7 @@ from launch.errors import UserError
 from launch.recipe import read_recipe
 from launch.run_checkpoints import final_checkpoint, finished_stages, newest_published, stage_checkpoints
 from launch.settings import RunSettings
-from learner.checkpoint import PROGRESS_FILE, Progress
+from learner.checkpoints.checkpoint import PROGRESS_FILE, Progress
 from tests.checkpoints import CONTRACT, progress_at
 
 RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from buffer.weights import TensorEntry
-from learner.safetensors_file import write_safetensors
+from learner.checkpoints.safetensors_file import write_safetensors
 
 
 def table_of(tensors: dict[str, torch.Tensor]) -> list[TensorEntry]:

@@ -20,9 +20,9 @@ from learner.objectives.base import LogCounts
 from learner.objectives.registry import make_objective
 from learner.objectives.reward_rules import RewardRule, leave_one_out_mean
 from learner.objectives.score_function import Rollouts, Rule, ScoreFunction
-from learner.ranks import Ranks
+from learner.ranks.group import Ranks
+from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from learner.tree_policy import TreePolicy
 from tests.oracle import Log
 from tests.unit.test_scoring import ARITHMETIC
 from tests.unit.test_state_tree import BACKSPACE, EOS, build

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from learner.stage_settings import LearnerSettings, StageSettings, check_stages
+from learner.settings.stages import LearnerSettings, StageSettings, check_stages
 
 
 def stage(name: str, start_from: str | None = None) -> StageSettings:

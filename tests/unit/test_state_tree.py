@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from learner.state_tree import NODE_ALIGNMENT, TreeBatch, build_tree_batch
+from learner.state_tree.batch import NODE_ALIGNMENT, TreeBatch, build_tree_batch
 from tests.oracle import Log, states, to_batch
 
 BACKSPACE, EOS, VOCAB = 3, 2, 11

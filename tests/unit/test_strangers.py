@@ -16,12 +16,12 @@ from actors.weight_loading import ExpectedTensors
 from launch.errors import UserError
 from launch.generation import open_checkpoint
 from launch.recipe import read_recipe
-from learner.checkpoint import TRAINING_STATE_FILE, read_training_state
-from learner.model import load_policy
-from learner.objective_settings import EmoSettings
+from learner.checkpoints.checkpoint import TRAINING_STATE_FILE, read_training_state
+from learner.model.policy import load_policy
 from learner.objectives.registry import make_objective
-from learner.ranks import open_rendezvous
-from learner.settings import PretrainedModelSettings
+from learner.ranks.group import open_rendezvous
+from learner.settings.model import PretrainedModelSettings
+from learner.settings.objectives import EmoSettings
 from tests.tiny_models import BACKSPACE_ID, save_tiny_model, tiny_model
 from tests.unit.test_model import word_tokenizer
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.action_values import ActionValues
-from learner.objective_settings import SequenceMatchSettings
 from learner.objectives.base import EvaluatedLogs, LogCounts
 from learner.objectives.divergences import DIVERGENCES
 from learner.objectives.registry import make_objective
+from learner.settings.objectives import SequenceMatchSettings
+from learner.state_tree.action_values import ActionValues
 from tests.oracle import Log
 from tests.tabular import BACKSPACE, EOS, LETTERS, Occupancy, Table
 from tests.unit.test_state_tree import BACKSPACE as BACKSPACE_ID

@@ -16,7 +16,7 @@ from buffer.experts.tasks import Task, load_task
 from buffer.settings import ArithmeticTaskSettings
 from launch.errors import UserError
 from launch.recipe import read_recipe
-from learner.objective_settings import ObjectiveSettings
+from learner.metrics.watch import Watch
 from learner.objectives.moment_fit import fit_moments
 from learner.objectives.partition_function import PartitionFunction
 from learner.objectives.registry import make_objective
@@ -31,11 +31,12 @@ from learner.objectives.target_rules import (
     policy_gradient,
     policy_gradient_with_baseline,
 )
-from learner.ranks import Ranks
-from learner.score_function_settings import FDivergence
+from learner.ranks.group import Ranks
+from learner.settings.objectives import ObjectiveSettings
+from learner.settings.score_functions import FDivergence
+from learner.settings.watch import WatchSettings
+from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from learner.tree_policy import TreePolicy
-from learner.watch import Watch, WatchSettings
 from tests.unit import test_score_functions
 from tests.unit.test_score_functions import NoExperts, ScoredRollouts, World, expected_direction, table
 from tests.unit.test_scoring import ARITHMETIC

@@ -13,8 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from buffer.experts.tasks import Task, load_task
 from buffer.settings import ArithmeticTaskSettings
-from learner.action_values import StateLogits
-from learner.objective_settings import EmoSettings, ObjectiveSettings, ScheduledSamplingSettings, UnlikelihoodSettings
 from learner.objectives import emo as emo_module
 from learner.objectives import scheduled_sampling as sampling_module
 from learner.objectives import unlikelihood as unlikelihood_module
@@ -24,7 +22,9 @@ from learner.objectives.likelihood import Likelihood
 from learner.objectives.registry import make_objective
 from learner.objectives.scheduled_sampling import ScheduledSampling, sample_tokens
 from learner.objectives.unlikelihood import Unlikelihood
-from learner.tree_policy import TreePolicy
+from learner.settings.objectives import EmoSettings, ObjectiveSettings, ScheduledSamplingSettings, UnlikelihoodSettings
+from learner.state_tree.action_values import StateLogits
+from learner.state_tree.policy import TreePolicy
 from tests.oracle import Log, states
 from tests.unit.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, text_of, tiny
 from tests.unit.test_trainer import assert_bit_identical, make_model, make_stage, make_stream, make_trainer, weights_of

@@ -17,12 +17,11 @@ from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task, load_task
 from buffer.schema import trajectory_schema
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
-from learner.action_values import action_values
-from learner.batch_source import BatchSource
-from learner.checkpoint import read_progress, read_training_state
-from learner.micro_batches import TreeSettings, build_micro_batches
-from learner.model import load_policy
-from learner.model_files import load_weights
+from learner.batches.micro_batches import TreeSettings, build_micro_batches
+from learner.batches.source import BatchSource
+from learner.checkpoints.checkpoint import read_progress, read_training_state
+from learner.checkpoints.model_files import load_weights
+from learner.model.policy import load_policy
 from learner.objectives.base import (
     EvaluatedLogs,
     ExpertObjective,
@@ -32,10 +31,11 @@ from learner.objectives.base import (
     OutsideDomainError,
 )
 from learner.objectives.registry import make_objective
-from learner.settings import ScratchModelSettings
-from learner.stage_settings import StageSettings
+from learner.settings.model import ScratchModelSettings
+from learner.settings.stages import StageSettings
+from learner.state_tree.action_values import action_values
+from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from learner.tree_policy import TreePolicy
 from tests.checkpoints import progress_at, save_checkpoint
 
 SEED = 5

@@ -11,9 +11,9 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from learner import tree_attention
-from learner.tree_attention import block_mask, evaluate_nodes
-from learner.tree_tiles import TILE_SIZES, tile_tree
+from learner.state_tree import attention as tree_attention
+from learner.state_tree.attention import block_mask, evaluate_nodes
+from learner.state_tree.tiles import TILE_SIZES, tile_tree
 from tests.oracle import Log
 from tests.unit.test_state_tree import BACKSPACE, EOS, HARD, SIZES, VOCAB, TreeBatch, build, text_of, tiny
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from learner.behaviour import distribution_metrics
-from learner.watch import Watch, WatchSettings
+from learner.metrics.behaviour import distribution_metrics
+from learner.metrics.watch import Watch
+from learner.settings.watch import WatchSettings
 
 
 def test_an_alarm_is_told_once_and_kept_as_a_metric():

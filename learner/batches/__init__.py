@@ -1,0 +1,1 @@
+"""From the replay buffer to the state trees of a rank: drawing, sharing among ranks, cutting; priorities back."""

@@ -1,0 +1,1 @@
+"""What a checkpoint holds, its files in Hugging Face format, where it lies and how it is written beside training."""

@@ -1,0 +1,177 @@
+"""The files of a trained model, in Hugging Face format: one way of writing and reading them.
+
+config.json, generation_config.json, model.safetensors  whole weights: adapters merged, 4-bit layers restored
+adapter/adapter_config.json, adapter_model.safetensors  where adapters were trained: they and the trained output
+                                                        embedding, for peft to read and training to resume from
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from buffer.weights import TensorEntry
+from learner.checkpoints.safetensors_file import entry_of, write_safetensors
+from learner.model.adapters import adapter_config, adapter_tensors, is_adapted
+from learner.publication.tensors import publication_table, publication_tensors
+from learner.ranks.sharding import gathered, load_tensors, part_like
+
+if TYPE_CHECKING:  # peft takes seconds to import, and most runs train without it
+    from peft import LoraConfig
+
+CONFIGURATION_FILES = ("config.json", "generation_config.json")
+WEIGHTS_FILE = "model.safetensors"
+ADAPTER_FOLDER = "adapter"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelSnapshot:
+    """A model as it was at one moment, in host memory of its own, so that training may go on while it is written.
+
+    tensors: of `table`, in its order. adapter: configuration and tensors, where adapters are trained.
+    """
+
+    config: PretrainedConfig
+    generation_config: GenerationConfig | None
+    table: tuple[TensorEntry, ...]
+    tensors: tuple[tuple[str, Tensor], ...]
+    adapter: tuple[LoraConfig, dict[str, Tensor]] | None
+
+    def write(self, folder: Path) -> None:
+        """Write configuration and weights into an existing folder.
+
+        generation_config.json keeps generators that do not know the backspace action from sampling it.
+        """
+        self.config.save_pretrained(folder)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+        write_safetensors(folder / WEIGHTS_FILE, self.table, self.tensors)
+        if self.adapter is not None:
+            config, tensors = self.adapter
+            (folder / ADAPTER_FOLDER).mkdir()
+            config.save_pretrained(folder / ADAPTER_FOLDER)
+            table = [entry_of(name, tensor) for name, tensor in tensors.items()]
+            write_safetensors(folder / ADAPTER_FOLDER / ADAPTER_FILE, table, tensors.items())
+
+
+def snapshot_model(model: PreTrainedModel) -> ModelSnapshot:
+    """Copy a model's whole weights: adapters merged, 4-bit layers restored, shards gathered.
+
+    The ranks of a sharded model do it together: the others `take_part_in_snapshot`.
+    """
+    config = copy.deepcopy(model.config)
+    config.dtype = model.get_input_embeddings().weight.dtype
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # the class of a sharded model has a longer name
+    tensors = tuple((name, host_copy(tensor)) for name, tensor in publication_tensors(model))
+    adapter = None
+    if is_adapted(model):
+        adapter = adapter_config(model), {name: host_copy(gathered(t)) for name, t in adapter_tensors(model).items()}
+    return ModelSnapshot(
+        config=config,
+        generation_config=copy.deepcopy(model.generation_config),
+        table=publication_table(model),
+        tensors=tensors,
+        adapter=adapter,
+    )
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy in host memory that shares nothing with the tensor."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def take_part_in_snapshot(model: PreTrainedModel) -> None:
+    """What the ranks other than 0 do while rank 0 runs `snapshot_model`: give their parts of every tensor, in order."""
+    for _ in publication_tensors(model):
+        pass
+    if is_adapted(model):
+        for tensor in adapter_tensors(model).values():
+            gathered(tensor)
+
+
+def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Load a checkpoint's weights into `model`, in place: all of them, or none if they do not fit.
+
+    Into a model with adapters go the adapters and the trained output embedding; the rest is its frozen base, which has
+    to be the one that the checkpoint was trained on.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor of the model, holds one that the model does not have or has in another
+            shape, or holds two different tensors that the model ties; or its adapters belong to another base model.
+    """
+    if is_adapted(model):
+        _load_adapters(model, checkpoint)
+        return
+    state = _read_tensors(checkpoint)
+    if misfits := _misfits(model.state_dict(keep_vars=True), state):
+        raise ValueError(f"checkpoint {checkpoint} does not fit the model: {'; '.join(misfits)}")
+    load_tensors(model, state)  # a tied tensor is saved under one of its names
+
+
+def _load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
+    folder = checkpoint / ADAPTER_FOLDER
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {checkpoint} has no adapters: it was trained in full; leave model.adapter out")
+    state = _read_tensors(folder)
+    own = adapter_tensors(model)
+    if misfits := _misfits(own, state):
+        raise ValueError(f"checkpoint {checkpoint} does not fit the model's adapters: {'; '.join(misfits)}")
+    _check_base(model, checkpoint)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(part_like(state[name], tensor))
+
+
+def _check_base(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Adapters on another base are another model. What was neither adapted nor trained (norms, input embedding) lies in
+    the checkpoint as it was, bit for bit.
+    """
+    frozen = {name: tensor for name, tensor in model.named_parameters() if not tensor.requires_grad}
+    with safe_open(checkpoint / WEIGHTS_FILE, framework="pt") as saved:
+        for name in saved.keys():  # noqa: SIM118 (no mapping: it has keys() and cannot be iterated)
+            base = frozen.get(name)
+            if base is None or not base.is_floating_point():  # under another name, or in 4 bits
+                continue
+            if not torch.equal(saved.get_tensor(name), gathered(base).cpu()):
+                raise ValueError(
+                    f"checkpoint {checkpoint} was trained on another base model: {name} differs; name the same model "
+                    "and revision as then"
+                )
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def _misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """What keeps `state` from being loaded into a model whose tensors are `own`, in words."""
+    common = sorted(own.keys() & state.keys())
+    found = [
+        f"{name} is {tuple(state[name].shape)}, the model's is {tuple(own[name].shape)}"
+        for name in common
+        if state[name].shape != own[name].shape
+    ]
+    stored: dict[Tensor, str] = {}  # by identity: tied tensors are one object
+    for name in common:
+        other = stored.setdefault(own[name], name)
+        if other != name and not torch.equal(state[name], state[other]):
+            found.append(f"{other} and {name} differ, but the model ties them")
+    missing = [name for name in own if name not in state and own[name] not in stored]
+    unexpected = [name for name in state if name not in own]
+    if missing:
+        found.append(f"missing {missing}")
+    if unexpected:
+        found.append(f"unexpected {unexpected}")
+    return found

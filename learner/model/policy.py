@@ -1,0 +1,258 @@
+"""The policy: a causal language model one of whose ids means `<backspace>`.
+
+Backspace is an output only: the text never holds it, so only its row of the output embedding matters. That
+row must be told from other untrained rows (reserved tokens are often bitwise equal, and so would their logits
+be), hence it starts as the mean row plus a little seeded noise. The id is kept in the model's
+`config.backspace_token_id`, which `save_pretrained` writes: a model that carries it is taken up as it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from learner.model.adapters import add_adapters
+from learner.model.quantization import quantise_linear_layers
+from learner.model.support import check_supported
+from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
+
+PACKAGE_PREFIX = "package:"
+
+BACKSPACE_ROW_NOISE = 0.1
+"""Noise on a new backspace row, as a share of the standard deviation over the rows."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model that can take tokens back, its tokenizer, and the two ids that end and undo."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    backspace_id: int
+    eos_id: int
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where transformers finds a model: a hub name or folder, and a file in it if it is GGUF."""
+
+    name: str
+    gguf_file: str | None
+    revision: str | None
+
+
+def load_policy(
+    settings: ScratchModelSettings | PretrainedModelSettings,
+    task_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Policy:
+    """Load or make the model, give it a backspace action and adapters, and check that the learner can train it.
+
+    Args:
+        settings: what to load or make.
+        task_tokenizer: tokenizer of the task; needed by a model from scratch, refused by any other.
+
+    Raises:
+        ValueError: the model is unsupported, there is no room for backspace, no tokenizer, no `<eos>`, or adapters or
+            4-bit layers cannot be had as asked.
+    """
+    if isinstance(settings, PretrainedModelSettings):
+        if task_tokenizer is not None:
+            raise ValueError("a pretrained model brings its own tokenizer; pass task_tokenizer=None")
+        tokenizer = load_tokenizer(settings)
+    elif task_tokenizer is None:
+        raise ValueError("a model from scratch needs the tokenizer of a task; this task has none")
+    else:
+        tokenizer = task_tokenizer
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no <eos> token, so no answer could end; set its eos_token")
+    model = load_model(settings, tokenizer)
+    backspace_id = choose_backspace_id(tokenizer, model, settings)
+    if getattr(model.config, "backspace_token_id", None) != backspace_id:
+        initialise_backspace_row(model, backspace_id, settings.seed)
+        model.config.backspace_token_id = backspace_id
+    _keep_from_generators(model, backspace_id)
+    if isinstance(settings, PretrainedModelSettings):
+        _adapt(model, settings)
+    check_supported(model)
+    return Policy(model, tokenizer, backspace_id, int(tokenizer.eos_token_id))
+
+
+def load_model(
+    settings: ScratchModelSettings | PretrainedModelSettings, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The model in evaluation mode, on the CPU, with torch's own attention, without a backspace action."""
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    if isinstance(settings, ScratchModelSettings):
+        return _make_model(settings, tokenizer, dtype)
+    source = locate_model(settings)
+    arguments: dict[str, object] = {
+        "dtype": dtype,
+        "attn_implementation": "sdpa",
+        "revision": source.revision,
+        "trust_remote_code": False,  # said wherever we load: left out, transformers asks at a terminal
+    }
+    if source.gguf_file is None:
+        _check_no_pickle(Path(source.name))
+        arguments["use_safetensors"] = True  # of a name on the hub, too
+    else:
+        # Dequantised on load: a quantised model can neither be trained nor saved in the usual format.
+        arguments |= {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(source.name, **arguments)
+    if source.gguf_file is not None:
+        model.config.quantization_config = None
+        del model.config.quantization_config
+    return model
+
+
+def _check_no_pickle(folder: Path) -> None:
+    """Name the file, before transformers says that it lacks another one."""
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read: save the "
+            "model as safetensors where you trust it, e.g. with transformers' save_pretrained"
+        )
+
+
+def load_tokenizer(settings: PretrainedModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a pretrained model."""
+    source = locate_model(settings)
+    arguments = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    return AutoTokenizer.from_pretrained(source.name, revision=source.revision, trust_remote_code=False, **arguments)
+
+
+def choose_backspace_id(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    settings: ScratchModelSettings | PretrainedModelSettings,
+) -> int:
+    """Id of `settings.backspace_token`; added to tokenizer and embeddings (in place) where it is missing.
+
+    Raises:
+        ValueError: the vocabulary lacks it and adding a row is not allowed, or the token has another meaning.
+    """
+    token = settings.backspace_token
+    vocabulary = tokenizer.get_vocab()
+    if token not in vocabulary:
+        if not (isinstance(settings, PretrainedModelSettings) and settings.add_backspace_row):
+            reserved = ", ".join(str(special) for special in tokenizer.all_special_tokens)
+            raise ValueError(
+                f"the vocabulary has no token {token!r} for backspace: set backspace_token to a reserved "
+                f"token that the texts never use (special tokens here: {reserved}), or allow add_backspace_row"
+            )
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+        vocabulary = tokenizer.get_vocab()
+    backspace_id = int(vocabulary[token])
+    if backspace_id in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        raise ValueError(
+            f"backspace_token {token!r} is the tokenizer's <bos>, <eos> or padding token; choose another one"
+        )
+    if backspace_id >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(backspace_id + 1, mean_resizing=False)
+    return backspace_id
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def initialise_backspace_row(model: PreTrainedModel, backspace_id: int, seed: int) -> None:
+    """Set the backspace row of the embeddings (in place) to the mean row plus small seeded noise."""
+    generator = torch.Generator().manual_seed(seed)
+    weights: list[Tensor] = [model.get_output_embeddings().weight]
+    if model.get_input_embeddings().weight is not weights[0]:
+        weights.append(model.get_input_embeddings().weight)
+    for weight in weights:
+        others = torch.cat([weight[:backspace_id], weight[backspace_id + 1 :]]).float()
+        noise = torch.randn(others.shape[1], generator=generator).to(others.device)
+        row = others.mean(0) + BACKSPACE_ROW_NOISE * others.std(0) * noise
+        weight[backspace_id] = row.to(weight.dtype)
+
+
+def _keep_from_generators(model: PreTrainedModel, backspace_id: int) -> None:
+    """To generators that do not know the action, backspace is a token; this keeps them from sampling it."""
+    if model.generation_config is not None:
+        suppressed = model.generation_config.suppress_tokens or []
+        model.generation_config.suppress_tokens = sorted({*suppressed, backspace_id})
+
+
+def _adapt(model: PreTrainedModel, settings: PretrainedModelSettings) -> None:
+    if settings.quantization is not None:
+        quantise_linear_layers(model)
+    if settings.adapter is not None:
+        add_adapters(model, settings.adapter, base_name=settings.name, revision=settings.revision, seed=settings.seed)
+
+
+def _make_model(
+    settings: ScratchModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> PreTrainedModel:
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config: LlamaConfig | GPT2Config
+    if settings.architecture == "llama":
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size,
+            num_hidden_layers=settings.num_layers,
+            num_attention_heads=settings.num_heads,
+            num_key_value_heads=settings.num_key_value_heads or settings.num_heads,
+            max_position_embeddings=settings.max_positions,
+            tie_word_embeddings=settings.tie_embeddings,
+            initializer_range=settings.initializer_range,
+            **ids,
+        )
+    else:
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=settings.hidden_size,
+            n_inner=settings.intermediate_size,
+            n_layer=settings.num_layers,
+            n_head=settings.num_heads,
+            n_positions=settings.max_positions,
+            tie_word_embeddings=settings.tie_embeddings,
+            initializer_range=settings.initializer_range,
+            # No dropout: values and stored log-probabilities are of the model, not of a random sub-network.
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            **ids,
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval()
+
+
+def locate_model(settings: PretrainedModelSettings) -> ModelSource:
+    """Where `settings.name` leads; files of packages are looked up, hub names are not.
+
+    Raises:
+        ValueError: the package is not installed, or holds no such file.
+    """
+    if not settings.name.startswith(PACKAGE_PREFIX):
+        return ModelSource(settings.name, None, settings.revision)
+    package, _, file = settings.name.removeprefix(PACKAGE_PREFIX).partition("/")
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"model {settings.name!r}: package {package!r} is not installed; install it or name another model"
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / file
+    if path.suffix != ".gguf" or not path.is_file():
+        found = sorted(str(other.relative_to(path.parent)) for other in path.parent.glob("*.gguf"))
+        raise ValueError(f"model {settings.name!r}: no such GGUF file in package {package!r}; it holds {found}")
+    return ModelSource(str(path.parent), path.name, None)

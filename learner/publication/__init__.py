@@ -1,0 +1,1 @@
+"""The weights of the moment as readers want them, and their announcement to the actors."""

@@ -1,0 +1,167 @@
+"""The weights of a model as every reader wants them: whole matrices under the names of the base model.
+
+Engines, checkpoints and exports know neither adapters nor 4-bit layers nor shards. `publication_tensors` gives them one
+plain tensor at a time: W + (alpha / rank) B A where a layer is adapted, W restored where it is quantised, gathered from
+all ranks where it is sharded. So no more than one tensor exists beside the model, unless the reader keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from buffer.low_rank import LowRankUpdate, merge_low_rank
+from buffer.weights import TensorEntry
+from learner.model.adapters import ADAPTER_NAME, adapted_layers
+from learner.model.quantization import dequantise, is_quantised, original_format
+from learner.ranks.sharding import gathered
+from learner.settings.adapters import PublishMode
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+
+def publication_table(model: PreTrainedModel) -> tuple[TensorEntry, ...]:
+    """Name, dtype and (whole) shape of what `publication_tensors` gives, in its order; nothing is computed."""
+    return tuple(source.entry for source in _sources(model))
+
+
+def publication_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter and persistent buffer; of tied ones only the first.
+
+    The names are those of the base model's `state_dict`. A tensor that is not adapted, quantised or sharded is the
+    model's own memory: copy it before the next optimizer step.
+
+    A sharded model (FSDP2) is gathered tensor by tensor, so all its ranks must iterate to the end, in step.
+    """
+    with torch.no_grad():
+        for source in _sources(model):
+            yield source.entry.name, source.make()
+
+
+def low_rank_updates(model: PreTrainedModel) -> tuple[LowRankUpdate, ...]:
+    """What is to be merged when frozen and trained tensors travel apart."""
+    return tuple(
+        LowRankUpdate(
+            source.entry.name,
+            *_factor_names(source),
+            scaling=source.adapter.scaling[ADAPTER_NAME],
+            transposed=source.adapter.fan_in_fan_out,
+        )
+        for source in _sources(model)
+        if source.adapter is not None
+    )
+
+
+class PublicationPlan:
+    """Which tensors of one model travel with each publication. Ranks that share the model hold one each, in step.
+
+    `full`: every tensor, adapters merged, each time. `adapter`: what is frozen once, then only what training changes,
+    to be merged by whoever takes it (`low_rank_updates`).
+    """
+
+    def __init__(self, mode: PublishMode) -> None:
+        self.mode = mode
+        self._kept = False
+
+    def kept(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that are part of this publication and of all that follow; none after the first."""
+        if self.mode == "full" or self._kept:
+            return
+        self._kept = True
+        with torch.no_grad():
+            for source in _sources(model):
+                if not source.is_trained:
+                    yield source.entry.name, source.base()
+
+    def changed(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that are part of this publication alone."""
+        return publication_tensors(model) if self.mode == "full" else _trained_tensors(model)
+
+    def updates(self, model: PreTrainedModel) -> tuple[LowRankUpdate, ...]:
+        """What whoever takes a publication has to merge."""
+        return () if self.mode == "full" else low_rank_updates(model)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One tensor to publish, not yet made. base: makes it without `adapter`. is_trained: itself, not by an adapter."""
+
+    entry: TensorEntry
+    base: Callable[[], Tensor]
+    adapter: LoraLayer | None
+    is_trained: bool
+
+    def make(self) -> Tensor:
+        return self.base() if self.adapter is None else merged(self.base(), self.adapter)
+
+
+def _trained_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    with torch.no_grad():
+        for source in _sources(model):
+            if source.adapter is not None:
+                yield from zip(_factor_names(source), _factors(source.adapter), strict=True)
+            elif source.is_trained:
+                yield source.entry.name, source.base()
+
+
+def _factor_names(source: _Source) -> tuple[str, str]:
+    return f"{source.entry.name}.lora_A", f"{source.entry.name}.lora_B"
+
+
+def _factors(adapter: LoraLayer) -> tuple[Tensor, Tensor]:
+    a, b = adapter.lora_A[ADAPTER_NAME].weight, adapter.lora_B[ADAPTER_NAME].weight
+    return gathered(a), gathered(b)
+
+
+def _sources(model: PreTrainedModel) -> list[_Source]:
+    sources: list[_Source] = []
+    seen: set[Tensor] = set()  # by identity: tied parameters are one object
+    for prefix, module, adapter in _plain_modules("", model, {layer for _, layer in adapted_layers(model)}):
+        for name, tensor in _own_tensors(module):
+            if tensor not in seen:
+                seen.add(tensor)
+                sources.append(_source(prefix + name, tensor, module, adapter))
+    return sources
+
+
+def _plain_modules(
+    prefix: str, module: nn.Module, adapted: set[LoraLayer]
+) -> Iterator[tuple[str, nn.Module, LoraLayer | None]]:
+    """(prefix of its names, module, the adapter around it) of every module of the base model."""
+    if module in adapted:
+        yield prefix, module.get_base_layer(), module
+        return
+    yield prefix, module, None
+    for name, child in module.named_children():
+        yield from _plain_modules(f"{prefix}{name}.", child, adapted)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of the module itself, children left out."""
+    yield from module.named_parameters(recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def _source(name: str, tensor: Tensor, module: nn.Module, adapter: LoraLayer | None) -> _Source:
+    is_weight = tensor is getattr(module, "weight", None)
+    quantised = is_weight and is_quantised(module)
+    dtype, shape = original_format(tensor) if quantised else (tensor.dtype, tensor.shape)
+    entry = TensorEntry(name, str(dtype).removeprefix("torch."), tuple(shape))
+
+    def base() -> Tensor:
+        return dequantise(tensor) if quantised else gathered(tensor)
+
+    return _Source(entry, base, adapter if is_weight else None, tensor.requires_grad)
+
+
+def merged(weight: Tensor, adapter: LoraLayer) -> Tensor:
+    """W with the adapter's update, scaled by alpha / rank; a new tensor."""
+    return merge_low_rank(weight, *_factors(adapter), adapter.scaling[ADAPTER_NAME], adapter.fan_in_fan_out)

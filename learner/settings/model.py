@@ -1,0 +1,87 @@
+"""Settings of the model that is trained: made from scratch, or loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from buffer.settings import Settings
+from learner.settings.adapters import AdapterSettings, Quantization
+
+
+class ScratchModelSettings(Settings):
+    """A small model with random weights, sized for the tokenizer of the task."""
+
+    source: Literal["scratch"] = "scratch"
+    architecture: Literal["llama", "gpt2"] = "llama"
+    hidden_size: PositiveInt = 96
+    num_layers: PositiveInt = 3
+    num_heads: PositiveInt = 4
+    num_key_value_heads: PositiveInt | None = Field(
+        default=None, description="heads of keys and values (llama); null = num_heads"
+    )
+    intermediate_size: PositiveInt = 256
+    max_positions: PositiveInt = Field(default=128, description="longest text (prompt and answer) in tokens")
+    tie_embeddings: bool = Field(default=True, description="share the rows of the input and the output embedding")
+    initializer_range: PositiveFloat = Field(default=0.02, description="standard deviation of the initial weights")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    backspace_token: str = Field(default="<backspace>", description="token of the vocabulary that takes a token back")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> ScratchModelSettings:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; change one of them"
+            )
+        if self.num_key_value_heads is not None:
+            if self.architecture != "llama":
+                raise ValueError(
+                    f"num_key_value_heads has no effect with architecture={self.architecture}; leave it out"
+                )
+            if self.num_heads % self.num_key_value_heads:
+                raise ValueError(
+                    f"num_heads={self.num_heads} is not a multiple of num_key_value_heads="
+                    f"{self.num_key_value_heads}; change one of them"
+                )
+        return self
+
+
+class PretrainedModelSettings(Settings):
+    """Any causal language model in the Hugging Face format, or a GGUF file inside an installed package."""
+
+    source: Literal["pretrained"] = "pretrained"
+    name: str = Field(description="Hugging Face name, folder, or `package:PACKAGE/FILE.gguf` in an installed package")
+    revision: str | None = Field(default=None, description="branch, tag or commit on the Hugging Face hub")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    backspace_token: str = Field(
+        default="<backspace>",
+        description="what takes a token back: a reserved token of the vocabulary, or the name of a new one",
+    )
+    add_backspace_row: bool = Field(
+        default=True,
+        description="add a row to the embeddings if the vocabulary does not hold backspace_token",
+    )
+    adapter: AdapterSettings | None = Field(
+        default=None, description="train low-rank adapters on the frozen model; null = train every weight"
+    )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="hold the frozen linear layers in 4 bits (QLoRA; needs the extra `qlora`); null = as `dtype`",
+    )
+    seed: int = Field(default=0, description="seed of the noise on the backspace row, and of the adapters")
+
+    @model_validator(mode="after")
+    def _check(self) -> PretrainedModelSettings:
+        if self.quantization is not None and self.adapter is None:
+            raise ValueError(
+                f"quantization={self.quantization} freezes the linear layers, so nothing could train them: add an "
+                "adapter, or leave quantization out"
+            )
+        if self.revision is not None and self.name.startswith("package:"):
+            raise ValueError("revision has no effect on a file of an installed package; leave it out")
+        return self
+
+
+ModelSettings = Annotated[ScratchModelSettings | PretrainedModelSettings, Field(discriminator="source")]

@@ -1,0 +1,263 @@
+"""Settings of the objective: what training maximises."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from buffer.settings import Settings
+from learner.settings.score_functions import (
+    DpgSettings,
+    FDpgSettings,
+    GdcSettings,
+    KlControlSettings,
+    ReinforceSettings,
+)
+
+DIVERGENCES_WITH_DOMAIN = ("kl", "js", "hellinger")
+"""Those whose phi is not defined for every number."""
+
+
+class LikelihoodSettings(Settings):
+    """Cross-entropy on expert logs. `mle` is for clean data, `behaviour_cloning` for noise and backspace."""
+
+    name: Literal["mle", "behaviour_cloning"]
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Expert logs are all it uses."""
+        return False
+
+    @property
+    def uses_noise(self) -> bool:
+        """Whether expert logs demonstrate backspace; maximum likelihood is the method without."""
+        return self.name == "behaviour_cloning"
+
+
+class ExpertObjectiveSettings(Settings):
+    """Token by token on clean expert logs: the methods of the literature that need no rollouts."""
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Expert logs are all they use."""
+        return False
+
+    @property
+    def uses_noise(self) -> bool:
+        """They know no backspace."""
+        return False
+
+
+class UnlikelihoodSettings(ExpertObjectiveSettings):
+    """Likelihood, and the unlikelihood of tokens that the context holds already (arXiv 1908.04319)."""
+
+    name: Literal["unlikelihood"]
+    weight: float = Field(default=1.0, gt=0.0, description="of -log(1 - q(c)) over context tokens c")
+
+
+class EmoSettings(ExpertObjectiveSettings):
+    """Earth mover distance to the label, between token embeddings (arXiv 2310.04691)."""
+
+    name: Literal["emo"]
+    mode: Literal[1, 2] = Field(
+        default=1,
+        description="1: half likelihood, half distance, scaled to the likelihood; 2: the distance, and likelihood "
+        "scaled to it",
+    )
+    ratio_cap: float | None = Field(
+        default=None, gt=0.0, description="bound on the ratio that scales one loss to the other; null = none"
+    )
+    cost_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Hugging Face name or folder of a model with the same vocabulary whose output embedding gives the "
+        "costs; null = the trained model's own, as it is at the start of the stage",
+    )
+
+
+class ScheduledSamplingSettings(ExpertObjectiveSettings):
+    """Texts that are partly the model's own, with the true labels (arXiv 1506.03099).
+
+    The share of true tokens at step i: max(least_truth_share, k - slope i), k^i, or k / (k + exp(i / k)).
+    """
+
+    name: Literal["scheduled_sampling"]
+    schedule: Literal["linear", "exponential", "inverse_sigmoid"] = "inverse_sigmoid"
+    k: float = Field(default=100.0, gt=0.0, description="constant of the schedule: at most 1, below 1, at least 1")
+    slope: float = Field(default=0.0, ge=0.0, description="decrease of the share per step; linear only")
+    least_truth_share: float = Field(default=0.0, ge=0.0, le=1.0, description="where the decrease ends; linear only")
+    seed: int = Field(default=0, description="of what is replaced, and by what")
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduledSamplingSettings:
+        bounds = {"linear": (0.0, 1.0), "exponential": (0.0, 1.0), "inverse_sigmoid": (1.0, float("inf"))}
+        low, high = bounds[self.schedule]
+        if not low <= self.k <= high or (self.schedule == "exponential" and self.k == high):
+            words = {"linear": "at most 1", "exponential": "below 1", "inverse_sigmoid": "at least 1"}[self.schedule]
+            raise ValueError(f"k={self.k} must be {words} with schedule={self.schedule}")
+        for field in ("slope", "least_truth_share"):
+            if getattr(self, field) and self.schedule != "linear":
+                raise ValueError(
+                    f"{field} has no effect with schedule={self.schedule}; leave it out or choose schedule=linear"
+                )
+        return self
+
+
+class DiscriminatorSettings(Settings):
+    """What tells texts of the data from texts of the policy."""
+
+    body: Literal["policy", "own"] = Field(
+        default="policy",
+        description="what reads the texts under its head. `policy`: the policy, which gets no gradient from that; "
+        "`own`: a copy of the policy's body as it is at the start of the stage, trained with the head",
+    )
+    learning_rate: float = Field(default=1e-3, gt=0.0, description="of Adam, the same at every step")
+    prior: float | None = Field(
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="share of real examples in its loss; null = pi (1/2 where pi is 1). Its optimum is the same "
+        "log-ratio at each",
+    )
+    warmup_steps: NonNegativeInt = Field(
+        default=50, description="first steps of the stage, in which the discriminator alone learns"
+    )
+    seed: int = Field(default=0, description="of the head's first weights")
+
+
+class AdversarialJsSettings(Settings):
+    """Generalised Jensen-Shannon divergence of whole texts, by a discriminator (arXiv 1511.05101)."""
+
+    name: Literal["adversarial_js"]
+    pi: float = Field(
+        default=0.5,
+        ge=0.0,
+        le=1.0,
+        description="share of the data in the mixture that data and policy are compared with: near 0 the method is "
+        "maximum likelihood, at 1 it minimises KL(policy || data)",
+    )
+    discriminator: DiscriminatorSettings = DiscriminatorSettings()
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """The policy learns from nothing else."""
+        return True
+
+    @property
+    def uses_noise(self) -> bool:
+        """Expert texts are compared as they are."""
+        return False
+
+    @property
+    def discriminator_prior(self) -> float:
+        """Share of real examples in the discriminator's loss."""
+        if self.discriminator.prior is not None:
+            return self.discriminator.prior
+        return self.pi if self.pi < 1.0 else 0.5
+
+    @field_validator("pi")
+    @classmethod
+    def _refuse_likelihood(cls, pi: float) -> float:
+        if pi == 0.0:
+            raise ValueError(
+                "pi=0 is maximum likelihood, by rollouts that it does not need: choose objective mle, or a small pi"
+            )
+        return pi
+
+
+class SequenceMatchSettings(Settings):
+    """Occupancy matching with backspace (arXiv 2306.05426)."""
+
+    name: Literal["sequencematch"] = "sequencematch"
+    divergence: Literal["chi2_mixture", "chi2", "kl", "reverse_kl", "js", "hellinger", "mle"] = Field(
+        default="chi2_mixture",
+        description="between the occupancy measures of data and model; `chi2_mixture`: of data and the half-half "
+        "mixture, the method of the paper; `mle`: no penalty, the control",
+    )
+    estimator: Literal["collapsed", "printed", "uniform"] = Field(
+        default="collapsed",
+        description="`collapsed`: value terms telescoped (least variance); `printed`: the sums of the paper; "
+        "`uniform`: those sums with every discount gamma^t put to 1, as in IQ-Learn (denser signal, biased)",
+    )
+    alpha: float = Field(default=0.03, gt=0.0, description="weight of the penalty, a squared soft-Bellman residual")
+    gamma: float = Field(default=0.998, gt=0.0, lt=1.0, description="discount per action")
+    mixture_coefficient: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="weight of E_model[(alpha r)^2]; null = 1/(4 alpha), the balanced mixture; 1 = the paper read "
+        "literally",
+    )
+    domain_policy: Literal["project", "stop"] | None = Field(
+        default=None,
+        description="where alpha r leaves the domain of kl, js or hellinger: `project` goes on by the tangent, `stop` "
+        "ends training; null = project",
+    )
+    domain_margin: float | None = Field(
+        default=None,
+        gt=0.0,
+        lt=0.5,
+        description="the domain of kl, js or hellinger counts as left this far above its end; null = 0.1",
+    )
+    beta_start: float = Field(default=1.0, ge=0.0, le=1.0, description="weight of behaviour cloning at step 0")
+    beta_end: float = Field(default=0.2, ge=0.0, le=1.0, description="weight of behaviour cloning from beta_steps on")
+    beta_steps: PositiveInt = Field(default=150, description="steps of the linear change from beta_start to beta_end")
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """The mixture penalises rollouts; all estimators but the collapsed one sample value terms from them."""
+        return self.divergence == "chi2_mixture" or self.estimator != "collapsed"
+
+    @property
+    def uses_noise(self) -> bool:
+        """Expert logs demonstrate backspace."""
+        return True
+
+    @field_validator("divergence", mode="before")
+    @classmethod
+    def _refuse_total_variation(cls, divergence: object) -> object:
+        if divergence == "tv":
+            raise ValueError(
+                "divergence=tv is not offered: total variation bounds |alpha r| by 1/2 on data and on model samples; "
+                "while that bound is inactive its loss is exactly maximum likelihood (choose divergence=mle), and "
+                "clipping alpha r on the data alone makes training collapse. For another bounded divergence choose "
+                "hellinger or js"
+            )
+        return divergence
+
+    @model_validator(mode="after")
+    def _check(self) -> SequenceMatchSettings:
+        if self.mixture_coefficient is not None and self.divergence != "chi2_mixture":
+            raise ValueError(
+                f"mixture_coefficient has no effect with divergence={self.divergence}; leave it out or "
+                "choose divergence=chi2_mixture"
+            )
+        if self.divergence not in DIVERGENCES_WITH_DOMAIN:
+            for name in ("domain_policy", "domain_margin"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} has no effect with divergence={self.divergence}, which is defined for every number; "
+                        f"leave it out or choose one of {', '.join(DIVERGENCES_WITH_DOMAIN)}"
+                    )
+        if self.divergence == "mle" and self.estimator == "uniform":
+            raise ValueError(
+                "divergence=mle has no penalty that bounds V, and the value terms of estimator=uniform do not "
+                "telescope, so V would grow without end; choose another divergence or estimator"
+            )
+        return self
+
+
+ObjectiveSettings = Annotated[
+    LikelihoodSettings
+    | UnlikelihoodSettings
+    | EmoSettings
+    | ScheduledSamplingSettings
+    | AdversarialJsSettings
+    | ReinforceSettings
+    | KlControlSettings
+    | DpgSettings
+    | GdcSettings
+    | FDpgSettings
+    | SequenceMatchSettings,
+    Field(discriminator="name"),
+]

@@ -1,0 +1,122 @@
+"""Settings of the training loop: what a stage does, and how the learner does it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from buffer.settings import Settings
+from learner.settings.adapters import PublishMode
+from learner.settings.objectives import ObjectiveSettings
+from learner.settings.optimizer import OptimizerSettings
+from learner.settings.watch import WatchSettings
+
+DEFAULT_RANK_TIMEOUT_S = 300.0
+
+
+class StageSettings(Settings):
+    """One stretch of training with one objective. A recipe is a list of stages; arms share a trunk."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    start_from: str | None = Field(
+        None, description="earlier stage whose final weights this one starts from; null = the stage before it"
+    )
+    objective: ObjectiveSettings
+    steps: PositiveInt
+    batch_size: PositiveInt = Field(64, description="expert trajectories per step")
+    rollout_batch_size: PositiveInt = Field(64, description="policy trajectories per step, where rollouts are needed")
+    optimizer: OptimizerSettings = OptimizerSettings()
+    publish_every_steps: PositiveInt = Field(
+        10, description="weights are pushed to the actors each time this many steps are done (with rollouts)"
+    )
+    num_threads: PositiveInt = Field(
+        1, description="CPU threads of the learner; more than one only where the actors idle"
+    )
+
+
+class LearnerSettings(Settings):
+    """The learner process."""
+
+    num_ranks: PositiveInt = Field(
+        1, description="processes that share the model and each step's batch (FSDP); all see the run folder"
+    )
+    num_cpus: float = Field(1.0, gt=0.0, description="CPUs that Ray sets aside for each rank")
+    num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside for each rank")
+    resources: dict[str, PositiveFloat] = Field(
+        {}, description="custom Ray resources for each rank: only nodes that were started with them take it"
+    )
+    placement: Literal["pack", "spread"] = Field(
+        "pack", description="pack: the ranks on as few nodes as hold them; spread: over as many as there are"
+    )
+    rank_timeout_s: float | None = Field(
+        None,
+        gt=0.0,
+        description="longest wait of a rank for the others, beyond waits for rollouts and storage (with several ranks; "
+        "null = 300)",
+    )
+    max_nodes_per_batch: PositiveInt = Field(
+        2048, description="state-tree nodes per forward pass: bounds the memory of activations, not what is learned"
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="run each decoder layer again in the backward pass instead of keeping what it computed: less "
+        "memory for about a third more time",
+    )
+    publish: PublishMode = Field(
+        "full",
+        description="what a weight push carries: every tensor, or (with model.adapter) the frozen ones once and then "
+        "what is trained, which the actors merge",
+    )
+    checkpoint_every_steps: PositiveInt = 500
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept per stage")
+    checkpoint_best_metric: str | None = Field(
+        None,
+        description="metric of the steps, e.g. loss_behaviour_cloning: the checkpoint before which its mean was least "
+        "is kept too",
+    )
+    checkpoint_dir: str | None = Field(
+        None,
+        description="folder or fsspec URL (s3://BUCKET/PATH, ...) below which checkpoints are kept, in a folder named "
+        "after the run; null = in the run folder",
+    )
+    checkpoint_timeout_s: float = Field(
+        600.0, gt=0.0, description="longest wait for a checkpoint to be written before the run is ended"
+    )
+    data_timeout_s: float = Field(300.0, gt=0.0, description="longest wait for rollouts before the run is ended")
+    health_timeout_s: float = Field(
+        300.0, gt=0.0, description="silence of the learner's process after which the run is ended"
+    )
+    watch: WatchSettings = WatchSettings()
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """Longest wait of a rank for the others: while rank 0 waits for rollouts or storage, they wait for rank 0."""
+        rank_timeout_s = DEFAULT_RANK_TIMEOUT_S if self.rank_timeout_s is None else self.rank_timeout_s
+        return rank_timeout_s + self.data_timeout_s + self.checkpoint_timeout_s
+
+    @model_validator(mode="after")
+    def _check(self) -> LearnerSettings:
+        if self.rank_timeout_s is not None and self.num_ranks == 1:
+            raise ValueError("rank_timeout_s has no effect with num_ranks=1; leave it out")
+        if self.num_ranks > 1 and self.num_gpus % 1.0:
+            raise ValueError(f"num_gpus={self.num_gpus}: several ranks cannot share a GPU; give each a whole one")
+        return self
+
+
+def check_stages(stages: tuple[StageSettings, ...]) -> None:
+    """Check a recipe's list of stages as a whole.
+
+    Raises:
+        ValueError: two stages share a name, or one starts from a stage that does not come before it.
+    """
+    seen: list[str] = []
+    for stage in stages:
+        if stage.name in seen:
+            raise ValueError(f"two stages are called {stage.name!r}; a stage's name is its checkpoint folder")
+        if stage.start_from is not None and stage.start_from not in seen:
+            raise ValueError(
+                f"stage {stage.name!r} starts from {stage.start_from!r}, which is not an earlier stage "
+                f"(earlier: {', '.join(seen) or 'none'})"
+            )
+        seen.append(stage.name)

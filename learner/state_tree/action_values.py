@@ -1,0 +1,300 @@
+"""Action values of a causal language model: Q(s, a) = logit of a after text s, V(s) = logsumexp_a Q(s, a).
+
+At the floor (the end of the prompt) backspace is masked, as it is in the actors, so there V sums over the
+other actions only; so it does everywhere in a log whose sampler never offered backspace. `log_prob = q - v` then
+is the log-probability under the policy that acted.
+
+A tensor of tokens x vocabulary is never held: logits are made in chunks, folded into a running log-sum-exp, and but for
+the first few made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from learner.state_tree.attention import evaluate_nodes
+from learner.state_tree.batch import TreeBatch
+
+CHUNK_ELEMENTS = 2**22
+"""Logits made at a time (16 MiB in float32)."""
+
+KEPT_ELEMENTS = 2**25
+"""Logits kept for the backward pass (128 MiB in float32): whatever is small is not computed twice."""
+
+VOCABULARY_CHUNK = 8192
+"""Columns of the vocabulary in a chunk, at most."""
+
+
+@dataclass(frozen=True)
+class ActionValues:
+    """Values along the logs of a `TreeBatch` (A actions, L logs), float32.
+
+    q: [A] logit of the label.
+    v, v_next: [A] value of the text before and after the action.
+    v_start, v_final: [L] value of the first and the last text.
+    log_prob_backspace: [A] of backspace before the action, without gradient (-inf where it is masked).
+    log_prob_at_temperature: [A] of the label at the temperature that its policy sampled with, without gradient; that of
+        temperature 1 where there is none (`behaviour_temperature` 0).
+    measured: what a `Measurement` found, if one was asked for.
+    """
+
+    q: Tensor
+    v: Tensor
+    v_next: Tensor
+    v_start: Tensor
+    v_final: Tensor
+    log_prob_backspace: Tensor
+    log_prob_at_temperature: Tensor
+    measured: Tensor | None = None
+
+    @property
+    def log_prob(self) -> Tensor:
+        """[A] log-probability of the label."""
+        return self.q - self.v
+
+
+@dataclass(frozen=True)
+class StateLogits:
+    """The logits of a tree's M states with a value, as the factors that they are the product of, and their sums.
+
+    hidden: [M, H] states. weight: [V, H] output embedding.
+    v_floor: [M] log-sum-exp over all ids but backspace. q_backspace: [M] logit of backspace.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    v_floor: Tensor
+    q_backspace: Tensor
+    backspace_id: int
+
+    def v_of_actions(self, tree: TreeBatch) -> Tensor:
+        """[A] value of the text before each action."""
+        v_all = torch.logaddexp(self.v_floor, self.q_backspace)
+        return torch.where(tree.backspace_masked, self.v_floor[tree.state_row], v_all[tree.state_row])
+
+
+Measurement = Callable[[TreeBatch, StateLogits], Tensor]
+"""What else an objective wants to know of the states. It runs inside the model's forward pass, where the ranks have
+the output embedding whole; a tensor of states x vocabulary is as forbidden to it as to this file."""
+
+
+def action_values(
+    model: PreTrainedModel,
+    tree: TreeBatch,
+    backspace_id: int,
+    *,
+    measurement: Measurement | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> ActionValues:
+    """Evaluate `model` on every state of `tree` with one forward pass of its transformer.
+
+    The model must pass `learner.model.support.check_supported`: Q is hidden state times row of the output embedding,
+    nothing else. Under FSDP call this inside a wrapped forward, so that the output embedding is gathered.
+    """
+    states = evaluate_nodes(model, tree).index_select(0, tree.value_nodes)
+    weight = model.get_output_embeddings().weight
+    v_floor, q_backspace, q = chunked_values(
+        states,
+        weight,
+        tree.state_row,
+        tree.action,
+        backspace_id=backspace_id,
+        chunk_elements=chunk_elements,
+    )
+    logits = StateLogits(states, weight, v_floor, q_backspace, backspace_id)
+    v_all = torch.logaddexp(v_floor, q_backspace)
+    v = logits.v_of_actions(tree)
+    with torch.no_grad():
+        log_prob_backspace = (q_backspace[tree.state_row] - v).masked_fill(tree.backspace_masked, -torch.inf)
+        log_prob_at_temperature = q - v
+        for temperature in tree.temperatures:
+            tempered = _log_prob_at(temperature, states, weight, tree, backspace_id, chunk_elements)
+            drawn = tree.behaviour_temperature == temperature
+            log_prob_at_temperature = torch.where(drawn, tempered, log_prob_at_temperature)
+    return ActionValues(
+        q=q,
+        v=v,
+        v_next=torch.where(tree.next_backspace_masked, v_floor[tree.next_state_row], v_all[tree.next_state_row]),
+        v_start=v_floor[tree.start_row],
+        v_final=torch.where(tree.final_backspace_masked, v_floor[tree.final_row], v_all[tree.final_row]),
+        log_prob_backspace=log_prob_backspace,
+        log_prob_at_temperature=log_prob_at_temperature,
+        measured=None if measurement is None else measurement(tree, logits),
+    )
+
+
+def _log_prob_at(
+    temperature: float, states: Tensor, weight: Tensor, tree: TreeBatch, backspace_id: int, chunk_elements: int
+) -> Tensor:
+    """[A] log-probability of the labels under logits / temperature, which are those of states / temperature."""
+    v_floor, q_backspace, q = chunked_values(
+        states.float() / temperature if states.dtype.itemsize < 4 else states / temperature,
+        weight,
+        tree.state_row,
+        tree.action,
+        backspace_id=backspace_id,
+        chunk_elements=chunk_elements,
+    )
+    v_all = torch.logaddexp(v_floor, q_backspace)
+    v = torch.where(tree.backspace_masked, v_floor[tree.state_row], v_all[tree.state_row])
+    return q - v
+
+
+def chunked_values(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    actions: Tensor,
+    *,
+    backspace_id: int,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    kept_elements: int = KEPT_ELEMENTS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits = hidden @ weight.T: log-sum-exp over all ids but backspace, backspace logit, chosen logits.
+
+    Args:
+        hidden: [M, H] states.
+        weight: [V, H] output embedding. Products accumulate in float32 (float64 if either is).
+        rows: [A] state of each chosen logit.
+        actions: [A] id of each chosen logit.
+        backspace_id: id left out of the log-sum-exp.
+        chunk_elements: logits made at a time.
+        kept_elements: logits kept for the backward pass, at most.
+
+    Returns:
+        v_floor [M], q_backspace [M], q [A], in the accumulation type; differentiable once.
+    """
+    if chunk_elements < 1:
+        raise ValueError(f"chunk_elements={chunk_elements} must be at least 1")
+    with torch.autocast(hidden.device.type, enabled=False):
+        chunks = _Chunks(len(hidden), len(weight), chunk_elements, kept_elements)
+        v_floor, q_backspace, q = _ChunkedValues.apply(hidden, weight, rows, actions, backspace_id, chunks)
+    return v_floor, q_backspace, q
+
+
+class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
+    """Loops over the vocabulary, and in it over the states.
+
+    The first chunks are kept for the backward pass, as exp(logits - peak) with the peak of each state: what they were
+    made into for the log-sum-exp anyway, so that the backward pass takes no second exponential of them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: Tensor,
+        actions: Tensor,
+        backspace_id: int,
+        chunks: _Chunks,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = accumulation_dtype(hidden, weight)
+        v_floor = hidden.new_full((len(hidden),), -torch.inf, dtype=dtype)
+        q_backspace = torch.empty_like(v_floor)
+        q = hidden.new_zeros((len(rows),), dtype=dtype)
+        states = _matmul_operand(hidden, weight)
+        kept: list[Tensor] = []  # exponentials and peaks in turn
+        for low, high in chunks.vocabulary:
+            columns = _matmul_operand(weight[low:high], hidden)
+            for begin, end in chunks.states:
+                logits = _matmul(states[begin:end], columns.T)
+                index, inside = _flat_index(rows, actions, (begin, end), (low, high))
+                q += torch.where(inside, logits.flatten()[index], 0.0)
+                if low <= backspace_id < high:
+                    q_backspace[begin:end] = logits[:, backspace_id - low]
+                    logits[:, backspace_id - low] = -torch.inf
+                peak = logits.amax(1)
+                peak = torch.where(peak == -torch.inf, 0.0, peak)  # where backspace stands alone
+                exponentials = logits.sub_(peak[:, None]).exp_()
+                v_floor[begin:end] = torch.logaddexp(v_floor[begin:end], peak + exponentials.sum(1).log())
+                if len(kept) < 2 * chunks.num_kept:
+                    kept += [exponentials, peak]
+        ctx.save_for_backward(hidden, weight, rows, actions, v_floor, *kept)
+        ctx.backspace_id, ctx.chunks = backspace_id, chunks
+        return v_floor, q_backspace, q
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_v: Tensor, grad_backspace: Tensor, grad_q: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, rows, actions, v_floor, *kept = ctx.saved_tensors
+        remembered = iter(kept)
+        grad_hidden = torch.zeros_like(hidden, dtype=grad_v.dtype)
+        grad_weight = torch.empty_like(weight)
+        states = _matmul_operand(hidden, weight)
+        for low, high in ctx.chunks.vocabulary:
+            columns = _matmul_operand(weight[low:high], hidden)
+            grad_columns = torch.zeros_like(columns, dtype=grad_v.dtype)
+            for begin, end in ctx.chunks.states:
+                # The gradient of the logits, in three parts: softmax, backspace column, chosen ids.
+                exponentials = next(remembered, None)
+                if exponentials is None:
+                    logits = _matmul(states[begin:end], columns.T)
+                    grad = logits.sub_(v_floor[begin:end, None]).exp_().mul_(grad_v[begin:end, None])
+                else:
+                    scale = (next(remembered) - v_floor[begin:end]).exp() * grad_v[begin:end]
+                    grad = exponentials * scale[:, None]
+                if low <= ctx.backspace_id < high:
+                    grad[:, ctx.backspace_id - low] = grad_backspace[begin:end]
+                index, inside = _flat_index(rows, actions, (begin, end), (low, high))
+                grad.view(-1).scatter_add_(0, index, torch.where(inside, grad_q, 0.0))
+                grad = grad.to(columns.dtype)
+                grad_hidden[begin:end] += _matmul(grad, columns)
+                if weight.requires_grad:  # under adapters it is frozen: a third of the work less
+                    grad_columns += _matmul(grad.T, states[begin:end])
+            grad_weight[low:high] = grad_columns
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
+
+
+class _Chunks:
+    """How M x V logits are cut, and how many chunks, from the first one on, are kept."""
+
+    def __init__(self, num_states: int, vocab_size: int, chunk_elements: int, kept_elements: int) -> None:
+        is_single = num_states * vocab_size <= chunk_elements
+        width = vocab_size if is_single else min(vocab_size, VOCABULARY_CHUNK, chunk_elements)
+        height = num_states if is_single else max(1, chunk_elements // width)
+        self.num_kept = kept_elements // max(width * min(height, num_states), 1)
+        self.vocabulary = _cut(vocab_size, width)
+        self.states = _cut(num_states, height)
+
+
+def _cut(total: int, size: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + size, total)) for begin in range(0, total, max(size, 1))]
+
+
+def _flat_index(
+    rows: Tensor, actions: Tensor, states: tuple[int, int], vocabulary: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """[A] index of each (row, action) in the flattened chunk (0 outside of it), and whether it lies inside.
+
+    All A pairs go through every chunk: picking those inside would make the host wait for the device.
+    """
+    (begin, end), (low, high) = states, vocabulary
+    inside = (rows >= begin) & (rows < end) & (actions >= low) & (actions < high)
+    return torch.where(inside, (rows - begin) * (high - low) + (actions - low), 0), inside
+
+
+def accumulation_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """In what products of the two are summed up: float32, or float64 if either is."""
+    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+
+
+def _matmul_operand(a: Tensor, other: Tensor) -> Tensor:
+    """`a` as `_matmul` wants it: half precision stays where the device multiplies it into float32."""
+    if a.is_cuda and a.dtype == other.dtype and a.dtype in (torch.bfloat16, torch.float16):
+        return a
+    return a.to(accumulation_dtype(a, other))
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)

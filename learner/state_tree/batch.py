@@ -1,0 +1,282 @@
+"""The states of action logs as a tree, so that one forward pass evaluates every distinct state once.
+
+A node is an appended token; the text of a node is the path from the root to it, and a state is a node.
+`<backspace>` adds no node: it moves to the parent. A node attends to its ancestors and itself, its position is its
+depth, so its logits equal those of its text run alone. Texts that occur twice (a token retyped after a deletion, a
+prompt shared by several logs, a prompt that begins another one) are one node.
+
+Nodes are numbered in preorder (a node, then its subtrees one after another), over all trees of the batch: node j is
+an ancestor of i, or i itself, exactly if j <= i < subtree_end[j]. No N x N mask is needed to say so.
+
+Legend: L logs, A actions over all logs, N nodes (padded), M distinct states with a value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import xxhash
+from torch import Tensor
+
+from buffer.behaviour import Behaviour
+from buffer.replay import FLOOR, ActionLogs, Int64, Replay, replay
+from learner.state_tree.trie import Bool, build_trie, preorder
+
+NODE_ALIGNMENT = 8
+"""A batch is padded to a multiple of this many nodes: matrix kernels are slower at odd sizes."""
+
+
+@dataclass(frozen=True)
+class TreeBatch:
+    """Action logs packed into trees. Logs keep the order of the batch; a node is an index into `node_ids`.
+
+    Nodes
+        node_ids: [N] token ids.
+        positions: [N] depth of the token in its text, from 0.
+        subtree_end: [N] one beyond the last descendant of the node; a padded node is a tree of its own.
+        value_nodes: [M] nodes that are a state of some log, ascending.
+    Actions
+        log, time: [A] log, and index of the action in it.
+        action: [A] id of the label.
+        backspace_masked, next_backspace_masked: [A] whether backspace is no action before and after this one: only the
+            prompt is left, or the sampler never offered it.
+        state, next_state: [A] node of the text before and after the action (of the *realised* token).
+        state_row, next_state_row: [A] the same as indexes into `value_nodes`.
+        behaviour_log_prob, behaviour_version, behaviour_temperature: [A] what the policy that acted said of the
+            action (see `buffer.behaviour`).
+    Logs
+        ids: [L] of the trajectories.
+        start, final_state: [L] node of the prompt's end and of the last text (`<eos>` if the log ended).
+        start_row, final_row: [L] the same as indexes into `value_nodes`.
+        final_backspace_masked: [L] likewise, at the end.
+        length: [L] actions.
+        truncated: [L] True unless the log ended with `<eos>`.
+        is_expert: [L] whether the log is of the data.
+        reward: [L] as stored, nan where there is none. features: [L, F] as stored; F is 0 where no log has any.
+        context: [L] number of the prompt, equal where prompts are; below 2^52, so that float64 holds it.
+    Counts
+        num_nodes: nodes without padding.
+        num_nodes_unshared: nodes if no two logs shared any (over `num_nodes`: the sharing ratio).
+        temperatures: distinct values of behaviour_temperature, but 0 and 1.
+    """
+
+    node_ids: Tensor
+    positions: Tensor
+    subtree_end: Tensor
+    value_nodes: Tensor
+    log: Tensor
+    time: Tensor
+    action: Tensor
+    backspace_masked: Tensor
+    next_backspace_masked: Tensor
+    state: Tensor
+    next_state: Tensor
+    state_row: Tensor
+    next_state_row: Tensor
+    behaviour_log_prob: Tensor
+    behaviour_version: Tensor
+    behaviour_temperature: Tensor
+    ids: tuple[str, ...]
+    start: Tensor
+    start_row: Tensor
+    final_state: Tensor
+    final_row: Tensor
+    final_backspace_masked: Tensor
+    length: Tensor
+    truncated: Tensor
+    is_expert: Tensor
+    reward: Tensor
+    features: Tensor
+    context: Tensor
+    num_nodes: int
+    num_nodes_unshared: int
+    temperatures: tuple[float, ...]
+
+    @property
+    def num_logs(self) -> int:
+        """L."""
+        return int(self.length.shape[0])
+
+    @property
+    def num_actions(self) -> int:
+        """A."""
+        return int(self.action.shape[0])
+
+    def without_logs(self) -> TreeBatch:
+        """The same nodes with no log on them: every sum over actions or logs is 0, and so is its gradient."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        names = list(values)
+        of_logs = names[names.index("log") : names.index("num_nodes")]  # see the order of the fields above
+        emptied = {name: values[name][:0] for name in of_logs}
+        return TreeBatch(**values | emptied | {"num_nodes": 0, "num_nodes_unshared": 0})
+
+    @property
+    def num_padded_nodes(self) -> int:
+        """N."""
+        return int(self.node_ids.shape[0])
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[N, N] True where the query (first axis) sees the key: ancestors and itself. Quadratic in N."""
+        node = torch.arange(self.num_padded_nodes, device=self.node_ids.device)
+        return (node <= node[:, None]) & (self.subtree_end > node[:, None])
+
+    def to(self, device: torch.device | str) -> TreeBatch:
+        """The same batch with its tensors on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TreeBatch(
+            **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+        )
+
+
+def build_tree_batch(
+    batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, max_positions: int, offers_backspace: bool = True
+) -> TreeBatch:
+    """Pack the trajectories of `batch` (schema of `buffer.schema`) into one tree per distinct first token.
+
+    offers_backspace: whether it is an action in the trajectories that offer it.
+
+    Raises:
+        ValueError: see `checked_logs`; or some logs have features that others lack.
+    """
+    logs, played, truncated = checked_logs(batch, backspace_id=backspace_id, eos_id=eos_id, max_positions=max_positions)
+    trie = build_trie(logs, played, backspace_id)
+    number, subtree_end = preorder(trie)
+    node_of_element = number[trie.node]
+    width = -(-trie.num_nodes // NODE_ALIGNMENT) * NODE_ALIGNMENT
+    floor_node = node_of_element[logs.prompt_offsets[1:] - 1]
+    num_prompt_tokens = len(logs.prompt_ids)
+
+    def by_number(per_element: Int64) -> Tensor:
+        padded = np.zeros(width, dtype=np.int64)
+        padded[number] = per_element[trie.first]
+        return torch.from_numpy(padded)
+
+    def nodes_of(events: Int64) -> Int64:
+        appended = node_of_element[num_prompt_tokens + trie.append_of_event[events]]
+        return np.where(events == FLOOR, floor_node[played.log], appended)
+
+    state, next_state = nodes_of(played.state), nodes_of(played.next_state)
+    final_state, final_at_floor = floor_node.copy(), np.ones(logs.num_logs, dtype=np.bool_)
+    acted = logs.lengths > 0
+    last_action = logs.offsets[1:][acted] - 1
+    final_state[acted] = next_state[last_action]
+    final_at_floor[acted] = played.next_state[last_action] == FLOOR
+    value_nodes = np.unique(np.concatenate([floor_node, state, next_state]))
+    behaviour = Behaviour.from_batch(batch)
+    never_offered = ~(behaviour.offers_backspace & offers_backspace)
+
+    def rows_of(nodes: Int64) -> Tensor:
+        return torch.from_numpy(np.searchsorted(value_nodes, nodes))
+
+    return TreeBatch(
+        node_ids=by_number(trie.token),
+        positions=by_number(trie.depth),
+        subtree_end=torch.from_numpy(np.concatenate([subtree_end, np.arange(trie.num_nodes, width) + 1])),
+        value_nodes=torch.from_numpy(value_nodes),
+        log=torch.from_numpy(played.log),
+        time=torch.from_numpy(played.time),
+        action=torch.from_numpy(logs.actions.astype(np.int64)),
+        backspace_masked=torch.from_numpy((played.state == FLOOR) | never_offered[played.log]),
+        next_backspace_masked=torch.from_numpy((played.next_state == FLOOR) | never_offered[played.log]),
+        state=torch.from_numpy(state),
+        next_state=torch.from_numpy(next_state),
+        state_row=rows_of(state),
+        next_state_row=rows_of(next_state),
+        behaviour_log_prob=torch.from_numpy(behaviour.log_prob),
+        behaviour_version=torch.from_numpy(behaviour.version),
+        behaviour_temperature=torch.from_numpy(behaviour.temperature),
+        ids=tuple(batch.column("id").to_pylist()),
+        start=torch.from_numpy(floor_node),
+        start_row=rows_of(floor_node),
+        final_state=torch.from_numpy(final_state),
+        final_row=rows_of(final_state),
+        final_backspace_masked=torch.from_numpy(final_at_floor | never_offered),
+        length=torch.from_numpy(logs.lengths),
+        truncated=torch.from_numpy(truncated),
+        is_expert=torch.from_numpy(_column_equals(batch, "source", "expert")),
+        reward=torch.from_numpy(batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float32)),
+        features=_features(batch.column("features")),
+        context=torch.tensor([_context(prompt) for prompt in np.split(logs.prompt_ids, logs.prompt_offsets[1:-1])]),
+        num_nodes=trie.num_nodes,
+        num_nodes_unshared=len(trie.pair_log),
+        temperatures=tuple(value for value in np.unique(behaviour.temperature).tolist() if value not in (0.0, 1.0)),
+    )
+
+
+def _features(column: pa.ListArray) -> Tensor:
+    """[L, F]; every log has as many, or none has any.
+
+    Raises:
+        ValueError: they have not.
+    """
+    numbers = column.flatten().to_numpy(zero_copy_only=False)
+    width = len(numbers) // len(column)
+    lengths = column.value_lengths().fill_null(0).to_numpy()
+    if (lengths != width).any():
+        raise ValueError(f"logs of one batch have between {lengths.min()} and {lengths.max()} features")
+    return torch.from_numpy(numbers.reshape(len(column), width).astype(np.float32))
+
+
+def _context(prompt: npt.NDArray[np.int32]) -> int:
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(prompt).tobytes()) >> 12
+
+
+def checked_logs(
+    batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, max_positions: int
+) -> tuple[ActionLogs, Replay, Bool]:
+    """The logs of a batch, their states, and [L] whether each is truncated (did not end with `<eos>`).
+
+    Raises:
+        ValueError: the batch is empty; a prompt is empty; a text is longer than `max_positions`; a log takes a token
+            back at the floor, or acts after `<eos>`.
+    """
+    logs = ActionLogs.from_batch(batch)
+    if logs.num_logs == 0:
+        raise ValueError("cannot build a state tree from a batch without trajectories")
+    played = replay(logs, backspace_id)
+    truncated = ~_column_equals(batch, "finish_reason", "eos")
+    _check(logs, played, truncated, backspace_id=backspace_id, eos_id=eos_id, max_positions=max_positions)
+    return logs, played, truncated
+
+
+def _column_equals(batch: pa.RecordBatch, name: str, value: str) -> Bool:
+    equal: Bool = np.asarray(batch.column(name).to_numpy(zero_copy_only=False) == value, dtype=np.bool_)
+    return equal
+
+
+def _check(
+    logs: ActionLogs, played: Replay, truncated: Bool, *, backspace_id: int, eos_id: int, max_positions: int
+) -> None:
+    prompt_lengths = np.diff(logs.prompt_offsets)
+    if not prompt_lengths.all():
+        raise ValueError(
+            f"log {int(np.argmin(prompt_lengths))} has an empty prompt; start it with the <bos> token, so "
+            "that the first action has a state"
+        )
+    longest = prompt_lengths.copy()
+    np.maximum.at(longest, played.log, prompt_lengths[played.log] + played.depth)
+    if longest.max() > max_positions:
+        raise ValueError(
+            f"log {int(np.argmax(longest))} has a text of {int(longest.max())} tokens, more than the "
+            f"{max_positions} positions of the model; lower the prompt or answer length"
+        )
+    at_floor = (logs.actions == backspace_id) & (played.state == FLOOR)
+    if at_floor.any():
+        raise ValueError(
+            f"log {int(played.log[at_floor][0])} has a backspace label at the floor (the end of its prompt)"
+        )
+    ends = np.zeros(logs.num_logs, dtype=np.bool_)
+    last = np.flatnonzero(logs.lengths)
+    ends[last] = logs.realised[logs.offsets[1:][last] - 1] == eos_id
+    num_eos = np.bincount(played.log[logs.realised == eos_id], minlength=logs.num_logs)
+    bad = (num_eos != ends) | (ends == truncated)
+    if bad.any():
+        raise ValueError(
+            f"log {int(np.argmax(bad))}: <eos> must be the last action where finish_reason is `eos`, and "
+            "absent elsewhere"
+        )

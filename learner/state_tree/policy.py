@@ -1,0 +1,67 @@
+"""The policy as one module: whatever the learner computes with the model's weights goes through here.
+
+Ranks that share the weights hold only a part of each; FSDP puts the parts together when the *root* module runs. The
+root is `TreePolicy`, since `action_values` takes the model apart (transformer, then output embedding) and never calls
+the model itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from learner.state_tree.action_values import ActionValues, Measurement, action_values
+from learner.state_tree.batch import TreeBatch
+
+
+class TreePolicy(nn.Module):  # type: ignore[misc]
+    """A causal language model that is evaluated on state trees, in evaluation mode."""
+
+    def __init__(self, model: PreTrainedModel, backspace_id: int) -> None:
+        super().__init__()
+        self.model = model
+        self.backspace_id = backspace_id
+        # Gradients flow in evaluation mode too. In training mode a model with dropout would be a random sub-network on
+        # every step, so log-probabilities, values and the published probe would not be those of the model that acts.
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def evaluate(self, tree: TreeBatch, measurement: Measurement | None = None) -> ActionValues:
+        """Values along the logs of `tree` (on the model's device). With several ranks, all call this together."""
+        return ActionValues(*self(tree, measurement))
+
+    def forward(self, tree: TreeBatch, measurement: Measurement | None = None) -> tuple[Tensor | None, ...]:
+        """The fields of `ActionValues` in order: FSDP finds the tensors of a tuple, not those of a dataclass."""
+        values = action_values(self.model, tree, self.backspace_id, measurement=measurement)
+        return tuple(getattr(values, field.name) for field in fields(values))
+
+    def sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """See the function; with several ranks, all of them call this together."""
+        logprobs: npt.NDArray[np.float32] = self.gathered_sequence_logprobs(token_ids)
+        if isinstance(self, FSDPModule):
+            self.reshard()  # after a forward pass the root waits for a backward pass, with weights that are a copy
+        return logprobs
+
+    def gathered_sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """A forward pass to FSDP (`learner.ranks.sharding` registers it): call `sequence_logprobs`."""
+        logprobs: npt.NDArray[np.float32] = sequence_logprobs(self.model, token_ids)
+        return logprobs
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def sequence_logprobs(model: PreTrainedModel, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """[P-1] float32 log-probability of each token after the first given those before it, over all actions."""
+    ids = torch.tensor([token_ids], device=model.device)
+    logprobs = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
+    chosen: npt.NDArray[np.float32] = logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
+    return chosen
