@@ -21,12 +21,15 @@ class Estimate:
 
     influence: [N] by how much each held-out example moves the value (the linear part, summing to 0), where the value is
         one of examples. Two values of the same examples differ by less than their errors say: see `difference`.
+    resampled: [R] the value on bootstrap draws of the examples, where it is one of all examples at once; the draws are
+        those of every number over as many examples with the same seed.
     """
 
     value: float | None
     standard_error: float | None
     count: int
     influence: Float64 | None = field(default=None, compare=False, repr=False)
+    resampled: Float64 | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def share(cls, cases: Bool, example: Int64 | None = None, num_examples: int = 0) -> Estimate:
@@ -74,7 +77,12 @@ def difference(number: Estimate, baseline: Estimate) -> Estimate | None:
 
     What an example adds to both cancels, so the error is smaller than that of independent numbers.
     """
-    if number.value is None or baseline.value is None or number.influence is None or baseline.influence is None:
+    if number.value is None or baseline.value is None:
+        return None
+    if number.resampled is not None and baseline.resampled is not None and number.count == baseline.count:
+        spread = float(np.std(number.resampled - baseline.resampled, ddof=1))
+        return Estimate(number.value - baseline.value, spread, number.count)
+    if number.influence is None or baseline.influence is None:
         return None
     if len(number.influence) != len(baseline.influence):
         return None

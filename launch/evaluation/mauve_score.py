@@ -3,7 +3,8 @@
 Texts are clustered by their features, and the shares of the clusters compared; computed by the authors' package
 `mauve-text` (an extra, since its licence is the GPL). Its value depends on the start of k-means and, through the number
 of clusters, on the number of texts: it is the mean over several starts, and the number of clusters is fixed. The error
-is the spread over texts that are drawn again with replacement from both sets, each time with another start.
+is the spread over texts that are drawn again with replacement from both sets, each time with another start. Draws and
+starts are the same for all models with as many texts, so that two of them are compared draw by draw.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def mauve_score(reference: Float32, generated: Float32, clusters: int, seed: int
         for index in range(RESAMPLES):
             drawn = [features[rng.integers(0, len(features), len(features))] for features in (reference, generated)]
             resampled.append(_mauve(drawn[0], drawn[1], clusters, starts.stop + index))
-    return Estimate(value, float(np.std(resampled, ddof=1)), len(generated))
+    return Estimate(value, float(np.std(resampled, ddof=1)), len(generated), resampled=np.array(resampled))
 
 
 def _mauve(reference: Float32, generated: Float32, clusters: int, seed: int) -> float:
