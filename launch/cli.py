@@ -16,13 +16,13 @@ import typer
 from rich.console import Console
 
 from launch.bench.commands import bench_app
-from launch.buffer_commands import audit, query
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson
 from launch.compare.command import compare
 from launch.errors import UserError
-from launch.evaluation_command import evaluate
-from launch.job_commands import jobs_app, submit
+from launch.evaluation.command import evaluate
+from launch.jobs.command import jobs_app, submit
+from launch.queries.command import audit, query
 from launch.report.command import report
 
 app = typer.Typer(
@@ -90,14 +90,14 @@ def train(
     Ctrl-C ends the run after the current step, with a checkpoint.
     """
     with reported_errors():
-        from launch.recipe import read_recipe
+        from launch.settings.recipe import read_recipe
 
         if (recipe is None) == (resume is None):
             raise UserError(
                 "give either a recipe, e.g. launch/recipes/arithmetic_cpu.yaml, or --resume RUN (runs are below runs/)"
             )
         if resume is not None:
-            from launch.run_folder import open_run_folder
+            from launch.run_folder.folder import open_run_folder
 
             if name is not None:
                 raise UserError(f"--name is for a new run; {resume} keeps the name it has")
@@ -111,7 +111,7 @@ def train(
             if dry_run:
                 _print_yaml(settings)
                 return
-            from launch.run_folder import check_run_name, create_run_folder
+            from launch.run_folder.folder import check_run_name, create_run_folder
 
             with setting_up():
                 folder = create_run_folder(settings, None if name is None else check_run_name(name))
@@ -178,7 +178,7 @@ def export(
     [dim]Example:[/dim] sequencematch export runs/RUN exported/my-model
     """
     with reported_errors(), setting_up():
-        from launch.export import export as export_model
+        from launch.export.model import export as export_model
 
         exported = export_model(source, out, adapter_only=adapter_only, license_id=license_id)
     typer.echo(f"exported {exported.checkpoint} to {exported.out}")
@@ -195,10 +195,10 @@ def status(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: As
     [dim]Example:[/dim] sequencematch status runs/arithmetic-20260101-120000
     """
     with reported_errors(), stdout_kept_clean(as_json):
-        from launch.run_folder import read_cluster
+        from launch.run_folder.folder import read_cluster
 
         read_cluster(run)  # a run that is not live is told so before Ray is imported
-        from launch.control import run_status
+        from launch.run.control import run_status
 
         found = run_status(run)
     if as_json:
@@ -217,10 +217,10 @@ def scale(
     [dim]Example:[/dim] sequencematch scale runs/arithmetic-20260101-120000 --actors 3
     """
     with reported_errors():
-        from launch.run_folder import read_cluster
+        from launch.run_folder.folder import read_cluster
 
         read_cluster(run)
-        from launch.control import scale_run
+        from launch.run.control import scale_run
 
         pool = scale_run(run, actors)
         states = ", ".join(f"{member.name} {member.state}" for member in pool.members) or "none"
@@ -238,9 +238,9 @@ app.command()(submit)
 def _print_yaml(settings: object) -> None:
     from rich.syntax import Syntax
 
-    from launch.placement import plan_lines
-    from launch.recipe import to_yaml
-    from launch.settings import RunSettings
+    from launch.cluster.placement import plan_lines
+    from launch.settings.recipe import to_yaml
+    from launch.settings.run import RunSettings
 
     assert isinstance(settings, RunSettings)
     plan = "".join(f"# {line}\n" for line in plan_lines(settings))

@@ -7,24 +7,24 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from launch.driver import RunOutcome
-from launch.driver import train as run_stages
 from launch.errors import EXIT_INTERRUPTED, RunFailedError
 from launch.evaluation import Target, evaluate
 from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
 from launch.evaluation.task import EVALUATION_FOLDER
 from launch.report.write import REPORT_FILE, write_report
-from launch.run_checkpoints import final_checkpoint
-from launch.run_folder import sole_driver
-from launch.settings import RunSettings
+from launch.run.driver import RunOutcome
+from launch.run.driver import train as run_stages
+from launch.run_folder.checkpoints import final_checkpoint
+from launch.run_folder.folder import shown_path, sole_driver
+from launch.settings.run import RunSettings
 
 
 def run_and_report(settings: RunSettings, folder: Path, console: Console, evaluate_after: bool) -> None:
     """Train all stages that are not done, then evaluate.
 
     Raises:
-        UserError: another process drives the run; and as RunFailedError: see `launch.driver.train`. typer.Exit: with
-            130, where it was interrupted.
+        UserError: another process drives the run; and as RunFailedError: see `launch.run.driver.train`. typer.Exit:
+            with 130, where it was interrupted.
     """
     with sole_driver(folder):
         _run_and_report(settings, folder, console, evaluate_after)
@@ -47,12 +47,6 @@ def _run_and_report(settings: RunSettings, folder: Path, console: Console, evalu
         _evaluate(outcome, settings, console, shown)
     _report(outcome.folder, console, shown)
     console.print(f"\nrun folder: {shown}", highlight=False, soft_wrap=True)
-
-
-def shown_path(folder: Path) -> Path:
-    """The folder as a person would type it here."""
-    here = Path.cwd()
-    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _evaluate(outcome: RunOutcome, settings: RunSettings, console: Console, shown: Path) -> None:

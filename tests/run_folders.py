@@ -14,13 +14,13 @@ from buffer.settings import BufferSettings
 from buffer.shards.shard import shard_folder
 from buffer.store.consumption_log import DrawKey
 from buffer.store.replay_store import ReplayStore
-from launch.live_view import RunView
-from launch.recipe import read_recipe, write_recipe
+from launch.monitoring.live_view import RunView
+from launch.monitoring.run_log import RUN_BEGINS, RUN_FINISHED, RunLog
 from launch.report.gather import Report, gather
 from launch.report.rollouts import Action, Rollout, RolloutSample
-from launch.run_folder import BUFFER_FOLDER, CONFIG_FILE
-from launch.run_log import RUN_BEGINS, RUN_FINISHED, RunLog
-from launch.run_tokenizer import save_run_tokenizer
+from launch.run_folder.folder import BUFFER_FOLDER, CONFIG_FILE
+from launch.run_folder.tokenizer import save_run_tokenizer
+from launch.settings.recipe import read_recipe, write_recipe
 from learner.metrics.log import MetricsLog
 from learner.status import LearnerStatus
 from tests.rollouts import rollouts

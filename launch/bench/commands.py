@@ -212,7 +212,7 @@ def bench_scaling(
         from launch.bench.scaling import bench_scaling as simulate
         from launch.bench.scaling import make_plan
         from launch.bench.scaling_times import TIMED_RECIPE, StepTimes, read_times
-        from launch.recipe import read_recipe
+        from launch.settings.recipe import read_recipe
 
         if not simulated:
             raise UserError(

@@ -27,7 +27,7 @@ from launch.bench.scaling_pool import SimulatedPool
 from launch.bench.scaling_shards import open_shards
 from launch.bench.scaling_times import StepTimes
 from launch.bench.virtual_time import VirtualTimeLoop
-from launch.settings import RunSettings
+from launch.settings.run import RunSettings
 from learner.settings.stages import LearnerSettings, StageSettings
 
 

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from buffer.settings import Settings
 from launch.errors import UserError
-from launch.recipe import JsonSchema, Tree, apply_override, explain
+from launch.settings.recipe import JsonSchema, Tree, apply_override, explain
 from learner.settings.objectives import ObjectiveSettings
 from learner.settings.stages import StageSettings
 

@@ -110,7 +110,7 @@ def _plan(
 ) -> ComparisonPlan:
     from launch.compare.arms import parse_objectives, read_objectives
     from launch.compare.plan import compared_stage, make_plan
-    from launch.recipe import read_recipe
+    from launch.settings.recipe import read_recipe
 
     settings = read_recipe(recipe, overrides)
     if objectives is not None and objectives_file is None:
@@ -126,8 +126,7 @@ def _run(folder: ComparisonFolder, console: Console) -> Comparison:
     """All of it; whatever ends it early, it can be resumed, and the command for that is told."""
     from launch.compare.report import show_comparison, write_comparison
     from launch.compare.session import ComparisonSession
-    from launch.run_folder import sole_driver
-    from launch.training import shown_path
+    from launch.run_folder.folder import shown_path, sole_driver
 
     shown = shown_path(folder.path)
     how_to_resume = f"go on with: sequencematch compare --resume {shown}"

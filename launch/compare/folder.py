@@ -20,8 +20,8 @@ from launch.compare.plan import COMPARED_STAGE, PLAN_FILE, ComparisonPlan, stage
 from launch.errors import UserError
 from launch.evaluation import Estimate
 from launch.evaluation.task import CHECKPOINTS_FOLDER
-from launch.run_checkpoints import final_checkpoint, finished_stages
-from launch.run_folder import (
+from launch.run_folder.checkpoints import final_checkpoint, finished_stages
+from launch.run_folder.folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     RAY_JOB_VARIABLE,
@@ -31,7 +31,7 @@ from launch.run_folder import (
     new_run_name,
     open_run_folder,
 )
-from launch.settings import RunSettings
+from launch.settings.run import RunSettings
 
 METRICS_FILE = "metrics.jsonl"
 JSON_FILE, MARKDOWN_FILE, CSV_FILE = "compare.json", "compare.md", "compare.csv"

@@ -19,9 +19,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 from buffer.settings import Settings
 from launch.compare.arms import Arm
 from launch.errors import UserError
-from launch.recipe import apply_override, settings_from
-from launch.settings import RunSettings, needs_actors
-from launch.trusted_code import check_trusted
+from launch.settings.recipe import apply_override, settings_from
+from launch.settings.run import RunSettings, needs_actors
+from launch.settings.trusted_code import check_trusted
 from learner.settings.objectives import AdversarialJsSettings
 from learner.settings.stages import StageSettings
 

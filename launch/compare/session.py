@@ -11,12 +11,12 @@ from rich.markup import escape
 
 from launch.compare.folder import ComparisonFolder, Measured, read_measured, stage_cost
 from launch.compare.results import Comparison, Key
-from launch.driver import train
 from launch.errors import RunFailedError
 from launch.evaluation import Target, evaluate
 from launch.evaluation.report import EVALUATION_FILE, write_evaluation
-from launch.run_folder import sole_driver
-from launch.settings import RunSettings
+from launch.run.driver import train
+from launch.run_folder.folder import sole_driver
+from launch.settings.run import RunSettings
 
 _START, _PILOT = "start", "pilot"
 

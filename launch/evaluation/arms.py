@@ -22,9 +22,9 @@ from actors.engine_settings import SamplingSettings
 from actors.generator import PromptGroup
 from actors.settings import RolloutSettings
 from buffer.schema import TokenContract
-from launch.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, Decoding
 from launch.evaluation.answer_metrics import plant_wrong_first_tokens
-from launch.evaluation_settings import EvaluationSettings
+from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, Decoding
+from launch.settings.evaluation import EvaluationSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset

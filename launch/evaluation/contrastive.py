@@ -16,8 +16,8 @@ import torch
 
 from actors.action_log import FinishedLog, Int32, logs_to_batch
 from buffer.schema import TokenContract
-from launch.decodings import ContrastiveSearch
 from launch.evaluation.arms import Arm
+from launch.settings.decodings import ContrastiveSearch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ import xxhash
 
 from buffer.schema import TokenContract
 from launch.evaluation.arms import Arm
-from launch.run_folder import installed_versions
+from launch.run_folder.folder import installed_versions
 
 ROLLOUTS_FOLDER = "rollouts"
 

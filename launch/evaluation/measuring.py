@@ -19,9 +19,9 @@ from launch.evaluation.mauve_score import check_mauve_installed, mauve_score
 from launch.evaluation.results import HELD_OUT, Target
 from launch.evaluation.rollouts import RolloutPlan, Rollouts, load_for_evaluation
 from launch.evaluation.text_metrics import text_metrics
-from launch.evaluation_settings import TEXTS_PER_CLUSTER, MauveSettings
 from launch.generation import Checkpoint, progress_bar
-from launch.settings import RunSettings
+from launch.settings.evaluation import TEXTS_PER_CLUSTER, MauveSettings
+from launch.settings.run import RunSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,10 +10,10 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from launch.decodings import RECOVERY, SAMPLED
 from launch.evaluation.results import CheckpointResult, Evaluation, ShownRollout
 from launch.evaluation.tables import answer_tables, difference_table, text_tables
 from launch.generation import rollout_text
+from launch.settings.decodings import RECOVERY, SAMPLED
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FOLDER = "samples"

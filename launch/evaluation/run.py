@@ -14,7 +14,6 @@ import pyarrow as pa
 from rich.console import Console
 
 from buffer.schema import TokenContract
-from launch.decodings import RECOVERY, SAMPLED
 from launch.errors import UserError
 from launch.evaluation.answer_metrics import answer_texts
 from launch.evaluation.arms import plan_arms
@@ -25,7 +24,8 @@ from launch.evaluation.results import CheckpointResult, Evaluation, ShownRollout
 from launch.evaluation.rollouts import RolloutPlan, Rollouts, make_rollouts
 from launch.generation import Checkpoint, open_checkpoint
 from launch.rollout_view import view_rollout
-from launch.settings import RunSettings
+from launch.settings.decodings import RECOVERY, SAMPLED
+from launch.settings.run import RunSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,9 +10,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launch.decodings import GREEDY, RECOVERY, SAMPLED
 from launch.evaluation.estimates import Estimate, is_within_noise
 from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation
+from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from launch.errors import UserError
 from launch.evaluation.results import Target
-from launch.recipe import read_recipe
-from launch.run_folder import CONFIG_FILE, open_run_folder
-from launch.settings import RunSettings
+from launch.run_folder.folder import CONFIG_FILE, open_run_folder
+from launch.settings.recipe import read_recipe
+from launch.settings.run import RunSettings
 
 CHECKPOINTS_FOLDER = "checkpoints"
 EVALUATION_FOLDER = "evaluation"

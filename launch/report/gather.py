@@ -11,16 +11,16 @@ from typing import TypeVar
 from buffer.reading.reader import BufferSnapshot, read_buffer
 from launch.errors import UserError
 from launch.evaluation.report import SAMPLES_FOLDER
-from launch.recipe import read_recipe, to_yaml
 from launch.report.charts import ChartGroup, chart_groups
 from launch.report.curves import StageRows, read_stages
 from launch.report.draws import DrawFacts, draw_facts
 from launch.report.evaluation import EvaluationTable, read_evaluation
 from launch.report.rollouts import RolloutSample, sample_rollouts
 from launch.report.timeline import Timeline, read_timeline
-from launch.run_folder import BUFFER_FOLDER, ENVIRONMENT_FILE, run_config
-from launch.run_tokenizer import load_run_tokenizer
-from launch.settings import RunSettings
+from launch.run_folder.folder import BUFFER_FOLDER, ENVIRONMENT_FILE, run_config
+from launch.run_folder.tokenizer import load_run_tokenizer
+from launch.settings.recipe import read_recipe, to_yaml
+from launch.settings.run import RunSettings
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from launch.run_log import HAS_WEIGHTS, LOG_FILE, PUBLISHED, RUN_BEGINS, RUN_ENDED, RUN_FINISHED, RUN_STOPPED
+from launch.monitoring.run_log import HAS_WEIGHTS, LOG_FILE, PUBLISHED, RUN_BEGINS, RUN_ENDED, RUN_FINISHED, RUN_STOPPED
 
 MIN_STRETCH_S = 2.0
 """Actors tell their counters a few times a second: over shorter stretches a rate would be that of the telling."""

@@ -10,7 +10,7 @@ from launch.report.charts import Chart
 from launch.report.gather import Report
 from launch.report.rollouts import Rollout
 from launch.report.timeline import Push, Timeline
-from launch.settings import RunSettings
+from launch.settings.run import RunSettings
 from learner.settings.model import PretrainedModelSettings
 
 RATES = "Actions that each actor sampled per second, from one push of weights to the next; pauses and waits are in it."

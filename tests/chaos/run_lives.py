@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.run_folder import CLUSTER_FILE, CONFIG_FILE
-from launch.run_log import LOG_FILE
+from launch.monitoring.run_log import LOG_FILE
+from launch.run_folder.folder import CLUSTER_FILE, CONFIG_FILE
 from learner.checkpoints.checkpoint import read_progress
 from learner.checkpoints.store import checkpoints_of
 from tests.integration.train_process import ROOT, TrainProcess, metrics_of

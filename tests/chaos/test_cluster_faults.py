@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.run_folder import CLUSTER_FILE
+from launch.run_folder.folder import CLUSTER_FILE
 from tests.chaos.run_lives import START_TIMEOUT_S, assert_audit_is_clean, newest_step, pool_events, wait_for_steps
 from tests.chaos.two_hosts import FAR, NEAR, TwoHosts
 from tests.integration.ray_head import RayHead

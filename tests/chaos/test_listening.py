@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.control import run_status
+from launch.run.control import run_status
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of
 
 

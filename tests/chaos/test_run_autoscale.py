@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.control import run_status
-from launch.run_log import LOG_FILE
+from launch.monitoring.run_log import LOG_FILE
+from launch.run.control import run_status
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
 
 pytestmark = pytest.mark.slow

@@ -15,9 +15,9 @@ import pytest
 from buffer.reading.reader import read_shard
 from buffer.shards.shard import present_shards, shard_folder
 from buffer.staleness import VersionRange
-from launch.buffer_shards import MAX_RESTARTS
-from launch.recipe import read_recipe
-from launch.run_folder import BUFFER_FOLDER, CONFIG_FILE
+from launch.run.buffer_shards import MAX_RESTARTS
+from launch.run_folder.folder import BUFFER_FOLDER, CONFIG_FILE
+from launch.settings.recipe import read_recipe
 from learner.checkpoints.checkpoint import read_progress
 from learner.checkpoints.store import checkpoints_of
 from tests.chaos.run_lives import (

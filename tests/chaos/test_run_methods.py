@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from buffer.experts.tasks import load_task
-from launch.recipe import read_recipe
-from launch.run_log import LOG_FILE
+from launch.monitoring.run_log import LOG_FILE
+from launch.settings.recipe import read_recipe
 from learner.checkpoints.store import checkpoints_of
 from tests.integration import failing_scores
 from tests.integration.test_run_arithmetic import FinishedRun, recompute

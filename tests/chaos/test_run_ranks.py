@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.run_folder import CONFIG_FILE
+from launch.run_folder.folder import CONFIG_FILE
 from learner.checkpoints.checkpoint import read_progress
 from learner.checkpoints.store import checkpoints_of
 from tests.integration.train_process import TrainProcess, metrics_of

@@ -13,8 +13,8 @@ from transformers import AutoConfig
 from actors.status import PoolStatus
 from buffer.experts.tasks import load_task
 from buffer.validation import validate
-from launch.control import run_status, scale_run
-from launch.recipe import read_recipe
+from launch.run.control import run_status, scale_run
+from launch.settings.recipe import read_recipe
 from learner.checkpoints.store import checkpoints_of
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.run_folder import CLUSTER_FILE, RAY_JOB_VARIABLE
+from launch.run_folder.folder import CLUSTER_FILE, RAY_JOB_VARIABLE
 from tests.integration.ray_head import BIN, RayHead
 from tests.integration.train_process import ARITHMETIC, ROOT, metrics_of
 

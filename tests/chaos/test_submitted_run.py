@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.run_folder import CLUSTER_FILE
-from launch.run_log import LOG_FILE
+from launch.monitoring.run_log import LOG_FILE
+from launch.run_folder.folder import CLUSTER_FILE
 from tests.integration.ray_head import BIN, RayHead
 from tests.integration.train_process import ARITHMETIC, ROOT, TINY, metrics_of, trajectories_of
 

@@ -13,9 +13,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.ray_crew import at_best_on, node_for_actor
 from actors.settings import ActorsSettings
-from launch.cluster_room import ClusterRoom, live_nodes
-from launch.placement import Node
-from launch.recipe import read_recipe
+from launch.cluster.placement import Node
+from launch.cluster.room import ClusterRoom, live_nodes
+from launch.settings.recipe import read_recipe
 
 TIMEOUT_S = 120.0
 POLL_S = 0.1

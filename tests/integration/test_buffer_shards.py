@@ -19,9 +19,9 @@ from buffer.settings import BufferSettings
 from buffer.shards.service import ReplayBufferService
 from buffer.shards.shard import BufferLostError, shard_folder, shard_settings
 from buffer.store.replay_store import ReplayStore
-from launch.buffer_shards import BufferShards, check_buffer, find_shards
 from launch.errors import RunFailedError, UserError
-from launch.flight_token import TOKEN_FILE, TOKEN_VARIABLE
+from launch.run.buffer_shards import BufferShards, check_buffer, find_shards
+from launch.run_folder.flight_token import TOKEN_FILE, TOKEN_VARIABLE
 from learner.batches.source import BufferSource, StopRequestedError
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 

@@ -23,8 +23,8 @@ from launch.evaluation.kept_rollouts import KeptRollouts
 from launch.evaluation.report import render_evaluation, render_rollouts, write_evaluation
 from launch.evaluation.task import labelled, settings_for
 from launch.generation import encode_prompt, generate, open_checkpoint, rollout_to_json
-from launch.recipe import read_recipe, write_recipe
-from launch.settings import RunSettings
+from launch.settings.recipe import read_recipe, write_recipe
+from launch.settings.run import RunSettings
 from learner.model.policy import load_policy
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.integration.engine_worker import EngineProcessFailed, in_engine_process_for

@@ -14,9 +14,9 @@ from buffer.experts.tasks import load_task
 from buffer.settings import TextTaskSettings
 from launch.errors import UserError
 from launch.evaluation import Evaluation, Target, evaluate
-from launch.evaluation_settings import EvaluationSettings, MauveSettings
-from launch.recipe import read_recipe
-from launch.settings import RunSettings
+from launch.settings.evaluation import EvaluationSettings, MauveSettings
+from launch.settings.recipe import read_recipe
+from launch.settings.run import RunSettings
 from learner.model.policy import load_policy
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.integration.engine_worker import in_engine_process_for

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from actors.action_log import FinishedLog
 from actors.engine_settings import EngineSettings
 from buffer.weights import WeightManifest, WeightPayload, check_probe, fingerprint, pack_tensors, unpack
-from launch.export import export
+from launch.export.model import export
 from learner.model.policy import Policy, load_policy
 from learner.publication.tensors import PublicationPlan
 from learner.settings.adapters import AdapterSettings

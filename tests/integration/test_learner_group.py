@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from launch.learner_group import LearnerCall, LearnerFailedError
+from launch.run.learner_group import LearnerCall, LearnerFailedError
 from learner.ranks.group import RankLostError
 
 TIMEOUT_S = 60.0

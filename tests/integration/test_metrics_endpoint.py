@@ -11,9 +11,9 @@ import pytest
 import ray
 
 from actors.status import PoolStatus
-from launch.live_view import RunView
-from launch.metric_export import MetricExporter
-from launch.metric_names import METRIC_NAMES
+from launch.monitoring.live_view import RunView
+from launch.monitoring.metric_export import MetricExporter
+from launch.monitoring.metric_names import METRIC_NAMES
 from tests.unit.test_metric_export import full_view
 
 TIMEOUT_S = 120.0

@@ -21,9 +21,9 @@ from buffer.experts.tasks import load_task
 from buffer.schema import TokenContract
 from buffer.validation import validate
 from buffer.weights import fingerprint, pack_tensors
-from launch.recipe import read_recipe
-from launch.run_log import LOG_FILE
-from launch.settings import RunSettings
+from launch.monitoring.run_log import LOG_FILE
+from launch.settings.recipe import read_recipe
+from launch.settings.run import RunSettings
 from learner.checkpoints.checkpoint import read_progress
 from learner.checkpoints.store import checkpoints_of
 from learner.publication.tensors import publication_tensors

@@ -18,7 +18,7 @@ import pyarrow as pa
 from buffer.reading.reader import read_shard
 from buffer.schema import without_rows
 from buffer.shards.shard import present_shards
-from launch.run_folder import BUFFER_FOLDER, CLUSTER_FILE
+from launch.run_folder.folder import BUFFER_FOLDER, CLUSTER_FILE
 
 ROOT = Path(__file__).parents[2]
 ARITHMETIC = "launch/recipes/arithmetic_cpu.yaml"

@@ -21,7 +21,7 @@ from buffer.store.events import EVENT_SCHEMA, Event, decode_events, encode_event
 from buffer.store.manifest import Manifest
 from buffer.store.segments import OpenSegment
 from launch.cli import app
-from launch.recipe import read_recipe, write_recipe
+from launch.settings.recipe import read_recipe, write_recipe
 from tests.stores import SMALL, open_store
 from tests.trajectories import batch_of, expert_row, numbered, row
 

@@ -14,8 +14,8 @@ from actors.autoscaler import Autoscaler, Observation
 from actors.settings import ActorsSettings, AutoscaleSettings
 from actors.status import ActorStatus, MemberStatus, PoolStatus
 from launch.bench.scaling_times import TIMED_RECIPE
-from launch.placement import planned_roles, total
-from launch.recipe import read_recipe
+from launch.cluster.placement import planned_roles, total
+from launch.settings.recipe import read_recipe
 
 SETTINGS = AutoscaleSettings(min=1, max=16, window_s=10.0)
 

@@ -14,7 +14,7 @@ from launch.bench.scaling import ScalingPlan, ScalingPoint, make_plan, simulate
 from launch.bench.scaling_engine import SimulatedEngine
 from launch.bench.scaling_times import TIMED_RECIPE, StepTimes
 from launch.cli import app
-from launch.recipe import read_recipe
+from launch.settings.recipe import read_recipe
 
 BATCH, CONCURRENT, LENGTH = 8, 8, 4
 DECODE_S = 0.1

@@ -13,8 +13,8 @@ from buffer.experts.tokenizer import character_tokenizer, token_contract
 from buffer.settings import BufferSettings
 from buffer.store.replay_store import ReplayStore
 from launch.cli import app
-from launch.recipe import read_recipe, write_recipe
-from launch.run_tokenizer import save_run_tokenizer
+from launch.run_folder.tokenizer import save_run_tokenizer
+from launch.settings.recipe import read_recipe, write_recipe
 from tests.trajectories import batch_of, fresh_key, row
 
 ROOT = Path(__file__).parents[2]

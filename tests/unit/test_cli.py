@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 
 from launch.cli import app
 from launch.errors import UserError
-from launch.recipe import read_recipe
-from launch.run_folder import LiveCluster, create_run_folder, sole_driver, write_cluster
+from launch.run_folder.folder import LiveCluster, create_run_folder, sole_driver, write_cluster
+from launch.settings.recipe import read_recipe
 
 RECIPE = "launch/recipes/arithmetic_cpu.yaml"
 HEAVY = ("torch", "ray", "vllm", "transformers", "datasets")
@@ -133,7 +133,7 @@ def test_a_driver_that_was_killed_holds_its_run_no_more(run_folder: Path) -> Non
     """Though a live process has its number, as in a container that was started again."""
     write_cluster(run_folder, LiveCluster("127.0.0.1:1", run_folder.name, os.getpid()))
     holding = (
-        "import sys, pathlib, launch.run_folder as t\n"
+        "import sys, pathlib, launch.run_folder.folder as t\n"
         "with t.sole_driver(pathlib.Path(sys.argv[1])): print('holds', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

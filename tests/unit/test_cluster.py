@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from launch.cluster import join_live_run, run_cluster
+from launch.cluster.connection import join_live_run, run_cluster
 from launch.errors import RunFailedError, UserError
-from launch.recipe import read_recipe
-from launch.run_folder import LiveCluster
+from launch.run_folder.folder import LiveCluster
+from launch.settings.recipe import read_recipe
 
 RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
 

@@ -6,11 +6,11 @@ import pytest
 import ray
 
 from actors.node_choice import in_units
-from launch import cluster_room
-from launch.cluster_room import ClusterRoom, check_possible
+from launch.cluster import room as cluster_room
+from launch.cluster.placement import ACTORS, LEARNER, Node
+from launch.cluster.room import ClusterRoom, check_possible
 from launch.errors import UserError
-from launch.placement import ACTORS, LEARNER, Node
-from launch.recipe import read_recipe
+from launch.settings.recipe import read_recipe
 from tests.unit.test_placement import RECIPE
 
 GROWING = ("cluster.grow_timeout_s=30", "actors.num_cpus=2", "actors.autoscale={max: 2}")

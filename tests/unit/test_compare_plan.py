@@ -11,8 +11,8 @@ from launch.cli import app
 from launch.compare.arms import parse_objectives, read_objectives
 from launch.compare.plan import COMPARED_STAGE, ComparisonPlan, compared_stage, make_plan, read_plan, stages_before
 from launch.errors import UserError
-from launch.recipe import read_recipe
-from launch.settings import RunSettings
+from launch.settings.recipe import read_recipe
+from launch.settings.run import RunSettings
 
 ARITHMETIC = Path("launch/recipes/arithmetic_cpu.yaml")
 KL_CONTROL = Path("launch/recipes/arithmetic_kl_control_cpu.yaml")

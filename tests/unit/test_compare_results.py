@@ -22,8 +22,8 @@ from launch.compare.session import Pace
 from launch.errors import UserError
 from launch.evaluation import CheckpointResult, Estimate, Evaluation
 from launch.evaluation.report import write_evaluation
-from launch.recipe import read_recipe
-from launch.settings import RunSettings
+from launch.settings.recipe import read_recipe
+from launch.settings.run import RunSettings
 
 ARMS = ("mle", "behaviour_cloning", "sequencematch-alpha-0.1-beta_steps-50", "unlikelihood", "emo", "kl_control")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from launch.cost_models import check_cost_models
 from launch.errors import UserError
+from launch.run.cost_models import check_cost_models
 from learner.settings.stages import StageSettings
 
 

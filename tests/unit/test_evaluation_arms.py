@@ -14,13 +14,13 @@ from actors.settings import RolloutSettings
 from buffer.experts.tasks import Task, load_task
 from buffer.experts.tokenizer import backspace_token_id, character_tokenizer
 from buffer.settings import ArithmeticTaskSettings
-from launch.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, parse_decoding
 from launch.errors import UserError
 from launch.evaluation import Target, evaluate
 from launch.evaluation.arms import Arm, plan_arms
 from launch.evaluation.kept_rollouts import KeptRollouts, rollouts_key, weights_digest
-from launch.evaluation_settings import EvaluationSettings, MauveSettings
-from launch.recipe import read_recipe
+from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, parse_decoding
+from launch.settings.evaluation import EvaluationSettings, MauveSettings
+from launch.settings.recipe import read_recipe
 
 TASK = load_task(ArithmeticTaskSettings(max_digits=1, train_questions=10, held_out_questions=8))
 ROLLOUT = RolloutSettings(max_new_tokens=5, max_actions=9)

@@ -12,11 +12,11 @@ from actors.engine_settings import SamplingSettings
 from actors.generator import PromptGroup
 from buffer.experts.ragged import Ragged
 from buffer.schema import TokenContract
-from launch.decodings import ContrastiveSearch
 from launch.evaluation.arms import Arm
 from launch.evaluation.contrastive import contrastive_rollouts
 from launch.evaluation.features import model_features
 from launch.evaluation.held_out import held_out_metrics
+from launch.settings.decodings import ContrastiveSearch
 from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, VOCAB_SIZE, tiny_model
 
 CONTRACT = TokenContract(VOCAB_SIZE, BACKSPACE_ID, EOS_ID, "hash")

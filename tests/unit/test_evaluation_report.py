@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from launch.evaluation import CheckpointResult, Estimate, Evaluation
+from launch.evaluation.command import BanDeleted, MauveFeatures, _changed
 from launch.evaluation.report import render_evaluation
 from launch.evaluation.results import HELD_OUT
-from launch.evaluation_command import BanDeleted, MauveFeatures, _changed
-from launch.evaluation_settings import EvaluationSettings, MauveSettings
+from launch.settings.evaluation import EvaluationSettings, MauveSettings
 
 LABELS = ("mle_control", "behaviour_cloning")
 

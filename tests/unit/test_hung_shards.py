@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from buffer.shards.shard import Shard
-from launch import hung_shards
 from launch.errors import RunFailedError
-from launch.hung_shards import HungShards
+from launch.run import hung_shards
+from launch.run.hung_shards import HungShards
 
 SHARD = Shard(1, SimpleNamespace(_actor_id=b"actor"), "node-a")
 

@@ -12,13 +12,13 @@ from ray.job_submission import JobStatus
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.cluster import run_cluster
+from launch.cluster.connection import run_cluster
 from launch.errors import UserError
-from launch.job_server import Job
-from launch.job_tree import PACKAGES, RECIPE_FILE, write_job_tree
-from launch.job_view import describe_job
-from launch.recipe import read_recipe
-from launch.run_folder import RAY_JOB_VARIABLE, check_run_name, create_run_folder
+from launch.jobs.server import Job
+from launch.jobs.tree import PACKAGES, RECIPE_FILE, write_job_tree
+from launch.jobs.view import describe_job
+from launch.run_folder.folder import RAY_JOB_VARIABLE, check_run_name, create_run_folder
+from launch.settings.recipe import read_recipe
 
 RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
 NOBODY = "http://127.0.0.1:1"

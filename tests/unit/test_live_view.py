@@ -10,8 +10,8 @@ from rich.console import Console
 from actors.status import ActorStatus, MemberStatus, PoolStatus
 from buffer.shards.status import BufferStatus, ShardStatus
 from buffer.store.counters import SourceCounters, StoreStatus
-from launch.live_view import LiveView, RunView, plain_line, render
-from launch.recipe import read_recipe
+from launch.monitoring.live_view import LiveView, RunView, plain_line, render
+from launch.settings.recipe import read_recipe
 from learner.status import LearnerStatus, StageResult
 
 SETTINGS = read_recipe(Path("launch/recipes/arithmetic_cpu.yaml"))

@@ -13,7 +13,7 @@ from launch.evaluation.estimates import difference
 from launch.evaluation.features import encoder_features
 from launch.evaluation.mauve_score import mauve_score
 from launch.evaluation.measuring import check_mauve
-from launch.evaluation_settings import MauveSettings
+from launch.settings.evaluation import MauveSettings
 
 pytest.importorskip("mauve", reason="needs the extra `mauve`")
 

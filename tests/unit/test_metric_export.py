@@ -8,9 +8,9 @@ import re
 from actors.status import ActorStatus, MemberStatus, PoolStatus
 from buffer.shards.status import BufferStatus, ShardStatus
 from buffer.store.counters import DrawStatistics, SourceCounters, StoreStatus
-from launch.live_view import RunView
-from launch.metric_export import growth, samples
-from launch.metric_names import METRIC_NAMES
+from launch.monitoring.live_view import RunView
+from launch.monitoring.metric_export import growth, samples
+from launch.monitoring.metric_names import METRIC_NAMES
 from learner.status import LearnerStatus
 from tests.dockerfiles import ROOT
 

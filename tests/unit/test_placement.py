@@ -12,9 +12,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from actors.node_choice import NodeRoom, choose_node, in_units
+from launch.cluster.placement import ACTORS, LEARNER, Node, Role, assign, bundles, plan_lines, planned_roles, total
 from launch.errors import UserError
-from launch.placement import ACTORS, LEARNER, Node, Role, assign, bundles, plan_lines, planned_roles, total
-from launch.recipe import read_recipe
+from launch.settings.recipe import read_recipe
 
 RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
 

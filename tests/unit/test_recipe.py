@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from launch.errors import UserError
-from launch.recipe import read_recipe, write_recipe
+from launch.settings.recipe import read_recipe, write_recipe
 
 RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
 ARITHMETIC = Path("launch/recipes/arithmetic_cpu.yaml")

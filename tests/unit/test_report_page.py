@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from actors.status import PoolStatus
 from launch.cli import app
 from launch.errors import UserError
-from launch.live_view import RunView
+from launch.monitoring.live_view import RunView
+from launch.monitoring.run_log import RunLog
 from launch.report import formatting, wording
 from launch.report.evaluation import MetricInfo
 from launch.report.gather import gather
@@ -24,7 +25,6 @@ from launch.report.intervals import Interval
 from launch.report.page import render
 from launch.report.page_data import page_data, shown_stages
 from launch.report.write import REPORT_FILE, write_report
-from launch.run_log import RunLog
 from learner.status import LearnerStatus
 from tests.run_folders import (
     HOSTILE,

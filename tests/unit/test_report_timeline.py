@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.monitoring.run_log import LOG_FILE, RUN_BEGINS, RUN_FINISHED, RUN_STOPPED, RunLog
 from launch.report.timeline import MIN_STRETCH_S, read_timeline
 from launch.report.wording import pushes
-from launch.run_log import LOG_FILE, RUN_BEGINS, RUN_FINISHED, RUN_STOPPED, RunLog
 from tests.run_folders import VERSIONS, Clock, write_log
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from launch.errors import UserError
-from launch.recipe import read_recipe
-from launch.run_checkpoints import final_checkpoint, finished_stages, newest_published, stage_checkpoints
-from launch.settings import RunSettings
+from launch.run_folder.checkpoints import final_checkpoint, finished_stages, newest_published, stage_checkpoints
+from launch.settings.recipe import read_recipe
+from launch.settings.run import RunSettings
 from learner.checkpoints.checkpoint import PROGRESS_FILE, Progress
 from tests.checkpoints import CONTRACT, progress_at
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.errors import UserError
-from launch.recipe import read_recipe
-from launch.run_folder import (
+from launch.run_folder.folder import (
     CLUSTER_FILE,
     LiveCluster,
     create_run_folder,
@@ -17,7 +16,8 @@ from launch.run_folder import (
     remove_cluster,
     write_cluster,
 )
-from launch.settings import RunSettings
+from launch.settings.recipe import read_recipe
+from launch.settings.run import RunSettings
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 from actors.status import ActorStatus, MemberStatus, PoolStatus
 from buffer.shards.status import BufferStatus
 from launch.errors import RunFailedError
-from launch.live_view import RunView
-from launch.run_log import LOG_FILE, RunLog, news
+from launch.monitoring.live_view import RunView
+from launch.monitoring.run_log import LOG_FILE, RunLog, news
 from learner.status import LearnerStatus
 
 LEARNER = LearnerStatus("sequencematch", 100, 400, 0.1, 11, "training", {"loss": 0.5})

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from buffer.experts.tasks import Task, load_task
 from buffer.settings import ArithmeticTaskSettings
 from launch.errors import UserError
-from launch.recipe import read_recipe
+from launch.settings.recipe import read_recipe
 from learner.objectives.base import LogCounts
 from learner.objectives.registry import make_objective
 from learner.objectives.reward_rules import RewardRule, leave_one_out_mean

@@ -17,8 +17,8 @@ from buffer.schema import trajectory_schema
 from buffer.settings import ArithmeticTaskSettings
 from buffer.validation import validate
 from launch.errors import UserError
-from launch.recipe import read_recipe
-from launch.trusted_code import check_trusted
+from launch.settings.recipe import read_recipe
+from launch.settings.trusted_code import check_trusted
 from tests.unit.test_trainer import HandMadeRollouts
 
 ARITHMETIC = Path("launch/recipes/arithmetic_cpu.yaml")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from actors.weight_loading import ExpectedTensors
 from launch.errors import UserError
 from launch.generation import open_checkpoint
-from launch.recipe import read_recipe
+from launch.settings.recipe import read_recipe
 from learner.checkpoints.checkpoint import TRAINING_STATE_FILE, read_training_state
 from learner.model.policy import load_policy
 from learner.objectives.registry import make_objective

@@ -15,7 +15,7 @@ from torch import Tensor
 from buffer.experts.tasks import Task, load_task
 from buffer.settings import ArithmeticTaskSettings
 from launch.errors import UserError
-from launch.recipe import read_recipe
+from launch.settings.recipe import read_recipe
 from learner.metrics.watch import Watch
 from learner.objectives.moment_fit import fit_moments
 from learner.objectives.partition_function import PartitionFunction

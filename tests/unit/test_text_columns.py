@@ -12,9 +12,9 @@ from buffer.experts.tokenizer import character_tokenizer, token_contract
 from buffer.reading.reader import BufferSnapshot
 from buffer.schema import TokenContract
 from buffer.store.events import EVENT_SCHEMA
-from launch.query import BufferDatabase
-from launch.run_tokenizer import load_run_tokenizer, save_run_tokenizer
-from launch.text_columns import TextColumns
+from launch.queries.query import BufferDatabase
+from launch.queries.text_columns import TextColumns
+from launch.run_folder.tokenizer import load_run_tokenizer, save_run_tokenizer
 from tests.trajectories import batch_of, row
 
 TOKENIZER = character_tokenizer("0123456789? \n\x1b")

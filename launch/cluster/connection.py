@@ -1,0 +1,171 @@
+"""Connecting to Ray: started here for one run, or a cluster that is there already."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import ray
+from ray._private import ray_constants
+
+from launch.cluster.placement import planned_roles, total
+from launch.errors import RunFailedError, UserError
+from launch.run_folder.folder import LiveCluster, remove_cluster, write_cluster
+from launch.settings.run import ClusterSettings, RunSettings
+from launch.stop_signals import stop_signals_interrupt
+
+RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
+LOOPBACK = "127.0.0.1"
+MIN_CHECK_S = 1.0
+"""Left to a server for its answer, where the connection alone took nearly all of the time."""
+
+
+@contextlib.contextmanager
+def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
+    """Ray for the length of a run; its namespace is the run's name. Everything the run created ends with it.
+
+    Raises:
+        UserError: the cluster cannot be reached. RunFailedError: Ray does not start.
+    """
+    namespace = folder.name
+    _start_or_join(settings.cluster, namespace, total(planned_roles(settings))["CPU"])
+    try:
+        context = ray.get_runtime_context()
+        cluster = LiveCluster(context.gcs_address, namespace, os.getpid())
+        write_cluster(folder, cluster)
+        with stop_signals_interrupt():  # again: Ray has set a handler of its own
+            yield cluster
+    finally:
+        remove_cluster(folder)
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def join_live_run(cluster: LiveCluster, timeout_s: float = 10.0) -> Iterator[None]:
+    """Connect to the Ray of a live run from another shell.
+
+    Raises:
+        UserError: nothing answers there.
+    """
+    # Ray would replace 127.0.0.1 by the outer address, where a Ray that a run started for itself does not listen.
+    is_private = cluster.address.startswith(f"{LOOPBACK}:")
+    with _for_this_machine_alone() if is_private else contextlib.nullcontext():
+        _join(cluster.address, cluster.namespace, timeout_s)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: float) -> None:
+    # Ray's job server, KubeRay's pods and people's shells name their cluster in RAY_ADDRESS; the recipe goes first.
+    address = settings.address or os.environ.get(RAY_ADDRESS_VARIABLE)
+    if address:
+        _join(address, namespace, settings.connect_timeout_s)
+        return
+    if settings.grow_timeout_s is not None:
+        raise UserError(
+            "cluster.grow_timeout_s waits for nodes of a cluster, and this run starts a Ray of its own: leave it "
+            "out or name the cluster with cluster.address"
+        )
+    # Ray announces its default (token authentication on) in the middle of the display.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    cores = os.cpu_count() or 1
+    with _for_this_machine_alone(), _late_start_told():
+        ray.init(
+            address="local",
+            namespace=namespace,
+            num_cpus=settings.num_cpus or max(2 * cores, math.ceil(planned_cpus)),
+            object_store_memory=int(settings.object_store_gib * 2**30),
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=False,
+        )
+
+
+@contextlib.contextmanager
+def _late_start_told() -> Iterator[None]:
+    """Around the start of a Ray: its processes that do not come up in time end in one line.
+
+    Raises:
+        RunFailedError: they did not. Ray waits 30 s, which no setting changes, and then raises `Exception` itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, TimeoutError | ray.exceptions.RpcError):
+            raise
+        raise RunFailedError(
+            f"Ray did not start within its own time limit ({str(error).splitlines()[0]}): the machine is very busy, or "
+            "short of memory; wait until it is quieter"
+        ) from None
+
+
+@contextlib.contextmanager
+def _for_this_machine_alone() -> Iterator[None]:
+    """What Ray starts here listens on 127.0.0.1 only, and what it joins here is there.
+
+    An explicit `_node_ip_address="127.0.0.1"` is replaced by the machine's outer address, with every server open to
+    the network. Ray's own switch (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, the default on macOS) is read when Ray is
+    imported, and would also keep this process from joining clusters, so it is turned for one start or joining alone.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _join(address: str, namespace: str, timeout_s: float) -> None:
+    if address != "auto":
+        _check_reachable(address, timeout_s)
+    try:
+        ray.init(address=address, namespace=namespace, configure_logging=False, log_to_driver=False)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RpcError) as error:
+        raise UserError(
+            f"cannot join the Ray cluster at {address!r}: {str(error).splitlines()[0]}; start one with "
+            "`ray start --head`, or leave cluster.address out to start Ray for this run"
+        ) from None
+
+
+def _check_reachable(address: str, timeout_s: float) -> None:
+    """Knock before Ray does, which would try an address that is dead, dying or hung for minutes."""
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{address} is the address of a job server: send it the run with `sequencematch submit --address "
+            f"{address}`, or unset RAY_ADDRESS and cluster.address to start Ray for this run"
+        )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"the Ray address {address!r} is neither `auto` nor HOST:PORT")
+    deadline = time.monotonic() + timeout_s
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+        _check_alive(f"{host}:{port}", max(deadline - time.monotonic(), MIN_CHECK_S))
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at {address}: {error}; check cluster.address and cluster.connect_timeout_s, start "
+            "one with `ray start --head`, or leave cluster.address out to start Ray for this run"
+        ) from None
+
+
+def _check_alive(target: str, timeout_s: float) -> None:
+    """Ask the server there how it is, as gRPC has it; any answer will do, also that a token is missing.
+
+    Raises:
+        ConnectionError: none came in time.
+    """
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+                raise ConnectionError(f"what listens there gave no answer within {timeout_s:.0f} s") from None

@@ -1,0 +1,141 @@
+"""The command `sequencematch evaluate`."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
+from launch.command_options import AsJson
+
+if TYPE_CHECKING:
+    from launch.settings.evaluation import EvaluationSettings
+
+
+class BanDeleted(StrEnum):
+    """Values of --ban-deleted."""
+
+    USUAL = "usual"
+    BOTH = "both"
+
+
+class MauveFeatures(StrEnum):
+    """Values of --mauve."""
+
+    ENCODER = "encoder"
+    MODEL = "model"
+
+
+def evaluate(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint folders, of one model.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="Baseline of the differences; by default the first checkpoint."),
+    ] = None,
+    task_from: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN|RECIPE", help="Where the task is described; by default the run above a checkpoint."),
+    ] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Held-out examples, at most.")] = None,
+    decoding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Further ways to decode, with commas: greedy, top_p=P, temperature=T, contrastive[=K:ALPHA].",
+        ),
+    ] = None,
+    ban_deleted: Annotated[
+        BanDeleted | None,
+        typer.Option(help="Tokens that were taken back are banned: in greedy decoding only, or each with and without."),
+    ] = None,
+    mauve: Annotated[
+        MauveFeatures | None, typer.Option(help="MAUVE of texts, with these features (needs the extra `mauve`).")
+    ] = None,
+    mauve_clusters: Annotated[
+        int | None, typer.Option(min=2, help="Clusters of MAUVE; ten texts are needed for each.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder for results and rollouts; by default rollouts are kept in the run folder."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure checkpoints on the held-out examples of their task, side by side.
+
+    An evaluation that was interrupted goes on where it was when it is repeated.
+
+    [dim]Examples:[/dim]
+
+    sequencematch evaluate runs/RUN/checkpoints/*/step-000400 --examples 200
+
+    sequencematch evaluate A B --against MLE --decoding greedy,top_p=0.95,temperature=0.7 --mauve encoder
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.evaluation import evaluate as evaluate_targets
+        from launch.evaluation.report import show_evaluation, write_evaluation
+        from launch.evaluation.task import kept_folder, labelled, settings_for
+
+        with setting_up():
+            settings = settings_for(checkpoints[0], task_from)
+            chosen = _changed(settings.evaluation, examples, decoding, ban_deleted, mauve, mauve_clusters)
+            settings = settings.model_copy(update={"evaluation": chosen})
+            targets = labelled(checkpoints if against is None else _baseline_first(checkpoints, against))
+            keep_in = output or kept_folder(checkpoints[0])
+            if keep_in is not None:
+                keep_in.mkdir(parents=True, exist_ok=True)
+        console = Console(stderr=as_json)
+        if keep_in is None:
+            console.print("rollouts are not kept, so an interruption loses them: give --output FOLDER", style="dim")
+        evaluation = evaluate_targets(targets, settings, console, keep_in)
+        if output is not None:
+            write_evaluation(evaluation, output)
+        if not as_json:
+            show_evaluation(evaluation, Console())
+    if as_json:
+        typer.echo(json.dumps(evaluation.to_json()))
+
+
+def _changed(
+    settings: EvaluationSettings,
+    examples: int | None,
+    decoding: str | None,
+    ban_deleted: BanDeleted | None,
+    mauve: MauveFeatures | None,
+    mauve_clusters: int | None,
+) -> EvaluationSettings:
+    """The recipe's settings with those of the command line.
+
+    Raises:
+        ValueError: a decoding is not known, or a number of clusters is given without MAUVE.
+    """
+    from launch.settings.decodings import check_decodings
+    from launch.settings.evaluation import MauveSettings
+
+    changes: dict[str, object] = {}
+    if examples is not None:
+        changes["examples"] = examples
+    if decoding is not None:
+        names = tuple(name.strip() for name in decoding.split(","))
+        check_decodings(names)
+        changes["decoding"] = names
+    if ban_deleted is not None:
+        changes["ban_deleted"] = ban_deleted.value
+    if mauve is not None or mauve_clusters is not None:
+        chosen = settings.mauve or (MauveSettings() if mauve is not None else None)
+        if chosen is None:
+            raise ValueError("--mauve-clusters goes with --mauve encoder or --mauve model")
+        features = chosen.features if mauve is None else mauve.value
+        changes["mauve"] = MauveSettings(features=features, clusters=mauve_clusters or chosen.clusters)
+    return settings.model_copy(update=changes)
+
+
+def _baseline_first(checkpoints: list[Path], against: Path) -> list[Path]:
+    others = [checkpoint for checkpoint in checkpoints if checkpoint.resolve() != against.resolve()]
+    return [against, *others]

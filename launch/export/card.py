@@ -1,0 +1,83 @@
+"""What the card of an export tells: gathered from the checkpoint and, where it has one, from its run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from buffer.settings import Settings
+from launch.export.base_license import base_license
+from launch.run_folder.folder import open_run_folder, read_versions
+from launch.settings.run import RunSettings
+from learner.settings.model import PretrainedModelSettings
+from learner.settings.stages import StageSettings
+
+if TYPE_CHECKING:
+    from learner.checkpoints.checkpoint import Progress
+    from learner.checkpoints.model_card import CardFacts
+
+
+def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_id: str | None) -> CardFacts:
+    """Facts of a checkpoint. run: folder of the run that made it. license_id: None takes the licence of the base model,
+    if that can be found.
+
+    Raises:
+        UserError: the run's configuration cannot be read. ValueError: the base model's package is not installed.
+    """
+    from learner.checkpoints.model_card import CardFacts
+
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    settings = None if run is None else open_run_folder(run)[1]
+    base = None
+    if settings is not None and isinstance(settings.model, PretrainedModelSettings):
+        base = settings.model
+    if license_id is None and base is not None:
+        license_id = base_license(base)
+    return CardFacts(
+        name=str(config["model_type"]),
+        backspace_id=config.get("backspace_token_id"),
+        stage=progress.stage,
+        step=progress.step,
+        stage_steps=progress.stage_steps,
+        vocab_size=int(config["vocab_size"]),
+        base_model=None if base is None else base.name,
+        license=license_id,
+        settings={} if settings is None else _training_words(settings, progress.stage),
+        versions=() if run is None else read_versions(run),
+    )
+
+
+def _training_words(settings: RunSettings, stage_name: str) -> dict[str, str]:
+    """How the stage and those that it builds on were trained, label -> words."""
+    lineage = _lineage(settings.stages, stage_name)
+    found = {
+        "objective": "; then ".join(f"{stage.steps} steps of {_words(stage.objective)}" for stage in lineage),
+        "optimizer": _words(lineage[-1].optimizer, "AdamW"),
+        "batch": f"{lineage[-1].batch_size} expert trajectories per step",
+        "data": _words(settings.task),
+        "seed": str(settings.seed),
+    }
+    if any(stage.objective.uses_noise for stage in lineage):
+        found["noise"] = _words(settings.noise)
+    if isinstance(settings.model, PretrainedModelSettings) and settings.model.adapter is not None:
+        found["adapters"] = _words(settings.model.adapter, "LoRA")
+        found["frozen layers"] = settings.model.quantization or settings.model.dtype
+    return found
+
+
+def _lineage(stages: Sequence[StageSettings], name: str) -> list[StageSettings]:
+    """The stages whose training is in the weights of stage `name`, first to last."""
+    index = next(index for index, stage in enumerate(stages) if stage.name == name)
+    stage = stages[index]
+    parent = stage.start_from or (stages[index - 1].name if index else None)
+    return [*(_lineage(stages, parent) if parent else []), stage]
+
+
+def _words(settings: Settings, title: str = "") -> str:
+    """`name (key=value, ...)`, without what is left open; the name is the title, or what the settings choose."""
+    values = {key: value for key, value in settings.model_dump(mode="json").items() if value not in (None, [], {})}
+    name = title or str(values.pop("name", None) or values.pop("kind"))
+    details = ", ".join(f"{key}={value}" for key, value in values.items())
+    return f"{name} ({details})" if details else name

@@ -1,0 +1,1 @@
+"""`sequencematch submit` and `jobs`: recipes as jobs of a Ray cluster."""

@@ -1,0 +1,244 @@
+"""The commands that run recipes as jobs of a Ray cluster: `sequencematch submit` and `sequencematch jobs ...`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
+from launch.command_options import AsJson
+from launch.errors import EXIT_INTERRUPTED, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from launch.jobs.server import Job, JobServer
+    from launch.settings.run import RunSettings
+
+jobs_app = typer.Typer(no_args_is_help=True, help="Look after the runs that were submitted to a Ray cluster.")
+
+Address = Annotated[
+    str,
+    typer.Option(
+        envvar="RAY_API_SERVER_ADDRESS",
+        metavar="http://HEAD:8265",
+        help="Job server of the cluster: the dashboard of its head node.",
+    ),
+]
+RunName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the run, or a submission id.")]
+
+
+def submit(
+    address: Address,
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe, of this machine.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, as for train.", show_default=False)
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of run and job; by default the recipe's name with date and time.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with this run folder, a path of the cluster.")
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY[=VALUE]", help="Variable for the run's processes; without value, the one set here."),
+    ] = None,
+    evaluate_after: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure the trained models at the end.")
+    ] = True,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log, and end as the run ends.")] = True,
+) -> None:
+    """Run a recipe as a job of a Ray cluster: train, somewhere else.
+
+    The recipe is checked here; this version of the program and the resolved recipe are sent. Paths in the recipe are
+    those of the cluster's nodes, and runs_folder has to be one that they share.
+
+    [dim]Example:[/dim] sequencematch submit --address http://HEAD:8265 launch/recipes/arithmetic_cpu.yaml
+    runs_folder=/shared/runs actors.count=4
+
+    Ctrl-C ends the following only; the run goes on. Exit code: that of the run, as from train.
+    """
+    with reported_errors():
+        settings, run = _what_to_run(recipe, overrides or [], name, resume)
+        environment = _variables(env or [])
+        from launch.jobs.server import JobServer
+        from launch.jobs.tree import RECIPE_FILE, write_job_tree
+
+        server = JobServer(address)
+        _check_free(server, run, resuming=resume is not None)
+        if resume is None:
+            submission_id, arguments = run, [RECIPE_FILE, "--name", run]
+        else:
+            submission_id, arguments = f"{run}-resumed-{time.strftime('%Y%m%d-%H%M%S')}", ["--resume", str(resume)]
+        if not evaluate_after:
+            arguments.append("--no-evaluate")
+        with tempfile.TemporaryDirectory(prefix="sequencematch-job-") as folder:
+            with setting_up():
+                write_job_tree(Path(folder), settings)
+            command = shlex.join(["python", "-m", "launch.train", *arguments])
+            job = server.submit(run, submission_id, command, Path(folder), environment)
+        typer.echo(f"submitted {run} to {server.address}", err=True)
+        if wait:
+            _follow(server, job)
+        else:
+            _say_how_to_look(server, run)
+
+
+@jobs_app.command("list")
+def list_jobs(address: Address, as_json: AsJson = False) -> None:
+    """List the jobs that a cluster remembers.
+
+    [dim]Example:[/dim] sequencematch jobs list --address http://HEAD:8265
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.jobs.server import JobServer
+        from launch.jobs.view import job_table
+
+        found = JobServer(address).jobs()
+        if not as_json:
+            Console().print(job_table(found))
+    if as_json:
+        typer.echo(json.dumps([job.to_json() for job in found]))
+
+
+@jobs_app.command("status")
+def job_status(run: RunName, address: Address, as_json: AsJson = False) -> None:
+    """Say how a submitted run stands.
+
+    [dim]Example:[/dim] sequencematch jobs status NAME --address http://HEAD:8265
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch.jobs.server import JobServer
+        from launch.jobs.view import describe_job
+
+        job = JobServer(address).get(run)
+        if not as_json:
+            typer.echo(describe_job(job))
+    if as_json:
+        typer.echo(json.dumps(job.to_json()))
+
+
+@jobs_app.command("logs")
+def job_logs(
+    run: RunName,
+    address: Address,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run ends, and end as it ends.")] = False,
+) -> None:
+    """Print what a submitted run has printed.
+
+    [dim]Example:[/dim] sequencematch jobs logs NAME --follow --address http://HEAD:8265
+    """
+    with reported_errors():
+        from launch.jobs.server import JobServer
+
+        server = JobServer(address)
+        job = server.get(run)
+        if follow:
+            _follow(server, job)
+        else:
+            typer.echo(server.log(job), nl=False)
+
+
+@jobs_app.command("stop")
+def stop_job(run: RunName, address: Address) -> None:
+    """End a submitted run after its current step, with a checkpoint, and wait until it has ended.
+
+    [dim]Example:[/dim] sequencematch jobs stop NAME --address http://HEAD:8265
+    """
+    with reported_errors():
+        from launch.jobs.server import JobServer
+        from launch.jobs.view import describe_job
+
+        server = JobServer(address)
+        job = server.get(run)
+        if job.ended:
+            raise UserError(f"there is nothing to stop: {describe_job(job)}")
+        with _interruption_explained(server, job.run, "no longer waiting; the run has been told to end"):
+            typer.echo(describe_job(server.stop(job)))
+
+
+def _what_to_run(
+    recipe: Path | None, overrides: Sequence[str], name: str | None, resume: Path | None
+) -> tuple[RunSettings | None, str]:
+    """The settings to send (None: the cluster has them) and the name of the run."""
+    from launch.run_folder.folder import check_outlives_job, check_run_name, new_run_name
+    from launch.settings.recipe import read_recipe
+
+    if (recipe is None) == (resume is None):
+        raise UserError("give either a recipe, e.g. launch/recipes/arithmetic_cpu.yaml, or --resume RUN")
+    if resume is not None:
+        if name is not None:
+            raise UserError(f"--name is for a new run; {resume} keeps the name it has")
+        if not resume.is_absolute():
+            raise UserError(f"--resume {resume} is relative: give the path that the run has on the cluster's nodes")
+        return None, check_run_name(resume.name)
+    assert recipe is not None
+    with setting_up():
+        settings = read_recipe(recipe, overrides)
+    check_outlives_job(settings)
+    return settings, check_run_name(new_run_name(settings) if name is None else name)
+
+
+def _variables(given: Sequence[str]) -> dict[str, str]:
+    variables = {}
+    for one in given:
+        key, equals, value = one.partition("=")
+        if not key or (not equals and key not in os.environ):
+            raise UserError(f"--env {one}: that variable is not set here; give KEY=VALUE")
+        variables[key] = value if equals else os.environ[key]
+    return variables
+
+
+def _check_free(server: JobServer, run: str, *, resuming: bool) -> None:
+    """One driver per run, and one submission per name."""
+    job = server.find(run)
+    if job is None:
+        return
+    if not job.ended:
+        raise UserError(
+            f"run {run} is on that cluster already ({job.state}): look with `sequencematch jobs logs {run} --follow`, "
+            f"end it with `sequencematch jobs stop {run}`, or choose another --name"
+        )
+    if not resuming:
+        raise UserError(
+            f"that cluster has had a run {run} ({job.state}): choose another --name, or go on with --resume RUN"
+        )
+
+
+def _follow(server: JobServer, job: Job) -> None:
+    with _interruption_explained(server, job.run, "no longer following; the run goes on"):
+        ended = server.follow(job, lambda text: typer.echo(text, nl=False))
+    from launch.jobs.view import describe_job
+
+    typer.echo(describe_job(ended), err=True)
+    if ended.command_exit_code:
+        raise typer.Exit(ended.command_exit_code)
+
+
+@contextmanager
+def _interruption_explained(server: JobServer, run: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\n{what}", err=True)
+        _say_how_to_look(server, run)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _say_how_to_look(server: JobServer, run: str) -> None:
+    typer.echo(
+        f"look:  sequencematch jobs logs {run} --follow --address {server.address}\n"
+        f"end:   sequencematch jobs stop {run} --address {server.address}",
+        err=True,
+    )

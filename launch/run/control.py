@@ -1,0 +1,151 @@
+"""Looking at and steering a live run from another shell: `sequencematch status` and `sequencematch scale`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from rich.console import Group, RenderableType
+
+from actors.status import PoolStatus
+from buffer.shards.status import BufferStatus
+from launch.cluster.connection import join_live_run
+from launch.cluster.room import check_possible
+from launch.errors import RunFailedError, UserError
+from launch.monitoring.live_view import RunView, render
+from launch.monitoring.shard_view import shard_table
+from launch.run.buffer_shards import find_shards, shard_statuses
+from launch.run.driver import POOL_NAME
+from launch.run.learner_group import LEARNER_NAME
+from launch.run_folder.checkpoints import finished_stages
+from launch.run_folder.folder import CLUSTER_FILE, LiveCluster, open_run_folder, read_cluster
+from launch.settings.run import RunSettings
+from learner.status import LearnerStatus, StageResult
+
+ANSWER_TIMEOUT_S = 15.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What the processes of a live run say. pool, buffer: None where the run has no rollout actors (yet)."""
+
+    settings: RunSettings
+    folder: Path
+    elapsed_s: float
+    finished: dict[str, StageResult]
+    learner: LearnerStatus
+    pool: PoolStatus | None
+    buffer: BufferStatus | None
+
+    def to_json(self) -> dict[str, object]:
+        """All counters."""
+        return {
+            "run": str(self.folder),
+            "elapsed_s": round(self.elapsed_s, 1),
+            "finished_stages": list(self.finished),
+            "learner": asdict(self.learner),
+            "pool": None if self.pool is None else asdict(self.pool),
+            "buffer": None if self.buffer is None else asdict(self.buffer),
+        }
+
+    def render(self) -> RenderableType:
+        """As the run itself shows it."""
+        view = RunView(self.folder.name, self.settings.stages, results=dict(self.finished))
+        view.learner, view.pool, view.buffer = self.learner, self.pool, self.buffer
+        view.note = "" if self.learner.stage else self.learner.activity
+        shown = render(view, self.elapsed_s)
+        if self.buffer is None or len(self.buffer.shards) > 1:  # then the display shows the shards itself
+            return shown
+        return Group(shown, shard_table(self.buffer))
+
+
+def run_status(path: Path) -> RunStatus:
+    """Ask the processes of a live run how they are.
+
+    Raises:
+        UserError: `path` is no run, or the run is not live. RunFailedError: a process does not answer.
+    """
+    folder, settings = open_run_folder(path)
+    elapsed_s = time.time() - _started_at(folder)
+    with _live_run(folder) as learner:
+        pool, shards = _find(POOL_NAME), find_shards(settings.buffer.shards)
+        status = learner.status.options(concurrency_group="control").remote()
+        learner_status = _answer(LearnerStatus, status, "the learner")
+        pool_status = pool and _answer(PoolStatus, pool.status.remote(), "the actor pool")
+        buffer_status = BufferStatus(shard_statuses(shards)) if shards else None
+    return RunStatus(
+        settings, folder, elapsed_s, finished_stages(settings, folder), learner_status, pool_status, buffer_status
+    )
+
+
+def scale_run(path: Path, count: int) -> PoolStatus:
+    """Set the number of rollout actors of a live run; returns before they have come or gone.
+
+    Raises:
+        UserError: `path` is no live run, it has no actor pool, or the cluster has no room for so many.
+        RunFailedError: the pool does not answer.
+    """
+    folder, settings = open_run_folder(path)
+    with _live_run(folder):
+        pool = _find(POOL_NAME)
+        if pool is None:
+            raise UserError(
+                f"run {folder.name} has no rollout actors: none of its stages needs them, or it is starting"
+            )
+        check_possible(settings, count)
+        return _answer(PoolStatus, pool.scale.remote(count), "the actor pool")
+
+
+@contextmanager
+def _live_run(folder: Path) -> Iterator[ActorHandle]:
+    """Connect to a live run; gives its learner, which every run has from its first moment."""
+    cluster = read_cluster(folder)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(join_live_run(cluster))
+        except UserError as error:
+            raise _unreachable(cluster, folder, str(error)) from None
+        learner = _find(LEARNER_NAME)
+        if learner is None:
+            raise _unreachable(cluster, folder, f"the Ray at {cluster.address} has no learner of this run")
+        yield learner
+
+
+def _unreachable(cluster: LiveCluster, folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"run {folder.name} cannot be reached: {reason}. If its driver (process {cluster.driver_pid}) ended without "
+        f"cleaning up, go on with `sequencematch train --resume {folder}`, or delete {folder / CLUSTER_FILE}"
+    )
+
+
+def _find(name: str) -> ActorHandle | None:
+    """A named actor in the namespace of the run."""
+    try:
+        return ray.get_actor(name)
+    except ValueError:  # Ray's answer for a name that nobody has
+        return None
+
+
+def _answer(kind: type[T], reference: ray.ObjectRef, whom: str) -> T:
+    try:
+        value = ray.get(reference, timeout=ANSWER_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        raise RunFailedError(f"{whom} did not answer within {ANSWER_TIMEOUT_S:.0f} s") from None
+    except ray.exceptions.RayActorError as error:
+        raise RunFailedError(f"{whom} is dead: {str(error).splitlines()[0]}") from None
+    assert isinstance(value, kind)
+    return value
+
+
+def _started_at(folder: Path) -> float:
+    """When the run (or its resumption) connected to Ray, in seconds since the epoch."""
+    file = folder / CLUSTER_FILE
+    return file.stat().st_mtime if file.is_file() else time.time()

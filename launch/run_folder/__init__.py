@@ -1,0 +1,1 @@
+"""What lies in the folder of a run, and how a command finds it: settings, checkpoints, tokenizer, token."""

