@@ -38,7 +38,7 @@ def in_a_process(code: str, **environment: str) -> str:
 TWO_STAGES = """
     from pathlib import Path
     import numpy as np
-    from learner.metrics_log import MetricsLog
+    from learner.metrics.log import MetricsLog
     with MetricsLog(Path({folder!r}), ["{tracker}"]) as log:
         log.write("trunk", 1, {{"loss": 2.0}})
         log.write("trunk", 2, {{"loss": 1.5}})
@@ -80,7 +80,7 @@ def test_trackers_are_imported_only_when_asked_for(tmp_path):
         f"""
         import sys
         from pathlib import Path
-        from learner.metrics_log import MetricsLog
+        from learner.metrics.log import MetricsLog
         print({{"torch", "tensorboard", "wandb", "trackio"}} & set(sys.modules))
         MetricsLog(Path({str(tmp_path)!r})).close()
         print({{"wandb", "trackio"}} & set(sys.modules))

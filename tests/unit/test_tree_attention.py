@@ -215,4 +215,6 @@ def test_half_precision(dtype):
     expected = evaluate_nodes(model, tree)
     found = evaluate_nodes(model.to(dtype), tree)
     assert found.dtype == dtype
-    torch.testing.assert_close(found[: tree.num_nodes].float(), expected[: tree.num_nodes], rtol=0, atol=0.25)
+    error = (found.float() - expected)[: tree.num_nodes]
+    assert error.square().mean().sqrt() < 0.05  # of logits with a standard deviation of 1
+    assert error.abs().max() < 0.5
