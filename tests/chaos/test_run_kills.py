@@ -1,5 +1,5 @@
-"""One run of four lives: kill -9 of the learner while it writes a checkpoint, kill -9 of a shard of the buffer again
-and again, two Ctrl-C at once, and the rest, in which each shard is killed once more.
+"""One run of four lives: kill -9 of the learner while it writes a checkpoint; a shard of the buffer that hangs, and
+kill -9 of the other one again and again; two Ctrl-C at once; and the rest, in which each shard is killed once more.
 """
 
 from __future__ import annotations
@@ -38,13 +38,16 @@ from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
 pytestmark = pytest.mark.slow
 
 CHECKPOINT_EVERY = 10
-RESTARTED = re.compile("shard 1 of the replay buffer died .* restarted from its segments")
+SHARD_TIMEOUT_S = 5
+SILENT = re.compile(rf"shard 0 of the replay buffer was silent for {SHARD_TIMEOUT_S} s .*: its process (\d+) is ended")
+RESTARTED = "shard {} of the replay buffer died .* restarted from its segments"
 OVERRIDES = (
     *TINY,
     *LONG,
     "stages.trunk.steps=5",
     "stages.mle_control.steps=2",
     "buffer.shards=2",
+    f"buffer.health_timeout_s={SHARD_TIMEOUT_S}",
 )
 
 
@@ -63,15 +66,20 @@ def killed_learner(tmp_path_factory: pytest.TempPathFactory) -> Life:
 
 @pytest.fixture(scope="module")
 def killed_buffer(killed_learner: Life, tmp_path_factory: pytest.TempPathFactory) -> Life:
-    """Its resumption, until a shard of the replay buffer has died more often than it is restarted."""
+    """Its resumption, until a shard of the replay buffer has died more often than it is restarted. Before that the
+    other one hangs, is ended for that, and the run goes on.
+    """
     folder = killed_learner.folder
     with TrainProcess(tmp_path_factory.mktemp("2nd"), "--no-evaluate", "--resume", str(folder)) as process:
         wait_for_steps(process, folder, beyond=killed_learner.step)
+        hung = shard_process(process, folder, 0)
+        hung.suspend()
+        wait_for_restart(process, 0, 1)
+        assert SILENT.findall(process.stdout) == [str(hung.pid)]
+        wait_for_steps(process, folder, beyond=newest_step(folder))
         for death in range(1, MAX_RESTARTS + 1):
             shard_process(process, folder, 1).kill()
-            process.wait_until(
-                lambda death=death: len(RESTARTED.findall(process.stdout)) == death, START_TIMEOUT_S, "its restart"
-            )
+            wait_for_restart(process, 1, death)
             wait_for_steps(process, folder, beyond=newest_step(folder))
         shard_process(process, folder, 1).kill()
         return ended(process, folder)
@@ -153,6 +161,13 @@ def assert_every_draw_keeps_the_rules(folder: Path) -> None:
     assert {step for _, step, _ in parts} == set(range(newest + 1))
     assert set(parts.values()) == {8}
     assert num_drawn <= settings.buffer.samples_per_insert * len(ids)
+
+
+def wait_for_restart(process: TrainProcess, shard: int, deaths: int) -> None:
+    told = re.compile(RESTARTED.format(shard))
+    process.wait_until(
+        lambda: len(told.findall(process.stdout)) == deaths, START_TIMEOUT_S, f"shard {shard} to restart"
+    )
 
 
 def shard_process(process: TrainProcess, folder: Path, index: int) -> psutil.Process:
