@@ -34,7 +34,8 @@ class BatchMessage:
     def __init__(
         self, schema: pa.Schema, runs: Sequence[str], nullable: Set[str], others: Mapping[str, pa.Array], num_rows: int
     ) -> None:
-        """nullable: those of the runs that have a null. others: all other columns. num_rows: one at least."""
+        """nullable: those of the runs that have a null. others: all other columns, with the buffers that are to be
+        written to. num_rows: one at least."""
         self.num_rows = num_rows
         columns = [
             _empty_runs(field.type, num_rows, field.name in nullable) if field.name in runs else others[field.name]
@@ -46,29 +47,22 @@ class BatchMessage:
         lists = [name for name in runs if not pa.types.is_string(schema.field(name).type)]
         self._is_list = np.array([name in lists for name in runs], dtype=np.bool_)
         first = [self._places[name] for name in runs]
-        self._nodes = [place.node for place in first]
         self._item_nodes = np.array([self._places[name].node + 1 for name in lists], dtype=np.int64)
         # A text's own third buffer holds its bytes; after the two of a list come those of its items.
         self._contents = np.array([place.buffer for place in first], dtype=np.int64) + 2 + self._is_list
-        self.ends: list[Int32] = [self.values(name)[1 : num_rows + 1] for name in runs]
+        self.ends: list[Int32] = [self.buffer(name, 1).view(np.int32)[1 : num_rows + 1] for name in runs]
         """Per run column, [n] where each run ends, in items."""
         self.shifts = np.array([item_bytes(schema.field(name).type).bit_length() - 1 for name in runs], dtype=np.int64)
         """Per run column: its items have 2^k bytes."""
-        self._validity = [
-            self._tables.buffer(place.buffer)[: -(-num_rows // 8)] if name in nullable else None
-            for name, place in zip(runs, first, strict=True)
-        ]
 
-    def values(self, name: str) -> Int32:
-        """The second buffer of a column: offsets of a run column, values of one of numbers."""
-        return self._tables.buffer(self._places[name].buffer + 1).view(np.int32)
+    def buffer(self, name: str, index: int) -> UInt8:
+        """One of the buffers of a column, parents first: 0 the validity of its values, 1 the offsets of runs."""
+        return self._tables.buffer(self._places[name].buffer + index)
 
-    def put_validity(self, run: int, is_valid: Bool) -> None:
-        """Say which values of a nullable run column are there. is_valid: [n]."""
-        validity = self._validity[run]
-        assert validity is not None, "the column is nullable"
-        validity[:] = np.packbits(is_valid, bitorder="little")
-        self._tables.nodes[self._nodes[run], 1] = self.num_rows - int(np.count_nonzero(is_valid))
+    def put_validity(self, name: str, is_valid: Bool) -> None:
+        """Say which values of a nullable column are there. is_valid: [n]."""
+        self.buffer(name, 0)[: -(-self.num_rows // 8)] = np.packbits(is_valid, bitorder="little")
+        self._tables.nodes[self._places[name].node, 1] = self.num_rows - int(np.count_nonzero(is_valid))
 
     def place_runs(self, sizes: Int64) -> Int64:
         """Say how many bytes each run column has; gives [k] how many are to be put after each.

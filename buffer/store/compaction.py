@@ -11,7 +11,7 @@ that has mapped an old file keeps it until it lets go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,17 +22,16 @@ from buffer.staleness import VersionRange
 from buffer.store.archive import Archive
 from buffer.store.manifest import SegmentEntry
 from buffer.store.row_numbers import Int64, contains
-from buffer.store.segments import map_sealed, sealed_path, write_sealed
+from buffer.store.segments import SealedFile, map_content, read_batches, sealed_path, write_sealed
 
-BATCH_ROWS = 2**16
-BATCH_BYTES = 2**28
-"""Rows are written in batches of about these sizes, however small those are that they come from. The elements of a
-column's lists are counted in 32 bits, which the second keeps."""
+BATCH_ROWS = 2**12
+BATCH_BYTES = 2**22
+"""Rows are written in batches of up to these sizes, however few are left of those that they come from."""
 
 
 @dataclass(frozen=True)
 class RewritePlan:
-    """Neighbouring segments, their batches by row, and which rows of them stay.
+    """Neighbouring segments, what is in each, and which rows of them stay.
 
     kept_rows: ascending. number: of the new file. archive: where the other rows go, None = nowhere.
     """
@@ -40,7 +39,7 @@ class RewritePlan:
     folder: Path
     schema: pa.Schema
     entries: tuple[SegmentEntry, ...]
-    batches: tuple[pa.RecordBatch, ...]
+    contents: tuple[pa.Buffer, ...]
     kept_rows: Int64
     number: int
     archive: Archive | None
@@ -52,22 +51,20 @@ class RewritePlan:
             OSError: the disk refused, or the archive (`ArchiveError`); nothing has changed.
         """
         if self.archive is not None:
-            for entry in self.entries:
-                if leaving := self._rows_of(entry, stay=False):
+            for entry, content in zip(self.entries, self.contents, strict=True):
+                if leaving := self._rows_of(content, stay=False):
                     self.archive.write(entry.number, leaving, self.schema)
-        kept = [batch for entry in self.entries for batch in self._rows_of(entry, stay=True)]
+        kept = [batch for content in self.contents for batch in self._rows_of(content, stay=True)]
         if not kept:
-            return Rewrite(self, None, ())
-        entry = seal_rows(self.folder, self.number, kept, self.schema)
-        return Rewrite(self, entry, tuple(map_sealed(self.folder, entry, self.schema)))
+            return Rewrite(self, None, None)
+        sealed = write_sealed(sealed_path(self.folder, self.number), _merged(kept), self.schema)
+        new = entry_of(self.number, sealed, kept)
+        return Rewrite(self, new, map_content(self.folder, new, self.schema))
 
-    def _rows_of(self, entry: SegmentEntry, stay: bool) -> list[pa.RecordBatch]:
+    def _rows_of(self, content: pa.Buffer, stay: bool) -> list[pa.RecordBatch]:
         chosen = []
-        for batch in self.batches:
-            rows = rows_of(batch)
-            if rows[0] < entry.first_row or rows[-1] > entry.last_row:
-                continue
-            mask = contains(self.kept_rows, rows) == stay
+        for batch, _ in read_batches(content, self.schema):
+            mask = contains(self.kept_rows, rows_of(batch)) == stay
             if mask.all():
                 chosen.append(batch)
             elif mask.any():
@@ -77,16 +74,16 @@ class RewritePlan:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A rewriting that waits for its commit. entry, batches: of the new file; None and empty where no row stays."""
+    """A rewriting that waits for its commit. entry: of the new file; content: of it, mapped; None where no row
+    stays."""
 
     plan: RewritePlan
     entry: SegmentEntry | None
-    batches: tuple[pa.RecordBatch, ...]
+    content: pa.Buffer | None
 
 
-def seal_rows(folder: Path, number: int, batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> SegmentEntry:
-    """Write stored rows as the sealed segment `number`; gives its entry for the manifest."""
-    sealed = write_sealed(sealed_path(folder, number), _groups(batches), schema)
+def entry_of(number: int, sealed: SealedFile, batches: Sequence[pa.RecordBatch]) -> SegmentEntry:
+    """The entry for the manifest of the sealed segment `number`, which holds these batches."""
     ranges = [VersionRange.from_batch(batch) for batch in batches]
     return SegmentEntry(
         number=number,
@@ -100,8 +97,8 @@ def seal_rows(folder: Path, number: int, batches: Sequence[pa.RecordBatch], sche
     )
 
 
-def _groups(batches: Sequence[pa.RecordBatch]) -> list[list[pa.RecordBatch]]:
-    """Neighbours that become one batch: a draw from a segment costs time per batch that it touches."""
+def _merged(batches: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in fewer batches."""
     groups: list[list[pa.RecordBatch]] = [[]]
     num_rows, size_bytes = 0, 0
     for batch in batches:
@@ -112,4 +109,4 @@ def _groups(batches: Sequence[pa.RecordBatch]) -> list[list[pa.RecordBatch]]:
         groups[-1].append(batch)
         num_rows += batch.num_rows
         size_bytes += batch_bytes
-    return groups
+    return (pa.concat_batches(group) for group in groups)

@@ -88,10 +88,10 @@ def open_shard(
     known = KnownIds(files.ids)
     live_rows = np.concatenate([NO_ROWS, *(lane.rows for lane in lanes.values())])
     live_rows.sort()
-    for entry, batches in found.sealed:
-        files.restore(entry, batches, sum(int(contains(live_rows, rows_of(batch)).sum()) for batch in batches))
-    for number, batches in found.opened:
-        files.restore_open(number, batches)
+    for entry, segment in found.sealed:
+        files.restore(entry, segment, int(contains(live_rows, segment.rows).sum()))
+    for number, segment in found.opened:
+        files.restore_open(number, segment)
     for batch in found.batches:
         named = batch.select(["id", ROW])  # before anything is copied
         live = named.filter(pa.array(contains(live_rows, rows_of(named))))

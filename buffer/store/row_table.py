@@ -1,227 +1,212 @@
-"""Random access to rows that lie in many record batches, on the heap or in mapped files."""
+"""Random access to rows that lie in many record batches of many segments, on the heap or in mapped files.
+
+Nearly all bytes of a trajectory stand in lists of numbers, the rest mostly in text. Arrow's `take` moves lists element
+by element, and joins batches first. Here a record of each row says where its bytes lie (see `gather_source`), in one
+array over all segments, so that it does not matter how small batches are. A gather takes the records of its rows, and
+one cast of the binary views in them copies run by run.
+"""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.schema import ROW, rows_of
-from buffer.store.gather import Part, gather
+from buffer.store import gather_source
 from buffer.store.gather_layout import GatherLayout
-from buffer.store.gather_source import GatherSource
+from buffer.store.gather_source import VIEW_LANES
+from buffer.store.record_slots import RecordSlots
+from buffer.store.row_numbers import NO_ROWS
+from buffer.store.segments import read_batches
 
+Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
-MERGED_ROWS = 2**16
-"""Heap batches are merged up to this many rows."""
-
-MERGED_BATCHES = 8
-"""So many at a time: a gather touches a few more batches, and a byte is copied a third as often as with two."""
-
 _ABSENT = "a row that the table does not hold"
+_NOTHING = pa.py_buffer(b"")
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """rows: [n] numbers, ascending; is_dense: without gaps; division: see `RowTable.divide`."""
+@dataclass
+class _Segment:
+    """content: schema and batches; num_rows: of those. windows: what `RowTable` knows each 2^30 bytes as. described:
+    rows, and the bytes that hold them, whose records are made. rest: per batch, the columns that records cannot hold.
+    """
 
-    source: GatherSource
-    rows: Int64
-    is_dense: bool
-    on_heap: bool
-    division: int
-
-    @classmethod
-    def of(cls, batch: pa.RecordBatch, on_heap: bool, division: int) -> _Chunk:
-        rows = rows_of(batch)
-        return cls(GatherSource(batch), rows, int(rows[-1] - rows[0]) + 1 == len(rows), on_heap, division)
-
-    @property
-    def batch(self) -> pa.RecordBatch:
-        return self.source.batch
-
-    def positions(self, rows: Int64) -> Int64:
-        """[n] where these rows (ascending, at least one, none before the first) stand in the batch."""
-        if self.is_dense:
-            places: Int64 = rows - self.rows[0]
-            assert places[-1] < len(self.rows), _ABSENT
-            return places
-        places = np.searchsorted(self.rows, rows)
-        assert places[-1] < len(self.rows), _ABSENT
-        assert np.array_equal(self.rows[places], rows), _ABSENT
-        return places
+    content: pa.Buffer
+    num_rows: int
+    windows: list[int] = field(default_factory=list)
+    described_rows: int = 0
+    described_bytes: int = 0
+    rest: list[pa.RecordBatch] = field(default_factory=list)
 
 
 class RowTable:
-    """Stored batches (`buffer.schema.stored_schema`), found by the numbers in their `row` column.
+    """Segments of stored batches (`buffer.schema.stored_schema`); rows are found by the numbers in their `row` column.
 
-    The numbers grow with each append, with gaps or without. A gather costs time per batch it touches, so before one
-    heap batches are merged with their neighbours as in a log-structured merge tree: there are at most seven of about
-    one size, and each byte is copied O(log MERGED_ROWS) times, or once where many batches came since the gather before.
+    The numbers grow from segment to segment and within each, with gaps or without.
     """
 
-    def __init__(self) -> None:
-        self._chunks: list[_Chunk] = []
-        self._starts: Int64 | None = None  # first row of each chunk, built on demand
-        self._first_unmerged: int | None = None  # the first row on the heap that came since batches were merged
-        self._division = 0
+    def __init__(self, schema: pa.Schema) -> None:
+        """schema: of the stored batches."""
+        self._schema = schema
+        self._segments: dict[int, _Segment] = {}  # by number of the file, in the order of their rows
+        self._slots = RecordSlots()
+        self._windows: list[pa.Buffer] = []
+        self._free_windows: list[int] = []
         self._layout: GatherLayout | None = None  # of the columns, from the first gather on
+        self._rest: tuple[list[pa.RecordBatch], Int64] | None = None  # of all segments, and the first slot of each
 
-    def append(self, batches: Sequence[pa.RecordBatch], on_heap: bool) -> None:
-        """Add batches whose rows come after those in the table. on_heap: whether they may be merged (by a copy)."""
-        for batch in batches:
-            if batch.num_rows == 0:
-                continue
-            chunk = _Chunk.of(batch, on_heap, self._division)
-            assert not self._chunks or chunk.rows[0] > self._chunks[-1].rows[-1], "rows are appended in order"
-            self._chunks.append(chunk)
-            if on_heap and self._first_unmerged is None:
-                self._first_unmerged = int(chunk.rows[0])
-        self._starts = None
+    def append(self, number: int, content: pa.Buffer, rows: Int64) -> None:
+        """Rows that come after all others are in segment `number` now. content: all of it; nothing in it has changed or
+        moved that was there before. rows: [n] their numbers; what else is in `content` was appended before."""
+        segment = self._segments.get(number)
+        if segment is None:
+            segment = self._segments[number] = _Segment(content, 0)
+        assert segment is next(reversed(self._segments.values())), "rows are appended in order"
+        segment.content = content
+        segment.num_rows += len(rows)
+        self._slots.append(rows)
 
-    def divide(self) -> None:
-        """Have no batch that is here merged with one that comes later."""
-        self._division += 1
+    def move(self, number: int, content: pa.Buffer) -> None:
+        """The bytes of a segment are to be read from here from now on."""
+        segment = self._segments[number]
+        assert content.size == segment.content.size, "the same bytes"
+        segment.content = content
+        self._map(segment)
+        if self._layout is not None and segment.rest:
+            batches = (batch.select(self._layout.rest) for batch, _ in read_batches(content, self._schema))
+            segment.rest = list(itertools.islice(batches, len(segment.rest)))
+            self._rest = None
 
-    def batches(self, first_row: int, end_row: int | None = None) -> list[pa.RecordBatch]:
-        """The batches whose rows lie in [first_row, end_row), by row; end_row: None = to the end."""
-        return [
-            chunk.batch
-            for chunk in self._chunks
-            if chunk.rows[0] >= first_row and (end_row is None or chunk.rows[-1] < end_row)
-        ]
+    def content(self, number: int) -> pa.Buffer:
+        """All of a segment."""
+        return self._segments[number].content
 
-    def remove(self, first_row: int, end_row: int) -> None:
-        """Forget the batches whose rows lie in [first_row, end_row)."""
-        self._chunks = [chunk for chunk in self._chunks if chunk.rows[0] < first_row or chunk.rows[-1] >= end_row]
-        self._starts = None
+    def remove(self, numbers: Sequence[int]) -> None:
+        """Forget neighbouring segments."""
+        self._put(numbers, {}, NO_ROWS)
 
-    def replace(self, first_row: int, end_row: int, batches: Sequence[pa.RecordBatch], on_heap: bool) -> None:
-        """Put `batches`, whose rows lie in [first_row, end_row), in the place of those that are there now."""
-        self.remove(first_row, end_row)
-        at = int(np.searchsorted(self._chunk_starts(), first_row))
-        chunks = [_Chunk.of(batch, on_heap, self._division) for batch in batches if batch.num_rows]
-        ordered = [*self._chunks[:at][-1:], *chunks, *self._chunks[at : at + 1]]
-        for left, right in itertools.pairwise(ordered):
-            assert left.rows[-1] < right.rows[0], "rows stay in order"
-        self._chunks[at:at] = chunks
-        if on_heap and chunks and self._first_unmerged is None:
-            self._first_unmerged = int(chunks[0].rows[0])
-        self._starts = None
+    def replace(self, old: Sequence[int], number: int, content: pa.Buffer) -> None:
+        """Put segment `number`, which holds some of their rows, in the place of neighbours."""
+        rows = np.concatenate([rows_of(batch) for batch, _ in read_batches(content, self._schema)])
+        self._put(old, {number: _Segment(content, len(rows))}, rows)
+
+    def _put(self, old: Sequence[int], new: dict[int, _Segment], rows: Int64) -> None:
+        before = list(self._segments)
+        at = before.index(old[0])
+        assert before[at : at + len(old)] == list(old), "only neighbours are replaced"
+        begin = sum(self._segments[each].num_rows for each in before[:at])
+        end = begin + sum(self._segments[each].num_rows for each in old)
+        assert np.isin(rows, self._slots.rows[begin:end]).all(), "rows stay in order"
+        self._slots.replace(begin, end, rows)
+        self._rest = None
+        for each in old:
+            self._forget(self._segments[each])
+        kept = [{each: self._segments[each] for each in part} for part in (before[:at], before[at + len(old) :])]
+        self._segments = {**kept[0], **new, **kept[1]}
 
     def holds(self, rows: Int64) -> bool:
         """Whether all rows with these numbers are in the table."""
-        owners = self._owners(rows)
-        if np.any(owners < 0):
-            return False
-        return all(
-            np.isin(rows[owners == owner], self._chunks[owner].rows).all() for owner in np.unique(owners).tolist()
-        )
+        return bool((self._slots.find(rows) >= 0).all())
 
     def take(self, rows: Int64) -> pa.RecordBatch:
         """Copy of the rows with these numbers, in this order, without the column of the numbers; all of them are in the
         table, and there is one.
 
         Raises:
-            ValueError: see `gather`.
+            ValueError: a column of lists would hold more elements than Arrow can count in a batch.
         """
-        if self._first_unmerged is not None:
-            self._merge_heap(self._first_unmerged)
-        parts = self._parts(rows)
-        if self._layout is None:
-            schema = parts[0].source.batch.schema
-            self._layout = GatherLayout(schema.remove(schema.get_field_index(ROW)), parts[0].source)
-        return gather(self._layout, parts, len(rows))
+        layout, slots = self._described(), self._find(rows)
+        batch = layout.frame(len(rows)).fill(self._slots.records.take(slots, axis=0), self._windows)
+        if not layout.rest:
+            return batch
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        columns |= dict(zip(layout.rest, self._take_rest(slots).columns, strict=True))
+        return pa.RecordBatch.from_arrays([columns[name] for name in layout.schema.names], schema=layout.schema)
 
     def ids(self, rows: Int64) -> pa.StringArray:
         """Ids of the rows with these numbers, in this order; all of them are in the table."""
-        ids, places = [pa.array([], pa.string())], [np.empty(0, dtype=np.int64)]
-        for part in self._parts(rows):
-            ids.append(part.source.batch.column("id").take(pa.array(part.local)))
-            places.append(part.at)
-        return pa.concat_arrays(ids).take(pa.array(np.argsort(np.concatenate(places))))
+        slots = self._find(rows)
+        if not len(rows):
+            return pa.array([], pa.string())
+        layout = self._described()
+        lane = VIEW_LANES * layout.runs.index("id")
+        views = pa.py_buffer(np.ascontiguousarray(self._slots.records[slots, lane : lane + VIEW_LANES]))
+        described = pa.Array.from_buffers(pa.string_view(), len(rows), [None, views, *self._windows], null_count=0)
+        return described.cast(pa.string())
 
-    def _chunk_starts(self) -> Int64:
-        if self._starts is None:
-            self._starts = np.array([chunk.rows[0] for chunk in self._chunks], dtype=np.int64)
-        return self._starts
+    def _find(self, rows: Int64) -> Int64:
+        slots = self._slots.find(rows)
+        assert not len(rows) or slots.min() >= 0, _ABSENT
+        return slots
 
-    def _owners(self, rows: Int64) -> Int64:
-        """[n] index of the chunk that holds each row, if any does; -1 before the first chunk."""
-        return np.searchsorted(self._chunk_starts(), rows, side="right") - 1
+    def _described(self) -> GatherLayout:
+        """The layout, once every row has its record."""
+        new = [
+            (segment, batch, end)
+            for segment in self._segments.values()
+            if segment.described_rows < segment.num_rows
+            for batch, end in read_batches(segment.content, self._schema, segment.described_bytes)
+        ]
+        if self._layout is None:
+            schema = self._schema.remove(self._schema.get_field_index(ROW))
+            self._layout = GatherLayout(schema, new[0][1], varying={"id"})
+            self._slots.widen(self._layout.num_lanes)
+        if self._layout.cover(batch for _, batch, _ in new):
+            self._slots.widen(self._layout.num_lanes)
+            for segment in self._segments.values():
+                segment.described_rows = segment.described_bytes = 0
+                segment.rest = []
+            return self._described()
+        if new:
+            self._describe(self._layout, new)
+        return self._layout
 
-    def _parts(self, rows: Int64) -> list[Part]:
-        """Where the rows stand, by batch."""
-        order = np.argsort(rows)
-        ascending = rows[order]
-        begins = np.searchsorted(ascending, self._chunk_starts()).tolist()
-        assert not len(rows) or begins[:1] == [0], _ABSENT
-        ends = [*begins[1:], len(rows)] if begins else []
-        parts = []
-        for chunk, begin, end in zip(self._chunks, begins, ends, strict=True):
-            if begin < end:
-                parts.append(Part(chunk.source, chunk.positions(ascending[begin:end]), order[begin:end]))
-        return parts
+    def _describe(self, layout: GatherLayout, new: Sequence[tuple[_Segment, pa.RecordBatch, int]]) -> None:
+        """Make the records of batches. new: each with its segment and where it ends there."""
+        slot, first_slots = 0, {}
+        for segment in self._segments.values():
+            first_slots[id(segment)] = slot
+            slot += segment.num_rows
+            if segment.described_rows < segment.num_rows:
+                self._map(segment)
+        for segment, batch, end in new:
+            slot = first_slots[id(segment)] + segment.described_rows
+            records = self._slots.records[slot : slot + batch.num_rows]
+            layout.describe(batch, records, segment.content, np.array(segment.windows, dtype=np.int32))
+            segment.described_rows += batch.num_rows
+            segment.described_bytes = end
+            if layout.rest:
+                segment.rest.append(batch.select(layout.rest))
+                self._rest = None
 
-    def _merge_heap(self, first_unmerged: int) -> None:
-        """What came since the last time becomes one batch; then the last eight become one as long as the first of them
-        is of no larger size than the others."""
-        begin = len(self._chunks)
-        while begin and self._chunks[begin - 1].on_heap:
-            begin -= 1
-        runs: list[_Run] = []
-        for at in range(begin, len(self._chunks)):
-            chunk = self._chunks[at]
-            run = _Run(at, at + 1, len(chunk.rows), chunk.division)
-            if chunk.rows[0] > first_unmerged and runs and runs[-1].may_take(run):
-                runs[-1] = runs[-1].with_next(run)
-            else:
-                runs.append(run)
-        merged: list[_Run] = []
-        for run in runs:
-            merged.append(run)
-            while len(merged) >= MERGED_BATCHES:
-                first, *others = merged[-MERGED_BATCHES:]
-                num_rows = first.num_rows + sum(each.num_rows for each in others)
-                is_larger = first.size > max(each.size for each in others)
-                if is_larger or num_rows > MERGED_ROWS or first.division != run.division:
-                    break
-                merged[-MERGED_BATCHES:] = [_Run(first.begin, run.end, num_rows, run.division)]
-        self._chunks[begin:] = [self._merged(run) for run in merged]
-        self._starts = None
-        self._first_unmerged = None
+    def _map(self, segment: _Segment) -> None:
+        """Have the windows of a segment show its content."""
+        step = 1 << gather_source.WINDOW_BITS
+        for index, begin in enumerate(range(0, segment.content.size, step)):
+            if index == len(segment.windows):
+                segment.windows.append(self._free_windows.pop() if self._free_windows else len(self._windows))
+                if segment.windows[-1] == len(self._windows):
+                    self._windows.append(_NOTHING)
+            self._windows[segment.windows[index]] = segment.content[begin : begin + 2 * step - 1]
 
-    def _merged(self, run: _Run) -> _Chunk:
-        chunks = self._chunks[run.begin : run.end]
-        if len(chunks) == 1:
-            return chunks[0]
-        return _Chunk.of(pa.concat_batches([chunk.batch for chunk in chunks]), True, run.division)
+    def _forget(self, segment: _Segment) -> None:
+        for window in segment.windows:
+            self._windows[window] = _NOTHING
+        self._free_windows += segment.windows
 
-
-class _Run(NamedTuple):
-    """Neighbouring batches [begin, end) that are one, or are to be."""
-
-    begin: int
-    end: int
-    num_rows: int
-    division: int
-
-    def may_take(self, other: _Run) -> bool:
-        """Whether both may be one batch."""
-        return self.division == other.division and self.num_rows + other.num_rows <= MERGED_ROWS
-
-    def with_next(self, other: _Run) -> _Run:
-        """Both."""
-        return self._replace(end=other.end, num_rows=self.num_rows + other.num_rows)
-
-    @property
-    def size(self) -> int:
-        """As the exponent of a power of MERGED_BATCHES."""
-        return int(math.log(self.num_rows, MERGED_BATCHES))
+    def _take_rest(self, slots: Int64) -> pa.RecordBatch:
+        """The columns that records do not hold."""
+        if self._rest is None:
+            batches = [batch for segment in self._segments.values() for batch in segment.rest]
+            self._rest = batches, np.cumsum([0, *(batch.num_rows for batch in batches)])
+        batches, starts = self._rest
+        owners = np.searchsorted(starts, slots, side="right") - 1
+        places = slots - starts[owners]
+        slices = [batches[owner].slice(place, 1) for owner, place in zip(owners.tolist(), places.tolist(), strict=True)]
+        return pa.concat_batches(slices)

@@ -1,8 +1,8 @@
-"""Sealing a full segment beside the work of the store: its rows are written again in few large batches.
+"""Sealing a full segment beside the work of the store.
 
-    plan     the rows of the full segment, which stay on the heap until the end          quick
-    run      write, sync, rename and map the sealed file                                 slow, in a thread of its own
-    finish   rows noted in the log, manifest, the open file goes                         quick
+    plan     which one                                                                   quick
+    run      sync, second name, checksum, map                                            slow, in a thread of its own
+    finish   rows noted in the log, manifest, the first name goes                        quick
 
 Inserts go on in the next open segment meanwhile. When that one is full too, they wait: there are never more than two.
 """
@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.schema import ROW, SOURCES
-from buffer.store.compaction import seal_rows
+from buffer.store.compaction import entry_of
 from buffer.store.manifest import SegmentEntry
 from buffer.store.row_numbers import Int64
-from buffer.store.segments import map_sealed
+from buffer.store.segments import open_path, read_batches, seal_open, sealed_path
 
 SEAL_TIMEOUT_S = 300.0
 """A disk that takes longer to write one segment does not work."""
@@ -30,35 +30,36 @@ SEAL_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class Seal:
-    """A sealed copy that waits for the manifest. rows: numbers by source, ascending; sources without any are absent."""
+    """A sealed file that waits for the manifest. content: of it, mapped. rows: numbers by source, ascending; sources
+    without any are absent."""
 
     entry: SegmentEntry
-    batches: tuple[pa.RecordBatch, ...]
+    content: pa.Buffer
     rows: Mapping[str, Int64]
 
 
 @dataclass(frozen=True)
 class SealPlan:
-    """The full segment `number` with its rows, of which there is one at least."""
+    """The full segment `number`, which has one row at least."""
 
     folder: Path
     schema: pa.Schema
     number: int
-    batches: tuple[pa.RecordBatch, ...]
 
     def run(self) -> Seal:
-        """Write the sealed file, in any thread.
+        """Make the sealed file, in any thread.
 
         Raises:
             OSError: the disk refused; nothing has changed.
         """
-        entry = seal_rows(self.folder, self.number, self.batches, self.schema)
-        sealed = tuple(map_sealed(self.folder, entry, self.schema))
-        stored = pa.Table.from_batches(sealed).select(["source", ROW])
+        path = sealed_path(self.folder, self.number)
+        sealed = seal_open(open_path(self.folder, self.number), path)
+        content = pa.memory_map(str(path)).read_buffer()
+        batches = [batch for batch, _ in read_batches(content, self.schema)]
+        stored = pa.Table.from_batches(batches).select(["source", ROW])
         by_source = {source: stored.filter(pc.equal(stored.column("source"), source)) for source in SOURCES}
-        return Seal(
-            entry, sealed, {source: own.column(ROW).to_numpy() for source, own in by_source.items() if len(own)}
-        )
+        rows = {source: own.column(ROW).to_numpy() for source, own in by_source.items() if len(own)}
+        return Seal(entry_of(self.number, sealed, batches), content, rows)
 
 
 class Sealer:

@@ -2,12 +2,13 @@
 
     append      bytes in the open segment: acknowledged
     begin       the open segment is full: rows come into a new one from now on
-    seal        sealed copy of the full one in place, rows noted in the log, manifest, the open file goes
+    seal        the full one has a second name, rows noted in the log, manifest, the first name goes
     delete      manifest, then files in which no row is needed go
     rewrite     see `buffer.store.compaction`
 
 After a crash between any two steps the manifest says which files count, and the others are deleted: the sealed ones
-that it lists, and every open one from its `open_segment` on. Open rows lie on the heap, sealed ones in mapped files.
+that it lists, and every open one from its `open_segment` on. Open rows are read from the heap, sealed ones from mapped
+files.
 """
 
 from __future__ import annotations
@@ -18,30 +19,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.schema import rows_of
 from buffer.settings import BufferSettings
 from buffer.store.archive import Archive
-from buffer.store.block_writer import BLOCK_BYTES, BlockWriter
 from buffer.store.compaction import Rewrite, RewritePlan
 from buffer.store.manifest import Manifest, SegmentEntry
+from buffer.store.row_numbers import Int64
 from buffer.store.row_table import RowTable
 from buffer.store.sealing import Seal, SealPlan
+from buffer.store.segment_folder import FoundSegment
+from buffer.store.segment_image import SegmentImage
 from buffer.store.segment_set import SegmentSet
-from buffer.store.segments import OpenSegment, open_path, sealed_path
+from buffer.store.segments import OpenSegment, add_message, open_path, sealed_path
 
-Int64 = npt.NDArray[np.int64]
+_ROOM = 1.25
+"""Memory for an open segment, in shares of the size at which it is full: the last batch goes beyond that."""
 
 
 @dataclass(frozen=True)
 class _FullSegment:
-    """An open segment that takes no more rows. end_row: number after its last one."""
+    """An open segment that takes no more rows."""
 
     number: int
     file: OpenSegment
-    end_row: int
 
 
 class SegmentFiles:
@@ -53,13 +55,13 @@ class SegmentFiles:
         self._schema = schema
         self._settings = settings
         self._manifest = manifest
-        self._table = RowTable()
+        self._table = RowTable(schema)
         self._sealed = SegmentSet()
         self._rewriting: tuple[SegmentEntry, ...] = ()
         self._full: deque[_FullSegment] = deque()
-        self._writer = BlockWriter(schema, min(BLOCK_BYTES, settings.segment_bytes))
         self._open_number = manifest.open_segment
         self._open = self._open_segment(self._open_number)
+        self._image = self._new_image()
 
     @property
     def entries(self) -> tuple[SegmentEntry, ...]:
@@ -82,24 +84,33 @@ class SegmentFiles:
         """Whether a full segment is to be sealed."""
         return bool(self._full)
 
-    def restore(self, entry: SegmentEntry, batches: Sequence[pa.RecordBatch], num_live: int) -> None:
+    def restore(self, entry: SegmentEntry, segment: FoundSegment, num_live: int) -> None:
         """A sealed segment that the manifest lists, mapped."""
-        self._table.append(batches, on_heap=False)
+        self._table.append(entry.number, segment.content, segment.rows)
         self._sealed.add(entry, num_live)
 
-    def restore_open(self, number: int, batches: Sequence[pa.RecordBatch]) -> None:
+    def restore_open(self, number: int, segment: FoundSegment) -> None:
         """What an open segment holds; in the order of their numbers, the first one is that of the manifest."""
         if number != self._open_number:
             self._go_on_in(number, self._open_segment(number))
-        self._table.append(batches, on_heap=True)
+        if segment.batches:
+            self._image = self._new_image(segment.content.to_pybytes())
+            self._table.append(number, self._image.content, segment.rows)
 
     def append(self, batch: pa.RecordBatch) -> None:
-        """Store rows that come after all others, as views of the written bytes.
+        """Store rows that come after all others: at least one.
 
         Raises:
             OSError: the disk refused; nothing has changed.
         """
-        self._table.append([self._open.append(batch)], on_heap=True)
+        size_bytes = self._image.size_bytes
+        message = add_message(self._image, batch)
+        try:
+            self._open.append_message(message)
+        except OSError:
+            self._image.cut(size_bytes)
+            raise
+        self._table.append(self._open_number, self._image.content, rows_of(batch))
 
     def take(self, rows: Int64) -> pa.RecordBatch:
         """See `RowTable.take`."""
@@ -129,12 +140,10 @@ class SegmentFiles:
 
     def plan_seal(self) -> SealPlan:
         """What seals the full segment that comes first; there is one."""
-        full = self._full[0]
-        batches = tuple(self._table.batches(self._manifest.next_row, full.end_row))
-        return SealPlan(self._folder, self._schema, full.number, batches)
+        return SealPlan(self._folder, self._schema, self._full[0].number)
 
     def finish_seal(self, seal: Seal, num_live: int) -> None:
-        """The sealed copy of the first full segment counts from now on, and the open file goes.
+        """The first full segment counts as sealed from now on, and its first name goes.
 
         Raises:
             OSError: the disk refused; the full segment stays.
@@ -148,7 +157,7 @@ class SegmentFiles:
             segments=(*self._manifest.segments, entry),
         )
         self._write_manifest(manifest)
-        self._table.replace(entry.first_row, entry.last_row + 1, seal.batches, on_heap=False)
+        self._table.move(entry.number, seal.content)
         self._sealed.add(entry, num_live)
         self._full.popleft().file.delete()
 
@@ -172,7 +181,7 @@ class SegmentFiles:
         self._write_manifest(replace(self._manifest, segments=kept))
         for entry in entries:
             self._sealed.replace([entry], None)
-            self._table.remove(entry.first_row, entry.last_row + 1)
+            self._table.remove([entry.number])
         self._unlink(entries)
 
     def plan_rewrite(
@@ -199,7 +208,7 @@ class SegmentFiles:
             folder=self._folder,
             schema=self._schema,
             entries=self._rewriting,
-            batches=tuple(self._table.batches(first, end)),
+            contents=tuple(self._table.content(entry.number) for entry in entries),
             kept_rows=np.union1d(live_rows(first, end), pinned),
             number=number,
             archive=archive,
@@ -223,7 +232,11 @@ class SegmentFiles:
             raise
         self._rewriting = ()
         self._sealed.replace(old, new)
-        self._table.replace(old[0].first_row, old[-1].last_row + 1, rewrite.batches, on_heap=False)
+        numbers = [entry.number for entry in old]
+        if new is None or rewrite.content is None:
+            self._table.remove(numbers)
+        else:
+            self._table.replace(numbers, new.number, rewrite.content)
         self._unlink(old)
 
     def abandon_rewrite(self) -> None:
@@ -249,16 +262,15 @@ class SegmentFiles:
         return [*(full.file for full in self._full), self._open]
 
     def _go_on_in(self, number: int, file: OpenSegment) -> None:
-        first = self._full[-1].end_row if self._full else self._manifest.next_row
-        batches = self._table.batches(first)
-        end_row = int(rows_of(batches[-1])[-1]) + 1
-        self._table.divide()  # what is sealed takes the place of these rows alone
-        self._full.append(_FullSegment(self._open_number, self._open, end_row))
-        self._open_number, self._open = number, file
+        self._full.append(_FullSegment(self._open_number, self._open))
+        self._open_number, self._open, self._image = number, file, self._new_image()
 
     def _open_segment(self, number: int) -> OpenSegment:
         path, sync_each_batch = open_path(self._folder, number), self._settings.fsync == "batch"
-        return OpenSegment(path, self._schema, sync_each_batch, self._writer)
+        return OpenSegment(path, self._schema, sync_each_batch)
+
+    def _new_image(self, content: bytes = b"") -> SegmentImage:
+        return SegmentImage(self._schema, int(_ROOM * self._settings.segment_bytes), content)
 
     def _unlink(self, entries: Sequence[SegmentEntry]) -> None:
         for entry in entries:

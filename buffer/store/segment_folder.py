@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from buffer.schema import TokenContract, rows_of
 from buffer.store.event_history import log_files, open_log_path
 from buffer.store.manifest import CorruptSegmentError, Manifest, SegmentEntry, sync_folder
 from buffer.store.quarantine import set_bytes_aside, set_file_aside
+from buffer.store.row_numbers import NO_ROWS, Int64
 from buffer.store.segments import (
     OPEN_SUFFIX,
     SEALED_SUFFIX,
     OpenScan,
     OpenSegment,
     cut_torn_tail,
-    map_sealed,
+    map_content,
     open_numbers,
     open_path,
+    read_batches,
     scan_open,
     sealed_path,
 )
@@ -59,24 +61,37 @@ def find_manifest(folder: Path, contract: TokenContract) -> Manifest | None:
 
 
 @dataclass(frozen=True)
+class FoundSegment:
+    """content: of the file; batches: views of it."""
+
+    content: pa.Buffer
+    batches: tuple[pa.RecordBatch, ...]
+
+    @property
+    def rows(self) -> Int64:
+        """[n] row numbers."""
+        return np.concatenate([NO_ROWS, *(rows_of(batch) for batch in self.batches)])
+
+
+@dataclass(frozen=True)
 class FoundRows:
     """What the segments of a folder hold.
 
     manifest: as the files found make it: without the segments that had to be put aside, numbers of files that exist
-    used up. sealed: per entry, mapped. opened: per open segment, its number and its rows. next_row: number after the
-    last row that the files show to have existed. cut_bytes: torn bytes cut off.
+    used up. sealed: per entry, mapped. opened: per open segment, by its number. next_row: number after the last row
+    that the files show to have existed. cut_bytes: torn bytes cut off.
     """
 
     manifest: Manifest
-    sealed: tuple[tuple[SegmentEntry, tuple[pa.RecordBatch, ...]], ...]
-    opened: tuple[tuple[int, tuple[pa.RecordBatch, ...]], ...]
+    sealed: tuple[tuple[SegmentEntry, FoundSegment], ...]
+    opened: tuple[tuple[int, FoundSegment], ...]
     next_row: int
     cut_bytes: int
 
     @property
     def batches(self) -> list[pa.RecordBatch]:
         """All, by row."""
-        files = (batches for _, batches in (*self.sealed, *self.opened))
+        files = (segment.batches for _, segment in (*self.sealed, *self.opened))
         return [batch for batches in files for batch in batches]
 
 
@@ -90,7 +105,7 @@ def find_rows(folder: Path, manifest: Manifest, schema: pa.Schema) -> FoundRows:
     sealed = []
     for entry in manifest.segments:
         try:
-            sealed.append((entry, tuple(map_sealed(folder, entry, schema))))
+            sealed.append((entry, _found(map_content(folder, entry, schema), schema)))
         except CorruptSegmentError as error:
             lost = (
                 f"lost with it: those of its {entry.num_rows} rows ({entry.first_row} to {entry.last_row}) still live"
@@ -98,7 +113,7 @@ def find_rows(folder: Path, manifest: Manifest, schema: pa.Schema) -> FoundRows:
             set_file_aside(sealed_path(folder, entry.number), f"{error}; {lost}")
     if len(sealed) < len(manifest.segments):
         manifest = replace(manifest, segments=tuple(entry for entry, _ in sealed))
-    opened: list[tuple[int, tuple[pa.RecordBatch, ...]]] = []
+    opened: list[tuple[int, FoundSegment]] = []
     next_row, cut_bytes = manifest.next_row, 0
     for number in open_numbers(folder, manifest.open_segment):
         path = open_path(folder, number)
@@ -113,7 +128,8 @@ def find_rows(folder: Path, manifest: Manifest, schema: pa.Schema) -> FoundRows:
             logger.warning("%s: cut %d bytes of an unfinished insert off its end", path, scan.torn_bytes)
             cut_torn_tail(path, scan)
         cut_bytes += scan.torn_bytes
-        opened = [*(each for each in opened if each[1]), (number, _as_one(scan.batches))]  # nothing to seal in others
+        segment = _found(pa.py_buffer(path.read_bytes()), schema)
+        opened = [*(each for each in opened if each[1].batches), (number, segment)]  # nothing to seal in others
     if opened:
         next_segment = max(manifest.next_segment, opened[-1][0] + 1)
         manifest = replace(manifest, open_segment=opened[0][0], next_segment=next_segment)
@@ -146,5 +162,7 @@ def _put_damage_aside(path: Path, scan: OpenScan, schema: pa.Schema) -> None:
     sync_folder(path.parent)
 
 
-def _as_one(batches: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, ...]:
-    return (pa.concat_batches(batches),) if batches else ()
+def _found(content: pa.Buffer, schema: pa.Schema) -> FoundSegment:
+    """content: of a file that is whole; empty where not even the schema was written."""
+    batches = read_batches(content, schema) if content.size else ()
+    return FoundSegment(content, tuple(batch for batch, _ in batches))

@@ -1,36 +1,37 @@
 """Durable segments: files in the Arrow IPC stream format, which any Arrow library reads.
 
     segment-000001.arrows        sealed: complete, listed in the manifest with its checksum, memory-mapped
-    segment-000002.arrows.open   open, full: its sealed copy is being written
+    segment-000002.arrows.open   open, full: being sealed
     segment-000003.arrows.open   open: takes inserts; each batch carries a checksum of its own bytes
 
 A batch is written with one `write` call after the last complete batch, so a crash leaves complete batches and
-at most one torn one, which recovery cuts off. Sealing writes the rows again in few large batches: small
-inserts would make a mapped segment slow to draw from for all its life.
+at most one torn one, which recovery cuts off. A sealed segment is an open one that was synced and got its other name,
+or what a compaction wrote. Whether a mark stands at its end is all the same, to the format too.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import xxhash
 
-from buffer.store.block_writer import BlockWriter
 from buffer.store.manifest import CorruptSegmentError, SegmentEntry, sync_folder
-from buffer.store.merged_batch import merged_message
+from buffer.store.segment_image import SegmentImage
 
 OPEN_SUFFIX = ".arrows.open"
 SEALED_SUFFIX = ".arrows"
-END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _ANY_OPEN = f"segment-*{OPEN_SUFFIX}"
 _MESSAGE_START = b"\xff\xff\xff\xff"
 _PREFIX_BYTES = 8  # of a message: its start, and the length of its metadata
 _MESSAGE_ALIGNMENT = 8
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # The checksum stands in the metadata of the message that it covers: it is computed with zeros in its place.
 _CHECKSUM_PREFIX = b"xxh3_128:"
@@ -63,11 +64,9 @@ class OpenSegment:
     survives the death of the process.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, sync_each_batch: bool, writer: BlockWriter | None = None) -> None:
-        """Create `path`, or go on after its last byte (`cut_torn_tail` comes first). writer: of what `append` gives
-        back, of the same schema; None = each batch has memory of its own."""
+    def __init__(self, path: Path, schema: pa.Schema, sync_each_batch: bool) -> None:
+        """Create `path`, or go on after its last byte (`cut_torn_tail` comes first)."""
         self.path = path
-        self._writer = writer or BlockWriter(schema, block_bytes=0)
         self._schema = schema
         self._header = schema.serialize().to_pybytes()
         self._sync_each_batch = sync_each_batch
@@ -87,20 +86,15 @@ class OpenSegment:
         """Whether it holds no batch yet."""
         return self._size_bytes <= len(self._header)
 
-    def append(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Write a batch; gives it back as a view of the written bytes, so that the caller's memory is free to
-        go.
+    def append(self, batch: pa.RecordBatch) -> None:
+        """Write a batch.
 
         Raises:
             OSError: the bytes could not be written; the file is as it was before.
         """
-        message = self._writer.write(batch, _NO_CHECKSUM)
-        renew_checksum(message)
-        self._write(message)
-        view: pa.RecordBatch = pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(message)), self._schema)
-        return view
+        self._write(encode_message(batch, self._schema))
 
-    def append_message(self, message: bytearray) -> None:
+    def append_message(self, message: bytearray | memoryview) -> None:
         """Write a batch that is encoded already.
 
         Raises:
@@ -222,30 +216,41 @@ class SealedFile:
     checksum: str
 
 
-def write_sealed(path: Path, groups: Sequence[Sequence[pa.RecordBatch]], schema: pa.Schema) -> SealedFile:
-    """Write a complete segment next to `path`, make it durable and rename it into place.
+def seal_open(source: Path, path: Path) -> SealedFile:
+    """Make a full open segment durable and give it a second name, that of a sealed one, so that it has one that counts
+    at any moment; the caller deletes the first when the second does.
 
-    groups: of batches with one row at least, each of which becomes one batch of the file.
+    Raises:
+        OSError: the disk refused; the open segment stays as it is.
+    """
+    _sync_file(source)
+    path.unlink(missing_ok=True)  # of an attempt that failed
+    try:
+        os.link(source, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        temporary = path.with_name(path.name + ".tmp")  # the file system knows no second names
+        shutil.copyfile(source, temporary)
+        _sync_file(temporary)
+        temporary.rename(path)
+    sync_folder(path.parent)
+    return _measure(path)
+
+
+def write_sealed(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> SealedFile:
+    """Write a complete segment next to `path`, make it durable and rename it into place.
 
     Raises:
         OSError: the disk refused; nothing is left behind.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with pa.OSFile(str(temporary), "wb") as sink:
-            sink.write(schema.serialize())
-            for batches in groups:
-                for piece in merged_message(batches, schema):
-                    sink.write(piece)
-            sink.write(END_OF_STREAM)
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        with pa.memory_map(str(temporary)) as file:
-            content = file.read_buffer()
-            sealed = SealedFile(content.size, _checksum(content))
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        _sync_file(temporary)
+        sealed = _measure(temporary)
         temporary.rename(path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -255,8 +260,16 @@ def write_sealed(path: Path, groups: Sequence[Sequence[pa.RecordBatch]], schema:
 
 
 def map_sealed(folder: Path, entry: SegmentEntry, schema: pa.Schema) -> list[pa.RecordBatch]:
-    """Map a sealed segment; its batches are views of the file, which stays readable to them after its
-    deletion.
+    """Map a sealed segment; its batches are views of the file (see `map_content`).
+
+    Raises:
+        CorruptSegmentError: see `map_content`.
+    """
+    return [batch for batch, _ in read_batches(map_content(folder, entry, schema), schema)]
+
+
+def map_content(folder: Path, entry: SegmentEntry, schema: pa.Schema) -> pa.Buffer:
+    """Map a sealed segment, which stays readable here after its deletion; gives all that is in it.
 
     Raises:
         CorruptSegmentError: the file is missing, or differs from what the manifest says.
@@ -273,10 +286,37 @@ def map_sealed(folder: Path, entry: SegmentEntry, schema: pa.Schema) -> list[pa.
         raise CorruptSegmentError(f"{path} has {content.size} bytes instead of {entry.size_bytes}: {remedy}")
     if (found := _checksum(content)) != entry.checksum:
         raise CorruptSegmentError(f"{path} has checksum {found} instead of {entry.checksum}: {remedy}")
-    reader = pa.ipc.open_stream(content)
-    if not reader.schema.equals(schema, check_metadata=True):
+    if not pa.ipc.read_schema(content).equals(schema, check_metadata=True):
         raise CorruptSegmentError(f"{path} holds rows of another schema: {remedy}")
-    return list(reader)
+    return content
+
+
+def read_batches(content: pa.Buffer, schema: pa.Schema, begin: int = 0) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """The batches of a segment that begin at a byte or later, as views of its content, each with where it ends."""
+    source = pa.BufferReader(content)
+    source.seek(begin)
+    if not begin:
+        pa.ipc.read_schema(source)
+    while source.tell() < content.size:
+        try:
+            message = pa.ipc.read_message(source)
+        except EOFError:  # how an earlier version of this program ended a sealed segment
+            return
+        yield pa.ipc.read_record_batch(message, schema), source.tell()
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _measure(path: Path) -> SealedFile:
+    with pa.memory_map(str(path)) as file:
+        content = file.read_buffer()
+        return SealedFile(content.size, _checksum(content))
 
 
 def _checksum(content: pa.Buffer) -> str:
@@ -285,7 +325,12 @@ def _checksum(content: pa.Buffer) -> str:
 
 def encode_message(batch: pa.RecordBatch, schema: pa.Schema) -> bytearray:
     """The message of one batch as it stands in a stream, with its checksum."""
-    message = bytearray(BlockWriter(schema, block_bytes=0).write(batch, _NO_CHECKSUM))
+    return bytearray(add_message(SegmentImage(schema, room_bytes=0), batch))
+
+
+def add_message(image: SegmentImage, batch: pa.RecordBatch) -> memoryview:
+    """Add a batch to the image of a segment; gives its message, with its checksum."""
+    message = image.write(batch, _NO_CHECKSUM)
     renew_checksum(message)
     return message
 

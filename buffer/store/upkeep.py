@@ -106,7 +106,7 @@ class Upkeep:
         return live[np.searchsorted(live, first) : np.searchsorted(live, end)]
 
     def finish_seal(self) -> None:
-        """Wait for the sealed copy that is being written, and let it count.
+        """Wait until the first full segment is sealed, and let it count as such.
 
         Raises:
             OSError: the disk refused; the segment stays open, and `tidy` tries again.

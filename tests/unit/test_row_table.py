@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.schema import with_rows, without_rows
-from buffer.store import gather_source, row_table
+from buffer.schema import stored_schema, with_rows, without_rows
+from buffer.store import gather_source
 from buffer.store.gather_frame import GatherFrame
 from buffer.store.gather_source import VIEW_LANES
 from buffer.store.row_table import RowTable
-from tests.trajectories import BACKSPACE, EOS, batch_of, expert_row, ids_of, numbered, row
+from tests.trajectories import BACKSPACE, CONTRACT, EOS, batch_of, expert_row, ids_of, numbered, row
+
+SCHEMA = stored_schema(CONTRACT)
 
 
 def numbered_at(rows):
@@ -26,21 +30,39 @@ def joined(batches):
     return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
 
 
-def table_of(sizes, on_heap=True, step=1):
-    """A table whose rows are 0, step, 2 * step, ..., and the same rows as one batch."""
-    table, batches, first = RowTable(), [], 0
-    for size in sizes:
-        batches.append(numbered_at(range(first, first + size * step, step)))
-        table.append(batches[-1:], on_heap)
-        first += size * step
-    return table, joined(batches)
+def content_of(batches):
+    """As a segment file holds them."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue().slice(0, sink.getvalue().size - 8)
 
 
-@pytest.mark.parametrize("on_heap", [True, False])
+def rows_in(batches):
+    return np.concatenate([batch.column("row").to_numpy() for batch in batches])
+
+
+def table_of(*segments):
+    """segments: the batches of each, numbered 1, 2, ..."""
+    table = RowTable(SCHEMA)
+    for number, batches in enumerate(segments, start=1):
+        table.append(number, content_of(batches), rows_in(batches))
+    return table
+
+
+def numbered_segments(sizes, step=1):
+    """Three batches to a segment; the rows are 0, step, 2 * step, ..."""
+    ends = np.cumsum([0, *sizes])
+    batches = [numbered_at(range(begin * step, end * step, step)) for begin, end in itertools.pairwise(ends)]
+    return [batches[at : at + 3] for at in range(0, len(batches), 3)]
+
+
 @pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize("sizes", [[1] * 40, [7, 1, 30, 2], [64], [33, 32, 16, 8, 1]])
-def test_take_and_ids_give_rows_in_the_order_asked_for(sizes, step, on_heap):
-    table, plain = table_of(sizes, on_heap, step)
+def test_take_and_ids_give_rows_in_the_order_asked_for(sizes, step):
+    segments = numbered_segments(sizes, step)
+    table, plain = table_of(*segments), joined([batch for batches in segments for batch in batches])
     generator = np.random.default_rng(0)
     for _ in range(20):
         positions = generator.permutation(plain.num_rows)[: generator.integers(1, plain.num_rows + 1)]
@@ -59,6 +81,7 @@ KINDS = {
     "short": row("a", [1, 5, 6], prompt_ids=[7], task="b", actor="c" * 13),
     "expert": expert_row("a", [5, 6, EOS]),
     "noise": expert_row("a", [5, 6, EOS], realised=[None, 9, None]),
+    "no noise": row("a", [5], sampling={"temperature": 0.5, "top_p": 0.25, "floor_mask": False}),
     "features": row("a", [5], features=[0.5, 1.0], reward=0.25),
     "long": row("a", [5] * 300, prompt_ids=[7] * 40, weights_fingerprint=None, sampling=None),
 }
@@ -67,12 +90,10 @@ KINDS = {
 @settings(max_examples=150, deadline=None)
 @given(
     window_bits=st.sampled_from([11, 30]),
-    batches=st.lists(
-        st.tuples(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=6), st.integers(0, 2)), min_size=1
-    ),
+    batches=st.lists(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=6), min_size=1),
     data=st.data(),
 )
-def test_any_kinds_of_rows_in_any_batches_and_slices(window_bits, batches, data):
+def test_any_kinds_of_rows_in_any_batches_of_a_segment_that_grows_and_moves(window_bits, batches, data):
     """Windows of 2 KB are full after two rows of the longest kind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather_source, "WINDOW_BITS", window_bits)
@@ -80,20 +101,33 @@ def test_any_kinds_of_rows_in_any_batches_and_slices(window_bits, batches, data)
 
 
 def check_any_kinds(batches, data):
-    table, stored, first = RowTable(), [], 0
-    for kinds, cut in batches:
-        rows = [{**KINDS[kind], "id": str(first + index)} for index, kind in enumerate(kinds)]
-        batch = with_rows(batch_of(rows), np.arange(first, first + len(rows))).slice(min(cut, len(rows) - 1))
-        table.append([batch], on_heap=bool(cut))
-        stored.append(batch)
-        first += len(rows)
-    plain = joined(stored)
-    for _ in range(2):  # the second time rows of batches that the table has not looked at may be among them
-        positions = data.draw(st.lists(st.integers(0, plain.num_rows - 1), min_size=1, max_size=12))
-        expected = plain.take(pa.array(positions))
-        taken = table.take(expected.column("row").to_numpy())
-        taken.validate(full=True)
-        assert taken.equals(without_rows(expected))
+    table, number, stored = RowTable(SCHEMA), 1, []
+    plain = joined([with_rows(batch_of([KINDS[kind] for kind in kinds]), np.arange(len(kinds))) for kinds in batches])
+    plain = plain.set_column(0, plain.schema.field("id"), pa.array([str(place) for place in range(plain.num_rows)]))
+    plain = with_rows(without_rows(plain), np.arange(plain.num_rows))
+    first = 0
+    for kinds in batches:
+        stored.append(plain.slice(first, len(kinds)))
+        table.append(number, content_of(stored), rows_in(stored[-1:]))
+        first += len(kinds)
+        match data.draw(st.sampled_from(["take", "move", "end", "go on"])):
+            case "take":
+                check_take(table, plain.slice(0, first), data)
+            case "move":
+                table.move(number, content_of(stored))
+            case "end":
+                number, stored = number + 1, []
+    for _ in range(2):
+        check_take(table, plain, data)
+
+
+def check_take(table, plain, data):
+    positions = data.draw(st.lists(st.integers(0, plain.num_rows - 1), min_size=1, max_size=12))
+    expected = plain.take(pa.array(positions))
+    taken = table.take(expected.column("row").to_numpy())
+    taken.validate(full=True)
+    assert taken.equals(without_rows(expected))
+    assert table.ids(expected.column("row").to_numpy()).equals(expected.column("id"))
 
 
 def test_what_stands_under_a_null_list_is_not_gathered():
@@ -102,143 +136,108 @@ def test_what_stands_under_a_null_list_is_not_gathered():
     column = batch.column(index)
     hidden = pa.ListArray.from_arrays(column.offsets, column.values, type=column.type, mask=pa.array([True, False]))
     batch = batch.set_column(index, batch.schema.field(index), hidden)
-    table = RowTable()
-    table.append([batch], on_heap=False)
-    (taken,) = table.take(np.array([1, 0])).select(["logprobs"]).columns
+    (taken,) = table_of([batch]).take(np.array([1, 0])).select(["logprobs"]).columns
     assert taken.to_pylist() == [[-0.5], None]
     assert len(taken.values) == 1
 
 
 def test_an_empty_list_beside_a_null_one_is_not_null():
     """Where the next row begins with the id 1, which marks a null in the records."""
-    table = RowTable()
-    table.append([with_rows(batch_of([row("a", []), row("b", [1]), expert_row("c", [5])]), np.arange(3))], False)
+    table = table_of([with_rows(batch_of([row("a", []), row("b", [1]), expert_row("c", [5])]), np.arange(3))])
     column = table.take(np.array([2, 0])).column("policy_version")
     assert column.to_pylist() == [None, []]
 
 
 def test_a_column_of_one_value_is_compared_bit_by_bit():
     """0.0 equals -0.0, yet is another value."""
-    table, samplings = RowTable(), []
-    for number, temperature in enumerate([0.0, -0.0]):
-        sampling = {"temperature": temperature, "top_p": 1.0, "floor_mask": True}
-        samplings.append(sampling)
-        table.append([with_rows(batch_of([row(str(number), [5], sampling=sampling)]), np.array([number]))], False)
-    assert str(table.take(np.array([1, 0])).column("sampling").to_pylist()) == str(samplings[::-1])
+    samplings = [{"temperature": temperature, "top_p": 1.0, "floor_mask": True} for temperature in (0.0, -0.0)]
+    batches = [
+        with_rows(batch_of([row(str(number), [5], sampling=sampling)]), np.array([number]))
+        for number, sampling in enumerate(samplings)
+    ]
+    taken = table_of(batches).take(np.array([1, 0]))
+    assert str(taken.column("sampling").to_pylist()) == str(samplings[::-1])
 
 
 def test_a_column_of_more_items_than_a_batch_can_count():
     """Five lists of 2^29 - 1 numbers each, whose bytes nobody looks at."""
     schema = pa.schema([pa.field("actions", pa.list_(pa.int32()))])
-    frame = GatherFrame(schema, ["actions"], frozenset(), [], {}, num_rows=5)
+    frame = GatherFrame(schema, ["actions"], [], frozenset(), {}, num_rows=5)
     records = np.zeros((5, VIEW_LANES), dtype=np.int32)
     records[:, 0] = 2**31 - 4
     with pytest.raises(ValueError, match="5 rows with 2684354555 elements are too many"):
-        frame.fill(records, np.arange(5), [])
+        frame.fill(records, [])
 
 
 def test_ids_of_no_rows():
-    table, _ = table_of([3])
-    assert table.ids(np.array([], dtype=np.int64)).equals(pa.array([], pa.string()))
-
-
-def test_small_heap_batches_are_merged_and_mapped_ones_left_alone():
-    table, plain = table_of([1] * 1000)
-    assert len(table.batches(0)) == 1000, "nothing is copied before it is asked for"
-    table.take(np.array([5]))
-    assert len(table.batches(0)) == 1
-    for number in range(1000, 1100):
-        table.append([numbered_at([number])], on_heap=True)
-        table.take(np.array([number]))
-        assert len(table.batches(0)) <= 4 * 7
-    assert table.batches(0)[0].slice(0, 1000).equals(plain)
-    mapped, _ = table_of([1] * 100, on_heap=False)
-    mapped.append([numbered_at([100])], on_heap=True)
-    mapped.take(np.array([5]))
-    assert len(mapped.batches(0)) == 101
-
-
-def test_batches_of_any_sizes_are_merged_seldom_and_few_are_left():
-    generator = np.random.default_rng(0)
-    table, num_rows, copied = RowTable(), 0, 0
-    rows = numbered_at(range(4000))
-    while num_rows + 64 <= 4000:
-        size = int(generator.choice([1, 9, 64]))
-        table.append([rows.slice(num_rows, size)], on_heap=True)
-        num_rows += size
-        before = {id(batch) for batch in table.batches(0)}
-        table.take(np.array([num_rows - 1]))
-        copied += sum(batch.num_rows for batch in table.batches(0) if id(batch) not in before)
-        assert len(table.batches(0)) <= 4 * 7
-    assert copied < 5 * num_rows
-
-
-def test_merged_batches_have_no_more_rows_than_they_may(monkeypatch):
-    monkeypatch.setattr(row_table, "MERGED_ROWS", 9)
-    monkeypatch.setattr(row_table, "MERGED_BATCHES", 2)
-    table, _ = table_of([5, 5, 4, 2, 3])
-    assert ids_of(table.take(np.array([18, 0]))) == ["18", "0"]
-    assert [batch.num_rows for batch in table.batches(0)] == [5, 9, 5]
-
-
-def test_batches_before_and_after_a_division_are_merged_apart():
-    table, _ = table_of([1] * 20)
-    table.divide()
-    for number in range(20, 60):
-        table.append([numbered_at([number])], on_heap=True)
-        if number % 3 == 0:
-            table.take(np.array([number, 0]))
-    assert table.batches(0)[0].num_rows == 20
-    table.replace(0, 20, [numbered_at(range(20))], on_heap=False)
-    assert ids_of(table.take(np.array([59, 20, 19, 0]))) == ["59", "20", "19", "0"]
+    nothing = np.array([], dtype=np.int64)
+    for table in (RowTable(SCHEMA), table_of([numbered_at([0, 1])])):
+        assert table.ids(nothing).equals(pa.array([], pa.string()))
 
 
 def test_holds_only_rows_that_are_there():
-    table = RowTable()
+    table = RowTable(SCHEMA)
     assert not table.holds(np.array([0]))
     assert table.holds(np.array([], dtype=np.int64))
-    table.append([numbered_at([3, 5, 9]), numbered_at([12])], on_heap=False)
+    table = table_of([numbered_at([3, 5, 9]), numbered_at([12])])
     assert table.holds(np.array([12, 3, 9, 3]))
     for absent in (0, 4, 10, 13):
         assert not table.holds(np.array([3, absent]))
 
 
-def test_removed_rows_leave_the_numbers_of_the_others():
-    table, plain = table_of([10, 10, 10], on_heap=False)
-    table.remove(10, 20)
-    assert not table.holds(np.array([10]))
-    assert ids_of(table.take(np.array([25, 3]))) == ids_of(plain.take(pa.array([25, 3])))
-    table.append([numbered_at(range(30, 35))], on_heap=True)
-    assert ids_of(table.take(np.array([32, 29]))) == ["32", "29"]
+def test_removed_segments_leave_the_numbers_of_the_others_and_their_windows_to_later_ones():
+    segments = numbered_segments([10] * 12)
+    table, plain = table_of(*segments), joined([batch for batches in segments for batch in batches])
+    for number, gone, row_of_each in ((2, range(30, 60), 35), (1, range(30), 5)):
+        assert ids_of(table.take(np.array([row_of_each]))) == [str(row_of_each)]
+        table.remove([number])
+        assert not any(table.holds(np.array([each])) for each in gone)
+        asked = np.array([119, 60, 95])
+        assert table.take(asked).equals(without_rows(plain.take(pa.array(asked))))
+    more = [numbered_at(range(120, 125))]
+    table.append(9, content_of(more), rows_in(more))
+    assert ids_of(table.take(np.array([122, 60]))) == ["122", "60"]
+    assert len(table._windows) == 4
 
 
-def test_replaced_batches_may_leave_rows_out():
-    table, _ = table_of([10, 10, 10], on_heap=False)
-    table.replace(0, 20, [numbered_at([2, 15])], on_heap=False)
-    assert ids_of(table.take(np.array([25, 15, 2]))) == ["25", "15", "2"]
+def test_the_oldest_rows_go_for_as_long_as_newer_ones_come():
+    table = RowTable(SCHEMA)
+    for number in range(300):
+        batches = [numbered_at(range(10 * number, 10 * number + 10))]
+        table.append(number, content_of(batches), rows_in(batches))
+        if number >= 3:
+            table.remove([number - 3])
+            asked = [10 * number + 9, 10 * number - 20, 10 * number - 1]
+            assert ids_of(table.take(np.array(asked))) == [str(each) for each in asked]
+    assert len(table._slots.rows.base) == 1024, "as many are here at any moment"
+
+
+@pytest.mark.parametrize("is_described", [True, False])
+def test_replaced_segments_may_leave_rows_out(is_described):
+    table = table_of(*numbered_segments([10] * 9))
+    if is_described:
+        table.take(np.array([0]))
+    table.replace([1, 2], 7, content_of([numbered_at([2, 15]), numbered_at([40])]))
+    assert ids_of(table.take(np.array([65, 15, 40, 2]))) == ["65", "15", "40", "2"]
     assert not table.holds(np.array([3]))
-    table.replace(20, 30, [], on_heap=False)
-    assert len(table.batches(0)) == 1
-    assert len(table.batches(0, 20)) == 1
-    assert table.batches(0, 15) == []
+    table.replace([3], 8, content_of([numbered_at([61])]))
+    assert ids_of(table.take(np.array([61, 2]))) == ["61", "2"]
 
 
 def test_a_row_that_is_not_there_is_never_answered_with_another():
-    table = RowTable()
-    table.append([numbered_at([3, 5, 9])], on_heap=False)
+    table = table_of([numbered_at([3, 5, 9])])
     for read in (table.take, table.ids):
         with pytest.raises(AssertionError, match="does not hold"):
             read(np.array([4]))
 
 
 def test_rows_out_of_order_are_refused():
-    table, _ = table_of([3])
-    with pytest.raises(AssertionError, match="in order"):
-        table.append([numbered_at([2])], on_heap=False)
+    table = table_of([numbered_at([0, 1, 2])], [numbered_at([3])])
+    for number, rows in ((2, [2]), (1, [4])):
+        with pytest.raises(AssertionError, match="in order"):
+            table.append(number, content_of([numbered_at(rows)]), np.array(rows))
 
 
 def test_a_table_without_rows_gives_none_and_misses_what_is_asked_for():
-    table = RowTable()
-    assert table.ids(np.array([], dtype=np.int64)).to_pylist() == []
     with pytest.raises(AssertionError, match="a row that the table does not hold"):
-        table.ids(np.array([3]))
+        RowTable(SCHEMA).ids(np.array([3]))

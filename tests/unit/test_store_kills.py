@@ -21,7 +21,7 @@ from buffer.store.replay_store import ReplayStore
 from tests.stores import crash
 from tests.trajectories import CONTRACT, ids_of, numbered
 
-STEPS = ("write", "rename", "unlink", "truncate")
+STEPS = ("write", "link", "rename", "unlink", "truncate")
 """What changes a file so that another process sees it."""
 
 SETTINGS = BufferSettings(
