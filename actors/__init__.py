@@ -1,1 +1,9 @@
-"""Rollout actors: vLLM engines in which the model can take tokens back."""
+"""Rollout actors: vLLM engines in which the model can take tokens back.
+
+rollout_actor, shard_writer     one actor: prompts in, rollouts to the buffer, weights taken between two steps
+generator       rollouts of a checkpoint, without a run
+engine/         vLLM with backspace inside it
+pool/           all actors of a run, and their number
+scoring/        rewards and features of what they wrote
+rollout_rules, settings, status     what all of them share
+"""

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from actors.action_log import FinishedLog, Int32, logs_to_batch
-from actors.engine_settings import EngineSettings, SamplingSettings
+from actors.engine.action_log import FinishedLog, Int32, logs_to_batch
+from actors.engine.settings import EngineSettings, SamplingSettings
 from buffer.schema import TokenContract
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Generator:
     """
 
     def __init__(self, settings: EngineSettings, contract: TokenContract) -> None:
-        from actors.engine import BackspaceEngine
+        from actors.engine.engine import BackspaceEngine
 
         self._contract = contract
         self._seed = settings.seed

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import ray
 
-from actors.action_log import FinishedLog, logs_to_batch
-from actors.engine_settings import EngineSettings, SamplingSettings
+from actors.engine.action_log import FinishedLog, logs_to_batch
+from actors.engine.settings import EngineSettings, SamplingSettings
 from actors.rollout_rules import (
     GENERATING,
     IDLE_WAIT_S,
@@ -31,8 +31,8 @@ from actors.rollout_rules import (
     hand_over_due,
     rollout_activity,
 )
-from actors.scoring import RolloutScoring
-from actors.scoring_settings import ScoringSettings
+from actors.scoring.rollout_scores import RolloutScoring
+from actors.scoring.settings import ScoringSettings
 from actors.settings import ActorsSettings
 from actors.shard_writer import ShardWriter
 from actors.status import ActorStatus
@@ -96,7 +96,7 @@ class RolloutActor:
             ValueError: the engine cannot be built, or a scorer cannot be imported.
         """
         # Here, not at the top: pool and driver know this class too, and should not load vLLM for it.
-        from actors.engine import BackspaceEngine
+        from actors.engine.engine import BackspaceEngine
 
         self._name = name
         self._spec = spec

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from actors.engine_settings import EngineSettings, SamplingSettings, engine_environment
+from actors.engine.settings import EngineSettings, SamplingSettings, engine_environment
 from actors.generator import Generator, PromptGroup
 from buffer.schema import TokenContract
 from launch.rollout_view import FLOOR_MARK, RolloutView, view_rollout

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actors.action_log import FinishedLog, logs_to_batch
-from actors.engine_settings import SamplingSettings
+from actors.engine.action_log import FinishedLog, logs_to_batch
+from actors.engine.settings import SamplingSettings
 from actors.settings import ActorsSettings
 from buffer.schema import TokenContract
 

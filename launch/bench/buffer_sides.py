@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from actors.action_log import FinishedLog
+from actors.engine.action_log import FinishedLog
 from buffer.settings import BufferSettings
 from buffer.store.consumption_log import DrawKey
 from buffer.store.replay_store import ReplayStore

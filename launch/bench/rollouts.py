@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from actors.action_log import FinishedLog, Int32
-from actors.engine_settings import EngineSettings, SamplingSettings, engine_environment
+from actors.engine.action_log import FinishedLog, Int32
+from actors.engine.settings import EngineSettings, SamplingSettings, engine_environment
 from launch.bench.hardware import hardware
 from launch.bench.tiny_llama import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, write_tiny_llama
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from actors.engine import BackspaceEngine
+    from actors.engine.engine import BackspaceEngine
 
 ANSWER_TIMEOUT_S = 600.0
 PROMPT_LENGTH = 100
@@ -193,7 +193,7 @@ def _serve(side: Side, load: _Workload, connection: multiprocessing.connection.C
 
 
 def _backspace_engine(load: _Workload) -> BackspaceEngine:
-    from actors.engine import BackspaceEngine
+    from actors.engine.engine import BackspaceEngine
 
     class BenchEngine(BackspaceEngine):
         logits_processors = (*BackspaceEngine.logits_processors, "launch.bench.forced_rate:ForcedRateProcessor")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from actors.action_log import FinishedLog, logs_to_batch
-from actors.engine_settings import SamplingSettings
+from actors.engine.action_log import FinishedLog, logs_to_batch
+from actors.engine.settings import SamplingSettings
 from actors.rollout_rules import (
     DEMAND_POLL_S,
     GENERATING,

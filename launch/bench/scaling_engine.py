@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from actors.action_log import FinishedLog
+from actors.engine.action_log import FinishedLog
 from launch.bench.buffer_load import FIRST_TEXT_ID
 from launch.bench.scaling_times import StepTimes
 
@@ -13,7 +13,9 @@ Int64 = npt.NDArray[np.int64]
 
 
 class SimulatedEngine:
-    """One action per rollout and step. The calls are those of `actors.engine.BackspaceEngine`; time is the caller's."""
+    """One action per rollout and step. The calls are those of `actors.engine.engine.BackspaceEngine`; time is the
+    caller's.
+    """
 
     def __init__(self, times: StepTimes, id_prefix: str, seed: tuple[int, ...]) -> None:
         """id_prefix: of the ids of its rollouts. seed: of their lengths."""

@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.autoscaler import Autoscaler, Observation
+from actors.pool.autoscaler import Autoscaler, Observation
+from actors.pool.roster import Roster, Sighting
 from actors.rollout_rules import SUPERVISION_INTERVAL_S
-from actors.roster import Roster, Sighting
 from actors.settings import ActorsSettings
 from actors.status import PoolStatus
 from buffer.shards.status import BufferStatus
@@ -27,7 +27,7 @@ class _Hand:
 
 
 class SimulatedCrew:
-    """What `actors.ray_crew.RayCrew` is to Ray, on the clock of the running loop."""
+    """What `actors.pool.ray_crew.RayCrew` is to Ray, on the clock of the running loop."""
 
     def __init__(self, settings: ActorsSettings, times: StepTimes, shards: Sequence[SimulatedShard], seed: int) -> None:
         self._settings = settings
@@ -67,7 +67,7 @@ class SimulatedCrew:
                 hand.actor.announce(version)
 
     def look(self, name: str) -> Sighting:
-        """See `actors.roster.Crew`."""
+        """See `actors.pool.roster.Crew`."""
         hand = self._hands[name]
         if hand.run is None:
             return "ready" if asyncio.get_running_loop().time() >= hand.ready_at_s else "starting"
@@ -77,27 +77,27 @@ class SimulatedCrew:
         return "left"
 
     def spawn(self, name: str, number: int) -> None:
-        """See `actors.roster.Crew`."""
+        """See `actors.pool.roster.Crew`."""
         seed = (self._seed, number, self._births)
         self._births += 1
         actor = SimulatedActor(name, number, self._settings, self._times, self._shards, self._link, seed)
         self._hands[name] = _Hand(actor, asyncio.get_running_loop().time() + self._times.start_actor_s)
 
     def put_to_work(self, name: str) -> None:
-        """See `actors.roster.Crew`."""
+        """See `actors.pool.roster.Crew`."""
         hand = self._hands[name]
         hand.actor.announce(self.newest_version)
         hand.actor.set_paused(False, first_version=0)
         hand.run = asyncio.create_task(hand.actor.run())
 
     def drain(self, name: str) -> None:
-        """See `actors.roster.Crew`."""
+        """See `actors.pool.roster.Crew`."""
         hand = self._hands[name]
         hand.leaving = True
         hand.actor.drain()
 
     def end(self, name: str) -> None:
-        """See `actors.roster.Crew`."""
+        """See `actors.pool.roster.Crew`."""
         hand = self._hands.pop(name)
         self._past_actions += hand.actor.actions
         _add(self._past_s, hand.actor.spent_s)
@@ -106,7 +106,7 @@ class SimulatedCrew:
 
 
 class SimulatedPool:
-    """`actors.pool.ActorPool` without Ray."""
+    """`actors.pool.pool.ActorPool` without Ray."""
 
     def __init__(
         self, desired: int, settings: ActorsSettings, times: StepTimes, shards: Sequence[SimulatedShard], seed: int

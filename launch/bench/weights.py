@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
-from actors.engine_settings import EngineSettings, engine_environment
+from actors.engine.settings import EngineSettings, engine_environment
 from launch.bench.hardware import hardware
 from launch.bench.weights_sides import Published, PublishingLearner, Taken, TakingActor
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from transformers import LlamaConfig
 
-    from actors.engine_settings import EngineSettings
+    from actors.engine.settings import EngineSettings
     from learner.publication.publisher import PublicationTimes
 
 PROBE_TOLERANCE = 0.5
@@ -121,7 +121,7 @@ class TakingActor:
         if settings is not None:
             from dataclasses import replace
 
-            from actors.engine import BackspaceEngine
+            from actors.engine.engine import BackspaceEngine
 
             with tempfile.TemporaryDirectory() as folder:
                 config.save_pretrained(folder)

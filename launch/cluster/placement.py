@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from actors.node_choice import UNITS, NodeRoom, Placement, choose_node, in_units
+from actors.pool.node_choice import UNITS, NodeRoom, Placement, choose_node, in_units
 from launch.errors import UserError
 from launch.settings.run import RunSettings, needs_actors
 

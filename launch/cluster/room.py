@@ -14,7 +14,7 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 
-from actors.node_choice import in_units
+from actors.pool.node_choice import in_units
 from launch.cluster.placement import Assignment, Node, Role, assign, bundles, planned_roles
 from launch.errors import UserError
 from launch.settings.run import RunSettings

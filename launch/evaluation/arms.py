@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actors.engine_settings import SamplingSettings
+from actors.engine.settings import SamplingSettings
 from actors.generator import PromptGroup
 from actors.settings import RolloutSettings
 from buffer.schema import TokenContract

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.action_log import FinishedLog, Int32, logs_to_batch
+from actors.engine.action_log import FinishedLog, Int32, logs_to_batch
 from buffer.schema import TokenContract
 from launch.evaluation.arms import Arm
 from launch.settings.decodings import ContrastiveSearch

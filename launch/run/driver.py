@@ -14,9 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 
-from actors.autoscaler import Autoscaler, Observation
-from actors.engine_settings import engine_environment
-from actors.pool import ActorPool
+from actors.engine.settings import engine_environment
+from actors.pool.autoscaler import Autoscaler, Observation
+from actors.pool.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from launch.cluster.connection import run_cluster
 from launch.cluster.placement import LEARNER, describe

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from actors.scoring_settings import ExactAnswerSettings, ScorerSettings, ScoringSettings, is_binary
+from actors.scoring.settings import ExactAnswerSettings, ScorerSettings, ScoringSettings, is_binary
 from actors.settings import ActorsSettings
 from buffer.sampling.limiter import Limiter
 from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings

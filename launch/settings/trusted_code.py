@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from actors.scoring_settings import FunctionSettings, ScoringSettings
+from actors.scoring.settings import FunctionSettings, ScoringSettings
 from launch.errors import UserError
 
 TRUSTED_MODULES = "SEQUENCEMATCH_TRUSTED_MODULES"

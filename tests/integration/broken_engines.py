@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from vllm.v1.request import Request
 
-from actors.backspace_scheduler import BackspaceScheduler
-from actors.decoding_state import decoding_state
-from actors.engine import BackspaceEngine
-from actors.logits_processor import BackspaceLogitsProcessor
+from actors.engine.backspace_scheduler import BackspaceScheduler
+from actors.engine.decoding_state import decoding_state
+from actors.engine.engine import BackspaceEngine
+from actors.engine.logits_processor import BackspaceLogitsProcessor
 
 
 class SharesGeneratedBlocks(BackspaceScheduler):  # type: ignore[misc]

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from actors.engine_settings import EngineSettings, engine_environment
+from actors.engine.settings import EngineSettings, engine_environment
 
 if TYPE_CHECKING:
-    from actors.engine import BackspaceEngine
+    from actors.engine.engine import BackspaceEngine
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,7 +103,7 @@ _engine: BackspaceEngine | None = None
 def fresh_engine(settings: EngineSettings, engine_class: type[BackspaceEngine] | None = None) -> BackspaceEngine:
     """Inside the engine process: end the engine of the test before and start one for the tiny models' ids."""
     global _engine  # noqa: PLW0603
-    from actors.engine import BackspaceEngine
+    from actors.engine.engine import BackspaceEngine
     from tests.tiny_models import BACKSPACE_ID, EOS_ID
 
     close_engine()

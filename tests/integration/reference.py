@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from actors.action_log import FinishedLog
-from actors.engine_settings import SamplingSettings
+from actors.engine.action_log import FinishedLog
+from actors.engine.settings import SamplingSettings
 from tests.tiny_models import BACKSPACE_ID, EOS_ID
 
 Text = tuple[int, ...]

@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.ray_crew import at_best_on, node_for_actor
+from actors.pool.ray_crew import at_best_on, node_for_actor
 from actors.settings import ActorsSettings
 from launch.cluster.placement import Node
 from launch.cluster.room import ClusterRoom, live_nodes

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from actors.node_choice import UNITS
+from actors.pool.node_choice import UNITS
 from tests.integration.ray_head import RayHead
 from tests.integration.train_process import ARITHMETIC, ROOT
 

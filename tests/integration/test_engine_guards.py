@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
-from actors.action_log import FinishedLog
-from actors.engine_settings import EngineSettings, SamplingSettings
+from actors.engine.action_log import FinishedLog
+from actors.engine.settings import EngineSettings, SamplingSettings
 from tests.integration.engine_worker import EngineProcessFailed, fresh_engine, in_engine_process
 from tests.integration.reference import compare
 from tests.integration.traffic import Request, rollouts
@@ -28,7 +28,7 @@ def config_refusals(folder: str) -> dict[str, str]:
     """Messages for real vLLM configurations, each with one unsupported feature."""
     from vllm import EngineArgs
 
-    from actors.engine_checks import check_fit, check_vllm_config
+    from actors.engine.checks import check_fit, check_vllm_config
 
     fine = {"model": folder, "dtype": "float32", "max_model_len": 128}
     fine |= {"skip_tokenizer_init": True, "async_scheduling": False}
@@ -100,7 +100,7 @@ def cache_refusals() -> dict[str, str]:
         SlidingWindowSpec,
     )
 
-    from actors.engine_checks import check_kv_cache
+    from actors.engine.checks import check_kv_cache
 
     shape = {"block_size": 32, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
     specs = {

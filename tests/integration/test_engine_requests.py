@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
-from actors.action_log import FinishedLog, Float32, Int32
-from actors.engine_settings import EngineSettings, SamplingSettings
+from actors.engine.action_log import FinishedLog, Float32, Int32
+from actors.engine.settings import EngineSettings, SamplingSettings
 from tests.integration.engine_worker import in_engine_process, shared_engine
 from tests.integration.reference import compare, texts_of
 from tests.integration.traffic import Request, rollouts, shared_prompts

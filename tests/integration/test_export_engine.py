@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from actors.action_log import FinishedLog
-from actors.engine_settings import EngineSettings
+from actors.engine.action_log import FinishedLog
+from actors.engine.settings import EngineSettings
 from buffer.weights import WeightManifest, WeightPayload, check_probe, fingerprint, pack_tensors, unpack
 from launch.export.model import export
 from learner.model.policy import Policy, load_policy

@@ -18,9 +18,9 @@ import ray
 import torch
 from transformers import PreTrainedModel
 
-from actors.action_log import FinishedLog
-from actors.engine_settings import SamplingSettings, engine_environment
-from actors.pool import ActorPool
+from actors.engine.action_log import FinishedLog
+from actors.engine.settings import SamplingSettings, engine_environment
+from actors.pool.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings, RolloutSettings
 from actors.status import PoolStatus

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.action_log import Int32
-from actors.engine_settings import SamplingSettings
+from actors.engine.action_log import Int32
+from actors.engine.settings import SamplingSettings
 from tests.tiny_models import BOS_ID, FIRST_TEXT_ID, VOCAB_SIZE
 
 EDGE_LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 128)

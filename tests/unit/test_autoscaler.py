@@ -10,7 +10,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from actors.autoscaler import Autoscaler, Observation
+from actors.pool.autoscaler import Autoscaler, Observation
 from actors.settings import ActorsSettings, AutoscaleSettings
 from actors.status import ActorStatus, MemberStatus, PoolStatus
 from launch.bench.scaling_times import TIMED_RECIPE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 
-from actors.node_choice import in_units
+from actors.pool.node_choice import in_units
 from launch.cluster import room as cluster_room
 from launch.cluster.placement import ACTORS, LEARNER, Node
 from launch.cluster.room import ClusterRoom, check_possible

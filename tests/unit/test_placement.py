@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from actors.node_choice import NodeRoom, choose_node, in_units
+from actors.pool.node_choice import NodeRoom, choose_node, in_units
 from launch.cluster.placement import ACTORS, LEARNER, Node, Role, assign, bundles, plan_lines, planned_roles, total
 from launch.errors import UserError
 from launch.settings.recipe import read_recipe

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.pool.roster import MAX_BACKOFF_S, Failure, Roster
 from actors.rollout_rules import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS
-from actors.roster import MAX_BACKOFF_S, Failure, Roster
 from actors.settings import ActorsSettings
 from actors.status import ActorStatus
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from actors.scorers import Answer, make_scorer
-from actors.scoring import RolloutScoring
-from actors.scoring_settings import FunctionSettings, LengthSettings, PatternSettings, ScoringSettings, WordSettings
+from actors.scoring.rollout_scores import RolloutScoring
+from actors.scoring.scorers import Answer, make_scorer
+from actors.scoring.settings import FunctionSettings, LengthSettings, PatternSettings, ScoringSettings, WordSettings
 from buffer.experts.tasks import Task, load_task
 from buffer.schema import trajectory_schema
 from buffer.settings import ArithmeticTaskSettings

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
-from actors.scoring_settings import ClassifierSettings
+from actors.scoring.settings import ClassifierSettings
 
 if TYPE_CHECKING:
-    from actors.scorers import Answer
+    from actors.scoring.scorers import Answer
 
 Float32 = npt.NDArray[np.float32]
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actors.scorers import Answer, Scorer, make_scorer
-from actors.scoring_settings import ScoringSettings
+from actors.scoring.scorers import Answer, Scorer, make_scorer
+from actors.scoring.settings import ScoringSettings
 from buffer.experts.ragged import Ragged
 from buffer.replay import ActionLogs, final_token_ids, replay
 from buffer.schema import TokenContract

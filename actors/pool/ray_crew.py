@@ -12,9 +12,9 @@ from ray._private.state import available_resources_per_node
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.node_choice import NodeRoom, choose_node, in_units
+from actors.pool.node_choice import NodeRoom, choose_node, in_units
+from actors.pool.roster import Failure, Sighting
 from actors.rollout_actor import RolloutActor, RolloutSpec
-from actors.roster import Failure, Sighting
 from actors.settings import ActorsSettings
 from actors.status import ActorStatus
 from buffer.shards.shard import Shard
@@ -39,7 +39,7 @@ class RayCrew:
     def __init__(
         self, spec: RolloutSpec, prompts: list[ray.ObjectRef], shards: Sequence[Shard], environment: dict[str, str]
     ) -> None:
-        """See `actors.pool.ActorPool`."""
+        """See `actors.pool.pool.ActorPool`."""
         self._spec = spec
         self._prompts = prompts
         self._shards = shards
@@ -86,7 +86,7 @@ class RayCrew:
     # What the roster asks for
 
     def look(self, name: str) -> Sighting:
-        """See `actors.roster.Crew`."""
+        """See `actors.pool.roster.Crew`."""
         hand = self._hands[name]
         call = hand.ready if hand.run is None else hand.run
         if not call.done():
@@ -97,7 +97,7 @@ class RayCrew:
         return "ready" if hand.run is None else "left"
 
     def spawn(self, name: str, number: int) -> None:
-        """See `actors.roster.Crew`."""
+        """See `actors.pool.roster.Crew`."""
         settings = self._spec.settings
         node_id = node_for_actor(settings, Counter(hand.node_id for hand in self._hands.values()))
         handle = (
@@ -115,7 +115,7 @@ class RayCrew:
         self._hands[name] = _Hand(handle, node_id, asyncio.create_task(_result(_control(handle.ready))))
 
     def put_to_work(self, name: str) -> None:
-        """See `actors.roster.Crew`."""
+        """See `actors.pool.roster.Crew`."""
         hand = self._hands[name]
         if self._newest is not None:
             _control(hand.handle.announce, *self._newest)
@@ -124,13 +124,13 @@ class RayCrew:
         hand.run = asyncio.create_task(_result(run))
 
     def drain(self, name: str) -> None:
-        """See `actors.roster.Crew`."""
+        """See `actors.pool.roster.Crew`."""
         hand = self._hands[name]
         hand.leaving = True
         _control(hand.handle.drain)
 
     def end(self, name: str) -> None:
-        """See `actors.roster.Crew`."""
+        """See `actors.pool.roster.Crew`."""
         ray.kill(self._hands.pop(name).handle)
 
     def _at_work(self) -> Iterator[_Hand]:

@@ -18,9 +18,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.request import Request, RequestStatus
 
-from actors.action_log import STOP_MAX_ACTIONS
-from actors.decoding_state import DecodingState, decoding_state
-from actors.engine_checks import check_kv_cache, check_vllm_config
+from actors.engine.action_log import STOP_MAX_ACTIONS
+from actors.engine.checks import check_kv_cache, check_vllm_config
+from actors.engine.decoding_state import DecodingState, decoding_state
 
 
 class BackspaceScheduler(Scheduler):  # type: ignore[misc]  # vLLM ships no types

@@ -28,11 +28,11 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from actors.action_log import FinishedLog, Float32, Int32, finished_log
-from actors.decoding_state import EXTRA_ARGS_KEY, DecodingState
-from actors.engine_checks import check_fit, check_vllm_config
-from actors.engine_settings import EngineSettings, SamplingSettings, check_environment, engine_environment
-from actors.weight_loading import ExpectedTensors, Shape, load_in_place
+from actors.engine.action_log import FinishedLog, Float32, Int32, finished_log
+from actors.engine.checks import check_fit, check_vllm_config
+from actors.engine.decoding_state import EXTRA_ARGS_KEY, DecodingState
+from actors.engine.settings import EngineSettings, SamplingSettings, check_environment, engine_environment
+from actors.engine.weight_loading import ExpectedTensors, Shape, load_in_place
 
 __all__ = ["BackspaceEngine", "EngineSettings", "FinishedLog", "SamplingSettings", "engine_environment"]
 
@@ -63,8 +63,8 @@ class BackspaceEngine:
         RuntimeError: the environment lacks what `engine_environment` asks for.
     """
 
-    scheduler_cls: ClassVar[str] = "actors.backspace_scheduler.BackspaceScheduler"
-    logits_processors: ClassVar[tuple[str, ...]] = ("actors.logits_processor:BackspaceLogitsProcessor",)
+    scheduler_cls: ClassVar[str] = "actors.engine.backspace_scheduler.BackspaceScheduler"
+    logits_processors: ClassVar[tuple[str, ...]] = ("actors.engine.logits_processor:BackspaceLogitsProcessor",)
 
     def __init__(self, settings: EngineSettings, backspace_id: int, eos_id: int, version: int = 0) -> None:
         check_environment()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from actors.scoring_settings import (
+from actors.scoring.settings import (
     ClassifierSettings,
     ExactAnswerSettings,
     FunctionSettings,
@@ -56,7 +56,7 @@ def make_scorer(settings: ScorerSettings) -> Scorer:
         return _length(settings)
     if isinstance(settings, ClassifierSettings):
         # Here, not at the top: pool and driver import this module, and have no use for a model library.
-        from actors.classifier import Classifier
+        from actors.scoring.classifier import Classifier
 
         return Classifier(settings)
     return _function(settings)

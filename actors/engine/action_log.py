@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actors.engine_settings import SamplingSettings
+from actors.engine.settings import SamplingSettings
 from buffer.schema import FINISH_REASONS, SAMPLING_TYPE, TokenContract, trajectory_schema
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """The pool of rollout actors: how many there are, their health, and the newest weights for each.
 
-What becomes of a member is decided by `actors.roster`; its process is in the hands of `actors.ray_crew`. The pool is an
-asyncio Ray actor, so a call on it returns at once whatever its members do: the learner announces weights without
-waiting, and `sequencematch scale` works from any shell of the cluster.
+What becomes of a member is decided by `actors.pool.roster`; its process is in the hands of `actors.pool.ray_crew`. The
+pool is an asyncio Ray actor, so a call on it returns at once whatever its members do: the learner announces weights
+without waiting, and `sequencematch scale` works from any shell of the cluster.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import ray
 
-from actors.ray_crew import RayCrew
+from actors.pool.ray_crew import RayCrew
+from actors.pool.roster import Roster
 from actors.rollout_actor import RolloutSpec
 from actors.rollout_rules import SUPERVISION_INTERVAL_S
-from actors.roster import Roster
 from actors.status import PoolStatus
 from buffer.shards.shard import Shard
 from buffer.weight_transport import StoredWeights

@@ -1,0 +1,1 @@
+"""Rewards and features of finished rollouts: what a recipe can name, and their way into the rows."""
