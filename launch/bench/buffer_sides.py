@@ -201,8 +201,9 @@ def drawn_bytes(drawn: Packed) -> int:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes that the files of a folder occupy."""
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    """Bytes that the files of a folder occupy; a file with two names counts once."""
+    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return 512 * sum({each.st_ino: each.st_blocks for each in found}.values())
 
 
 def drop_page_cache(folder: Path) -> None:
