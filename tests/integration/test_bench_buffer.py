@@ -25,7 +25,8 @@ def test_every_number_is_there() -> None:
             for measure in ("insert", "insert_packed", "insert_4_writers", "sample", "sample_cold", "disk"):
                 assert clock[f"{measure}_ratio_to_{rival}"] > 0
         assert clock["disk_ratio_to_torchrl"] < 0.8
-    assert found["disk_bytes_per_drawn_row"]["ours"] >= 8 > 0 == found["disk_bytes_per_drawn_row"]["torchrl"]
+    assert found["disk_bytes_per_drawn_row"]["ours"] >= 8
+    assert found["disk_bytes_per_drawn_row"]["torchrl"] == 0
     assert set(found["rows_per_s"]) == set(NAMES)
     assert set(found["sampling"]["draw_ms"]) == {"512", "2048"}
     assert set(found["sampling"]["sampler_ms"]) == {"uniform", "fifo", "recency", "prioritised", "stratified"}
