@@ -124,14 +124,6 @@ class AdversarialJs(PlainObjective):
             }
         return loss, metrics
 
-    def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
-        """There are none: draws that prefer some rollouts would have to be weighted for it.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"objective {self.name} takes no prioritised draws")
-
     def advance(self) -> None:
         """One step of the discriminator.
 

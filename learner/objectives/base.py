@@ -164,7 +164,11 @@ class Objective(Protocol):
 
 
 class PlainObjective:
-    """What most objectives have in common: values alone are evaluated; nothing is remembered, refused or trained."""
+    """What most objectives have in common: values alone are evaluated, rollouts are all alike, and nothing is
+    remembered, refused or trained.
+    """
+
+    name: str
 
     @property
     def needs_experts(self) -> bool:
@@ -177,6 +181,14 @@ class PlainObjective:
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
         """One forward pass."""
         return EvaluatedLogs(tree, policy.evaluate(tree), counts)
+
+    def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
+        """There are none: draws that prefer some rollouts would have to be weighted for it.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"objective {self.name} takes no prioritised draws")
 
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
         """The loss is defined everywhere."""
@@ -200,8 +212,6 @@ class PlainObjective:
 class ExpertObjective(PlainObjective):
     """An objective of expert logs alone."""
 
-    name: str
-
     @property
     def needs_rollouts(self) -> bool:
         """Expert logs are all it uses."""
@@ -209,14 +219,6 @@ class ExpertObjective(PlainObjective):
 
     def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
         """There is none.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"objective {self.name} takes no rollouts")
-
-    def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
-        """There are none.
 
         Raises:
             ValueError: always.

@@ -163,14 +163,6 @@ class ScoreFunction(PlainObjective):
         }
         return loss, metrics
 
-    def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
-        """There are none: draws that prefer some rollouts would have to be weighted for it.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"objective {self.name} takes no prioritised draws")
-
     def advance(self) -> None:
         """Remember what the next steps need of this one."""
         assert self._rollouts is not None, "advance() comes after prepare()"

@@ -50,12 +50,9 @@ DEFAULT_DOMAIN_MARGIN = 0.1
 class SequenceMatch(PlainObjective):
     """beta * behaviour cloning + (1 - beta) * (-J), with beta annealed linearly."""
 
-    settings: SequenceMatchSettings
+    name = "sequencematch"
 
-    @property
-    def name(self) -> str:
-        """As in the settings."""
-        return self.settings.name
+    settings: SequenceMatchSettings
 
     @property
     def divergence(self) -> Divergence:

@@ -99,5 +99,5 @@ def test_an_objective_without_rollouts_has_no_priorities():
     batch = random_logs("expert", 2, seed=1)
     tree = build_micro_batches(batch, TREES)[0]
     logs = EvaluatedLogs(tree, action_values(tiny_model(), tree, BACKSPACE), count_logs(batch))
-    with pytest.raises(ValueError, match="behaviour_cloning takes no rollouts"):
+    with pytest.raises(ValueError, match="behaviour_cloning takes no prioritised draws"):
         make_objective(stage_of(CLONING).objective).priorities(logs)
