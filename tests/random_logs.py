@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 
@@ -11,6 +13,18 @@ from tests.trajectories import BACKSPACE, EOS, VOCAB, batch_of, expert_row, row
 MATCHING = {"name": "sequencematch", "alpha": 0.05, "beta_start": 0.9, "beta_end": 0.1, "beta_steps": 4}
 CLONING = {"name": "behaviour_cloning"}
 TREES = TreeSettings(backspace_id=BACKSPACE, eos_id=EOS, max_nodes_per_batch=48, max_positions=64)
+
+
+@dataclass
+class RandomLogs:
+    """A batch source whose every draw is a function of its number."""
+
+    source: str
+    draws: int = 0
+
+    def draw(self, count: int) -> pa.RecordBatch:
+        self.draws += 1
+        return random_logs(self.source, count, seed=self.draws)
 
 
 def random_logs(source: str, count: int, seed: int) -> pa.RecordBatch:

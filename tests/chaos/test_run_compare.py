@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import ray
 
 from launch.compare.plan import PILOT_STEPS
+from tests.integration.local_ray import cluster_to_join
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -45,11 +45,8 @@ class Compared:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    ray.init(address="local", num_cpus=4, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield f"cluster.address={ray.get_runtime_context().gcs_address}"
-    left = ray.util.list_named_actors(all_namespaces=True)
-    ray.shutdown()
-    assert not left
+    with cluster_to_join() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from learner.settings.adapters import AdapterSettings
 from learner.settings.stages import StageSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from tests.random_logs import CLONING, MATCHING, TREES, random_logs
+from tests.random_logs import CLONING, MATCHING, TREES, RandomLogs, random_logs
 from tests.tiny_models import perturbed, tiny_model
 from tests.trajectories import BACKSPACE
 
@@ -42,18 +42,6 @@ HANG_TIMEOUT_S = 15.0
 PROCESS_TIMEOUT_S = 500.0  # on a busy machine the imports of four processes take minutes
 STEPS = 3
 RESUMED = "llama, tied"
-
-
-@dataclass
-class RandomLogs:
-    """A batch source whose every draw is a function of its number."""
-
-    source: str
-    draws: int = 0
-
-    def draw(self, count: int) -> pa.RecordBatch:
-        self.draws += 1
-        return random_logs(self.source, count, seed=self.draws)
 
 
 ALL_TRUE = {"name": "scheduled_sampling", "schedule": "linear", "k": 1.0}

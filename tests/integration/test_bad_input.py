@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from tests.integration.local_ray import cluster_to_join
 from tests.integration.train_process import ARITHMETIC, TINY, refusal_of
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_model
 
@@ -19,12 +19,8 @@ TEXT = "launch/recipes/text_cpu.yaml"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """A Ray that is there already, as the override that joins it; it must be empty again after each run."""
-    ray.init(address="local", num_cpus=4, object_store_memory=256 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield f"cluster.address={ray.get_runtime_context().gcs_address}"
-    left = ray.util.list_named_actors(all_namespaces=True)
-    ray.shutdown()
-    assert not left
+    with cluster_to_join() as address:
+        yield address
 
 
 def test_unknown_key(tmp_path: Path) -> None:

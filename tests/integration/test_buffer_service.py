@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import ray
 
 from buffer.settings import BufferSettings
 from buffer.shards.service import ReplayBufferService
+from tests.integration.local_ray import local_ray
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster():
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        address="local",  # never somebody else's Ray that happens to run on this machine
-        num_cpus=2,
-        object_store_memory=256 * 2**20,
-        include_dashboard=False,
-        runtime_env={"env_vars": environment},
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+def cluster() -> Iterator[None]:
+    with local_ray(num_cpus=2):
+        yield
 
 
 def start(folder, **changes):

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -23,24 +23,16 @@ from launch.errors import RunFailedError, UserError
 from launch.run.buffer_shards import BufferShards, check_buffer, find_shards
 from launch.run_folder.flight_token import TOKEN_FILE, TOKEN_VARIABLE
 from learner.batches.source import BufferSource, StopRequestedError
+from tests.integration.local_ray import local_ray
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=256 * 2**20,
-        include_dashboard=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+def cluster() -> Iterator[None]:
+    with local_ray(num_cpus=2):
+        yield
 
 
 def settings_of(**changes):

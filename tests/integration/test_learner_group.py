@@ -10,6 +10,7 @@ import ray
 
 from launch.run.learner_group import LearnerCall, LearnerFailedError
 from learner.ranks.group import RankLostError
+from tests.integration.local_ray import local_ray
 
 TIMEOUT_S = 60.0
 NAMES = ["learner rank 0 of 2", "learner rank 1 of 2"]
@@ -17,9 +18,8 @@ NAMES = ["learner rank 0 of 2", "learner rank 1 of 2"]
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=2**27)
-    yield
-    ray.shutdown()
+    with local_ray(num_cpus=4):
+        yield
 
 
 @ray.remote(num_cpus=0, max_retries=0)

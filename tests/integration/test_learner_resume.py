@@ -27,11 +27,11 @@ from learner.settings.model import ScratchModelSettings
 from learner.settings.objectives import SequenceMatchSettings
 from learner.settings.stages import LearnerSettings, StageSettings
 from learner.worker import LearnerSpec, LearnerWorker
+from tests.integration.local_ray import local_ray
 from tests.rollouts import rollouts
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60.0
 TASK = ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4)
 MODEL = ScratchModelSettings(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32, max_positions=40)
@@ -41,16 +41,8 @@ FIRST_VERSION = 10
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=256 * 2**20,
-        include_dashboard=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+    with local_ray(num_cpus=2):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ from learner.publication.publisher import WeightPublisher, make_probe
 from learner.publication.tensors import PublicationPlan, publication_tensors
 from learner.settings.adapters import AdapterSettings
 from learner.state_tree.policy import TreePolicy, sequence_logprobs
+from tests.integration.local_ray import local_ray
 from tests.integration.reference import compare
 from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, VOCAB_SIZE, perturbed, tiny_model
 from tests.unit.test_adapters import train_a_little
@@ -62,17 +63,8 @@ SAMPLING = SamplingSettings(max_new_tokens=12, max_actions=24)
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=256 * 2**20,
-        include_dashboard=False,
-        runtime_env={"env_vars": environment},
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+    with local_ray(num_cpus=4):
+        yield
 
 
 class Push:

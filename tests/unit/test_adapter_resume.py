@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -22,7 +20,7 @@ from learner.settings.stages import StageSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.checkpoints import progress_at, save_checkpoint
-from tests.random_logs import CLONING, MATCHING, TREES, random_logs
+from tests.random_logs import CLONING, MATCHING, TREES, RandomLogs
 from tests.tiny_models import tiny_model
 from tests.trajectories import BACKSPACE
 from tests.unit.test_model import word_tokenizer
@@ -32,18 +30,6 @@ STEPS, STOP_AT = 6, 4
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="the extra `qlora` (bitsandbytes) is not installed"
 )
-
-
-@dataclass
-class RandomLogs:
-    """A batch source whose every draw is a function of its number."""
-
-    source: str
-    draws: int = 0
-
-    def draw(self, count: int) -> pa.RecordBatch:
-        self.draws += 1
-        return random_logs(self.source, count, seed=self.draws)
 
 
 def adapted(*, quantised: bool, dtype: torch.dtype) -> PreTrainedModel:

@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from buffer.experts.tasks import Task, load_task
-from buffer.settings import ArithmeticTaskSettings
+from buffer.experts.tasks import Task
 from learner.checkpoints.checkpoint import read_progress, read_training_state
 from learner.checkpoints.model_files import load_weights
 from learner.model.activation_checkpointing import checkpoint_activations
@@ -19,9 +18,7 @@ from learner.objectives.base import LogCounts
 from learner.state_tree.policy import TreePolicy
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.oracle import states
-from tests.unit.test_adversarial_js import MAX_ACTIONS, objective_of, policy_logs
-from tests.unit.test_state_tree import BACKSPACE, HARD, build, tiny
-from tests.unit.test_trainer import (
+from tests.training import (
     HandMadeRollouts,
     assert_bit_identical,
     make_model,
@@ -31,13 +28,10 @@ from tests.unit.test_trainer import (
     train,
     weights_of,
 )
+from tests.unit.test_adversarial_js import MAX_ACTIONS, objective_of, policy_logs
+from tests.unit.test_state_tree import BACKSPACE, HARD, build, tiny
 
 ADVERSARIAL = {"name": "adversarial_js", "discriminator": {"warmup_steps": 1}}
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return load_task(ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4))
 
 
 @pytest.mark.parametrize("logs", [HARD, HARD[::-1]], ids=["in order", "reversed"])

@@ -7,24 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pytest
 
-from buffer.experts.tasks import Task, load_task
-from buffer.settings import ArithmeticTaskSettings
+from buffer.experts.tasks import Task
 from learner.metrics.behaviour import distribution_metrics
 from learner.metrics.watch import Watch
 from learner.settings.watch import WatchSettings
 from tests.rollouts import rollouts
+from tests.training import CLONING, MATCHING, make_model, make_stage, make_trainer
 from tests.unit.test_score_functions import KL_CONTROL, REINFORCE, ScoredRollouts, make_score_trainer
 from tests.unit.test_target_objectives import CASES, make_target_trainer
-from tests.unit.test_trainer import CLONING, MATCHING, make_model, make_stage, make_trainer
 
 TABLE = Path(__file__).parents[2] / "docs" / "metrics.md"
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return load_task(ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4))
 
 
 class RolloutsOfTwoVersions:

@@ -7,17 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from buffer.experts.tasks import Task, load_task
+from buffer.experts.tasks import Task
 from buffer.reading.reader import BufferSnapshot, read_buffer
-from buffer.settings import ArithmeticTaskSettings
 from launch.report.draws import MAX_BINS, count_integers, count_reals, draw_facts, round_width
 from launch.report.rollouts import sample_rollouts
 from tests.run_folders import ROWS_PER_VERSION, VERSIONS, write_buffer
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return load_task(ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4))
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from buffer.experts.tasks import Task, load_task
-from buffer.settings import ArithmeticTaskSettings
+from buffer.experts.tasks import Task
 from launch.errors import UserError
 from launch.settings.recipe import read_recipe
 from learner.objectives.base import LogCounts
@@ -24,9 +23,7 @@ from learner.ranks.group import Ranks
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.oracle import Log
-from tests.unit.test_scoring import ARITHMETIC
-from tests.unit.test_state_tree import BACKSPACE, EOS, build
-from tests.unit.test_trainer import (
+from tests.training import (
     HandMadeRollouts,
     assert_bit_identical,
     make_model,
@@ -34,6 +31,8 @@ from tests.unit.test_trainer import (
     make_trees,
     weights_of,
 )
+from tests.unit.test_scoring import ARITHMETIC
+from tests.unit.test_state_tree import BACKSPACE, EOS, build
 
 MAX_ACTIONS = 3
 LETTERS = (0, 1)
@@ -206,11 +205,6 @@ def test_the_two_rounds_know_all_rollouts_however_they_are_packed(world):
     )
     assert loss == 0
     assert all(value == 0 for value in shares.values())
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return load_task(ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4))
 
 
 @dataclass

@@ -12,14 +12,12 @@ import pytest
 from actors.scoring.rollout_scores import RolloutScoring
 from actors.scoring.scorers import Answer, make_scorer
 from actors.scoring.settings import FunctionSettings, LengthSettings, PatternSettings, ScoringSettings, WordSettings
-from buffer.experts.tasks import Task, load_task
 from buffer.schema import trajectory_schema
-from buffer.settings import ArithmeticTaskSettings
 from buffer.validation import validate
 from launch.errors import UserError
 from launch.settings.recipe import read_recipe
 from launch.settings.trusted_code import check_trusted
-from tests.unit.test_trainer import HandMadeRollouts
+from tests.training import HandMadeRollouts
 
 ARITHMETIC = Path("launch/recipes/arithmetic_cpu.yaml")
 PICKY = FunctionSettings(kind="function", function=f"{__name__}:picky")
@@ -41,11 +39,6 @@ def short(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
 def huge(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     """Beyond float32."""
     return [1e300 for _ in answers]
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return load_task(ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4))
 
 
 def answers(*texts: str) -> list[Answer]:

@@ -12,8 +12,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from buffer.experts.tasks import Task, load_task
-from buffer.settings import ArithmeticTaskSettings
+from buffer.experts.tasks import Task
 from launch.errors import UserError
 from launch.settings.recipe import read_recipe
 from learner.metrics.watch import Watch
@@ -37,10 +36,10 @@ from learner.settings.score_functions import FDivergence
 from learner.settings.watch import WatchSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
+from tests.training import assert_bit_identical, make_model, make_stage, make_trees, weights_of
 from tests.unit import test_score_functions
 from tests.unit.test_score_functions import NoExperts, ScoredRollouts, World, expected_direction, table
 from tests.unit.test_scoring import ARITHMETIC
-from tests.unit.test_trainer import assert_bit_identical, make_model, make_stage, make_trees, weights_of
 
 world = test_score_functions.world
 
@@ -255,11 +254,6 @@ def test_the_adaptive_proposal_goes_to_whoever_is_nearer_to_the_target(nearer):
     assert rule.renews_proposal() is nearer
     assert rule.renews_proposal() is False  # nothing was learned since
     assert TargetRule((Constraint("phi", 0, None),), policy_gradient, 4).renews_proposal()
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return load_task(ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4))
 
 
 class RolloutsWithFeatures(ScoredRollouts):

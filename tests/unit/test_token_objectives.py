@@ -11,8 +11,6 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from buffer.experts.tasks import Task, load_task
-from buffer.settings import ArithmeticTaskSettings
 from learner.objectives import emo as emo_module
 from learner.objectives import scheduled_sampling as sampling_module
 from learner.objectives import unlikelihood as unlikelihood_module
@@ -26,8 +24,8 @@ from learner.settings.objectives import EmoSettings, ObjectiveSettings, Schedule
 from learner.state_tree.action_values import StateLogits
 from learner.state_tree.policy import TreePolicy
 from tests.oracle import Log, states
+from tests.training import assert_bit_identical, make_model, make_stage, make_stream, make_trainer, weights_of
 from tests.unit.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, text_of, tiny
-from tests.unit.test_trainer import assert_bit_identical, make_model, make_stage, make_stream, make_trainer, weights_of
 
 LOGS = [*HARD, Log([1, 4], [5, 5, 6, 5, 5, EOS]), Log([1, 4], [4, 4, 5], finish_reason="max_length")]
 """Repeated tokens, labels that the context holds; backspace logs too, which the loss is as well defined for."""
@@ -45,11 +43,6 @@ def unsure():
     with torch.no_grad():
         model.lm_head.weight.mul_(0.1)
     return model
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return load_task(ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4))
 
 
 def evaluate(objective, model, logs=LOGS, step=0) -> EvaluatedLogs:
