@@ -8,8 +8,9 @@ from types import TracebackType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer.schema import TokenContract
-from learner.checkpoints.checkpoint import Progress, take_snapshot
+from learner.checkpoints.checkpoint import take_snapshot
 from learner.checkpoints.model_files import take_part_in_snapshot
+from learner.checkpoints.progress import Progress
 from learner.checkpoints.store import CheckpointStore
 from learner.checkpoints.writer import CheckpointWriter, MetricMeans
 from learner.ranks.group import Ranks

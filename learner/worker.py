@@ -28,8 +28,9 @@ from learner.batches.micro_batches import TreeSettings
 from learner.batches.priorities import Float32
 from learner.batches.shared_source import SharedBatchSource
 from learner.batches.source import BufferSource, StopRequestedError
-from learner.checkpoints.checkpoint import Progress, read_progress, read_training_state
+from learner.checkpoints.checkpoint import read_training_state
 from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.progress import Progress, read_progress
 from learner.checkpoints.remote import open_checkpoints
 from learner.checkpoints.store import CheckpointStore
 from learner.metrics.behaviour import distribution_metrics

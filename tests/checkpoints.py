@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer.schema import TokenContract
-from learner.checkpoints.checkpoint import Progress, TrainingState, take_snapshot
+from learner.checkpoints.checkpoint import TrainingState, take_snapshot
+from learner.checkpoints.progress import Progress
 from learner.checkpoints.store import LocalCheckpoints, remove_superseded
 
 CONTRACT = TokenContract(vocab_size=16, backspace_id=3, eos_id=2, tokenizer_hash="abc")

@@ -15,8 +15,8 @@ from learner.settings.model import PretrainedModelSettings
 from learner.settings.stages import StageSettings
 
 if TYPE_CHECKING:
-    from learner.checkpoints.checkpoint import Progress
     from learner.checkpoints.model_card import CardFacts
+    from learner.checkpoints.progress import Progress
 
 
 def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_id: str | None) -> CardFacts:

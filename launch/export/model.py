@@ -40,9 +40,9 @@ def export(source: Path, out: Path, *, adapter_only: bool = False, license_id: s
     checkpoint, run = find_checkpoint(source)
     from transformers import AutoTokenizer
 
-    from learner.checkpoints.checkpoint import read_progress
     from learner.checkpoints.model_card import adapter_card, model_card
     from learner.checkpoints.model_files import ADAPTER_FOLDER, CONFIGURATION_FILES, WEIGHTS_FILE
+    from learner.checkpoints.progress import read_progress
 
     progress = read_progress(checkpoint)
     if adapter_only and not (checkpoint / ADAPTER_FOLDER).is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 from buffer.schema import TokenContract
 from launch.command_errors import setting_up
 from launch.settings.run import RunSettings
-from learner.checkpoints.checkpoint import check_contract
+from learner.checkpoints.progress import check_contract
 from learner.checkpoints.remote import open_checkpoints
 from learner.checkpoints.store import CheckpointStore
 from learner.status import StageResult

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fsspec
 
-from learner.checkpoints.checkpoint import PROGRESS_FILE, Progress
+from learner.checkpoints.progress import PROGRESS_FILE, Progress
 from learner.checkpoints.store import CheckpointStore, LocalCheckpoints, step_name
 
 COMPLETE = "COMPLETE"

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
-from learner.checkpoints.checkpoint import CheckpointSnapshot, Progress
+from learner.checkpoints.checkpoint import CheckpointSnapshot
+from learner.checkpoints.progress import Progress
 from learner.checkpoints.store import CheckpointStore, remove_superseded, step_name
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.monitoring.run_log import LOG_FILE
 from launch.run_folder.folder import CLUSTER_FILE, CONFIG_FILE
-from learner.checkpoints.checkpoint import read_progress
+from learner.checkpoints.progress import read_progress
 from learner.checkpoints.store import checkpoints_of
 from tests.integration.train_process import ROOT, TrainProcess, metrics_of
 

@@ -32,8 +32,9 @@ from buffer.store.row_table import RowTable
 from learner import trainer as trainer_module
 from learner.batches.micro_batches import TreeSettings
 from learner.checkpoints import checkpoint as checkpoint_module
-from learner.checkpoints.checkpoint import Progress, read_progress, read_training_state
+from learner.checkpoints.checkpoint import read_training_state
 from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.progress import Progress, read_progress
 from learner.checkpoints.store import LocalCheckpoints
 from learner.model.policy import load_policy
 from learner.objectives.registry import make_objective

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.checkpoints.checkpoint import read_progress
+from learner.checkpoints.progress import read_progress
 from learner.checkpoints.store import checkpoints_of
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, refusal_of
 

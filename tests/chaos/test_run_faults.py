@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.checkpoints.checkpoint import read_progress
+from learner.checkpoints.progress import read_progress
 from learner.checkpoints.store import checkpoints_of
 from tests.chaos.run_lives import (
     LONG,

@@ -18,7 +18,7 @@ from buffer.staleness import VersionRange
 from launch.run.buffer_shards import MAX_RESTARTS
 from launch.run_folder.folder import BUFFER_FOLDER, CONFIG_FILE
 from launch.settings.recipe import read_recipe
-from learner.checkpoints.checkpoint import read_progress
+from learner.checkpoints.progress import read_progress
 from learner.checkpoints.store import checkpoints_of
 from tests.chaos.run_lives import (
     LONG,

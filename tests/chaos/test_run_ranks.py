@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from launch.run_folder.folder import CONFIG_FILE
-from learner.checkpoints.checkpoint import read_progress
+from learner.checkpoints.progress import read_progress
 from learner.checkpoints.store import checkpoints_of
 from tests.integration.train_process import TrainProcess, metrics_of
 

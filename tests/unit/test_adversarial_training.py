@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from buffer.experts.tasks import Task
-from learner.checkpoints.checkpoint import read_progress, read_training_state
+from learner.checkpoints.checkpoint import read_training_state
 from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.progress import read_progress
 from learner.model.activation_checkpointing import checkpoint_activations
 from learner.objectives.base import LogCounts
 from learner.state_tree.policy import TreePolicy

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from buffer.experts.tokenizer import character_tokenizer
-from learner.checkpoints.checkpoint import check_contract, read_progress, read_training_state, take_snapshot
+from learner.checkpoints.checkpoint import read_training_state, take_snapshot
 from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.progress import check_contract, read_progress
 from learner.model.policy import load_policy
 from learner.settings.model import ScratchModelSettings
 from tests.checkpoints import CONTRACT, progress_at, save_checkpoint

@@ -10,7 +10,7 @@ import pytest
 
 from learner.checkpoints import remote as remote_module
 from learner.checkpoints import store as store_module
-from learner.checkpoints.checkpoint import PROGRESS_FILE
+from learner.checkpoints.progress import PROGRESS_FILE
 from learner.checkpoints.remote import COMPLETE, RemoteCheckpoints, open_checkpoints
 from learner.checkpoints.store import CheckpointStore, LocalCheckpoints, remove_superseded
 from tests.checkpoints import progress_at

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.checkpoints.checkpoint import PROGRESS_FILE, Progress
+from learner.checkpoints.progress import PROGRESS_FILE, Progress
 from learner.checkpoints.store import LocalCheckpoints
 from learner.checkpoints.writer import CheckpointWriteError, CheckpointWriter, MetricMeans
 from tests.checkpoints import progress_at

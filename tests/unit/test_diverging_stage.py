@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
-from learner.checkpoints.checkpoint import read_progress, read_training_state
+from learner.checkpoints.checkpoint import read_training_state
+from learner.checkpoints.progress import read_progress
 from learner.checkpoints.store import checkpoints_of
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import LearnerSettings, StageSettings

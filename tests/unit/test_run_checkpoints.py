@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from launch.errors import UserError
 from launch.run_folder.checkpoints import final_checkpoint, finished_stages, newest_published, stage_checkpoints
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
-from learner.checkpoints.checkpoint import PROGRESS_FILE, Progress
+from learner.checkpoints.progress import PROGRESS_FILE, Progress
 from tests.checkpoints import CONTRACT, progress_at
 
 RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
@@ -62,3 +64,13 @@ def test_a_damaged_checkpoint_is_refused_before_a_run_starts(tmp_path):
 def test_a_place_that_cannot_be_reached_is_refused(tmp_path):
     with pytest.raises(UserError, match="Protocol not known: nowhere"):
         finished_stages(settings_with("learner.checkpoint_dir=nowhere://x"), tmp_path)
+
+
+def test_they_are_looked_at_without_a_wait_for_torch() -> None:
+    """As by commands that train nothing: a comparison that is reported again."""
+    program = (
+        "import sys, launch.compare.report, launch.run_folder.checkpoints\n"
+        "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from learner.batches.micro_batches import build_micro_batches
-from learner.checkpoints.checkpoint import read_progress, read_training_state
+from learner.checkpoints.checkpoint import read_training_state
 from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.progress import read_progress
 from learner.objectives.base import (
     EvaluatedLogs,
     ExpertObjective,
