@@ -1,4 +1,4 @@
-"""Random access to rows that lie in many record batches of many segments, on the heap or in mapped files.
+"""Random access to rows that lie in many record batches of many segments, in mapped files.
 
 Nearly all bytes of a trajectory stand in lists of numbers, the rest mostly in text. Arrow's `take` moves lists element
 by element, and joins batches first. Here a record of each row says where its bytes lie (see `gather_source`), in one

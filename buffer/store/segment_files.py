@@ -7,8 +7,7 @@
     rewrite     see `buffer.store.compaction`
 
 After a crash between any two steps the manifest says which files count, and the others are deleted: the sealed ones
-that it lists, and every open one from its `open_segment` on. Open rows are read from the heap, sealed ones from mapped
-files.
+that it lists, and every open one from its `open_segment` on. All are read from mapped files.
 """
 
 from __future__ import annotations
@@ -30,12 +29,11 @@ from buffer.store.row_numbers import Int64
 from buffer.store.row_table import RowTable
 from buffer.store.sealing import Seal, SealPlan
 from buffer.store.segment_folder import FoundSegment
-from buffer.store.segment_image import SegmentImage
 from buffer.store.segment_set import SegmentSet
-from buffer.store.segments import OpenSegment, add_message, open_path, sealed_path
+from buffer.store.segments import OpenSegment, open_path, sealed_path
 
 _ROOM = 1.25
-"""Memory for an open segment, in shares of the size at which it is full: the last batch goes beyond that."""
+"""How large an open segment is expected to grow, in shares of what fills it: the last batch goes beyond that."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,6 @@ class SegmentFiles:
         self._full: deque[_FullSegment] = deque()
         self._open_number = manifest.open_segment
         self._open = self._open_segment(self._open_number)
-        self._image = self._new_image()
 
     @property
     def entries(self) -> tuple[SegmentEntry, ...]:
@@ -94,8 +91,7 @@ class SegmentFiles:
         if number != self._open_number:
             self._go_on_in(number, self._open_segment(number))
         if segment.batches:
-            self._image = self._new_image(segment.content.to_pybytes())
-            self._table.append(number, self._image.content, segment.rows)
+            self._table.append(number, self._open.content, segment.rows)
 
     def append(self, batch: pa.RecordBatch) -> None:
         """Store rows that come after all others: at least one.
@@ -103,14 +99,8 @@ class SegmentFiles:
         Raises:
             OSError: the disk refused; nothing has changed.
         """
-        size_bytes = self._image.size_bytes
-        message = add_message(self._image, batch)
-        try:
-            self._open.append_message(message)
-        except OSError:
-            self._image.cut(size_bytes)
-            raise
-        self._table.append(self._open_number, self._image.content, rows_of(batch))
+        self._open.append(batch)
+        self._table.append(self._open_number, self._open.content, rows_of(batch))
 
     def take(self, rows: Int64) -> pa.RecordBatch:
         """See `RowTable.take`."""
@@ -263,14 +253,11 @@ class SegmentFiles:
 
     def _go_on_in(self, number: int, file: OpenSegment) -> None:
         self._full.append(_FullSegment(self._open_number, self._open))
-        self._open_number, self._open, self._image = number, file, self._new_image()
+        self._open_number, self._open = number, file
 
     def _open_segment(self, number: int) -> OpenSegment:
         path, sync_each_batch = open_path(self._folder, number), self._settings.fsync == "batch"
-        return OpenSegment(path, self._schema, sync_each_batch)
-
-    def _new_image(self, content: bytes = b"") -> SegmentImage:
-        return SegmentImage(self._schema, int(_ROOM * self._settings.segment_bytes), content)
+        return OpenSegment(path, self._schema, sync_each_batch, int(_ROOM * self._settings.segment_bytes))
 
     def _unlink(self, entries: Sequence[SegmentEntry]) -> None:
         for entry in entries:

@@ -22,8 +22,9 @@ from pathlib import Path
 import pyarrow as pa
 import xxhash
 
+from buffer.store.growing_map import GrowingMap
 from buffer.store.manifest import CorruptSegmentError, SegmentEntry, sync_folder
-from buffer.store.segment_image import SegmentImage
+from buffer.store.message_encoder import MessageEncoder
 
 OPEN_SUFFIX = ".arrows.open"
 SEALED_SUFFIX = ".arrows"
@@ -64,14 +65,17 @@ class OpenSegment:
     survives the death of the process.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, sync_each_batch: bool) -> None:
-        """Create `path`, or go on after its last byte (`cut_torn_tail` comes first)."""
+    def __init__(self, path: Path, schema: pa.Schema, sync_each_batch: bool, room_bytes: int = 0) -> None:
+        """Create `path`, or go on after its last byte (`cut_torn_tail` comes first). room_bytes: how large it is
+        expected to grow, where `content` is asked for."""
         self.path = path
         self._schema = schema
         self._header = schema.serialize().to_pybytes()
         self._sync_each_batch = sync_each_batch
         self._descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
         self._size_bytes = os.fstat(self._descriptor).st_size
+        self._map = GrowingMap(self._descriptor, room_bytes)
+        self._encoder = MessageEncoder(schema)
         if self._size_bytes == 0:
             self._write(self._header)
             sync_folder(path.parent)
@@ -80,6 +84,11 @@ class OpenSegment:
     def size_bytes(self) -> int:
         """Bytes of complete batches and header."""
         return self._size_bytes
+
+    @property
+    def content(self) -> pa.Buffer:
+        """Header and complete batches, mapped."""
+        return self._map.content(self._size_bytes)
 
     @property
     def is_empty(self) -> bool:
@@ -92,9 +101,11 @@ class OpenSegment:
         Raises:
             OSError: the bytes could not be written; the file is as it was before.
         """
-        self._write(encode_message(batch, self._schema))
+        message = self._encoder.encode(batch, _NO_CHECKSUM)
+        renew_checksum(message)
+        self._write(message)
 
-    def append_message(self, message: bytearray | memoryview) -> None:
+    def append_message(self, message: bytearray) -> None:
         """Write a batch that is encoded already.
 
         Raises:
@@ -325,12 +336,7 @@ def _checksum(content: pa.Buffer) -> str:
 
 def encode_message(batch: pa.RecordBatch, schema: pa.Schema) -> bytearray:
     """The message of one batch as it stands in a stream, with its checksum."""
-    return bytearray(add_message(SegmentImage(schema, room_bytes=0), batch))
-
-
-def add_message(image: SegmentImage, batch: pa.RecordBatch) -> memoryview:
-    """Add a batch to the image of a segment; gives its message, with its checksum."""
-    message = image.write(batch, _NO_CHECKSUM)
+    message = bytearray(MessageEncoder(schema).encode(batch, _NO_CHECKSUM))
     renew_checksum(message)
     return message
 
