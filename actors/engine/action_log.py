@@ -94,30 +94,36 @@ def logs_to_batch(
     """
     count = len(logs)
     schema = _schema_of(contract)
-    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "floor_mask": sampling.backspace}
     by_action = _offsets([log.actions for log in logs])
     columns = {
         "id": pa.array([log.request_id for log in logs], pa.string()),
-        "source": _repeated("policy", pa.string(), count),
-        "task": _repeated(task, pa.string(), count),
+        "source": _repeated("policy", count),
+        "task": _repeated(task, count),
         "prompt_ids": _lists([log.prompt_ids for log in logs], pa.int32()),
         "actions": _lists([log.actions for log in logs], pa.int32(), by_action),
         "realised": pa.nulls(count, schema.field("realised").type),  # nothing was injected
         "logprobs": _lists([log.logprobs for log in logs], pa.float32(), by_action),
         "policy_version": _lists([log.policy_version for log in logs], pa.int32(), by_action),
-        "weights_fingerprint": _repeated(weights_fingerprint, pa.string(), count),
+        "weights_fingerprint": _repeated(weights_fingerprint, count),
         "finish_reason": pa.array([log.finish_reason for log in logs], pa.string()),
-        "sampling": _repeated(sampled, SAMPLING_TYPE, count),
+        "sampling": _repeated_sampling(sampling.temperature, sampling.top_p, sampling.backspace, count),
         "reward": pa.nulls(count, schema.field("reward").type),
         "features": pa.nulls(count, schema.field("features").type),
-        "actor": _repeated(actor, pa.string(), count),
-        "created_at": _repeated(datetime.now(UTC), schema.field("created_at").type, count),
+        "actor": _repeated(actor, count),
+        "created_at": pa.repeat(pa.scalar(datetime.now(UTC), schema.field("created_at").type), count),
     }
     return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
 
 
-def _repeated(value: str | datetime | dict[str, float | bool] | None, type_: pa.DataType, count: int) -> pa.Array:
-    return pa.repeat(pa.scalar(value, type_), count)
+@lru_cache(maxsize=64)  # batches of an actor are of the same task and size nearly always
+def _repeated(value: str | None, count: int) -> pa.StringArray:
+    return pa.repeat(pa.scalar(value, pa.string()), count)
+
+
+@lru_cache(maxsize=64)
+def _repeated_sampling(temperature: float, top_p: float, floor_mask: bool, count: int) -> pa.StructArray:
+    value = {"temperature": temperature, "top_p": top_p, "floor_mask": floor_mask}
+    return pa.repeat(pa.scalar(value, SAMPLING_TYPE), count)
 
 
 def _offsets(arrays: Sequence[npt.NDArray[np.generic]]) -> Int32:

@@ -74,12 +74,18 @@ class BlockMinima:
 
     def append(self, values: npt.NDArray[np.float32] | Float64 | Int64) -> None:
         """Add values at the end."""
+        if not len(values):
+            return
         begin = len(self._column)
         self._column.append(values.astype(np.float64))
         num_blocks = -(-len(self._column) // _BLOCK)
-        self._bounds.append(np.full(num_blocks - len(self._bounds), np.inf))
-        self._tighten(begin // _BLOCK, num_blocks)
-        self._bound = min(self._bound, float(self._bounds.values[begin // _BLOCK :].min(initial=math.inf)))
+        smallest = float(values.min())
+        if num_blocks == len(self._bounds):  # all of them are in the last block
+            self._bounds.values[-1] = min(self._bounds.values[-1], smallest)
+        else:
+            self._bounds.append(np.full(num_blocks - len(self._bounds), np.inf))
+            self._tighten(begin // _BLOCK, num_blocks)
+        self._bound = min(self._bound, smallest)
 
     def put(self, slots: Int64, values: npt.NDArray[np.float32]) -> None:
         """Replace the values at these places."""

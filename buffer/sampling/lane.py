@@ -11,6 +11,8 @@ from buffer.sampling.row_facts import Bool, Int32, Int64, RowFacts
 from buffer.sampling.samplers import make_sampler
 from buffer.settings import BufferSettings
 
+_NO_ROWS: Int64 = np.empty(0, dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class LaneSnapshot:
@@ -66,11 +68,12 @@ class Lane:
     def exhausted(self, drawn: Drawn) -> Int64:
         """The rows of a draw that reached `max_times_sampled`; they are live until they are removed."""
         limit = self._settings.max_times_sampled
-        return drawn.rows[:0] if limit is None else drawn.rows[drawn.times_sampled >= limit]
+        return _NO_ROWS if limit is None else drawn.rows[drawn.times_sampled >= limit]
 
     def over_capacity(self) -> Int64:
         """The oldest rows beyond the capacity."""
-        return self._facts.oldest(max(len(self) - self._settings.capacity, 0))
+        excess = len(self) - self._settings.capacity
+        return self._facts.oldest(excess) if excess > 0 else _NO_ROWS
 
     def older_than(self, created_us: int) -> Int64:
         """Rows created before this time, in microseconds since the epoch."""
@@ -85,7 +88,7 @@ class Lane:
         written down but not what followed, and the limit may be another.
         """
         limit = self._settings.max_times_sampled
-        return np.empty(0, dtype=np.int64) if limit is None else self._facts.sampled_at_least(limit)
+        return _NO_ROWS if limit is None else self._facts.sampled_at_least(limit)
 
     def remove(self, rows: Int64) -> None:
         """These distinct live rows are no longer so."""

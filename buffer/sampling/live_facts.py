@@ -117,8 +117,6 @@ class LiveFacts:
 
     def oldest(self, count: int) -> Int64:
         """[count] the live rows that came first; count <= n."""
-        if not count:
-            return np.empty(0, dtype=np.int64)
         ahead = self._is_live.values[self._front :]
         self._front += int(ahead.argmax())  # stops at the first live one
         width = count

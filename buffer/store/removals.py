@@ -54,11 +54,12 @@ class Removals:
 
     def _remove_unfit(self) -> None:
         """Rows that are exhausted or too old."""
-        for source, lane in self._shard.lanes.items():
-            exhausted = self._exhausted[source]
-            self._remove(source, "sampled", exhausted)
-            self._exhausted[source] = NO_ROWS
-            if self._settings.max_age_s is not None:
+        for source, exhausted in self._exhausted.items():
+            if len(exhausted):
+                self._remove(source, "sampled", exhausted)
+                self._exhausted[source] = NO_ROWS
+        if self._settings.max_age_s is not None:
+            for source, lane in self._shard.lanes.items():
                 self._remove(source, "age", lane.older_than(int((self._clock() - self._settings.max_age_s) * 1e6)))
 
     def _remove(self, source: str, reason: RemovalReason, rows: Int64) -> None:

@@ -56,6 +56,7 @@ class RowTable:
         self._schema = schema
         self._segments: dict[int, _Segment] = {}  # by number of the file, in the order of their rows
         self._slots = RecordSlots()
+        self._is_described = False  # whether every row has its record
         self._windows: list[pa.Buffer] = []
         self._free_windows: list[int] = []
         self._layout: GatherLayout | None = None  # of the columns, from the first gather on
@@ -71,6 +72,7 @@ class RowTable:
         segment.content = content
         segment.num_rows += len(rows)
         self._slots.append(rows)
+        self._is_described = False
 
     def move(self, number: int, content: pa.Buffer) -> None:
         """The bytes of a segment are to be read from here from now on."""
@@ -104,7 +106,7 @@ class RowTable:
         end = begin + sum(self._segments[each].num_rows for each in old)
         assert np.isin(rows, self._slots.rows[begin:end]).all(), "rows stay in order"
         self._slots.replace(begin, end, rows)
-        self._rest = None
+        self._is_described, self._rest = False, None
         for each in old:
             self._forget(self._segments[each])
         kept = [{each: self._segments[each] for each in part} for part in (before[:at], before[at + len(old) :])]
@@ -147,6 +149,8 @@ class RowTable:
 
     def _described(self) -> GatherLayout:
         """The layout, once every row has its record."""
+        if self._layout is not None and self._is_described:
+            return self._layout
         new = [
             (segment, batch, end)
             for segment in self._segments.values()
@@ -163,8 +167,8 @@ class RowTable:
                 segment.described_rows = segment.described_bytes = 0
                 segment.rest = []
             return self._described()
-        if new:
-            self._describe(self._layout, new)
+        self._describe(self._layout, new)
+        self._is_described = True
         return self._layout
 
     def _describe(self, layout: GatherLayout, new: Sequence[tuple[_Segment, pa.RecordBatch, int]]) -> None:
