@@ -28,7 +28,8 @@ from buffer.staleness import NO_VERSION, VersionRange
 from buffer.store.event_history import read_events
 from buffer.store.manifest import CorruptSegmentError, Manifest
 from buffer.store.previous_format import holds_previous_format, read_previous_shard
-from buffer.store.segments import map_sealed, open_numbers, open_path, scan_open
+from buffer.store.sealed_segments import map_sealed
+from buffer.store.segments import open_numbers, open_path, scan_open
 
 ATTEMPTS = 20
 """Snapshots are begun anew at most this often; each takes longer than the steps of the writer that disturb it."""

@@ -22,7 +22,8 @@ from buffer.staleness import VersionRange
 from buffer.store.archive import Archive
 from buffer.store.manifest import SegmentEntry
 from buffer.store.row_numbers import Int64, contains
-from buffer.store.segments import SealedFile, map_content, read_batches, sealed_path, write_sealed
+from buffer.store.sealed_segments import SealedFile, map_content, write_sealed
+from buffer.store.segments import read_batches, sealed_path
 
 BATCH_ROWS = 2**12
 BATCH_BYTES = 2**22

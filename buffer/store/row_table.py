@@ -9,8 +9,9 @@ one cast of the binary views in them copies run by run.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,16 +34,24 @@ _NOTHING = pa.py_buffer(b"")
 
 @dataclass
 class _Segment:
-    """content: schema and batches; num_rows: of those. windows: what `RowTable` knows each 2^30 bytes as. described:
+    """read: gives schema and batches; num_rows: of those. windows: what `RowTable` knows each 2^30 bytes as. described:
     rows, and the bytes that hold them, whose records are made. rest: per batch, the columns that records cannot hold.
     """
 
-    content: pa.Buffer
+    read: Callable[[], pa.Buffer]
     num_rows: int
     windows: list[int] = field(default_factory=list)
     described_rows: int = 0
     described_bytes: int = 0
     rest: list[pa.RecordBatch] = field(default_factory=list)
+
+
+class _Unread(NamedTuple):
+    """What a segment has that is not described. content: all of it. batches: the others, each with where it ends."""
+
+    segment: _Segment
+    content: pa.Buffer
+    batches: list[tuple[pa.RecordBatch, int]]
 
 
 class RowTable:
@@ -62,14 +71,14 @@ class RowTable:
         self._layout: GatherLayout | None = None  # of the columns, from the first gather on
         self._rest: tuple[list[pa.RecordBatch], Int64] | None = None  # of all segments, and the first slot of each
 
-    def append(self, number: int, content: pa.Buffer, rows: Int64) -> None:
-        """Rows that come after all others are in segment `number` now. content: all of it; nothing in it has changed or
-        moved that was there before. rows: [n] their numbers; what else is in `content` was appended before."""
+    def append(self, number: int, read: Callable[[], pa.Buffer], rows: Int64) -> None:
+        """Rows that come after all others are in segment `number` now. read: gives all of it; nothing in it has changed
+        that was there before. rows: [n] their numbers; what else is in it was appended before."""
         segment = self._segments.get(number)
         if segment is None:
-            segment = self._segments[number] = _Segment(content, 0)
+            segment = self._segments[number] = _Segment(read, 0)
         assert segment is next(reversed(self._segments.values())), "rows are appended in order"
-        segment.content = content
+        segment.read = read
         segment.num_rows += len(rows)
         self._slots.append(rows)
         self._is_described = False
@@ -77,9 +86,8 @@ class RowTable:
     def move(self, number: int, content: pa.Buffer) -> None:
         """The bytes of a segment are to be read from here from now on."""
         segment = self._segments[number]
-        assert content.size == segment.content.size, "the same bytes"
-        segment.content = content
-        self._map(segment)
+        segment.read = lambda: content
+        self._map(segment, content)
         if self._layout is not None and segment.rest:
             batches = (batch.select(self._layout.rest) for batch, _ in read_batches(content, self._schema))
             segment.rest = list(itertools.islice(batches, len(segment.rest)))
@@ -87,7 +95,7 @@ class RowTable:
 
     def content(self, number: int) -> pa.Buffer:
         """All of a segment."""
-        return self._segments[number].content
+        return self._segments[number].read()
 
     def remove(self, numbers: Sequence[int]) -> None:
         """Forget neighbouring segments."""
@@ -96,7 +104,7 @@ class RowTable:
     def replace(self, old: Sequence[int], number: int, content: pa.Buffer) -> None:
         """Put segment `number`, which holds some of their rows, in the place of neighbours."""
         rows = np.concatenate([rows_of(batch) for batch, _ in read_batches(content, self._schema)])
-        self._put(old, {number: _Segment(content, len(rows))}, rows)
+        self._put(old, {number: _Segment(lambda: content, len(rows))}, rows)
 
     def _put(self, old: Sequence[int], new: dict[int, _Segment], rows: Int64) -> None:
         before = list(self._segments)
@@ -152,16 +160,14 @@ class RowTable:
         if self._layout is not None and self._is_described:
             return self._layout
         new = [
-            (segment, batch, end)
-            for segment in self._segments.values()
-            if segment.described_rows < segment.num_rows
-            for batch, end in read_batches(segment.content, self._schema, segment.described_bytes)
+            self._unread(segment) for segment in self._segments.values() if segment.described_rows < segment.num_rows
         ]
+        batches = [batch for each in new for batch, _ in each.batches]
         if self._layout is None:
             schema = self._schema.remove(self._schema.get_field_index(ROW))
-            self._layout = GatherLayout(schema, new[0][1], varying={"id"})
+            self._layout = GatherLayout(schema, batches[0], varying={"id"})
             self._slots.widen(self._layout.num_lanes)
-        if self._layout.cover(batch for _, batch, _ in new):
+        if self._layout.cover(batches):
             self._slots.widen(self._layout.num_lanes)
             for segment in self._segments.values():
                 segment.described_rows = segment.described_bytes = 0
@@ -171,33 +177,37 @@ class RowTable:
         self._is_described = True
         return self._layout
 
-    def _describe(self, layout: GatherLayout, new: Sequence[tuple[_Segment, pa.RecordBatch, int]]) -> None:
-        """Make the records of batches. new: each with its segment and where it ends there."""
-        slot, first_slots = 0, {}
-        for segment in self._segments.values():
-            first_slots[id(segment)] = slot
-            slot += segment.num_rows
-            if segment.described_rows < segment.num_rows:
-                self._map(segment)
-        for segment, batch, end in new:
-            slot = first_slots[id(segment)] + segment.described_rows
-            records = self._slots.records[slot : slot + batch.num_rows]
-            layout.describe(batch, records, segment.content, np.array(segment.windows, dtype=np.int32))
-            segment.described_rows += batch.num_rows
-            segment.described_bytes = end
-            if layout.rest:
-                segment.rest.append(batch.select(layout.rest))
-                self._rest = None
+    def _unread(self, segment: _Segment) -> _Unread:
+        content = segment.read()
+        return _Unread(segment, content, list(read_batches(content, self._schema, segment.described_bytes)))
 
-    def _map(self, segment: _Segment) -> None:
+    def _describe(self, layout: GatherLayout, new: Sequence[_Unread]) -> None:
+        """Make the records of rows that have none."""
+        self._rest = None
+        first_slot, before = 0, iter(self._segments.values())
+        for segment, content, batches in new:
+            while (other := next(before)) is not segment:
+                first_slot += other.num_rows
+            self._map(segment, content)
+            windows = np.array(segment.windows, dtype=np.int32)
+            for batch, end in batches:
+                slot = first_slot + segment.described_rows
+                layout.describe(batch, self._slots.records[slot : slot + batch.num_rows], content, windows)
+                segment.described_rows += batch.num_rows
+                segment.described_bytes = end
+                if layout.rest:
+                    segment.rest.append(batch.select(layout.rest))
+            first_slot += segment.num_rows
+
+    def _map(self, segment: _Segment, content: pa.Buffer) -> None:
         """Have the windows of a segment show its content."""
         step = 1 << gather_source.WINDOW_BITS
-        for index, begin in enumerate(range(0, segment.content.size, step)):
+        for index, begin in enumerate(range(0, content.size, step)):
             if index == len(segment.windows):
                 segment.windows.append(self._free_windows.pop() if self._free_windows else len(self._windows))
                 if segment.windows[-1] == len(self._windows):
                     self._windows.append(_NOTHING)
-            self._windows[segment.windows[index]] = segment.content[begin : begin + 2 * step - 1]
+            self._windows[segment.windows[index]] = content[begin : begin + 2 * step - 1]
 
     def _forget(self, segment: _Segment) -> None:
         for window in segment.windows:

@@ -22,7 +22,8 @@ from buffer.schema import ROW, SOURCES
 from buffer.store.compaction import entry_of
 from buffer.store.manifest import SegmentEntry
 from buffer.store.row_numbers import Int64
-from buffer.store.segments import open_path, read_batches, seal_open, sealed_path
+from buffer.store.sealed_segments import seal_open
+from buffer.store.segments import open_path, read_batches, sealed_path
 
 SEAL_TIMEOUT_S = 300.0
 """A disk that takes longer to write one segment does not work."""

@@ -83,7 +83,7 @@ class SegmentFiles:
 
     def restore(self, entry: SegmentEntry, segment: FoundSegment, num_live: int) -> None:
         """A sealed segment that the manifest lists, mapped."""
-        self._table.append(entry.number, segment.content, segment.rows)
+        self._table.append(entry.number, lambda: segment.content, segment.rows)
         self._sealed.add(entry, num_live)
 
     def restore_open(self, number: int, segment: FoundSegment) -> None:

@@ -15,13 +15,13 @@ from buffer.store.event_history import log_files, open_log_path
 from buffer.store.manifest import CorruptSegmentError, Manifest, SegmentEntry, sync_folder
 from buffer.store.quarantine import set_bytes_aside, set_file_aside
 from buffer.store.row_numbers import NO_ROWS, Int64
+from buffer.store.sealed_segments import map_content
 from buffer.store.segments import (
     OPEN_SUFFIX,
     SEALED_SUFFIX,
     OpenScan,
     OpenSegment,
     cut_torn_tail,
-    map_content,
     open_numbers,
     open_path,
     read_batches,

@@ -11,11 +11,9 @@ or what a compaction wrote. Whether a mark stands at its end is all the same, to
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +21,7 @@ import pyarrow as pa
 import xxhash
 
 from buffer.store.growing_map import GrowingMap
-from buffer.store.manifest import CorruptSegmentError, SegmentEntry, sync_folder
+from buffer.store.manifest import CorruptSegmentError, sync_folder
 from buffer.store.message_encoder import MessageEncoder
 
 OPEN_SUFFIX = ".arrows.open"
@@ -32,7 +30,6 @@ _ANY_OPEN = f"segment-*{OPEN_SUFFIX}"
 _MESSAGE_START = b"\xff\xff\xff\xff"
 _PREFIX_BYTES = 8  # of a message: its start, and the length of its metadata
 _MESSAGE_ALIGNMENT = 8
-_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # The checksum stands in the metadata of the message that it covers: it is computed with zeros in its place.
 _CHECKSUM_PREFIX = b"xxh3_128:"
@@ -69,7 +66,6 @@ class OpenSegment:
         """Create `path`, or go on after its last byte (`cut_torn_tail` comes first). room_bytes: how large it is
         expected to grow, where `content` is asked for."""
         self.path = path
-        self._schema = schema
         self._header = schema.serialize().to_pybytes()
         self._sync_each_batch = sync_each_batch
         self._descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
@@ -85,9 +81,12 @@ class OpenSegment:
         """Bytes of complete batches and header."""
         return self._size_bytes
 
-    @property
     def content(self) -> pa.Buffer:
-        """Header and complete batches, mapped."""
+        """Header and complete batches, mapped.
+
+        Raises:
+            OSError: the file cannot be mapped.
+        """
         return self._map.content(self._size_bytes)
 
     @property
@@ -219,89 +218,6 @@ def cut_torn_tail(path: Path, scan: OpenScan) -> int:
     return scan.torn_bytes
 
 
-@dataclass(frozen=True)
-class SealedFile:
-    """What `write_sealed` wrote."""
-
-    size_bytes: int
-    checksum: str
-
-
-def seal_open(source: Path, path: Path) -> SealedFile:
-    """Make a full open segment durable and give it a second name, that of a sealed one, so that it has one that counts
-    at any moment; the caller deletes the first when the second does.
-
-    Raises:
-        OSError: the disk refused; the open segment stays as it is.
-    """
-    _sync_file(source)
-    path.unlink(missing_ok=True)  # of an attempt that failed
-    try:
-        os.link(source, path)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        temporary = path.with_name(path.name + ".tmp")  # the file system knows no second names
-        shutil.copyfile(source, temporary)
-        _sync_file(temporary)
-        temporary.rename(path)
-    sync_folder(path.parent)
-    return _measure(path)
-
-
-def write_sealed(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> SealedFile:
-    """Write a complete segment next to `path`, make it durable and rename it into place.
-
-    Raises:
-        OSError: the disk refused; nothing is left behind.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        _sync_file(temporary)
-        sealed = _measure(temporary)
-        temporary.rename(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-    return sealed
-
-
-def map_sealed(folder: Path, entry: SegmentEntry, schema: pa.Schema) -> list[pa.RecordBatch]:
-    """Map a sealed segment; its batches are views of the file (see `map_content`).
-
-    Raises:
-        CorruptSegmentError: see `map_content`.
-    """
-    return [batch for batch, _ in read_batches(map_content(folder, entry, schema), schema)]
-
-
-def map_content(folder: Path, entry: SegmentEntry, schema: pa.Schema) -> pa.Buffer:
-    """Map a sealed segment, which stays readable here after its deletion; gives all that is in it.
-
-    Raises:
-        CorruptSegmentError: the file is missing, or differs from what the manifest says.
-    """
-    path = sealed_path(folder, entry.number)
-    remedy = (
-        f"restore it from a copy, or delete its entry from {folder / 'manifest.json'} to go on without its "
-        f"{entry.num_rows} trajectories"
-    )
-    if not path.exists():
-        raise CorruptSegmentError(f"{path} is missing: {remedy}")
-    content = pa.memory_map(str(path)).read_buffer()
-    if content.size != entry.size_bytes:
-        raise CorruptSegmentError(f"{path} has {content.size} bytes instead of {entry.size_bytes}: {remedy}")
-    if (found := _checksum(content)) != entry.checksum:
-        raise CorruptSegmentError(f"{path} has checksum {found} instead of {entry.checksum}: {remedy}")
-    if not pa.ipc.read_schema(content).equals(schema, check_metadata=True):
-        raise CorruptSegmentError(f"{path} holds rows of another schema: {remedy}")
-    return content
-
-
 def read_batches(content: pa.Buffer, schema: pa.Schema, begin: int = 0) -> Iterator[tuple[pa.RecordBatch, int]]:
     """The batches of a segment that begin at a byte or later, as views of its content, each with where it ends."""
     source = pa.BufferReader(content)
@@ -314,24 +230,6 @@ def read_batches(content: pa.Buffer, schema: pa.Schema, begin: int = 0) -> Itera
         except EOFError:  # how an earlier version of this program ended a sealed segment
             return
         yield pa.ipc.read_record_batch(message, schema), source.tell()
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _measure(path: Path) -> SealedFile:
-    with pa.memory_map(str(path)) as file:
-        content = file.read_buffer()
-        return SealedFile(content.size, _checksum(content))
-
-
-def _checksum(content: pa.Buffer) -> str:
-    return xxhash.xxh3_128(memoryview(content)).hexdigest()
 
 
 def encode_message(batch: pa.RecordBatch, schema: pa.Schema) -> bytearray:

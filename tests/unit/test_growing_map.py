@@ -55,7 +55,7 @@ def test_an_open_segment_is_read_through_its_mapping(tmp_path):
     views, end = [], 0
     for batch in batches:
         segment.append(batch)
-        ((view, end),) = read_batches(segment.content, schema, end)
+        ((view, end),) = read_batches(segment.content(), schema, end)
         views.append(view)
     segment.delete()
     del segment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +48,7 @@ def table_of(*segments):
     """segments: the batches of each, numbered 1, 2, ..."""
     table = RowTable(SCHEMA)
     for number, batches in enumerate(segments, start=1):
-        table.append(number, content_of(batches), rows_in(batches))
+        table.append(number, partial(content_of, batches), rows_in(batches))
     return table
 
 
@@ -108,7 +109,7 @@ def check_any_kinds(batches, data):
     first = 0
     for kinds in batches:
         stored.append(plain.slice(first, len(kinds)))
-        table.append(number, content_of(stored), rows_in(stored[-1:]))
+        table.append(number, partial(content_of, list(stored)), rows_in(stored[-1:]))
         first += len(kinds)
         match data.draw(st.sampled_from(["take", "move", "end", "go on"])):
             case "take":
@@ -195,7 +196,7 @@ def test_removed_segments_leave_the_numbers_of_the_others_and_their_windows_to_l
         asked = np.array([119, 60, 95])
         assert table.take(asked).equals(without_rows(plain.take(pa.array(asked))))
     more = [numbered_at(range(120, 125))]
-    table.append(9, content_of(more), rows_in(more))
+    table.append(9, partial(content_of, more), rows_in(more))
     assert ids_of(table.take(np.array([122, 60]))) == ["122", "60"]
     assert len(table._windows) == 4
 
@@ -204,7 +205,7 @@ def test_the_oldest_rows_go_for_as_long_as_newer_ones_come():
     table = RowTable(SCHEMA)
     for number in range(300):
         batches = [numbered_at(range(10 * number, 10 * number + 10))]
-        table.append(number, content_of(batches), rows_in(batches))
+        table.append(number, partial(content_of, batches), rows_in(batches))
         if number >= 3:
             table.remove([number - 3])
             asked = [10 * number + 9, 10 * number - 20, 10 * number - 1]
@@ -235,7 +236,7 @@ def test_rows_out_of_order_are_refused():
     table = table_of([numbered_at([0, 1, 2])], [numbered_at([3])])
     for number, rows in ((2, [2]), (1, [4])):
         with pytest.raises(AssertionError, match="in order"):
-            table.append(number, content_of([numbered_at(rows)]), np.array(rows))
+            table.append(number, partial(content_of, [numbered_at(rows)]), np.array(rows))
 
 
 def test_a_table_without_rows_gives_none_and_misses_what_is_asked_for():

@@ -71,7 +71,7 @@ def test_inserts_and_draws_go_on_while_a_segment_is_sealed(tmp_path, disk):
     fill(store, folder)
     everything = {str(number) for number in range(store.next_row)}
     key = DrawKey("stage", 0, "policy")
-    drawn = store.draw(key, store.next_row, 0)  # merges what lies on the heap, each segment for itself
+    drawn = store.draw(key, store.next_row, 0)
     assert set(ids_of(drawn.batch)) == everything
     store.insert(batch_of([expert_row("e")]))
     size_bytes = sum(path.stat().st_size for path in folder.glob("segment-*"))

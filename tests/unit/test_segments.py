@@ -15,16 +15,14 @@ import pytest
 
 from buffer.schema import trajectory_schema
 from buffer.store.manifest import CorruptSegmentError, SegmentEntry
+from buffer.store.sealed_segments import map_sealed, seal_open, write_sealed
 from buffer.store.segments import (
     DamagedRange,
     OpenSegment,
     cut_torn_tail,
-    map_sealed,
     read_batches,
     scan_open,
-    seal_open,
     sealed_path,
-    write_sealed,
 )
 from tests.trajectories import CONTRACT, numbered
 

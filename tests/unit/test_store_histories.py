@@ -21,7 +21,8 @@ from buffer.store.consumption_log import DrawKey
 from buffer.store.event_history import read_events
 from buffer.store.manifest import Manifest
 from buffer.store.replay_store import ReplayStore
-from buffer.store.segments import map_sealed, open_numbers, open_path, scan_open
+from buffer.store.sealed_segments import map_sealed
+from buffer.store.segments import open_numbers, open_path, scan_open
 from tests.stores import crash
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, row
 

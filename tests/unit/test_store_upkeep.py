@@ -17,8 +17,9 @@ from buffer.store.consumption_log import DrawKey
 from buffer.store.manifest import Manifest, SegmentEntry
 from buffer.store.replay_store import ReplayStore
 from buffer.store.row_numbers import NO_ROWS
+from buffer.store.sealed_segments import map_sealed
 from buffer.store.segment_set import SegmentSet
-from buffer.store.segments import map_sealed, open_numbers, open_path, scan_open
+from buffer.store.segments import open_numbers, open_path, scan_open
 from tests.stores import SMALL, crash, live_ids, open_store, settle
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, numbered, row
 
