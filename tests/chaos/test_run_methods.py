@@ -24,7 +24,7 @@ from learner.checkpoints.store import checkpoints_of
 from tests.integration import failing_scores
 from tests.integration.test_run_arithmetic import FinishedRun, recompute
 from tests.integration.train_process import ROOT, TINY, TrainProcess, metrics_of, trajectories_of
-from tests.unit.test_classifier import save as save_classifier
+from tests.unit.actors.test_classifier import save as save_classifier
 
 RECIPE = "launch/recipes/arithmetic_kl_control_cpu.yaml"
 RUN_TIMEOUT_S = 280.0

@@ -24,8 +24,8 @@ from tests.integration.engine_worker import fresh_engine, in_engine_process_for
 from tests.integration.reference import Comparison, compare
 from tests.integration.traffic import Request, rollouts
 from tests.tiny_models import BACKSPACE_ID, FIRST_TEXT_ID, VOCAB_SIZE, tiny_model
-from tests.unit.test_adapters import train_a_little
-from tests.unit.test_model import word_tokenizer
+from tests.unit.learner.test_adapters import train_a_little
+from tests.unit.learner.test_model import word_tokenizer
 
 pytestmark = pytest.mark.slow
 

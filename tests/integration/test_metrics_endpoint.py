@@ -14,7 +14,7 @@ from actors.status import PoolStatus
 from launch.monitoring.live_view import RunView
 from launch.monitoring.metric_export import MetricExporter
 from launch.monitoring.metric_names import METRIC_NAMES
-from tests.unit.test_metric_export import full_view
+from tests.unit.launch.test_metric_export import full_view
 
 TIMEOUT_S = 120.0
 """Ray hands on what it was told every second here (else every 10 s); a busy machine takes longer."""

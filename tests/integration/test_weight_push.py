@@ -41,7 +41,7 @@ from learner.state_tree.policy import TreePolicy, sequence_logprobs
 from tests.integration.local_ray import local_ray
 from tests.integration.reference import compare
 from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, VOCAB_SIZE, perturbed, tiny_model
-from tests.unit.test_adapters import train_a_little
+from tests.unit.learner.test_adapters import train_a_little
 
 ROOT = Path(__file__).parents[2]
 ANSWER_TIMEOUT_S = 60.0

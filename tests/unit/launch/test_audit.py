@@ -1,0 +1,235 @@
+"""The audit: clean for whatever a store does, and every violation that somebody really made is named with its ids."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from typer.testing import CliRunner, Result
+
+from buffer.reading.audit import audit_buffer
+from buffer.reading.audit_checks import DrawLimits
+from buffer.store.consumption_log import ConsumptionLog, DrawKey
+from buffer.store.event_history import log_files, log_number, read_log_file
+from buffer.store.events import EVENT_SCHEMA, Event, decode_events, encode_events
+from buffer.store.manifest import Manifest
+from buffer.store.segments import OpenSegment
+from launch.cli import app
+from launch.settings.recipe import read_recipe, write_recipe
+from tests.stores import SMALL, open_store
+from tests.trajectories import batch_of, expert_row, numbered, row
+
+LIMITS = DrawLimits(max_times_sampled=2, max_staleness=1)
+RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
+GOLDEN = Path(__file__).parents[2] / "golden" / "buffer_v1" / "folder"
+AT_US = 1_800_000_000_000_000
+
+
+def shard(run: Path, index: int = 0) -> Path:
+    return run / "buffer" / f"shard-{index:03d}"
+
+
+def findings(run: Path, limits: DrawLimits = LIMITS) -> list[tuple[str, tuple[str, ...]]]:
+    return [(finding.what, finding.names) for finding in audit_buffer(run / "buffer", limits).findings]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Rows 0-5: p0, p1 and p2 (stale, p0 drawn once), e0 (drawn once), p3 (drawn once) and p4, of version 2."""
+    store = open_store(shard(tmp_path), max_staleness=1, max_times_sampled=2, segment_bytes=SMALL)
+    store.insert(batch_of([row(f"p{number}", features=[0.0] * SMALL) for number in range(3)]))
+    store.insert(batch_of([expert_row("e0")]))
+    assert store.draw(DrawKey("tune", 0, "policy"), 1, 0) is not None
+    store.insert(batch_of([row("p3", policy_version=[2, 2, 2])]))
+    assert store.draw(DrawKey("tune", 1, "policy"), 1, 2) is not None
+    assert store.draw(DrawKey("tune", 1, "expert"), 1, 2) is not None
+    store.insert(batch_of([row("p4", policy_version=[2, 2, 2])]))
+    store.insert(batch_of([row("p4"), row("bad", actions=[99])]))
+    store.close()
+    return tmp_path
+
+
+def append_events(run: Path, *events: Event) -> None:
+    """As a defective writer would."""
+    path = list(log_files(shard(run)).values())[-1]
+    log = OpenSegment(path, EVENT_SCHEMA, sync_each_batch=False)
+    log.append(encode_events(events, AT_US))
+    log.close()
+
+
+def draw(rows: list[int], step: int = 7, version: int = 2, source: str = "policy", whole: int = 9) -> Event:
+    numbers = np.array(rows, dtype=np.int64)
+    return Event("draw", "tune", step, source, policy_version=version, rows=numbers, whole=whole)
+
+
+def removal(rows: list[int]) -> Event:
+    return Event("remove", source="policy", reason="age", rows=np.array(rows), ids=pa.nulls(len(rows), pa.string()))
+
+
+def command(run: Path, *arguments: str) -> Result:
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, ["audit", str(run), *arguments])
+
+
+def refusal(run: Path) -> str:
+    result = command(run)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def rewrite_state(run: Path, change: Callable[[Event], Event]) -> None:
+    """Begin a second file of the log, with another state of the policy rows than the one they are in."""
+    folder = shard(run)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ConsumptionLog, "is_full", property(lambda _: True))
+        store = open_store(folder, max_staleness=1, max_times_sampled=2)
+        store.insert(batch_of([row("p4")]))  # refused, but the log is looked after
+        store.close()
+    path = list(log_files(folder).values())[-1]
+    assert log_number(path) > 1
+    events = [event for record in read_log_file(path) for event in decode_events(record)]
+    path.unlink()
+    log = OpenSegment(path, EVENT_SCHEMA, sync_each_batch=False)
+    wrong = [change(event) if (event.kind, event.source) == ("snapshot", "policy") else event for event in events]
+    log.append(encode_events(wrong, AT_US))
+    log.close()
+
+
+def test_what_a_store_leaves_is_clean_and_the_account_says_what_happened(run):
+    report = audit_buffer(run / "buffer", LIMITS)
+    assert report.findings == ()
+    expert, policy = report.accounts
+    assert (expert.source, expert.inserted, expert.live, expert.drawn) == ("expert", 1, 1, 1)
+    assert (policy.source, policy.inserted, policy.live, policy.drawn) == ("policy", 5, 2, 2)
+    assert {reason: count for reason, count in policy.removed.items() if count} == {"stale": 3}
+    assert (report.rejected, report.num_draws) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("events", "what", "names"),
+    [
+        ([draw([0])], "drawn after it ceased to be live", ("p0",)),
+        ([draw([3])], "drawn as a trajectory of the other source", ("e0",)),
+        ([draw([4, 4])], "given twice in one draw", ("p3",)),
+        ([draw([4, 5]), draw([5, 4], 8)], "drawn 3 times; max_times_sampled is 2", ("p3",)),
+        ([draw([5, 4], version=5)], "drawn with a staleness of 3; max_staleness is 1", ("p3", "p4")),
+        ([Event("stage", policy_version=3), draw([5])], "drawn in a later stage than it was made for", ("p4",)),
+        ([draw([6])], "in no segment, though neither evicted nor dropped", ("row 6",)),
+        ([removal([1, 5]), removal([5])], "removed 2 times", ("p1", "p4")),
+        ([draw([4, 5], whole=1)], "draw of policy trajectories for step 7 of stage 'tune': 2 rows given of 1", ()),
+    ],
+)
+def test_an_event_that_must_not_be_is_found(run, events, what, names):
+    append_events(run, *events)
+    assert any(found.startswith(what) and rows == names for found, rows in findings(run)), findings(run)
+
+
+def test_limits_that_a_run_does_not_have_are_not_checked(run):
+    append_events(run, draw([4, 5], version=5), draw([5, 4], 8), draw([4], 9))
+    assert len(findings(run)) == 2
+    assert findings(run, DrawLimits(None, None)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "names"),
+    [
+        (
+            {"rows": [4], "times_sampled": [1]},
+            "live, but missing in the state at the begin",
+            ("p4",),
+        ),
+        ({"rows": [1, 4, 5], "times_sampled": [0, 1, 0]}, "not live, but listed in the state at the begin", ("p1",)),
+        ({"times_sampled": [1, 1]}, "draws counted wrongly in the state at the begin", ("p4",)),
+        (
+            {"counters": {"dropped_stale": 2}},
+            "policy: 2 stale by the state at the begin of file",
+            (),
+        ),
+        ({"counters": {"inserted": 6}}, "policy: 6 inserted by the log, but 2 live and 3 removed", ()),
+    ],
+)
+def test_a_state_that_does_not_follow_from_the_events_before_is_found(run, change, what, names):
+    def changed(event: Event) -> Event:
+        assert event.rows is not None
+        assert event.rows.tolist() == [4, 5]
+        assert event.counters is not None
+        assert event.counters.dropped_stale == 3
+        counters = replace(event.counters, **change.get("counters", {}))
+        arrays = {name: np.array(values) for name, values in change.items() if name != "counters"}
+        return replace(event, counters=counters, **arrays)
+
+    rewrite_state(run, lambda event: event)
+    assert findings(run) == []
+    rewrite_state(run, changed)
+    assert any(found.startswith(what) and rows == names for found, rows in findings(run)), findings(run)
+
+
+def test_an_id_in_two_shards_is_found(run):
+    store = open_store(shard(run, 1))
+    store.insert(batch_of([row("p3", policy_version=[2, 2, 2]), row("q0")]))
+    store.close()
+    assert findings(run) == [("one id for 2 rows: row 4 of shard 0, row 0 of shard 1", ("p3",))]
+
+
+@pytest.mark.parametrize(
+    "name", ["segment-000001.arrows", "segment-000002.arrows.open", "consumption-000001.arrows.open"]
+)
+def test_a_flipped_bit_is_found_and_the_other_shards_are_checked_all_the_same(run, name):
+    store = open_store(shard(run, 1))
+    store.insert(numbered(0, 3))
+    store.close()
+    path = shard(run) / name
+    content = bytearray(path.read_bytes())
+    content[-200] ^= 4
+    path.write_bytes(content)
+    report = audit_buffer(run / "buffer", LIMITS)
+    assert [finding.shard for finding in report.findings] == [0]
+    assert str(path) in report.findings[0].what
+    assert {account.shard for account in report.accounts} == {1}
+
+
+def test_rows_that_left_the_manifest_without_a_trace_are_found(tmp_path):
+    store = open_store(shard(tmp_path), segment_bytes=SMALL)
+    store.insert(batch_of([row("big", features=[0.0] * SMALL), row("other")]))
+    store.insert(batch_of([row("next")]))
+    store.close()
+    manifest = Manifest.read(shard(tmp_path))
+    assert manifest is not None
+    replace(manifest, segments=()).write(shard(tmp_path))
+    assert findings(tmp_path) == [
+        ("in no segment, though neither evicted nor dropped", ("row 0", "row 1")),
+        ("policy: 3 inserted by the log, but 1 live and 0 removed", ()),
+    ]
+
+
+def test_the_command_ends_with_0_1_or_2(run, tmp_path_factory):
+    settings = read_recipe(RECIPE, ["buffer.max_staleness=1", "buffer.max_times_sampled=2"])
+    write_recipe(settings, run / "config.yaml")
+    clean = command(run)
+    assert clean.exit_code == 0
+    assert "clean: every row is accounted for" in clean.stdout
+    assert max(map(len, clean.stdout.splitlines())) <= 80
+    assert json.loads(command(run, "--json").stdout)["clean"] is True
+
+    append_events(run, draw([4, 5]), draw([5, 4], 8))
+    found = command(run)
+    assert found.exit_code == 1
+    assert "shard 0: drawn 3 times; max_times_sampled is 2: p3" in found.stdout
+    as_json = command(run, "--json")
+    assert as_json.exit_code == 1
+    assert json.loads(as_json.stdout)["findings"] == [
+        {"shard": 0, "what": "drawn 3 times; max_times_sampled is 2", "ids": ["p3"]}
+    ]
+
+    nowhere = tmp_path_factory.mktemp("empty")
+    assert "is not a run folder" in refusal(nowhere)
+    write_recipe(settings, nowhere / "config.yaml")
+    assert "holds no replay buffer" in refusal(nowhere)
+    shutil.copytree(GOLDEN, nowhere / "buffer")
+    assert "can be queried, not audited" in refusal(nowhere)

@@ -1,0 +1,146 @@
+"""Submitting, without a cluster: what is sent, what is refused before, and what the end of a job means."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+from ray.job_submission import JobStatus
+from typer.testing import CliRunner
+
+from launch.cli import app
+from launch.cluster.connection import run_cluster
+from launch.errors import UserError
+from launch.jobs.server import Job
+from launch.jobs.tree import PACKAGES, RECIPE_FILE, write_job_tree
+from launch.jobs.view import describe_job
+from launch.run_folder.folder import RAY_JOB_VARIABLE, check_run_name, create_run_folder
+from launch.settings.recipe import read_recipe
+
+RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
+NOBODY = "http://127.0.0.1:1"
+
+
+def ended(state: str, exit_code: int | None, message: str = "") -> Job:
+    return Job("run", "run", JobStatus(state), 100.0, 161.0, exit_code, message)
+
+
+def refused(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def test_a_job_tree_holds_our_packages_and_the_resolved_recipe_and_runs_by_itself(tmp_path: Path) -> None:
+    settings = read_recipe(RECIPE, ["actors.count=3", f"runs_folder={tmp_path}/runs"])
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    write_job_tree(tree, settings)
+    assert {path.name for path in tree.iterdir()} == {*PACKAGES, RECIPE_FILE}
+    assert not list(tree.rglob("*.pyc"))
+    shown = subprocess.run(
+        [sys.executable, "-c", "import launch; print(launch.__file__)"],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert Path(shown.stdout.strip()).is_relative_to(tree)
+    assert read_recipe(tree / RECIPE_FILE) == settings
+
+
+def test_the_tree_of_a_resumed_run_brings_no_recipe(tmp_path: Path) -> None:
+    write_job_tree(tmp_path, None)
+    assert {path.name for path in tmp_path.iterdir()} == set(PACKAGES)
+
+
+@pytest.mark.parametrize(
+    ("state", "exit_code", "command_exit_code"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 1, 1),
+        ("FAILED", 2, 2),
+        ("FAILED", 130, 130),
+        ("FAILED", -9, 1),  # killed
+        ("FAILED", None, 1),  # nothing of ours ever ran
+        ("STOPPED", None, 130),
+    ],
+)
+def test_the_command_ends_as_the_run_ended(state: str, exit_code: int | None, command_exit_code: int) -> None:
+    assert ended(state, exit_code).command_exit_code == command_exit_code
+
+
+def test_rays_reason_is_shown_where_the_run_could_not_say_one() -> None:
+    assert describe_job(ended("FAILED", None, "no such\nnode")) == "run run: FAILED, took 0:01:01, no such node"
+    assert describe_job(ended("FAILED", 2, "error: told already")) == "run run: FAILED, took 0:01:01, exit code 2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([str(RECIPE)], "runs_folder=runs would be lost"),
+        ([str(RECIPE), "runs_folder=/r", "actors.cont=3"], "did you mean 'count'"),
+        (["nowhere.yaml"], "no recipe at nowhere.yaml"),
+        ([], "either a recipe"),
+        ([str(RECIPE), "--resume", "/r/x"], "either a recipe"),
+        (["--resume", "runs/x"], "runs/x is relative"),
+        (["--resume", "/r/x", "--name", "y"], "keeps the name it has"),
+        ([str(RECIPE), "runs_folder=/r", "--name", "../x"], "cannot name a run"),
+        ([str(RECIPE), "runs_folder=/r", "--env", "SURELY_NOT_SET"], "SURELY_NOT_SET"),
+        ([str(RECIPE), "runs_folder=/r"], "no Ray job server answers at http://127.0.0.1:1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_submit_refuses_before_it_sends(arguments: list[str], message: str) -> None:
+    assert message in refused("submit", "--address", NOBODY, *arguments)
+
+
+@pytest.mark.parametrize("command", [["list"], ["status", "x"], ["logs", "x"], ["stop", "x"]], ids=" ".join)
+def test_jobs_at_an_address_without_job_server(command: list[str]) -> None:
+    assert "no Ray job server answers" in refused("jobs", *command, "--address", NOBODY)
+    assert "http://HEAD:8265" in refused("jobs", *command, "--address", "10.0.0.1:6379")
+
+
+def test_a_run_gets_the_name_it_is_given_once(tmp_path: Path) -> None:
+    settings = read_recipe(RECIPE, [f"runs_folder={tmp_path}"])
+    assert create_run_folder(settings, "mine") == tmp_path / "mine"
+    with pytest.raises(UserError, match=r"--resume .*mine"):
+        create_run_folder(settings, "mine")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", "a b"])
+def test_names_that_are_no_folders_or_jobs_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="cannot name a run"):
+        check_run_name(name)
+
+
+def test_in_a_job_a_run_has_to_lie_outside_the_jobs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = read_recipe(Path(__file__).parents[3] / RECIPE)
+    monkeypatch.setenv(RAY_JOB_VARIABLE, "{}")
+    with pytest.raises(UserError, match="runs_folder=runs would be lost"):
+        create_run_folder(settings)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://127.0.0.1:1", "sequencematch submit --address http://127.0.0.1:1"),
+        ("127.0.0.1:1", "no Ray cluster answers"),
+    ],
+)
+def test_a_run_joins_the_cluster_of_the_environment_and_starts_no_ray_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, message: str
+) -> None:
+    folder = create_run_folder(read_recipe(RECIPE, [f"runs_folder={tmp_path}"]))
+    settings = read_recipe(folder / "config.yaml")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=message), run_cluster(settings, folder):
+        raise AssertionError("joined something")
+    assert not ray.is_initialized()

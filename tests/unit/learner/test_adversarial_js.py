@@ -1,0 +1,280 @@
+"""The adversarial objective: golden numbers, and exact gradients by enumeration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from learner.objectives.adversarial_js import (
+    AdversarialJs,
+    data_divergence,
+    importance_weights,
+    leave_one_out_advantage,
+    mixture_reward,
+)
+from learner.objectives.base import EvaluatedLogs, LogCounts
+from learner.ranks.group import Ranks
+from learner.settings.objectives import AdversarialJsSettings, DiscriminatorSettings, ObjectiveSettings
+from learner.state_tree.policy import TreePolicy
+from tests.oracle import Log, states
+from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, build, tiny
+from tests.unit.learner.test_token_objectives import dense
+
+PROMPT, MAX_ACTIONS = [0], 3
+PIS = [0.001, 0.3, 0.9, 1.0]
+
+
+def objective_of(body: str = "policy", prior: float | None = None, warmup_steps: int = 0, **settings) -> AdversarialJs:
+    discriminator = DiscriminatorSettings(body=body, prior=prior, warmup_steps=warmup_steps)
+    return AdversarialJs(AdversarialJsSettings(name="adversarial_js", discriminator=discriminator, **settings), Ranks())
+
+
+def policy_logs(logs: Sequence[Log]) -> list[Log]:
+    return [replace(log, source="policy", temperature=1.0, logprobs=[-1.5] * len(log.actions)) for log in logs]
+
+
+def divergence(p: Tensor, q: Tensor, pi: float) -> Tensor:
+    """JS_pi / (pi (1 - pi)) as it is printed; KL(Q || P) at pi = 1."""
+    if pi == 1.0:
+        return (q * (q / p).log()).sum()
+    mixture = pi * p + (1 - pi) * q
+    return ((pi * p * (p / mixture).log()).sum() + ((1 - pi) * q * (q / mixture).log()).sum()) / (pi * (1 - pi))
+
+
+GOLDEN = [(0.001, 0.368112), (0.1, 0.373367), (0.5, 0.406997), (0.9, 0.478601), (0.999, 0.510448), (1.0, 0.510826)]
+
+
+@pytest.mark.parametrize(("pi", "expected"), GOLDEN)
+def test_the_two_parts_make_the_divergence(pi, expected):
+    p, q = torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])
+    log_ratio = (p / q).log()
+    found = (p * data_divergence(log_ratio, pi)).sum() - (q * mixture_reward(log_ratio, pi)).sum()
+    assert float(found) == pytest.approx(expected, abs=2e-6 if pi < 1 else 1e-6)
+    # A discriminator that errs says less.
+    for error in (torch.tensor([0.3, 0.0]), torch.tensor([-0.2, 0.5])):
+        wrong = log_ratio + error
+        assert (p * data_divergence(wrong, pi)).sum() - (q * mixture_reward(wrong, pi)).sum() < found
+
+
+def test_rewards_at_the_ends_are_those_of_the_two_kl():
+    """Likelihood: reward P/Q, whose score function is E_P[grad log Q]; reverse KL: log P/Q. Up to constants."""
+    log_ratio = torch.tensor([-3.0, -0.5, 0.0, 2.0], dtype=torch.float64)
+    near_0, near_1 = mixture_reward(log_ratio, 1e-9), mixture_reward(log_ratio, 1 - 1e-9)
+    torch.testing.assert_close(near_0 - near_0.mean(), log_ratio.exp() - log_ratio.exp().mean(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(near_1 - near_1.mean(), log_ratio - log_ratio.mean(), atol=1e-6, rtol=0)
+    logit = log_ratio + math.log(0.3 / 0.7)
+    reward = torch.nn.functional.softplus(logit) / 0.3
+    found = mixture_reward(log_ratio, 0.3)
+    torch.testing.assert_close(found - found.mean(), reward - reward.mean())
+
+
+@pytest.mark.parametrize("pi", [0.1, 0.5, 0.9])
+def test_token_by_token_the_divergence_is_not_consistent(pi):
+    """One binary choice of probability .7. Against one-hot labels the optimum is sharper than the data, the further the
+    larger pi is; over whole texts, with the true log-ratio, there is no gradient at the data."""
+    p = torch.tensor([0.7, 0.3], dtype=torch.float64)
+    q = torch.stack([probability := torch.linspace(0.01, 0.999, 99_000, dtype=torch.float64), 1 - probability])
+    mixtures = [pi * label[:, None] + (1 - pi) * q for label in torch.eye(2, dtype=torch.float64)]
+    expected = torch.zeros_like(q[0])
+    for number, mixture in enumerate(mixtures):
+        of_label = -mixture[number].log() * pi + (1 - pi) * (q * (q / mixture).log()).sum(0)
+        expected = expected + p[number] * of_label
+    optimum = float(probability[expected.argmin()])
+    assert optimum == pytest.approx({0.1: 0.720456, 0.5: 0.816793, 0.9: 0.961383}[pi], abs=2e-5)
+    logit = torch.logit(p[0]).requires_grad_()
+    log_q = logsigmoid(torch.stack([logit, -logit]))
+    reward = mixture_reward(p.log() - log_q.detach(), pi)
+    (log_q.detach().exp() * (reward - 5.0) * log_q).sum().backward()
+    assert abs(float(logit.grad)) < 1e-12
+
+
+# Enumeration: every action log of at most three actions over two tokens, <eos> and backspace -------------------------
+
+
+@pytest.fixture(scope="module")
+def smallest() -> PreTrainedModel:
+    return smallest_model(0)
+
+
+def smallest_model(seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=4, n_embd=8, n_layer=1, n_head=1, n_positions=8, initializer_range=0.6)
+    return GPT2LMHeadModel(config).double().eval()
+
+
+def all_logs(actions: tuple[int, ...] = (), depth: int = 0) -> list[Log]:
+    """Those that begin with `actions`, after which `depth` tokens of the answer stand."""
+    if actions[-1:] == (EOS,):
+        return [Log(PROMPT, list(actions), source="policy")]
+    if len(actions) == MAX_ACTIONS:
+        return [Log(PROMPT, list(actions), source="policy", finish_reason="max_actions")]
+    steps = [(0, depth + 1), (1, depth + 1), (EOS, depth + 1), *([(BACKSPACE, depth - 1)] if depth else [])]
+    return [log for action, left in steps for log in all_logs((*actions, action), left)]
+
+
+def log_probs(model: PreTrainedModel, logs: list[Log]) -> list[Tensor]:
+    """[actions] of each log, every text run alone."""
+    chosen = iter([log_q[label] for _, label, log_q in dense(model, logs)])
+    return [torch.stack([next(chosen) for _ in log.actions]) for log in logs]
+
+
+@dataclass(frozen=True)
+class Enumeration:
+    """All logs, the text that each leaves, and a target over these texts. log_q: [K] of the model, with gradient."""
+
+    logs: list[Log]
+    text: Tensor
+    target: Tensor
+    log_q: Tensor
+
+    @property
+    def text_probability(self) -> Tensor:
+        return torch.zeros_like(self.target).index_add(0, self.text, self.log_q.exp())
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """[K] of the text of each log."""
+        return (self.target / self.text_probability).log()[self.text].detach()
+
+
+def enumerate_logs(model: PreTrainedModel) -> Enumeration:
+    logs = all_logs()
+    texts = [tuple(states(log, BACKSPACE)[-1]) for log in logs]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    generator = torch.Generator().manual_seed(1)
+    target = torch.rand(len(numbers), generator=generator, dtype=torch.float64).square() + 0.01
+    log_q = torch.stack([each.sum() for each in log_probs(model, logs)])
+    return Enumeration(logs, torch.tensor([numbers[text] for text in texts]), target / target.sum(), log_q)
+
+
+def judged(objective: AdversarialJs, model: PreTrainedModel, logs: list[Log], log_ratio: Tensor) -> EvaluatedLogs:
+    """The logs as a step's rollouts, with a discriminator that says `log_ratio`."""
+    policy, tree = TreePolicy(model, BACKSPACE), build(logs)
+    rollouts = objective.evaluate(policy, tree, LogCounts.of([tree]), 0)
+    objective._reward_mean = float(mixture_reward(log_ratio, objective._settings.pi).mean())
+    return replace(rollouts, values=replace(rollouts.values, measured=log_ratio.clone().requires_grad_()))
+
+
+def test_the_enumeration_is_of_everything_that_can_happen(smallest):
+    found = enumerate_logs(smallest)
+    assert float(found.log_q.detach().exp().sum()) == pytest.approx(1.0)
+    assert len(found.target) < len(found.logs)  # some texts are reached in several ways
+
+
+@pytest.mark.parametrize("pi", PIS)
+def test_the_gradient_is_that_of_the_divergence_of_texts(smallest, pi):
+    """Drawn once each, by a policy for which they were equally likely: a stale one."""
+    everything, objective = enumerate_logs(smallest), objective_of(pi=pi)
+    count = len(everything.logs)
+    drawn = [
+        replace(log, temperature=1.0, logprobs=[-math.log(count), *[0.0] * (len(log.actions) - 1)])
+        for log in everything.logs
+    ]
+    rollouts = judged(objective, smallest, drawn, everything.log_ratio)
+    loss, metrics = objective.rollout_loss(rollouts, LogCounts(logs=10, actions=20, truncated_logs=0), 0)
+    parameters = list(smallest.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    exact = divergence(everything.target, everything.text_probability, pi)
+    expected = torch.autograd.grad(exact, parameters, allow_unused=True)
+    # Half an expert log per action; the others' mean is of logs drawn without this one.
+    for gradient, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, other * 0.5 * count / (count - 1), rtol=1e-5, atol=1e-7)
+    assert float(metrics["importance_weight_mean"]) == pytest.approx(1.0)
+    data = (everything.target * data_divergence((everything.target / everything.text_probability).log(), pi)).sum()
+    assert float(metrics["divergence_js"] + data.detach()) == pytest.approx(float(exact.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("pi", PIS)
+def test_two_stale_rollouts_have_the_gradient_as_their_mean(smallest, pi):
+    """Over all pairs that another policy draws: weights and the baseline leave the estimate without bias."""
+    everything, other = enumerate_logs(smallest), smallest_model(2)
+    drawn = [
+        replace(log, temperature=1.0, logprobs=found.tolist())
+        for log, found in zip(everything.logs, log_probs(other, everything.logs), strict=True)
+    ]
+    rollouts = judged(objective_of(pi=pi), smallest, drawn, everything.log_ratio)
+    weight, reward = importance_weights(rollouts), mixture_reward(everything.log_ratio, pi)
+    likely = torch.tensor([sum(log.logprobs) for log in drawn], dtype=torch.float64).exp()
+    assert float(likely.sum()) == pytest.approx(1.0)
+    assert float((weight - 1).abs().max()) > 0.5
+    coefficient = torch.zeros_like(reward)
+    for first, second in np.ndindex(len(drawn), len(drawn)):
+        pair = torch.tensor([first, second])
+        advantage = leave_one_out_advantage(reward[pair], float(reward[pair].mean()), 2)
+        coefficient.index_add_(0, pair, likely[first] * likely[second] * weight[pair] * advantage / 2)
+    parameters = list(smallest.parameters())
+    found = torch.autograd.grad(-(coefficient @ everything.log_q), parameters, retain_graph=True, allow_unused=True)
+    exact = divergence(everything.target, everything.text_probability, pi)
+    for gradient, expected in zip(found, torch.autograd.grad(exact, parameters, allow_unused=True), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("prior", [None, 0.2, 0.8])
+def test_the_discriminator_is_best_at_the_log_ratio_whatever_its_prior(smallest, prior):
+    """Experts in exact proportion to the target, each text as often as a 200th of its probability says."""
+    everything, objective = enumerate_logs(smallest), objective_of(pi=0.4, prior=prior)
+    counts = (everything.target * 200).round().clamp(min=1)
+    target = counts / counts.sum()
+    everything = replace(everything, target=target)
+    first = {int(text): number for number, text in reversed(list(enumerate(everything.text)))}
+    experts = [first[text] for text, count in enumerate(counts.int().tolist()) for _ in range(count)]
+    drawn = [
+        replace(log, temperature=1.0, logprobs=[-math.log(len(everything.logs)), *[0.0] * (len(log.actions) - 1)])
+        for log in everything.logs
+    ]
+    scores = everything.log_ratio.requires_grad_()
+    loss, _ = objective.rollout_loss(
+        replace_scores(judged(objective, smallest, drawn, scores.detach()), scores), LogCounts(1, 1, 0), 0
+    )
+    data = judged(objective, smallest, [replace(everything.logs[n], source="expert") for n in experts], scores.detach())
+    assert not data.values.q.requires_grad  # nothing of the policy learns from them
+    loss = loss + objective.data_loss(replace_scores(data, scores[experts]), 0)[0]
+    (gradient,) = torch.autograd.grad(loss, scores)
+    of_text = torch.zeros_like(target).index_add(0, everything.text, gradient)
+    assert float(gradient.abs().max()) > 1e-3  # of one way to a text alone
+    torch.testing.assert_close(of_text, torch.zeros_like(of_text), rtol=0, atol=1e-8)
+
+
+def replace_scores(logs: EvaluatedLogs, scores: Tensor) -> EvaluatedLogs:
+    return replace(logs, values=replace(logs.values, measured=scores))
+
+
+def test_a_constant_reward_has_no_gradient_at_all():
+    """With a discriminator that says the same of every text, and rollouts that are stale."""
+    model, objective = tiny("gpt2"), objective_of(pi=0.3)
+    policy, tree = TreePolicy(model, BACKSPACE), build(policy_logs(HARD))
+    counts = LogCounts.of([tree])
+    objective.prepare(policy, [tree], counts, 0)
+    with torch.no_grad():
+        for parameter in objective._discriminator.network.head[2].parameters():
+            parameter.zero_()
+    objective.prepare(policy, [tree], counts, 0)
+    rollouts = objective.evaluate(policy, tree, counts, 0)
+    assert importance_weights(rollouts).std() > 0
+    objective.rollout_loss(rollouts, counts, 0)[0].backward()
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+    alike = torch.full((7,), 0.7)
+    assert not leave_one_out_advantage(alike, float(alike.double().sum()) / 7, 7).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pi": 0.0}, "pi=0 is maximum likelihood, .* choose objective mle"),
+        ({"pi": 1.5}, "less than or equal to 1"),
+        ({"discriminator": {"prior": 1.0}}, "less than 1"),
+        ({"discriminator": {"body": "shared"}}, "'policy' or 'own'"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        TypeAdapter(ObjectiveSettings).validate_python({"name": "adversarial_js"} | settings)

@@ -1,0 +1,100 @@
+"""A draw cut into micro-batches: every log once, none too large, prompts together, gradients that add up."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner.batches.micro_batches import TreeSettings, build_micro_batches
+from learner.objectives.base import EvaluatedLogs, LogCounts
+from learner.objectives.registry import make_objective
+from learner.settings.objectives import SequenceMatchSettings
+from learner.state_tree.action_values import action_values
+from learner.state_tree.batch import TreeBatch
+from tests.oracle import Log, states, to_batch
+from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, random_logs, text_of, tiny
+from tests.unit.learner.test_tree_attention import grown_logs
+
+
+def cut(batch: pa.RecordBatch, max_nodes: int, max_positions: int = 128) -> list[TreeBatch]:
+    return build_micro_batches(batch, TreeSettings(BACKSPACE, EOS, max_nodes, max_positions))
+
+
+def logs_of(tree: TreeBatch) -> list[tuple[object, ...]]:
+    """What identifies each log of a batch: prompt, labels, last text."""
+    return [
+        (
+            tuple(text_of(tree, int(tree.start[i]))),
+            tuple(tree.action[tree.log == i].tolist()),
+            tuple(text_of(tree, int(tree.final_state[i]))),
+        )
+        for i in range(tree.num_logs)
+    ]
+
+
+def num_texts(logs: list[Log]) -> int:
+    return len({tuple(text[:d]) for log in logs for text in states(log, BACKSPACE) for d in range(1, len(text) + 1)})
+
+
+@settings(max_examples=100, deadline=None)
+@given(logs=random_logs(), max_nodes=st.integers(1, 40))
+def test_every_log_is_in_one_micro_batch(logs, max_nodes):
+    expected = [(tuple(log.prompt), tuple(log.actions), tuple(states(log, BACKSPACE)[-1])) for log in logs]
+    trees = cut(to_batch(logs), max_nodes)
+    assert sorted(log for tree in trees for log in logs_of(tree)) == sorted(expected)
+    for tree in trees:
+        assert tree.num_nodes <= max_nodes or tree.num_logs == 1
+    if num_texts(logs) <= max_nodes:
+        assert len(trees) == 1
+
+
+@pytest.mark.parametrize(("max_nodes", "count"), [(681, 1), (680, 2), (300, 3), (60, 28)])
+def test_micro_batches_are_few_and_even(max_nodes, count):
+    """4 prompts of 20 tokens with 7 rollouts of 21 and up to 2 more tokens each: 681 nodes."""
+    trees = cut(to_batch(grown_logs(4, 7)), max_nodes)
+    sizes = [tree.num_nodes for tree in trees]
+    assert len(trees) == count
+    assert max(sizes) <= max_nodes
+    assert max(sizes) - min(sizes) <= 65  # two or three logs, not a remainder
+
+
+def test_logs_of_a_prompt_stay_together():
+    logs = grown_logs(4, 7)
+    shuffled = [logs[(i * 5) % len(logs)] for i in range(len(logs))]
+    trees = cut(to_batch(shuffled), 200)
+    assert len(trees) == 4
+    for tree in trees:
+        assert len({prompt for prompt, _, _ in logs_of(tree)}) == 1
+    assert sum(tree.num_nodes for tree in trees) <= num_texts(logs) + 4  # the first tokens of prompts that begin alike
+
+
+def test_a_draw_that_is_bad_is_refused_before_it_is_cut():
+    with pytest.raises(ValueError, match="log 8 has an empty prompt"):
+        cut(to_batch([*HARD, Log([], [EOS])]), 4)
+    with pytest.raises(ValueError, match="without trajectories"):
+        cut(to_batch(HARD).slice(0, 0), 4)
+
+
+def test_the_loss_and_its_gradient_do_not_depend_on_the_cut():
+    batch = to_batch(grown_logs(2, 4, 12))
+    objective = make_objective(SequenceMatchSettings(beta_start=0.5))
+    gradients, losses = [], []
+    for max_nodes in (10_000, 50):
+        model = tiny("llama").double()
+        trees = cut(batch, max_nodes)
+        counts = LogCounts.of(trees)
+        total = 0.0
+        for tree in trees:
+            loss, _ = objective.data_loss(EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts), 0)
+            loss.backward()
+            total += loss.item()
+        losses.append((len(trees), total))
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    (whole, loss), (parts, loss_of_parts) = losses
+    assert (whole, parts) == (1, 4)
+    assert loss_of_parts == pytest.approx(loss, rel=1e-9)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)  # norms are in float32

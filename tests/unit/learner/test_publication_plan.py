@@ -1,0 +1,75 @@
+"""Adapters that travel alone: merged by whoever takes them, to the same bits that the learner would have sent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack, verify_fingerprint
+from learner.model.adapters import adapter_tensors, add_adapters
+from learner.publication.tensors import PublicationPlan, publication_tensors
+from learner.settings.adapters import AdapterSettings
+from tests.tiny_models import tiny_model
+from tests.unit.learner.test_adapters import KINDS, adapted, train_a_little
+from tests.unit.learner.test_quantization import needs_bitsandbytes, quantised
+
+
+def copied(payload: WeightPayload) -> WeightPayload:
+    """As a sender takes it: a snapshot."""
+    return {name: array.copy() for name, array in payload.items()}
+
+
+def manifest_of(payload: WeightPayload, entries, updates) -> WeightManifest:
+    return WeightManifest(0, fingerprint(entries, payload), entries, (), (), updates)
+
+
+def assert_arrives(model, plan: PublicationPlan, kept, kept_entries, changed, changed_entries) -> None:
+    payload = kept | changed
+    manifest = manifest_of(payload, (*kept_entries, *changed_entries), plan.updates(model))
+    verify_fingerprint(payload, manifest)
+    arrived, expected = dict(unpack(payload, manifest)), dict(publication_tensors(model))
+    assert arrived.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert arrived[name].dtype == tensor.dtype
+        assert torch.equal(arrived[name], tensor), name
+
+
+def check_two_publications(model) -> None:
+    plan = PublicationPlan("adapter")
+    kept, kept_entries = pack_tensors(plan.kept(model))
+    kept = copied(kept)
+    changed, changed_entries = pack_tensors(plan.changed(model))
+    assert_arrives(model, plan, kept, kept_entries, copied(changed), changed_entries)
+    train_a_little(model, seed=2)
+    assert list(plan.kept(model)) == [], "what is frozen travels once"
+    changed, changed_entries = pack_tensors(plan.changed(model))
+    assert_arrives(model, plan, kept, kept_entries, copied(changed), changed_entries)
+    assert sum(array.nbytes for array in changed.values()) == sum(t.nbytes for t in adapter_tensors(model).values())
+
+
+@pytest.mark.parametrize(("kind", "tied"), KINDS)
+def test_the_same_bits_arrive_each_time(kind, tied):
+    check_two_publications(train_a_little(adapted(kind, tied=tied)))
+
+
+def test_a_frozen_unembedding_that_stays_tied():
+    check_two_publications(train_a_little(adapted(tied=True, train_unembedding=False)))
+
+
+def test_a_bfloat16_base_is_rounded_as_the_learner_rounds():
+    model = tiny_model().to(torch.bfloat16)
+    add_adapters(model, AdapterSettings(rank=4, alpha=8.0), base_name="base", revision=None, seed=0)
+    check_two_publications(train_a_little(model))
+
+
+@needs_bitsandbytes
+def test_a_base_in_four_bits_travels_restored():
+    check_two_publications(train_a_little(quantised()))
+
+
+def test_a_full_plan_keeps_nothing():
+    model = train_a_little(adapted())
+    plan = PublicationPlan("full")
+    assert list(plan.kept(model)) == []
+    assert plan.updates(model) == ()
+    assert [name for name, _ in plan.changed(model)] == [name for name, _ in publication_tensors(model)]

@@ -1,0 +1,136 @@
+"""Frozen layers in 4 bits: trained on by adapters, published as ordinary weights, refused where they cannot be had."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from buffer.weights import pack_tensors
+from learner.checkpoints.model_files import load_weights
+from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters
+from learner.model.policy import load_policy
+from learner.model.quantization import is_quantised, quantise_linear_layers
+from learner.publication.tensors import publication_table, publication_tensors
+from learner.settings.adapters import AdapterSettings
+from learner.settings.model import PretrainedModelSettings
+from tests.tiny_models import tiny_model
+from tests.unit.learner.test_adapters import PROBE, logits, plain_model_of, train_a_little, write
+from tests.unit.learner.test_model import saved, word_tokenizer
+
+needs_bitsandbytes = pytest.mark.skipif(
+    not importlib.util.find_spec("bitsandbytes"), reason="the extra `qlora` (bitsandbytes) is not installed"
+)
+
+
+def quantised(*targets: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model = tiny_model(tied=True).to(dtype)
+    quantise_linear_layers(model)
+    settings = AdapterSettings(rank=4, alpha=8.0, target_modules=targets or ("all-linear",))
+    add_adapters(model, settings, base_name="base", revision=None, seed=0)
+    return model
+
+
+@needs_bitsandbytes
+def test_layers_are_held_in_four_bits():
+    base, model = tiny_model(tied=True), quantised()
+    layers = [layer.get_base_layer() for _, layer in adapted_layers(model)]
+    assert len(layers) == 14
+    assert all(is_quantised(layer) for layer in layers)
+    assert not is_quantised(model.get_output_embeddings())
+    packed_bytes = sum(layer.weight.numel() for layer in layers)
+    assert packed_bytes == sum(p.numel() for n, p in base.named_parameters() if n.endswith("proj.weight")) // 2
+    published = dict(publication_tensors(model))  # adapters do nothing yet
+    for name, weight in base.state_dict().items():
+        error = float((published[name] - weight).square().mean().sqrt() / weight.std()) if weight.dim() > 1 else 0.0
+        assert 0.05 < error < 0.15 if name.endswith("proj.weight") else error == 0.0, name
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("targets", [(), ("q_proj",)])
+def test_published_tensors_are_those_that_the_model_computes_with(targets):
+    """Layers that are quantised and not adapted included."""
+    model = train_a_little(quantised(*targets))
+    base = tiny_model(tied=True)
+    published = dict(publication_tensors(model))
+    assert set(published) == {*base.state_dict(), "lm_head.weight"}
+    for entry in publication_table(model):
+        assert published[entry.name].shape == base.state_dict()[entry.name].shape == entry.shape
+        assert published[entry.name].dtype == torch.float32
+    assert pack_tensors(publication_tensors(model))[1] == publication_table(model)
+    torch.testing.assert_close(logits(plain_model_of(published.items(), model)), logits(model), atol=2e-5, rtol=0)
+
+
+@needs_bitsandbytes
+def test_bfloat16_comes_back_as_bfloat16():
+    assert {entry.dtype for entry in publication_table(quantised(dtype=torch.bfloat16))} == {"bfloat16"}
+
+
+@needs_bitsandbytes
+def test_a_look_without_gradients_does_not_change_the_layers():
+    """bitsandbytes repacks weights for CPUs on the first such pass, with rounding and without a backward pass."""
+    model = quantised()
+    before = model(torch.tensor([PROBE])).logits.detach()
+    packed = {name: layer.get_base_layer().weight.clone() for name, layer in adapted_layers(model)}
+    assert torch.equal(logits(model), before)
+    for name, layer in adapted_layers(model):
+        assert torch.equal(layer.get_base_layer().weight, packed[name]), name
+    model(torch.tensor([PROBE])).logits.logsumexp(-1).sum().backward()
+    assert all(tensor.grad is not None for tensor in adapter_tensors(model).values())
+
+
+@needs_bitsandbytes
+def test_a_saved_model_is_an_ordinary_one_and_training_goes_on_from_it(tmp_path):
+    model = train_a_little(quantised())
+    folder = write(tmp_path / "c", model)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert not hasattr(plain.config, "quantization_config")
+    torch.testing.assert_close(logits(plain), logits(model), atol=2e-5, rtol=0)
+    resumed = quantised()
+    load_weights(resumed, folder)
+    assert torch.equal(logits(resumed), logits(model))
+
+
+@needs_bitsandbytes
+def test_a_policy_in_four_bits(tmp_path):
+    name = saved(tmp_path, word_tokenizer())
+    settings = PretrainedModelSettings(name=name, dtype="float32", adapter=AdapterSettings(rank=2), quantization="nf4")
+    policy = load_policy(settings)
+    assert all(is_quantised(layer.get_base_layer()) for _, layer in adapted_layers(policy.model))
+
+
+@needs_bitsandbytes
+def test_models_without_plain_linear_layers_are_refused():
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is not made of plain linear layers"):
+        quantise_linear_layers(tiny_model("gpt2"))
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(ValueError, match=r"needs bitsandbytes, .* install the extra `qlora`"):
+        quantise_linear_layers(tiny_model())
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (
+            lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel image")),
+            r"does not work on this machine \(no kernel",
+        ),
+        (lambda *_: torch.zeros(64, 64), "loses 100% of a matrix"),
+    ],
+)
+def test_a_machine_on_which_the_library_does_not_work(monkeypatch, broken, message):
+    import bitsandbytes.functional
+
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", broken)
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        quantise_linear_layers(model)
+    assert not any(is_quantised(layer) for layer in model.modules())

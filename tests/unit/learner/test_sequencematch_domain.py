@@ -1,0 +1,79 @@
+"""Where a divergence is not defined: the share of arguments out there is counted, and stops a run that asks for it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from learner.objectives.base import EvaluatedLogs, LogCounts, OutsideDomainError, combine_metrics
+from learner.objectives.registry import make_objective
+from learner.objectives.sequencematch import DEFAULT_DOMAIN_MARGIN
+from learner.settings.objectives import (
+    DIVERGENCES_WITH_DOMAIN,
+)
+from learner.state_tree.action_values import action_values
+from tests import oracle
+from tests.oracle import Log, walk
+from tests.unit.learner.test_objectives import ALPHA, DATA, GAMMA, evaluate, settings
+from tests.unit.learner.test_state_tree import BACKSPACE, EOS, build, tiny
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("gpt2").double()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES_WITH_DOMAIN)
+def test_the_share_outside_the_domain_is_counted_and_stops_a_run_that_asks(model, divergence):
+    walks = {id(log): walk(model, log, BACKSPACE) for log in DATA}
+    terms = oracle.Terms(divergence, ALPHA, GAMMA, DEFAULT_DOMAIN_MARGIN)
+    arguments = [ALPHA * r.item() for log in DATA for r in terms.residuals(walks[id(log)])]
+    arguments += [ALPHA * (1 - GAMMA) * w.v[-1].item() for log in DATA if not (w := walks[id(log)]).truncated]
+    low = oracle.PHI[divergence][1] + DEFAULT_DOMAIN_MARGIN
+    share = sum(x < low for x in arguments) / len(arguments)
+    assert 0 < share < 1  # both branches of phi were tested
+    parts = [evaluate(model, logs, LogCounts.of([build(DATA)])) for logs in (DATA[:3], DATA[3:])]
+    for policy in (None, "project", "stop"):
+        objective = make_objective(settings(divergence=divergence, domain_policy=policy))
+        metrics = combine_metrics(objective.data_loss(part, step=7)[1] for part in parts)
+        assert float(metrics["phi_outside_share"]) == pytest.approx(share)
+        if policy != "stop":
+            objective.check(metrics, step=7)
+            continue
+        message = rf"^step 7: {100 * share:.2g} % of alpha r .* divergence {divergence} .*Lower alpha"
+        with pytest.raises(OutsideDomainError, match=message):
+            objective.check(metrics, step=7)
+
+
+def test_a_tail_outside_the_domain_counts(model):
+    """A value at `<eos>` far below zero: alpha (1 - gamma) V leaves the domain where no action does."""
+    tree = build([Log([1], [EOS])])
+    values = action_values(model, tree, BACKSPACE)
+    down = dataclasses.replace(values, q=values.q - 40.0, v_next=values.v_next - 40.0, v_final=values.v_final - 40.0)
+    objective = make_objective(settings(divergence="kl"))
+    _, metrics = objective.data_loss(EvaluatedLogs(tree, down, LogCounts.of([tree])), step=0)
+    assert float(metrics["phi_outside_share"]) == 1.0  # r = q - 0.9 v_next fell by 4, alpha r by 1.2; the tail as well
+    up = dataclasses.replace(down, q=down.q + 40.0)
+    _, metrics = objective.data_loss(EvaluatedLogs(tree, up, LogCounts.of([tree])), step=0)
+    assert float(metrics["phi_outside_share"]) == 0.5
+
+
+def test_the_tail_of_a_truncated_log_is_no_argument_of_phi(model):
+    tree = build([Log([1], [], finish_reason="aborted"), Log([1], [5], finish_reason="max_actions")])
+    values = action_values(model, tree, BACKSPACE)
+    down = dataclasses.replace(values, q=values.q + 9.0, v_final=values.v_final - 1000.0)
+    objective = make_objective(settings(divergence="kl"))
+    _, metrics = objective.data_loss(EvaluatedLogs(tree, down, LogCounts.of([tree])), step=0)
+    assert float(metrics["phi_outside_share"]) == 0.0
+
+
+def test_inside_the_domain_nothing_stops(model):
+    objective = make_objective(settings(divergence="kl", domain_policy="stop", alpha=0.01))
+    _, metrics = objective.data_loss(evaluate(model, DATA), step=0)
+    assert float(metrics["phi_outside_share"]) == 0.0
+    objective.check(metrics, step=0)
+    for other in (settings(), settings(divergence="reverse_kl")):  # without a domain there is nothing to leave
+        _, metrics = make_objective(other).data_loss(evaluate(model, DATA), step=0)
+        assert "phi_outside_share" not in metrics
+        make_objective(other).check(metrics, step=0)

@@ -1,0 +1,361 @@
+"""dpg, gdc, gdc_pp and f_dpg: golden numbers, exact expectations over all rollouts of a tiny transformer, the fit of
+lambda, and what happens where a constraint cannot be met."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from buffer.experts.tasks import Task
+from launch.errors import UserError
+from launch.settings.recipe import read_recipe
+from learner.metrics.watch import Watch
+from learner.objectives.moment_fit import fit_moments
+from learner.objectives.partition_function import PartitionFunction
+from learner.objectives.registry import make_objective
+from learner.objectives.score_function import Rollouts, Weighed
+from learner.objectives.target_rules import (
+    F_SLOPES,
+    Advantage,
+    Constraint,
+    Densities,
+    TargetRule,
+    f_policy_gradient,
+    policy_gradient,
+    policy_gradient_with_baseline,
+)
+from learner.ranks.group import Ranks
+from learner.settings.objectives import ObjectiveSettings
+from learner.settings.score_functions import FDivergence
+from learner.settings.watch import WatchSettings
+from learner.state_tree.policy import TreePolicy
+from learner.trainer import Trainer
+from tests.training import assert_bit_identical, make_model, make_stage, make_trees, weights_of
+from tests.unit.actors.test_scoring import ARITHMETIC
+from tests.unit.learner import test_score_functions
+from tests.unit.learner.test_score_functions import NoExperts, ScoredRollouts, World, expected_direction, table
+
+world = test_score_functions.world
+
+BASE = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+PHI = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+TARGET = torch.tensor([0.4, 0.3, 0.2, 0.9], dtype=torch.float64)  # at lambda = ln 9
+Z = 1.8
+DIVERGENCES = get_args(FDivergence)
+ADVANTAGES: dict[str, Advantage] = {"dpg": policy_gradient, "gdc_pp": policy_gradient_with_baseline}
+
+
+def densities(pi: Tensor, mu: Tensor) -> Densities:
+    return Densities(TARGET.log(), pi.log(), mu.log(), torch.full_like(pi, Z))
+
+
+def logit_gradient(coefficients: Tensor, pi: Tensor, mu: Tensor) -> Tensor:
+    """E_mu[c grad log pi] by the logits of a table: grad log pi(x) = e_x - pi."""
+    return mu * coefficients - pi * (mu * coefficients).sum()
+
+
+def test_golden_lambda():
+    """The closed form for one binary feature, by every sample of the table at once, and the target that it gives."""
+    fitted = fit_moments(PHI[:, None], BASE.log(), torch.tensor([0.5], dtype=torch.float64), ["phi"])
+    assert fitted.item() == pytest.approx(math.log(9), abs=1e-5)
+    p = TARGET / TARGET.sum()
+    assert float(TARGET.sum()) == pytest.approx(Z)
+    assert p.tolist() == pytest.approx([2 / 9, 1 / 6, 1 / 9, 1 / 2])
+    assert float((p * (p / BASE).log()).sum()) == pytest.approx(0.510826, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("mu", [BASE, torch.full((4,), 0.25, dtype=torch.float64)], ids=["on policy", "stale"])
+def test_golden_gradient(name, mu):
+    """All four forms are the same direction."""
+    found = logit_gradient(ADVANTAGES[name](densities(BASE, mu)), BASE, mu)
+    assert found.tolist() == pytest.approx([-0.32, -0.24, -0.16, 0.72])
+
+
+@pytest.mark.parametrize(("name", "expected"), [("dpg", 8.796), ("gdc_pp", 5.376)])
+def test_golden_variance(name, expected):
+    coefficients = ADVANTAGES[name](densities(BASE, BASE))
+    squares = (torch.eye(4, dtype=torch.float64) - BASE).square().sum(1)
+    mean = logit_gradient(coefficients, BASE, BASE)
+    assert float((BASE * coefficients.square() * squares).sum() - mean.square().sum()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mu", [TARGET / Z, BASE], ids=["on policy", "stale"])
+def test_at_the_target_the_baseline_leaves_nothing(mu):
+    assert policy_gradient_with_baseline(densities(TARGET / Z, mu)).abs().max() < 1e-12
+    assert policy_gradient(densities(TARGET / Z, mu)).abs().max() > 1
+    for divergence in DIVERGENCES:
+        assert f_policy_gradient(divergence)(densities(TARGET / Z, mu)).abs().max() < 1e-12, divergence
+
+
+def f_divergence(name: str, p: Tensor, pi: Tensor) -> Tensor:
+    """E_p[f(pi / p)], by its definition."""
+    middle = (p + pi) / 2
+    terms = {
+        "kl": p * (p / pi).log(),
+        "reverse_kl": pi * (pi / p).log(),
+        "tv": (p - pi).abs() / 2,
+        "js": p * (p / middle).log() + pi * (pi / middle).log(),
+        "chi2": (p - pi).square() / pi,
+        "reverse_chi2": (p - pi).square() / p,
+    }
+    return terms[name].sum()
+
+
+@dataclass(frozen=True)
+class KnownZ(TargetRule):
+    """Weighs by an advantage, with the true Z and lambda."""
+
+    advantage: Advantage
+    log_target: Tensor
+
+    def weigh(self, rollouts):
+        log_target = self.log_target[rollouts.key]
+        z = self.log_target.exp().sum().expand(len(rollouts))
+        found = self.advantage(Densities(log_target, rollouts.log_pi, rollouts.log_mu, z))
+        return Weighed(found, {})
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["on policy", "stale"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_f_dpg_descends_its_divergence(world: World, divergence, stale):
+    rollouts = world.rollouts if stale else replace(world.rollouts, log_mu=world.rollouts.log_pi)
+    log_target = rollouts.log_base + rollouts.features @ torch.tensor([0.8, -0.4], dtype=torch.float64)
+    rule = KnownZ(f_policy_gradient(divergence), log_target)
+    found = world.gradient(expected_direction(world, rule, rollouts))
+    loss = f_divergence(divergence, log_target.softmax(0), world.log_pi.exp())
+    torch.testing.assert_close(found, world.gradient(-loss), rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["on policy", "stale"])
+@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("pointwise", [False, True])
+def test_gdc_descends_kl_whatever_z_it_believes(world: World, name, pointwise, stale):
+    """Z times the gradient of KL(p, pi), with Z estimated from the other rollout of each pair and a wrong past."""
+    rollouts = world.rollouts if stale else replace(world.rollouts, log_mu=world.rollouts.log_pi)
+    weight = torch.tensor([0.9], dtype=torch.float64)
+    constraints = (Constraint("b", 0, None), Constraint("n", 1, 1.0))
+    rule = TargetRule(constraints if pointwise else constraints[1:], ADVANTAGES[name], fit_samples=1)
+    z = PartitionFunction()
+    z.add(rollouts.context[:3], torch.tensor([5.0, 0.0, 2.0], dtype=torch.float64))
+    nothing = torch.zeros(1, dtype=torch.float64)
+    rule.load_state({"lambda": weight, "samples": torch.zeros(0, 3), "gain": nothing, **z.state()})
+    log_target = rollouts.log_base + 0.9 * rollouts.features[:, 1]
+    if pointwise:
+        log_target = log_target.masked_fill(rollouts.features[:, 0] == 0, -torch.inf)
+    found = world.gradient(expected_direction(world, rule, rollouts))
+    expected = world.gradient((log_target.exp() * world.log_pi).sum())
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+
+
+def test_lambda_for_several_moments_of_weighted_samples():
+    """Against a fine bisection by hand: moments are met on the samples, whatever policy made them."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.stack(
+        [torch.rand(500, generator=generator) < 0.1, torch.randn(500, generator=generator)], 1
+    ).double()
+    log_weight = torch.randn(500, generator=generator, dtype=torch.float64)
+    log_weight[::7] = -torch.inf  # what a pointwise constraint rules out
+    targets = torch.tensor([0.5, 1.3], dtype=torch.float64)
+    fitted = fit_moments(features, log_weight, targets, ["a", "b"])
+    probability = (log_weight + features @ fitted).softmax(0)
+    assert (probability @ features).tolist() == pytest.approx(targets.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("features", "targets", "message"),
+    [
+        ([[0.0], [0.0]], [0.5], r"feature f0 is 0 in all 2 rollouts .* no weight of it gives a mean of 0\.5: raise"),
+        ([[0.0], [1.0]], [1.0], r"a mean of 1 has no finite weight.*leave target out for a pointwise constraint"),
+        ([[0.0, 1.0], [1.0, 0.0]], [0.5, 0.2], r"no weights of f0, f1 give the means 0\.5, 0\.2 together"),
+        ([], [0.5], r"none of 0 rollouts satisfies the pointwise constraints"),
+    ],
+)
+def test_moments_that_no_weight_gives(features, targets, message):
+    given = torch.tensor(features, dtype=torch.float64).reshape(-1, len(targets))
+    names = [f"f{index}" for index in range(len(targets))]
+    with pytest.raises(ValueError, match=message):
+        fit_moments(given, torch.zeros(len(given), dtype=torch.float64), torch.tensor(targets).double(), names)
+
+
+def test_z_of_each_context_leaves_the_rollout_itself_out():
+    z = PartitionFunction()
+    z.add(torch.tensor([7, 7]), torch.tensor([1.0, 2.0], dtype=torch.float64))
+    context, ratio = torch.tensor([7, 9, 9]), torch.tensor([100.0, 4.0, 8.0], dtype=torch.float64)
+    found = z.leave_one_out(context, ratio).tolist()
+    # Of the pool of all others one rollout counts in each context.
+    expected = [(3 + 15 / 4) / 3, (8 + 111 / 4) / 2, (4 + 107 / 4) / 2]
+    assert found == pytest.approx(expected)
+    z.add(context, ratio)
+    assert z.pooled == pytest.approx(115 / 5)
+    assert PartitionFunction().leave_one_out(context[:1], ratio[:1]).tolist() == [0.0]
+
+
+def pointwise_rule(advantage: Advantage) -> TargetRule:
+    return TargetRule((Constraint("phi", 0, None),), advantage, fit_samples=1)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "tv", "js", "chi2"])
+def test_a_pointwise_constraint_that_nothing_meets_changes_nothing_and_is_said(divergence):
+    rollouts = table(BASE, BASE, features=torch.zeros(4, 1, dtype=torch.float64))
+    for advantage in (policy_gradient, policy_gradient_with_baseline, f_policy_gradient(divergence)):
+        rule = pointwise_rule(advantage)
+        weighed = rule.weigh(rollouts)
+        assert weighed.coefficients.tolist() == [0.0] * 4
+        assert all(math.isfinite(value) for value in weighed.metrics.values())
+        rule.learn(rollouts)
+        assert rule.weigh(rollouts).coefficients.tolist() == [0.0] * 4
+    alarms, warnings = Watch("s", WatchSettings()).look(3, weighed.metrics)
+    assert alarms["alarm_unsatisfied"] == 1
+    assert "unsatisfied_share 1 is beyond 0.99; hardly a rollout meets the pointwise constraints" in warnings[0]
+
+
+@pytest.mark.parametrize("divergence", ["kl", "tv", "js", "chi2"])
+def test_one_rollout_that_meets_the_constraint_is_enough(divergence):
+    """Finite, and towards it: the others have no density at all."""
+    rollouts = table(BASE, BASE, features=PHI[:, None])
+    for advantage in (policy_gradient, policy_gradient_with_baseline, f_policy_gradient(divergence)):
+        rule = pointwise_rule(advantage)
+        rule.learn(rollouts)
+        gradient = logit_gradient(rule.weigh(rollouts).coefficients, BASE, BASE)
+        assert gradient.isfinite().all()
+        assert gradient[3] > 0
+        assert (gradient[:3] <= 0).all()
+
+
+def test_features_that_a_rule_cannot_use():
+    with pytest.raises(ValueError, match=r"rollouts have 0 features, and no phi: set scoring\.features"):
+        pointwise_rule(policy_gradient).weigh(table(BASE, BASE))
+    with pytest.raises(ValueError, match=r"feature phi is 0\.5 in a rollout, and a pointwise constraint is met"):
+        pointwise_rule(policy_gradient).weigh(table(BASE, BASE, features=PHI[:, None] / 2))
+
+
+@pytest.mark.parametrize("nearer", [True, False])
+def test_the_adaptive_proposal_goes_to_whoever_is_nearer_to_the_target(nearer):
+    p = TARGET / Z
+    good, bad = (p + BASE) / 2, BASE
+    pi, mu = (good, bad) if nearer else (bad, good)
+    rollouts = Rollouts(*vars(table(mu, BASE, features=PHI[:, None])).values())
+    rule = TargetRule((Constraint("phi", 0, 0.5),), policy_gradient, fit_samples=4, adaptive=True)
+    assert not rule.renews_proposal()  # the policy has not moved, and may not be judged yet
+    rule.learn(rollouts)
+    # Each outcome counts alike in a mean over rollouts: so as mu would draw them.
+    drawn = replace(rollouts, log_pi=pi.log(), log_mu=torch.full((4,), 0.25).double().log())
+    drawn = replace(drawn, log_mu=mu.log())[
+        torch.multinomial(mu, 4000, True, generator=torch.Generator().manual_seed(0))
+    ]
+    rule.learn(drawn)
+    assert rule.renews_proposal() is nearer
+    assert rule.renews_proposal() is False  # nothing was learned since
+    assert TargetRule((Constraint("phi", 0, None),), policy_gradient, 4).renews_proposal()
+
+
+class RolloutsWithFeatures(ScoredRollouts):
+    """Actions, whether the answer is 7, and whether no 4 was typed."""
+
+    def _row(self, serial: int) -> dict[str, object]:
+        answer = self.answers[serial % len(self.answers)]
+        return super()._row(serial) | {"features": [float(len(answer)), float(answer == "7"), float("4" not in answer)]}
+
+
+SEVEN = {"feature": "seven"}
+HALF_SEVEN = {"feature": "seven", "target": 0.6}
+CASES = {
+    "dpg": {"name": "dpg", "constraints": [SEVEN]},
+    "gdc, hybrid": {"name": "gdc", "constraints": [HALF_SEVEN, {"feature": "no_four"}], "fit_samples": 12},
+    "gdc_pp": {"name": "gdc_pp", "constraints": [HALF_SEVEN], "fit_samples": 6},
+    "f_dpg": {"name": "f_dpg", "divergence": "js", "constraints": [SEVEN]},
+}
+
+
+def make_target_trainer(task: Task, policy, objective: dict[str, object], next_row: int = 0) -> Trainer:
+    stage = make_stage(objective, steps=10, rollout_batch_size=6)
+    made = make_objective(
+        stage.objective,
+        Ranks(),
+        lambda: TreePolicy(make_model(task, seed=3), task.backspace_id),
+        ("length", "seven", "no_four"),
+    )
+    rollouts = RolloutsWithFeatures(task, next_row=next_row)
+    return Trainer(TreePolicy(policy, task.backspace_id), made, stage, make_trees(task), NoExperts(), rollouts)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_approaches_the_target_and_resumes_bit_for_bit(task, name, tmp_path):
+    straight = make_model(task, seed=3)
+    trainer = make_target_trainer(task, straight, CASES[name])
+    metrics = [trainer.train_step() for _ in range(8)]
+    fitting = [row["fitting"] for row in metrics]
+    steps_to_fit = {"gdc, hybrid": 2, "gdc_pp": 1}.get(name, 0)
+    assert fitting == [1.0] * steps_to_fit + [0.0] * (8 - steps_to_fit)
+    assert all(row["loss"] == 0 for row in metrics[:steps_to_fit])
+    gaps = [row["constraint_gap"] for row in metrics[steps_to_fit:]]
+    assert min(gaps) < 0.75 * gaps[0]
+    for stop_at in (1, 4):
+        first = make_model(task, seed=3)
+        trainer = make_target_trainer(task, first, CASES[name])
+        for _ in range(stop_at):
+            trainer.train_step()
+        torch.save(trainer.state(), tmp_path / "state.pt")
+        second = make_model(task, seed=4)
+        second.load_state_dict(first.state_dict())
+        trainer = make_target_trainer(task, second, CASES[name], next_row=6 * stop_at)
+        trainer.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+        again = [trainer.train_step() for _ in range(8 - stop_at)]
+        assert [row["loss"] for row in again] == [row["loss"] for row in metrics[stop_at:]]
+        assert_bit_identical(weights_of(second), weights_of(straight))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "dpg", "constraints": []}, "at least 1 item"),
+        ({"name": "dpg", "constraints": [SEVEN, HALF_SEVEN]}, "constraints name a feature twice"),
+        ({"name": "f_dpg", "constraints": [SEVEN]}, "divergence"),
+        (
+            {"name": "f_dpg", "divergence": "reverse_kl", "constraints": [SEVEN]},
+            "divergence=reverse_kl is infinite while the policy breaks a pointwise constraint",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        TypeAdapter(ObjectiveSettings).validate_python(settings)
+
+
+GDC_RUN = [
+    "scoring.features={seven: {kind: word, word: '7'}, length: {kind: length}}",
+    "stages.sequencematch.objective={name: gdc_pp, constraints: [{feature: seven, target: 0.5}]}",
+]
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (
+            "{feature: eight}",
+            "constrains feature 'eight', which scoring.features does not have (it has: seven, length)",
+        ),
+        ("{feature: seven, target: 1.0}", "leave target out, which makes it a pointwise constraint"),
+        ("{feature: seven, target: -0.5}", "its mean cannot be -0.5"),
+        ("{feature: length}", "feature length is not 0 or 1, so it cannot hold in each rollout: set a target"),
+    ],
+)
+def test_recipes_that_are_refused(constraint, message):
+    assert read_recipe(ARITHMETIC, GDC_RUN).stages[1].objective.name == "gdc_pp"
+    with pytest.raises(UserError) as caught:
+        read_recipe(ARITHMETIC, [*GDC_RUN, f"stages.sequencematch.objective.constraints=[{constraint}]"])
+    assert message in str(caught.value)
+
+
+def test_slopes_stay_finite_where_the_target_is_zero():
+    """t = pi / p is infinite there."""
+    for name in ("kl", "tv", "js", "chi2"):
+        slope = F_SLOPES[name](torch.tensor([torch.inf], dtype=torch.float64))
+        assert slope.item() == pytest.approx({"kl": 0.0, "tv": 0.5, "js": math.log(2), "chi2": 1.0}[name])

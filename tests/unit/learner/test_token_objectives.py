@@ -1,0 +1,377 @@
+"""Unlikelihood, EMO and scheduled sampling: against a dense float64 oracle, their golden numbers, and where their
+optimum is not the data."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from learner.objectives import emo as emo_module
+from learner.objectives import scheduled_sampling as sampling_module
+from learner.objectives import unlikelihood as unlikelihood_module
+from learner.objectives.base import EvaluatedLogs, LogCounts
+from learner.objectives.emo import Emo, emo_loss
+from learner.objectives.likelihood import Likelihood
+from learner.objectives.registry import make_objective
+from learner.objectives.scheduled_sampling import ScheduledSampling, sample_tokens
+from learner.objectives.unlikelihood import Unlikelihood
+from learner.settings.objectives import EmoSettings, ObjectiveSettings, ScheduledSamplingSettings, UnlikelihoodSettings
+from learner.state_tree.action_values import StateLogits
+from learner.state_tree.policy import TreePolicy
+from tests.oracle import Log, states
+from tests.training import assert_bit_identical, make_model, make_stage, make_stream, make_trainer, weights_of
+from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, text_of, tiny
+
+LOGS = [*HARD, Log([1, 4], [5, 5, 6, 5, 5, EOS]), Log([1, 4], [4, 4, 5], finish_reason="max_length")]
+"""Repeated tokens, labels that the context holds; backspace logs too, which the loss is as well defined for."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("gpt2").double()
+
+
+@pytest.fixture(scope="module")
+def unsure():
+    """Close to uniform, so that what it draws is seldom what stood there."""
+    model = tiny("gpt2").double()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)
+    return model
+
+
+def evaluate(objective, model, logs=LOGS, step=0) -> EvaluatedLogs:
+    tree = build(logs)
+    return objective.evaluate(TreePolicy(model, BACKSPACE), tree, LogCounts.of([tree]), step)
+
+
+def dense(model, logs) -> list[tuple[list[int], int, Tensor]]:
+    """Text, label and [V] log-probabilities of every action, each text run alone."""
+    found = []
+    for log in logs:
+        for text, action in zip(states(log, BACKSPACE), log.actions, strict=False):
+            logits = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
+            if len(text) == len(log.prompt):
+                logits = logits.index_fill(0, torch.tensor([BACKSPACE]), -torch.inf)
+            found.append((text, action, logits.log_softmax(0)))
+    return found
+
+
+def assert_same_loss_and_gradient(loss: Tensor, expected: Tensor, model) -> None:
+    parameters = list(model.parameters())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, parameters, retain_graph=True), torch.autograd.grad(expected, parameters)
+    )
+
+
+@pytest.fixture(params=[None, 7], ids=["one chunk", "many chunks"])
+def chunks(request, monkeypatch):
+    """Chunks of 3 columns and of a few rows, which divide neither the vocabulary nor the states."""
+    if request.param is not None:
+        for module in (unlikelihood_module, emo_module, sampling_module):
+            monkeypatch.setattr(module, "CHUNK_ELEMENTS", request.param if module is not unlikelihood_module else 100)
+        for module in (emo_module, sampling_module):
+            monkeypatch.setattr(module, "VOCABULARY_CHUNK", 3)
+
+
+def test_unlikelihood_against_the_oracle(model, chunks):
+    objective = Unlikelihood(UnlikelihoodSettings(name="unlikelihood", weight=0.7))
+    loss, metrics = objective.data_loss(evaluate(objective, model), 0)
+    terms = []
+    for text, label, log_q in dense(model, LOGS):
+        context = [token for token in set(text) if token != label]
+        terms.append(-log_q[label] - 0.7 * torch.log(1 - log_q[context].exp()).sum())
+    assert_same_loss_and_gradient(loss, torch.stack(terms).mean(), model)
+    assert float(metrics["loss_behaviour_cloning"] + 0.7 * metrics["loss_unlikelihood"]) == pytest.approx(loss.item())
+
+
+def test_unlikelihood_is_finite_where_the_model_is_certain():
+    """A context token of probability 1 in float32: 1 - q is 0, or rounds below it."""
+    model = tiny("gpt2")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e3)
+    objective = Unlikelihood(UnlikelihoodSettings(name="unlikelihood"))
+    loss, metrics = objective.data_loss(evaluate(objective, model), 0)
+    loss.backward()
+    assert metrics["loss_unlikelihood"] > 0.5
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize(("mode", "cap"), [(1, None), (2, None), (1, 3.0), (2, 0.2)])
+def test_emo_against_the_oracle(model, chunks, mode, cap):
+    table = torch.randn(VOCAB, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    objective = Emo(EmoSettings(name="emo", mode=mode, ratio_cap=cap), table)
+    loss, metrics = objective.data_loss(evaluate(objective, model), 0)
+    unit = table / table.norm(dim=1, keepdim=True)
+    cost = 1 - unit @ unit.T
+    terms, distances = [], []
+    for _, label, log_q in dense(model, LOGS):
+        mle, demd = -log_q[label], log_q.exp() @ cost[:, label]
+        limit = math.inf if cap is None else cap
+        if mode == 1:
+            terms.append((mle + min(mle.item() / demd.item(), limit) * demd) / 2)
+        else:
+            terms.append(min(demd.item() / mle.item(), limit) * mle + demd)
+        distances.append(demd.item())
+    assert_same_loss_and_gradient(loss, torch.stack(terms).mean(), model)
+    assert float(metrics["loss_earth_mover"]) == pytest.approx(sum(distances) / len(distances))
+
+
+def test_emo_freezes_the_models_own_embedding(model):
+    """Costs are those of the first evaluation, whatever the weights become, and no gradient flows into them."""
+    settings = EmoSettings(name="emo")
+    own, given = Emo(settings), Emo(settings, model.get_output_embeddings().weight.detach().clone())
+    losses = [objective.data_loss(evaluate(objective, model), 0)[0] for objective in (own, given)]
+    assert_same_loss_and_gradient(*losses, model)
+    other = tiny("gpt2").double()
+    with torch.no_grad():
+        other.lm_head.weight.add_(torch.randn(other.lm_head.weight.shape, generator=torch.Generator().manual_seed(2)))
+    expected = given.data_loss(evaluate(given, other), 0)[0]
+    torch.testing.assert_close(own.data_loss(evaluate(own, other), 0)[0], expected)
+    fresh = Emo(settings)
+    assert float(fresh.data_loss(evaluate(fresh, other), 0)[1]["loss_earth_mover"]) != pytest.approx(
+        float(own.data_loss(evaluate(own, other), 0)[1]["loss_earth_mover"])
+    )
+
+
+def test_emo_distance_is_never_negative_in_bfloat16():
+    """Where the model is certain of the label, and all rows point almost the same way."""
+    model = tiny("gpt2").bfloat16()
+    with torch.no_grad():
+        model.lm_head.weight.add_(10.0)
+    objective = Emo(EmoSettings(name="emo"))
+    data = evaluate(objective, model)
+    assert data.values.measured.dtype == torch.float32
+    assert data.values.measured.min() >= 0
+    objective.data_loss(data, 0)[0].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def emo_fixed_point(share: float, mode: int) -> float:
+    """Where the gradient of the expected loss vanishes: two tokens of orthogonal embeddings, so that DEMD = 1 - q."""
+    low, high = 0.5, 1 - 1e-6
+    for _ in range(60):
+        logit = torch.logit(torch.tensor((low + high) / 2, dtype=torch.float64)).requires_grad_()
+        log_q = torch.nn.functional.logsigmoid(torch.stack([logit, -logit]))
+        losses = emo_loss(-log_q, 1 - log_q.exp(), mode)
+        (share * losses[0] + (1 - share) * losses[1]).backward()
+        low, high = ((low + high) / 2, high) if logit.grad < 0 else (low, (low + high) / 2)
+    return (low + high) / 2
+
+
+@pytest.mark.parametrize(
+    ("share", "mode", "expected", "digits"),
+    [(0.6, 1, 0.628114, 6), (0.7, 1, 0.747875, 6), (0.8, 1, 0.852415, 6), (0.9, 1, 0.937275, 6), (0.7, 2, 0.8957, 4)],
+)
+def test_emo_is_not_consistent(share, mode, expected, digits):
+    """The optimum is sharper than the data: golden numbers."""
+    assert round(emo_fixed_point(share, mode), digits) == expected
+
+
+def test_a_cost_table_of_another_vocabulary_is_refused(model, tmp_path):
+    objective = Emo(EmoSettings(name="emo"), torch.ones(VOCAB + 1, 4))
+    with pytest.raises(ValueError, match=rf"{VOCAB + 1} rows and the model a vocabulary of {VOCAB}: set cost_model"):
+        evaluate(objective, model)
+    with pytest.raises(ValueError, match=r"cost_model '.*nothing' cannot be loaded"):
+        make_objective(EmoSettings(name="emo", cost_model=str(tmp_path / "nothing")))
+
+
+def test_the_costs_of_another_model_are_read_from_its_folder(model, tmp_path):
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=8, n_layer=1, n_head=1, n_positions=16))
+    other.save_pretrained(tmp_path)
+    objective = make_objective(EmoSettings(name="emo", cost_model=str(tmp_path)))
+    expected = Emo(EmoSettings(name="emo"), other.lm_head.weight.detach())
+    torch.testing.assert_close(
+        evaluate(objective, model).values.measured, evaluate(expected, model).values.measured, rtol=0, atol=0
+    )
+
+
+def scheduled(**settings) -> ScheduledSampling:
+    return ScheduledSampling(ScheduledSamplingSettings(name="scheduled_sampling", **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "expected"),
+    [
+        ({"schedule": "linear", "k": 0.9, "slope": 0.01, "least_truth_share": 0.2}, 30, 0.6),
+        ({"schedule": "linear", "k": 0.9, "slope": 0.01, "least_truth_share": 0.2}, 1000, 0.2),
+        ({"schedule": "exponential", "k": 0.99}, 50, 0.99**50),
+        ({"schedule": "inverse_sigmoid", "k": 20.0}, 0, 20 / 21),
+        ({"schedule": "inverse_sigmoid", "k": 20.0}, 100, 20 / (20 + math.exp(5))),
+        ({"schedule": "inverse_sigmoid", "k": 2.0}, 100_000, 0.0),  # exp(50,000) has no float
+    ],
+)
+def test_schedules(settings, step, expected):
+    assert scheduled(**settings).truth_share(step) == pytest.approx(expected, abs=1e-12)
+
+
+def test_prompts_and_labels_are_true_and_answers_are_the_models(unsure):
+    tree = build(LOGS)
+    objective = scheduled(schedule="linear", k=1e-9)
+    replaced = []
+    for step in range(20):
+        data = evaluate(objective, unsure, step=step)
+        for name in ("action", "state", "positions", "subtree_end"):
+            assert torch.equal(getattr(data.tree, name), getattr(tree, name))
+        assert all(text_of(data.tree, int(node)) == text_of(tree, int(node)) for node in tree.start)
+        assert BACKSPACE not in data.tree.node_ids
+        replaced.append(data.tree.node_ids != tree.node_ids)
+    ever = torch.stack(replaced).any(0)
+    in_prompt = {tuple(log.prompt[:n]) for log in LOGS for n in range(1, len(log.prompt) + 1)}
+    expected = [tuple(text_of(tree, node)) not in in_prompt for node in range(tree.num_nodes)]
+    assert ever[: tree.num_nodes].tolist() == expected
+    assert not ever[tree.num_nodes :].any()
+
+
+def test_the_true_text_alone_is_maximum_likelihood(model):
+    objective, likelihood = scheduled(schedule="linear", k=1.0), Likelihood("mle")
+    losses = [each.data_loss(evaluate(each, model), 0)[0] for each in (objective, likelihood)]
+    assert torch.equal(*losses)
+
+
+def test_draws_depend_on_seed_and_step_alone(unsure):
+    def tokens(seed: int, step: int) -> list[int]:
+        objective = scheduled(schedule="linear", k=0.5, seed=seed)
+        torch.manual_seed(torch.seed())
+        return evaluate(objective, unsure, step=step).tree.node_ids.tolist()
+
+    assert tokens(1, 4) == tokens(1, 4)
+    assert tokens(1, 4) != tokens(1, 5)
+    assert tokens(1, 4) != tokens(2, 4)
+
+
+def test_tokens_are_drawn_from_the_softmax(chunks):
+    """3,000 draws, within five standard deviations for each token; backspace never."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(2, 4, generator=generator), torch.randn(VOCAB, 4, generator=generator)
+    unused = torch.zeros(2)
+    rows = torch.tensor([0, 1]).repeat(3_000)
+    tokens = sample_tokens(StateLogits(hidden, weight, unused, unused, BACKSPACE), rows, generator)
+    for row in (0, 1):
+        logits = (weight @ hidden[row]).index_fill(0, torch.tensor([BACKSPACE]), -torch.inf)
+        expected = logits.softmax(0)
+        share = torch.bincount(tokens[rows == row], minlength=VOCAB) / 3_000
+        assert share[BACKSPACE] == 0
+        assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / 3_000).sqrt()).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("truth_share", "after_0", "after_1", "kl"),
+    [(1.0, 0.9, 0.2, 0.0), (0.5, 0.655, 0.305, 0.06836), (0.25, 0.5325, 0.3575, 0.13689), (0.0, 0.41, 0.41, 0.22905)],
+)
+def test_scheduled_sampling_is_not_consistent(truth_share, after_0, after_1, kl):
+    """Texts of two tokens, P(x1 = 0) = .3, P(x2 = 0 | x1) = .9 and .2, in exact proportion: a transformer is trained
+    to its optimum, whose conditionals are the golden numbers; those of the data only where all tokens are true. kl: of
+    the data from that optimum; with none true it is the tokens' mutual information."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=6, n_embd=16, n_layer=1, n_head=1, n_positions=4, tie_word_embeddings=False)
+    model = GPT2LMHeadModel(config).eval()
+    zero, one = 4, 5
+    rows = {(zero, zero): 27, (zero, one): 3, (one, zero): 14, (one, one): 56}
+    logs = [Log([1], [*text, EOS], id=f"{n}") for text, count in rows.items() for n in range(count)]
+    policy, tree = TreePolicy(model, BACKSPACE), build(logs, max_positions=4)
+    counts = LogCounts.of([tree])
+    objective = scheduled(schedule="linear", k=max(truth_share, 1e-9))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99))
+    means, steps, averaged = torch.zeros(2), 600, 300
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / steps)
+        loss, _ = objective.data_loss(objective.evaluate(policy, tree, counts, step), step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step >= steps - averaged:
+            with torch.no_grad():
+                probabilities = model(torch.tensor([[1, zero], [1, one]])).logits[:, -1].softmax(1)
+            means += probabilities[:, zero] / averaged
+    assert means.tolist() == pytest.approx([after_0, after_1], abs=0.04)
+    data = torch.tensor([0.9, 0.2])
+    apart = data * (data / means).log() + (1 - data) * ((1 - data) / (1 - means)).log()
+    assert float((torch.tensor([0.3, 0.7]) * apart).sum()) == pytest.approx(kl, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "unlikelihood"},
+        {"name": "emo"},
+        {"name": "scheduled_sampling", "schedule": "linear", "k": 0.8, "slope": 0.1},
+    ],
+    ids=lambda o: str(o["name"]),
+)
+def test_training_learns_and_resumes_bit_for_bit(task, objective, tmp_path):
+    """4 steps == 2 steps, a state on disk, fresh objects, and 2 steps."""
+    stage = make_stage(objective, steps=4)
+    straight = make_model(task, seed=3)
+    trainer = make_trainer(task, straight, stage, make_stream(task, noise=0.0))
+    losses = [trainer.train_step()["loss_behaviour_cloning"] for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+    first, stream = make_model(task, seed=3), make_stream(task, noise=0.0)
+    trainer = make_trainer(task, first, stage, stream)
+    for _ in range(2):
+        trainer.train_step()
+    torch.save(trainer.state(), tmp_path / "state.pt")
+    second, later = make_model(task, seed=4), make_stream(task, noise=0.0)
+    second.load_state_dict(first.state_dict())
+    later.load_state(stream.state())
+    trainer = make_trainer(task, second, stage, later)
+    trainer.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    for _ in range(2):
+        trainer.train_step()
+    assert_bit_identical(weights_of(second), weights_of(straight))
+
+
+def test_the_frozen_table_matters_after_a_restart(task):
+    """Negative control of the test above: without it costs are those of weights that have moved."""
+    ends = []
+    for forgets in (False, True):
+        model, stream = make_model(task, seed=3), make_stream(task, noise=0.0)
+        stage = make_stage({"name": "emo"}, steps=4)
+        trainer = make_trainer(task, model, stage, stream)
+        for _ in range(2):
+            trainer.train_step()
+        state = trainer.state()
+        trainer = make_trainer(task, model, stage, stream)
+        trainer.load_state(state | ({"objective": {}} if forgets else {}))
+        trainer.train_step()
+        trainer.train_step()
+        ends.append(weights_of(model))
+    assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("name", ["unlikelihood", "emo", "scheduled_sampling"])
+def test_a_tree_without_logs_adds_nothing(model, name):
+    """As a rank has one whose share is empty, and whose forward and backward pass the others still wait for."""
+    objective = make_objective(TypeAdapter(ObjectiveSettings).validate_python({"name": name}))
+    tree = build(LOGS).without_logs()
+    data = objective.evaluate(TreePolicy(model, BACKSPACE), tree, LogCounts.of([build(LOGS)]), 0)
+    loss, metrics = objective.data_loss(data, 0)
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    assert loss.item() == 0
+    assert all(gradient is None or not gradient.any() for gradient in gradients)
+    assert all(value.item() == 0 for value in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "unlikelihood", "weight": 0}, "greater than 0"),
+        ({"name": "emo", "mode": 3}, "1 or 2"),
+        ({"name": "scheduled_sampling", "k": 0.5}, r"k=0.5 must be at least 1 with schedule=inverse_sigmoid"),
+        ({"name": "scheduled_sampling", "schedule": "exponential", "k": 1.0}, "k=1.0 must be below 1"),
+        ({"name": "scheduled_sampling", "schedule": "linear", "k": 2.0}, "k=2.0 must be at most 1"),
+        ({"name": "scheduled_sampling", "slope": 0.1}, "slope has no effect with schedule=inverse_sigmoid"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        TypeAdapter(ObjectiveSettings).validate_python(settings)
