@@ -204,16 +204,14 @@ class BackspaceEngine:
         return logs
 
     def draw_next_tokens(self, prefixes: Sequence[TokenIds], temperature: float = 1.0) -> tuple[Int32, Float32]:
-        """Sample one next token for each prefix from the current policy, backspace and eos excluded.
+        """Sample one next token for each prefix from the current policy, backspace excluded.
 
         Other requests advance meanwhile; those that end are returned by the next `step`.
 
         Returns:
             ids [N] and their log-probabilities [N] under the renormalised distribution.
         """
-        sampling = SamplingSettings(
-            max_new_tokens=1, max_actions=1, temperature=temperature, backspace=False, ban_eos=True
-        )
+        sampling = SamplingSettings(max_new_tokens=1, max_actions=1, temperature=temperature, backspace=False)
         names = {f"draw-{index}": index for index in range(len(prefixes))}
         added: list[str] = []
         ids = np.empty(len(prefixes), dtype=np.int32)

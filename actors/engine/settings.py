@@ -64,7 +64,7 @@ class SamplingSettings:
     backspace: the model may take tokens back; without it the backspace id is never sampled.
     ban_deleted: a token that was deleted at a state is not offered there again. Inference only: the sampled
         distribution is then not a function of the text, which training assumes.
-    ban_eos: <eos> is never sampled (noise for expert logs must not end them).
+    ban_eos: <eos> is never sampled: only a limit ends the rollout.
     """
 
     max_new_tokens: int

@@ -149,8 +149,9 @@ def test_draws_of_next_tokens_beside_running_requests(settings: EngineSettings, 
     ids, logprobs, logs, unfinished = in_engine_process(draw_while_running, settings, requests, prefixes)
     assert unfinished == len(requests), "a request that ended during the draws must come out of a later step"
     _assert_exact(logs, requests, model)
-    assert not np.isin(ids, [BACKSPACE_ID, EOS_ID]).any()
-    sampling = SamplingSettings(max_new_tokens=1, max_actions=1, backspace=False, ban_eos=True)
+    assert not np.isin(ids, [BACKSPACE_ID]).any()
+    # <eos> has its share of the probability: a policy that would end there makes no mistake, so such a draw is void.
+    sampling = SamplingSettings(max_new_tokens=1, max_actions=1, backspace=False)
     drawn = [
         FinishedLog(
             str(index),
