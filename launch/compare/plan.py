@@ -29,6 +29,8 @@ PLAN_FILE = "comparison.yaml"
 COMPARED_STAGE = "compared"
 CHANGEABLE = ("noise", "actors", "buffer")
 """Sections of the recipe that an arm may have its own of, besides the compared stage: no start depends on them."""
+FIXED_IN_STAGE = ("objective", "steps", "name", "start_from")
+"""What the compared stage of an arm does not have from the recipe."""
 
 PILOT_STEPS = 20
 """Enough for the mean of actions per step; that of rollouts is of many texts already in the first one."""
@@ -89,10 +91,17 @@ class ComparisonPlan(Settings):
 
     def _recipe_of(self, arm: str) -> RunSettings:
         tree = self.recipe.model_dump(mode="json")
-        allowed = [*CHANGEABLE, f"stages.{self.stage}"]
+        stage = f"stages.{self.stage}"
+        allowed = [*CHANGEABLE, stage]
         for override in self.arms[arm].recipe:
             apply_override(tree, override)
-            if not any(override.startswith(f"{part}.") for part in allowed):
+            key = override.partition("=")[0]
+            if any(f"{key}.".startswith(f"{stage}.{fixed}.") for fixed in FIXED_IN_STAGE):
+                raise UserError(
+                    f"objective {arm}: {override!r} has no effect: stage {self.stage!r} has the objective that stands "
+                    f"beside it, and its {', '.join(FIXED_IN_STAGE[1:])} from the comparison"
+                )
+            if not any(key.startswith(f"{part}.") for part in allowed):
                 raise UserError(
                     f"objective {arm}: {override!r} would change what all arms have in common; an arm may have its own "
                     f"{', '.join(allowed)}"

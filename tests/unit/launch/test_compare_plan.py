@@ -192,6 +192,9 @@ def test_an_arm_of_a_file_changes_the_recipe_for_itself(tmp_path: Path) -> None:
     [
         ("task.max_digits=3", "would change what all arms have in common"),
         ("stages.trunk.steps=3", "would change what all arms have in common"),
+        ("stages.sequencematch.steps=3", "has no effect"),
+        ("stages.sequencematch.objective.alpha=0.5", "has no effect"),
+        ("stages.sequencematch.objective={name: emo}", "has no effect"),
         ("noises=3", "would change what all arms have in common"),
         ("noise.rat=3", "objective noisy: unknown key 'noise.rat'"),
         ("noise.rate", "not of the form key=value"),
