@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.pool.ray_crew import at_best_on
 from buffer.schema import TokenContract
 from buffer.settings import BufferSettings
 from buffer.shards.service import ReplayBufferService
@@ -29,6 +29,11 @@ from launch.run_folder.flight_token import flight_token
 
 MAX_RESTARTS = 4
 """Deaths of one shard that a run survives; the next one ends it, since somebody has to look for the cause."""
+
+PLACED_BYTES = 1
+"""Of memory, which a shard has Ray set aside: a process that asks for nothing at all Ray puts on a node by chance,
+whatever its scheduling strategy says, unless that is bound to the node for good.
+"""
 
 STATUS_TIMEOUT_S = 3.0
 """A shard that is restarted answers later; it is shown as silent meanwhile."""
@@ -84,9 +89,10 @@ class BufferShards:
                 .options(
                     name=shard_actor_name(index),
                     num_cpus=0,  # its work is short beside that of engines and learner
+                    memory=PLACED_BYTES,
                     max_restarts=MAX_RESTARTS,
                     max_task_retries=-1,  # of a call that its death left unanswered, as often as it is restarted
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True),
+                    scheduling_strategy=at_best_on(nodes[index % len(nodes)]),
                 )
                 .remote(
                     str(shard_folder(folder, index)),

@@ -34,10 +34,12 @@ class RayHead:
         workers: tuple[int, ...] = (),
         node: str = "127.0.0.2",
         resources: Mapping[str, float] | None = None,
+        system: Mapping[str, str] | None = None,
     ) -> None:
         """num_cpus, node, resources: of the head node, which has the address `node`. workers: CPUs of each further
-        node; the nodes have addresses of their own.
+        node; the nodes have addresses of their own. system: settings of Ray itself, as environment variables (RAY_...).
         """
+        self._system = dict(system or {})
         self.token = secrets.token_hex(16)
         # Ray's sockets lie in it, whose paths may have 107 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
@@ -80,6 +82,7 @@ class RayHead:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
+            **self._system,
         }
 
     def processes(self, title: str = "") -> list[psutil.Process]:
@@ -102,6 +105,13 @@ class RayHead:
         options = (f"--resources={json.dumps(dict(resources))}", f"--address={self.gcs_address}")
         self._start(node, num_cpus, *options, within=within)
         self._wait_for_nodes(node)
+
+    def live_nodes(self) -> set[str]:
+        """Addresses of the nodes that the head takes for alive; none while it does not answer."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        answer = requests.get(f"{self.address}/nodes?view=summary", headers=headers, timeout=START_TIMEOUT_S)
+        summary = answer.json()["data"]["summary"] if answer.ok else []
+        return {each["ip"] for each in summary if each["raylet"].get("state") == "ALIVE"}
 
     def assert_idle(self) -> None:
         """No worker holds an actor or a task any more, after a moment; idle ones stay with their node."""
@@ -151,13 +161,8 @@ class RayHead:
 
     def _wait_for_nodes(self, *nodes: str) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        headers = {"Authorization": f"Bearer {self.token}"}
-        while True:
-            answer = requests.get(f"{self.address}/nodes?view=summary", headers=headers, timeout=START_TIMEOUT_S)
-            summary = answer.json()["data"]["summary"] if answer.ok else []
-            if set(nodes) <= {each["ip"] for each in summary if each["raylet"].get("state") == "ALIVE"}:
-                return
-            assert time.monotonic() < deadline, f"the nodes did not come: {answer.text}"
+        while not set(nodes) <= (live := self.live_nodes()):
+            assert time.monotonic() < deadline, f"the nodes did not come, there are {live or 'none'}"
             time.sleep(POLL_S)
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import ray
+from ray._private.state import actors as actor_info
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.pool.ray_crew import at_best_on, node_for_actor
 from actors.settings import ActorsSettings
+from buffer.settings import BufferSettings
 from launch.cluster.placement import Node
 from launch.cluster.room import ClusterRoom, live_nodes
+from launch.run.buffer_shards import BufferShards
 from launch.settings.recipe import read_recipe
+from tests.trajectories import CONTRACT
 
 TIMEOUT_S = 120.0
 POLL_S = 0.1
@@ -38,6 +43,7 @@ def main(recipe: str) -> None:
         "spread": placed_one_by_one("spread", 3),
         "pack": placed_one_by_one("pack", 2),
         "at once": placed_at_once(5),
+        "shards": placed_shards(5),
     }
     print(json.dumps(found))
 
@@ -77,6 +83,21 @@ def placed_at_once(count: int) -> int:
     there = ray.get([actor.node.remote() for actor in actors], timeout=TIMEOUT_S)
     end(actors)
     return len(there)
+
+
+def placed_shards(count: int) -> list[list[str]]:
+    """For each shard of a buffer, the node that its `Shard` names and the one it is on."""
+    told: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        settings = BufferSettings(shards=count, capacity=100, min_size=1)
+        shards = BufferShards(Path(folder) / "buffer", CONTRACT, settings, seed=0)
+        shards.newest_version(while_waiting=lambda: None)
+        found = [
+            [shard.node_id, actor_info(shard.handle._actor_id.hex())["Address"]["NodeID"]] for shard in shards.shards
+        ]
+        shards.close(told.append)
+    assert not told
+    return found
 
 
 def end(actors: list[ray.actor.ActorHandle]) -> None:

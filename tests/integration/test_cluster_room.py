@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -37,3 +38,5 @@ def test_processes_go_where_there_is_room_and_where_the_rule_says() -> None:
     assert found["spread"] == [1, 1, 1]
     assert found["pack"] == [2]
     assert found["at once"] == 5
+    assert all(named == there for named, there in found["shards"]), found["shards"]
+    assert sorted(Counter(there for _, there in found["shards"]).values()) == [1, 2, 2]
