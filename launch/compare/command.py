@@ -124,6 +124,7 @@ def _plan(
 
 def _run(folder: ComparisonFolder, console: Console) -> Comparison:
     """All of it; whatever ends it early, it can be resumed, and the command for that is told."""
+    from launch.compare.folder import HTML_FILE
     from launch.compare.report import show_comparison, write_comparison
     from launch.compare.session import ComparisonSession
     from launch.run_folder.folder import shown_path, sole_driver
@@ -140,10 +141,10 @@ def _run(folder: ComparisonFolder, console: Console) -> Comparison:
         except (UserError, RunFailedError):
             console.print(f"the comparison has stopped; {how_to_resume}", highlight=False, soft_wrap=True)
             raise
-        write_comparison(comparison, folder.path)
+        write_comparison(comparison, folder)
     console.print()
     show_comparison(comparison, console)
-    console.print(f"\ncomparison: {shown}/", highlight=False, soft_wrap=True)
+    console.print(f"\ncomparison: {shown}/{HTML_FILE}", highlight=False, soft_wrap=True)
     if comparison.failures:
         console.print(f"runs failed; {how_to_resume}", highlight=False, soft_wrap=True)
     return comparison

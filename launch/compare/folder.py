@@ -1,7 +1,7 @@
 """The folder of a comparison, and the runs in it.
 
 runs/NAME/  comparison.yaml  lock  starts/NAME-start-seed<s>/  pilots/NAME-pilot-<arm>/  arms/NAME-<arm>-seed<s>/
-            evaluation/seed<s>/  compare.json  compare.md  compare.csv
+            evaluation/seed<s>/  compare.html  compare.json  compare.md  compare.csv
 
 A run of an arm has the checkpoints of its start by relative links: nothing is trained or stored twice, and the folder
 can be moved as a whole.
@@ -34,7 +34,7 @@ from launch.run_folder.folder import (
 from launch.settings.run import RunSettings
 
 METRICS_FILE = "metrics.jsonl"
-JSON_FILE, MARKDOWN_FILE, CSV_FILE = "compare.json", "compare.md", "compare.csv"
+HTML_FILE, JSON_FILE, MARKDOWN_FILE, CSV_FILE = "compare.html", "compare.json", "compare.md", "compare.csv"
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launch.compare.folder import CSV_FILE, JSON_FILE, MARKDOWN_FILE
+from launch.compare.folder import CSV_FILE, HTML_FILE, JSON_FILE, MARKDOWN_FILE, ComparisonFolder
+from launch.compare.page import render_page
 from launch.compare.results import Comparison, to_json_text
 from launch.compare.statistics import MIN_SEEDS, ComparedMetric, Difference, Spread
 
@@ -42,11 +42,12 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     console.print(render_comparison(comparison))
 
 
-def write_comparison(comparison: Comparison, folder: Path) -> None:
-    """Write `compare.json`, `compare.md` and `compare.csv` into a folder."""
-    (folder / JSON_FILE).write_text(to_json_text(comparison), encoding="utf-8")
-    (folder / MARKDOWN_FILE).write_text(comparison_markdown(comparison), encoding="utf-8")
-    (folder / CSV_FILE).write_text(comparison.to_csv(), encoding="utf-8")
+def write_comparison(comparison: Comparison, folder: ComparisonFolder) -> None:
+    """Write `compare.html`, `compare.json`, `compare.md` and `compare.csv` into the folder of the comparison."""
+    (folder.path / JSON_FILE).write_text(to_json_text(comparison), encoding="utf-8")
+    (folder.path / MARKDOWN_FILE).write_text(comparison_markdown(comparison), encoding="utf-8")
+    (folder.path / CSV_FILE).write_text(comparison.to_csv(), encoding="utf-8")
+    (folder.path / HTML_FILE).write_text(render_page(comparison, folder), encoding="utf-8")
 
 
 def comparison_markdown(comparison: Comparison) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -49,6 +50,11 @@ class Comparison:
     def costs_of(self, arm: str) -> list[StageCost]:
         """Of each of its runs that did not fail."""
         return [self.costs[arm, seed] for seed in self.seeds if (arm, seed) in self.costs]
+
+    def values_of(self, arm: str, metric: str) -> tuple[float, ...]:
+        """Of its seeds that have the number."""
+        estimates = self._by_arm(self.estimates, metric)[arm].values()
+        return tuple(each.value for each in estimates if each.value is not None and math.isfinite(each.value))
 
     def to_json(self) -> dict[str, object]:
         """Everything: each run, each arm over seeds, each difference to the reference."""

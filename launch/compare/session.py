@@ -14,6 +14,7 @@ from launch.compare.results import Comparison, Key
 from launch.errors import RunFailedError
 from launch.evaluation import Target, evaluate
 from launch.evaluation.report import EVALUATION_FILE, write_evaluation
+from launch.report.write import write_report
 from launch.run.driver import train
 from launch.run_folder.folder import sole_driver
 from launch.settings.run import RunSettings
@@ -104,6 +105,7 @@ class ComparisonSession:
                 return
             if not finished:
                 raise KeyboardInterrupt
+            write_report(run)
             self._pace.done(kind, time.monotonic() - begun)
 
     def _fail(self, run: Path, why: str) -> None:

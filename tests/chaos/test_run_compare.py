@@ -116,6 +116,10 @@ def test_the_table_and_its_files_hold_every_run(compared: Compared) -> None:
     assert "Nothing can be said about the spread over seeds" in compared.stdout
     assert "behaviour_cloning" in (compared.folder / "compare.md").read_text()
     assert (compared.folder / "compare.csv").read_text().startswith("metric,arm,seed,value,standard_error,n\n")
+    page = (compared.folder / "compare.html").read_text()
+    reports = [f"arms/{run.name}/report.html" for run in (compared.folder / "arms").iterdir()]
+    assert len(reports) == len(SEEDS) * len(ARMS)
+    assert all((compared.folder / report).is_file() and f'href="{report}"' in page for report in reports)
 
 
 def test_with_a_budget_in_actions_every_arm_is_trained_on_as_many(cluster: str, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The report in a real browser: it draws, answers to pointer and keyboard, fits a phone, and nothing in it escapes.
+"""The report, and the page of a comparison, in a real browser: they draw, answer to pointer and keyboard, fit a phone,
+and nothing in them escapes.
 
 Chromium is the system's (`make browser` installs it where that is possible) and is spoken to by a pipe; it listens
 nowhere and loads nothing but the file.
@@ -17,10 +18,12 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from buffer.experts.tasks import load_task
 from buffer.reading.reader import read_buffer
 from buffer.settings import ArithmeticTaskSettings
+from launch.compare.report import write_comparison
 from launch.report.formatting import MINUS
 from launch.report.page import render
 from launch.report.rollouts import Rollout, sample_rollouts
 from launch.report.write import write_report
+from tests.comparisons import OBJECTIVES, comparison_over_temperature, new_comparison
 from tests.run_folders import STEPS, finished_run, hostile_report
 
 TIMEOUT_MS = 20_000
@@ -199,3 +202,18 @@ def test_what_a_model_wrote_is_shown_and_does_nothing(open_page: Open, tmp_path:
     page.locator("#stepper").press("End")
     assert page.locator("#stepper-text .gone").inner_text() == report.rollouts.rollouts[0].actions[0].text
     assert page.evaluate("window.broken") is None
+
+
+def test_a_comparison_shows_its_arms_over_temperature(open_page: Open, tmp_path: Path) -> None:
+    folder = new_comparison(tmp_path, OBJECTIVES)
+    write_comparison(comparison_over_temperature(), folder)
+    page = open_page(folder.path / "compare.html", viewport={"width": 360, "height": 800})
+    figure = page.locator("[data-chart='temperature-mauve']")
+    assert figure.locator(".plot .curve").count() == 2
+    figure.locator(".plot").press("ArrowRight")
+    lines = figure.locator(".tip").inner_text().splitlines()
+    assert lines == ["temperature 0.7", "mle: 65 (63 to 67)", "behaviour_cloning: 75 (73 to 77)"]
+    for summary in page.locator("summary").all():
+        summary.click()
+    assert page.locator("[data-panel='sampled.mauve'] .dot").last.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360

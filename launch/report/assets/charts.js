@@ -317,4 +317,4 @@ function stageButton(stage, index) {
   return button;
 }
 
-document.getElementById("stages").append(...DATA.stages.map(stageButton));
+document.getElementById("stages")?.append(...DATA.stages.map(stageButton));

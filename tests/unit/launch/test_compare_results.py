@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.compare.arms import parse_objectives
 from launch.compare.folder import ComparisonFolder, Measured, StageCost, read_measured, stage_cost
-from launch.compare.plan import make_plan, read_plan
+from launch.compare.plan import read_plan
 from launch.compare.report import WIDTH, comparison_markdown, render_comparison, write_comparison
 from launch.compare.results import Comparison
 from launch.compare.session import Pace
@@ -23,23 +22,7 @@ from launch.errors import UserError
 from launch.evaluation import CheckpointResult, Estimate, Evaluation
 from launch.evaluation.report import write_evaluation
 from launch.settings.recipe import read_recipe
-from launch.settings.run import RunSettings
-
-ARMS = ("mle", "behaviour_cloning", "sequencematch-alpha-0.1-beta_steps-50", "unlikelihood", "emo", "kl_control")
-
-
-def comparison(num_seeds: int, arms: tuple[str, ...] = ARMS) -> Comparison:
-    """Each arm is better than the one before by 0.1, give or take a hundredth by seed; the last has no `recovery`."""
-    estimates, costs = {}, {}
-    for position, arm in enumerate(arms):
-        for seed in range(num_seeds):
-            accuracy = 0.3 + 0.1 * position + 0.01 * ((seed * (position + 1)) % 3)
-            numbers = {"greedy.accuracy": Estimate(accuracy, 0.02, 500), "sampled.length": Estimate(12.5, 0.25, 500)}
-            if arm != arms[-1]:
-                numbers["recovery.recovery"] = Estimate(None if arm == arms[0] else 0.5, 0.02, 500)
-            estimates[arm, seed] = numbers
-            costs[arm, seed] = StageCost(400, 100_000 + position, 12.0)
-    return Comparison("arithmetic", "400 steps", arms, tuple(range(num_seeds)), estimates, {}, costs, {})
+from tests.comparisons import ARMS, OBJECTIVES, comparison, new_comparison
 
 
 def shown(found: Comparison, width: int = 200) -> list[str]:
@@ -105,15 +88,16 @@ def test_files_hold_every_run_and_say_what_failed(tmp_path: Path) -> None:
         costs,
         {"x-behaviour_cloning-seed2": "it died"},
     )
-    write_comparison(failed, tmp_path)
-    tree = json.loads((tmp_path / "compare.json").read_text())
+    folder = new_comparison(tmp_path, OBJECTIVES)
+    write_comparison(failed, folder)
+    tree = json.loads((folder.path / "compare.json").read_text())
     assert [(run["arm"], run["seed"]) for run in tree["runs"]] == list(costs)
     (accuracy, *_) = tree["metrics"]
     assert accuracy["name"] == "greedy.accuracy"
     assert accuracy["differences"][ARMS[1]]["num_seeds"] == 2
     assert accuracy["differences"][ARMS[1]]["basis"] == "examples"
     assert accuracy["differences"][ARMS[2]]["within_noise"] is False
-    rows = list(csv.DictReader((tmp_path / "compare.csv").open()))
+    rows = list(csv.DictReader((folder.path / "compare.csv").open()))
     assert len(rows) == sum(map(len, estimates.values()))
     assert rows[0] == {
         "metric": "greedy.accuracy",
@@ -123,18 +107,9 @@ def test_files_hold_every_run_and_say_what_failed(tmp_path: Path) -> None:
         "standard_error": "0.02",
         "n": "500",
     }
-    assert "x-behaviour_cloning-seed2 failed: it died" in (tmp_path / "compare.md").read_text()
+    assert "x-behaviour_cloning-seed2 failed: it died" in (folder.path / "compare.md").read_text()
+    assert "x-behaviour_cloning-seed2 failed: it died" in (folder.path / "compare.html").read_text()
     assert "†" in "\n".join(shown(failed)), "two of three seeds: of the examples alone"
-
-
-def settings_of(runs: Path) -> RunSettings:
-    return read_recipe(Path("launch/recipes/arithmetic_cpu.yaml"), [f"runs_folder={runs}"])
-
-
-def new_comparison(runs: Path) -> ComparisonFolder:
-    settings = settings_of(runs)
-    plan = make_plan(settings, parse_objectives("mle,emo", settings.stages), 1, steps=3)
-    return ComparisonFolder.create(plan, "pair")
 
 
 def test_a_run_has_its_start_by_links_that_move_with_the_folder(tmp_path: Path) -> None:
