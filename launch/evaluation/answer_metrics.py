@@ -8,8 +8,8 @@ truncated_rate      share of logs without `<eos>` (a limit was hit, or the log w
 actions_per_answer  mean length of the logs.
 wrong_taken_back    share of wrong tokens that were taken back.
 right_taken_back    share of right tokens that were taken back: dithering, and after memorising, damage. Watch it.
-recovery            accuracy where the first answer token was planted and wrong: only an answer that takes it back can
-                    be right.
+recovery            accuracy where the first answer tokens were planted, the first of them wrong: only an answer that
+                    takes them back can be right.
 planted_taken_back  share of the planted tokens that were taken back.
 
 And those of `launch.evaluation.editing_metrics`.
@@ -27,18 +27,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from buffer.experts.noise import NoiseCandidates
-from buffer.experts.ragged import Int32, Ragged
+from buffer.experts.ragged import Ragged
 from buffer.experts.tasks import Task
 from buffer.replay import ActionLogs, Replay, replay, surviving_events
 from buffer.schema import TokenContract
 from launch.evaluation.editing_metrics import editing_metrics, final_texts
 from launch.evaluation.estimates import Bool, Estimate
+from launch.evaluation.planting import first_targets, references
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_PLANTING_ROUNDS = 1000
 
 
 def answer_metrics(
@@ -61,7 +59,7 @@ def answer_metrics(
     }
     if task.is_correct is None:
         return metrics
-    judged, right = _judge_tokens(logs, played, _references(examples), contract)
+    judged, right = _judge_tokens(logs, played, references(examples), contract)
     taken_back = ~surviving_events(logs, played, contract.backspace_id)
 
     def share_taken_back(tokens: Bool) -> Estimate:
@@ -76,50 +74,31 @@ def answer_metrics(
 
 
 def recovery_metrics(
-    batch: pa.RecordBatch, examples: Dataset, task: Task, contract: TokenContract
+    batch: pa.RecordBatch, examples: Dataset, task: Task, contract: TokenContract, num_planted: int = 1
 ) -> dict[str, Estimate]:
-    """Numbers of answers whose first action was planted, and wrong (`plant_wrong_first_tokens`).
+    """Numbers of answers whose first actions were planted, and wrong (`launch.evaluation.planting`).
 
     Raises:
         ValueError: the logs are not those of the examples, the task has no right answers, or a log does not begin
-            with a wrong token.
+            with a wrong token, or is too short to hold those that were planted.
     """
     _check_alignment(batch, examples)
     if task.is_correct is None:
         raise ValueError(f"task {task.name} has no right answers to recover to")
     logs = ActionLogs.from_batch(batch)
-    if (logs.lengths == 0).any():
-        raise ValueError("a log is empty: its first token was not planted")
+    if (logs.lengths < num_planted).any():
+        raise ValueError(f"a log is shorter than the {num_planted} tokens that were planted in it")
     starts = logs.offsets[:-1]
-    if (logs.realised[starts] == _first_targets(examples)).any():
+    if (logs.realised[starts] == first_targets(examples)).any():
         raise ValueError("a log begins with the right token: recovery is measured from a wrong one")
     played = replay(logs, contract.backspace_id)
     answers = final_texts(logs, played, contract)
+    taken_back = ~surviving_events(logs, played, contract.backspace_id)
+    planted = (starts[:, None] + np.arange(num_planted)).ravel()
     return {
         "recovery": Estimate.share(_correct(batch, answers, examples, task)),
-        "planted_taken_back": Estimate.share(~surviving_events(logs, played, contract.backspace_id)[starts]),
+        "planted_taken_back": Estimate.share(taken_back[planted], played.log[planted], logs.num_logs),
     }
-
-
-def plant_wrong_first_tokens(
-    examples: Dataset, candidates: NoiseCandidates, contract: TokenContract, rng: np.random.Generator
-) -> Int32:
-    """[R] a plausible first token for each example that differs from the reference's.
-
-    Raises:
-        ValueError: an example has no wrong candidate.
-    """
-    groups = np.asarray(examples["noise_group"], dtype=np.int64)
-    refused = np.stack(
-        [_first_targets(examples), *(np.full(len(examples), i) for i in (contract.eos_id, contract.backspace_id))]
-    )
-    tokens = candidates.draw(groups, rng)
-    for _ in range(_PLANTING_ROUNDS):
-        redraw = (tokens == refused).any(axis=0)
-        if not redraw.any():
-            return tokens
-        tokens[redraw] = candidates.draw(groups[redraw], rng)
-    raise ValueError(f"{int(redraw.sum())} examples have no candidate for a wrong first token")
 
 
 def answer_texts(batch: pa.RecordBatch, task: Task, contract: TokenContract) -> list[str]:
@@ -164,15 +143,6 @@ def _judge_tokens(logs: ActionLogs, played: Replay, references: Ragged, contract
     before = np.concatenate([[0], np.cumsum(change)])
     mistakes = before[:-1] - before[logs.offsets[:-1]][played.log]
     return in_reference & (mistakes == 0) & (logs.realised != contract.eos_id), right
-
-
-def _references(examples: Dataset) -> Ragged:
-    return Ragged.from_arrow(examples.select_columns(["target_ids"]).with_format("arrow")[:].column("target_ids"))
-
-
-def _first_targets(examples: Dataset) -> Int32:
-    references = _references(examples)
-    return references.values[references.offsets[:-1]]
 
 
 def _check_alignment(batch: pa.RecordBatch, examples: Dataset) -> None:

@@ -22,8 +22,8 @@ from actors.engine.settings import SamplingSettings
 from actors.generator import PromptGroup
 from actors.settings import RolloutSettings
 from buffer.schema import TokenContract
-from launch.evaluation.answer_metrics import plant_wrong_first_tokens
-from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, Decoding
+from launch.evaluation.planting import plant_wrong_tokens
+from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, Decoding, check_planting
 from launch.settings.evaluation import EvaluationSettings
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ class Arm:
     contrastive: ContrastiveSearch | None = None
 
     @property
-    def is_planted(self) -> bool:
-        """Whether the first token was forced, and wrong."""
-        return self.group.planted is not None
+    def num_planted(self) -> int:
+        """How many tokens each answer begins with that were forced; the first is wrong."""
+        return len(self.group.planted[0]) if self.group.planted else 0
 
 
 def plan_arms(
@@ -57,16 +57,25 @@ def plan_arms(
     evaluation: EvaluationSettings,
     seed: int,
 ) -> list[Arm]:
-    """The arms of the module's description, in the order of its lines."""
-    prompts = [np.asarray(ids, dtype=np.int32) for ids in examples["prompt_ids"]]
+    """The arms of the module's description, in the order of its lines.
+
+    Raises:
+        ValueError: see `check_planting`; or an example has no wrong token to plant.
+    """
     has_answers = task.is_correct is not None
+    check_planting(evaluation.decodings, has_answers, rollout.max_new_tokens)
+    prompts = [np.asarray(ids, dtype=np.int32) for ids in examples["prompt_ids"]]
     usual = [Decoding(SAMPLED)] + ([Decoding(GREEDY, temperature=0.0)] if has_answers else [])
     usual += [decoding for decoding in evaluation.decodings if decoding.name not in {each.name for each in usual}]
-    arms = [Arm(each.name, PromptGroup(prompts, _sampling(each, rollout)), each.contrastive) for each in usual]
-    if has_answers:
-        planted = plant_wrong_first_tokens(examples, task.task_noise, contract, np.random.default_rng(seed))
-        sampling = _sampling(Decoding(RECOVERY, temperature=0.0), rollout)
-        arms.append(Arm(RECOVERY, PromptGroup(prompts, sampling, planted=[[token] for token in planted.tolist()])))
+    usual += [Decoding(RECOVERY, temperature=0.0, num_planted=1)] if has_answers else []
+    arms: list[Arm] = []
+    for decoding in usual:
+        planted = None
+        if decoding.num_planted:
+            rng = np.random.default_rng(seed)
+            planted = plant_wrong_tokens(examples, task.task_noise, contract, decoding.num_planted, rng).tolist()
+        group = PromptGroup(prompts, _sampling(decoding, rollout), planted=planted)
+        arms.append(Arm(decoding.name, group, decoding.contrastive))
     if evaluation.ban_deleted == "both":
         arms += [twin for arm in arms for twin in _twin(arm)]
     return arms

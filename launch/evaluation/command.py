@@ -46,7 +46,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Further ways to decode, with commas: greedy, top_p=P, temperature=T, contrastive[=K:ALPHA].",
+            help="Further ways to decode, with commas: greedy, top_p=P, temperature=T, contrastive[=K:ALPHA], "
+            "recovery=K.",
         ),
     ] = None,
     ban_deleted: Annotated[

@@ -71,9 +71,9 @@ def measure(
     if task.is_correct is not None:
         return [
             {
-                arm.name: (recovery_metrics if arm.is_planted else answer_metrics)(
-                    found[arm.name], examples, task, contract
-                )
+                arm.name: recovery_metrics(found[arm.name], examples, task, contract, arm.num_planted)
+                if arm.num_planted
+                else answer_metrics(found[arm.name], examples, task, contract)
                 for arm in plan.arms
             }
             for found in rollouts

@@ -54,10 +54,10 @@ def evaluate(
             examples = task.held_out.shuffle(seed=settings.seed)
             examples = examples.select(range(min(settings.evaluation.examples, len(examples))))
             check_mauve(settings.evaluation.mauve, task, len(examples))
+            rollout = settings.actors.rollout
+            arms = plan_arms(task, checkpoints[0].contract, examples, rollout, settings.evaluation, settings.seed)
         except (ValueError, OSError, ImportError) as error:
             raise UserError(str(error)) from None
-        rollout = settings.actors.rollout
-        arms = plan_arms(task, checkpoints[0].contract, examples, rollout, settings.evaluation, settings.seed)
         longest = max(len(prompt) for prompt in arms[0].group.prompts) + rollout.max_new_tokens
     plan = RolloutPlan(
         arms,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 GREEDY, SAMPLED, RECOVERY, CONTRASTIVE = "greedy", "sampled", "recovery", "contrastive"
 
-_KNOWN = "ancestral, greedy, top_p=0.95, temperature=0.7, contrastive, contrastive=5:0.6"
+_KNOWN = "ancestral, greedy, top_p=0.95, temperature=0.7, contrastive, contrastive=5:0.6, recovery=2"
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,15 @@ class ContrastiveSearch:
 class Decoding:
     """How continuations are chosen. name: of the group of rollouts.
 
-    temperature: 0 is greedy. contrastive: not sampled, but searched for.
+    temperature: 0 is greedy. contrastive: not sampled, but searched for. num_planted: wrong tokens that an
+    answer is made to begin with.
     """
 
     name: str
     temperature: float = 1.0
     top_p: float = 1.0
     contrastive: ContrastiveSearch | None = None
+    num_planted: int = 0
 
 
 def check_decodings(texts: Sequence[str]) -> None:
@@ -38,6 +40,21 @@ def check_decodings(texts: Sequence[str]) -> None:
     names = [parse_decoding(text).name for text in texts]
     if len(set(names)) < len(names):
         raise ValueError(f"a decoding is named twice: {', '.join(texts)}")
+
+
+def check_planting(decodings: Sequence[Decoding], has_answers: bool, max_new_tokens: int) -> None:
+    """Raises ValueError where wrong tokens are to be planted, but no token is wrong, or an answer has no room."""
+    for decoding in decodings:
+        if decoding.num_planted and not has_answers:
+            raise ValueError(
+                f"decoding {decoding.name} plants wrong tokens, and free texts are neither right nor wrong: "
+                "leave it out"
+            )
+        if decoding.num_planted >= max_new_tokens:
+            raise ValueError(
+                f"decoding {decoding.name} leaves no room for an answer: plant fewer tokens than "
+                f"actors.rollout.max_new_tokens={max_new_tokens}"
+            )
 
 
 def parse_decoding(text: str) -> Decoding:
@@ -66,9 +83,12 @@ def parse_decoding(text: str) -> Decoding:
             if search.num_candidates >= 2 and 0.0 <= search.penalty <= 1.0:
                 name = f"{CONTRASTIVE}={search.num_candidates}:{search.penalty:g}"
                 return Decoding(name, temperature=0.0, contrastive=search)
+        if kind == RECOVERY and has_value and (num_planted := int(value)) >= 2:
+            return Decoding(f"{RECOVERY}={num_planted}", temperature=0.0, num_planted=num_planted)
     except ValueError:
         pass  # not a number: the message below says what is
     raise ValueError(
         f"no decoding {text!r}: choose from {_KNOWN} (top_p between 0 and 1; temperature above 0 and other than 1, "
-        "which is ancestral; contrastive=K:ALPHA with K from 2 on and ALPHA from 0 to 1)"
+        "which is ancestral; contrastive=K:ALPHA with K from 2 on and ALPHA from 0 to 1; recovery=K with K from 2 on, "
+        "since one planted token is always measured)"
     )

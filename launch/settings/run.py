@@ -10,6 +10,7 @@ from actors.scoring.settings import ExactAnswerSettings, ScorerSettings, Scoring
 from actors.settings import ActorsSettings
 from buffer.sampling.limiter import Limiter
 from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSettings
+from launch.settings.decodings import check_planting
 from launch.settings.evaluation import EvaluationSettings
 from learner.metrics.trackers import TrackerName
 from learner.settings.model import ModelSettings, PretrainedModelSettings
@@ -86,11 +87,7 @@ class RunSettings(Settings):
                 "buffer.sampler=prioritised goes by the soft-Bellman residuals of rollouts that were trained on, and "
                 f"no stage draws any ({', '.join(stage.name for stage in self.stages)}): choose another sampler"
             )
-        if self.evaluation.mauve is not None and self.task.name != "text":
-            raise ValueError(
-                f"evaluation.mauve compares free texts; answers of task {self.task.name} are right or wrong: leave it "
-                "out"
-            )
+        self._check_evaluation()
         self._check_scoring(bool(needy))
         self._check_backspace()
         self._check_publishing()
@@ -117,6 +114,15 @@ class RunSettings(Settings):
                 "learner.publish=adapter pushes the adapters alone, and the model has none: set model.adapter, or "
                 "leave publish out"
             )
+
+    def _check_evaluation(self) -> None:
+        has_answers = self.task.name != "text"
+        if self.evaluation.mauve is not None and has_answers:
+            raise ValueError(
+                f"evaluation.mauve compares free texts; answers of task {self.task.name} are right or wrong: leave it "
+                "out"
+            )
+        check_planting(self.evaluation.decodings, has_answers, self.actors.rollout.max_new_tokens)
 
     def _check_scoring(self, has_rollouts: bool) -> None:
         scorers = self.scoring.scorers

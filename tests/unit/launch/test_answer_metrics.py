@@ -19,10 +19,10 @@ from buffer.settings import ArithmeticTaskSettings
 from launch.evaluation.answer_metrics import (
     answer_metrics,
     answer_texts,
-    plant_wrong_first_tokens,
     recovery_metrics,
 )
 from launch.evaluation.estimates import Estimate
+from launch.evaluation.planting import plant_wrong_tokens
 
 TASK = load_task(ArithmeticTaskSettings(bases=(2, 10), max_digits=2, train_questions=40, held_out_questions=60))
 CONTRACT = TASK.contract()
@@ -174,8 +174,19 @@ def test_recovery() -> None:
     assert metrics["planted_taken_back"] == Estimate.share(np.array([True, True, False, True]))
     with pytest.raises(ValueError, match="begins with the right token"):
         recovery_metrics(logs_of(examples, ["7<16.", "16.", "7.", "7."]), examples, TASK, CONTRACT)
-    with pytest.raises(ValueError, match="a log is empty"):
+    with pytest.raises(ValueError, match="a log is shorter than the 1 tokens"):
         recovery_metrics(logs_of(examples, ["7<16.", "", "7.", "7."]), examples, TASK, CONTRACT)
+
+
+def test_recovery_from_several_planted_tokens() -> None:
+    examples = examples_with(["16", "16", "16"])
+    metrics = recovery_metrics(logs_of(examples, ["72<<16.", "71<6.", "71."]), examples, TASK, CONTRACT, num_planted=2)
+    assert metrics["recovery"] == Estimate.share(np.array([True, False, False]))
+    taken_back = metrics["planted_taken_back"]
+    assert (taken_back.value, taken_back.count) == (pytest.approx(0.5), 6)
+    assert taken_back.standard_error is not None, "tokens of one answer are not independent"
+    with pytest.raises(ValueError, match="a log is shorter than the 2 tokens that were planted"):
+        recovery_metrics(logs_of(examples, ["72<<16.", "71<6.", "7"]), examples, TASK, CONTRACT, num_planted=2)
 
 
 def test_answer_texts_are_what_remains() -> None:
@@ -183,20 +194,23 @@ def test_answer_texts_are_what_remains() -> None:
     assert answer_texts(logs_of(examples, ["17<6.", ".", "1<"]), TASK, CONTRACT) == ["16", "", ""]
 
 
-def test_planted_tokens_are_wrong_digits_of_the_base() -> None:
-    tokens = plant_wrong_first_tokens(TASK.held_out, TASK.task_noise, CONTRACT, np.random.default_rng(0))
-    again = plant_wrong_first_tokens(TASK.held_out, TASK.task_noise, CONTRACT, np.random.default_rng(0))
-    assert tokens.tolist() == again.tolist()
-    for token, example in zip(tokens.tolist(), TASK.held_out, strict=True):
+@pytest.mark.parametrize("count", [1, 3])
+def test_planted_tokens_are_digits_of_the_base_and_the_first_is_wrong(count: int) -> None:
+    planted, again = (
+        plant_wrong_tokens(TASK.held_out, TASK.task_noise, CONTRACT, count, np.random.default_rng(0)) for _ in range(2)
+    )
+    assert planted.shape == (len(TASK.held_out), count)
+    assert planted.tolist() == again.tolist()
+    for tokens, example in zip(planted.tolist(), TASK.held_out, strict=True):
         base = 2 if "In base 2," in example["question"] else 10
-        digit = TASK.tokenizer.decode([token])
-        assert digit in "0123456789"[:base]
-        assert not example["answer"].startswith(digit)
-    assert len(set(tokens.tolist())) > 5
+        digits = [TASK.tokenizer.decode([token]) for token in tokens]
+        assert set(digits) <= set("0123456789"[:base])
+        assert not example["answer"].startswith(digits[0])
+    assert all(len(set(column)) > 5 for column in planted.T.tolist())
 
 
 def test_planting_without_a_wrong_candidate_is_an_error() -> None:
     examples = examples_with(["16"])
     only_right = NoiseCandidates.uniform([np.array(ids_of("1"), dtype=np.int32)])
     with pytest.raises(ValueError, match="1 examples have no candidate"):
-        plant_wrong_first_tokens(examples, only_right, CONTRACT, np.random.default_rng(0))
+        plant_wrong_tokens(examples, only_right, CONTRACT, 1, np.random.default_rng(0))

@@ -41,13 +41,29 @@ def test_decodings_by_name() -> None:
 
 @pytest.mark.parametrize(
     "text", ["", "beam", "top_p", "top_p=", "top_p=1", "top_p=x", "temperature=1", "temperature=-1", "greedy=2",
-             "contrastive=1:0.5", "contrastive=4:1.5", "contrastive=4", "temperature=nan"]
+             "contrastive=1:0.5", "recovery", "recovery=1", "recovery=x",
+             "contrastive=4:1.5", "contrastive=4", "temperature=nan"]
 )  # fmt: skip
 def test_other_decodings_are_refused_with_what_there_is(text: str) -> None:
     with pytest.raises(ValueError, match=r"no decoding .*choose from ancestral, greedy, top_p=0\.95"):
         parse_decoding(text)
     with pytest.raises(ValueError, match="no decoding"):
         EvaluationSettings(decoding=(text,))
+
+
+def test_mistakes_of_several_tokens_are_planted_where_that_makes_sense() -> None:
+    arms = {arm.name: arm for arm in arms_of(decoding=("recovery=3",), ban_deleted="both")}
+    assert [arms[name].num_planted for name in (SAMPLED, RECOVERY, "recovery=3", "recovery=3, allowed")] == [0, 1, 3, 3]
+    one, three = (arms[name].group.planted for name in (RECOVERY, "recovery=3"))
+    assert one is not None
+    assert three is not None
+    assert [tokens[0] for tokens in three] == [token for (token,) in one], "the same mistake, and more of it"
+    with pytest.raises(ValueError, match=r"recovery=5 leaves no room .* fewer tokens than .*max_new_tokens=5"):
+        arms_of(decoding=("recovery=5",))
+    with pytest.raises(ValueError, match="recovery=2 plants wrong tokens, and free texts are neither"):
+        arms_of(dataclasses.replace(TASK, is_correct=None), decoding=("recovery=2",))
+    with pytest.raises(UserError, match="free texts are neither right nor wrong"):
+        read_recipe(Path("launch/recipes/text_cpu.yaml"), ["evaluation.decoding=[recovery=2]"])
 
 
 def test_a_decoding_is_named_once() -> None:
