@@ -146,7 +146,7 @@ def _format_change(change: Estimate | None, column: _Column) -> Text:
 
 def _table(first: str, columns: Sequence[_Column]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.add_column(first, vertical="bottom", no_wrap=True)
+    table.add_column(first, vertical="bottom", overflow="fold")  # a long label takes more lines, a number is never cut
     for column in columns:
         table.add_column(column.heading, justify="right", vertical="bottom", no_wrap=True)
     return table

@@ -46,14 +46,30 @@ def kept_folder(checkpoint: Path) -> Path | None:
 
 
 def labelled(checkpoints: Sequence[Path]) -> list[Target]:
-    """Targets with labels as short as tells them apart: the stage, the stage and the step, or the whole path."""
+    """Targets with labels as short as tells them apart: of stage, step and run as few as that takes, or whole paths.
+
+    Raises:
+        UserError: one is named twice.
+    """
     folders = [checkpoint.resolve() for checkpoint in checkpoints]
+    names = [_names(folder) for folder in folders]
     candidates = (
-        [folder.parent.name if folder.parent.parent.name == CHECKPOINTS_FOLDER else folder.name for folder in folders],
-        [f"{folder.parent.name}/{folder.name}" for folder in folders],
+        [stage or step for _, stage, step in names],
+        [f"{stage}/{step}" for _, stage, step in names],
+        [run for run, _, _ in names],
+        [f"{run}/{stage}" for run, stage, _ in names],
+        [f"{run}/{stage}/{step}" for run, stage, step in names],
         [str(folder) for folder in folders],
     )
     for labels in candidates:
         if len(set(labels)) == len(labels):
             return [Target(*pair) for pair in zip(labels, checkpoints, strict=True)]
     raise UserError("the same checkpoint is named twice")
+
+
+def _names(folder: Path) -> tuple[str, str, str]:
+    """Run, stage and step of a checkpoint; one that lies in no run has its own name alone."""
+    stage = folder.parent
+    if stage.parent.name != CHECKPOINTS_FOLDER:
+        return "", "", folder.name
+    return stage.parent.parent.name, stage.name, folder.name

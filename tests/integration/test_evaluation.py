@@ -219,6 +219,13 @@ def test_labels_tell_checkpoints_apart(run: Path, tmp_path: Path) -> None:
     assert [target.label for target in labelled([ender])] == ["ender"]
     assert [target.label for target in labelled([ender, later])] == ["ender/step-000001", "ender/step-000002"]
     assert [target.label for target in labelled([tmp_path / "model"])] == ["model"]
+    other = tmp_path / "other" / "checkpoints" / "ender" / "step-000001"
+    assert [target.label for target in labelled([ender, other])] == [run.name, "other"]
+    assert [target.label for target in labelled([ender, later, other])] == [
+        f"{run.name}/ender/step-000001",
+        f"{run.name}/ender/step-000002",
+        "other/ender/step-000001",
+    ]
     with pytest.raises(UserError, match="named twice"):
         labelled([ender, ender])
 

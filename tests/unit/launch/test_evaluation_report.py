@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,25 @@ def printed(evaluation: Evaluation, capsys: pytest.CaptureFixture[str]) -> list[
     return lines
 
 
+def answers_of(labels: Sequence[str], value: float) -> Evaluation:
+    """Of so many checkpoints, all of whose numbers are the same."""
+    names = ("accuracy", "recovery", "backspace_rate", "wrong_taken_back", "right_taken_back", "actions_per_answer")
+    numbers = {group: dict.fromkeys(names, Estimate(value, 0.021, 500)) for group in ("sampled", "greedy", "recovery")}
+    results = tuple(CheckpointResult(label, Path("step"), numbers, ()) for label in labels)
+    return Evaluation("arithmetic", True, 500, 0, results)
+
+
 @pytest.mark.parametrize("value", [0.05, 0.888, 1.0])
 def test_nothing_is_cut_at_80_columns(value: float, capsys: pytest.CaptureFixture[str]) -> None:
-    numbers = defaultdict(lambda: defaultdict(lambda: Estimate(value, 0.021, 500)))
-    results = tuple(CheckpointResult(label, Path("step"), numbers, ()) for label in ("sequencematch", "mle_control"))
-    lines = printed(Evaluation("arithmetic", True, 500, 0, results), capsys)
+    lines = printed(answers_of(("sequencematch", "mle_control"), value), capsys)
     assert "actions" in lines[2].split() + lines[1].split()
+    assert sum(line.count(f"{100 * value:.1f} ±2.1") for line in lines) == 6
+
+
+def test_long_labels_take_more_lines_and_cut_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    labels = [f"/home/somebody/experiments/runs/a-run-of-{kind}/checkpoints/x/step-000400" for kind in ("this", "that")]
+    lines = printed(answers_of(labels, 0.888), capsys)
+    assert sum(line.count("88.8 ±2.1") for line in lines) == 6
 
 
 def numbers_of(shift: float, groups: tuple[str, ...], names: tuple[str, ...]) -> dict[str, dict[str, Estimate]]:
