@@ -170,7 +170,8 @@ def _capacity(role: Role, rooms: Sequence[NodeRoom]) -> int:
 
 
 def _check_sums(roles: Sequence[Role], nodes: Sequence[Node]) -> None:
-    for kind, needed in _total(roles).items():
+    # What no node has at all comes first: an autoscaler that has no such nodes either adds none for the rest.
+    for kind, needed in sorted(_total(roles).items(), key=lambda item: any(item[0] in node.total for node in nodes)):
         free = sum(node.free.get(kind, 0) for node in nodes)
         if needed <= free:
             continue

@@ -251,8 +251,8 @@ class _Crew:
             view.pool = self._ask(self._pool.status.remote(), view.pool, "the actor pool")
             view.buffer = self._buffer.status(self._warn)
             self._autoscale(self._pool)
-            if view.pool is not None:
-                self._room.request(view.pool.desired)  # whoever has changed it
+        if self._pool is None or (view.pool is not None and len(view.pool.members) >= view.pool.desired):
+            self._room.withdraw()
         self._metrics.export(view)
         self._log.follow(view)
         if view.pool is not None and view.pool.failure is not None:

@@ -123,5 +123,5 @@ def shards_of(head: RayHead) -> list[psutil.Process]:
 
 
 def raylet_at(head: RayHead, node: str) -> psutil.Process:
-    (raylet,) = (each for each in head.processes(f"--node_ip_address={node}") if each.name() == "raylet")
+    (raylet,) = (each for each in head.raylets() if f"--node_ip_address={node}" in each.cmdline())
     return raylet

@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 import requests
 
+from tests.integration.fake_provider import HEAD_ENVIRONMENT, autoscaling_config
+
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 POLL_S = 0.2
@@ -35,9 +37,11 @@ class RayHead:
         node: str = "127.0.0.2",
         resources: Mapping[str, float] | None = None,
         system: Mapping[str, str] | None = None,
+        grows_by: Mapping[str, float] | None = None,
     ) -> None:
         """num_cpus, node, resources: of the head node, which has the address `node`. workers: CPUs of each further
         node; the nodes have addresses of their own. system: settings of Ray itself, as environment variables (RAY_...).
+        grows_by: resources of each node that Ray's autoscaler adds (see `tests.integration.fake_provider`).
         """
         self._system = dict(system or {})
         self.token = secrets.token_hex(16)
@@ -47,16 +51,23 @@ class RayHead:
         dashboard_port = _free_port()
         self.address = f"http://127.0.0.1:{dashboard_port}"
         self.gcs_address = f"{node}:{self._port}"
+        autoscaling, environment = (), {}
+        if grows_by is not None:
+            config_file = self._folder / "autoscaling.yaml"
+            config_file.write_text(json.dumps(autoscaling_config(self.gcs_address, grows_by)))
+            autoscaling, environment = (f"--autoscaling-config={config_file}",), HEAD_ENVIRONMENT
         try:
             self._start(
                 node,
                 num_cpus,
+                *autoscaling,
                 f"--resources={json.dumps(dict(resources or {}))}",
                 "--head",
                 f"--port={self._port}",
                 "--dashboard-host=127.0.0.1",
                 f"--dashboard-port={dashboard_port}",
                 f"--temp-dir={self._folder}",
+                environment=environment,
             )
             for number, cpus in enumerate(workers):
                 self._start(f"127.0.0.{3 + number}", cpus, f"--address={self.gcs_address}")
@@ -106,6 +117,10 @@ class RayHead:
         self._start(node, num_cpus, *options, within=within)
         self._wait_for_nodes(node)
 
+    def raylets(self) -> list[psutil.Process]:
+        """Of all nodes."""
+        return [each for each in self.processes("raylet") if each.name() == "raylet"]
+
     def live_nodes(self) -> set[str]:
         """Addresses of the nodes that the head takes for alive; none while it does not answer."""
         headers = {"Authorization": f"Bearer {self.token}"}
@@ -133,7 +148,14 @@ class RayHead:
             psutil.wait_procs(left, timeout=POLL_S)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self, node: str, num_cpus: int, *options: str, within: Sequence[str] = ()) -> None:
+    def _start(
+        self,
+        node: str,
+        num_cpus: int,
+        *options: str,
+        within: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         command = [
             *within,
             str(BIN / "ray"),
@@ -149,7 +171,7 @@ class RayHead:
         ]
         done = subprocess.run(
             command,
-            env=self.environment,
+            env={**self.environment, **(environment or {})},
             cwd=self._folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -53,15 +53,27 @@ def test_a_cluster_that_grows_is_asked_for_the_whole_plan_and_waited_for(monkeyp
     told = []
     with ClusterRoom(read_recipe(RECIPE, GROWING)) as room:
         placed = room.place(told.append)
-        assert cluster.requests == [[{"CPU": 1.0}, {"CPU": 2.0}, {"CPU": 2.0}]], "room for the most actors"
+        one, two = {"CPU": 1.0}, {"CPU": 2.0}
+        assert cluster.requests == [[one, two, two]], "room for the most actors; what is asked for stays what it is"
         assert [node.name for node in placed[LEARNER]] == ["10.0.0.0"], "the actors need the others whole"
         assert len(placed[ACTORS]) == 2
         assert len(told) == 3
         assert all("the plan needs 5 CPU" in line for line in told)
-        for count in (2, 1, 1, 3):
-            room.request(count)
-        assert [len(request) for request in cluster.requests] == [3, 2, 4], "only where the number changed"
-    assert cluster.requests[-1] == [], "nothing is wanted any more"
+        for _ in range(2):
+            room.withdraw()
+        assert cluster.requests[1:] == [[]], "told once that nothing is wanted any more"
+    assert len(cluster.requests) == 2
+
+
+def test_room_is_asked_for_beside_what_others_hold(monkeypatch):
+    """The autoscaler compares a request with the nodes as if they were empty: whole nodes stand for what is in use."""
+    cluster = ScriptedCluster(monkeypatch, nodes(4, 1, busy=3), nodes(4, 1, 2, 2, busy=3))
+    with ClusterRoom(read_recipe(RECIPE, GROWING)) as room:
+        placed = room.place(lambda missing: None)
+        there = [{"CPU": 4.0}, {"CPU": 1.0}]
+        assert cluster.requests == [[*there, {"CPU": 2.0}, {"CPU": 2.0}]]
+        assert [node.name for node in placed[ACTORS]] == ["10.0.0.2", "10.0.0.3"]
+    assert cluster.requests[-1] == []
 
 
 def test_nodes_that_do_not_come_end_the_wait_with_its_name(monkeypatch):
@@ -71,6 +83,10 @@ def test_nodes_that_do_not_come_end_the_wait_with_its_name(monkeypatch):
         room.place(lambda missing: None)
     assert 30.0 <= cluster.now_s < 31.0
     assert cluster.requests[-1] == []
+    message = r"30 s \(cluster.grow_timeout_s\) .* the plan needs 2 of the custom resource 'tpu' \(2 for actors\)"
+    impossible = ClusterRoom(read_recipe(RECIPE, [*GROWING, "actors.resources.tpu=1"]))
+    with impossible as room, pytest.raises(UserError, match=message):
+        room.place(lambda missing: None)
 
 
 def test_what_others_hold_is_waited_for_where_the_cluster_stays_as_it_is(monkeypatch):
