@@ -40,8 +40,8 @@ from buffer.experts.stream import ExpertStream, PromptStream
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
 from buffer.shards.shard import Shard, nearest
-from buffer.weight_transport import ObjectStoreReceiver, StoredWeights, WeightReceiver
-from buffer.weights import WeightManifest, check_probe, unpack, verify_fingerprint
+from buffer.weight_transport import WeightHandle, WeightReceiver
+from buffer.weights import WeightManifest, WeightsReplacedError, check_probe, unpack, verify_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,8 +133,8 @@ class RolloutActor:
             backspace=spec.settings.rollout.backspace,
         )
         self._word = threading.Condition()  # guards what the control methods leave for `run`
-        self._receiver: WeightReceiver = ObjectStoreReceiver()
-        self._newest: tuple[WeightManifest, StoredWeights] | None = None
+        self._receiver = WeightReceiver()
+        self._newest: tuple[WeightManifest, WeightHandle] | None = None
         self._paused = False
         self._first_version = 0
         self._draining = False
@@ -155,7 +155,7 @@ class RolloutActor:
         """The actor's name, once its engine stands."""
         return self._name
 
-    def announce(self, manifest: WeightManifest, handle: StoredWeights) -> None:
+    def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
         """Leave word of new weights; `run` loads the newest announced ones before its next engine step."""
         with self._word:
             if self._newest is None or manifest.version > self._newest[0].version:
@@ -237,7 +237,13 @@ class RolloutActor:
         self._hand_over()  # what finished with the present weights carries their fingerprint
         manifest, handle = newest
         self._activity = f"loading weights {manifest.version}"
-        payload = self._receiver.take(handle)
+        try:
+            payload = self._receiver.take(handle)
+        except WeightsReplacedError:
+            with self._word:
+                if self._newest is newest:
+                    self._newest = None  # the announcement of newer ones is on its way
+            return False
         verify_fingerprint(payload, manifest)
         self._engine.load_weights(unpack(payload, manifest), manifest.version)
         check_probe(manifest, self._engine.probe(manifest.probe_token_ids), self._spec.settings.probe_tolerance)

@@ -3,17 +3,23 @@
 The learner holds a `WeightSender`, each actor a `WeightReceiver`. What passes between them is a small handle, announced
 together with the manifest; the bytes follow when an actor takes them. So a sender never waits for an actor, and an
 actor that comes late, is slow or dies holds up nobody.
+
+There are two transports: Ray's object store, here, and `buffer.collective`, from device to device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from buffer.weights import WeightPayload
+from buffer.collective.handle import OfferedWeights
+from buffer.collective.receiver import CollectiveReceiver
+from buffer.weights import Payload, TensorEntry, WeightPayload, pack_tensors
 
 if TYPE_CHECKING:
     import ray
+    import torch
 
 TAKE_TIMEOUT_S = 60.0
 
@@ -29,25 +35,44 @@ class StoredWeights:
     changed: ray.ObjectRef[WeightPayload]
 
 
-class WeightSender(Protocol):
-    """The learner's end."""
+WeightHandle = StoredWeights | OfferedWeights
 
-    def keep(self, tensors: WeightPayload) -> None:
+
+class WeightSender(Protocol):
+    """The learner's end. It keeps and offers what its own `pack` made."""
+
+    def pack(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[Payload, tuple[TensorEntry, ...]]:
+        """Bring named tensors into the form that travels; until they are offered nobody may write to them.
+
+        Raises:
+            ValueError: a name comes twice, or a tensor has a dtype that the format does not carry.
+        """
+
+    def keep(self, tensors: Payload) -> None:
         """Make `tensors` part of every later offer; they travel once."""
 
-    def offer(self, tensors: WeightPayload) -> StoredWeights:
+    def offer(self, tensors: Payload) -> WeightHandle:
         """A snapshot of `tensors`, beside what is kept, that any number of actors can take; waits for none of them."""
 
 
-class WeightReceiver(Protocol):
-    """An actor's end."""
+class WeightReceiver:
+    """An actor's end: takes publications by whatever transport their handle is of."""
 
-    def take(self, handle: StoredWeights) -> WeightPayload:
+    def __init__(self) -> None:
+        self._object_store = ObjectStoreReceiver()
+        self._collective = CollectiveReceiver()
+
+    def take(self, handle: WeightHandle) -> Payload:
         """What was offered, to be read only.
 
         Raises:
-            TimeoutError: it did not arrive in time.
+            TimeoutError: it did not arrive in time. WeightsReplacedError: a newer publication is on offer, whose
+            announcement is on its way. ConnectionError: the learner died, hung or left, or does not know the token.
+            ValueError: the weights are on a GPU and this process has none.
         """
+        if isinstance(handle, StoredWeights):
+            return self._object_store.take(handle)
+        return self._collective.take(handle)
 
 
 class ObjectStoreSender:
@@ -60,13 +85,17 @@ class ObjectStoreSender:
         self._kept: ray.ObjectRef[WeightPayload] | None = None
         self._newest: StoredWeights | None = None
 
-    def keep(self, tensors: WeightPayload) -> None:
+    def pack(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[Payload, tuple[TensorEntry, ...]]:
+        """See `WeightSender`. Contiguous tensors in host memory are not copied before they are offered."""
+        return pack_tensors(tensors)
+
+    def keep(self, tensors: Payload) -> None:
         """See `WeightSender`."""
         import ray
 
         self._kept = ray.put(tensors)
 
-    def offer(self, tensors: WeightPayload) -> StoredWeights:
+    def offer(self, tensors: Payload) -> StoredWeights:
         """See `WeightSender`. The tensors may be written to as soon as this returns."""
         import ray
 

@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 
 from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task, load_task
+from buffer.rendezvous import open_rendezvous
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings, TaskSettings
 from buffer.shards.shard import Shard
@@ -42,11 +43,13 @@ from learner.model.policy import load_policy
 from learner.objectives.base import OutsideDomainError
 from learner.objectives.registry import make_objective
 from learner.publication.publisher import WeightPublisher, make_probe, take_part_in_publication
+from learner.publication.senders import make_sender
 from learner.publication.tensors import PublicationPlan
-from learner.ranks.group import Ranks, join_ranks, open_rendezvous
+from learner.ranks.group import Ranks, join_ranks
 from learner.ranks.sharding import shard
 from learner.settings.model import ModelSettings, ScratchModelSettings
 from learner.settings.stages import LearnerSettings, StageSettings
+from learner.settings.transport import Transport
 from learner.stage_checkpoints import StageCheckpoints
 from learner.state_tree.policy import TreePolicy
 from learner.status import LearnerStatus, StageResult
@@ -59,7 +62,7 @@ RECENT_STEPS = 20
 class LearnerSpec:
     """What the learner is born with. prioritised_replay: whether the buffer draws by priorities and is told them.
     features: names of those that rollouts have, in their order. offers_backspace: whether backspace is an action at
-    all, of experts as of rollouts.
+    all, of experts as of rollouts. transport: how published weights travel.
     """
 
     model: ModelSettings
@@ -72,6 +75,7 @@ class LearnerSpec:
     prioritised_replay: bool = False
     features: tuple[str, ...] = ()
     offers_backspace: bool = True
+    transport: Transport = "object_store"
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,8 @@ class LearnerWorker:
         """
         if self._ranks.leads:
             self._shards = tuple(shards)
-            self._publisher = WeightPublisher(pool, self._probe, first_version, self._plan)
+            sender = make_sender(self._spec.transport, self._policy.device)
+            self._publisher = WeightPublisher(pool, self._probe, first_version, self._plan, sender)
         self._publish()
 
     def run_stage(self, stage: StageSettings) -> StageResult | None:

@@ -20,7 +20,7 @@ from actors.rollout_actor import RolloutSpec
 from actors.rollout_rules import SUPERVISION_INTERVAL_S
 from actors.status import PoolStatus
 from buffer.shards.shard import Shard
-from buffer.weight_transport import StoredWeights
+from buffer.weight_transport import WeightHandle
 from buffer.weights import WeightManifest
 
 MAX_EVENTS = 200
@@ -60,7 +60,7 @@ class ActorPool:
         self._roster.scale(desired)
         return await self.status()
 
-    async def announce(self, manifest: WeightManifest, handle: StoredWeights) -> None:
+    async def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
         """Tell every running actor of new weights; only the newest announcement is kept for late joiners."""
         self._crew.announce(manifest, handle)
 

@@ -18,7 +18,7 @@ from actors.rollout_actor import RolloutActor, RolloutSpec
 from actors.settings import ActorsSettings
 from actors.status import ActorStatus
 from buffer.shards.shard import Shard
-from buffer.weight_transport import StoredWeights
+from buffer.weight_transport import WeightHandle
 from buffer.weights import WeightManifest
 
 STATUS_TIMEOUT_S = 5.0
@@ -45,7 +45,7 @@ class RayCrew:
         self._shards = shards
         self._environment = environment
         self._hands: dict[str, _Hand] = {}
-        self._newest: tuple[WeightManifest, StoredWeights] | None = None
+        self._newest: tuple[WeightManifest, WeightHandle] | None = None
         self._paused = False
         self._first_version = 0
 
@@ -54,7 +54,7 @@ class RayCrew:
         """Of the weights that were announced last; -1 before any."""
         return -1 if self._newest is None else self._newest[0].version
 
-    def announce(self, manifest: WeightManifest, handle: StoredWeights) -> None:
+    def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
         """Tell every actor at work of new weights; only the newest announcement is kept for late joiners.
 
         Raises:

@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson
 from launch.errors import UserError
+from learner.settings.transport import Transport
 
 ModelShape = Literal["smollm2-135m", "tiny"]
 WeightDtype = Literal["float32", "bfloat16"]
@@ -162,6 +163,7 @@ def bench_weights(
     repetitions: Annotated[int, typer.Option(min=1, help="Publications that count; medians count.")] = 7,
     dtype: Annotated[WeightDtype, typer.Option(help="Number format of weights and engine.")] = "float32",
     with_engine: Annotated[bool, typer.Option("--engine/--no-engine", help="Load into a real engine, too.")] = True,
+    transport: Annotated[Transport, typer.Option(help="How they travel (learner.transport).")] = "object_store",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -172,7 +174,14 @@ def bench_weights(
     with reported_errors(), stdout_kept_clean(as_json):
         from launch.bench.weights import bench_weights as measure
 
-        found = measure(shape, repetitions=repetitions, dtype=dtype, with_engine=with_engine, seed=seed)
+        found = measure(
+            shape,
+            repetitions=repetitions,
+            dtype=dtype,
+            with_engine=with_engine,
+            transport=transport,
+            seed=seed,
+        )
     from launch.bench.weights_report import render_weight_benchmark
 
     _show(found, as_json, render_weight_benchmark)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from buffer.weight_transport import ObjectStoreReceiver, StoredWeights
+from buffer.weight_transport import WeightHandle, WeightReceiver
 from buffer.weights import WeightManifest, check_probe, pack_tensors, unpack, verify_fingerprint
+from learner.settings.transport import Transport
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -58,12 +59,15 @@ class Taken:
 class PublishingLearner:
     """Holds a random model and publishes it as the learner does."""
 
-    def __init__(self, config: LlamaConfig, dtype: str, receivers: Sequence[ActorHandle], seed: int) -> None:
+    def __init__(
+        self, config: LlamaConfig, dtype: str, receivers: Sequence[ActorHandle], transport: Transport, seed: int
+    ) -> None:
         import ray
         import torch
         from transformers import LlamaForCausalLM
 
         from learner.publication.publisher import WeightPublisher, make_probe
+        from learner.publication.senders import make_sender
         from learner.state_tree.policy import TreePolicy
 
         torch.set_num_threads(1)
@@ -71,7 +75,9 @@ class PublishingLearner:
         model = LlamaForCausalLM(config).to(getattr(torch, dtype)).requires_grad_(False)
         self._policy = TreePolicy(model, backspace_id=3)
         relay = ray.remote(_Relay).options(num_cpus=0).remote(receivers)
-        self._publisher = WeightPublisher(relay, make_probe(config.vocab_size, (2, 3), seed))
+        self._publisher = WeightPublisher(
+            relay, make_probe(config.vocab_size, (2, 3), seed), sender=make_sender(transport, torch.device("cpu"))
+        )
         self._copy = {name: np.zeros(tensor.nbytes, np.uint8) for name, tensor in model.named_parameters()}
 
     def size_bytes(self) -> int:
@@ -114,7 +120,7 @@ class TakingActor:
 
     def __init__(self, config: LlamaConfig, settings: EngineSettings | None) -> None:
         """settings: of an engine that loads them; None = the bytes are taken and verified only."""
-        self._receiver = ObjectStoreReceiver()
+        self._receiver = WeightReceiver()
         self._word = threading.Condition()
         self._taken: list[Taken] = []
         self._engine = None
@@ -131,7 +137,7 @@ class TakingActor:
         """Process id, once the engine stands."""
         return os.getpid()
 
-    def announce(self, manifest: WeightManifest, handle: StoredWeights) -> None:
+    def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
         """The steps of `RolloutActor`, with a look at the clock after each."""
         moments = [time.perf_counter()]
         payload = self._receiver.take(handle)
@@ -169,6 +175,6 @@ class _Relay:
     def __init__(self, receivers: Sequence[ActorHandle]) -> None:
         self._receivers = receivers
 
-    def announce(self, manifest: WeightManifest, handle: StoredWeights) -> None:
+    def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
         for receiver in self._receivers:
             receiver.announce.remote(manifest, handle)

@@ -17,6 +17,7 @@ from learner.settings.model import ModelSettings, PretrainedModelSettings
 from learner.settings.objectives import AdversarialJsSettings
 from learner.settings.score_functions import ConstraintSettings, ScoreFunctionSettings, TargetSettings
 from learner.settings.stages import LearnerSettings, StageSettings, check_stages
+from learner.settings.transport import Transport, choose_transport
 
 
 class ClusterSettings(Settings):
@@ -107,7 +108,13 @@ class RunSettings(Settings):
                 "noise (mle, kl_control, ...)"
             )
 
+    @property
+    def transport(self) -> Transport:
+        """How published weights travel."""
+        return choose_transport(self.learner.transport, self.learner.num_gpus, self.actors.num_gpus)
+
     def _check_publishing(self) -> None:
+        choose_transport(self.learner.transport, self.learner.num_gpus, self.actors.num_gpus)
         adapted = isinstance(self.model, PretrainedModelSettings) and self.model.adapter is not None
         if self.learner.publish == "adapter" and not adapted:
             raise ValueError(

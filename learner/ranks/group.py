@@ -8,7 +8,6 @@ wait has a time-out, and whoever started the ranks ends all of them when one has
 from __future__ import annotations
 
 import os
-import re
 import socket
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from buffer.rendezvous import reason_of
 
 
 class RankLostError(RuntimeError):
@@ -113,23 +114,8 @@ class Ranks:
             if isinstance(error, RankLostError) or not _is_of_process_group(error):
                 raise
             raise RankLostError(
-                f"learner rank {self.rank} of {self.size} lost the other ranks during {what}: {_reason(error)}"
+                f"learner rank {self.rank} of {self.size} lost the other ranks during {what}: {reason_of(error)}"
             ) from error
-
-
-def open_rendezvous(host: str, size: int, timeout_s: float) -> dist.TCPStore:
-    """The meeting point of `size` ranks, held by rank 0; its `port` is a free one."""
-    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
-    listening = socket.create_server((host, 0), family=family)  # left to itself, the store listens on every interface
-    return dist.TCPStore(
-        host,
-        listening.getsockname()[1],
-        size,
-        is_master=True,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=listening.detach(),
-    )
 
 
 def join_ranks(rank: int, size: int, meeting: dist.TCPStore | tuple[str, int], timeout_s: float) -> Ranks:
@@ -138,7 +124,7 @@ def join_ranks(rank: int, size: int, meeting: dist.TCPStore | tuple[str, int], t
     Tensors in host memory travel by gloo, those of a GPU by NCCL.
 
     Args:
-        meeting: the store of `open_rendezvous` (rank 0), or its host and port (the others).
+        meeting: the store of `buffer.rendezvous.open_rendezvous` (rank 0), or its host and port (the others).
         timeout_s: longest wait for the others, here and in every collective from now on.
 
     Raises:
@@ -152,7 +138,7 @@ def join_ranks(rank: int, size: int, meeting: dist.TCPStore | tuple[str, int], t
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except dist.DistError as error:
         raise RankLostError(
-            f"learner rank {rank} of {size} did not find the others within {timeout_s:.0f} s: {_reason(error)}"
+            f"learner rank {rank} of {size} did not find the others within {timeout_s:.0f} s: {reason_of(error)}"
         ) from error
     return Ranks(rank, size)
 
@@ -173,8 +159,3 @@ def leave_ranks() -> None:
 def _is_of_process_group(error: RuntimeError) -> bool:
     """gloo raises plain RuntimeErrors, as torch does for much else; they name the library."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def _reason(error: RuntimeError) -> str:
-    """gloo's first sentence, without the place in its source; other libraries' first line."""
-    return re.sub(r"^\[\S+:\d+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from buffer.rendezvous import open_rendezvous
 from buffer.weights import WeightManifest, fingerprint, pack_tensors, unpack
 from learner.batches.priorities import Float32
 from learner.batches.shared_source import SharedBatchSource
@@ -27,7 +28,7 @@ from learner.model.activation_checkpointing import checkpoint_activations
 from learner.model.adapters import add_adapters
 from learner.objectives.registry import make_objective
 from learner.publication.tensors import PublicationPlan, publication_tensors
-from learner.ranks.group import Ranks, join_ranks, leave_ranks, open_rendezvous
+from learner.ranks.group import Ranks, join_ranks, leave_ranks
 from learner.ranks.sharding import gathered, load_tensors, shard
 from learner.settings.adapters import AdapterSettings
 from learner.settings.stages import StageSettings

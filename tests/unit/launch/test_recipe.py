@@ -33,6 +33,30 @@ def test_adapters_travel_alone_only_where_there_are_any() -> None:
     assert read_recipe(text, ["learner.publish=adapter"]).learner.publish == "adapter"
 
 
+@pytest.mark.parametrize(
+    ("learner_gpus", "actor_gpus", "automatic", "refused"),
+    [
+        (0, 0, "object_store", False),
+        (0, 1, "object_store", False),
+        (1, 1, "collective", False),
+        (1, 0, "object_store", True),
+        (1, 0.5, "object_store", True),
+        (0.5, 0.5, "object_store", True),
+    ],
+)
+def test_the_transport_of_weights_follows_their_two_ends(
+    learner_gpus: float, actor_gpus: float, automatic: str, refused: bool
+) -> None:
+    gpus = (f"learner.num_gpus={learner_gpus}", f"actors.num_gpus={actor_gpus}")
+    assert read_recipe(ARITHMETIC, gpus).transport == "object_store"
+    assert read_recipe(ARITHMETIC, [*gpus, "learner.transport=auto"]).transport == automatic
+    if refused:
+        error = error_of(*gpus, "learner.transport=collective")
+        assert f"actors.num_gpus={actor_gpus:g}): give each at least 1" in error
+    else:
+        assert read_recipe(ARITHMETIC, [*gpus, "learner.transport=collective"]).transport == "collective"
+
+
 def test_overrides_take_yaml_values() -> None:
     settings = read_recipe(
         ARITHMETIC,

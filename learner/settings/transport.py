@@ -1,0 +1,26 @@
+"""How published weights travel, as a recipe says it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Transport = Literal["object_store", "collective"]
+TransportChoice = Literal["object_store", "collective", "auto"]
+
+
+def choose_transport(choice: TransportChoice, learner_gpus: float, actor_gpus: float) -> Transport:
+    """What `learner.transport` comes to, given the GPUs of each learner rank and of each actor.
+
+    Raises:
+        ValueError: `collective` cannot work between them.
+    """
+    whole = learner_gpus >= 1.0 and actor_gpus >= 1.0
+    if choice == "auto":
+        return "collective" if whole else "object_store"
+    if choice == "collective" and learner_gpus > 0.0 and not whole:
+        raise ValueError(
+            f"learner.transport=collective sends from GPU to GPU by NCCL, which needs a whole one at both ends "
+            f"(learner.num_gpus={learner_gpus:g}, actors.num_gpus={actor_gpus:g}): give each at least 1, or set "
+            "learner.transport=object_store"
+        )
+    return choice
