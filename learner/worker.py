@@ -25,6 +25,7 @@ from buffer.rendezvous import open_rendezvous
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings, TaskSettings
 from buffer.shards.shard import Shard
+from learner.batches.demonstrations import teach_backspace_row
 from learner.batches.micro_batches import TreeSettings
 from learner.batches.priorities import Float32
 from learner.batches.shared_source import SharedBatchSource
@@ -160,8 +161,15 @@ class LearnerWorker:
         self._policy = TreePolicy(policy.model, policy.backspace_id)
         shard(self._policy, self._ranks)  # before it goes to the device, which need not hold all of it
         self._policy.to("cuda" if torch.cuda.is_available() else "cpu")
-        self._max_length = max_length
+        self._is_row_new = policy.is_row_new
         self._contract = self._task.contract(policy.model.config.vocab_size)
+        self._trees = TreeSettings(
+            backspace_id=self._contract.backspace_id,
+            eos_id=self._contract.eos_id,
+            max_nodes_per_batch=self._spec.settings.max_nodes_per_batch,
+            max_positions=max_length,
+            offers_backspace=self._spec.offers_backspace,
+        )
         num_tokens = min(self._contract.vocab_size, len(self._task.tokenizer))
         self._probe = make_probe(num_tokens, (self._contract.backspace_id, self._contract.eos_id), self._spec.seed)
         if not self._ranks.leads:
@@ -185,8 +193,10 @@ class LearnerWorker:
             self._publisher = WeightPublisher(pool, self._probe, first_version, self._plan, sender)
         self._publish()
 
-    def run_stage(self, stage: StageSettings) -> StageResult | None:
+    def run_stage(self, stage: StageSettings, introduces_backspace: bool = False) -> StageResult | None:
         """Train one stage to its end, or until a stop is requested; goes on from its newest checkpoint.
+
+        introduces_backspace: it is the first that shows any, so that a new row for it is fitted to them before.
 
         Gives None at ranks other than 0.
 
@@ -207,13 +217,7 @@ class LearnerWorker:
             self._policy,
             objective,
             stage,
-            TreeSettings(
-                backspace_id=self._contract.backspace_id,
-                eos_id=self._contract.eos_id,
-                max_nodes_per_batch=self._spec.settings.max_nodes_per_batch,
-                max_positions=self._max_length,
-                offers_backspace=self._spec.offers_backspace,
-            ),
+            self._trees,
             # A stop is asked for before a draw, for all ranks at once, and by rank 0 while it waits for rollouts.
             SharedBatchSource(self._ranks, experts, self._stop.is_set),
             SharedBatchSource(self._ranks, rollouts, self._stop.is_set) if objective.needs_rollouts else None,
@@ -222,6 +226,8 @@ class LearnerWorker:
         )
         store = self._checkpoints(stage.name)
         resumed = self._restore(stage, store, trainer, stream)
+        if introduces_backspace and self._is_row_new and resumed is None:
+            teach_backspace_row(self._policy, self._task, noise, self._contract, self._trees, self._spec.seed)
         uses_actors = objective.needs_rollouts or noise.kind == "policy"
         first_version = self._start_rollouts(resumed) if uses_actors else -1
         for source in (experts, rollouts):

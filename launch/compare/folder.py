@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.compare.plan import COMPARED_STAGE, PLAN_FILE, ComparisonPlan, stages_before
+from launch.compare.plan import COMPARED_STAGE, PLAN_FILE, ComparisonPlan
 from launch.errors import UserError
 from launch.evaluation import Estimate
 from launch.evaluation.task import CHECKPOINTS_FOLDER
@@ -32,6 +32,7 @@ from launch.run_folder.folder import (
     open_run_folder,
 )
 from launch.settings.run import RunSettings
+from learner.settings.stages import stages_before
 
 METRICS_FILE = "metrics.jsonl"
 HTML_FILE, JSON_FILE, MARKDOWN_FILE, CSV_FILE = "compare.html", "compare.json", "compare.md", "compare.csv"
@@ -110,7 +111,7 @@ class ComparisonFolder:
             create_run_folder(here, folder.name)
         if start is not None:
             (folder / CHECKPOINTS_FOLDER).mkdir(exist_ok=True)
-            for stage in stages_before(self.plan.recipe, self.plan.stage):
+            for stage in stages_before(self.plan.recipe.stages, self.plan.stage):
                 link = folder / CHECKPOINTS_FOLDER / stage.name
                 if not link.is_symlink():
                     link.symlink_to(os.path.relpath(start / CHECKPOINTS_FOLDER / stage.name, link.parent))

@@ -23,7 +23,7 @@ from launch.settings.recipe import apply_override, settings_from
 from launch.settings.run import RunSettings, needs_actors
 from launch.settings.trusted_code import check_trusted
 from learner.settings.objectives import AdversarialJsSettings
-from learner.settings.stages import StageSettings
+from learner.settings.stages import StageSettings, stages_before
 
 PLAN_FILE = "comparison.yaml"
 COMPARED_STAGE = "compared"
@@ -68,7 +68,7 @@ class ComparisonPlan(Settings):
 
     def start_settings(self, seed: int) -> RunSettings | None:
         """The run before the compared stage; None where that is the recipe's first."""
-        before = stages_before(self.recipe, self.stage)
+        before = stages_before(self.recipe.stages, self.stage)
         return _run_settings(self.recipe, before, seed, "the start of the arms") if before else None
 
     def arm_settings(self, arm: str, seed: int, steps: int) -> RunSettings:
@@ -77,7 +77,7 @@ class ComparisonPlan(Settings):
         Raises:
             UserError: the objective does not accept so many steps, or the recipe not what the arm changes in it.
         """
-        before = stages_before(self.recipe, self.stage)
+        before = stages_before(self.recipe.stages, self.stage)
         recipe = self._recipe_of(arm)
         compared = compared_stage(recipe, self.stage).model_copy(
             update={
@@ -199,24 +199,6 @@ def compared_stage(recipe: RunSettings, name: str | None) -> StageSettings:
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"the stages are: {', '.join(names)}"
         raise UserError(f"the recipe has no stage {name!r}; {hint}")
     return recipe.stages[names.index(name)]
-
-
-def stages_before(recipe: RunSettings, stage: str) -> tuple[StageSettings, ...]:
-    """The stages that `stage` builds upon, each of which starts from the one before it."""
-    by_name: dict[str, StageSettings] = {}
-    parents: dict[str, str | None] = {}
-    previous: str | None = None
-    for each in recipe.stages:
-        by_name[each.name] = each
-        parents[each.name] = each.start_from or previous
-        previous = each.name
-    chain: list[StageSettings] = []
-    ancestor = parents[stage]
-    while ancestor is not None:
-        parent = parents[ancestor]
-        chain.insert(0, by_name[ancestor].model_copy(update={"start_from": parent}))
-        ancestor = parent
-    return tuple(chain)
 
 
 def _run_settings(recipe: RunSettings, stages: tuple[StageSettings, ...], seed: int, where: str) -> RunSettings:

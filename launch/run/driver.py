@@ -32,7 +32,7 @@ from launch.run.learner_group import LearnerCall, LearnerFailedError, LearnerGro
 from launch.run_folder.checkpoints import finished_stages, newest_published
 from launch.run_folder.folder import BUFFER_FOLDER
 from launch.run_folder.tokenizer import save_run_tokenizer
-from launch.settings.run import RunSettings, needs_actors
+from launch.settings.run import RunSettings, introduces_backspace, needs_actors
 from launch.settings.trusted_code import check_trusted
 from learner.publication.publisher import PROBE_TOKENS
 from learner.settings.stages import StageSettings
@@ -222,7 +222,7 @@ class _Crew:
     def _run_stage(self, stage: StageSettings) -> StageResult:
         if self._pool is not None:  # until the learner has published the weights that the stage starts from
             self._wait(self._pool.pause.remote(), BIRTH_TIMEOUT_S, "the actor pool to pause")
-        call = self._learner.run_stage(stage)
+        call = self._learner.run_stage(stage, introduces_backspace(self._settings, stage))
         while True:
             try:
                 if call.finished(POLL_S):

@@ -125,9 +125,9 @@ class LearnerGroup:
         """See `LearnerWorker.connect`."""
         return self._call("connect", shards, pool, first_version)
 
-    def run_stage(self, stage: StageSettings) -> LearnerCall:
+    def run_stage(self, stage: StageSettings, introduces_backspace: bool) -> LearnerCall:
         """See `LearnerWorker.run_stage`."""
-        return self._call("run_stage", stage)
+        return self._call("run_stage", stage, introduces_backspace)
 
     def stop(self) -> None:
         """End the processes, whatever they do."""

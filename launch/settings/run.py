@@ -16,7 +16,7 @@ from learner.metrics.trackers import TrackerName
 from learner.settings.model import ModelSettings, PretrainedModelSettings
 from learner.settings.objectives import AdversarialJsSettings
 from learner.settings.score_functions import ConstraintSettings, ScoreFunctionSettings, TargetSettings
-from learner.settings.stages import LearnerSettings, StageSettings, check_stages
+from learner.settings.stages import LearnerSettings, StageSettings, check_stages, stages_before
 from learner.settings.transport import Transport, choose_transport
 
 
@@ -211,6 +211,14 @@ def _check_constraint(constraint: ConstraintSettings, scorer: ScorerSettings) ->
             raise ValueError(f"feature {feature} is 0 or 1: its mean cannot be {target:g}; choose one between 0 and 1")
     elif target is None and is_binary(scorer) is not None:
         raise ValueError(f"feature {feature} is not 0 or 1, so it cannot hold in each rollout: set a target, its mean")
+
+
+def introduces_backspace(settings: RunSettings, stage: StageSettings) -> bool:
+    """Whether demonstrations of the recipe's own show backspaces in this stage, and in none that it builds upon."""
+    if settings.noise.kind not in ("random", "task") or not settings.actors.rollout.backspace:
+        return False
+    before = stages_before(settings.stages, stage.name)
+    return stage.objective.uses_noise and not any(each.objective.uses_noise for each in before)
 
 
 def needs_actors(stage: StageSettings, noise: NoiseSettings) -> bool:

@@ -1,9 +1,7 @@
 """The policy: a causal language model one of whose ids means `<backspace>`.
 
-Backspace is an output only: the text never holds it, so only its row of the output embedding matters. That
-row must be told from other untrained rows (reserved tokens are often bitwise equal, and so would their logits
-be), hence it starts as the mean row plus a little seeded noise. The id is kept in the model's
-`config.backspace_token_id`, which `save_pretrained` writes: a model that carries it is taken up as it is.
+The id is kept in the model's `config.backspace_token_id`, which `save_pretrained` writes: a model that carries it is
+taken up as it is. One that does not gets a new row for it (`learner.model.backspace_row`).
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,24 +22,26 @@ from transformers import (
 )
 
 from learner.model.adapters import add_adapters
+from learner.model.backspace_row import initialise_backspace_row
 from learner.model.quantization import quantise_linear_layers
 from learner.model.support import check_supported
 from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
 
 PACKAGE_PREFIX = "package:"
 
-BACKSPACE_ROW_NOISE = 0.1
-"""Noise on a new backspace row, as a share of the standard deviation over the rows."""
-
 
 @dataclass(frozen=True)
 class Policy:
-    """A model that can take tokens back, its tokenizer, and the two ids that end and undo."""
+    """A model that can take tokens back, its tokenizer, and the two ids that end and undo.
+
+    is_row_new: the model was trained, but never with this backspace: its row says nothing yet.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     backspace_id: int
     eos_id: int
+    is_row_new: bool
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,16 @@ def load_policy(
         raise ValueError("the tokenizer has no <eos> token, so no answer could end; set its eos_token")
     model = load_model(settings, tokenizer)
     backspace_id = choose_backspace_id(tokenizer, model, settings)
-    if getattr(model.config, "backspace_token_id", None) != backspace_id:
+    is_new = getattr(model.config, "backspace_token_id", None) != backspace_id
+    if is_new:
         initialise_backspace_row(model, backspace_id, settings.seed)
         model.config.backspace_token_id = backspace_id
     _keep_from_generators(model, backspace_id)
     if isinstance(settings, PretrainedModelSettings):
         _adapt(model, settings)
     check_supported(model)
-    return Policy(model, tokenizer, backspace_id, int(tokenizer.eos_token_id))
+    is_row_new = is_new and isinstance(settings, PretrainedModelSettings)
+    return Policy(model, tokenizer, backspace_id, int(tokenizer.eos_token_id), is_row_new)
 
 
 def load_model(
@@ -163,20 +164,6 @@ def choose_backspace_id(
     if backspace_id >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(backspace_id + 1, mean_resizing=False)
     return backspace_id
-
-
-@torch.no_grad()  # type: ignore[untyped-decorator]
-def initialise_backspace_row(model: PreTrainedModel, backspace_id: int, seed: int) -> None:
-    """Set the backspace row of the embeddings (in place) to the mean row plus small seeded noise."""
-    generator = torch.Generator().manual_seed(seed)
-    weights: list[Tensor] = [model.get_output_embeddings().weight]
-    if model.get_input_embeddings().weight is not weights[0]:
-        weights.append(model.get_input_embeddings().weight)
-    for weight in weights:
-        others = torch.cat([weight[:backspace_id], weight[backspace_id + 1 :]]).float()
-        noise = torch.randn(others.shape[1], generator=generator).to(others.device)
-        row = others.mean(0) + BACKSPACE_ROW_NOISE * others.std(0) * noise
-        weight[backspace_id] = row.to(weight.dtype)
 
 
 def _keep_from_generators(model: PreTrainedModel, backspace_id: int) -> None:

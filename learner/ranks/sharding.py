@@ -78,6 +78,15 @@ def part_like(whole: Tensor, own: Tensor) -> Tensor:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
+def overwrite_row(own: Tensor, index: int, row: Tensor) -> None:
+    """Overwrite a row of a parameter, in place, with one that is the same at every rank."""
+    whole = gathered(own)
+    whole[index] = row.to(whole.dtype)
+    if isinstance(own, DTensor):
+        own.copy_(part_like(whole, own))
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def load_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     """Overwrite parameters and buffers with whole tensors of the same shape, by name; names that are absent stay."""
     own = model.state_dict(keep_vars=True)

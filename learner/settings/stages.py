@@ -127,3 +127,21 @@ def check_stages(stages: tuple[StageSettings, ...]) -> None:
                 f"(earlier: {', '.join(seen) or 'none'})"
             )
         seen.append(stage.name)
+
+
+def stages_before(stages: tuple[StageSettings, ...], stage: str) -> tuple[StageSettings, ...]:
+    """The stages of a recipe that `stage` builds upon, each of which starts from the one before it."""
+    by_name: dict[str, StageSettings] = {}
+    parents: dict[str, str | None] = {}
+    previous: str | None = None
+    for each in stages:
+        by_name[each.name] = each
+        parents[each.name] = each.start_from or previous
+        previous = each.name
+    chain: list[StageSettings] = []
+    ancestor = parents[stage]
+    while ancestor is not None:
+        parent = parents[ancestor]
+        chain.insert(0, by_name[ancestor].model_copy(update={"start_from": parent}))
+        ancestor = parent
+    return tuple(chain)

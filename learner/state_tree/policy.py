@@ -40,6 +40,13 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
         """Values along the logs of `tree` (on the model's device). With several ranks, all call this together."""
         return ActionValues(*self(tree, measurement))
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def measure(self, tree: TreeBatch, measurement: Measurement) -> None:
+        """Let `measurement` see the states of `tree`, without training. With several ranks, all call this together."""
+        self.evaluate(tree, measurement)
+        if isinstance(self, FSDPModule):
+            self.reshard()  # after a forward pass the root waits for a backward pass, with weights that are a copy
+
     def forward(self, tree: TreeBatch, measurement: Measurement | None = None) -> tuple[Tensor | None, ...]:
         """The fields of `ActionValues` in order: FSDP finds the tensors of a tuple, not those of a dataclass."""
         values = action_values(self.model, tree, self.backspace_id, measurement=measurement)

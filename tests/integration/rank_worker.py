@@ -21,11 +21,13 @@ from transformers import PreTrainedModel
 
 from buffer.rendezvous import open_rendezvous
 from buffer.weights import WeightManifest, fingerprint, pack_tensors, unpack
+from learner.batches.micro_batches import build_micro_batches
 from learner.batches.priorities import Float32
 from learner.batches.shared_source import SharedBatchSource
 from learner.batches.source import StopRequestedError
 from learner.model.activation_checkpointing import checkpoint_activations
 from learner.model.adapters import add_adapters
+from learner.model.backspace_row import fit_backspace_row
 from learner.objectives.registry import make_objective
 from learner.publication.tensors import PublicationPlan, publication_tensors
 from learner.ranks.group import Ranks, join_ranks, leave_ranks
@@ -42,6 +44,7 @@ TIMEOUT_S = 60.0
 HANG_TIMEOUT_S = 15.0
 PROCESS_TIMEOUT_S = 500.0  # on a busy machine the imports of four processes take minutes
 STEPS = 3
+FITTED_LOGS = 12
 RESUMED = "llama, tied"
 
 
@@ -181,13 +184,17 @@ def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
     gradients = {name: gathered(parameter.grad) for name, parameter in trained.items()}
     metrics += [trainer.train_step() for _ in range(count - 1)]
     probe = torch.from_numpy(policy.sequence_logprobs((5, 9, 4, 20)))
+    final = weights(policy)
+    travelling = taken(policy)
+    fit_backspace_row(policy, build_micro_batches(random_logs("expert", FITTED_LOGS, seed=0), TREES))
     # No whole copies are left that would be read, or written to, in place of the parts.
     assert all(isinstance(parameter, DTensor) == (ranks.size > 1) for parameter in policy.parameters())
     return {
         "metrics": metrics,
         "gradients": gradients,
-        "weights": weights(policy),
-        "taken": taken(policy),
+        "weights": final,
+        "taken": travelling,
+        "fitted": weights(policy),
         "state": trainer.state(),
         "probe": probe,
         "priorities": dict(enumerate(priorities)),

@@ -19,6 +19,7 @@ from tests.integration.rank_worker import (
     run_cases,
     run_ranks,
 )
+from tests.trajectories import BACKSPACE
 
 SIZES = (2, 4)
 # Times, and what depends on who evaluates which log: ranks share no nodes.
@@ -73,6 +74,15 @@ def test_priorities_are_of_the_whole_draw_in_its_order(folder, alone, name):
     assert len(found) == STEPS
     assert_close(found, expected, max(1e-4, CASES[name].tolerance))
     assert all(len(priorities) == CASES[name].rollouts and priorities.min() > 0 for priorities in found.values())
+
+
+@pytest.mark.parametrize("name", ["adapters", "llama, tied", "llama, untied, clipped", "gpt2"])
+def test_every_rank_fits_the_same_backspace_row(folder, alone, name):
+    found, before = (read(folder / f"{name}.pt")[state] for state in ("fitted", "weights"))
+    assert_close(found, alone[name]["fitted"], 1e-5)
+    (changed,) = (key for key in found if not torch.equal(found[key], before[key]))
+    rows = (found[changed] != before[changed]).any(dim=1)
+    assert rows.nonzero().flatten().tolist() == [BACKSPACE]
 
 
 @pytest.mark.parametrize("name", ["adapters", "llama, tied", "bfloat16"])

@@ -9,10 +9,11 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.compare.arms import parse_objectives, read_objectives
-from launch.compare.plan import COMPARED_STAGE, ComparisonPlan, compared_stage, make_plan, read_plan, stages_before
+from launch.compare.plan import COMPARED_STAGE, ComparisonPlan, compared_stage, make_plan, read_plan
 from launch.errors import UserError
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
+from learner.settings.stages import stages_before
 
 ARITHMETIC = Path("launch/recipes/arithmetic_cpu.yaml")
 KL_CONTROL = Path("launch/recipes/arithmetic_kl_control_cpu.yaml")
@@ -66,9 +67,9 @@ def test_the_way_to_a_stage_leaves_other_arms_out() -> None:
     trunk, first, control = tree["stages"]
     tree["stages"] = [trunk, first, control | {"start_from": None}, control | {"name": "last", "start_from": "trunk"}]
     recipe = RunSettings.model_validate(tree)
-    found = stages_before(recipe, "mle_control")
+    found = stages_before(recipe.stages, "mle_control")
     assert [(stage.name, stage.start_from) for stage in found] == [("trunk", None), ("sequencematch", "trunk")]
-    assert [stage.name for stage in stages_before(recipe, "last")] == ["trunk"]
+    assert [stage.name for stage in stages_before(recipe.stages, "last")] == ["trunk"]
 
 
 def test_the_compared_stage_is_the_first_that_learns_from_rollouts() -> None:

@@ -30,7 +30,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from learner.model.policy import initialise_backspace_row, load_policy
+from learner.model.backspace_row import initialise_backspace_row
+from learner.model.policy import load_policy
 from learner.model.support import check_supported
 from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
 from learner.state_tree.action_values import action_values
