@@ -21,9 +21,13 @@ END_TIMEOUT_S = 120.0
 HEALTH_TIMEOUT_S = 8
 SILENT = f"actor-0 failed: silent for {HEALTH_TIMEOUT_S} s"
 READY = "actor-0 ready"
-PATIENCE = {"RAY_health_check_period_ms": "2000", "RAY_health_check_failure_threshold": "10"}
-"""Ray takes a node for dead after 20 s without a sign of life: later than the pool gives up its actor, also where the
-machine is busy.
+PATIENCE = {
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "8",
+}
+"""Ray takes a node for dead after some 30 s of lost packets (a minute where nothing is set): later than the pool gives
+up its actor, also where the machine is busy.
 """
 OVERRIDES = (
     *TINY,

@@ -19,11 +19,15 @@ import psutil
 import requests
 
 from tests.integration.fake_provider import HEAD_ENVIRONMENT, autoscaling_config
+from tests.integration.train_process import name_of
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 POLL_S = 0.2
 BIN = Path(sys.executable).parent
+
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Every node has them as long as it lives. Mostly they hide their environment and are not found by their token."""
 
 
 class RayHead:
@@ -119,7 +123,7 @@ class RayHead:
 
     def raylets(self) -> list[psutil.Process]:
         """Of all nodes."""
-        return [each for each in self.processes("raylet") if each.name() == "raylet"]
+        return [each for each in self.processes("raylet") if name_of(each) == "raylet"]
 
     def live_nodes(self) -> set[str]:
         """Addresses of the nodes that the head takes for alive; none while it does not answer."""
@@ -131,7 +135,7 @@ class RayHead:
     def assert_idle(self) -> None:
         """No worker holds an actor or a task any more, after a moment; idle ones stay with their node."""
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        while busy := [each for each in self.processes("ray::") if "IDLE" not in each.name()]:
+        while busy := [each for each in self.processes("ray::") if _is_at_work(name_of(each))]:
             assert time.monotonic() < deadline, f"still at work: {busy}"
             time.sleep(POLL_S)
 
@@ -186,6 +190,11 @@ class RayHead:
         while not set(nodes) <= (live := self.live_nodes()):
             assert time.monotonic() < deadline, f"the nodes did not come, there are {live or 'none'}"
             time.sleep(POLL_S)
+
+
+def _is_at_work(name: str) -> bool:
+    """By the name of a process that Ray's nodes have started; empty where it has ended."""
+    return bool(name) and "IDLE" not in name and name not in AGENTS
 
 
 def _free_port() -> int:
