@@ -11,7 +11,6 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task, load_task
 from buffer.rendezvous import open_rendezvous
 from buffer.schema import TokenContract
-from buffer.settings import NoiseSettings, TaskSettings
+from buffer.settings import NoiseSettings
 from buffer.shards.shard import Shard
 from learner.batches.demonstrations import teach_backspace_row
 from learner.batches.micro_batches import TreeSettings
@@ -37,7 +36,7 @@ from learner.checkpoints.remote import open_checkpoints
 from learner.checkpoints.store import CheckpointStore
 from learner.metrics.behaviour import distribution_metrics
 from learner.metrics.log import MetricsLog
-from learner.metrics.trackers import TrackerName, check_trackers
+from learner.metrics.trackers import check_trackers
 from learner.metrics.watch import Watch
 from learner.model.activation_checkpointing import checkpoint_activations
 from learner.model.policy import load_policy
@@ -48,46 +47,15 @@ from learner.publication.senders import make_sender
 from learner.publication.tensors import PublicationPlan
 from learner.ranks.group import Ranks, join_ranks
 from learner.ranks.sharding import shard
-from learner.settings.model import ModelSettings, ScratchModelSettings
-from learner.settings.stages import LearnerSettings, StageSettings
-from learner.settings.transport import Transport
+from learner.settings.model import ScratchModelSettings
+from learner.settings.stages import StageSettings
+from learner.spec import LearnerSpec, PreparedRun
 from learner.stage_checkpoints import StageCheckpoints
 from learner.state_tree.policy import TreePolicy
 from learner.status import LearnerStatus, StageResult
 from learner.trainer import Trainer
 
 RECENT_STEPS = 20
-
-
-@dataclass(frozen=True)
-class LearnerSpec:
-    """What the learner is born with. prioritised_replay: whether the buffer draws by priorities and is told them.
-    features: names of those that rollouts have, in their order. offers_backspace: whether backspace is an action at
-    all, of experts as of rollouts. transport: how published weights travel.
-    """
-
-    model: ModelSettings
-    task: TaskSettings
-    noise: NoiseSettings
-    settings: LearnerSettings
-    run_folder: str
-    seed: int
-    trackers: tuple[TrackerName, ...] = ("tensorboard",)
-    prioritised_replay: bool = False
-    features: tuple[str, ...] = ()
-    offers_backspace: bool = True
-    transport: Transport = "object_store"
-
-
-@dataclass(frozen=True)
-class PreparedRun:
-    """What the other processes need to know of model and task. max_length: longest text, in tokens."""
-
-    config_json: str
-    contract: TokenContract
-    task: Task
-    num_parameters: int
-    max_length: int
 
 
 class LearnerWorker:

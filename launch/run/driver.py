@@ -36,8 +36,8 @@ from launch.settings.run import RunSettings, introduces_backspace, needs_actors
 from launch.settings.trusted_code import check_trusted
 from learner.publication.publisher import PROBE_TOKENS
 from learner.settings.stages import StageSettings
+from learner.spec import LearnerSpec, PreparedRun
 from learner.status import StageResult
-from learner.worker import LearnerSpec, PreparedRun
 
 POLL_S = 0.25
 STATUS_TIMEOUT_S = 10.0

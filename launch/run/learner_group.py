@@ -20,7 +20,8 @@ from buffer.shards.shard import Shard
 from launch.errors import RunFailedError, is_disk_full
 from learner.ranks.group import RankLostError
 from learner.settings.stages import StageSettings
-from learner.worker import LearnerSpec, LearnerWorker
+from learner.spec import LearnerSpec
+from learner.worker import LearnerWorker
 
 LEARNER_NAME = "learner"
 """Of rank 0, in the namespace of the run; the others have their number behind it."""

@@ -26,7 +26,8 @@ from learner.checkpoints.store import checkpoints_of
 from learner.settings.model import ScratchModelSettings
 from learner.settings.objectives import SequenceMatchSettings
 from learner.settings.stages import LearnerSettings, StageSettings
-from learner.worker import LearnerSpec, LearnerWorker
+from learner.spec import LearnerSpec
+from learner.worker import LearnerWorker
 from tests.integration.local_ray import local_ray
 from tests.rollouts import rollouts
 

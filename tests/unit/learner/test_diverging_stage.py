@@ -13,7 +13,8 @@ from learner.checkpoints.progress import read_progress
 from learner.checkpoints.store import checkpoints_of
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import LearnerSettings, StageSettings
-from learner.worker import LearnerSpec, LearnerWorker
+from learner.spec import LearnerSpec
+from learner.worker import LearnerWorker
 
 TASK = ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4)
 MODEL = ScratchModelSettings(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32, max_positions=40)
