@@ -22,7 +22,9 @@ import pyarrow as pa
 import ray
 
 from actors.engine.action_log import FinishedLog, logs_to_batch
+from actors.engine.rank_group import RankGroup
 from actors.engine.settings import EngineSettings, SamplingSettings
+from actors.engine.weight_intake import take_weights
 from actors.rollout_rules import (
     GENERATING,
     IDLE_WAIT_S,
@@ -41,7 +43,7 @@ from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
 from buffer.shards.shard import Shard, nearest
 from buffer.weight_transport import WeightHandle, WeightReceiver
-from buffer.weights import WeightManifest, WeightsReplacedError, check_probe, unpack, verify_fingerprint
+from buffer.weights import WeightManifest, WeightsReplacedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +95,8 @@ class RolloutActor:
         shards: of the replay buffer. number: of this actor in its pool; each number begins with another shard.
 
         Raises:
-            ValueError: the engine cannot be built, or a scorer cannot be imported.
+            ValueError: the engine cannot be built, or a scorer cannot be imported. EngineRankError: a process of
+            an engine that is divided did not come, or failed.
         """
         # Here, not at the top: pool and driver know this class too, and should not load vLLM for it.
         from actors.engine.engine import BackspaceEngine
@@ -124,7 +127,20 @@ class RolloutActor:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(spec.config_json, encoding="utf-8")
             settings = spec.engine_settings(folder, seed=life_number)
-            self._engine = BackspaceEngine(settings, spec.contract.backspace_id, spec.contract.eos_id)
+            self._ranks: RankGroup | None = None
+            self._engine: BackspaceEngine
+            if spec.settings.tensor_parallel_size == 1:
+                self._engine = BackspaceEngine(settings, spec.contract.backspace_id, spec.contract.eos_id)
+            else:
+                self._ranks = RankGroup(
+                    name,
+                    settings,
+                    spec.contract,
+                    spec.settings.tensor_parallel_size,
+                    start_timeout_s=spec.settings.start_timeout_s,
+                    step_timeout_s=spec.settings.health_timeout_s,
+                )
+                self._engine = self._ranks.engine
         self._sampling = SamplingSettings(
             max_new_tokens=spec.settings.rollout.max_new_tokens,
             max_actions=spec.settings.rollout.max_actions,
@@ -205,7 +221,8 @@ class RolloutActor:
 
         Raises:
             WeightMismatchError: the engine does not compute with the published weights; the actor is fenced, its
-                unfinished rollouts are dropped, and its pool replaces it.
+                unfinished rollouts are dropped, and its pool replaces it. EngineRankError: so it is, too, when a
+                process of its engine is lost, or has parted from the others.
             TimeoutError: a shard of the buffer did not take a batch in time. BufferLostError: it is gone for good.
         """
         while True:
@@ -237,16 +254,17 @@ class RolloutActor:
         self._hand_over()  # what finished with the present weights carries their fingerprint
         manifest, handle = newest
         self._activity = f"loading weights {manifest.version}"
+        tolerance = self._spec.settings.probe_tolerance
         try:
-            payload = self._receiver.take(handle)
+            if self._ranks is None:
+                take_weights(self._engine, self._receiver, manifest, handle, tolerance)
+            else:
+                self._ranks.take_weights(self._receiver, manifest, handle, tolerance)
         except WeightsReplacedError:
             with self._word:
                 if self._newest is newest:
                     self._newest = None  # the announcement of newer ones is on its way
             return False
-        verify_fingerprint(payload, manifest)
-        self._engine.load_weights(unpack(payload, manifest), manifest.version)
-        check_probe(manifest, self._engine.probe(manifest.probe_token_ids), self._spec.settings.probe_tolerance)
         self._version = manifest.version
         self._fingerprint = manifest.fingerprint
         return False
@@ -282,6 +300,7 @@ class RolloutActor:
         """Send finished rollouts to the buffer, and as many expert trajectories where their noise is the policy's."""
         if not self._finished:
             return
+        self._prove_ranks()
         rollouts = logs_to_batch(
             self._finished,
             self._spec.contract,
@@ -302,4 +321,10 @@ class RolloutActor:
         if self._experts is not None:
             plan = self._experts.plan(rollouts.num_rows)
             tokens, _ = self._engine.draw_next_tokens(plan.prefixes().rows())
+            self._prove_ranks()
             self._writer.insert(self._experts.realise(plan, tokens))
+
+    def _prove_ranks(self) -> None:
+        """Nothing leaves this actor that the processes of a divided engine have not all drawn."""
+        if self._ranks is not None:
+            self._ranks.settle()

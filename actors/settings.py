@@ -52,10 +52,17 @@ class ActorsSettings(Settings):
     count: NonNegativeInt = Field(
         1, description="actors at the start; `sequencematch scale` changes it while the run lives"
     )
-    num_cpus: float = Field(1.0, gt=0.0, description="CPUs that Ray sets aside per actor")
-    num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside per actor")
+    tensor_parallel_size: PositiveInt = Field(
+        1,
+        description="processes, all on one node, over which each engine's layers are divided: for models that do not "
+        "fit on one GPU",
+    )
+    num_cpus: float = Field(1.0, gt=0.0, description="CPUs that Ray sets aside per actor (per process of its engine)")
+    num_gpus: float = Field(0.0, ge=0.0, description="GPUs that Ray sets aside per actor (per process of its engine)")
     resources: dict[str, PositiveFloat] = Field(
-        {}, description="custom Ray resources per actor: only nodes that were started with them take it"
+        {},
+        description="custom Ray resources per actor (per process of its engine): only nodes that were started with "
+        "them take it",
     )
     placement: Literal["pack", "spread"] = Field(
         "pack",
@@ -70,7 +77,9 @@ class ActorsSettings(Settings):
         "its version; drain: rollouts under way are finished first, none are started meanwhile",
     )
     max_concurrent: PositiveInt = Field(64, description="rollouts an engine works on at a time")
-    kv_cache_gib: float = Field(1.0, gt=0.0, description="memory of an engine's key-value cache on CPU, in GiB")
+    kv_cache_gib: float = Field(
+        1.0, gt=0.0, description="memory of an engine's key-value cache on CPU, in GiB (per process)"
+    )
     enforce_eager: bool = Field(True, description="skip compilation: starts in seconds, generates 15-35 % slower")
     insert_rows: PositiveInt = Field(64, description="finished trajectories per insert into the buffer")
     max_restarts: NonNegativeInt = Field(3, description="restarts of one actor in a row before the run gives up on it")
@@ -95,8 +104,18 @@ class ActorsSettings(Settings):
         """Actors that there may be at a time, unless somebody asks for more by `sequencematch scale`."""
         return self.count if self.autoscale is None else self.autoscale.max
 
+    def needs(self) -> dict[str, float]:
+        """Amount of each Ray resource that one actor takes, for all processes of its engine."""
+        each = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
+        return {kind: self.tensor_parallel_size * amount for kind, amount in each.items()}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.tensor_parallel_size > 1 and self.num_gpus % 1:
+            raise ValueError(
+                f"num_gpus={self.num_gpus:g} is a share of a GPU, of which each of the {self.tensor_parallel_size} "
+                "processes (tensor_parallel_size) needs one of its own: set num_gpus=1, or tensor_parallel_size=1"
+            )
         bounds = self.autoscale
         if bounds is not None and not bounds.min <= self.count <= bounds.max:
             raise ValueError(

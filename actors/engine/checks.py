@@ -12,6 +12,8 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
+from actors.engine.rank_executor import RankExecutor
+
 
 def check_vllm_config(config: VllmConfig) -> None:
     """Refuse a configuration whose scheduler or runner can't roll a request back.
@@ -31,8 +33,12 @@ def check_vllm_config(config: VllmConfig) -> None:
         "pipeline_parallel_size must be 1: later stages keep their own copy of the tokens": (
             config.parallel_config.pipeline_parallel_size > 1
         ),
-        "tensor_parallel_size and data_parallel_size must be 1: planted and banned tokens live in the "
-        "engine's own process": config.parallel_config.world_size_across_dp > 1,
+        "data_parallel_size must be 1: actors share the work": config.parallel_config.data_parallel_size > 1,
+        "tensor_parallel_size must be 1 unless each rank is an engine of its own (RankedEngine): planted and banned "
+        "tokens live in the engine's own process": (
+            config.parallel_config.tensor_parallel_size > 1
+            and config.parallel_config.distributed_executor_backend is not RankExecutor
+        ),
         "kv_transfer_config must be unset: a KV connector would ship blocks that are still rewritten": (
             config.kv_transfer_config is not None
         ),

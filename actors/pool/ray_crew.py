@@ -12,6 +12,7 @@ from ray._private.state import available_resources_per_node
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.engine.rank_group import EngineRankError
 from actors.pool.node_choice import NodeRoom, choose_node, in_units
 from actors.pool.roster import Failure, Sighting
 from actors.rollout_actor import RolloutActor, RolloutSpec
@@ -93,20 +94,21 @@ class RayCrew:
             return "starting" if hand.run is None else "at work"
         error = call.exception()
         if error is not None:
-            return _failure(error, starting=hand.run is None)
+            return failure_of(error, starting=hand.run is None)
         return "ready" if hand.run is None else "left"
 
     def spawn(self, name: str, number: int) -> None:
         """See `actors.pool.roster.Crew`."""
         settings = self._spec.settings
+        needs = settings.needs()
         node_id = node_for_actor(settings, Counter(hand.node_id for hand in self._hands.values()))
         handle = (
             ray.remote(concurrency_groups={"generation": 1, "control": 4})(RolloutActor)
             .options(
                 scheduling_strategy=at_best_on(node_id),
-                num_cpus=settings.num_cpus,
-                num_gpus=settings.num_gpus,
-                resources=settings.resources,
+                num_cpus=needs.pop("CPU"),
+                num_gpus=needs.pop("GPU"),
+                resources=needs,
                 runtime_env={"env_vars": self._environment},
                 max_restarts=0,  # the pool replaces actors itself, with the newest weights
             )
@@ -142,7 +144,7 @@ def node_for_actor(settings: ActorsSettings, own: Mapping[str | None, int]) -> s
 
     What was taken in the last moments may not be known yet: then Ray finds another node (`at_best_on`).
     """
-    each = in_units({"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources})
+    each = in_units(settings.needs())
     free = sorted(available_resources_per_node().items())
     rooms = [NodeRoom(node_id, in_units(resources), own.get(node_id, 0)) for node_id, resources in free]
     index = choose_node(settings.placement, each, rooms)
@@ -167,10 +169,12 @@ async def _result(reference: ray.ObjectRef) -> object:
     return await reference
 
 
-def _failure(error: BaseException, starting: bool) -> Failure:
+def failure_of(error: BaseException, starting: bool) -> Failure:
     """The error a call ended with, as one line. An actor whose constructor raised will raise the next time, too."""
     if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
         # The rest is the traceback of the constructor.
-        return Failure(str(error).strip().splitlines()[-1], in_vain=starting)
+        reason = str(error).strip().splitlines()[-1]
+        # A process of a divided engine that dies early is like an actor that does: it may live the next time.
+        return Failure(reason, in_vain=starting and EngineRankError.__name__ not in reason)
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     return Failure(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}")

@@ -24,17 +24,22 @@ LEARNER, ACTORS = "learner", "actors"
 
 @dataclass(frozen=True)
 class Role:
-    """Processes of one kind. name: of their section in a recipe; each: what one of them needs, in units."""
+    """Processes of one kind. name: of their section in a recipe; each: what one of them needs, in units.
+
+    parts: processes that make up each of them (actors.tensor_parallel_size), on one node: `each` is for all of these.
+    """
 
     name: str
     count: int
     each: Mapping[str, int]
     placement: Placement
+    parts: int = 1
 
     def process(self, number: int) -> str:
         """For messages."""
         of_all = "" if self.count == 1 else f" {number + 1} of {self.count}"
-        return f"{'actor' if self.name == ACTORS else 'learner rank'}{of_all}"
+        parts = "" if self.parts == 1 else f" (its {self.parts} processes)"
+        return f"{'actor' if self.name == ACTORS else 'learner rank'}{of_all}{parts}"
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,13 @@ Assignment = dict[str, list[Node]]
 def planned_roles(settings: RunSettings, num_actors: int | None = None) -> list[Role]:
     """The learner, and the actors where a stage needs them. num_actors: in place of the most that the recipe allows."""
     learner, actors = settings.learner, settings.actors
-    each_rank = _needs(learner.num_cpus, learner.num_gpus, learner.resources)
+    each_rank = in_units({"CPU": learner.num_cpus, "GPU": learner.num_gpus, **learner.resources})
     ranks = Role(LEARNER, learner.num_ranks, each_rank, learner.placement)
     count = actors.most if num_actors is None else num_actors
     if count == 0 or not any(needs_actors(stage, settings.noise) for stage in settings.stages):
         return [ranks]
-    each = _needs(actors.num_cpus, actors.num_gpus, actors.resources)
-    return [ranks, Role(ACTORS, count, each, actors.placement)]
+    each = in_units(actors.needs())
+    return [ranks, Role(ACTORS, count, each, actors.placement, actors.tensor_parallel_size)]
 
 
 def total(roles: Sequence[Role]) -> dict[str, float]:
@@ -103,7 +108,7 @@ def assign(roles: Sequence[Role], nodes: Sequence[Node]) -> Assignment:
 def plan_lines(settings: RunSettings) -> list[str]:
     """The plan as a table for people: what Ray sets aside for each process of the run."""
     roles = planned_roles(settings)
-    rows = [(f"{role.count} x {_amounts(role.each)}", role.name, f"placement={role.placement}") for role in roles]
+    rows = [(f"{role.count} x {_amounts(role.each)}", role.name, _note(role)) for role in roles]
     if len(roles) > 1:
         shards = settings.buffer.shards
         rows.append((f"{shards} x nothing", "buffer", "shards, on the driver's node and the others in turn"))
@@ -121,8 +126,9 @@ def describe(assignment: Assignment) -> str:
     return "; ".join(parts)
 
 
-def _needs(num_cpus: float, num_gpus: float, resources: Mapping[str, float]) -> dict[str, int]:
-    return in_units({"CPU": num_cpus, "GPU": num_gpus, **resources})
+def _note(role: Role) -> str:
+    parts = "" if role.parts == 1 else f", each of {role.parts} processes on one node"
+    return f"placement={role.placement}{parts}"
 
 
 def _total(roles: Sequence[Role]) -> Counter[str]:
@@ -210,6 +216,7 @@ def _knobs(roles: Sequence[Role], kind: str) -> str:
     names = [f"{role.name}.num_{kind.lower()}s" for role in roles if role.each.get(kind)]
     counts = {LEARNER: "learner.num_ranks", ACTORS: "actors.count (with autoscale: actors.autoscale.max)"}
     names += [counts[role.name] for role in roles if role.each.get(kind) and role.count > 1]
+    names += [f"{role.name}.tensor_parallel_size" for role in roles if role.each.get(kind) and role.parts > 1]
     return ", ".join(names)
 
 

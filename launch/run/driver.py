@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 
+from actors.engine.division import check_division
 from actors.engine.settings import engine_environment
 from actors.pool.autoscaler import Autoscaler, Observation
 from actors.pool.pool import ActorPool
@@ -181,6 +183,7 @@ class _Crew:
             )
         check_cost_models(self._settings.stages, run.contract.vocab_size)
         with setting_up():
+            check_division(self._settings.actors.tensor_parallel_size, json.loads(run.config_json))
             save_run_tokenizer(run.task.tokenizer, self._folder)
         return run
 

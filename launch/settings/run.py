@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from actors.engine.division import check_division
 from actors.scoring.settings import ExactAnswerSettings, ScorerSettings, ScoringSettings, is_binary
 from actors.settings import ActorsSettings
 from buffer.sampling.limiter import Limiter
@@ -13,7 +14,7 @@ from buffer.settings import BufferSettings, NoiseSettings, Settings, TaskSetting
 from launch.settings.decodings import check_planting
 from launch.settings.evaluation import EvaluationSettings
 from learner.metrics.trackers import TrackerName
-from learner.settings.model import ModelSettings, PretrainedModelSettings
+from learner.settings.model import ModelSettings, PretrainedModelSettings, ScratchModelSettings
 from learner.settings.objectives import AdversarialJsSettings
 from learner.settings.score_functions import ConstraintSettings, ScoreFunctionSettings, TargetSettings
 from learner.settings.stages import LearnerSettings, StageSettings, check_stages, stages_before
@@ -92,6 +93,8 @@ class RunSettings(Settings):
         self._check_scoring(bool(needy))
         self._check_backspace()
         self._check_publishing()
+        if isinstance(self.model, ScratchModelSettings):  # of another one the config is not here yet
+            self._check_division(self.model)
         for stage in self.stages:
             if isinstance(stage.objective, ScoreFunctionSettings):
                 self._check_score_function(stage.name, stage.objective)
@@ -111,10 +114,11 @@ class RunSettings(Settings):
     @property
     def transport(self) -> Transport:
         """How published weights travel."""
-        return choose_transport(self.learner.transport, self.learner.num_gpus, self.actors.num_gpus)
+        learner, actors = self.learner, self.actors
+        return choose_transport(learner.transport, learner.num_gpus, actors.num_gpus, actors.tensor_parallel_size)
 
     def _check_publishing(self) -> None:
-        choose_transport(self.learner.transport, self.learner.num_gpus, self.actors.num_gpus)
+        _ = self.transport  # refuses what cannot work
         adapted = isinstance(self.model, PretrainedModelSettings) and self.model.adapter is not None
         if self.learner.publish == "adapter" and not adapted:
             raise ValueError(
@@ -130,6 +134,10 @@ class RunSettings(Settings):
                 "out"
             )
         check_planting(self.evaluation.decodings, has_answers, self.actors.rollout.max_new_tokens)
+
+    def _check_division(self, model: ScratchModelSettings) -> None:
+        heads = {"num_attention_heads": model.num_heads, "num_key_value_heads": model.num_key_value_heads}
+        check_division(self.actors.tensor_parallel_size, {**heads, "intermediate_size": model.intermediate_size})
 
     def _check_scoring(self, has_rollouts: bool) -> None:
         scorers = self.scoring.scorers

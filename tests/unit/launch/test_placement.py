@@ -139,6 +139,25 @@ def test_a_later_actor_goes_where_the_rule_of_the_plan_says():
     assert choose_node("spread", in_units({"CPU": 2}), rooms) is None
 
 
+def test_the_processes_of_a_divided_engine_lie_on_one_node():
+    divided = ["actors.tensor_parallel_size=2", "actors.num_gpus=1", "actors.resources={fast: 0.5}", "actors.count=2"]
+    recipe = read_recipe(RECIPE, [*divided, "model.num_heads=2", "model.hidden_size=64"])
+    learner, actors = planned_roles(recipe)
+    assert bundles([actors]) == 2 * [{"CPU": 2.0, "GPU": 2.0, "fast": 1.0}]
+    assert any("each of 2 processes on one node" in line for line in plan_lines(recipe))
+    pair = {"CPU": 4, "GPU": 2, "fast": 1}
+    nodes = cluster({"CPU": 4}, pair, pair)
+    assert counts(assign([learner, actors], nodes), ACTORS, nodes) == [0, 1, 1]
+    in_pieces = cluster({"CPU": 4}, pair, *(2 * [{"CPU": 4, "GPU": 1, "fast": 1}]))
+    with pytest.raises(UserError) as error:
+        assign([learner, actors], in_pieces)
+    assert str(error.value).startswith(
+        "the plan does not fit: actor 2 of 2 (its 2 processes) needs 2 CPU + 2 GPU + 1 fast on one node; "
+    )
+    assert "10.0.0.2 has 4 of 4 CPU, 1 of 1 GPU, 1 of 1 fast left" in str(error.value)
+    assert "actors.tensor_parallel_size" in str(error.value)
+
+
 def test_the_plan_of_a_recipe():
     recipe = read_recipe(RECIPE, ["learner.num_ranks=2", "actors.autoscale={max: 5}", "actors.num_gpus=0.5"])
     roles = planned_roles(recipe)

@@ -57,6 +57,20 @@ def test_the_transport_of_weights_follows_their_two_ends(
         assert read_recipe(ARITHMETIC, [*gpus, "learner.transport=collective"]).transport == "collective"
 
 
+def test_an_engine_is_divided_only_where_its_heads_can_be() -> None:
+    heads = ("model.num_heads=6", "model.hidden_size=192", "model.num_key_value_heads=2", "model.intermediate_size=256")
+    assert read_recipe(ARITHMETIC, [*heads, "actors.tensor_parallel_size=2"]).actors.needs()["CPU"] == 2.0
+    assert "does not divide the model's 6 attention heads: choose one of 1, 2" in error_of(
+        *heads, "actors.tensor_parallel_size=4"
+    )
+    assert "2 heads of keys and values" in error_of(*heads, "actors.tensor_parallel_size=3")
+    sharing = ("actors.tensor_parallel_size=2", "actors.num_gpus=0.5")
+    assert "set num_gpus=1, or tensor_parallel_size=1" in error_of(*sharing)
+    divided = [*heads, "actors.tensor_parallel_size=2", "actors.num_gpus=1", "learner.num_gpus=1"]
+    assert read_recipe(ARITHMETIC, [*divided, "learner.transport=auto"]).transport == "object_store"
+    assert "actors.tensor_parallel_size=2" in error_of(*divided, "learner.transport=collective")
+
+
 def test_overrides_take_yaml_values() -> None:
     settings = read_recipe(
         ARITHMETIC,

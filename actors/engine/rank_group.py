@@ -1,0 +1,213 @@
+"""The ranks of one actor's engine, where a model is divided over several processes (`actors.tensor_parallel_size`).
+
+The actor is rank 0. It makes the others as Ray actors of its own, so that they end with it, on its node, with the
+resources that Ray has set aside for it. They repeat each call of its engine; Ray keeps the order. None is waited for:
+they keep step by exchanging tensors. What they answer, a digest of all that they drew, is compared with the actor's own
+behind its back, and before rollouts leave it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.engine.settings import EngineSettings
+from actors.engine.weight_intake import take_weights
+from buffer.rendezvous import reason_of
+from buffer.schema import TokenContract
+from buffer.weight_transport import WeightHandle, WeightReceiver
+from buffer.weights import WeightManifest, WeightMismatchError
+
+if TYPE_CHECKING:
+    from actors.engine.rank_executor import RankPlace
+    from actors.engine.ranked_engine import EngineCall, LeadingEngine, RankedEngine
+
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+
+NUM_UNANSWERED = 8
+"""Calls that other ranks may be behind. A step cannot end without all ranks, so they are one or two in practice."""
+
+BLAME_TIMEOUT_S = 5.0
+"""Ray tells of a dead process later than its broken connections do."""
+
+
+class EngineRankError(RuntimeError):
+    """A rank died, failed, fell silent, or draws other tokens than the rest: the actor is of no more use."""
+
+
+class EngineRank:
+    """A Ray actor that holds one of the other ranks."""
+
+    def __init__(self, visible_gpus: str | None) -> None:
+        """Load vLLM. visible_gpus: CUDA's, of rank 0; Ray shows none to an actor that asks for none."""
+        if visible_gpus is not None:
+            os.environ[VISIBLE_GPUS] = visible_gpus
+        import actors.engine.ranked_engine  # noqa: F401  # takes seconds, for which nobody is to wait in the group
+
+        self._receiver = WeightReceiver()
+        self._engine: RankedEngine
+
+    def ready(self) -> None:
+        """Returns once vLLM is loaded."""
+
+    def build(self, settings: EngineSettings, contract: TokenContract, place: RankPlace) -> int:
+        """Build the engine together with the other ranks; gives its digest, as all calls do."""
+        from actors.engine.ranked_engine import RankedEngine
+
+        self._engine = RankedEngine(settings, contract.backspace_id, contract.eos_id, place)
+        return self._engine.digest
+
+    def repeat(self, calls: Sequence[EngineCall]) -> int:
+        """See `RankedEngine.repeat`."""
+        self._engine.repeat(calls)
+        return self._engine.digest
+
+    def take_weights(self, manifest: WeightManifest, handle: WeightHandle, probe_tolerance: float) -> int:
+        """See `actors.engine.weight_intake`."""
+        take_weights(self._engine, self._receiver, manifest, handle, probe_tolerance)
+        return self._engine.digest
+
+
+@dataclass(frozen=True)
+class _Told:
+    """One call to all other ranks. digest: of rank 0 when it had made the call itself."""
+
+    answers: list[ray.ObjectRef]
+    digest: int
+
+
+class RankGroup:
+    """Rank 0's engine, and the other ranks as Ray actors."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: EngineSettings,
+        contract: TokenContract,
+        size: int,
+        start_timeout_s: float,
+        step_timeout_s: float,
+    ) -> None:
+        """Start the other ranks and build the engine of all.
+
+        Args:
+            name: of the actor.
+            settings: of each rank; the folder of the model may be gone once this returns.
+            start_timeout_s: longest wait for the processes to start. step_timeout_s: for any of them from then on.
+
+        Raises:
+            ValueError: the engine cannot be built.
+            EngineRankError: a rank did not come, or failed.
+        """
+        self._name = name
+        self._timeout_s = step_timeout_s
+        self._told: deque[_Told] = deque()
+        node_id = ray.get_runtime_context().get_node_id()
+        process = ray.remote(EngineRank).options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+        )
+        self._others: list[ActorHandle] = [process.remote(os.environ.get(VISIBLE_GPUS)) for _ in range(1, size)]
+        ready = [rank.ready.remote() for rank in self._others]
+        # Here, not at the top: whoever only names these classes should not load vLLM for it.
+        from actors.engine.rank_executor import RankPlace
+        from actors.engine.ranked_engine import LeadingEngine
+
+        self._answers(ready, start_timeout_s)
+        meeting_file = str(Path(settings.model_dir, "meeting"))
+        places = [RankPlace(rank, size, meeting_file, step_timeout_s) for rank in range(size)]
+        building = [
+            rank.build.remote(settings, contract, place) for rank, place in zip(self._others, places[1:], strict=True)
+        ]
+        with self._together(building):
+            self.engine: LeadingEngine = LeadingEngine(
+                settings, contract.backspace_id, contract.eos_id, places[0], self._telling
+            )
+        self.settle()
+
+    def take_weights(
+        self, receiver: WeightReceiver, manifest: WeightManifest, handle: WeightHandle, probe_tolerance: float
+    ) -> None:
+        """Load a publication into the engines of all ranks; each takes it itself. See `actors.engine.weight_intake`."""
+        self.engine.tell_rest()
+        taking = [rank.take_weights.remote(manifest, handle, probe_tolerance) for rank in self._others]
+        with self._together(taking):
+            take_weights(self.engine, receiver, manifest, handle, probe_tolerance)
+
+    def settle(self) -> None:
+        """Wait until all ranks have done what they were told, and have drawn the same.
+
+        Raises:
+            EngineRankError: they have not.
+        """
+        while self._told:
+            self._check_oldest()
+
+    def _telling(self, calls: Sequence[EngineCall]) -> AbstractContextManager[None]:
+        return self._together([rank.repeat.remote(calls) for rank in self._others])
+
+    @contextmanager
+    def _together(self, answers: list[ray.ObjectRef]) -> Iterator[None]:
+        """While rank 0 makes the call that the others will have answered by `answers`."""
+        # Those of the last step are hardly here yet, and asking costs as much as the answer.
+        while len(self._told) > 1 and (len(self._told) > NUM_UNANSWERED or self._is_answered(self._told[0])):
+            self._check_oldest()
+        try:
+            yield
+        except WeightMismatchError:
+            raise  # all ranks have found the same
+        except RuntimeError as error:
+            raise self._blame(answers, error) from error
+        self._told.append(_Told(answers, self.engine.digest))
+
+    def _is_answered(self, told: _Told) -> bool:
+        return len(ray.wait(told.answers, num_returns=len(told.answers), timeout=0)[0]) == len(told.answers)
+
+    def _check_oldest(self) -> None:
+        told = self._told.popleft()
+        digests = self._answers(told.answers, self._timeout_s)
+        for rank, digest in enumerate(digests, start=1):
+            if digest != told.digest:
+                raise EngineRankError(
+                    f"rank {rank} of {self._name} has drawn other tokens than rank 0; the rollouts since the last "
+                    "hand-over are dropped. If it happens again, set actors.tensor_parallel_size=1"
+                )
+
+    def _answers(self, answers: list[ray.ObjectRef], timeout_s: float) -> list[object]:
+        for rank, answer in enumerate(answers, start=1):
+            failure = self._failure(rank, answer, timeout_s)
+            if failure is not None:
+                raise EngineRankError(failure[1])
+        return list(ray.get(answers, timeout=timeout_s))
+
+    def _blame(self, answers: list[ray.ObjectRef], error: RuntimeError) -> EngineRankError:
+        """Which rank is behind an error of this one: who is lost has failed first, and the others for want of it."""
+        ray.wait(answers, num_returns=len(answers), timeout=BLAME_TIMEOUT_S)
+        looks = (self._failure(rank, answer, 0.0) for rank, answer in enumerate(answers, start=1))
+        _, reason = min(filter(None, looks), default=(0, f"{len(answers) + 1} ranks of {self._name} failed together"))
+        return EngineRankError(f"{reason}: {reason_of(error)}")
+
+    def _failure(self, rank: int, answer: ray.ObjectRef, timeout_s: float) -> tuple[int, str] | None:
+        """What went wrong with a rank, by how far it is from being the consequence of something else."""
+        where = f"rank {rank} of {self._name}"
+        try:
+            ray.get(answer, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            return 1, f"{where} is silent" + (f" for {timeout_s:g} s" if timeout_s else "")
+        except ray.exceptions.RayTaskError as error:
+            return 2, f"{where} failed: {type(error.cause).__name__}: {_first_line(error.cause)}"
+        except ray.exceptions.RayActorError:
+            return 0, f"{where} died"
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,132 @@
+"""Engines that are ranks of one model: rank 0, a `LeadingEngine`, is used like any engine, and tells its calls to the
+others, which repeat them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from vllm import EngineArgs
+
+from actors.engine.action_log import FinishedLog
+from actors.engine.engine import BackspaceEngine, TokenIds
+from actors.engine.rank_executor import RankExecutor, RankPlace, meet
+from actors.engine.settings import EngineSettings, SamplingSettings
+
+
+@dataclass(frozen=True)
+class AddCall:
+    """See `BackspaceEngine.add`."""
+
+    request_id: str
+    prompt_ids: TokenIds
+    sampling: SamplingSettings
+    planted: TokenIds
+
+
+@dataclass(frozen=True)
+class AbortCall:
+    """See `BackspaceEngine.abort`."""
+
+    request_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """One engine step, in which all ranks take part."""
+
+
+EngineCall = AddCall | AbortCall | StepCall
+
+
+class RankedEngine(BackspaceEngine):
+    """An engine that holds a part of each layer. It works only while the other ranks make the same calls.
+
+    Args (beside those of `BackspaceEngine`):
+        place: of this engine among the ranks. The constructors of all of them return together.
+
+    Raises (beside what `BackspaceEngine` does):
+        RuntimeError: the other ranks were not there in time, here or in any later step.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, backspace_id: int, eos_id: int, place: RankPlace, version: int = 0
+    ) -> None:
+        self._place = place
+        meet(place)
+        super().__init__(settings, backspace_id, eos_id, version)
+        torch.manual_seed(settings.seed)  # building may have taken numbers, another amount on each rank
+
+    def _engine_args(self, settings: EngineSettings) -> EngineArgs:
+        args = super()._engine_args(settings)
+        args.tensor_parallel_size = self._place.size
+        args.distributed_executor_backend = RankExecutor
+        # Of the groups that vLLM makes itself.
+        args.distributed_timeout_seconds = args.cpu_distributed_timeout_seconds = max(1, round(self._place.timeout_s))
+        return args
+
+    @property
+    def digest(self) -> int:
+        """Of all that was drawn so far; the same on all ranks after the same calls."""
+        executor = self._core.model_executor
+        assert isinstance(executor, RankExecutor)
+        return executor.digest
+
+    def repeat(self, calls: Sequence[EngineCall]) -> None:
+        """Make the calls that the leader made."""
+        for call in calls:
+            match call:
+                case AddCall():
+                    self.add(call.request_id, call.prompt_ids, call.sampling, call.planted)
+                case AbortCall():
+                    self.abort(call.request_ids)
+                case StepCall():
+                    self._step()
+
+
+class LeadingEngine(RankedEngine):
+    """Rank 0. `load_weights` and `probe` are left to the owner: each rank has to be brought to them with its own data.
+
+    Args (beside those of `RankedEngine`):
+        telling: hands calls to all other ranks, in order, without waiting for them, and lasts as long as this rank
+            makes them itself.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        backspace_id: int,
+        eos_id: int,
+        place: RankPlace,
+        telling: Callable[[Sequence[EngineCall]], AbstractContextManager[None]],
+        version: int = 0,
+    ) -> None:
+        self._telling = telling
+        self._untold: list[EngineCall] = []  # until the next step
+        super().__init__(settings, backspace_id, eos_id, place, version)
+
+    def add(self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, planted: TokenIds = ()) -> None:
+        """See `BackspaceEngine.add`."""
+        super().add(request_id, prompt_ids, sampling, planted)  # raises before the others hear of it
+        self._untold.append(AddCall(request_id, prompt_ids, sampling, planted))
+
+    def abort(self, request_ids: Iterable[str]) -> list[FinishedLog]:
+        """See `BackspaceEngine.abort`."""
+        ended = tuple(request_ids)
+        self._untold.append(AbortCall(ended))
+        return super().abort(ended)
+
+    def tell_rest(self) -> None:
+        """Tell the other ranks what they have not heard yet: to be called before they are told anything else."""
+        if self._untold:
+            calls, self._untold = self._untold, []
+            with self._telling(calls):
+                pass  # made already
+
+    def _step(self) -> list[FinishedLog]:
+        calls, self._untold = [*self._untold, StepCall()], []
+        with self._telling(calls):
+            return super()._step()

@@ -1,0 +1,85 @@
+"""A Ray actor that holds a rank group, as a rollout actor does, and generates with it what a test asks for."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from actors.engine.action_log import FinishedLog
+from actors.engine.rank_group import EngineRankError, RankGroup
+from actors.engine.settings import EngineSettings
+from buffer.schema import TokenContract
+from buffer.weight_transport import WeightHandle, WeightReceiver
+from buffer.weights import WeightManifest
+from tests.integration.traffic import Request
+
+Publication = tuple[WeightManifest, WeightHandle]
+
+
+class RankGroupWorker:
+    """Rank 0 of an engine of `size` ranks."""
+
+    def __init__(self, config_json: str, contract: TokenContract, size: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(config_json)
+            settings = EngineSettings(
+                folder,
+                dtype="float32",
+                max_length=256,
+                max_concurrent=16,
+                max_batched_tokens=48,
+                kv_cache_bytes=1 << 25,
+                load_format="dummy",
+            )
+            self._group = RankGroup("the actor", settings, contract, size, start_timeout_s=240.0, step_timeout_s=60.0)
+        self._receiver = WeightReceiver()
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters that rank 0 holds, in vLLM's names."""
+        worker = self._group.engine._core.model_executor.driver_worker
+        return {name: tuple(parameter.shape) for name, parameter in worker.get_model().named_parameters()}
+
+    def load(self, publication: Publication) -> None:
+        """Bring all ranks to these weights."""
+        self._group.take_weights(self._receiver, *publication, 1e-4)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        planted: Sequence[Sequence[int]],
+        abort_every: int,
+        update_at: int,
+        publication: Publication,
+    ) -> list[FinishedLog]:
+        """Answer the requests; abort one of those under way now and then, and load new weights at a step."""
+        engine, logs = self._group.engine, []
+        for request, forced in zip(requests, planted, strict=True):
+            engine.add(request.request_id, request.prompt_ids, request.sampling, forced)
+        running = [request.request_id for request in requests]
+        num_steps = 0
+        while engine.num_unfinished:
+            finished = engine.step()
+            num_steps += 1
+            logs += finished
+            running = [name for name in running if name not in {log.request_id for log in finished}]
+            if num_steps % abort_every == 0 and running:
+                logs += engine.abort([running.pop(0)])
+            if num_steps == update_at:
+                self.load(publication)
+        self._group.settle()
+        return logs
+
+    def part(self, request: Request) -> str:
+        """Take a number from rank 0's noise alone; gives how that is told."""
+        self._group.engine.add(request.request_id, request.prompt_ids, request.sampling)
+        try:
+            while self._group.engine.num_unfinished:
+                self._group.engine.step()
+                torch.rand(1)
+            self._group.settle()
+        except EngineRankError as error:
+            return str(error)
+        return "nobody has noticed"
