@@ -30,4 +30,5 @@ def open_rendezvous(host: str, size: int, timeout_s: float) -> dist.TCPStore:
 
 def reason_of(error: RuntimeError) -> str:
     """Of a process group's error: gloo's first sentence, without the place in its source; others' first line."""
-    return re.sub(r"^\[\S+:\d+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0]
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return re.sub(r"^\[\S+:\d+\] ", "", first).partition(". This is typically")[0]
