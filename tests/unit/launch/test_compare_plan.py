@@ -233,3 +233,11 @@ def test_a_dry_run_makes_nothing(tmp_path: Path) -> None:
     (tmp_path / "comparison.yaml").write_text(result.stdout)
     assert list(read_plan(tmp_path).arms) == ["mle", "emo"]
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("file", sorted(Path("docs/results/arms").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_arms_of_the_documented_results_can_be_compared(file: Path) -> None:
+    name, stage = ("text", "behaviour_cloning") if file.stem.startswith("text") else ("arithmetic", None)
+    recipe = read_recipe(Path(f"launch/recipes/{name}_cpu.yaml"))
+    plan = make_plan(recipe, read_objectives(file), 1, stage=stage)
+    assert all(plan.arm_settings(arm, 0, 500).stages[-1].steps == 500 for arm in plan.arms)
