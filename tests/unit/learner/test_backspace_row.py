@@ -105,6 +105,15 @@ def test_a_pretrained_model_takes_back_about_as_often_as_it_is_shown(pretrained:
     assert (changed, rows) == ("lm_head.weight", [loaded.backspace_id])
 
 
+def test_without_noise_the_row_stays(pretrained: PretrainedModelSettings) -> None:
+    loaded = load_policy(pretrained)
+    before = loaded.model.get_output_embeddings().weight.detach().clone()
+    settings = TreeSettings(loaded.backspace_id, loaded.eos_id, 512, 64)
+    policy, contract = TreePolicy(loaded.model, loaded.backspace_id), TASK.contract(loaded.model.config.vocab_size)
+    teach_backspace_row(policy, TASK, NoiseSettings(kind="task", rate=0.0), contract, settings, seed=0)
+    assert torch.equal(loaded.model.get_output_embeddings().weight, before)
+
+
 def test_the_evidence_is_that_of_the_model_itself(pretrained: PretrainedModelSettings) -> None:
     """Of one log: hidden states and sums over the tokens by the model's own forward pass on each reduced text."""
     loaded = load_policy(pretrained)
