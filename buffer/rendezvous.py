@@ -28,7 +28,7 @@ def open_rendezvous(host: str, size: int, timeout_s: float) -> dist.TCPStore:
     )
 
 
-def reason_of(error: RuntimeError) -> str:
+def reason_of(error: BaseException) -> str:
     """Of a process group's error: gloo's first sentence, without the place in its source; others' first line."""
     first = next(iter(str(error).splitlines()), type(error).__name__)
     return re.sub(r"^\[\S+:\d+\] ", "", first).partition(". This is typically")[0]

@@ -203,11 +203,7 @@ class RankGroup:
         except ray.exceptions.GetTimeoutError:
             return 1, f"{where} is silent" + (f" for {timeout_s:g} s" if timeout_s else "")
         except ray.exceptions.RayTaskError as error:
-            return 2, f"{where} failed: {type(error.cause).__name__}: {_first_line(error.cause)}"
+            return 2, f"{where} failed: {type(error.cause).__name__}: {reason_of(error.cause)}"
         except ray.exceptions.RayActorError:
             return 0, f"{where} died"
         return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]

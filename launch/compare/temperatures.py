@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from launch.compare.statistics import ComparedMetric, Spread
 from launch.report.evaluation import METRICS, MetricInfo
 from launch.report.page_data import Json
+from launch.settings.decodings import SAMPLED
 
 COLORS = 7
 """Arms beyond these have the colours again, with another dash."""
 
-_SAMPLED = ("sampled", 1.0)
 _PREFIX = "temperature="
 _OVER_TEMPERATURE = ("accuracy", "mauve", "diversity", "self_bleu", "backspace_rate", "rewritten_rate")
 _QUALITY, _DIVERSITY = "mauve", "diversity"
@@ -49,8 +49,8 @@ def temperature_charts(arms: Sequence[str], metrics: Sequence[ComparedMetric]) -
 
 def temperature_of(group: str) -> float | None:
     """At which a group of rollouts was sampled; None of greedy and other ones, and of those with the ban changed."""
-    if group == _SAMPLED[0]:
-        return _SAMPLED[1]
+    if group == SAMPLED:
+        return 1.0
     if not group.startswith(_PREFIX) or "," in group:
         return None
     return float(group.removeprefix(_PREFIX))
