@@ -180,6 +180,7 @@ def test_a_stopped_taker_holds_up_neither_the_sender_nor_others(source: Source, 
         process = wait_until_stopped(stopped)
         takers[0].take(first)
         assert takers[0].answer() == (NUM_BUCKETS, "right")
+        wait_until(lambda: len(transfers()) == 1, "the sender to notice that the first taker has all")
         second = source.publish()
         assert source.num_alive(0) == NUM_BUCKETS, "the one before the newest is still being sent"
         third = source.publish()
@@ -187,14 +188,14 @@ def test_a_stopped_taker_holds_up_neither_the_sender_nor_others(source: Source, 
         takers[0].take(third)
         assert takers[0].answer() == (NUM_BUCKETS, "right")
         assert process.status() == psutil.STATUS_STOPPED
-        assert len(transfers()) == 1
+        wait_until(lambda: len(transfers()) == 1, "that of the stopped one alone to go on")
         process.resume()
         assert stopped.answer() == (2, "WeightsReplacedError: these weights were replaced by newer ones")
         stopped.take(second)
         assert stopped.answer()[1].startswith("WeightsReplacedError")
         stopped.take(third)
         assert stopped.answer() == (NUM_BUCKETS, "right")
-    assert source.num_alive(0) == 0
+    wait_until(lambda: source.num_alive(0) == 0, "the withdrawn bucket to be freed")
 
 
 def test_a_stopped_taker_is_given_up_after_its_time_out(source: Source) -> None:
