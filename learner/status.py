@@ -17,6 +17,7 @@ class LearnerStatus:
     activity: str
     metrics: dict[str, float]  # of the newest step
     warnings: tuple[str, ...] = ()  # of the whole run, oldest first
+    notes: tuple[str, ...] = ()  # likewise; what it did that nobody asked for
 
 
 @dataclass(frozen=True)

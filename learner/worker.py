@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -195,7 +196,7 @@ class LearnerWorker:
         store = self._checkpoints(stage.name)
         resumed = self._restore(stage, store, trainer, stream)
         if introduces_backspace and self._is_row_new and resumed is None:
-            teach_backspace_row(self._policy, self._task, noise, self._contract, self._trees, self._spec.seed)
+            self._teach_backspace_row(noise)
         uses_actors = objective.needs_rollouts or noise.kind == "policy"
         first_version = self._start_rollouts(resumed) if uses_actors else -1
         for source in (experts, rollouts):
@@ -229,7 +230,8 @@ class LearnerWorker:
                     log.write(stage.name, trainer.step, metrics, histograms)
                 checkpoints.after_step(metrics)
                 recent = [*recent[-RECENT_STEPS + 1 :], metrics["step_s"]]
-                self._status = LearnerStatus(
+                self._status = replace(
+                    self._status,
                     stage=stage.name,
                     step=trainer.step,
                     stage_steps=stage.steps,
@@ -264,6 +266,15 @@ class LearnerWorker:
         # Arms that start from the same stage see the same examples in the same order.
         seed = (self._spec.seed << 32) + zlib.crc32((stage.start_from or "").encode())
         return self._task.expert_stream(noise, self._contract, seed)
+
+    def _teach_backspace_row(self, noise: NoiseSettings) -> None:
+        seed = self._spec.seed
+        with self._ranks.exchange("the fit of the backspace row"):
+            taught = teach_backspace_row(
+                self._policy, self._task, noise, self._contract, self._trees, self._ranks, seed
+            )
+        if taught is not None:
+            self._status = replace(self._status, notes=(*self._status.notes, str(taught)))
 
     def _buffer_source(self, stage: StageSettings, source: str) -> BufferSource | None:
         """Trajectories from the replay buffer; None at ranks other than 0."""

@@ -127,6 +127,8 @@ class RunLog:
             self.write("info", "learner", f"stage {learner.stage} has begun")
         if learner.policy_version >= 0 and (before is None or before.policy_version != learner.policy_version):
             self.write("info", "learner", f"{PUBLISHED}{learner.policy_version}")
+        for note in learner.notes[0 if before is None else len(before.notes) :]:
+            self.write("info", "learner", note)
         for warning in learner.warnings[0 if before is None else len(before.warnings) :]:
             self.write("warning", "learner", warning)
 

@@ -100,7 +100,7 @@ class _Crew:
         self._pool: ActorHandle | None = None
         self._stopping_since: float | None = None
         self._silent_since: dict[str, float] = {}
-        self._warnings_told = 0
+        self._notes_told = self._warnings_told = 0
         autoscale = settings.actors.autoscale
         self._autoscaler = None if autoscale is None else Autoscaler(autoscale)
         self._learner = self._create_learner()
@@ -248,9 +248,11 @@ class _Crew:
         status = self._learner.leader.status.options(concurrency_group="control").remote()
         view.learner = self._ask(status, view.learner, "the learner", self._settings.learner.health_timeout_s)
         if view.learner is not None:
+            for note in view.learner.notes[self._notes_told :]:
+                self._live.say(escape(note))  # the log takes both from the status
             for warning in view.learner.warnings[self._warnings_told :]:
-                self._show(warning)  # the log takes it from the status
-            self._warnings_told = len(view.learner.warnings)
+                self._show(warning)
+            self._notes_told, self._warnings_told = len(view.learner.notes), len(view.learner.warnings)
         if self._pool is not None and self._buffer is not None:
             view.pool = self._ask(self._pool.status.remote(), view.pool, "the actor pool")
             view.buffer = self._buffer.status(self._warn)

@@ -222,8 +222,8 @@ def _check_constraint(constraint: ConstraintSettings, scorer: ScorerSettings) ->
 
 
 def introduces_backspace(settings: RunSettings, stage: StageSettings) -> bool:
-    """Whether demonstrations of the recipe's own show backspaces in this stage, and in none that it builds upon."""
-    if settings.noise.kind not in ("random", "task") or not settings.actors.rollout.backspace:
+    """Whether demonstrations show backspaces in this stage, and in none that it builds upon."""
+    if settings.noise.kind == "none" or not settings.actors.rollout.backspace:
         return False
     before = stages_before(settings.stages, stage.name)
     return stage.objective.uses_noise and not any(each.objective.uses_noise for each in before)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from torch import Tensor
 
+from buffer.experts.ragged import Int32
+from buffer.experts.stream import ExpertStream, NoisePlan
 from buffer.experts.tasks import Task
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
 from learner.batches.micro_batches import TreeSettings, build_micro_batches
-from learner.model.backspace_row import fit_backspace_row
+from learner.model.backspace_row import BackspaceOdds, fit_backspace_row, gather_evidence
+from learner.ranks.group import Ranks
+from learner.state_tree.action_values import StateLogits
+from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
+from learner.state_tree.sampling import sample_tokens
 
 NUM_BACKSPACES = 256
 """Backspaces that a row is fitted to; of a row's hundreds of coordinates the prior knows the rest."""
@@ -18,23 +29,93 @@ NUM_BACKSPACES = 256
 MAX_ACTIONS = 2**14
 """Of demonstrations, where noise is rare: their states are in memory together."""
 
+NUM_UNSEEN = 64
+"""Demonstrations that a fit is judged by."""
+
 _LOGS_PER_DRAW = 8
 _SEED_OFFSET = 1  # from the seed of a stage's own stream, whose examples are not used up
 
 
+@dataclass(frozen=True)
+class TaughtRow:
+    """num_logs: demonstrations that the row was fitted to. odds: of NUM_UNSEEN others, with the row as it is now."""
+
+    num_logs: int
+    odds: BackspaceOdds
+
+    def __str__(self) -> str:
+        return (
+            f"the model has never seen backspace: its row is fitted to {self.num_logs} demonstrations; on {NUM_UNSEEN} "
+            f"others its probability is {self.odds.after_mistake:.2f} after a mistake and {self.odds.after_right:.2f} "
+            f"after a right token, {self.odds.nats:.2f} nats per action for backspace or not"
+        )
+
+
+class Demonstrations:
+    """Expert trajectories of a task with noise of any kind; noise of kind `policy` is drawn by the learner's model."""
+
+    def __init__(
+        self, policy: TreePolicy, stream: ExpertStream, settings: TreeSettings, ranks: Ranks, *, draws_tokens: bool
+    ) -> None:
+        """draws_tokens: whether noise tokens are the policy's, which the stream cannot draw."""
+        self._policy = policy
+        self._stream = stream
+        self._settings = settings
+        self._ranks = ranks
+        self._draws_tokens = draws_tokens
+        self._generator = torch.Generator(policy.device).manual_seed(0)
+
+    def draw(self, count: int) -> pa.RecordBatch:
+        """The next `count`. All ranks call this together, and get the same."""
+        if not self._draws_tokens:
+            return self._stream.draw(count)
+        plan = self._stream.plan(count)
+        return self._stream.realise(plan, self._own_mistakes(plan))
+
+    def _own_mistakes(self, plan: NoisePlan) -> Int32:
+        """[K] what the policy writes in place of the right tokens at the positions of `plan`, by one pass over them."""
+        clean = self._stream.realise(replace(plan, positions=plan.positions[:0]), np.empty(0, dtype=np.int32))
+        first = dict(zip(clean.column("id").to_pylist(), plan.targets.offsets[:-1].tolist(), strict=True))
+        tokens = np.zeros(len(plan.targets.values), dtype=np.int64)
+
+        def draw(tree: TreeBatch, logits: StateLogits) -> Tensor:
+            # An action of a clean log is a token of its target.
+            places = torch.tensor([first[name] for name in tree.ids])[tree.log.cpu()] + tree.time.cpu()
+            chosen = np.isin(places.numpy(), plan.positions)
+            rows = tree.state_row[torch.from_numpy(chosen).to(tree.state_row.device)]
+            tokens[places.numpy()[chosen]] = sample_tokens(logits, rows, self._generator).cpu().numpy()
+            return logits.v_floor
+
+        for tree in build_micro_batches(clean, self._settings):
+            self._policy.measure(tree.to(self._policy.device), draw)
+        # Rank 0 decides: a difference of rounding may be another token, and then ranks would hold other trees.
+        drawn = self._ranks.broadcast_numbers(tokens[plan.positions].tolist())
+        return np.array(drawn, dtype=np.int32)
+
+
 def teach_backspace_row(
-    policy: TreePolicy, task: Task, noise: NoiseSettings, contract: TokenContract, settings: TreeSettings, seed: int
-) -> None:
+    policy: TreePolicy,
+    task: Task,
+    noise: NoiseSettings,
+    contract: TokenContract,
+    settings: TreeSettings,
+    ranks: Ranks,
+    seed: int,
+) -> TaughtRow | None:
     """Fit the backspace row of `policy`, in place, to demonstrations of its own; each rank does the same. Without a
-    backspace in them it stays as it is.
+    backspace in them it stays as it is, and nothing is given.
     """
     stream = task.expert_stream(noise, contract, (seed << 32) + _SEED_OFFSET)
+    demonstrations = Demonstrations(policy, stream, settings, ranks, draws_tokens=noise.kind == "policy")
     batches: list[pa.RecordBatch] = []
     num_backspaces = num_actions = 0
     while num_backspaces < NUM_BACKSPACES and num_actions < MAX_ACTIONS:
-        batches.append(stream.draw(_LOGS_PER_DRAW))
+        batches.append(demonstrations.draw(_LOGS_PER_DRAW))
         actions = batches[-1].column("actions").flatten()
         num_actions += len(actions)
         num_backspaces += pc.sum(pc.equal(actions, contract.backspace_id)).as_py()
-    if num_backspaces > 0:
-        fit_backspace_row(policy, build_micro_batches(pa.concat_batches(batches), settings))
+    if num_backspaces == 0:
+        return None
+    row = fit_backspace_row(policy, build_micro_batches(pa.concat_batches(batches), settings))
+    unseen = gather_evidence(policy, build_micro_batches(demonstrations.draw(NUM_UNSEEN), settings))
+    return TaughtRow(len(batches) * _LOGS_PER_DRAW, BackspaceOdds.of(unseen, row))

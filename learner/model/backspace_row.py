@@ -48,6 +48,33 @@ class BackspaceEvidence:
     mean: Tensor
     deviation: Tensor
 
+    def logit(self, row: Tensor) -> Tensor:
+        """[N] log-odds of backspace, were `row` [H] its row of the output embedding."""
+        return self.hidden @ row - self.log_sum
+
+    def misfit(self, row: Tensor) -> Tensor:
+        """Scalar: nats of all N choices for or against backspace."""
+        logit = self.logit(row)
+        return torch.nn.functional.softplus(logit).sum() - self.taken @ logit
+
+
+@dataclass(frozen=True)
+class BackspaceOdds:
+    """What a row makes of demonstrations. after_mistake, after_right: mean probability of backspace where it is shown,
+    and where it could be taken and is not; nan where there is no such state. nats: of one choice for or against it.
+    """
+
+    after_mistake: float
+    after_right: float
+    nats: float
+
+    @classmethod
+    def of(cls, evidence: BackspaceEvidence, row: Tensor) -> BackspaceOdds:
+        """row: [H] float64."""
+        share, shown = torch.sigmoid(evidence.logit(row)), evidence.taken.bool()
+        nats = evidence.misfit(row) / len(evidence.taken)
+        return cls(float(share[shown].mean()), float(share[~shown].mean()), float(nats))
+
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def initialise_backspace_row(model: PreTrainedModel, backspace_id: int, seed: int) -> None:
@@ -62,13 +89,14 @@ def initialise_backspace_row(model: PreTrainedModel, backspace_id: int, seed: in
         weight[backspace_id] = (mean + BACKSPACE_ROW_NOISE * deviation * noise).to(weight.dtype)
 
 
-def fit_backspace_row(policy: TreePolicy, trees: Iterable[TreeBatch]) -> None:
-    """Set the backspace row of the output embedding (in place) to the fit of the module's description.
+def fit_backspace_row(policy: TreePolicy, trees: Iterable[TreeBatch]) -> Tensor:
+    """Set the backspace row of the output embedding (in place) to the fit of the module's description; gives it, [H].
 
     trees: of demonstrations; with several ranks the same ones at each, in the same order.
     """
     row = most_probable_row(gather_evidence(policy, trees))
     overwrite_row(policy.model.get_output_embeddings().weight, policy.backspace_id, row)
+    return row
 
 
 def gather_evidence(policy: TreePolicy, trees: Iterable[TreeBatch]) -> BackspaceEvidence:
@@ -100,7 +128,7 @@ def most_probable_row(evidence: BackspaceEvidence) -> Tensor:
     row = evidence.mean.clone()
     loss = _loss(row, evidence, precision)
     for _ in range(_MAX_NEWTON_STEPS):
-        share = torch.sigmoid(evidence.hidden @ row - evidence.log_sum)
+        share = torch.sigmoid(evidence.logit(row))
         gradient = evidence.hidden.T @ (share - evidence.taken) + precision * (row - evidence.mean)
         curvature = evidence.hidden.T @ (evidence.hidden * (share * (1.0 - share))[:, None]) + torch.diag(precision)
         step = torch.cholesky_solve(gradient[:, None], torch.linalg.cholesky(curvature)).squeeze(1)
@@ -116,9 +144,7 @@ def most_probable_row(evidence: BackspaceEvidence) -> Tensor:
 
 def _loss(row: Tensor, evidence: BackspaceEvidence, precision: Tensor) -> float:
     """Negative log-posterior, but for a constant, in nats."""
-    logit = evidence.hidden @ row - evidence.log_sum
-    misfit = torch.nn.functional.softplus(logit) - evidence.taken * logit
-    return float(misfit.sum() + 0.5 * (precision * (row - evidence.mean) ** 2).sum())
+    return float(evidence.misfit(row) + 0.5 * (precision * (row - evidence.mean) ** 2).sum())
 
 
 def _other_rows(weight: Tensor, backspace_id: int) -> tuple[Tensor, Tensor]:

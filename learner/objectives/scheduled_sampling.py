@@ -20,9 +20,10 @@ from torch import Tensor
 from learner.objectives.base import EvaluatedLogs, ExpertObjective, LogCounts, Metrics
 from learner.objectives.likelihood import cross_entropy, likelihood_metrics
 from learner.settings.objectives import ScheduledSamplingSettings
-from learner.state_tree.action_values import CHUNK_ELEMENTS, VOCABULARY_CHUNK, StateLogits, accumulation_dtype
+from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
+from learner.state_tree.sampling import sample_tokens
 
 
 @dataclass(frozen=True)
@@ -83,29 +84,3 @@ def mixed_tokens(tree: TreeBatch, logits: StateLogits, truth_share: float, gener
     replaced = (is_model & ~in_prompt & (first < tree.num_actions)).nonzero().flatten()
     rows = tree.state_row[first[replaced]]
     return tree.node_ids.index_copy(0, replaced, sample_tokens(logits, rows, generator))
-
-
-def sample_tokens(logits: StateLogits, rows: Tensor, generator: torch.Generator) -> Tensor:
-    """[K] a token drawn after each of the states `rows` [K]; never backspace, which no text holds.
-
-    By the Gumbel-max trick, so that the vocabulary is gone through in chunks: the largest of logit - log(exponential
-    noise) is a draw from the softmax.
-    """
-    dtype = accumulation_dtype(logits.hidden, logits.weight)
-    width = min(len(logits.weight), VOCABULARY_CHUNK)
-    drawn: list[Tensor] = []
-    for chunk in rows.split(max(1, CHUNK_ELEMENTS // width)):
-        hidden = logits.hidden[chunk].to(dtype)
-        best = hidden.new_full((len(chunk),), -torch.inf)
-        token = torch.zeros_like(chunk)
-        for number, weight in enumerate(logits.weight.split(width)):
-            score = hidden @ weight.to(dtype).T
-            score -= torch.empty_like(score).exponential_(generator=generator).log_()
-            backspace = logits.backspace_id - number * width
-            if 0 <= backspace < len(weight):
-                score[:, backspace] = -torch.inf
-            chunk_best, index = score.max(1)
-            token = torch.where(chunk_best > best, index + number * width, token)
-            best = torch.maximum(best, chunk_best)
-        drawn.append(token)
-    return torch.cat(drawn)

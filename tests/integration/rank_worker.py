@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +14,18 @@ from itertools import chain
 from pathlib import Path
 from queue import Empty
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from buffer.experts.stream import ExpertStream
 from buffer.rendezvous import open_rendezvous
+from buffer.settings import NoiseSettings
 from buffer.weights import WeightManifest, fingerprint, pack_tensors, unpack
+from learner.batches.demonstrations import Demonstrations
 from learner.batches.micro_batches import build_micro_batches
 from learner.batches.priorities import Float32
 from learner.batches.shared_source import SharedBatchSource
@@ -38,7 +43,7 @@ from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.random_logs import CLONING, MATCHING, TREES, RandomLogs, random_logs
 from tests.tiny_models import perturbed, tiny_model
-from tests.trajectories import BACKSPACE
+from tests.trajectories import BACKSPACE, CONTRACT, EOS, VOCAB
 
 TIMEOUT_S = 60.0
 HANG_TIMEOUT_S = 15.0
@@ -186,6 +191,7 @@ def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
     probe = torch.from_numpy(policy.sequence_logprobs((5, 9, 4, 20)))
     final = weights(policy)
     travelling = taken(policy)
+    shown = own_mistakes(ranks, policy)
     fit_backspace_row(policy, build_micro_batches(random_logs("expert", FITTED_LOGS, seed=0), TREES))
     # No whole copies are left that would be read, or written to, in place of the parts.
     assert all(isinstance(parameter, DTensor) == (ranks.size > 1) for parameter in policy.parameters())
@@ -194,11 +200,27 @@ def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
         "gradients": gradients,
         "weights": final,
         "taken": travelling,
+        "shown": shown,
         "fitted": weights(policy),
         "state": trainer.state(),
         "probe": probe,
         "priorities": dict(enumerate(priorities)),
     }
+
+
+def own_mistakes(ranks: Ranks, policy: TreePolicy) -> Tensor:
+    """Actions of demonstrations with noise of the policy's own; ranks that would draw other tokens than rank 0."""
+    random = np.random.default_rng(0)
+    targets = [[*random.integers(3, VOCAB, 6).tolist(), EOS] for _ in range(FITTED_LOGS)]
+    examples = pa.table({"prompt_ids": [[7]] * FITTED_LOGS, "target_ids": targets})
+    noise = NoiseSettings(kind="policy", rate=0.5)
+    stream = ExpertStream(examples, task="random", noise=noise, contract=CONTRACT, seed=0)
+    demonstrations = Demonstrations(policy, stream, TREES, ranks, draws_tokens=True)
+    demonstrations._generator.manual_seed(ranks.rank)
+    batch = demonstrations.draw(FITTED_LOGS)
+    drawn = zlib.crc32(repr(batch.column("realised").to_pylist()).encode())
+    assert ranks.sum([drawn]) == [ranks.size * drawn], "ranks hold other demonstrations"
+    return torch.from_numpy(batch.column("actions").flatten().to_numpy())
 
 
 def more_steps(ranks: Ranks, case: Case, saved: dict[str, object], count: int) -> dict[str, object]:

@@ -85,6 +85,13 @@ def test_every_rank_fits_the_same_backspace_row(folder, alone, name):
     assert rows.nonzero().flatten().tolist() == [BACKSPACE]
 
 
+@pytest.mark.parametrize("name", ["adapters", "llama, tied", "gpt2"])
+def test_every_rank_is_shown_the_mistakes_that_rank_0_draws(folder, alone, name):
+    shown = alone[name]["shown"]
+    assert BACKSPACE in shown
+    assert torch.equal(read(folder / f"{name}.pt")["shown"], shown)
+
+
 @pytest.mark.parametrize("name", ["adapters", "llama, tied", "bfloat16"])
 def test_tensors_that_travel_apart_arrive_as_the_ranks_would_have_merged_them(folder, name):
     found = read(folder / f"{name}.pt")

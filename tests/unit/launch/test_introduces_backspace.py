@@ -17,7 +17,7 @@ TEXT, ARITHMETIC = Path("launch/recipes/text_cpu.yaml"), Path("launch/recipes/ar
     [
         (TEXT, [], ["behaviour_cloning"]),
         (TEXT, ["noise.kind=none"], []),
-        (TEXT, ["noise.kind=policy"], []),  # shown by actors, whose policy is what the row is for
+        (TEXT, ["noise.kind=policy"], ["behaviour_cloning"]),
         (TEXT, ["stages.behaviour_cloning.objective={name: mle}"], ["sequencematch"]),
         (ARITHMETIC, [], ["sequencematch"]),  # its control starts from the trunk and shows none
         (ARITHMETIC, ["stages.mle_control.objective={name: behaviour_cloning}"], ["sequencematch", "mle_control"]),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,15 +13,17 @@ from torch.distributions import Bernoulli, Normal
 
 from buffer.experts.tasks import load_task
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
-from learner.batches.demonstrations import teach_backspace_row
+from learner.batches.demonstrations import Demonstrations, teach_backspace_row
 from learner.batches.micro_batches import TreeSettings, build_micro_batches
-from learner.model.backspace_row import BackspaceEvidence, gather_evidence, most_probable_row
+from learner.model.backspace_row import BackspaceEvidence, BackspaceOdds, gather_evidence, most_probable_row
 from learner.model.policy import load_policy
+from learner.ranks.group import Ranks
 from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
 from learner.state_tree.policy import TreePolicy
 
 HIDDEN = 8
 NOISE = NoiseSettings(kind="task", rate=0.3)
+OWN_NOISE = NoiseSettings(kind="policy", rate=0.3)
 TASK = load_task(ArithmeticTaskSettings(max_digits=2, train_questions=200, held_out_questions=50))
 
 
@@ -55,7 +59,7 @@ def test_the_row_is_at_the_top_of_the_posterior(level: float) -> None:
 
 def test_without_demonstrations_of_backspace_it_becomes_rare() -> None:
     found = evidence(level=0.0)
-    never = BackspaceEvidence(found.hidden, found.log_sum, torch.zeros(400), found.mean, found.deviation)
+    never = BackspaceEvidence(found.hidden, found.log_sum, torch.zeros(400).double(), found.mean, found.deviation)
     share = torch.sigmoid(found.hidden @ most_probable_row(never) - found.log_sum)
     assert share.mean() < 0.01
 
@@ -82,27 +86,68 @@ def pretrained(tmp_path: Path) -> PretrainedModelSettings:
     return PretrainedModelSettings(name=str(tmp_path), dtype="float32")
 
 
-def test_a_pretrained_model_takes_back_about_as_often_as_it_is_shown(pretrained: PretrainedModelSettings) -> None:
+@pytest.mark.parametrize("noise", [NOISE, OWN_NOISE], ids=lambda noise: noise.kind)
+def test_a_pretrained_model_takes_back_about_as_often_as_it_is_shown(
+    pretrained: PretrainedModelSettings, noise: NoiseSettings
+) -> None:
     loaded = load_policy(pretrained)
     assert loaded.is_row_new
     policy = TreePolicy(loaded.model, loaded.backspace_id)
     contract = TASK.contract(loaded.model.config.vocab_size)
     settings = TreeSettings(loaded.backspace_id, loaded.eos_id, 512, 64)
-    unseen = build_micro_batches(TASK.expert_stream(NOISE, contract, seed=99).draw(200), settings)
+    stream = TASK.expert_stream(noise, contract, seed=99)
+    others = Demonstrations(policy, stream, settings, Ranks(), draws_tokens=noise.kind == "policy")
+    unseen = gather_evidence(policy, build_micro_batches(others.draw(200), settings))
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    misfits = []
+    odds = []
     for _ in range(2):
-        states = gather_evidence(policy, unseen)
         row = loaded.model.get_output_embeddings().weight[loaded.backspace_id].detach().double()
-        share = torch.sigmoid(states.hidden @ row - states.log_sum)
-        misfits.append(-float(Bernoulli(share).log_prob(states.taken).mean()))
-        teach_backspace_row(policy, TASK, NOISE, contract, settings, seed=0)
-    assert misfits[1] < misfits[0]
-    assert float(share.mean()) == pytest.approx(float(states.taken.mean()), rel=0.2)
+        odds.append(BackspaceOdds.of(unseen, row))
+        taught = teach_backspace_row(policy, TASK, noise, contract, settings, Ranks(), seed=0)
+    assert odds[1].nats < odds[0].nats
+    share = torch.sigmoid(unseen.logit(row)).mean()
+    assert float(share) == pytest.approx(float(unseen.taken.mean()), rel=0.2)
+    assert taught is not None
+    assert taught.odds.nats == pytest.approx(odds[1].nats, rel=0.2)  # on others, of the same kind
     after = loaded.model.state_dict()
     (changed,) = (name for name in after if not torch.equal(after[name], before[name]))
     rows = (after[changed] != before[changed]).any(dim=1).nonzero().flatten().tolist()
     assert (changed, rows) == ("lm_head.weight", [loaded.backspace_id])
+
+
+def test_what_a_fit_says_of_itself() -> None:
+    found = evidence(num_states=4, level=0.0)
+    hidden = torch.zeros(4, HIDDEN, dtype=torch.float64)
+    hidden[:, 0] = torch.tensor([0.9, 0.7, 0.2, 0.4]).logit()
+    found = BackspaceEvidence(
+        hidden, torch.zeros(4), torch.tensor([1.0, 1, 0, 0]).double(), found.mean, found.deviation
+    )
+    odds = BackspaceOdds.of(found, torch.eye(HIDDEN, dtype=torch.float64)[0])
+    assert (odds.after_mistake, odds.after_right) == pytest.approx((0.8, 0.3))
+    assert odds.nats == pytest.approx(-math.log(0.9 * 0.7 * 0.8 * 0.6) / 4)
+
+
+def test_own_mistakes_are_what_the_model_would_write(pretrained: PretrainedModelSettings) -> None:
+    """Of a model that is all but certain everywhere; in several micro-batches that share prompts."""
+    loaded = load_policy(pretrained)
+    with torch.no_grad():
+        loaded.model.get_output_embeddings().weight.mul_(1e4)
+    policy = TreePolicy(loaded.model, loaded.backspace_id)
+    contract = TASK.contract(loaded.model.config.vocab_size)
+    settings = TreeSettings(loaded.backspace_id, loaded.eos_id, 48, 64)
+    drawn, plan = (TASK.expert_stream(OWN_NOISE, contract, seed=5) for _ in range(2))
+    batch = Demonstrations(policy, drawn, settings, Ranks(), draws_tokens=True).draw(50)
+    planned = plan.plan(50)
+    certain = []
+    for prefix in planned.prefixes().rows():
+        with torch.no_grad():
+            logits = loaded.model(torch.from_numpy(prefix).long()[None]).logits[0, -1]
+        logits[loaded.backspace_id] = -torch.inf
+        certain.append(int(logits.argmax()))
+    expected = plan.realise(planned, np.array(certain, dtype=np.int32))
+    assert len(certain) > 30
+    for column in ("actions", "realised", "id"):
+        assert batch.column(column) == expected.column(column)
 
 
 def test_without_noise_the_row_stays(pretrained: PretrainedModelSettings) -> None:
@@ -110,7 +155,8 @@ def test_without_noise_the_row_stays(pretrained: PretrainedModelSettings) -> Non
     before = loaded.model.get_output_embeddings().weight.detach().clone()
     settings = TreeSettings(loaded.backspace_id, loaded.eos_id, 512, 64)
     policy, contract = TreePolicy(loaded.model, loaded.backspace_id), TASK.contract(loaded.model.config.vocab_size)
-    teach_backspace_row(policy, TASK, NoiseSettings(kind="task", rate=0.0), contract, settings, seed=0)
+    none = NoiseSettings(kind="task", rate=0.0)
+    assert teach_backspace_row(policy, TASK, none, contract, settings, Ranks(), seed=0) is None
     assert torch.equal(loaded.model.get_output_embeddings().weight, before)
 
 

@@ -12,17 +12,18 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from learner.objectives import emo as emo_module
-from learner.objectives import scheduled_sampling as sampling_module
 from learner.objectives import unlikelihood as unlikelihood_module
 from learner.objectives.base import EvaluatedLogs, LogCounts
 from learner.objectives.emo import Emo, emo_loss
 from learner.objectives.likelihood import Likelihood
 from learner.objectives.registry import make_objective
-from learner.objectives.scheduled_sampling import ScheduledSampling, sample_tokens
+from learner.objectives.scheduled_sampling import ScheduledSampling
 from learner.objectives.unlikelihood import Unlikelihood
 from learner.settings.objectives import EmoSettings, ObjectiveSettings, ScheduledSamplingSettings, UnlikelihoodSettings
+from learner.state_tree import sampling as sampling_module
 from learner.state_tree.action_values import StateLogits
 from learner.state_tree.policy import TreePolicy
+from learner.state_tree.sampling import sample_tokens
 from tests.oracle import Log, states
 from tests.training import assert_bit_identical, make_model, make_stage, make_stream, make_trainer, weights_of
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, text_of, tiny
