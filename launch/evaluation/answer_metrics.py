@@ -31,7 +31,7 @@ from buffer.experts.ragged import Ragged
 from buffer.experts.tasks import Task
 from buffer.replay import ActionLogs, Replay, replay, surviving_events
 from buffer.schema import TokenContract
-from launch.evaluation.editing_metrics import editing_metrics, final_texts
+from launch.evaluation.editing_metrics import editing_metrics, final_texts, planted_taken_back
 from launch.evaluation.estimates import Bool, Estimate
 from launch.evaluation.planting import first_targets, references
 
@@ -86,18 +86,14 @@ def recovery_metrics(
     if task.is_correct is None:
         raise ValueError(f"task {task.name} has no right answers to recover to")
     logs = ActionLogs.from_batch(batch)
-    if (logs.lengths < num_planted).any():
-        raise ValueError(f"a log is shorter than the {num_planted} tokens that were planted in it")
-    starts = logs.offsets[:-1]
-    if (logs.realised[starts] == first_targets(examples)).any():
-        raise ValueError("a log begins with the right token: recovery is measured from a wrong one")
     played = replay(logs, contract.backspace_id)
+    _, taken_back = planted_taken_back(logs, played, contract, num_planted)
+    if (logs.realised[logs.offsets[:-1]] == first_targets(examples)).any():
+        raise ValueError("a log begins with the right token: recovery is measured from a wrong one")
     answers = final_texts(logs, played, contract)
-    taken_back = ~surviving_events(logs, played, contract.backspace_id)
-    planted = (starts[:, None] + np.arange(num_planted)).ravel()
     return {
         "recovery": Estimate.share(_correct(batch, answers, examples, task)),
-        "planted_taken_back": Estimate.share(taken_back[planted], played.log[planted], logs.num_logs),
+        "planted_taken_back": taken_back,
     }
 
 

@@ -1,11 +1,11 @@
 """The groups of rollouts that an evaluation makes of one checkpoint.
 
-Always, three for a task with right answers, one (`sampled`) for a text task:
+Always, for a task with right answers all three, for a text task the last two:
 
 greedy     the most likely action each time. A token that was taken back is not offered there again, else a greedy
            policy that rejects its own choice would go round in circles.
 sampled    temperature 1, as in training.
-recovery   greedy, after a planted wrong first token: only an answer that takes it back can be right.
+recovery   after a planted wrong first token, which has to be taken back: answers greedy, texts at temperature 1.
 
 Then those that `evaluation.decoding` names; and of each, if asked for, a twin in which tokens that were taken back are
 banned where they were not, and the other way round.
@@ -63,18 +63,20 @@ def plan_arms(
         ValueError: see `check_planting`; or an example has no wrong token to plant.
     """
     has_answers = task.is_correct is not None
-    check_planting(evaluation.decodings, has_answers, rollout.max_new_tokens)
+    check_planting(evaluation.decodings, rollout.max_new_tokens)
     prompts = [np.asarray(ids, dtype=np.int32) for ids in examples["prompt_ids"]]
     usual = [Decoding(SAMPLED)] + ([Decoding(GREEDY, temperature=0.0)] if has_answers else [])
     usual += [decoding for decoding in evaluation.decodings if decoding.name not in {each.name for each in usual}]
-    usual += [Decoding(RECOVERY, temperature=0.0, num_planted=1)] if has_answers else []
     arms: list[Arm] = []
-    for decoding in usual:
+    for decoding in [*usual, Decoding(RECOVERY, temperature=0.0, num_planted=1)]:
         planted = None
+        sampling = _sampling(decoding, rollout)
         if decoding.num_planted:
+            if not has_answers:
+                sampling = replace(sampling, temperature=1.0, ban_deleted=False)
             rng = np.random.default_rng(seed)
             planted = plant_wrong_tokens(examples, task.task_noise, contract, decoding.num_planted, rng).tolist()
-        group = PromptGroup(prompts, _sampling(decoding, rollout), planted=planted)
+        group = PromptGroup(prompts, sampling, planted=planted)
         arms.append(Arm(decoding.name, group, decoding.contrastive))
     if evaluation.ban_deleted == "both":
         arms += [twin for arm in arms for twin in _twin(arm)]

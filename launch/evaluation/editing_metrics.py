@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from buffer.experts.ragged import Ragged
-from buffer.replay import ActionLogs, Replay, final_token_ids
+from buffer.replay import ActionLogs, Replay, final_token_ids, surviving_events
 from buffer.schema import TokenContract
 from launch.evaluation.estimates import Bool, Estimate, Int64
 
@@ -33,6 +33,22 @@ def editing_metrics(
         "longest_rewrite_run": Estimate.mean(longest),
         "max_actions_rate": Estimate.share(reasons == "max_actions"),
     }
+
+
+def planted_taken_back(
+    logs: ActionLogs, played: Replay, contract: TokenContract, num_planted: int
+) -> tuple[Bool, Estimate]:
+    """[L] whether all tokens that were planted as a log's first actions are gone at the end; share of them that are.
+
+    Raises:
+        ValueError: a log is too short to hold them.
+    """
+    if (logs.lengths < num_planted).any():
+        raise ValueError(f"a log is shorter than the {num_planted} tokens that were planted in it")
+    planted = logs.offsets[:-1, None] + np.arange(num_planted)
+    taken_back = ~surviving_events(logs, played, contract.backspace_id)[planted]
+    share = Estimate.share(taken_back.ravel(), played.log[planted].ravel(), logs.num_logs)
+    return taken_back.all(axis=1), share
 
 
 def final_texts(logs: ActionLogs, played: Replay, contract: TokenContract) -> Ragged:

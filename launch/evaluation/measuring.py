@@ -88,7 +88,7 @@ def measure(
         for checkpoint, found in zip(checkpoints, rollouts, strict=True):
             numbers: Groups = {}
             for arm in plan.arms:
-                numbers[arm.name] = text_metrics(found[arm.name], contract)
+                numbers[arm.name] = text_metrics(found[arm.name], contract, arm.num_planted)
                 if mauve is not None:
                     logs = ActionLogs.from_batch(found[arm.name])
                     texts = final_texts(logs, replay(logs, contract.backspace_id), contract)

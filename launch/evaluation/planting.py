@@ -1,4 +1,4 @@
-"""Wrong tokens that an answer is made to begin with, to see whether the policy takes them back."""
+"""Wrong tokens that an answer, or a text, is made to begin with, to see whether the policy takes them back."""
 
 from __future__ import annotations
 

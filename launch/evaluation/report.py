@@ -20,7 +20,7 @@ SAMPLES_FOLDER = "samples"
 
 _GROUP_TITLES = {
     SAMPLED: "sampled at temperature 1 (those that take tokens back first)",
-    RECOVERY: "after a planted wrong first token, greedy",
+    RECOVERY: "after a planted wrong first token",
 }
 
 

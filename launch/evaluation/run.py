@@ -128,7 +128,7 @@ def _left_out(settings: RunSettings, task: Task) -> dict[str, str]:
     """What is not measured, and why."""
     left_out = {}
     if task.is_correct is None:
-        left_out["accuracy, recovery, wrong and right tokens taken back"] = f"task {task.name} has no check of answers"
+        left_out["accuracy, wrong and right tokens taken back"] = f"task {task.name} has no check of answers"
         if settings.evaluation.mauve is None:
             left_out["mauve"] = "not asked for: --mauve encoder, or evaluation.mauve in the recipe"
     else:

@@ -29,10 +29,11 @@ class _Column:
         return result.metrics[self.group or group or SAMPLED].get(self.metric)
 
 
+_RECOVERED = _Column("recovered\n%", "recovery", RECOVERY, with_error=True)
 _ANSWERS = (
     _Column("right\ngreedy %", "accuracy", GREEDY, with_error=True),
     _Column("right\nsampled %", "accuracy", SAMPLED, with_error=True),
-    _Column("recovered\n%", "recovery", RECOVERY, with_error=True),
+    _RECOVERED,
     _Column("back-\nspaces\n%", "backspace_rate", SAMPLED),
     _Column("wrong\nundone\n%", "wrong_taken_back", SAMPLED),
     _Column("right\nundone\n%", "right_taken_back", SAMPLED),
@@ -61,6 +62,7 @@ _EDITING = (
     _Column("at the\nbound %", "max_actions_rate"),
 )
 _HELD_OUT = (
+    _RECOVERED,
     _Column("perplexity", "perplexity", HELD_OUT, is_share=False, with_error=True),
     _Column("without\nbackspace", "perplexity_without_backspace", HELD_OUT, is_share=False, with_error=True),
     _Column("backspace\nprob. %", "backspace_prob", HELD_OUT, with_error=True),
@@ -76,12 +78,14 @@ _EDITING_CAPTION = (
     "are banned (allowed) at their text."
 )
 _TEXT_CAPTION = (
-    "± standard error; sampled at temperature 1 where no row says otherwise. diversity: product of distinct 2-, 3- and "
-    "4-grams; self-BLEU: high where all texts are alike; cut off: ended by a limit, not by the model."
+    "± standard error; sampled at temperature 1 where no row says otherwise; recovery: after a planted wrong first "
+    "token. diversity: product of distinct 2-, 3- and 4-grams; self-BLEU: high where all texts are alike; cut off: "
+    "ended by a limit, not by the model."
 )
 _HELD_OUT_CAPTION = (
-    "of the held-out texts, per token: what backspace gets is lost; without backspace: renormalised; backspace prob.: "
-    "before a token, which it would take back though it is right."
+    "recovered: texts that were made to begin with a wrong token, and have it no more at the end. The others of the "
+    "held-out texts, per token: what backspace gets is lost; without backspace: renormalised; backspace prob.: before "
+    "a token, which it would take back though it is right."
 )
 
 
@@ -116,7 +120,7 @@ def difference_table(evaluation: Evaluation) -> list[RenderableType]:
     if evaluation.has_answers:
         columns = [column for column in _ANSWERS if column.with_error]
     else:
-        columns = (_TEXTS[1], _EDITING[0], _HELD_OUT[0], _HELD_OUT[1])
+        columns = (_TEXTS[1], _EDITING[0], *_HELD_OUT[:3])
     changes = [(result, result.differences(baseline)) for result in evaluation.results[1:]]
     table = _table("minus " + baseline.label, columns)
     for result, found in changes:

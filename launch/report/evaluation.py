@@ -54,7 +54,7 @@ class MetricInfo:
 
 METRICS = {
     "accuracy": MetricInfo("right answers", "higher", is_share=True, is_headline=True),
-    "recovery": MetricInfo("right answers after a planted wrong token", "higher", is_share=True, is_headline=True),
+    "recovery": MetricInfo("recovered", "higher", is_share=True, is_headline=True),
     "mauve": MetricInfo("MAUVE", "higher", is_share=True, is_headline=True),
     "perplexity": MetricInfo("perplexity", "lower", is_headline=True),
     "perplexity_without_backspace": MetricInfo("perplexity without what backspace gets", "lower"),
@@ -80,7 +80,7 @@ METRICS = {
 GROUPS = {
     "greedy": "greedy",
     "sampled": "sampled",
-    "recovery": "after a planted wrong first token, greedy",
+    "recovery": "after a planted wrong first token",
     "held_out": "on held-out texts",
 }
 """Titles of the groups that the verdict is made of; others are further ways of decoding."""

@@ -25,7 +25,7 @@ class Decoding:
     """How continuations are chosen. name: of the group of rollouts.
 
     temperature: 0 is greedy. contrastive: not sampled, but searched for. num_planted: wrong tokens that an
-    answer is made to begin with.
+    answer, or a text, is made to begin with; texts are then sampled at temperature 1 in any case.
     """
 
     name: str
@@ -42,14 +42,9 @@ def check_decodings(texts: Sequence[str]) -> None:
         raise ValueError(f"a decoding is named twice: {', '.join(texts)}")
 
 
-def check_planting(decodings: Sequence[Decoding], has_answers: bool, max_new_tokens: int) -> None:
-    """Raises ValueError where wrong tokens are to be planted, but no token is wrong, or an answer has no room."""
+def check_planting(decodings: Sequence[Decoding], max_new_tokens: int) -> None:
+    """Raises ValueError where wrong tokens are to be planted, and an answer has no room for them."""
     for decoding in decodings:
-        if decoding.num_planted and not has_answers:
-            raise ValueError(
-                f"decoding {decoding.name} plants wrong tokens, and free texts are neither right nor wrong: "
-                "leave it out"
-            )
         if decoding.num_planted >= max_new_tokens:
             raise ValueError(
                 f"decoding {decoding.name} leaves no room for an answer: plant fewer tokens than "

@@ -41,7 +41,7 @@ class EvaluationSettings(Settings):
     decoding: tuple[str, ...] = Field(
         (),
         description="further ways to decode, beside those that are always measured: greedy, top_p=P, temperature=T, "
-        "contrastive or contrastive=K:ALPHA; recovery=K: greedy after K planted wrong tokens",
+        "contrastive or contrastive=K:ALPHA; recovery=K: after K planted wrong tokens",
     )
     ban_deleted: Literal["usual", "both"] = Field(
         "usual",

@@ -127,13 +127,12 @@ class RunSettings(Settings):
             )
 
     def _check_evaluation(self) -> None:
-        has_answers = self.task.name != "text"
-        if self.evaluation.mauve is not None and has_answers:
+        if self.evaluation.mauve is not None and self.task.name != "text":
             raise ValueError(
                 f"evaluation.mauve compares free texts; answers of task {self.task.name} are right or wrong: leave it "
                 "out"
             )
-        check_planting(self.evaluation.decodings, has_answers, self.actors.rollout.max_new_tokens)
+        check_planting(self.evaluation.decodings, self.actors.rollout.max_new_tokens)
 
     def _check_division(self, model: ScratchModelSettings) -> None:
         heads = {"num_attention_heads": model.num_heads, "num_key_value_heads": model.num_key_value_heads}

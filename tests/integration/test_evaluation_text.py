@@ -76,9 +76,12 @@ def test_every_way_to_decode_a_policy_that_takes_everything_back(settings: RunSe
     evaluation = in_engine_process_for(180.0, evaluate_in_engine_process, hesitant, settings)
     metrics = evaluation.results[0].metrics
     assert list(metrics) == [
-        "sampled", "greedy", "top_p=0.9", "contrastive=3:0.5",
-        "sampled, banned", "greedy, allowed", "top_p=0.9, banned", "held_out",
+        "sampled", "greedy", "top_p=0.9", "contrastive=3:0.5", "recovery",
+        "sampled, banned", "greedy, allowed", "top_p=0.9, banned", "recovery, banned", "held_out",
     ]  # fmt: skip
+    # What was planted is taken back before it writes anything of its own.
+    assert metrics["recovery"]["recovery"].value > 0.9
+    assert "recovery" not in metrics["sampled"]
     # Greedily it writes, takes back, and writes the same again until the actions are used up; with the ban it moves on.
     circles = metrics["greedy, allowed"]
     assert circles["rewritten_rate"].value == pytest.approx(1 - 2 / MAX_ACTIONS)  # nothing follows the last one
@@ -95,7 +98,7 @@ def test_every_way_to_decode_a_policy_that_takes_everything_back(settings: RunSe
     num_tokens = len(load_task(settings.task).tokenizer) - 1
     assert held_out["perplexity_without_backspace"].value == pytest.approx(num_tokens, rel=1e-3)
     assert all(numbers["mauve"].count == 24 for group, numbers in metrics.items() if group != "held_out")
-    assert "accuracy, recovery, wrong and right tokens taken back" in evaluation.left_out
+    assert "accuracy, wrong and right tokens taken back" in evaluation.left_out
     assert evaluation.conditions["mauve"]["clusters"] == 2
 
 

@@ -63,9 +63,15 @@ def text_evaluation() -> Evaluation:
     )  # fmt: skip
     arms = ("sampled", "greedy", "top_p=0.95", "temperature=0.7", "temperature=0.7, banned")
     held_out = ("perplexity", "perplexity_without_backspace", "backspace_prob")
+    recovered = (*names, "recovery")
     results = tuple(
         CheckpointResult(
-            label, Path("step"), {**numbers_of(shift, arms, names), **numbers_of(20 + shift, (HELD_OUT,), held_out)}, ()
+            label,
+            Path("step"),
+            numbers_of(shift, arms, names)
+            | numbers_of(shift, ("recovery",), recovered)
+            | numbers_of(20 + shift, (HELD_OUT,), held_out),
+            (),
         )
         for label, shift in zip(LABELS, (0.0, 0.3), strict=True)
     )
@@ -75,6 +81,7 @@ def text_evaluation() -> Evaluation:
 def test_texts_by_decoding(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(text_evaluation(), capsys)
     assert sum(line.startswith("  temperature=0.7, banned ") for line in lines) == 4  # two tables, two checkpoints
+    assert sum(line.startswith("  recovery ") for line in lines) == 4
     assert sum(line.startswith("behaviour_cloning") for line in lines) == 4
     (change,) = (line for line in lines if line.startswith("behaviour_cloning") and "+30.0" in line)
     assert "~" not in change

@@ -63,6 +63,24 @@ def test_numbers_of_three_texts() -> None:
     assert found["self_bleu"].count == 1
 
 
+def test_texts_with_planted_tokens_are_recovered_when_all_of_those_are_gone() -> None:
+    logs = [
+        [4, 3, 6, 2],  # gone at once
+        [4, 5, 6, 3, 3, 3, 7, 2],  # later
+        [4, 5, 3, 4, 2],  # the second one only
+        [4, 3, 4, 5, 2],  # the same token written again is not the one that was planted
+    ]
+    reasons = ["eos"] * len(logs)
+    one = text_metrics(batch_of(logs, reasons), CONTRACT, num_planted=1)
+    assert (one["recovery"].value, one["recovery"].count) == (3 / 4, len(logs))
+    assert one["planted_taken_back"].value == 3 / 4
+    two = text_metrics(batch_of(logs[1:3], reasons[1:3]), CONTRACT, num_planted=2)
+    assert (two["recovery"].value, two["planted_taken_back"].value) == (1 / 2, 3 / 4)
+    with pytest.raises(ValueError, match="a log is shorter than the 5 tokens"):
+        text_metrics(batch_of(logs, reasons), CONTRACT, 5)
+    assert "recovery" not in text_metrics(batch_of(logs, reasons), CONTRACT)
+
+
 @pytest.mark.parametrize(
     ("log", "rewritten", "longest"),
     [
