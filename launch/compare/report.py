@@ -15,8 +15,8 @@ from launch.compare.page import render_page
 from launch.compare.results import Comparison, to_json_text
 from launch.compare.statistics import MIN_SEEDS, ComparedMetric, Difference, Spread
 
-WIDTH = 100
-"""Of a table on a terminal, in columns; arms that do not fit into one have another."""
+MAX_WIDTH = 100
+"""Of a table, in columns, where the terminal is wider; arms that do not fit into one have another."""
 
 _HEADING_WIDTH = 17
 _GAP = 2
@@ -27,11 +27,13 @@ _Row = tuple[str, dict[str, list[str]]]
 """A name, and the lines of each arm's cell."""
 
 
-def render_comparison(comparison: Comparison) -> RenderableType:
+def render_comparison(comparison: Comparison, terminal_width: int) -> RenderableType:
     """The tables of a comparison: a row for each number, a column for each arm."""
     sections = _sections(comparison)
     parts: list[RenderableType] = [Text(_title(comparison), "bold")]
-    parts += [_table(sections, arms) for arms in _columns_that_fit(comparison, sections)]
+    parts += [
+        _table(sections, arms) for arms in _columns_that_fit(comparison, sections, min(MAX_WIDTH, terminal_width))
+    ]
     parts += [Text(line, "dim") for line in _captions(comparison)]
     parts += [Text(f"{run} failed: {why}", "red") for run, why in comparison.failures.items()]
     return Group(*parts)
@@ -39,7 +41,7 @@ def render_comparison(comparison: Comparison) -> RenderableType:
 
 def show_comparison(comparison: Comparison, console: Console) -> None:
     """Print the tables."""
-    console.print(render_comparison(comparison))
+    console.print(render_comparison(comparison, console.width))
 
 
 def write_comparison(comparison: Comparison, folder: ComparisonFolder) -> None:
@@ -140,22 +142,25 @@ def _number(value: float, scale: float) -> str:
     return f"{value:.2f}" if scale < 100.0 else f"{value:,.1f}"
 
 
-def _columns_that_fit(comparison: Comparison, sections: Sequence[tuple[str, list[_Row]]]) -> Iterator[list[str]]:
+def _columns_that_fit(
+    comparison: Comparison, sections: Sequence[tuple[str, list[_Row]]], width: int
+) -> Iterator[list[str]]:
     """Arms of one table after the other; each table begins with the reference."""
+    between = _GAP + 1  # the box draws a divider of its own
     rows = [row for _, section in sections for row in section]
     names = max(len(name) for name, _ in rows) + 2
     widths = {
         arm: max(len(line) for lines in [*(cells.get(arm, [""]) for _, cells in rows), _heading(arm)] for line in lines)
         for arm in comparison.arms
     }
-    fixed = names + _GAP + widths[comparison.reference]
+    fixed = names + between + widths[comparison.reference]
     columns, used = [comparison.reference], fixed
     for arm in comparison.arms[1:]:
-        if used + _GAP + widths[arm] > WIDTH and len(columns) > 1:
+        if used + between + widths[arm] > width and len(columns) > 1:
             yield columns
             columns, used = [comparison.reference], fixed
         columns.append(arm)
-        used += _GAP + widths[arm]
+        used += between + widths[arm]
     yield columns
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from launch.compare.folder import ComparisonFolder, Measured, StageCost, read_measured, stage_cost
 from launch.compare.plan import read_plan
-from launch.compare.report import WIDTH, comparison_markdown, render_comparison, write_comparison
+from launch.compare.report import MAX_WIDTH, comparison_markdown, render_comparison, write_comparison
 from launch.compare.results import Comparison
 from launch.compare.session import Pace
 from launch.errors import UserError
@@ -28,17 +28,19 @@ from tests.comparisons import ARMS, OBJECTIVES, comparison, new_comparison
 def shown(found: Comparison, width: int = 200) -> list[str]:
     """Lines as a terminal shows them."""
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    console.print(render_comparison(found))
+    console.print(render_comparison(found, width))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
-def test_every_arm_is_shown_within_a_hundred_columns(num_seeds: int) -> None:
-    lines = shown(comparison(num_seeds))
-    captions = [line for line in lines if len(line) > WIDTH]
+@pytest.mark.parametrize("width", [80, 95, 200])
+def test_every_arm_is_shown_and_no_number_is_cut(num_seeds: int, width: int) -> None:
+    lines = shown(comparison(num_seeds), width)
+    captions = [line for line in lines if len(line) > MAX_WIDTH]
     assert all(line.startswith(("±", "≈", "Nothing", "In brackets")) for line in captions), captions
     text = "\n".join(lines)
+    assert "…" not in text
     assert all(arm in text for arm in ("behaviour_cloning", "unlikelihood", "emo", "kl_control"))
     heads = [line for line in lines if line.split()[:1] == ["mle"]]
     assert len(heads) > 1, "six arms take more than one table, each of which begins with the reference"
