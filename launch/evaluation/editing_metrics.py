@@ -48,7 +48,7 @@ def planted_taken_back(
     planted = logs.offsets[:-1, None] + np.arange(num_planted)
     taken_back = ~surviving_events(logs, played, contract.backspace_id)[planted]
     share = Estimate.share(taken_back.ravel(), played.log[planted].ravel(), logs.num_logs)
-    return taken_back.all(axis=1), share
+    return np.logical_and.reduce(taken_back, axis=1), share
 
 
 def final_texts(logs: ActionLogs, played: Replay, contract: TokenContract) -> Ragged:
