@@ -29,6 +29,12 @@ from tests.run_folders import STEPS, finished_run, hostile_report
 TIMEOUT_MS = 20_000
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
+CUT_TEXTS = """[...document.querySelectorAll("svg text")].filter((text) => {
+    const own = text.getBoundingClientRect(), all = text.closest("svg").getBoundingClientRect();
+    return own.left < all.left - 1 || own.right > all.right + 1;
+}).map((text) => text.textContent)"""
+"""Labels of charts that stick out of them."""
+
 Open = Callable[..., Page]
 
 
@@ -184,6 +190,7 @@ def test_nothing_sticks_out_sideways(open_page: Open, run: Path, width: int) -> 
     for summary in page.locator("summary").all():
         summary.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(CUT_TEXTS) == []
 
 
 def test_the_page_follows_the_reader_into_the_dark(open_page: Open, run: Path) -> None:
@@ -217,3 +224,4 @@ def test_a_comparison_shows_its_arms_over_temperature(open_page: Open, tmp_path:
         summary.click()
     assert page.locator("[data-panel='sampled.mauve'] .dot").last.is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate(CUT_TEXTS) == []

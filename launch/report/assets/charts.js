@@ -120,11 +120,20 @@ class Chart {
       this.svg.append(make("line", { class: "grid", x1: this.left, x2: this.right, y1: y(value), y2: y(value) }));
       this.svg.append(make("text", { class: "axis", x: this.left - 6, y: y(value) + 4, "text-anchor": "end" }, format(value)));
     }
-    for (const value of xTicks.filter((value) => this.data.kind === "bars" || x(value) > this.left + 18)) { // beside the axis' name
-      this.svg.append(make("text", { class: "axis", x: x(value), y: this.bottom + 16, "text-anchor": "middle" }, format(value)));
+    const free = this.data.kind === "bars" ? -Infinity : this.nameOfX() + 18; // values of bars have the unit of the title
+    for (const value of xTicks.filter((value) => x(value) > free)) {
+      const label = make("text", { class: "axis", y: this.bottom + 16, "text-anchor": "middle" }, format(value));
+      this.svg.append(label);
+      label.setAttribute("x", Math.min(x(value), this.right + MARGIN.right - label.getComputedTextLength() / 2));
     }
-    if (this.data.kind === "bars") return; // its values have the unit of the title
-    this.svg.append(make("text", { class: "axis", x: this.left - 6, y: this.bottom + 16, "text-anchor": "end" }, this.data.x_name));
+  }
+
+  nameOfX() { // left of the axis, or from the edge of the card on; gives where it ends, at least the axis' beginning
+    const name = make("text", { class: "axis", y: this.bottom + 16, "text-anchor": "end" }, this.data.x_name);
+    this.svg.append(name);
+    const end = Math.max(this.left - 6, name.getComputedTextLength());
+    name.setAttribute("x", end);
+    return Math.max(this.left, end);
   }
 
   drawLines() {
