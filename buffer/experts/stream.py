@@ -104,6 +104,11 @@ class ExpertStream:
         """Epoch of the next row."""
         return self._order.epoch
 
+    @property
+    def needs_policy(self) -> bool:
+        """Whether a policy has to draw the noise tokens, so that there is no `draw`."""
+        return self._kind == "policy"
+
     def plan(self, count: int) -> NoisePlan:
         """The next `count` examples with the positions that get a noise token."""
         rows = self._examples[self._order.draw(count)]
@@ -146,7 +151,7 @@ class ExpertStream:
         Raises:
             ValueError: the noise is the policy's, which only an actor can draw.
         """
-        if self._kind == "policy":
+        if self.needs_policy:
             raise ValueError("noise.kind=policy: the actors draw the tokens; use plan() and realise()")
         plan = self.plan(count)
         if self._candidates is None:

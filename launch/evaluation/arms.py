@@ -67,16 +67,16 @@ def plan_arms(
     prompts = [np.asarray(ids, dtype=np.int32) for ids in examples["prompt_ids"]]
     usual = [Decoding(SAMPLED)] + ([Decoding(GREEDY, temperature=0.0)] if has_answers else [])
     usual += [decoding for decoding in evaluation.decodings if decoding.name not in {each.name for each in usual}]
+    usual.append(Decoding(RECOVERY, temperature=0.0, num_planted=1))
+    if not has_answers:
+        usual = [replace(decoding, temperature=1.0) if decoding.num_planted else decoding for decoding in usual]
     arms: list[Arm] = []
-    for decoding in [*usual, Decoding(RECOVERY, temperature=0.0, num_planted=1)]:
+    for decoding in usual:
         planted = None
-        sampling = _sampling(decoding, rollout)
         if decoding.num_planted:
-            if not has_answers:
-                sampling = replace(sampling, temperature=1.0, ban_deleted=False)
             rng = np.random.default_rng(seed)
             planted = plant_wrong_tokens(examples, task.task_noise, contract, decoding.num_planted, rng).tolist()
-        group = PromptGroup(prompts, sampling, planted=planted)
+        group = PromptGroup(prompts, _sampling(decoding, rollout), planted=planted)
         arms.append(Arm(decoding.name, group, decoding.contrastive))
     if evaluation.ban_deleted == "both":
         arms += [twin for arm in arms for twin in _twin(arm)]

@@ -61,7 +61,7 @@ _EDITING = (
     _Column("longest\nrun", "longest_rewrite_run", is_share=False),
     _Column("at the\nbound %", "max_actions_rate"),
 )
-_HELD_OUT = (
+_TEXT_CHECKPOINTS = (
     _RECOVERED,
     _Column("perplexity", "perplexity", HELD_OUT, is_share=False, with_error=True),
     _Column("without\nbackspace", "perplexity_without_backspace", HELD_OUT, is_share=False, with_error=True),
@@ -82,10 +82,10 @@ _TEXT_CAPTION = (
     "token. diversity: product of distinct 2-, 3- and 4-grams; self-BLEU: high where all texts are alike; cut off: "
     "ended by a limit, not by the model."
 )
-_HELD_OUT_CAPTION = (
-    "recovered: texts that were made to begin with a wrong token, and have it no more at the end. The others of the "
-    "held-out texts, per token: what backspace gets is lost; without backspace: renormalised; backspace prob.: before "
-    "a token, which it would take back though it is right."
+_TEXT_CHECKPOINT_CAPTION = (
+    "recovered: texts that were made to begin with a wrong token, and have it no more at the end. The other columns "
+    "are of the held-out texts, per token: what backspace gets is lost; without backspace: renormalised; backspace "
+    "prob.: before a token, which it would take back though it is right."
 )
 
 
@@ -108,8 +108,8 @@ def text_tables(evaluation: Evaluation) -> list[RenderableType]:
         _by_arm(evaluation, _EDITING),
         Text(_EDITING_CAPTION, "dim"),
         Text(""),
-        _by_checkpoint(evaluation, _HELD_OUT),
-        Text(_HELD_OUT_CAPTION, "dim"),
+        _by_checkpoint(evaluation, _TEXT_CHECKPOINTS),
+        Text(_TEXT_CHECKPOINT_CAPTION, "dim"),
     ]
 
 
@@ -120,7 +120,7 @@ def difference_table(evaluation: Evaluation) -> list[RenderableType]:
     if evaluation.has_answers:
         columns = [column for column in _ANSWERS if column.with_error]
     else:
-        columns = (_TEXTS[1], _EDITING[0], *_HELD_OUT[:3])
+        columns = (_TEXTS[1], _EDITING[0], *_TEXT_CHECKPOINTS[:3])
     changes = [(result, result.differences(baseline)) for result in evaluation.results[1:]]
     table = _table("minus " + baseline.label, columns)
     for result, found in changes:

@@ -55,19 +55,18 @@ class Demonstrations:
     """Expert trajectories of a task with noise of any kind; noise of kind `policy` is drawn by the learner's model."""
 
     def __init__(
-        self, policy: TreePolicy, stream: ExpertStream, settings: TreeSettings, ranks: Ranks, *, draws_tokens: bool
+        self, policy: TreePolicy, stream: ExpertStream, settings: TreeSettings, ranks: Ranks, seed: int
     ) -> None:
-        """draws_tokens: whether noise tokens are the policy's, which the stream cannot draw."""
+        """stream: the same at every rank. seed: of the tokens that the policy draws, if it does."""
         self._policy = policy
         self._stream = stream
         self._settings = settings
         self._ranks = ranks
-        self._draws_tokens = draws_tokens
-        self._generator = torch.Generator(policy.device).manual_seed(0)
+        self._generator = torch.Generator(policy.device).manual_seed(seed)
 
     def draw(self, count: int) -> pa.RecordBatch:
         """The next `count`. All ranks call this together, and get the same."""
-        if not self._draws_tokens:
+        if not self._stream.needs_policy:
             return self._stream.draw(count)
         plan = self._stream.plan(count)
         return self._stream.realise(plan, self._own_mistakes(plan))
@@ -106,7 +105,7 @@ def teach_backspace_row(
     backspace in them it stays as it is, and nothing is given.
     """
     stream = task.expert_stream(noise, contract, (seed << 32) + _SEED_OFFSET)
-    demonstrations = Demonstrations(policy, stream, settings, ranks, draws_tokens=noise.kind == "policy")
+    demonstrations = Demonstrations(policy, stream, settings, ranks, seed)
     batches: list[pa.RecordBatch] = []
     num_backspaces = num_actions = 0
     while num_backspaces < NUM_BACKSPACES and num_actions < MAX_ACTIONS:

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 RUN_TIMEOUT_S = 400.0
 SAMPLE_EVERY_S = 1.0
 MAX_MEMORY_BYTES = 16 * 2**30
+NEVER_SEEN = "the model has never seen backspace"
 STEPS = {"behaviour_cloning": 2, "sequencematch": 3}
 OVERRIDES = (
     *(f"stages.{stage}.steps={steps}" for stage, steps in STEPS.items()),
@@ -74,6 +75,8 @@ def test_a_few_steps_of_a_pretrained_model(tmp_path: Path) -> None:
         watch.stop()
         process.assert_nothing_left()
         folder = process.folder
+        assert process.printed().count(NEVER_SEEN) == 1
+    assert (folder / "logs/run.jsonl").read_text().count(NEVER_SEEN) == 1
     assert 2**29 < watch.peak_bytes < MAX_MEMORY_BYTES, f"{watch.peak_bytes / 2**30:.1f} GiB"
     for stage, steps in STEPS.items():
         rows = metrics_of(folder, stage)

@@ -215,9 +215,7 @@ def own_mistakes(ranks: Ranks, policy: TreePolicy) -> Tensor:
     examples = pa.table({"prompt_ids": [[7]] * FITTED_LOGS, "target_ids": targets})
     noise = NoiseSettings(kind="policy", rate=0.5)
     stream = ExpertStream(examples, task="random", noise=noise, contract=CONTRACT, seed=0)
-    demonstrations = Demonstrations(policy, stream, TREES, ranks, draws_tokens=True)
-    demonstrations._generator.manual_seed(ranks.rank)
-    batch = demonstrations.draw(FITTED_LOGS)
+    batch = Demonstrations(policy, stream, TREES, ranks, seed=ranks.rank).draw(FITTED_LOGS)
     drawn = zlib.crc32(repr(batch.column("realised").to_pylist()).encode())
     assert ranks.sum([drawn]) == [ranks.size * drawn], "ranks hold other demonstrations"
     return torch.from_numpy(batch.column("actions").flatten().to_numpy())

@@ -62,7 +62,7 @@ def test_changes_are_told_once_as_they_come(tmp_path: Path) -> None:
         for member in (newborn, *[MemberStatus("actor-0", "running", 0, waiting)] * 2):
             view.pool = pool(member)
             log.follow(view)
-        view.learner = replace(LEARNER, step=110, warnings=("backspaces take over",))
+        view.learner = replace(LEARNER, step=110, warnings=("backspaces take over",), notes=("fitted",))
         view.pool = pool(MemberStatus("actor-0", "running", 0, replace(waiting, policy_version=11)))
         log.follow(view)
         view.pool = pool(events=("12:00:09 actor-0 failed: OSError: no space",))
@@ -72,6 +72,7 @@ def test_changes_are_told_once_as_they_come(tmp_path: Path) -> None:
         ("info", "actor", 0, None, "running"),
         ("info", "actor", 0, None, "waits for its first weights"),
         ("info", "learner", 0, 11, "published weights v11"),
+        ("info", "learner", 0, 11, "fitted"),
         ("warning", "learner", 0, 11, "backspaces take over"),
         ("info", "actor", 0, 11, "has weights v11"),
         ("warning", "pool", 0, 11, "12:00:09 actor-0 failed: OSError: no space"),

@@ -96,7 +96,7 @@ def test_a_pretrained_model_takes_back_about_as_often_as_it_is_shown(
     contract = TASK.contract(loaded.model.config.vocab_size)
     settings = TreeSettings(loaded.backspace_id, loaded.eos_id, 512, 64)
     stream = TASK.expert_stream(noise, contract, seed=99)
-    others = Demonstrations(policy, stream, settings, Ranks(), draws_tokens=noise.kind == "policy")
+    others = Demonstrations(policy, stream, settings, Ranks(), seed=1)
     unseen = gather_evidence(policy, build_micro_batches(others.draw(200), settings))
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     odds = []
@@ -136,7 +136,7 @@ def test_own_mistakes_are_what_the_model_would_write(pretrained: PretrainedModel
     contract = TASK.contract(loaded.model.config.vocab_size)
     settings = TreeSettings(loaded.backspace_id, loaded.eos_id, 48, 64)
     drawn, plan = (TASK.expert_stream(OWN_NOISE, contract, seed=5) for _ in range(2))
-    batch = Demonstrations(policy, drawn, settings, Ranks(), draws_tokens=True).draw(50)
+    batch = Demonstrations(policy, drawn, settings, Ranks(), seed=0).draw(50)
     planned = plan.plan(50)
     certain = []
     for prefix in planned.prefixes().rows():
