@@ -218,7 +218,7 @@ def own_mistakes(ranks: Ranks, policy: TreePolicy) -> Tensor:
     batch = Demonstrations(policy, stream, TREES, ranks, seed=ranks.rank).draw(FITTED_LOGS)
     drawn = zlib.crc32(repr(batch.column("realised").to_pylist()).encode())
     assert ranks.sum([drawn]) == [ranks.size * drawn], "ranks hold other demonstrations"
-    return torch.from_numpy(batch.column("actions").flatten().to_numpy())
+    return torch.tensor(batch.column("actions").flatten().to_pylist())
 
 
 def more_steps(ranks: Ranks, case: Case, saved: dict[str, object], count: int) -> dict[str, object]:
