@@ -7,7 +7,11 @@ telescope), the penalty is what the divergence adds to it. The penalties below a
 x - phi(x) where that would cancel in float32.
 
 Some phi are defined for x > low only. From low + margin downwards they go on by their tangent: that keeps them
-concave and keeps a gradient back into the domain, which clamping would lose for ever.
+concave and keeps a gradient back into the domain, which clamping would lose for ever. Which of the two holds is chosen
+element by element, so that the tangent, whose slope grows as margin^-2, has no part in a value or a gradient inside.
+
+Values are computed in float64, whatever the type of x: float32 cannot tell low + margin from low at a margin of 1e-8,
+and loses the digits of 2 - exp(-x) near the end of the domain of js. There are as many of them as actions.
 
 Total variation is not among them. Its phi is r where |r| <= 1/2 on data *and* model samples, a bound and not a
 penalty: while the bound is inactive the loss is exactly maximum likelihood, and clipping on the data alone collapses.
@@ -45,21 +49,25 @@ class Divergence:
 
     def penalty(self, x: Tensor, margin: float) -> Tensor:
         """x - phi(x), elementwise; by the tangent below low + margin."""
-        if self.domain is None:
-            return self.penalty_inside(x)
-        joint = self.domain.low + margin
-        inside = x.clamp(min=joint)
-        return self.penalty_inside(inside) + self.domain.penalty_slope(joint) * (x - inside)
+        return self._penalty(x.double(), margin).to(x.dtype)
 
     def phi(self, x: Tensor, margin: float) -> Tensor:
         """phi(x), elementwise; by the tangent below low + margin."""
-        return x - self.penalty(x, margin)
+        return (x.double() - self._penalty(x.double(), margin)).to(x.dtype)
 
     def outside(self, x: Tensor, margin: float) -> Tensor:
         """Where the tangent is in force: x < low + margin; nowhere for a phi that is defined everywhere."""
         if self.domain is None:
             return torch.zeros_like(x, dtype=torch.bool)
-        return x < self.domain.low + margin
+        return x.double() < self.domain.low + margin
+
+    def _penalty(self, x: Tensor, margin: float) -> Tensor:
+        if self.domain is None:
+            return self.penalty_inside(x)
+        joint = self.domain.low + margin
+        is_outside = self.outside(x, margin)
+        inside = self.penalty_inside(torch.where(is_outside, joint, x))
+        return torch.where(is_outside, inside + self.domain.penalty_slope(joint) * (x - joint), inside)
 
 
 def chi2_penalty(x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -80,6 +82,29 @@ def test_the_penalty_keeps_its_digits_near_zero(name):
     x = torch.tensor([-1e-2, -1e-3, 1e-3, 1e-2])
     exact = DIVERGENCES[name].penalty(x.double(), MARGIN)
     torch.testing.assert_close(DIVERGENCES[name].penalty(x, MARGIN).double(), exact, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("margin", [1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8])
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_has_the_value_and_gradient_of_float64_at_any_margin(name, margin):
+    """The slope of the tangent is up to 1e16 here: inside the domain it must not be added and taken away again."""
+    low = oracle.PHI[name][1]
+    border = 0.0 if low == -math.inf else low
+    near = [border + sign * factor * margin for sign in (-1, 1) for factor in (0.5, 1.0, 1.5, 4.0)]
+    x = torch.tensor([0.5, 0.0, 3.0, -0.2, -0.6, -0.9, -2.0, border, *near], requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    expected = torch.stack([oracle.phi(name, one, margin) for one in exact])
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    for found, value, gradient in (
+        (DIVERGENCES[name].phi(x, margin), expected, slope),
+        (DIVERGENCES[name].penalty(x, margin), exact - expected, 1 - slope),
+    ):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-6)
+        (found_gradient,) = torch.autograd.grad((found + 0 * x).sum(), x)  # the penalty of mle is constant
+        torch.testing.assert_close(found_gradient.double(), gradient, rtol=1e-5, atol=1e-6)
+    if low > -math.inf:
+        assert torch.equal(DIVERGENCES[name].outside(x, margin), exact < low + margin)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
