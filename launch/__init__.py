@@ -20,3 +20,9 @@ from pathlib import Path
 if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ or (Path.home() / ".ray/auth_token").is_file():
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+RAY_START_TIMEOUT_S = 180
+RAY_START_VARIABLES = ("RAY_gcs_server_port_wait_time_s", "RAY_raylet_start_wait_time_s")
+# Ray waits 30 s for its GCS server and 10 s, three times over, for its raylet, which is too short on a busy machine.
+for _variable in RAY_START_VARIABLES:
+    os.environ.setdefault(_variable, str(RAY_START_TIMEOUT_S))

@@ -15,6 +15,7 @@ import grpc
 import ray
 from ray._private import ray_constants
 
+from launch import RAY_START_VARIABLES
 from launch.cluster.placement import planned_roles, total
 from launch.errors import RunFailedError, UserError
 from launch.run_folder.folder import LiveCluster, remove_cluster, write_cluster
@@ -95,7 +96,8 @@ def _late_start_told() -> Iterator[None]:
     """Around the start of a Ray: its processes that do not come up in time end in one line.
 
     Raises:
-        RunFailedError: they did not. Ray waits 30 s, which no setting changes, and then raises `Exception` itself.
+        RunFailedError: they did not. Ray waits as long as `launch.RAY_START_VARIABLES` say, and then raises `Exception`
+            itself.
     """
     try:
         yield
@@ -104,7 +106,7 @@ def _late_start_told() -> Iterator[None]:
             raise
         raise RunFailedError(
             f"Ray did not start within its own time limit ({str(error).splitlines()[0]}): the machine is very busy, or "
-            "short of memory; wait until it is quieter"
+            f"short of memory; wait until it is quieter, or raise {' and '.join(RAY_START_VARIABLES)} (seconds)"
         ) from None
 
 

@@ -18,10 +18,11 @@ from pathlib import Path
 import psutil
 import requests
 
+from launch import RAY_START_TIMEOUT_S, RAY_START_VARIABLES
 from tests.integration.fake_provider import HEAD_ENVIRONMENT, autoscaling_config
 from tests.integration.train_process import name_of
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = RAY_START_TIMEOUT_S + 60.0
 STOP_TIMEOUT_S = 30.0
 POLL_S = 0.2
 BIN = Path(sys.executable).parent
@@ -89,7 +90,9 @@ class RayHead:
     @property
     def environment(self) -> dict[str, str]:
         """For a command that speaks to the cluster, from any directory."""
-        ours = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        ours = {
+            key: value for key, value in os.environ.items() if not key.startswith("RAY_") or key in RAY_START_VARIABLES
+        }
         return {
             **ours,
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",

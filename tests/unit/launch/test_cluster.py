@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,3 +65,17 @@ def test_a_ray_for_one_run_does_not_grow(monkeypatch: pytest.MonkeyPatch, tmp_pa
     settings = read_recipe(RECIPE, ["cluster.grow_timeout_s=5"])
     with pytest.raises(UserError, match=r"leave it out or name the cluster"), run_cluster(settings, tmp_path):
         raise AssertionError("started something")
+
+
+def test_ray_has_minutes_to_start_unless_the_user_says_otherwise() -> None:
+    """Ray reads these once, so they are there before it is imported."""
+    names = ("RAY_gcs_server_port_wait_time_s", "RAY_raylet_start_wait_time_s")
+    inherited = {key: value for key, value in os.environ.items() if key not in names}
+    program = f"import os, launch.cluster.connection; print(*(os.environ[name] for name in {names}))"
+    shown = [
+        subprocess.run(
+            [sys.executable, "-c", program], env={**inherited, **given}, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for given in ({}, {names[1]: "7"})
+    ]
+    assert shown == [["180", "180"], ["180", "7"]]
