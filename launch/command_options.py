@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
+
+
+def path(text: str) -> Path:
+    """With `~` expanded, also where the shell leaves it as it is: `--output=~/results`. Parses every option that is a
+    path; the help shows its name.
+    """
+    return Path(os.path.expanduser(text))

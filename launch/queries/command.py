@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson
+from launch.command_options import AsJson, path
 from launch.errors import UserError
 from launch.queries.format import QueryFormat
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _SPOOL_BYTES = 64 * 2**20  # of a result, kept in memory until it goes to stdout as a whole
 
-RunFolder = Annotated[Path, typer.Argument(help="Run folder, of a live run or a finished one.")]
+RunFolder = Annotated[Path, typer.Argument(parser=path, help="Run folder, of a live run or a finished one.")]
 
 
 def query(
@@ -33,7 +33,9 @@ def query(
         str | None, typer.Argument(help="One SELECT in DuckDB's SQL; without it, tables and columns are listed.")
     ] = None,
     form: Annotated[QueryFormat, typer.Option("--format", help="How the result is written.")] = QueryFormat.TABLE,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to; by default stdout.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="Where to; by default stdout.")
+    ] = None,
 ) -> None:
     """Ask the replay buffer of a run in SQL, also while the run goes on.
 

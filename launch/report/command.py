@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from launch.command_errors import reported_errors
+from launch.command_options import path
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder, of a live run or a finished one.")],
+    run: Annotated[Path, typer.Argument(parser=path, help="Run folder, of a live run or a finished one.")],
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to; by default report.html in the run folder.")
+        Path | None,
+        typer.Option(parser=path, metavar="FILE", help="Where to; by default report.html in the run folder."),
     ] = None,
 ) -> None:
     """Write one HTML page about a run: curves, evaluation, weight pushes, rollouts to step through.

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from buffer.settings import Settings
+from buffer.settings import LocalPath, Settings
 from learner.settings.adapters import AdapterSettings, Quantization
 
 
@@ -52,7 +52,9 @@ class PretrainedModelSettings(Settings):
     """Any causal language model in the Hugging Face format, or a GGUF file inside an installed package."""
 
     source: Literal["pretrained"] = "pretrained"
-    name: str = Field(description="Hugging Face name, folder, or `package:PACKAGE/FILE.gguf` in an installed package")
+    name: LocalPath = Field(
+        description="Hugging Face name, folder, or `package:PACKAGE/FILE.gguf` in an installed package"
+    )
     revision: str | None = Field(default=None, description="branch, tag or commit on the Hugging Face hub")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     backspace_token: str = Field(

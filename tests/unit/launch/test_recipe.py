@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from buffer.settings import TextTaskSettings
 from launch.errors import UserError
 from launch.settings.recipe import read_recipe, write_recipe
+from learner.settings.model import PretrainedModelSettings
 
 RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
 ARITHMETIC = Path("launch/recipes/arithmetic_cpu.yaml")
@@ -202,6 +204,25 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     assert "holds no settings" in error_of(path=broken)
     broken.write_text("name: a\n")
     assert "task" in error_of(path=broken)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    text = Path("launch/recipes/text_cpu.yaml")
+    overrides = [
+        "runs_folder=~/runs",
+        "model.name=~/model",
+        "learner.checkpoint_dir=~/kept",
+        "buffer.archive=~/archive",
+    ]
+    settings = read_recipe(text, [*overrides, "task={name: text, dataset: files, files: [~/a.txt, b~.txt]}"])
+    assert isinstance(settings.model, PretrainedModelSettings)
+    assert isinstance(settings.task, TextTaskSettings)
+    assert settings.runs_folder == "/somewhere/runs"
+    assert settings.model.name == "/somewhere/model"
+    assert settings.learner.checkpoint_dir == "/somewhere/kept"
+    assert settings.buffer.archive == "/somewhere/archive"
+    assert settings.task.files == ("/somewhere/a.txt", "b~.txt")
 
 
 def test_several_errors_are_told_at_once() -> None:
