@@ -80,6 +80,13 @@ def train(
         Path | None,
         typer.Option(parser=path, metavar="RUN", help="Go on with this run folder, from its newest checkpoints."),
     ] = None,
+    resume_if_exists: Annotated[
+        bool,
+        typer.Option(
+            "--resume-if-exists",
+            help="Start the run that --name names, or go on with it if it is there, as a scheduler's restart needs it.",
+        ),
+    ] = False,
     evaluate_after: Annotated[
         bool, typer.Option("--evaluate/--no-evaluate", help="Measure the trained models at the end.")
     ] = True,
@@ -97,29 +104,32 @@ def train(
             raise UserError(
                 "give either a recipe, e.g. launch/recipes/arithmetic_cpu.yaml, or --resume RUN (runs are below runs/)"
             )
+        if resume_if_exists and name is None:
+            raise UserError("--resume-if-exists finds the run by its name: give --name NAME too")
         if resume is not None:
-            from launch.run_folder.folder import open_run_folder
-
             if name is not None:
                 raise UserError(f"--name is for a new run; {resume} keeps the name it has")
             if dry_run:
                 raise UserError(f"--dry-run resolves a recipe; the resolved one of a run is in {resume}/config.yaml")
-            folder, settings = open_run_folder(resume)
+            from launch.training import resume_run
+
+            resume_run(resume, Console(), evaluate_after)
+            return
+        assert recipe is not None
+        with setting_up():
+            settings = read_recipe(recipe, overrides or [])
+        if dry_run:
+            _print_yaml(settings)
+            return
+        from launch.run_folder.folder import check_run_name, is_run_folder, run_folder_of
+        from launch.training import resume_run, start_run
+
+        chosen = None if name is None else check_run_name(name)
+        existing = run_folder_of(settings, chosen) if chosen is not None and resume_if_exists else None
+        if existing is not None and is_run_folder(existing):
+            resume_run(existing, Console(), evaluate_after, wanted=settings)
         else:
-            assert recipe is not None
-            with setting_up():
-                settings = read_recipe(recipe, overrides or [])
-            if dry_run:
-                _print_yaml(settings)
-                return
-            from launch.run_folder.folder import check_run_name, create_run_folder
-
-            with setting_up():
-                folder = create_run_folder(settings, None if name is None else check_run_name(name))
-
-        from launch.training import run_and_report
-
-        run_and_report(settings, folder, Console(), evaluate_after)
+            start_run(settings, chosen, Console(), evaluate_after)
 
 
 @app.command()

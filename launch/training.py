@@ -2,31 +2,74 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import typer
 from rich.console import Console
 
-from launch.errors import EXIT_INTERRUPTED, RunFailedError
+from launch.command_errors import setting_up
+from launch.errors import EXIT_INTERRUPTED, RunFailedError, UserError
 from launch.evaluation import Target, evaluate
 from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
 from launch.evaluation.task import EVALUATION_FOLDER
 from launch.report.write import REPORT_FILE, write_report
 from launch.run.driver import RunOutcome
 from launch.run.driver import train as run_stages
-from launch.run_folder.checkpoints import final_checkpoint
-from launch.run_folder.folder import shown_path, sole_driver
+from launch.run_folder.checkpoints import final_checkpoint, finished_stages
+from launch.run_folder.folder import (
+    create_run_folder,
+    has_begun,
+    open_run_folder,
+    run_config,
+    shown_path,
+    sole_driver,
+)
+from launch.settings.changes import changes_between
 from launch.settings.run import RunSettings
 
 
-def run_and_report(settings: RunSettings, folder: Path, console: Console, evaluate_after: bool) -> None:
-    """Train all stages that are not done, then evaluate.
+def start_run(settings: RunSettings, name: str | None, console: Console, evaluate_after: bool) -> None:
+    """Train a new run and evaluate it. A run that is refused before its first step leaves no folder.
 
     Raises:
-        UserError: another process drives the run; and as RunFailedError: see `launch.run.driver.train`. typer.Exit:
+        UserError: the run cannot be had as the settings ask. RunFailedError: see `launch.run.driver.train`. typer.Exit:
             with 130, where it was interrupted.
     """
+    with setting_up():
+        folder = create_run_folder(settings, name)
     with sole_driver(folder):
+        try:
+            _run_and_report(settings, folder, console, evaluate_after)
+        except UserError:
+            if not has_begun(folder):
+                shutil.rmtree(folder)  # the same command, mended, needs the name
+            raise
+
+
+def resume_run(path: Path, console: Console, evaluate_after: bool, wanted: RunSettings | None = None) -> None:
+    """Train all stages of a run that are not done, and evaluate it; of a finished run only say that it is.
+
+    wanted: what a recipe says now.
+
+    Raises:
+        UserError: `path` is not a run folder, another process drives the run, or it began with other settings than
+            `wanted`; and as `start_run`.
+    """
+    run_config(path)
+    with sole_driver(path.resolve()):
+        folder, settings = open_run_folder(path)
+        if wanted is not None:
+            wanted = wanted.model_copy(update={"runs_folder": settings.runs_folder})  # where it was found
+            if changes := changes_between(settings, wanted):
+                raise UserError(f"run {folder.name} began with other settings ({'; '.join(map(str, changes))})")
+        finished = finished_stages(settings, folder)
+        if all(stage.name in finished for stage in settings.stages):
+            console.print(f"run {folder.name} is finished: no stage is left to train", highlight=False, soft_wrap=True)
+            if evaluate_after and not _is_evaluated(settings, folder):
+                _finish(RunOutcome(folder, finished, finished=True), settings, console, evaluate_after)
+            return
         _run_and_report(settings, folder, console, evaluate_after)
 
 
@@ -43,6 +86,11 @@ def _run_and_report(settings: RunSettings, folder: Path, console: Console, evalu
     if not outcome.finished:
         _say_how_to_resume(console, shown, "interrupted")
         raise typer.Exit(EXIT_INTERRUPTED)
+    _finish(outcome, settings, console, evaluate_after)
+
+
+def _finish(outcome: RunOutcome, settings: RunSettings, console: Console, evaluate_after: bool) -> None:
+    shown = shown_path(outcome.folder)
     if evaluate_after:
         _evaluate(outcome, settings, console, shown)
     _report(outcome.folder, console, shown)
@@ -50,10 +98,10 @@ def _run_and_report(settings: RunSettings, folder: Path, console: Console, evalu
 
 
 def _evaluate(outcome: RunOutcome, settings: RunSettings, console: Console, shown: Path) -> None:
-    stages = settings.evaluation.stages or (settings.stages[-1].name,)
-    targets = [Target(stage, final_checkpoint(settings, outcome.folder, stage)) for stage in stages]
     try:
-        evaluation = evaluate(targets, settings, console, keep_in=outcome.folder / EVALUATION_FOLDER)
+        evaluation = evaluate(
+            _targets(settings, outcome.folder), settings, console, keep_in=outcome.folder / EVALUATION_FOLDER
+        )
     except KeyboardInterrupt:
         console.print(f"evaluation interrupted; training is done. Repeat with: sequencematch train --resume {shown}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -65,6 +113,22 @@ def _evaluate(outcome: RunOutcome, settings: RunSettings, console: Console, show
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _targets(settings: RunSettings, folder: Path) -> list[Target]:
+    """The checkpoints that the recipe wants to have evaluated."""
+    stages = settings.evaluation.stages or (settings.stages[-1].name,)
+    return [Target(stage, final_checkpoint(settings, folder, stage)) for stage in stages]
+
+
+def _is_evaluated(settings: RunSettings, folder: Path) -> bool:
+    """Whether the run folder holds an evaluation of the final checkpoints, wherever the folder lay at that time."""
+    file = folder / EVALUATION_FILE
+    if not file.is_file():
+        return False
+    measured = json.loads(file.read_text(encoding="utf-8"))["checkpoints"]
+    found = [(each["label"], Path(each["checkpoint"]).name) for each in measured]
+    return found == [(target.label, target.checkpoint.name) for target in _targets(settings, folder)]
 
 
 def _report(folder: Path, console: Console, shown: Path) -> None:

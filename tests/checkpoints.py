@@ -7,8 +7,10 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer.schema import TokenContract
+from launch.run_folder.checkpoints import stage_checkpoints
+from launch.settings.run import RunSettings
 from learner.checkpoints.checkpoint import TrainingState, take_snapshot
-from learner.checkpoints.progress import Progress
+from learner.checkpoints.progress import PROGRESS_FILE, Progress
 from learner.checkpoints.store import LocalCheckpoints, remove_superseded
 
 CONTRACT = TokenContract(vocab_size=16, backspace_id=3, eos_id=2, tokenizer_hash="abc")
@@ -26,6 +28,15 @@ def progress_at(step: int, **changes: object) -> Progress:
         "contract": CONTRACT,
     }
     return Progress(**{**fields, **changes})
+
+
+def write_progress(settings: RunSettings, run_folder: Path, progress: Progress) -> None:
+    """A checkpoint of a run as far as it is looked at before anything starts: without a model."""
+
+    def fill(temporary: Path) -> None:
+        (temporary / PROGRESS_FILE).write_text(progress.to_json())
+
+    stage_checkpoints(settings, run_folder)[progress.stage].write(progress.step, fill)
 
 
 def save_checkpoint(

@@ -24,6 +24,7 @@ from launch.run_folder.checkpoints import final_checkpoint, finished_stages
 from launch.run_folder.folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
+    METRICS_FILE,
     RAY_JOB_VARIABLE,
     check_outlives_job,
     check_run_name,
@@ -34,7 +35,6 @@ from launch.run_folder.folder import (
 from launch.settings.run import RunSettings
 from learner.settings.stages import stages_before
 
-METRICS_FILE = "metrics.jsonl"
 HTML_FILE, JSON_FILE, MARKDOWN_FILE, CSV_FILE = "compare.html", "compare.json", "compare.md", "compare.csv"
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson, path
-from launch.errors import EXIT_INTERRUPTED, UserError
+from launch.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +50,12 @@ def submit(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with this run folder, a path of the cluster.")
     ] = None,
+    resume_if_exists: Annotated[
+        bool,
+        typer.Option(
+            "--resume-if-exists", help="Start the run that --name names, or go on with it if the cluster has had it."
+        ),
+    ] = False,
     env: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY[=VALUE]", help="Variable for the run's processes; without value, the one set here."),
@@ -70,17 +76,18 @@ def submit(
     Ctrl-C ends the following only; the run goes on. Exit code: that of the run, as from train.
     """
     with reported_errors():
+        if resume_if_exists and name is None:
+            raise UserError("--resume-if-exists finds the run by its name: give --name NAME too")
         settings, run = _what_to_run(recipe, overrides or [], name, resume)
         environment = _variables(env or [])
         from launch.jobs.server import JobServer
         from launch.jobs.tree import RECIPE_FILE, write_job_tree
 
         server = JobServer(address)
-        _check_free(server, run, resuming=resume is not None)
-        if resume is None:
-            submission_id, arguments = run, [RECIPE_FILE, "--name", run]
-        else:
-            submission_id, arguments = f"{run}-resumed-{time.strftime('%Y%m%d-%H%M%S')}", ["--resume", str(resume)]
+        submission_id = choose_submission_id(server.find(run), run, resuming=resume is not None or resume_if_exists)
+        arguments = [RECIPE_FILE, "--name", run] if resume is None else ["--resume", str(resume)]
+        if resume_if_exists:
+            arguments.append("--resume-if-exists")
         if not evaluate_after:
             arguments.append("--no-evaluate")
         with tempfile.TemporaryDirectory(prefix="sequencematch-job-") as folder:
@@ -200,20 +207,27 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
     return variables
 
 
-def _check_free(server: JobServer, run: str, *, resuming: bool) -> None:
-    """One driver per run, and one submission per name."""
-    job = server.find(run)
-    if job is None:
-        return
-    if not job.ended:
+def choose_submission_id(before: Job | None, run: str, *, resuming: bool) -> str:
+    """What the cluster will know the submission by: the name of the run, or where it has had that, with the time.
+
+    before: the newest job of the run.
+
+    Raises:
+        UserError: the run is on the cluster now; or it has been there, and this is no resumption.
+    """
+    if before is None and not resuming:
+        return run
+    if before is not None and not before.ended:
         raise UserError(
-            f"run {run} is on that cluster already ({job.state}): look with `sequencematch jobs logs {run} --follow`, "
-            f"end it with `sequencematch jobs stop {run}`, or choose another --name"
+            f"run {run} is on that cluster already ({before.state}): look with `sequencematch jobs logs {run} "
+            f"--follow`, end it with `sequencematch jobs stop {run}`, or choose another --name"
         )
-    if not resuming:
+    if before is not None and not resuming and before.exit_code != EXIT_USER_ERROR:  # that one may be mended
         raise UserError(
-            f"that cluster has had a run {run} ({job.state}): choose another --name, or go on with --resume RUN"
+            f"that cluster has had a run {run} ({before.state}): choose another --name, or go on with --resume RUN or "
+            "--resume-if-exists"
         )
+    return f"{run}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _follow(server: JobServer, job: Job) -> None:

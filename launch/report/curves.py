@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from launch.errors import UserError
+from launch.run_folder.folder import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 BUCKETS = 220
 """Points of a curve, at most; a chart is a few hundred pixels wide."""
 

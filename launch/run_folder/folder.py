@@ -7,11 +7,14 @@ runs/NAME/  config.yaml  environment.txt  lock  cluster.json (while live)  metri
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +29,7 @@ from launch.settings.run import RunSettings
 
 CONFIG_FILE = "config.yaml"
 CLUSTER_FILE = "cluster.json"
+METRICS_FILE = "metrics.jsonl"
 BUFFER_FOLDER = "buffer"
 ENVIRONMENT_FILE = "environment.txt"
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -55,23 +59,60 @@ def create_run_folder(settings: RunSettings, name: str | None = None) -> Path:
     if RAY_JOB_VARIABLE in os.environ:
         check_outlives_job(settings)
     chosen = name or new_run_name(settings)
-    folder = Path(settings.runs_folder) / chosen
-    suffix = 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
+    folder = run_folder_of(settings, chosen)
+    draft = folder.with_name(f".{chosen}.{socket.gethostname()}-{os.getpid()}.tmp")
+    draft.mkdir(parents=True)
+    try:
+        write_recipe(settings, draft / CONFIG_FILE)
+        (draft / ENVIRONMENT_FILE).write_text(describe_environment(), encoding="utf-8")
+        suffix = 1
+        while not _take(draft, folder):
             if name is not None:
-                raise UserError(
-                    f"there is a run {folder} already: go on with it by `--resume {folder}`, or choose another --name"
-                ) from None
+                raise UserError(_says_name_is_taken(folder))
             suffix += 1
             folder = folder.with_name(f"{chosen}-{suffix}")
-    folder = folder.resolve()
-    write_recipe(settings, folder / CONFIG_FILE)
-    (folder / ENVIRONMENT_FILE).write_text(describe_environment(), encoding="utf-8")
-    return folder
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
+    return folder.resolve()
+
+
+def run_folder_of(settings: RunSettings, name: str) -> Path:
+    """Where the run of a name lies, or would lie."""
+    return Path(settings.runs_folder) / name
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether there is a run, begun or not."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run has taken a step; else nothing is lost with its folder."""
+    metrics = folder / METRICS_FILE
+    return metrics.is_file() and metrics.stat().st_size > 0
+
+
+def _take(draft: Path, folder: Path) -> bool:
+    """Make a draft the run folder at one stroke, unless there is a folder with content; whoever dies before leaves no
+    half of a run.
+    """
+    try:
+        draft.rename(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return False
+        raise
+    return True
+
+
+def _says_name_is_taken(folder: Path) -> str:
+    if is_run_folder(folder):
+        return (
+            f"there is a run {folder} already: go on with it by `--resume {folder}` (or with the same command and "
+            "--resume-if-exists), or choose another --name"
+        )
+    return f"{folder} is there already and is no run (it has no {CONFIG_FILE}): choose another --name, or remove it"
 
 
 def new_run_name(settings: RunSettings) -> str:
@@ -118,10 +159,9 @@ def run_config(path: Path) -> Path:
     Raises:
         UserError: `path` is not a run folder.
     """
-    config = path / CONFIG_FILE
-    if not config.is_file():
+    if not is_run_folder(path):
         raise UserError(f"{path} is not a run folder: it has no {CONFIG_FILE} (runs live below runs/)")
-    return config
+    return path / CONFIG_FILE
 
 
 @contextmanager

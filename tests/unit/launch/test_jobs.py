@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.cluster.connection import run_cluster
 from launch.errors import UserError
+from launch.jobs.command import choose_submission_id
 from launch.jobs.server import Job
 from launch.jobs.tree import PACKAGES, RECIPE_FILE, write_job_tree
 from launch.jobs.view import describe_job
@@ -91,6 +93,7 @@ def test_rays_reason_is_shown_where_the_run_could_not_say_one() -> None:
         (["--resume", "runs/x"], "runs/x is relative"),
         (["--resume", "/r/x", "--name", "y"], "keeps the name it has"),
         ([str(RECIPE), "runs_folder=/r", "--name", "../x"], "cannot name a run"),
+        ([str(RECIPE), "runs_folder=/r", "--resume-if-exists"], "give --name NAME too"),
         ([str(RECIPE), "runs_folder=/r", "--env", "SURELY_NOT_SET"], "SURELY_NOT_SET"),
         ([str(RECIPE), "runs_folder=/r"], "no Ray job server answers at http://127.0.0.1:1"),
     ],
@@ -98,6 +101,17 @@ def test_rays_reason_is_shown_where_the_run_could_not_say_one() -> None:
 )
 def test_submit_refuses_before_it_sends(arguments: list[str], message: str) -> None:
     assert message in refused("submit", "--address", NOBODY, *arguments)
+
+
+def test_a_name_is_submitted_again_only_to_resume_its_run_or_after_a_refusal() -> None:
+    assert choose_submission_id(None, "run", resuming=False) == "run"
+    failed, refused_job = ended("FAILED", 1), ended("FAILED", 2)
+    for before, resuming in ((refused_job, False), (refused_job, True), (failed, True), (None, True)):
+        assert re.fullmatch(r"run-\d{8}-\d{6}", choose_submission_id(before, "run", resuming=resuming))
+    with pytest.raises(UserError, match=r"has had a run run .*--resume-if-exists"):
+        choose_submission_id(failed, "run", resuming=False)
+    with pytest.raises(UserError, match="is on that cluster already"):
+        choose_submission_id(ended("RUNNING", None), "run", resuming=True)
 
 
 @pytest.mark.parametrize("command", [["list"], ["status", "x"], ["logs", "x"], ["stop", "x"]], ids=" ".join)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from launch.errors import UserError
-from launch.run_folder.checkpoints import final_checkpoint, finished_stages, newest_published, stage_checkpoints
+from launch.run_folder.checkpoints import final_checkpoint, finished_stages, newest_published
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
-from learner.checkpoints.progress import PROGRESS_FILE, Progress
-from tests.checkpoints import CONTRACT, progress_at
+from learner.checkpoints.progress import PROGRESS_FILE
+from tests.checkpoints import CONTRACT, progress_at, write_progress
 
 RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
 
@@ -23,22 +23,15 @@ def settings_with(*overrides: str) -> RunSettings:
     return read_recipe(RECIPE, overrides)
 
 
-def save(settings: RunSettings, folder: Path, progress: Progress) -> None:
-    def fill(temporary: Path) -> None:
-        (temporary / PROGRESS_FILE).write_text(progress.to_json())
-
-    stage_checkpoints(settings, folder)[progress.stage].write(progress.step, fill)
-
-
 @pytest.mark.parametrize("place", ["null", "memory://runs", "{tmp_path}/elsewhere"])
 def test_stages_are_done_and_versions_known_wherever_checkpoints_are(tmp_path, place):
     place = place.format(tmp_path=tmp_path)
     settings, folder = settings_with(f"learner.checkpoint_dir={place}"), tmp_path / "run"
     assert finished_stages(settings, folder) == {}
     assert newest_published(settings, folder, CONTRACT) == -1
-    save(settings, folder, progress_at(3, stage="trunk", stage_steps=3, policy_version=-1))
-    save(settings, folder, progress_at(8, stage="sequencematch", stage_steps=20, policy_version=6))
-    save(settings, folder, progress_at(9, stage="sequencematch", stage_steps=20, policy_version=7))
+    write_progress(settings, folder, progress_at(3, stage="trunk", stage_steps=3, policy_version=-1))
+    write_progress(settings, folder, progress_at(8, stage="sequencematch", stage_steps=20, policy_version=6))
+    write_progress(settings, folder, progress_at(9, stage="sequencematch", stage_steps=20, policy_version=7))
     (result,) = finished_stages(settings, folder).values()
     assert (result.stage, result.step, result.finished) == ("trunk", 3, True)
     assert newest_published(settings, folder, CONTRACT) == 7
@@ -47,7 +40,7 @@ def test_stages_are_done_and_versions_known_wherever_checkpoints_are(tmp_path, p
 
 def test_checkpoints_of_other_tokens_are_refused_before_a_run_starts(tmp_path):
     settings = settings_with()
-    save(settings, tmp_path, progress_at(3))
+    write_progress(settings, tmp_path, progress_at(3))
     other = replace(CONTRACT, tokenizer_hash="other")
     with pytest.raises(UserError, match=r"trunk/step-000003 was trained with other tokens .* or start a new run"):
         newest_published(settings, tmp_path, other)
@@ -55,7 +48,7 @@ def test_checkpoints_of_other_tokens_are_refused_before_a_run_starts(tmp_path):
 
 def test_a_damaged_checkpoint_is_refused_before_a_run_starts(tmp_path):
     settings = settings_with()
-    save(settings, tmp_path, progress_at(3))
+    write_progress(settings, tmp_path, progress_at(3))
     (tmp_path / "checkpoints/trunk/step-000003" / PROGRESS_FILE).write_text("{")
     with pytest.raises(UserError, match="step-000003 is not a training checkpoint"):
         finished_stages(settings, tmp_path)

@@ -55,3 +55,19 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
             open_run_folder(path)
         with pytest.raises(UserError, match="not a run folder"):
             read_cluster(path)
+
+
+def test_a_run_folder_appears_whole_and_takes_no_place_that_is_taken(settings: RunSettings) -> None:
+    runs = Path(settings.runs_folder)
+    (runs / "empty").mkdir(parents=True)
+    assert sorted(path.name for path in create_run_folder(settings, "empty").iterdir()) == [
+        "config.yaml",
+        "environment.txt",
+    ]
+    (runs / "notes").mkdir()
+    (runs / "notes" / "mine.txt").write_text("")
+    (runs / "file").write_text("")
+    for name in ("notes", "file"):
+        with pytest.raises(UserError, match=f"{name} is there already and is no run"):
+            create_run_folder(settings, name)
+    assert sorted(path.name for path in runs.iterdir()) == ["empty", "file", "notes"], "no draft is left"
