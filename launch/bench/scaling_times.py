@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from buffer.settings import Settings
+from launch.settings.files import read_json
 
 TIMED_RECIPE = Path(__file__).parents[1] / "recipes" / "arithmetic_cpu.yaml"
 """Whose times the defaults are."""
@@ -60,10 +61,11 @@ def read_times(path: Path) -> StepTimes:
     """Times from a JSON file; what it leaves out has its default.
 
     Raises:
-        ValueError: the file holds something else. OSError: it cannot be read.
+        UserError: see `read_json`. ValueError: the file holds something else.
     """
+    tree = read_json(path, "file of times")
     try:
-        return StepTimes.model_validate_json(path.read_text(encoding="utf-8"))
+        return StepTimes.model_validate(tree)
     except ValidationError as error:
         detail = error.errors()[0]
         where = ".".join(str(part) for part in detail["loc"])

@@ -6,11 +6,11 @@ import difflib
 import re
 from pathlib import Path
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from buffer.settings import Settings
 from launch.errors import UserError
+from launch.settings.files import read_yaml
 from launch.settings.recipe import JsonSchema, Tree, apply_override, explain
 from learner.settings.objectives import ObjectiveSettings
 from learner.settings.stages import StageSettings
@@ -60,14 +60,9 @@ def read_objectives(path: Path) -> dict[str, Arm]:
     a list `recipe` of overrides beside its own settings.
 
     Raises:
-        UserError: the file is absent, or no such mapping.
+        UserError: see `read_yaml`; or the file holds no such mapping.
     """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"no objectives at {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    tree = read_yaml(path, "file of objectives")
     if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
         raise UserError(f"{path} is no mapping from labels to objectives, as in `cautious: {{name: emo, mode: 2}}`")
     for label in tree:

@@ -19,6 +19,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 from buffer.settings import Settings
 from launch.compare.arms import Arm
 from launch.errors import UserError
+from launch.settings.files import read_yaml
 from launch.settings.recipe import apply_override, settings_from
 from launch.settings.run import RunSettings, needs_actors
 from launch.settings.trusted_code import check_trusted
@@ -174,9 +175,10 @@ def read_plan(folder: Path, num_seeds: int | None = None) -> ComparisonPlan:
     file = folder / PLAN_FILE
     if not file.is_file():
         raise UserError(f"{folder} is not the folder of a comparison: it has no {PLAN_FILE}")
+    tree = read_yaml(file, "plan")
     try:
-        plan = ComparisonPlan.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
+        plan = ComparisonPlan.model_validate(tree)
+    except ValidationError as error:
         raise UserError(f"{file} is not what `sequencematch compare` wrote there: {error}") from None
     return plan if num_seeds is None else plan.model_copy(update={"seeds": _seeds(plan.recipe, num_seeds)})
 

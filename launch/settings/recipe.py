@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from launch.errors import UserError
+from launch.settings.files import parse_yaml, read_yaml
 from launch.settings.run import RunSettings
 
 Tree = dict[str, object]
@@ -23,14 +24,10 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     A stage is addressed by its name or its index; values are YAML.
 
     Raises:
-        UserError: the file is absent or not YAML, an override is malformed, or a key or value is not accepted.
+        UserError: see `read_yaml`; or the file holds no mapping, an override is malformed, or a key or value is not
+            accepted.
     """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no recipe at {path}; the packaged ones are in launch/recipes/") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    tree = read_yaml(path, "recipe", "the packaged ones are in launch/recipes/")
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no settings; a recipe is a YAML mapping (see launch/recipes/)")
     for override in overrides:
@@ -70,9 +67,11 @@ def apply_override(tree: Tree, override: str) -> None:
     if not equals or not key:
         raise UserError(f"override {override!r} is not of the form key=value, e.g. actors.count=2")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+    except ValueError as error:
+        raise UserError(f"override {override!r}: {error}") from None
     *parents, last = key.split(".")
     node: object = tree
     for part in parents:

@@ -239,7 +239,8 @@ def test_bad_input_ends_with_2(arguments, message):
     [
         ('{"decode_s": 1}', "decode_s: Extra inputs are not permitted (known: decode_step_s, "),
         ('{"learner_step_s": 0}', "learner_step_s: Input should be greater than 0"),
-        ("{", "Invalid JSON"),
+        ("{", "is not valid JSON"),
+        ('{"draw_s": 1, "draw_s": 2}', "key 'draw_s' stands twice"),
     ],
 )
 def test_bad_times_end_with_2(tmp_path, text, message):

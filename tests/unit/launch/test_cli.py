@@ -108,7 +108,7 @@ def test_train_needs_exactly_one_of_recipe_and_resume(run_folder: Path) -> None:
         (["nowhere.yaml"], "no recipe at nowhere.yaml"),
         ([RECIPE, "actor.count=2"], "did you mean 'actors'?"),
         ([RECIPE, "actors.count"], "key=value"),
-        (["launch/recipes"], "Is a directory"),
+        (["launch/recipes"], "launch/recipes is a folder: name the file of the recipe in it"),
         (["--resume", "nowhere"], "nowhere is not a run folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

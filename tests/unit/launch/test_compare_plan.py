@@ -154,13 +154,14 @@ def test_objectives_of_a_file(tmp_path: Path) -> None:
         ("a: {name: emo, mode: 3}", "a: mode"),
         ("- mle", "no mapping from labels"),
         ("a: [", "not valid YAML"),
+        ("a: {name: mle}\na: {name: emo}", "key 'a' stands twice, in line 1 and line 2"),
         ("a: {name: mle, recipe: {noise.rate: 0.1}}", "a: recipe is no list of overrides"),
     ):
         file.write_text(content)
         with pytest.raises(UserError) as caught:
             read_objectives(file)
         assert part in str(caught.value)
-    with pytest.raises(UserError, match="no objectives at"):
+    with pytest.raises(UserError, match="no file of objectives at"):
         read_objectives(tmp_path / "none.yaml")
 
 

@@ -202,6 +202,9 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     assert "is not valid YAML" in error_of(path=broken)
     broken.write_text("- a\n- b\n")
     assert "holds no settings" in error_of(path=broken)
+    broken.write_text("")
+    assert "holds no settings" in error_of(path=broken)
+    assert f"{tmp_path} is a folder" in error_of(path=tmp_path)
     broken.write_text("name: a\n")
     assert "task" in error_of(path=broken)
 
@@ -223,6 +226,46 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatc
     assert settings.learner.checkpoint_dir == "/somewhere/kept"
     assert settings.buffer.archive == "/somewhere/archive"
     assert settings.task.files == ("/somewhere/a.txt", "b~.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nseed: 1\nname: b\n", "key 'name' stands twice, in line 1 and line 3"),
+        ("noise: {rate: 0.1, rate: 0.2}\n", "key 'rate' stands twice, in line 1"),
+        ("stages:\n  - name: a\n    steps: 1\n    steps: 2\n", "key 'steps' stands twice, in line 3 and line 4"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert error_of(path=path) == f"{path}: {message}: leave one of them out"
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused() -> None:
+    assert "key 'kind' stands twice" in error_of("noise={kind: task, kind: random}")
+
+
+def test_a_key_may_stand_in_a_merge_and_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{ARITHMETIC.read_text()}\nlearner:\n  <<: &usual {{num_cpus: 2, num_ranks: 2}}\n  num_cpus: 3\n")
+    learner = read_recipe(path).learner
+    assert (learner.num_ranks, learner.num_cpus) == (2, 3)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_recipe_in_another_encoding_is_named(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"# f\u00fcr alle\n{ARITHMETIC.read_text()}", encoding=encoding)
+    message = error_of(path=path)
+    assert message.startswith(f"{path} is not in UTF-8")
+    assert message.endswith("save it as UTF-8")
+
+
+def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(ARITHMETIC.read_text(), encoding="utf-8-sig")
+    assert read_recipe(path) == read_recipe(ARITHMETIC)
 
 
 def test_several_errors_are_told_at_once() -> None:
