@@ -30,10 +30,10 @@ from learner.batches.micro_batches import TreeSettings
 from learner.batches.priorities import Float32
 from learner.batches.shared_source import SharedBatchSource
 from learner.batches.source import BufferSource, StopRequestedError
-from learner.checkpoints.checkpoint import read_training_state
+from learner.checkpoints.checkpoint import check_can_be_saved, read_training_state
 from learner.checkpoints.model_files import load_weights
 from learner.checkpoints.progress import Progress, read_progress
-from learner.checkpoints.remote import open_checkpoints
+from learner.checkpoints.remote import check_writable, open_checkpoints
 from learner.checkpoints.store import CheckpointStore
 from learner.metrics.behaviour import distribution_metrics
 from learner.metrics.log import MetricsLog
@@ -110,7 +110,8 @@ class LearnerWorker:
         """Load model and task; gives None at ranks other than 0.
 
         Raises:
-            ValueError, OSError, ImportError: the model, the task or a tracker cannot be had as the settings ask.
+            ValueError, OSError, ImportError: the model, the task or a tracker cannot be had as the settings ask, or no
+            checkpoint could be saved.
         """
         check_trackers(self._spec.trackers)
         torch.manual_seed(self._spec.seed)
@@ -125,13 +126,17 @@ class LearnerWorker:
             self._task = load_task(
                 task_settings, policy.tokenizer, backspace_id=policy.backspace_id, max_length=max_length
             )
+        self._contract = self._task.contract(policy.model.config.vocab_size)
+        if self._ranks.leads:
+            check_can_be_saved(policy.model, self._task.tokenizer, self._contract)
+            check_writable(self._spec.settings.checkpoint_dir, self._folder)
+        self._status = replace(self._status, notes=policy.notes)
         if self._spec.settings.activation_checkpointing:
             checkpoint_activations(policy.model)
         self._policy = TreePolicy(policy.model, policy.backspace_id)
         shard(self._policy, self._ranks)  # before it goes to the device, which need not hold all of it
         self._policy.to("cuda" if torch.cuda.is_available() else "cpu")
         self._is_row_new = policy.is_row_new
-        self._contract = self._task.contract(policy.model.config.vocab_size)
         self._trees = TreeSettings(
             backspace_id=self._contract.backspace_id,
             eos_id=self._contract.eos_id,

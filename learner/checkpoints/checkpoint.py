@@ -10,15 +10,17 @@ steps after the checkpoint the rows that they were given before (see buffer.stor
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from buffer.schema import TokenContract
 from learner.checkpoints.model_card import CardFacts, model_card
-from learner.checkpoints.model_files import ModelSnapshot, host_copy, snapshot_model
+from learner.checkpoints.model_files import ModelSnapshot, host_copy, snapshot_model, snapshot_without_weights
 from learner.checkpoints.progress import PROGRESS_FILE, Progress
 
 TRAINING_STATE_FILE = "training_state.pt"
@@ -63,6 +65,32 @@ def take_snapshot(
 ) -> CheckpointSnapshot:
     """Copy everything that the next step changes. The other ranks of a sharded model `take_part_in_snapshot`."""
     return CheckpointSnapshot(snapshot_model(model), tokenizer, progress, _copied(training_state))
+
+
+def check_can_be_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contract: TokenContract) -> None:
+    """Save all of a checkpoint but the numbers in a scratch folder, and read the tokenizer back.
+
+    Called before the first step: what transformers refuses to save would be found at the first checkpoint, which loses
+    the training before it.
+
+    Raises:
+        ValueError: a file cannot be saved, or the saved tokenizer has other tokens.
+    """
+    progress = Progress("", 0, 0, -1, -1, {}, contract)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        try:
+            CheckpointSnapshot(snapshot_without_weights(model), tokenizer, progress, {}).write(folder)
+            again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            raise ValueError(
+                f"the model or its tokenizer cannot be saved, so training would end at the first checkpoint: {error}"
+            ) from error
+        if (again.get_vocab(), again.eos_token_id) != (tokenizer.get_vocab(), tokenizer.eos_token_id):
+            raise ValueError(
+                "the tokenizer has other tokens once it is saved and read back, so a checkpoint would not belong to "
+                "its model: save it with transformers' save_pretrained, check it, and name that folder"
+            )
 
 
 def read_training_state(checkpoint: Path) -> TrainingState:

@@ -8,7 +8,7 @@ adapter/adapter_config.json, adapter_model.safetensors  where adapters were trai
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,19 +68,26 @@ def snapshot_model(model: PreTrainedModel) -> ModelSnapshot:
 
     The ranks of a sharded model do it together: the others `take_part_in_snapshot`.
     """
+    tensors = tuple((name, host_copy(tensor)) for name, tensor in publication_tensors(model))
+    snapshot = snapshot_without_weights(model)
+    if snapshot.adapter is not None:
+        adapter, _ = snapshot.adapter
+        adapted = {name: host_copy(gathered(tensor)) for name, tensor in adapter_tensors(model).items()}
+        snapshot = replace(snapshot, adapter=(adapter, adapted))
+    return replace(snapshot, table=publication_table(model), tensors=tensors)
+
+
+def snapshot_without_weights(model: PreTrainedModel) -> ModelSnapshot:
+    """The configs alone."""
     config = copy.deepcopy(model.config)
     config.dtype = model.get_input_embeddings().weight.dtype
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # the class of a sharded model has a longer name
-    tensors = tuple((name, host_copy(tensor)) for name, tensor in publication_tensors(model))
-    adapter = None
-    if is_adapted(model):
-        adapter = adapter_config(model), {name: host_copy(gathered(t)) for name, t in adapter_tensors(model).items()}
     return ModelSnapshot(
         config=config,
         generation_config=copy.deepcopy(model.generation_config),
-        table=publication_table(model),
-        tensors=tensors,
-        adapter=adapter,
+        table=(),
+        tensors=(),
+        adapter=(adapter_config(model), {}) if is_adapted(model) else None,
     )
 
 

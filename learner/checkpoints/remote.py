@@ -151,3 +151,23 @@ def open_checkpoints(url: str | None, run_folder: Path, stage: str) -> Checkpoin
     if "file" in files.protocol:
         return LocalCheckpoints(Path(root) / run_folder.name / stage)
     return RemoteCheckpoints(f"{url.rstrip('/')}/{run_folder.name}/{stage}", local_folder)
+
+
+def check_writable(url: str | None, run_folder: Path) -> None:
+    """Write and remove a small file where the checkpoints of a run will lie.
+
+    Raises:
+        OSError: that failed; names the place. ValueError, ImportError: see `RemoteCheckpoints`.
+    """
+    files, root = fsspec.core.url_to_fs(str(run_folder / "checkpoints") if url is None else url)
+    parent = root if url is None else f"{root.rstrip('/')}/{run_folder.name}"
+    file = f"{parent}/writable.tmp"
+    try:
+        files.makedirs(parent, exist_ok=True)
+        files.pipe_file(file, b"yes")
+        files.rm_file(file)
+    except OSError as error:
+        raise OSError(
+            f"checkpoints cannot be written to {parent}: {error}; give permission there, or choose another place with "
+            "learner.checkpoint_dir"
+        ) from error

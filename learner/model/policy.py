@@ -24,6 +24,7 @@ from transformers import (
 from learner.model.adapters import add_adapters
 from learner.model.backspace_row import initialise_backspace_row
 from learner.model.quantization import quantise_linear_layers
+from learner.model.saved_configs import mend_configs
 from learner.model.support import check_supported
 from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
 
@@ -35,6 +36,7 @@ class Policy:
     """A model that can take tokens back, its tokenizer, and the two ids that end and undo.
 
     is_row_new: the model was trained, but never with this backspace: its row says nothing yet.
+    notes: sentences for the user about what was changed in the model's configs.
     """
 
     model: PreTrainedModel
@@ -42,6 +44,7 @@ class Policy:
     backspace_id: int
     eos_id: int
     is_row_new: bool
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,12 @@ def load_policy(
     if is_new:
         initialise_backspace_row(model, backspace_id, settings.seed)
         model.config.backspace_token_id = backspace_id
-    _keep_from_generators(model, backspace_id)
+    notes = mend_configs(model, backspace_id)
     if isinstance(settings, PretrainedModelSettings):
         _adapt(model, settings)
     check_supported(model)
     is_row_new = is_new and isinstance(settings, PretrainedModelSettings)
-    return Policy(model, tokenizer, backspace_id, int(tokenizer.eos_token_id), is_row_new)
+    return Policy(model, tokenizer, backspace_id, int(tokenizer.eos_token_id), is_row_new, notes)
 
 
 def load_model(
@@ -164,13 +167,6 @@ def choose_backspace_id(
     if backspace_id >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(backspace_id + 1, mean_resizing=False)
     return backspace_id
-
-
-def _keep_from_generators(model: PreTrainedModel, backspace_id: int) -> None:
-    """To generators that do not know the action, backspace is a token; this keeps them from sampling it."""
-    if model.generation_config is not None:
-        suppressed = model.generation_config.suppress_tokens or []
-        model.generation_config.suppress_tokens = sorted({*suppressed, backspace_id})
 
 
 def _adapt(model: PreTrainedModel, settings: PretrainedModelSettings) -> None:

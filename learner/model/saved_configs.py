@@ -1,0 +1,65 @@
+"""The two configs that lie beside a model's weights: made to say what training does, and to be savable.
+
+transformers loads generation configs that it refuses to save. They are mended when the model is loaded, so that no
+training ends in a model that cannot be saved.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from transformers import GenerationConfig, PreTrainedModel
+
+
+def mend_configs(model: PreTrainedModel, backspace_id: int) -> tuple[str, ...]:
+    """Mend config and generation config of `model` (in place); gives a sentence for the user about each change.
+
+    Backspace is kept from generators that do not know the action.
+    """
+    notes: tuple[str, ...] = ()
+    generation = model.generation_config
+    if generation is None:
+        return notes
+    generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), backspace_id})
+    model.generation_config, left_out = _savable(generation)
+    if left_out:
+        notes += (
+            f"checkpoints and exports leave {_words(left_out)} out of generation_config.json: transformers refuses to "
+            "save that beside the other values there",
+        )
+    return notes
+
+
+def _savable(config: GenerationConfig) -> tuple[GenerationConfig, dict[str, object]]:
+    """`config` without the fields that transformers refuses to save beside the others, and these fields.
+
+    A field is taken over once a config that has it can be saved, until none of the rest is such a field.
+    """
+    if _can_be_saved(config):
+        return config, {}
+    first = ("eos_token_id", "suppress_tokens")
+    names = [name for name in config.to_diff_dict() if name not in (*first, "transformers_version")]
+    kept, pending = GenerationConfig(), [*first, *names]
+    progress = True
+    while progress:
+        progress = False
+        for name in list(pending):
+            trial = copy.deepcopy(kept)
+            setattr(trial, name, getattr(config, name))
+            if _can_be_saved(trial):
+                kept, progress = trial, True
+                pending.remove(name)
+    return kept, {name: getattr(config, name) for name in pending}
+
+
+def _words(fields: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in fields.items())
+
+
+def _can_be_saved(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
