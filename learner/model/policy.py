@@ -86,7 +86,7 @@ def load_policy(
     if is_new:
         initialise_backspace_row(model, backspace_id, settings.seed)
         model.config.backspace_token_id = backspace_id
-    notes = mend_configs(model, backspace_id)
+    notes = mend_configs(model, tokenizer, backspace_id)
     if isinstance(settings, PretrainedModelSettings):
         _adapt(model, settings)
     check_supported(model)

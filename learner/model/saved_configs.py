@@ -1,7 +1,9 @@
 """The two configs that lie beside a model's weights: made to say what training does, and to be savable.
 
-transformers loads generation configs that it refuses to save. They are mended when the model is loaded, so that no
-training ends in a model that cannot be saved.
+transformers stops generation at the `<eos>` of generation_config.json, this program at the one of the tokenizer, and
+the two may differ (the tokenizer of a chat model on its base model). transformers also loads configs that it refuses to
+save. Both are mended when the model is loaded, so that no training ends in a model that cannot be saved, or that never
+stops.
 """
 
 from __future__ import annotations
@@ -9,15 +11,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def mend_configs(model: PreTrainedModel, backspace_id: int) -> tuple[str, ...]:
+def mend_configs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, backspace_id: int) -> tuple[str, ...]:
     """Mend config and generation config of `model` (in place); gives a sentence for the user about each change.
 
-    Backspace is kept from generators that do not know the action.
+    The `<eos>` of the tokenizer becomes the only one: in training, too, no other token ends a text. Backspace is kept
+    from generators that do not know the action.
     """
-    notes: tuple[str, ...] = ()
+    notes = _align_eos(model, tokenizer)
     generation = model.generation_config
     if generation is None:
         return notes
@@ -29,6 +32,24 @@ def mend_configs(model: PreTrainedModel, backspace_id: int) -> tuple[str, ...]:
             "save that beside the other values there",
         )
     return notes
+
+
+def _align_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    eos_id = int(tokenizer.eos_token_id)
+    text_config, generation = model.config.get_text_config(), model.generation_config
+    named = {"config.json": text_config.eos_token_id}
+    if generation is not None:
+        named["generation_config.json"] = generation.eos_token_id
+        generation.eos_token_id = eos_id
+    model.config.eos_token_id = text_config.eos_token_id = eos_id
+    others = {file: found for file, found in named.items() if found not in (eos_id, [eos_id])}
+    if not others:
+        return ()
+    words = " and ".join(f"{found} in {file}" for file, found in others.items())
+    return (
+        f"a text ends with the tokenizer's <eos> alone, {tokenizer.eos_token} (id {eos_id}), in training as in "
+        f"checkpoints and exports; the model came with {words}",
+    )
 
 
 def _savable(config: GenerationConfig) -> tuple[GenerationConfig, dict[str, object]]:

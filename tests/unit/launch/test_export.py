@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -106,6 +107,25 @@ def test_generators_that_do_not_know_backspace_never_sample_it(run, base, tmp_pa
     assert BACKSPACE not in model.generate(ids, max_new_tokens=24, do_sample=do_sample, eos_token_id=None)
     model.generation_config.suppress_tokens = None
     assert model.generate(ids, max_new_tokens=1, do_sample=do_sample)[0, -1] == BACKSPACE
+
+
+def test_generate_of_transformers_stops_where_training_ended_texts(run, base, tmp_path):
+    """The configs name another <eos> than the tokenizer: a base model under the tokenizer of a chat model."""
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps(fields | {"eos_token_id": [7, 5]}))
+    policy, ids = trained(base, adapters=False), torch.tensor([[3, 5]])
+    with torch.no_grad():  # the most likely first action by far
+        hidden = policy.model.base_model(ids).last_hidden_state[0, -1]
+        policy.model.get_output_embeddings().weight[policy.eos_id] = 10 * hidden
+    checkpoint_in(run, policy)
+    model = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / "out").out)
+    assert model.generate(ids, max_new_tokens=24, do_sample=False)[0].tolist() == [3, 5, policy.eos_id]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = 20 * hidden
+    written = model.generate(ids, max_new_tokens=2, do_sample=False)[0, 2:].tolist()
+    assert written[0] == 7, "what the base model named ends nothing in training, and so nothing here"
+    assert len(written) == 2
 
 
 def code_of(card: str) -> str:

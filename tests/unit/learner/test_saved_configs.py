@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from learner.checkpoints.checkpoint import check_can_be_saved
 from learner.checkpoints.remote import check_writable
@@ -54,6 +54,29 @@ def test_a_generation_config_that_cannot_be_saved_is_mended(base, tmp_path, writ
     found = GenerationConfig.from_pretrained(path)
     assert {name: getattr(found, name) for name in kept} == kept
     assert policy.backspace_id in found.suppress_tokens
+    assert found.eos_token_id == policy.eos_id
+
+
+@pytest.mark.parametrize(
+    ("of_config", "of_generation", "named"),
+    [
+        (2, 2, []),
+        (2, [2], []),
+        (5, 5, ["5 in config.json", "5 in generation_config.json"]),  # the tokenizer of a chat model on its base model
+        (2, [2, 5], ["[2, 5] in generation_config.json"]),
+        (2, None, ["None in generation_config.json"]),
+    ],
+)
+def test_the_eos_of_the_tokenizer_becomes_that_of_the_model(base, tmp_path, of_config, of_generation, named):
+    change(base / "config.json", eos_token_id=of_config)
+    change(base / "generation_config.json", eos_token_id=of_generation)
+    policy = load(base)
+    assert policy.eos_id == 2
+    assert len(policy.notes) == bool(named)
+    assert all(words in note for note in policy.notes for words in [*named, "<eos> (id 2)"])
+    path = save_checkpoint(tmp_path, policy.model, policy.tokenizer, progress_at(7), {})
+    assert AutoConfig.from_pretrained(path).eos_token_id == 2
+    assert AutoModelForCausalLM.from_pretrained(path).generation_config.eos_token_id == 2
 
 
 def test_what_cannot_be_saved_is_found_before_training(base):
