@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -12,6 +13,7 @@ from rich.console import Console
 from launch.command_errors import setting_up
 from launch.errors import EXIT_INTERRUPTED, RunFailedError, UserError
 from launch.evaluation import Target, evaluate
+from launch.evaluation.measuring import check_evaluation
 from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
 from launch.evaluation.task import EVALUATION_FOLDER
 from launch.report.write import REPORT_FILE, write_report
@@ -76,7 +78,8 @@ def resume_run(path: Path, console: Console, evaluate_after: bool, wanted: RunSe
 def _run_and_report(settings: RunSettings, folder: Path, console: Console, evaluate_after: bool) -> None:
     shown = shown_path(folder)
     try:
-        outcome = run_stages(settings, folder, console)
+        check_task = partial(check_evaluation, settings) if evaluate_after else None
+        outcome = run_stages(settings, folder, console, check_task)
     except KeyboardInterrupt:
         _say_how_to_resume(console, shown, "interrupted")
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -91,25 +94,36 @@ def _run_and_report(settings: RunSettings, folder: Path, console: Console, evalu
 
 def _finish(outcome: RunOutcome, settings: RunSettings, console: Console, evaluate_after: bool) -> None:
     shown = shown_path(outcome.folder)
-    if evaluate_after:
-        _evaluate(outcome, settings, console, shown)
-    _report(outcome.folder, console, shown)
+    is_evaluated = not evaluate_after
+    try:
+        if evaluate_after:
+            _evaluate(outcome, settings, console, shown)
+        is_evaluated = True
+    finally:  # whatever ended the evaluation, a signal or a defect too: training is done, and nothing of it is lost
+        if not is_evaluated:
+            _say_what_there_is(settings, outcome.folder, console, shown)
+        _report(outcome.folder, console, shown)
     console.print(f"\nrun folder: {shown}", highlight=False, soft_wrap=True)
 
 
 def _evaluate(outcome: RunOutcome, settings: RunSettings, console: Console, shown: Path) -> None:
-    try:
-        evaluation = evaluate(
-            _targets(settings, outcome.folder), settings, console, keep_in=outcome.folder / EVALUATION_FOLDER
-        )
-    except KeyboardInterrupt:
-        console.print(f"evaluation interrupted; training is done. Repeat with: sequencematch train --resume {shown}")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    targets = _targets(settings, outcome.folder)
+    evaluation = evaluate(targets, settings, console, keep_in=outcome.folder / EVALUATION_FOLDER)
     write_evaluation(evaluation, outcome.folder)
     console.print()
     show_evaluation(evaluation, console)
     console.print(
         f"\nall numbers: {shown}/{EVALUATION_FILE}, rollouts: {shown}/{SAMPLES_FOLDER}/",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _say_what_there_is(settings: RunSettings, folder: Path, console: Console, shown: Path) -> None:
+    checkpoints = ", ".join(str(shown_path(target.checkpoint)) for target in _targets(settings, folder))
+    console.print(
+        f"the evaluation did not end; training is done, and its result is in {checkpoints}. Repeat the evaluation "
+        f"with: sequencematch train --resume {shown}",
         highlight=False,
         soft_wrap=True,
     )

@@ -70,6 +70,14 @@ class NoiseCandidates:
         tokens: Int32 = self.token_ids[np.minimum(found, self.group_offsets[groups + 1] - 1)]
         return tokens
 
+    def others(self, group: int, refused: npt.ArrayLike) -> tuple[Int32, Float64]:
+        """([n], [n]) a group's ids without the `refused` ones, and the chances of each among them; n may be 0."""
+        group = 0 if len(self.group_offsets) == 2 else group
+        members = slice(self.group_offsets[group], self.group_offsets[group + 1])
+        weights = np.diff(self.cumulative[members], prepend=group)
+        allowed = (weights > 0) & ~np.isin(self.token_ids[members], refused)
+        return self.token_ids[members][allowed], weights[allowed] / max(weights[allowed].sum(), np.finfo(float).tiny)
+
 
 @dataclass(frozen=True)
 class NoisyLogs:

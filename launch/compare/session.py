@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from launch.compare.folder import ComparisonFolder, Measured, read_measured, sta
 from launch.compare.results import Comparison, Key
 from launch.errors import RunFailedError
 from launch.evaluation import Target, evaluate
+from launch.evaluation.measuring import check_evaluation
 from launch.evaluation.report import EVALUATION_FILE, write_evaluation
 from launch.report.write import write_report
 from launch.run.driver import train
@@ -99,7 +101,7 @@ class ComparisonSession:
             here = self._comparison.open_run(run, settings, start)
             try:
                 with sole_driver(run):
-                    finished = train(here, run, self._console).finished
+                    finished = train(here, run, self._console, partial(check_evaluation, settings)).finished
             except RunFailedError as error:
                 self._fail(run, str(error))
                 return

@@ -5,7 +5,8 @@ Always, for a task with right answers all three, for a text task the last two:
 greedy     the most likely action each time. A token that was taken back is not offered there again, else a greedy
            policy that rejects its own choice would go round in circles.
 sampled    temperature 1, as in training.
-recovery   after a planted wrong first token, which has to be taken back: answers greedy, texts at temperature 1.
+recovery   after a planted wrong first token, which has to be taken back: answers greedy, texts at temperature 1. Not
+           where `recovery_obstacle` gives a reason.
 
 Then those that `evaluation.decoding` names; and of each, if asked for, a twin in which tokens that were taken back are
 banned where they were not, and the other way round.
@@ -22,7 +23,7 @@ from actors.engine.settings import SamplingSettings
 from actors.generator import PromptGroup
 from actors.settings import RolloutSettings
 from buffer.schema import TokenContract
-from launch.evaluation.planting import plant_wrong_tokens
+from launch.evaluation.planting import lacks_wrong_tokens, plant_wrong_tokens
 from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, Decoding, check_planting
 from launch.settings.evaluation import EvaluationSettings
 
@@ -49,6 +50,13 @@ class Arm:
         return len(self.group.planted[0]) if self.group.planted else 0
 
 
+def recovery_obstacle(task: Task, contract: TokenContract, examples: Dataset, rollout: RolloutSettings) -> str | None:
+    """Why these examples cannot be made to begin with a wrong token; None where they can."""
+    if rollout.max_new_tokens == 1:
+        return "actors.rollout.max_new_tokens=1 leaves no room for an answer behind a forced token"
+    return lacks_wrong_tokens(examples, task.task_noise, contract)
+
+
 def plan_arms(
     task: Task,
     contract: TokenContract,
@@ -60,7 +68,7 @@ def plan_arms(
     """The arms of the module's description, in the order of its lines.
 
     Raises:
-        ValueError: see `check_planting`; or an example has no wrong token to plant.
+        ValueError: see `check_planting`.
     """
     has_answers = task.is_correct is not None
     check_planting(evaluation.decodings, rollout.max_new_tokens)
@@ -70,6 +78,8 @@ def plan_arms(
     usual.append(Decoding(RECOVERY, temperature=0.0, num_planted=1))
     if not has_answers:
         usual = [replace(decoding, temperature=1.0) if decoding.num_planted else decoding for decoding in usual]
+    if recovery_obstacle(task, contract, examples, rollout) is not None:
+        usual = [decoding for decoding in usual if not decoding.num_planted]
     arms: list[Arm] = []
     for decoding in usual:
         planted = None

@@ -32,6 +32,15 @@ Groups = dict[str, dict[str, Estimate]]
 Features = npt.NDArray[np.float32]
 
 
+def check_evaluation(settings: RunSettings, task: Task) -> None:
+    """Refuse what an evaluation on this task could not measure, before it is trained for.
+
+    Raises:
+        ValueError, ImportError: see `check_mauve`.
+    """
+    check_mauve(settings.evaluation.mauve, task, min(settings.evaluation.examples, len(task.held_out)))
+
+
 def check_mauve(settings: MauveSettings | None, task: Task, num_texts: int) -> None:
     """Refuse what cannot be measured before anything is generated.
 

@@ -14,7 +14,26 @@ from buffer.schema import TokenContract
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_ROUNDS = 1000
+_ROUNDS = 100
+"""Of drawing again, for all examples at once; after that, the few that are left draw among what is allowed."""
+
+
+def lacks_wrong_tokens(examples: Dataset, candidates: NoiseCandidates, contract: TokenContract) -> str | None:
+    """Why some of the examples cannot be made to begin with a wrong token; None where each can."""
+    pairs, counts = np.unique(
+        np.stack([np.asarray(examples["noise_group"], dtype=np.int64), first_targets(examples)]),
+        axis=1,
+        return_counts=True,
+    )
+    special = [contract.eos_id, contract.backspace_id]
+    lacking = [
+        count
+        for group, first, count in zip(*pairs.tolist(), counts.tolist(), strict=True)
+        if len(candidates.others(group, [*special, first])[0]) == 0
+    ]
+    if not lacking:
+        return None
+    return f"{sum(lacking)} of {len(examples)} examples have no plausible wrong token to begin with"
 
 
 def plant_wrong_tokens(
@@ -23,7 +42,7 @@ def plant_wrong_tokens(
     """[R, count] plausible tokens for each example; the first differs from the reference's, so that all are mistakes.
 
     Raises:
-        ValueError: an example has no candidate.
+        ValueError: an example has no candidate (see `lacks_wrong_tokens`).
     """
     first = first_targets(examples)
     special = [np.full(len(examples), token, dtype=np.int32) for token in (contract.eos_id, contract.backspace_id)]
@@ -55,4 +74,9 @@ def _draw(
         if not redraw.any():
             return tokens
         tokens[redraw] = candidates.draw(groups[redraw], rng)
-    raise ValueError(f"{int(redraw.sum())} examples have no candidate for a wrong token")
+    for row in np.flatnonzero((tokens == refused).any(axis=0)).tolist():
+        ids, chances = candidates.others(int(groups[row]), refused[:, row])
+        if len(ids) == 0:
+            raise ValueError(f"example {row} has no candidate for a wrong token")
+        tokens[row] = rng.choice(ids, p=chances)
+    return tokens

@@ -16,10 +16,10 @@ from rich.console import Console
 from buffer.schema import TokenContract
 from launch.errors import UserError
 from launch.evaluation.answer_metrics import answer_texts
-from launch.evaluation.arms import plan_arms
+from launch.evaluation.arms import plan_arms, recovery_obstacle
 from launch.evaluation.kept_rollouts import KeptRollouts
 from launch.evaluation.mauve_score import KMEANS_STARTS, RESAMPLES
-from launch.evaluation.measuring import check_mauve, measure
+from launch.evaluation.measuring import check_evaluation, measure
 from launch.evaluation.results import CheckpointResult, Evaluation, ShownRollout, Target
 from launch.evaluation.rollouts import RolloutPlan, Rollouts, make_rollouts
 from launch.generation import Checkpoint, open_checkpoint
@@ -53,11 +53,12 @@ def evaluate(
             task = _load_task(settings, checkpoints[0])
             examples = task.held_out.shuffle(seed=settings.seed)
             examples = examples.select(range(min(settings.evaluation.examples, len(examples))))
-            check_mauve(settings.evaluation.mauve, task, len(examples))
+            check_evaluation(settings, task)
             rollout = settings.actors.rollout
             arms = plan_arms(task, checkpoints[0].contract, examples, rollout, settings.evaluation, settings.seed)
         except (ValueError, OSError, ImportError) as error:
             raise UserError(str(error)) from None
+        obstacle = recovery_obstacle(task, checkpoints[0].contract, examples, rollout)
         longest = max(len(prompt) for prompt in arms[0].group.prompts) + rollout.max_new_tokens
     plan = RolloutPlan(
         arms,
@@ -84,7 +85,7 @@ def evaluate(
         settings.seed,
         tuple(results),
         conditions=_conditions(settings),
-        left_out=_left_out(settings, task),
+        left_out=_left_out(settings, task, obstacle),
     )
 
 
@@ -124,9 +125,9 @@ def _conditions(settings: RunSettings) -> dict[str, object]:
     return conditions
 
 
-def _left_out(settings: RunSettings, task: Task) -> dict[str, str]:
+def _left_out(settings: RunSettings, task: Task, recovery_obstacle: str | None) -> dict[str, str]:
     """What is not measured, and why."""
-    left_out = {}
+    left_out = {} if recovery_obstacle is None else {"recovery": recovery_obstacle}
     if task.is_correct is None:
         left_out["accuracy, wrong and right tokens taken back"] = f"task {task.name} has no check of answers"
         if settings.evaluation.mauve is None:

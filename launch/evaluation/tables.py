@@ -26,7 +26,7 @@ class _Column:
     with_error: bool = False
 
     def number(self, result: CheckpointResult, group: str | None = None) -> Estimate | None:
-        return result.metrics[self.group or group or SAMPLED].get(self.metric)
+        return result.metrics.get(self.group or group or SAMPLED, {}).get(self.metric)
 
 
 _RECOVERED = _Column("recovered\n%", "recovery", RECOVERY, with_error=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +21,7 @@ from actors.engine.settings import engine_environment
 from actors.pool.autoscaler import Autoscaler, Observation
 from actors.pool.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
+from buffer.experts.tasks import Task
 from launch.cluster.connection import run_cluster
 from launch.cluster.placement import LEARNER, describe
 from launch.cluster.room import ClusterRoom
@@ -63,8 +65,12 @@ class RunOutcome:
     finished: bool
 
 
-def train(settings: RunSettings, folder: Path, console: Console) -> RunOutcome:
+def train(
+    settings: RunSettings, folder: Path, console: Console, check_task: Callable[[Task], None] | None = None
+) -> RunOutcome:
     """Run every stage that is not done yet. Ctrl-C ends the run after the current step, with a checkpoint.
+
+    check_task: refuses, by a ValueError or an ImportError, a task that does not suit what is to follow.
 
     Raises:
         UserError: the settings cannot be met (model, task, cluster), or run code that nobody vouched for.
@@ -79,7 +85,7 @@ def train(settings: RunSettings, folder: Path, console: Console) -> RunOutcome:
         with run_cluster(settings, folder), ClusterRoom(settings) as room:
             crew = _Crew(settings, folder, live, log, room)
             try:
-                outcome = crew.run()
+                outcome = crew.run(check_task)
             finally:
                 crew.stop()
             log.write("info", "driver", RUN_FINISHED if outcome.finished else RUN_STOPPED)
@@ -105,12 +111,12 @@ class _Crew:
         self._autoscaler = None if autoscale is None else Autoscaler(autoscale)
         self._learner = self._create_learner()
 
-    def run(self) -> RunOutcome:
+    def run(self, check_task: Callable[[Task], None] | None) -> RunOutcome:
         stages = _with_explicit_starts(self._settings.stages)
         remaining = [stage for stage in stages if stage.name not in self._live.view.results]
         try:
             self._note("loading model and task")
-            run = self._prepare()
+            run = self._prepare(check_task)
             newest_version = newest_published(self._settings, self._folder, run.contract)
             if any(needs_actors(stage, self._settings.noise) for stage in remaining):
                 self._start_actors(run, newest_version)
@@ -164,7 +170,7 @@ class _Crew:
             self._log.write("info", "driver", note)
         self._note(note)
 
-    def _prepare(self) -> PreparedRun:
+    def _prepare(self, check_task: Callable[[Task], None] | None) -> PreparedRun:
         if self._settings.learner.num_ranks > 1:
             self._wait_for_learner(self._learner.join(), BIRTH_TIMEOUT_S, "the ranks of the learner to find each other")
         try:
@@ -184,6 +190,8 @@ class _Crew:
         check_cost_models(self._settings.stages, run.contract.vocab_size)
         with setting_up():
             check_division(self._settings.actors.tensor_parallel_size, json.loads(run.config_json))
+            if check_task is not None:
+                check_task(run.task)
             save_run_tokenizer(run.task.tokenizer, self._folder)
         return run
 

@@ -22,7 +22,7 @@ from launch.evaluation.answer_metrics import (
     recovery_metrics,
 )
 from launch.evaluation.estimates import Estimate
-from launch.evaluation.planting import plant_wrong_tokens
+from launch.evaluation.planting import lacks_wrong_tokens, plant_wrong_tokens
 
 TASK = load_task(ArithmeticTaskSettings(bases=(2, 10), max_digits=2, train_questions=40, held_out_questions=60))
 CONTRACT = TASK.contract()
@@ -34,14 +34,14 @@ def ids_of(log: str) -> list[int]:
     return [special[c] if c in special else TASK.tokenizer.convert_tokens_to_ids(c) for c in log]
 
 
-def examples_with(answers: list[str]) -> Dataset:
+def examples_with(answers: list[str], groups: list[int] | None = None) -> Dataset:
     """Examples with chosen answers; the questions do not matter."""
     return Dataset.from_dict(
         {
             "answer": answers,
             "prompt_ids": [ids_of(f"{index}") for index in range(len(answers))],
             "target_ids": [ids_of(answer + ".") for answer in answers],
-            "noise_group": [1] * len(answers),
+            "noise_group": groups or [1] * len(answers),
         }
     )
 
@@ -212,5 +212,24 @@ def test_planted_tokens_are_digits_of_the_base_and_the_first_is_wrong(count: int
 def test_planting_without_a_wrong_candidate_is_an_error() -> None:
     examples = examples_with(["16"])
     only_right = NoiseCandidates.uniform([np.array(ids_of("1"), dtype=np.int32)])
-    with pytest.raises(ValueError, match="1 examples have no candidate"):
+    with pytest.raises(ValueError, match="example 0 has no candidate"):
         plant_wrong_tokens(examples, only_right, CONTRACT, 1, np.random.default_rng(0))
+    assert lacks_wrong_tokens(examples, only_right, CONTRACT) is not None
+
+
+def test_a_wrong_token_is_found_where_nearly_all_candidates_are_right() -> None:
+    examples = examples_with(["16"] * 5)
+    (right, wrong) = ids_of("12")
+    ids, weights = np.array([right, CONTRACT.eos_id, wrong], dtype=np.int32), np.array([1.0, 1.0, 1e-9])
+    candidates = NoiseCandidates.weighted([ids], [weights])
+    assert lacks_wrong_tokens(examples, candidates, CONTRACT) is None
+    assert plant_wrong_tokens(examples, candidates, CONTRACT, 1, np.random.default_rng(0)).tolist() == [[wrong]] * 5
+
+
+def test_examples_without_a_wrong_token_are_counted_by_their_group() -> None:
+    examples = examples_with(["16", "26", "16", "36"], groups=[0, 0, 1, 1])
+    one, two = ids_of("12")
+    candidates = NoiseCandidates.uniform([np.array([one], dtype=np.int32), np.array([one, two], dtype=np.int32)])
+    assert lacks_wrong_tokens(examples, candidates, CONTRACT) == (
+        "1 of 4 examples have no plausible wrong token to begin with"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,11 +14,14 @@ from transformers import LlamaConfig
 from actors.settings import RolloutSettings
 from buffer.experts.tasks import Task, load_task
 from buffer.experts.tokenizer import backspace_token_id, character_tokenizer
-from buffer.settings import ArithmeticTaskSettings
+from buffer.settings import ArithmeticTaskSettings, TextTaskSettings
 from launch.errors import UserError
-from launch.evaluation import Target, evaluate
-from launch.evaluation.arms import Arm, plan_arms
+from launch.evaluation import CheckpointResult, Estimate, Evaluation, Target, evaluate
+from launch.evaluation.arms import Arm, plan_arms, recovery_obstacle
 from launch.evaluation.kept_rollouts import KeptRollouts, rollouts_key, weights_digest
+from launch.evaluation.measuring import check_evaluation
+from launch.evaluation.report import show_evaluation
+from launch.evaluation.results import HELD_OUT
 from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, parse_decoding
 from launch.settings.evaluation import EvaluationSettings, MauveSettings
 from launch.settings.recipe import read_recipe
@@ -104,6 +108,52 @@ def test_arms_of_answers_and_of_texts() -> None:
     search = asked[3]
     assert search.contrastive is not None
     assert not search.group.sampling.backspace
+
+
+def texts_of_one_token(folder: Path, letters: str) -> Task:
+    """Every continuation is one token: one of the letters."""
+    files = []
+    for index in range(8):
+        files.append(folder / f"{index}.txt")
+        files[-1].write_text(f"ab{letters[index % len(letters)]}")
+    task = TextTaskSettings(dataset="files", files=tuple(map(str, files)), prompt_tokens=2, target_tokens=1)
+    return load_task(task, character_tokenizer("abcd"))
+
+
+def test_recovery_is_left_out_where_every_text_begins_with_the_same_token(tmp_path: Path) -> None:
+    same, other = (texts_of_one_token(tmp_path, letters) for letters in ("c", "cd"))
+    assert [arm.name for arm in arms_of(same, decoding=("recovery=2",), ban_deleted="both")] == [
+        SAMPLED, "sampled, banned"
+    ]  # fmt: skip
+    obstacle = recovery_obstacle(same, same.contract(), same.held_out, ROLLOUT)
+    assert obstacle == "1 of 1 examples have no plausible wrong token to begin with"
+    assert [arm.name for arm in arms_of(other)] == [SAMPLED, RECOVERY]
+
+
+def test_recovery_is_left_out_of_answers_of_one_token() -> None:
+    rollout = RolloutSettings(max_new_tokens=1)
+    assert [arm.name for arm in arms_of(rollout=rollout)] == [SAMPLED, GREEDY]
+    obstacle = recovery_obstacle(TASK, TASK.contract(), TASK.held_out, rollout)
+    assert obstacle == "actors.rollout.max_new_tokens=1 leaves no room for an answer behind a forced token"
+
+
+@pytest.mark.parametrize("has_answers", [True, False])
+def test_tables_do_without_the_recovery_that_was_left_out(has_answers: bool) -> None:
+    number = Estimate(0.5, 0.1, 8)
+    groups = {name: {"accuracy": number, "perplexity": number} for name in (SAMPLED, GREEDY, HELD_OUT)}
+    results = tuple(CheckpointResult(label, Path(label), groups, ()) for label in ("a", "b"))
+    console = Console(file=io.StringIO(), width=80, record=True)
+    show_evaluation(Evaluation("t", has_answers, 8, 0, results, left_out={"recovery": "no wrong token"}), console)
+    assert "left out: recovery (no wrong token)" in console.export_text()
+
+
+def test_a_task_with_too_few_texts_for_mauve_is_refused_as_soon_as_it_is_known(tmp_path: Path) -> None:
+    pytest.importorskip("mauve", reason="needs the extra `mauve`")
+    task = texts_of_one_token(tmp_path, "cd")
+    evaluation = EvaluationSettings(examples=40, mauve=MauveSettings(features="model", clusters=4))
+    settings = read_recipe(Path("launch/recipes/text_cpu.yaml")).model_copy(update={"evaluation": evaluation})
+    with pytest.raises(ValueError, match=r"needs 40 texts .* this evaluation has 1 of the 1 that the task holds out"):
+        check_evaluation(settings, task)
 
 
 def test_twins_differ_in_the_ban_alone() -> None:

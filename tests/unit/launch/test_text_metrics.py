@@ -193,6 +193,15 @@ def test_texts_too_short_for_an_ngram_have_no_share() -> None:
     assert ngram_entropy(ragged([1], []), 2) == Estimate(None, None, 0)
 
 
+@pytest.mark.parametrize("logs", [[[5, 2]], [[5, 2], [5, 2], [6, 2]], [[5, 3, 2], [2]], [[2]]])
+def test_texts_of_one_token_or_none_have_all_numbers_that_they_can_have(logs: list[list[int]]) -> None:
+    metrics = text_metrics(batch_of(logs, ["eos"] * len(logs)), CONTRACT)
+    assert metrics["tokens_per_text"].value is not None
+    for name in ("self_bleu", "diversity", "distinct_4grams", "entropy_4gram_bits"):
+        assert (metrics[name].value, metrics[name].count) == (None, 0)
+    assert all(number.value is None or math.isfinite(number.value) for number in metrics.values())
+
+
 def test_ratio_of_nothing_and_of_one() -> None:
     assert Estimate.ratio(np.array([1.0]), np.array([0.0])).value is None
     one = Estimate.ratio(np.array([3.0]), np.array([2.0]))

@@ -78,6 +78,20 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert not (folder / REPORT_FILE).exists()
 
 
+def test_an_evaluation_that_fails_loses_nothing_of_the_training(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    begin(folder)
+    finish_stages(folder)  # of checkpoints without a model
+    result = CliRunner().invoke(app, ["train", "--resume", str(folder)])
+    assert (result.exit_code, "config.json" in result.stderr) == (2, True)
+    output = " ".join(result.stdout.split())
+    assert "training is done" in output
+    for stage in ("sequencematch", "mle_control"):
+        assert f"{folder}/checkpoints/{stage}/step-000400" in output
+    assert f"sequencematch train --resume {folder}" in output
+    assert (folder / REPORT_FILE).exists()
+
+
 def test_a_run_that_a_driver_has_is_left_to_it(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     begin(folder)
