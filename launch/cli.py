@@ -17,7 +17,7 @@ from rich.console import Console
 
 from launch.bench.commands import bench_app
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson, path
+from launch.command_options import AsJson, StageOfRun, path
 from launch.compare.command import compare
 from launch.errors import UserError
 from launch.evaluation.command import evaluate
@@ -134,8 +134,11 @@ def train(
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(parser=path, help="Checkpoint folder.")],
+    source: Annotated[
+        Path, typer.Argument(parser=path, metavar="RUN_OR_CHECKPOINT", help="Checkpoint, or run: its result.")
+    ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    stage: StageOfRun = None,
     count: Annotated[int, typer.Option("--n", min=1, help="Rollouts.")] = 4,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 1.0,
     max_new_tokens: Annotated[
@@ -146,15 +149,16 @@ def generate(
 ) -> None:
     """Continue a prompt, and show what the model wrote and took back.
 
-    [dim]Example:[/dim] sequencematch generate runs/RUN/checkpoints/sequencematch/step-000400 --prompt "What is 12 + 9?"
+    [dim]Example:[/dim] sequencematch generate runs/RUN --prompt "What is 12 + 9?"
     """
     with reported_errors(), stdout_kept_clean(as_json):
         from launch.generation import encode_prompt, open_checkpoint, rollout_text, rollout_to_json
         from launch.generation import generate as generate_rollouts
+        from launch.run_folder.result import checkpoint_of
 
         console = Console(stderr=as_json)
         with setting_up():
-            opened = open_checkpoint(checkpoint)
+            opened = open_checkpoint(checkpoint_of(source, stage))
             prompt_ids = encode_prompt(opened, prompt)
         views = generate_rollouts(
             opened,
@@ -175,9 +179,10 @@ def generate(
 @app.command()
 def export(
     source: Annotated[
-        Path, typer.Argument(parser=path, metavar="RUN_OR_CHECKPOINT", help="Checkpoint, or run: its newest one.")
+        Path, typer.Argument(parser=path, metavar="RUN_OR_CHECKPOINT", help="Checkpoint, or run: its result.")
     ],
     out: Annotated[Path, typer.Argument(parser=path, help="Folder to make; it must not exist.")],
+    stage: StageOfRun = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Adapters alone, for peft; by default they are merged.")
     ] = False,
@@ -193,7 +198,7 @@ def export(
     with reported_errors(), setting_up():
         from launch.export.model import export as export_model
 
-        exported = export_model(source, out, adapter_only=adapter_only, license_id=license_id)
+        exported = export_model(source, out, stage=stage, adapter_only=adapter_only, license_id=license_id)
     typer.echo(f"exported {exported.checkpoint} to {exported.out}")
     if exported.license is None:
         typer.echo(

@@ -131,7 +131,7 @@ def _say_what_there_is(settings: RunSettings, folder: Path, console: Console, sh
 
 def _targets(settings: RunSettings, folder: Path) -> list[Target]:
     """The checkpoints that the recipe wants to have evaluated."""
-    stages = settings.evaluation.stages or (settings.stages[-1].name,)
+    stages = settings.evaluation.stages or (settings.result_stage,)
     return [Target(stage, final_checkpoint(settings, folder, stage)) for stage in stages]
 
 

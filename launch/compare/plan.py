@@ -213,6 +213,7 @@ def _run_settings(recipe: RunSettings, stages: tuple[StageSettings, ...], seed: 
     tree["stages"] = [stage.model_dump(mode="json") for stage in stages]
     tree["seed"] = seed
     tree["evaluation"]["stages"] = []
+    tree["result"] = None
     tree["learner"]["checkpoint_best_metric"] = None  # not every objective has it, and the final checkpoints count
     if not any(needs_actors(stage, recipe.noise) for stage in stages):
         del tree["scoring"], tree["buffer"]  # both are of rollouts alone, and refused where there are none

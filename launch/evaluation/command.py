@@ -32,11 +32,16 @@ class MauveFeatures(StrEnum):
 
 
 def evaluate(
-    checkpoints: Annotated[list[Path], typer.Argument(parser=path, help="Checkpoint folders, of one model.")],
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(parser=path, metavar="RUN_OR_CHECKPOINT", help="Checkpoints of one model; of a run its result."),
+    ],
     against: Annotated[
         Path | None,
         typer.Option(
-            parser=path, metavar="CHECKPOINT", help="Baseline of the differences; by default the first checkpoint."
+            parser=path,
+            metavar="RUN_OR_CHECKPOINT",
+            help="Baseline of the differences; by default the first checkpoint.",
         ),
     ] = None,
     task_from: Annotated[
@@ -90,13 +95,15 @@ def evaluate(
         from launch.evaluation import evaluate as evaluate_targets
         from launch.evaluation.report import show_evaluation, write_evaluation
         from launch.evaluation.task import kept_folder, labelled, settings_for
+        from launch.run_folder.result import checkpoint_of
 
         with setting_up():
-            settings = settings_for(checkpoints[0], task_from)
+            settings, keep_in = settings_for(checkpoints[0], task_from), output or kept_folder(checkpoints[0])
+            checkpoints = [checkpoint_of(each) for each in checkpoints]
+            against = None if against is None else checkpoint_of(against)
             chosen = _changed(settings.evaluation, examples, decoding, ban_deleted, mauve, mauve_clusters)
             settings = settings.model_copy(update={"evaluation": chosen})
             targets = labelled(checkpoints if against is None else _baseline_first(checkpoints, against))
-            keep_in = output or kept_folder(checkpoints[0])
             if keep_in is not None:
                 keep_in.mkdir(parents=True, exist_ok=True)
         console = Console(stderr=as_json)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.errors import UserError
 from launch.evaluation.results import Target
-from launch.run_folder.folder import CONFIG_FILE, open_run_folder
+from launch.run_folder.folder import CONFIG_FILE, is_run_folder, open_run_folder
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
 
@@ -32,7 +32,9 @@ def settings_for(checkpoint: Path, task_from: Path | None) -> RunSettings:
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The run folder that a checkpoint lies in, if it does."""
+    """The run folder that a checkpoint lies in, or that `checkpoint` is, if any."""
+    if is_run_folder(checkpoint):
+        return checkpoint.resolve()
     for parent in checkpoint.resolve().parents:
         if parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).is_file():
             return parent.parent

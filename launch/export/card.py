@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from buffer.settings import Settings
+from launch.evaluation.report import EVALUATION_FILE
 from launch.export.base_license import base_license
 from launch.run_folder.folder import open_run_folder, read_versions
 from launch.settings.run import RunSettings
@@ -17,6 +18,10 @@ from learner.settings.stages import StageSettings
 if TYPE_CHECKING:
     from learner.checkpoints.model_card import CardFacts
     from learner.checkpoints.progress import Progress
+
+
+_CARD_METRICS = ("accuracy", "recovery", "mauve", "perplexity", "diversity", "backspace_rate")
+"""Of an evaluation, in this order; all of them are in evaluation.json."""
 
 
 def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_id: str | None) -> CardFacts:
@@ -44,7 +49,9 @@ def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_i
         vocab_size=int(config["vocab_size"]),
         base_model=None if base is None else base.name,
         license=license_id,
+        shows_backspace=None if settings is None else _shows_backspace(settings, progress.stage),
         settings={} if settings is None else _training_words(settings, progress.stage),
+        numbers={} if run is None else _measured(run, checkpoint, progress.stage),
         versions=() if run is None else read_versions(run),
     )
 
@@ -65,6 +72,33 @@ def _training_words(settings: RunSettings, stage_name: str) -> dict[str, str]:
         found["adapters"] = _words(settings.model.adapter, "LoRA")
         found["frozen layers"] = settings.model.quantization or settings.model.dtype
     return found
+
+
+def _shows_backspace(settings: RunSettings, stage_name: str) -> bool:
+    """Whether demonstrations that the stage, or one that it builds on, was trained on hold backspaces."""
+    if settings.noise.kind == "none" or not settings.actors.rollout.backspace:
+        return False
+    return any(stage.objective.uses_noise for stage in _lineage(settings.stages, stage_name))
+
+
+def _measured(run: Path, checkpoint: Path, stage: str) -> dict[str, str]:
+    """What the evaluation of a run says of one of its checkpoints, label -> words; nothing if it was not measured."""
+    file = run / EVALUATION_FILE
+    measured = json.loads(file.read_text(encoding="utf-8"))["checkpoints"] if file.is_file() else []
+    for each in measured:
+        if each["label"] == stage and Path(each["checkpoint"]).name == checkpoint.name:
+            return {
+                f"{name}, {group}": _number(number)
+                for name in _CARD_METRICS
+                for group, numbers in each["metrics"].items()
+                if (number := numbers.get(name)) is not None and number["value"] is not None
+            }
+    return {}
+
+
+def _number(number: Mapping[str, float | None]) -> str:
+    error = number["standard_error"]
+    return f"{number['value']:.4g}" + ("" if error is None else f" ± {error:.2g} (standard error)")
 
 
 def _lineage(stages: Sequence[StageSettings], name: str) -> list[StageSettings]:

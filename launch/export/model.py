@@ -13,7 +13,8 @@ from pathlib import Path
 from launch.errors import UserError
 from launch.evaluation.task import run_of
 from launch.export.card import card_facts
-from launch.run_folder.folder import CONFIG_FILE, open_run_folder
+from launch.run_folder.folder import CONFIG_FILE
+from launch.run_folder.result import checkpoint_of
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,17 @@ class Export:
     license: str | None
 
 
-def export(source: Path, out: Path, *, adapter_only: bool = False, license_id: str | None = None) -> Export:
-    """Export a checkpoint, or the newest one of the last stage that a run has trained; `out` appears when complete.
+def export(
+    source: Path,
+    out: Path,
+    *,
+    stage: str | None = None,
+    adapter_only: bool = False,
+    license_id: str | None = None,
+) -> Export:
+    """Export a checkpoint, or the newest one of a run's stage; `out` appears when complete.
 
+    stage: of the run; None takes the recipe's `result`.
     adapter_only: the adapters and the trained output embedding, for peft; else the whole model.
     license_id: for the card; None takes that of the base model.
 
@@ -37,7 +46,13 @@ def export(source: Path, out: Path, *, adapter_only: bool = False, license_id: s
     """
     if out.exists():
         raise UserError(f"{out} exists already: name a folder that does not, or remove it")
-    checkpoint, run = find_checkpoint(source)
+    checkpoint = checkpoint_of(source, stage)
+    if not (checkpoint / "config.json").is_file():
+        raise UserError(
+            f"{source} is neither a run folder nor a checkpoint: it has no {CONFIG_FILE} and no config.json (a run "
+            "keeps its checkpoints in RUN/checkpoints/STAGE/step-N)"
+        )
+    run = run_of(source)
     from transformers import AutoTokenizer
 
     from learner.checkpoints.model_card import adapter_card, model_card
@@ -66,26 +81,3 @@ def export(source: Path, out: Path, *, adapter_only: bool = False, license_id: s
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already, if all went well
     return Export(checkpoint, out, facts.license)
-
-
-def find_checkpoint(source: Path) -> tuple[Path, Path | None]:
-    """A checkpoint and the run folder behind it, if it has one. For a run its newest checkpoint, of the last stage that
-    has any, fetched if it lies elsewhere.
-
-    Raises:
-        UserError: there is none. ValueError, OSError: it cannot be fetched.
-    """
-    if (source / CONFIG_FILE).is_file():
-        from launch.run_folder.checkpoints import stage_checkpoints
-
-        run, settings = open_run_folder(source)
-        for store in reversed(stage_checkpoints(settings, run).values()):
-            if steps := store.steps():
-                return store.folder(steps[-1]), run
-        raise UserError(f"run {source} has no checkpoint yet: `sequencematch train --resume {source}` goes on with it")
-    if not (source / "config.json").is_file():
-        raise UserError(
-            f"{source} is neither a run folder nor a checkpoint: it has no {CONFIG_FILE} and no config.json (a run "
-            "keeps its checkpoints in RUN/checkpoints/STAGE/step-N)"
-        )
-    return source, run_of(source)

@@ -52,6 +52,11 @@ class RunSettings(Settings):
     noise: NoiseSettings = NoiseSettings()
     model: ModelSettings
     stages: tuple[StageSettings, ...] = Field(min_length=1)
+    result: str | None = Field(
+        None,
+        description="stage whose model the run is for: `export` and `generate` take it when they are given the run; "
+        "null = the last stage. Where that is a control, name the stage it is compared with",
+    )
     learner: LearnerSettings = LearnerSettings()
     actors: ActorsSettings = ActorsSettings()
     scoring: ScoringSettings = ScoringSettings()
@@ -71,6 +76,8 @@ class RunSettings(Settings):
             raise ValueError(f"trackers names one twice: {', '.join(self.trackers)}")
         if unknown := [name for name in self.evaluation.stages if name not in names]:
             raise ValueError(f"evaluation.stages names {unknown[0]!r}, the stages are: {', '.join(names)}")
+        if self.result_stage not in names:
+            raise ValueError(f"result names {self.result!r}, the stages are: {', '.join(names)}")
         needy = [stage.name for stage in self.stages if needs_actors(stage, self.noise)]
         if needy and self.actors.count == 0:
             raise ValueError(f"stage {needy[0]!r} needs rollouts, but actors.count is 0: set actors.count to 1 or more")
@@ -110,6 +117,11 @@ class RunSettings(Settings):
                 "actors.rollout.backspace is off: leave that out, set noise.kind=none, or choose an objective without "
                 "noise (mle, kl_control, ...)"
             )
+
+    @property
+    def result_stage(self) -> str:
+        """Name of the stage whose model the run is for."""
+        return self.stages[-1].name if self.result is None else self.result
 
     @property
     def transport(self) -> Transport:

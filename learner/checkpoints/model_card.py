@@ -32,7 +32,9 @@ class CardFacts:
     """What a card tells; what is not known stays out of it.
 
     name: of the architecture. base_model: where training started from. license: identifier, as the hub writes it.
-    settings: how it was trained, label -> words. versions: of programs, as `torch 2.13.0`.
+    shows_backspace: whether demonstrations of this training hold tokens that are taken back. settings: how it was
+    trained, label -> words. numbers: what was measured of these weights, label -> words. versions: of programs, as
+    `torch 2.13.0`.
     """
 
     name: str
@@ -43,7 +45,9 @@ class CardFacts:
     vocab_size: int
     base_model: str | None = None
     license: str | None = None
+    shows_backspace: bool | None = None
     settings: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, str] = field(default_factory=dict)
     versions: tuple[str, ...] = ()
 
 
@@ -52,12 +56,11 @@ def model_card(facts: CardFacts) -> str:
     return f"""{_front_matter(facts, "transformers")}
 # {facts.name} trained with sequencematch
 
-A causal language model that can take back what it wrote
-([SequenceMatch, arXiv 2306.05426](https://arxiv.org/abs/2306.05426)).
+{_summary(facts)}
 
 {_backspace_section(facts)}## Training
 
-{_table(facts)}"""
+{_table(facts)}{_numbers(facts)}"""
 
 
 def adapter_card(facts: CardFacts) -> str:
@@ -66,8 +69,9 @@ def adapter_card(facts: CardFacts) -> str:
     return f"""{_front_matter(facts, "peft")}
 # Adapter of {facts.name} trained with sequencematch
 
-Low-rank adapters and the whole output embedding. With the base model they make a causal language model that can take
-back what it wrote ([SequenceMatch, arXiv 2306.05426](https://arxiv.org/abs/2306.05426)).
+Low-rank adapters and the whole output embedding, for the base model. Together:
+
+{_summary(facts)}
 
 ```python
 from peft import PeftModel
@@ -84,7 +88,27 @@ loop; a generator that does not know the action must never sample it (`suppress_
 
 ## Training
 
-{_table(facts)}"""
+{_table(facts)}{_numbers(facts)}"""
+
+
+def _summary(facts: CardFacts) -> str:
+    """What the weights are: of a control it must not be said that it takes tokens back."""
+    paper = "[SequenceMatch, arXiv 2306.05426](https://arxiv.org/abs/2306.05426)"
+    if facts.shows_backspace is None:
+        return f"A causal language model with an action that takes a token back\n({paper})."
+    if facts.shows_backspace:
+        return f"A causal language model that can take back what it wrote\n({paper})."
+    return (
+        "A causal language model. **It was not taught to take tokens back**: no demonstration of the training below\n"
+        f"holds a token that is taken back, though its vocabulary has an action for it ({paper})."
+    )
+
+
+def _numbers(facts: CardFacts) -> str:
+    if not facts.numbers:
+        return ""
+    lines = [f"| {label} | {words} |" for label, words in facts.numbers.items()]
+    return "\n".join(["", "## Measured on held-out examples", "", "| | |", "|---|---|", *lines, ""])
 
 
 def _front_matter(facts: CardFacts, library: str) -> str:

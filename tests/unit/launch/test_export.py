@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from typer.testing import CliRunner
 
 from launch.cli import app
+from launch.evaluation.task import settings_for
 from launch.export.model import export
 from launch.run_folder.checkpoints import stage_checkpoints
 from launch.run_folder.folder import create_run_folder
+from launch.run_folder.result import checkpoint_of
 from launch.settings.recipe import read_recipe
 from learner.checkpoints.checkpoint import take_snapshot
 from learner.model.policy import Policy, load_policy
@@ -183,6 +186,33 @@ def test_the_card_tells_how_the_model_was_made(run, base, tmp_path):
     assert code_of(checkpoint_card) == code_of(card)
 
 
+def test_a_run_is_exported_by_its_result_and_the_card_tells_what_that_is(base, tmp_path):
+    """The last stage of the recipe is the control; by default that was exported, as a model that takes tokens back."""
+    recipe = Path("launch/recipes/arithmetic_cpu.yaml")
+    run = create_run_folder(read_recipe(recipe, [f"runs_folder={tmp_path}/runs"]))
+    policies = {name: trained(base, adapters=False) for name in ("sequencematch", "mle_control")}
+    for name, policy in policies.items():
+        save_checkpoint(
+            run / "checkpoints" / name, policy.model, policy.tokenizer, replace(PROGRESS, stage=name), STATE
+        )
+    number = {"value": 0.725, "standard_error": 0.02, "n": 500}
+    measured = [
+        {"label": name, "checkpoint": f"/elsewhere/{name}/step-000040", "metrics": {"recovery": {"recovery": number}}}
+        for name in ("sequencematch", "trunk")
+    ]
+    (run / "evaluation.json").write_text(json.dumps({"checkpoints": measured}))
+
+    result, control = export(run, tmp_path / "result"), export(run, tmp_path / "control", stage="mle_control")
+    assert (result.checkpoint.parent.name, control.checkpoint.parent.name) == ("sequencematch", "mle_control")
+    cards = [(done.out / "README.md").read_text(encoding="utf-8") for done in (result, control)]
+    assert ["can take back what it wrote" in card for card in cards] == [True, False]
+    assert ["was not taught to take tokens back" in card for card in cards] == [False, True]
+    assert ["| recovery, recovery | 0.725 ± 0.02 (standard error) |" in card for card in cards] == [True, False]
+    assert "400 steps of mle |" in cards[1]
+    assert checkpoint_of(run) == result.checkpoint
+    assert settings_for(run, None) == read_recipe(recipe, [f"runs_folder={tmp_path}/runs"])
+
+
 def test_the_licence(run, base, tmp_path):
     checkpoint_in(run, trained(base, adapters=False))
     assert export(run, tmp_path / "a", license_id="apache-2.0").license == "apache-2.0"
@@ -236,9 +266,12 @@ def fails(*arguments: object) -> str:
 
 def test_bad_requests_are_told_in_one_line(run, base, tmp_path):
     out = tmp_path / "out"
-    assert "has no checkpoint yet" in fails(run, out)
+    assert "has no checkpoint of stage 'sequencematch' yet: `sequencematch train --resume" in fails(run, out)
     checkpoint = checkpoint_in(run, trained(base, adapters=False))
     assert "has no adapters" in fails(checkpoint, out, "--adapter-only")
+    assert "has no stage 'sm'; its stages are: behaviour_cloning, sequencematch" in fails(run, out, "--stage", "sm")
+    assert "choose a stage that has one with --stage (sequencematch)" in fails(run, out, "--stage", "behaviour_cloning")
+    assert "is not a run folder: leave it out" in fails(checkpoint, out, "--stage", "sequencematch")
     assert "is neither a run folder nor a checkpoint" in fails(tmp_path / "nowhere", out)
     assert "is neither a run folder nor a checkpoint" in fails(tmp_path, out)
     assert "no progress.json" in fails(base, out)

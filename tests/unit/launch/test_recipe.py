@@ -25,6 +25,7 @@ def error_of(*overrides: str, path: Path = ARITHMETIC) -> str:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_packaged_recipes_are_valid_and_survive_writing(path: Path, tmp_path: Path) -> None:
     settings = read_recipe(path)
+    assert settings.result_stage != "mle_control"
     write_recipe(settings, tmp_path / "config.yaml")
     assert read_recipe(tmp_path / "config.yaml") == settings
 
@@ -146,6 +147,7 @@ def test_malformed_overrides(override: str, part: str) -> None:
         ("noise.kind=loud", ["noise.kind", "'policy'"]),
         ("name=a/b", ["name", "pattern"]),
         ("actors.count=0", ["needs rollouts", "set actors.count to 1 or more"]),
+        ("result=trunc", ["result names 'trunc'", "trunk"]),
         ("evaluation.stages=[trunc]", ["evaluation.stages names 'trunc'", "trunk"]),
         ("stages.trunk.start_from=mle_control", ["not an earlier stage"]),
         ("stages.mle_control.name=trunk", ["two stages are called 'trunk'"]),
