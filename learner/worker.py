@@ -38,7 +38,7 @@ from learner.checkpoints.store import CheckpointStore
 from learner.metrics.behaviour import distribution_metrics
 from learner.metrics.log import MetricsLog
 from learner.metrics.trackers import check_trackers
-from learner.metrics.watch import Watch
+from learner.metrics.watch import Watch, mismatch_steps
 from learner.model.activation_checkpointing import checkpoint_activations
 from learner.model.policy import load_policy
 from learner.objectives.base import OutsideDomainError
@@ -209,7 +209,7 @@ class LearnerWorker:
                 source.seek(trainer.step, first_version)
         position = {} if stream is None else stream.state()
         recent: list[float] = []
-        watch = Watch(stage.name, self._spec.settings.watch)
+        watch = Watch(stage.name, self._spec.settings.watch, mismatch_steps(stage))
         with (
             self._ranks.exchange(f"stage {stage.name}"),
             MetricsLog(self._folder, self._spec.trackers) if self._ranks.leads else nullcontext() as log,

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from learner.settings.stages import StageSettings
 from learner.settings.watch import WatchSettings
 
 
 @dataclass(frozen=True)
 class _Alarm:
-    """metric: what is bounded. name: of the alarm's own metric, 0 or 1."""
+    """metric: what is bounded. name: of the alarm's own metric, 0 or 1. steps: beyond the bound, in a row, make one."""
 
     metric: str
     name: str
     bound: float
     advice: str
+    steps: int = 1
 
 
 class Watch:
-    """Looks at the metrics of every step of a stage."""
+    """Looks at the metrics of every step of a stage.
 
-    def __init__(self, stage: str, settings: WatchSettings) -> None:
+    mismatch_steps: for which engine and learner have to disagree. The learner moves away from the weights that it
+        published, in a steep part of training by more than the bound within one interval; rollouts of new weights then
+        bring the difference back to what the engine computes otherwise. So only a difference that outlasts the arrival
+        of new weights is a fault: see `mismatch_steps`.
+    """
+
+    def __init__(self, stage: str, settings: WatchSettings, mismatch_steps: int) -> None:
         self._stage = stage
         self._raised: set[str] = set()
+        self._beyond: Counter[str] = Counter()
         self._alarms = (
             _Alarm(
                 "backspace_rate",
@@ -37,6 +48,7 @@ class Watch:
                 settings.max_log_prob_mismatch,
                 "rollouts do not come from the learner's policy: publish more often, lower the learning rate, or see "
                 "whether the engine's number format is too coarse",
+                mismatch_steps,
             ),
             _Alarm(
                 "unsatisfied_share",
@@ -55,12 +67,19 @@ class Watch:
             value = metrics.get(alarm.metric)
             if value is None:
                 continue
-            beyond = not value <= alarm.bound  # also where it is not a number
-            found[alarm.name] = float(beyond)
-            if beyond and alarm.name not in self._raised:
+            self._beyond[alarm.name] = 0 if value <= alarm.bound else self._beyond[alarm.name] + 1
+            raised = self._beyond[alarm.name] >= alarm.steps or math.isnan(value)
+            found[alarm.name] = float(raised)
+            if raised and alarm.name not in self._raised:
                 self._raised.add(alarm.name)
+                since = "" if alarm.steps == 1 else f", for {self._beyond[alarm.name]} steps"
                 warnings.append(
-                    f"stage {self._stage}, step {step}: {alarm.metric} {value:.3g} is beyond {alarm.bound:g}; "
+                    f"stage {self._stage}, step {step}: {alarm.metric} {value:.3g} is beyond {alarm.bound:g}{since}; "
                     f"{alarm.advice}"
                 )
         return found, warnings
+
+
+def mismatch_steps(stage: StageSettings) -> int:
+    """Two intervals between publications: the first may pass before rollouts of its weights arrive."""
+    return min(2 * stage.publish_every_steps, stage.steps)

@@ -21,8 +21,9 @@ class WatchSettings(Settings):
         2.0,
         gt=0.0,
         description="mean difference, in nats, between the log-probabilities stored with actions of the newest weights "
-        "and the learner's own. The learner's steps since it published them make up to 1 of it (10 steps at learning "
-        "rate 2e-3); beyond the bound weights do not arrive, or an engine computes something else",
+        "and the learner's own. The learner's steps since it published them make up to 3 of it (10 steps at learning "
+        "rate 2e-3), until rollouts of new weights arrive; it is an alarm where it stays beyond the bound for two "
+        "intervals of publish_every_steps: weights do not arrive, or an engine computes something else",
     )
     max_unsatisfied_share: float = Field(
         0.99,

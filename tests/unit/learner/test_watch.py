@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from launch.settings.recipe import read_recipe
 from learner.metrics.behaviour import distribution_metrics
-from learner.metrics.watch import Watch
+from learner.metrics.watch import Watch, mismatch_steps
 from learner.settings.watch import WatchSettings
 
 
 def test_an_alarm_is_told_once_and_kept_as_a_metric():
-    watch = Watch("arm", WatchSettings(max_backspace_rate=0.3))
+    watch = Watch("arm", WatchSettings(max_backspace_rate=0.3), mismatch_steps=1)
     assert watch.look(1, {"loss": 9.0, "backspace_rate": 0.3}) == ({"alarm_backspace_rate": 0.0}, [])
     found, warnings = watch.look(2, {"backspace_rate": 0.31})
     assert found == {"alarm_backspace_rate": 1.0}
@@ -24,11 +26,13 @@ def test_an_alarm_is_told_once_and_kept_as_a_metric():
     ]
     assert watch.look(3, {"backspace_rate": 0.2}) == ({"alarm_backspace_rate": 0.0}, [])
     assert watch.look(4, {"backspace_rate": 0.4}) == ({"alarm_backspace_rate": 1.0}, [])
-    assert Watch("next", WatchSettings()).look(1, {"backspace_rate": 0.4})[1]  # a new stage tells again
+    assert Watch("next", WatchSettings(), mismatch_steps=1).look(1, {"backspace_rate": 0.4})[
+        1
+    ]  # a new stage tells again
 
 
 def test_each_metric_has_its_own_alarm():
-    watch = Watch("arm", WatchSettings(max_log_prob_mismatch=0.5))
+    watch = Watch("arm", WatchSettings(max_log_prob_mismatch=0.5), mismatch_steps=1)
     found, warnings = watch.look(7, {"backspace_rate": 0.1, "log_prob_mismatch_mean": 0.75})
     assert found == {"alarm_backspace_rate": 0.0, "alarm_log_prob_mismatch": 1.0}
     (warning,) = warnings
@@ -36,10 +40,47 @@ def test_each_metric_has_its_own_alarm():
 
 
 def test_a_number_that_is_none_is_an_alarm_and_an_absent_one_is_not():
-    watch = Watch("arm", WatchSettings())
+    watch = Watch("arm", WatchSettings(), mismatch_steps=1)
     found, warnings = watch.look(1, {"log_prob_mismatch_mean": math.nan})
     assert (found, len(warnings)) == ({"alarm_log_prob_mismatch": 1.0}, 1)
     assert watch.look(2, {"loss": 1.0}) == ({}, [])
+
+
+# The first steps of the stage of launch/recipes/arithmetic_cpu.yaml that has rollouts, as a run had them: the learning
+# rate rises, and each interval of ten steps ends far from the weights that it began with.
+# fmt: off
+HEALTHY = [
+    4.2e-07, 0.0014, 0.0093, 0.015, 0.011, 0.045, 0.047, 0.073, 0.11, 0.11, 0.11, 0.099, 0.1, 0.053, 0.31, 0.33,
+    0.58, 0.6, 0.87, 1, 1, 0.98, 0.081, 0.38, 0.58, 1.3, 1.2, 1.6, 2.8, 2, 1.7, 2.2, 0.12, 0.16, 0.54, 0.25, 0.65,
+    0.74, 0.69, 0.7, 1.1, 1.1, 0.21, 0.66
+]
+# fmt: on
+
+
+def warnings_of(mismatches: list[float]) -> list[str]:
+    stage = read_recipe(Path("launch/recipes/arithmetic_cpu.yaml")).stages[1]
+    watch = Watch(stage.name, WatchSettings(), mismatch_steps(stage))
+    looked = [watch.look(step, {"log_prob_mismatch_mean": value}) for step, value in enumerate(mismatches, 1)]
+    return [warning for _, warnings in looked for warning in warnings]
+
+
+def test_a_learner_that_moves_fast_between_two_publications_is_no_alarm() -> None:
+    assert max(HEALTHY) > WatchSettings().max_log_prob_mismatch
+    assert warnings_of(HEALTHY) == []
+
+
+@pytest.mark.parametrize("arrives_until", [0, 12])
+def test_an_engine_that_computes_something_else_or_gets_no_weights_is_one(arrives_until: int) -> None:
+    broken = HEALTHY[:arrives_until] + [value + 3.0 for value in HEALTHY[arrives_until:]]
+    (warning,) = warnings_of(broken)
+    step = arrives_until + 20
+    assert warning.startswith(f"stage sequencematch, step {step}: log_prob_mismatch_mean ")
+    assert " is beyond 2, for 20 steps; rollouts do not come from the learner's policy" in warning
+
+
+def test_a_stage_of_few_steps_is_watched_to_its_end() -> None:
+    stage = read_recipe(Path("launch/recipes/arithmetic_cpu.yaml"), ["stages.sequencematch.steps=7"]).stages[1]
+    assert mismatch_steps(stage) == 7
 
 
 def test_a_bound_that_no_policy_can_reach_is_refused():
