@@ -80,6 +80,11 @@ def unigram_candidates(examples: Dataset, tokenizer: PreTrainedTokenizerBase) ->
         counts += np.bincount(Ragged.from_arrow(batch.column("target_ids")).values, minlength=len(counts))
     counts[tokenizer.all_special_ids] = 0
     (ids,) = np.nonzero(counts)
+    if len(ids) == 0:
+        raise ValueError(
+            "every target is <eos> alone, since no document is longer than its prompt: lower prompt_tokens or give "
+            "longer documents"
+        )
     return NoiseCandidates.weighted([ids.astype(np.int32)], [counts[ids]])
 
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from launch.compare.folder import ComparisonFolder, Measured, read_measured, stage_cost
 from launch.compare.results import Comparison, Key
+from launch.durations import clock
 from launch.errors import RunFailedError
 from launch.evaluation import Target, evaluate
 from launch.evaluation.measuring import check_evaluation
@@ -149,14 +150,14 @@ class Pace:
         self._seconds[kind].append(seconds)
 
     def headline(self) -> str:
-        """`run 3 of 10, about 12 min left`; of kinds that nothing is known of the mean of the others is taken."""
+        """`run 3 of 10, about 12:00 left`; of kinds that nothing is known of the mean of the others is taken."""
         means = {kind: sum(each) / len(each) for kind, each in self._seconds.items()}
         text = f"run {self._position + 1} of {len(self._kinds)}"
         if not means:
             return text
         usual = sum(means.values()) / len(means)
         left_s = sum(means.get(kind, usual) for kind in self._kinds[self._position :])
-        return f"{text}, about {max(1, round(left_s / 60))} min left"
+        return f"{text}, about {clock(left_s)} left"
 
 
 def _kinds(comparison: ComparisonFolder) -> list[str]:

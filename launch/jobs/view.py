@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from launch.durations import clock
 from launch.jobs.server import Job
 
 
@@ -19,7 +20,7 @@ def job_table(jobs: Sequence[Job]) -> Table:
             "" if job.submission_id == job.run else job.submission_id,
             str(job.state),
             "" if job.exit_code is None else str(job.exit_code),
-            _clock(job.started_at),
+            _moment(job.started_at),
             _duration(job),
         )
     return table
@@ -37,12 +38,11 @@ def describe_job(job: Job) -> str:
     return ", ".join(parts)
 
 
-def _clock(at: float | None) -> str:
+def _moment(at: float | None) -> str:
     return "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
 def _duration(job: Job) -> str:
     if job.started_at is None:
         return ""
-    seconds = int((job.ended_at or time.time()) - job.started_at)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return clock((job.ended_at or time.time()) - job.started_at)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from actors.status import PoolStatus
 from buffer.shards.status import BufferStatus
+from launch.durations import clock
 from launch.monitoring.shard_view import flight_lines, shard_table
 from learner.settings.stages import StageSettings
 from learner.status import LearnerStatus, StageResult
@@ -95,7 +96,7 @@ def render(view: RunView, elapsed_s: float) -> RenderableType:
     """The whole display."""
     left = view.seconds_left()
     head = Text.assemble(
-        (view.title, "bold"), f"   elapsed {_clock(elapsed_s)}", "" if left is None else f"   about {_clock(left)} left"
+        (view.title, "bold"), f"   elapsed {clock(elapsed_s)}", "" if left is None else f"   about {clock(left)} left"
     )
     parts: list[RenderableType] = [head, _stage_table(view)]
     if view.pool is not None:
@@ -112,7 +113,7 @@ def render(view: RunView, elapsed_s: float) -> RenderableType:
 
 def plain_line(view: RunView, elapsed_s: float) -> str:
     """The display in one line, for logs."""
-    parts = [f"[{_clock(elapsed_s)}]"]
+    parts = [f"[{clock(elapsed_s)}]"]
     learner = view.learner
     if learner is not None and learner.stage:
         loss = learner.metrics.get("loss", float("nan"))
@@ -120,7 +121,10 @@ def plain_line(view: RunView, elapsed_s: float) -> str:
     if view.pool is not None:
         for member in view.pool.members:
             status = member.status
-            rate = member.state if status is None else f"v{status.policy_version} {status.actions_per_s:,.0f} actions/s"
+            rate = member.state
+            if status is not None:
+                weights = "no weights yet" if status.policy_version < 0 else f"v{status.policy_version}"
+                rate = f"{weights} {status.actions_per_s:,.0f} actions/s"
             parts.append(f"{member.name} {rate}")
     if view.buffer is not None:
         parts.append(_buffer_line(view))
@@ -128,7 +132,7 @@ def plain_line(view: RunView, elapsed_s: float) -> str:
         parts.append(view.note)
     left = view.seconds_left()
     if left is not None:
-        parts.append(f"about {_clock(left)} left")
+        parts.append(f"about {clock(left)} left")
     return " | ".join(parts)
 
 
@@ -144,7 +148,7 @@ def _stage_table(view: RunView) -> Table:
             loss = view.learner.metrics.get("loss", float("nan"))
             details = f"loss {loss:.4f}  {1e3 * view.learner.seconds_per_step:.0f} ms/step"
         elif result:
-            details = f"{_clock(result.seconds)}"
+            details = clock(result.seconds)
         table.add_row(
             mark,
             Text(stage.name, "bold" if running else ""),
@@ -169,7 +173,7 @@ def _actor_table(pool: PoolStatus) -> Table:
         table.add_row(
             member.name,
             status.activity if status.dropped == 0 else f"{status.activity}, {status.dropped:,} dropped",
-            f"v{status.policy_version}",
+            "none yet" if status.policy_version < 0 else f"v{status.policy_version}",
             f"{status.actions_per_s:,.0f}",
             f"{100 * rate:.1f} %",
             str(status.in_flight),
@@ -184,8 +188,3 @@ def _buffer_line(view: RunView) -> str:
     rate = view.backspace_rate()
     backspaces = "" if rate is None else f" | backspace rate {100 * rate:.1f} %"
     return f"{buffer.summary()}{backspaces}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"

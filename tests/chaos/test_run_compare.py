@@ -73,7 +73,7 @@ def compared(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Compared
 def test_an_interruption_says_how_to_go_on(compared: Compared) -> None:
     assert f"go on with: sequencematch compare --resume {compared.folder}" in compared.first_stdout
     assert "Traceback" not in compared.first_stdout + compared.first_stderr
-    assert re.search(rf"run 2 of 3, about \d+ min left: {ARMS[0]}, seed 0", compared.first_stdout)
+    assert re.search(rf"run 2 of 3, about [\d:]+ left: {ARMS[0]}, seed 0", compared.first_stdout)
 
 
 def test_what_was_finished_is_not_repeated(compared: Compared) -> None:

@@ -176,6 +176,13 @@ def test_files_that_are_no_data_set_are_named(tmp_path: Path) -> None:
     assert "train.jsonl' is a file: give its folder" in error
 
 
+def test_targets_without_text_are_an_error_that_says_why(tmp_path: Path) -> None:
+    settings = TextTaskSettings(dataset=str(tmp_path), prompt_tokens=2, target_tokens=3)
+    (tmp_path / "train.jsonl").write_text(2 * '{"text": "ab"}\n')
+    with pytest.raises(ValueError, match=r"every target is <eos> alone.* lower prompt_tokens"):
+        load_task(settings, TOKENIZER)
+
+
 def test_an_empty_text_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "full").write_text("abc")
     (tmp_path / "empty").write_text("")

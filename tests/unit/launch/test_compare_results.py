@@ -186,7 +186,7 @@ def test_the_time_left_is_that_of_runs_of_the_same_kind() -> None:
     assert pace.headline() == "run 1 of 6"
     pace.skip()
     pace.done("mle", 60.0)
-    assert pace.headline() == "run 3 of 6, about 4 min left", "nothing else is known"
+    assert pace.headline() == "run 3 of 6, about 4:00 left", "nothing else is known"
     pace.done("emo", 600.0)
     pace.done("start", 60.0)
-    assert pace.headline() == "run 5 of 6, about 11 min left"
+    assert pace.headline() == "run 5 of 6, about 11:00 left"

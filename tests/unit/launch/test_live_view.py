@@ -10,6 +10,7 @@ from rich.console import Console
 from actors.status import ActorStatus, MemberStatus, PoolStatus
 from buffer.shards.status import BufferStatus, ShardStatus
 from buffer.store.counters import SourceCounters, StoreStatus
+from launch.durations import clock
 from launch.monitoring.live_view import LiveView, RunView, plain_line, render
 from launch.settings.recipe import read_recipe
 from learner.status import LearnerStatus, StageResult
@@ -40,6 +41,24 @@ def test_the_display_shows_stage_step_loss_rate_version_backspaces_and_time_left
         assert expected in text, text
     # 300 steps of this stage and 400 of the control, at 0.1 s each.
     assert "about 1:10 left" in text
+
+
+def test_an_actor_without_weights_has_none_yet() -> None:
+    view = view_of_a_running_stage()
+    waiting = ActorStatus("actor-0", -1, 0, 0.0, 0, 0, 0, 0, "waiting for weights")
+    view.pool = PoolStatus(1, -1, (MemberStatus("actor-0", "running", 0, waiting),))
+    (row,) = [line for line in text_of(view).splitlines() if line.startswith("actor-0")]
+    assert "none yet" in row
+    assert "actor-0 no weights yet 0 actions/s" in plain_line(view, elapsed_s=83.0)
+    assert "-1" not in text_of(view) + plain_line(view, elapsed_s=83.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599.4, "59:59"), (3599.6, "1:00:00"), (7509.0, "2:05:09")]
+)
+def test_durations_have_hours_where_there_are_any(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+    assert f"[{text}]" in plain_line(view_of_a_running_stage(), elapsed_s=seconds)
 
 
 def test_nothing_is_cut_off_at_80_columns() -> None:
