@@ -78,7 +78,7 @@ def measure_here(side: SideName, num_nodes: int, vocab_size: int, hidden_size: i
     hidden.grad = weight.grad = None
     before = _start_peak_bytes()
     if side == "ours":
-        v_floor, q_backspace, q = chunked_values(hidden, weight, rows, actions, backspace_id=3)
+        v_floor, q_backspace, q, _ = chunked_values(hidden, weight, rows, actions, backspace_id=3)
         loss = (torch.logaddexp(v_floor, q_backspace) - q).mean()
     else:
         loss = cross_entropy(hidden @ weight.T, actions)

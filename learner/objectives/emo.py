@@ -12,6 +12,8 @@ and with MLE = -log q(y) and ratios without gradient the loss of an action is
 
 Not consistent: with endless data the optimum is sharper than the data, whatever the costs. Where a binary choice has
 probability .7, mode 1 ends at .748. So compare at matched entropy.
+
+The authors' package bounds the ratio of mode 1 at 3, which is `ratio_cap: 3` here; without a bound it is the paper's.
 """
 
 from __future__ import annotations
@@ -21,20 +23,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.checkpoint import checkpoint
 
 from learner.objectives.base import EvaluatedLogs, ExpertObjective, LogCounts, Metrics
 from learner.objectives.likelihood import likelihood_metrics
 from learner.settings.objectives import EmoSettings
-from learner.state_tree.action_values import CHUNK_ELEMENTS, VOCABULARY_CHUNK, StateLogits, accumulation_dtype
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
+from learner.state_tree.products import CHUNK_ELEMENTS
 
 EPSILON = 1e-10
 """Keeps the ratio of the two losses defined."""
 
-TENSORS_PER_CHUNK = 4
-"""As large as the chunk, at hand in its backward pass."""
+NEAR = 1e-2
+"""Costs below this are found without the cosine, whose rounding error is of the order of 1e-7 in float32."""
 
 
 class Emo(ExpertObjective):
@@ -52,12 +53,12 @@ class Emo(ExpertObjective):
         self._table = table
 
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
-        """One forward pass, which measures the DEMD of every action.
+        """One forward pass, which sums up the DEMD of every action.
 
         Raises:
             ValueError: the cost table is of another vocabulary.
         """
-        return EvaluatedLogs(tree, policy.evaluate(tree, self._measure), counts)
+        return EvaluatedLogs(tree, policy.evaluate(tree, summation=self._distance), counts)
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """The mode's loss of the labels."""
@@ -80,16 +81,16 @@ class Emo(ExpertObjective):
         """Go on with the table of `state()`."""
         self._table = state.get("table", self._table)
 
-    def _measure(self, tree: TreeBatch, logits: StateLogits) -> Tensor:
+    def _distance(self, tree: TreeBatch, weight: Tensor) -> EarthMoverDistance:
         if self._table is None:
-            self._table = logits.weight.detach().clone()
-        if len(self._table) != len(logits.weight):
+            self._table = weight.clone()
+        if len(self._table) != len(weight):
             raise ValueError(
-                f"the cost table has {len(self._table)} rows and the model a vocabulary of {len(logits.weight)}: set "
+                f"the cost table has {len(self._table)} rows and the model a vocabulary of {len(weight)}: set "
                 "cost_model to one with the same tokenizer, or leave it out to use the model's own embedding"
             )
-        self._table = self._table.to(logits.weight.device)
-        return earth_mover_distance(tree, logits, self._table)
+        self._table = self._table.to(weight.device)
+        return EarthMoverDistance(self._table, tree.action)
 
 
 def emo_loss(likelihood: Tensor, distance: Tensor, mode: int, ratio_cap: float | None = None) -> Tensor:
@@ -101,42 +102,36 @@ def emo_loss(likelihood: Tensor, distance: Tensor, mode: int, ratio_cap: float |
     return (numerator + ratio * denominator) / (2 if mode == 1 else 1)
 
 
-def earth_mover_distance(tree: TreeBatch, logits: StateLogits, table: Tensor) -> Tensor:
-    """[A] DEMD between the policy before each action and its label, by the directions of the rows of `table` [V, d].
+class EarthMoverDistance:
+    """DEMD between the policy before each action and its label, by the directions of the rows of `table` [V, d].
 
-    The mean direction of a state, [d], is summed up chunk by chunk over the vocabulary; each chunk of probabilities is
-    made again in the backward pass. Where backspace is masked it has no part in it.
+    A sum of q(v) C(v, y) without a difference of large numbers: 1 less a mean of cosines would lose the distance where
+    the policy is nearly certain of the label, or of an id with the same direction. The derivative by a logit is
+    q(v) (C(v, y) - DEMD). Where backspace is masked it has no part in it.
     """
-    mean = _mean_direction(logits, table)
-    dtype = mean.dtype
-    labels = normalize(table[tree.action].to(dtype), dim=1)
-    backspace = normalize(table[logits.backspace_id].to(dtype), dim=0)
-    cosine = (mean.index_select(0, tree.state_row) * labels).sum(1)
-    other_share = torch.sigmoid(logits.v_floor - logits.q_backspace)[tree.state_row]
-    cosine_all = other_share * cosine + (1 - other_share) * (labels @ backspace)
-    # In exact arithmetic nothing is below 0, rounding is.
-    return (1 - torch.where(tree.backspace_masked, cosine, cosine_all)).clamp(min=0)
 
+    ids: Tensor | None = None
 
-def _mean_direction(logits: StateLogits, table: Tensor) -> Tensor:
-    """[M, d] mean of the rows' directions under the distribution of each state over all ids but backspace."""
-    dtype = accumulation_dtype(logits.hidden, logits.weight)
+    def __init__(self, table: Tensor, labels: Tensor) -> None:
+        self._table = table
+        self._labels = labels
 
-    def of_chunk(hidden: Tensor, weight: Tensor, v_floor: Tensor, rows: Tensor, backspace: int) -> Tensor:
-        log_q = hidden.to(dtype) @ weight.to(dtype).T - v_floor[:, None]
-        if 0 <= backspace < len(weight):
-            log_q = log_q.index_fill(1, torch.tensor([backspace], device=log_q.device), -torch.inf)
-        return log_q.exp() @ normalize(rows.to(dtype), dim=1)
+    def terms(self, q: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
+        """See `VocabularySum`."""
+        return (q * self._cost(actions, ids, q.dtype)).sum(1)[None]
 
-    width = min(len(table), VOCABULARY_CHUNK)
-    means: list[Tensor] = []
-    height = max(1, CHUNK_ELEMENTS // (TENSORS_PER_CHUNK * width))
-    weights = logits.weight.split(width)  # once: each split has a gradient as large as the whole
-    for hidden, v_floor in zip(logits.hidden.split(height), logits.v_floor.split(height), strict=True):
-        mean = hidden.new_zeros((len(hidden), table.shape[1]), dtype=dtype)
-        for number, weight in enumerate(weights):
-            rows = table[number * width : (number + 1) * width]
-            arguments = (hidden, weight, v_floor, rows, logits.backspace_id - number * width)
-            mean = mean + checkpoint(of_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
-        means.append(mean)
-    return torch.cat(means)
+    def gradient(self, q: Tensor, sums: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
+        """See `VocabularySum`."""
+        return q * (self._cost(actions, ids, q.dtype) - sums[0][:, None])
+
+    def _cost(self, actions: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """[a, w] of each id to the label of each action."""
+        directions = normalize(self._table[ids].to(dtype), dim=1)
+        labels = normalize(self._table[self._labels[actions]].to(dtype), dim=1)
+        cost = 1 - labels @ directions.T
+        # Of rows that are nearly parallel, 1 - cosine is rounding alone; half the squared difference is not.
+        row, column = (cost < NEAR).nonzero(as_tuple=True)
+        pairs = max(1, CHUNK_ELEMENTS // directions.shape[1])
+        for i, j in zip(row.split(pairs), column.split(pairs), strict=True):
+            cost[i, j] = (labels[i] - directions[j]).square().sum(1) / 2
+        return cost

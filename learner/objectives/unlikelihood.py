@@ -13,17 +13,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from learner.objectives.base import EvaluatedLogs, ExpertObjective, LogCounts, Metrics
 from learner.objectives.likelihood import cross_entropy, likelihood_metrics
 from learner.settings.objectives import UnlikelihoodSettings
-from learner.state_tree.action_values import CHUNK_ELEMENTS, StateLogits, accumulation_dtype
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
 
 LEAST_COMPLEMENT = 1e-5
 """1 - q(c) counts as no less than this: the slope of log(1 - q) is endless at q = 1."""
+
+PROBABLE = 0.75
+"""A context token with more than this probability has its slope kept apart from that of the others."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Unlikelihood(ExpertObjective):
     name: str = "unlikelihood"
 
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
-        """One forward pass, which measures the unlikelihood of every action."""
-        return EvaluatedLogs(tree, policy.evaluate(tree, context_unlikelihood), counts)
+        """One forward pass, which sums up the unlikelihood of every action."""
+        values = policy.evaluate(tree, summation=lambda tree, weight: ContextUnlikelihood(tree))
+        return EvaluatedLogs(tree, values, counts)
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the labels, and of not drawing the tokens before them."""
@@ -52,30 +54,47 @@ class Unlikelihood(ExpertObjective):
         return loss, metrics
 
 
-def context_unlikelihood(tree: TreeBatch, logits: StateLogits) -> Tensor:
-    """[A] -sum of log(1 - q(c)) over the distinct tokens c of the text before the action, its label left out.
+class ContextUnlikelihood:
+    """-sum of log(1 - q(c)) over the distinct tokens c of the text before each action, its label left out.
 
-    Logits are made of the tokens of the tree alone, a chunk of actions at a time, and again in the backward pass.
+    With h(c) = q(c) / (1 - q(c)) the derivative by the logit of any id v is [v in C] h(v) - q(v) sum_C h. Near q(c) = 1
+    both parts of c's own are large and nearly equal; together they are q(c) (1 - sum over the others of h). At most one
+    token is that probable, so the sums keep it apart: of each action the loss, the sum of h over the others, and h of
+    the probable one (0 where there is none, or where the bound on 1 - q holds and there is no slope).
     """
-    tokens, token_of_node = torch.unique(tree.node_ids, return_inverse=True)
-    dtype = accumulation_dtype(logits.hidden, logits.weight)
-    columns = logits.weight[tokens].to(dtype)
-    values = logits.v_of_actions(tree)
-    node = torch.arange(tree.num_padded_nodes, device=tree.node_ids.device)
 
-    def of_chunk(hidden: Tensor, columns: Tensor, values: Tensor, states: Tensor, labels: Tensor) -> Tensor:
-        precedes = (node <= states[:, None]) & (tree.subtree_end > states[:, None])
-        seen = torch.zeros((len(states), len(tokens)), dtype=torch.uint8, device=node.device)
-        seen.scatter_reduce_(1, token_of_node.expand_as(precedes), precedes.to(torch.uint8), "amax")
-        counted = seen.bool() & (tokens != labels[:, None])
-        log_q = (hidden.to(dtype) @ columns.T - values[:, None]).masked_fill(~counted, -torch.inf)
-        return -(-torch.expm1(log_q)).clamp(min=LEAST_COMPLEMENT).log().sum(1)
+    def __init__(self, tree: TreeBatch) -> None:
+        self._tree = tree
+        self.ids: Tensor | None = torch.unique(tree.node_ids)
 
-    size = max(1, CHUNK_ELEMENTS // tree.num_padded_nodes)
-    terms: list[Tensor] = []
-    for rows, value, states, labels in zip(
-        tree.state_row.split(size), values.split(size), tree.state.split(size), tree.action.split(size), strict=True
-    ):
-        arguments = (logits.hidden.index_select(0, rows), columns, value, states, labels)
-        terms.append(checkpoint(of_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(terms)
+    def terms(self, q: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
+        """See `VocabularySum`."""
+        q = q.masked_fill(~self._counted(actions, ids), 0.0)
+        complement = (1 - q).clamp(min=LEAST_COMPLEMENT)
+        slope = torch.where(1 - q > LEAST_COMPLEMENT, q / complement, 0.0)
+        is_probable = q > PROBABLE
+        loss = torch.where(is_probable, -complement.log(), -torch.log1p(-q.clamp(max=PROBABLE)))
+        others, probable = slope.masked_fill(is_probable, 0.0), slope.masked_fill(~is_probable, 0.0)
+        return torch.stack([loss.sum(1), others.sum(1), probable.sum(1)])
+
+    def gradient(self, q: Tensor, sums: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
+        """See `VocabularySum`."""
+        _, others, probable = sums[:, :, None]
+        # Rounding may differ from that of `terms`, which has decided: what was above PROBABLE is above 1/2 here too.
+        is_probable = (q > 0.5) & (probable > 0)
+        is_bounded = (q > (1 + PROBABLE) / 2) & (probable == 0)
+        own = torch.where(is_bounded, 0.0, q / (1 - q).clamp(min=LEAST_COMPLEMENT))
+        by_v = q * (others + probable)
+        of_context = torch.where(is_probable, q * (1 - others), own - by_v)
+        return torch.where(self._counted(actions, ids), of_context, -by_v)
+
+    def _counted(self, actions: Tensor, ids: Tensor) -> Tensor:
+        """[a, w] whether the id stands in the text before the action, and is not its label."""
+        tree = self._tree
+        states, labels = tree.state[actions], tree.action[actions]
+        place = torch.searchsorted(ids, tree.node_ids).clamp(max=len(ids) - 1)
+        nodes = (ids[place] == tree.node_ids).nonzero().flatten()
+        precedes = (nodes <= states[:, None]) & (tree.subtree_end[nodes] > states[:, None])
+        seen = torch.zeros((len(actions), len(ids)), dtype=torch.uint8, device=ids.device)
+        seen.scatter_reduce_(1, place[nodes].expand_as(precedes), precedes.to(torch.uint8), "amax")
+        return seen.bool() & (ids != labels[:, None])

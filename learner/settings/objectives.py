@@ -66,7 +66,10 @@ class EmoSettings(ExpertObjectiveSettings):
         "scaled to it",
     )
     ratio_cap: float | None = Field(
-        default=None, gt=0.0, description="bound on the ratio that scales one loss to the other; null = none"
+        default=None,
+        gt=0.0,
+        description="bound on the ratio that scales one loss to the other; null = none, as the paper prints it; the "
+        "authors' package has 3 in mode 1",
     )
     cost_model: LocalPath | None = Field(
         default=None,

@@ -6,6 +6,10 @@ is the log-probability under the policy that acted.
 
 A tensor of tokens x vocabulary is never held: logits are made in chunks, folded into a running log-sum-exp, and but for
 the first few made again in the backward pass.
+
+All that a loss is made of comes from one function of states and output embedding, Q, V and sums over the vocabulary
+alike. So its gradient is put together at the logits, in float32, and rounded once where these are of half precision:
+parts that nearly cancel, as those of a probability near 1 do, are not rounded before they are added.
 """
 
 from __future__ import annotations
@@ -20,15 +24,17 @@ from transformers import PreTrainedModel
 
 from learner.state_tree.attention import evaluate_nodes
 from learner.state_tree.batch import TreeBatch
-
-CHUNK_ELEMENTS = 2**22
-"""Logits made at a time (16 MiB in float32)."""
+from learner.state_tree.products import (
+    CHUNK_ELEMENTS,
+    VOCABULARY_CHUNK,
+    accumulation_dtype,
+    matmul,
+    matmul_operand,
+)
+from learner.state_tree.vocabulary_sums import ActionSums, Summation
 
 KEPT_ELEMENTS = 2**25
 """Logits kept for the backward pass (128 MiB in float32): whatever is small is not computed twice."""
-
-VOCABULARY_CHUNK = 8192
-"""Columns of the vocabulary in a chunk, at most."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class ActionValues:
     log_prob_backspace: [A] of backspace before the action, without gradient (-inf where it is masked).
     log_prob_at_temperature: [A] of the label at the temperature that its policy sampled with, without gradient; that of
         temperature 1 where there is none (`behaviour_temperature` 0).
-    measured: what a `Measurement` found, if one was asked for.
+    measured: what a `Measurement` found, without gradient, or the [A] sums of a `Summation`, if one was asked for.
     """
 
     q: Tensor
@@ -80,8 +86,8 @@ class StateLogits:
 
 
 Measurement = Callable[[TreeBatch, StateLogits], Tensor]
-"""What else an objective wants to know of the states. It runs inside the model's forward pass, where the ranks have
-the output embedding whole; a tensor of states x vocabulary is as forbidden to it as to this file."""
+"""What else an objective wants to know of the states, without gradient. It runs inside the model's forward pass, where
+the ranks have the output embedding whole; a tensor of states x vocabulary is as forbidden to it as to this file."""
 
 
 def action_values(
@@ -90,50 +96,62 @@ def action_values(
     backspace_id: int,
     *,
     measurement: Measurement | None = None,
+    summation: Summation | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> ActionValues:
     """Evaluate `model` on every state of `tree` with one forward pass of its transformer.
 
     The model must pass `learner.model.support.check_supported`: Q is hidden state times row of the output embedding,
     nothing else. Under FSDP call this inside a wrapped forward, so that the output embedding is gathered.
+    At most one of `measurement` and `summation` gives `measured`.
     """
+    assert measurement is None or summation is None, "there is one field for both"
     states = evaluate_nodes(model, tree).index_select(0, tree.value_nodes)
     weight = model.get_output_embeddings().weight
-    v_floor, q_backspace, q = chunked_values(
-        states,
-        weight,
-        tree.state_row,
-        tree.action,
-        backspace_id=backspace_id,
-        chunk_elements=chunk_elements,
-    )
-    logits = StateLogits(states, weight, v_floor, q_backspace, backspace_id)
-    v_all = torch.logaddexp(v_floor, q_backspace)
-    v = logits.v_of_actions(tree)
-    with torch.no_grad():
-        log_prob_backspace = (q_backspace[tree.state_row] - v).masked_fill(tree.backspace_masked, -torch.inf)
-        log_prob_at_temperature = q - v
-        for temperature in tree.temperatures:
-            tempered = _log_prob_at(temperature, states, weight, tree, backspace_id, chunk_elements)
-            drawn = tree.behaviour_temperature == temperature
-            log_prob_at_temperature = torch.where(drawn, tempered, log_prob_at_temperature)
-    return ActionValues(
-        q=q,
-        v=v,
-        v_next=torch.where(tree.next_backspace_masked, v_floor[tree.next_state_row], v_all[tree.next_state_row]),
-        v_start=v_floor[tree.start_row],
-        v_final=torch.where(tree.final_backspace_masked, v_floor[tree.final_row], v_all[tree.final_row]),
-        log_prob_backspace=log_prob_backspace,
-        log_prob_at_temperature=log_prob_at_temperature,
-        measured=None if measurement is None else measurement(tree, logits),
-    )
+    with torch.autocast(states.device.type, enabled=False):  # it would round what is multiplied here
+        sums = None
+        if summation is not None:
+            summed = summation(tree, weight.detach())
+            sums = ActionSums(summed, tree.state_row, tree.backspace_masked, backspace_id, chunk_elements)
+        v_floor, q_backspace, q, measured = chunked_values(
+            states,
+            weight,
+            tree.state_row,
+            tree.action,
+            backspace_id=backspace_id,
+            chunk_elements=chunk_elements,
+            sums=sums,
+        )
+        logits = StateLogits(states, weight, v_floor, q_backspace, backspace_id)
+        if measurement is not None:
+            with torch.no_grad():
+                measured = measurement(tree, logits)
+        v_all = torch.logaddexp(v_floor, q_backspace)
+        v = logits.v_of_actions(tree)
+        with torch.no_grad():
+            log_prob_backspace = (q_backspace[tree.state_row] - v).masked_fill(tree.backspace_masked, -torch.inf)
+            log_prob_at_temperature = q - v
+            for temperature in tree.temperatures:
+                tempered = _log_prob_at(temperature, states, weight, tree, backspace_id, chunk_elements)
+                drawn = tree.behaviour_temperature == temperature
+                log_prob_at_temperature = torch.where(drawn, tempered, log_prob_at_temperature)
+        return ActionValues(
+            q=q,
+            v=v,
+            v_next=torch.where(tree.next_backspace_masked, v_floor[tree.next_state_row], v_all[tree.next_state_row]),
+            v_start=v_floor[tree.start_row],
+            v_final=torch.where(tree.final_backspace_masked, v_floor[tree.final_row], v_all[tree.final_row]),
+            log_prob_backspace=log_prob_backspace,
+            log_prob_at_temperature=log_prob_at_temperature,
+            measured=measured,
+        )
 
 
 def _log_prob_at(
     temperature: float, states: Tensor, weight: Tensor, tree: TreeBatch, backspace_id: int, chunk_elements: int
 ) -> Tensor:
     """[A] log-probability of the labels under logits / temperature, which are those of states / temperature."""
-    v_floor, q_backspace, q = chunked_values(
+    v_floor, q_backspace, q, _ = chunked_values(
         states.float() / temperature if states.dtype.itemsize < 4 else states / temperature,
         weight,
         tree.state_row,
@@ -155,8 +173,9 @@ def chunked_values(
     backspace_id: int,
     chunk_elements: int = CHUNK_ELEMENTS,
     kept_elements: int = KEPT_ELEMENTS,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits = hidden @ weight.T: log-sum-exp over all ids but backspace, backspace logit, chosen logits.
+    sums: ActionSums | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of logits = hidden @ weight.T: log-sum-exp over all ids but backspace, backspace logit, chosen logits, sums.
 
     Args:
         hidden: [M, H] states.
@@ -166,16 +185,20 @@ def chunked_values(
         backspace_id: id left out of the log-sum-exp.
         chunk_elements: logits made at a time.
         kept_elements: logits kept for the backward pass, at most.
+        sums: over the vocabulary, of each action.
 
     Returns:
-        v_floor [M], q_backspace [M], q [A], in the accumulation type; differentiable once.
+        v_floor [M], q_backspace [M], q [A] and the sums [A] (None without), in the accumulation type; differentiable
+        once.
     """
     if chunk_elements < 1:
         raise ValueError(f"chunk_elements={chunk_elements} must be at least 1")
     with torch.autocast(hidden.device.type, enabled=False):
         chunks = _Chunks(len(hidden), len(weight), chunk_elements, kept_elements)
-        v_floor, q_backspace, q = _ChunkedValues.apply(hidden, weight, rows, actions, backspace_id, chunks)
-    return v_floor, q_backspace, q
+        v_floor, q_backspace, q, summed = _ChunkedValues.apply(
+            hidden, weight, rows, actions, backspace_id, chunks, sums
+        )
+    return v_floor, q_backspace, q, None if sums is None else summed
 
 
 class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
@@ -194,17 +217,18 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
         actions: Tensor,
         backspace_id: int,
         chunks: _Chunks,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        sums: ActionSums | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = accumulation_dtype(hidden, weight)
         v_floor = hidden.new_full((len(hidden),), -torch.inf, dtype=dtype)
         q_backspace = torch.empty_like(v_floor)
         q = hidden.new_zeros((len(rows),), dtype=dtype)
-        states = _matmul_operand(hidden, weight)
+        states = matmul_operand(hidden, weight)
         kept: list[Tensor] = []  # exponentials and peaks in turn
         for low, high in chunks.vocabulary:
-            columns = _matmul_operand(weight[low:high], hidden)
+            columns = matmul_operand(weight[low:high], hidden)
             for begin, end in chunks.states:
-                logits = _matmul(states[begin:end], columns.T)
+                logits = matmul(states[begin:end], columns.T)
                 index, inside = _flat_index(rows, actions, (begin, end), (low, high))
                 q += torch.where(inside, logits.flatten()[index], 0.0)
                 if low <= backspace_id < high:
@@ -217,41 +241,49 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
                 if len(kept) < 2 * chunks.num_kept:
                     kept += [exponentials, peak]
         ctx.save_for_backward(hidden, weight, rows, actions, v_floor, *kept)
-        ctx.backspace_id, ctx.chunks = backspace_id, chunks
-        return v_floor, q_backspace, q
+        ctx.backspace_id, ctx.chunks, ctx.sums = backspace_id, chunks, sums
+        summed = q.new_zeros(0) if sums is None else sums.forward(hidden, weight, v_floor, q_backspace)
+        return v_floor, q_backspace, q, summed
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_v: Tensor, grad_backspace: Tensor, grad_q: Tensor
+        ctx: torch.autograd.function.FunctionCtx,
+        grad_v: Tensor,
+        grad_backspace: Tensor,
+        grad_q: Tensor,
+        grad_sums: Tensor,
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, rows, actions, v_floor, *kept = ctx.saved_tensors
         remembered = iter(kept)
         grad_hidden = torch.zeros_like(hidden, dtype=grad_v.dtype)
         grad_weight = torch.empty_like(weight)
-        states = _matmul_operand(hidden, weight)
-        for low, high in ctx.chunks.vocabulary:
-            columns = _matmul_operand(weight[low:high], hidden)
-            grad_columns = torch.zeros_like(columns, dtype=grad_v.dtype)
-            for begin, end in ctx.chunks.states:
-                # The gradient of the logits, in three parts: softmax, backspace column, chosen ids.
-                exponentials = next(remembered, None)
-                if exponentials is None:
-                    logits = _matmul(states[begin:end], columns.T)
-                    grad = logits.sub_(v_floor[begin:end, None]).exp_().mul_(grad_v[begin:end, None])
-                else:
-                    scale = (next(remembered) - v_floor[begin:end]).exp() * grad_v[begin:end]
-                    grad = exponentials * scale[:, None]
-                if low <= ctx.backspace_id < high:
-                    grad[:, ctx.backspace_id - low] = grad_backspace[begin:end]
-                index, inside = _flat_index(rows, actions, (begin, end), (low, high))
-                grad.view(-1).scatter_add_(0, index, torch.where(inside, grad_q, 0.0))
-                grad = grad.to(columns.dtype)
-                grad_hidden[begin:end] += _matmul(grad, columns)
-                if weight.requires_grad:  # under adapters it is frozen: a third of the work less
-                    grad_columns += _matmul(grad.T, states[begin:end])
-            grad_weight[low:high] = grad_columns
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
+        if ctx.sums is not None:
+            ctx.sums.prepare_backward(grad_sums, ctx.chunks.states)
+        with torch.autocast(hidden.device.type, enabled=False):
+            states = matmul_operand(hidden, weight)
+            for low, high in ctx.chunks.vocabulary:
+                columns = matmul_operand(weight[low:high], hidden)
+                grad_columns = torch.zeros_like(columns, dtype=grad_v.dtype)
+                for begin, end in ctx.chunks.states:
+                    exponentials = next(remembered, None)
+                    if exponentials is None:
+                        q = matmul(states[begin:end], columns.T).sub_(v_floor[begin:end, None]).exp_()
+                    else:
+                        q = exponentials * (next(remembered) - v_floor[begin:end]).exp()[:, None]
+                    summed = None if ctx.sums is None else ctx.sums.gradient(q, (begin, end), (low, high))
+                    # The gradient of the logits: softmax, backspace column, chosen ids, sums over the vocabulary.
+                    grad = q.mul_(grad_v[begin:end, None])
+                    if low <= ctx.backspace_id < high:
+                        grad[:, ctx.backspace_id - low] = grad_backspace[begin:end]
+                    index, inside = _flat_index(rows, actions, (begin, end), (low, high))
+                    grad.view(-1).scatter_add_(0, index, torch.where(inside, grad_q, 0.0))
+                    grad = (grad if summed is None else grad.add_(summed)).to(columns.dtype)
+                    grad_hidden[begin:end] += matmul(grad, columns)
+                    if weight.requires_grad:  # under adapters it is frozen: a third of the work less
+                        grad_columns += matmul(grad.T, states[begin:end])
+                grad_weight[low:high] = grad_columns
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
 
 
 class _Chunks:
@@ -280,21 +312,3 @@ def _flat_index(
     (begin, end), (low, high) = states, vocabulary
     inside = (rows >= begin) & (rows < end) & (actions >= low) & (actions < high)
     return torch.where(inside, (rows - begin) * (high - low) + (actions - low), 0), inside
-
-
-def accumulation_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """In what products of the two are summed up: float32, or float64 if either is."""
-    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-
-
-def _matmul_operand(a: Tensor, other: Tensor) -> Tensor:
-    """`a` as `_matmul` wants it: half precision stays where the device multiplies it into float32."""
-    if a.is_cuda and a.dtype == other.dtype and a.dtype in (torch.bfloat16, torch.float16):
-        return a
-    return a.to(accumulation_dtype(a, other))
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)

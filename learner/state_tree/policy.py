@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from learner.state_tree.action_values import ActionValues, Measurement, action_values
 from learner.state_tree.batch import TreeBatch
+from learner.state_tree.vocabulary_sums import Summation
 
 
 class TreePolicy(nn.Module):  # type: ignore[misc]
@@ -36,9 +37,11 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
         """Where the weights are."""
         return self.model.device
 
-    def evaluate(self, tree: TreeBatch, measurement: Measurement | None = None) -> ActionValues:
+    def evaluate(
+        self, tree: TreeBatch, measurement: Measurement | None = None, summation: Summation | None = None
+    ) -> ActionValues:
         """Values along the logs of `tree` (on the model's device). With several ranks, all call this together."""
-        return ActionValues(*self(tree, measurement))
+        return ActionValues(*self(tree, measurement, summation))
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def measure(self, tree: TreeBatch, measurement: Measurement) -> None:
@@ -47,9 +50,11 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
         if isinstance(self, FSDPModule):
             self.reshard()  # after a forward pass the root waits for a backward pass, with weights that are a copy
 
-    def forward(self, tree: TreeBatch, measurement: Measurement | None = None) -> tuple[Tensor | None, ...]:
+    def forward(
+        self, tree: TreeBatch, measurement: Measurement | None = None, summation: Summation | None = None
+    ) -> tuple[Tensor | None, ...]:
         """The fields of `ActionValues` in order: FSDP finds the tensors of a tuple, not those of a dataclass."""
-        values = action_values(self.model, tree, self.backspace_id, measurement=measurement)
+        values = action_values(self.model, tree, self.backspace_id, measurement=measurement, summation=summation)
         return tuple(getattr(values, field.name) for field in fields(values))
 
     def sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from learner.state_tree.action_values import CHUNK_ELEMENTS, VOCABULARY_CHUNK, StateLogits, accumulation_dtype
+from learner.state_tree.action_values import StateLogits
+from learner.state_tree.products import CHUNK_ELEMENTS, VOCABULARY_CHUNK, accumulation_dtype
 
 
 def sample_tokens(logits: StateLogits, rows: Tensor, generator: torch.Generator) -> Tensor:

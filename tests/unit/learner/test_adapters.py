@@ -203,7 +203,7 @@ def test_training_moves_adapters_and_unembedding_only():
         hidden = model.base_model(torch.tensor([PROBE])).last_hidden_state[0]
         rows = torch.arange(len(PROBE))
         weight = model.get_output_embeddings().weight
-        v_floor, _, q = chunked_values(hidden, weight, rows, rows + 30, backspace_id=BACKSPACE_ID)
+        v_floor, _, q, _ = chunked_values(hidden, weight, rows, rows + 30, backspace_id=BACKSPACE_ID)
         (v_floor - q).sum().backward()
         optimizer.step()
     after = dict(model.named_parameters())

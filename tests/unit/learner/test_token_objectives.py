@@ -4,6 +4,7 @@ optimum is not the data."""
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from learner.objectives import emo as emo_module
-from learner.objectives import unlikelihood as unlikelihood_module
 from learner.objectives.base import EvaluatedLogs, LogCounts
 from learner.objectives.emo import Emo, emo_loss
 from learner.objectives.likelihood import Likelihood
@@ -20,8 +20,10 @@ from learner.objectives.registry import make_objective
 from learner.objectives.scheduled_sampling import ScheduledSampling
 from learner.objectives.unlikelihood import Unlikelihood
 from learner.settings.objectives import EmoSettings, ObjectiveSettings, ScheduledSamplingSettings, UnlikelihoodSettings
+from learner.state_tree import action_values as action_values_module
+from learner.state_tree import policy as policy_module
 from learner.state_tree import sampling as sampling_module
-from learner.state_tree.action_values import StateLogits
+from learner.state_tree.action_values import StateLogits, action_values, chunked_values
 from learner.state_tree.policy import TreePolicy
 from learner.state_tree.sampling import sample_tokens
 from tests.oracle import Log, states
@@ -71,14 +73,16 @@ def assert_same_loss_and_gradient(loss: Tensor, expected: Tensor, model) -> None
     )
 
 
-@pytest.fixture(params=[None, 7], ids=["one chunk", "many chunks"])
+@pytest.fixture(params=[None, 12], ids=["one chunk", "many chunks"])
 def chunks(request, monkeypatch):
-    """Chunks of 3 columns and of a few rows, which divide neither the vocabulary nor the states."""
+    """Chunks of a few columns and a few rows, which divide neither the vocabulary nor the states; none are kept."""
     if request.param is not None:
-        for module in (unlikelihood_module, emo_module, sampling_module):
-            monkeypatch.setattr(module, "CHUNK_ELEMENTS", request.param if module is not unlikelihood_module else 100)
-        for module in (emo_module, sampling_module):
-            monkeypatch.setattr(module, "VOCABULARY_CHUNK", 3)
+        few = partial(action_values, chunk_elements=request.param)
+        monkeypatch.setattr(policy_module, "action_values", few)
+        monkeypatch.setattr(action_values_module, "chunked_values", partial(chunked_values, kept_elements=0))
+        monkeypatch.setattr(emo_module, "CHUNK_ELEMENTS", request.param)
+        monkeypatch.setattr(sampling_module, "CHUNK_ELEMENTS", request.param)
+        monkeypatch.setattr(sampling_module, "VOCABULARY_CHUNK", 3)
 
 
 def test_unlikelihood_against_the_oracle(model, chunks):
