@@ -15,6 +15,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from launch.surroundings import provide_home
+
+provide_home()  # first of all: what is imported later looks for its files there
+
 # Ray reads these once, when it is first imported, so they are set before any module here imports it.
 # A Ray started by a run protects itself with the user's token, but joining it by its address would not send one.
 if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ or (Path.home() / ".ray/auth_token").is_file():

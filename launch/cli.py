@@ -24,6 +24,7 @@ from launch.evaluation.command import evaluate
 from launch.jobs.command import jobs_app, submit
 from launch.queries.command import audit, query
 from launch.report.command import report
+from launch.surroundings import tolerate_terminal
 
 app = typer.Typer(
     name="sequencematch",
@@ -60,6 +61,7 @@ def _options(
     ] = False,
 ) -> None:
     """Options of the program as a whole."""
+    tolerate_terminal()
 
 
 @app.command()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 
@@ -44,6 +46,22 @@ def setting_up() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from None
+
+
+def provide_folder(folder: Path, elsewhere: str) -> None:
+    """Make a folder that is to be written, and try it, before anything is computed for it.
+
+    elsewhere: how the person can name another one.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be written ({error.strerror}): {elsewhere}") from None
 
 
 @contextmanager

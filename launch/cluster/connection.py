@@ -21,6 +21,7 @@ from launch.errors import RunFailedError, UserError
 from launch.run_folder.folder import LiveCluster, remove_cluster, write_cluster
 from launch.settings.run import ClusterSettings, RunSettings
 from launch.stop_signals import stop_signals_interrupt
+from launch.surroundings import provide_socket_folder
 
 RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
 LOOPBACK = "127.0.0.1"
@@ -79,6 +80,7 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
     # Ray announces its default (token authentication on) in the middle of the display.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     cores = os.cpu_count() or 1
+    provide_socket_folder()
     with _for_this_machine_alone(), _late_start_told():
         ray.init(
             address="local",

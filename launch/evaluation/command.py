@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
+from launch.command_errors import provide_folder, reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson, path
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def evaluate(
     """
     with reported_errors(), stdout_kept_clean(as_json):
         from launch.evaluation import evaluate as evaluate_targets
+        from launch.evaluation.kept_rollouts import ROLLOUTS_FOLDER
         from launch.evaluation.report import show_evaluation, write_evaluation
         from launch.evaluation.task import kept_folder, labelled, settings_for
         from launch.run_folder.result import checkpoint_of
@@ -105,7 +106,8 @@ def evaluate(
             settings = settings.model_copy(update={"evaluation": chosen})
             targets = labelled(checkpoints if against is None else _baseline_first(checkpoints, against))
             if keep_in is not None:
-                keep_in.mkdir(parents=True, exist_ok=True)
+                for folder in (keep_in, keep_in / ROLLOUTS_FOLDER):
+                    provide_folder(folder, "keep the rollouts elsewhere with --output FOLDER")
         console = Console(stderr=as_json)
         if keep_in is None:
             console.print("rollouts are not kept, so an interruption loses them: give --output FOLDER", style="dim")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.command_errors import reported_errors
+from launch.command_errors import provide_folder, reported_errors
 from launch.command_options import path
 
 
@@ -26,7 +26,10 @@ def report(
     """
     with reported_errors():
         from launch.report.write import write_report
+        from launch.run_folder.folder import run_config
 
+        inside = run_config(run).parent
+        provide_folder(inside if output is None else output.parent, "write the page elsewhere with --output FILE")
         written = write_report(run, output)
     for note in written.notes:
         typer.echo(f"warning: {note}", err=True)

@@ -1,0 +1,74 @@
+"""What a process expects of the machine it runs on, and containers, clusters and plain terminals may not offer.
+
+A home folder and a user's name: containers run as numbers that no file knows. Libraries then fail one after the other,
+each with an error of its own: Ray's token, the caches of Hugging Face, of Triton, of torch.
+A short folder for sockets: the path of a Unix socket has at most 107 bytes, and Ray puts its own below TMPDIR.
+Characters: on a terminal without UTF-8, printing a mark such as `✓` would end the command.
+"""
+
+from __future__ import annotations
+
+import getpass
+import io
+import os
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+from launch.errors import UserError
+
+MAX_SOCKET_FOLDER_BYTES = 39
+"""107 less `/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store`."""
+
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # Ray makes a folder of its own there
+
+
+def provide_home() -> None:
+    """Where the user has no home folder that can be written, make a private folder one, for this process and those that
+    it starts; and give a user without a name one.
+    """
+    home = os.path.expanduser("~")
+    if not os.access(home, os.W_OK | os.X_OK):  # as also `~`, where nobody knows better
+        os.environ["HOME"] = str(_private_folder())
+        print(f"home folder {home} cannot be written: using {os.environ['HOME']}", file=sys.stderr)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        os.environ["USER"] = f"user-{os.getuid()}"
+
+
+def provide_socket_folder() -> None:
+    """Where the path of TMPDIR is too long for Ray's sockets, let Ray work elsewhere.
+
+    Raises:
+        UserError: there is no other folder that can be written, or the path of RAY_TMPDIR is too long.
+    """
+    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    wanted = os.environ.get(variable, "")
+    if len(os.fsencode(wanted)) <= MAX_SOCKET_FOLDER_BYTES:
+        return
+    short = next((folder for folder in _SHORT_FOLDERS if os.access(folder, os.W_OK | os.X_OK)), None)
+    if short is None or variable == "RAY_TMPDIR":
+        raise UserError(
+            f"{variable}={wanted} is too long a path for the sockets of Ray: set RAY_TMPDIR to a folder whose path has "
+            f"at most {MAX_SOCKET_FOLDER_BYTES} bytes"
+        )
+    os.environ["RAY_TMPDIR"] = short
+
+
+def tolerate_terminal() -> None:
+    """Print `?` for what the terminal cannot show."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")
+
+
+def _private_folder() -> Path:
+    """One for all commands of the user, unless somebody else was there first."""
+    folder = Path(tempfile.gettempdir()) / f"sequencematch-home-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) == 0o700:
+        return folder
+    return Path(tempfile.mkdtemp(prefix=folder.name))
