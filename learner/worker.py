@@ -116,12 +116,13 @@ class LearnerWorker:
         check_trackers(self._spec.trackers)
         torch.manual_seed(self._spec.seed)
         model_settings, task_settings = self._spec.model, self._spec.task
+        param_dtype = self._spec.settings.param_dtype
         if isinstance(model_settings, ScratchModelSettings):
             self._task = load_task(task_settings, max_length=model_settings.max_positions)
-            policy = load_policy(model_settings, self._task.tokenizer)
+            policy = load_policy(model_settings, self._task.tokenizer, param_dtype)
             max_length = model_settings.max_positions
         else:
-            policy = load_policy(model_settings)
+            policy = load_policy(model_settings, param_dtype=param_dtype)
             max_length = int(policy.model.config.max_position_embeddings)
             self._task = load_task(
                 task_settings, policy.tokenizer, backspace_id=policy.backspace_id, max_length=max_length
@@ -346,8 +347,9 @@ class LearnerWorker:
     def _frozen_start(self, stage: StageSettings) -> TreePolicy:
         """The policy as `stage` finds it, with weights of its own that nothing moves."""
         settings = self._spec.model
+        tokenizer = self._task.tokenizer if isinstance(settings, ScratchModelSettings) else None
         with torch.random.fork_rng(devices=[]):
-            made = load_policy(settings, self._task.tokenizer if isinstance(settings, ScratchModelSettings) else None)
+            made = load_policy(settings, tokenizer, self._spec.settings.param_dtype)
         if stage.start_from is not None:
             load_weights(made.model, self._newest_checkpoint(self._checkpoints(stage.start_from)))
         made.model.requires_grad_(False)

@@ -1,7 +1,7 @@
 """Export of a trained model: a folder that stands alone, in Hugging Face format or as a peft adapter.
 
-Checkpoints hold whole weights already (adapters merged, 4-bit layers restored), so an export copies them bit for bit
-and leaves out what only training needs.
+Checkpoints hold whole weights already (adapters merged, 4-bit layers restored, rounded to `model.dtype`), so an export
+copies them bit for bit and leaves out what only training needs.
 """
 
 from __future__ import annotations

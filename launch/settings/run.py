@@ -100,6 +100,11 @@ class RunSettings(Settings):
         self._check_scoring(bool(needy))
         self._check_backspace()
         self._check_publishing()
+        if self.learner.param_dtype == "bfloat16" and self.model.dtype == "float32":
+            raise ValueError(
+                "learner.param_dtype=bfloat16 is for a model that computes in bfloat16, and model.dtype is float32: "
+                "leave param_dtype out, or set model.dtype=bfloat16"
+            )
         if isinstance(self.model, ScratchModelSettings):  # of another one the config is not here yet
             self._check_division(self.model)
         for stage in self.stages:

@@ -1,6 +1,9 @@
 """The files of a trained model, in Hugging Face format: one way of writing and reading them.
 
-config.json, generation_config.json, model.safetensors  whole weights: adapters merged, 4-bit layers restored
+config.json, generation_config.json, model.safetensors  whole weights as they are published: adapters merged, 4-bit
+                                                        layers restored, rounded to `model.dtype`
+trained/model.safetensors                               the trained parameters in float32, where those above are
+                                                        rounded: training goes on from them
 adapter/adapter_config.json, adapter_model.safetensors  where adapters were trained: they and the trained output
                                                         embedding, for peft to read and training to resume from
 """
@@ -21,6 +24,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from buffer.weights import TensorEntry
 from learner.checkpoints.safetensors_file import entry_of, write_safetensors
 from learner.model.adapters import adapter_config, adapter_tensors, is_adapted
+from learner.precision import compute_dtype, published_dtype
 from learner.publication.tensors import publication_table, publication_tensors
 from learner.ranks.sharding import gathered, load_tensors, part_like
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:  # peft takes seconds to import, and most runs train without i
 
 CONFIGURATION_FILES = ("config.json", "generation_config.json")
 WEIGHTS_FILE = "model.safetensors"
+TRAINED_FOLDER = "trained"
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -37,13 +42,15 @@ ADAPTER_FILE = "adapter_model.safetensors"
 class ModelSnapshot:
     """A model as it was at one moment, in host memory of its own, so that training may go on while it is written.
 
-    tensors: of `table`, in its order. adapter: configuration and tensors, where adapters are trained.
+    tensors: of `table`, in its order. trained: see `_unrounded`. adapter: configuration and tensors, where adapters are
+        trained.
     """
 
     config: PretrainedConfig
     generation_config: GenerationConfig | None
     table: tuple[TensorEntry, ...]
     tensors: tuple[tuple[str, Tensor], ...]
+    trained: dict[str, Tensor]
     adapter: tuple[LoraConfig, dict[str, Tensor]] | None
 
     def write(self, folder: Path) -> None:
@@ -55,16 +62,22 @@ class ModelSnapshot:
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
         write_safetensors(folder / WEIGHTS_FILE, self.table, self.tensors)
+        if self.trained:
+            _write_tensors(folder / TRAINED_FOLDER / WEIGHTS_FILE, self.trained)
         if self.adapter is not None:
             config, tensors = self.adapter
-            (folder / ADAPTER_FOLDER).mkdir()
+            _write_tensors(folder / ADAPTER_FOLDER / ADAPTER_FILE, tensors)
             config.save_pretrained(folder / ADAPTER_FOLDER)
-            table = [entry_of(name, tensor) for name, tensor in tensors.items()]
-            write_safetensors(folder / ADAPTER_FOLDER / ADAPTER_FILE, table, tensors.items())
+
+
+def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    file.parent.mkdir()
+    write_safetensors(file, [entry_of(name, tensor) for name, tensor in tensors.items()], tensors.items())
 
 
 def snapshot_model(model: PreTrainedModel) -> ModelSnapshot:
-    """Copy a model's whole weights: adapters merged, 4-bit layers restored, shards gathered.
+    """Copy a model's whole weights as they are published (adapters merged, 4-bit layers restored, shards gathered), and
+    what that rounds as training holds it.
 
     The ranks of a sharded model do it together: the others `take_part_in_snapshot`.
     """
@@ -74,19 +87,21 @@ def snapshot_model(model: PreTrainedModel) -> ModelSnapshot:
         adapter, _ = snapshot.adapter
         adapted = {name: host_copy(gathered(tensor)) for name, tensor in adapter_tensors(model).items()}
         snapshot = replace(snapshot, adapter=(adapter, adapted))
-    return replace(snapshot, table=publication_table(model), tensors=tensors)
+    trained = {name: host_copy(gathered(tensor)) for name, tensor in _unrounded(model).items()}
+    return replace(snapshot, table=publication_table(model), tensors=tensors, trained=trained)
 
 
 def snapshot_without_weights(model: PreTrainedModel) -> ModelSnapshot:
     """The configs alone."""
     config = copy.deepcopy(model.config)
-    config.dtype = model.get_input_embeddings().weight.dtype
+    config.dtype = compute_dtype(model)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # the class of a sharded model has a longer name
     return ModelSnapshot(
         config=config,
         generation_config=copy.deepcopy(model.generation_config),
         table=(),
         tensors=(),
+        trained={},
         adapter=(adapter_config(model), {}) if is_adapted(model) else None,
     )
 
@@ -100,13 +115,23 @@ def take_part_in_snapshot(model: PreTrainedModel) -> None:
     """What the ranks other than 0 do while rank 0 runs `snapshot_model`: give their parts of every tensor, in order."""
     for _ in publication_tensors(model):
         pass
+    for tensor in _unrounded(model).values():
+        gathered(tensor)
     if is_adapted(model):
         for tensor in adapter_tensors(model).values():
             gathered(tensor)
 
 
+def _unrounded(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The trained parameters that publication rounds; none in a model with adapters, which have files of their own."""
+    if is_adapted(model):
+        return {}
+    parameters = model.named_parameters()
+    return {name: tensor for name, tensor in parameters if published_dtype(model, tensor) != tensor.dtype}
+
+
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Load a checkpoint's weights into `model`, in place: all of them, or none if they do not fit.
+    """Load a checkpoint's weights into `model`, in place, as training left them: all, or none if they do not fit.
 
     Into a model with adapters go the adapters and the trained output embedding; the rest is its frozen base, which has
     to be the one that the checkpoint was trained on.
@@ -118,7 +143,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     if is_adapted(model):
         _load_adapters(model, checkpoint)
         return
-    state = _read_tensors(checkpoint)
+    state = _read_tensors(checkpoint) | _read_tensors(checkpoint / TRAINED_FOLDER)
     if misfits := _misfits(model.state_dict(keep_vars=True), state):
         raise ValueError(f"checkpoint {checkpoint} does not fit the model: {'; '.join(misfits)}")
     load_tensors(model, state)  # a tied tensor is saved under one of its names

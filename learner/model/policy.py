@@ -26,7 +26,8 @@ from learner.model.backspace_row import initialise_backspace_row
 from learner.model.quantization import quantise_linear_layers
 from learner.model.saved_configs import mend_configs
 from learner.model.support import check_supported
-from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
+from learner.precision import hold_trained_parameters
+from learner.settings.model import ParamDtype, PretrainedModelSettings, ScratchModelSettings
 
 PACKAGE_PREFIX = "package:"
 
@@ -59,12 +60,14 @@ class ModelSource:
 def load_policy(
     settings: ScratchModelSettings | PretrainedModelSettings,
     task_tokenizer: PreTrainedTokenizerBase | None = None,
+    param_dtype: ParamDtype | None = None,
 ) -> Policy:
     """Load or make the model, give it a backspace action and adapters, and check that the learner can train it.
 
     Args:
         settings: what to load or make.
         task_tokenizer: tokenizer of the task; needed by a model from scratch, refused by any other.
+        param_dtype: of the trained parameters; None leaves those of the model in its own format.
 
     Raises:
         ValueError: the model is unsupported, there is no room for backspace, no tokenizer, no `<eos>`, or adapters or
@@ -90,6 +93,8 @@ def load_policy(
     if isinstance(settings, PretrainedModelSettings):
         _adapt(model, settings)
     check_supported(model)
+    if param_dtype is not None:
+        hold_trained_parameters(model, getattr(torch, param_dtype))
     is_row_new = is_new and isinstance(settings, PretrainedModelSettings)
     return Policy(model, tokenizer, backspace_id, int(tokenizer.eos_token_id), is_row_new, notes)
 

@@ -63,6 +63,7 @@ class Discriminator:
         body = copy.deepcopy(model.base_model) if settings.body == "own" else None
         weight = model.get_output_embeddings().weight
         dtype = accumulation_dtype(weight, weight)
+        self._autocast = policy.autocast
         self.network = DiscriminatorNetwork(weight.shape[1], dtype, settings.seed, body).to(policy.device)
         trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.0)
@@ -76,7 +77,8 @@ class Discriminator:
         pairs = policy_pairs
         if self.network.body is not None:
             assert policy_pairs is None
-            hidden = evaluate_nodes(self.network.body, tree)
+            with self._autocast():
+                hidden = evaluate_nodes(self.network.body, tree)
             embedding = self.network.body.get_input_embeddings()(tree.node_ids[nodes])
             pairs = torch.stack([hidden[tree.state[actions]], embedding.to(hidden.dtype)], dim=1)
         assert pairs is not None

@@ -2,7 +2,8 @@
 
 Engines, checkpoints and exports know neither adapters nor 4-bit layers nor shards. `publication_tensors` gives them one
 plain tensor at a time: W + (alpha / rank) B A where a layer is adapted, W restored where it is quantised, gathered from
-all ranks where it is sharded. So no more than one tensor exists beside the model, unless the reader keeps it.
+all ranks where it is sharded, rounded to what the model computes in where training holds it in float32. So no more than
+one tensor exists beside the model, unless the reader keeps it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from buffer.low_rank import LowRankUpdate, merge_low_rank
 from buffer.weights import TensorEntry
 from learner.model.adapters import ADAPTER_NAME, adapted_layers
 from learner.model.quantization import dequantise, is_quantised, original_format
+from learner.precision import published_dtype
 from learner.ranks.sharding import gathered
 from learner.settings.adapters import PublishMode
 
@@ -34,8 +36,8 @@ def publication_table(model: PreTrainedModel) -> tuple[TensorEntry, ...]:
 def publication_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter and persistent buffer; of tied ones only the first.
 
-    The names are those of the base model's `state_dict`. A tensor that is not adapted, quantised or sharded is the
-    model's own memory: copy it before the next optimizer step.
+    The names are those of the base model's `state_dict`. A tensor that is not adapted, quantised, sharded or rounded is
+    the model's own memory: copy it before the next optimizer step.
 
     A sharded model (FSDP2) is gathered tensor by tensor, so all its ranks must iterate to the end, in step.
     """
@@ -126,7 +128,7 @@ def _sources(model: PreTrainedModel) -> list[_Source]:
         for name, tensor in _own_tensors(module):
             if tensor not in seen:
                 seen.add(tensor)
-                sources.append(_source(prefix + name, tensor, module, adapter))
+                sources.append(_source(prefix + name, tensor, module, adapter, published_dtype(model, tensor)))
     return sources
 
 
@@ -150,14 +152,14 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-def _source(name: str, tensor: Tensor, module: nn.Module, adapter: LoraLayer | None) -> _Source:
+def _source(name: str, tensor: Tensor, module: nn.Module, adapter: LoraLayer | None, published: torch.dtype) -> _Source:
     is_weight = tensor is getattr(module, "weight", None)
     quantised = is_weight and is_quantised(module)
-    dtype, shape = original_format(tensor) if quantised else (tensor.dtype, tensor.shape)
+    dtype, shape = original_format(tensor) if quantised else (published, tensor.shape)
     entry = TensorEntry(name, str(dtype).removeprefix("torch."), tuple(shape))
 
     def base() -> Tensor:
-        return dequantise(tensor) if quantised else gathered(tensor)
+        return dequantise(tensor) if quantised else gathered(tensor).to(published)
 
     return _Source(entry, base, adapter if is_weight else None, tensor.requires_grad)
 

@@ -37,7 +37,7 @@ def shard(policy: TreePolicy, ranks: Ranks) -> None:
                 "learner.num_ranks=1, or train it without quantization"
             )
     mesh = ranks.mesh()
-    precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=policy.autocast_dtype, reduce_dtype=torch.float32)
     for layer in decoder_layers(policy.model):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)

@@ -9,6 +9,17 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from buffer.settings import LocalPath, Settings
 from learner.settings.adapters import AdapterSettings, Quantization
 
+Dtype = Literal["float32", "bfloat16"]
+"""What a model computes in and is published in."""
+
+DTYPE_MEANING = (
+    "number format of the learner's products, of frozen weights, and of the weights that are pushed and exported; "
+    "trained parameters are held in learner.param_dtype"
+)
+
+ParamDtype = Literal["float32", "bfloat16"]
+"""What training holds the trained parameters in: see `learner.param_dtype`."""
+
 
 class ScratchModelSettings(Settings):
     """A small model with random weights, sized for the tokenizer of the task."""
@@ -25,7 +36,7 @@ class ScratchModelSettings(Settings):
     max_positions: PositiveInt = Field(default=128, description="longest text (prompt and answer) in tokens")
     tie_embeddings: bool = Field(default=True, description="share the rows of the input and the output embedding")
     initializer_range: PositiveFloat = Field(default=0.02, description="standard deviation of the initial weights")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = Field(default="float32", description=DTYPE_MEANING)
     backspace_token: str = Field(default="<backspace>", description="token of the vocabulary that takes a token back")
     seed: int = 0
 
@@ -56,7 +67,7 @@ class PretrainedModelSettings(Settings):
         description="Hugging Face name, folder, or `package:PACKAGE/FILE.gguf` in an installed package"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit on the Hugging Face hub")
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = Field(default="bfloat16", description=DTYPE_MEANING)
     backspace_token: str = Field(
         default="<backspace>",
         description="what takes a token back: a reserved token of the vocabulary, or the name of a new one",

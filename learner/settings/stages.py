@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from buffer.settings import LocalPath, Settings
 from learner.settings.adapters import PublishMode
+from learner.settings.model import ParamDtype
 from learner.settings.objectives import ObjectiveSettings
 from learner.settings.optimizer import OptimizerSettings
 from learner.settings.transport import TransportChoice
@@ -58,6 +59,11 @@ class LearnerSettings(Settings):
     )
     max_nodes_per_batch: PositiveInt = Field(
         2048, description="state-tree nodes per forward pass: bounds the memory of activations, not what is learned"
+    )
+    param_dtype: ParamDtype = Field(
+        "float32",
+        description="number format of the trained parameters and of the optimizer's moments; bfloat16 (with "
+        "model.dtype=bfloat16) halves their memory, and loses most steps of a small learning rate",
     )
     activation_checkpointing: bool = Field(
         False,

@@ -106,8 +106,8 @@ def action_values(
     At most one of `measurement` and `summation` gives `measured`.
     """
     assert measurement is None or summation is None, "there is one field for both"
-    states = evaluate_nodes(model, tree).index_select(0, tree.value_nodes)
-    weight = model.get_output_embeddings().weight
+    states = _as_computed(evaluate_nodes(model, tree).index_select(0, tree.value_nodes))
+    weight = _as_computed(model.get_output_embeddings().weight)
     with torch.autocast(states.device.type, enabled=False):  # it would round what is multiplied here
         sums = None
         if summation is not None:
@@ -145,6 +145,12 @@ def action_values(
             log_prob_at_temperature=log_prob_at_temperature,
             measured=measured,
         )
+
+
+def _as_computed(tensor: Tensor) -> Tensor:
+    """In the format of products under autocast, which does not reach into `chunked_values`."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
 def _log_prob_at(

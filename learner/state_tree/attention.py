@@ -80,6 +80,8 @@ def tree_attention(
     Returns:
         [1, N, heads, D], and no attention weights.
     """
+    # Under autocast rotary embeddings in float32 have widened them; values come straight from a product.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if state_tree is None:
         if attention_mask is not None and not attention_mask.numel():
             raise ValueError(

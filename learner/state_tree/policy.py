@@ -7,27 +7,35 @@ the model itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from learner.precision import autocast_dtype, published_dtype
 from learner.state_tree.action_values import ActionValues, Measurement, action_values
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.vocabulary_sums import Summation
 
 
 class TreePolicy(nn.Module):  # type: ignore[misc]
-    """A causal language model that is evaluated on state trees, in evaluation mode."""
+    """A causal language model that is evaluated on state trees, in evaluation mode.
+
+    autocast_dtype: see `learner.precision`; of the model as it is when the policy is made.
+    """
 
     def __init__(self, model: PreTrainedModel, backspace_id: int) -> None:
         super().__init__()
         self.model = model
         self.backspace_id = backspace_id
+        self.autocast_dtype = autocast_dtype(model)
         # Gradients flow in evaluation mode too. In training mode a model with dropout would be a random sub-network on
         # every step, so log-probabilities, values and the published probe would not be those of the model that acts.
         self.eval()
@@ -36,6 +44,10 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass: where parameters are held in float32, products are of `model.dtype`."""
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def evaluate(
         self, tree: TreeBatch, measurement: Measurement | None = None, summation: Summation | None = None
@@ -54,11 +66,12 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
         self, tree: TreeBatch, measurement: Measurement | None = None, summation: Summation | None = None
     ) -> tuple[Tensor | None, ...]:
         """The fields of `ActionValues` in order: FSDP finds the tensors of a tuple, not those of a dataclass."""
-        values = action_values(self.model, tree, self.backspace_id, measurement=measurement, summation=summation)
+        with self.autocast():
+            values = action_values(self.model, tree, self.backspace_id, measurement=measurement, summation=summation)
         return tuple(getattr(values, field.name) for field in fields(values))
 
     def sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """See the function; with several ranks, all of them call this together."""
+        """See the function, for the weights as they are published; with several ranks, all call this together."""
         logprobs: npt.NDArray[np.float32] = self.gathered_sequence_logprobs(token_ids)
         if isinstance(self, FSDPModule):
             self.reshard()  # after a forward pass the root waits for a backward pass, with weights that are a copy
@@ -66,14 +79,33 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
 
     def gathered_sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """A forward pass to FSDP (`learner.ranks.sharding` registers it): call `sequence_logprobs`."""
-        logprobs: npt.NDArray[np.float32] = sequence_logprobs(self.model, token_ids)
+        # FSDP has gathered parameters that are rounded already.
+        rounded = {} if isinstance(self, FSDPModule) else _rounded_parameters(self.model)
+        with self.autocast():
+            logprobs: npt.NDArray[np.float32] = sequence_logprobs(self.model, token_ids, rounded)
         return logprobs
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def sequence_logprobs(model: PreTrainedModel, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """[P-1] float32 log-probability of each token after the first given those before it, over all actions."""
+def sequence_logprobs(
+    model: PreTrainedModel, token_ids: tuple[int, ...], replaced: Mapping[str, Tensor] = MappingProxyType({})
+) -> npt.NDArray[np.float32]:
+    """[P-1] float32 log-probability of each token after the first given those before it, over all actions.
+
+    replaced: tensors in place of the parameters of these names.
+    """
     ids = torch.tensor([token_ids], device=model.device)
-    logprobs = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), dim=-1)
+    logits = functional_call(model, dict(replaced), kwargs={"input_ids": ids}).logits
+    logprobs = torch.log_softmax(logits[0, :-1].float(), dim=-1)
     chosen: npt.NDArray[np.float32] = logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
     return chosen
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _rounded_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Those that are published in another format than they are held in, as they are published."""
+    return {
+        name: parameter.to(dtype)
+        for name, parameter in model.named_parameters()
+        if (dtype := published_dtype(model, parameter)) != parameter.dtype
+    }
