@@ -56,12 +56,13 @@ def check_mauve(settings: MauveSettings | None, task: Task, num_texts: int) -> N
         from launch.evaluation.features import encoder_folder
 
         encoder_folder()
-    required, most = settings.required_texts, max(2, num_texts // TEXTS_PER_CLUSTER)
+    required, held_out, most = settings.required_texts, len(task.held_out), num_texts // TEXTS_PER_CLUSTER
     if num_texts < required:
+        more = f"raise --examples to {required}" if held_out >= required else "raise task.held_out_fraction"
+        fewer = f", or lower --mauve-clusters to {most}" if most >= 2 else ""
         raise ValueError(
             f"MAUVE with {settings.clusters} clusters needs {required} texts ({TEXTS_PER_CLUSTER} per cluster), and "
-            f"this evaluation has {num_texts} of the {len(task.held_out)} that the task holds out: raise --examples to "
-            f"{required}, or lower --mauve-clusters to {most}"
+            f"this evaluation has {num_texts} of the {held_out} that the task holds out: {more}{fewer}"
         )
 
 

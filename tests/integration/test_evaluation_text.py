@@ -104,5 +104,7 @@ def test_every_way_to_decode_a_policy_that_takes_everything_back(settings: RunSe
 
 def test_too_few_texts_end_before_the_engine_starts(settings: RunSettings, hesitant: Target) -> None:
     wanting = settings.evaluation.model_copy(update={"mauve": MauveSettings(features="model", clusters=9)})
-    with pytest.raises(UserError, match=r"needs 90 texts .* raise --examples to 90, or lower --mauve-clusters to 2"):
+    with pytest.raises(
+        UserError, match=r"needs 90 texts .* raise task.held_out_fraction, or lower --mauve-clusters to 2"
+    ):
         evaluate([hesitant], settings.model_copy(update={"evaluation": wanting}), Console(file=io.StringIO()))

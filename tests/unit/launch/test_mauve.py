@@ -73,7 +73,8 @@ def test_too_few_texts_are_told_with_how_many_are_needed() -> None:
     with pytest.raises(ValueError, match="right or wrong"):
         check_mauve(MauveSettings(), answers, 1000)
     with pytest.raises(
-        ValueError, match=r"with 50 clusters needs 500 texts .* has 64 of the 8 .*raise --examples to 500, or .* to 6"
+        ValueError,
+        match=r"with 50 clusters needs 500 texts .* has 64 of the 8 .*raise task.held_out_fraction, or .* to 6",
     ):
         check_mauve(MauveSettings(), texts, 64)
     check_mauve(MauveSettings(clusters=6), texts, 64)
