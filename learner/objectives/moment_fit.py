@@ -4,6 +4,16 @@ Of p(x) ~ w(x) exp(lambda . phi(x)) on samples x_j with importance weights w_j, 
 the lambda that makes E_p[phi] = target maximises the concave lambda . target - log sum_j w_j exp(lambda . phi_j), whose
 gradient is target - E_p[phi] and whose Hessian is -Cov_p[phi]. Newton's method finds it, with steps that are halved
 until the value rises.
+
+That is lambda of the joint law of prompt and text. A policy cannot change its prompts: one lambda for all of them has
+to make the *mean over prompts* of E_{p_c}[phi] the target (conditional DPG, Korbak et al. 2021, arXiv 2112.00791). With
+u_j = w_j exp(lambda . phi_j) and Z_c of the other samples (see `learner.objectives.partition_function`) that mean is
+
+    sum_j u_j phi_j / Z_c(j)  /  sum_j u_j / Z_c(j),
+
+and Newton's method goes on from the joint lambda until it is the target, with steps that are halved until the largest
+difference falls. With one prompt it is the target already. A prompt with n samples has a Z_c that is biased by the
+order of 1 / n towards the joint law; where each prompt has a single sample, lambda is that of the joint law.
 """
 
 from __future__ import annotations
@@ -13,61 +23,127 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from learner.objectives.partition_function import PartitionFunction, prompt_weights
+
 MAX_ITERATIONS = 100
 TOLERANCE = 1e-6
 """Largest difference of a moment from its target, as a share of the range of its feature."""
 
+TELLING_SAMPLES = 32
+"""A prompt with fewer samples may have values of a feature that they do not show."""
 
-def fit_moments(features: Tensor, log_weight: Tensor, targets: Tensor, names: Sequence[str]) -> Tensor:
+
+def fit_moments(features: Tensor, log_weight: Tensor, context: Tensor, targets: Tensor, names: Sequence[str]) -> Tensor:
     """[F] lambda.
 
     Args:
-        features: [n, F] float64 of n samples. log_weight: [n] of their weights, -inf where they do not count.
+        features: [n, F] float64 of n samples. log_weight: [n] of their weights, -inf where they have no density.
+        context: [n] numbers of their prompts.
         targets: [F] moments. names: [F] of the features, for messages.
 
     Raises:
         ValueError: no lambda gives these moments on these samples; the message says which feature, and what it was.
     """
     counted = log_weight > -torch.inf
-    features, log_weight = features[counted], log_weight[counted]
-    if len(features) == 0:
+    if not counted.any():
         raise ValueError(f"none of {len(counted):,} rollouts satisfies the pointwise constraints: {_ADVICE}")
-    low, high = features.amin(0), features.amax(0)
+    low, high = features[counted].amin(0), features[counted].amax(0)
+    num_counted = int(counted.sum())
     for index, name in enumerate(names):
         least, target, most = float(low[index]), float(targets[index]), float(high[index])
         if least == most:
             raise ValueError(
-                f"feature {name} is {least:g} in all {len(features):,} rollouts that lambda is fitted on, so no weight "
+                f"feature {name} is {least:g} in all {num_counted:,} rollouts that lambda is fitted on, so no weight "
                 f"of it gives a mean of {target:g}: {_ADVICE}"
             )
         if not least < target < most:
             raise ValueError(
-                f"feature {name} lies between {least:g} and {most:g} in the {len(features):,} rollouts that lambda is "
+                f"feature {name} lies between {least:g} and {most:g} in the {num_counted:,} rollouts that lambda is "
                 f"fitted on: a mean of {target:g} has no finite weight. Choose one in between, or leave target out for "
                 "a pointwise constraint"
             )
+    least, most = _reach(features[counted], context[counted], low, high)
+    for index, name in enumerate(names):
+        if not float(least[index]) < float(targets[index]) < float(most[index]):
+            raise ValueError(
+                f"the mean of feature {name} over prompts lies between {float(least[index]):g} and "
+                f"{float(most[index]):g} in the {num_counted:,} rollouts that lambda is fitted on, whatever its "
+                "weight, since all rollouts of some prompts agree on it: a mean of "
+                f"{float(targets[index]):g} has no finite weight. Choose one in between, or other prompts"
+            )
     scale = high - low
     scaled, goal = (features - low) / scale, (targets - low) / scale
-    weight = torch.zeros(len(targets), dtype=torch.float64)
-    for _ in range(MAX_ITERATIONS):
-        value, gradient, covariance = _dual(weight, scaled, log_weight, goal)
-        if float(gradient.abs().max()) < TOLERANCE:
-            return weight / scale
-        ridge = 1e-12 * torch.eye(len(weight), dtype=torch.float64)
-        step = torch.linalg.lstsq(covariance + ridge, gradient[:, None]).solution[:, 0]
-        while float(step.abs().max()) > 1e-12 and _dual(weight + step, scaled, log_weight, goal)[0] <= value:
-            step = step / 2
-        weight = weight + step
-    raise ValueError(
-        f"no weights of {', '.join(names)} give the means {', '.join(f'{target:g}' for target in targets.tolist())} "
-        f"together on {len(features):,} rollouts: the constraints contradict each other there. {_ADVICE}"
-    )
+    joint = _joint_fit(scaled[counted], log_weight[counted], goal)
+    weight = None if joint is None else _fit_over_prompts(joint, scaled, log_weight, context, goal)
+    if weight is None:
+        raise ValueError(
+            f"no weights of {', '.join(names)} give the means {', '.join(f'{each:g}' for each in targets.tolist())} "
+            f"together on {num_counted:,} rollouts: the constraints contradict each other there. {_ADVICE}"
+        )
+    return weight / scale
 
 
 _ADVICE = (
     "raise fit_samples, choose a target or a feature nearer to what the policy does, or start from a policy that does "
     "it now and then"
 )
+
+
+def _reach(features: Tensor, context: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """[F] least and largest mean over prompts. low, high: [F] of all rows, which stand in for those of rare prompts."""
+    _, place, counts = torch.unique(context, return_inverse=True, return_counts=True)
+    of_row = place[:, None].expand_as(features)
+    empty = features.new_zeros((len(counts), features.shape[1]))
+    is_rare = (counts < TELLING_SAMPLES)[:, None]
+    least, most = (
+        torch.where(is_rare, bound, empty.scatter_reduce(0, of_row, features, how, include_self=False))[place].mean(0)
+        for bound, how in ((low, "amin"), (high, "amax"))
+    )
+    return least, most
+
+
+def _joint_fit(features: Tensor, log_weight: Tensor, goal: Tensor) -> Tensor | None:
+    """[F] lambda of the joint law of prompt and text; None where it is not found."""
+    weight = torch.zeros(len(goal), dtype=torch.float64)
+    for _ in range(MAX_ITERATIONS):
+        value, gradient, covariance = _dual(weight, features, log_weight, goal)
+        if float(gradient.abs().max()) < TOLERANCE:
+            return weight
+        ridge = 1e-12 * torch.eye(len(weight), dtype=torch.float64)
+        step = torch.linalg.lstsq(covariance + ridge, gradient[:, None]).solution[:, 0]
+        while float(step.abs().max()) > 1e-12 and _dual(weight + step, features, log_weight, goal)[0] <= value:
+            step = step / 2
+        weight = weight + step
+    return None
+
+
+def _fit_over_prompts(
+    weight: Tensor, features: Tensor, log_weight: Tensor, context: Tensor, goal: Tensor
+) -> Tensor | None:
+    """[F] lambda that gives the mean over prompts, from the joint one; None where it is not found."""
+
+    def gap(weight: Tensor) -> Tensor:
+        return goal - _mean_over_prompts(weight, features, log_weight, context)
+
+    for _ in range(MAX_ITERATIONS):
+        found = gap(weight)
+        if float(found.abs().max()) < TOLERANCE:
+            return weight
+        slope = -torch.autograd.functional.jacobian(gap, weight)
+        ridge = 1e-12 * torch.eye(len(weight), dtype=torch.float64)
+        step = torch.linalg.lstsq(slope + ridge, found[:, None]).solution[:, 0]
+        while float(step.abs().max()) > 1e-12 and not bool(gap(weight + step).abs().max() < found.abs().max()):
+            step = step / 2
+        weight = weight + step
+    return None
+
+
+def _mean_over_prompts(weight: Tensor, features: Tensor, log_weight: Tensor, context: Tensor) -> Tensor:
+    """[F] mean of E_{p_c}[phi] over the prompts c, as often as the samples have each."""
+    log_ratio = log_weight + features @ weight
+    ratio = (log_ratio - log_ratio.detach().max()).exp()
+    counts = ratio * prompt_weights(*PartitionFunction().leave_one_out(context, ratio))
+    return counts @ features / counts.sum()
 
 
 def _dual(weight: Tensor, features: Tensor, log_weight: Tensor, goal: Tensor) -> tuple[Tensor, Tensor, Tensor]:

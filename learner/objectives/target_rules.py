@@ -2,12 +2,15 @@
 
 a is the policy at the start of the stage. Pointwise constraints b_i (0 or 1) hold for every rollout of the target,
 distributional ones are means: lambda is fitted so that E_p[phi_j] is what was asked for (Khalifa et al. 2021, arXiv
-2012.11635; Korbak et al. 2022, arXiv 2206.00761; f-DPG: Go et al. 2023, arXiv 2302.08215). Directions of ascent:
+2012.11635; Korbak et al. 2022, arXiv 2206.00761; f-DPG: Go et al. 2023, arXiv 2302.08215). A policy cannot change its
+prompts, so each prompt c has a target of its own, p_c = P / Z_c, the divergence is a mean over prompts, and so is the
+mean of a feature (conditional DPG: Korbak et al. 2021, arXiv 2112.00791). Directions of ascent, with Z the mean of Z_c:
 
-dpg, gdc   E_mu[(P / mu) grad log pi]
-gdc_pp     E_mu[(P / mu - Z pi / mu) grad log pi]: a baseline of Z alone would be biased with stale actors
-f_dpg      -E_mu[(pi / mu) (f'(pi / p) - B) grad log pi], B the mean of the other rollouts
+dpg, gdc   E_mu[(P / mu) (Z / Z_c) grad log pi]
+gdc_pp     E_mu[((P / mu) (Z / Z_c) - Z pi / mu) grad log pi]: a baseline of Z alone would be biased with stale actors
+f_dpg      -E_mu[(pi / mu) (f'(pi / p_c) - B) grad log pi], B the mean of the other rollouts
 
+With one prompt Z / Z_c is 1. How Z_c is estimated, and its bias: `learner.objectives.partition_function`.
 They agree for any mu. `dpg` and `gdc` differ in who acts: with a KL-adaptive proposal the actors keep the policy that
 they have until that of now is nearer to the target.
 """
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 from learner.objectives.moment_fit import fit_moments
-from learner.objectives.partition_function import PartitionFunction
+from learner.objectives.partition_function import PartitionFunction, prompt_weights
 from learner.objectives.reward_rules import leave_one_out_mean, weight_metrics, weighted_mean
 from learner.objectives.score_function import Rollouts, Weighed
 from learner.settings.score_functions import FDivergence
@@ -33,18 +36,25 @@ Advantage = Callable[["Densities"], Tensor]
 
 @dataclass(frozen=True)
 class Densities:
-    """[N] of each rollout: log P (-inf where a pointwise constraint is broken), log pi, log mu, and an estimate of Z
-    that does not depend on the rollout."""
+    """[N] of each rollout: log P (-inf where a pointwise constraint is broken), log pi, log mu, and estimates of Z of
+    its prompt and of the mean of Z over all prompts that do not depend on the rollout."""
 
     log_target: Tensor
     log_pi: Tensor
     log_mu: Tensor
     z: Tensor
+    z_mean: Tensor
 
     @property
     def ratio(self) -> Tensor:
         """[N] P / mu."""
         return (self.log_target - self.log_mu).exp()
+
+    @property
+    def prompt_weight(self) -> Tensor:
+        """[N] mean of Z over Z of the prompt: with it the ratio is a mean over prompts of p_c / mu, but for a factor
+        that all share."""
+        return prompt_weights(self.z, self.z_mean)
 
     @property
     def weight(self) -> Tensor:
@@ -54,12 +64,12 @@ class Densities:
 
 def policy_gradient(densities: Densities) -> Tensor:
     """dpg and gdc."""
-    return densities.ratio
+    return densities.ratio * densities.prompt_weight
 
 
 def policy_gradient_with_baseline(densities: Densities) -> Tensor:
     """gdc_pp."""
-    return densities.ratio - densities.z * densities.weight
+    return densities.ratio * densities.prompt_weight - densities.z_mean * densities.weight
 
 
 def f_policy_gradient(divergence: FDivergence) -> Advantage:
@@ -73,6 +83,19 @@ def f_policy_gradient(divergence: FDivergence) -> Advantage:
         return -weight * (slope - leave_one_out_mean(slope, weight))
 
     return advantage
+
+
+def kl_to_target(densities: Densities) -> float:
+    """Mean over prompts of KL(p_c, pi) = E_{p_c}[log(P / pi)] - log Z_c, by rollouts of mu; 0 where all have P = 0.
+
+    Self-normalized: Z_c is the mean of P / mu over these rollouts, divided by the weight of the prompt.
+    """
+    ratio, weight = densities.ratio, densities.prompt_weight
+    z = ratio.mean()
+    if not z > 0:
+        return 0.0
+    excess = torch.where(ratio > 0, ratio * weight * (densities.log_target - densities.log_pi), 0.0)
+    return float(excess.mean() / (ratio * weight).mean() - (z / weight).log().mean())
 
 
 F_SLOPES: dict[FDivergence, Callable[[Tensor], Tensor]] = {
@@ -112,9 +135,13 @@ class TargetRule:
         self._fit_samples = fit_samples
         self._adaptive = adaptive
         self._z = PartitionFunction()
-        self._gain = torch.zeros(1, dtype=torch.float64)  # of log pi over log mu under p, times Z; since the last look
+        self._gain = torch.zeros(
+            1, dtype=torch.float64
+        )  # of log pi over log mu under p_c, times Z; since the last look
         self._weight = None if self._moments else torch.zeros(0, dtype=torch.float64)
-        self._samples = torch.zeros(0, 2 + len(self._moments), dtype=torch.float64)  # key, log a b / mu, features
+        self._samples = torch.zeros(
+            0, 3 + len(self._moments), dtype=torch.float64
+        )  # key, context, log a b / mu, features
 
     def weigh(self, rollouts: Rollouts) -> Weighed:
         """Coefficients; zero while lambda is not known.
@@ -136,11 +163,8 @@ class TargetRule:
             unknown = {"fitting": 1.0, "z": 0.0, "kl_target": 0.0}
             return Weighed(torch.zeros_like(rollouts.log_pi), metrics | unknown)
         densities = self._densities(rollouts)
-        ratio = densities.ratio
-        z = float(ratio.mean())
-        excess = torch.where(ratio > 0, ratio * (densities.log_target - densities.log_pi), 0.0)
-        kl = float(excess.mean()) / z - math.log(z) if z > 0 else 0.0
-        return Weighed(self._advantage(densities), metrics | {"fitting": 0.0, "z": z, "kl_target": kl})
+        metrics |= {"fitting": 0.0, "z": float(densities.ratio.mean()), "kl_target": kl_to_target(densities)}
+        return Weighed(self._advantage(densities), metrics)
 
     def learn(self, rollouts: Rollouts) -> None:
         """Gather samples until lambda can be fitted; after that Z, and which policy is nearer to the target.
@@ -153,12 +177,14 @@ class TargetRule:
             return
         densities = self._densities(rollouts)
         self._z.add(rollouts.context, densities.ratio)
-        self._gain += (densities.ratio * (densities.log_pi - densities.log_mu)).sum()
+        counts = densities.ratio * densities.prompt_weight
+        self._gain += (counts * (densities.log_pi - densities.log_mu)).sum()
 
     def renews_proposal(self) -> bool:
         """Whether the policy of now should act: KL(p, pi) < KL(p, mu), by the steps since this was asked last.
 
-        Both are -log Z + E_p[log(P / .)], so what decides is the sign of E_mu[(P / mu) log(pi / mu)].
+        Both are -log Z_c + E_{p_c}[log(P / .)], a mean over prompts, so what decides is the sign of
+        E_mu[(P / mu) / Z_c log(pi / mu)].
         """
         if self._weight is None:
             return False  # nothing has moved
@@ -206,20 +232,22 @@ class TargetRule:
     def _densities(self, rollouts: Rollouts) -> Densities:
         assert self._weight is not None
         log_target = self._log_base(rollouts) + self._constrained(rollouts) @ self._weight
-        z = self._z.leave_one_out(rollouts.context, (log_target - rollouts.log_mu).exp())
-        return Densities(log_target, rollouts.log_pi, rollouts.log_mu, z)
+        z, z_mean = self._z.leave_one_out(rollouts.context, (log_target - rollouts.log_mu).exp())
+        return Densities(log_target, rollouts.log_pi, rollouts.log_mu, z, z_mean)
 
     def _gather(self, rollouts: Rollouts) -> None:
         log_weight = self._log_base(rollouts) - rollouts.log_mu
-        new = torch.cat([rollouts.key.double()[:, None], log_weight[:, None], self._constrained(rollouts)], dim=1)
+        plain = torch.stack([rollouts.key.double(), rollouts.context.double(), log_weight], dim=1)
+        new = torch.cat([plain, self._constrained(rollouts)], dim=1)
         new = new[~torch.isin(new[:, 0], self._samples[:, 0])]  # a draw may give what another one gave
         self._samples = torch.cat([self._samples, new])
         if len(self._samples) < self._fit_samples:
             return
         targets = [each.target for each in self._moments if each.target is not None]
         self._weight = fit_moments(
-            self._samples[:, 2:],
-            self._samples[:, 1],
+            self._samples[:, 3:],
+            self._samples[:, 2],
+            self._samples[:, 1].long(),
             torch.tensor(targets, dtype=torch.float64),
             [each.name for each in self._moments],
         )

@@ -47,12 +47,13 @@ BASE = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 PHI = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
 TARGET = torch.tensor([0.4, 0.3, 0.2, 0.9], dtype=torch.float64)  # at lambda = ln 9
 Z = 1.8
+ONE_PROMPT = torch.zeros(4, dtype=torch.int64)
 DIVERGENCES = get_args(FDivergence)
 ADVANTAGES: dict[str, Advantage] = {"dpg": policy_gradient, "gdc_pp": policy_gradient_with_baseline}
 
 
 def densities(pi: Tensor, mu: Tensor) -> Densities:
-    return Densities(TARGET.log(), pi.log(), mu.log(), torch.full_like(pi, Z))
+    return Densities(TARGET.log(), pi.log(), mu.log(), torch.full_like(pi, Z), torch.full_like(pi, Z))
 
 
 def logit_gradient(coefficients: Tensor, pi: Tensor, mu: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def logit_gradient(coefficients: Tensor, pi: Tensor, mu: Tensor) -> Tensor:
 
 def test_golden_lambda():
     """The closed form for one binary feature, by every sample of the table at once, and the target that it gives."""
-    fitted = fit_moments(PHI[:, None], BASE.log(), torch.tensor([0.5], dtype=torch.float64), ["phi"])
+    fitted = fit_moments(PHI[:, None], BASE.log(), ONE_PROMPT, torch.tensor([0.5], dtype=torch.float64), ["phi"])
     assert fitted.item() == pytest.approx(math.log(9), abs=1e-5)
     p = TARGET / TARGET.sum()
     assert float(TARGET.sum()) == pytest.approx(Z)
@@ -118,7 +119,7 @@ class KnownZ(TargetRule):
     def weigh(self, rollouts):
         log_target = self.log_target[rollouts.key]
         z = self.log_target.exp().sum().expand(len(rollouts))
-        found = self.advantage(Densities(log_target, rollouts.log_pi, rollouts.log_mu, z))
+        found = self.advantage(Densities(log_target, rollouts.log_pi, rollouts.log_mu, z, z))
         return Weighed(found, {})
 
 
@@ -145,7 +146,7 @@ def test_gdc_descends_kl_whatever_z_it_believes(world: World, name, pointwise, s
     z = PartitionFunction()
     z.add(rollouts.context[:3], torch.tensor([5.0, 0.0, 2.0], dtype=torch.float64))
     nothing = torch.zeros(1, dtype=torch.float64)
-    rule.load_state({"lambda": weight, "samples": torch.zeros(0, 3), "gain": nothing, **z.state()})
+    rule.load_state({"lambda": weight, "samples": torch.zeros(0, 4), "gain": nothing, **z.state()})
     log_target = rollouts.log_base + 0.9 * rollouts.features[:, 1]
     if pointwise:
         log_target = log_target.masked_fill(rollouts.features[:, 0] == 0, -torch.inf)
@@ -163,7 +164,7 @@ def test_lambda_for_several_moments_of_weighted_samples():
     log_weight = torch.randn(500, generator=generator, dtype=torch.float64)
     log_weight[::7] = -torch.inf  # what a pointwise constraint rules out
     targets = torch.tensor([0.5, 1.3], dtype=torch.float64)
-    fitted = fit_moments(features, log_weight, targets, ["a", "b"])
+    fitted = fit_moments(features, log_weight, torch.zeros(500, dtype=torch.int64), targets, ["a", "b"])
     probability = (log_weight + features @ fitted).softmax(0)
     assert (probability @ features).tolist() == pytest.approx(targets.tolist(), abs=1e-5)
 
@@ -181,20 +182,23 @@ def test_moments_that_no_weight_gives(features, targets, message):
     given = torch.tensor(features, dtype=torch.float64).reshape(-1, len(targets))
     names = [f"f{index}" for index in range(len(targets))]
     with pytest.raises(ValueError, match=message):
-        fit_moments(given, torch.zeros(len(given), dtype=torch.float64), torch.tensor(targets).double(), names)
+        fit_moments(
+            given, torch.zeros(len(given)).double(), ONE_PROMPT[: len(given)], torch.tensor(targets).double(), names
+        )
 
 
 def test_z_of_each_context_leaves_the_rollout_itself_out():
     z = PartitionFunction()
     z.add(torch.tensor([7, 7]), torch.tensor([1.0, 2.0], dtype=torch.float64))
     context, ratio = torch.tensor([7, 9, 9]), torch.tensor([100.0, 4.0, 8.0], dtype=torch.float64)
-    found = z.leave_one_out(context, ratio).tolist()
+    found, pooled = z.leave_one_out(context, ratio)
     # Of the pool of all others one rollout counts in each context.
     expected = [(3 + 15 / 4) / 3, (8 + 111 / 4) / 2, (4 + 107 / 4) / 2]
-    assert found == pytest.approx(expected)
+    assert found.tolist() == pytest.approx(expected)
+    assert pooled.tolist() == pytest.approx([15 / 4, 111 / 4, 107 / 4])
     z.add(context, ratio)
     assert z.pooled == pytest.approx(115 / 5)
-    assert PartitionFunction().leave_one_out(context[:1], ratio[:1]).tolist() == [0.0]
+    assert torch.cat(PartitionFunction().leave_one_out(context[:1], ratio[:1])).tolist() == [0.0, 0.0]
 
 
 def pointwise_rule(advantage: Advantage) -> TargetRule:
