@@ -24,7 +24,7 @@ from launch.evaluation.command import evaluate
 from launch.jobs.command import jobs_app, submit
 from launch.queries.command import audit, query
 from launch.report.command import report
-from launch.surroundings import tolerate_terminal
+from launch.surroundings import tolerate_terminal, use_utf8
 
 app = typer.Typer(
     name="sequencematch",
@@ -40,6 +40,7 @@ app.add_typer(jobs_app, name="jobs")
 
 def main() -> None:
     """Entry point of the `sequencematch` script."""
+    use_utf8()
     app()
 
 

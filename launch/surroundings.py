@@ -3,13 +3,16 @@
 A home folder and a user's name: containers run as numbers that no file knows. Libraries then fail one after the other,
 each with an error of its own: Ray's token, the caches of Hugging Face, of Triton, of torch.
 A short folder for sockets: the path of a Unix socket has at most 107 bytes, and Ray puts its own below TMPDIR.
-Characters: on a terminal without UTF-8, printing a mark such as `✓` would end the command.
+Characters: on a terminal without UTF-8, printing a mark such as `✓` would end the command; and where the locale has
+another encoding, libraries (torch among them) read their own files in that one.
 """
 
 from __future__ import annotations
 
+import codecs
 import getpass
 import io
+import locale
 import os
 import stat
 import sys
@@ -55,6 +58,18 @@ def provide_socket_folder() -> None:
             f"at most {MAX_SOCKET_FOLDER_BYTES} bytes"
         )
     os.environ["RAY_TMPDIR"] = short
+
+
+def use_utf8() -> None:
+    """Where files would be read in another encoding, begin this process anew in Python's UTF-8 mode: it is too late
+    to turn on now. What the terminal shows stays in its own encoding.
+    """
+    if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:replace"
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def tolerate_terminal() -> None:

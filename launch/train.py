@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 
 from launch.cli import app
+from launch.surroundings import use_utf8
 
 if __name__ == "__main__":
+    use_utf8()
     app(["train", *sys.argv[1:]])

@@ -155,6 +155,24 @@ def test_everything_is_printed_on_any_terminal(encoding: str) -> None:
     assert ("caf\u00e9" if encoding != "ascii" else "caf?") in output
 
 
+BEGUN = """
+import locale, sys
+from launch.surroundings import use_utf8
+use_utf8()
+print(locale.getpreferredencoding(False), sys.stdout.encoding, sys.argv[1:], "\\u2713")
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])
+def test_files_are_read_as_utf8_in_any_locale(encoding: str) -> None:
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment["PYTHONIOENCODING"] = encoding
+    command = [sys.executable, "-c", BEGUN, "an argument"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"utf-8 {encoding} ['an argument'] ?\n"
+
+
 @pytest.mark.parametrize("command", [["report"], ["evaluate", "--examples=2"]], ids=lambda command: command[0])
 def test_what_cannot_be_written_is_refused_before_anything_is_computed(command: list[str], tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
