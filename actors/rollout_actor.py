@@ -42,6 +42,7 @@ from buffer.experts.stream import ExpertStream, PromptStream
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
 from buffer.shards.shard import Shard, nearest
+from buffer.stop_signals import ignore_stop_signals
 from buffer.weight_transport import WeightHandle, WeightReceiver
 from buffer.weights import WeightManifest, WeightsReplacedError
 
@@ -98,6 +99,7 @@ class RolloutActor:
             ValueError: the engine cannot be built, or a scorer cannot be imported. EngineRankError: a process of
             an engine that is divided did not come, or failed.
         """
+        ignore_stop_signals()
         # Here, not at the top: pool and driver know this class too, and should not load vLLM for it.
         from actors.engine.engine import BackspaceEngine
 

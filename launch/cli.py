@@ -1,8 +1,8 @@
 """The command `sequencematch`.
 
 Every command imports what it runs inside its function, so that `--help` imports neither torch, ray nor vLLM.
-Exit codes: 0 done, 1 a run failed, 2 something the user can mend, 130 interrupted. Anything else that is raised is a
-defect and keeps its traceback.
+Exit codes: 0 done, 1 a run failed, 2 something the user can mend, 130 stopped by Ctrl-C, 75 by another signal. Anything
+else that is raised is a defect and keeps its traceback.
 """
 
 from __future__ import annotations

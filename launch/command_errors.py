@@ -11,10 +11,8 @@ from pathlib import Path
 
 import typer
 
-from launch.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunFailedError, UserError, is_disk_full
-from launch.stop_signals import stop_signals_interrupt
-
-EXIT_RUN_FAILED = 1
+from launch.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR, RunFailedError, UserError, is_disk_full
+from launch.stop_signals import stop_exit_code, stop_signals_interrupt
 
 
 @contextmanager
@@ -32,7 +30,7 @@ def reported_errors() -> Iterator[None]:
             raise
         _end(f"{error}; make room there, then repeat the command", EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        _end("interrupted", EXIT_INTERRUPTED)
+        _end("interrupted", stop_exit_code())
 
 
 @contextmanager

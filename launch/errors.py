@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 
+EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+"""After Ctrl-C."""
+EXIT_STOPPED = 75
+"""After the signal of a job system (EX_TEMPFAIL of sysexits.h): the same command, or --resume, goes on."""
 
 
 class UserError(Exception):

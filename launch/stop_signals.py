@@ -1,24 +1,67 @@
-"""What asks a command to stop: Ctrl-C, and SIGTERM, which is how job systems say it."""
+"""What asks a command to stop: Ctrl-C, and the signals by which job systems and terminals say it."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from buffer.stop_signals import JOB_SIGNALS, stop_signals_blocked
+from launch.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+
+STOP_SIGNALS = (signal.SIGINT, *JOB_SIGNALS)
+
+_received: list[int] = []
+"""Stop signals of the command so far, oldest first. A list, since handlers belong to the process as a whole."""
 
 
 @contextmanager
 def stop_signals_interrupt() -> Iterator[None]:
-    """While active, SIGINT and SIGTERM raise KeyboardInterrupt in the main thread, which must be the caller.
+    """While active, a stop signal raises KeyboardInterrupt in the main thread, which must be the caller.
 
-    Set explicitly, because a process that a script starts in the background inherits an ignored SIGINT, and because
-    `ray.init` makes SIGTERM end the driver at once.
+    A job system may send several signals, from several places: after the first one only Ctrl-C raises again. Whoever
+    wants more than an orderly end sends SIGKILL. The handlers are set explicitly, because a process that a script
+    starts in the background inherits an ignored SIGINT.
     """
-    before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
+    _received.clear()
+    before = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stop_handlers_kept() -> Iterator[None]:
+    """Around `ray.init`, which sets a SIGTERM handler of its own that ends the driver at once, and around
+    `ray.shutdown`, which sets the default one.
+
+    Processes that Ray starts meanwhile never receive the signals of job systems, see `stop_signals_blocked`.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with stop_signals_blocked():
+        try:
+            yield
+        except SystemExit:  # by that handler: a thread of a library received the signal
+            raise KeyboardInterrupt from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def stop_requested() -> bool:
+    """Whether the command has received a stop signal."""
+    return bool(_received)
+
+
+def stop_exit_code() -> int:
+    """The exit code of a command that a signal stopped: the one that came first decides."""
+    return EXIT_STOPPED if _received and _received[0] != signal.SIGINT else EXIT_INTERRUPTED
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+    if len(_received) == 1 or number == signal.SIGINT:
+        raise KeyboardInterrupt

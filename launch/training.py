@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from launch.command_errors import setting_up
-from launch.errors import EXIT_INTERRUPTED, RunFailedError, UserError
+from launch.errors import RunFailedError, UserError
 from launch.evaluation import Target, evaluate
 from launch.evaluation.measuring import check_evaluation
 from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
@@ -30,6 +30,7 @@ from launch.run_folder.folder import (
 )
 from launch.settings.changes import changes_between
 from launch.settings.run import RunSettings
+from launch.stop_signals import stop_exit_code
 
 
 def start_run(settings: RunSettings, name: str | None, console: Console, evaluate_after: bool) -> None:
@@ -37,7 +38,7 @@ def start_run(settings: RunSettings, name: str | None, console: Console, evaluat
 
     Raises:
         UserError: the run cannot be had as the settings ask. RunFailedError: see `launch.run.driver.train`. typer.Exit:
-            with 130, where it was interrupted.
+            where it was asked to stop, see `launch.stop_signals.stop_exit_code`.
     """
     with setting_up():
         folder = create_run_folder(settings, name)
@@ -82,13 +83,13 @@ def _run_and_report(settings: RunSettings, folder: Path, console: Console, evalu
         outcome = run_stages(settings, folder, console, check_task)
     except KeyboardInterrupt:
         _say_how_to_resume(console, shown, "interrupted")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise typer.Exit(stop_exit_code()) from None
     except RunFailedError:
         _say_how_to_resume(console, shown, "the run failed; what it saved is there")
         raise
     if not outcome.finished:
         _say_how_to_resume(console, shown, "interrupted")
-        raise typer.Exit(EXIT_INTERRUPTED)
+        raise typer.Exit(stop_exit_code())
     _finish(outcome, settings, console, evaluate_after)
 
 

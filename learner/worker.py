@@ -25,6 +25,7 @@ from buffer.rendezvous import open_rendezvous
 from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
 from buffer.shards.shard import Shard
+from buffer.stop_signals import ignore_stop_signals
 from learner.batches.demonstrations import teach_backspace_row
 from learner.batches.micro_batches import TreeSettings
 from learner.batches.priorities import Float32
@@ -63,6 +64,7 @@ class LearnerWorker:
     """A Ray actor with two concurrency groups: `training` (one thread) and `control`."""
 
     def __init__(self, spec: LearnerSpec, rank: int = 0) -> None:
+        ignore_stop_signals()
         self._spec = spec
         self._rank = rank
         self._ranks = Ranks()

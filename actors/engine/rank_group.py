@@ -24,6 +24,7 @@ from actors.engine.settings import EngineSettings
 from actors.engine.weight_intake import take_weights
 from buffer.rendezvous import reason_of
 from buffer.schema import TokenContract
+from buffer.stop_signals import ignore_stop_signals
 from buffer.weight_transport import WeightHandle, WeightReceiver
 from buffer.weights import WeightManifest, WeightMismatchError
 
@@ -49,6 +50,7 @@ class EngineRank:
 
     def __init__(self, visible_gpus: str | None) -> None:
         """Load vLLM. visible_gpus: CUDA's, of rank 0; Ray shows none to an actor that asks for none."""
+        ignore_stop_signals()
         if visible_gpus is not None:
             os.environ[VISIBLE_GPUS] = visible_gpus
         import actors.engine.ranked_engine  # noqa: F401  # takes seconds, for which nobody is to wait in the group

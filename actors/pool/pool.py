@@ -20,6 +20,7 @@ from actors.rollout_actor import RolloutSpec
 from actors.rollout_rules import SUPERVISION_INTERVAL_S
 from actors.status import PoolStatus
 from buffer.shards.shard import Shard
+from buffer.stop_signals import ignore_stop_signals
 from buffer.weight_transport import WeightHandle
 from buffer.weights import WeightManifest
 
@@ -44,6 +45,7 @@ class ActorPool:
         environment: environment variables of the actor processes.
         desired: actors to start with.
         """
+        ignore_stop_signals()
         self._crew = RayCrew(spec, prompts, shards, environment)
         self._events: deque[str] = deque(maxlen=MAX_EVENTS)
         self._roster = Roster(desired, spec.settings, self._crew, self._note)

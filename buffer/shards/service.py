@@ -33,6 +33,7 @@ from buffer.settings import BufferSettings
 from buffer.shards.shard_split import Offer
 from buffer.shards.shard_upkeep import ShardUpkeep
 from buffer.shards.status import ShardStatus
+from buffer.stop_signals import ignore_stop_signals
 from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
 from buffer.store.door import PRESENT
@@ -80,6 +81,7 @@ class ReplayBufferService:
         Raises:
             ValueError: see `ReplayStore`, or this node does not see the run folder.
         """
+        ignore_stop_signals()
         if not Path(folder).parent.is_dir():
             raise ValueError(
                 f"{Path(folder).parent} is not there on this node ({socket.gethostname()}): the run folder has to lie "

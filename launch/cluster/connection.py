@@ -11,16 +11,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
+import psutil
 import ray
 from ray._private import ray_constants
 
 from launch import RAY_START_VARIABLES
+from launch.cluster.head_watch import check_alive, head_watched
 from launch.cluster.placement import planned_roles, total
 from launch.errors import RunFailedError, UserError
 from launch.run_folder.folder import LiveCluster, remove_cluster, write_cluster
 from launch.settings.run import ClusterSettings, RunSettings
-from launch.stop_signals import stop_signals_interrupt
+from launch.stop_signals import stop_handlers_kept
 from launch.surroundings import provide_socket_folder
 
 RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
@@ -38,15 +39,14 @@ def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
     """
     namespace = folder.name
     _start_or_join(settings.cluster, namespace, total(planned_roles(settings))["CPU"])
-    try:
-        context = ray.get_runtime_context()
-        cluster = LiveCluster(context.gcs_address, namespace, os.getpid())
-        write_cluster(folder, cluster)
-        with stop_signals_interrupt():  # again: Ray has set a handler of its own
+    cluster = LiveCluster(ray.get_runtime_context().gcs_address, namespace, os.getpid())
+    with head_watched(cluster.address, lambda: remove_cluster(folder)):
+        try:
+            write_cluster(folder, cluster)
             yield cluster
-    finally:
-        remove_cluster(folder)
-        ray.shutdown()
+        finally:
+            remove_cluster(folder)
+            _leave()
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def join_live_run(cluster: LiveCluster, timeout_s: float = 10.0) -> Iterator[Non
     try:
         yield
     finally:
-        ray.shutdown()
+        _leave()
 
 
 def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: float) -> None:
@@ -81,7 +81,7 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     cores = os.cpu_count() or 1
     provide_socket_folder()
-    with _for_this_machine_alone(), _late_start_told():
+    with _for_this_machine_alone(), _late_start_told(), stop_handlers_kept():
         ray.init(
             address="local",
             namespace=namespace,
@@ -91,6 +91,22 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
             configure_logging=False,
             log_to_driver=False,
         )
+
+
+def _leave() -> None:
+    """Disconnect from Ray, and end the processes that were started for this run: SIGTERM does not reach them."""
+    node = ray._private.worker._global_node
+    started: list[psutil.Process] = []
+    if node is not None and node.is_head():
+        for _, process in node.live_processes():
+            process.terminate = process.kill  # Ray would wait one second for each
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started += psutil.Process(process.pid).children(recursive=True)
+    with stop_handlers_kept():
+        ray.shutdown()
+    for each in started:  # the agents of a node would try for a minute to report its end
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 @contextlib.contextmanager
@@ -132,7 +148,8 @@ def _join(address: str, namespace: str, timeout_s: float) -> None:
     if address != "auto":
         _check_reachable(address, timeout_s)
     try:
-        ray.init(address=address, namespace=namespace, configure_logging=False, log_to_driver=False)
+        with stop_handlers_kept():
+            ray.init(address=address, namespace=namespace, configure_logging=False, log_to_driver=False)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RpcError) as error:
         raise UserError(
             f"cannot join the Ray cluster at {address!r}: {str(error).splitlines()[0]}; start one with "
@@ -153,23 +170,9 @@ def _check_reachable(address: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
-        _check_alive(f"{host}:{port}", max(deadline - time.monotonic(), MIN_CHECK_S))
+        check_alive(f"{host}:{port}", max(deadline - time.monotonic(), MIN_CHECK_S))
     except OSError as error:
         raise UserError(
             f"no Ray cluster answers at {address}: {error}; check cluster.address and cluster.connect_timeout_s, start "
             "one with `ray start --head`, or leave cluster.address out to start Ray for this run"
         ) from None
-
-
-def _check_alive(target: str, timeout_s: float) -> None:
-    """Ask the server there how it is, as gRPC has it; any answer will do, also that a token is missing.
-
-    Raises:
-        ConnectionError: none came in time.
-    """
-    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        try:
-            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=timeout_s)
-        except grpc.RpcError as error:
-            if error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
-                raise ConnectionError(f"what listens there gave no answer within {timeout_s:.0f} s") from None

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson, path
-from launch.errors import EXIT_INTERRUPTED, RunFailedError, UserError
+from launch.errors import RunFailedError, UserError
+from launch.stop_signals import stop_exit_code
 
 if TYPE_CHECKING:
     from launch.compare.folder import ComparisonFolder
@@ -139,7 +140,7 @@ def _run(folder: ComparisonFolder, console: Console) -> Comparison:
             comparison = ComparisonSession(folder, console).run()
         except KeyboardInterrupt:
             console.print(f"interrupted; {how_to_resume}", highlight=False, soft_wrap=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            raise typer.Exit(stop_exit_code()) from None
         except (UserError, RunFailedError):
             console.print(f"the comparison has stopped; {how_to_resume}", highlight=False, soft_wrap=True)
             raise

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson, path
-from launch.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from launch.errors import EXIT_USER_ERROR, UserError
+from launch.stop_signals import stop_exit_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -247,7 +248,7 @@ def _interruption_explained(server: JobServer, run: str, what: str) -> Iterator[
     except KeyboardInterrupt:
         typer.echo(f"\n{what}", err=True)
         _say_how_to_look(server, run)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise typer.Exit(stop_exit_code()) from None
 
 
 def _say_how_to_look(server: JobServer, run: str) -> None:

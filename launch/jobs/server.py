@@ -21,8 +21,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from launch.command_errors import EXIT_RUN_FAILED
-from launch.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, RunFailedError, UserError
+from launch.errors import EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RunFailedError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -63,12 +62,12 @@ class Job:
 
     @property
     def command_exit_code(self) -> int:
-        """The exit code of a command that followed the job to its end: 0, 1, 2 or 130, as `train` would give here."""
+        """The exit code of a command that followed the job to its end: as `train` would give it here."""
         if self.state == JobStatus.SUCCEEDED:
             return 0
         if self.state == JobStatus.STOPPED:
-            return EXIT_INTERRUPTED
-        own = (EXIT_RUN_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED)
+            return EXIT_STOPPED
+        own = (EXIT_RUN_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_STOPPED)
         return self.exit_code if self.exit_code in own else EXIT_RUN_FAILED
 
     def to_json(self) -> dict[str, object]:

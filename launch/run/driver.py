@@ -247,7 +247,7 @@ class _Crew:
                 if self._stopping_since is not None:
                     raise RunFailedError("stopped by a second Ctrl-C, without a last checkpoint") from None
                 self._stopping_since = time.monotonic()
-                self._note("stopping after this step, with a checkpoint (Ctrl-C again to stop at once)")
+                self._live.say("stopping after this step, with a checkpoint (Ctrl-C again to stop at once)")
                 self._learner.leader.request_stop.options(concurrency_group="control").remote()
 
     def _refresh(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ import psutil
 import pytest
 
 from launch.run_folder.folder import CLUSTER_FILE
+from learner.checkpoints.progress import read_progress
+from learner.checkpoints.store import checkpoints_of
 from tests.chaos.run_lives import START_TIMEOUT_S, assert_audit_is_clean, newest_step, pool_events, wait_for_steps
 from tests.chaos.two_hosts import FAR, NEAR, TwoHosts
 from tests.integration.ray_head import RayHead
@@ -17,7 +20,7 @@ from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-END_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 30.0
 HEALTH_TIMEOUT_S = 8
 SILENT = f"actor-0 failed: silent for {HEALTH_TIMEOUT_S} s"
 READY = "actor-0 ready"
@@ -42,19 +45,29 @@ OVERRIDES = (
 
 
 @contextmanager
-def run_on(head: RayHead, tmp_path: Path, *overrides: str) -> Iterator[TrainProcess]:
-    """A run on that cluster, as far as steps with rollouts; it is stopped afterwards, and nothing of it is left."""
+def run_on(head: RayHead, tmp_path: Path, *overrides: str, with_cluster: bool = False) -> Iterator[TrainProcess]:
+    """A run on that cluster, as far as steps with rollouts; afterwards all its processes get SIGTERM at once, and
+    nothing of it is left. with_cluster: Ray's own processes get SIGTERM too, and do not come back.
+    """
     environment = {**head.environment, "RAY_ADDRESS": head.gcs_address}
     arguments = (ARITHMETIC, "--no-evaluate", *OVERRIDES, *overrides)
     with TrainProcess(tmp_path / "runs", *arguments, environment=environment) as process:
         process.wait_until(lambda: process.step("sequencematch") >= 5, START_TIMEOUT_S, "steps with rollouts")
         yield process
+        for each in head.processes("" if with_cluster else "ray::"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.terminate()
         process.terminate()
-        assert process.wait(END_TIMEOUT_S) == 130, process.printed()
+        assert process.wait(STOP_TIMEOUT_S) == 75, process.printed()
         process.assert_nothing_left()
         assert "Traceback" not in process.printed()
         assert not (process.folder / CLUSTER_FILE).exists()
-        head.assert_idle()
+        if with_cluster:
+            assert "go on from the last checkpoint with --resume" in process.stderr
+        else:
+            (newest,) = checkpoints_of(process.folder / "checkpoints" / "sequencematch")
+            assert read_progress(newest).step == process.step("sequencematch")
+            head.assert_idle()
     assert_audit_is_clean(process.folder)
 
 
@@ -62,7 +75,7 @@ def test_a_node_that_dies_with_an_actor_and_a_shard_is_replaced_by_one_that_join
     """The shard does not wait for that: it opens its folder on the node that is left."""
     with RayHead(num_cpus=2, resources={"near": 1}) as head:
         head.add_node("127.0.0.3", 1, {"far": 1})
-        with run_on(head, tmp_path, "buffer.shards=2") as process:
+        with run_on(head, tmp_path, "buffer.shards=2", with_cluster=True) as process:
             near, far = raylet_at(head, "127.0.0.2"), raylet_at(head, "127.0.0.3")
             (actor,), (pool,) = head.processes("ray::RolloutActor"), head.processes("ray::ActorPool")
             assert pool.ppid() == near.pid, "it would be lost with the actors' node"

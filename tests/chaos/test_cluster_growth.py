@@ -64,7 +64,7 @@ def test_a_cluster_grows_and_shrinks_with_a_run(tmp_path: Path) -> None:
             assert states(process.folder).count("actor-0 ready") == 1, "the node that was taken away is the other one's"
 
             process.terminate()
-            assert process.wait(END_TIMEOUT_S) == 130, process.printed()
+            assert process.wait(END_TIMEOUT_S) == 75, process.printed()
             assert "Traceback" not in process.printed()
         assert_audit_is_clean(process.folder)
         wait_for_nodes(head, 1)

@@ -51,7 +51,7 @@ def test_the_number_of_actors_follows_the_learner(
         assert reached(), "it stays so"
 
         process.terminate()
-        assert process.wait(SCALE_TIMEOUT_S) == 130, process.printed()
+        assert process.wait(SCALE_TIMEOUT_S) == 75, process.printed()
         process.assert_nothing_left()
         lines = [json.loads(line) for line in (process.folder / LOG_FILE).read_text().splitlines()]
     (decision,) = [line["message"] for line in lines if "autoscaling" in line["message"]]

@@ -47,8 +47,8 @@ def test_ranks_stop_together_and_none_is_left_waiting_for_a_dead_one(tmp_path: P
     with TrainProcess(tmp_path / "run", str(recipe), "--no-evaluate") as process:
         process.wait_until(lambda: process.step(STAGE) >= 5, START_TIMEOUT_S, "steps of two ranks")
         folder = process.folder
-        process.interrupt()
-        assert process.wait(STOP_TIMEOUT_S) == 130, process.printed()
+        process.terminate_all()
+        assert process.wait(STOP_TIMEOUT_S) == 75, process.printed()
         process.assert_nothing_left()
     stopped_at = newest_step(folder)
     assert stopped_at == len(metrics_of(folder, STAGE)), "the checkpoint is of the last step"

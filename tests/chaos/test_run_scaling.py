@@ -113,7 +113,7 @@ def test_actors_come_go_and_die_while_the_learner_trains(tmp_path: Path) -> None
         assert run.drawn["expert"] > 0
 
         process.terminate()
-        assert process.wait(SCALE_TIMEOUT_S) == 130, process.printed()
+        assert process.wait(SCALE_TIMEOUT_S) == 75, process.printed()
         process.assert_nothing_left()
         folder = process.folder
     check_what_it_left(folder)

@@ -141,7 +141,7 @@ def test_ctrl_c_ends_the_following_and_stop_ends_the_run_which_can_be_resumed(he
     code, out, err = run(head, elsewhere, "jobs", "stop", "endless")
     assert code == 0, err
     assert "STOPPED" in out
-    assert ended(follower)[0] == 130
+    assert ended(follower)[0] == 75
     assert not drivers(head, "endless")
     assert not (folder / CLUSTER_FILE).exists()
     (checkpoint,) = (folder / "checkpoints" / "trunk").glob("step-*")

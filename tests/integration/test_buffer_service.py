@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
 
 from buffer.settings import BufferSettings
 from buffer.shards.service import ReplayBufferService
+from buffer.stop_signals import JOB_SIGNALS
 from tests.integration.local_ray import local_ray
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
@@ -48,6 +50,20 @@ def test_rows_travel_both_ways_and_draws_wait_in_the_actor(tmp_path):
     assert drawn.schema.equals(batch.schema, check_metadata=True)
     rows = {row["id"]: row for row in batch.to_pylist()}
     assert all(rows[row["id"]] == row for row in drawn.to_pylist() if row["id"] in rows)
+    end(service)
+
+
+def test_signals_of_a_job_system_do_not_end_the_actor(tmp_path):
+    """They reach all processes of a job at once; the driver alone stops the run."""
+    service = start(tmp_path)
+    pid, status = ray.get(
+        service.__ray_call__.remote(lambda _: (os.getpid(), Path("/proc/self/status").read_text())), timeout=TIMEOUT_S
+    )
+    (ignored,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigIgn"))
+    assert {number for number in JOB_SIGNALS if ignored >> (number - 1) & 1} == {*JOB_SIGNALS}
+    for number in JOB_SIGNALS:
+        os.kill(pid, number)
+    assert ray.get(service.insert.remote(numbered(0, 10)), timeout=TIMEOUT_S).accepted == 10
     end(service)
 
 

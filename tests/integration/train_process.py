@@ -130,6 +130,12 @@ class TrainProcess:
         """What a job system sends to the command alone."""
         self._process.terminate()
 
+    def terminate_all(self) -> None:
+        """What systemd and `scancel` send to every process at once."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+
     def kill(self) -> None:
         """kill -9 of the command alone: it can end nothing that it started."""
         self._process.kill()

@@ -68,9 +68,10 @@ def test_the_tree_of_a_resumed_run_brings_no_recipe(tmp_path: Path) -> None:
         ("FAILED", 1, 1),
         ("FAILED", 2, 2),
         ("FAILED", 130, 130),
+        ("FAILED", 75, 75),
         ("FAILED", -9, 1),  # killed
         ("FAILED", None, 1),  # nothing of ours ever ran
-        ("STOPPED", None, 130),
+        ("STOPPED", None, 75),
     ],
 )
 def test_the_command_ends_as_the_run_ended(state: str, exit_code: int | None, command_exit_code: int) -> None:

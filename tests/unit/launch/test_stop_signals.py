@@ -1,21 +1,92 @@
-"""A stop reaches a command however it was started."""
+"""A stop reaches a command however it was started, and whatever Ray does to signals."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import pytest
 
-from launch.stop_signals import STOP_SIGNALS, stop_signals_interrupt
+from buffer.stop_signals import JOB_SIGNALS
+from launch.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from launch.stop_signals import (
+    STOP_SIGNALS,
+    stop_exit_code,
+    stop_handlers_kept,
+    stop_requested,
+    stop_signals_interrupt,
+)
+
+PRINT_BLOCKED = "import signal; print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+
+
+@pytest.fixture(autouse=True)
+def default_handlers() -> Iterator[None]:
+    """Whoever runs the tests may ignore some of these signals."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def start_like_ray() -> None:
+    """Set a handler as `ray.init` does; SIGTERM arrives meanwhile."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+    send(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_reaches_a_process_born_with_the_signal_ignored(number: signal.Signals) -> None:
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        with pytest.raises(KeyboardInterrupt), stop_signals_interrupt():
-            os.kill(os.getpid(), number)
-        assert signal.getsignal(number) is signal.SIG_IGN
-    finally:
-        signal.signal(number, before)
+    signal.signal(number, signal.SIG_IGN)
+    with pytest.raises(KeyboardInterrupt), stop_signals_interrupt():
+        send(number)
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("first", STOP_SIGNALS)
+def test_only_ctrl_c_interrupts_a_command_that_is_stopping(first: signal.Signals) -> None:
+    """Slurm signals the driver and the script, which signals the driver too: one checkpoint is being written."""
+    with stop_signals_interrupt():
+        assert not stop_requested()
+        with pytest.raises(KeyboardInterrupt):
+            send(first)
+        assert stop_requested()
+        for number in JOB_SIGNALS:
+            send(number)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    assert stop_exit_code() == (EXIT_INTERRUPTED if first == signal.SIGINT else EXIT_STOPPED)
+
+
+def test_each_command_begins_without_a_stop() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_signals_interrupt():
+        send(signal.SIGTERM)
+    with stop_signals_interrupt():
+        assert not stop_requested()
+    assert stop_exit_code() == EXIT_INTERRUPTED
+
+
+def test_a_stop_while_ray_starts_is_not_lost() -> None:
+    """It is delivered when the handlers of the command are back."""
+    with pytest.raises(KeyboardInterrupt), stop_signals_interrupt(), stop_handlers_kept():
+        start_like_ray()
+    assert stop_exit_code() == EXIT_STOPPED
+
+
+def test_rays_handler_does_not_end_the_command() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_signals_interrupt(), stop_handlers_kept():
+        sys.exit(signal.SIGTERM)
+
+
+def test_what_ray_starts_never_receives_the_signals_of_job_systems() -> None:
+    with stop_signals_interrupt(), stop_handlers_kept():
+        done = subprocess.run([sys.executable, "-c", PRINT_BLOCKED], capture_output=True, text=True, check=True)
+    assert {*map(int, done.stdout.split())} >= {*map(int, JOB_SIGNALS)}
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*JOB_SIGNALS}
