@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,10 +45,13 @@ class TaughtRow:
     odds: BackspaceOdds
 
     def __str__(self) -> str:
+        after = {"after a mistake": self.odds.after_mistake, "after a right token": self.odds.after_right}
+        # Targets of one token have no right token that could be taken back, and few demonstrations maybe no mistake.
+        found = [f"{value:.2f} {where}" for where, value in after.items() if not math.isnan(value)]
+        judged = f"its probability is {' and '.join(found)}, {self.odds.nats:.2f} nats per action for backspace or not"
         return (
             f"the model has never seen backspace: its row is fitted to {self.num_logs} demonstrations; on {NUM_UNSEEN} "
-            f"others its probability is {self.odds.after_mistake:.2f} after a mistake and {self.odds.after_right:.2f} "
-            f"after a right token, {self.odds.nats:.2f} nats per action for backspace or not"
+            f"others {judged if found else 'backspace could never be taken'}"
         )
 
 

@@ -13,7 +13,7 @@ from torch.distributions import Bernoulli, Normal
 
 from buffer.experts.tasks import load_task
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
-from learner.batches.demonstrations import Demonstrations, teach_backspace_row
+from learner.batches.demonstrations import Demonstrations, TaughtRow, teach_backspace_row
 from learner.batches.micro_batches import TreeSettings, build_micro_batches
 from learner.model.backspace_row import BackspaceEvidence, BackspaceOdds, gather_evidence, most_probable_row
 from learner.model.policy import load_policy
@@ -181,3 +181,17 @@ def test_the_evidence_is_that_of_the_model_itself(pretrained: PretrainedModelSet
     torch.testing.assert_close(found.hidden.float(), torch.stack(hidden), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.log_sum, torch.stack(log_sum), rtol=1e-5, atol=1e-5)
     assert found.taken.tolist() == [float(each) for each in taken]
+
+
+@pytest.mark.parametrize(
+    ("odds", "judged"),
+    [
+        ((0.4, 0.1, 0.5), "its probability is 0.40 after a mistake and 0.10 after a right token, 0.50 nats per action"),
+        ((0.4, math.nan, 0.5), "its probability is 0.40 after a mistake, 0.50 nats per action"),  # of one token each
+        ((math.nan, math.nan, math.nan), "backspace could never be taken"),
+    ],
+)
+def test_a_row_is_judged_by_the_states_that_there_are(odds: tuple[float, float, float], judged: str) -> None:
+    text = str(TaughtRow(100, BackspaceOdds(*odds)))
+    assert f"on 64 others {judged}" in text
+    assert "nan " not in text
