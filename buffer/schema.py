@@ -5,7 +5,7 @@ replaying the log on a stack that starts at the prompt (`buffer.replay`). Invari
 at the door of the buffer:
 
 - `logprobs`, `policy_version` (policy rows) and `realised` (where present) are as long as `actions`;
-- ids lie in [0, vocab_size); `prompt_ids` and `realised` never hold backspace;
+- ids lie in [0, vocab_size) and have a token; `prompt_ids` and `realised` never hold backspace;
 - what a step *appends* is `realised` where that is not null, else the action. `<eos>` is appended by the last step
   only, and exactly where `finish_reason` is `eos`. (An earlier *action* may be `<eos>`: the label of a step whose
   noise was appended instead.)
@@ -29,27 +29,54 @@ SCHEMA_VERSION = 2
 ROW = "row"
 """Name of the column that only stored rows have: the number of the row in its shard."""
 
+_WITHOUT_TOKEN = b"ids_without_token"
+
 SOURCES = ("expert", "policy")
 FINISH_REASONS = ("eos", "max_length", "max_actions", "aborted")
 
 
+IdRanges = tuple[tuple[int, int], ...]
+"""Ids as ascending, disjoint ranges [begin, end)."""
+
+
 @dataclass(frozen=True)
 class TokenContract:
-    """What the ids of a trajectory mean; stored in the schema's metadata, so that every file says it of itself."""
+    """What the ids of a trajectory mean; stored in the schema's metadata, so that every file says it of itself.
+
+    vocab_size: rows of the model's embeddings. ids_without_token: of these rows, those that no token of the tokenizer
+    has: padding at the end, holes in the middle. They are no actions: engine and learner give them no probability.
+    """
 
     vocab_size: int
     backspace_id: int
     eos_id: int
     tokenizer_hash: str
+    ids_without_token: IdRanges = ()
+
+    def __post_init__(self) -> None:
+        ranges = tuple((int(begin), int(end)) for begin, end in self.ids_without_token)  # JSON gives lists
+        edges = [edge for both in ranges for edge in both]
+        if edges != sorted(set(edges)) or not all(0 <= edge <= self.vocab_size for edge in edges):
+            raise ValueError(f"ids_without_token={ranges} are no ascending ranges in [0, {self.vocab_size})")
+        object.__setattr__(self, "ids_without_token", ranges)
+
+    def has_token(self) -> npt.NDArray[np.bool_]:
+        """[vocab_size] whether a token, or backspace, has the id."""
+        has_token = np.ones(self.vocab_size, dtype=np.bool_)
+        for begin, end in self.ids_without_token:
+            has_token[begin:end] = False
+        return has_token
 
     def to_metadata(self) -> dict[bytes, bytes]:
-        """Schema metadata, with the schema version."""
+        """Schema metadata, with the schema version; where every id has a token, no key for those without."""
+        ranges = " ".join(f"{begin}:{end}" for begin, end in self.ids_without_token)
         return {
             b"schema_version": str(SCHEMA_VERSION).encode(),
             b"vocab_size": str(self.vocab_size).encode(),
             b"backspace_id": str(self.backspace_id).encode(),
             b"eos_id": str(self.eos_id).encode(),
             b"tokenizer_hash": self.tokenizer_hash.encode(),
+            **({_WITHOUT_TOKEN: ranges.encode()} if ranges else {}),
         }
 
     @classmethod
@@ -70,6 +97,7 @@ class TokenContract:
             backspace_id=_read_int(metadata, "backspace_id"),
             eos_id=_read_int(metadata, "eos_id"),
             tokenizer_hash=_read(metadata, "tokenizer_hash"),
+            ids_without_token=_read_ranges(metadata),
         )
 
 
@@ -86,6 +114,17 @@ def _read_int(metadata: Mapping[bytes, bytes], name: str) -> int:
         return int(value)
     except ValueError:
         raise ValueError(f"trajectory schema metadata holds {name}={value!r}, which is not a number") from None
+
+
+def _read_ranges(metadata: Mapping[bytes, bytes]) -> IdRanges:
+    text = metadata.get(_WITHOUT_TOKEN, b"").decode()
+    try:
+        pairs = [each.split(":") for each in text.split()]
+        return tuple((int(begin), int(end)) for begin, end in pairs)
+    except ValueError:
+        raise ValueError(
+            f"trajectory schema metadata holds {_WITHOUT_TOKEN.decode()}={text!r}, which are no ranges"
+        ) from None
 
 
 SAMPLING_TYPE = pa.struct(

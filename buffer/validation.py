@@ -266,6 +266,11 @@ def _check_ids(name: str, lists: _Lists, rows: Int64, contract: TokenContract, f
     if values.min() < 0 or values.max() >= contract.vocab_size:
         outside = (values < 0) | (values >= contract.vocab_size)
         findings.refuse_rows(rows[lists.owners(outside)], f"{name} holds an id outside [0, {contract.vocab_size})")
+    if contract.ids_without_token and values.max() >= contract.ids_without_token[0][0]:
+        no_token = np.zeros(len(values), dtype=np.bool_)
+        for begin, end in contract.ids_without_token:
+            no_token |= (values >= begin) & (values < end)
+        findings.refuse_rows(rows[lists.owners(no_token)], f"{name} holds an id that has no token")
     if name != "actions":
         backspace = values == contract.backspace_id
         if present is not None:

@@ -136,7 +136,7 @@ class LearnerWorker:
         self._status = replace(self._status, notes=policy.notes)
         if self._spec.settings.activation_checkpointing:
             checkpoint_activations(policy.model)
-        self._policy = TreePolicy(policy.model, policy.backspace_id)
+        self._policy = TreePolicy(policy.model, policy.backspace_id, self._contract.ids_without_token)
         shard(self._policy, self._ranks)  # before it goes to the device, which need not hold all of it
         self._policy.to("cuda" if torch.cuda.is_available() else "cpu")
         self._is_row_new = policy.is_row_new
@@ -147,8 +147,7 @@ class LearnerWorker:
             max_positions=max_length,
             offers_backspace=self._spec.offers_backspace,
         )
-        num_tokens = min(self._contract.vocab_size, len(self._task.tokenizer))
-        self._probe = make_probe(num_tokens, (self._contract.backspace_id, self._contract.eos_id), self._spec.seed)
+        self._probe = make_probe(self._contract, self._spec.seed)
         if not self._ranks.leads:
             return None
         return PreparedRun(
@@ -355,7 +354,7 @@ class LearnerWorker:
         if stage.start_from is not None:
             load_weights(made.model, self._newest_checkpoint(self._checkpoints(stage.start_from)))
         made.model.requires_grad_(False)
-        policy = TreePolicy(made.model, made.backspace_id)
+        policy = TreePolicy(made.model, made.backspace_id, self._contract.ids_without_token)
         shard(policy, self._ranks)
         policy.to(self._policy.device)
         return policy

@@ -31,8 +31,10 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from actors.engine.action_log import FinishedLog, Float32, Int32, finished_log
 from actors.engine.checks import check_fit, check_vllm_config
 from actors.engine.decoding_state import EXTRA_ARGS_KEY, DecodingState
+from actors.engine.logits_processor import IDS_WITHOUT_TOKEN
 from actors.engine.settings import EngineSettings, SamplingSettings, check_environment, engine_environment
 from actors.engine.weight_loading import ExpectedTensors, Shape, load_in_place
+from buffer.schema import IdRanges
 
 __all__ = ["BackspaceEngine", "EngineSettings", "FinishedLog", "SamplingSettings", "engine_environment"]
 
@@ -57,6 +59,7 @@ class BackspaceEngine:
         backspace_id: id of the backspace action. It is never part of the model's input.
         eos_id: id that ends a text; it can't be taken back.
         version: policy version of the weights that `model_dir` holds (ignored with `load_format="dummy"`).
+        ids_without_token: ids that are never sampled, and that no prompt may hold; see `TokenContract`.
 
     Raises:
         ValueError: vLLM was configured, or the model is built, in a way that can't be rolled back.
@@ -66,11 +69,19 @@ class BackspaceEngine:
     scheduler_cls: ClassVar[str] = "actors.engine.backspace_scheduler.BackspaceScheduler"
     logits_processors: ClassVar[tuple[str, ...]] = ("actors.engine.logits_processor:BackspaceLogitsProcessor",)
 
-    def __init__(self, settings: EngineSettings, backspace_id: int, eos_id: int, version: int = 0) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        backspace_id: int,
+        eos_id: int,
+        version: int = 0,
+        ids_without_token: IdRanges = (),
+    ) -> None:
         check_environment()
         self.settings = settings
         self.backspace_id = backspace_id
         self.eos_id = eos_id
+        self.ids_without_token = ids_without_token
         config = self._engine_args(settings).create_engine_config()
         # VLLM_CPU_KVCACHE_SPACE would override the setting silently.
         config.cache_config.kv_cache_memory_bytes = settings.kv_cache_bytes
@@ -112,6 +123,7 @@ class BackspaceEngine:
             logits_processors=list(self.logits_processors),
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            additional_config={IDS_WITHOUT_TOKEN: self.ids_without_token},
         )
 
     @property
@@ -270,7 +282,8 @@ class BackspaceEngine:
             token_ids: [N], 2 <= N < max_length.
 
         Returns:
-            [N-1]: log p(token_ids[i+1] | token_ids[:i+1]) over the whole vocabulary, backspace included.
+            [N-1]: log p(token_ids[i+1] | token_ids[:i+1]) over the whole vocabulary: backspace is included, and so are
+            ids without a token.
         """
         self._check_usable()
         ids = self._token_ids(token_ids, "token_ids", forbidden=set())
@@ -329,6 +342,9 @@ class BackspaceEngine:
         ids = np.asarray(values, dtype=np.int32).reshape(-1)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise ValueError(f"{name} holds ids outside of the vocabulary of {self.vocab_size}")
+        for begin, end in self.ids_without_token:
+            if ((ids >= begin) & (ids < end)).any():
+                raise ValueError(f"{name} holds an id that has no token (ids {begin} to {end - 1} have none)")
         for token_id in forbidden:
             if (ids == token_id).any():
                 raise ValueError(f"{name} holds id {token_id}, the backspace or eos action: give the text they lead to")

@@ -1,4 +1,4 @@
-"""Masks of the sampling distribution: backspace at the floor, planted tokens, banned tokens.
+"""Masks of the sampling distribution: ids without a token, backspace at the floor, planted tokens, banned tokens.
 
 They run before temperature and top-p, so the recorded log-probabilities are those of the renormalised
 distribution.
@@ -12,8 +12,12 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from actors.engine.decoding_state import DecodingState, decoding_state
+from buffer.schema import IdRanges
 
 NEGATIVE_INFINITY = float("-inf")
+
+IDS_WITHOUT_TOKEN = "sequencematch_ids_without_token"
+"""Key of these ids in vLLM's `additional_config`; they are the same for every request."""
 
 
 class BackspaceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM ships no types
@@ -29,6 +33,7 @@ class BackspaceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM s
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._device = device
+        self._ids_without_token: IdRanges = vllm_config.additional_config.get(IDS_WITHOUT_TOKEN, ())
         # Row of the batch -> (state, generated text). The list is the runner's own: already cut when apply()
         # runs.
         self._rows: dict[int, tuple[DecodingState, list[int]]] = {}
@@ -72,6 +77,8 @@ class BackspaceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM s
         """Mask `logits` [batch, vocabulary] in place."""
         if not self._rows:
             return logits
+        for begin, end in self._ids_without_token:
+            logits[:, begin:end] = NEGATIVE_INFINITY
         self._always_masked.fill(logits, NEGATIVE_INFINITY)
         self._at_floor.set([(row, backspace_id) for row, backspace_id, out in self._floor_rows if not out])
         self._at_floor.fill(logits, NEGATIVE_INFINITY)

@@ -65,7 +65,9 @@ class EngineRank:
         """Build the engine together with the other ranks; gives its digest, as all calls do."""
         from actors.engine.ranked_engine import RankedEngine
 
-        self._engine = RankedEngine(settings, contract.backspace_id, contract.eos_id, place)
+        self._engine = RankedEngine(
+            settings, contract.backspace_id, contract.eos_id, place, ids_without_token=contract.ids_without_token
+        )
         return self._engine.digest
 
     def repeat(self, calls: Sequence[EngineCall]) -> int:
@@ -131,7 +133,12 @@ class RankGroup:
         ]
         with self._together(building):
             self.engine: LeadingEngine = LeadingEngine(
-                settings, contract.backspace_id, contract.eos_id, places[0], self._telling
+                settings,
+                contract.backspace_id,
+                contract.eos_id,
+                places[0],
+                self._telling,
+                ids_without_token=contract.ids_without_token,
             )
         self.settle()
 

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from buffer.schema import TokenContract
+from buffer.schema import IdRanges, TokenContract
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -64,16 +66,17 @@ def token_contract(
 ) -> TokenContract:
     """The contract of trajectories written with `tokenizer`.
 
-    `vocab_size` is the model's (rows of its embedding, which may be padded); by default the tokenizer's.
+    `vocab_size` is the model's (rows of its embedding, of which some may have no token); by default the tokenizer's.
 
     Raises:
         ValueError: the tokenizer has no end-of-text token, or an id lies outside the vocabulary.
     """
-    size = len(tokenizer) if vocab_size is None else vocab_size
+    size = max(tokenizer.get_vocab().values()) + 1 if vocab_size is None else vocab_size
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token; set tokenizer.eos_token")
-    if size < len(tokenizer):
-        raise ValueError(f"the model's vocabulary ({size}) is smaller than the tokenizer's ({len(tokenizer)})")
+    ids = np.array([*tokenizer.get_vocab().values(), backspace_id], dtype=np.int64)
+    if size <= (largest := int(ids[:-1].max())):
+        raise ValueError(f"the model's vocabulary ({size} ids) is smaller than the tokenizer's ({largest + 1} ids)")
     if not 0 <= backspace_id < size or backspace_id == tokenizer.eos_token_id:
         raise ValueError(f"backspace id {backspace_id} must differ from eos and lie in [0, {size})")
     return TokenContract(
@@ -81,7 +84,15 @@ def token_contract(
         backspace_id=backspace_id,
         eos_id=tokenizer.eos_token_id,
         tokenizer_hash=tokenizer_hash(tokenizer),
+        ids_without_token=_absent_ids(ids, size),
     )
+
+
+def _absent_ids(ids: npt.NDArray[np.int64], size: int) -> IdRanges:
+    """The ranges of [0, size) in which none of `ids` lies."""
+    bounds = np.unique(np.concatenate([[-1], ids, [size]]))
+    gaps = np.flatnonzero(np.diff(bounds) > 1)
+    return tuple((int(bounds[gap]) + 1, int(bounds[gap + 1])) for gap in gaps)
 
 
 def backspace_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

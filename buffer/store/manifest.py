@@ -10,11 +10,11 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import xxhash
 
-from buffer.schema import TokenContract
+from buffer.schema import IdRanges, TokenContract
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 2
@@ -115,6 +115,7 @@ class _ContractJson(TypedDict):
     backspace_id: int
     eos_id: int
     tokenizer_hash: str
+    ids_without_token: NotRequired[IdRanges]
 
 
 class _EntryJson(TypedDict):

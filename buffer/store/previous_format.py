@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.reading.shard_snapshot import ShardSnapshot, times_sampled
-from buffer.schema import ROW, SOURCES, TokenContract, stored_schema
+from buffer.schema import ROW, SOURCES, IdRanges, TokenContract, stored_schema
 from buffer.staleness import VersionRange, stale_rows
 from buffer.store.events import EVENT_SCHEMA
 from buffer.store.manifest import MANIFEST_NAME, CorruptSegmentError
@@ -47,6 +47,7 @@ class _ContractJson(TypedDict):
     backspace_id: int
     eos_id: int
     tokenizer_hash: str
+    ids_without_token: NotRequired[IdRanges]
 
 
 class _EntryJson(TypedDict):

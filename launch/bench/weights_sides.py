@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from buffer.schema import TokenContract
 from buffer.weight_transport import WeightHandle, WeightReceiver
 from buffer.weights import WeightManifest, check_probe, pack_tensors, unpack, verify_fingerprint
 from learner.settings.transport import Transport
@@ -75,9 +76,8 @@ class PublishingLearner:
         model = LlamaForCausalLM(config).to(getattr(torch, dtype)).requires_grad_(False)
         self._policy = TreePolicy(model, backspace_id=3)
         relay = ray.remote(_Relay).options(num_cpus=0).remote(receivers)
-        self._publisher = WeightPublisher(
-            relay, make_probe(config.vocab_size, (2, 3), seed), sender=make_sender(transport, torch.device("cpu"))
-        )
+        probe = make_probe(TokenContract(config.vocab_size, 3, 2, "random"), seed)
+        self._publisher = WeightPublisher(relay, probe, sender=make_sender(transport, torch.device("cpu")))
         self._copy = {name: np.zeros(tensor.nbytes, np.uint8) for name, tensor in model.named_parameters()}
 
     def size_bytes(self) -> int:

@@ -18,6 +18,7 @@ from actors.engine.action_log import FinishedLog, Int32, logs_to_batch
 from buffer.schema import TokenContract
 from launch.evaluation.arms import Arm
 from launch.settings.decodings import ContrastiveSearch
+from learner.state_tree.id_ranges import fill_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,6 +85,7 @@ def search(
     for _ in range(num_tokens):
         logits = head(last).float()
         logits[:, contract.backspace_id] = -torch.inf
+        fill_ids(logits, contract.ids_without_token, -torch.inf)
         logprobs, candidates = logits.log_softmax(-1).topk(k)
         cache.batch_repeat_interleave(k)
         states = decoder(input_ids=candidates.reshape(-1, 1), past_key_values=cache, use_cache=True).last_hidden_state

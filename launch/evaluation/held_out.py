@@ -40,7 +40,7 @@ def held_out_metrics(
 
     examples: columns `prompt_ids` and `target_ids`. max_length: longest text with its prompt, in tokens.
     """
-    policy = TreePolicy(model, contract.backspace_id)
+    policy = TreePolicy(model, contract.backspace_id, contract.ids_without_token)
     settings = TreeSettings(contract.backspace_id, contract.eos_id, MAX_NODES_PER_BATCH, max_length)
     loss, loss_without, backspace = (np.zeros(len(examples)) for _ in range(3))
     tokens, free = (np.zeros(len(examples)) for _ in range(2))

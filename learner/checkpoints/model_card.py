@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, text = ".", "PROMPT"
 tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
 backspace, eos = model.config.backspace_token_id, tokenizer.eos_token_id
+no_token = [i for i in model.generation_config.suppress_tokens if i != backspace]  # ids that are never chosen
 prompt = tokenizer(text)["input_ids"]
 ids = list(prompt)
 for _ in range(256):  # actions: tokens written and tokens taken back
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, -1].float()
+    logits[no_token] = -torch.inf
     if len(ids) == len(prompt):
         logits[backspace] = -torch.inf  # the prompt cannot be taken back
     action = int(torch.multinomial(logits.softmax(-1), 1))

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from buffer.schema import IdRanges
 from learner.ranks.sharding import overwrite_row
 from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch
+from learner.state_tree.id_ranges import fill_ids
 from learner.state_tree.policy import TreePolicy
 
 BACKSPACE_ROW_NOISE = 0.1
@@ -77,14 +79,16 @@ class BackspaceOdds:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def initialise_backspace_row(model: PreTrainedModel, backspace_id: int, seed: int) -> None:
-    """Set the backspace row of the embeddings (in place) to the mean row plus small seeded noise."""
+def initialise_backspace_row(
+    model: PreTrainedModel, backspace_id: int, seed: int, ids_without_token: IdRanges = ()
+) -> None:
+    """Set the backspace row of the embeddings (in place) to the mean row of the tokens plus small seeded noise."""
     generator = torch.Generator().manual_seed(seed)
     weights: list[Tensor] = [model.get_output_embeddings().weight]
     if model.get_input_embeddings().weight is not weights[0]:
         weights.append(model.get_input_embeddings().weight)
     for weight in weights:
-        mean, deviation = _other_rows(weight, backspace_id)
+        mean, deviation = _other_rows(weight, backspace_id, ids_without_token)
         noise = torch.randn(len(mean), generator=generator).to(weight.device)
         weight[backspace_id] = (mean + BACKSPACE_ROW_NOISE * deviation * noise).to(weight.dtype)
 
@@ -107,7 +111,7 @@ def gather_evidence(policy: TreePolicy, trees: Iterable[TreeBatch]) -> Backspace
     def measure(tree: TreeBatch, logits: StateLogits) -> Tensor:
         nonlocal rows
         if rows is None:
-            rows = _other_rows(logits.weight, policy.backspace_id)
+            rows = _other_rows(logits.weight, policy.backspace_id, policy.ids_without_token)
         free = ~tree.backspace_masked
         states = tree.state_row[free]
         found.append((logits.hidden[states], logits.v_floor[states], tree.action[free] == policy.backspace_id))
@@ -147,7 +151,10 @@ def _loss(row: Tensor, evidence: BackspaceEvidence, precision: Tensor) -> float:
     return float(evidence.misfit(row) + 0.5 * (precision * (row - evidence.mean) ** 2).sum())
 
 
-def _other_rows(weight: Tensor, backspace_id: int) -> tuple[Tensor, Tensor]:
-    """[H] mean and standard deviation over all rows but one, float32."""
-    others = torch.cat([weight[:backspace_id], weight[backspace_id + 1 :]]).float()
+def _other_rows(weight: Tensor, backspace_id: int, ids_without_token: IdRanges) -> tuple[Tensor, Tensor]:
+    """[H] mean and standard deviation over the rows of all tokens but backspace, float32."""
+    is_other = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+    is_other[backspace_id] = False
+    fill_ids(is_other, ids_without_token, False)
+    others = weight[is_other].float()
     return others.mean(0), others.std(0)

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from buffer.experts.tokenizer import token_contract
 from learner.model.adapters import add_adapters
 from learner.model.backspace_row import initialise_backspace_row
 from learner.model.quantization import quantise_linear_layers
@@ -85,11 +86,12 @@ def load_policy(
         raise ValueError("the tokenizer has no <eos> token, so no answer could end; set its eos_token")
     model = load_model(settings, tokenizer)
     backspace_id = choose_backspace_id(tokenizer, model, settings)
+    contract = token_contract(tokenizer, backspace_id, model.get_input_embeddings().weight.shape[0])
     is_new = getattr(model.config, "backspace_token_id", None) != backspace_id
     if is_new:
-        initialise_backspace_row(model, backspace_id, settings.seed)
+        initialise_backspace_row(model, backspace_id, settings.seed, contract.ids_without_token)
         model.config.backspace_token_id = backspace_id
-    notes = mend_configs(model, tokenizer, backspace_id)
+    notes = mend_configs(model, tokenizer, contract)
     if isinstance(settings, PretrainedModelSettings):
         _adapt(model, settings)
     check_supported(model)
@@ -165,6 +167,11 @@ def choose_backspace_id(
         tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
         vocabulary = tokenizer.get_vocab()
     backspace_id = int(vocabulary[token])
+    if len(namesakes := sorted(name for name, found in vocabulary.items() if found == backspace_id)) > 1:
+        raise ValueError(
+            f"the tokenizer gives {' and '.join(namesakes)} the same id {backspace_id}, because its vocabulary has "
+            "holes: set backspace_token to a reserved token that the texts never use"
+        )
     if backspace_id in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         raise ValueError(
             f"backspace_token {token!r} is the tokenizer's <bos>, <eos> or padding token; choose another one"

@@ -11,20 +11,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
+import numpy as np
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from buffer.schema import TokenContract
 
-def mend_configs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, backspace_id: int) -> tuple[str, ...]:
+
+def mend_configs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contract: TokenContract
+) -> tuple[str, ...]:
     """Mend config and generation config of `model` (in place); gives a sentence for the user about each change.
 
     The `<eos>` of the tokenizer becomes the only one: in training, too, no other token ends a text. Backspace is kept
-    from generators that do not know the action.
+    from generators that do not know the action, and ids without a token, of which training knows nothing.
     """
     notes = _align_eos(model, tokenizer)
     generation = model.generation_config
     if generation is None:
         return notes
-    generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), backspace_id})
+    never = {contract.backspace_id, *np.flatnonzero(~contract.has_token()).tolist()}
+    generation.suppress_tokens = sorted(never.union(generation.suppress_tokens or ()))
     model.generation_config, left_out = _savable(generation)
     if left_out:
         notes += (

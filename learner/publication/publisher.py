@@ -11,6 +11,7 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
+from buffer.schema import TokenContract
 from buffer.weight_transport import ObjectStoreSender, WeightSender
 from buffer.weights import PayloadDigests, TensorEntry, WeightManifest
 from learner.publication.tensors import PublicationPlan
@@ -135,7 +136,7 @@ def take_part_in_publication(policy: TreePolicy, probe_token_ids: tuple[int, ...
     policy.sequence_logprobs(probe_token_ids)
 
 
-def make_probe(vocab_size: int, excluded: tuple[int, ...], seed: int) -> tuple[int, ...]:
-    """A fixed pseudo-random sequence of PROBE_TOKENS ids that avoids `excluded` (backspace never stands in a text)."""
-    candidates = np.setdiff1d(np.arange(vocab_size), np.array(excluded))
+def make_probe(contract: TokenContract, seed: int) -> tuple[int, ...]:
+    """A fixed pseudo-random sequence of PROBE_TOKENS ids of a text: of tokens, neither backspace nor `<eos>`."""
+    candidates = np.setdiff1d(np.flatnonzero(contract.has_token()), [contract.backspace_id, contract.eos_id])
     return tuple(np.random.default_rng(seed).choice(candidates, size=PROBE_TOKENS).tolist())

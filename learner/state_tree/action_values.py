@@ -1,8 +1,8 @@
 """Action values of a causal language model: Q(s, a) = logit of a after text s, V(s) = logsumexp_a Q(s, a).
 
 At the floor (the end of the prompt) backspace is masked, as it is in the actors, so there V sums over the
-other actions only; so it does everywhere in a log whose sampler never offered backspace. `log_prob = q - v` then
-is the log-probability under the policy that acted.
+other actions only; so it does everywhere in a log whose sampler never offered backspace. Ids that no token has are
+no actions anywhere. `log_prob = q - v` then is the log-probability under the policy that acted.
 
 A tensor of tokens x vocabulary is never held: logits are made in chunks, folded into a running log-sum-exp, and but for
 the first few made again in the backward pass.
@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from buffer.schema import IdRanges
 from learner.state_tree.attention import evaluate_nodes
 from learner.state_tree.batch import TreeBatch
+from learner.state_tree.id_ranges import fill_ids
 from learner.state_tree.products import (
     CHUNK_ELEMENTS,
     VOCABULARY_CHUNK,
@@ -70,7 +72,8 @@ class StateLogits:
     """The logits of a tree's M states with a value, as the factors that they are the product of, and their sums.
 
     hidden: [M, H] states. weight: [V, H] output embedding.
-    v_floor: [M] log-sum-exp over all ids but backspace. q_backspace: [M] logit of backspace.
+    v_floor: [M] log-sum-exp over all actions but backspace. q_backspace: [M] logit of backspace. ids_without_token:
+    rows of the output embedding that make no action.
     """
 
     hidden: Tensor
@@ -78,6 +81,7 @@ class StateLogits:
     v_floor: Tensor
     q_backspace: Tensor
     backspace_id: int
+    ids_without_token: IdRanges = ()
 
     def v_of_actions(self, tree: TreeBatch) -> Tensor:
         """[A] value of the text before each action."""
@@ -95,6 +99,7 @@ def action_values(
     tree: TreeBatch,
     backspace_id: int,
     *,
+    ids_without_token: IdRanges = (),
     measurement: Measurement | None = None,
     summation: Summation | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
@@ -112,17 +117,20 @@ def action_values(
         sums = None
         if summation is not None:
             summed = summation(tree, weight.detach())
-            sums = ActionSums(summed, tree.state_row, tree.backspace_masked, backspace_id, chunk_elements)
+            sums = ActionSums(
+                summed, tree.state_row, tree.backspace_masked, backspace_id, ids_without_token, chunk_elements
+            )
         v_floor, q_backspace, q, measured = chunked_values(
             states,
             weight,
             tree.state_row,
             tree.action,
             backspace_id=backspace_id,
+            ids_without_token=ids_without_token,
             chunk_elements=chunk_elements,
             sums=sums,
         )
-        logits = StateLogits(states, weight, v_floor, q_backspace, backspace_id)
+        logits = StateLogits(states, weight, v_floor, q_backspace, backspace_id, ids_without_token)
         if measurement is not None:
             with torch.no_grad():
                 measured = measurement(tree, logits)
@@ -132,7 +140,7 @@ def action_values(
             log_prob_backspace = (q_backspace[tree.state_row] - v).masked_fill(tree.backspace_masked, -torch.inf)
             log_prob_at_temperature = q - v
             for temperature in tree.temperatures:
-                tempered = _log_prob_at(temperature, states, weight, tree, backspace_id, chunk_elements)
+                tempered = _log_prob_at(temperature, logits, tree, chunk_elements)
                 drawn = tree.behaviour_temperature == temperature
                 log_prob_at_temperature = torch.where(drawn, tempered, log_prob_at_temperature)
         return ActionValues(
@@ -153,16 +161,16 @@ def _as_computed(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
-def _log_prob_at(
-    temperature: float, states: Tensor, weight: Tensor, tree: TreeBatch, backspace_id: int, chunk_elements: int
-) -> Tensor:
+def _log_prob_at(temperature: float, logits: StateLogits, tree: TreeBatch, chunk_elements: int) -> Tensor:
     """[A] log-probability of the labels under logits / temperature, which are those of states / temperature."""
+    states = logits.hidden
     v_floor, q_backspace, q, _ = chunked_values(
         states.float() / temperature if states.dtype.itemsize < 4 else states / temperature,
-        weight,
+        logits.weight,
         tree.state_row,
         tree.action,
-        backspace_id=backspace_id,
+        backspace_id=logits.backspace_id,
+        ids_without_token=logits.ids_without_token,
         chunk_elements=chunk_elements,
     )
     v_all = torch.logaddexp(v_floor, q_backspace)
@@ -177,18 +185,19 @@ def chunked_values(
     actions: Tensor,
     *,
     backspace_id: int,
+    ids_without_token: IdRanges = (),
     chunk_elements: int = CHUNK_ELEMENTS,
     kept_elements: int = KEPT_ELEMENTS,
     sums: ActionSums | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of logits = hidden @ weight.T: log-sum-exp over all ids but backspace, backspace logit, chosen logits, sums.
+    """Of logits = hidden @ weight.T: log-sum-exp over all actions but backspace, backspace logit, chosen logits, sums.
 
     Args:
         hidden: [M, H] states.
         weight: [V, H] output embedding. Products accumulate in float32 (float64 if either is).
         rows: [A] state of each chosen logit.
         actions: [A] id of each chosen logit.
-        backspace_id: id left out of the log-sum-exp.
+        backspace_id: id left out of the log-sum-exp. ids_without_token: ids that are no actions.
         chunk_elements: logits made at a time.
         kept_elements: logits kept for the backward pass, at most.
         sums: over the vocabulary, of each action.
@@ -200,7 +209,7 @@ def chunked_values(
     if chunk_elements < 1:
         raise ValueError(f"chunk_elements={chunk_elements} must be at least 1")
     with torch.autocast(hidden.device.type, enabled=False):
-        chunks = _Chunks(len(hidden), len(weight), chunk_elements, kept_elements)
+        chunks = _Chunks(len(hidden), len(weight), chunk_elements, kept_elements, ids_without_token)
         v_floor, q_backspace, q, summed = _ChunkedValues.apply(
             hidden, weight, rows, actions, backspace_id, chunks, sums
         )
@@ -240,8 +249,9 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
                 if low <= backspace_id < high:
                     q_backspace[begin:end] = logits[:, backspace_id - low]
                     logits[:, backspace_id - low] = -torch.inf
+                fill_ids(logits, chunks.ids_without_token, -torch.inf, low)
                 peak = logits.amax(1)
-                peak = torch.where(peak == -torch.inf, 0.0, peak)  # where backspace stands alone
+                peak = torch.where(peak == -torch.inf, 0.0, peak)  # where no other action stands in the chunk
                 exponentials = logits.sub_(peak[:, None]).exp_()
                 v_floor[begin:end] = torch.logaddexp(v_floor[begin:end], peak + exponentials.sum(1).log())
                 if len(kept) < 2 * chunks.num_kept:
@@ -275,6 +285,7 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
                     exponentials = next(remembered, None)
                     if exponentials is None:
                         q = matmul(states[begin:end], columns.T).sub_(v_floor[begin:end, None]).exp_()
+                        fill_ids(q, ctx.chunks.ids_without_token, 0.0, low)
                     else:
                         q = exponentials * (next(remembered) - v_floor[begin:end]).exp()[:, None]
                     summed = None if ctx.sums is None else ctx.sums.gradient(q, (begin, end), (low, high))
@@ -293,9 +304,12 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
 
 
 class _Chunks:
-    """How M x V logits are cut, and how many chunks, from the first one on, are kept."""
+    """How M x V logits are cut, how many chunks, from the first one on, are kept, and which ids are no actions."""
 
-    def __init__(self, num_states: int, vocab_size: int, chunk_elements: int, kept_elements: int) -> None:
+    def __init__(
+        self, num_states: int, vocab_size: int, chunk_elements: int, kept_elements: int, ids_without_token: IdRanges
+    ) -> None:
+        self.ids_without_token = ids_without_token
         is_single = num_states * vocab_size <= chunk_elements
         width = vocab_size if is_single else min(vocab_size, VOCABULARY_CHUNK, chunk_elements)
         height = num_states if is_single else max(1, chunk_elements // width)

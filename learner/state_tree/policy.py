@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from buffer.schema import IdRanges
 from learner.precision import autocast_dtype, published_dtype
 from learner.state_tree.action_values import ActionValues, Measurement, action_values
 from learner.state_tree.batch import TreeBatch
@@ -28,13 +29,15 @@ from learner.state_tree.vocabulary_sums import Summation
 class TreePolicy(nn.Module):  # type: ignore[misc]
     """A causal language model that is evaluated on state trees, in evaluation mode.
 
-    autocast_dtype: see `learner.precision`; of the model as it is when the policy is made.
+    ids_without_token: see `TokenContract`. autocast_dtype: see `learner.precision`; of the model as it is when the
+    policy is made.
     """
 
-    def __init__(self, model: PreTrainedModel, backspace_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, backspace_id: int, ids_without_token: IdRanges = ()) -> None:
         super().__init__()
         self.model = model
         self.backspace_id = backspace_id
+        self.ids_without_token = ids_without_token
         self.autocast_dtype = autocast_dtype(model)
         # Gradients flow in evaluation mode too. In training mode a model with dropout would be a random sub-network on
         # every step, so log-probabilities, values and the published probe would not be those of the model that acts.
@@ -67,7 +70,14 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
     ) -> tuple[Tensor | None, ...]:
         """The fields of `ActionValues` in order: FSDP finds the tensors of a tuple, not those of a dataclass."""
         with self.autocast():
-            values = action_values(self.model, tree, self.backspace_id, measurement=measurement, summation=summation)
+            values = action_values(
+                self.model,
+                tree,
+                self.backspace_id,
+                ids_without_token=self.ids_without_token,
+                measurement=measurement,
+                summation=summation,
+            )
         return tuple(getattr(values, field.name) for field in fields(values))
 
     def sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
@@ -90,7 +100,8 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
 def sequence_logprobs(
     model: PreTrainedModel, token_ids: tuple[int, ...], replaced: Mapping[str, Tensor] = MappingProxyType({})
 ) -> npt.NDArray[np.float32]:
-    """[P-1] float32 log-probability of each token after the first given those before it, over all actions.
+    """[P-1] float32 log-probability of each token after the first given those before it, over all rows of the output
+    embedding: what an engine's probe computes, which masks nothing either.
 
     replaced: tensors in place of the parameters of these names.
     """

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from learner.state_tree.action_values import StateLogits
+from learner.state_tree.id_ranges import fill_ids
 from learner.state_tree.products import CHUNK_ELEMENTS, VOCABULARY_CHUNK, accumulation_dtype
 
 
@@ -28,6 +29,7 @@ def sample_tokens(logits: StateLogits, rows: Tensor, generator: torch.Generator)
             backspace = logits.backspace_id - number * width
             if 0 <= backspace < len(weight):
                 score[:, backspace] = -torch.inf
+            fill_ids(score, logits.ids_without_token, -torch.inf, number * width)
             chunk_best, index = score.max(1)
             token = torch.where(chunk_best > best, index + number * width, token)
             best = torch.maximum(best, chunk_best)

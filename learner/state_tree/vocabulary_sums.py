@@ -15,7 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from buffer.schema import IdRanges
 from learner.state_tree.batch import TreeBatch
+from learner.state_tree.id_ranges import fill_ids
 from learner.state_tree.products import VOCABULARY_CHUNK, matmul, matmul_operand
 
 TENSORS_PER_CHUNK = 4
@@ -25,12 +27,13 @@ TENSORS_PER_CHUNK = 4
 class VocabularySum(Protocol):
     """K sums over ids v for each action, of terms of q(v); the first one is what the loss is made of.
 
-    Legend: a actions of a chunk, w ids of a chunk. q is the policy before the action, 0 where backspace is masked.
+    Legend: a actions of a chunk, w ids of a chunk. q is the policy before the action, 0 where backspace is masked and
+    of ids without a token.
     """
 
     @property
     def ids(self) -> Tensor | None:
-        """[U] ascending ids that have terms; None = all of them."""
+        """[U] ascending ids that have terms; None = all that have a token."""
         ...
 
     def terms(self, q: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
@@ -60,12 +63,14 @@ class ActionSums:
         rows: Tensor,
         backspace_masked: Tensor,
         backspace_id: int,
+        ids_without_token: IdRanges,
         chunk_elements: int,
     ) -> None:
         self._summed = summed
         self._rows = rows
         self._backspace_masked = backspace_masked
         self._backspace_id = backspace_id
+        self._ids_without_token = ids_without_token
         self._elements = max(1, chunk_elements // TENSORS_PER_CHUNK)
 
     def forward(self, hidden: Tensor, weight: Tensor, v_floor: Tensor, q_backspace: Tensor) -> Tensor:
@@ -74,7 +79,11 @@ class ActionSums:
         v = torch.where(self._backspace_masked, v_floor[self._rows], v_all[self._rows])
         self._share = (v_floor[self._rows] - v).exp()  # of all probability, the ids but backspace
         self._backspace = (q_backspace[self._rows] - v).exp().masked_fill(self._backspace_masked, 0.0)
-        ids = torch.arange(len(weight), device=weight.device) if self._summed.ids is None else self._summed.ids
+        ids = self._summed.ids
+        if ids is None:
+            is_action = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+            fill_ids(is_action, self._ids_without_token, False)
+            ids = is_action.nonzero().flatten()
         width = min(len(ids), VOCABULARY_CHUNK, self._elements)
         states = matmul_operand(hidden, weight)
         found: list[Tensor] = []

@@ -20,6 +20,7 @@ from actors.engine.settings import EngineSettings, engine_environment
 
 if TYPE_CHECKING:
     from actors.engine.engine import BackspaceEngine
+    from buffer.schema import IdRanges
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -100,22 +101,28 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
 _engine: BackspaceEngine | None = None
 
 
-def fresh_engine(settings: EngineSettings, engine_class: type[BackspaceEngine] | None = None) -> BackspaceEngine:
+def fresh_engine(
+    settings: EngineSettings, engine_class: type[BackspaceEngine] | None = None, ids_without_token: IdRanges = ()
+) -> BackspaceEngine:
     """Inside the engine process: end the engine of the test before and start one for the tiny models' ids."""
     global _engine  # noqa: PLW0603
     from actors.engine.engine import BackspaceEngine
     from tests.tiny_models import BACKSPACE_ID, EOS_ID
 
     close_engine()
-    _engine = (engine_class or BackspaceEngine)(settings, BACKSPACE_ID, EOS_ID)
+    _engine = (engine_class or BackspaceEngine)(settings, BACKSPACE_ID, EOS_ID, ids_without_token=ids_without_token)
     return _engine
 
 
-def shared_engine(settings: EngineSettings) -> BackspaceEngine:
-    """Like `fresh_engine`, but keeps the engine of the test before where it is idle and has these settings."""
-    if _engine is not None and _engine.settings == settings and _engine.version == _engine.num_unfinished == 0:
+def shared_engine(settings: EngineSettings, ids_without_token: IdRanges = ()) -> BackspaceEngine:
+    """Like `fresh_engine`, but keeps the engine of the test before where it is idle and is such a one."""
+    if (
+        _engine is not None
+        and (_engine.settings, _engine.ids_without_token) == (settings, ids_without_token)
+        and _engine.version == _engine.num_unfinished == 0
+    ):
         return _engine
-    return fresh_engine(settings)
+    return fresh_engine(settings, ids_without_token=ids_without_token)
 
 
 def close_engine() -> None:

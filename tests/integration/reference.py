@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from actors.engine.action_log import FinishedLog
 from actors.engine.settings import SamplingSettings
+from buffer.schema import IdRanges
 from tests.tiny_models import BACKSPACE_ID, EOS_ID
 
 Text = tuple[int, ...]
@@ -50,8 +51,10 @@ def compare(
     samplings: Mapping[str, SamplingSettings],
     models: Mapping[int, PreTrainedModel],
     block_size: int = 32,
+    ids_without_token: IdRanges = (),
 ) -> Comparison:
     """Compare every action of every log with the model of its policy version."""
+    without_token = [token_id for begin, end in ids_without_token for token_id in range(begin, end)]
     result = Comparison()
     distributions = {version: _Distributions(model) for version, model in models.items()}
     for version, distribution in distributions.items():
@@ -79,7 +82,7 @@ def compare(
                 continue
             logits = distributions[int(log.policy_version[index])].logits(text)
             # A deletion's own entry in `banned` belongs to the shorter text, so it does not bear on this one.
-            logits[_masked(text, prompt_length, sampling, banned)] = -math.inf
+            logits[_masked(text, prompt_length, sampling, banned) + without_token] = -math.inf
             expected = _processed(logits, sampling)
             difference = abs(expected[action].item() - recorded)
             if math.isnan(difference):

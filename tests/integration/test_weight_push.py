@@ -52,7 +52,7 @@ START_TIMEOUT_S = 180.0
 POLL_S = 0.1
 ROWS = 24
 CONTRACT = TokenContract(vocab_size=VOCAB_SIZE, backspace_id=BACKSPACE_ID, eos_id=EOS_ID, tokenizer_hash="tiny")
-PROBE = make_probe(VOCAB_SIZE, (BACKSPACE_ID, EOS_ID), seed=0)
+PROBE = make_probe(CONTRACT, seed=0)
 SETTINGS = ActorsSettings(
     count=1,
     max_concurrent=8,

@@ -9,7 +9,7 @@ import numpy as np
 
 from actors.engine.action_log import Int32
 from actors.engine.settings import SamplingSettings
-from tests.tiny_models import BOS_ID, FIRST_TEXT_ID, VOCAB_SIZE
+from tests.tiny_models import BOS_ID, FIRST_TEXT_ID, IDS_WITHOUT_TOKEN, VOCAB_SIZE
 
 EDGE_LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 128)
 
@@ -26,7 +26,9 @@ class Request:
 def shared_prompts(count: int, length: int, seed: int) -> list[Int32]:
     """Random prompts; tests cut them, so that requests share prefixes of many lengths."""
     generator = np.random.default_rng(seed)
-    prompts = generator.integers(FIRST_TEXT_ID, VOCAB_SIZE, (count, length), dtype=np.int32)
+    without_token = [np.arange(begin, end) for begin, end in IDS_WITHOUT_TOKEN]
+    ids = np.setdiff1d(np.arange(FIRST_TEXT_ID, VOCAB_SIZE, dtype=np.int32), np.concatenate(without_token))
+    prompts = generator.choice(ids, (count, length))
     prompts[:, 0] = BOS_ID
     return list(prompts)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from buffer.experts.tokenizer import backspace_token_id, character_tokenizer, token_contract, tokenizer_hash
 
@@ -60,6 +61,19 @@ def test_contract_refuses_what_cannot_be() -> None:
         token_contract(TOKENIZER, 2)
     with pytest.raises(ValueError, match="backspace id 99"):
         token_contract(TOKENIZER, 99)
+
+
+def test_contract_names_the_ids_without_a_token() -> None:
+    size = len(TOKENIZER)
+    assert token_contract(TOKENIZER, 3).ids_without_token == ()
+    assert token_contract(TOKENIZER, 3, vocab_size=64).ids_without_token == ((size, 64),)
+    assert token_contract(TOKENIZER, size, vocab_size=64).ids_without_token == ((size + 1, 64),)
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 5, "c": 6, "d": 9}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    assert token_contract(tokenizer, 2).ids_without_token == ((3, 5), (7, 9))
+    assert token_contract(tokenizer, 2, vocab_size=12).ids_without_token == ((3, 5), (7, 9), (10, 12))
+    with pytest.raises(ValueError, match=r"\(9 ids\) is smaller than the tokenizer's \(10 ids\)"):
+        token_contract(tokenizer, 2, vocab_size=9)
 
 
 @pytest.mark.parametrize("alphabet", ["", ["ab"]])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -48,6 +51,28 @@ def test_contract_comes_back_from_a_file(tmp_path):
         assert TokenContract.from_metadata(reader.schema.metadata) == CONTRACT
         assert reader.schema.equals(schema, check_metadata=True)
         assert reader.get_batch(0).equals(batch)
+
+
+def test_ids_without_a_token_come_back(tmp_path):
+    contract = replace(CONTRACT, ids_without_token=((4, 7), (290, 300)))
+    assert TokenContract.from_metadata(contract.to_metadata()) == contract
+    assert TokenContract(**json.loads(json.dumps(asdict(contract)))) == contract
+    assert np.flatnonzero(~contract.has_token()).tolist() == [4, 5, 6, *range(290, 300)]
+    assert CONTRACT.has_token().all()
+    assert not trajectory_schema(contract).equals(trajectory_schema(CONTRACT), check_metadata=True)
+
+
+@pytest.mark.parametrize(
+    "ranges", [((4, 4),), ((7, 4),), ((290, 301),), ((-1, 4),), ((8, 9), (4, 5)), ((4, 7), (6, 9))]
+)
+def test_ids_without_a_token_are_ascending_ranges_of_the_vocabulary(ranges):
+    with pytest.raises(ValueError, match="no ascending ranges in"):
+        replace(CONTRACT, ids_without_token=ranges)
+
+
+def test_metadata_that_hold_no_ranges_are_refused():
+    with pytest.raises(ValueError, match="ids_without_token='4-7', which are no ranges"):
+        TokenContract.from_metadata(CONTRACT.to_metadata() | {b"ids_without_token": b"4-7"})
 
 
 def test_schemas_of_other_tokens_differ_in_metadata_only():

@@ -253,3 +253,29 @@ def test_an_empty_batch_passes():
 def test_sampling_stays_what_it_was():
     (kept,) = validate(batch_of([row("a")]), CONTRACT).good.column("sampling").to_pylist()
     assert kept == SAMPLING
+
+
+def test_an_id_without_a_token_is_refused():
+    contract = dataclasses.replace(CONTRACT, ids_without_token=((9, 11), (30, VOCAB)))
+    rows = [
+        row("good", [5, BACKSPACE, 8]),
+        row("padding", [5, 31]),
+        row("hole", [5, 9, BACKSPACE]),
+        row("in the prompt", prompt_ids=[5, 10]),
+        row("beside them", [8, 11, 29]),
+        expert_row("as noise", [5, BACKSPACE, EOS], realised=[30, None, None]),
+    ]
+    result = validate(batch_of(rows, contract), contract)
+    assert ids_of(result.good) == ["good", "beside them"]
+    assert {rejection.id: rejection.reason for rejection in result.rejections} == {
+        "padding": "actions holds an id that has no token",
+        "hole": "actions holds an id that has no token",
+        "in the prompt": "prompt_ids holds an id that has no token",
+        "as noise": "realised holds an id that has no token",
+    }
+
+
+def test_a_batch_of_a_vocabulary_with_other_holes_is_refused():
+    contract = dataclasses.replace(CONTRACT, ids_without_token=((30, VOCAB),))
+    with pytest.raises(ValueError, match=r"ids_without_token \(\) do not belong into a buffer with ids_without_token"):
+        validate(batch_of([row("a")]), contract)

@@ -17,9 +17,9 @@ from launch.evaluation.contrastive import contrastive_rollouts
 from launch.evaluation.features import model_features
 from launch.evaluation.held_out import held_out_metrics
 from launch.settings.decodings import ContrastiveSearch
-from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, VOCAB_SIZE, tiny_model
+from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, IDS_WITHOUT_TOKEN, VOCAB_SIZE, tiny_model
 
-CONTRACT = TokenContract(VOCAB_SIZE, BACKSPACE_ID, EOS_ID, "hash")
+CONTRACT = TokenContract(VOCAB_SIZE, BACKSPACE_ID, EOS_ID, "hash", IDS_WITHOUT_TOKEN)
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,15 @@ def model() -> PreTrainedModel:
 
 
 def random_ids(rng: np.random.Generator, length: int) -> list[int]:
-    return rng.integers(FIRST_TEXT_ID, VOCAB_SIZE, length).tolist()
+    return rng.integers(FIRST_TEXT_ID, IDS_WITHOUT_TOKEN[0][0], length).tolist()
 
 
 @torch.no_grad()
 def logits_after(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    return model(torch.tensor([ids])).logits[0, -1].double()
+    logits = model(torch.tensor([ids])).logits[0, -1].double()
+    for begin, end in IDS_WITHOUT_TOKEN:
+        logits[begin:end] = -torch.inf
+    return logits
 
 
 def test_perplexity_equals_plain_forward_passes(model: PreTrainedModel) -> None:

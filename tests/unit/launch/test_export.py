@@ -32,16 +32,18 @@ from tests.unit.learner.test_adapters import train_a_little
 from tests.unit.learner.test_model import saved, word_tokenizer
 
 TEXT = "w5 w6 w7"
-BACKSPACE = 16
+BACKSPACE, VOCAB_SIZE = 16, 20  # and so ids 17 to 19 have no token
 PROGRESS = progress_at(40, stage="sequencematch", stage_steps=60)
 STATE = {"step": 40}
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A pretrained model with a card, whose vocabulary has no backspace yet."""
+    """A pretrained model with a card and a padded vocabulary that has no backspace yet."""
     folder = tmp_path / "base"
-    saved(folder, word_tokenizer(), initializer_range=0.3)
+    model = AutoModelForCausalLM.from_pretrained(saved(folder, word_tokenizer(), initializer_range=0.3))
+    model.resize_token_embeddings(VOCAB_SIZE)
+    model.save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: mit\ntags: [a]\n---\n# base\n")
     config = folder / "generation_config.json"
     GenerationConfig(eos_token_id=2).save_pretrained(folder)
@@ -107,7 +109,7 @@ def test_generators_that_do_not_know_backspace_never_sample_it(run, base, tmp_pa
     checkpoint_in(run, policy)
     model = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / "out").out)
     torch.manual_seed(0)
-    assert BACKSPACE not in model.generate(ids, max_new_tokens=24, do_sample=do_sample, eos_token_id=None)
+    assert model.generate(ids, max_new_tokens=24, do_sample=do_sample, eos_token_id=None).max() < BACKSPACE
     model.generation_config.suppress_tokens = None
     assert model.generate(ids, max_new_tokens=1, do_sample=do_sample)[0, -1] == BACKSPACE
 
@@ -162,6 +164,7 @@ def test_the_loop_in_the_card_takes_tokens_back(run, base, tmp_path, monkeypatch
     for text, probabilities in zip(texts, seen, strict=True):
         with torch.no_grad():
             expected = model(torch.tensor([[*prompt, *text]])).logits[0, -1]
+        expected[BACKSPACE + 1 :] = -torch.inf
         if not text:
             expected[BACKSPACE] = -torch.inf
         torch.testing.assert_close(probabilities, expected.softmax(-1))

@@ -19,9 +19,11 @@ def chunked_values(*args, **kwargs):
     return tuple(values)
 
 
-def plain_values(hidden, weight, rows, actions, backspace_id):
+def plain_values(hidden, weight, rows, actions, backspace_id, ids_without_token=()):
     logits = hidden.double() @ weight.double().T
     others = torch.arange(len(weight)) != backspace_id
+    for begin, end in ids_without_token:
+        others[begin:end] = False
     return logits[:, others].logsumexp(1), logits[:, backspace_id], logits[rows, actions]
 
 
@@ -60,6 +62,24 @@ def test_values_and_gradients_equal_the_plain_computation(chunk_elements, kept_e
     mine = torch.autograd.grad(weighted_sum(chunked), (hidden, weight))
     theirs = torch.autograd.grad(weighted_sum(plain), (hidden, weight))
     torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 3, 30, 1000])
+@pytest.mark.parametrize("kept_elements", [0, 40, 1000])
+@pytest.mark.parametrize("ranges", [((9, 13),), ((0, 2), (4, 5), (8, 9), (12, 13)), ((5, 9),)])
+def test_ids_without_a_token_are_no_actions(chunk_elements, kept_elements, ranges):
+    """In no sum, and without a gradient at their rows: padding, holes, whole chunks, a chunk's edges."""
+    hidden, weight, rows, actions = example()
+    no_token = torch.tensor([index for begin, end in ranges for index in range(begin, end)])
+    actions = torch.where(torch.isin(actions, no_token), 10 if 10 not in no_token else 7, actions)
+    sizes = {"chunk_elements": chunk_elements, "kept_elements": kept_elements}
+    chunked = chunked_values(hidden, weight, rows, actions, backspace_id=3, ids_without_token=ranges, **sizes)
+    plain = plain_values(hidden, weight, rows, actions, 3, ranges)
+    for mine, theirs in zip(chunked, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-10)
+    mine = torch.autograd.grad(weighted_sum(chunked), (hidden, weight))
+    torch.testing.assert_close(mine, torch.autograd.grad(weighted_sum(plain), (hidden, weight)), rtol=1e-10, atol=1e-10)
+    assert (mine[1][no_token] == 0).all()
 
 
 @pytest.mark.parametrize("chunk_elements", [30, 1000])

@@ -166,6 +166,16 @@ def test_a_padded_vocabulary_is_not_resized(tmp_path):
     assert policy.model.config.vocab_size == 24
 
 
+def test_a_new_token_that_takes_the_id_of_another_is_refused(tmp_path):
+    """Of a vocabulary with a hole, transformers counts the tokens and gives the new one an id that is taken."""
+    name = saved(tmp_path, word_tokenizer())
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "a": 4, "b": 5}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(name)
+    with pytest.raises(ValueError, match="gives <backspace> and b the same id 5, because its vocabulary has holes"):
+        load_policy(PretrainedModelSettings(name=name))
+
+
 def test_no_room_for_backspace(tmp_path):
     name = saved(tmp_path, word_tokenizer())
     with pytest.raises(ValueError, match=r"special tokens here: <bos>, <eos>, <pad>\), or allow add_backspace_row"):

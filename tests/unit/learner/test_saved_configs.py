@@ -57,6 +57,14 @@ def test_a_generation_config_that_cannot_be_saved_is_mended(base, tmp_path, writ
     assert found.eos_token_id == policy.eos_id
 
 
+def test_generators_are_kept_from_ids_without_a_token(base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(24)
+    model.save_pretrained(base)
+    policy = load(base)
+    assert policy.model.generation_config.suppress_tokens == [8, *range(16, 24)]  # 16: backspace, 8: of the base
+
+
 @pytest.mark.parametrize(
     ("of_config", "of_generation", "named"),
     [

@@ -33,6 +33,9 @@ from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, buil
 LOGS = [*HARD, Log([1, 4], [5, 5, 6, 5, 5, EOS]), Log([1, 4], [4, 4, 5], finish_reason="max_length")]
 """Repeated tokens, labels that the context holds; backspace logs too, which the loss is as well defined for."""
 
+WITHOUT_TOKEN = ((0, 1), (VOCAB - 1, VOCAB))
+"""Ids that the logs do not hold."""
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -50,15 +53,17 @@ def unsure():
 
 def evaluate(objective, model, logs=LOGS, step=0) -> EvaluatedLogs:
     tree = build(logs)
-    return objective.evaluate(TreePolicy(model, BACKSPACE), tree, LogCounts.of([tree]), step)
+    return objective.evaluate(TreePolicy(model, BACKSPACE, WITHOUT_TOKEN), tree, LogCounts.of([tree]), step)
 
 
-def dense(model, logs) -> list[tuple[list[int], int, Tensor]]:
+def dense(model, logs, ids_without_token=()) -> list[tuple[list[int], int, Tensor]]:
     """Text, label and [V] log-probabilities of every action, each text run alone."""
     found = []
     for log in logs:
         for text, action in zip(states(log, BACKSPACE), log.actions, strict=False):
             logits = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
+            for begin, end in ids_without_token:
+                logits = logits.index_fill(0, torch.arange(begin, end), -torch.inf)
             if len(text) == len(log.prompt):
                 logits = logits.index_fill(0, torch.tensor([BACKSPACE]), -torch.inf)
             found.append((text, action, logits.log_softmax(0)))
@@ -89,7 +94,7 @@ def test_unlikelihood_against_the_oracle(model, chunks):
     objective = Unlikelihood(UnlikelihoodSettings(name="unlikelihood", weight=0.7))
     loss, metrics = objective.data_loss(evaluate(objective, model), 0)
     terms = []
-    for text, label, log_q in dense(model, LOGS):
+    for text, label, log_q in dense(model, LOGS, WITHOUT_TOKEN):
         context = [token for token in set(text) if token != label]
         terms.append(-log_q[label] - 0.7 * torch.log(1 - log_q[context].exp()).sum())
     assert_same_loss_and_gradient(loss, torch.stack(terms).mean(), model)
@@ -116,7 +121,7 @@ def test_emo_against_the_oracle(model, chunks, mode, cap):
     unit = table / table.norm(dim=1, keepdim=True)
     cost = 1 - unit @ unit.T
     terms, distances = [], []
-    for _, label, log_q in dense(model, LOGS):
+    for _, label, log_q in dense(model, LOGS, WITHOUT_TOKEN):
         mle, demd = -log_q[label], log_q.exp() @ cost[:, label]
         limit = math.inf if cap is None else cap
         if mode == 1:
@@ -252,17 +257,17 @@ def test_draws_depend_on_seed_and_step_alone(unsure):
 
 
 def test_tokens_are_drawn_from_the_softmax(chunks):
-    """3,000 draws, within five standard deviations for each token; backspace never."""
+    """3,000 draws, within five standard deviations for each token; backspace and ids without a token never."""
     generator = torch.Generator().manual_seed(3)
     hidden, weight = torch.randn(2, 4, generator=generator), torch.randn(VOCAB, 4, generator=generator)
     unused = torch.zeros(2)
     rows = torch.tensor([0, 1]).repeat(3_000)
-    tokens = sample_tokens(StateLogits(hidden, weight, unused, unused, BACKSPACE), rows, generator)
+    tokens = sample_tokens(StateLogits(hidden, weight, unused, unused, BACKSPACE, WITHOUT_TOKEN), rows, generator)
     for row in (0, 1):
-        logits = (weight @ hidden[row]).index_fill(0, torch.tensor([BACKSPACE]), -torch.inf)
+        logits = (weight @ hidden[row]).index_fill(0, torch.tensor([0, BACKSPACE, VOCAB - 1]), -torch.inf)
         expected = logits.softmax(0)
         share = torch.bincount(tokens[rows == row], minlength=VOCAB) / 3_000
-        assert share[BACKSPACE] == 0
+        assert share[[0, BACKSPACE, VOCAB - 1]].sum() == 0
         assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / 3_000).sqrt()).all()
 
 
