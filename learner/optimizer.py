@@ -1,11 +1,14 @@
-"""AdamW and its learning-rate schedule."""
+"""AdamW and its learning-rate schedule.
+
+The learning rate of a step is a function of the settings and the number of the step, so a checkpoint holds no schedule,
+and a run that is resumed with other settings follows those.
+"""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from learner.settings.optimizer import OptimizerSettings
@@ -30,13 +33,15 @@ def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch
     )
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, steps: int) -> LambdaLR:
-    """Linear warm-up, then constant or a cosine down to `final_fraction` of the peak at the last step."""
-    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings, steps))
+def learning_rate_at(step: int, settings: OptimizerSettings, steps: int) -> float:
+    """Learning rate of `step` (from 0) of `steps`."""
+    return settings.learning_rate * learning_rate_factor(step, settings, steps)
 
 
 def learning_rate_factor(step: int, settings: OptimizerSettings, steps: int) -> float:
-    """Share of the peak learning rate at `step` (from 0) of `steps`."""
+    """Share of the peak learning rate at `step` (from 0) of `steps`: linear warm-up, then constant or a cosine down to
+    `final_fraction` of the peak at the last step.
+    """
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":

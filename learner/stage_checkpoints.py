@@ -32,9 +32,11 @@ class StageCheckpoints:
         tokenizer: PreTrainedTokenizerBase,
         contract: TokenContract,
         on_durable: Callable[[Progress], None],
+        saved_step: int | None = None,
     ) -> None:
         """Args:
-        first_version: see `Progress`. on_durable: see `CheckpointWriter`; called at rank 0.
+        first_version: see `Progress`. on_durable: see `CheckpointWriter`; called at rank 0. saved_step: the stage goes
+            on from the checkpoint of this step, which is not written again.
         """
         self._stage = stage
         self._first_version = first_version
@@ -42,7 +44,7 @@ class StageCheckpoints:
         self._tokenizer = tokenizer
         self._contract = contract
         self._means = MetricMeans(settings.checkpoint_best_metric)
-        self._saved_step: int | None = None
+        self._saved_step = saved_step
         self._writer = (
             CheckpointWriter(
                 store,

@@ -26,7 +26,7 @@ from learner.checkpoints.checkpoint import TrainingState
 from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics
 from learner.objectives.nonfinite import is_finite
-from learner.optimizer import make_optimizer, make_schedule
+from learner.optimizer import learning_rate_at, make_optimizer
 from learner.ranks.group import Ranks
 from learner.ranks.sharding import (
     OptimizerState,
@@ -113,7 +113,6 @@ class Trainer:
         self._ranks = ranks or Ranks()
         self._report_priorities = report_priorities
         self._optimizer = make_optimizer(policy.model, stage.optimizer)
-        self._schedule = make_schedule(self._optimizer, stage.optimizer, stage.steps)
         policy.eval()
 
     @property
@@ -149,9 +148,10 @@ class Trainer:
             )
         self._objective.check(objective_metrics, self.step)
         self._objective.advance()
-        learning_rate = self._schedule.get_last_lr()[0]
+        learning_rate = self._learning_rate()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
         self._optimizer.step()
-        self._schedule.step()
         self.step += 1
         if self._report_priorities is not None:
             assert rollouts is not None, "priorities are those of rollouts"
@@ -264,13 +264,17 @@ class Trainer:
         return {
             "step": self.step,
             "optimizer": whole_optimizer_state(self._optimizer, self._ranks),
-            "schedule": self._schedule.state_dict(),
+            "learning_rate": self._learning_rate(),
             "random_state": torch.get_rng_state(),
             "objective": self._objective.state(),
         }
 
-    def load_state(self, state: TrainingState) -> None:
-        """Go on from `state()` of the same stage, of any number of ranks; every rank gives the whole state."""
+    def load_state(self, state: TrainingState) -> str | None:
+        """Go on from `state()` of the same stage, of any number of ranks; every rank gives the whole state.
+
+        The settings of the optimizer and the number of steps are those of now. Gives what people should know of that:
+        how far the learning rate jumps, None where it does not.
+        """
         step = state["step"]
         assert isinstance(step, int)
         self.step = step
@@ -278,8 +282,18 @@ class Trainer:
         assert isinstance(optimizer, dict)
         whole = OptimizerState(state=optimizer["state"], param_groups=optimizer["param_groups"])
         load_optimizer_state(self._optimizer, whole)
-        self._schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random_state"])
         remembered = state.get("objective", {})  # a checkpoint from before objectives remembered anything has none
         assert isinstance(remembered, dict)
         self._objective.load_state(remembered)
+        before, now = state["learning_rate"], self._learning_rate()
+        if now == before:
+            return None
+        return (
+            f"stage {self._stage.name} goes on after step {self.step} with learning rate {now:.4g} instead of "
+            f"{before:.4g}, since its steps or its optimizer have changed"
+        )
+
+    def _learning_rate(self) -> float:
+        """Of the next step."""
+        return learning_rate_at(self.step, self._stage.optimizer, self._stage.steps)

@@ -33,7 +33,7 @@ from learner.batches.shared_source import SharedBatchSource
 from learner.batches.source import BufferSource, StopRequestedError
 from learner.checkpoints.checkpoint import check_can_be_saved, read_training_state
 from learner.checkpoints.model_files import load_weights
-from learner.checkpoints.progress import Progress, read_progress
+from learner.checkpoints.progress import Progress, note_durable, read_progress
 from learner.checkpoints.remote import check_writable, open_checkpoints
 from learner.checkpoints.store import CheckpointStore
 from learner.metrics.behaviour import distribution_metrics
@@ -215,7 +215,7 @@ class LearnerWorker:
         with (
             self._ranks.exchange(f"stage {stage.name}"),
             MetricsLog(self._folder, self._spec.trackers) if self._ranks.leads else nullcontext() as log,
-            self._stage_checkpoints(stage, store, first_version) as checkpoints,
+            self._stage_checkpoints(stage, store, first_version, resumed) as checkpoints,
         ):
             while not trainer.finished:
                 try:
@@ -280,8 +280,12 @@ class LearnerWorker:
             taught = teach_backspace_row(
                 self._policy, self._task, noise, self._contract, self._trees, self._ranks, seed
             )
-        if taught is not None:
-            self._status = replace(self._status, notes=(*self._status.notes, str(taught)))
+        self._note(taught)
+
+    def _note(self, note: object) -> None:
+        """Tell people what was done that nobody asked for; None where there is nothing."""
+        if note is not None:
+            self._status = replace(self._status, notes=(*self._status.notes, str(note)))
 
     def _buffer_source(self, stage: StageSettings, source: str) -> BufferSource | None:
         """Trajectories from the replay buffer; None at ranks other than 0."""
@@ -318,11 +322,11 @@ class LearnerWorker:
     def _start_rollouts(self, resumed: Progress | None) -> int:
         """Let the actors go on with the weights of now; gives the version that the stage's rollouts started with."""
         published = self._publish()
-        # A resumed stage goes on with the rollouts of its first life; older ones were made by another stage.
-        first_version = published if resumed is None else resumed.first_policy_version
         if self._publisher is not None:
             self._publisher.resume_rollouts(published)
-        return first_version
+        # A resumed stage goes on with the rollouts since its start, unless it was finished and is given more steps:
+        # others may have been made by another stage.
+        return published if resumed is None or resumed.finished else resumed.first_policy_version
 
     def _restore(
         self, stage: StageSettings, store: CheckpointStore, trainer: Trainer, stream: ExpertStream | None
@@ -331,7 +335,7 @@ class LearnerWorker:
         if store.steps():
             folder = self._newest_checkpoint(store)
             load_weights(self._policy.model, folder)
-            trainer.load_state(read_training_state(folder))
+            self._note(trainer.load_state(read_training_state(folder)))
             progress = read_progress(folder)
             if stream is not None:
                 stream.load_state(progress.expert_stream)
@@ -370,7 +374,9 @@ class LearnerWorker:
         self._ranks.maximum(step)
         return store.folder(step)
 
-    def _stage_checkpoints(self, stage: StageSettings, store: CheckpointStore, first_version: int) -> StageCheckpoints:
+    def _stage_checkpoints(
+        self, stage: StageSettings, store: CheckpointStore, first_version: int, resumed: Progress | None
+    ) -> StageCheckpoints:
         return StageCheckpoints(
             self._ranks,
             store,
@@ -381,9 +387,11 @@ class LearnerWorker:
             self._task.tokenizer,
             self._contract,
             self._release_draws,
+            None if resumed is None else resumed.step,
         )
 
     def _release_draws(self, progress: Progress) -> None:
         """No draw before a durable checkpoint will be repeated."""
+        note_durable(self._folder, progress)
         for each in self._shards:
             each.handle.checkpointed.remote(progress.stage, progress.step)

@@ -9,6 +9,7 @@ from pathlib import Path
 from buffer.schema import TokenContract
 
 PROGRESS_FILE = "progress.json"
+DURABLE_FILE = "checkpoints.json"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,29 @@ def read_progress(checkpoint: Path) -> Progress:
     if not file.is_file():
         raise ValueError(f"{checkpoint} is not a training checkpoint: it has no {PROGRESS_FILE}")
     return Progress.from_json(file.read_text(encoding="utf-8"), str(checkpoint))
+
+
+def note_durable(run_folder: Path, progress: Progress) -> None:
+    """Remember in the run folder that there is a checkpoint, wherever checkpoints lie.
+
+    Raises:
+        OSError: the disk refused; the error names the file.
+    """
+    file = run_folder / DURABLE_FILE
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(durable_steps(run_folder) | {progress.stage: progress.step}), encoding="utf-8")
+    except OSError as error:
+        error.filename = str(temporary)  # Python names it only where opening fails
+        raise
+    temporary.rename(file)
+
+
+def durable_steps(run_folder: Path) -> dict[str, int]:
+    """Step of the newest checkpoint that a run has written, by stage; whether it is still there is another matter."""
+    file = run_folder / DURABLE_FILE
+    steps: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return steps
 
 
 def check_contract(progress: Progress, contract: TokenContract, where: str) -> None:

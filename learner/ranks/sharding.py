@@ -119,10 +119,18 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> Opt
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, whole: OptimizerState) -> None:
-    """Load what `whole_optimizer_state` gave at rank 0, and every rank has now; each keeps its part."""
+    """Load what `whole_optimizer_state` gave at rank 0, and every rank has now; each keeps its part. Settings, as betas
+    and weight decay, stay those that the optimizer was made with.
+
+    Raises:
+        ValueError: the state is that of other parameters.
+    """
+    own_groups: list[dict[str, object]] = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in own_groups] != [group["params"] for group in whole["param_groups"]]:
+        raise ValueError("the optimizer's state in the checkpoint is not that of the parameters that are trained now")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         index: {name: part_like(value, parameters[index]) for name, value in values.items()}
         for index, values in whole["state"].items()
     }
-    optimizer.load_state_dict(OptimizerState(state=state, param_groups=whole["param_groups"]))
+    optimizer.load_state_dict(OptimizerState(state=state, param_groups=own_groups))

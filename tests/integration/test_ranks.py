@@ -120,7 +120,7 @@ def test_weights_and_optimizer_after_a_few_steps(folder, alone, name):
         assert_close(
             *({i: values[moment] for i, values in each["state"].items()} for each in (state, other)), tolerance
         )
-    assert found["state"]["schedule"] == expected["state"]["schedule"]
+    assert found["state"]["learning_rate"] == expected["state"]["learning_rate"]
     remembered, others = found["state"]["objective"], expected["state"]["objective"]
     assert remembered.keys() == others.keys()
     for key, tensor in others.items():

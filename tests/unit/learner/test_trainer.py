@@ -23,6 +23,8 @@ from learner.objectives.base import (
     OutsideDomainError,
 )
 from learner.objectives.registry import make_objective
+from learner.optimizer import learning_rate_factor
+from learner.settings.optimizer import OptimizerSettings
 from learner.state_tree.action_values import action_values
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
@@ -139,7 +141,7 @@ def test_stopping_and_going_on_changes_nothing(task, tmp_path, objective, stop_a
     assert_bit_identical(weights_of(second), weights_of(straight))
 
 
-@pytest.mark.parametrize("forgotten", ["optimizer", "schedule", "step", "stream"])
+@pytest.mark.parametrize("forgotten", ["optimizer", "step", "stream"])
 def test_each_part_of_the_state_matters(task, tmp_path, forgotten):
     """Negative control of the test above: leave a part out, and the end is another one."""
     stage = make_stage(MATCHING, 4)
@@ -158,6 +160,40 @@ def test_each_part_of_the_state_matters(task, tmp_path, forgotten):
         stream.load_state(position)
     train(trainer, 2)
     assert any(not torch.equal(a, b) for a, b in zip(cut.parameters(), straight.parameters(), strict=True))
+
+
+def test_the_optimizer_and_the_steps_of_now_count_after_a_resume(task):
+    """From the first step on, though the checkpoint was written under others."""
+    model = make_model(task, seed=3)
+    stage = make_stage(CLONING, 4, optimizer=OPTIMIZER | {"weight_decay": 0.0})
+    trainer = make_trainer(task, model, stage)
+    train(trainer, 4)
+    state, before = trainer.state(), weights_of(model)
+    changed = {"learning_rate": 1e-4, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.25, "warmup_steps": 0}
+
+    again = make_trainer(task, model, stage)
+    assert again.load_state(state) is None
+    assert again.finished
+    other = make_trainer(task, model, make_stage(CLONING, 11, optimizer=changed))
+    note = other.load_state(state)
+    assert not other.finished
+    expected = 1e-4 * learning_rate_factor(4, OptimizerSettings(**changed), 11)
+    assert note == (
+        f"stage s goes on after step 4 with learning rate {expected:.4g} instead of 0.00025, since its steps or its "
+        "optimizer have changed"
+    )
+    decayed, spared = other.state()["optimizer"]["param_groups"]
+    for group, decay in ((decayed, 0.25), (spared, 0.0)):
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.5, 0.6), 1e-3, decay)
+    assert other.train_step()["learning_rate"] == expected
+    largest = max(float((tensor - before[name]).abs().max()) for name, tensor in weights_of(model).items())
+    assert 0.0 < largest < 1e-3, "the moments of the checkpoint, at a fiftieth of its rate"
+
+
+def test_the_moments_of_other_parameters_are_refused(task):
+    state = make_trainer(task, make_model(task, tie_embeddings=False), make_stage(CLONING)).state()
+    with pytest.raises(ValueError, match="not that of the parameters that are trained now"):
+        make_trainer(task, make_model(task), make_stage(CLONING)).load_state(state)
 
 
 def test_a_model_with_dropout_trains_deterministically(task):
@@ -203,13 +239,13 @@ def test_a_loss_or_gradient_that_is_not_finite_leaves_everything_as_it_was(task,
     policy = TreePolicy(model, task.backspace_id)
     trainer = Trainer(policy, objective, make_stage(CLONING), make_trees(task), make_stream(task), None)
     trainer.train_step()
-    before, state = weights_of(model), trainer.state()["schedule"]
+    before, state = weights_of(model), trainer.state()["learning_rate"]
     moments = [entry["exp_avg"].clone() for entry in trainer.state()["optimizer"]["state"].values()]
     with pytest.raises(FloatingPointError, match=r"^step 1: loss \S+, gradient norm (nan|inf); lower the learning"):
         trainer.train_step()
     assert_bit_identical(weights_of(model), before)
     assert trainer.step == 1
-    assert trainer.state()["schedule"] == state
+    assert trainer.state()["learning_rate"] == state
     after = [entry["exp_avg"] for entry in trainer.state()["optimizer"]["state"].values()]
     assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
 
@@ -326,5 +362,5 @@ def test_the_state_is_made_of_plain_things(task, tmp_path):
     train(trainer, 1)
     torch.save(trainer.state(), Path(tmp_path) / "state.pt")
     state = torch.load(Path(tmp_path) / "state.pt", weights_only=True)
-    assert state.keys() == {"step", "optimizer", "schedule", "random_state", "objective"}
+    assert state.keys() == {"step", "optimizer", "learning_rate", "random_state", "objective"}
     assert len(state["optimizer"]["state"]) == len(list(trainer._policy.parameters()))
