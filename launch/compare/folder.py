@@ -32,6 +32,7 @@ from launch.run_folder.folder import (
     new_run_name,
     open_run_folder,
 )
+from launch.settings.recipe import with_absolute_paths
 from launch.settings.run import RunSettings
 from learner.settings.stages import stages_before
 
@@ -68,6 +69,7 @@ class ComparisonFolder:
         """
         if RAY_JOB_VARIABLE in os.environ:
             check_outlives_job(plan.recipe)
+        plan = plan.model_copy(update={"recipe": with_absolute_paths(plan.recipe)})
         chosen = f"compare-{new_run_name(plan.recipe)}" if name is None else check_run_name(name)
         path = Path(plan.recipe.runs_folder) / chosen
         try:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson, path
+from launch.command_options import AsJson, path, split_overrides
 from launch.errors import EXIT_USER_ERROR, UserError
 from launch.stop_signals import stop_exit_code
 
@@ -41,7 +41,7 @@ RunName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the run, o
 
 def submit(
     address: Address,
-    recipe: Annotated[Path | None, typer.Argument(parser=path, help="YAML recipe, of this machine.")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="YAML recipe, of this machine. Not with --resume.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, as for train.", show_default=False)
     ] = None,
@@ -79,14 +79,15 @@ def submit(
     with reported_errors():
         if resume_if_exists and name is None:
             raise UserError("--resume-if-exists finds the run by its name: give --name NAME too")
-        settings, run = _what_to_run(recipe, overrides or [], name, resume)
+        recipe, changed = split_overrides(recipe, overrides or [], resume)
+        settings, run = _what_to_run(recipe, changed, name, resume)
         environment = _variables(env or [])
         from launch.jobs.server import JobServer
         from launch.jobs.tree import RECIPE_FILE, write_job_tree
 
         server = JobServer(address)
         submission_id = choose_submission_id(server.find(run), run, resuming=resume is not None or resume_if_exists)
-        arguments = [RECIPE_FILE, "--name", run] if resume is None else ["--resume", str(resume)]
+        arguments = [RECIPE_FILE, "--name", run] if resume is None else ["--resume", str(resume), *changed]
         if resume_if_exists:
             arguments.append("--resume-if-exists")
         if not evaluate_after:
@@ -177,14 +178,12 @@ def stop_job(run: RunName, address: Address) -> None:
 
 
 def _what_to_run(
-    recipe: Path | None, overrides: Sequence[str], name: str | None, resume: Path | None
+    recipe: str | None, overrides: Sequence[str], name: str | None, resume: Path | None
 ) -> tuple[RunSettings | None, str]:
     """The settings to send (None: the cluster has them) and the name of the run."""
     from launch.run_folder.folder import check_outlives_job, check_run_name, new_run_name
     from launch.settings.recipe import read_recipe
 
-    if (recipe is None) == (resume is None):
-        raise UserError("give either a recipe, e.g. launch/recipes/arithmetic_cpu.yaml, or --resume RUN")
     if resume is not None:
         if name is not None:
             raise UserError(f"--name is for a new run; {resume} keeps the name it has")
@@ -193,7 +192,7 @@ def _what_to_run(
         return None, check_run_name(resume.name)
     assert recipe is not None
     with setting_up():
-        settings = read_recipe(recipe, overrides)
+        settings = read_recipe(path(recipe), overrides)
     check_outlives_job(settings)
     return settings, check_run_name(new_run_name(settings) if name is None else name)
 

@@ -33,13 +33,13 @@ from launch.monitoring.run_log import RUN_BEGINS, RUN_FINISHED, RUN_STOPPED, Run
 from launch.run.buffer_shards import BufferShards, check_buffer
 from launch.run.cost_models import check_cost_models
 from launch.run.learner_group import LearnerCall, LearnerFailedError, LearnerGroup
-from launch.run_folder.checkpoints import finished_stages, newest_published
+from launch.run_folder.checkpoints import check_checkpoints, finished_stages, newest_published
 from launch.run_folder.folder import BUFFER_FOLDER
 from launch.run_folder.tokenizer import save_run_tokenizer
 from launch.settings.run import RunSettings, introduces_backspace, needs_actors
 from launch.settings.trusted_code import check_trusted
 from learner.publication.publisher import PROBE_TOKENS
-from learner.settings.stages import StageSettings
+from learner.settings.stages import StageSettings, with_explicit_starts
 from learner.spec import LearnerSpec, PreparedRun
 from learner.status import StageResult
 
@@ -77,6 +77,7 @@ def train(
         RunFailedError: an actor or the learner could not go on; the message names who.
     """
     check_trusted(settings.scoring)
+    check_checkpoints(settings, folder)
     view = RunView(folder.name, settings.stages, results=finished_stages(settings, folder))
     with LiveView(console, view) as live, RunLog(folder) as log:
         log.write("info", "driver", RUN_BEGINS)
@@ -112,7 +113,7 @@ class _Crew:
         self._learner = self._create_learner()
 
     def run(self, check_task: Callable[[Task], None] | None) -> RunOutcome:
-        stages = _with_explicit_starts(self._settings.stages)
+        stages = with_explicit_starts(self._settings.stages)
         remaining = [stage for stage in stages if stage.name not in self._live.view.results]
         try:
             self._note("loading model and task")
@@ -338,15 +339,6 @@ class _Crew:
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             self._warn(f"{actor} did not end by itself: {type(error).__name__}")
         ray.kill(actor)
-
-
-def _with_explicit_starts(stages: tuple[StageSettings, ...]) -> list[StageSettings]:
-    """Stages that say of themselves where they start: a stage without `start_from` follows the one before it."""
-    explicit: list[StageSettings] = []
-    for stage in stages:
-        start = stage.start_from or (explicit[-1].name if explicit else None)
-        explicit.append(stage.model_copy(update={"start_from": start}))
-    return explicit
 
 
 def _engine_length(settings: RunSettings, run: PreparedRun) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from buffer.run_identity import run_id
 from buffer.schema import TokenContract
 from launch.command_errors import setting_up
+from launch.errors import UserError
+from launch.run_folder.folder import logged_stages
 from launch.settings.run import RunSettings
-from learner.checkpoints.progress import check_contract
+from learner.checkpoints.progress import check_contract, durable_steps
 from learner.checkpoints.remote import open_checkpoints
 from learner.checkpoints.store import CheckpointStore
 from learner.status import StageResult
@@ -26,17 +29,48 @@ def stage_checkpoints(settings: RunSettings, folder: Path) -> dict[str, Checkpoi
         }
 
 
+def check_checkpoints(settings: RunSettings, folder: Path) -> None:
+    """Refuse to begin a stage again whose checkpoints are out of sight.
+
+    Raises:
+        UserError: a stage has written checkpoints, and none of them is where they are looked for.
+    """
+    durable = durable_steps(folder)
+    for name, store in stage_checkpoints(settings, folder).items():
+        with setting_up():
+            missing = name in durable and not store.steps()
+        if missing:
+            raise UserError(
+                f"stage {name} has written checkpoints up to step {durable[name]}, and none is found: it would begin "
+                f"again. The last one was looked for at {store.location(durable[name])}: put the checkpoints back, or "
+                f"say by learner.checkpoint_dir where the folder {run_id(folder)} lies now"
+            )
+
+
+def steps_taken(settings: RunSettings, folder: Path) -> dict[str, int]:
+    """Step of the newest checkpoint of each stage that has begun; 0 of one that has none yet.
+
+    Raises:
+        UserError: the place of the checkpoints cannot be reached.
+    """
+    with setting_up():
+        steps = {name: store.steps() for name, store in stage_checkpoints(settings, folder).items()}
+    begun = logged_stages(folder)
+    return {name: max(found, default=0) for name, found in steps.items() if found or name in begun}
+
+
 def finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResult]:
-    """The stages of a run that are done, by name.
+    """The stages of a run that are done, by name: they have a checkpoint of as many steps as the settings want.
 
     Raises:
         UserError: a checkpoint cannot be read.
     """
     results = {}
+    wanted = {stage.name: stage.steps for stage in settings.stages}
     with setting_up():
         for name, store in stage_checkpoints(settings, folder).items():
             steps = store.steps()
-            if steps and store.progress(steps[-1]).finished:
+            if steps and store.progress(steps[-1]).step >= wanted[name]:
                 results[name] = StageResult(name, steps[-1], True, store.location(steps[-1]), 0.0)
     return results
 

@@ -1,8 +1,10 @@
 """The folder of a run, and how a command finds the live run behind it.
 
-runs/NAME/  config.yaml  environment.txt  lock  cluster.json (while live)  metrics.jsonl  tensorboard/
-            buffer/  tokenizer/  checkpoints/<stage>/step-<n>/  evaluation.json  evaluation/  samples/
-            report.html
+runs/NAME/  config.yaml  used_configs/  run_id  environment.txt  lock  cluster.json (while live)
+            metrics.jsonl  tensorboard/  buffer/  tokenizer/  checkpoints/<stage>/step-<n>/  checkpoints.json
+            examples.json  evaluation.json  evaluation/  samples/  report.html
+
+used_configs/ holds config.yaml as it was at the start and after each change of a setting since.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import socket
 import sys
@@ -22,14 +25,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from buffer.run_identity import RUN_ID_FILE
 from buffer.store.folder_lock import FolderLock
 from launch.errors import UserError
-from launch.settings.recipe import read_recipe, write_recipe
+from launch.settings.recipe import read_recipe, with_absolute_paths, write_recipe
 from launch.settings.run import RunSettings
 
 CONFIG_FILE = "config.yaml"
 CLUSTER_FILE = "cluster.json"
 METRICS_FILE = "metrics.jsonl"
+USED_CONFIGS_FOLDER = "used_configs"
 BUFFER_FOLDER = "buffer"
 ENVIRONMENT_FILE = "environment.txt"
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -49,7 +54,7 @@ class LiveCluster:
 
 
 def create_run_folder(settings: RunSettings, name: str | None = None) -> Path:
-    """Make the folder of a new run and write what makes the run reproducible.
+    """Make the folder of a new run and write what makes the run reproducible, with paths that hold from every folder.
 
     name: of the folder; by default a free one, `<settings.name>-<date>-<time>`.
 
@@ -58,12 +63,16 @@ def create_run_folder(settings: RunSettings, name: str | None = None) -> Path:
     """
     if RAY_JOB_VARIABLE in os.environ:
         check_outlives_job(settings)
+    settings = with_absolute_paths(settings)
     chosen = name or new_run_name(settings)
     folder = run_folder_of(settings, chosen)
     draft = folder.with_name(f".{chosen}.{socket.gethostname()}-{os.getpid()}.tmp")
     draft.mkdir(parents=True)
     try:
-        write_recipe(settings, draft / CONFIG_FILE)
+        (draft / USED_CONFIGS_FOLDER).mkdir()
+        for config in (CONFIG_FILE, f"{USED_CONFIGS_FOLDER}/001.yaml"):
+            write_recipe(settings, draft / config)
+        (draft / RUN_ID_FILE).write_text(f"{chosen}-{secrets.token_hex(4)}\n", encoding="utf-8")
         (draft / ENVIRONMENT_FILE).write_text(describe_environment(), encoding="utf-8")
         suffix = 1
         while not _take(draft, folder):
@@ -91,6 +100,14 @@ def has_begun(folder: Path) -> bool:
     """Whether a run has taken a step; else nothing is lost with its folder."""
     metrics = folder / METRICS_FILE
     return metrics.is_file() and metrics.stat().st_size > 0
+
+
+def logged_stages(folder: Path) -> set[str]:
+    """Names of the stages that have taken a step."""
+    if not has_begun(folder):
+        return set()
+    with (folder / METRICS_FILE).open(encoding="utf-8") as lines:
+        return {json.loads(line)["stage"] for line in lines if line.endswith("\n")}  # the last one may be torn
 
 
 def _take(draft: Path, folder: Path) -> bool:
@@ -132,16 +149,22 @@ def check_run_name(name: str) -> str:
 
 
 def check_outlives_job(settings: RunSettings) -> None:
-    """A job works in a folder of Ray's that is deleted after it; a run has to lie elsewhere.
+    """A job works in a folder of Ray's that is deleted after it; a run and all that it writes has to lie elsewhere.
 
     Raises:
-        UserError: `runs_folder` is relative.
+        UserError: a folder to write to is relative.
     """
-    if not Path(settings.runs_folder).is_absolute():
-        raise UserError(
-            f"runs_folder={settings.runs_folder} would be lost: Ray deletes the folder that a job works in. Give an "
-            "absolute path that every node of the cluster shares, e.g. runs_folder=/shared/runs"
-        )
+    places = {
+        "runs_folder": settings.runs_folder,
+        "learner.checkpoint_dir": settings.learner.checkpoint_dir,
+        "buffer.archive": settings.buffer.archive,
+    }
+    for key, place in places.items():
+        if place is not None and "://" not in place and not Path(place).is_absolute():
+            raise UserError(
+                f"{key}={place} would be lost: Ray deletes the folder that a job works in. Give an absolute path that "
+                f"every node of the cluster shares, e.g. {key}=/shared/runs"
+            )
 
 
 def open_run_folder(path: Path) -> tuple[Path, RunSettings]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from buffer.settings import ABSOLUTE_PATHS
 from launch.errors import UserError
 from launch.settings.files import parse_yaml, read_yaml
 from launch.settings.run import RunSettings
@@ -45,6 +46,11 @@ def settings_from(tree: Tree, where: str) -> RunSettings:
         return RunSettings.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{where}: {explain(error, RunSettings.model_json_schema())}") from None
+
+
+def with_absolute_paths(settings: RunSettings) -> RunSettings:
+    """The settings with paths that mean the same from every folder; names that are no path here stay as they are."""
+    return RunSettings.model_validate(settings.model_dump(), context=ABSOLUTE_PATHS)
 
 
 def write_recipe(settings: RunSettings, path: Path) -> None:

@@ -10,7 +10,7 @@ from actors.engine.division import check_division
 from actors.scoring.settings import ExactAnswerSettings, ScorerSettings, ScoringSettings, is_binary
 from actors.settings import ActorsSettings
 from buffer.sampling.limiter import Limiter
-from buffer.settings import BufferSettings, LocalPath, NoiseSettings, Settings, TaskSettings
+from buffer.settings import BufferSettings, NoiseSettings, OutputPath, Settings, TaskSettings
 from launch.settings.decodings import check_planting
 from launch.settings.evaluation import EvaluationSettings
 from learner.metrics.trackers import TrackerName
@@ -47,7 +47,7 @@ class RunSettings(Settings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="first part of the run folder's name")
     seed: NonNegativeInt = 0
-    runs_folder: LocalPath = "runs"
+    runs_folder: OutputPath = "runs"
     task: Annotated[TaskSettings, Field(discriminator="name")]
     noise: NoiseSettings = NoiseSettings()
     model: ModelSettings

@@ -1,7 +1,7 @@
 """What a checkpoint holds, and reading it back. Where checkpoints lie is the business of `learner.checkpoints.store`.
 
     step-000400/   config.json, model.safetensors, tokenizer files, README.md (model card), training_state.pt
-                   (optimizer, schedule, RNG), progress.json, and where adapters are trained adapter/ (see
+                   (optimizer, RNG), progress.json, and where adapters are trained adapter/ (see
                    learner.checkpoints.model_files)
 
 The position in the buffer is the step: a draw is named by stage and step, and the buffer's consumption log gives the
@@ -26,7 +26,7 @@ from learner.checkpoints.progress import PROGRESS_FILE, Progress
 TRAINING_STATE_FILE = "training_state.pt"
 
 TrainingState = dict[str, object]
-"""Optimizer and schedule state dicts, RNG state: tensors, numbers and strings only (loaded without pickle)."""
+"""State dict of the optimizer, learning rate, RNG state: tensors, numbers and strings only (loaded without pickle)."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def check_can_be_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def read_training_state(checkpoint: Path) -> TrainingState:
-    """Optimizer, schedule and RNG state of one checkpoint."""
+    """Optimizer and RNG state of one checkpoint."""
     state: TrainingState = torch.load(checkpoint / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
     return state
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fsspec
 
+from buffer.run_identity import run_id
 from learner.checkpoints.progress import PROGRESS_FILE, Progress
 from learner.checkpoints.store import CheckpointStore, LocalCheckpoints, step_name
 
@@ -139,7 +140,8 @@ class RemoteCheckpoints:
 
 
 def open_checkpoints(url: str | None, run_folder: Path, stage: str) -> CheckpointStore:
-    """The checkpoints of a run's stage: in the run folder, or below `url`, in a folder named after the run.
+    """The checkpoints of a run's stage: in the run folder, or below `url`, in a folder with the name that the run was
+    given when it began.
 
     Raises:
         ValueError, ImportError: see `RemoteCheckpoints`.
@@ -149,8 +151,8 @@ def open_checkpoints(url: str | None, run_folder: Path, stage: str) -> Checkpoin
         return LocalCheckpoints(local_folder)
     files, root = fsspec.core.url_to_fs(url)
     if "file" in files.protocol:
-        return LocalCheckpoints(Path(root) / run_folder.name / stage)
-    return RemoteCheckpoints(f"{url.rstrip('/')}/{run_folder.name}/{stage}", local_folder)
+        return LocalCheckpoints(Path(root) / run_id(run_folder) / stage)
+    return RemoteCheckpoints(f"{url.rstrip('/')}/{run_id(run_folder)}/{stage}", local_folder)
 
 
 def check_writable(url: str | None, run_folder: Path) -> None:
@@ -160,7 +162,7 @@ def check_writable(url: str | None, run_folder: Path) -> None:
         OSError: that failed; names the place. ValueError, ImportError: see `RemoteCheckpoints`.
     """
     files, root = fsspec.core.url_to_fs(str(run_folder / "checkpoints") if url is None else url)
-    parent = root if url is None else f"{root.rstrip('/')}/{run_folder.name}"
+    parent = root if url is None else f"{root.rstrip('/')}/{run_id(run_folder)}"
     file = f"{parent}/writable.tmp"
     try:
         files.makedirs(parent, exist_ok=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from buffer.settings import LocalPath, Settings
+from buffer.settings import OutputPath, Settings
 from learner.settings.adapters import PublishMode
 from learner.settings.model import ParamDtype
 from learner.settings.objectives import ObjectiveSettings
@@ -88,10 +88,10 @@ class LearnerSettings(Settings):
         description="metric of the steps, e.g. loss_behaviour_cloning: the checkpoint before which its mean was least "
         "is kept too",
     )
-    checkpoint_dir: LocalPath | None = Field(
+    checkpoint_dir: OutputPath | None = Field(
         None,
-        description="folder or fsspec URL (s3://BUCKET/PATH, ...) below which checkpoints are kept, in a folder named "
-        "after the run; null = in the run folder",
+        description="folder or fsspec URL (s3://BUCKET/PATH, ...) below which checkpoints are kept, in a folder that "
+        "RUN/run_id names; null = in the run folder",
     )
     checkpoint_timeout_s: float = Field(
         600.0, gt=0.0, description="longest wait for a checkpoint to be written before the run is ended"
@@ -133,6 +133,15 @@ def check_stages(stages: tuple[StageSettings, ...]) -> None:
                 f"(earlier: {', '.join(seen) or 'none'})"
             )
         seen.append(stage.name)
+
+
+def with_explicit_starts(stages: tuple[StageSettings, ...]) -> tuple[StageSettings, ...]:
+    """Stages that say of themselves where they start: a stage without `start_from` follows the one before it."""
+    explicit: list[StageSettings] = []
+    for stage in stages:
+        start = stage.start_from or (explicit[-1].name if explicit else None)
+        explicit.append(stage.model_copy(update={"start_from": start}))
+    return tuple(explicit)
 
 
 def stages_before(stages: tuple[StageSettings, ...], stage: str) -> tuple[StageSettings, ...]:

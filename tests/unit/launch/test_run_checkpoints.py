@@ -26,7 +26,7 @@ def settings_with(*overrides: str) -> RunSettings:
 @pytest.mark.parametrize("place", ["null", "memory://runs", "{tmp_path}/elsewhere"])
 def test_stages_are_done_and_versions_known_wherever_checkpoints_are(tmp_path, place):
     place = place.format(tmp_path=tmp_path)
-    settings, folder = settings_with(f"learner.checkpoint_dir={place}"), tmp_path / "run"
+    settings, folder = settings_with(f"learner.checkpoint_dir={place}", "stages.trunk.steps=3"), tmp_path / "run"
     assert finished_stages(settings, folder) == {}
     assert newest_published(settings, folder, CONTRACT) == -1
     write_progress(settings, folder, progress_at(3, stage="trunk", stage_steps=3, policy_version=-1))

@@ -19,6 +19,8 @@ from launch.run_folder.folder import (
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
 
+NEW_RUN = {"config.yaml", "environment.txt", "run_id", "used_configs"}
+
 
 @pytest.fixture
 def settings(tmp_path: Path) -> RunSettings:
@@ -42,7 +44,7 @@ def test_a_live_run_is_found_until_it_ends(settings: RunSettings) -> None:
     cluster = LiveCluster("10.0.0.1:6379", folder.name, 123)
     write_cluster(folder, cluster)
     assert read_cluster(folder) == cluster
-    assert sorted(path.name for path in folder.iterdir()) == [CLUSTER_FILE, "config.yaml", "environment.txt"]
+    assert {path.name for path in folder.iterdir()} == {CLUSTER_FILE, *NEW_RUN}
     remove_cluster(folder)
     remove_cluster(folder)  # a second end is no error
     with pytest.raises(UserError, match="is not live; start it with"):
@@ -60,10 +62,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
 def test_a_run_folder_appears_whole_and_takes_no_place_that_is_taken(settings: RunSettings) -> None:
     runs = Path(settings.runs_folder)
     (runs / "empty").mkdir(parents=True)
-    assert sorted(path.name for path in create_run_folder(settings, "empty").iterdir()) == [
-        "config.yaml",
-        "environment.txt",
-    ]
+    assert {path.name for path in create_run_folder(settings, "empty").iterdir()} == NEW_RUN
     (runs / "notes").mkdir()
     (runs / "notes" / "mine.txt").write_text("")
     (runs / "file").write_text("")

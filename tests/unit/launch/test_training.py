@@ -10,9 +10,19 @@ from typer.testing import CliRunner, Result
 
 from launch.cli import app
 from launch.evaluation.report import EVALUATION_FILE
+from launch.monitoring.run_log import LOG_FILE
 from launch.report.write import REPORT_FILE
-from launch.run_folder.folder import METRICS_FILE, create_run_folder, open_run_folder, sole_driver
+from launch.run_folder.checkpoints import stage_checkpoints
+from launch.run_folder.folder import (
+    METRICS_FILE,
+    USED_CONFIGS_FOLDER,
+    create_run_folder,
+    open_run_folder,
+    sole_driver,
+)
 from launch.settings.recipe import read_recipe
+from launch.settings.run import RunSettings
+from learner.checkpoints.progress import note_durable
 from tests.checkpoints import progress_at, write_progress
 from tests.run_folders import write_metrics
 
@@ -73,7 +83,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     for command in (["--name", "mine", REFUSED, "--resume-if-exists"], ["--resume", str(folder)]):
         result = CliRunner().invoke(app, ["train", *command]) if "--resume" in command else train(tmp_path, *command)
         assert (result.exit_code, result.stderr) == (0, "")
-        assert result.stdout == "run mine is finished: no stage is left to train\n"
+        assert result.stdout.startswith("run mine is finished: no stage is left to train (stages.mle_control.steps")
     assert (folder / METRICS_FILE).read_bytes() == metrics
     assert not (folder / REPORT_FILE).exists()
 
@@ -103,3 +113,119 @@ def test_a_run_that_a_driver_has_is_left_to_it(tmp_path: Path) -> None:
 def test_resume_if_exists_needs_a_name(tmp_path: Path) -> None:
     result = train(tmp_path, "--resume-if-exists")
     assert (result.exit_code, "give --name NAME too" in result.stderr) == (2, True)
+
+
+def resume(folder: Path, *overrides: str) -> Result:
+    return CliRunner().invoke(app, ["train", "--resume", str(folder), *overrides])
+
+
+def used_configs(folder: Path) -> list[RunSettings]:
+    return [read_recipe(path) for path in sorted((folder / USED_CONFIGS_FOLDER).iterdir())]
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A run that has trained all its stages, and evaluated nothing."""
+    folder = tmp_path / "mine"
+    begin(folder)
+    finish_stages(folder)
+    return folder
+
+
+def test_a_change_is_named_written_down_and_kept(finished: Path) -> None:
+    """Up to the end of a run of which nothing is left to train, so that no Ray starts."""
+    first = resume(finished, "--no-evaluate", "actors.count=2", "learner.watch.max_backspace_rate=0.4")
+    assert (first.exit_code, first.stderr) == (0, "")
+    named = "changed since the run was last started: "
+    assert first.stdout.splitlines()[:2] == [
+        f"{named}learner.watch.max_backspace_rate: 0.35 -> 0.4",
+        f"{named}actors.count: 1 -> 2",
+    ]
+    log = [json.loads(line)["message"] for line in (finished / LOG_FILE).read_text().splitlines()]
+    assert log[-1] == "resumed with another setting: actors.count: 1 -> 2"
+    again = resume(finished, "--no-evaluate")
+    assert (again.exit_code, "changed" in again.stdout) == (0, False)
+    assert [settings.actors.count for settings in used_configs(finished)] == [1, 2]
+    assert open_run_folder(finished)[1] == used_configs(finished)[1]
+
+
+def test_what_cannot_change_is_refused_by_name_however_it_was_changed(finished: Path) -> None:
+    config = finished / "config.yaml"
+    written = config.read_bytes()
+    result = resume(finished, "seed=9", "actors.count=2", "model.hidden_size=48")
+    assert result.exit_code == 2
+    assert "seed: 0 -> 9 (the steps so far were taken with it)" in result.stderr
+    assert "model.hidden_size: 96 -> 48 (the checkpoints hold" in result.stderr
+    assert "actors.count" not in result.stderr
+    assert "did you mean 'actors'" in resume(finished, "actor.count=2").stderr
+    assert config.read_bytes() == written
+    config.write_text(written.decode().replace("hidden_size: 96", "hidden_size: 48"))
+    assert "model.hidden_size: 96 -> 48" in resume(finished).stderr
+    assert len(used_configs(finished)) == 1
+
+
+def test_more_steps_are_taken_or_refused_aloud(finished: Path) -> None:
+    trunk = resume(finished, "stages.trunk.steps=10000")
+    assert (trunk.exit_code, "stage sequencematch has begun with the weights" in trunk.stderr) == (2, True)
+    fewer = resume(finished, "stages.mle_control.steps=3")
+    assert (fewer.exit_code, "the stage has taken 400 steps" in fewer.stderr) == (2, True)
+    idle = resume(finished, "stages.mle_control.optimizer.learning_rate=1e-4")
+    assert (idle.exit_code, "raise stages.mle_control.steps" in idle.stderr) == (2, True)
+    more = resume(finished, "stages.mle_control.steps=500", "stages.mle_control.optimizer.learning_rate=1e-4")
+    assert (more.exit_code, "no Ray cluster answers" in more.stderr) == (2, True), "it begins to train, and needs Ray"
+    assert len(used_configs(finished)) == 1, "the refusal took the change back"
+    assert open_run_folder(finished)[1] == used_configs(finished)[0]
+
+
+def test_a_run_without_a_step_is_started_anew_with_other_settings(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    create_run_folder(read_recipe(Path(RECIPE), [f"runs_folder={tmp_path}", REFUSED]), "mine")
+    (folder / "buffer" / "shard-000").mkdir(parents=True)
+    result = train(tmp_path, "--name", "mine", "--resume-if-exists", REFUSED, "seed=9")
+    assert (result.exit_code, "no Ray cluster answers" in result.stderr) == (2, True)
+    assert not (folder / "buffer").exists()
+
+
+def test_the_recipe_of_a_repeated_command_counts(finished: Path) -> None:
+    result = train(finished.parent, "--name", "mine", "--resume-if-exists", "--no-evaluate", REFUSED, "actors.count=2")
+    assert (result.exit_code, "actors.count: 1 -> 2" in result.stdout) == (0, True)
+    assert len(used_configs(finished)) == 2
+
+
+@pytest.mark.parametrize("moved", ["folder", "run"])
+def test_checkpoints_elsewhere_are_found_from_every_folder_and_under_every_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = "kept" if moved == "folder" else f"{tmp_path}/kept"
+    recipe = Path(__file__).parents[3] / RECIPE
+    folder = create_run_folder(read_recipe(recipe, ["runs_folder=runs", f"learner.checkpoint_dir={place}"]), "mine")
+    write_metrics(folder)
+    finish_stages(folder)
+    if moved == "folder":
+        monkeypatch.chdir(folder)
+    else:
+        folder = folder.rename(folder.with_name("renamed"))
+    result = resume(folder, "--no-evaluate")
+    assert (result.exit_code, "is finished" in result.stdout) == (0, True)
+    assert len(list((tmp_path / "kept").glob("mine-*/*/step-*"))) == 3
+
+
+def test_a_stage_whose_checkpoints_are_out_of_sight_is_not_begun_again(finished: Path) -> None:
+    note_durable(finished, progress_at(30, stage="sequencematch"))
+    (finished / "checkpoints" / "sequencematch").rename(finished / "hidden")
+    result = resume(finished)
+    assert result.exit_code == 2
+    assert "stage sequencematch has written checkpoints up to step 30, and none is found" in result.stderr
+    (finished / "hidden").rename(finished / "checkpoints" / "sequencematch")
+    assert resume(finished, "--no-evaluate").exit_code == 0
+
+
+def test_runs_of_one_name_share_no_folder_below_a_common_one(tmp_path: Path) -> None:
+    places = set()
+    for runs in ("a", "b"):
+        overrides = [f"runs_folder={tmp_path}/{runs}", f"learner.checkpoint_dir={tmp_path}/kept"]
+        settings = read_recipe(Path(RECIPE), overrides)
+        folder = create_run_folder(settings, "mine")
+        places.add(stage_checkpoints(settings, folder)["trunk"].location(1))
+    assert len(places) == 2
