@@ -138,7 +138,8 @@ def test_what_cannot_be_reported_is_said_in_one_line(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     assert "has no data yet" in refusal(str(run))
     write_metrics(run, {"trunk": 1})
-    assert "No such file or directory" in refusal(str(run), "--output", str(tmp_path / "absent" / "page.html"))
+    no_folder = run / "config.yaml"
+    assert f"folder {no_folder} cannot be written" in refusal(str(run), "--output", str(no_folder / "page.html"))
 
 
 def test_an_actor_that_took_only_the_first_version_is_left_out_of_the_later_ones(run: Path) -> None:
