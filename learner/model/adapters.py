@@ -75,9 +75,16 @@ def untie_unembedding(model: PreTrainedModel) -> None:
     if head.weight is not model.get_input_embeddings().weight:
         return
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    declare_untied(model)
+
+
+def declare_untied(model: PreTrainedModel) -> None:
+    """Let transformers know (in place) that input and output embedding are two matrices: it would save one of them
+    only, and tie them when they are resized.
+    """
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False
-    model.all_tied_weights_keys = {}  # else transformers would save one of the two only
+    model.all_tied_weights_keys = {}
 
 
 def is_adapted(model: PreTrainedModel) -> bool:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from buffer.experts.tokenizer import token_contract
-from learner.model.adapters import add_adapters
+from learner.model.adapters import add_adapters, declare_untied
 from learner.model.backspace_row import initialise_backspace_row
 from learner.model.quantization import quantise_linear_layers
 from learner.model.saved_configs import mend_configs
@@ -85,13 +85,14 @@ def load_policy(
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no <eos> token, so no answer could end; set its eos_token")
     model = load_model(settings, tokenizer)
+    notes = _keep_two_embeddings(model)
     backspace_id = choose_backspace_id(tokenizer, model, settings)
     contract = token_contract(tokenizer, backspace_id, model.get_input_embeddings().weight.shape[0])
     is_new = getattr(model.config, "backspace_token_id", None) != backspace_id
     if is_new:
         initialise_backspace_row(model, backspace_id, settings.seed, contract.ids_without_token)
         model.config.backspace_token_id = backspace_id
-    notes = mend_configs(model, tokenizer, contract)
+    notes += mend_configs(model, tokenizer, contract)
     if isinstance(settings, PretrainedModelSettings):
         _adapt(model, settings)
     check_supported(model)
@@ -179,6 +180,21 @@ def choose_backspace_id(
     if backspace_id >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(backspace_id + 1, mean_resizing=False)
     return backspace_id
+
+
+def _keep_two_embeddings(model: PreTrainedModel) -> tuple[str, ...]:
+    """A file may hold two different matrices though its config ties them. transformers loads both, and would tie them
+    when they are resized for backspace.
+    """
+    head = model.get_output_embeddings()
+    is_tied = head is None or head.weight is model.get_input_embeddings().weight
+    if is_tied or not model.config.get_text_config().tie_word_embeddings:
+        return ()
+    declare_untied(model)
+    return (
+        "config.json ties input and output embedding, and the file of the weights holds two different matrices: both "
+        "are kept, and tie_word_embeddings is false from now on",
+    )
 
 
 def _adapt(model: PreTrainedModel, settings: PretrainedModelSettings) -> None:

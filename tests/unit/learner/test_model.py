@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -164,6 +166,22 @@ def test_a_padded_vocabulary_is_not_resized(tmp_path):
     policy = load_policy(PretrainedModelSettings(name=name))
     assert policy.backspace_id == 16
     assert policy.model.config.vocab_size == 24
+
+
+def test_two_embeddings_that_the_config_ties_are_kept(tmp_path):
+    """The output embedding of the file was lost: resizing for backspace tied it to the input embedding."""
+    name = saved(tmp_path / "base", word_tokenizer(), tie_embeddings=False)
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    written = load_file(tmp_path / "base" / "model.safetensors")
+    policy = load_policy(PretrainedModelSettings(name=name, dtype="float32"))
+    (note,) = policy.notes
+    assert "holds two different matrices: both are kept" in note
+    assert torch.equal(policy.model.get_output_embeddings().weight[:16], written["lm_head.weight"])
+    assert torch.equal(policy.model.get_input_embeddings().weight[:16], written["model.embed_tokens.weight"])
+    policy.model.save_pretrained(tmp_path / "trained")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert torch.equal(again.get_output_embeddings().weight, policy.model.get_output_embeddings().weight)
 
 
 def test_a_new_token_that_takes_the_id_of_another_is_refused(tmp_path):
