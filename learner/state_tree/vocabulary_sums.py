@@ -86,18 +86,18 @@ class ActionSums:
             ids = is_action.nonzero().flatten()
         width = min(len(ids), VOCABULARY_CHUNK, self._elements)
         states = matmul_operand(hidden, weight)
-        found: list[Tensor] = []
-        for actions in torch.arange(len(self._rows), device=v.device).split(max(1, self._elements // width)):
-            of_actions = states[self._rows[actions]]
-            total: Tensor | None = None
-            for chunk in ids.split(width):
-                logits = matmul(of_actions, matmul_operand(weight[chunk], hidden).T)
+        total: Tensor | None = None
+        for chunk in ids.split(width):
+            columns = matmul_operand(weight[chunk], hidden).T
+            found: list[Tensor] = []
+            for actions in torch.arange(len(self._rows), device=v.device).split(max(1, self._elements // width)):
+                logits = matmul(states[self._rows[actions]], columns)
                 q = self._with_backspace(logits.sub_(v[actions, None]).exp_(), actions, chunk)
-                terms = self._summed.terms(q, actions, chunk)
-                total = terms if total is None else total + terms
-            assert total is not None, "a vocabulary has ids"
-            found.append(total)
-        self._sums = torch.cat(found, dim=1)
+                found.append(self._summed.terms(q, actions, chunk))
+            terms = torch.cat(found, dim=1)
+            total = terms if total is None else total + terms
+        assert total is not None, "a vocabulary has ids"
+        self._sums = total
         return self._sums[0].clone()
 
     def prepare_backward(self, grad: Tensor, states: list[tuple[int, int]]) -> None:
