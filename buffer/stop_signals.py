@@ -19,7 +19,8 @@ def ignore_stop_signals() -> None:
     """
     import ray  # the command line imports this module and must start without Ray
 
-    if ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+    # Asked first, because the runtime context starts a Ray where there is none.
+    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
         return
     # Not `signal.signal`: Ray constructs asyncio actors outside of the main thread.
     set_handler = ctypes.CDLL(None).signal

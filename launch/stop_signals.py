@@ -45,6 +45,7 @@ def stop_handlers_kept() -> Iterator[None]:
         try:
             yield
         except SystemExit:  # by that handler: a thread of a library received the signal
+            _received.append(signal.SIGTERM)
             raise KeyboardInterrupt from None
         finally:
             for number, handler in before.items():

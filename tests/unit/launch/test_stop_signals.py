@@ -83,6 +83,17 @@ def test_a_stop_while_ray_starts_is_not_lost() -> None:
 def test_rays_handler_does_not_end_the_command() -> None:
     with pytest.raises(KeyboardInterrupt), stop_signals_interrupt(), stop_handlers_kept():
         sys.exit(signal.SIGTERM)
+    assert stop_exit_code() == EXIT_STOPPED
+
+
+def test_a_process_without_ray_starts_none_to_ignore_signals() -> None:
+    """As that of `bench scaling --simulate`, which has the service of a shard in it."""
+    program = (
+        "import ray\nfrom buffer.stop_signals import ignore_stop_signals\nignore_stop_signals()\n"
+        "print(ray.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "False\n"
 
 
 def test_what_ray_starts_never_receives_the_signals_of_job_systems() -> None:
