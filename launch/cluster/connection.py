@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,12 +20,13 @@ from launch import RAY_START_VARIABLES
 from launch.cluster.head_watch import check_alive, head_watched
 from launch.cluster.placement import planned_roles, total
 from launch.errors import RunFailedError, UserError
-from launch.run_folder.folder import LiveCluster, remove_cluster, write_cluster
+from launch.run_folder.folder import CLUSTER_FILE, LiveCluster, remove_cluster, write_cluster
 from launch.settings.run import ClusterSettings, RunSettings
 from launch.stop_signals import stop_handlers_kept
 from launch.surroundings import provide_socket_folder
 
 RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
+LOCAL = "local"
 LOOPBACK = "127.0.0.1"
 MIN_CHECK_S = 1.0
 """Left to a server for its answer, where the connection alone took nearly all of the time."""
@@ -59,18 +61,44 @@ def join_live_run(cluster: LiveCluster, timeout_s: float = 10.0) -> Iterator[Non
     # Ray would replace 127.0.0.1 by the outer address, where a Ray that a run started for itself does not listen.
     is_private = cluster.address.startswith(f"{LOOPBACK}:")
     with _for_this_machine_alone() if is_private else contextlib.nullcontext():
-        _join(cluster.address, cluster.namespace, timeout_s)
+        _join(ClusterAddress(cluster.address, f"the run's {CLUSTER_FILE}"), cluster.namespace, timeout_s)
     try:
         yield
     finally:
         _leave()
 
 
+@dataclass(frozen=True)
+class ClusterAddress:
+    """source: which setting names the address. mend: what a person may do where it is of no use."""
+
+    address: str
+    source: str
+    mend: str = ""
+
+
+def cluster_to_join(settings: ClusterSettings) -> ClusterAddress | None:
+    """The cluster that a run joins; None where it starts a Ray of its own, for which Ray's word is `local`.
+
+    Ray's job server, KubeRay's pods and people's shells name their cluster in RAY_ADDRESS; the recipe goes first.
+    """
+    start = "start one with `ray start --head`, or {} to start Ray for this run"
+    found = [
+        ClusterAddress(settings.address or "", "cluster.address", start.format("set cluster.address=local")),
+        ClusterAddress(
+            os.environ.get(RAY_ADDRESS_VARIABLE, ""),
+            RAY_ADDRESS_VARIABLE,
+            start.format(f"unset {RAY_ADDRESS_VARIABLE}"),
+        ),
+    ]
+    first = next((each for each in found if each.address), None)
+    return None if first is None or first.address == LOCAL else first
+
+
 def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: float) -> None:
-    # Ray's job server, KubeRay's pods and people's shells name their cluster in RAY_ADDRESS; the recipe goes first.
-    address = settings.address or os.environ.get(RAY_ADDRESS_VARIABLE)
-    if address:
-        _join(address, namespace, settings.connect_timeout_s)
+    cluster = cluster_to_join(settings)
+    if cluster is not None:
+        _join(cluster, namespace, settings.connect_timeout_s)
         return
     if settings.grow_timeout_s is not None:
         raise UserError(
@@ -91,6 +119,19 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
             configure_logging=False,
             log_to_driver=False,
         )
+    _silence_ray()
+
+
+def _silence_ray() -> None:
+    """End the thread that prints what Ray's processes report, such as "Task draw failed. There are infinite retries
+    remaining", over the run's own display; the run says itself who failed. `log_to_driver=False` leaves it running.
+    """
+    worker = ray._private.worker.global_worker
+    if hasattr(worker, "listener_thread"):  # a client of Ray's (ray://) has none
+        worker.threads_stopped.set()
+        worker.gcs_error_subscriber.close()
+        worker.listener_thread.join()
+        worker.threads_stopped.clear()
 
 
 def _leave() -> None:
@@ -144,35 +185,41 @@ def _for_this_machine_alone() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _join(address: str, namespace: str, timeout_s: float) -> None:
-    if address != "auto":
-        _check_reachable(address, timeout_s)
+def _join(cluster: ClusterAddress, namespace: str, timeout_s: float) -> None:
+    if cluster.address != "auto":
+        _check_reachable(cluster, timeout_s)
     try:
         with stop_handlers_kept():
-            ray.init(address=address, namespace=namespace, configure_logging=False, log_to_driver=False)
+            ray.init(address=cluster.address, namespace=namespace, configure_logging=False, log_to_driver=False)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RpcError) as error:
         raise UserError(
-            f"cannot join the Ray cluster at {address!r}: {str(error).splitlines()[0]}; start one with "
-            "`ray start --head`, or leave cluster.address out to start Ray for this run"
+            f"cannot join the Ray cluster at {cluster.address!r}, which {cluster.source} names: "
+            f"{_sentence(str(error).splitlines()[0], cluster.mend)}"
         ) from None
+    _silence_ray()
 
 
-def _check_reachable(address: str, timeout_s: float) -> None:
+def _sentence(*parts: str) -> str:
+    return "; ".join(filter(None, parts))
+
+
+def _check_reachable(cluster: ClusterAddress, timeout_s: float) -> None:
     """Knock before Ray does, which would try an address that is dead, dying or hung for minutes."""
+    address = cluster.address
     if address.startswith(("http://", "https://")):
         raise UserError(
-            f"{address} is the address of a job server: send it the run with `sequencematch submit --address "
-            f"{address}`, or unset RAY_ADDRESS and cluster.address to start Ray for this run"
+            f"{address}, which {cluster.source} names, is the address of a job server: send it the run with "
+            f"`sequencematch submit --address {address}`; {cluster.mend}"
         )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"the Ray address {address!r} is neither `auto` nor HOST:PORT")
+        raise UserError(f"{cluster.source}={address!r} is neither `auto`, `local` nor HOST:PORT")
     deadline = time.monotonic() + timeout_s
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
         check_alive(f"{host}:{port}", max(deadline - time.monotonic(), MIN_CHECK_S))
     except OSError as error:
         raise UserError(
-            f"no Ray cluster answers at {address}: {error}; check cluster.address and cluster.connect_timeout_s, start "
-            "one with `ray start --head`, or leave cluster.address out to start Ray for this run"
+            f"no Ray cluster answers at {address}, which {cluster.source} names: "
+            + _sentence(str(error), cluster.mend and f"raise cluster.connect_timeout_s, {cluster.mend}")
         ) from None

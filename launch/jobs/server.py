@@ -93,7 +93,10 @@ class JobServer:
             UserError: nothing answers there, or something else; or it asks for a token that is not given.
         """
         if not address.startswith(("http://", "https://")):
-            raise UserError(f"--address {address} is not of the form http://HEAD:8265, the dashboard of the head node")
+            raise UserError(
+                f"{address!r} (--address, or {_ADDRESS_VARIABLE}) is not of the form http://HEAD:8265, the dashboard "
+                "of the head node"
+            )
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.WARNING)
         self.address = address.rstrip("/")
@@ -229,8 +232,8 @@ class JobServer:
             ) from None
         except (ConnectionError, requests.ConnectionError):
             raise UserError(
-                f"no Ray job server answers at {self.address}: check --address (the head node's dashboard, "
-                "http://HEAD:8265), and that the head was started with its dashboard"
+                f"no Ray job server answers at {self.address}: check --address or {_ADDRESS_VARIABLE} (the head node's "
+                "dashboard, http://HEAD:8265), and that the head was started with its dashboard"
             ) from None
         except requests.Timeout:
             raise UserError(

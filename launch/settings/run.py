@@ -26,7 +26,8 @@ class ClusterSettings(Settings):
 
     address: str | None = Field(
         None,
-        description="address of a running Ray cluster (`auto` or HOST:PORT); null starts Ray here for the run",
+        description="address of a running Ray cluster (`auto` or HOST:PORT), or `local`, which starts Ray here for the "
+        "run; null: RAY_ADDRESS names it, and without that Ray starts here",
     )
     num_cpus: PositiveInt | None = Field(
         None,

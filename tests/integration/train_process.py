@@ -143,7 +143,9 @@ class TrainProcess:
     def wait(self, timeout_s: float) -> int:
         """The exit code."""
         try:
-            return self._process.wait(timeout=timeout_s)
+            code = self._process.wait(timeout=timeout_s)
+            assert "(raylet)" not in self.stdout, f"Ray printed into the display\n{self.printed()}"
+            return code
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the run did not end within {timeout_s:.0f} s\n{self.printed()}") from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from launch.cluster.connection import join_live_run, run_cluster
+from launch.cluster.connection import cluster_to_join, join_live_run, run_cluster
 from launch.errors import RunFailedError, UserError
 from launch.run_folder.folder import LiveCluster
 from launch.settings.recipe import read_recipe
@@ -31,13 +31,42 @@ def silent_server() -> Iterator[str]:
 
 def test_a_cluster_that_hangs_is_not_waited_for(silent_server: str, tmp_path: Path) -> None:
     settings = read_recipe(RECIPE, [f"cluster.address={silent_server}", "cluster.connect_timeout_s=1"])
-    message = rf"no Ray cluster answers at {silent_server}: .* no answer within 1 s; check .*connect_timeout_s"
+    message = (
+        rf"no Ray cluster answers at {silent_server}, which cluster.address names: .* no answer within 1 s; raise "
+        r"cluster.connect_timeout_s, .* or set cluster.address=local to start Ray for this run"
+    )
     with pytest.raises(UserError, match=message), run_cluster(settings, tmp_path):
         raise AssertionError("joined something")
     run = LiveCluster(silent_server, "run", driver_pid=1)
     with pytest.raises(UserError, match="no Ray cluster answers"), join_live_run(run, timeout_s=0.5):
         raise AssertionError("joined something")
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1, which RAY_ADDRESS names: .*; "),
+        ("http://127.0.0.1:1", "which RAY_ADDRESS names, is the address of a job server: .*; "),
+        ("nowhere", "^RAY_ADDRESS='nowhere' is neither `auto`, `local` nor HOST:PORT$"),
+    ],
+)
+def test_a_useless_ray_address_is_blamed_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, problem: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=problem) as caught, run_cluster(read_recipe(RECIPE), tmp_path):
+        raise AssertionError("joined something")
+    assert "cluster.address" not in str(caught.value)
+    assert str(caught.value).endswith(("or unset RAY_ADDRESS to start Ray for this run", "HOST:PORT"))
+
+
+@pytest.mark.parametrize(("variable", "overrides"), [("local", []), ("127.0.0.1:1", ["cluster.address=local"])])
+def test_local_is_the_word_for_a_ray_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, overrides: list[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert cluster_to_join(read_recipe(RECIPE, overrides).cluster) is None
 
 
 def start_that_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception) -> None:
