@@ -36,7 +36,6 @@ from buffer.shards.status import ShardStatus
 from buffer.stop_signals import ignore_stop_signals
 from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
-from buffer.store.door import PRESENT
 from buffer.store.replay_store import ReplayStore
 from buffer.validation import Rejection
 
@@ -113,15 +112,14 @@ class ReplayBufferService:
         """
         self._upkeep.ensure()
         result = self._store.insert(batch)
-        refused = tuple(each for each in result.rejections if each.reason != PRESENT)
-        self._recent_rejections = (*self._recent_rejections, *refused)[-MAX_RECENT_REJECTIONS:]
+        self._recent_rejections = (*self._recent_rejections, *result.rejections)[-MAX_RECENT_REJECTIONS:]
         if result.accepted:
             now_s = asyncio.get_running_loop().time()
             for actor in pc.unique(batch.column("actor")).to_pylist():
                 self._last_insert_s[actor] = now_s
             self._inserts += 1
             await self._notify()
-        return InsertReply(result.accepted + result.present, refused, pause=not self._demand())
+        return InsertReply(result.accepted + result.present, result.rejections, pause=not self._demand())
 
     async def draw(
         self, key: DrawKey, count: int, policy_version: int, timeout_s: float = 60.0, first_version: int = 0

@@ -19,8 +19,8 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class InsertResult:
-    """accepted: rows now stored (see `fsync` of the settings); rejections: the others, with reasons; present: how many
-    of those were refused only because they are stored already, as when an insert is repeated after a lost answer."""
+    """accepted: rows stored by this insert (see `fsync` of the settings); present: rows that were stored already, as
+    when an insert is repeated after a lost answer; rejections: the others, with reasons."""
 
     accepted: int
     rejections: tuple[Rejection, ...]

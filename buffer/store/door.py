@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 
 from buffer.schema import TokenContract
@@ -12,13 +11,11 @@ from buffer.store.events import Event
 from buffer.store.known_ids import KnownIds, UInt64, hash_ids
 from buffer.validation import Rejection, validate
 
-PRESENT = "id is in the buffer already"
-
 
 @dataclass(frozen=True)
 class CheckedBatch:
-    """good: rows to be stored; hashes: [n] of their ids; rejections: the other rows, in order; num_present: how many of
-    those are stored already."""
+    """good: rows to be stored; hashes: [n] of their ids; rejections: invalid rows, in order; num_present: valid rows
+    that are stored already, as when Ray repeats an insert whose answer was lost."""
 
     good: pa.RecordBatch
     hashes: UInt64
@@ -45,8 +42,4 @@ def check(batch: pa.RecordBatch, contract: TokenContract, known: KnownIds) -> Ch
     is_known = known.knows(good.column("id"), hashes)
     if not is_known.any():
         return CheckedBatch(good, hashes, validated.rejections, 0)
-    sent_rows = np.setdiff1d(np.arange(batch.num_rows), [rejection.row for rejection in validated.rejections])
-    ids = good.column("id").filter(pa.array(is_known)).to_pylist()
-    repeated = [Rejection(row, id_, PRESENT) for row, id_ in zip(sent_rows[is_known].tolist(), ids, strict=True)]
-    rejections = sorted((*validated.rejections, *repeated), key=lambda rejection: rejection.row)
-    return CheckedBatch(good.filter(pa.array(~is_known)), hashes[~is_known], tuple(rejections), len(repeated))
+    return CheckedBatch(good.filter(pa.array(~is_known)), hashes[~is_known], validated.rejections, int(is_known.sum()))

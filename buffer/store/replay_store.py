@@ -113,12 +113,12 @@ class ReplayStore:
     def insert(self, batch: pa.RecordBatch) -> InsertResult:
         """Validate and store a batch; on return the accepted rows are in the segment file.
 
-        An id that is live already, or was removed lately, is rejected, so that an insert may be repeated when its
-        answer was lost.
+        A row whose id is live already, or was removed lately, is passed over and counted as present, so that an insert
+        may be repeated when its answer was lost.
 
         Raises:
             ValueError: the batch as a whole does not fit (see `buffer.validation.validate`).
-            OSError: the disk refused. Repeating the insert rejects the rows that were stored all the same as present.
+            OSError: the disk refused. A repeated insert counts the rows that were stored all the same as present.
         """
         checked = check(batch, self._contract, self._shard.known)
         if checked.good.num_rows:
