@@ -12,7 +12,6 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import ray
 
+from actors.action_rate import ActionRate
 from actors.engine.action_log import FinishedLog, logs_to_batch
 from actors.engine.rank_group import RankGroup
 from actors.engine.settings import EngineSettings, SamplingSettings
@@ -169,7 +169,7 @@ class RolloutActor:
         self._num_requests = 0
         self._actions = self._backspaces = self._trajectories = self._dropped = 0
         self._drop_reason: str | None = None
-        self._window: deque[tuple[float, int]] = deque()
+        self._rate = ActionRate(RATE_WINDOW_S)
         self._activity = STARTING
 
     # Control group ------------------------------------------------------------
@@ -200,18 +200,11 @@ class RolloutActor:
 
     def status(self) -> ActorStatus:
         """Counters since birth."""
-        now = time.monotonic()
-        while len(self._window) > 1 and now - self._window[0][0] > RATE_WINDOW_S:
-            self._window.popleft()
-        rate = 0.0
-        if self._window:
-            start, before = self._window[0]
-            rate = (self._actions - before) / max(now - start, 1e-9)
         return ActorStatus(
             name=self._name,
             policy_version=self._version,
             actions=self._actions,
-            actions_per_s=rate,
+            actions_per_s=self._rate.per_s(time.monotonic(), self._actions),
             backspaces=self._backspaces,
             trajectories=self._trajectories,
             rejected=self._writer.rejected,
@@ -301,7 +294,7 @@ class RolloutActor:
         self._trajectories += len(logs)
         self._finished += logs
         if logs:
-            self._window.append((time.monotonic(), self._actions))
+            self._rate.add(time.monotonic(), self._actions)
 
     def _hand_over(self) -> None:
         """Send finished rollouts to the buffer, and as many expert trajectories where their noise is the policy's."""
