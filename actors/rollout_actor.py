@@ -291,7 +291,6 @@ class RolloutActor:
         for log in logs:
             self._actions += len(log.actions)
             self._backspaces += int((log.actions == self._spec.contract.backspace_id).sum())
-        self._trajectories += len(logs)
         self._finished += logs
         if logs:
             self._rate.add(time.monotonic(), self._actions)
@@ -310,13 +309,15 @@ class RolloutActor:
             weights_fingerprint=self._fingerprint,
         )
         self._finished = []
+        num_finished = rollouts.num_rows
         if self._scoring is not None:
             scored = self._scoring.score(rollouts)
             rollouts = scored.rollouts
             self._dropped += len(scored.dropped)
             self._drop_reason = next(reversed(scored.dropped.values()), self._drop_reason)
-            if rollouts.num_rows == 0:
-                return
+        self._trajectories += num_finished  # now, so that an actor whose scorer never returns does not look healthy
+        if rollouts.num_rows == 0:
+            return
         self._writer.insert(rollouts)
         if self._experts is not None:
             plan = self._experts.plan(rollouts.num_rows)

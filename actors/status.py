@@ -43,3 +43,13 @@ class PoolStatus:
     events: tuple[str, ...] = field(default=())  # newest last
     failure: str | None = None  # set when the pool has given up
     refused: bool = False  # it gave up because the settings cannot be met, and no restart would help
+
+    def losses(self) -> str:
+        """What kept rollouts from the buffer, for people; empty where nothing did."""
+        statuses = [member.status for member in self.members if member.status is not None and member.status.dropped]
+        told = []
+        if statuses:
+            dropped = sum(status.dropped for status in statuses)
+            told.append(f"the actors dropped {dropped:,} rollouts, the last one because {statuses[-1].drop_reason}")
+        told += [event for event in self.events if " failed: " in event][-1:]
+        return "; ".join(told)

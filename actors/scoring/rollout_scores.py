@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actors.scoring.scorers import Answer, Scorer, make_scorer
-from actors.scoring.settings import ScoringSettings
+from actors.scoring.settings import ScoringSettings, title_of
 from buffer.experts.ragged import Ragged
 from buffer.replay import ActionLogs, final_token_ids, replay
 from buffer.schema import TokenContract
@@ -32,6 +34,48 @@ class ScoredRollouts:
 
     rollouts: pa.RecordBatch
     dropped: dict[str, str]
+
+
+class ScorerTimeoutError(TimeoutError):
+    """A scorer did not return in time."""
+
+
+class _NamedScorer:
+    """A scorer, how messages call it, and the longest that one call may take."""
+
+    def __init__(self, title: str, scorer: Scorer, timeout_s: float) -> None:
+        self.title = title
+        self._scorer = scorer
+        self._timeout_s = timeout_s
+
+    def attempt(self, answers: Sequence[Answer]) -> tuple[Float32, str | None]:
+        """Scores and None, or no scores and why.
+
+        Each call has a thread of its own: Python code cannot be interrupted, but it need not be waited for.
+        """
+        outcome: SimpleQueue[Float32 | Exception | SystemExit] = SimpleQueue()
+        Thread(target=self._call, args=(answers, outcome), name=f"scorer {self.title}", daemon=True).start()
+        try:
+            found = outcome.get(timeout=self._timeout_s)
+        except Empty:
+            raise ScorerTimeoutError(
+                f"{self.title} did not return within scoring.timeout_s={self._timeout_s:g} for {len(answers)} answers: "
+                "raise the time-out, or mend the scorer"
+            ) from None
+        if isinstance(found, BaseException):
+            return np.empty(0, dtype=np.float32), f"{self.title} raised {type(found).__name__}: {found}"
+        return found, None
+
+    def _call(self, answers: Sequence[Answer], outcome: SimpleQueue[Float32 | Exception | SystemExit]) -> None:
+        try:
+            with np.errstate(over="ignore"):  # beyond float32 is not finite, which the caller sees
+                scores = np.asarray(self._scorer(answers), dtype=np.float32)
+            if scores.shape != (len(answers),):
+                raise ValueError(f"an array of shape {scores.shape} for {len(answers)} answers")
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (a user's function may raise anything; the run goes on)
+            outcome.put(error)
+        else:
+            outcome.put(scores)
 
 
 class RolloutScoring:
@@ -54,16 +98,23 @@ class RolloutScoring:
     ) -> None:
         assert settings.scorers
         self._settings = settings
-        self._scorers = {name: make_scorer(each) for name, each in settings.scorers.items()}
+        self._scorers = [
+            _NamedScorer(title_of(name, each), make_scorer(each), settings.timeout_s)
+            for name, each in settings.scorers.items()
+        ]
         self._tokenizer = tokenizer
         self._contract = contract
         self._examples = examples
 
     def score(self, rollouts: pa.RecordBatch) -> ScoredRollouts:
-        """Fill the columns `reward` and `features` of a batch of the trajectory schema."""
+        """Fill the columns `reward` and `features` of a batch of the trajectory schema.
+
+        Raises:
+            ScorerTimeoutError: a scorer did not return in time. Its thread goes on: the process is of no more use.
+        """
         answers = self._answers(rollouts)
         reasons: dict[int, str] = {}
-        numbers = [_scored(scorer, name, answers, reasons) for name, scorer in self._scorers.items()]
+        numbers = [_scored(scorer, answers, reasons) for scorer in self._scorers]
         features = numbers[0 if self._settings.reward is None else 1 :]
         if self._settings.reward is not None:
             rollouts = _with_column(rollouts, "reward", pa.array(numbers[0]))
@@ -110,35 +161,23 @@ class RolloutScoring:
         return found
 
 
-def _scored(scorer: Scorer, name: str, answers: Sequence[Answer], reasons: dict[int, str]) -> Float32:
+def _scored(scorer: _NamedScorer, answers: Sequence[Answer], reasons: dict[int, str]) -> Float32:
     """[n] scores, nan where there is none; `reasons` gains why, by row.
 
     A scorer that fails on the batch is asked again row by row, to find those that it fails on.
     """
-    scores, failure = _attempt(scorer, name, answers)
+    scores, failure = scorer.attempt(answers)
     if failure is not None:
         scores = np.full(len(answers), np.nan, dtype=np.float32)
         for row, answer in enumerate(answers):
-            alone, failure = _attempt(scorer, name, [answer])
+            alone, failure = scorer.attempt([answer])
             if failure is None:
                 scores[row] = alone[0]
             else:
                 reasons.setdefault(row, failure)
     for row in np.flatnonzero(~np.isfinite(scores)).tolist():
-        reasons.setdefault(row, f"{name} is {scores[row]}")
+        reasons.setdefault(row, f"{scorer.title} is {scores[row]}")
     return scores
-
-
-def _attempt(scorer: Scorer, name: str, answers: Sequence[Answer]) -> tuple[Float32, str | None]:
-    """Scores and None, or no scores and why."""
-    try:
-        with np.errstate(over="ignore"):  # beyond float32 is not finite, which the caller sees
-            scores = np.asarray(scorer(answers), dtype=np.float32)
-        if scores.shape != (len(answers),):
-            raise ValueError(f"an array of shape {scores.shape} for {len(answers)} answers")
-    except Exception as error:  # noqa: BLE001 (a user's function may raise anything, and the run goes on)
-        return np.empty(0, dtype=np.float32), f"{name} raised {type(error).__name__}: {error}"
-    return scores, None
 
 
 def _with_column(batch: pa.RecordBatch, name: str, column: pa.Array) -> pa.RecordBatch:

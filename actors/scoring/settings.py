@@ -94,6 +94,15 @@ ScorerSettings = Annotated[
 ]
 
 
+def title_of(name: str, settings: ScorerSettings) -> str:
+    """How messages call a scorer: `reward (my_rewards:score)`. name: see `ScoringSettings.scorers`."""
+    if isinstance(settings, FunctionSettings):
+        return f"{name} ({settings.function})"
+    if isinstance(settings, ClassifierSettings):
+        return f"{name} (classifier {settings.name})"
+    return f"{name} ({settings.kind})"
+
+
 def is_binary(settings: ScorerSettings) -> bool | None:
     """Whether a scorer gives 0 or 1 alone; None where only its function knows."""
     if isinstance(settings, FunctionSettings):
@@ -108,6 +117,15 @@ class ScoringSettings(Settings):
 
     reward: ScorerSettings | None = Field(None, description="what reinforce and kl_control raise; null = none")
     features: dict[str, ScorerSettings] = Field({}, description="by name, for constraints")
+    timeout_s: float = Field(
+        60.0, gt=0.0, description="longest call of a scorer, for one batch of rollouts, before its actor is replaced"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoringSettings:
+        if not self.scorers and self.timeout_s != type(self).model_fields["timeout_s"].default:
+            raise ValueError("timeout_s has no effect without a reward or features: leave it out")
+        return self
 
     @property
     def scorers(self) -> dict[str, ScorerSettings]:

@@ -125,6 +125,8 @@ def plain_line(view: RunView, elapsed_s: float) -> str:
             if status is not None:
                 weights = "no weights yet" if status.policy_version < 0 else f"v{status.policy_version}"
                 rate = f"{weights} {status.actions_per_s:,.0f} actions/s"
+                if status.dropped:
+                    rate += f", {status.dropped:,} dropped ({status.drop_reason})"
             parts.append(f"{member.name} {rate}")
     if view.buffer is not None:
         parts.append(_buffer_line(view))

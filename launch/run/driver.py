@@ -244,6 +244,11 @@ class _Crew:
                 self._refresh()
                 if self._stopping_since is not None and time.monotonic() - self._stopping_since > STOP_TIMEOUT_S:
                     raise RunFailedError(f"the learner did not stop within {STOP_TIMEOUT_S:.0f} s")
+            except LearnerFailedError as error:
+                losses = "" if self._live.view.pool is None else self._live.view.pool.losses()
+                if isinstance(error.cause, TimeoutError) and losses:
+                    raise RunFailedError(f"{error}; {losses}") from error
+                raise
             except KeyboardInterrupt:
                 if self._stopping_since is not None:
                     raise RunFailedError("stopped by a second Ctrl-C, without a last checkpoint") from None

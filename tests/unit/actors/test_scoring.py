@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from actors.scoring.rollout_scores import RolloutScoring
+from actors.scoring.rollout_scores import RolloutScoring, ScorerTimeoutError
 from actors.scoring.scorers import Answer, make_scorer
 from actors.scoring.settings import FunctionSettings, LengthSettings, PatternSettings, ScoringSettings, WordSettings
 from buffer.schema import trajectory_schema
@@ -39,6 +40,23 @@ def short(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
 def huge(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     """Beyond float32."""
     return [1e300 for _ in answers]
+
+
+def broken(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    raise RuntimeError("no connection")
+
+
+def leaving(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    raise SystemExit("bye")
+
+
+RELEASED = threading.Event()
+
+
+def hanging(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Until the test is done."""
+    RELEASED.wait()
+    return [1.0 for _ in answers]
 
 
 def answers(*texts: str) -> list[Answer]:
@@ -96,7 +114,12 @@ def test_an_exact_answer_is_what_evaluation_calls_right(task):
 
 @pytest.mark.parametrize(
     ("function", "kept", "reason"),
-    [("picky", ["a/0", "a/2"], "reward raised KeyError: 'seven'"), ("huge", [], "reward is inf")],
+    [
+        ("picky", ["a/0", "a/2"], f"reward ({__name__}:picky) raised KeyError: 'seven'"),
+        ("huge", [], f"reward ({__name__}:huge) is inf"),
+        ("broken", [], f"reward ({__name__}:broken) raised RuntimeError: no connection"),
+        ("leaving", [], f"reward ({__name__}:leaving) raised SystemExit: bye"),
+    ],
 )
 def test_rollouts_that_have_no_number_are_dropped_with_the_reason(task, function, kept, reason):
     settings = ScoringSettings(reward=FunctionSettings(kind="function", function=f"{__name__}:{function}"))
@@ -111,11 +134,27 @@ def test_a_number_that_is_none_and_a_wrong_count(task):
     rollouts = HandMadeRollouts(task, answers=("46", "1")).draw(2)
     contract, examples = task.contract(), task.example_table()
     scored = RolloutScoring(ScoringSettings(reward=PICKY), task.tokenizer, contract, examples).score(rollouts)
-    assert (scored.dropped, scored.rollouts.column("reward").to_pylist()) == ({"a/0": "reward is nan"}, [1])
+    assert (scored.dropped, scored.rollouts.column("reward").to_pylist()) == (
+        {"a/0": f"reward ({PICKY.function}) is nan"},
+        [1],
+    )
     counted = FunctionSettings(kind="function", function=f"{__name__}:short")
     settings = ScoringSettings(features={"f": counted})  # right for one answer, so asked one by one it is
     scored = RolloutScoring(settings, task.tokenizer, contract, examples).score(rollouts)
     assert scored.rollouts.column("features").to_pylist() == [[1], [1]]
+
+
+def test_a_scorer_that_does_not_return_is_named_and_not_asked_again(task):
+    settings = ScoringSettings(
+        features={"f": FunctionSettings(kind="function", function=f"{__name__}:hanging")}, timeout_s=0.1
+    )
+    scoring = RolloutScoring(settings, task.tokenizer, task.contract(), task.example_table())
+    try:
+        with pytest.raises(ScorerTimeoutError) as caught:
+            scoring.score(HandMadeRollouts(task).draw(3))
+    finally:
+        RELEASED.set()
+    assert f"feature f ({__name__}:hanging) did not return within scoring.timeout_s=0.1 for 3" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +184,7 @@ def test_a_recipe_runs_no_code_that_is_not_trusted_by_name(monkeypatch):
         (["scoring.reward={kind: length, at_least: 3, at_most: 2}"], "no length is at_least=3 and at_most=2"),
         (["scoring.reward={kind: function, function: os.system}"], "scoring.reward.function: String should match"),
         (["scoring.reward={kind: exact_answer}", "task={name: text}"], "task text has no right answers"),
+        (["scoring.timeout_s=5"], "timeout_s has no effect without a reward or features"),
         (
             ["scoring.reward={kind: length}", "stages.sequencematch.objective={name: mle}"],
             "scoring has no effect: no stage makes rollouts",

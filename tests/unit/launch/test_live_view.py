@@ -53,6 +53,20 @@ def test_an_actor_without_weights_has_none_yet() -> None:
     assert "-1" not in text_of(view) + plain_line(view, elapsed_s=83.0)
 
 
+def test_what_keeps_rollouts_from_the_buffer_is_told_without_a_terminal_too() -> None:
+    view = view_of_a_running_stage()
+    assert view.pool is not None
+    assert view.pool.losses() == ""
+    reason = "reward (my_rewards:score) raised RuntimeError: no connection"
+    dropping = ActorStatus("actor-0", 3, 900, 80.0, 0, 64, 0, 8, "generating", dropped=1_064, drop_reason=reason)
+    events = ("12:00:00 actor-1 failed: first", "12:00:01 actor-1 failed: second", "12:00:02 actor-1 starting")
+    view.pool = PoolStatus(1, 3, (MemberStatus("actor-0", "running", 0, dropping),), events)
+    assert f"actor-0 v3 80 actions/s, 1,064 dropped ({reason})" in plain_line(view, elapsed_s=83.0)
+    assert view.pool.losses() == (
+        f"the actors dropped 1,064 rollouts, the last one because {reason}; 12:00:01 actor-1 failed: second"
+    )
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599.4, "59:59"), (3599.6, "1:00:00"), (7509.0, "2:05:09")]
 )
