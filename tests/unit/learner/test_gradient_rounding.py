@@ -1,4 +1,4 @@
-"""The gradient of every objective in bfloat16 against float64, where the policy is nearly certain.
+"""The gradient of every objective in bfloat16 against float64, where the policy is nearly certain of a token.
 
 The states and the output embedding are given, in bfloat16; the reference computes in float64 with the same numbers.
 Where a gradient reaches them in parts that nearly cancel, each rounded, it is off by far more than one rounding.
@@ -51,6 +51,9 @@ ROLLOUTS = build(
     ]
 )
 
+FORMATS = ((torch.float64, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16))
+"""Of parameters, and of products under autocast."""
+
 POINTWISE = [{"feature": "f"}]
 OBJECTIVES = {
     "mle": {},
@@ -99,12 +102,15 @@ def output_embedding() -> Tensor:
 class Gradients:
     """Of an objective by given states and a given output embedding, in one type."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, weight: Tensor) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, weight: Tensor, computes: torch.dtype | None = None
+    ) -> None:
         config = GPT2Config(vocab_size=VOCAB, n_embd=VOCAB, n_layer=1, n_head=1, n_positions=16)
         config.tie_word_embeddings = False
         self.policy, self.base = (TreePolicy(GPT2LMHeadModel(config).to(dtype), BACKSPACE) for _ in ("policy", "base"))
         self.dtype = dtype
         for each in (self.policy, self.base):
+            each.autocast_dtype = computes
             each.model.get_output_embeddings().weight = torch.nn.Parameter(weight.to(dtype))
         self.states: dict[tuple[bool, tuple[str, ...]], Tensor] = {}
         monkeypatch.setattr(
@@ -147,18 +153,21 @@ def assert_rounded_once(found: list[Tensor], exact: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("case", OBJECTIVES)
 def test_bfloat16_rounds_the_gradient_once(case, monkeypatch):
+    """Trained in bfloat16, or in float32 with products in bfloat16."""
     settings = TypeAdapter(ObjectiveSettings).validate_python({"name": case.split(",")[0], **OBJECTIVES[case]})
     weight = output_embedding()
     for probability in (0.9, 0.99, 0.999, 0.9999):
         for of in ("label", "context"):
             sides = []
-            for dtype in (torch.bfloat16, torch.float64):
-                side = Gradients(monkeypatch, dtype, weight)
+            for dtype, computes in FORMATS:
+                side = Gradients(monkeypatch, dtype, weight, computes)
                 for tree in (EXPERTS, ROLLOUTS):
                     base = certain_states(tree, weight, 0.5, of, seed=1)
                     side.set_states(tree, certain_states(tree, weight, probability, of), base)
                 sides.append(side.of(make_objective(settings, Ranks(), lambda side=side: side.base, ("f",))))
-            assert_rounded_once(*sides)
+            exact, pure, mixed = sides
+            assert_rounded_once(pure, exact)
+            assert_rounded_once(mixed, exact)
 
 
 @pytest.mark.parametrize("case", ["unlikelihood", "emo", "sequencematch"])
