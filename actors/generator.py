@@ -54,9 +54,7 @@ class Generator:
 
         self._contract = contract
         self._seed = settings.seed
-        self._engine = BackspaceEngine(
-            settings, contract.backspace_id, contract.eos_id, ids_without_token=contract.ids_without_token
-        )
+        self._engine = BackspaceEngine(settings, contract)
 
     def load(self, checkpoint: Path) -> None:
         """Replace the weights, in place, by those of a checkpoint of the same model.

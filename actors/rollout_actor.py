@@ -132,12 +132,7 @@ class RolloutActor:
             self._ranks: RankGroup | None = None
             self._engine: BackspaceEngine
             if spec.settings.tensor_parallel_size == 1:
-                self._engine = BackspaceEngine(
-                    settings,
-                    spec.contract.backspace_id,
-                    spec.contract.eos_id,
-                    ids_without_token=spec.contract.ids_without_token,
-                )
+                self._engine = BackspaceEngine(settings, spec.contract)
             else:
                 self._ranks = RankGroup(
                     name,

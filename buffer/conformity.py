@@ -31,7 +31,7 @@ def conform(batch: pa.RecordBatch, contract: TokenContract) -> pa.RecordBatch:
     if batch.schema.equals(schema, check_metadata=True):
         return batch
     theirs = TokenContract.from_metadata(batch.schema.metadata)
-    for name in ("tokenizer_hash", "vocab_size", "backspace_id", "eos_id", "ids_without_token"):
+    for name in ("tokenizer_hash", "vocab_size", "backspace_id", "eos_id", "ids_without_token", "other_eos_ids"):
         if getattr(theirs, name) != getattr(contract, name):
             raise ValueError(
                 f"trajectories with {name} {getattr(theirs, name)} do not belong into a buffer with {name} "

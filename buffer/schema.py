@@ -30,6 +30,7 @@ ROW = "row"
 """Name of the column that only stored rows have: the number of the row in its shard."""
 
 _WITHOUT_TOKEN = b"ids_without_token"
+_OTHER_EOS = b"other_eos_ids"
 
 SOURCES = ("expert", "policy")
 FINISH_REASONS = ("eos", "max_length", "max_actions", "aborted")
@@ -45,6 +46,7 @@ class TokenContract:
 
     vocab_size: rows of the model's embeddings. ids_without_token: of these rows, those that no token of the tokenizer
     has: padding at the end, holes in the middle. They are no actions: engine and learner give them no probability.
+    eos_id: the tokenizer's, which ends demonstrations. other_eos_ids: where a model has several; each ends a rollout.
     """
 
     vocab_size: int
@@ -52,6 +54,7 @@ class TokenContract:
     eos_id: int
     tokenizer_hash: str
     ids_without_token: IdRanges = ()
+    other_eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         ranges = tuple((int(begin), int(end)) for begin, end in self.ids_without_token)  # JSON gives lists
@@ -59,6 +62,19 @@ class TokenContract:
         if edges != sorted(set(edges)) or not all(0 <= edge <= self.vocab_size for edge in edges):
             raise ValueError(f"ids_without_token={ranges} are no ascending ranges in [0, {self.vocab_size})")
         object.__setattr__(self, "ids_without_token", ranges)
+        others = tuple(int(token_id) for token_id in self.other_eos_ids)
+        object.__setattr__(self, "other_eos_ids", others)
+        special = {self.backspace_id, *self.eos_ids}
+        if len(special) != 2 + len(others) or not 0 <= min(special) <= max(special) < self.vocab_size:
+            raise ValueError(
+                f"backspace {self.backspace_id} and the <eos> ids {self.eos_ids} must differ and lie in "
+                f"[0, {self.vocab_size})"
+            )
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a rollout, the one of demonstrations first."""
+        return (self.eos_id, *self.other_eos_ids)
 
     def has_token(self) -> npt.NDArray[np.bool_]:
         """[vocab_size] whether a token, or backspace, has the id."""
@@ -68,7 +84,7 @@ class TokenContract:
         return has_token
 
     def to_metadata(self) -> dict[bytes, bytes]:
-        """Schema metadata, with the schema version; where every id has a token, no key for those without."""
+        """Schema metadata, with the schema version; without the keys of fields that are empty."""
         ranges = " ".join(f"{begin}:{end}" for begin, end in self.ids_without_token)
         return {
             b"schema_version": str(SCHEMA_VERSION).encode(),
@@ -77,6 +93,7 @@ class TokenContract:
             b"eos_id": str(self.eos_id).encode(),
             b"tokenizer_hash": self.tokenizer_hash.encode(),
             **({_WITHOUT_TOKEN: ranges.encode()} if ranges else {}),
+            **({_OTHER_EOS: " ".join(map(str, self.other_eos_ids)).encode()} if self.other_eos_ids else {}),
         }
 
     @classmethod
@@ -98,6 +115,7 @@ class TokenContract:
             eos_id=_read_int(metadata, "eos_id"),
             tokenizer_hash=_read(metadata, "tokenizer_hash"),
             ids_without_token=_read_ranges(metadata),
+            other_eos_ids=_read_ids(metadata, _OTHER_EOS),
         )
 
 
@@ -114,6 +132,14 @@ def _read_int(metadata: Mapping[bytes, bytes], name: str) -> int:
         return int(value)
     except ValueError:
         raise ValueError(f"trajectory schema metadata holds {name}={value!r}, which is not a number") from None
+
+
+def _read_ids(metadata: Mapping[bytes, bytes], name: bytes) -> tuple[int, ...]:
+    text = metadata.get(name, b"").decode()
+    try:
+        return tuple(int(part) for part in text.split())
+    except ValueError:
+        raise ValueError(f"trajectory schema metadata holds {name.decode()}={text!r}, which are no ids") from None
 
 
 def _read_ranges(metadata: Mapping[bytes, bytes]) -> IdRanges:

@@ -290,7 +290,7 @@ def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findi
     else:
         realised = actions.elements.to_numpy()
     ends = np.zeros(len(rows), dtype=np.bool_)
-    if (is_eos := realised == contract.eos_id).any():
+    if (is_eos := np.isin(realised, contract.eos_ids)).any():
         eos = np.flatnonzero(is_eos)
         log = np.searchsorted(actions.offsets, eos, side="right") - 1
         is_last = eos == actions.offsets[log + 1] - 1

@@ -143,7 +143,7 @@ def encode_prompt(checkpoint: Checkpoint, prompt: str) -> list[int]:
     """
     from buffer.experts.tokenizer import prompt_prefix
 
-    actions = [checkpoint.contract.backspace_id, checkpoint.contract.eos_id]
+    actions = [checkpoint.contract.backspace_id, *checkpoint.contract.eos_ids]
     for token in checkpoint.tokenizer.convert_ids_to_tokens(actions):
         if token in prompt:
             raise ValueError(f"the prompt contains {token!r}, which is an action and no text: leave it out")

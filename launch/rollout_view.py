@@ -100,7 +100,7 @@ def view_rollout(
 def _runs(log: ActionLogs, survives: Bool, foreign: Bool, contract: TokenContract) -> list[Int64]:
     """Events of each segment: consecutive appends of one kind, `<eos>` left out."""
     times = np.arange(len(log.actions))
-    shown = ~np.isin(log.realised, [contract.backspace_id, contract.eos_id])
+    shown = ~np.isin(log.realised, [contract.backspace_id, *contract.eos_ids])
     # A segment ends where something is not shown, and where the kind changes.
     kind = np.where(shown, 2 * survives + foreign, -1)
     pieces = np.split(times, np.flatnonzero(np.diff(kind)) + 1)

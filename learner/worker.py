@@ -129,7 +129,7 @@ class LearnerWorker:
             self._task = load_task(
                 task_settings, policy.tokenizer, backspace_id=policy.backspace_id, max_length=max_length
             )
-        self._contract = self._task.contract(policy.model.config.vocab_size)
+        self._contract = self._task.contract(policy.model.config.vocab_size, policy.other_eos_ids)
         if self._ranks.leads:
             check_can_be_saved(policy.model, self._task.tokenizer, self._contract)
             check_writable(self._spec.settings.checkpoint_dir, self._folder)
@@ -146,6 +146,7 @@ class LearnerWorker:
             max_nodes_per_batch=self._spec.settings.max_nodes_per_batch,
             max_positions=max_length,
             offers_backspace=self._spec.offers_backspace,
+            other_eos_ids=self._contract.other_eos_ids,
         )
         self._probe = make_probe(self._contract, self._spec.seed)
         if not self._ranks.leads:

@@ -8,9 +8,12 @@ from typing import Literal
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from buffer.schema import TokenContract
+
 PAD_ID, BOS_ID, EOS_ID, BACKSPACE_ID = 0, 1, 2, 3
 FIRST_TEXT_ID = 4
 VOCAB_SIZE = 256
+CONTRACT = TokenContract(VOCAB_SIZE, BACKSPACE_ID, EOS_ID, tokenizer_hash="tiny")
 IDS_WITHOUT_TOKEN = ((90, 94), (240, 256))
 """For tests of vocabularies with a hole and padding: a model has rows for these ids, its tokenizer no token."""
 

@@ -1,6 +1,6 @@
 """A vLLM engine in which the model can take tokens back.
 
-    engine = BackspaceEngine(EngineSettings(model_dir), backspace_id=3, eos_id=2)
+    engine = BackspaceEngine(EngineSettings(model_dir), contract)
     engine.add("a", prompt_ids, SamplingSettings(max_new_tokens=64, max_actions=128))
     while engine.num_unfinished:
         logs += engine.step()
@@ -34,7 +34,7 @@ from actors.engine.decoding_state import EXTRA_ARGS_KEY, DecodingState
 from actors.engine.logits_processor import IDS_WITHOUT_TOKEN
 from actors.engine.settings import EngineSettings, SamplingSettings, check_environment, engine_environment
 from actors.engine.weight_loading import ExpectedTensors, Shape, load_in_place
-from buffer.schema import IdRanges
+from buffer.schema import TokenContract
 
 __all__ = ["BackspaceEngine", "EngineSettings", "FinishedLog", "SamplingSettings", "engine_environment"]
 
@@ -56,10 +56,9 @@ class BackspaceEngine:
 
     Args:
         settings: see `EngineSettings`.
-        backspace_id: id of the backspace action. It is never part of the model's input.
-        eos_id: id that ends a text; it can't be taken back.
+        contract: what the ids mean. Backspace is never part of the model's input; an `<eos>` can't be taken back; ids
+            without a token are never sampled, and no prompt may hold one.
         version: policy version of the weights that `model_dir` holds (ignored with `load_format="dummy"`).
-        ids_without_token: ids that are never sampled, and that no prompt may hold; see `TokenContract`.
 
     Raises:
         ValueError: vLLM was configured, or the model is built, in a way that can't be rolled back.
@@ -69,30 +68,18 @@ class BackspaceEngine:
     scheduler_cls: ClassVar[str] = "actors.engine.backspace_scheduler.BackspaceScheduler"
     logits_processors: ClassVar[tuple[str, ...]] = ("actors.engine.logits_processor:BackspaceLogitsProcessor",)
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        backspace_id: int,
-        eos_id: int,
-        version: int = 0,
-        ids_without_token: IdRanges = (),
-    ) -> None:
+    def __init__(self, settings: EngineSettings, contract: TokenContract, version: int = 0) -> None:
         check_environment()
         self.settings = settings
-        self.backspace_id = backspace_id
-        self.eos_id = eos_id
-        self.ids_without_token = ids_without_token
+        self.contract = contract
         config = self._engine_args(settings).create_engine_config()
         # VLLM_CPU_KVCACHE_SPACE would override the setting silently.
         config.cache_config.kv_cache_memory_bytes = settings.kv_cache_bytes
         check_vllm_config(config)
         check_fit(config, settings.kv_cache_bytes)
         self.vocab_size: int = config.model_config.get_vocab_size()
-        for name, token_id in (("backspace_id", backspace_id), ("eos_id", eos_id)):
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"{name}={token_id} is outside of the model's vocabulary of {self.vocab_size} ids")
-        if backspace_id == eos_id:
-            raise ValueError(f"backspace_id and eos_id are both {eos_id}")
+        if contract.vocab_size != self.vocab_size:
+            raise ValueError(f"the contract has {contract.vocab_size} ids, the model {self.vocab_size}")
         self._expected = ExpectedTensors.of_model(settings.model_dir)
         self._llm = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         self._core = self._llm.engine_core.engine_core
@@ -123,7 +110,7 @@ class BackspaceEngine:
             logits_processors=list(self.logits_processors),
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
-            additional_config={IDS_WITHOUT_TOKEN: self.ids_without_token},
+            additional_config={IDS_WITHOUT_TOKEN: self.contract.ids_without_token},
         )
 
     @property
@@ -157,8 +144,8 @@ class BackspaceEngine:
         self._check_usable()
         if request_id in self._unfinished:
             raise ValueError(f"request id {request_id!r} is already in use")
-        prompt = self._token_ids(prompt_ids, "prompt_ids", forbidden={self.backspace_id})
-        forced = self._token_ids(planted, "planted", forbidden={self.backspace_id, self.eos_id})
+        prompt = self._token_ids(prompt_ids, "prompt_ids", forbidden={self.contract.backspace_id})
+        forced = self._token_ids(planted, "planted", forbidden={self.contract.backspace_id, *self.contract.eos_ids})
         if not 1 <= len(prompt) < self.settings.max_length:
             raise ValueError(
                 f"a prompt needs 1 to {self.settings.max_length - 1} tokens, because max_length="
@@ -167,13 +154,13 @@ class BackspaceEngine:
         room = min(sampling.max_new_tokens, sampling.max_actions, self.settings.max_length - len(prompt))
         if len(forced) > room:
             raise ValueError(f"request {request_id!r} plants {len(forced)} tokens, its limits leave room for {room}")
-        masked = () if sampling.backspace else (self.backspace_id,)
+        masked = () if sampling.backspace else (self.contract.backspace_id,)
         state = DecodingState(
-            backspace_id=self.backspace_id,
+            backspace_id=self.contract.backspace_id,
             allow_backspace=sampling.backspace,
             max_actions=sampling.max_actions,
             planted=tuple(forced.tolist()),
-            always_masked=(*masked, self.eos_id) if sampling.ban_eos else masked,
+            always_masked=(*masked, *self.contract.eos_ids) if sampling.ban_eos else masked,
             ban_deleted=sampling.ban_deleted,
         )
         params = SamplingParams(
@@ -181,7 +168,7 @@ class BackspaceEngine:
             top_p=sampling.top_p,
             max_tokens=sampling.max_new_tokens,
             ignore_eos=True,
-            stop_token_ids=[self.eos_id],
+            stop_token_ids=list(self.contract.eos_ids),
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
@@ -342,7 +329,7 @@ class BackspaceEngine:
         ids = np.asarray(values, dtype=np.int32).reshape(-1)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise ValueError(f"{name} holds ids outside of the vocabulary of {self.vocab_size}")
-        for begin, end in self.ids_without_token:
+        for begin, end in self.contract.ids_without_token:
             if ((ids >= begin) & (ids < end)).any():
                 raise ValueError(f"{name} holds an id that has no token (ids {begin} to {end - 1} have none)")
         for token_id in forbidden:

@@ -65,9 +65,7 @@ class EngineRank:
         """Build the engine together with the other ranks; gives its digest, as all calls do."""
         from actors.engine.ranked_engine import RankedEngine
 
-        self._engine = RankedEngine(
-            settings, contract.backspace_id, contract.eos_id, place, ids_without_token=contract.ids_without_token
-        )
+        self._engine = RankedEngine(settings, contract, place)
         return self._engine.digest
 
     def repeat(self, calls: Sequence[EngineCall]) -> int:
@@ -132,14 +130,7 @@ class RankGroup:
             rank.build.remote(settings, contract, place) for rank, place in zip(self._others, places[1:], strict=True)
         ]
         with self._together(building):
-            self.engine: LeadingEngine = LeadingEngine(
-                settings,
-                contract.backspace_id,
-                contract.eos_id,
-                places[0],
-                self._telling,
-                ids_without_token=contract.ids_without_token,
-            )
+            self.engine: LeadingEngine = LeadingEngine(settings, contract, places[0], self._telling)
         self.settle()
 
     def take_weights(

@@ -15,7 +15,7 @@ from actors.engine.action_log import FinishedLog
 from actors.engine.engine import BackspaceEngine, TokenIds
 from actors.engine.rank_executor import RankExecutor, RankPlace, meet
 from actors.engine.settings import EngineSettings, SamplingSettings
-from buffer.schema import IdRanges
+from buffer.schema import TokenContract
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,13 @@ class RankedEngine(BackspaceEngine):
     def __init__(
         self,
         settings: EngineSettings,
-        backspace_id: int,
-        eos_id: int,
+        contract: TokenContract,
         place: RankPlace,
         version: int = 0,
-        ids_without_token: IdRanges = (),
     ) -> None:
         self._place = place
         meet(place)
-        super().__init__(settings, backspace_id, eos_id, version, ids_without_token)
+        super().__init__(settings, contract, version)
         torch.manual_seed(settings.seed)  # building may have taken numbers, another amount on each rank
 
     def _engine_args(self, settings: EngineSettings) -> EngineArgs:
@@ -105,16 +103,14 @@ class LeadingEngine(RankedEngine):
     def __init__(
         self,
         settings: EngineSettings,
-        backspace_id: int,
-        eos_id: int,
+        contract: TokenContract,
         place: RankPlace,
         telling: Callable[[Sequence[EngineCall]], AbstractContextManager[None]],
         version: int = 0,
-        ids_without_token: IdRanges = (),
     ) -> None:
         self._telling = telling
         self._untold: list[EngineCall] = []  # until the next step
-        super().__init__(settings, backspace_id, eos_id, place, version, ids_without_token)
+        super().__init__(settings, contract, place, version)
 
     def add(self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, planted: TokenIds = ()) -> None:
         """See `BackspaceEngine.add`."""

@@ -130,8 +130,9 @@ class RolloutScoring:
     def _answers(self, rollouts: pa.RecordBatch) -> list[Answer]:
         logs = ActionLogs.from_batch(rollouts)
         offsets, ids = final_token_ids(logs, replay(logs, self._contract.backspace_id), self._contract.backspace_id)
-        kept_before = np.concatenate([[0], np.cumsum(ids != self._contract.eos_id)])
-        answers = Ragged(kept_before[offsets], ids[ids != self._contract.eos_id])
+        is_text = ~np.isin(ids, self._contract.eos_ids)
+        kept_before = np.concatenate([[0], np.cumsum(is_text)])
+        answers = Ragged(kept_before[offsets], ids[is_text])
         prompts = Ragged(logs.prompt_offsets, logs.prompt_ids)
         references = [self._targets[self._row_of_prompt[prompt.tobytes()]] for prompt in prompts.rows()]
         columns = zip(

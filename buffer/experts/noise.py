@@ -17,6 +17,7 @@ section on backspace demonstrations.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,7 +136,9 @@ def prefixes_at(prompts: Ragged, targets: Ragged, positions: Int64) -> Ragged:
     return prefixes
 
 
-def insert_noise(targets: Ragged, positions: Int64, tokens: Int32, backspace_id: int, eos_id: int) -> NoisyLogs:
+def insert_noise(
+    targets: Ragged, positions: Int64, tokens: Int32, backspace_id: int, eos_ids: Sequence[int]
+) -> NoisyLogs:
     """Plant `tokens` [K] before the target positions [K] (ascending, at most one each); void draws are left
     out.
 
@@ -144,7 +147,7 @@ def insert_noise(targets: Ragged, positions: Int64, tokens: Int32, backspace_id:
     """
     if len(positions) != len(tokens):
         raise ValueError(f"{len(positions)} noise positions need as many tokens, not {len(tokens)}")
-    void = (tokens == targets.values[positions]) | (tokens == eos_id) | (tokens == backspace_id)
+    void = (tokens == targets.values[positions]) | np.isin(tokens, [*eos_ids, backspace_id])
     positions, tokens = positions[~void], tokens[~void].astype(np.int32, copy=False)
     width = np.ones(len(targets.values), dtype=np.int64)
     width[positions] = 3

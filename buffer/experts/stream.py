@@ -127,7 +127,7 @@ class ExpertStream:
 
     def realise(self, plan: NoisePlan, tokens: Int32) -> pa.RecordBatch:
         """Expert trajectories of a plan with its noise tokens [K]; void ones are left out (buffer.experts.noise)."""
-        logs = insert_noise(plan.targets, plan.positions, tokens, self._contract.backspace_id, self._contract.eos_id)
+        logs = insert_noise(plan.targets, plan.positions, tokens, self._contract.backspace_id, self._contract.eos_ids)
         count = plan.targets.num_rows
         serials = pa.array(np.arange(plan.serial, plan.serial + count)).cast(pa.string())
         ends_in_eos = plan.targets.last_values == self._contract.eos_id

@@ -45,9 +45,9 @@ class Task:
     random_noise: NoiseCandidates
     is_correct: Callable[[str, Mapping[str, object]], bool] | None
 
-    def contract(self, vocab_size: int | None = None) -> TokenContract:
+    def contract(self, vocab_size: int | None = None, other_eos_ids: tuple[int, ...] = ()) -> TokenContract:
         """The contract of this task's trajectories for a model of `vocab_size` (default: the tokenizer's)."""
-        return token_contract(self.tokenizer, self.backspace_id, vocab_size)
+        return token_contract(self.tokenizer, self.backspace_id, vocab_size, other_eos_ids)
 
     def noise_candidates(self, kind: NoiseKind) -> NoiseCandidates | None:
         """What noise of this kind is drawn from; None where nothing is (`none`) or the policy is (`policy`)."""
@@ -59,7 +59,7 @@ class Task:
         Raises:
             ValueError: the contract is of other tokens than the task's.
         """
-        own = self.contract(contract.vocab_size)
+        own = self.contract(contract.vocab_size, contract.other_eos_ids)
         if contract != own:
             raise ValueError(f"the run's contract {contract} is not that of the task's tokenizer, {own}")
         return ExpertStream(

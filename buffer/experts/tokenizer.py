@@ -62,7 +62,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def token_contract(
-    tokenizer: PreTrainedTokenizerBase, backspace_id: int, vocab_size: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    backspace_id: int,
+    vocab_size: int | None = None,
+    other_eos_ids: tuple[int, ...] = (),
 ) -> TokenContract:
     """The contract of trajectories written with `tokenizer`.
 
@@ -85,6 +88,7 @@ def token_contract(
         eos_id=tokenizer.eos_token_id,
         tokenizer_hash=tokenizer_hash(tokenizer),
         ids_without_token=_absent_ids(ids, size),
+        other_eos_ids=other_eos_ids,
     )
 
 

@@ -49,8 +49,7 @@ def bench_rollouts(
                 opened = open_checkpoint(checkpoint)
             found = measure(
                 str(checkpoint),
-                backspace_id=opened.contract.backspace_id,
-                eos_id=opened.contract.eos_id,
+                contract=opened.contract,
                 batch=batch,
                 num_actions=num_actions,
                 repetitions=repetitions,

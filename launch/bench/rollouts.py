@@ -23,8 +23,9 @@ import numpy as np
 
 from actors.engine.action_log import FinishedLog, Int32
 from actors.engine.settings import EngineSettings, SamplingSettings, engine_environment
+from buffer.schema import TokenContract
 from launch.bench.hardware import hardware
-from launch.bench.tiny_llama import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, write_tiny_llama
+from launch.bench.tiny_llama import FIRST_TEXT_ID, TINY_CONTRACT, write_tiny_llama
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -41,8 +42,7 @@ Side = Literal["plain", "backspace"]
 @dataclass(frozen=True)
 class _Workload:
     settings: EngineSettings
-    backspace_id: int
-    eos_id: int
+    contract: TokenContract
     num_actions: int
     prompts: Sequence[Int32]
 
@@ -58,8 +58,7 @@ class _Measurement:
 def bench_rollouts(
     model_dir: str | None = None,
     *,
-    backspace_id: int = BACKSPACE_ID,
-    eos_id: int = EOS_ID,
+    contract: TokenContract = TINY_CONTRACT,
     rates: Sequence[float] = (0.05, 0.2),
     batch: int = 64,
     num_actions: int = 128,
@@ -73,6 +72,7 @@ def bench_rollouts(
 
     Args:
         model_dir: folder in Hugging Face format; None builds a tiny one, for which the engine's own work counts most.
+        contract: of the model.
         rates: shares of backspaces among the actions.
         batch: rollouts at a time. num_actions: actions per rollout.
         repetitions: of each pair of measurements.
@@ -101,7 +101,7 @@ def bench_rollouts(
         shape = (-(-batch // ROLLOUTS_PER_PROMPT), PROMPT_LENGTH)
         distinct = generator.integers(FIRST_TEXT_ID, 512, shape, dtype=np.int32)
         prompts = [distinct[index // ROLLOUTS_PER_PROMPT] for index in range(batch)]
-        load = _Workload(settings, backspace_id, eos_id, num_actions, prompts)
+        load = _Workload(settings, contract, num_actions, prompts)
         with _engine_process("plain", load, timeout_s) as plain, _engine_process("backspace", load, timeout_s) as ours:
             speeds: dict[tuple[Side, float], list[float]] = {}
             counts: dict[float, list[int]] = {rate: [0, 0] for rate in rates}
@@ -180,8 +180,8 @@ def _serve(side: Side, load: _Workload, connection: multiprocessing.connection.C
     os.environ.update(engine_environment(load.settings))
     from launch.bench.forced_rate import ForcedRateProcessor
 
-    ForcedRateProcessor.masked_ids = (load.backspace_id, load.eos_id)
-    ForcedRateProcessor.forced_id = load.backspace_id if side == "backspace" else FIRST_TEXT_ID
+    ForcedRateProcessor.masked_ids = (load.contract.backspace_id, *load.contract.eos_ids)
+    ForcedRateProcessor.forced_id = load.contract.backspace_id if side == "backspace" else FIRST_TEXT_ID
     plain = _plain_engine(load) if side == "plain" else None
     ours = _backspace_engine(load) if side == "backspace" else None
     while True:
@@ -198,7 +198,7 @@ def _backspace_engine(load: _Workload) -> BackspaceEngine:
     class BenchEngine(BackspaceEngine):
         logits_processors = (*BackspaceEngine.logits_processors, "launch.bench.forced_rate:ForcedRateProcessor")
 
-    return BenchEngine(load.settings, load.backspace_id, load.eos_id)
+    return BenchEngine(load.settings, load.contract)
 
 
 def _run_backspace(engine: BackspaceEngine | None, load: _Workload) -> _Measurement:
@@ -211,7 +211,7 @@ def _run_backspace(engine: BackspaceEngine | None, load: _Workload) -> _Measurem
     while engine.num_unfinished:
         logs += engine.step()
     wall_s = time.perf_counter() - started
-    num_backspaces = sum(int((log.actions == load.backspace_id).sum()) for log in logs)
+    num_backspaces = sum(int((log.actions == load.contract.backspace_id).sum()) for log in logs)
     return _Measurement(sum(len(log.actions) for log in logs), num_backspaces, wall_s, logs[:8])
 
 
@@ -275,14 +275,14 @@ def _max_logprob_error(model_dir: str, logs: Sequence[FinishedLog], load: _Workl
         computed: list[int] = []  # text that `logits` [tokens, vocabulary] belong to
         logits = torch.empty(0)
         for action, recorded in zip(log.actions.tolist(), log.logprobs.tolist(), strict=True):
-            if action == load.backspace_id:
+            if action == load.contract.backspace_id:
                 worst = max(worst, abs(recorded))  # forced: probability one
                 text.pop()
                 continue
             if computed[: len(text)] != text:
                 with torch.no_grad():
                     logits = model(torch.tensor([text])).logits[0].float()
-                logits[:, [load.backspace_id, load.eos_id]] = -torch.inf
+                logits[:, [load.contract.backspace_id, *load.contract.eos_ids]] = -torch.inf
                 computed = list(text)
             expected = logits[len(text) - 1].log_softmax(-1)[action].item()
             worst = max(worst, abs(expected - recorded))

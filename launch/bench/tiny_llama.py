@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from buffer.schema import TokenContract
+
 BACKSPACE_ID, EOS_ID = 3, 2
 FIRST_TEXT_ID = 4
+VOCAB_SIZE = 512
+TINY_CONTRACT = TokenContract(VOCAB_SIZE, BACKSPACE_ID, EOS_ID, tokenizer_hash="random")
 
 
-def write_tiny_llama(folder: Path, max_length: int, vocab_size: int = 512, seed: int = 0) -> Path:
+def write_tiny_llama(folder: Path, max_length: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Path:
     """Write config.json and float32 safetensors of a 4-layer model of width 256 into `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

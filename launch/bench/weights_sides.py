@@ -131,7 +131,9 @@ class TakingActor:
 
             with tempfile.TemporaryDirectory() as folder:
                 config.save_pretrained(folder)
-                self._engine = BackspaceEngine(replace(settings, model_dir=folder), backspace_id=3, eos_id=2)
+                self._engine = BackspaceEngine(
+                    replace(settings, model_dir=folder), TokenContract(config.vocab_size, 3, 2, "random")
+                )
 
     def ready(self) -> int:
         """Process id, once the engine stands."""

@@ -138,7 +138,7 @@ def _judge_tokens(logs: ActionLogs, played: Replay, references: Ragged, contract
     change = np.where(is_append, is_mistake.astype(np.int64), -is_mistake[played.state].astype(np.int64))
     before = np.concatenate([[0], np.cumsum(change)])
     mistakes = before[:-1] - before[logs.offsets[:-1]][played.log]
-    return in_reference & (mistakes == 0) & (logs.realised != contract.eos_id), right
+    return in_reference & (mistakes == 0) & ~np.isin(logs.realised, contract.eos_ids), right
 
 
 def _check_alignment(batch: pa.RecordBatch, examples: Dataset) -> None:

@@ -45,7 +45,7 @@ def contrastive_rollouts(
         room = min(sampling.max_new_tokens, sampling.max_actions, max_length - len(prompts[batch[0]]))
         ids, logprobs = search(model, np.stack([prompts[index] for index in batch]), room, arm.contrastive, contract)
         for index, actions, chosen in zip(batch, ids, logprobs, strict=True):
-            ended = np.flatnonzero(actions == contract.eos_id)
+            ended = np.flatnonzero(np.isin(actions, contract.eos_ids))
             length = int(ended[0]) + 1 if len(ended) else len(actions)
             logs[index] = FinishedLog(
                 request_id=f"{arm.name}/{index}",
@@ -81,6 +81,7 @@ def search(
     last = context[:, -1]
     rows = torch.arange(num_prompts, device=model.device)
     chosen_ids, chosen_logprobs = [], []
+    eos_ids = torch.tensor(contract.eos_ids, device=model.device)
     ended = torch.zeros(num_prompts, dtype=torch.bool, device=model.device)
     for _ in range(num_tokens):
         logits = head(last).float()
@@ -98,7 +99,7 @@ def search(
         context = torch.cat([context, last[:, None]], dim=1)
         chosen_ids.append(candidates[rows, best])
         chosen_logprobs.append(logprobs[rows, best])
-        ended |= chosen_ids[-1] == contract.eos_id
+        ended |= torch.isin(chosen_ids[-1], eos_ids)
         if ended.all():
             break
     ids = torch.stack(chosen_ids, 1).cpu().numpy().astype(np.int32)

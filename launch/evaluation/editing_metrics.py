@@ -54,7 +54,7 @@ def planted_taken_back(
 def final_texts(logs: ActionLogs, played: Replay, contract: TokenContract) -> Ragged:
     """What remains of each log, without `<eos>`."""
     offsets, ids = final_token_ids(logs, played, contract.backspace_id)
-    is_text = ids != contract.eos_id
+    is_text = ~np.isin(ids, contract.eos_ids)
     kept_before = np.concatenate([[0], np.cumsum(is_text)])
     return Ragged(kept_before[offsets], ids[is_text])
 

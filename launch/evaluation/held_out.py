@@ -41,7 +41,13 @@ def held_out_metrics(
     examples: columns `prompt_ids` and `target_ids`. max_length: longest text with its prompt, in tokens.
     """
     policy = TreePolicy(model, contract.backspace_id, contract.ids_without_token)
-    settings = TreeSettings(contract.backspace_id, contract.eos_id, MAX_NODES_PER_BATCH, max_length)
+    settings = TreeSettings(
+        contract.backspace_id,
+        contract.eos_id,
+        MAX_NODES_PER_BATCH,
+        max_length,
+        other_eos_ids=contract.other_eos_ids,
+    )
     loss, loss_without, backspace = (np.zeros(len(examples)) for _ in range(3))
     tokens, free = (np.zeros(len(examples)) for _ in range(2))
     for tree in build_micro_batches(_expert_logs(examples, contract), settings):

@@ -25,7 +25,7 @@ def lacks_wrong_tokens(examples: Dataset, candidates: NoiseCandidates, contract:
         axis=1,
         return_counts=True,
     )
-    special = [contract.eos_id, contract.backspace_id]
+    special = [*contract.eos_ids, contract.backspace_id]
     lacking = [
         count
         for group, first, count in zip(*pairs.tolist(), counts.tolist(), strict=True)
@@ -45,7 +45,7 @@ def plant_wrong_tokens(
         ValueError: an example has no candidate (see `lacks_wrong_tokens`).
     """
     first = first_targets(examples)
-    special = [np.full(len(examples), token, dtype=np.int32) for token in (contract.eos_id, contract.backspace_id)]
+    special = [np.full(len(examples), token, dtype=np.int32) for token in (*contract.eos_ids, contract.backspace_id)]
     groups = np.asarray(examples["noise_group"], dtype=np.int64)
     columns = [
         _draw(groups, candidates, np.stack([*special, *([first] if at == 0 else [])]), rng) for at in range(count)

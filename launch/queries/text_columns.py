@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 
 from buffer.experts.ragged import Ragged
@@ -58,7 +59,7 @@ class TextColumns:
         """
         logs = ActionLogs.from_batch(_batch(prompt_ids=prompt_ids, actions=actions, realised=realised))
         offsets, ids = final_token_ids(logs, replay(logs, self._contract.backspace_id), self._contract.backspace_id)
-        answers = [part[part != self._contract.eos_id].tolist() for part in Ragged(offsets, ids).rows()]
+        answers = [part[~np.isin(part, self._contract.eos_ids)].tolist() for part in Ragged(offsets, ids).rows()]
         prompts: list[list[int]] = prompt_ids.to_pylist()
         starts = self._decode_all(prompts)
         wholes = self._decode_all([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])

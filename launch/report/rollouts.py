@@ -135,7 +135,7 @@ def read_rollout(row: pa.RecordBatch, tokenizer: PreTrainedTokenizerBase, contra
 def _kind(written: int, contract: TokenContract) -> ActionKind:
     if written == contract.backspace_id:
         return "backspace"
-    return "end" if written == contract.eos_id else "write"
+    return "end" if written in contract.eos_ids else "write"
 
 
 def _deletes(stored: pa.Table, backspace_id: int) -> npt.NDArray[np.bool_]:

@@ -24,6 +24,7 @@ class TreeSettings:
     max_nodes_per_batch: int
     max_positions: int
     offers_backspace: bool = True
+    other_eos_ids: tuple[int, ...] = ()
 
 
 def build_micro_batches(batch: pa.RecordBatch, settings: TreeSettings) -> list[TreeBatch]:
@@ -35,18 +36,24 @@ def build_micro_batches(batch: pa.RecordBatch, settings: TreeSettings) -> list[T
     Raises:
         ValueError: a trajectory cannot be a state tree (see `build_tree_batch`).
     """
-    contract = {
-        "backspace_id": settings.backspace_id,
-        "eos_id": settings.eos_id,
-        "max_positions": settings.max_positions,
-    }
+    backspace_id, max_positions = settings.backspace_id, settings.max_positions
+    eos_ids = (settings.eos_id, *settings.other_eos_ids)
     parts = [batch]
     num_elements = len(batch.column("actions").flatten()) + len(batch.column("prompt_ids").flatten())
     if num_elements > settings.max_nodes_per_batch:
-        logs, played, _ = checked_logs(batch, **contract)
-        members = _split(logs, build_trie(logs, played, settings.backspace_id), settings.max_nodes_per_batch)
+        logs, played, _ = checked_logs(batch, backspace_id=backspace_id, eos_ids=eos_ids, max_positions=max_positions)
+        members = _split(logs, build_trie(logs, played, backspace_id), settings.max_nodes_per_batch)
         parts = [batch.take(pa.array(rows)) for rows in members]
-    return [build_tree_batch(part, **contract, offers_backspace=settings.offers_backspace) for part in parts]
+    return [
+        build_tree_batch(
+            part,
+            backspace_id=backspace_id,
+            eos_ids=eos_ids,
+            max_positions=max_positions,
+            offers_backspace=settings.offers_backspace,
+        )
+        for part in parts
+    ]
 
 
 def _split(logs: ActionLogs, trie: Trie, max_nodes: int) -> list[Int64]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, text = ".", "PROMPT"
 tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-backspace, eos = model.config.backspace_token_id, tokenizer.eos_token_id
+backspace, eos = model.config.backspace_token_id, model.generation_config.eos_token_id  # an id, or several
 no_token = [i for i in model.generation_config.suppress_tokens if i != backspace]  # ids that are never chosen
 prompt = tokenizer(text)["input_ids"]
 ids = list(prompt)
@@ -21,7 +21,7 @@ for _ in range(256):  # actions: tokens written and tokens taken back
     if len(ids) == len(prompt):
         logits[backspace] = -torch.inf  # the prompt cannot be taken back
     action = int(torch.multinomial(logits.softmax(-1), 1))
-    if action == eos:
+    if action in (eos if isinstance(eos, list) else [eos]):
         break
     ids = ids[:-1] if action == backspace else [*ids, action]
 print(tokenizer.decode(ids[len(prompt):]))

@@ -25,7 +25,7 @@ from buffer.experts.tokenizer import token_contract
 from learner.model.adapters import add_adapters, declare_untied
 from learner.model.backspace_row import initialise_backspace_row
 from learner.model.quantization import quantise_linear_layers
-from learner.model.saved_configs import mend_configs
+from learner.model.saved_configs import align_eos, mend_configs
 from learner.model.support import check_supported
 from learner.precision import hold_trained_parameters
 from learner.settings.model import ParamDtype, PretrainedModelSettings, ScratchModelSettings
@@ -38,7 +38,7 @@ class Policy:
     """A model that can take tokens back, its tokenizer, and the two ids that end and undo.
 
     is_row_new: the model was trained, but never with this backspace: its row says nothing yet.
-    notes: sentences for the user about what was changed in the model's configs.
+    notes: sentences for the user about what was changed in the model's configs. other_eos_ids: ids that end a text too.
     """
 
     model: PreTrainedModel
@@ -47,6 +47,7 @@ class Policy:
     eos_id: int
     is_row_new: bool
     notes: tuple[str, ...] = ()
+    other_eos_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,21 @@ def load_policy(
     model = load_model(settings, tokenizer)
     notes = _keep_two_embeddings(model)
     backspace_id = choose_backspace_id(tokenizer, model, settings)
-    contract = token_contract(tokenizer, backspace_id, model.get_input_embeddings().weight.shape[0])
+    other_eos_ids, of_eos = align_eos(model, tokenizer, backspace_id)
+    vocab_size: int = model.get_input_embeddings().weight.shape[0]
+    contract = token_contract(tokenizer, backspace_id, vocab_size, other_eos_ids)
     is_new = getattr(model.config, "backspace_token_id", None) != backspace_id
     if is_new:
         initialise_backspace_row(model, backspace_id, settings.seed, contract.ids_without_token)
         model.config.backspace_token_id = backspace_id
-    notes += mend_configs(model, tokenizer, contract)
+    notes += of_eos + mend_configs(model, contract)
     if isinstance(settings, PretrainedModelSettings):
         _adapt(model, settings)
     check_supported(model)
     if param_dtype is not None:
         hold_trained_parameters(model, getattr(torch, param_dtype))
     is_row_new = is_new and isinstance(settings, PretrainedModelSettings)
-    return Policy(model, tokenizer, backspace_id, int(tokenizer.eos_token_id), is_row_new, notes)
+    return Policy(model, tokenizer, backspace_id, contract.eos_id, is_row_new, notes, other_eos_ids)
 
 
 def load_model(

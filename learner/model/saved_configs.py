@@ -17,15 +17,50 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from buffer.schema import TokenContract
 
 
-def mend_configs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contract: TokenContract
-) -> tuple[str, ...]:
-    """Mend config and generation config of `model` (in place); gives a sentence for the user about each change.
+def align_eos(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, backspace_id: int
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Make config and generation config of `model` (in place) name the `<eos>` ids that end a text in training.
 
-    The `<eos>` of the tokenizer becomes the only one: in training, too, no other token ends a text. Backspace is kept
-    from generators that do not know the action, and ids without a token, of which training knows nothing.
+    The tokenizer's `<eos>` is the first. Where a config lists several, as those of chat models do, each of them ends a
+    text; a single other one is of another tokenizer and goes.
+
+    Returns:
+        The ids beside the tokenizer's, ascending; and a sentence for the user where a config named something else.
     """
-    notes = _align_eos(model, tokenizer)
+    eos_id = int(tokenizer.eos_token_id)
+    text_config, generation = model.config.get_text_config(), model.generation_config
+    named = {"config.json": text_config.eos_token_id}
+    if generation is not None:
+        named["generation_config.json"] = generation.eos_token_id
+    listed = {token_id for found in named.values() if isinstance(found, list) and len(found) > 1 for token_id in found}
+    others = sorted(listed.intersection(tokenizer.get_vocab().values()) - {eos_id, backspace_id})
+    ids = [eos_id, *others]
+    model.config.eos_token_id = text_config.eos_token_id = ids if others else eos_id
+    if generation is not None:
+        generation.eos_token_id = ids if others else eos_id
+    wrong = {file: found for file, found in named.items() if not _names_some_of(found, ids)}
+    if not wrong:
+        return tuple(others), ()
+    tokens = ", ".join(f"{tokenizer.convert_ids_to_tokens(token_id)} (id {token_id})" for token_id in ids)
+    words = " and ".join(f"{found} in {file}" for file, found in wrong.items())
+    note = f"a text ends with {tokens} alone, in training as in checkpoints and exports; the model came with {words}"
+    return tuple(others), (note,)
+
+
+def _names_some_of(found: object, ids: list[int]) -> bool:
+    """Whether a config's `<eos>` is the first of `ids`, or a list with it and no other ids than these."""
+    named = found if isinstance(found, list) else [found]
+    return ids[0] in named and set(named) <= set(ids)
+
+
+def mend_configs(model: PreTrainedModel, contract: TokenContract) -> tuple[str, ...]:
+    """Mend the generation config of `model` (in place) where it cannot be saved; gives a sentence for the user then.
+
+    Backspace is kept from generators that do not know the action, and ids without a token, of which training knows
+    nothing.
+    """
+    notes: tuple[str, ...] = ()
     generation = model.generation_config
     if generation is None:
         return notes
@@ -38,24 +73,6 @@ def mend_configs(
             "save that beside the other values there",
         )
     return notes
-
-
-def _align_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    eos_id = int(tokenizer.eos_token_id)
-    text_config, generation = model.config.get_text_config(), model.generation_config
-    named = {"config.json": text_config.eos_token_id}
-    if generation is not None:
-        named["generation_config.json"] = generation.eos_token_id
-        generation.eos_token_id = eos_id
-    model.config.eos_token_id = text_config.eos_token_id = eos_id
-    others = {file: found for file, found in named.items() if found not in (eos_id, [eos_id])}
-    if not others:
-        return ()
-    words = " and ".join(f"{found} in {file}" for file, found in others.items())
-    return (
-        f"a text ends with the tokenizer's <eos> alone, {tokenizer.eos_token} (id {eos_id}), in training as in "
-        f"checkpoints and exports; the model came with {words}",
-    )
 
 
 def _savable(config: GenerationConfig) -> tuple[GenerationConfig, dict[str, object]]:

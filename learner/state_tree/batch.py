@@ -13,6 +13,7 @@ Legend: L logs, A actions over all logs, N nodes (padded), M distinct states wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -134,7 +135,12 @@ class TreeBatch:
 
 
 def build_tree_batch(
-    batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, max_positions: int, offers_backspace: bool = True
+    batch: pa.RecordBatch,
+    *,
+    backspace_id: int,
+    eos_ids: Sequence[int],
+    max_positions: int,
+    offers_backspace: bool = True,
 ) -> TreeBatch:
     """Pack the trajectories of `batch` (schema of `buffer.schema`) into one tree per distinct first token.
 
@@ -143,7 +149,9 @@ def build_tree_batch(
     Raises:
         ValueError: see `checked_logs`; or some logs have features that others lack.
     """
-    logs, played, truncated = checked_logs(batch, backspace_id=backspace_id, eos_id=eos_id, max_positions=max_positions)
+    logs, played, truncated = checked_logs(
+        batch, backspace_id=backspace_id, eos_ids=eos_ids, max_positions=max_positions
+    )
     trie = build_trie(logs, played, backspace_id)
     number, subtree_end = preorder(trie)
     node_of_element = number[trie.node]
@@ -227,7 +235,7 @@ def _context(prompt: npt.NDArray[np.int32]) -> int:
 
 
 def checked_logs(
-    batch: pa.RecordBatch, *, backspace_id: int, eos_id: int, max_positions: int
+    batch: pa.RecordBatch, *, backspace_id: int, eos_ids: Sequence[int], max_positions: int
 ) -> tuple[ActionLogs, Replay, Bool]:
     """The logs of a batch, their states, and [L] whether each is truncated (did not end with `<eos>`).
 
@@ -240,7 +248,7 @@ def checked_logs(
         raise ValueError("cannot build a state tree from a batch without trajectories")
     played = replay(logs, backspace_id)
     truncated = ~_column_equals(batch, "finish_reason", "eos")
-    _check(logs, played, truncated, backspace_id=backspace_id, eos_id=eos_id, max_positions=max_positions)
+    _check(logs, played, truncated, backspace_id=backspace_id, eos_ids=eos_ids, max_positions=max_positions)
     return logs, played, truncated
 
 
@@ -250,7 +258,7 @@ def _column_equals(batch: pa.RecordBatch, name: str, value: str) -> Bool:
 
 
 def _check(
-    logs: ActionLogs, played: Replay, truncated: Bool, *, backspace_id: int, eos_id: int, max_positions: int
+    logs: ActionLogs, played: Replay, truncated: Bool, *, backspace_id: int, eos_ids: Sequence[int], max_positions: int
 ) -> None:
     prompt_lengths = np.diff(logs.prompt_offsets)
     if not prompt_lengths.all():
@@ -272,8 +280,9 @@ def _check(
         )
     ends = np.zeros(logs.num_logs, dtype=np.bool_)
     last = np.flatnonzero(logs.lengths)
-    ends[last] = logs.realised[logs.offsets[1:][last] - 1] == eos_id
-    num_eos = np.bincount(played.log[logs.realised == eos_id], minlength=logs.num_logs)
+    is_eos = np.isin(logs.realised, eos_ids)
+    ends[last] = is_eos[logs.offsets[1:][last] - 1]
+    num_eos = np.bincount(played.log[is_eos], minlength=logs.num_logs)
     bad = (num_eos != ends) | (ends == truncated)
     if bad.any():
         raise ValueError(

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from actors.engine.settings import EngineSettings, engine_environment
+from buffer.schema import TokenContract
+from tests.tiny_models import CONTRACT
 
 if TYPE_CHECKING:
     from actors.engine.engine import BackspaceEngine
-    from buffer.schema import IdRanges
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -102,27 +103,26 @@ _engine: BackspaceEngine | None = None
 
 
 def fresh_engine(
-    settings: EngineSettings, engine_class: type[BackspaceEngine] | None = None, ids_without_token: IdRanges = ()
+    settings: EngineSettings, engine_class: type[BackspaceEngine] | None = None, contract: TokenContract = CONTRACT
 ) -> BackspaceEngine:
     """Inside the engine process: end the engine of the test before and start one for the tiny models' ids."""
     global _engine  # noqa: PLW0603
     from actors.engine.engine import BackspaceEngine
-    from tests.tiny_models import BACKSPACE_ID, EOS_ID
 
     close_engine()
-    _engine = (engine_class or BackspaceEngine)(settings, BACKSPACE_ID, EOS_ID, ids_without_token=ids_without_token)
+    _engine = (engine_class or BackspaceEngine)(settings, contract)
     return _engine
 
 
-def shared_engine(settings: EngineSettings, ids_without_token: IdRanges = ()) -> BackspaceEngine:
+def shared_engine(settings: EngineSettings, contract: TokenContract = CONTRACT) -> BackspaceEngine:
     """Like `fresh_engine`, but keeps the engine of the test before where it is idle and is such a one."""
     if (
         _engine is not None
-        and (_engine.settings, _engine.ids_without_token) == (settings, ids_without_token)
+        and (_engine.settings, _engine.contract) == (settings, contract)
         and _engine.version == _engine.num_unfinished == 0
     ):
         return _engine
-    return fresh_engine(settings, ids_without_token=ids_without_token)
+    return fresh_engine(settings, contract=contract)
 
 
 def close_engine() -> None:

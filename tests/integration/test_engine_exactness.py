@@ -6,7 +6,7 @@ Of the model's vocabulary, some ids in the middle and at the end have no token (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from actors.engine.settings import EngineSettings, SamplingSettings
 from tests.integration.engine_worker import in_engine_process, in_engine_process_for, shared_engine
 from tests.integration.reference import compare, texts_of
 from tests.integration.traffic import Request, rollouts, shared_prompts
-from tests.tiny_models import BACKSPACE_ID, EOS_ID, IDS_WITHOUT_TOKEN, save_tiny_model, tiny_model
+from tests.tiny_models import BACKSPACE_ID, CONTRACT, EOS_ID, IDS_WITHOUT_TOKEN, save_tiny_model, tiny_model
 
 TOLERANCE = 1e-4
 
@@ -58,7 +58,7 @@ def generate(
     settings: EngineSettings, requests: list[Request], *, reset_every: int = 0, abort_every: int = 0
 ) -> Outcome:
     """Run requests to their end; now and then preempt everything, or abort one of the running requests."""
-    engine = shared_engine(settings, IDS_WITHOUT_TOKEN)
+    engine = shared_engine(settings, replace(CONTRACT, ids_without_token=IDS_WITHOUT_TOKEN))
     scheduler = engine._core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
     preempted = 0

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from actors.engine.action_log import FinishedLog, Float32, Int32
 from actors.engine.settings import EngineSettings, SamplingSettings
+from buffer.schema import TokenContract
 from tests.integration.engine_worker import in_engine_process, shared_engine
 from tests.integration.reference import compare, texts_of
 from tests.integration.traffic import Request, rollouts, shared_prompts
-from tests.tiny_models import BACKSPACE_ID, EOS_ID, save_tiny_model, tiny_model
+from tests.tiny_models import BACKSPACE_ID, CONTRACT, EOS_ID, save_tiny_model, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,9 @@ def generate(
     requests: list[Request],
     planted: dict[str, list[int]],
     preempt_after_steps: tuple[int, ...] = (),
+    contract: TokenContract = CONTRACT,
 ) -> list[FinishedLog]:
-    engine = shared_engine(settings)
+    engine = shared_engine(settings, contract)
     for request in requests:
         engine.add(request.request_id, request.prompt_ids, request.sampling, planted.get(request.request_id, ()))
     logs = []
@@ -126,6 +128,25 @@ def test_without_backspace_the_id_never_comes(settings: EngineSettings, model: P
     assert all((log.actions != BACKSPACE_ID).all() for log in logs)
     assert {log.finish_reason for log in logs} == {"eos", "max_length"}
     _assert_exact(logs, requests, model)
+
+
+def test_each_eos_of_several_ends_a_rollout(settings: EngineSettings, model: PreTrainedModel) -> None:
+    contract = replace(CONTRACT, other_eos_ids=tuple(range(40, 60)))
+    sampling = SamplingSettings(max_new_tokens=30, max_actions=90)
+    requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(shared_prompts(16, 33, seed=5))]
+    banned = [
+        replace(each, request_id=f"b{i}", sampling=replace(sampling, ban_eos=True)) for i, each in enumerate(requests)
+    ]
+    logs = in_engine_process(generate, settings, [*requests, *banned], {}, contract=contract)
+    ends = {log.actions[-1] for log in logs if log.finish_reason == "eos"}
+    assert len(ends & set(contract.other_eos_ids)) > 1
+    assert ends <= set(contract.eos_ids)
+    for log in logs:
+        assert not np.isin(log.actions[: None if log.finish_reason != "eos" else -1], contract.eos_ids).any()
+        assert (log.finish_reason == "eos") <= log.request_id.startswith("r")
+    assert not compare(
+        [log for log in logs if log.request_id[0] == "r"], {r.request_id: sampling for r in requests}, {0: model}
+    ).errors
 
 
 def draw_while_running(

@@ -15,18 +15,16 @@ from ray.actor import ActorHandle
 from transformers import PreTrainedModel
 
 from actors.engine.settings import EngineSettings, SamplingSettings, engine_environment
-from buffer.schema import TokenContract
 from buffer.weight_transport import ObjectStoreSender
 from tests.integration.local_ray import ROOT, local_ray
 from tests.integration.rank_group_worker import Publication, RankGroupWorker
 from tests.integration.reference import compare
 from tests.integration.test_weight_push import publication
 from tests.integration.traffic import Request, rollouts, shared_prompts
-from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, VOCAB_SIZE, perturbed, tiny_model
+from tests.tiny_models import CONTRACT, FIRST_TEXT_ID, VOCAB_SIZE, perturbed, tiny_model
 
 SIZE = 2
 TIMEOUT_S = 300.0
-CONTRACT = TokenContract(vocab_size=VOCAB_SIZE, backspace_id=BACKSPACE_ID, eos_id=EOS_ID, tokenizer_hash="tiny")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,6 @@ from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings, RolloutSettings
 from actors.status import PoolStatus
 from buffer.reading.reader import read_shard
-from buffer.schema import TokenContract
 from buffer.settings import BufferSettings, NoiseSettings
 from buffer.shards.service import ReplayBufferService
 from buffer.shards.shard import Shard
@@ -43,7 +42,7 @@ from learner.settings.transport import Transport
 from learner.state_tree.policy import TreePolicy, sequence_logprobs
 from tests.integration.local_ray import local_ray
 from tests.integration.reference import compare
-from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, VOCAB_SIZE, perturbed, tiny_model
+from tests.tiny_models import BACKSPACE_ID, CONTRACT, FIRST_TEXT_ID, VOCAB_SIZE, perturbed, tiny_model
 from tests.unit.learner.test_adapters import train_a_little
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +50,6 @@ ANSWER_TIMEOUT_S = 60.0
 START_TIMEOUT_S = 180.0
 POLL_S = 0.1
 ROWS = 24
-CONTRACT = TokenContract(vocab_size=VOCAB_SIZE, backspace_id=BACKSPACE_ID, eos_id=EOS_ID, tokenizer_hash="tiny")
 PROBE = make_probe(CONTRACT, seed=0)
 SETTINGS = ActorsSettings(
     count=1,

@@ -42,7 +42,7 @@ def noisy_rows(rows: list[list[int]], draws: list[list[int | None]]):
     flat = list(chain.from_iterable(draws))
     positions = np.array([index for index, drawn in enumerate(flat) if drawn is not None], dtype=np.int64)
     tokens = np.array([drawn for drawn in flat if drawn is not None], dtype=np.int32)
-    return insert_noise(ragged(rows), positions, tokens, BACKSPACE, EOS)
+    return insert_noise(ragged(rows), positions, tokens, BACKSPACE, [EOS])
 
 
 @given(st.lists(st.tuples(ANSWER, st.none() | st.integers(0, 9), st.booleans()), max_size=5))
@@ -86,6 +86,12 @@ def test_void_draws_leave_no_trace(void: int) -> None:
     assert logs.num_void == 1
 
 
+def test_no_eos_of_several_becomes_noise() -> None:
+    tokens = np.array([EOS, 9, 4], dtype=np.int32)
+    logs = insert_noise(ragged([[7, 8, 6, EOS]]), np.array([0, 1, 2]), tokens, BACKSPACE, [EOS, 9])
+    assert (logs.noise_tokens.tolist(), logs.num_void) == ([4], 2)
+
+
 def test_an_empty_answer_gets_noise_only_before_its_eos() -> None:
     logs = noisy_rows([[EOS]], [[9]])
     assert logs.actions.values.tolist() == [EOS, BACKSPACE, EOS]
@@ -93,7 +99,7 @@ def test_an_empty_answer_gets_noise_only_before_its_eos() -> None:
 
 def test_positions_and_tokens_must_agree() -> None:
     with pytest.raises(ValueError, match="2 noise positions need as many tokens, not 1"):
-        insert_noise(ragged([[7, 8]]), np.array([0, 1]), np.array([4], dtype=np.int32), BACKSPACE, EOS)
+        insert_noise(ragged([[7, 8]]), np.array([0, 1]), np.array([4], dtype=np.int32), BACKSPACE, [EOS])
 
 
 def test_prefixes_are_prompt_and_answer_so_far() -> None:

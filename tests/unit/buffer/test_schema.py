@@ -81,6 +81,20 @@ def test_schemas_of_other_tokens_differ_in_metadata_only():
     assert not other.equals(trajectory_schema(CONTRACT), check_metadata=True)
 
 
+def test_several_eos_are_kept_in_the_metadata():
+    contract = replace(CONTRACT, other_eos_ids=[9, 5])
+    assert contract.eos_ids == (2, 9, 5)
+    assert TokenContract.from_metadata(trajectory_schema(contract).metadata) == contract
+    with pytest.raises(ValueError, match="other_eos_ids='9 x', which are no ids"):
+        TokenContract.from_metadata(contract.to_metadata() | {b"other_eos_ids": b"9 x"})
+
+
+@pytest.mark.parametrize("changes", [{"other_eos_ids": (3,)}, {"other_eos_ids": (300,)}, {"backspace_id": 2}])
+def test_ids_with_a_meaning_of_their_own_differ_and_lie_in_the_vocabulary(changes):
+    with pytest.raises(ValueError, match=r"must differ and lie in \[0, 300\)"):
+        replace(CONTRACT, **changes)
+
+
 def test_metadata_of_others_is_no_obstacle():
     metadata = trajectory_schema(CONTRACT).metadata | {b"pandas": b"{}"}
     assert TokenContract.from_metadata(metadata) == CONTRACT

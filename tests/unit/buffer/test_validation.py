@@ -98,6 +98,20 @@ def test_other_values_that_are_no_log_probabilities(value):
     assert "no finite log-probability" in rejection.reason
 
 
+def test_each_eos_of_several_ends_a_text():
+    contract = dataclasses.replace(CONTRACT, other_eos_ids=(9,))
+    rows = [
+        row("first", [5, EOS]),
+        row("other", [5, 9], finish_reason="eos"),
+        row("both", [9, EOS], finish_reason="eos"),
+        row("goes on", [9, 5], finish_reason="max_actions"),
+    ]
+    rows.append(row("says another", [5, 9], finish_reason="max_actions"))
+    validated = validate(batch_of(rows, contract), contract)
+    assert ids_of(validated.good) == ["first", "other"]
+    assert [rejection.reason.split(":")[0] for rejection in validated.rejections][:2] == ["an action follows <eos>"] * 2
+
+
 def test_an_eos_at_the_end_that_noise_replaced_does_not_end_the_text():
     bad = expert_row("b", [5, EOS], realised=[None, 9])
     (rejection,) = validate(batch_of([bad]), CONTRACT).rejections
@@ -204,6 +218,7 @@ def test_replay_rules_against_a_plain_stack(logs):
         ({"backspace_id": 3}, "backspace_id 3"),
         ({"eos_id": 4}, "eos_id 4"),
         ({"vocab_size": 33}, "vocab_size 33"),
+        ({"other_eos_ids": (9,)}, r"other_eos_ids \(9,\)"),
     ],
 )
 def test_a_batch_of_another_contract_is_refused_as_a_whole(change, message):

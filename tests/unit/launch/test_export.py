@@ -119,7 +119,7 @@ def test_generate_of_transformers_stops_where_training_ended_texts(run, base, tm
     """The configs name another <eos> than the tokenizer: a base model under the tokenizer of a chat model."""
     for name in ("config.json", "generation_config.json"):
         fields = json.loads((base / name).read_text())
-        (base / name).write_text(json.dumps(fields | {"eos_token_id": [7, 5]}))
+        (base / name).write_text(json.dumps(fields | {"eos_token_id": 7}))
     policy, ids = trained(base, adapters=False), torch.tensor([[3, 5]])
     with torch.no_grad():  # the most likely first action by far
         hidden = policy.model.base_model(ids).last_hidden_state[0, -1]

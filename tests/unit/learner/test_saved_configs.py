@@ -66,25 +66,29 @@ def test_generators_are_kept_from_ids_without_a_token(base):
 
 
 @pytest.mark.parametrize(
-    ("of_config", "of_generation", "named"),
+    ("of_config", "of_generation", "ends", "named"),
     [
-        (2, 2, []),
-        (2, [2], []),
-        (5, 5, ["5 in config.json", "5 in generation_config.json"]),  # the tokenizer of a chat model on its base model
-        (2, [2, 5], ["[2, 5] in generation_config.json"]),
-        (2, None, ["None in generation_config.json"]),
+        (2, 2, 2, []),
+        (2, [2], 2, []),
+        (5, 5, 2, ["5 in config.json", "5 in generation_config.json"]),  # a chat model's tokenizer on its base model
+        (2, None, 2, ["None in generation_config.json"]),
+        (2, [2, 5], [2, 5], []),  # as Gemma and Llama for chats: the end of a text, and that of a turn
+        ([6, 5], [5, 6], [2, 5, 6], ["[6, 5] in config.json", "[5, 6] in generation_config.json"]),
+        (2, [2, 16, 99], 2, ["[2, 16, 99] in generation_config.json"]),  # backspace, and an id without a token
     ],
 )
-def test_the_eos_of_the_tokenizer_becomes_that_of_the_model(base, tmp_path, of_config, of_generation, named):
+def test_config_and_generation_config_name_what_ends_a_text(base, tmp_path, of_config, of_generation, ends, named):
     change(base / "config.json", eos_token_id=of_config)
     change(base / "generation_config.json", eos_token_id=of_generation)
     policy = load(base)
     assert policy.eos_id == 2
     assert len(policy.notes) == bool(named)
     assert all(words in note for note in policy.notes for words in [*named, "<eos> (id 2)"])
+    assert [policy.eos_id, *policy.other_eos_ids] == (ends if isinstance(ends, list) else [ends])
     path = save_checkpoint(tmp_path, policy.model, policy.tokenizer, progress_at(7), {})
-    assert AutoConfig.from_pretrained(path).eos_token_id == 2
-    assert AutoModelForCausalLM.from_pretrained(path).generation_config.eos_token_id == 2
+    assert AutoConfig.from_pretrained(path).eos_token_id == ends
+    assert AutoModelForCausalLM.from_pretrained(path).generation_config.eos_token_id == ends
+    assert (load(path).other_eos_ids, load(path).notes) == (policy.other_eos_ids, ())
 
 
 def test_what_cannot_be_saved_is_found_before_training(base):

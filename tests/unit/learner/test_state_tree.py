@@ -28,7 +28,7 @@ BACKSPACE, EOS, VOCAB = 3, 2, 11
 
 
 def build(logs: list[Log], max_positions: int = 64) -> TreeBatch:
-    return build_tree_batch(to_batch(logs), backspace_id=BACKSPACE, eos_id=EOS, max_positions=max_positions)
+    return build_tree_batch(to_batch(logs), backspace_id=BACKSPACE, eos_ids=[EOS], max_positions=max_positions)
 
 
 def text_of(tree: TreeBatch, node: int) -> list[int]:
@@ -86,7 +86,7 @@ def test_states_are_those_of_replay():
 def test_backspace_is_no_action_where_the_run_has_none():
     logs = [Log([1, 4], [5, 6, EOS]), NEVER_OFFERED]
     tree = build_tree_batch(
-        to_batch(logs), backspace_id=BACKSPACE, eos_id=EOS, max_positions=64, offers_backspace=False
+        to_batch(logs), backspace_id=BACKSPACE, eos_ids=[EOS], max_positions=64, offers_backspace=False
     )
     for masked in (tree.backspace_masked, tree.next_backspace_masked, tree.final_backspace_masked):
         assert masked.all()
@@ -178,9 +178,17 @@ def test_random_logs(logs):
     assert tree.num_nodes == len(texts)
 
 
+def test_each_eos_of_several_ends_a_log():
+    logs = [Log([5], [7, EOS]), Log([5], [7, 9])]
+    tree = build_tree_batch(to_batch(logs), backspace_id=BACKSPACE, eos_ids=[EOS, 9], max_positions=64)
+    assert tree.truncated.tolist() == [False, False]
+    with pytest.raises(ValueError, match="log 1: <eos> must be the last action where finish_reason is `eos`"):
+        build(logs)
+
+
 def test_a_slice_of_a_batch_is_like_its_copy():
     logs = [dataclasses.replace(log, reward=float(n), features=[n, -1.0]) for n, log in enumerate(HARD)]
-    arguments = {"backspace_id": BACKSPACE, "eos_id": EOS, "max_positions": 64}
+    arguments = {"backspace_id": BACKSPACE, "eos_ids": [EOS], "max_positions": 64}
     sliced = build_tree_batch(to_batch(logs).slice(2, 5), **arguments)
     copied = build_tree_batch(to_batch(logs[2:7]), **arguments)
     for field in dataclasses.fields(sliced):
