@@ -34,6 +34,7 @@ from launch.run.buffer_shards import BufferShards, check_buffer
 from launch.run.cost_models import check_cost_models
 from launch.run.learner_group import LearnerCall, LearnerFailedError, LearnerGroup
 from launch.run_folder.checkpoints import check_checkpoints, finished_stages, newest_published
+from launch.run_folder.examples import check_examples
 from launch.run_folder.folder import BUFFER_FOLDER
 from launch.run_folder.tokenizer import save_run_tokenizer
 from launch.settings.run import RunSettings, introduces_backspace, needs_actors
@@ -119,6 +120,7 @@ class _Crew:
             self._note("loading model and task")
             run = self._prepare(check_task)
             newest_version = newest_published(self._settings, self._folder, run.contract)
+            check_examples(run.task, self._folder)
             if any(needs_actors(stage, self._settings.noise) for stage in remaining):
                 self._start_actors(run, newest_version)
             self._note("")
