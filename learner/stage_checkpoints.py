@@ -14,6 +14,7 @@ from learner.checkpoints.progress import Progress
 from learner.checkpoints.store import CheckpointStore
 from learner.checkpoints.writer import CheckpointWriter, MetricMeans
 from learner.ranks.group import Ranks
+from learner.ranks.sharding import all_finite
 from learner.settings.stages import LearnerSettings, StageSettings
 from learner.trainer import Trainer
 
@@ -38,6 +39,7 @@ class StageCheckpoints:
         first_version: see `Progress`. on_durable: see `CheckpointWriter`; called at rank 0. saved_step: the stage goes
             on from the checkpoint of this step, which is not written again.
         """
+        self._ranks = ranks
         self._stage = stage
         self._first_version = first_version
         self._model = model
@@ -71,10 +73,16 @@ class StageCheckpoints:
         """Begin to write a checkpoint of now, unless there is one of this step already; waits for the one before.
 
         Raises:
-            TimeoutError, CheckpointWriteError: see `CheckpointWriter.wait`.
+            TimeoutError, CheckpointWriteError: see `CheckpointWriter.wait`. FloatingPointError: the weights are not
+                finite, so the checkpoint before is the last good one.
         """
         if self._saved_step == trainer.step:
             return
+        if not all_finite(self._model, self._ranks):
+            raise FloatingPointError(
+                f"step {trainer.step}: training has diverged; the weights are not finite and are not saved. Lower "
+                f"stages.{self._stage.name}.optimizer.learning_rate, then resume the run from the checkpoint before"
+            )
         self._saved_step = trainer.step
         state = trainer.state()
         if self._writer is None:

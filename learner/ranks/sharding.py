@@ -70,6 +70,16 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def all_finite(model: PreTrainedModel, ranks: Ranks) -> bool:
+    """Whether every trained parameter is a finite number, at all ranks (a collective call)."""
+    finite = True
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            finite = finite and bool(own.isfinite().all())
+    return ranks.maximum(int(not finite)) == 0
+
+
 def part_like(whole: Tensor, own: Tensor) -> Tensor:
     """This rank's part of `whole` (the same at every rank), as `own` is sharded; `whole` itself if it is not."""
     if not isinstance(own, DTensor) or whole.shape != own.shape:

@@ -328,3 +328,28 @@ def test_several_ranks_share_a_policy_that_a_discriminator_reads() -> None:
 def test_a_body_in_four_bits_is_not_copied() -> None:
     message = error_of(*ADVERSARIAL, "model.quantization=nf4", path=Path("launch/recipes/text_lora_cpu.yaml"))
     assert "model.quantization=nf4 that is frozen" in message
+
+
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "stages.trunk.optimizer.learning_rate={}",
+        "stages.trunk.optimizer.betas=[0.9, {}]",
+        "stages.sequencematch.objective.alpha={}",
+        "noise.rate={}",
+        "model.initializer_range={}",
+        "learner.num_gpus={}",
+        "learner.resources={{x: {}}}",
+        "learner.watch.max_log_prob_mismatch={}",
+        "actors.health_timeout_s={}",
+        "actors.rollout.temperature={}",
+        "buffer.max_age_s={}",
+        "cluster.object_store_gib={}",
+        "scoring.reward={{kind: classifier, name: x, at_least: {}}}",
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(setting: str, number: str) -> None:
+    override = setting.format(number)
+    assert "finite number" in error_of(override) or number == "-.inf", override
+    assert override.partition("=")[0].rpartition(".")[2] in error_of(override)

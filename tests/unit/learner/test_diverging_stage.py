@@ -46,6 +46,16 @@ def test_a_gradient_that_is_not_finite(tmp_path):
     assert [json.loads(row)["step"] for row in rows] == [1]
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+def test_weights_that_are_not_finite_are_no_last_good_checkpoint(tmp_path, steps):
+    """The loss before the step was; it would be found by the next step alone, and after the last one by nobody."""
+    worker = worker_in(tmp_path)
+    stage = stage_of({"name": "mle"}, learning_rate=1e39, warmup_steps=0, schedule="constant")
+    with pytest.raises(FloatingPointError, match=r"^step 1: .* not finite .* Lower stages\.only\.optimizer\.learning"):
+        worker.run_stage(stage.model_copy(update={"steps": steps}))
+    assert checkpoints_of(tmp_path / "checkpoints" / "only") == []
+
+
 def test_leaving_the_domain_of_a_divergence(tmp_path):
     """Large logits at the start, and an alpha that no divergence with a domain stands."""
     worker = worker_in(tmp_path)
