@@ -11,7 +11,8 @@ from pathlib import Path
 
 import typer
 
-from launch.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR, RunFailedError, UserError, is_disk_full
+from buffer.full_disk import is_disk_full
+from launch.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR, RunFailedError, UserError
 from launch.stop_signals import stop_exit_code, stop_signals_interrupt
 
 
@@ -25,7 +26,7 @@ def reported_errors() -> Iterator[None]:
         _end(str(error), EXIT_USER_ERROR)
     except RunFailedError as error:
         _end(str(error), EXIT_RUN_FAILED)
-    except OSError as error:
+    except Exception as error:
         if not is_disk_full(error):
             raise
         _end(f"{error}; make room there, then repeat the command", EXIT_USER_ERROR)
@@ -38,11 +39,13 @@ def setting_up() -> Iterator[None]:
     """Around the part of a command that meets what the user gave: files, models, values.
 
     Raises:
-        UserError: in place of ValueError, OSError and ImportError.
+        UserError: in place of ValueError, OSError and ImportError. OSError: a disk is full, see `reported_errors`.
     """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
+        if is_disk_full(error):
+            raise
         raise UserError(str(error)) from None
 
 

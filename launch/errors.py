@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-
 EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -18,8 +16,3 @@ class UserError(Exception):
 
 class RunFailedError(Exception):
     """A run that started well and could not go on. The message names who failed; the command exits with 1."""
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a disk, or the share of it that a user may have, is full."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

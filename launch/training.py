@@ -11,6 +11,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from buffer.full_disk import is_disk_full
 from launch.command_errors import setting_up
 from launch.errors import RunFailedError, UserError
 from launch.evaluation import Target, evaluate
@@ -49,8 +50,8 @@ def start_run(settings: RunSettings, name: str | None, console: Console, evaluat
     with sole_driver(folder):
         try:
             _run_and_report(settings, folder, console, evaluate_after)
-        except UserError:
-            if not has_begun(folder):
+        except (UserError, OSError) as error:
+            if not has_begun(folder) and (isinstance(error, UserError) or is_disk_full(error)):
                 shutil.rmtree(folder)  # the same command, mended, needs the name
             raise
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import xxhash
 
+from buffer.full_disk import writing_to
 from buffer.schema import TokenContract
 from launch.evaluation.arms import Arm
 from launch.run_folder.folder import installed_versions
@@ -81,5 +82,6 @@ class KeptRollouts:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{key}-{xxhash.xxh3_64_hexdigest(content)}.arrow"
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(content)
+        with writing_to(temporary):
+            temporary.write_bytes(content)
         temporary.rename(path)

@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from buffer.full_disk import writing_to
 from launch.evaluation.results import CheckpointResult, Evaluation, ShownRollout
 from launch.evaluation.tables import answer_tables, difference_table, text_tables
 from launch.generation import rollout_text
@@ -58,12 +59,13 @@ def show_evaluation(evaluation: Evaluation, console: Console) -> None:
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write `evaluation.json` and `samples/<label>.txt` into a folder."""
     text = json.dumps(evaluation.to_json(), indent=2)
-    (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
-    samples = folder / SAMPLES_FOLDER
-    samples.mkdir(exist_ok=True)
-    for result in evaluation.results:
-        name = result.label.replace("/", "-")  # of a stage and a step
-        (samples / f"{name}.txt").write_text(samples_text(result), encoding="utf-8")
+    with writing_to(folder):
+        (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
+        samples = folder / SAMPLES_FOLDER
+        samples.mkdir(exist_ok=True)
+        for result in evaluation.results:
+            name = result.label.replace("/", "-")  # of a stage and a step
+            (samples / f"{name}.txt").write_text(samples_text(result), encoding="utf-8")
 
 
 def samples_text(result: CheckpointResult) -> str:

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from buffer.full_disk import writing_to
 from launch.errors import UserError
 from launch.evaluation.task import run_of
 from launch.export.card import card_facts
@@ -68,16 +69,17 @@ def export(
     if temporary.exists():
         shutil.rmtree(temporary)  # of an export that was killed
     try:
-        temporary.mkdir(parents=True)
-        if adapter_only:
-            shutil.copytree(checkpoint / ADAPTER_FOLDER, temporary, dirs_exist_ok=True)
-        else:
-            for name in (*CONFIGURATION_FILES, WEIGHTS_FILE):
-                shutil.copyfile(checkpoint / name, temporary / name)
-        tokenizer.save_pretrained(temporary)
-        card = adapter_card(facts) if adapter_only else model_card(facts)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        temporary.rename(out)
+        with writing_to(temporary):
+            temporary.mkdir(parents=True)
+            if adapter_only:
+                shutil.copytree(checkpoint / ADAPTER_FOLDER, temporary, dirs_exist_ok=True)
+            else:
+                for name in (*CONFIGURATION_FILES, WEIGHTS_FILE):
+                    shutil.copyfile(checkpoint / name, temporary / name)
+            tokenizer.save_pretrained(temporary)
+            card = adapter_card(facts) if adapter_only else model_card(facts)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already, if all went well
     return Export(checkpoint, out, facts.license)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from buffer.full_disk import is_disk_full, writing_to
 from launch.errors import UserError
 from launch.report.gather import gather
 from launch.report.page import render
@@ -32,9 +33,12 @@ def write_report(run: Path, path: Path | None = None) -> WrittenReport:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         report = gather(run)
-        temporary.write_text(render(report), encoding="utf-8")
+        with writing_to(path):
+            temporary.write_text(render(report), encoding="utf-8")
         temporary.rename(path)
     except OSError as error:
+        if is_disk_full(error):
+            raise  # the command says where to make room
         raise UserError(str(error)) from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from buffer.full_disk import writing_to
 from buffer.run_identity import RUN_ID_FILE
 from buffer.store.folder_lock import FolderLock
 from launch.errors import UserError
@@ -69,11 +70,12 @@ def create_run_folder(settings: RunSettings, name: str | None = None) -> Path:
     draft = folder.with_name(f".{chosen}.{socket.gethostname()}-{os.getpid()}.tmp")
     draft.mkdir(parents=True)
     try:
-        (draft / USED_CONFIGS_FOLDER).mkdir()
-        for config in (CONFIG_FILE, f"{USED_CONFIGS_FOLDER}/001.yaml"):
-            write_recipe(settings, draft / config)
-        (draft / RUN_ID_FILE).write_text(f"{chosen}-{secrets.token_hex(4)}\n", encoding="utf-8")
-        (draft / ENVIRONMENT_FILE).write_text(describe_environment(), encoding="utf-8")
+        with writing_to(folder.parent):
+            (draft / USED_CONFIGS_FOLDER).mkdir()
+            for config in (CONFIG_FILE, f"{USED_CONFIGS_FOLDER}/001.yaml"):
+                write_recipe(settings, draft / config)
+            (draft / RUN_ID_FILE).write_text(f"{chosen}-{secrets.token_hex(4)}\n", encoding="utf-8")
+            (draft / ENVIRONMENT_FILE).write_text(describe_environment(), encoding="utf-8")
         suffix = 1
         while not _take(draft, folder):
             if name is not None:
@@ -217,11 +219,8 @@ def write_cluster(folder: Path, cluster: LiveCluster) -> None:
         OSError: the disk refused; the error names the file.
     """
     temporary = folder / f"{CLUSTER_FILE}.tmp"
-    try:
+    with writing_to(temporary):
         temporary.write_text(json.dumps(asdict(cluster)), encoding="utf-8")
-    except OSError as error:
-        error.filename = str(temporary)  # Python names it only where opening fails
-        raise
     temporary.rename(folder / CLUSTER_FILE)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from buffer.full_disk import writing_to
 from buffer.schema import TokenContract
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ def save_run_tokenizer(tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
     Raises:
         OSError: the disk refused.
     """
-    tokenizer.save_pretrained(run / TOKENIZER_FOLDER)
+    with writing_to(run / TOKENIZER_FOLDER):
+        tokenizer.save_pretrained(run / TOKENIZER_FOLDER)
 
 
 def load_run_tokenizer(run: Path, contract: TokenContract) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from buffer.full_disk import writing_to
 from buffer.settings import ABSOLUTE_PATHS
 from launch.errors import UserError
 from launch.settings.files import parse_yaml, read_yaml
@@ -55,7 +56,8 @@ def with_absolute_paths(settings: RunSettings) -> RunSettings:
 
 def write_recipe(settings: RunSettings, path: Path) -> None:
     """Write resolved settings, so that `read_recipe` gives them back."""
-    path.write_text(to_yaml(settings), encoding="utf-8")
+    with writing_to(path):
+        path.write_text(to_yaml(settings), encoding="utf-8")
 
 
 def to_yaml(settings: RunSettings) -> str:

@@ -10,7 +10,10 @@ steps after the checkpoint the rows that they were given before (see buffer.stor
 
 from __future__ import annotations
 
+import errno
+import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from buffer.full_disk import is_disk_full
 from buffer.schema import TokenContract
 from learner.checkpoints.model_card import CardFacts, model_card
 from learner.checkpoints.model_files import ModelSnapshot, host_copy, snapshot_model, snapshot_without_weights
@@ -39,12 +43,31 @@ class CheckpointSnapshot:
     training_state: TrainingState
 
     def write(self, folder: Path) -> None:
-        """Write the files into an empty folder."""
-        self.model.write(folder)
-        self.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(self._card(), encoding="utf-8")
-        torch.save(self.training_state, folder / TRAINING_STATE_FILE)
-        (folder / PROGRESS_FILE).write_text(self.progress.to_json(), encoding="utf-8")
+        """Write the files into an empty folder.
+
+        Raises:
+            OSError: the disk refused; if it is full, the error says how much room there was, and how much is needed.
+        """
+        free_bytes = shutil.disk_usage(folder).free
+        try:
+            self.model.write(folder)
+            self.tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(self._card(), encoding="utf-8")
+            with (folder / TRAINING_STATE_FILE).open("wb") as file:  # given a path, torch hides why it failed
+                torch.save(self.training_state, file)
+            (folder / PROGRESS_FILE).write_text(self.progress.to_json(), encoding="utf-8")
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            needed = f"it takes {self._size_bytes() / 1e6:,.0f} MB, of which {free_bytes / 1e6:,.0f} MB were free"
+            raise OSError(errno.ENOSPC, needed, str(folder.parent)) from error
+
+    def _size_bytes(self) -> int:
+        """Of its tensors, which is nearly all."""
+        model = self.model
+        adapter = {} if model.adapter is None else model.adapter[1]
+        tensors = [*(tensor for _, tensor in model.tensors), *model.trained.values(), *adapter.values()]
+        return sum(tensor.nbytes for tensor in (*tensors, *_tensors_in(self.training_state)))
 
     def _card(self) -> str:
         config, progress = self.model.config, self.progress
@@ -97,6 +120,14 @@ def read_training_state(checkpoint: Path) -> TrainingState:
     """Optimizer and RNG state of one checkpoint."""
     state: TrainingState = torch.load(checkpoint / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
     return state
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
 
 
 def _copied(state: TrainingState) -> TrainingState:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from buffer.full_disk import writing_to
 from buffer.schema import TokenContract
 
 PROGRESS_FILE = "progress.json"
@@ -73,11 +74,8 @@ def note_durable(run_folder: Path, progress: Progress) -> None:
     """
     file = run_folder / DURABLE_FILE
     temporary = file.with_name(f"{file.name}.tmp")
-    try:
+    with writing_to(temporary):
         temporary.write_text(json.dumps(durable_steps(run_folder) | {progress.stage: progress.step}), encoding="utf-8")
-    except OSError as error:
-        error.filename = str(temporary)  # Python names it only where opening fails
-        raise
     temporary.rename(file)
 
 

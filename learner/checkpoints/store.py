@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from buffer.full_disk import is_disk_full
 from learner.checkpoints.progress import Progress, read_progress
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})(?:\.replaced)?")
@@ -102,10 +103,15 @@ class LocalCheckpoints:
         final = self._folder / step_name(step)
         temporary = self._folder / f"{final.name}.tmp"
         temporary.mkdir(parents=True)
-        fill(temporary)
-        for path in temporary.rglob("*"):
-            _fsync(path)
-        _fsync(temporary)
+        try:
+            fill(temporary)
+            for path in temporary.rglob("*"):
+                _fsync(path)
+            _fsync(temporary)
+        except Exception as error:
+            if is_disk_full(error):  # the log of the run and the buffer need room to end well
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         if final.exists():
             final.rename(_replaced(final))
         temporary.rename(final)

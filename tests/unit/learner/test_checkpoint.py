@@ -16,6 +16,7 @@ from buffer.experts.tokenizer import character_tokenizer
 from learner.checkpoints.checkpoint import read_training_state, take_snapshot
 from learner.checkpoints.model_files import load_weights
 from learner.checkpoints.progress import check_contract, read_progress
+from learner.checkpoints.store import LocalCheckpoints
 from learner.model.policy import load_policy
 from learner.settings.model import ScratchModelSettings
 from tests.checkpoints import CONTRACT, progress_at, save_checkpoint
@@ -77,6 +78,23 @@ def test_progress_and_training_state_come_back(save):
     assert {name: value for name, value in state.items() if name != "random_state"} == {
         name: value for name, value in STATE.items() if name != "random_state"
     }
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "README.md", "training_state.pt", "progress.json"]
+)
+def test_a_full_disk_is_told_with_folder_and_room_by_whatever_meets_it(model, tmp_path, name):
+    """/dev/full refuses every byte, as a full disk does."""
+    store = LocalCheckpoints(tmp_path / "stage")
+
+    def fill(folder: Path) -> None:
+        (folder / name).symlink_to("/dev/full")
+        take_snapshot(model, TOKENIZER, replace(PROGRESS, step=7), STATE).write(folder)
+
+    store.write(3, lambda folder: (folder / "progress.json").write_text(PROGRESS.to_json()))
+    with pytest.raises(OSError, match=r"^\[Errno 28\] it takes \S+ MB, of which \S+ MB were free: '.*/stage'$"):
+        store.write(7, fill)
+    assert [path.name for path in (tmp_path / "stage").iterdir()] == ["step-000003"], "its files give the room back"
 
 
 def test_training_state_is_read_without_running_code(save):
