@@ -116,14 +116,15 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_resumed_stage_draws_no_rows_of_the_stage_before(task: Task, tmp_path: Path) -> None:
     """An actor may hand in what it made for the stage before long after this one began, and a kill may follow."""
     own = FIRST_VERSION + 1
-    buffer = start_buffer(tmp_path, task)
+    limits = {"samples_per_insert": 1.0, "samples_per_insert_tolerance": 4.0}
+    buffer = start_buffer(tmp_path, task, **limits)
     ray.get(buffer.insert.remote(rollouts(task, 0, 8, version=own)), timeout=TIMEOUT_S)
-    assert learn(tmp_path, buffer, steps=2, first_version=FIRST_VERSION) == 2
+    assert learn(tmp_path, buffer, 4, FIRST_VERSION, LearnerWorker.request_stop) == 2
     ray.get(buffer.insert.remote(rollouts(task, 8, 8, version=own - 1)), timeout=TIMEOUT_S)
     assert status(buffer).store.sources["policy"].live == 16
     end_buffer(buffer)
 
-    buffer = start_buffer(tmp_path, task)
+    buffer = start_buffer(tmp_path, task, **limits)
     assert learn(tmp_path, buffer, steps=4, first_version=own + 5) == 4
     policy = status(buffer).store.sources["policy"]
     assert policy.dropped_stale == 8, "rows older than the weights that the stage began with"
