@@ -85,7 +85,10 @@ def load_policy(
         tokenizer = task_tokenizer
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no <eos> token, so no answer could end; set its eos_token")
-    model = load_model(settings, tokenizer)
+    has_frozen = isinstance(settings, PretrainedModelSettings) and settings.adapter is not None
+    # What is held in float32 is not rounded on loading. A weight that is a number of bfloat16 has to move by half a
+    # step of that format before its rounded value changes; those of a source in float32 lie anywhere between.
+    model = load_model(settings, tokenizer, None if has_frozen else param_dtype)
     notes = _keep_two_embeddings(model)
     backspace_id = choose_backspace_id(tokenizer, model, settings)
     other_eos_ids, of_eos = align_eos(model, tokenizer, backspace_id)
@@ -106,10 +109,23 @@ def load_policy(
 
 
 def load_model(
-    settings: ScratchModelSettings | PretrainedModelSettings, tokenizer: PreTrainedTokenizerBase
+    settings: ScratchModelSettings | PretrainedModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    param_dtype: ParamDtype | None = None,
 ) -> PreTrainedModel:
-    """The model in evaluation mode, on the CPU, with torch's own attention, without a backspace action."""
-    dtype: torch.dtype = getattr(torch, settings.dtype)
+    """The model in evaluation mode, on the CPU, with torch's own attention, without a backspace action.
+
+    param_dtype: of all its parameters; None = `settings.dtype`, which its config says in any case.
+    """
+    dtype: torch.dtype = getattr(torch, param_dtype or settings.dtype)
+    model = _load_model(settings, tokenizer, dtype)
+    model.config.dtype = getattr(torch, settings.dtype)
+    return model
+
+
+def _load_model(
+    settings: ScratchModelSettings | PretrainedModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> PreTrainedModel:
     if isinstance(settings, ScratchModelSettings):
         return _make_model(settings, tokenizer, dtype)
     source = locate_model(settings)

@@ -8,6 +8,7 @@ the model itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 from types import MappingProxyType
 
@@ -89,14 +90,16 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
 
     def gathered_sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """A forward pass to FSDP (`learner.ranks.sharding` registers it): call `sequence_logprobs`."""
-        # FSDP has gathered parameters that are rounded already.
-        rounded = {} if isinstance(self, FSDPModule) else _rounded_parameters(self.model)
-        with self.autocast():
-            logprobs: npt.NDArray[np.float32] = sequence_logprobs(self.model, token_ids, rounded)
-        return logprobs
+        if isinstance(self, FSDPModule):  # it has gathered parameters that are rounded already
+            with self.autocast():
+                return sequence_logprobs(self.model, token_ids)
+        is_float32 = all(parameter.dtype == torch.float32 for parameter in self.model.parameters())
+        # Where nothing is frozen in another format, the products are of float32: what is left of a difference between
+        # learner and engine is then the engine's rounding alone.
+        with nullcontext() if is_float32 else self.autocast():
+            return sequence_logprobs(self.model, token_ids, _rounded_parameters(self.model))
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
 def sequence_logprobs(
     model: PreTrainedModel, token_ids: tuple[int, ...], replaced: Mapping[str, Tensor] = MappingProxyType({})
 ) -> npt.NDArray[np.float32]:
@@ -106,7 +109,8 @@ def sequence_logprobs(
     replaced: tensors in place of the parameters of these names.
     """
     ids = torch.tensor([token_ids], device=model.device)
-    logits = functional_call(model, dict(replaced), kwargs={"input_ids": ids}).logits
+    with torch.no_grad():
+        logits = functional_call(model, dict(replaced), kwargs={"input_ids": ids}).logits
     logprobs = torch.log_softmax(logits[0, :-1].float(), dim=-1)
     chosen: npt.NDArray[np.float32] = logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
     return chosen
@@ -114,9 +118,9 @@ def sequence_logprobs(
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _rounded_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Those that are published in another format than they are held in, as they are published."""
+    """Those that are published in another format than they are held in: rounded to that, and held as before."""
     return {
-        name: parameter.to(dtype)
+        name: parameter.to(dtype).to(parameter.dtype)
         for name, parameter in model.named_parameters()
         if (dtype := published_dtype(model, parameter)) != parameter.dtype
     }

@@ -89,6 +89,13 @@ def test_what_is_trained_is_float32_and_what_is_frozen_stays(task, pretrained):
     }
 
 
+def test_a_source_in_float32_is_not_rounded_on_loading(pretrained):
+    source = AutoModelForCausalLM.from_pretrained(pretrained["llama"], dtype=torch.float32).state_dict()
+    assert_bit_identical(load(pretrained["llama"]).state_dict(), source)
+    rounded = load(pretrained["llama"], "bfloat16").state_dict()
+    assert_bit_identical(rounded, {name: tensor.to(torch.bfloat16) for name, tensor in source.items()})
+
+
 def test_products_are_of_bfloat16(task, pretrained):
     policy = TreePolicy(load(pretrained["llama"]), task.backspace_id)
     seen = []
@@ -117,7 +124,7 @@ def test_what_is_published_is_rounded_once(task, pretrained, adapter):
     assert torch.equal(published[head], trained.to(torch.bfloat16))
     assert not torch.equal(published[head].float(), trained)
     if not adapter:
-        reader = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.bfloat16).eval()
+        reader = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32).eval()
         reader.load_state_dict(published, strict=False)
         probe = TreePolicy(model, task.backspace_id).sequence_logprobs(PROBE)
         assert np.array_equal(probe, sequence_logprobs(reader, PROBE))
