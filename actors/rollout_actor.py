@@ -24,7 +24,7 @@ from actors.action_rate import ActionRate
 from actors.engine.action_log import FinishedLog, logs_to_batch
 from actors.engine.rank_group import RankGroup
 from actors.engine.settings import EngineSettings, SamplingSettings
-from actors.engine.weight_intake import take_weights
+from actors.engine.weight_intake import WeightIntake
 from actors.rollout_rules import (
     GENERATING,
     IDLE_WAIT_S,
@@ -43,7 +43,7 @@ from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
 from buffer.shards.shard import Shard, nearest
 from buffer.stop_signals import ignore_stop_signals
-from buffer.weight_transport import WeightHandle, WeightReceiver
+from buffer.weight_transport import WeightHandle
 from buffer.weights import WeightManifest, WeightsReplacedError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class RolloutActor:
             backspace=spec.settings.rollout.backspace,
         )
         self._word = threading.Condition()  # guards what the control methods leave for `run`
-        self._receiver = WeightReceiver()
+        self._intake = WeightIntake(self._engine)
         self._newest: tuple[WeightManifest, WeightHandle] | None = None
         self._paused = False
         self._first_version = 0
@@ -207,6 +207,7 @@ class RolloutActor:
             activity=self._activity,
             dropped=self._dropped,
             drop_reason=self._drop_reason,
+            weights_note=self._intake.note,
         )
 
     # Generation group ------------------------------------------------------------
@@ -249,12 +250,11 @@ class RolloutActor:
         self._hand_over()  # what finished with the present weights carries their fingerprint
         manifest, handle = newest
         self._activity = f"loading weights {manifest.version}"
-        tolerance = self._spec.settings.probe_tolerance
         try:
             if self._ranks is None:
-                take_weights(self._engine, self._receiver, manifest, handle, tolerance)
+                self._intake.take(manifest, handle)
             else:
-                self._ranks.take_weights(self._receiver, manifest, handle, tolerance)
+                self._ranks.take_weights(self._intake, manifest, handle)
         except WeightsReplacedError:
             with self._word:
                 if self._newest is newest:

@@ -88,12 +88,6 @@ class ActorsSettings(Settings):
     drain_timeout_s: float = Field(
         60.0, gt=0.0, description="longest wait for the unfinished rollouts of a leaving actor"
     )
-    probe_tolerance: float = Field(
-        1e-3,
-        gt=0.0,
-        description="largest difference, in nats, between the learner's and an engine's log-probabilities of the probe "
-        "after a push; raise it to about 0.3 for bfloat16 engines",
-    )
     rollout: RolloutSettings = RolloutSettings()
     autoscale: AutoscaleSettings | None = Field(
         None, description="bounds within which the number of actors follows the learner's need; null = it stays"

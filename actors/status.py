@@ -20,6 +20,7 @@ class ActorStatus:
     activity: str  # what it does now: "generating", "waiting for weights", ...
     dropped: int = 0  # rollouts without a finite reward or feature
     drop_reason: str | None = None  # of the newest of them
+    weights_note: str | None = None  # how the newest weights were proven, where there is something to say of it
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from buffer.collective.checksum import sums_of_chunks
@@ -238,34 +237,6 @@ def unpack(payload: Payload, manifest: WeightManifest) -> Iterator[tuple[str, to
             tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
             tensors[entry.name] = tensor.view(getattr(torch, entry.dtype))
     return _merged(tensors, manifest.updates)
-
-
-def check_probe(manifest: WeightManifest, engine_logprobs: npt.NDArray[np.floating], tolerance: float) -> float:
-    """Compare the engine's log-probabilities [P-1] of the probe with the learner's; gives the largest error
-    (nats).
-
-    Raises:
-        WeightMismatchError: the largest error exceeds `tolerance`, a value is not a number, or the count
-        differs.
-    """
-    expected = np.asarray(manifest.probe_logprobs, dtype=np.float64)
-    found = np.asarray(engine_logprobs, dtype=np.float64)
-    if found.shape != expected.shape:
-        raise WeightMismatchError(
-            f"probe of weights version {manifest.version}: {found.size} log-probabilities from the engine, "
-            f"{expected.size} from the learner"
-        )
-    if not found.size:
-        return 0.0
-    errors = np.abs(found - expected)
-    worst = int(np.argmax(np.where(np.isnan(errors), np.inf, errors)))
-    if not errors[worst] <= tolerance:  # also true for NaN
-        raise WeightMismatchError(
-            f"probe of weights version {manifest.version}: largest error {errors[worst]:.3g} nats at token "
-            f"{worst + 1} (engine {found[worst]:.6g}, learner {expected[worst]:.6g}), tolerance "
-            f"{tolerance:.3g}: the engine does not compute with the published weights"
-        )
-    return float(errors[worst])
 
 
 def _to_array(tensor: torch.Tensor, dtype: str) -> Array:

@@ -124,6 +124,11 @@ class BackspaceEngine:
         return self._version
 
     @property
+    def dtype(self) -> str:
+        """Number format that it computes in, e.g. `bfloat16`."""
+        return str(self._llm.model_config.dtype).removeprefix("torch.")
+
+    @property
     def expected_tensors(self) -> Mapping[str, Shape]:
         """Name -> shape of every tensor that `load_weights` must receive."""
         return self._expected.required

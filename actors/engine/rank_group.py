@@ -21,11 +21,11 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.settings import EngineSettings
-from actors.engine.weight_intake import take_weights
+from actors.engine.weight_intake import WeightIntake
 from buffer.rendezvous import reason_of
 from buffer.schema import TokenContract
 from buffer.stop_signals import ignore_stop_signals
-from buffer.weight_transport import WeightHandle, WeightReceiver
+from buffer.weight_transport import WeightHandle
 from buffer.weights import WeightManifest, WeightMismatchError
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class EngineRank:
             os.environ[VISIBLE_GPUS] = visible_gpus
         import actors.engine.ranked_engine  # noqa: F401  # takes seconds, for which nobody is to wait in the group
 
-        self._receiver = WeightReceiver()
         self._engine: RankedEngine
+        self._intake: WeightIntake
 
     def ready(self) -> None:
         """Returns once vLLM is loaded."""
@@ -66,6 +66,7 @@ class EngineRank:
         from actors.engine.ranked_engine import RankedEngine
 
         self._engine = RankedEngine(settings, contract, place)
+        self._intake = WeightIntake(self._engine)
         return self._engine.digest
 
     def repeat(self, calls: Sequence[EngineCall]) -> int:
@@ -73,9 +74,9 @@ class EngineRank:
         self._engine.repeat(calls)
         return self._engine.digest
 
-    def take_weights(self, manifest: WeightManifest, handle: WeightHandle, probe_tolerance: float) -> int:
+    def take_weights(self, manifest: WeightManifest, handle: WeightHandle) -> int:
         """See `actors.engine.weight_intake`."""
-        take_weights(self._engine, self._receiver, manifest, handle, probe_tolerance)
+        self._intake.take(manifest, handle)
         return self._engine.digest
 
 
@@ -133,14 +134,12 @@ class RankGroup:
             self.engine: LeadingEngine = LeadingEngine(settings, contract, places[0], self._telling)
         self.settle()
 
-    def take_weights(
-        self, receiver: WeightReceiver, manifest: WeightManifest, handle: WeightHandle, probe_tolerance: float
-    ) -> None:
-        """Load a publication into the engines of all ranks; each takes it itself. See `actors.engine.weight_intake`."""
+    def take_weights(self, intake: WeightIntake, manifest: WeightManifest, handle: WeightHandle) -> None:
+        """Load a publication into the engines of all ranks; each takes it itself. intake: of the engine of this one."""
         self.engine.tell_rest()
-        taking = [rank.take_weights.remote(manifest, handle, probe_tolerance) for rank in self._others]
+        taking = [rank.take_weights.remote(manifest, handle) for rank in self._others]
         with self._together(taking):
-            take_weights(self.engine, receiver, manifest, handle, probe_tolerance)
+            intake.take(manifest, handle)
 
     def settle(self) -> None:
         """Wait until all ranks have done what they were told, and have drawn the same.

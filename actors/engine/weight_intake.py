@@ -4,29 +4,52 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from actors.engine.probe_check import Proof, prove
 from buffer.weight_transport import WeightHandle, WeightReceiver
-from buffer.weights import WeightManifest, check_probe, unpack, verify_fingerprint
+from buffer.weights import WeightManifest, unpack, verify_fingerprint
 
 if TYPE_CHECKING:
     from actors.engine.engine import BackspaceEngine
 
 
-def take_weights(
-    engine: BackspaceEngine,
-    receiver: WeightReceiver,
-    manifest: WeightManifest,
-    handle: WeightHandle,
-    probe_tolerance: float,
-) -> None:
-    """Load a publication into `engine`, between two of its steps.
+class WeightIntake:
+    """Loads publications into one engine, between two of its steps.
 
-    probe_tolerance: largest difference of the probe's log-probabilities, in nats.
-
-    Raises:
-        WeightMismatchError: the bytes changed on their way, or the engine does not compute with them.
-        ValueError: they are not those of this model; and what `WeightReceiver.take` raises, with nothing changed.
+    proof: of the weights that the engine has; None before the first ones.
     """
-    payload = receiver.take(handle)
-    verify_fingerprint(payload, manifest)
-    engine.load_weights(unpack(payload, manifest), manifest.version)
-    check_probe(manifest, engine.probe(manifest.probe_token_ids), probe_tolerance)
+
+    def __init__(self, engine: BackspaceEngine) -> None:
+        self._engine = engine
+        self._receiver = WeightReceiver()
+        self.proof: Proof | None = None
+
+    @property
+    def note(self) -> str | None:
+        """What people should know of the proof: the noise of this engine, and where it hides what a push changes."""
+        proof = self.proof
+        if proof is None:
+            return None
+        if proof.change is None:
+            return (
+                f"engine and learner differ by {proof.error:.2g} nats with the same weights: from now on up to "
+                f"{proof.margin:.2g} counts as noise of this engine"
+            )
+        if proof.by_fingerprint_alone:
+            return (
+                f"the newest weights change the probe by less than the noise of this engine ({proof.margin:.2g} nats): "
+                "the fingerprint alone proves them"
+            )
+        return None
+
+    def take(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+        """Load a publication.
+
+        Raises:
+            WeightMismatchError: the bytes changed on their way, or the engine does not compute with them.
+            ValueError: they are not those of this model; and what `WeightReceiver.take` raises, with nothing changed.
+        """
+        payload = self._receiver.take(handle)
+        verify_fingerprint(payload, manifest)
+        self._engine.load_weights(unpack(payload, manifest), manifest.version)
+        logprobs = self._engine.probe(manifest.probe_token_ids)
+        self.proof = prove(manifest, logprobs, self.proof, self._engine.dtype)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from actors.engine.probe_check import prove
 from buffer.schema import TokenContract
 from buffer.weight_transport import WeightHandle, WeightReceiver
-from buffer.weights import WeightManifest, check_probe, pack_tensors, unpack, verify_fingerprint
+from buffer.weights import WeightManifest, pack_tensors, unpack, verify_fingerprint
 from learner.settings.transport import Transport
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
     from actors.engine.settings import EngineSettings
     from learner.publication.publisher import PublicationTimes
-
-PROBE_TOLERANCE = 0.5
-"""In nats; engines in bfloat16 differ by tenths. That float32 ones do not is a matter of the tests."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ class TakingActor:
         if self._engine is not None:
             self._engine.load_weights(unpack(payload, manifest), manifest.version)
             moments.append(time.perf_counter())
-            check_probe(manifest, self._engine.probe(manifest.probe_token_ids), PROBE_TOLERANCE)
+            prove(manifest, self._engine.probe(manifest.probe_token_ids), None, self._engine.dtype)
             moments.append(time.perf_counter())
         transfer_s, verify_s, load_s, probe_s = [*np.diff(moments).tolist(), 0.0, 0.0][:4]
         ready = moments[-1] if self._engine is not None else None

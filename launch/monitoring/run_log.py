@@ -150,6 +150,8 @@ class RunLog:
             if member.status is not None and dropped is not None and dropped != _drop_reason_of(before):
                 message = f"dropped {member.status.dropped} rollouts so far, the last one because {dropped}"
                 self._of_actor(member, message, level="warning")
+            if (note := _weights_note_of(member)) is not None and note != _weights_note_of(before):
+                self._of_actor(member, note)
         for name in self._members.keys() - members.keys():
             self._of_actor(self._members[name], "gone")
         self._members = members
@@ -195,6 +197,11 @@ def _is_torn(path: Path) -> bool:
 def _drop_reason_of(member: MemberStatus | None) -> str | None:
     """Of the last rollout that it dropped; None where it dropped none, or has not answered yet."""
     return None if member is None or member.status is None else member.status.drop_reason
+
+
+def _weights_note_of(member: MemberStatus | None) -> str | None:
+    """How its newest weights were proven, where it says anything of it."""
+    return None if member is None or member.status is None else member.status.weights_note
 
 
 def _version_of(member: MemberStatus) -> int | None:

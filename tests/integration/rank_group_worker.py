@@ -11,8 +11,9 @@ import torch
 from actors.engine.action_log import FinishedLog
 from actors.engine.rank_group import EngineRankError, RankGroup
 from actors.engine.settings import EngineSettings
+from actors.engine.weight_intake import WeightIntake
 from buffer.schema import TokenContract
-from buffer.weight_transport import WeightHandle, WeightReceiver
+from buffer.weight_transport import WeightHandle
 from buffer.weights import WeightManifest
 from tests.integration.traffic import Request
 
@@ -35,7 +36,7 @@ class RankGroupWorker:
                 load_format="dummy",
             )
             self._group = RankGroup("the actor", settings, contract, size, start_timeout_s=240.0, step_timeout_s=60.0)
-        self._receiver = WeightReceiver()
+        self._intake = WeightIntake(self._group.engine)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the parameters that rank 0 holds, in vLLM's names."""
@@ -44,7 +45,7 @@ class RankGroupWorker:
 
     def load(self, publication: Publication) -> None:
         """Bring all ranks to these weights."""
-        self._group.take_weights(self._receiver, *publication, 1e-4)
+        self._group.take_weights(self._intake, *publication)
 
     def generate(
         self,

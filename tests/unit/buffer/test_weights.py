@@ -1,4 +1,4 @@
-"""Weight format: round trip, completeness, fingerprint and probe."""
+"""Weight format: round trip, completeness and fingerprint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from buffer.weights import (
     TensorEntry,
     WeightManifest,
     WeightMismatchError,
-    check_probe,
     fingerprint,
     pack_tensors,
     unpack,
@@ -155,26 +154,6 @@ def test_fingerprint_sees_names_dtypes_and_shapes_but_not_order():
 def test_unsupported_dtype_names_the_tensor():
     with pytest.raises(ValueError, match="tensor w is complex64"):
         pack_tensors([("w", torch.zeros(1, dtype=torch.complex64))])
-
-
-def test_probe_gives_the_largest_error_or_an_error_that_names_it():
-    _, manifest = publish(state_dict(), version=3, probe=((1, 2, 3), (-1.0, -2.0)))
-    assert check_probe(manifest, np.array([-1.0, -2.00005], np.float32), 1e-4) == pytest.approx(5e-5, rel=1e-2)
-    with pytest.raises(WeightMismatchError, match=r"version 3: largest error 0.25 nats at token 2"):
-        check_probe(manifest, np.array([-1.1, -2.25]), 1e-4)
-    with pytest.raises(WeightMismatchError, match="nan nats at token 1"):
-        check_probe(manifest, np.array([np.nan, -9.0]), 1e-4)
-    with pytest.raises(WeightMismatchError, match="inf nats at token 2"):
-        check_probe(manifest, np.array([-9.0, -np.inf]), 1e-4)
-    with pytest.raises(WeightMismatchError, match="nan nats at token 1"):
-        check_probe(manifest, np.array([np.nan, np.nan]), np.inf)
-    with pytest.raises(WeightMismatchError, match="3 log-probabilities from the engine, 2"):
-        check_probe(manifest, np.zeros(3), 1e-4)
-
-
-def test_an_empty_probe_passes():
-    _, manifest = publish(state_dict())
-    assert check_probe(manifest, np.zeros(0), 1e-4) == 0.0
 
 
 def test_manifest_refuses_nonsense():

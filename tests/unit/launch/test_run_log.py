@@ -94,6 +94,18 @@ def test_why_rollouts_are_dropped_is_told_when_it_changes(tmp_path: Path) -> Non
     ]
 
 
+def test_how_weights_were_proven_is_told_when_it_changes(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        view = RunView(tmp_path.name, [])
+        for note in (None, "noise of 0.01 nats", "noise of 0.01 nats", None, "the fingerprint alone proves them"):
+            view.pool = pool(MemberStatus("actor-3", "running", 0, replace(WORKING, weights_note=note)))
+            log.follow(view)
+    assert told(tmp_path)[2:] == [
+        ("info", "actor", 3, 10, "noise of 0.01 nats"),
+        ("info", "actor", 3, 10, "the fingerprint alone proves them"),
+    ]
+
+
 def test_a_resumed_run_goes_on_behind_a_torn_line_and_says_how_it_ended(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / LOG_FILE).write_text('{"time": 1.0, "mess')

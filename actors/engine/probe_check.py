@@ -1,0 +1,101 @@
+"""Whether an engine computes with the weights that it was sent: judged by the log-probabilities of a fixed sequence.
+
+That sequence is the probe. Learner and engine never agree exactly on it: they round at different places. How far they
+are apart with the first weights of an engine is the noise of this pair. Later weights are taken for loaded where the
+engine is no farther from the learner's probe of them than that noise explains, and nearer to it than to the probe of
+the weights that the engine had before. A tensor that was left out shows as soon as it moves the probe by more than the
+noise. Where new and previous weights differ by less, the probe proves nothing, and the fingerprint alone does.
+
+With its first weights an engine has no noise yet: there a bound by number format stands, far below what an engine shows
+that has missed any of the weights it was built without.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from buffer.weights import WeightManifest, WeightMismatchError
+
+NOISE_MARGIN = 4.0
+"""So many times the noise is still noise: measured, a healthy engine is off by up to 1.9 times its first error."""
+
+_HALF = frozenset({"bfloat16", "float16"})
+
+_FIRST_LIMIT, _FIRST_LIMIT_HALF = 1e-3, 0.5
+"""Largest error with the first weights. Measured: below 1e-5, and 0.002 to 0.18 where one side is in half precision."""
+
+_LEAST_MARGIN, _LEAST_MARGIN_HALF = 2e-4, 0.02
+"""By the engine's format. Noise grows with the logits, and an untrained model has small ones."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the probe said of the weights that an engine has loaded. Errors and differences are root mean squares over
+    the tokens of the probe, in nats.
+
+    probe_logprobs: the learner's, of these weights. error: of the engine. margin: largest error that is taken for
+    noise, of these weights and of all later ones. change: from the weights before; None of the first ones.
+    """
+
+    probe_logprobs: tuple[float, ...]
+    error: float
+    margin: float
+    change: float | None = None
+
+    @property
+    def by_fingerprint_alone(self) -> bool:
+        """The probe could not tell these weights from those before."""
+        return self.change is not None and self.change <= self.margin
+
+
+def prove(
+    manifest: WeightManifest, engine_logprobs: npt.NDArray[np.floating], before: Proof | None, engine_dtype: str
+) -> Proof:
+    """Judge the engine's log-probabilities [P-1] of the manifest's probe.
+
+    before: of the weights that the engine had, which need not be those of the version before; None of its first ones.
+    engine_dtype: the engine's number format, named as in the manifest.
+
+    Raises:
+        WeightMismatchError: the engine does not compute with these weights.
+    """
+    new = np.asarray(manifest.probe_logprobs, dtype=np.float64)
+    found = np.asarray(engine_logprobs, dtype=np.float64)
+    if found.shape != new.shape:
+        raise WeightMismatchError(
+            f"probe of weights version {manifest.version}: {found.size} log-probabilities from the engine, "
+            f"{new.size} from the learner"
+        )
+    error = _distance(found, new)
+    if before is None:
+        # A learner that publishes in half precision may have computed the probe in it.
+        is_half = bool(_HALF & {engine_dtype, *(entry.dtype for entry in manifest.tensors)})
+        limit = _FIRST_LIMIT_HALF if is_half else _FIRST_LIMIT
+        if not error <= limit:  # also of what is not a number
+            raise WeightMismatchError(_refusal(manifest, found, new, f"at most {limit:g} with its first weights"))
+        least = _LEAST_MARGIN_HALF if engine_dtype in _HALF else _LEAST_MARGIN
+        return Proof(manifest.probe_logprobs, error, max(least, NOISE_MARGIN * error))
+    previous = np.asarray(before.probe_logprobs, dtype=np.float64)
+    proof = Proof(manifest.probe_logprobs, error, before.margin, _distance(new, previous))
+    to_previous = _distance(found, previous)
+    if not error <= proof.margin or (error >= to_previous and not proof.by_fingerprint_alone):
+        known = f"{before.margin:.3g} is noise of this engine; it is {to_previous:.3g} from the weights it had before"
+        raise WeightMismatchError(_refusal(manifest, found, new, known))
+    return proof
+
+
+def _distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean((a - b) ** 2))) if a.size else 0.0
+
+
+def _refusal(manifest: WeightManifest, found: npt.NDArray[np.float64], new: npt.NDArray[np.float64], known: str) -> str:
+    errors = np.abs(found - new)
+    worst = int(np.argmax(np.where(np.isnan(errors), np.inf, errors)))
+    return (
+        f"probe of weights version {manifest.version}: the engine is {_distance(found, new):.3g} nats from the learner "
+        f"({known}), most at token {worst + 1} (engine {found[worst]:.6g}, learner {new[worst]:.6g}): the engine does "
+        "not compute with the published weights"
+    )
