@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -81,9 +82,8 @@ def learn(
     when_waiting: called once, as soon as the learner waits for rollouts.
     """
     noise = NoiseSettings(kind="task", rate=0.3)
-    spec = LearnerSpec(
-        MODEL, TASK, noise, LearnerSettings(), str(folder), seed=3, prioritised_replay=prioritised_replay
-    )
+    settings = LearnerSettings(checkpoint_every_steps=2)
+    spec = LearnerSpec(MODEL, TASK, noise, settings, str(folder), seed=3, prioritised_replay=prioritised_replay)
     worker = LearnerWorker(spec)
     run = worker.prepare()
     rollout_spec = RolloutSpec("{}", run.contract, run.task.name, ActorsSettings(), spec.noise, run.max_length, 0)
@@ -116,15 +116,15 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_resumed_stage_draws_no_rows_of_the_stage_before(task: Task, tmp_path: Path) -> None:
     """An actor may hand in what it made for the stage before long after this one began, and a kill may follow."""
     own = FIRST_VERSION + 1
-    limits = {"samples_per_insert": 1.0, "samples_per_insert_tolerance": 4.0}
-    buffer = start_buffer(tmp_path, task, **limits)
+    buffer = start_buffer(tmp_path, task)
     ray.get(buffer.insert.remote(rollouts(task, 0, 8, version=own)), timeout=TIMEOUT_S)
-    assert learn(tmp_path, buffer, 4, FIRST_VERSION, LearnerWorker.request_stop) == 2
+    assert learn(tmp_path, buffer, steps=4, first_version=FIRST_VERSION) == 4
+    shutil.rmtree(checkpoints_of(tmp_path / "checkpoints" / "second")[-1])  # as if it had been killed after step 2
     ray.get(buffer.insert.remote(rollouts(task, 8, 8, version=own - 1)), timeout=TIMEOUT_S)
     assert status(buffer).store.sources["policy"].live == 16
     end_buffer(buffer)
 
-    buffer = start_buffer(tmp_path, task, **limits)
+    buffer = start_buffer(tmp_path, task)
     assert learn(tmp_path, buffer, steps=4, first_version=own + 5) == 4
     policy = status(buffer).store.sources["policy"]
     assert policy.dropped_stale == 8, "rows older than the weights that the stage began with"
