@@ -20,9 +20,9 @@ TORCH_SOURCE := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),$(if $(filter cpu,
 # Tests and training on CPU: more than one thread per process only makes the processes wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install dependencies browser train test test-fast test-chaos check bench clean
+.PHONY: install dependencies libraries browser train test test-fast test-chaos check bench clean
 
-install: $(INSTALLED)
+install: $(INSTALLED) libraries
 
 dependencies: $(DEPENDENCIES)
 
@@ -42,31 +42,41 @@ $(INSTALLED): $(DEPENDENCIES)
 	$(UV_INSTALL) --no-deps $(EDITABLE) .
 	touch $@
 
-train: $(INSTALLED)
+train: $(INSTALLED) libraries
 	$(BIN)/sequencematch train $(RECIPE)
 
-# The report is tested in the system's Chromium. Where it cannot be installed, the tests say what is missing.
-browser:
-	@[ -n "$$(which chromium chromium-browser google-chrome)" ] || { \
+# $(call debian,TEST,WHAT,PACKAGES): where TEST fails, install WHAT by its Debian packages, or say that it is missing.
+debian = @$(1) >/dev/null 2>&1 || { \
 		if [ "$$(id -u)" = 0 ] && which apt-get >/dev/null; then \
 			{ apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
-				--no-install-recommends -o DPkg::Lock::Timeout=120 chromium fonts-dejavu-core >/dev/null; } \
-			|| echo "Chromium could not be installed"; \
+				--no-install-recommends -o DPkg::Lock::Timeout=120 $(3) >/dev/null; } \
+			|| echo "$(2) could not be installed ($(3))"; \
 		else \
-			echo "Chromium is missing, and only root on Debian or Ubuntu can install it here"; \
+			echo "$(2) is missing, and only root on Debian or Ubuntu can install it here: apt-get install $(3)"; \
 		fi; \
 	}
+loads = $(PYTHON) -c "import ctypes; ctypes.CDLL('$(1)')"
+
+# What vLLM's CPU kernels load. Where it cannot be installed, every command that starts an engine says what is missing.
+libraries:
+	$(if $(filter cpu,$(ENGINE)),$(call debian,$(call loads,libnuma.so.1),libnuma.so.1,libnuma1))
+
+# The report is tested in the system's Chromium, which Playwright drives by a program that loads libatomic. Where they
+# cannot be installed, the tests say what is missing.
+browser:
+	$(call debian,[ -n "$$(which chromium chromium-browser google-chrome)" ],Chromium,chromium fonts-dejavu-core)
+	$(call debian,$(call loads,libatomic.so.1),libatomic.so.1,libatomic1)
 
 # The tests of tests/unit share the cores; those of tests/integration start processes of their own.
-test: $(INSTALLED) browser
+test: $(INSTALLED) libraries browser
 	$(BIN)/pytest tests/unit --numprocesses auto
 	$(BIN)/pytest tests/integration
 
-test-fast: $(INSTALLED) browser
+test-fast: $(INSTALLED) libraries browser
 	$(BIN)/pytest tests/unit --numprocesses auto -m "not slow"
 	$(BIN)/pytest tests/integration -m "not slow"
 
-test-chaos: $(INSTALLED)
+test-chaos: $(INSTALLED) libraries
 	$(BIN)/pytest tests/chaos
 
 check: $(INSTALLED)
@@ -75,7 +85,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) libraries
 	$(BIN)/sequencematch bench rollouts
 
 clean:

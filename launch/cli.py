@@ -156,12 +156,14 @@ def generate(
     [dim]Example:[/dim] sequencematch generate runs/RUN --prompt "What is 12 + 9?"
     """
     with reported_errors(), stdout_kept_clean(as_json):
+        from actors.engine.machine import check_machine
         from launch.generation import encode_prompt, open_checkpoint, rollout_text, rollout_to_json
         from launch.generation import generate as generate_rollouts
         from launch.run_folder.result import checkpoint_of
 
         console = Console(stderr=as_json)
         with setting_up():
+            check_machine(enforce_eager=True)
             opened = open_checkpoint(checkpoint_of(source, stage))
             prompt_ids = encode_prompt(opened, prompt)
         views = generate_rollouts(

@@ -11,7 +11,9 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from actors.engine.machine import check_machine
 from buffer.full_disk import is_disk_full
+from launch.cluster.connection import cluster_to_join
 from launch.command_errors import setting_up
 from launch.errors import RunFailedError, UserError
 from launch.evaluation import Target, evaluate
@@ -34,7 +36,7 @@ from launch.run_folder.folder import (
 from launch.run_folder.resuming import resumed_settings
 from launch.settings.changes import Change
 from launch.settings.recipe import read_recipe, with_absolute_paths
-from launch.settings.run import RunSettings
+from launch.settings.run import RunSettings, needs_actors
 from launch.stop_signals import stop_exit_code
 
 
@@ -105,7 +107,23 @@ def _name_changes(changes: Sequence[Change], folder: Path, console: Console) -> 
             _say(console, f"changed since the run was last started: {change}")
 
 
+def _check_machine(settings: RunSettings, evaluate_after: bool) -> None:
+    """Of this machine, where engines will run here; on the nodes of a cluster each engine checks its own.
+
+    Raises:
+        UserError: it lacks something.
+    """
+    with setting_up():
+        if evaluate_after:
+            check_machine(enforce_eager=True)
+        if cluster_to_join(settings.cluster) is None and any(
+            needs_actors(stage, settings.noise) for stage in settings.stages
+        ):
+            check_machine(settings.actors.enforce_eager)
+
+
 def _run_and_report(settings: RunSettings, folder: Path, console: Console, evaluate_after: bool) -> None:
+    _check_machine(settings, evaluate_after)
     shown = shown_path(folder)
     try:
         check_task = partial(check_evaluation, settings) if evaluate_after else None

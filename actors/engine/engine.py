@@ -32,6 +32,7 @@ from actors.engine.action_log import FinishedLog, Float32, Int32, finished_log
 from actors.engine.checks import check_fit, check_vllm_config
 from actors.engine.decoding_state import EXTRA_ARGS_KEY, DecodingState
 from actors.engine.logits_processor import IDS_WITHOUT_TOKEN
+from actors.engine.machine import check_machine
 from actors.engine.settings import EngineSettings, SamplingSettings, check_environment, engine_environment
 from actors.engine.weight_loading import ExpectedTensors, Shape, load_in_place
 from buffer.schema import TokenContract
@@ -61,7 +62,8 @@ class BackspaceEngine:
         version: policy version of the weights that `model_dir` holds (ignored with `load_format="dummy"`).
 
     Raises:
-        ValueError: vLLM was configured, or the model is built, in a way that can't be rolled back.
+        ValueError: vLLM was configured, or the model is built, in a way that can't be rolled back; or the machine
+            lacks something.
         RuntimeError: the environment lacks what `engine_environment` asks for.
     """
 
@@ -70,6 +72,7 @@ class BackspaceEngine:
 
     def __init__(self, settings: EngineSettings, contract: TokenContract, version: int = 0) -> None:
         check_environment()
+        check_machine(settings.enforce_eager)
         self.settings = settings
         self.contract = contract
         config = self._engine_args(settings).create_engine_config()

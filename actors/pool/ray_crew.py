@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from buffer.weight_transport import WeightHandle
 from buffer.weights import WeightManifest
 
 STATUS_TIMEOUT_S = 5.0
+TRACEBACK_CHARACTERS = 1500
+ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass
@@ -170,11 +173,24 @@ async def _result(reference: ray.ObjectRef) -> object:
 
 
 def failure_of(error: BaseException, starting: bool) -> Failure:
-    """The error a call ended with, as one line. An actor whose constructor raised will raise the next time, too."""
+    """The error a call ended with, and the end of its traceback. An actor whose constructor raised will raise the next
+    time, too.
+    """
+    text = ANSI_COLOR.sub("", str(error)).strip()
     if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
         # The rest is the traceback of the constructor.
-        reason = str(error).strip().splitlines()[-1]
+        reason = text.splitlines()[-1]
         # A process of a divided engine that dies early is like an actor that does: it may live the next time.
-        return Failure(reason, in_vain=starting and EngineRankError.__name__ not in reason)
+        in_vain = starting and EngineRankError.__name__ not in reason
+        # Our own refusals say all.
+        return Failure(reason, in_vain, "" if reason.startswith(ValueError.__name__) else _end_of(text))
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    return Failure(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}")
+    return Failure(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}", traceback=_end_of(text))
+
+
+def _end_of(text: str) -> str:
+    """Whole lines, where there are several; a compiler's own words stand near the end."""
+    if len(text) <= TRACEBACK_CHARACTERS:
+        return text
+    end = text[-TRACEBACK_CHARACTERS:]
+    return end.partition("\n")[2] or end

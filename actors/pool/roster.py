@@ -24,10 +24,16 @@ MAX_BACKOFF_S = 30.0
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a member cannot go on. in_vain: a successor would fail in the same way."""
+    """Why a member cannot go on. in_vain: a successor would fail in the same way. traceback: the end of it, where the
+    reason does not say what to do.
+    """
 
     reason: str
     in_vain: bool = False
+    traceback: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}; its traceback ends with\n{self.traceback}" if self.traceback else self.reason
 
 
 Sighting = Literal["starting", "ready", "at work", "left"] | Failure
@@ -199,7 +205,7 @@ class Roster:
     def _fail(self, member: _Member, failure: Failure, now_s: float) -> None:
         """Remove a member that failed, and plan its successor."""
         name = member.name
-        self.end(name, f"{name} failed: {failure.reason}")
+        self.end(name, f"{name} failed: {failure}")
         if member.state == "draining":
             return
         failures = self._failures[name] = self._failures.get(name, 0) + 1
@@ -212,4 +218,4 @@ class Roster:
         else:
             self.refused = failure.in_vain
             times = "" if failure.in_vain else f" {failures} times in a row, the last time"
-            self.failure = f"{name} failed{times}: {failure.reason}"
+            self.failure = f"{name} failed{times}: {failure}"

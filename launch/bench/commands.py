@@ -38,8 +38,11 @@ def bench_rollouts(
     [dim]Example:[/dim] sequencematch bench rollouts --json
     """
     with reported_errors(), stdout_kept_clean(as_json):
+        from actors.engine.machine import check_machine
         from launch.bench.rollouts import bench_rollouts as measure
 
+        with setting_up():
+            check_machine(enforce_eager=True)
         if checkpoint is None:
             found = measure(batch=batch, num_actions=num_actions, repetitions=repetitions, dtype=dtype, seed=seed)
         else:
@@ -173,8 +176,12 @@ def bench_weights(
     [dim]Example:[/dim] sequencematch bench weights --json
     """
     with reported_errors(), stdout_kept_clean(as_json):
+        from actors.engine.machine import check_machine
         from launch.bench.weights import bench_weights as measure
 
+        if with_engine:
+            with setting_up():
+                check_machine(enforce_eager=True)
         found = measure(
             shape,
             repetitions=repetitions,

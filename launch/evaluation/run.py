@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
+from actors.engine.machine import check_machine
 from buffer.schema import TokenContract
 from launch.errors import UserError
 from launch.evaluation.answer_metrics import answer_texts
@@ -43,11 +44,12 @@ def evaluate(
         keep_in: folder in which rollouts are kept, and looked for: an evaluation that was interrupted goes on there.
 
     Raises:
-        UserError: a folder is no checkpoint, the task does not fit the model, the checkpoints are of different models,
-            or there are too few texts for MAUVE.
+        UserError: the machine lacks what an engine needs, a folder is no checkpoint, the task does not fit the model,
+            the checkpoints are of different models, or there are too few texts for MAUVE.
     """
     with console.status("loading the task"):
         try:
+            check_machine(enforce_eager=True)
             checkpoints = [open_checkpoint(target.checkpoint) for target in targets]
             _check_same_tokens(checkpoints)
             task = _load_task(settings, checkpoints[0])

@@ -185,6 +185,16 @@ def test_what_would_fail_again_is_not_tried_again():
     assert pool.states == {}
 
 
+def test_the_last_traceback_stands_in_event_and_failure():
+    pool = Pool(1, max_restarts=0)
+    pool.roster.reconcile(0.0)
+    pool.crew.seen["actor-0"] = Failure("KeyError: 'x'", traceback="  File 'a'\nKeyError: 'x'")
+    pool.roster.reconcile(1.0)
+    told = "KeyError: 'x'; its traceback ends with\n  File 'a'\nKeyError: 'x'"
+    assert f"actor-0 failed: {told}" in pool.events
+    assert pool.roster.failure == f"actor-0 failed 1 times in a row, the last time: {told}"
+
+
 def test_a_closed_roster_makes_nobody():
     pool = Pool(2)
     pool.all_at_work()

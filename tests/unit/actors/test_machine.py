@@ -1,0 +1,62 @@
+"""What the machine lacks is named with the Debian package that brings it; an eager engine needs no compiler."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from actors.engine import machine
+from actors.engine.machine import check_machine
+from launch.cli import app
+
+RECIPE = "launch/recipes/arithmetic_cpu.yaml"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "KERNEL_LIBRARIES", {"libnowhere.so.7": "libnowhere7"})
+
+
+def test_a_library_that_does_not_load_is_named_with_its_package(no_library: None) -> None:
+    with pytest.raises(ValueError, match=r"vLLM needs libnowhere\.so\.7 .*: `apt-get install libnowhere7` brings it"):
+        check_machine(enforce_eager=True)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_compiler_is_needed_where_compilation_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check_machine(enforce_eager=True)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / name))
+    expected = r"a compiler \(/nowhere/c\+\+\) and Python's headers \(Python\.h\) .*`apt-get install g\+\+ python3-dev`"
+    with pytest.raises(ValueError, match=expected):
+        check_machine(enforce_eager=False)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include/Python.h").touch()
+    monkeypatch.setenv("CXX", sys.executable)
+    check_machine(enforce_eager=False)
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("overrides", [["actors.enforce_eager=false"], ["actors.enforce_eager=false", "--no-evaluate"]])
+def test_train_says_so_before_anything_starts(overrides: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["train", RECIPE, f"runs_folder={tmp_path}", *overrides])
+    assert done.exit_code == 2
+    assert "`apt-get install g++" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_library")
+@pytest.mark.parametrize(
+    "command", [["generate", "nowhere", "--prompt", "1"], ["bench", "rollouts"], ["bench", "weights"]], ids=" ".join
+)
+def test_commands_with_an_engine_say_so_first(command: list[str]) -> None:
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert "vLLM needs libnowhere.so.7" in done.stderr
