@@ -187,8 +187,17 @@ def test_checkpoints_stand_alone(run: FinishedRun) -> None:
 
 def test_the_run_folder_is_that_of_a_run_that_ended(run: FinishedRun) -> None:
     names = {path.name for path in run.folder.iterdir()}
-    files = {"config.yaml", "environment.txt", "run_id", "metrics.jsonl", "checkpoints.json", "lock", "report.html"}
-    assert names == files | {"used_configs", "logs", "tensorboard", "tokenizer", "buffer", "checkpoints"}
+    files = {"config.yaml", "environment.txt", "run_id", "metrics.jsonl", "checkpoints.json", "lock"}
+    assert names == files | {
+        "examples.json",
+        "report.html",
+        "used_configs",
+        "logs",
+        "tensorboard",
+        "tokenizer",
+        "buffer",
+        "checkpoints",
+    }
 
 
 def test_the_log_tells_the_run_from_beginning_to_end(run: FinishedRun) -> None:
