@@ -52,6 +52,15 @@ class _Unfinished:
     num_planted: int
 
 
+def compile_nothing(enforce_eager: bool) -> None:
+    """For this process, from now on; False: compile what torch is asked to, as usual.
+
+    vLLM's own `enforce_eager` still compiles two helpers of sampling, for 8 s at every start, with a compiler that a
+    machine may lack. TORCH_COMPILE_DISABLE would have to be set before torch is imported.
+    """
+    torch.compiler.set_stance("force_eager" if enforce_eager else "default")
+
+
 class BackspaceEngine:
     """One engine. Not thread-safe; every method returns between two engine steps.
 
@@ -73,6 +82,7 @@ class BackspaceEngine:
     def __init__(self, settings: EngineSettings, contract: TokenContract, version: int = 0) -> None:
         check_environment()
         check_machine(settings.enforce_eager)
+        compile_nothing(settings.enforce_eager)
         self.settings = settings
         self.contract = contract
         config = self._engine_args(settings).create_engine_config()
@@ -309,6 +319,7 @@ class BackspaceEngine:
         self._ready.clear()
         self._failure = "it was shut down"
         self._llm.engine_core.shutdown()
+        compile_nothing(False)
 
     def _step(self) -> list[FinishedLog]:
         logs = []

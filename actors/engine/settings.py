@@ -94,17 +94,12 @@ rolls a request back when the scheduler shortens it and draws fresh noise afterw
 
 
 def engine_environment(settings: EngineSettings) -> dict[str, str]:
-    """Environment variables that must be set before the process of an engine imports vLLM.
-
-    An eager engine compiles nothing: `enforce_eager` alone leaves vLLM two helpers of sampling, compiled for 8 s at
-    every start, for which a machine needs a compiler.
-    """
+    """Environment variables that must be set before the process of an engine imports vLLM."""
     return {
         **REQUIRED_ENVIRONMENT,
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "OMP_NUM_THREADS": str(settings.num_threads),
-        **({"TORCH_COMPILE_DISABLE": "1"} if settings.enforce_eager else {}),
     }
 
 

@@ -220,7 +220,10 @@ def _plain_engine(load: _Workload) -> LLMEngine:
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    from actors.engine.engine import compile_nothing
+
     settings = load.settings
+    compile_nothing(settings.enforce_eager)
     config = EngineArgs(
         model=settings.model_dir,
         dtype=settings.dtype,

@@ -31,6 +31,8 @@ class Outcome:
     num_preemptions: int
     free_blocks_before: int
     free_blocks_after: int
+    num_compiled: int
+    """Functions that torch was about to compile since the process began."""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,8 @@ def generate(
                 scheduler.reset_prefix_cache(reset_running_requests=True)
             if abort_every and num_steps % abort_every == 0 and running:
                 logs += engine.abort([running.pop(len(running) // 2)])
-        return Outcome(logs, preempted, before, pool.get_num_free_blocks())
+        compiled = torch._dynamo.utils.counters["frames"]["total"]
+        return Outcome(logs, preempted, before, pool.get_num_free_blocks(), compiled)
     finally:
         scheduler._preempt_request = preempt
 
@@ -112,6 +115,7 @@ def _check(
     assert result.num_returns_to_floor >= min_returns_to_floor
     assert result.num_back_over_block_edge > 2
     assert outcome.free_blocks_after == outcome.free_blocks_before
+    assert outcome.num_compiled == 0
     for log in outcome.logs:
         _check_limits(log, samplings[log.request_id])
 
