@@ -6,11 +6,11 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -21,20 +21,39 @@ from tests.dockerfiles import ROOT
 TIMEOUT_S = 240.0
 pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
 
-SRUN = """#!/usr/bin/env bash
-# On "the node": what follows Slurm's own options.
-while [ "${1:0:2}" = "--" ]; do shift; done
-exec "$@"
+SRUN = """#!{python}
+# On "the node": what follows Slurm's own options. Signals go to all processes of the step.
+import signal, subprocess, sys
+import psutil
+words = sys.argv[1:]
+while words[0].startswith("--"):
+    del words[0]
+task = subprocess.Popen(words)
+def forward(number, frame):
+    for each in [*psutil.Process(task.pid).children(recursive=True), task]:
+        each.send_signal(number)
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, forward)
+sys.exit(task.wait())
 """
 SCONTROL = """#!/usr/bin/env bash
-echo only-node
+case "$1 $2" in
+"show hostnames") echo only-node ;;
+"show job") echo "   JobState=$JOB_STATE Dependency=(null)
+   StartTime=Unknown EndTime=$(date -d "+$SECONDS_LEFT seconds" +%FT%T) Deadline=N/A" ;;
+"requeue $SLURM_JOB_ID") echo requeued >>"${0%/*}/requeued" ;;
+esac
 """
 RUN = """#!{python}
 import json, os, signal, sys, time
 from pathlib import Path
 import launch, ray
 ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))  # Ray has set one of its own
+def stop(number, frame):  # Ray has set one of its own
+    time.sleep(5)  # a checkpoint is written
+    sys.exit(75 if ray.cluster_resources() == seen["resources"] else 9)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, stop)
 seen = dict(arguments=sys.argv[1:], resources=ray.cluster_resources(), token=len(os.environ["RAY_AUTH_TOKEN"]))
 Path({seen!r}).write_text(json.dumps(seen))
 if "--wait" in sys.argv:
@@ -46,12 +65,19 @@ sys.exit(3)
 class Allocation:
     """The script under way, with the folder of its stand-ins."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, job_state: str = "RUNNING Reason=None", seconds_left: int = 10**6
+    ) -> None:
         binaries = folder / "bin"
         binaries.mkdir()
         self.seen = folder / "seen.json"
+        self.requeued = binaries / "requeued"
         run = RUN.format(python=sys.executable, seen=str(self.seen), timeout_s=TIMEOUT_S)
-        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sequencematch", run)):
+        for name, text in (
+            ("srun", SRUN.format(python=sys.executable)),
+            ("scontrol", SCONTROL),
+            ("sequencematch", run),
+        ):
             (binaries / name).write_text(text)
             (binaries / name).chmod(0o755)
         for name in ("python", "ray"):  # no links: Python looks for its environment beside the name it was called by
@@ -59,14 +85,12 @@ class Allocation:
             (binaries / name).chmod(0o755)
         # Not below `folder`: the path of a Unix socket has at most 107 bytes.
         self.ray_folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         environment = os.environ | {
             "PATH": f"{binaries}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "BIN": str(binaries),
-            "PORT": str(port),
+            "JOB_STATE": job_state,
+            "SECONDS_LEFT": str(seconds_left),
             "SLURM_JOB_ID": "1",
             "SLURM_JOB_NODELIST": "only-node",
             "SLURM_CPUS_PER_TASK": "1",
@@ -112,26 +136,63 @@ def none_left(allocation: Allocation) -> bool:
     return not allocation.left()
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_run_gets_a_cluster_with_a_token_and_its_exit_code_is_the_jobs(tmp_path: Path, interrupted: bool) -> None:
-    allocation = Allocation(tmp_path, "recipe.yaml", "actors.count=2", *(["--wait"] if interrupted else []))
+@pytest.mark.parametrize(
+    ("how", "job_state", "code", "requeued"),
+    [
+        ("it fails", "RUNNING Reason=None", 3, False),  # after a notice of the time limit that came before it began
+        ("all are told", "COMPLETING Reason=None", 75, False),  # as by scancel
+        ("all are told", "COMPLETING Reason=TimeLimit", 75, True),
+        ("the time is up", "RUNNING Reason=None", 75, True),
+    ],
+)
+def test_a_run_gets_a_cluster_with_a_token_and_its_exit_code_is_the_jobs(
+    tmp_path: Path, how: str, job_state: str, code: int, requeued: bool
+) -> None:
+    """A run that is asked to stop finds Ray as it was, whoever else has received the signal."""
+    options = [] if how == "it fails" else ["--wait"]
+    allocation = Allocation(
+        tmp_path,
+        "recipe.yaml",
+        "actors.count=2",
+        *options,
+        job_state=job_state,
+        seconds_left=60 if how == "the time is up" else 10**6,
+    )
     try:
-        if interrupted:
-            deadline = time.monotonic() + TIMEOUT_S
-            while not allocation.seen.is_file():
-                assert time.monotonic() < deadline, "the run did not begin"
-                assert allocation.process.poll() is None, allocation.end()
-                time.sleep(0.2)
-            allocation.process.send_signal(signal.SIGTERM)  # as --signal=B:TERM does: to the script alone
-        code, output = allocation.end()
-        assert code == (7 if interrupted else 3), output
+        wait_until(allocation, lambda: catches(allocation.process.pid, signal.SIGUSR1), "the script to begin")
+        if how == "it fails":
+            allocation.process.send_signal(signal.SIGUSR1)
+        else:
+            wait_until(allocation, allocation.seen.is_file, "the run to begin")
+        if how == "all are told":
+            for process in allocation.left():
+                process.send_signal(signal.SIGTERM)
+        found, output = allocation.end()
+        assert found == code, output
+        assert allocation.requeued.is_file() == requeued
         seen = json.loads(allocation.seen.read_text())
         assert seen["arguments"][:3] == ["train", "recipe.yaml", "actors.count=2"]
+        assert seen["arguments"][-3:] == ["--name", "slurm-1", "--resume-if-exists"]
         assert seen["resources"]["training"] == 8.0
         assert seen["token"] == 64
         assert none_left(allocation), allocation.left()
     finally:
         allocation.kill()
+
+
+def wait_until(allocation: Allocation, condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {TIMEOUT_S:.0f} s for {what}"
+        assert allocation.process.poll() is None, allocation.end()
+        time.sleep(0.1)
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for the signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (caught,) = (int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+    return bool(caught >> (number - 1) & 1)
 
 
 def test_without_a_recipe_nothing_starts(tmp_path: Path) -> None:

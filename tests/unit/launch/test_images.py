@@ -156,6 +156,12 @@ def test_pods_have_bounds_and_no_rights() -> None:
         assert metrics == {"8080"}
 
 
+def test_a_job_that_is_tried_again_goes_on_with_its_run() -> None:
+    job = manifest(MANIFESTS[1], "RayJob")["spec"]
+    assert job["backoffLimit"] == 3
+    assert {"--name", "--resume-if-exists"} <= set(shlex.split(job["entrypoint"]))
+
+
 def test_actors_and_learner_find_their_worker_groups() -> None:
     arguments = shlex.split(manifest(MANIFESTS[1], "RayJob")["spec"]["entrypoint"])
     assert arguments[:2] == ["sequencematch", "train"]
