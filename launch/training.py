@@ -113,13 +113,11 @@ def _check_machine(settings: RunSettings, evaluate_after: bool) -> None:
     Raises:
         UserError: it lacks something.
     """
-    with setting_up():
-        if evaluate_after:
-            check_machine(enforce_eager=True)
-        if cluster_to_join(settings.cluster) is None and any(
-            needs_actors(stage, settings.noise) for stage in settings.stages
-        ):
-            check_machine(settings.actors.enforce_eager)
+    has_actors = any(needs_actors(stage, settings.noise) for stage in settings.stages)
+    actors_here = has_actors and cluster_to_join(settings.cluster) is None
+    if actors_here or evaluate_after:
+        with setting_up():
+            check_machine(settings.actors.enforce_eager or not actors_here)
 
 
 def _run_and_report(settings: RunSettings, folder: Path, console: Console, evaluate_after: bool) -> None:

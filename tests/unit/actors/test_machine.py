@@ -43,12 +43,13 @@ def test_a_compiler_is_needed_where_compilation_is_asked_for(monkeypatch: pytest
     check_machine(enforce_eager=False)
 
 
-@pytest.mark.usefixtures("no_compiler")
-@pytest.mark.parametrize("overrides", [["actors.enforce_eager=false"], ["actors.enforce_eager=false", "--no-evaluate"]])
-def test_train_says_so_before_anything_starts(overrides: list[str], tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["train", RECIPE, f"runs_folder={tmp_path}", *overrides])
+@pytest.mark.usefixtures("no_compiler", "no_library")
+@pytest.mark.parametrize("overrides", [[], ["--no-evaluate"]])
+def test_train_names_all_before_anything_starts(overrides: list[str], tmp_path: Path) -> None:
+    command = ["train", RECIPE, f"runs_folder={tmp_path}", "actors.enforce_eager=false", *overrides]
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 2
-    assert "`apt-get install g++" in done.stderr
+    assert "`apt-get install libnowhere7 g++" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
