@@ -1,10 +1,11 @@
 """Whether an engine computes with the weights that it was sent: judged by the log-probabilities of a fixed sequence.
 
 That sequence is the probe. Learner and engine never agree exactly on it: they round at different places. How far they
-are apart with the first weights of an engine is the noise of this pair. Later weights are taken for loaded where the
-engine is no farther from the learner's probe of them than that noise explains, and nearer to it than to the probe of
-the weights that the engine had before. A tensor that was left out shows as soon as it moves the probe by more than the
-noise. Where new and previous weights differ by less, the probe proves nothing, and the fingerprint alone does.
+are apart with the first weights of an engine is the noise of this pair; in half precision it grows with the logits.
+Later weights are taken for loaded where the engine is no farther from the learner's probe of them than noise explains,
+and nearer to it than to the probe of the weights that the engine had before. A tensor that was left out shows as soon
+as it moves the probe by more than the noise. Where new and previous weights differ by less, the probe proves nothing,
+and the fingerprint alone does.
 
 With its first weights an engine has no noise yet: there a bound by number format stands, far below what an engine shows
 that has missed any of the weights it was built without.
@@ -28,7 +29,12 @@ _FIRST_LIMIT, _FIRST_LIMIT_HALF = 1e-3, 0.5
 """Largest error with the first weights. Measured: below 1e-5, and 0.002 to 0.18 where one side is in half precision."""
 
 _LEAST_MARGIN, _LEAST_MARGIN_HALF = 2e-4, 0.02
-"""By the engine's format. Noise grows with the logits, and an untrained model has small ones."""
+"""By the engine's format."""
+
+_LEAST_FRACTION_HALF = 0.04
+"""Of the spread of the learner's log-probabilities. Half precision rounds in proportion to the logits, and these grow:
+a model from scratch shows a noise of 0.001 nats untrained and of 0.05 trained. Measured: 0.005 to 0.02 of the spread.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,13 @@ class Proof:
     """What the probe said of the weights that an engine has loaded. Errors and differences are root mean squares over
     the tokens of the probe, in nats.
 
-    probe_logprobs: the learner's, of these weights. error: of the engine. margin: largest error that is taken for
-    noise, of these weights and of all later ones. change: from the weights before; None of the first ones.
+    probe_logprobs: the learner's, of these weights. error: of the engine. noise: error with the engine's first weights.
+    margin: largest error that is taken for noise. change: from the weights before; None of the first ones.
     """
 
     probe_logprobs: tuple[float, ...]
     error: float
+    noise: float
     margin: float
     change: float | None = None
 
@@ -76,15 +83,23 @@ def prove(
         limit = _FIRST_LIMIT_HALF if is_half else _FIRST_LIMIT
         if not error <= limit:  # also of what is not a number
             raise WeightMismatchError(_refusal(manifest, found, new, f"at most {limit:g} with its first weights"))
-        least = _LEAST_MARGIN_HALF if engine_dtype in _HALF else _LEAST_MARGIN
-        return Proof(manifest.probe_logprobs, error, max(least, NOISE_MARGIN * error))
+        return Proof(manifest.probe_logprobs, error, error, _margin(error, new, engine_dtype))
     previous = np.asarray(before.probe_logprobs, dtype=np.float64)
-    proof = Proof(manifest.probe_logprobs, error, before.margin, _distance(new, previous))
+    margin = _margin(before.noise, new, engine_dtype)
+    proof = Proof(manifest.probe_logprobs, error, before.noise, margin, _distance(new, previous))
     to_previous = _distance(found, previous)
     if not error <= proof.margin or (error >= to_previous and not proof.by_fingerprint_alone):
-        known = f"{before.margin:.3g} is noise of this engine; it is {to_previous:.3g} from the weights it had before"
+        known = f"{margin:.3g} is noise of this engine; it is {to_previous:.3g} from the weights it had before"
         raise WeightMismatchError(_refusal(manifest, found, new, known))
     return proof
+
+
+def _margin(noise: float, learner_logprobs: npt.NDArray[np.float64], engine_dtype: str) -> float:
+    least = _LEAST_MARGIN
+    if engine_dtype in _HALF:
+        spread = float(learner_logprobs.std()) if learner_logprobs.size else 0.0
+        least = max(_LEAST_MARGIN_HALF, _LEAST_FRACTION_HALF * spread)
+    return max(least, NOISE_MARGIN * noise)
 
 
 def _distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:

@@ -31,7 +31,7 @@ class WeightIntake:
             return None
         if proof.change is None:
             return (
-                f"engine and learner differ by {proof.error:.2g} nats with the same weights: from now on up to "
+                f"engine and learner differ by {proof.error:.2g} nats with the same weights: up to "
                 f"{proof.margin:.2g} counts as noise of this engine"
             )
         if proof.by_fingerprint_alone:

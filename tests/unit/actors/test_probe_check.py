@@ -10,7 +10,7 @@ from buffer.weights import TensorEntry, WeightManifest, WeightMismatchError
 
 TOKENS = 16
 RANDOM = np.random.default_rng(0)
-OLD = -10.0 + RANDOM.normal(size=TOKENS - 1)
+OLD = -10.0 + 0.1 * RANDOM.normal(size=TOKENS - 1)
 ERRORS = RANDOM.normal(size=(3, TOKENS - 1))
 ERRORS /= np.sqrt(np.mean(ERRORS**2, axis=1, keepdims=True))  # of root mean square 1
 
@@ -93,6 +93,20 @@ def test_a_quiet_first_load_leaves_room_for_the_noise_of_larger_logits():
     assert first_load(1e-7, "float32", "float32").margin == 2e-4
     assert first_load(1e-5, engine_dtype="float32").margin == 2e-4
     assert first_load(1e-5).margin == 0.02
+
+
+def test_half_precision_may_be_noisier_where_the_learner_is_surer():
+    """As a model from scratch in training; its noise is a fixed part of the spread of its logits."""
+    before = first_load(0.0014)
+    new = -9.0 + 3.0 * ERRORS[1]
+    proof = prove(manifest(new), new + 0.06 * ERRORS[2], before, "bfloat16")
+    assert (proof.noise, before.margin) == (before.noise, 0.02)
+    assert 0.1 < proof.margin < 0.15
+    with pytest.raises(WeightMismatchError, match="is noise of this engine"):
+        prove(manifest(new), new + 0.2 * ERRORS[2], before, "bfloat16")
+    in_float32 = first_load(1e-6, "float32", "float32")
+    with pytest.raises(WeightMismatchError, match=r"0\.0002 is noise of this engine"):
+        prove(manifest(new, "float32"), new + 1e-3 * ERRORS[2], in_float32, "float32")
 
 
 def test_what_is_not_a_number_is_named():
