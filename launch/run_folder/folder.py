@@ -258,7 +258,10 @@ def describe_environment() -> str:
 
 def shown_path(folder: Path) -> Path:
     """The folder as a person would type it here."""
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # Ray removes the working directory of a job when its driver disconnects
+        return folder
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 

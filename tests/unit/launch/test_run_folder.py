@@ -14,6 +14,7 @@ from launch.run_folder.folder import (
     open_run_folder,
     read_cluster,
     remove_cluster,
+    shown_path,
     write_cluster,
 )
 from launch.settings.recipe import read_recipe
@@ -70,3 +71,14 @@ def test_a_run_folder_appears_whole_and_takes_no_place_that_is_taken(settings: R
         with pytest.raises(UserError, match=f"{name} is there already and is no run"):
             create_run_folder(settings, name)
     assert sorted(path.name for path in runs.iterdir()) == ["empty", "file", "notes"], "no draft is left"
+
+
+def test_a_folder_is_shown_as_it_would_be_typed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    (here / "runs").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert shown_path(here / "runs") == Path("runs")
+    assert shown_path(tmp_path) == tmp_path
+    (here / "runs").rmdir()
+    here.rmdir()  # as Ray does with the working directory of a job that has ended
+    assert shown_path(tmp_path / "run") == tmp_path / "run"
