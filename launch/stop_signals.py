@@ -38,9 +38,21 @@ def stop_handlers_kept() -> Iterator[None]:
     """Around `ray.init`, which sets a SIGTERM handler of its own that ends the driver at once, and around
     `ray.shutdown`, which sets the default one.
 
-    Processes that Ray starts meanwhile never receive the signals of job systems, see `stop_signals_blocked`.
+    Processes that Ray starts meanwhile never receive the signals of job systems, see `stop_signals_blocked`. Ctrl-C
+    waits until the body is done, since an interrupted `ray.init` leaves a client whose threads crash the process at its
+    end; only a second Ctrl-C interrupts the body.
     """
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    on_interrupt, num_interrupts = before[signal.SIGINT], 0
+
+    def defer(number: int, frame: FrameType | None) -> None:
+        nonlocal num_interrupts
+        num_interrupts += 1
+        if num_interrupts > 1:
+            raise KeyboardInterrupt
+
+    if callable(on_interrupt):
+        signal.signal(signal.SIGINT, defer)
     with stop_signals_blocked():
         try:
             yield
@@ -50,6 +62,8 @@ def stop_handlers_kept() -> Iterator[None]:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+    if num_interrupts and callable(on_interrupt):
+        on_interrupt(signal.SIGINT, None)
 
 
 def stop_requested() -> bool:

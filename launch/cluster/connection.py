@@ -40,15 +40,19 @@ def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
         UserError: the cluster cannot be reached. RunFailedError: Ray does not start.
     """
     namespace = folder.name
-    _start_or_join(settings.cluster, namespace, total(planned_roles(settings))["CPU"])
-    cluster = LiveCluster(ray.get_runtime_context().gcs_address, namespace, os.getpid())
-    with head_watched(cluster.address, lambda: remove_cluster(folder)):
-        try:
-            write_cluster(folder, cluster)
-            yield cluster
-        finally:
-            remove_cluster(folder)
-            _leave()
+    try:
+        _start_or_join(settings.cluster, namespace, total(planned_roles(settings))["CPU"])
+        cluster = LiveCluster(ray.get_runtime_context().gcs_address, namespace, os.getpid())
+        with head_watched(cluster.address, lambda: remove_cluster(folder)):
+            try:
+                write_cluster(folder, cluster)
+                yield cluster
+            finally:
+                remove_cluster(folder)
+                _leave()
+    except KeyboardInterrupt:
+        _leave()  # of a stop signal while Ray started; else nothing is left of it
+        raise
 
 
 @contextlib.contextmanager
@@ -60,9 +64,9 @@ def join_live_run(cluster: LiveCluster, timeout_s: float = 10.0) -> Iterator[Non
     """
     # Ray would replace 127.0.0.1 by the outer address, where a Ray that a run started for itself does not listen.
     is_private = cluster.address.startswith(f"{LOOPBACK}:")
-    with _for_this_machine_alone() if is_private else contextlib.nullcontext():
-        _join(ClusterAddress(cluster.address, f"the run's {CLUSTER_FILE}"), cluster.namespace, timeout_s)
     try:
+        with _for_this_machine_alone() if is_private else contextlib.nullcontext():
+            _join(ClusterAddress(cluster.address, f"the run's {CLUSTER_FILE}"), cluster.namespace, timeout_s)
         yield
     finally:
         _leave()
@@ -109,17 +113,14 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     cores = os.cpu_count() or 1
     provide_socket_folder()
-    with _for_this_machine_alone(), _late_start_told(), stop_handlers_kept():
-        ray.init(
+    with _for_this_machine_alone(), _late_start_told():
+        _init_ray(
             address="local",
             namespace=namespace,
             num_cpus=settings.num_cpus or max(2 * cores, math.ceil(planned_cpus)),
             object_store_memory=int(settings.object_store_gib * 2**30),
             include_dashboard=False,
-            configure_logging=False,
-            log_to_driver=False,
         )
-    _silence_ray()
 
 
 def _silence_ray() -> None:
@@ -134,6 +135,13 @@ def _silence_ray() -> None:
         worker.threads_stopped.clear()
 
 
+def _init_ray(**arguments: object) -> None:
+    """`ray.init`, whole: a stop signal that comes meanwhile is raised once Ray stands."""
+    with stop_handlers_kept():
+        ray.init(configure_logging=False, log_to_driver=False, **arguments)
+        _silence_ray()
+
+
 def _leave() -> None:
     """Disconnect from Ray, and end the processes that were started for this run: SIGTERM does not reach them."""
     node = ray._private.worker._global_node
@@ -145,9 +153,9 @@ def _leave() -> None:
                 started += psutil.Process(process.pid).children(recursive=True)
     with stop_handlers_kept():
         ray.shutdown()
-    for each in started:  # the agents of a node would try for a minute to report its end
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
+        for each in started:  # the agents of a node would try for a minute to report its end
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 @contextlib.contextmanager
@@ -189,14 +197,12 @@ def _join(cluster: ClusterAddress, namespace: str, timeout_s: float) -> None:
     if cluster.address != "auto":
         _check_reachable(cluster, timeout_s)
     try:
-        with stop_handlers_kept():
-            ray.init(address=cluster.address, namespace=namespace, configure_logging=False, log_to_driver=False)
+        _init_ray(address=cluster.address, namespace=namespace)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RpcError) as error:
         raise UserError(
             f"cannot join the Ray cluster at {cluster.address!r}, which {cluster.source} names: "
             f"{_sentence(str(error).splitlines()[0], cluster.mend)}"
         ) from None
-    _silence_ray()
 
 
 def _sentence(*parts: str) -> str:

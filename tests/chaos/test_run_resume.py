@@ -48,6 +48,15 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
         return Interrupted(process.folder, progress.step)
 
 
+def test_ctrl_c_while_ray_starts_ends_the_command_in_order(tmp_path: Path) -> None:
+    with TrainProcess(tmp_path, ARITHMETIC, "--no-evaluate", *OVERRIDES) as process:
+        # `ray.init` is under way once its first server runs. Cut off, it could crash the process.
+        process.wait_until(lambda: bool(process.processes("gcs_server")), START_TIMEOUT_S, "Ray's first process")
+        process.interrupt()
+        assert process.wait(STOP_TIMEOUT_S) == 130, process.printed()
+        process.assert_nothing_left()
+
+
 def test_a_damaged_log_is_named(interrupted: Interrupted, tmp_path: Path) -> None:
     """Runs before the resumption, on a copy."""
     folder = tmp_path / "copy"

@@ -80,6 +80,23 @@ def test_a_stop_while_ray_starts_is_not_lost() -> None:
     assert stop_exit_code() == EXIT_STOPPED
 
 
+def interrupt_a_start(times: int, done: list[str]) -> None:
+    with stop_signals_interrupt(), stop_handlers_kept():
+        for _ in range(times):
+            send(signal.SIGINT)
+        done.append("Ray stands")
+
+
+@pytest.mark.parametrize(("times", "expected"), [(1, ["Ray stands"]), (2, [])])
+def test_ctrl_c_waits_for_the_start_of_ray_and_a_second_one_does_not(times: int, expected: list[str]) -> None:
+    """A start that is cut off leaves threads that crash the process at its end."""
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_a_start(times, done)
+    assert done == expected
+    assert stop_exit_code() == EXIT_INTERRUPTED
+
+
 def test_rays_handler_does_not_end_the_command() -> None:
     with pytest.raises(KeyboardInterrupt), stop_signals_interrupt(), stop_handlers_kept():
         sys.exit(signal.SIGTERM)
