@@ -50,7 +50,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
 
 def test_ctrl_c_while_ray_starts_ends_the_command_in_order(tmp_path: Path) -> None:
     with TrainProcess(tmp_path, ARITHMETIC, "--no-evaluate", *OVERRIDES) as process:
-        # `ray.init` is under way once its first server runs. Cut off, it could crash the process.
+        # `ray.init` is under way once its first server runs.
         process.wait_until(lambda: bool(process.processes("gcs_server")), START_TIMEOUT_S, "Ray's first process")
         process.interrupt()
         assert process.wait(STOP_TIMEOUT_S) == 130, process.printed()
