@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from actors.engine.action_log import FinishedLog, Int32, logs_to_batch
 from actors.engine.settings import EngineSettings, SamplingSettings
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:
     import torch

@@ -39,10 +39,10 @@ from actors.settings import ActorsSettings
 from actors.shard_writer import ShardWriter
 from actors.status import ActorStatus
 from buffer.experts.stream import ExpertStream, PromptStream
-from buffer.schema import TokenContract
+from buffer.service.shard import Shard, nearest
 from buffer.settings import NoiseSettings
-from buffer.shards.shard import Shard, nearest
 from buffer.stop_signals import ignore_stop_signals
+from buffer.trajectory.schema import TokenContract
 from buffer.weight_transport import WeightHandle
 from buffer.weights import WeightManifest, WeightsReplacedError
 

@@ -20,9 +20,9 @@ import pyarrow as pa
 import ray
 
 from actors.rollout_rules import DEMAND_POLL_S, MAX_BYTES_IN_FLIGHT, has_room, shard_in_turn
-from buffer.shards.service import InsertReply
-from buffer.shards.shard import BufferLostError, Shard
-from buffer.shards.transport import compact
+from buffer.service.service import InsertReply
+from buffer.service.shard import BufferLostError, Shard
+from buffer.service.transport import compact
 
 INSERT_TIMEOUT_S = 120.0
 """Of one insert; a shard that is restarted needs some seconds, and more where its folder is large."""

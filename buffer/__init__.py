@@ -1,9 +1,9 @@
 """What passes between processes: trajectories, their replay store, experts and the weight format.
 
-schema, validation, replay, weights, settings     the contracts, at the top
+trajectory/  the schema of a rollout, its replay and its validation: the contract of all processes
 experts/     action logs made from data, with noise and backspace
 store/       one shard on disk: segments, manifest, consumption log, recovery, compaction
 sampling/    which live rows a draw takes, and who has to wait
-shards/      the shards of a run as processes, draws over all of them, the Flight endpoint
+service/     the shards of a run as processes, draws over all of them, the Flight endpoint
 reading/     views from outside: snapshots, history, audit
 """

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from actors.engine.settings import EngineSettings, SamplingSettings, engine_environment
 from actors.generator import Generator, PromptGroup
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from launch.rollout_view import FLOOR_MARK, RolloutView, view_rollout
 
 if TYPE_CHECKING:

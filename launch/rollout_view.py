@@ -16,8 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.experts.ragged import Int64
-from buffer.replay import FLOOR, ActionLogs, Replay, replay, surviving_events
-from buffer.schema import TokenContract
+from buffer.trajectory.replay import FLOOR, ActionLogs, Replay, replay, surviving_events
+from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from buffer.experts.tasks import Task
-from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings, TaskSettings
+from buffer.trajectory.schema import TokenContract
 from learner.metrics.trackers import TrackerName
 from learner.settings.model import ModelSettings
 from learner.settings.stages import LearnerSettings

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from learner.checkpoints.checkpoint import take_snapshot
 from learner.checkpoints.model_files import take_part_in_snapshot
 from learner.checkpoints.progress import Progress

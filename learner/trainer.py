@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from buffer.behaviour import newest_version
+from buffer.trajectory.behavior import newest_version
 from learner.batches.micro_batches import TreeSettings, build_micro_batches
 from learner.batches.priorities import Float32, priorities_of_draw
 from learner.batches.rank_shares import count_logs, share_of_rank

@@ -22,10 +22,10 @@ from ray.actor import ActorHandle
 from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task, load_task
 from buffer.rendezvous import open_rendezvous
-from buffer.schema import TokenContract
+from buffer.service.shard import Shard
 from buffer.settings import NoiseSettings
-from buffer.shards.shard import Shard
 from buffer.stop_signals import ignore_stop_signals
+from buffer.trajectory.schema import TokenContract
 from learner.batches.demonstrations import teach_backspace_row
 from learner.batches.micro_batches import TreeSettings
 from learner.batches.priorities import Float32

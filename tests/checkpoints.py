@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from launch.run_folder.checkpoints import stage_checkpoints
 from launch.settings.run import RunSettings
 from learner.checkpoints.checkpoint import TrainingState, take_snapshot

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from buffer.schema import SAMPLING_TYPE
+from buffer.trajectory.schema import SAMPLING_TYPE
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from buffer.experts.tasks import Task
-from buffer.schema import trajectory_schema
+from buffer.trajectory.schema import trajectory_schema
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 MAX_DIGITS = 3

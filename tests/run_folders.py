@@ -10,8 +10,8 @@ import pytest
 
 from actors.status import ActorStatus, MemberStatus, PoolStatus
 from buffer.experts.tasks import Task
+from buffer.service.shard import shard_folder
 from buffer.settings import BufferSettings
-from buffer.shards.shard import shard_folder
 from buffer.store.consumption_log import DrawKey
 from buffer.store.replay_store import ReplayStore
 from launch.monitoring.live_view import RunView

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 
 PAD_ID, BOS_ID, EOS_ID, BACKSPACE_ID = 0, 1, 2, 3
 FIRST_TEXT_ID = 4

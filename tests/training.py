@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task
-from buffer.schema import trajectory_schema
 from buffer.settings import NoiseSettings
+from buffer.trajectory.schema import trajectory_schema
 from learner.batches.micro_batches import TreeSettings
 from learner.batches.source import BatchSource
 from learner.model.policy import load_policy

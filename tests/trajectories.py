@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 import numpy as np
 import pyarrow as pa
 
-from buffer.schema import TokenContract, trajectory_schema
 from buffer.store.consumption_log import DrawKey
+from buffer.trajectory.schema import TokenContract, trajectory_schema
 
 BACKSPACE, EOS, VOCAB = 1, 2, 32
 CONTRACT = TokenContract(vocab_size=VOCAB, backspace_id=BACKSPACE, eos_id=EOS, tokenizer_hash="abc")

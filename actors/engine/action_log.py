@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actors.engine.settings import SamplingSettings
-from buffer.schema import FINISH_REASONS, SAMPLING_TYPE, TokenContract, trajectory_schema
+from buffer.trajectory.schema import FINISH_REASONS, SAMPLING_TYPE, TokenContract, trajectory_schema
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput

@@ -35,7 +35,7 @@ from actors.engine.logits_processor import IDS_WITHOUT_TOKEN
 from actors.engine.machine import check_machine
 from actors.engine.settings import EngineSettings, SamplingSettings, check_environment, engine_environment
 from actors.engine.weight_loading import ExpectedTensors, Shape, load_in_place
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 
 __all__ = ["BackspaceEngine", "EngineSettings", "FinishedLog", "SamplingSettings", "engine_environment"]
 

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from actors.engine.decoding_state import DecodingState, decoding_state
-from buffer.schema import IdRanges
+from buffer.trajectory.schema import IdRanges
 
 NEGATIVE_INFINITY = float("-inf")
 

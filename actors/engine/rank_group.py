@@ -23,8 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.engine.settings import EngineSettings
 from actors.engine.weight_intake import WeightIntake
 from buffer.rendezvous import reason_of
-from buffer.schema import TokenContract
 from buffer.stop_signals import ignore_stop_signals
+from buffer.trajectory.schema import TokenContract
 from buffer.weight_transport import WeightHandle
 from buffer.weights import WeightManifest, WeightMismatchError
 

@@ -15,7 +15,7 @@ from actors.engine.action_log import FinishedLog
 from actors.engine.engine import BackspaceEngine, TokenIds
 from actors.engine.rank_executor import RankExecutor, RankPlace, meet
 from actors.engine.settings import EngineSettings, SamplingSettings
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 
 
 @dataclass(frozen=True)

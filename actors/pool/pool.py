@@ -19,7 +19,7 @@ from actors.pool.roster import Roster
 from actors.rollout_actor import RolloutSpec
 from actors.rollout_rules import SUPERVISION_INTERVAL_S
 from actors.status import PoolStatus
-from buffer.shards.shard import Shard
+from buffer.service.shard import Shard
 from buffer.stop_signals import ignore_stop_signals
 from buffer.weight_transport import WeightHandle
 from buffer.weights import WeightManifest

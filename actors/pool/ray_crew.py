@@ -19,7 +19,7 @@ from actors.pool.roster import Failure, Sighting
 from actors.rollout_actor import RolloutActor, RolloutSpec
 from actors.settings import ActorsSettings
 from actors.status import ActorStatus
-from buffer.shards.shard import Shard
+from buffer.service.shard import Shard
 from buffer.weight_transport import WeightHandle
 from buffer.weights import WeightManifest
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 from actors.scoring.scorers import Answer, Scorer, make_scorer
 from actors.scoring.settings import ScoringSettings, title_of
 from buffer.experts.ragged import Ragged
-from buffer.replay import ActionLogs, final_token_ids, replay
-from buffer.schema import TokenContract
+from buffer.trajectory.replay import ActionLogs, final_token_ids, replay
+from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

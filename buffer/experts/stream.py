@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 from buffer.experts.noise import NoiseCandidates, choose_noise_positions, insert_noise, prefixes_at
 from buffer.experts.order import CountedUniforms, EpochOrder, read_counters
 from buffer.experts.ragged import Int32, Int64, Ragged
-from buffer.schema import TokenContract, trajectory_schema
 from buffer.settings import NoiseSettings
+from buffer.trajectory.schema import TokenContract, trajectory_schema
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -16,8 +16,8 @@ from buffer.experts.noise import NoiseCandidates
 from buffer.experts.ragged import Ragged
 from buffer.experts.stream import ExpertStream
 from buffer.experts.tokenizer import backspace_token_id, character_tokenizer, prompt_prefix, token_contract
-from buffer.schema import TokenContract
 from buffer.settings import ArithmeticTaskSettings, NoiseKind, NoiseSettings, TaskSettings, TextTaskSettings
+from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:
     from datasets import Dataset

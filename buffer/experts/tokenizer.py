@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from buffer.schema import IdRanges, TokenContract
+from buffer.trajectory.schema import IdRanges, TokenContract
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -25,10 +25,10 @@ import pyarrow.compute as pc
 from buffer.reading.audit_checks import DrawLimits, Finding, check_draws, check_rows, check_states
 from buffer.reading.reader import read_shard, shard_folders
 from buffer.reading.shard_history import REASONS, UNKNOWN, ShardHistory
-from buffer.schema import SOURCES
 from buffer.store.counters import Tally
 from buffer.store.manifest import CorruptSegmentError
 from buffer.store.previous_format import holds_previous_format
+from buffer.trajectory.schema import SOURCES
 
 _KEY = ["stage", "step", "source"]
 

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from buffer.reading.shard_history import REASONS, LoggedState, ShardHistory, given
-from buffer.schema import SOURCES
-from buffer.staleness import NO_VERSION
 from buffer.store.counters import Tally
+from buffer.trajectory.schema import SOURCES
+from buffer.trajectory.staleness import NO_VERSION
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]

@@ -22,14 +22,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.reading.shard_snapshot import ShardSnapshot, live_rows, times_sampled
-from buffer.schema import ROW, TokenContract, stored_schema
-from buffer.shards.shard import present_shards
-from buffer.staleness import NO_VERSION, VersionRange
+from buffer.service.shard import present_shards
 from buffer.store.event_history import read_events
 from buffer.store.manifest import CorruptSegmentError, Manifest
 from buffer.store.previous_format import holds_previous_format, read_previous_shard
 from buffer.store.sealed_segments import map_sealed
 from buffer.store.segments import open_numbers, open_path, scan_open
+from buffer.trajectory.schema import ROW, TokenContract, stored_schema
+from buffer.trajectory.staleness import NO_VERSION, VersionRange
 
 ATTEMPTS = 20
 """Snapshots are begun anew at most this often; each takes longer than the steps of the writer that disturb it."""

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.reading.shard_snapshot import ShardSnapshot
-from buffer.schema import ROW, SOURCES
-from buffer.staleness import VersionRange
 from buffer.store.events import DROPPED, EVICTED, Counters, Event, decode_events
+from buffer.trajectory.schema import ROW, SOURCES
+from buffer.trajectory.staleness import VersionRange
 
 Bool = npt.NDArray[np.bool_]
 Int8 = npt.NDArray[np.int8]

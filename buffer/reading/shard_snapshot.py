@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from buffer.sampling.columns import BlockMinima, Column, Float64
 from buffer.sampling.row_facts import Bool, Int32, Int64, RowFacts
-from buffer.staleness import NO_VERSION
+from buffer.trajectory.staleness import NO_VERSION
 
 Float32 = npt.NDArray[np.float32]
 

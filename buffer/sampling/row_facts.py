@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.staleness import VersionRange
+from buffer.trajectory.staleness import VersionRange
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from buffer.schema import rows_of
-from buffer.staleness import VersionRange
 from buffer.store.archive import Archive
 from buffer.store.manifest import SegmentEntry
 from buffer.store.row_numbers import Int64, contains
 from buffer.store.sealed_segments import SealedFile, map_content, write_sealed
 from buffer.store.segments import read_batches, sealed_path
+from buffer.trajectory.schema import rows_of
+from buffer.trajectory.staleness import VersionRange
 
 BATCH_ROWS = 2**12
 BATCH_BYTES = 2**22

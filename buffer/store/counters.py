@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.staleness import NO_VERSION, VersionRange
 from buffer.store.events import DROPPED, EVICTED, Counters
-from buffer.validation import Rejection
+from buffer.trajectory.staleness import NO_VERSION, VersionRange
+from buffer.trajectory.validation import Rejection
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -69,7 +69,7 @@ class LastDraw:
         return cls(np.where(oldest == NO_VERSION, np.inf, oldest), created_us, policy_version, at_s)
 
     def statistics(self) -> DrawStatistics:
-        """Staleness (see `buffer.staleness`) and age of the rows."""
+        """Staleness (see `buffer.trajectory.staleness`) and age of the rows."""
         behind = np.maximum(self.policy_version - self.oldest_version, 0.0)
         ages_s = np.maximum(self.at_s - self.created_us / 1e6, 0.0)
         return DrawStatistics(float(behind.mean()), int(behind.max()), float(ages_s.mean()), float(ages_s.max()))

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from buffer.schema import TokenContract
 from buffer.store.events import Event
 from buffer.store.known_ids import KnownIds, UInt64, hash_ids
-from buffer.validation import Rejection, validate
+from buffer.trajectory.schema import TokenContract
+from buffer.trajectory.validation import Rejection, validate
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def check(batch: pa.RecordBatch, contract: TokenContract, known: KnownIds) -> Ch
     """Split a batch as sent.
 
     Raises:
-        ValueError: the batch as a whole does not fit (see `buffer.validation.validate`).
+        ValueError: the batch as a whole does not fit (see `buffer.trajectory.validation.validate`).
     """
     validated = validate(batch, contract)
     good = validated.good

@@ -12,7 +12,7 @@
     reject      trajectories were refused at the door            reason, ids (null where there is none)
     priorities  the learner changed how likely rows are          source, rows, priorities
 
-Rows are numbers (see `buffer.schema.stored_schema`). Each draw, removal and rejection stands in exactly one event over
+Rows are numbers (`stored_schema`). Each draw, removal and rejection stands in exactly one event over
 all files of a log; only where a draw from several shards was interrupted may a shard complete its part with a second
 `draw` of other rows. Over all shards, the parts of a draw that was answered add up to `whole` rows. A snapshot without
 a source holds the counters of the shard and those of removed rows whose source could no longer be read. A number in

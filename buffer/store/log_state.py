@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.sampling.lane import LaneSnapshot
-from buffer.schema import SOURCES
 from buffer.store.counters import Tally
 from buffer.store.events import Event
 from buffer.store.row_numbers import NO_ROWS, Int64
+from buffer.trajectory.schema import SOURCES
 
 Float32 = npt.NDArray[np.float32]
 _T = TypeVar("_T")

@@ -14,7 +14,7 @@ from typing import NotRequired, TypedDict
 
 import xxhash
 
-from buffer.schema import IdRanges, TokenContract
+from buffer.trajectory.schema import IdRanges, TokenContract
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 2

@@ -20,9 +20,7 @@ import pyarrow.compute as pc
 
 from buffer.sampling.lane import Lane, LaneSnapshot
 from buffer.sampling.row_facts import RowFacts
-from buffer.schema import ROW, SOURCES, TokenContract, rows_of, stored_schema
 from buffer.settings import BufferSettings
-from buffer.staleness import VersionRange
 from buffer.store.consumption_log import ConsumptionLog
 from buffer.store.counters import Tally
 from buffer.store.event_history import log_files, read_log_file
@@ -33,6 +31,8 @@ from buffer.store.manifest import Manifest
 from buffer.store.row_numbers import NO_ROWS, contains
 from buffer.store.segment_files import SegmentFiles
 from buffer.store.segment_folder import FoundRows, find_manifest, find_rows
+from buffer.trajectory.schema import ROW, SOURCES, TokenContract, rows_of, stored_schema
+from buffer.trajectory.staleness import VersionRange
 
 Int8 = npt.NDArray[np.int8]
 Int64 = npt.NDArray[np.int64]

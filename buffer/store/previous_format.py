@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.reading.shard_snapshot import ShardSnapshot, times_sampled
-from buffer.schema import ROW, SOURCES, IdRanges, TokenContract, stored_schema
-from buffer.staleness import VersionRange, stale_rows
 from buffer.store.events import EVENT_SCHEMA
 from buffer.store.manifest import MANIFEST_NAME, CorruptSegmentError
 from buffer.store.segments import OPEN_SUFFIX, open_path, scan_open, sealed_path
 from buffer.store.upgrade import PREVIOUS_VERSION, schema_of_version, upgrade
+from buffer.trajectory.schema import ROW, SOURCES, IdRanges, TokenContract, stored_schema
+from buffer.trajectory.staleness import VersionRange, stale_rows
 
 Bool = npt.NDArray[np.bool_]
 

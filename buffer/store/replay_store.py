@@ -23,9 +23,7 @@ from buffer.sampling.draw_numbers import DrawNumbers
 from buffer.sampling.lane import Lane
 from buffer.sampling.live_facts import Drawn
 from buffer.sampling.row_facts import RowFacts
-from buffer.schema import SOURCES, TokenContract, with_rows
 from buffer.settings import BufferSettings
-from buffer.staleness import VersionRange
 from buffer.store.archive import Archive
 from buffer.store.compaction import Rewrite, RewritePlan
 from buffer.store.consumption_log import DrawKey, LoggedDraw
@@ -39,7 +37,9 @@ from buffer.store.quarantine import quarantined
 from buffer.store.removals import Removals
 from buffer.store.row_numbers import Int64
 from buffer.store.upkeep import Upkeep
-from buffer.validation import source_codes
+from buffer.trajectory.schema import SOURCES, TokenContract, with_rows
+from buffer.trajectory.staleness import VersionRange
+from buffer.trajectory.validation import source_codes
 
 Float32 = npt.NDArray[np.float32]
 
@@ -117,7 +117,7 @@ class ReplayStore:
         may be repeated when its answer was lost.
 
         Raises:
-            ValueError: the batch as a whole does not fit (see `buffer.validation.validate`).
+            ValueError: the batch as a whole does not fit (see `buffer.trajectory.validation.validate`).
             OSError: the disk refused. A repeated insert counts the rows that were stored all the same as present.
         """
         checked = check(batch, self._contract, self._shard.known)

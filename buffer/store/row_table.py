@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.schema import ROW, rows_of
 from buffer.store import gather_source
 from buffer.store.gather_layout import GatherLayout
 from buffer.store.gather_source import VIEW_LANES
 from buffer.store.record_slots import RecordSlots
 from buffer.store.row_numbers import NO_ROWS
 from buffer.store.segments import read_batches
+from buffer.trajectory.schema import ROW, rows_of
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -55,7 +55,7 @@ class _Unread(NamedTuple):
 
 
 class RowTable:
-    """Segments of stored batches (`buffer.schema.stored_schema`); rows are found by the numbers in their `row` column.
+    """Segments of stored batches (`buffer.trajectory.schema.stored_schema`); rows are found by their column `row`.
 
     The numbers grow from segment to segment and within each, with gaps or without.
     """

@@ -18,12 +18,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.schema import ROW, SOURCES
 from buffer.store.compaction import entry_of
 from buffer.store.manifest import SegmentEntry
 from buffer.store.row_numbers import Int64
 from buffer.store.sealed_segments import seal_open
 from buffer.store.segments import open_path, read_batches, sealed_path
+from buffer.trajectory.schema import ROW, SOURCES
 
 SEAL_TIMEOUT_S = 300.0
 """A disk that takes longer to write one segment does not work."""

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from buffer.schema import rows_of
 from buffer.settings import BufferSettings
 from buffer.store.archive import Archive
 from buffer.store.compaction import Rewrite, RewritePlan
@@ -31,6 +30,7 @@ from buffer.store.sealing import Seal, SealPlan
 from buffer.store.segment_folder import FoundSegment
 from buffer.store.segment_set import SegmentSet
 from buffer.store.segments import OpenSegment, open_path, sealed_path
+from buffer.trajectory.schema import rows_of
 
 _ROOM = 1.25
 """How large an open segment is expected to grow, in shares of what fills it: the last batch goes beyond that."""

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from buffer.schema import TokenContract, rows_of
 from buffer.store.event_history import log_files, open_log_path
 from buffer.store.manifest import CorruptSegmentError, Manifest, SegmentEntry, sync_folder
 from buffer.store.quarantine import set_bytes_aside, set_file_aside
@@ -28,6 +27,7 @@ from buffer.store.segments import (
     scan_open,
     sealed_path,
 )
+from buffer.trajectory.schema import TokenContract, rows_of
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
     version 1    no `row` column: rows of a file are contiguous, numbered from the `first_row` of its manifest entry
                  (of the open segment: the manifest's `next_row`)
-    version 2    `row` is the last column (see `buffer.schema.stored_schema`)
+    version 2    `row` is the last column (see `buffer.trajectory.schema.stored_schema`)
 
 One version back is readable and no more: whoever skips two upgrades the rows with the program between.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from buffer.schema import SCHEMA_VERSION, TokenContract, stored_schema, trajectory_schema, with_rows
+from buffer.trajectory.schema import SCHEMA_VERSION, TokenContract, stored_schema, trajectory_schema, with_rows
 
 PREVIOUS_VERSION = 1
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from actors.engine.action_log import FinishedLog, logs_to_batch
 from actors.engine.settings import SamplingSettings
 from actors.settings import ActorsSettings
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 
 CONTRACT = TokenContract(vocab_size=49_152, backspace_id=3, eos_id=2, tokenizer_hash="0" * 32)
 SAMPLING = SamplingSettings(max_new_tokens=512, max_actions=512)

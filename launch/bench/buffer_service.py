@@ -6,8 +6,8 @@ import time
 from itertools import count
 from pathlib import Path
 
+from buffer.service.service import ReplayBufferService
 from buffer.settings import BufferSettings
-from buffer.shards.service import ReplayBufferService
 from buffer.store.consumption_log import DrawKey
 from launch.bench.buffer_load import CONTRACT, SENT_ROWS, as_arrow, make_rollouts
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.schema import TokenContract, trajectory_schema
+from buffer.trajectory.schema import TokenContract, trajectory_schema
 from launch.bench.tiny_llama import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID
 
 Int32 = npt.NDArray[np.int32]

@@ -23,7 +23,7 @@ import numpy as np
 
 from actors.engine.action_log import FinishedLog, Int32
 from actors.engine.settings import EngineSettings, SamplingSettings, engine_environment
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from launch.bench.hardware import hardware
 from launch.bench.tiny_llama import FIRST_TEXT_ID, TINY_CONTRACT, write_tiny_llama
 

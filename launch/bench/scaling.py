@@ -17,9 +17,9 @@ from pathlib import Path
 
 from actors.rollout_rules import GENERATING, HELD_BACK
 from actors.settings import ActorsSettings
+from buffer.service.service import DrawTimeoutError
+from buffer.service.status import BufferStatus
 from buffer.settings import BufferSettings
-from buffer.shards.service import DrawTimeoutError
-from buffer.shards.status import BufferStatus
 from buffer.store.counters import SourceCounters
 from launch.bench.scaling_actor import INSERTING, LOADING
 from launch.bench.scaling_learner import SimulatedLearner

@@ -25,8 +25,8 @@ from actors.rollout_rules import (
 )
 from actors.settings import ActorsSettings
 from actors.status import ActorStatus
-from buffer.schema import trajectory_schema
-from buffer.shards.service import InsertReply
+from buffer.service.service import InsertReply
+from buffer.trajectory.schema import trajectory_schema
 from launch.bench.buffer_load import CONTRACT
 from launch.bench.scaling_engine import SimulatedEngine
 from launch.bench.scaling_shards import EPOCH_S, SimulatedShard, WeightLink

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from buffer.shards.shard_router import DrawRequest, draw_from_shards
-from buffer.staleness import VersionRange, staleness
+from buffer.service.router import DrawRequest, draw_from_shards
 from buffer.store.consumption_log import DrawKey
+from buffer.trajectory.staleness import VersionRange, staleness
 from launch.bench.scaling_shards import SimulatedShard
 from launch.bench.scaling_times import StepTimes
 from learner.settings.stages import LearnerSettings, StageSettings

@@ -12,7 +12,7 @@ from actors.pool.roster import Roster, Sighting
 from actors.rollout_rules import SUPERVISION_INTERVAL_S
 from actors.settings import ActorsSettings
 from actors.status import PoolStatus
-from buffer.shards.status import BufferStatus
+from buffer.service.status import BufferStatus
 from launch.bench.scaling_actor import SimulatedActor
 from launch.bench.scaling_shards import SimulatedShard, WeightLink
 from launch.bench.scaling_times import StepTimes

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from buffer.service.service import InsertReply, ReplayBufferService
+from buffer.service.shard import shard_folder, shard_seed, shard_settings
+from buffer.service.shard_split import Offer
 from buffer.settings import BufferSettings
-from buffer.shards.service import InsertReply, ReplayBufferService
-from buffer.shards.shard import shard_folder, shard_seed, shard_settings
-from buffer.shards.shard_split import Offer
 from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
 from launch.bench.buffer_load import CONTRACT

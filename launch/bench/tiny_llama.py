@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 
 BACKSPACE_ID, EOS_ID = 3, 2
 FIRST_TEXT_ID = 4

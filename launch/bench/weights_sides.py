@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.engine.probe_check import prove
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from buffer.weight_transport import WeightHandle, WeightReceiver
 from buffer.weights import WeightManifest, pack_tensors, unpack, verify_fingerprint
 from learner.settings.transport import Transport

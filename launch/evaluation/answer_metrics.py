@@ -29,8 +29,8 @@ import pyarrow as pa
 
 from buffer.experts.ragged import Ragged
 from buffer.experts.tasks import Task
-from buffer.replay import ActionLogs, Replay, replay, surviving_events
-from buffer.schema import TokenContract
+from buffer.trajectory.replay import ActionLogs, Replay, replay, surviving_events
+from buffer.trajectory.schema import TokenContract
 from launch.evaluation.editing_metrics import editing_metrics, final_texts, planted_taken_back
 from launch.evaluation.estimates import Bool, Estimate
 from launch.evaluation.planting import first_targets, references

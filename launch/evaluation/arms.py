@@ -22,7 +22,7 @@ import numpy as np
 from actors.engine.settings import SamplingSettings
 from actors.generator import PromptGroup
 from actors.settings import RolloutSettings
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from launch.evaluation.planting import lacks_wrong_tokens, plant_wrong_tokens
 from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, Decoding, check_planting
 from launch.settings.evaluation import EvaluationSettings

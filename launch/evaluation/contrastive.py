@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from actors.engine.action_log import FinishedLog, Int32, logs_to_batch
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from launch.evaluation.arms import Arm
 from launch.settings.decodings import ContrastiveSearch
 from learner.state_tree.id_ranges import fill_ids

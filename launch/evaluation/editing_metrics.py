@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from buffer.experts.ragged import Ragged
-from buffer.replay import ActionLogs, Replay, final_token_ids, surviving_events
-from buffer.schema import TokenContract
+from buffer.trajectory.replay import ActionLogs, Replay, final_token_ids, surviving_events
+from buffer.trajectory.schema import TokenContract
 from launch.evaluation.estimates import Bool, Estimate, Int64
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import xxhash
 
 from buffer.full_disk import writing_to
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from launch.evaluation.arms import Arm
 from launch.run_folder.folder import installed_versions
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from rich.console import Console
 
 from buffer.experts.ragged import Ragged, index_ranges
-from buffer.replay import ActionLogs, replay
+from buffer.trajectory.replay import ActionLogs, replay
 from launch.evaluation.answer_metrics import answer_metrics, recovery_metrics
 from launch.evaluation.editing_metrics import final_texts
 from launch.evaluation.estimates import Estimate

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from buffer.experts.noise import NoiseCandidates
 from buffer.experts.ragged import Int32, Ragged
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:
     from datasets import Dataset

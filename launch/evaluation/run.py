@@ -14,7 +14,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from actors.engine.machine import check_machine
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from launch.errors import UserError
 from launch.evaluation.answer_metrics import answer_texts
 from launch.evaluation.arms import plan_arms, recovery_obstacle

@@ -18,8 +18,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from buffer.replay import ActionLogs, replay
-from buffer.schema import TokenContract
+from buffer.trajectory.replay import ActionLogs, replay
+from buffer.trajectory.schema import TokenContract
 from launch.evaluation.editing_metrics import editing_metrics, final_texts, planted_taken_back
 from launch.evaluation.estimates import Estimate
 from launch.evaluation.ngrams import distinct_ngrams, diversity, ngram_entropy

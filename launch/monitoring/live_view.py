@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.status import PoolStatus
-from buffer.shards.status import BufferStatus
+from buffer.service.status import BufferStatus
 from launch.durations import clock
 from launch.monitoring.shard_view import flight_lines, shard_table
 from learner.settings.stages import StageSettings

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ray.util.metrics import Counter, Gauge
 
 from actors.status import PoolStatus
-from buffer.shards.status import BufferStatus, ShardStatus
+from buffer.service.status import BufferStatus, ShardStatus
 from launch.monitoring import metric_names as names
 from launch.monitoring.live_view import RunView
 from launch.monitoring.metric_names import METRIC_NAMES, MetricName

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Literal
 
 from actors.status import MemberStatus, PoolStatus
-from buffer.shards.status import BufferStatus
+from buffer.service.status import BufferStatus
 from launch.errors import RunFailedError
 from launch.monitoring.live_view import RunView
 from learner.status import LearnerStatus

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from buffer.shards.status import BufferStatus
+from buffer.service.status import BufferStatus
 from launch.run_folder.flight_token import TOKEN_FILE, TOKEN_VARIABLE
 
 

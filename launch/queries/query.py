@@ -77,7 +77,7 @@ class BufferDatabase:
         self._connection.register(_STORED, snapshot.trajectories)
         self._connection.register(_LOGGED, snapshot.events)
         self._create_text_functions()
-        behind = f"greatest({snapshot.newest_version} - list_min(policy_version), 0)"  # see `buffer.staleness`
+        behind = f"greatest({snapshot.newest_version} - list_min(policy_version), 0)"
         texts_called = ", ".join(f"_{name}({', '.join(inputs)}) AS {name}" for name, inputs in TEXT_INPUTS.items())
         self._connection.execute(
             f"CREATE VIEW trajectories AS SELECT *, CASE WHEN policy_version IS NOT NULL THEN {behind} END "

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from buffer.experts.ragged import Ragged
-from buffer.replay import ActionLogs, final_token_ids, replay
-from buffer.schema import TokenContract
+from buffer.trajectory.replay import ActionLogs, final_token_ids, replay
+from buffer.trajectory.schema import TokenContract
 from launch.rollout_view import as_shown, view_rollout
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.reading.reader import BufferSnapshot
-from buffer.schema import ROW
-from buffer.staleness import VersionRange, staleness
+from buffer.trajectory.schema import ROW
+from buffer.trajectory.staleness import VersionRange, staleness
 
 MAX_BINS = 40
 _MICROSECONDS = 1e6
@@ -108,7 +108,7 @@ def _find(drawn: Int64, stored: Int64) -> tuple[Int64, npt.NDArray[np.bool_]]:
 
 
 def _staleness(policy_version: Int64, oldest: npt.NDArray[np.int32]) -> Int64:
-    """[n] as `buffer.staleness` has it, each at the version of its own draw."""
+    """[n] as `buffer.trajectory.staleness` has it, each at the version of its own draw."""
     behind = np.zeros(len(oldest), dtype=np.int64)
     for version in np.unique(policy_version).tolist():
         chosen = policy_version == version

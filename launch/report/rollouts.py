@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.reading.reader import BufferSnapshot
-from buffer.replay import ActionLogs, replay, surviving_events
-from buffer.schema import TokenContract
+from buffer.trajectory.replay import ActionLogs, replay, surviving_events
+from buffer.trajectory.schema import TokenContract
 from launch.rollout_view import continuation, decode
 
 if TYPE_CHECKING:

@@ -16,13 +16,13 @@ from typing import TypeVar
 import ray
 
 from actors.pool.ray_crew import at_best_on
-from buffer.schema import TokenContract
+from buffer.service.service import ReplayBufferService
+from buffer.service.shard import Shard, present_shards, shard_folder, shard_seed, shard_settings
+from buffer.service.status import BufferStatus, ShardStatus
 from buffer.settings import BufferSettings
-from buffer.shards.service import ReplayBufferService
-from buffer.shards.shard import Shard, present_shards, shard_folder, shard_seed, shard_settings
-from buffer.shards.status import BufferStatus, ShardStatus
 from buffer.store.previous_format import holds_previous_format
 from buffer.store.replay_store import ReplayStore
+from buffer.trajectory.schema import TokenContract
 from launch.errors import RunFailedError, UserError
 from launch.run.hung_shards import HungShards
 from launch.run_folder.flight_token import flight_token

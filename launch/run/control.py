@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from rich.console import Group, RenderableType
 
 from actors.status import PoolStatus
-from buffer.shards.status import BufferStatus
+from buffer.service.status import BufferStatus
 from launch.cluster.connection import join_live_run
 from launch.cluster.room import check_possible
 from launch.errors import RunFailedError, UserError

@@ -14,7 +14,7 @@ import ray
 from ray._private.state import actors as actor_info
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from buffer.shards.shard import Shard
+from buffer.service.shard import Shard
 from launch.errors import RunFailedError
 
 

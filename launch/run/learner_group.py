@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from buffer.full_disk import is_disk_full
-from buffer.shards.shard import Shard
+from buffer.service.shard import Shard
 from launch.errors import RunFailedError
 from learner.ranks.group import RankLostError
 from learner.settings.stages import StageSettings

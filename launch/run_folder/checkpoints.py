@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from buffer.run_identity import run_id
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from launch.command_errors import setting_up
 from launch.errors import UserError
 from launch.run_folder.folder import logged_stages

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from buffer.full_disk import writing_to
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ from torch import Tensor
 from buffer.experts.ragged import Int32
 from buffer.experts.stream import ExpertStream, NoisePlan
 from buffer.experts.tasks import Task
-from buffer.schema import TokenContract
 from buffer.settings import NoiseSettings
+from buffer.trajectory.schema import TokenContract
 from learner.batches.micro_batches import TreeSettings, build_micro_batches
 from learner.model.backspace_row import BackspaceOdds, fit_backspace_row, gather_evidence
 from learner.ranks.group import Ranks

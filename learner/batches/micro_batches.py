@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from buffer.replay import ActionLogs, Int64
+from buffer.trajectory.replay import ActionLogs, Int64
 from learner.state_tree.batch import TreeBatch, build_tree_batch, checked_logs
 from learner.state_tree.trie import Trie, build_trie
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from buffer.replay import ActionLogs, Int64
+from buffer.trajectory.replay import ActionLogs, Int64
 from learner.objectives.base import LogCounts
 
 

@@ -1,4 +1,4 @@
-"""A shard of the replay buffer that lives in a Ray actor, as `buffer.shards.shard_router` wants it."""
+"""A shard of the replay buffer that lives in a Ray actor, as `buffer.service.router` wants it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from buffer.shards.shard import BufferLostError, Shard
-from buffer.shards.shard_split import Offer
+from buffer.service.shard import BufferLostError, Shard
+from buffer.service.shard_split import Offer
 from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
 

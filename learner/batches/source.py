@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.shards.shard import Shard
-from buffer.shards.shard_router import DrawRequest, draw_from_shards
-from buffer.staleness import VersionRange, staleness
+from buffer.service.router import DrawRequest, draw_from_shards
+from buffer.service.shard import Shard
 from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
+from buffer.trajectory.staleness import VersionRange, staleness
 from learner.batches.ray_shard import RayShard
 
 POLL_S = 0.5

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer.full_disk import is_disk_full
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from learner.checkpoints.model_card import CardFacts, model_card
 from learner.checkpoints.model_files import ModelSnapshot, host_copy, snapshot_model, snapshot_without_weights
 from learner.checkpoints.progress import PROGRESS_FILE, Progress

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from buffer.full_disk import writing_to
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 
 PROGRESS_FILE = "progress.json"
 DURABLE_FILE = "checkpoints.json"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from buffer.replay import Int64
+from buffer.trajectory.replay import Int64
 from learner.objectives.base import EvaluatedLogs, Metrics
 
 

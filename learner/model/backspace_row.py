@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from buffer.schema import IdRanges
+from buffer.trajectory.schema import IdRanges
 from learner.ranks.sharding import overwrite_row
 from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch

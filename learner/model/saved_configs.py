@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 
 
 def align_eos(

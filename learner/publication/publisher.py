@@ -11,7 +11,7 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from buffer.weight_transport import ObjectStoreSender, WeightSender
 from buffer.weights import PayloadDigests, TensorEntry, WeightManifest
 from learner.publication.tensors import PublicationPlan

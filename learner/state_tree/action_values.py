@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from buffer.schema import IdRanges
+from buffer.trajectory.schema import IdRanges
 from learner.state_tree.attention import evaluate_nodes
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.id_ranges import fill_ids

@@ -23,8 +23,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from buffer.behaviour import Behaviour
-from buffer.replay import FLOOR, ActionLogs, Int64, Replay, replay
+from buffer.trajectory.behavior import Behaviour
+from buffer.trajectory.replay import FLOOR, ActionLogs, Int64, Replay, replay
 from learner.state_tree.trie import Bool, build_trie, preorder
 
 NODE_ALIGNMENT = 8
@@ -48,7 +48,7 @@ class TreeBatch:
         state, next_state: [A] node of the text before and after the action (of the *realised* token).
         state_row, next_state_row: [A] the same as indexes into `value_nodes`.
         behaviour_log_prob, behaviour_version, behaviour_temperature: [A] what the policy that acted said of the
-            action (see `buffer.behaviour`).
+            action (see `buffer.trajectory.behavior`).
     Logs
         ids: [L] of the trajectories.
         start, final_state: [L] node of the prompt's end and of the last text (`<eos>` if the log ended).
@@ -142,7 +142,7 @@ def build_tree_batch(
     max_positions: int,
     offers_backspace: bool = True,
 ) -> TreeBatch:
-    """Pack the trajectories of `batch` (schema of `buffer.schema`) into one tree per distinct first token.
+    """Pack the trajectories of `batch` (schema of `buffer.trajectory.schema`) into one tree per distinct first token.
 
     offers_backspace: whether it is an action in the trajectories that offer it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from buffer.schema import IdRanges
+from buffer.trajectory.schema import IdRanges
 
 
 def fill_ids(values: Tensor, ranges: IdRanges, value: float, first_id: int = 0) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from buffer.schema import IdRanges
+from buffer.trajectory.schema import IdRanges
 from learner.precision import autocast_dtype, published_dtype
 from learner.state_tree.action_values import ActionValues, Measurement, action_values
 from learner.state_tree.batch import TreeBatch

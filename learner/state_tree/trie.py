@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from buffer.replay import FLOOR, ActionLogs, Int64, Replay, parent_events
+from buffer.trajectory.replay import FLOOR, ActionLogs, Int64, Replay, parent_events
 
 UInt64 = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]

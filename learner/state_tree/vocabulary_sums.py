@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from buffer.schema import IdRanges
+from buffer.trajectory.schema import IdRanges
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.id_ranges import fill_ids
 from learner.state_tree.products import VOCABULARY_CHUNK, matmul, matmul_operand

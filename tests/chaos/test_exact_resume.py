@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from buffer.experts.tasks import Task, load_task
+from buffer.service.service import ReplayBufferService
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
-from buffer.shards.service import ReplayBufferService
 from buffer.store import segments
 from buffer.store.consumption_log import ConsumptionLog, DrawKey
 from buffer.store.log_state import LogState

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from buffer.reading.reader import read_shard
-from buffer.shards.shard import present_shards, shard_folder
-from buffer.staleness import VersionRange
+from buffer.service.shard import present_shards, shard_folder
+from buffer.trajectory.staleness import VersionRange
 from launch.run.buffer_shards import MAX_RESTARTS
 from launch.run_folder.folder import BUFFER_FOLDER, CONFIG_FILE
 from launch.settings.recipe import read_recipe

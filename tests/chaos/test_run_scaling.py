@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from actors.status import PoolStatus
 from buffer.experts.tasks import load_task
-from buffer.validation import validate
+from buffer.trajectory.validation import validate
 from launch.run.control import run_status, scale_run
 from launch.settings.recipe import read_recipe
 from learner.checkpoints.store import checkpoints_of

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from actors.engine.settings import EngineSettings, engine_environment
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from tests.tiny_models import CONTRACT
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from actors.engine.action_log import FinishedLog
 from actors.engine.rank_group import EngineRankError, RankGroup
 from actors.engine.settings import EngineSettings
 from actors.engine.weight_intake import WeightIntake
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from buffer.weight_transport import WeightHandle
 from buffer.weights import WeightManifest
 from tests.integration.traffic import Request

@@ -1,6 +1,6 @@
 """Oracle: the log-probability of every action of a log, from a transformers forward on the reduced text.
 
-Slow and obvious on purpose; shares no code with the engine or with `buffer.replay`.
+Slow and obvious on purpose; shares no code with the engine or with `buffer.trajectory.replay`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from actors.engine.action_log import FinishedLog
 from actors.engine.settings import SamplingSettings
-from buffer.schema import IdRanges
+from buffer.trajectory.schema import IdRanges
 from tests.tiny_models import BACKSPACE_ID, EOS_ID
 
 Text = tuple[int, ...]

@@ -14,9 +14,9 @@ from buffer.reading.audit import audit_buffer
 from buffer.reading.audit_checks import DrawLimits, check_draws, check_rows, check_states
 from buffer.reading.reader import ShardSnapshot, read_shard
 from buffer.reading.shard_history import ShardHistory
-from buffer.schema import SOURCES
 from buffer.store.event_history import log_files
 from buffer.store.manifest import Manifest
+from buffer.trajectory.schema import SOURCES
 from tests.integration.buffer_writer import (
     CAPACITY,
     MAX_STALENESS,

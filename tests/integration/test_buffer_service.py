@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from buffer.service.service import ReplayBufferService
 from buffer.settings import BufferSettings
-from buffer.shards.service import ReplayBufferService
 from buffer.stop_signals import JOB_SIGNALS
 from tests.integration.local_ray import local_ray
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered

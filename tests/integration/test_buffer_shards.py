@@ -15,9 +15,9 @@ import ray
 from pyarrow import flight
 
 from actors.shard_writer import ShardWriter
+from buffer.service.service import ReplayBufferService
+from buffer.service.shard import BufferLostError, shard_folder, shard_settings
 from buffer.settings import BufferSettings
-from buffer.shards.service import ReplayBufferService
-from buffer.shards.shard import BufferLostError, shard_folder, shard_settings
 from buffer.store.replay_store import ReplayStore
 from launch.errors import RunFailedError, UserError
 from launch.run.buffer_shards import BufferShards, check_buffer, find_shards

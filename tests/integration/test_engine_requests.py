@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from actors.engine.action_log import FinishedLog, Float32, Int32
 from actors.engine.settings import EngineSettings, SamplingSettings
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from tests.integration.engine_worker import in_engine_process, shared_engine
 from tests.integration.reference import compare, texts_of
 from tests.integration.traffic import Request, rollouts, shared_prompts

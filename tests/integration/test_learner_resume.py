@@ -18,10 +18,10 @@ from actors.pool.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings
 from buffer.experts.tasks import Task, load_task
+from buffer.service.service import ReplayBufferService
+from buffer.service.shard import Shard
+from buffer.service.status import ShardStatus
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
-from buffer.shards.service import ReplayBufferService
-from buffer.shards.shard import Shard
-from buffer.shards.status import ShardStatus
 from buffer.store.event_history import read_events
 from learner.checkpoints.store import checkpoints_of
 from learner.settings.model import ScratchModelSettings

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from buffer.experts.tasks import load_task
-from buffer.schema import TokenContract
-from buffer.validation import validate
+from buffer.trajectory.schema import TokenContract
+from buffer.trajectory.validation import validate
 from buffer.weights import fingerprint, pack_tensors
 from launch.monitoring.run_log import LOG_FILE
 from launch.settings.recipe import read_recipe

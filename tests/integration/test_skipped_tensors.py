@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from actors.engine.action_log import Float32
 from actors.engine.probe_check import NOISE_MARGIN, Proof, prove
 from actors.engine.settings import EngineSettings
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from buffer.weights import TensorEntry, WeightManifest, WeightMismatchError
 from learner.publication.publisher import make_probe
 from learner.state_tree.policy import sequence_logprobs

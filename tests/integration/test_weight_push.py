@@ -26,9 +26,9 @@ from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings, RolloutSettings
 from actors.status import PoolStatus
 from buffer.reading.reader import read_shard
+from buffer.service.service import ReplayBufferService
+from buffer.service.shard import Shard
 from buffer.settings import BufferSettings, NoiseSettings
-from buffer.shards.service import ReplayBufferService
-from buffer.shards.shard import Shard
 from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
 from buffer.weight_transport import ObjectStoreSender, WeightHandle, WeightReceiver

@@ -16,8 +16,8 @@ import psutil
 import pyarrow as pa
 
 from buffer.reading.reader import read_shard
-from buffer.schema import without_rows
-from buffer.shards.shard import present_shards
+from buffer.service.shard import present_shards
+from buffer.trajectory.schema import without_rows
 from launch.run_folder.folder import BUFFER_FOLDER, CLUSTER_FILE
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from actors.engine.action_log import FinishedLog, logs_to_batch
 from actors.engine.settings import SamplingSettings
-from buffer.schema import TokenContract, trajectory_schema
+from buffer.trajectory.schema import TokenContract, trajectory_schema
 
 CONTRACT = TokenContract(vocab_size=256, backspace_id=3, eos_id=2, tokenizer_hash="abc")
 SAMPLING = SamplingSettings(max_new_tokens=8, max_actions=16, temperature=0.5, top_p=0.75)

@@ -13,8 +13,8 @@ import pytest
 from actors.scoring.rollout_scores import RolloutScoring, ScorerTimeoutError
 from actors.scoring.scorers import Answer, make_scorer
 from actors.scoring.settings import FunctionSettings, LengthSettings, PatternSettings, ScoringSettings, WordSettings
-from buffer.schema import trajectory_schema
-from buffer.validation import validate
+from buffer.trajectory.schema import trajectory_schema
+from buffer.trajectory.validation import validate
 from launch.errors import UserError
 from launch.settings.recipe import read_recipe
 from launch.settings.trusted_code import check_trusted

@@ -7,9 +7,9 @@ import asyncio
 import numpy as np
 import pytest
 
+from buffer.service.service import DrawTimeoutError, ReplayBufferService
+from buffer.service.status import BufferStatus
 from buffer.settings import BufferSettings
-from buffer.shards.service import DrawTimeoutError, ReplayBufferService
-from buffer.shards.status import BufferStatus
 from buffer.store.consumption_log import DrawKey
 from tests.trajectories import CONTRACT, batch_of, expert_row, fresh_key, ids_of, numbered, row
 

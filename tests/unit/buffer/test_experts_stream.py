@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from buffer.experts.ragged import Ragged
 from buffer.experts.stream import ExpertStream, PromptStream
 from buffer.experts.tasks import Task, load_task
-from buffer.replay import ActionLogs, final_token_ids, replay
-from buffer.schema import trajectory_schema
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
+from buffer.trajectory.replay import ActionLogs, final_token_ids, replay
+from buffer.trajectory.schema import trajectory_schema
 
 NUM_EXAMPLES = 30
 

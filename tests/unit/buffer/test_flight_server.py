@@ -8,7 +8,7 @@ import stat
 import pytest
 from pyarrow import flight
 
-from buffer.shards.flight_server import FlightEndpoint
+from buffer.service.flight import FlightEndpoint
 from launch.run_folder.flight_token import TOKEN_FILE, TOKEN_VARIABLE, flight_token
 from tests.stores import draw, open_store, settle
 from tests.trajectories import CONTRACT, batch_of, expert_row, ids_of, numbered

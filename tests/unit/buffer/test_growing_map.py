@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buffer.schema import stored_schema, with_rows
 from buffer.store.growing_map import GrowingMap
 from buffer.store.segments import OpenSegment, read_batches
+from buffer.trajectory.schema import stored_schema, with_rows
 from tests.trajectories import CONTRACT, numbered
 
 

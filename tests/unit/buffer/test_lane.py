@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from buffer.sampling import columns, live_facts, ranked_rows, sum_tree, weighted_rows
 from buffer.sampling.lane import Lane
 from buffer.sampling.row_facts import RowFacts
-from buffer.schema import with_rows
 from buffer.settings import BufferSettings
-from buffer.staleness import NO_VERSION
+from buffer.trajectory.schema import with_rows
+from buffer.trajectory.staleness import NO_VERSION
 from tests.trajectories import batch_of, expert_row, row
 
 SAMPLERS = ("uniform", "fifo", "recency", "prioritised", "stratified")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from buffer.experts.noise import NoiseCandidates, choose_noise_positions, insert_noise, prefixes_at
 from buffer.experts.ragged import Ragged
-from buffer.replay import ActionLogs, final_token_ids, replay
+from buffer.trajectory.replay import ActionLogs, final_token_ids, replay
 
 EOS, BACKSPACE = 2, 3
 SLOT = st.tuples(st.integers(4, 9), st.none() | st.integers(0, 9))  # (label, what is drawn before it)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from buffer.reading.reader import read_buffer
-from buffer.schema import stored_schema
 from buffer.store.manifest import CorruptSegmentError
+from buffer.trajectory.schema import stored_schema
 from tests.trajectories import BACKSPACE, CONTRACT, EOS
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "buffer_v1" / "folder"

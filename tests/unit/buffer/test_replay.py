@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buffer.replay import FLOOR, ActionLogs, final_token_ids, parent_events, replay, surviving_events
-from buffer.schema import TokenContract, trajectory_schema
+from buffer.trajectory.replay import FLOOR, ActionLogs, final_token_ids, parent_events, replay, surviving_events
+from buffer.trajectory.schema import TokenContract, trajectory_schema
 from tests.oracle import Log
 
 BACKSPACE, EOS, VOCAB = 2, 1, 9

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.schema import stored_schema, with_rows, without_rows
 from buffer.store import gather_source
 from buffer.store.gather_frame import GatherFrame
 from buffer.store.gather_source import VIEW_LANES
 from buffer.store.row_table import RowTable
+from buffer.trajectory.schema import stored_schema, with_rows, without_rows
 from tests.trajectories import BACKSPACE, CONTRACT, EOS, batch_of, expert_row, ids_of, numbered, row
 
 SCHEMA = stored_schema(CONTRACT)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from buffer.schema import (
+from buffer.trajectory.schema import (
     FINISH_REASONS,
     SCHEMA_VERSION,
     SOURCES,

@@ -13,7 +13,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from buffer.schema import trajectory_schema
 from buffer.store.manifest import CorruptSegmentError, SegmentEntry
 from buffer.store.sealed_segments import map_sealed, seal_open, write_sealed
 from buffer.store.segments import (
@@ -24,6 +23,7 @@ from buffer.store.segments import (
     scan_open,
     sealed_path,
 )
+from buffer.trajectory.schema import trajectory_schema
 from tests.trajectories import CONTRACT, numbered
 
 SCHEMA = trajectory_schema(CONTRACT)
@@ -218,7 +218,7 @@ import resource, sys
 from pathlib import Path
 from buffer.store.segments import OpenSegment, scan_open
 from tests.trajectories import CONTRACT, numbered
-from buffer.schema import trajectory_schema
+from buffer.trajectory.schema import trajectory_schema
 
 schema = trajectory_schema(CONTRACT)
 path = Path(sys.argv[1])

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from buffer.service.router import DrawRequest, draw_from_shards
+from buffer.service.service import DrawTimeoutError, ReplayBufferService
+from buffer.service.shard import shard_folder, shard_seed, shard_settings
 from buffer.settings import BufferSettings
-from buffer.shards.service import DrawTimeoutError, ReplayBufferService
-from buffer.shards.shard import shard_folder, shard_seed, shard_settings
-from buffer.shards.shard_router import DrawRequest, draw_from_shards
 from buffer.store.consumption_log import DrawKey
 from tests.trajectories import CONTRACT, ids_of, numbered
 

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 
 import pytest
 
+from buffer.service.service import ReplayBufferService
+from buffer.service.shard_upkeep import ShardUpkeep
 from buffer.settings import BufferSettings
-from buffer.shards.service import ReplayBufferService
-from buffer.shards.shard_upkeep import ShardUpkeep
 from buffer.store.compaction import RewritePlan
 from buffer.store.replay_store import ReplayStore
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.staleness import NO_VERSION, VersionRange, stale_rows, staleness
+from buffer.trajectory.staleness import NO_VERSION, VersionRange, stale_rows, staleness
 from tests.trajectories import batch_of, expert_row, row
 
 versions = st.lists(st.integers(0, 9), max_size=4)

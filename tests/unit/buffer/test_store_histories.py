@@ -15,7 +15,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from buffer.reading.audit import audit_buffer
 from buffer.reading.audit_checks import DrawLimits
-from buffer.schema import stored_schema
 from buffer.settings import BufferSettings
 from buffer.store.consumption_log import DrawKey
 from buffer.store.event_history import read_events
@@ -23,6 +22,7 @@ from buffer.store.manifest import Manifest
 from buffer.store.replay_store import ReplayStore
 from buffer.store.sealed_segments import map_sealed
 from buffer.store.segments import open_numbers, open_path, scan_open
+from buffer.trajectory.schema import stored_schema
 from tests.stores import crash
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, row
 

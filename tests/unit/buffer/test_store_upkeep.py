@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from buffer.schema import stored_schema
 from buffer.settings import BufferSettings
 from buffer.store import upkeep
 from buffer.store.consumption_log import DrawKey
@@ -20,6 +19,7 @@ from buffer.store.row_numbers import NO_ROWS
 from buffer.store.sealed_segments import map_sealed
 from buffer.store.segment_set import SegmentSet
 from buffer.store.segments import open_numbers, open_path, scan_open
+from buffer.trajectory.schema import stored_schema
 from tests.stores import SMALL, crash, live_ids, open_store, settle
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, numbered, row
 

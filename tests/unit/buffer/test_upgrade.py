@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from buffer.schema import rows_of, stored_schema, trajectory_schema, without_rows
 from buffer.store.upgrade import PREVIOUS_VERSION, schema_of_version, stored_contract, stored_version, upgrade
+from buffer.trajectory.schema import rows_of, stored_schema, trajectory_schema, without_rows
 from tests.trajectories import CONTRACT, batch_of, row
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "buffer_v1" / "folder"

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.schema import trajectory_schema
-from buffer.validation import MAX_ROW_TOKENS, validate
+from buffer.trajectory.schema import trajectory_schema
+from buffer.trajectory.validation import MAX_ROW_TOKENS, validate
 from tests.trajectories import BACKSPACE, BORN, CONTRACT, EOS, SAMPLING, VOCAB, batch_of, expert_row, ids_of, row
 
 NAN, INFINITY = float("nan"), float("inf")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.schema import trajectory_schema
-from buffer.validation import validate
+from buffer.trajectory.schema import trajectory_schema
+from buffer.trajectory.validation import validate
 from tests.trajectories import BACKSPACE, CONTRACT, EOS, batch_of, expert_row, row
 
 ROWS = [

@@ -165,7 +165,7 @@ def test_manifest_refuses_nonsense():
 
 def test_buffer_imports_no_heavy_library():
     code = (
-        "import sys, buffer.weight_transport, buffer.collective.sender, buffer.replay, buffer.shards.service\n"
+        "import sys, buffer.weight_transport, buffer.collective.sender, buffer.service.service\n"
         "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

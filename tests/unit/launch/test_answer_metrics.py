@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from buffer.experts.noise import NoiseCandidates
 from buffer.experts.tasks import load_task
-from buffer.schema import trajectory_schema
 from buffer.settings import ArithmeticTaskSettings
+from buffer.trajectory.schema import trajectory_schema
 from launch.evaluation.answer_metrics import (
     answer_metrics,
     answer_texts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from buffer.validation import validate
+from buffer.trajectory.validation import validate
 from launch.bench.buffer_load import CONTRACT, LISTS, as_arrow, as_padded, make_rollouts
 
 LOAD = make_rollouts((50, 500), (16, 64), seed=0)

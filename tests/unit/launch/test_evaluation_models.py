@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from actors.engine.settings import SamplingSettings
 from actors.generator import PromptGroup
 from buffer.experts.ragged import Ragged
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from launch.evaluation.arms import Arm
 from launch.evaluation.contrastive import contrastive_rollouts
 from launch.evaluation.features import model_features

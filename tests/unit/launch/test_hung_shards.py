@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from buffer.shards.shard import Shard
+from buffer.service.shard import Shard
 from launch.errors import RunFailedError
 from launch.run import hung_shards
 from launch.run.hung_shards import HungShards

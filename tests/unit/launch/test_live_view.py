@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from actors.status import ActorStatus, MemberStatus, PoolStatus
-from buffer.shards.status import BufferStatus, ShardStatus
+from buffer.service.status import BufferStatus, ShardStatus
 from buffer.store.counters import SourceCounters, StoreStatus
 from launch.durations import clock
 from launch.monitoring.live_view import LiveView, RunView, plain_line, render

@@ -6,7 +6,7 @@ import json
 import re
 
 from actors.status import ActorStatus, MemberStatus, PoolStatus
-from buffer.shards.status import BufferStatus, ShardStatus
+from buffer.service.status import BufferStatus, ShardStatus
 from buffer.store.counters import DrawStatistics, SourceCounters, StoreStatus
 from launch.monitoring.live_view import RunView
 from launch.monitoring.metric_export import growth, samples

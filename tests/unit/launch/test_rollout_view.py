@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from buffer.experts.tokenizer import character_tokenizer, token_contract
-from buffer.schema import TokenContract
+from buffer.trajectory.schema import TokenContract
 from launch.rollout_view import view_rollout
 
 TOKENIZER = character_tokenizer("0123456789?")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from actors.status import ActorStatus, MemberStatus, PoolStatus
-from buffer.shards.status import BufferStatus
+from buffer.service.status import BufferStatus
 from launch.errors import RunFailedError
 from launch.monitoring.live_view import RunView
 from launch.monitoring.run_log import LOG_FILE, RunLog, news

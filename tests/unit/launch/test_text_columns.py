@@ -10,8 +10,8 @@ import pytest
 
 from buffer.experts.tokenizer import character_tokenizer, token_contract
 from buffer.reading.reader import BufferSnapshot
-from buffer.schema import TokenContract
 from buffer.store.events import EVENT_SCHEMA
+from buffer.trajectory.schema import TokenContract
 from launch.queries.query import BufferDatabase
 from launch.queries.text_columns import TextColumns
 from launch.run_folder.tokenizer import load_run_tokenizer, save_run_tokenizer

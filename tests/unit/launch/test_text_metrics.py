@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from buffer.experts.ragged import Ragged
-from buffer.replay import ActionLogs, replay
-from buffer.schema import TokenContract
+from buffer.trajectory.replay import ActionLogs, replay
+from buffer.trajectory.schema import TokenContract
 from launch.evaluation.editing_metrics import editing_metrics, rewrites
 from launch.evaluation.estimates import Estimate, difference, is_within_noise
 from launch.evaluation.ngrams import distinct_ngrams, diversity, ngram_entropy

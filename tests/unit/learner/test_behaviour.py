@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from buffer.behaviour import Behaviour, newest_version
+from buffer.trajectory.behavior import Behaviour, newest_version
 from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
 from learner.objectives.base import EvaluatedLogs, LogCounts, combine_metrics
 from learner.state_tree.action_values import action_values

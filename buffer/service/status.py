@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from buffer.schema import SOURCES
 from buffer.store.counters import SourceCounters, StoreStatus
-from buffer.validation import Rejection
+from buffer.trajectory.schema import SOURCES
+from buffer.trajectory.validation import Rejection
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.replay import Int64
-from buffer.staleness import NO_VERSION
+from buffer.trajectory.replay import Int64
+from buffer.trajectory.staleness import NO_VERSION
 
 Float32 = npt.NDArray[np.float32]
 

@@ -8,7 +8,8 @@ loop, so the store needs no lock. Actors and learner are coupled in both directi
 
 A waiting draw always lifts the pause, so the two never wait for each other. Whatever the process is killed at, its
 calls can be asked for again at the one that Ray starts in its place: ids of trajectories and keys of draws say what was
-done already. What takes long (syncs on a timer, rewriting segments) is done in threads by `buffer.shards.shard_upkeep`.
+done already. What takes long (syncs on a timer, rewriting segments) is done in threads by
+`buffer.service.shard_upkeep`.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.sampling.limiter import Limiter, Traffic
-from buffer.schema import TokenContract
+from buffer.service.shard_split import Offer
+from buffer.service.shard_upkeep import ShardUpkeep
+from buffer.service.status import ShardStatus
 from buffer.settings import BufferSettings
-from buffer.shards.shard_split import Offer
-from buffer.shards.shard_upkeep import ShardUpkeep
-from buffer.shards.status import ShardStatus
 from buffer.stop_signals import ignore_stop_signals
 from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
 from buffer.store.replay_store import ReplayStore
-from buffer.validation import Rejection
+from buffer.trajectory.schema import TokenContract
+from buffer.trajectory.validation import Rejection
 
 if TYPE_CHECKING:
-    from buffer.shards.flight_server import FlightEndpoint
+    from buffer.service.flight import FlightEndpoint
 
 MAX_RECENT_REJECTIONS = 8
 
@@ -98,7 +99,7 @@ class ReplayBufferService:
         self._recent_rejections: tuple[Rejection, ...] = ()
         self._flight: FlightEndpoint | None = None
         if settings.flight.enabled:
-            from buffer.shards.flight_server import FlightEndpoint
+            from buffer.service.flight import FlightEndpoint
 
             assert flight_token is not None, "the launcher makes a token"
             host, port = settings.flight.host, settings.flight.port

@@ -27,7 +27,7 @@ class BufferLostError(RuntimeError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard. handle: of its actor (`buffer.shards.service.ReplayBufferService`); node_id: where it was placed."""
+    """One shard. handle: of its actor (`buffer.service.service.ReplayBufferService`); node_id: where it was placed."""
 
     index: int
     handle: ActorHandle

@@ -1,8 +1,8 @@
 """The wire contract between actors, buffer and learner: one Arrow row per trajectory.
 
 A trajectory is one *action log*: the ids the policy chose, `<backspace>` included, in order. Its states follow by
-replaying the log on a stack that starts at the prompt (`buffer.replay`). Invariants, checked by `buffer.validation`
-at the door of the buffer:
+replaying the log on a stack that starts at the prompt (`buffer.trajectory.replay`). Invariants, checked on
+insert by `buffer.trajectory.validation`:
 
 - `logprobs`, `policy_version` (policy rows) and `realised` (where present) are as long as `actions`;
 - ids lie in [0, vocab_size) and have a token; `prompt_ids` and `realised` never hold backspace;

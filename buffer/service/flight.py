@@ -1,6 +1,7 @@
 """Read-only access to the live rows of a shard over Arrow Flight, for programs that are no part of the run.
 
-    flight    path [source], one per source: its live rows with all stored columns (see `buffer.schema.stored_schema`)
+    flight    path [source], one per source: its live rows with all stored columns
+              (see `buffer.trajectory.schema.stored_schema`)
     ticket    the source
 
 Each answer is a snapshot read from the shard's files (see `buffer.reading.reader`), mapped, and sent from there: it
@@ -23,7 +24,7 @@ import pyarrow.compute as pc
 from pyarrow import flight
 
 from buffer.reading.reader import read_shard
-from buffer.schema import SOURCES, TokenContract, stored_schema
+from buffer.trajectory.schema import SOURCES, TokenContract, stored_schema
 
 SHUTDOWN_TIMEOUT_S = 5.0
 MIN_RUN_ROWS = 16

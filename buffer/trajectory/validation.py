@@ -1,4 +1,4 @@
-"""The door of the buffer: every invariant of `buffer.schema`, checked for a whole batch at once.
+"""The door of the buffer: every invariant of `buffer.trajectory.schema`, checked for a whole batch at once.
 
 A row that breaks an invariant is refused with the reason; the other rows are kept. What concerns the batch as
 a whole (columns, types, token contract, broken buffers) is a `ValueError`, because then no row can be trusted.
@@ -17,9 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.conformity import conform, sound_buffers
-from buffer.replay import ActionLogs
-from buffer.schema import FINISH_REASONS, SOURCES, TokenContract
+from buffer.trajectory.conformity import conform, sound_buffers
+from buffer.trajectory.replay import ActionLogs
+from buffer.trajectory.schema import FINISH_REASONS, SOURCES, TokenContract
 
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
@@ -133,7 +133,7 @@ class _Columns:
 
 
 def validate(batch: pa.RecordBatch, contract: TokenContract) -> ValidatedBatch:
-    """Split a trajectory batch into rows that hold every invariant of `buffer.schema` and rejections.
+    """Split a trajectory batch into rows that hold every invariant of `buffer.trajectory.schema` and rejections.
 
     Raises:
         ValueError: the batch follows another schema version or token contract, lacks a column, has one of

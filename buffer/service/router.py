@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from buffer.shards.service import DrawTimeoutError
-from buffer.shards.shard_split import Offer, plan_parts
+from buffer.service.service import DrawTimeoutError
+from buffer.service.shard_split import Offer, plan_parts
 from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
 
@@ -42,7 +42,7 @@ class DrawRequest:
 
 
 class ShardClient(Protocol):
-    """One shard, here or in another process; see `buffer.shards.service.ReplayBufferService`."""
+    """One shard, here or in another process; see `buffer.service.service.ReplayBufferService`."""
 
     async def draw(
         self, key: DrawKey, count: int, policy_version: int, timeout_s: float, first_version: int

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.schema import TokenContract, trajectory_schema
+from buffer.trajectory.schema import TokenContract, trajectory_schema
 
 Bool = npt.NDArray[np.bool_]
 
