@@ -1,0 +1,108 @@
+"""One call to another process: its value, or an error that names who did not answer or died.
+
+`RemoteCall` stands in the place of `ray.get` everywhere, so that no wait is endless and no error is anonymous.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    import ray
+
+POLL_S = 0.25
+"""Between two calls of `while_waiting`."""
+
+T = TypeVar("T")
+
+
+class NoAnswerError(TimeoutError):
+    """The other process did not answer in time. It hangs, is busy, or is out of reach."""
+
+
+class ProcessLostError(RuntimeError):
+    """The other process died, and nothing restarts it.
+
+    who: as in `RemoteCall`. reason: one line. at_start: its constructor raised, and would raise again.
+    """
+
+    def __init__(self, who: str, reason: str, at_start: bool = False) -> None:
+        super().__init__(who, reason, at_start)
+        self.who, self.reason, self.at_start = who, reason, at_start
+
+    def __str__(self) -> str:
+        return f"{self.who} {'could not start' if self.at_start else 'died'}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class RemoteCall(Generic[T]):
+    """A call that another process works on.
+
+    who: the process, for messages. reference: of the value, or of an object that lies with the process.
+    task: completes "WHO did not ..." where no answer comes.
+    """
+
+    who: str
+    reference: ray.ObjectRef[T]
+    task: str = "answer"
+
+    def done(self, timeout_s: float = 0.0) -> bool:
+        """Whether the call has ended, well or not; waits at most `timeout_s` for that."""
+        import ray
+
+        return bool(ray.wait([self.reference], timeout=timeout_s)[0])
+
+    def result(self, timeout_s: float, while_waiting: Callable[[], None] | None = None) -> T:
+        """The value; waits at most `timeout_s` for it. while_waiting: called every `POLL_S` meanwhile.
+
+        Raises:
+            NoAnswerError: it did not come in time. ProcessLostError: the process is gone for good.
+            ray.exceptions.RayTaskError: the call raised an error. This one is an instance of the same class, too, and
+                its `cause` is the original.
+        """
+        import ray
+
+        deadline = time.monotonic() + timeout_s
+        while while_waiting is not None and not self.done(POLL_S) and time.monotonic() < deadline:
+            while_waiting()
+        with self._naming(timeout_s):
+            value: T = ray.get(self.reference, timeout=max(deadline - time.monotonic(), 0.0))
+        return value
+
+    async def answer(self, timeout_s: float) -> T:
+        """As `result`, on an event loop."""
+        with self._naming(timeout_s):
+            try:
+                async with asyncio.timeout(timeout_s) as timeout:
+                    value: T = await self.reference
+                    return value
+            except TimeoutError:
+                if timeout.expired():
+                    raise self._no_answer(timeout_s) from None
+                raise  # the other process raised it
+
+    @contextmanager
+    def _naming(self, timeout_s: float) -> Iterator[None]:
+        """Raise what Ray says of the process with its name."""
+        import ray
+
+        try:
+            yield
+        except ray.exceptions.RayTaskError:
+            raise  # before the others: it is an instance of what the call raised
+        except ray.exceptions.GetTimeoutError:
+            raise self._no_answer(timeout_s) from None
+        except ray.exceptions.RayActorError as error:
+            lines = str(error).strip().splitlines()
+            at_start = error.actor_init_failed  # all but the last line is the traceback of the constructor
+            raise ProcessLostError(self.who, lines[-1 if at_start else 0], at_start) from None
+        except ray.exceptions.ObjectLostError as error:
+            raise ProcessLostError(self.who, str(error).strip().splitlines()[0]) from None
+
+    def _no_answer(self, timeout_s: float) -> NoAnswerError:
+        return NoAnswerError(f"{self.who} did not {self.task} within {timeout_s:g} s")

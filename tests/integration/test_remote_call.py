@@ -1,0 +1,101 @@
+"""What a call to another process gives: its value, its own error, or who is silent or dead."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall
+from tests.integration.local_ray import local_ray
+
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with local_ray(num_cpus=2):
+        yield
+
+
+@ray.remote(num_cpus=0)
+class Process:
+    def __init__(self, refuses=False):
+        if refuses:
+            raise ValueError("no such folder")
+
+    def answer(self):
+        return 7
+
+    def fail(self, error):
+        raise error
+
+    def sleep(self):
+        time.sleep(10 * TIMEOUT_S)
+
+    def die(self):
+        os._exit(1)
+
+
+def blocking(call, timeout_s=TIMEOUT_S):
+    return call.result(timeout_s)
+
+
+def polling(call, timeout_s=TIMEOUT_S):
+    return call.result(timeout_s, while_waiting=lambda: None)
+
+
+def awaiting(call, timeout_s=TIMEOUT_S):
+    return asyncio.run(call.answer(timeout_s))
+
+
+each_way = pytest.mark.parametrize("get", [blocking, polling, awaiting])
+
+
+@pytest.fixture
+def process():
+    handle = Process.remote()
+    yield handle
+    ray.kill(handle)
+
+
+@each_way
+def test_a_call_gives_its_value_or_its_own_error(process, get):
+    assert get(RemoteCall[int]("the process", process.answer.remote())) == 7
+    for error in (ValueError("as it says"), TimeoutError("a wait of its own"), ray.exceptions.GetTimeoutError("own")):
+        with pytest.raises(type(error)) as caught:
+            get(RemoteCall[int]("the process", process.fail.remote(error)))
+        assert type(caught.value.cause) is type(error)
+        assert str(caught.value.cause) == str(error)
+
+
+@each_way
+def test_who_is_silent_is_named(process, get):
+    with pytest.raises(NoAnswerError, match=r"^the process did not take the batch within 0\.3 s$"):
+        get(RemoteCall[None]("the process", process.sleep.remote(), task="take the batch"), timeout_s=0.3)
+
+
+@each_way
+def test_who_died_is_named(process, get):
+    with pytest.raises(ProcessLostError, match=r"^the process died: ") as caught:
+        get(RemoteCall[None]("the process", process.die.remote()))
+    assert not caught.value.at_start
+    refusing = Process.remote(refuses=True)
+    with pytest.raises(ProcessLostError, match=r"^the other could not start: ValueError: no such folder$") as caught:
+        get(RemoteCall[int]("the other", refusing.answer.remote()))
+    assert caught.value.at_start
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value), "it passes between processes"
+
+
+def test_a_wait_asks_for_something_to_do_meanwhile(process):
+    calls = []
+    call = RemoteCall[None]("the process", process.sleep.remote())
+    assert not call.done()
+    with pytest.raises(NoAnswerError):
+        call.result(1.0, while_waiting=lambda: calls.append(1))
+    assert calls
