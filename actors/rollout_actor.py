@@ -43,8 +43,8 @@ from buffer.service.shard import Shard, nearest
 from buffer.settings import NoiseSettings
 from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
-from buffer.weight_transport import WeightHandle
-from buffer.weights import WeightManifest, WeightsReplacedError
+from buffer.weights.format import WeightManifest
+from buffer.weights.object_store import WeightHandle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -250,16 +250,10 @@ class RolloutActor:
         self._hand_over()  # what finished with the present weights carries their fingerprint
         manifest, handle = newest
         self._activity = f"loading weights {manifest.version}"
-        try:
-            if self._ranks is None:
-                self._intake.take(manifest, handle)
-            else:
-                self._ranks.take_weights(self._intake, manifest, handle)
-        except WeightsReplacedError:
-            with self._word:
-                if self._newest is newest:
-                    self._newest = None  # the announcement of newer ones is on its way
-            return False
+        if self._ranks is None:
+            self._intake.take(manifest, handle)
+        else:
+            self._ranks.take_weights(self._intake, manifest, handle)
         self._version = manifest.version
         self._fingerprint = manifest.fingerprint
         return False

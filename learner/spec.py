@@ -10,14 +10,13 @@ from buffer.trajectory.schema import TokenContract
 from learner.metrics.trackers import TrackerName
 from learner.settings.model import ModelSettings
 from learner.settings.stages import LearnerSettings
-from learner.settings.transport import Transport
 
 
 @dataclass(frozen=True)
 class LearnerSpec:
     """What the learner is born with. prioritised_replay: whether the buffer draws by priorities and is told them.
     features: names of those that rollouts have, in their order. offers_backspace: whether backspace is an action at
-    all, of experts as of rollouts. transport: how published weights travel.
+    all, of experts as of rollouts.
     """
 
     model: ModelSettings
@@ -30,7 +29,6 @@ class LearnerSpec:
     prioritised_replay: bool = False
     features: tuple[str, ...] = ()
     offers_backspace: bool = True
-    transport: Transport = "object_store"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from ray.actor import ActorHandle
 
 from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task, load_task
-from buffer.rendezvous import open_rendezvous
 from buffer.service.shard import Shard
 from buffer.settings import NoiseSettings
 from buffer.stop_signals import ignore_stop_signals
@@ -45,9 +44,8 @@ from learner.model.policy import load_policy
 from learner.objectives.base import OutsideDomainError
 from learner.objectives.registry import make_objective
 from learner.publication.publisher import WeightPublisher, make_probe, take_part_in_publication
-from learner.publication.senders import make_sender
 from learner.publication.tensors import PublicationPlan
-from learner.ranks.group import Ranks, join_ranks
+from learner.ranks.group import Ranks, join_ranks, open_rendezvous
 from learner.ranks.sharding import shard
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import StageSettings
@@ -166,8 +164,7 @@ class LearnerWorker:
         """
         if self._ranks.leads:
             self._shards = tuple(shards)
-            sender = make_sender(self._spec.transport, self._policy.device)
-            self._publisher = WeightPublisher(pool, self._probe, first_version, self._plan, sender)
+            self._publisher = WeightPublisher(pool, self._probe, first_version, self._plan)
         self._publish()
 
     def run_stage(self, stage: StageSettings, introduces_backspace: bool = False) -> StageResult | None:

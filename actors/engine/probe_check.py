@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from buffer.weights import WeightManifest, WeightMismatchError
+from buffer.weights.format import WeightManifest, WeightMismatchError
 
 NOISE_MARGIN = 4.0
 """So many times the noise is still noise: measured, a healthy engine is off by up to 1.9 times its first error."""

@@ -22,11 +22,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.settings import EngineSettings
 from actors.engine.weight_intake import WeightIntake
-from buffer.rendezvous import reason_of
 from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
-from buffer.weight_transport import WeightHandle
-from buffer.weights import WeightManifest, WeightMismatchError
+from buffer.weights.format import WeightManifest, WeightMismatchError
+from buffer.weights.object_store import WeightHandle
 
 if TYPE_CHECKING:
     from actors.engine.rank_executor import RankPlace
@@ -192,7 +191,7 @@ class RankGroup:
         ray.wait(answers, num_returns=len(answers), timeout=BLAME_TIMEOUT_S)
         looks = (self._failure(rank, answer, 0.0) for rank, answer in enumerate(answers, start=1))
         _, reason = min(filter(None, looks), default=(0, f"{len(answers) + 1} ranks of {self._name} failed together"))
-        return EngineRankError(f"{reason}: {reason_of(error)}")
+        return EngineRankError(f"{reason}: {_first_line(error)}")
 
     def _failure(self, rank: int, answer: ray.ObjectRef, timeout_s: float) -> tuple[int, str] | None:
         """What went wrong with a rank, by how far it is from being the consequence of something else."""
@@ -202,7 +201,12 @@ class RankGroup:
         except ray.exceptions.GetTimeoutError:
             return 1, f"{where} is silent" + (f" for {timeout_s:g} s" if timeout_s else "")
         except ray.exceptions.RayTaskError as error:
-            return 2, f"{where} failed: {type(error.cause).__name__}: {reason_of(error.cause)}"
+            return 2, f"{where} failed: {type(error.cause).__name__}: {_first_line(error.cause)}"
         except ray.exceptions.RayActorError:
             return 0, f"{where} died"
         return None
+
+
+def _first_line(error: BaseException) -> str:
+    """Its message without the stack of C++ calls that torch appends."""
+    return str(error).partition("\n")[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from actors.engine.probe_check import Proof, prove
-from buffer.weight_transport import WeightHandle, WeightReceiver
-from buffer.weights import WeightManifest, unpack, verify_fingerprint
+from buffer.weights.format import WeightManifest, unpack, verify_fingerprint
+from buffer.weights.object_store import WeightHandle, WeightReceiver
 
 if TYPE_CHECKING:
     from actors.engine.engine import BackspaceEngine
@@ -46,9 +46,9 @@ class WeightIntake:
 
         Raises:
             WeightMismatchError: the bytes changed on their way, or the engine does not compute with them.
-            ValueError: they are not those of this model; and what `WeightReceiver.take` raises, with nothing changed.
+            ValueError: they are not those of this model; and what `WeightReceiver.fetch` raises, with nothing changed.
         """
-        payload = self._receiver.take(handle)
+        payload = self._receiver.fetch(handle)
         verify_fingerprint(payload, manifest)
         self._engine.load_weights(unpack(payload, manifest), manifest.version)
         logprobs = self._engine.probe(manifest.probe_token_ids)

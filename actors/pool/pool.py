@@ -21,8 +21,8 @@ from actors.rollout_rules import SUPERVISION_INTERVAL_S
 from actors.status import PoolStatus
 from buffer.service.shard import Shard
 from buffer.stop_signals import ignore_stop_signals
-from buffer.weight_transport import WeightHandle
-from buffer.weights import WeightManifest
+from buffer.weights.format import WeightManifest
+from buffer.weights.object_store import WeightHandle
 
 MAX_EVENTS = 200
 

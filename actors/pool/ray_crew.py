@@ -20,8 +20,8 @@ from actors.rollout_actor import RolloutActor, RolloutSpec
 from actors.settings import ActorsSettings
 from actors.status import ActorStatus
 from buffer.service.shard import Shard
-from buffer.weight_transport import WeightHandle
-from buffer.weights import WeightManifest
+from buffer.weights.format import WeightManifest
+from buffer.weights.object_store import WeightHandle
 
 STATUS_TIMEOUT_S = 5.0
 TRACEBACK_CHARACTERS = 1500

@@ -13,7 +13,6 @@ from rich.console import Console, RenderableType
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson, path
 from launch.errors import UserError
-from learner.settings.transport import Transport
 
 ModelShape = Literal["smollm2-135m", "tiny"]
 WeightDtype = Literal["float32", "bfloat16"]
@@ -167,7 +166,6 @@ def bench_weights(
     repetitions: Annotated[int, typer.Option(min=1, help="Publications that count; medians count.")] = 7,
     dtype: Annotated[WeightDtype, typer.Option(help="Number format of weights and engine.")] = "float32",
     with_engine: Annotated[bool, typer.Option("--engine/--no-engine", help="Load into a real engine, too.")] = True,
-    transport: Annotated[Transport, typer.Option(help="How they travel (learner.transport).")] = "object_store",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -187,7 +185,6 @@ def bench_weights(
             repetitions=repetitions,
             dtype=dtype,
             with_engine=with_engine,
-            transport=transport,
             seed=seed,
         )
     from launch.bench.weights_report import render_weight_benchmark

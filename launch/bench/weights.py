@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Literal
 from actors.engine.settings import EngineSettings, engine_environment
 from launch.bench.hardware import hardware
 from launch.bench.weights_sides import Published, PublishingLearner, Taken, TakingActor
-from learner.settings.transport import Transport
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -38,7 +37,6 @@ def bench_weights(
     repetitions: int = 7,
     dtype: str = "float32",
     with_engine: bool = True,
-    transport: Transport = "object_store",
     seed: int = 0,
 ) -> dict[str, object]:
     """Publish a random model to one actor, then to three.
@@ -47,7 +45,6 @@ def bench_weights(
         shape: of the model; `smollm2-135m` has 135 M parameters.
         repetitions: publications that count; medians of them are compared.
         with_engine: whether the one actor loads the weights into a real engine. Three actors only take the bytes.
-        transport: how the weights travel; between CPUs `collective` is gloo.
 
     Returns:
         JSON object. `ratio_to_memcpy`: (learner's call until the bytes are verified in the actor's memory, without the
@@ -58,7 +55,7 @@ def bench_weights(
     Raises:
         TimeoutError: a push was not taken in time.
     """
-    load = _Load(_config(shape), repetitions, dtype, transport, seed)
+    load = _Load(_config(shape), repetitions, dtype, seed)
     with _own_ray(store_bytes=max(4 * load.size_bytes, 1 << 28)):
         one = load.push_to(1, with_engine)
         three = load.push_to(3, with_engine=False)
@@ -74,7 +71,6 @@ def bench_weights(
         "three_actors_s": three.report(),
         "model": shape,
         "dtype": dtype,
-        "transport": transport,
         "repetitions": repetitions,
         "seeds": [seed],
         "hardware": hardware(),
@@ -141,7 +137,6 @@ class _Load:
     config: LlamaConfig
     repetitions: int
     dtype: str
-    transport: Transport
     seed: int
 
     @property
@@ -160,7 +155,7 @@ class _Load:
         actors = [taking.remote(self.config, settings if with_engine else None) for _ in range(num_actors)]
         ray.get([actor.ready.remote() for actor in actors], timeout=START_TIMEOUT_S)
         learning = ray.remote(PublishingLearner).options(num_cpus=0)
-        learner = learning.remote(self.config, self.dtype, actors, self.transport, self.seed)
+        learner = learning.remote(self.config, self.dtype, actors, self.seed)
         measured = _Measured(ray.get(learner.size_bytes.remote(), timeout=START_TIMEOUT_S))
         for repetition in range(WARM_UPS + self.repetitions):
             copy_s: float = ray.get(learner.copy_s.remote(), timeout=ANSWER_TIMEOUT_S)

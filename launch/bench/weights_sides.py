@@ -17,9 +17,8 @@ import numpy as np
 
 from actors.engine.probe_check import prove
 from buffer.trajectory.schema import TokenContract
-from buffer.weight_transport import WeightHandle, WeightReceiver
-from buffer.weights import WeightManifest, pack_tensors, unpack, verify_fingerprint
-from learner.settings.transport import Transport
+from buffer.weights.format import WeightManifest, pack_tensors, unpack, verify_fingerprint
+from buffer.weights.object_store import WeightHandle, WeightReceiver
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -58,15 +57,12 @@ class Taken:
 class PublishingLearner:
     """Holds a random model and publishes it as the learner does."""
 
-    def __init__(
-        self, config: LlamaConfig, dtype: str, receivers: Sequence[ActorHandle], transport: Transport, seed: int
-    ) -> None:
+    def __init__(self, config: LlamaConfig, dtype: str, receivers: Sequence[ActorHandle], seed: int) -> None:
         import ray
         import torch
         from transformers import LlamaForCausalLM
 
         from learner.publication.publisher import WeightPublisher, make_probe
-        from learner.publication.senders import make_sender
         from learner.state_tree.policy import TreePolicy
 
         torch.set_num_threads(1)
@@ -75,7 +71,7 @@ class PublishingLearner:
         self._policy = TreePolicy(model, backspace_id=3)
         relay = ray.remote(_Relay).options(num_cpus=0).remote(receivers)
         probe = make_probe(TokenContract(config.vocab_size, 3, 2, "random"), seed)
-        self._publisher = WeightPublisher(relay, probe, sender=make_sender(transport, torch.device("cpu")))
+        self._publisher = WeightPublisher(relay, probe)
         self._copy = {name: np.zeros(tensor.nbytes, np.uint8) for name, tensor in model.named_parameters()}
 
     def size_bytes(self) -> int:
@@ -140,7 +136,7 @@ class TakingActor:
     def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
         """The steps of `RolloutActor`, with a look at the clock after each."""
         moments = [time.perf_counter()]
-        payload = self._receiver.take(handle)
+        payload = self._receiver.fetch(handle)
         moments.append(time.perf_counter())
         verify_fingerprint(payload, manifest)
         moments.append(time.perf_counter())

@@ -162,7 +162,6 @@ class _Crew:
                 prioritised_replay=settings.buffer.sampler == "prioritised",
                 features=tuple(settings.scoring.features),
                 offers_backspace=settings.actors.rollout.backspace,
-                transport=settings.transport,
             ),
             [node.node_id for node in assignment[LEARNER]],
         )

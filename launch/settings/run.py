@@ -18,7 +18,6 @@ from learner.settings.model import ModelSettings, PretrainedModelSettings, Scrat
 from learner.settings.objectives import AdversarialJsSettings
 from learner.settings.score_functions import ConstraintSettings, ScoreFunctionSettings, TargetSettings
 from learner.settings.stages import LearnerSettings, StageSettings, check_stages, stages_before
-from learner.settings.transport import Transport, choose_transport
 
 
 class ClusterSettings(Settings):
@@ -129,14 +128,7 @@ class RunSettings(Settings):
         """Name of the stage whose model the run is for."""
         return self.stages[-1].name if self.result is None else self.result
 
-    @property
-    def transport(self) -> Transport:
-        """How published weights travel."""
-        learner, actors = self.learner, self.actors
-        return choose_transport(learner.transport, learner.num_gpus, actors.num_gpus, actors.tensor_parallel_size)
-
     def _check_publishing(self) -> None:
-        _ = self.transport  # refuses what cannot work
         adapted = isinstance(self.model, PretrainedModelSettings) and self.model.adapter is not None
         if self.learner.publish == "adapter" and not adapted:
             raise ValueError(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from buffer.weights import TensorEntry
+from buffer.weights.format import TensorEntry
 from learner.checkpoints.safetensors_file import entry_of, write_safetensors
 from learner.model.adapters import adapter_config, adapter_tensors, is_adapted
 from learner.precision import compute_dtype, published_dtype

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from buffer.weights import TensorEntry
+from buffer.weights.format import TensorEntry
 
 _FORMAT_NAMES = {
     "float64": "F64",

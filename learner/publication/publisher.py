@@ -12,8 +12,8 @@ import ray
 from ray.actor import ActorHandle
 
 from buffer.trajectory.schema import TokenContract
-from buffer.weight_transport import ObjectStoreSender, WeightSender
-from buffer.weights import PayloadDigests, TensorEntry, WeightManifest
+from buffer.weights.format import TensorEntry, WeightManifest, combined_fingerprint, digest_tensors, pack_tensors
+from buffer.weights.object_store import WeightSender
 from learner.publication.tensors import PublicationPlan
 from learner.state_tree.policy import TreePolicy
 
@@ -47,21 +47,19 @@ class WeightPublisher:
         probe_token_ids: tuple[int, ...],
         first_version: int = 0,
         plan: PublicationPlan | None = None,
-        sender: WeightSender | None = None,
     ) -> None:
         """Args:
         probe_token_ids: [P] fixed sequence whose log-probabilities every engine must reproduce.
         first_version: version of the next publication (beyond 0 when a run resumes).
         plan: which tensors travel; None = all of them, each time.
-        sender: how they travel; None = through Ray's object store.
         """
         self._pool = pool
         self._probe_token_ids = probe_token_ids
         self._next_version = first_version
         self._plan = plan or PublicationPlan("full")
         self._kept_entries: tuple[TensorEntry, ...] = ()
-        self._kept_digests = PayloadDigests({}, {})
-        self._sender: WeightSender = sender or ObjectStoreSender()
+        self._kept_digests: dict[str, bytes] = {}
+        self._sender = WeightSender()
         self._announced: ray.ObjectRef[None] | None = None
         self._times: PublicationTimes | None = None
 
@@ -86,24 +84,23 @@ class WeightPublisher:
         self._check_last_announcement()
         started = time.perf_counter()
         self._keep(policy)
-        payload, entries = self._sender.pack(self._plan.changed(policy.model))
+        payload, entries = pack_tensors(self._plan.changed(policy.model))
         packed = time.perf_counter()
         with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter to the probe's forward pass
-            hashing = beside.submit(PayloadDigests.of, entries, payload)
+            hashing = beside.submit(digest_tensors, entries, payload)
             probe_logprobs = tuple(policy.sequence_logprobs(self._probe_token_ids).tolist())
             probed = time.perf_counter()
             digests = self._kept_digests | hashing.result()
         hashed = time.perf_counter()
         manifest = WeightManifest(
             version=self._next_version,
-            fingerprint=digests.fingerprint,
+            fingerprint=combined_fingerprint(digests),
             tensors=(*self._kept_entries, *entries),
             probe_token_ids=self._probe_token_ids,
             probe_logprobs=probe_logprobs,
             updates=self._plan.updates(policy.model),
-            checksum=digests.checksum,
         )
-        self._announced = self._pool.announce.remote(manifest, self._sender.offer(payload))
+        self._announced = self._pool.announce.remote(manifest, self._sender.publish(payload))
         self._times = PublicationTimes(packed - started, probed - packed, hashed - probed, time.perf_counter() - hashed)
         self._next_version += 1
         return manifest
@@ -113,10 +110,10 @@ class WeightPublisher:
         self._pool.resume.remote(first_version)
 
     def _keep(self, policy: TreePolicy) -> None:
-        payload, entries = self._sender.pack(self._plan.kept(policy.model))
+        payload, entries = pack_tensors(self._plan.kept(policy.model))
         if entries:
-            self._sender.keep(payload)
-            self._kept_entries, self._kept_digests = entries, PayloadDigests.of(entries, payload)
+            self._sender.set_static(payload)
+            self._kept_entries, self._kept_digests = entries, digest_tensors(entries, payload)
 
     def _check_last_announcement(self) -> None:
         if self._announced is not None:

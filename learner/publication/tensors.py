@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from buffer.low_rank import LowRankUpdate, merge_low_rank
-from buffer.weights import TensorEntry
+from buffer.weights.format import TensorEntry
+from buffer.weights.low_rank import LowRankUpdate, merge_low_rank
 from learner.model.adapters import ADAPTER_NAME, adapted_layers
 from learner.model.quantization import dequantise, is_quantised, original_format
 from learner.precision import published_dtype

@@ -19,8 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from buffer.rendezvous import reason_of
-
 
 class RankLostError(RuntimeError):
     """The other ranks could not be reached; why, the one that failed or the end of its process tells."""
@@ -114,8 +112,23 @@ class Ranks:
             if isinstance(error, RankLostError) or not _is_of_process_group(error):
                 raise
             raise RankLostError(
-                f"learner rank {self.rank} of {self.size} lost the other ranks during {what}: {reason_of(error)}"
+                f"learner rank {self.rank} of {self.size} lost the other ranks during {what}: {_first_line(error)}"
             ) from error
+
+
+def open_rendezvous(host: str, size: int, timeout_s: float) -> dist.TCPStore:
+    """Where `size` ranks find each other, held by this process; its `port` is a free one of the address `host`."""
+    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    listening = socket.create_server((host, 0), family=family)  # left to itself, the store listens on every interface
+    return dist.TCPStore(
+        host,
+        listening.getsockname()[1],
+        size,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
 
 
 def join_ranks(rank: int, size: int, meeting: dist.TCPStore | tuple[str, int], timeout_s: float) -> Ranks:
@@ -124,7 +137,7 @@ def join_ranks(rank: int, size: int, meeting: dist.TCPStore | tuple[str, int], t
     Tensors in host memory travel by gloo, those of a GPU by NCCL.
 
     Args:
-        meeting: the store of `buffer.rendezvous.open_rendezvous` (rank 0), or its host and port (the others).
+        meeting: the store of `open_rendezvous` (rank 0), or its host and port (the others).
         timeout_s: longest wait for the others, here and in every collective from now on.
 
     Raises:
@@ -138,7 +151,7 @@ def join_ranks(rank: int, size: int, meeting: dist.TCPStore | tuple[str, int], t
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except dist.DistError as error:
         raise RankLostError(
-            f"learner rank {rank} of {size} did not find the others within {timeout_s:.0f} s: {reason_of(error)}"
+            f"learner rank {rank} of {size} did not find the others within {timeout_s:.0f} s: {_first_line(error)}"
         ) from error
     return Ranks(rank, size)
 
@@ -159,3 +172,8 @@ def leave_ranks() -> None:
 def _is_of_process_group(error: RuntimeError) -> bool:
     """gloo raises plain RuntimeErrors, as torch does for much else; they name the library."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    """Its message without the stack of C++ calls that torch appends."""
+    return str(error).partition("\n")[0]

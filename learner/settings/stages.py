@@ -11,7 +11,6 @@ from learner.settings.adapters import PublishMode
 from learner.settings.model import ParamDtype
 from learner.settings.objectives import ObjectiveSettings
 from learner.settings.optimizer import OptimizerSettings
-from learner.settings.transport import TransportChoice
 from learner.settings.watch import WatchSettings
 
 DEFAULT_RANK_TIMEOUT_S = 300.0
@@ -74,12 +73,6 @@ class LearnerSettings(Settings):
         "full",
         description="what a weight push carries: every tensor, or (with model.adapter) the frozen ones once and then "
         "what is trained, which the actors merge",
-    )
-    transport: TransportChoice = Field(
-        "object_store",
-        description="how a weight push travels: object_store, through host memory; collective, from the learner's "
-        "device to each actor's (NCCL between GPUs, gloo between CPUs); auto: collective where learner and actors have "
-        "whole GPUs, else object_store",
     )
     checkpoint_every_steps: PositiveInt = 500
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept per stage")

@@ -15,13 +15,12 @@ from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metr
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_with_actors_listens_on_loopback_only(tmp_path: Path) -> None:
-    """Ray, the learner with its weights on offer, the buffer with its Flight endpoint, and the engine."""
+    """Ray, the learner, the buffer with its Flight endpoint, and the engine."""
     with TrainProcess(
         tmp_path,
         ARITHMETIC,
         *TINY,
         "stages.sequencematch.steps=100000",
-        "learner.transport=collective",
         "buffer.flight.enabled=true",
     ) as run:
         run.wait_until(lambda: run.step("sequencematch") > 0, 300.0, "the first step with rollouts")

@@ -13,8 +13,8 @@ from actors.engine.rank_group import EngineRankError, RankGroup
 from actors.engine.settings import EngineSettings
 from actors.engine.weight_intake import WeightIntake
 from buffer.trajectory.schema import TokenContract
-from buffer.weight_transport import WeightHandle
-from buffer.weights import WeightManifest
+from buffer.weights.format import WeightManifest
+from buffer.weights.object_store import WeightHandle
 from tests.integration.traffic import Request
 
 Publication = tuple[WeightManifest, WeightHandle]

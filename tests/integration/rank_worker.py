@@ -22,9 +22,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from buffer.experts.stream import ExpertStream
-from buffer.rendezvous import open_rendezvous
 from buffer.settings import NoiseSettings
-from buffer.weights import WeightManifest, fingerprint, pack_tensors, unpack
+from buffer.weights.format import WeightManifest, fingerprint, pack_tensors, unpack
 from learner.batches.demonstrations import Demonstrations
 from learner.batches.micro_batches import build_micro_batches
 from learner.batches.priorities import Float32
@@ -36,7 +35,7 @@ from learner.model.backspace_row import fit_backspace_row
 from learner.objectives.registry import make_objective
 from learner.precision import hold_trained_parameters
 from learner.publication.tensors import PublicationPlan, publication_tensors
-from learner.ranks.group import Ranks, join_ranks, leave_ranks
+from learner.ranks.group import Ranks, join_ranks, leave_ranks, open_rendezvous
 from learner.ranks.sharding import gathered, load_tensors, shard
 from learner.settings.adapters import AdapterSettings
 from learner.settings.stages import StageSettings

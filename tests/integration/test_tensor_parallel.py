@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from transformers import PreTrainedModel
 
 from actors.engine.settings import EngineSettings, SamplingSettings, engine_environment
-from buffer.weight_transport import ObjectStoreSender
+from buffer.weights.object_store import WeightSender
 from tests.integration.local_ray import ROOT, local_ray
 from tests.integration.rank_group_worker import Publication, RankGroupWorker
 from tests.integration.reference import compare
@@ -42,15 +42,15 @@ def worker(models: dict[int, PreTrainedModel]) -> Iterator[ActorHandle]:
         yield process.remote(models[0].config.to_json_string(use_diff=False), CONTRACT, SIZE)
 
 
-def offered(sender: ObjectStoreSender, model: PreTrainedModel, version: int) -> Publication:
+def offered(sender: WeightSender, model: PreTrainedModel, version: int) -> Publication:
     manifest, payload = publication(model, version)
-    return manifest, sender.offer(payload)
+    return manifest, sender.publish(payload)
 
 
 def test_the_layers_are_divided_and_every_action_is_that_of_the_whole_model(
     worker: ActorHandle, models: dict[int, PreTrainedModel]
 ) -> None:
-    senders = ObjectStoreSender(), ObjectStoreSender()
+    senders = WeightSender(), WeightSender()
     ray.get(worker.load.remote(offered(senders[0], models[0], 0)), timeout=TIMEOUT_S)
     shapes = ray.get(worker.tensor_shapes.remote(), timeout=TIMEOUT_S)
     assert shapes["model.embed_tokens.weight"][0] == VOCAB_SIZE // SIZE

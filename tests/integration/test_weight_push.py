@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import psutil
@@ -31,14 +30,12 @@ from buffer.service.shard import Shard
 from buffer.settings import BufferSettings, NoiseSettings
 from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
-from buffer.weight_transport import ObjectStoreSender, WeightHandle, WeightReceiver
-from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors
+from buffer.weights.format import WeightManifest, WeightPayload, fingerprint, pack_tensors
+from buffer.weights.object_store import WeightHandle, WeightReceiver, WeightSender
 from learner.model.adapters import add_adapters
 from learner.publication.publisher import WeightPublisher, make_probe
-from learner.publication.senders import make_sender
 from learner.publication.tensors import PublicationPlan, publication_tensors
 from learner.settings.adapters import AdapterSettings
-from learner.settings.transport import Transport
 from learner.state_tree.policy import TreePolicy, sequence_logprobs
 from tests.integration.local_ray import local_ray
 from tests.integration.reference import compare
@@ -77,7 +74,6 @@ class Push:
         model: PreTrainedModel,
         actors: ActorsSettings = SETTINGS,
         plan: PublicationPlan | None = None,
-        transport: Transport = "object_store",
     ) -> None:
         self._folder = folder / "buffer"
         settings = BufferSettings(capacity=100_000, min_size=1, fsync="none")
@@ -99,8 +95,7 @@ class Push:
         environment = engine_environment(spec.engine_settings("", seed=0)) | {"PYTHONPATH": str(ROOT)}
         self.pool = ray.remote(ActorPool).options(num_cpus=0).remote(spec, [ray.put(examples)], shards, environment, 1)
         ray.get(self.pool.start.remote(), timeout=ANSWER_TIMEOUT_S)
-        sender = make_sender(transport, torch.device("cpu"))
-        self.publisher = WeightPublisher(self.pool, PROBE, plan=plan, sender=sender)
+        self.publisher = WeightPublisher(self.pool, PROBE, plan=plan)
         self._draws = 0
 
     def status(self) -> PoolStatus:
@@ -190,17 +185,14 @@ def test_pushes_reach_the_engine_and_wrong_ones_fence_the_actor(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", get_args(Transport))
-def test_adapters_travel_alone_to_actors_that_drain_join_late_hang_and_die(
-    tmp_path: Path, transport: Transport
-) -> None:
+def test_adapters_travel_alone_to_actors_that_drain_join_late_hang_and_die(tmp_path: Path) -> None:
     """Nothing of that holds up the learner; every actor ends with base and newest adapters, every rollout has one
     version.
     """
     model = tiny_model(tied=True)
     add_adapters(model, AdapterSettings(rank=4, alpha=8.0), base_name="base", revision=None, seed=0)
     actors = SETTINGS.model_copy(update={"weight_update": "drain", "health_timeout_s": 600.0})
-    push = Push(tmp_path, model, actors, PublicationPlan("adapter"), transport)
+    push = Push(tmp_path, model, actors, PublicationPlan("adapter"))
     models = {}
     for version in range(2):
         models[version] = copy.deepcopy(train_a_little(model, seed=version))
@@ -302,7 +294,7 @@ def publication(model: PreTrainedModel, version: int) -> tuple[WeightManifest, W
 def failure_after(push: Push, manifest: WeightManifest, payload: WeightPayload) -> str:
     """Announce it, wait for the actor that loads it to fail; gives the reason that the pool tells."""
     before = len(failures(push.status()))
-    handle = ObjectStoreSender().offer(payload)
+    handle = WeightSender().publish(payload)
     ray.get(push.pool.announce.remote(manifest, handle), timeout=ANSWER_TIMEOUT_S)
     push.wait_until(lambda status: len(failures(status)) > before, f"version {manifest.version} to be refused")
     # The successor must meet the next publication, so that this object may go.
@@ -316,8 +308,7 @@ def failures(status: PoolStatus) -> list[str]:
     return [event for event in status.events if " failed: " in event]
 
 
-@pytest.mark.parametrize("transport", get_args(Transport))
-def test_publishing_is_a_snapshot(transport: Transport) -> None:
+def test_publishing_is_a_snapshot() -> None:
     """What the optimizer writes after `publish` returned reaches no actor."""
     model = tiny_model()
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -327,16 +318,13 @@ def test_publishing_is_a_snapshot(transport: Transport) -> None:
             self.payload: WeightPayload = {}
 
         def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
-            taken = WeightReceiver().take(handle)
-            assert all(isinstance(value, torch.Tensor) == (transport == "collective") for value in taken.values())
-            self.payload = {name: np.array(value) for name, value in taken.items()}
+            self.payload = {name: array.copy() for name, array in WeightReceiver().fetch(handle).items()}
 
         def received(self) -> WeightPayload:
             return self.payload
 
     receiver = ray.remote(Receiver).options(num_cpus=0).remote()
-    sender = make_sender(transport, torch.device("cpu"))
-    publisher = WeightPublisher(receiver, PROBE, first_version=7, sender=sender)
+    publisher = WeightPublisher(receiver, PROBE, first_version=7)
     assert publisher.newest_version == 6
     assert publisher.publish(policy_of(model)).version == publisher.newest_version == 7
     with torch.no_grad():

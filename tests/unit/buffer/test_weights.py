@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.weights import (
+from buffer.weights.format import (
     TensorEntry,
     WeightManifest,
     WeightMismatchError,
@@ -165,7 +165,7 @@ def test_manifest_refuses_nonsense():
 
 def test_buffer_imports_no_heavy_library():
     code = (
-        "import sys, buffer.weight_transport, buffer.collective.sender, buffer.service.service\n"
+        "import sys, buffer.weights.format, buffer.weights.object_store, buffer.service.service\n"
         "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -36,30 +36,6 @@ def test_adapters_travel_alone_only_where_there_are_any() -> None:
     assert read_recipe(text, ["learner.publish=adapter"]).learner.publish == "adapter"
 
 
-@pytest.mark.parametrize(
-    ("learner_gpus", "actor_gpus", "automatic", "refused"),
-    [
-        (0, 0, "object_store", False),
-        (0, 1, "object_store", False),
-        (1, 1, "collective", False),
-        (1, 0, "object_store", True),
-        (1, 0.5, "object_store", True),
-        (0.5, 0.5, "object_store", True),
-    ],
-)
-def test_the_transport_of_weights_follows_their_two_ends(
-    learner_gpus: float, actor_gpus: float, automatic: str, refused: bool
-) -> None:
-    gpus = (f"learner.num_gpus={learner_gpus}", f"actors.num_gpus={actor_gpus}")
-    assert read_recipe(ARITHMETIC, gpus).transport == "object_store"
-    assert read_recipe(ARITHMETIC, [*gpus, "learner.transport=auto"]).transport == automatic
-    if refused:
-        error = error_of(*gpus, "learner.transport=collective")
-        assert f"actors.num_gpus={actor_gpus:g}): give each at least 1" in error
-    else:
-        assert read_recipe(ARITHMETIC, [*gpus, "learner.transport=collective"]).transport == "collective"
-
-
 def test_an_engine_is_divided_only_where_its_heads_can_be() -> None:
     heads = ("model.num_heads=6", "model.hidden_size=192", "model.num_key_value_heads=2", "model.intermediate_size=256")
     assert read_recipe(ARITHMETIC, [*heads, "actors.tensor_parallel_size=2"]).actors.needs()["CPU"] == 2.0
@@ -69,9 +45,6 @@ def test_an_engine_is_divided_only_where_its_heads_can_be() -> None:
     assert "2 heads of keys and values" in error_of(*heads, "actors.tensor_parallel_size=3")
     sharing = ("actors.tensor_parallel_size=2", "actors.num_gpus=0.5")
     assert "set num_gpus=1, or tensor_parallel_size=1" in error_of(*sharing)
-    divided = [*heads, "actors.tensor_parallel_size=2", "actors.num_gpus=1", "learner.num_gpus=1"]
-    assert read_recipe(ARITHMETIC, [*divided, "learner.transport=auto"]).transport == "object_store"
-    assert "actors.tensor_parallel_size=2" in error_of(*divided, "learner.transport=collective")
 
 
 def test_overrides_take_yaml_values() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from buffer.weights import pack_tensors
+from buffer.weights.format import pack_tensors
 from learner.checkpoints.model_files import load_weights
 from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters
 from learner.model.policy import load_policy

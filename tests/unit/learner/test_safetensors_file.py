@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from buffer.weights import TensorEntry
+from buffer.weights.format import TensorEntry
 from learner.checkpoints.safetensors_file import write_safetensors
 
 

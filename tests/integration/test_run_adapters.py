@@ -1,4 +1,4 @@
-"""A whole run whose weights travel from process to process by torch.distributed, adapters alone."""
+"""A whole run that publishes its adapters alone."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ PUBLICATIONS = 4  # in the stage with rollouts, after the two before its first s
 
 
 @pytest.mark.slow
-def test_a_run_with_collective_pushes_of_adapters(tmp_path: Path) -> None:
+def test_a_run_that_publishes_adapters_alone(tmp_path: Path) -> None:
     with TrainProcess(
         tmp_path / "runs",
         str(recipe_with_adapters(tmp_path)),
         "--no-evaluate",
         *(override for override in TINY if not override.startswith("model.")),
-        "learner.transport=collective",
         "learner.publish=adapter",
     ) as process:
         assert process.wait(RUN_TIMEOUT_S) == 0, process.printed()

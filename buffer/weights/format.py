@@ -1,9 +1,8 @@
 """The weight format: what the learner publishes and every actor loads.
 
-One publication is a `WeightManifest` (small, sent to everyone) and a `WeightPayload` (large, stored once per
-node as one object of plain arrays, so that readers map it without a copy). The fingerprint proves that the
-bytes arrived; the probe proves that the *engine* computes with them, which bytes alone cannot (engines repack
-and tie weights).
+One publication is a `WeightManifest` (small, sent to everyone) and a `WeightPayload` (large, stored once per node as
+one object of plain arrays, so that readers map it without a copy). The fingerprint proves that the bytes arrived. The
+probe proves that the *engine* computes with them, which bytes alone cannot (engines repack and tie weights).
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
-from buffer.collective.checksum import sums_of_chunks
-from buffer.low_rank import LowRankUpdate, merge_low_rank
+from buffer.weights.low_rank import LowRankUpdate, merge_low_rank
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +23,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 WeightPayload = dict[str, Array]
 """Tensor name -> C-contiguous array. Types that numpy lacks travel as unsigned integers of the same width."""
-
-TensorPayload = dict[str, "torch.Tensor"]
-"""Tensor name -> contiguous tensor, on whatever device it arrived."""
-
-Payload = WeightPayload | TensorPayload
 
 _CARRIER_DTYPES: dict[str, str] = {
     "float32": "float32",
@@ -48,10 +41,6 @@ class WeightMismatchError(RuntimeError):
     """Received weights, or the engine that loaded them, disagree with what the learner published."""
 
 
-class WeightsReplacedError(RuntimeError):
-    """A publication cannot be had any more, since there is a newer one."""
-
-
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a publication. dtype: torch name without `torch.`, e.g. `bfloat16`."""
@@ -60,14 +49,18 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, name: str, dtype: torch.dtype, shape: Iterable[int]) -> TensorEntry:
+        """With torch's own dtype."""
+        return cls(name, str(dtype).removeprefix("torch."), tuple(shape))
+
 
 @dataclass(frozen=True)
 class WeightManifest:
     """What a publication contains.
 
     version: number of publications so far, 0 = the initial model; grows by one with each publication.
-    fingerprint: `fingerprint()` of the payload; with these bytes it is the same however they travel.
-    checksum: of the same bytes, computed where tensors are (`checksum_tensors`); None where arrays travel.
+    fingerprint: `fingerprint()` of the payload.
     tensors: every tensor of the payload; of tied tensors only the first.
     updates: what is merged into a tensor of the payload when it is unpacked. The fingerprint is of the tensors that
         travel, since the sum of W and B A may round differently on another kind of processor; the probe is of the sum.
@@ -81,7 +74,6 @@ class WeightManifest:
     probe_token_ids: tuple[int, ...]
     probe_logprobs: tuple[float, ...]
     updates: tuple[LowRankUpdate, ...] = ()
-    checksum: str | None = None
 
     def __post_init__(self) -> None:
         if self.version < 0:
@@ -119,105 +111,50 @@ def pack_tensors(
     for name, parameter in tensors:
         if name in payload:
             raise ValueError(f"tensor {name} came twice; every tensor is published under one name")
-        tensor = parameter.detach()
-        entry = tensor_entry(name, tensor)
+        entry = TensorEntry.of(name, parameter.dtype, parameter.shape)
+        if entry.dtype not in _CARRIER_DTYPES:
+            raise ValueError(f"tensor {name} is {entry.dtype}; weights travel as one of {', '.join(_CARRIER_DTYPES)}")
         entries.append(entry)
-        payload[name] = _to_array(tensor.cpu().contiguous(), entry.dtype)
+        payload[name] = _to_array(parameter.detach().cpu().contiguous(), entry.dtype)
     return payload, tuple(entries)
 
 
-def tensor_entry(name: str, tensor: torch.Tensor) -> TensorEntry:
-    """What the manifest says of a tensor.
-
-    Raises:
-        ValueError: its dtype is none that the format carries.
-    """
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in _CARRIER_DTYPES:
-        raise ValueError(f"tensor {name} is {dtype}; weights travel as one of {', '.join(_CARRIER_DTYPES)}")
-    return TensorEntry(name, dtype, tuple(tensor.shape))
-
-
-def digest_tensors(entries: Iterable[TensorEntry], payload: Payload) -> dict[str, bytes]:
-    """xxh3-128 of name, dtype, shape and bytes of each tensor; of those on a device one is copied at a time."""
+def digest_tensors(entries: Iterable[TensorEntry], payload: WeightPayload) -> dict[str, bytes]:
+    """xxh3-128 of name, dtype, shape and bytes of each tensor."""
     digests: dict[str, bytes] = {}
     for entry in entries:
-        value = payload[entry.name]
-        array = value if isinstance(value, np.ndarray) else _to_array(value.cpu(), entry.dtype)
-        digest = xxhash.xxh3_128(_header(entry))
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        digest = xxhash.xxh3_128(f"{entry.name}\0{entry.dtype}\0{entry.shape}\0".encode())
+        digest.update(np.ascontiguousarray(payload[entry.name]).reshape(-1).view(np.uint8).data)
         digests[entry.name] = digest.digest()
     return digests
 
 
-def checksum_tensors(entries: Iterable[TensorEntry], payload: TensorPayload) -> dict[str, bytes]:
-    """xxh3-128 of name, dtype and shape of each tensor and of the sums that its device makes of its bytes."""
-    listed = tuple(entries)
-    sums = sums_of_chunks(payload[entry.name] for entry in listed)
-    return {
-        entry.name: xxhash.xxh3_128(_header(entry) + each).digest() for entry, each in zip(listed, sums, strict=True)
-    }
+def combined_fingerprint(digests: Mapping[str, bytes]) -> str:
+    """xxh3-128 over the digests of `digest_tensors`, ordered by name."""
+    return xxhash.xxh3_128(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
-def fingerprint(entries: Iterable[TensorEntry], payload: Payload) -> str:
+def fingerprint(entries: Iterable[TensorEntry], payload: WeightPayload) -> str:
     """Of names, dtypes, shapes and bytes: equal tensors have equal fingerprints, in whatever order they come."""
     return combined_fingerprint(digest_tensors(entries, payload))
 
 
-@dataclass(frozen=True)
-class PayloadDigests:
-    """One for each tensor: of `digest_tensors`, and where tensors travel (not arrays) of `checksum_tensors`."""
-
-    fingerprints: dict[str, bytes]
-    checksums: dict[str, bytes]
-
-    @classmethod
-    def of(cls, entries: tuple[TensorEntry, ...], payload: Payload) -> PayloadDigests:
-        """Computed from the bytes."""
-        checksums = {} if _holds_arrays(payload) else checksum_tensors(entries, payload)
-        return cls(digest_tensors(entries, payload), checksums)
-
-    def __or__(self, other: PayloadDigests) -> PayloadDigests:
-        return PayloadDigests(self.fingerprints | other.fingerprints, self.checksums | other.checksums)
-
-    @property
-    def fingerprint(self) -> str:
-        """See `WeightManifest`."""
-        return combined_fingerprint(self.fingerprints)
-
-    @property
-    def checksum(self) -> str | None:
-        """See `WeightManifest`."""
-        return combined_fingerprint(self.checksums) if self.checksums else None
-
-
-def combined_fingerprint(digests: Mapping[str, bytes]) -> str:
-    """xxh3-128 over the digests of `digest_tensors` or `checksum_tensors`, ordered by name."""
-    return xxhash.xxh3_128(b"".join(digests[name] for name in sorted(digests))).hexdigest()
-
-
-def verify_fingerprint(payload: Payload, manifest: WeightManifest) -> None:
-    """Check the received bytes: arrays by the fingerprint, tensors by the checksum, so that they stay where they are.
+def verify_fingerprint(payload: WeightPayload, manifest: WeightManifest) -> None:
+    """Check the received bytes.
 
     Raises:
-        WeightMismatchError: a tensor is missing, extra or mis-shaped, or bytes differ from the published
-        ones.
+        WeightMismatchError: a tensor is missing, extra or mis-shaped, or bytes differ from the published ones.
     """
     _check_complete(payload, manifest)
-    if _holds_arrays(payload):
-        what, expected, found = "fingerprint", manifest.fingerprint, fingerprint(manifest.tensors, payload)
-    else:
-        assert manifest.checksum is not None, "who sends tensors states their checksum"
-        found = combined_fingerprint(checksum_tensors(manifest.tensors, payload))
-        what, expected = "checksum", manifest.checksum
-    if found != expected:
+    found = fingerprint(manifest.tensors, payload)
+    if found != manifest.fingerprint:
         raise WeightMismatchError(
-            f"weights of version {manifest.version} have {what} {found}, published was {expected}: the bytes changed "
-            "on their way"
+            f"weights of version {manifest.version} have fingerprint {found}, published was {manifest.fingerprint}: "
+            "the bytes changed on their way"
         )
 
 
-def unpack(payload: Payload, manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]]:
+def unpack(payload: WeightPayload, manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) pairs as a model's `load_weights` takes them, low-rank updates merged.
 
     All others are views of the payload: never write to them.
@@ -233,15 +170,11 @@ def unpack(payload: Payload, manifest: WeightManifest) -> Iterator[tuple[str, to
         # Arrays mapped from an object store are read-only, which torch cannot express and warns about.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         for entry in manifest.tensors:
-            value = payload[entry.name]
-            tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-            tensors[entry.name] = tensor.view(getattr(torch, entry.dtype))
+            tensors[entry.name] = torch.from_numpy(payload[entry.name]).view(getattr(torch, entry.dtype))
     return _merged(tensors, manifest.updates)
 
 
 def _to_array(tensor: torch.Tensor, dtype: str) -> Array:
-    if dtype == _CARRIER_DTYPES[dtype]:
-        return np.asarray(tensor.numpy())
     import torch
 
     return np.asarray(tensor.view(getattr(torch, _CARRIER_DTYPES[dtype])).numpy())
@@ -258,15 +191,7 @@ def _merged(tensors: dict[str, torch.Tensor], updates: tuple[LowRankUpdate, ...]
             yield name, tensor
 
 
-def _header(entry: TensorEntry) -> bytes:
-    return f"{entry.name}\0{entry.dtype}\0{entry.shape}\0".encode()
-
-
-def _holds_arrays(payload: Payload) -> TypeGuard[WeightPayload]:
-    return all(isinstance(value, np.ndarray) for value in payload.values())
-
-
-def _check_complete(payload: Payload, manifest: WeightManifest) -> None:
+def _check_complete(payload: WeightPayload, manifest: WeightManifest) -> None:
     names = [entry.name for entry in manifest.tensors]
     version = manifest.version
     if missing := [name for name in names if name not in payload]:
@@ -274,17 +199,15 @@ def _check_complete(payload: Payload, manifest: WeightManifest) -> None:
     if extra := sorted(payload.keys() - set(names)):
         raise WeightMismatchError(f"weights of version {version} hold {_first(extra)}, not in the manifest")
     for entry in manifest.tensors:
-        value = payload[entry.name]
-        if tuple(value.shape) != entry.shape:
+        array = payload[entry.name]
+        if array.shape != entry.shape:
             raise WeightMismatchError(
-                f"tensor {entry.name} of version {version} has shape {tuple(value.shape)}, the manifest says "
-                f"{entry.shape}"
+                f"tensor {entry.name} of version {version} has shape {array.shape}, the manifest says {entry.shape}"
             )
-        carrier = _CARRIER_DTYPES.get(entry.dtype) if isinstance(value, np.ndarray) else entry.dtype
-        found = str(value.dtype).removeprefix("torch.")
-        if found != carrier:
+        carrier = _CARRIER_DTYPES.get(entry.dtype)
+        if array.dtype.name != carrier:
             raise WeightMismatchError(
-                f"tensor {entry.name} of version {version} arrived as {found}, "
+                f"tensor {entry.name} of version {version} arrived as {array.dtype.name}, "
                 f"the manifest says {entry.dtype} (carried as {carrier})"
             )
 
