@@ -30,6 +30,7 @@ from learner.settings.stages import LearnerSettings, StageSettings
 from learner.spec import LearnerSpec
 from learner.worker import LearnerWorker
 from tests.integration.local_ray import local_ray
+from tests.integration.train_process import metrics_of
 from tests.rollouts import rollouts
 
 pytestmark = pytest.mark.slow
@@ -39,6 +40,8 @@ TASK = ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questio
 MODEL = ScratchModelSettings(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32, max_positions=40)
 FIRST_VERSION = 10
 """Of the learner's first publication; the stage starts with the next one."""
+
+GOLDEN_LOSSES = [3.45941, 3.47231, 3.54734, 3.51751, 3.55943, 3.57638, 3.59079, 3.57486, 3.59583, 3.57032]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -154,6 +157,16 @@ def test_a_stop_while_the_learner_waits_for_rollouts_skips_no_expert(task: Task,
         end_buffer(buffer)
     for name, tensor in ends["straight"].items():
         assert torch.equal(ends["stopped"][name], tensor), name
+
+
+def test_the_golden_loss_curve(task: Task, tmp_path: Path) -> None:
+    """The loss of ten steps, as it was when the curve was recorded; processors differ in the last bits of a float."""
+    buffer = start_buffer(tmp_path, task, sampler="fifo", max_times_sampled=1)
+    ray.get(buffer.insert.remote(rollouts(task, 0, 40, version=FIRST_VERSION + 1)), timeout=TIMEOUT_S)
+    assert learn(tmp_path, buffer, steps=10, first_version=FIRST_VERSION) == 10
+    end_buffer(buffer)
+    losses = [row["loss"] for row in metrics_of(tmp_path)]
+    assert losses == pytest.approx(GOLDEN_LOSSES, rel=1e-3)
 
 
 def test_the_buffer_knows_the_priorities_of_a_step_before_it_gives_the_next(task: Task, tmp_path: Path) -> None:
