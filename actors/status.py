@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+PoolEventKind = Literal[
+    "pool_scaled",
+    "actor_starting",
+    "actor_ready",
+    "actor_joined",
+    "actor_draining",
+    "actor_left",
+    "actor_ended",
+    "actor_failed",
+    "actor_given_up",
+]
 
 
 @dataclass(frozen=True)
@@ -35,13 +48,23 @@ class MemberStatus:
 
 
 @dataclass(frozen=True)
+class PoolEvent:
+    """Something that the pool did or saw. number: counts the events of a pool. actor: its name, empty for the pool."""
+
+    number: int
+    kind: PoolEventKind
+    actor: str
+    message: str
+
+
+@dataclass(frozen=True)
 class PoolStatus:
     """The pool of rollout actors."""
 
     desired: int
     newest_version: int
     members: tuple[MemberStatus, ...]
-    events: tuple[str, ...] = field(default=())  # newest last
+    events: tuple[PoolEvent, ...] = field(default=())  # newest last
     failure: str | None = None  # set when the pool has given up
     refused: bool = False  # it gave up because the settings cannot be met, and no restart would help
 
@@ -52,5 +75,5 @@ class PoolStatus:
         if statuses:
             dropped = sum(status.dropped for status in statuses)
             told.append(f"the actors dropped {dropped:,} rollouts, the last one because {statuses[-1].drop_reason}")
-        told += [event for event in self.events if " failed: " in event][-1:]
+        told += [event.message for event in self.events if event.kind == "actor_failed"][-1:]
         return "; ".join(told)

@@ -103,7 +103,8 @@ def _name_changes(changes: Sequence[Change], folder: Path, console: Console) -> 
         return
     with RunLog(folder) as log:
         for change in changes:
-            log.write("info", "driver", f"resumed with another setting: {change}")
+            message = f"resumed with another setting: {change}"
+            log.write("info", "driver", "setting_changed", message, setting=change.key)
             _say(console, f"changed since the run was last started: {change}")
 
 

@@ -15,7 +15,7 @@ from buffer.settings import BufferSettings
 from buffer.store.consumption_log import DrawKey
 from buffer.store.replay_store import ReplayStore
 from launch.monitoring.live_view import RunView
-from launch.monitoring.run_log import RUN_BEGINS, RUN_FINISHED, RunLog
+from launch.monitoring.run_log import RunLog
 from launch.report.gather import Report, gather
 from launch.report.rollouts import Action, Rollout, RolloutSample
 from launch.run_folder.folder import BUFFER_FOLDER, CONFIG_FILE
@@ -69,7 +69,7 @@ def write_log(run: Path) -> None:
     """Two actors; actor 1 dies and is born again, and takes every second version only."""
     learner = LearnerStatus("sequencematch", 0, STEPS["sequencematch"], 0.1, -1, "training", {})
     with RunLog(run) as log:
-        log.write("info", "driver", RUN_BEGINS)
+        log.write("info", "driver", "run_started", "the run begins")
         for version in range(VERSIONS):
             status = LearnerStatus(learner.stage, 10 * version, 40, 0.1, version, "training", {})
             view = RunView(run.name, [], learner=status)
@@ -78,8 +78,8 @@ def write_log(run: Path) -> None:
                 members.append(member(1, version - version % 2, 10 * (version % 3)))
                 view.pool = PoolStatus(2, version, tuple(members))
                 log.follow(view)
-        log.write("warning", "learner", "<b>backspaces take over</b>")
-        log.write("info", "driver", RUN_FINISHED)
+        log.write("warning", "learner", "learner_warning", "<b>backspaces take over</b>")
+        log.write("info", "driver", "run_finished", "the run is finished")
 
 
 def member(index: int, version: int, actions: int) -> MemberStatus:

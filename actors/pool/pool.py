@@ -18,7 +18,7 @@ from actors.pool.ray_crew import RayCrew
 from actors.pool.roster import Roster
 from actors.rollout_actor import RolloutSpec
 from actors.rollout_rules import SUPERVISION_INTERVAL_S
-from actors.status import PoolStatus
+from actors.status import PoolEvent, PoolEventKind, PoolStatus
 from buffer.service.shard import Shard
 from buffer.stop_signals import ignore_stop_signals
 from buffer.weights.format import WeightManifest
@@ -47,7 +47,8 @@ class ActorPool:
         """
         ignore_stop_signals()
         self._crew = RayCrew(spec, prompts, shards, environment)
-        self._events: deque[str] = deque(maxlen=MAX_EVENTS)
+        self._events: deque[PoolEvent] = deque(maxlen=MAX_EVENTS)
+        self._num_events = 0
         self._roster = Roster(desired, spec.settings, self._crew, self._note)
         self._stopping = False
         self._supervisor: asyncio.Task[None] | None = None
@@ -96,7 +97,7 @@ class ActorPool:
             self._roster.reconcile(time.monotonic())
             await asyncio.sleep(0.05)
         for name in self._roster.names:
-            self._roster.end(name, f"{name} ended by force: it did not drain within {timeout_s:.0f} s")
+            self._roster.end(name, "actor_ended", f"{name} ended by force: it did not drain within {timeout_s:.0f} s")
         if self._supervisor is not None:
             self._supervisor.cancel()
 
@@ -107,5 +108,6 @@ class ActorPool:
             self._roster.reconcile(time.monotonic())
             await asyncio.sleep(SUPERVISION_INTERVAL_S)
 
-    def _note(self, event: str) -> None:
-        self._events.append(f"{time.strftime('%H:%M:%S')} {event}")
+    def _note(self, kind: PoolEventKind, actor: str, message: str) -> None:
+        self._events.append(PoolEvent(self._num_events, kind, actor, message))
+        self._num_events += 1

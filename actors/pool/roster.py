@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 from actors.rollout_rules import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS
 from actors.settings import ActorsSettings
-from actors.status import ActorStatus, MemberStatus
+from actors.status import ActorStatus, MemberStatus, PoolEventKind
 
 MAX_BACKOFF_S = 30.0
 
@@ -71,11 +71,14 @@ class _Member:
     waited: bool = False  # for a stage, for weights or for the learner, before its first rollouts
 
 
+OnEvent = Callable[[PoolEventKind, str, str], None]
+"""Is told what happens: kind, name of the actor (empty for the pool), a sentence for people."""
+
+
 class Roster:
     """Keeps `desired` members. Times are seconds on one clock that never goes back."""
 
-    def __init__(self, desired: int, settings: ActorsSettings, crew: Crew, on_event: Callable[[str], None]) -> None:
-        """on_event: is told what happens, in words for people."""
+    def __init__(self, desired: int, settings: ActorsSettings, crew: Crew, on_event: OnEvent) -> None:
         self._desired = desired
         self._settings = settings
         self._crew = crew
@@ -114,7 +117,7 @@ class Roster:
         """
         if desired < 0:
             raise ValueError(f"the number of actors cannot be negative, got {desired}")
-        self._on_event(f"scale {self._desired} -> {desired}")
+        self._on_event("pool_scaled", "", f"scale {self._desired} -> {desired}")
         self._desired = desired
 
     def close(self) -> None:
@@ -143,18 +146,18 @@ class Roster:
         if self.failure is None and not self._closed:
             self._fill(now_s, self._desired - len(staying))
 
-    def end(self, name: str, event: str) -> None:
+    def end(self, name: str, kind: PoolEventKind, message: str) -> None:
         """End a member by force."""
         del self._members[name]
         self._crew.end(name)
-        self._on_event(event)
+        self._on_event(kind, name, message)
 
     def _advance(self, member: _Member, seen: Sighting, now_s: float) -> None:
         settings = self._settings
         if isinstance(seen, Failure):
             self._fail(member, seen, now_s)
         elif seen == "left":
-            self.end(member.name, f"{member.name} left")
+            self.end(member.name, "actor_left", f"{member.name} left")
         elif member.state == "starting":
             if seen == "ready":
                 self._put_to_work(member, now_s)
@@ -163,13 +166,14 @@ class Roster:
         elif now_s - member.last_answer_at_s > settings.health_timeout_s:
             self._fail(member, Failure(f"silent for {settings.health_timeout_s:.0f} s"), now_s)
         elif member.state == "draining" and now_s - member.drain_started_at_s > settings.drain_timeout_s:
-            self.end(member.name, f"{member.name} ended by force: not drained in {settings.drain_timeout_s:.0f} s")
+            message = f"{member.name} ended by force: not drained in {settings.drain_timeout_s:.0f} s"
+            self.end(member.name, "actor_ended", message)
 
     def _put_to_work(self, member: _Member, now_s: float) -> None:
         self._crew.put_to_work(member.name)
         member.state = "running"
         member.last_answer_at_s = now_s
-        self._on_event(f"{member.name} ready after {now_s - member.born_at_s:.1f} s")
+        self._on_event("actor_ready", member.name, f"{member.name} ready after {now_s - member.born_at_s:.1f} s")
 
     def _measure_join(self, member: _Member, status: ActorStatus, now_s: float) -> None:
         """Take the time to the first rollouts; of an actor that is made to wait it would tell nothing of joining."""
@@ -177,18 +181,19 @@ class Roster:
             return
         if status.trajectories > 0:
             member.join_s = now_s - member.born_at_s
-            self._on_event(f"{member.name} joined: first rollouts after {member.join_s:.1f} s")
+            message = f"{member.name} joined: first rollouts after {member.join_s:.1f} s"
+            self._on_event("actor_joined", member.name, message)
         else:
             member.waited = status.activity in (WAITING_FOR_WEIGHTS, PAUSED, HELD_BACK)
 
     def _drain(self, member: _Member, now_s: float) -> None:
         if member.state == "starting":
-            self.end(member.name, f"{member.name} removed before it was ready")
+            self.end(member.name, "actor_ended", f"{member.name} removed before it was ready")
             return
         member.state = "draining"
         member.drain_started_at_s = now_s
         self._crew.drain(member.name)
-        self._on_event(f"{member.name} draining")
+        self._on_event("actor_draining", member.name, f"{member.name} draining")
 
     def _fill(self, now_s: float, missing: int) -> None:
         number = 0
@@ -199,13 +204,13 @@ class Roster:
                 if now_s >= self._retry_at_s.get(name, 0.0):
                     self._crew.spawn(name, number)
                     self._members[name] = _Member(name, "starting", born_at_s=now_s)
-                    self._on_event(f"{name} starting")
+                    self._on_event("actor_starting", name, f"{name} starting")
             number += 1
 
     def _fail(self, member: _Member, failure: Failure, now_s: float) -> None:
         """Remove a member that failed, and plan its successor."""
         name = member.name
-        self.end(name, f"{name} failed: {failure}")
+        self.end(name, "actor_failed", f"{name} failed: {failure}")
         if member.state == "draining":
             return
         failures = self._failures[name] = self._failures.get(name, 0) + 1
@@ -214,7 +219,8 @@ class Roster:
             return
         if any(other.state == "running" for other in self._members.values()):
             self._desired -= 1
-            self._on_event(f"gave up on {name}; the run goes on with {self._desired} actors")
+            message = f"gave up on {name}; the run goes on with {self._desired} actors"
+            self._on_event("actor_given_up", name, message)
         else:
             self.refused = failure.in_vain
             times = "" if failure.in_vain else f" {failures} times in a row, the last time"

@@ -113,7 +113,7 @@ class SimulatedPool:
     ) -> None:
         self.crew = SimulatedCrew(settings, times, shards, seed)
         self.events: list[str] = []
-        self.roster = Roster(desired, settings, self.crew, self.events.append)
+        self.roster = Roster(desired, settings, self.crew, lambda *event: self.events.append(event[-1]))
         self._shards = shards
         self._autoscaler = None if settings.autoscale is None else Autoscaler(settings.autoscale)
 

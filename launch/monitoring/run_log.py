@@ -1,7 +1,9 @@
-"""What happened in a run, as JSON lines in RUN/logs/run.jsonl: each with run, role, index, version and step.
+"""What happened in a run, as JSON lines in RUN/logs/run.jsonl: each with run, role, index, event, version and step.
 
-Written by the driver, which hears of everything, also where the run's processes share no file system with it. Ray's
-JSON logging (`ray.LoggingConfig`) knows jobs and processes, not versions and steps, and writes into the driver's
+Programs decide by `event` and the fields beside it; `message` is the sentence for people.
+
+The driver writes the log, because it hears of everything, also where the run's processes share no file system with it.
+Ray's JSON logging (`ray.LoggingConfig`) knows jobs and processes, not versions and steps, and writes into the driver's
 terminal, where the live display is. What processes print stays in Ray's session folder.
 """
 
@@ -10,29 +12,55 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from actors.status import MemberStatus, PoolStatus
-from buffer.service.status import BufferStatus
+from actors.status import MemberStatus, PoolEventKind, PoolStatus
+from buffer.service.status import BufferStatus, ShardStatus
 from launch.errors import RunFailedError
 from launch.monitoring.live_view import RunView
 from learner.status import LearnerStatus
 
 LOG_FILE = "logs/run.jsonl"
 
-# Messages that `launch.report` reads again, whole or as beginnings.
-RUN_BEGINS = "the run begins"
-RUN_FINISHED = "the run is finished"
-RUN_STOPPED = "the run was stopped"
-RUN_ENDED = "the run ended: "
-PUBLISHED = "published weights v"
-HAS_WEIGHTS = "has weights v"
-
 Level = Literal["info", "warning", "error"]
 Role = Literal["driver", "learner", "pool", "actor", "buffer"]
+Value = str | int | float | None
+RunEvent = Literal[
+    "run_started",
+    "run_finished",
+    "run_stopped",
+    "run_failed",
+    "setting_changed",
+    "processes_placed",
+    "room_awaited",
+    "autoscaled",
+    "process_warning",
+    "stage_started",
+    "weights_published",
+    "learner_note",
+    "learner_warning",
+    "actor_state",
+    "actor_gone",
+    "weights_awaited",
+    "weights_loaded",
+    "weights_verified",
+    "rollouts_dropped",
+    "shard_silent",
+    "shard_damaged",
+    "shard_serving",
+]
+Event = RunEvent | PoolEventKind
+
+
+class _Fact(NamedTuple):
+    """What is told of a process once for each new `key`."""
+
+    key: Value
+    level: Level
+    message: str
+    values: dict[str, Value]
 
 
 class RunLog:
@@ -50,8 +78,8 @@ class RunLog:
             self._append("\n")
         self._learner: LearnerStatus | None = None
         self._members: dict[str, MemberStatus] = {}
-        self._events: tuple[str, ...] = ()
-        self._shards: dict[int, str] = {}
+        self._newest_event = -1
+        self._shards: dict[int, dict[Event, _Fact]] = {}
 
     def __enter__(self) -> RunLog:
         return self
@@ -60,40 +88,16 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self.write("error", "driver", f"{RUN_ENDED}{type(error).__name__}: {error}")
+            cause = f"{type(error).__name__}: {error}"
+            self.write("error", "driver", "run_failed", f"the run ended: {cause}", cause=cause)
         self._file.close()
 
-    def write(
-        self,
-        level: Level,
-        role: Role,
-        message: str,
-        *,
-        index: int = 0,
-        version: int | None = None,
-        actions: int | None = None,
-    ) -> None:
-        """One line. index: number of the process among those of its role; version: of an actor's weights, None before
-        its first ones; the lines of all others have the newest published version. actions: that an actor has sampled
-        since its birth.
+    def write(self, level: Level, role: Role, event: Event, message: str, **values: Value) -> None:
+        """One line of the only process of its role. values: fields of the event.
 
         A refusal of the disk is raised by the next `follow`, so that it never hinders a run that is ending.
         """
-        learner = self._learner
-        published = None if learner is None or learner.policy_version < 0 else learner.policy_version
-        line = {
-            "time": round(time.time(), 3),
-            "level": level,
-            "run": self._run,
-            "role": role,
-            "index": index,
-            "stage": None if learner is None else learner.stage or None,
-            "step": None if learner is None else learner.step,
-            "version": version if role == "actor" else published,
-            "actions": actions,
-            "message": message,
-        }
-        self._append(json.dumps(line, ensure_ascii=False) + "\n")
+        self._write(level, role, 0, event, self._published, message, values)
 
     def follow(self, view: RunView) -> None:
         """Write down what is new in the view.
@@ -121,68 +125,108 @@ class RunLog:
         except OSError as error:
             self._refusal = error
 
+    def _write(
+        self,
+        level: Level,
+        role: Role,
+        index: int,
+        event: Event,
+        version: int | None,
+        message: str,
+        values: dict[str, Value],
+    ) -> None:
+        """index: number of the process among those of its role. version: of an actor's weights, None before its first
+        ones; of all others the newest published one.
+        """
+        learner = self._learner
+        line = {
+            "time": round(time.time(), 3),
+            "level": level,
+            "run": self._run,
+            "role": role,
+            "index": index,
+            "event": event,
+            "stage": None if learner is None else learner.stage or None,
+            "step": None if learner is None else learner.step,
+            "version": version,
+            **values,
+            "message": message,
+        }
+        self._append(json.dumps(line, ensure_ascii=False) + "\n")
+
+    @property
+    def _published(self) -> int | None:
+        return None if self._learner is None or self._learner.policy_version < 0 else self._learner.policy_version
+
     def _follow_learner(self, learner: LearnerStatus) -> None:
         before, self._learner = self._learner, learner
         if learner.stage and (before is None or before.stage != learner.stage):
-            self.write("info", "learner", f"stage {learner.stage} has begun")
+            self.write("info", "learner", "stage_started", f"stage {learner.stage} has begun")
         if learner.policy_version >= 0 and (before is None or before.policy_version != learner.policy_version):
-            self.write("info", "learner", f"{PUBLISHED}{learner.policy_version}")
+            self.write("info", "learner", "weights_published", f"published weights v{learner.policy_version}")
         for note in learner.notes[0 if before is None else len(before.notes) :]:
-            self.write("info", "learner", note)
+            self.write("info", "learner", "learner_note", note)
         for warning in learner.warnings[0 if before is None else len(before.warnings) :]:
-            self.write("warning", "learner", warning)
+            self.write("warning", "learner", "learner_warning", warning)
 
     def _follow_pool(self, pool: PoolStatus) -> None:
-        for event in news(self._events, pool.events):
-            self.write("warning" if " failed: " in event else "info", "pool", event)
-        self._events = pool.events
+        for event in pool.events:
+            if event.number > self._newest_event:
+                self._newest_event = event.number
+                level: Level = "warning" if event.kind == "actor_failed" else "info"
+                self.write(level, "pool", event.kind, event.message, actor=event.actor)
         members = {member.name: member for member in pool.members}
         for name, member in members.items():
-            before = self._members.get(name)
-            if before is None or before.state != member.state:
-                self._of_actor(member, member.state)
-            version = None if member.status is None else member.status.policy_version
-            if version is not None and (
-                before is None or before.status is None or before.status.policy_version != version
-            ):
-                self._of_actor(member, f"{HAS_WEIGHTS}{version}" if version >= 0 else "waits for its first weights")
-            dropped = _drop_reason_of(member)
-            if member.status is not None and dropped is not None and dropped != _drop_reason_of(before):
-                message = f"dropped {member.status.dropped} rollouts so far, the last one because {dropped}"
-                self._of_actor(member, message, level="warning")
-            if (note := _weights_note_of(member)) is not None and note != _weights_note_of(before):
-                self._of_actor(member, note)
+            told = self._members.get(name)
+            self._of_actor(member, _new(_actor_facts(told) if told else {}, _actor_facts(member)))
         for name in self._members.keys() - members.keys():
-            self._of_actor(self._members[name], "gone")
+            self._of_actor(self._members[name], {"actor_gone": _Fact("", "info", "gone", {})})
         self._members = members
 
-    def _of_actor(self, member: MemberStatus, message: str, level: Level = "info") -> None:
-        self.write(
-            level,
-            "actor",
-            message,
-            index=int(member.name.rpartition("-")[2]),
-            version=_version_of(member),
-            actions=None if member.status is None else member.status.actions,
-        )
+    def _of_actor(self, member: MemberStatus, facts: dict[Event, _Fact]) -> None:
+        index, status = int(member.name.rpartition("-")[2]), member.status
+        version = None if status is None or status.policy_version < 0 else status.policy_version
+        for event, fact in facts.items():
+            values = {"actions": None if status is None else status.actions, **fact.values}
+            self._write(fact.level, "actor", index, event, version, fact.message, values)
 
     def _follow_buffer(self, buffer: BufferStatus) -> None:
         for index, shard in enumerate(buffer.shards):
-            state = "does not answer" if shard is None else "; ".join(shard.troubles) or f"serving, process {shard.pid}"
-            if self._shards.get(index) == state:
-                continue
-            self._shards[index] = state
-            troubled = shard is None or bool(shard.troubles)
-            self.write("warning" if troubled else "info", "buffer", state, index=index)
+            facts = _shard_facts(shard)
+            for event, fact in _new(self._shards.get(index, {}), facts).items():
+                self._write(fact.level, "buffer", index, event, self._published, fact.message, fact.values)
+            self._shards[index] = facts
 
 
-def news(before: Sequence[str], now: Sequence[str]) -> Sequence[str]:
-    """The events at the end of `now` that were not there before; old ones may have fallen out at its beginning."""
-    for fallen in range(len(before) + 1):
-        kept = len(before) - fallen
-        if list(now[:kept]) == list(before[fallen:]):
-            return now[kept:]
-    raise AssertionError("the loop ends with kept == 0, where both are empty")
+def _new(before: dict[Event, _Fact], now: dict[Event, _Fact]) -> dict[Event, _Fact]:
+    return {event: fact for event, fact in now.items() if event not in before or before[event].key != fact.key}
+
+
+def _actor_facts(member: MemberStatus) -> dict[Event, _Fact]:
+    facts: dict[Event, _Fact] = {"actor_state": _Fact(member.state, "info", member.state, {"state": member.state})}
+    status = member.status
+    if status is None:
+        return facts
+    if status.policy_version < 0:
+        facts["weights_awaited"] = _Fact("", "info", "waits for its first weights", {})
+    else:
+        facts["weights_loaded"] = _Fact(status.policy_version, "info", f"has weights v{status.policy_version}", {})
+    if status.drop_reason is not None:
+        message = f"dropped {status.dropped} rollouts so far, the last one because {status.drop_reason}"
+        values: dict[str, Value] = {"dropped": status.dropped, "reason": status.drop_reason}
+        facts["rollouts_dropped"] = _Fact(status.drop_reason, "warning", message, values)
+    if status.weights_note is not None:
+        facts["weights_verified"] = _Fact(status.weights_note, "info", status.weights_note, {})
+    return facts
+
+
+def _shard_facts(shard: ShardStatus | None) -> dict[Event, _Fact]:
+    if shard is None:
+        return {"shard_silent": _Fact("", "warning", "does not answer", {})}
+    if shard.troubles:
+        message = "; ".join(shard.troubles)
+        return {"shard_damaged": _Fact(message, "warning", message, {})}
+    return {"shard_serving": _Fact(shard.pid, "info", f"serving, process {shard.pid}", {"pid": shard.pid})}
 
 
 def _is_torn(path: Path) -> bool:
@@ -192,19 +236,3 @@ def _is_torn(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
-
-
-def _drop_reason_of(member: MemberStatus | None) -> str | None:
-    """Of the last rollout that it dropped; None where it dropped none, or has not answered yet."""
-    return None if member is None or member.status is None else member.status.drop_reason
-
-
-def _weights_note_of(member: MemberStatus | None) -> str | None:
-    """How its newest weights were proven, where it says anything of it."""
-    return None if member is None or member.status is None else member.status.weights_note
-
-
-def _version_of(member: MemberStatus) -> int | None:
-    """Of its weights; None where it has none, or has not answered yet."""
-    status = member.status
-    return None if status is None or status.policy_version < 0 else status.policy_version

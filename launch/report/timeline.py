@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from launch.monitoring.run_log import HAS_WEIGHTS, LOG_FILE, PUBLISHED, RUN_BEGINS, RUN_ENDED, RUN_FINISHED, RUN_STOPPED
+from launch.monitoring.run_log import LOG_FILE
 
 MIN_STRETCH_S = 2.0
 """Actors tell their counters a few times a second: over shorter stretches a rate would be that of the telling."""
@@ -20,17 +20,19 @@ RunState = Literal["finished", "stopped", "failed", "open"]
 
 
 class LogLine(BaseModel):
-    """A line of the log; `actions` is absent in logs of earlier versions. time: seconds since 1970."""
+    """A line of the log. time: seconds since 1970. actions: of an actor's lines. cause: of a failure."""
 
     time: float
     level: str
     role: str
+    event: str
     index: int
     stage: str | None
     step: int | None
     version: int | None
     message: str
     actions: int | None = None
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def read_timeline(run: Path) -> Timeline | None:
     state, ended = _state(own)
     return Timeline(
         began_at=began_at,
-        starts_s=[line.time - began_at for line in own if line.message == RUN_BEGINS],
+        starts_s=[line.time - began_at for line in own if line.event == "run_started"],
         last_s=lines[-1].time - began_at,
         state=state,
         ended=ended,
@@ -113,14 +115,14 @@ def _read_lines(path: Path) -> Iterator[LogLine]:
 
 def _state(own: Sequence[LogLine]) -> tuple[RunState, str]:
     for line in reversed(own):
-        if line.message == RUN_BEGINS:
+        if line.event == "run_started":
             break
-        if line.message == RUN_FINISHED:
+        if line.event == "run_finished":
             return "finished", ""
-        if line.message == RUN_STOPPED:
+        if line.event == "run_stopped":
             return "stopped", ""
-        if line.message.startswith(RUN_ENDED):
-            return "failed", line.message.removeprefix(RUN_ENDED)
+        if line.event == "run_failed":
+            return "failed", line.cause
     return "open", ""
 
 
@@ -130,9 +132,9 @@ def _pushes(lines: Iterable[LogLine], began_at: float) -> list[Push]:
     for line in lines:
         if line.version is None:
             continue
-        if line.role == "learner" and line.message.startswith(PUBLISHED):
+        if line.event == "weights_published":
             published[line.version] = line
-        elif line.role == "actor" and line.message.startswith(HAS_WEIGHTS):
+        elif line.event == "weights_loaded":
             taken[line.version].setdefault(line.index, line.time - began_at)
     pushes = []
     for version in sorted(published.keys() | taken.keys()):

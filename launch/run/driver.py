@@ -29,7 +29,7 @@ from launch.command_errors import setting_up
 from launch.errors import RunFailedError, UserError
 from launch.monitoring.live_view import LiveView, RunView
 from launch.monitoring.metric_export import MetricExporter
-from launch.monitoring.run_log import RUN_BEGINS, RUN_FINISHED, RUN_STOPPED, RunLog
+from launch.monitoring.run_log import RunLog
 from launch.run.buffer_shards import BufferShards, check_buffer
 from launch.run.cost_models import check_cost_models
 from launch.run.learner_group import LearnerCall, LearnerFailedError, LearnerGroup
@@ -81,7 +81,7 @@ def train(
     check_checkpoints(settings, folder)
     view = RunView(folder.name, settings.stages, results=finished_stages(settings, folder))
     with LiveView(console, view) as live, RunLog(folder) as log:
-        log.write("info", "driver", RUN_BEGINS)
+        log.write("info", "driver", "run_started", "the run begins")
         view.note = "starting Ray"
         live.refresh()
         with run_cluster(settings, folder), ClusterRoom(settings) as room:
@@ -90,7 +90,10 @@ def train(
                 outcome = crew.run(check_task)
             finally:
                 crew.stop()
-            log.write("info", "driver", RUN_FINISHED if outcome.finished else RUN_STOPPED)
+            if outcome.finished:
+                log.write("info", "driver", "run_finished", "the run is finished")
+            else:
+                log.write("info", "driver", "run_stopped", "the run was stopped")
             return outcome
 
 
@@ -149,7 +152,7 @@ class _Crew:
     def _create_learner(self) -> LearnerGroup:
         settings = self._settings
         assignment = self._room.place(self._wait_for_room)
-        self._log.write("info", "driver", f"the plan: {describe(assignment)}")
+        self._log.write("info", "driver", "processes_placed", f"the plan: {describe(assignment)}")
         return LearnerGroup(
             LearnerSpec(
                 model=settings.model,
@@ -169,7 +172,7 @@ class _Crew:
     def _wait_for_room(self, missing: str) -> None:
         note = f"waiting for room: {missing}"
         if self._live.view.note != note:
-            self._log.write("info", "driver", note)
+            self._log.write("info", "driver", "room_awaited", note, missing=missing)
         self._note(note)
 
     def _prepare(self, check_task: Callable[[Task], None] | None) -> PreparedRun:
@@ -289,7 +292,8 @@ class _Crew:
         seen = Observation.of(time.monotonic(), view.pool, draw_waits=view.buffer.waiting_draws > 0)
         wanted = self._autoscaler.observe(seen)
         if wanted is not None:
-            self._log.write("info", "driver", f"autoscaling asks for {wanted} actors instead of {seen.desired}")
+            message = f"autoscaling asks for {wanted} actors instead of {seen.desired}"
+            self._log.write("info", "driver", "autoscaled", message, wanted=wanted, before=seen.desired)
             view.pool = self._ask(pool.scale.remote(wanted), view.pool, "the actor pool")
 
     def _ask(self, reference: ray.ObjectRef, last: Seen, whom: str, health_timeout_s: float = HEALTH_TIMEOUT_S) -> Seen:
@@ -333,7 +337,7 @@ class _Crew:
         self._live.refresh()
 
     def _warn(self, warning: str) -> None:
-        self._log.write("warning", "driver", warning)
+        self._log.write("warning", "driver", "process_warning", warning)
         self._show(warning)
 
     def _show(self, warning: str) -> None:

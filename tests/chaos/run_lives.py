@@ -86,11 +86,11 @@ def shorten(folder: Path, steps: int) -> None:
 
 
 def pool_events(folder: Path) -> list[str]:
-    """What the actor pool has told since the run began, in all lives; without the time."""
+    """What the actor pool has told since the run began, in all lives."""
     file = folder / LOG_FILE
     lines = file.read_text().rpartition("\n")[0].splitlines() if file.is_file() else []
     told = [json.loads(line) for line in lines]
-    return [line["message"].partition(" ")[2] for line in told if line["role"] == "pool"]
+    return [line["message"] for line in told if line["role"] == "pool"]
 
 
 def assert_same_steps(folder: Path, total: int, lost: set[int]) -> None:

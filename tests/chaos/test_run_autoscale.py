@@ -54,5 +54,5 @@ def test_the_number_of_actors_follows_the_learner(
         assert process.wait(SCALE_TIMEOUT_S) == 75, process.printed()
         process.assert_nothing_left()
         lines = [json.loads(line) for line in (process.folder / LOG_FILE).read_text().splitlines()]
-    (decision,) = [line["message"] for line in lines if "autoscaling" in line["message"]]
-    assert decision == f"autoscaling asks for {len(wanted)} actors instead of {3 - len(wanted)}"
+    (decision,) = [line for line in lines if line["event"] == "autoscaled"]
+    assert (decision["before"], decision["wanted"]) == (3 - len(wanted), len(wanted))

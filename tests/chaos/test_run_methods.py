@@ -136,7 +136,7 @@ def test_rollouts_are_those_of_the_policy_without_backspace(run: FinishedRun) ->
 
 
 def test_rollouts_without_a_number_are_dropped_and_the_run_goes_on(run: FinishedRun) -> None:
-    reasons = [line["message"] for line in log_of(run) if line["message"].startswith("dropped ")]
+    reasons = [line["message"] for line in log_of(run) if line["event"] == "rollouts_dropped"]
     assert reasons
     assert all(
         re.search(r" feature small \(\S+:last_digit_is_small\) (raised ValueError: invalid literal|is nan)", reason)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from buffer.experts.tasks import load_task
-from launch.monitoring.run_log import HAS_WEIGHTS, LOG_FILE
+from launch.monitoring.run_log import LOG_FILE
 from launch.settings.recipe import read_recipe
 from learner.model.policy import load_policy
 from learner.settings.model import ScratchModelSettings
@@ -39,8 +39,8 @@ def test_a_run_that_publishes_adapters_alone(tmp_path: Path) -> None:
     }
     assert len(acted) >= 3
     log = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    assert any(line["message"].startswith(HAS_WEIGHTS) for line in log)
-    assert not [line for line in log if line["level"] != "info" or " failed: " in line["message"]]
+    assert any(line["event"] == "weights_loaded" for line in log)
+    assert not [line for line in log if line["level"] != "info"]
 
 
 def recipe_with_adapters(folder: Path) -> Path:

@@ -203,10 +203,10 @@ def test_the_run_folder_is_that_of_a_run_that_ended(run: FinishedRun) -> None:
 def test_the_log_tells_the_run_from_beginning_to_end(run: FinishedRun) -> None:
     lines = [json.loads(line) for line in (run.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()]
     assert {line["run"] for line in lines} == {run.folder.name}
-    assert [lines[0]["message"], lines[-1]["message"]] == ["the run begins", "the run is finished"]
-    begun = [line["message"].split()[1] for line in lines if "has begun" in line["message"]]
+    assert [lines[0]["event"], lines[-1]["event"]] == ["run_started", "run_finished"]
+    begun = [line["stage"] for line in lines if line["event"] == "stage_started"]
     assert begun == list(STEPS)
     assert {line["role"] for line in lines} == {"driver", "learner", "pool", "actor", "buffer"}
-    loaded = [line["version"] for line in lines if line["role"] == "actor" and "has weights" in line["message"]]
+    loaded = [line["version"] for line in lines if line["event"] == "weights_loaded"]
     assert loaded
     assert loaded == sorted(loaded)

@@ -213,7 +213,7 @@ def test_adapters_travel_alone_to_actors_that_drain_join_late_hang_and_die(tmp_p
     os.kill(hung.pid, signal.SIGKILL)
     push.wait_until(lambda status: versions_of(status) == [3, 3], "the dead actor's successor")
     assert_explained(push.rollouts_of(3, ROWS), models)
-    assert not any("WeightMismatchError" in event for event in push.status().events)
+    assert not any("WeightMismatchError" in event.message for event in push.status().events)
     assert all(len(versions) == 1 for versions in push.versions_of_all())
     push.stop()
 
@@ -255,7 +255,7 @@ def push_good_weights(push: Push, models: dict[int, PreTrainedModel]) -> None:
     push.wait_until(lambda status: version_of(status) == 3, "the woken actor to load the newest weights")
     assert any(len(versions) > 1 for versions in push.versions_of_all()), "no rollout lived through a push"
     assert_explained(push.rollouts_of(3, ROWS), models | {3: models[2]})
-    assert not any("failed" in event for event in push.status().events)
+    assert not any(event.kind == "actor_failed" for event in push.status().events)
 
 
 def push_wrong_weights(push: Push, model: PreTrainedModel) -> None:
@@ -305,7 +305,7 @@ def failure_after(push: Push, manifest: WeightManifest, payload: WeightPayload) 
 
 
 def failures(status: PoolStatus) -> list[str]:
-    return [event for event in status.events if " failed: " in event]
+    return [event.message for event in status.events if event.kind == "actor_failed"]
 
 
 def test_publishing_is_a_snapshot() -> None:

@@ -51,7 +51,9 @@ class Pool:
     def __init__(self, desired, **changes):
         self.crew = ScriptedCrew()
         self.events = []
-        self.roster = Roster(desired, SETTINGS.model_copy(update=changes), self.crew, self.events.append)
+        self.roster = Roster(
+            desired, SETTINGS.model_copy(update=changes), self.crew, lambda *event: self.events.append(event[-1])
+        )
 
     @property
     def states(self):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from actors.status import ActorStatus, MemberStatus, PoolStatus
+from actors.status import ActorStatus, MemberStatus, PoolEvent, PoolStatus
 from buffer.service.status import BufferStatus, ShardStatus
 from buffer.store.counters import SourceCounters, StoreStatus
 from launch.durations import clock
@@ -59,11 +59,16 @@ def test_what_keeps_rollouts_from_the_buffer_is_told_without_a_terminal_too() ->
     assert view.pool.losses() == ""
     reason = "reward (my_rewards:score) raised RuntimeError: no connection"
     dropping = ActorStatus("actor-0", 3, 900, 80.0, 0, 64, 0, 8, "generating", dropped=1_064, drop_reason=reason)
-    events = ("12:00:00 actor-1 failed: first", "12:00:01 actor-1 failed: second", "12:00:02 actor-1 starting")
+    events = tuple(
+        PoolEvent(number, kind, "actor-1", f"actor-1 {told}")
+        for number, (kind, told) in enumerate(
+            [("actor_failed", "failed: first"), ("actor_failed", "failed: second"), ("actor_starting", "starting")]
+        )
+    )
     view.pool = PoolStatus(1, 3, (MemberStatus("actor-0", "running", 0, dropping),), events)
     assert f"actor-0 v3 80 actions/s, 1,064 dropped ({reason})" in plain_line(view, elapsed_s=83.0)
     assert view.pool.losses() == (
-        f"the actors dropped 1,064 rollouts, the last one because {reason}; 12:00:01 actor-1 failed: second"
+        f"the actors dropped 1,064 rollouts, the last one because {reason}; actor-1 failed: second"
     )
 
 

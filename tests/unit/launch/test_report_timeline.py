@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.monitoring.run_log import LOG_FILE, RUN_BEGINS, RUN_FINISHED, RUN_STOPPED, RunLog
+from launch.monitoring.run_log import LOG_FILE, RunEvent, RunLog
 from launch.report.timeline import MIN_STRETCH_S, read_timeline
 from launch.report.wording import pushes
 from tests.run_folders import VERSIONS, Clock, write_log
@@ -49,18 +49,18 @@ def test_rates_are_not_those_of_how_often_actors_tell_their_counters(
 
 
 @pytest.mark.parametrize(
-    ("messages", "state"),
+    ("events", "state"),
     [
-        ([RUN_BEGINS], "open"),
-        ([RUN_BEGINS, RUN_STOPPED], "stopped"),
-        ([RUN_BEGINS, RUN_STOPPED, RUN_BEGINS], "open"),
-        ([RUN_BEGINS, RUN_STOPPED, RUN_BEGINS, RUN_FINISHED], "finished"),
+        (["run_started"], "open"),
+        (["run_started", "run_stopped"], "stopped"),
+        (["run_started", "run_stopped", "run_started"], "open"),
+        (["run_started", "run_stopped", "run_started", "run_finished"], "finished"),
     ],
 )
-def test_the_state_is_that_of_the_newest_start(tmp_path: Path, messages: list[str], state: str) -> None:
+def test_the_state_is_that_of_the_newest_start(tmp_path: Path, events: list[RunEvent], state: str) -> None:
     with RunLog(tmp_path) as log:
-        for message in messages:
-            log.write("info", "driver", message)
+        for event in events:
+            log.write("info", "driver", event, "in words")
     timeline = read_timeline(tmp_path)
     assert timeline is not None
     assert timeline.state == state

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from actors.status import ActorStatus, MemberStatus, PoolStatus
+from actors.status import ActorStatus, MemberStatus, PoolEvent, PoolEventKind, PoolStatus
 from buffer.service.status import BufferStatus
 from launch.errors import RunFailedError
 from launch.monitoring.live_view import RunView
-from launch.monitoring.run_log import LOG_FILE, RunLog, news
+from launch.monitoring.run_log import LOG_FILE, RunEvent, RunLog
 from learner.status import LearnerStatus
 
 LEARNER = LearnerStatus("sequencematch", 100, 400, 0.1, 11, "training", {"loss": 0.5})
+STARTING = PoolEvent(0, "actor_starting", "actor-3", "actor-3 starting")
 WORKING = ActorStatus("actor-3", 10, 20_000, 4213.0, 2_000, 5_000, 0, 64, "generating")
 
 
-def pool(*members: MemberStatus, events: tuple[str, ...] = ()) -> PoolStatus:
+def pool(*members: MemberStatus, events: tuple[PoolEvent, ...] = ()) -> PoolStatus:
     return PoolStatus(len(members), 11, members, events)
 
 
@@ -28,30 +30,32 @@ def lines_of(folder: Path) -> list[dict[str, object]]:
 
 
 def told(folder: Path) -> list[tuple[object, ...]]:
-    return [(line["level"], line["role"], line["index"], line["version"], line["message"]) for line in lines_of(folder)]
+    return [(line["level"], line["role"], line["index"], line["version"], line["event"]) for line in lines_of(folder)]
 
 
 def test_every_line_says_run_role_index_stage_step_and_version(tmp_path: Path) -> None:
     view = RunView(tmp_path.name, [], learner=LEARNER)
-    view.pool = pool(MemberStatus("actor-3", "running", 0, WORKING), events=("12:00:00 actor-3 starting",))
+    view.pool = pool(MemberStatus("actor-3", "running", 0, WORKING), events=(STARTING,))
     view.buffer = BufferStatus((None,))
     with RunLog(tmp_path) as log:
-        log.write("info", "driver", "the run begins")
+        log.write("info", "driver", "run_started", "the run begins")
         log.follow(view)
         log.follow(view)
     assert told(tmp_path) == [
-        ("info", "driver", 0, None, "the run begins"),
-        ("info", "learner", 0, 11, "stage sequencematch has begun"),
-        ("info", "learner", 0, 11, "published weights v11"),
-        ("info", "pool", 0, 11, "12:00:00 actor-3 starting"),
-        ("info", "actor", 3, 10, "running"),
-        ("info", "actor", 3, 10, "has weights v10"),
-        ("warning", "buffer", 0, 11, "does not answer"),
+        ("info", "driver", 0, None, "run_started"),
+        ("info", "learner", 0, 11, "stage_started"),
+        ("info", "learner", 0, 11, "weights_published"),
+        ("info", "pool", 0, 11, "actor_starting"),
+        ("info", "actor", 3, 10, "actor_state"),
+        ("info", "actor", 3, 10, "weights_loaded"),
+        ("warning", "buffer", 0, 11, "shard_silent"),
     ]
-    keys = {"time", "level", "run", "role", "index", "stage", "step", "version", "actions", "message"}
-    assert all(line.keys() == keys and line["run"] == tmp_path.name for line in lines_of(tmp_path))
-    assert [line["step"] for line in lines_of(tmp_path)] == [None, *[100] * 6]
-    assert [line["actions"] for line in lines_of(tmp_path)] == [None] * 4 + [20_000] * 2 + [None]
+    lines = lines_of(tmp_path)
+    keys = {"time", "level", "run", "role", "index", "event", "stage", "step", "version", "message"}
+    assert all(keys <= line.keys() and line["run"] == tmp_path.name for line in lines)
+    assert [line["step"] for line in lines] == [None, *[100] * 6]
+    assert [line.get("actions") for line in lines] == [None] * 4 + [20_000] * 2 + [None]
+    assert (lines[3]["actor"], lines[4]["state"]) == ("actor-3", "running")
 
 
 def test_changes_are_told_once_as_they_come(tmp_path: Path) -> None:
@@ -65,18 +69,19 @@ def test_changes_are_told_once_as_they_come(tmp_path: Path) -> None:
         view.learner = replace(LEARNER, step=110, warnings=("backspaces take over",), notes=("fitted",))
         view.pool = pool(MemberStatus("actor-0", "running", 0, replace(waiting, policy_version=11)))
         log.follow(view)
-        view.pool = pool(events=("12:00:09 actor-0 failed: OSError: no space",))
+        view.pool = pool(events=(PoolEvent(7, "actor_failed", "actor-0", "actor-0 failed: OSError: no space"),))
+        log.follow(view)
         log.follow(view)
     assert told(tmp_path)[1:] == [
-        ("info", "actor", 0, None, "starting"),
-        ("info", "actor", 0, None, "running"),
-        ("info", "actor", 0, None, "waits for its first weights"),
-        ("info", "learner", 0, 11, "published weights v11"),
-        ("info", "learner", 0, 11, "fitted"),
-        ("warning", "learner", 0, 11, "backspaces take over"),
-        ("info", "actor", 0, 11, "has weights v11"),
-        ("warning", "pool", 0, 11, "12:00:09 actor-0 failed: OSError: no space"),
-        ("info", "actor", 0, 11, "gone"),
+        ("info", "actor", 0, None, "actor_state"),
+        ("info", "actor", 0, None, "actor_state"),
+        ("info", "actor", 0, None, "weights_awaited"),
+        ("info", "learner", 0, 11, "weights_published"),
+        ("info", "learner", 0, 11, "learner_note"),
+        ("warning", "learner", 0, 11, "learner_warning"),
+        ("info", "actor", 0, 11, "weights_loaded"),
+        ("warning", "pool", 0, 11, "actor_failed"),
+        ("info", "actor", 0, 11, "actor_gone"),
     ]
 
 
@@ -88,10 +93,9 @@ def test_why_rollouts_are_dropped_is_told_when_it_changes(tmp_path: Path) -> Non
                 MemberStatus("actor-3", "running", 0, replace(WORKING, dropped=dropped, drop_reason=reason))
             )
             log.follow(view)
-    assert told(tmp_path)[2:] == [
-        ("warning", "actor", 3, 10, "dropped 2 rollouts so far, the last one because reward is nan"),
-        ("warning", "actor", 3, 10, "dropped 6 rollouts so far, the last one because reward raised E: x"),
-    ]
+    dropped = lines_of(tmp_path)[2:]
+    assert {(line["level"], line["event"]) for line in dropped} == {("warning", "rollouts_dropped")}
+    assert [(line["dropped"], line["reason"]) for line in dropped] == [(2, "reward is nan"), (6, "reward raised E: x")]
 
 
 def test_how_weights_were_proven_is_told_when_it_changes(tmp_path: Path) -> None:
@@ -100,9 +104,9 @@ def test_how_weights_were_proven_is_told_when_it_changes(tmp_path: Path) -> None
         for note in (None, "noise of 0.01 nats", "noise of 0.01 nats", None, "the fingerprint alone proves them"):
             view.pool = pool(MemberStatus("actor-3", "running", 0, replace(WORKING, weights_note=note)))
             log.follow(view)
-    assert told(tmp_path)[2:] == [
-        ("info", "actor", 3, 10, "noise of 0.01 nats"),
-        ("info", "actor", 3, 10, "the fingerprint alone proves them"),
+    assert [(line["event"], line["message"]) for line in lines_of(tmp_path)[2:]] == [
+        ("weights_verified", "noise of 0.01 nats"),
+        ("weights_verified", "the fingerprint alone proves them"),
     ]
 
 
@@ -110,36 +114,33 @@ def test_a_resumed_run_goes_on_behind_a_torn_line_and_says_how_it_ended(tmp_path
     (tmp_path / "logs").mkdir()
     (tmp_path / LOG_FILE).write_text('{"time": 1.0, "mess')
     with pytest.raises(RuntimeError), RunLog(tmp_path) as log:  # noqa: PT012
-        log.write("info", "driver", "the run begins")
+        log.write("info", "driver", "run_started", "the run begins")
         raise RuntimeError("no more\nthan this")
     torn, *whole = (tmp_path / LOG_FILE).read_text().splitlines()
     assert torn == '{"time": 1.0, "mess'
-    assert [json.loads(line)["message"] for line in whole] == [
-        "the run begins",
-        "the run ended: RuntimeError: no more\nthan this",
-    ]
+    begun, ended = map(json.loads, whole)
+    assert (begun["event"], ended["event"]) == ("run_started", "run_failed")
+    assert ended["cause"] == "RuntimeError: no more\nthan this"
 
 
 def test_a_full_disk_ends_the_run_and_hinders_nothing_on_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / LOG_FILE).symlink_to("/dev/full")
     with RunLog(tmp_path) as log:
-        log.write("info", "driver", "the run begins")
+        log.write("info", "driver", "run_started", "the run begins")
         with pytest.raises(RunFailedError, match=r"run\.jsonl cannot be written: .*No space left.*; make room"):
             log.follow(RunView(tmp_path.name, [], learner=LEARNER))
-        log.write("warning", "driver", "a shard did not end by itself")
+        log.write("warning", "driver", "process_warning", "a shard did not end by itself")
 
 
-@pytest.mark.parametrize(
-    ("before", "now", "expected"),
-    [
-        ("", "abc", "abc"),
-        ("abc", "abc", ""),
-        ("abc", "abcd", "d"),
-        ("abc", "bcdd", "dd"),  # a full history: the oldest fell out
-        ("abc", "xyz", "xyz"),
-        ("aaa", "aaaa", "a"),  # the same event again
-    ],
-)
-def test_the_news_is_what_was_not_there_before(before: str, now: str, expected: str) -> None:
-    assert "".join(news(before, now)) == expected
+def test_events_of_a_pool_are_told_once_when_the_oldest_have_fallen_out(tmp_path: Path) -> None:
+    events = [PoolEvent(number, "pool_scaled", "", "scale 1 -> 2") for number in range(4)]
+    with RunLog(tmp_path) as log:
+        for seen in (events[:2], events[1:3], events[1:3], events[2:]):
+            log.follow(RunView(tmp_path.name, [], pool=pool(events=tuple(seen))))
+    assert [line["event"] for line in lines_of(tmp_path)] == ["pool_scaled"] * 4
+
+
+def test_the_docs_name_every_event() -> None:
+    docs = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    assert [event for event in (*get_args(RunEvent), *get_args(PoolEventKind)) if f"`{event}`" not in docs] == []
