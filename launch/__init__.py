@@ -1,11 +1,10 @@
 """The command line, and what it does with the other rooms.
 
-cli, train, training, generation, rollout_view     commands without a folder of their own, and what they share
+cli, train, training, submit, generation, rollout_view     commands without a folder of their own, and what they share
 settings/       what a recipe says
 run_folder/     what a run leaves on disk
 run/, cluster/  the driver of a run on Ray, and where its processes lie
 monitoring/     a run while it goes on: live display, log, Prometheus
-jobs/           recipes as jobs of a cluster
 queries/        SQL over the replay buffer, and its audit
 evaluation/, compare/, report/, export/, bench/    what is made of a trained model and of a run
 """

@@ -21,7 +21,6 @@ from launch.command_options import AsJson, StageOfRun, path, split_overrides
 from launch.compare.command import compare
 from launch.errors import UserError
 from launch.evaluation.command import evaluate
-from launch.jobs.command import jobs_app, submit
 from launch.queries.command import audit, query
 from launch.report.command import report
 from launch.surroundings import tolerate_terminal, use_utf8
@@ -35,7 +34,6 @@ app = typer.Typer(
     help="Fine-tune causal language models with SequenceMatch: models that can take tokens back.",
 )
 app.add_typer(bench_app, name="bench")
-app.add_typer(jobs_app, name="jobs")
 
 
 def main() -> None:
@@ -251,12 +249,75 @@ def scale(
         typer.echo(f"{actors} actors wanted; now: {states}. `sequencematch status {run}` shows them come and go")
 
 
+@app.command()
+def submit(
+    address: Annotated[
+        str,
+        typer.Option(
+            envvar="RAY_API_SERVER_ADDRESS",
+            metavar="http://HEAD:8265",
+            help="Job server of the cluster: the dashboard of its head node.",
+        ),
+    ],
+    recipe: Annotated[str | None, typer.Argument(help="YAML recipe, of this machine. Not with --resume.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, as for train.", show_default=False)
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of run and job; by default the recipe's name with date and time.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with this run folder, a path of the cluster.")
+    ] = None,
+    resume_if_exists: Annotated[
+        bool,
+        typer.Option(
+            "--resume-if-exists", help="Start the run that --name names, or go on with it if the cluster has had it."
+        ),
+    ] = False,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY[=VALUE]", help="Variable for the run's processes; without value, the one set here."),
+    ] = None,
+    evaluate_after: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure the trained models at the end.")
+    ] = True,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log, and end as the run ends.")] = True,
+) -> None:
+    """Run a recipe as a job of a Ray cluster: train, somewhere else.
+
+    The recipe is checked here; this version of the program and the resolved recipe are sent. Paths in the recipe are
+    those of the cluster's nodes, and runs_folder has to be one that they share.
+
+    [dim]Example:[/dim] sequencematch submit --address http://HEAD:8265 launch/recipes/arithmetic_cpu.yaml
+    runs_folder=/shared/runs actors.count=4
+
+    Ctrl-C ends the following only; the run goes on. Exit code: that of the run, as from train. `ray job
+    list|status|logs|stop` look after the runs that were submitted.
+    """
+    with reported_errors():
+        recipe, changed = split_overrides(recipe, overrides or [], resume)
+        from launch.submit import submit_run
+
+        exit_code = submit_run(
+            address,
+            recipe,
+            changed,
+            name=name,
+            resume=resume,
+            resume_if_exists=resume_if_exists,
+            variables=env or [],
+            evaluate_after=evaluate_after,
+            wait=wait,
+        )
+    raise typer.Exit(exit_code)
+
+
 app.command()(evaluate)
 app.command()(audit)
 app.command()(compare)
 app.command()(query)
 app.command()(report)
-app.command()(submit)
 
 
 def _print_yaml(settings: object) -> None:

@@ -46,9 +46,13 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 def start(head: RayHead, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`sequencematch ...` in that folder."""
+    """`sequencematch submit ...` in that folder."""
+    return popen(head, folder, "sequencematch", "submit", *arguments)
+
+
+def popen(head: RayHead, folder: Path, program: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [str(BIN / "sequencematch"), *arguments, "--address", head.address],
+        [str(BIN / program), *arguments, "--address", head.address],
         cwd=folder,
         env=head.environment,
         stdin=subprocess.DEVNULL,
@@ -70,7 +74,15 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def run(head: RayHead, folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """`sequencematch submit ...` in that folder, to its end."""
     return ended(start(head, folder, *arguments))
+
+
+def ray_job(head: RayHead, *arguments: str) -> str:
+    """What Ray's own command prints, which the documentation shows."""
+    code, out, err = ended(popen(head, ROOT, "ray", "job", *arguments))
+    assert code == 0, out + err
+    return out + err
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -88,33 +100,26 @@ def command_output(head: RayHead, *arguments: str) -> str:
     ).stdout
 
 
-def status(head: RayHead, folder: Path, name: str) -> dict[str, object]:
-    code, out, err = run(head, folder, "jobs", "status", name, "--json")
-    assert code == 0, err
-    found: dict[str, object] = json.loads(out)
-    return found
-
-
 def drivers(head: RayHead, name: str) -> list[int]:
     """Processes that drive a run."""
     return [process.pid for process in head.processes("launch.train") if name in process.cmdline()]
 
 
 def test_a_recipe_runs_on_the_cluster_and_its_log_and_end_are_told_here(head: RayHead, elsewhere: Path) -> None:
-    code, out, err = run(head, elsewhere, "submit", "short.yaml", "--name", "done", "--no-evaluate")
+    code, out, err = run(head, elsewhere, "short.yaml", "--name", "done", "--no-evaluate")
     assert code == 0, out + err
     assert "run folder:" in out
-    assert "SUCCEEDED" in err
+    assert "run done: SUCCEEDED" in err
+    assert "exit code 0" in err
     folder = elsewhere.parent / "runs" / "done"
     assert max(row["step"] for row in metrics_of(folder)) == 20
     assert not (folder / CLUSTER_FILE).exists()
     # By the tree that was sent, though the same packages are installed on the cluster.
     assert "working_dir_files" in (folder / "environment.txt").read_text().splitlines()[0]
-    assert (status(head, elsewhere, "done")["state"], status(head, elsewhere, "done")["exit_code"]) == ("SUCCEEDED", 0)
-    assert "run folder:" in run(head, elsewhere, "jobs", "logs", "done")[1]
-    assert run(head, elsewhere, "jobs", "logs", "done", "--follow")[0] == 0
-    assert "SUCCEEDED" in run(head, elsewhere, "jobs", "list")[1]
-    code, out, err = run(head, elsewhere, "submit", "short.yaml", "--name", "done")
+    assert "succeeded" in ray_job(head, "status", "done")
+    assert "run folder:" in ray_job(head, "logs", "done")
+    assert "done" in ray_job(head, "list")
+    code, out, err = run(head, elsewhere, "short.yaml", "--name", "done")
     assert (code, out) == (2, "")
     assert "choose another --name" in err
     assert not drivers(head, "done")
@@ -124,41 +129,36 @@ def test_ctrl_c_ends_the_following_and_stop_ends_the_run_which_can_be_resumed(he
     long = ("short.yaml", "stages.trunk.steps=1000000", "learner.checkpoint_every_steps=1000000", "--no-evaluate")
     folder = elsewhere.parent / "runs" / "endless"
 
-    follower = start(head, elsewhere, "submit", *long, "--name", "endless")
+    follower = start(head, elsewhere, *long, "--name", "endless")
     wait_until(lambda: len(metrics_of(folder)) > 0, "the run to take steps")
     os.killpg(follower.pid, signal.SIGINT)
     code, _, err = ended(follower)
     assert code == 130
     assert "the run goes on" in err
-    assert "jobs stop endless" in err
-    assert status(head, elsewhere, "endless")["state"] == "RUNNING"
+    assert f"ray job stop endless --address {head.address}" in err
+    assert "RUNNING" in ray_job(head, "status", "endless")
     assert json.loads(command_output(head, "status", str(folder), "--json"))["learner"]["stage"] == "trunk"
 
-    code, out, err = run(head, elsewhere, "submit", *long, "--name", "endless")
+    code, out, err = run(head, elsewhere, *long, "--name", "endless")
     assert (code, out) == (2, "")
     assert "on that cluster already (RUNNING)" in err
 
-    follower = start(head, elsewhere, "jobs", "logs", "endless", "--follow")
-    code, out, err = run(head, elsewhere, "jobs", "stop", "endless")
-    assert code == 0, err
-    assert "STOPPED" in out
-    assert ended(follower)[0] == 75
+    ray_job(head, "stop", "endless")
+    assert "stopped" in ray_job(head, "status", "endless")
     assert not drivers(head, "endless")
     assert not (folder / CLUSTER_FILE).exists()
     (checkpoint,) = (folder / "checkpoints" / "trunk").glob("step-*")
     stopped_at = int(checkpoint.name.removeprefix("step-"))
-    assert "nothing to stop" in run(head, elsewhere, "jobs", "stop", "endless")[2]
 
-    code, _, err = run(head, elsewhere, "submit", "--resume", str(folder), "--no-wait")
-    assert code == 0, err
+    follower = start(head, elsewhere, "--resume", str(folder))
     wait_until(lambda: metrics_of(folder)[-1]["step"] > stopped_at, "the resumed run to take steps")
-    resumed = status(head, elsewhere, "endless")
-    assert (resumed["run"], resumed["state"]) == ("endless", "RUNNING")
-    assert run(head, elsewhere, "jobs", "stop", "endless")[0] == 0
+    (again,) = {name for name in ray_job(head, "list").split("'") if name.startswith("endless-")}
+    ray_job(head, "stop", again)
+    assert ended(follower)[0] == 75
 
 
 def test_a_run_that_the_cluster_has_no_room_for_ends_with_2_here_too(head: RayHead, elsewhere: Path) -> None:
-    code, out, err = run(head, elsewhere, "submit", "short.yaml", "learner.num_cpus=99", "--name", "huge")
+    code, out, err = run(head, elsewhere, "short.yaml", "learner.num_cpus=99", "--name", "huge")
     assert code == 2
     assert "error: the plan needs" in out
     assert "exit code 2" in err
@@ -167,13 +167,25 @@ def test_a_run_that_the_cluster_has_no_room_for_ends_with_2_here_too(head: RayHe
 
 
 def test_variables_of_the_job_reach_the_run(head: RayHead, elsewhere: Path) -> None:
-    code, _, err = run(head, elsewhere, "submit", "short.yaml", "--name", "told", "--env", "COLUMNS=77", "--no-wait")
-    assert code == 0, err
+    """The address that is given goes before that of the environment, other than in Ray's own client."""
+    done = subprocess.run(
+        [
+            *(str(BIN / "sequencematch"), "submit", "short.yaml", "--name", "told", "--env", "COLUMNS=77"),
+            *("--no-wait", "--address", head.address),
+        ],
+        cwd=elsewhere,
+        env={**head.environment, "RAY_ADDRESS": "http://127.0.0.1:1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     wait_until(lambda: len(drivers(head, "told")) > 0, "the driver to start")
     (driver, *_) = head.processes("recipe.yaml --name told")
     assert driver.environ()["COLUMNS"] == "77"
     assert RAY_JOB_VARIABLE in driver.environ()
-    assert run(head, elsewhere, "jobs", "stop", "told")[0] == 0
+    ray_job(head, "stop", "told")
 
 
 def test_a_command_without_token_or_with_another_one_is_told_so(head: RayHead, elsewhere: Path) -> None:
@@ -192,20 +204,6 @@ def test_a_command_without_token_or_with_another_one_is_told_so(head: RayHead, e
         assert (done.returncode, done.stdout) == (2, "")
         assert message in done.stderr
     assert not (elsewhere.parent / "runs").exists()
-
-
-def test_the_address_given_goes_before_that_of_the_environment(head: RayHead, elsewhere: Path) -> None:
-    """Other than in Ray's own client."""
-    done = subprocess.run(
-        [str(BIN / "sequencematch"), "jobs", "list", "--address", head.address],
-        cwd=elsewhere,
-        env={**head.environment, "RAY_ADDRESS": "http://127.0.0.1:1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_rays_own_command_runs_the_repository(head: RayHead, elsewhere: Path) -> None:

@@ -9,25 +9,38 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.job_submission import JobStatus
+from ray.job_submission import JobDetails, JobStatus
 from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.cluster.connection import run_cluster
 from launch.errors import UserError
-from launch.jobs.command import choose_submission_id
-from launch.jobs.server import Job
-from launch.jobs.tree import PACKAGES, RECIPE_FILE, write_job_tree
-from launch.jobs.view import describe_job
 from launch.run_folder.folder import RAY_JOB_VARIABLE, check_run_name, create_run_folder
 from launch.settings.recipe import read_recipe
+from launch.submit import (
+    PACKAGES,
+    RECIPE_FILE,
+    choose_submission_id,
+    describe_job,
+    exit_code_of,
+    find_job,
+    write_job_tree,
+)
 
 RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
 NOBODY = "http://127.0.0.1:1"
 
 
-def ended(state: str, exit_code: int | None, message: str = "") -> Job:
-    return Job("run", "run", JobStatus(state), 100.0, 161.0, exit_code, message)
+def job(state: str, exit_code: int | None = None, message: str = "", **details: object) -> JobDetails:
+    known = {"submission_id": "run", "start_time": 100_000, "end_time": 161_000, **details}
+    return JobDetails(
+        type="SUBMISSION",
+        status=JobStatus(state),
+        entrypoint="",
+        driver_exit_code=exit_code,
+        message=message,
+        **known,
+    )
 
 
 def refused(*arguments: str) -> str:
@@ -75,12 +88,12 @@ def test_the_tree_of_a_resumed_run_brings_no_recipe(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_ends_as_the_run_ended(state: str, exit_code: int | None, command_exit_code: int) -> None:
-    assert ended(state, exit_code).command_exit_code == command_exit_code
+    assert exit_code_of(job(state, exit_code)) == command_exit_code
 
 
 def test_rays_reason_is_shown_where_the_run_could_not_say_one() -> None:
-    assert describe_job(ended("FAILED", None, "no such\nnode")) == "run run: FAILED, took 1:01, no such node"
-    assert describe_job(ended("FAILED", 2, "error: told already")) == "run run: FAILED, took 1:01, exit code 2"
+    assert describe_job(job("FAILED", None, "no such\nnode")) == "run run: FAILED, took 1:01, no such node"
+    assert describe_job(job("FAILED", 2, "error: told already")) == "run run: FAILED, took 1:01, exit code 2"
 
 
 @pytest.mark.parametrize(
@@ -104,21 +117,31 @@ def test_submit_refuses_before_it_sends(arguments: list[str], message: str) -> N
     assert message in refused("submit", "--address", NOBODY, *arguments)
 
 
+def test_the_newest_job_of_a_run_is_found_by_the_name_of_the_run() -> None:
+    mine = {"sequencematch_run": "run"}
+    first, second = (
+        job("FAILED", metadata=mine),
+        job("RUNNING", submission_id="run-2", start_time=170_000, metadata=mine),
+    )
+    somebody_elses = job("RUNNING", submission_id=None, start_time=180_000)
+    assert find_job([second, somebody_elses, first], "run") == second
+    assert find_job([first, second], "run-2") == second
+    assert find_job([somebody_elses], "run") is None
+
+
 def test_a_name_is_submitted_again_only_to_resume_its_run_or_after_a_refusal() -> None:
-    assert choose_submission_id(None, "run", resuming=False) == "run"
-    failed, refused_job = ended("FAILED", 1), ended("FAILED", 2)
+    assert choose_submission_id(None, "run", NOBODY, resuming=False) == "run"
+    failed, refused_job = job("FAILED", 1), job("FAILED", 2)
     for before, resuming in ((refused_job, False), (refused_job, True), (failed, True), (None, True)):
-        assert re.fullmatch(r"run-\d{8}-\d{6}", choose_submission_id(before, "run", resuming=resuming))
+        assert re.fullmatch(r"run-\d{8}-\d{6}", choose_submission_id(before, "run", NOBODY, resuming=resuming))
     with pytest.raises(UserError, match=r"has had a run run .*--resume-if-exists"):
-        choose_submission_id(failed, "run", resuming=False)
-    with pytest.raises(UserError, match="is on that cluster already"):
-        choose_submission_id(ended("RUNNING", None), "run", resuming=True)
+        choose_submission_id(failed, "run", NOBODY, resuming=False)
+    with pytest.raises(UserError, match=f"is on that cluster already .* `ray job stop run --address {NOBODY}`"):
+        choose_submission_id(job("RUNNING"), "run", NOBODY, resuming=True)
 
 
-@pytest.mark.parametrize("command", [["list"], ["status", "x"], ["logs", "x"], ["stop", "x"]], ids=" ".join)
-def test_jobs_at_an_address_without_job_server(command: list[str]) -> None:
-    assert "no Ray job server answers" in refused("jobs", *command, "--address", NOBODY)
-    assert "http://HEAD:8265" in refused("jobs", *command, "--address", "10.0.0.1:6379")
+def test_submit_to_an_address_that_is_none_of_a_job_server() -> None:
+    assert "http://HEAD:8265" in refused("submit", "--address", "10.0.0.1:6379", str(RECIPE), "runs_folder=/r")
 
 
 def test_a_run_gets_the_name_it_is_given_once(tmp_path: Path) -> None:

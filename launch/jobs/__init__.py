@@ -1,1 +1,0 @@
-"""`sequencematch submit` and `jobs`: recipes as jobs of a Ray cluster."""
