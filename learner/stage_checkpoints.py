@@ -1,15 +1,14 @@
-"""The checkpoints of the stage under way: all ranks take part in a snapshot, rank 0 has it written."""
+"""The checkpoints of the stage under way: all ranks take part in a snapshot, rank 0 writes it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer.trajectory.schema import TokenContract
 from learner.checkpoints.checkpoint import take_snapshot
-from learner.checkpoints.model_files import take_part_in_snapshot
+from learner.checkpoints.model_files import snapshot_model
 from learner.checkpoints.progress import Progress
 from learner.checkpoints.store import CheckpointStore
 from learner.checkpoints.writer import CheckpointWriter, MetricMeans
@@ -19,8 +18,8 @@ from learner.settings.stages import LearnerSettings, StageSettings
 from learner.trainer import Trainer
 
 
-class StageCheckpoints:
-    """Saves one stage; every rank calls the same methods in the same order."""
+class StageCheckpoints(CheckpointWriter):
+    """Saves one stage; every rank calls the same methods in the same order. Ranks other than 0 write nothing."""
 
     def __init__(
         self,
@@ -39,6 +38,7 @@ class StageCheckpoints:
         first_version: see `Progress`. on_durable: see `CheckpointWriter`; called at rank 0. saved_step: the stage goes
             on from the checkpoint of this step, which is not written again.
         """
+        super().__init__(store, settings, on_durable)
         self._ranks = ranks
         self._stage = stage
         self._first_version = first_version
@@ -47,17 +47,6 @@ class StageCheckpoints:
         self._contract = contract
         self._means = MetricMeans(settings.checkpoint_best_metric)
         self._saved_step = saved_step
-        self._writer = (
-            CheckpointWriter(
-                store,
-                settings.keep_checkpoints,
-                settings.checkpoint_best_metric,
-                settings.checkpoint_timeout_s,
-                on_durable,
-            )
-            if ranks.leads
-            else None
-        )
 
     def after_step(self, metrics: dict[str, float]) -> None:
         """Take note of a step, and of a write that has ended.
@@ -66,8 +55,7 @@ class StageCheckpoints:
             CheckpointWriteError: it failed. ValueError: the metrics lack `checkpoint_best_metric`.
         """
         self._means.add(metrics)
-        if self._writer is not None:
-            self._writer.poll()
+        self.poll()
 
     def save(self, trainer: Trainer, expert_position: dict[str, int], policy_version: int) -> None:
         """Begin to write a checkpoint of now, unless there is one of this step already; waits for the one before.
@@ -85,10 +73,10 @@ class StageCheckpoints:
             )
         self._saved_step = trainer.step
         state = trainer.state()
-        if self._writer is None:
-            take_part_in_snapshot(self._model)
+        if not self._ranks.leads:
+            snapshot_model(self._model, keep=False)
             return
-        self._writer.wait()  # before the copy: no more than one snapshot is in memory
+        self.wait()  # before the copy: no more than one snapshot is in memory
         progress = Progress(
             stage=self._stage.name,
             step=trainer.step,
@@ -99,22 +87,4 @@ class StageCheckpoints:
             contract=self._contract,
             metrics=self._means.take(),
         )
-        self._writer.submit(take_snapshot(self._model, self._tokenizer, progress, state))
-
-    def wait(self) -> None:
-        """Wait for the last write.
-
-        Raises:
-            TimeoutError, CheckpointWriteError: see `CheckpointWriter.wait`.
-        """
-        if self._writer is not None:
-            self._writer.wait()
-
-    def __enter__(self) -> StageCheckpoints:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._writer is not None:
-            self._writer.__exit__(kind, error, trace)
+        self.submit(take_snapshot(self._model, self._tokenizer, progress, state))

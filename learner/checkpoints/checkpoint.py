@@ -13,12 +13,12 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer.full_disk import is_disk_full
@@ -65,9 +65,8 @@ class CheckpointSnapshot:
     def _size_bytes(self) -> int:
         """Of its tensors, which is nearly all."""
         model = self.model
-        adapter = {} if model.adapter is None else model.adapter[1]
-        tensors = [*(tensor for _, tensor in model.tensors), *model.trained.values(), *adapter.values()]
-        return sum(tensor.nbytes for tensor in (*tensors, *_tensors_in(self.training_state)))
+        values = tree_leaves([model.tensors, model.trained, model.adapter, self.training_state])
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
     def _card(self) -> str:
         config, progress = self.model.config, self.progress
@@ -86,8 +85,9 @@ class CheckpointSnapshot:
 def take_snapshot(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress, training_state: TrainingState
 ) -> CheckpointSnapshot:
-    """Copy everything that the next step changes. The other ranks of a sharded model `take_part_in_snapshot`."""
-    return CheckpointSnapshot(snapshot_model(model), tokenizer, progress, _copied(training_state))
+    """Copy everything that the next step changes. Other ranks of a sharded model call `snapshot_model` meanwhile."""
+    state: TrainingState = tree_map_only(Tensor, host_copy, training_state)
+    return CheckpointSnapshot(snapshot_model(model), tokenizer, progress, state)
 
 
 def check_can_be_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contract: TokenContract) -> None:
@@ -120,25 +120,3 @@ def read_training_state(checkpoint: Path) -> TrainingState:
     """Optimizer and RNG state of one checkpoint."""
     state: TrainingState = torch.load(checkpoint / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
     return state
-
-
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
-
-
-def _copied(state: TrainingState) -> TrainingState:
-    return {key: _copied_value(value) for key, value in state.items()}
-
-
-def _copied_value(value: object) -> object:
-    if isinstance(value, Tensor):
-        return host_copy(value)
-    if isinstance(value, dict):
-        return {key: _copied_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([_copied_value(item) for item in value])
-    return value

@@ -11,21 +11,21 @@ adapter/adapter_config.json, adapter_model.safetensors  where adapters were trai
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from buffer.weights.format import TensorEntry
-from learner.checkpoints.safetensors_file import entry_of, write_safetensors
 from learner.model.adapters import adapter_config, adapter_tensors, is_adapted
 from learner.precision import compute_dtype, published_dtype
-from learner.publication.tensors import publication_table, publication_tensors
+from learner.publication.tensors import publication_tensors
 from learner.ranks.sharding import gathered, load_tensors, part_like
 
 if TYPE_CHECKING:  # peft takes seconds to import, and most runs train without it
@@ -42,16 +42,15 @@ ADAPTER_FILE = "adapter_model.safetensors"
 class ModelSnapshot:
     """A model as it was at one moment, in host memory of its own, so that training may go on while it is written.
 
-    tensors: of `table`, in its order. trained: see `_unrounded`. adapter: configuration and tensors, where adapters are
-        trained.
+    tensors: as they are published. trained: see `_unrounded`. adapter_config, adapter: where adapters are trained.
     """
 
     config: PretrainedConfig
     generation_config: GenerationConfig | None
-    table: tuple[TensorEntry, ...]
-    tensors: tuple[tuple[str, Tensor], ...]
-    trained: dict[str, Tensor]
-    adapter: tuple[LoraConfig, dict[str, Tensor]] | None
+    adapter_config: LoraConfig | None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    adapter: dict[str, Tensor] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write configuration and weights into an existing folder.
@@ -61,34 +60,39 @@ class ModelSnapshot:
         self.config.save_pretrained(folder)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
-        write_safetensors(folder / WEIGHTS_FILE, self.table, self.tensors)
+        _write_tensors(folder / WEIGHTS_FILE, self.tensors, like=folder / "config.json")
         if self.trained:
-            _write_tensors(folder / TRAINED_FOLDER / WEIGHTS_FILE, self.trained)
-        if self.adapter is not None:
-            config, tensors = self.adapter
-            _write_tensors(folder / ADAPTER_FOLDER / ADAPTER_FILE, tensors)
-            config.save_pretrained(folder / ADAPTER_FOLDER)
+            (folder / TRAINED_FOLDER).mkdir()
+            _write_tensors(folder / TRAINED_FOLDER / WEIGHTS_FILE, self.trained, like=folder / "config.json")
+        if self.adapter_config is not None:
+            (folder / ADAPTER_FOLDER).mkdir()
+            self.adapter_config.save_pretrained(folder / ADAPTER_FOLDER)
+            _write_tensors(folder / ADAPTER_FOLDER / ADAPTER_FILE, self.adapter, like=folder / "config.json")
 
 
-def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    file.parent.mkdir()
-    write_safetensors(file, [entry_of(name, tensor) for name, tensor in tensors.items()], tensors.items())
+def _write_tensors(file: Path, tensors: dict[str, Tensor], like: Path) -> None:
+    """like: a file with the permissions to give; the library leaves its own readable by nobody else."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    shutil.copymode(like, file)
 
 
-def snapshot_model(model: PreTrainedModel) -> ModelSnapshot:
+def snapshot_model(model: PreTrainedModel, keep: bool = True) -> ModelSnapshot:
     """Copy a model's whole weights as they are published (adapters merged, 4-bit layers restored, shards gathered), and
     what that rounds as training holds it.
 
-    The ranks of a sharded model do it together: the others `take_part_in_snapshot`.
+    The ranks of a sharded model call this together. keep: whether this rank wants the copies, or only gives its parts.
     """
-    tensors = tuple((name, host_copy(tensor)) for name, tensor in publication_tensors(model))
-    snapshot = snapshot_without_weights(model)
-    if snapshot.adapter is not None:
-        adapter, _ = snapshot.adapter
-        adapted = {name: host_copy(gathered(tensor)) for name, tensor in adapter_tensors(model).items()}
-        snapshot = replace(snapshot, adapter=(adapter, adapted))
-    trained = {name: host_copy(gathered(tensor)) for name, tensor in _unrounded(model).items()}
-    return replace(snapshot, table=publication_table(model), tensors=tensors, trained=trained)
+
+    def copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        whole = ((name, gathered(tensor)) for name, tensor in tensors)  # one at a time
+        return {name: host_copy(tensor) for name, tensor in whole if keep}
+
+    return replace(
+        snapshot_without_weights(model),
+        tensors=copies(publication_tensors(model)),
+        trained=copies(_unrounded(model).items()),
+        adapter=copies(adapter_tensors(model).items()) if is_adapted(model) else {},
+    )
 
 
 def snapshot_without_weights(model: PreTrainedModel) -> ModelSnapshot:
@@ -97,29 +101,13 @@ def snapshot_without_weights(model: PreTrainedModel) -> ModelSnapshot:
     config.dtype = compute_dtype(model)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # the class of a sharded model has a longer name
     return ModelSnapshot(
-        config=config,
-        generation_config=copy.deepcopy(model.generation_config),
-        table=(),
-        tensors=(),
-        trained={},
-        adapter=(adapter_config(model), {}) if is_adapted(model) else None,
+        config, copy.deepcopy(model.generation_config), adapter_config(model) if is_adapted(model) else None
     )
 
 
 def host_copy(tensor: Tensor) -> Tensor:
     """A copy in host memory that shares nothing with the tensor."""
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def take_part_in_snapshot(model: PreTrainedModel) -> None:
-    """What the ranks other than 0 do while rank 0 runs `snapshot_model`: give their parts of every tensor, in order."""
-    for _ in publication_tensors(model):
-        pass
-    for tensor in _unrounded(model).values():
-        gathered(tensor)
-    if is_adapted(model):
-        for tensor in adapter_tensors(model).values():
-            gathered(tensor)
 
 
 def _unrounded(model: PreTrainedModel) -> dict[str, Tensor]:

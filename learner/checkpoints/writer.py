@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
+from typing import Self
 
 from learner.checkpoints.checkpoint import CheckpointSnapshot
 from learner.checkpoints.progress import Progress
 from learner.checkpoints.store import CheckpointStore, remove_superseded, step_name
+from learner.settings.stages import LearnerSettings
 
 
 class CheckpointWriteError(RuntimeError):
@@ -24,21 +26,13 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self,
-        store: CheckpointStore,
-        keep: int,
-        best_metric: str | None,
-        timeout_s: float,
-        on_durable: Callable[[Progress], None],
+        self, store: CheckpointStore, settings: LearnerSettings, on_durable: Callable[[Progress], None]
     ) -> None:
-        """Args:
-        keep: newest checkpoints that stay. best_metric: see `remove_superseded`. timeout_s: longest wait for a write.
-        on_durable: called by `poll`, `submit` or `wait`, in the thread that calls them, once for each finished write.
+        """on_durable: called by `poll`, `submit` or `wait`, in the thread that calls them, once for each finished
+        write.
         """
         self._store = store
-        self._keep = keep
-        self._best_metric = best_metric
-        self._timeout_s = timeout_s
+        self._settings = settings
         self._on_durable = on_durable
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._newest_step = max(store.steps(), default=None)
@@ -67,13 +61,14 @@ class CheckpointWriter:
         Raises:
             TimeoutError: it did not end in time. CheckpointWriteError: it failed.
         """
-        if not self._settle(self._timeout_s):
+        timeout_s = self._settings.checkpoint_timeout_s
+        if not self._settle(timeout_s):
             raise TimeoutError(
-                f"waited {self._timeout_s:g} s for the checkpoint {self._place()} to be written: is the storage "
+                f"waited {timeout_s:g} s for the checkpoint {self._place()} to be written: is the storage "
                 "slow, or learner.checkpoint_timeout_s too short?"
             )
 
-    def __enter__(self) -> CheckpointWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -81,13 +76,14 @@ class CheckpointWriter:
     ) -> None:
         if self._under_way is not None:
             _, future = self._under_way
-            if wait([future], timeout=self._timeout_s).done and error is not None and future.exception() is not None:
+            ended = wait([future], timeout=self._settings.checkpoint_timeout_s).done
+            if ended and error is not None and future.exception() is not None:
                 error.add_note(f"checkpoint {self._place()} could not be written either: {future.exception()}")
         self._thread.shutdown(wait=False)
 
     def _write(self, snapshot: CheckpointSnapshot) -> None:
         self._store.write(snapshot.progress.step, snapshot.write)
-        remove_superseded(self._store, self._keep, self._best_metric)
+        remove_superseded(self._store, self._settings.keep_checkpoints, self._settings.checkpoint_best_metric)
 
     def _settle(self, timeout_s: float) -> bool:
         """Whether no write is under way any more."""

@@ -57,11 +57,6 @@ def is_quantised(layer: nn.Module) -> bool:
     return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
 
-def original_format(weight: Tensor) -> tuple[torch.dtype, torch.Size]:
-    """dtype and shape of a quantised weight when it is dequantised."""
-    return weight.quant_state.dtype, weight.quant_state.shape
-
-
 def dequantise(weight: Tensor) -> Tensor:
     """A quantised weight as the layer multiplies with it; a new tensor."""
     from bitsandbytes.functional import dequantize_4bit

@@ -16,21 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from buffer.weights.format import TensorEntry
 from buffer.weights.low_rank import LowRankUpdate, merge_low_rank
 from learner.model.adapters import ADAPTER_NAME, adapted_layers
-from learner.model.quantization import dequantise, is_quantised, original_format
+from learner.model.quantization import dequantise, is_quantised
 from learner.precision import published_dtype
 from learner.ranks.sharding import gathered
 from learner.settings.adapters import PublishMode
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
-
-
-def publication_table(model: PreTrainedModel) -> tuple[TensorEntry, ...]:
-    """Name, dtype and (whole) shape of what `publication_tensors` gives, in its order; nothing is computed."""
-    return tuple(source.entry for source in _sources(model))
 
 
 def publication_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -43,14 +37,14 @@ def publication_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """
     with torch.no_grad():
         for source in _sources(model):
-            yield source.entry.name, source.make()
+            yield source.name, source.make()
 
 
 def low_rank_updates(model: PreTrainedModel) -> tuple[LowRankUpdate, ...]:
     """What is to be merged when frozen and trained tensors travel apart."""
     return tuple(
         LowRankUpdate(
-            source.entry.name,
+            source.name,
             *_factor_names(source),
             scaling=source.adapter.scaling[ADAPTER_NAME],
             transposed=source.adapter.fan_in_fan_out,
@@ -79,7 +73,7 @@ class PublicationPlan:
         with torch.no_grad():
             for source in _sources(model):
                 if not source.is_trained:
-                    yield source.entry.name, source.base()
+                    yield source.name, source.base()
 
     def changed(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         """Tensors that are part of this publication alone."""
@@ -94,7 +88,7 @@ class PublicationPlan:
 class _Source:
     """One tensor to publish, not yet made. base: makes it without `adapter`. is_trained: itself, not by an adapter."""
 
-    entry: TensorEntry
+    name: str
     base: Callable[[], Tensor]
     adapter: LoraLayer | None
     is_trained: bool
@@ -109,11 +103,11 @@ def _trained_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             if source.adapter is not None:
                 yield from zip(_factor_names(source), _factors(source.adapter), strict=True)
             elif source.is_trained:
-                yield source.entry.name, source.base()
+                yield source.name, source.base()
 
 
 def _factor_names(source: _Source) -> tuple[str, str]:
-    return f"{source.entry.name}.lora_A", f"{source.entry.name}.lora_B"
+    return f"{source.name}.lora_A", f"{source.name}.lora_B"
 
 
 def _factors(adapter: LoraLayer) -> tuple[Tensor, Tensor]:
@@ -154,14 +148,11 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _source(name: str, tensor: Tensor, module: nn.Module, adapter: LoraLayer | None, published: torch.dtype) -> _Source:
     is_weight = tensor is getattr(module, "weight", None)
-    quantised = is_weight and is_quantised(module)
-    dtype, shape = original_format(tensor) if quantised else (published, tensor.shape)
-    entry = TensorEntry(name, str(dtype).removeprefix("torch."), tuple(shape))
 
     def base() -> Tensor:
-        return dequantise(tensor) if quantised else gathered(tensor).to(published)
+        return dequantise(tensor) if is_weight and is_quantised(module) else gathered(tensor).to(published)
 
-    return _Source(entry, base, adapter if is_weight else None, tensor.requires_grad)
+    return _Source(name, base, adapter if is_weight else None, tensor.requires_grad)
 
 
 def merged(weight: Tensor, adapter: LoraLayer) -> Tensor:

@@ -80,9 +80,7 @@ def test_progress_and_training_state_come_back(save):
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "tokenizer.json", "README.md", "training_state.pt", "progress.json"]
-)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "README.md", "training_state.pt", "progress.json"])
 def test_a_full_disk_is_told_with_folder_and_room_by_whatever_meets_it(model, tmp_path, name):
     """/dev/full refuses every byte, as a full disk does."""
     store = LocalCheckpoints(tmp_path / "stage")

@@ -12,6 +12,7 @@ import pytest
 from learner.checkpoints.progress import PROGRESS_FILE, Progress
 from learner.checkpoints.store import LocalCheckpoints
 from learner.checkpoints.writer import CheckpointWriteError, CheckpointWriter, MetricMeans
+from learner.settings.stages import LearnerSettings
 from tests.checkpoints import progress_at
 
 WAIT_S = 20.0
@@ -49,8 +50,8 @@ def snapshot(step: int, error: OSError | None = None, **changes: object) -> Smal
 
 
 def writer(store: LocalCheckpoints, durable: list[int], **changes: object) -> CheckpointWriter:
-    options = {"keep": 2, "best_metric": None, "timeout_s": WAIT_S, **changes}
-    return CheckpointWriter(store, on_durable=lambda progress: durable.append(progress.step), **options)
+    settings = LearnerSettings.model_validate({"keep_checkpoints": 2, "checkpoint_timeout_s": WAIT_S, **changes})
+    return CheckpointWriter(store, settings, on_durable=lambda progress: durable.append(progress.step))
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
@@ -70,7 +71,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
 
 def test_the_next_snapshot_waits_for_the_one_before(tmp_path):
     store, durable = GatedCheckpoints(tmp_path), []
-    with writer(store, durable, keep=1, best_metric="loss") as checkpoints:
+    with writer(store, durable, keep_checkpoints=1, checkpoint_best_metric="loss") as checkpoints:
         checkpoints.submit(snapshot(1, metrics={"loss": 0.1}))
         threading.Timer(0.05, store.gate.set).start()
         checkpoints.submit(snapshot(2, metrics={"loss": 0.2}))
@@ -109,7 +110,7 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path):
 
 def test_a_write_that_does_not_end_is_named(tmp_path):
     store = GatedCheckpoints(tmp_path)
-    with writer(store, [], timeout_s=0.05) as checkpoints:
+    with writer(store, [], checkpoint_timeout_s=0.05) as checkpoints:
         checkpoints.submit(snapshot(1))
         with pytest.raises(TimeoutError, match=r"waited 0\.05 s for the checkpoint .*step-000001 to be written"):
             checkpoints.submit(snapshot(2))

@@ -17,7 +17,7 @@ from learner.checkpoints.model_files import TRAINED_FOLDER, WEIGHTS_FILE, load_w
 from learner.model.activation_checkpointing import checkpoint_activations
 from learner.model.policy import load_policy
 from learner.objectives.discriminator import Discriminator
-from learner.publication.tensors import publication_table, publication_tensors
+from learner.publication.tensors import publication_tensors
 from learner.settings.adapters import AdapterSettings
 from learner.settings.model import PretrainedModelSettings
 from learner.settings.objectives import DiscriminatorSettings
@@ -118,7 +118,6 @@ def test_what_is_published_is_rounded_once(task, pretrained, adapter):
     train_steps(make_trainer(task, model, make_stage(CLONING)), 3)
     published = dict(publication_tensors(model))
     assert {tensor.dtype for tensor in published.values()} == {torch.bfloat16}
-    assert {entry.dtype for entry in publication_table(model)} == {"bfloat16"}
     head = "lm_head.weight" if adapter else "model.embed_tokens.weight"
     trained = model.get_output_embeddings().weight
     assert torch.equal(published[head], trained.to(torch.bfloat16))
