@@ -209,7 +209,7 @@ class Trainer:
 
     def _tree_without_logs(self, batch: pa.RecordBatch) -> TreeBatch:
         """A small tree on which every loss, gradient and count is zero."""
-        return build_micro_batches(batch.slice(0, 1), self._trees)[0].without_logs()
+        return build_micro_batches(batch.slice(0, 1), self._trees)[0].without_trajectories()
 
     def _rollout_loss(self, logs: EvaluatedLogs, data_counts: LogCounts, newest: int) -> tuple[Tensor, Metrics]:
         """That of the objective, with the metrics of every objective; newest: policy version in the step's draw."""
@@ -226,7 +226,7 @@ class Trainer:
             logs = self._objective.evaluate(self._policy, tree, each.counts, self.step)
             loss, metrics = each.loss(logs)
             if each.prioritised:
-                ids.append(tree.ids)
+                ids.append(tree.trajectories.ids)
                 priorities.append(self._objective.priorities(logs))
             loss.backward()
             shares.append(metrics)

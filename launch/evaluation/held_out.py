@@ -53,7 +53,9 @@ def held_out_metrics(
     for tree in build_micro_batches(_expert_logs(examples, contract), settings):
         values = policy.evaluate(tree.to(policy.device), _log_sum_without_backspace)
         assert values.measured is not None
-        text = np.array([int(name.rsplit("/", 1)[1]) for name in tree.ids])[tree.log.numpy()]
+        text = np.array([int(name.rsplit("/", 1)[1]) for name in tree.trajectories.ids])[
+            tree.actions.trajectory.numpy()
+        ]
         can_undo = np.isfinite(values.log_prob_backspace.cpu().numpy())
         _add(loss, text, -values.log_prob.double().cpu().numpy())
         _add(loss_without, text, (values.measured - values.q).double().cpu().numpy())
@@ -69,7 +71,7 @@ def held_out_metrics(
 
 def _log_sum_without_backspace(tree: TreeBatch, logits: StateLogits) -> torch.Tensor:
     """[A] log-sum-exp of the logits before each action, without backspace's."""
-    return logits.v_floor[tree.state_row]
+    return logits.v_floor[tree.actions.state]
 
 
 def _perplexity(loss: Float64, tokens: Float64) -> Estimate:

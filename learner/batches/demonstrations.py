@@ -83,9 +83,12 @@ class Demonstrations:
 
         def draw(tree: TreeBatch, logits: StateLogits) -> Tensor:
             # An action of a clean log is a token of its target.
-            places = torch.tensor([first[name] for name in tree.ids])[tree.log.cpu()] + tree.time.cpu()
+            places = (
+                torch.tensor([first[name] for name in tree.trajectories.ids])[tree.actions.trajectory.cpu()]
+                + tree.actions.time.cpu()
+            )
             chosen = np.isin(places.numpy(), plan.positions)
-            rows = tree.state_row[torch.from_numpy(chosen).to(tree.state_row.device)]
+            rows = tree.actions.state[torch.from_numpy(chosen).to(tree.actions.state.device)]
             tokens[places.numpy()[chosen]] = sample_tokens(logits, rows, self._generator).cpu().numpy()
             return logits.v_floor
 

@@ -23,10 +23,10 @@ def behaviour_metrics(rollouts: EvaluatedLogs, backspace_id: int, newest_version
     newest_version: of all actions of the step's rollouts.
     """
     tree, values = rollouts.tree, rollouts.values
-    metrics = {"backspace_rate": rollouts.mean_over_actions((tree.action == backspace_id).to(values.v.dtype))}
-    difference = (values.log_prob_at_temperature - tree.behaviour_log_prob).abs()
-    compared = tree.behaviour_temperature > 0.0
-    newest = tree.behaviour_version == newest_version
+    metrics = {"backspace_rate": rollouts.mean_over_actions((tree.actions.label == backspace_id).to(values.v.dtype))}
+    difference = (values.log_prob_at_temperature - tree.actions.behavior_log_prob).abs()
+    compared = tree.actions.behavior_temperature > 0.0
+    newest = tree.actions.behavior_version == newest_version
     for suffix, chosen in (("", compared & newest), ("_stale", compared & ~newest)):
         kept = difference.masked_fill(~chosen, 0.0)
         metrics[f"log_prob_mismatch{suffix}_mean"] = rollouts.mean_over_actions(kept)

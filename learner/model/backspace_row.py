@@ -112,9 +112,9 @@ def gather_evidence(policy: TreePolicy, trees: Iterable[TreeBatch]) -> Backspace
         nonlocal rows
         if rows is None:
             rows = _other_rows(logits.weight, policy.backspace_id, policy.ids_without_token)
-        free = ~tree.backspace_masked
-        states = tree.state_row[free]
-        found.append((logits.hidden[states], logits.v_floor[states], tree.action[free] == policy.backspace_id))
+        free = ~tree.actions.backspace_masked
+        states = tree.actions.state[free]
+        found.append((logits.hidden[states], logits.v_floor[states], tree.actions.label[free] == policy.backspace_id))
         return logits.v_floor
 
     for tree in trees:

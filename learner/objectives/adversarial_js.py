@@ -62,7 +62,7 @@ class AdversarialJs(PlainObjective):
         missing = self._ranks.maximum(len(rollouts)) - len(rollouts)  # FSDP gathers in each pass
         total = torch.zeros(1, dtype=torch.float64)
         with torch.no_grad():
-            for each in [*rollouts, *missing * [rollouts[0].without_logs()]]:
+            for each in [*rollouts, *missing * [rollouts[0].without_trajectories()]]:
                 tree = each.to(policy.device)
                 pairs = policy.evaluate(tree, states_and_tokens).measured if self._reads_policy else None
                 scores = self._discriminator_of(policy).log_ratio(tree, pairs)
@@ -74,7 +74,7 @@ class AdversarialJs(PlainObjective):
 
         Expert logs have no gradient in the policy. Ranks that share it get one of zero: all reduce together.
         """
-        moves_policy = not bool(tree.is_expert.all()) or isinstance(policy, FSDPModule)
+        moves_policy = not bool(tree.trajectories.is_expert.all()) or isinstance(policy, FSDPModule)
         with torch.set_grad_enabled(torch.is_grad_enabled() and moves_policy):
             values = policy.evaluate(tree, states_and_tokens if self._reads_policy else None)
         scores = self._discriminator_of(policy).log_ratio(tree, values.measured)
@@ -104,7 +104,7 @@ class AdversarialJs(PlainObjective):
         weight = importance_weights(rollouts)
         reward = mixture_reward(scores.detach(), pi)
         coefficient = weight * leave_one_out_advantage(reward, self._reward_mean, rollouts.counts.logs)
-        gain = rollouts.mean_over_logs(coefficient[rollouts.tree.log] * rollouts.values.log_prob)
+        gain = rollouts.mean_over_logs(coefficient[rollouts.tree.actions.trajectory] * rollouts.values.log_prob)
         if step < self._settings.discriminator.warmup_steps:
             gain = 0.0 * gain
         loss_policy = -gain * data_counts.logs / max(data_counts.actions, 1)
@@ -184,9 +184,9 @@ def leave_one_out_advantage(reward: Tensor, mean: float, count: int) -> Tensor:
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def importance_weights(rollouts: EvaluatedLogs) -> Tensor:
     """[L] Q(x) / mu(x) of each whole log, mu the policy that drew it, as it drew it."""
-    per_action = rollouts.values.log_prob - rollouts.tree.behaviour_log_prob
+    per_action = rollouts.values.log_prob - rollouts.tree.actions.behavior_log_prob
     # See `SequenceMatch.priorities` for why neither `index_add` nor a check of the lengths.
-    sums = torch.segment_reduce(per_action, "sum", lengths=rollouts.tree.length, initial=0, unsafe=True)
+    sums = torch.segment_reduce(per_action, "sum", lengths=rollouts.tree.trajectories.length, initial=0, unsafe=True)
     return sums.exp()
 
 

@@ -9,7 +9,7 @@ evaluated (`Objective.evaluate`), in which draws they have a loss for, and in wh
 - *State by state, on expert logs and rollouts* (sequencematch): a second loss on the rollouts of the same step.
 - *Score functions, on rollouts alone* (a reward, or the density of a target): there is no expert part of the loss,
   that of the rollouts is sum_i (weight_i advantage_i) log pi(x_i) over whole logs x_i, with a weight and an advantage
-  without gradient. The weight is pi / mu; log mu is what the actor stored (`TreeBatch.behaviour_log_prob`), so stale
+  without gradient. The weight is pi / mu; log mu is what the actor stored (`Actions.behavior_log_prob`), so stale
   rollouts are no approximation. Log-probabilities of a frozen base model are a second evaluation of the same tree. See
   `learner.objectives.score_function`.
 
@@ -58,9 +58,9 @@ class LogCounts:
         """Counts of these trees together; it reads them, so call it before they go to an accelerator."""
         trees = list(trees)
         return cls(
-            logs=sum(tree.num_logs for tree in trees),
+            logs=sum(tree.num_trajectories for tree in trees),
             actions=sum(tree.num_actions for tree in trees),
-            truncated_logs=sum(int(tree.truncated.sum()) for tree in trees),
+            truncated_logs=sum(int(tree.trajectories.truncated.sum()) for tree in trees),
         )
 
     def __add__(self, other: LogCounts) -> LogCounts:
@@ -88,7 +88,7 @@ class EvaluatedLogs:
     def mean_over_ended_logs(self, per_log: Tensor) -> Tensor:
         """This call's share of the global mean of a [L] tensor over the logs that reached `<eos>`."""
         ended = max(self.counts.logs - self.counts.truncated_logs, 1)
-        return per_log.masked_fill(self.tree.truncated, 0.0).sum() / ended
+        return per_log.masked_fill(self.tree.trajectories.truncated, 0.0).sum() / ended
 
 
 class Objective(Protocol):

@@ -74,18 +74,18 @@ class Discriminator:
         policy_pairs: what `states_and_tokens` measured of the policy; None exactly with a body of its own.
         """
         nodes, actions = answer_nodes(tree)
-        pairs = policy_pairs
+        states, pairs = tree.nodes.states, policy_pairs
         if self.network.body is not None:
             assert policy_pairs is None
             with self._autocast():
                 hidden = evaluate_nodes(self.network.body, tree)
-            embedding = self.network.body.get_input_embeddings()(tree.node_ids[nodes])
-            pairs = torch.stack([hidden[tree.state[actions]], embedding.to(hidden.dtype)], dim=1)
+            embedding = self.network.body.get_input_embeddings()(tree.nodes.token_ids[nodes])
+            pairs = torch.stack([hidden[states[tree.actions.state[actions]]], embedding.to(hidden.dtype)], dim=1)
         assert pairs is not None
         terms: Tensor = self.network(pairs)
-        final = tree.final_state[:, None]
-        is_left = (nodes <= final) & (tree.subtree_end[nodes] > final)
-        is_answer = tree.positions[nodes] > tree.positions[tree.start][:, None]
+        final = states[tree.trajectories.final][:, None]
+        is_left = (nodes <= final) & (tree.nodes.subtree_end[nodes] > final)
+        is_answer = tree.nodes.positions[nodes] > tree.nodes.positions[states[tree.trajectories.start]][:, None]
         return (is_left & is_answer).to(terms.dtype) @ terms
 
     def forget_gradients(self) -> None:
@@ -136,9 +136,10 @@ class Discriminator:
 
 def answer_nodes(tree: TreeBatch) -> tuple[Tensor, Tensor]:
     """[K] the nodes of answers, ascending, and [K] an action that wrote each: all that did acted on the same text."""
-    wrote = (tree.positions[tree.next_state] > tree.positions[tree.state]).nonzero().flatten()
-    writer = torch.full_like(tree.node_ids, tree.num_actions)
-    writer.scatter_reduce_(0, tree.next_state[wrote], wrote, "amin")
+    before, after = tree.nodes.states[tree.actions.state], tree.nodes.states[tree.actions.next_state]
+    wrote = (tree.nodes.positions[after] > tree.nodes.positions[before]).nonzero().flatten()
+    writer = torch.full_like(tree.nodes.token_ids, tree.num_actions)
+    writer.scatter_reduce_(0, after[wrote], wrote, "amin")
     nodes = (writer < tree.num_actions).nonzero().flatten()
     return nodes, writer[nodes]
 
@@ -147,5 +148,5 @@ def states_and_tokens(tree: TreeBatch, logits: StateLogits) -> Tensor:
     """[K, 2, H] of each of `answer_nodes` the policy's hidden state before it, and its token's row of the output
     embedding; without gradient."""
     nodes, actions = answer_nodes(tree)
-    hidden = logits.hidden.detach()[tree.state_row[actions]]
-    return torch.stack([hidden, logits.weight.detach()[tree.node_ids[nodes]].to(hidden.dtype)], dim=1)
+    hidden = logits.hidden.detach()[tree.actions.state[actions]]
+    return torch.stack([hidden, logits.weight.detach()[tree.nodes.token_ids[nodes]].to(hidden.dtype)], dim=1)

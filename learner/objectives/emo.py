@@ -90,7 +90,7 @@ class Emo(ExpertObjective):
                 "cost_model to one with the same tokenizer, or leave it out to use the model's own embedding"
             )
         self._table = self._table.to(weight.device)
-        return EarthMoverDistance(self._table, tree.action)
+        return EarthMoverDistance(self._table, tree.actions.label)
 
 
 def emo_loss(likelihood: Tensor, distance: Tensor, mode: int, ratio_cap: float | None = None) -> Tensor:

@@ -40,5 +40,5 @@ def likelihood_metrics(data: EvaluatedLogs) -> Metrics:
         "value_mean": data.mean_over_actions(values.v),
         "value_eos_mean": data.mean_over_ended_logs(values.v_final),
         "backspace_prob": data.mean_over_actions(values.log_prob_backspace.exp()),
-        "truncated_share": data.mean_over_logs(data.tree.truncated.to(values.v.dtype)),
+        "truncated_share": data.mean_over_logs(data.tree.trajectories.truncated.to(values.v.dtype)),
     }

@@ -46,8 +46,8 @@ class ScheduledSampling(ExpertObjective):
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
         """Two forward passes. What is drawn depends on the seed, the step and the logs of the pass alone: a resumed run
         repeats it."""
-        key = "/".join([str(self.settings.seed), str(step), *tree.ids])
-        generator = torch.Generator(tree.node_ids.device).manual_seed(zlib.crc32(key.encode()))
+        key = "/".join([str(self.settings.seed), str(step), *tree.trajectories.ids])
+        generator = torch.Generator(tree.nodes.token_ids.device).manual_seed(zlib.crc32(key.encode()))
 
         def draw(tree: TreeBatch, logits: StateLogits) -> Tensor:
             return mixed_tokens(tree, logits, self.truth_share(step), generator)
@@ -55,13 +55,13 @@ class ScheduledSampling(ExpertObjective):
         with torch.no_grad():
             tokens = policy.evaluate(tree, draw).measured
         assert tokens is not None
-        mixed = replace(tree, node_ids=tokens)
+        mixed = replace(tree, nodes=replace(tree.nodes, token_ids=tokens))
         return EvaluatedLogs(mixed, policy.evaluate(mixed), counts)
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the true labels."""
         loss = cross_entropy(data)
-        truth_share = self.truth_share(step) * data.tree.num_logs / max(data.counts.logs, 1)
+        truth_share = self.truth_share(step) * data.tree.num_trajectories / max(data.counts.logs, 1)
         metrics = {
             "loss": loss.detach(),
             "loss_behaviour_cloning": loss.detach(),
@@ -73,14 +73,15 @@ class ScheduledSampling(ExpertObjective):
 
 def mixed_tokens(tree: TreeBatch, logits: StateLogits, truth_share: float, generator: torch.Generator) -> Tensor:
     """[N] the tokens of the tree, where those of answers are the model's with probability 1 - truth_share each."""
-    num_nodes, device = tree.num_padded_nodes, tree.node_ids.device
+    num_nodes, device = tree.num_padded_nodes, tree.nodes.token_ids.device
     # An action leads to each node of an answer; where several do, they act on the same text, and any one will do.
     actions = torch.arange(tree.num_actions, device=device)
     first = torch.full((num_nodes,), tree.num_actions, device=device)
-    first.scatter_reduce_(0, tree.next_state, actions, "amin")
+    first.scatter_reduce_(0, tree.nodes.states[tree.actions.next_state], actions, "amin")
     node = torch.arange(num_nodes, device=device)
-    in_prompt = ((node <= tree.start[:, None]) & (tree.subtree_end > tree.start[:, None])).any(0)
+    start = tree.nodes.states[tree.trajectories.start][:, None]
+    in_prompt = ((node <= start) & (tree.nodes.subtree_end > start)).any(0)
     is_model = torch.rand(num_nodes, generator=generator, device=device) >= truth_share
     replaced = (is_model & ~in_prompt & (first < tree.num_actions)).nonzero().flatten()
-    rows = tree.state_row[first[replaced]]
-    return tree.node_ids.index_copy(0, replaced, sample_tokens(logits, rows, generator))
+    rows = tree.actions.state[first[replaced]]
+    return tree.nodes.token_ids.index_copy(0, replaced, sample_tokens(logits, rows, generator))

@@ -122,7 +122,7 @@ class ScoreFunction(PlainObjective):
     def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
         """The first round: coefficients of all rollouts of the step."""
         missing = self._ranks.maximum(len(rollouts)) - len(rollouts)  # FSDP gathers in each pass
-        trees = [*rollouts, *missing * [rollouts[0].without_logs()]]
+        trees = [*rollouts, *missing * [rollouts[0].without_trajectories()]]
         table = self._gather(torch.cat([self._look_at(policy, tree) for tree in trees]))
         if isinstance(self._base, FSDPModule):
             self._base.reshard()  # its root waits for a backward pass that never comes
@@ -152,10 +152,12 @@ class ScoreFunction(PlainObjective):
         """-c log pi, mean over the rollouts of the global batch."""
         tree, log_prob = rollouts.tree, rollouts.values.log_prob
         coefficients = torch.tensor(
-            [self._coefficient[_key(name)] for name in tree.ids], dtype=log_prob.dtype, device=log_prob.device
+            [self._coefficient[_key(name)] for name in tree.trajectories.ids],
+            dtype=log_prob.dtype,
+            device=log_prob.device,
         )
-        loss = -rollouts.mean_over_logs(coefficients[tree.log] * log_prob)
-        share = tree.num_logs / max(rollouts.counts.logs, 1)
+        loss = -rollouts.mean_over_logs(coefficients[tree.actions.trajectory] * log_prob)
+        share = tree.num_trajectories / max(rollouts.counts.logs, 1)
         metrics = {
             "loss": loss.detach(),
             **{name: loss.new_tensor(value * share) for name, value in self._metrics.items()},
@@ -188,10 +190,11 @@ class ScoreFunction(PlainObjective):
         log_base = torch.full_like(log_pi, torch.nan)
         if self._base is not None:
             log_base = _per_log(self._base.evaluate(tree).log_prob, tree)
-        keys = torch.tensor([_key(name) for name in tree.ids], dtype=torch.float64)
-        columns = [tree.context, log_pi, _per_log(tree.behaviour_log_prob, tree), log_base, tree.reward]
+        keys = torch.tensor([_key(name) for name in tree.trajectories.ids], dtype=torch.float64)
+        context, reward = tree.trajectories.context, tree.trajectories.reward
+        columns = [context, log_pi, _per_log(tree.actions.behavior_log_prob, tree), log_base, reward]
         plain = torch.stack([keys, *(column.cpu().double() for column in columns)], dim=1)
-        return torch.cat([plain, tree.features.cpu().double()], dim=1)
+        return torch.cat([plain, tree.trajectories.features.cpu().double()], dim=1)
 
     def _gather(self, own: Tensor) -> Tensor:
         """[N, K] the rows [n, K] of all ranks, in the order of ranks, at every rank."""
@@ -209,7 +212,7 @@ class ScoreFunction(PlainObjective):
 def _per_log(per_action: Tensor, tree: TreeBatch) -> Tensor:
     """[L] float64 sums of a [A] tensor over the actions of each log."""
     # See `SequenceMatch.priorities` for why neither `index_add` nor a check of the lengths.
-    return torch.segment_reduce(per_action.double(), "sum", lengths=tree.length, initial=0, unsafe=True)
+    return torch.segment_reduce(per_action.double(), "sum", lengths=tree.trajectories.length, initial=0, unsafe=True)
 
 
 def _key(name: str) -> int:

@@ -87,7 +87,9 @@ class SequenceMatch(PlainObjective):
         penalty = data.mean_over_logs(self._penalty_sum(data, self._penalty))
         penalty = penalty / self.settings.alpha * per_action
         if self.settings.estimator == "collapsed":
-            likelihood = data.mean_over_logs(self._weight(data.tree.time, data) * data.values.log_prob) * per_action
+            likelihood = (
+                data.mean_over_logs(self._weight(data.tree.actions.time, data) * data.values.log_prob) * per_action
+            )
             loss_sequencematch = penalty - likelihood
         else:
             reward = data.mean_over_logs(self._phi_sum(data))
@@ -101,7 +103,7 @@ class SequenceMatch(PlainObjective):
             "loss_behaviour_cloning": loss_behaviour_cloning.detach(),
             "loss_sequencematch": loss_sequencematch.detach(),
             "penalty_data": penalty.detach(),
-            "beta": loss.new_tensor(beta * data.tree.num_logs / max(data.counts.logs, 1)),
+            "beta": loss.new_tensor(beta * data.tree.num_trajectories / max(data.counts.logs, 1)),
             **likelihood_metrics(data),
             **self._residual_metrics(data, ""),
         }
@@ -146,7 +148,7 @@ class SequenceMatch(PlainObjective):
 
         For the TD errors of Q-learning, by which Schaul et al. 2016 (arXiv 1511.05952) prioritise.
         """
-        lengths = rollouts.tree.length
+        lengths = rollouts.tree.trajectories.length
         magnitudes = self._residual(rollouts).abs()
         # Unlike `index_add` it has one order of summation on an accelerator too. `unsafe` leaves out a check of the
         # lengths, which fails where there is no log.
@@ -191,14 +193,16 @@ class SequenceMatch(PlainObjective):
         alpha, gamma = self.settings.alpha, self.settings.gamma
         observed = penalty(alpha * self._residual(logs))
         absorbed = penalty(alpha * (1.0 - gamma) * logs.values.v_final) / (1.0 - gamma)
-        return self._discounted(logs, observed, absorbed.masked_fill(logs.tree.truncated, 0.0))
+        return self._discounted(logs, observed, absorbed.masked_fill(logs.tree.trajectories.truncated, 0.0))
 
     def _phi_sum(self, logs: EvaluatedLogs) -> Tensor:
         """[A + L] terms of sum_t gamma^t phi(alpha r_t) / alpha and of its tail."""
         alpha, gamma, phi = self.settings.alpha, self.settings.gamma, self._phi
         observed = phi(alpha * self._residual(logs)) / alpha
         absorbed = phi(alpha * (1.0 - gamma) * logs.values.v_final) / (alpha * (1.0 - gamma))
-        return self._discounted(logs, observed, torch.where(logs.tree.truncated, logs.values.v_final, absorbed))
+        return self._discounted(
+            logs, observed, torch.where(logs.tree.trajectories.truncated, logs.values.v_final, absorbed)
+        )
 
     def _value_sum(self, logs: EvaluatedLogs) -> Tensor:
         """[A + L] terms of sum_t gamma^t [V(s_t) - gamma V(s_{t+1})] and of its tail gamma^N V(s_N)."""
@@ -207,7 +211,7 @@ class SequenceMatch(PlainObjective):
 
     def _discounted(self, logs: EvaluatedLogs, observed: Tensor, tail: Tensor) -> Tensor:
         """[A + L] gamma^t observed_t of every action, and gamma^N tail of every log of N actions."""
-        weights = self._weight(torch.cat([logs.tree.time, logs.tree.length]), logs)
+        weights = self._weight(torch.cat([logs.tree.actions.time, logs.tree.trajectories.length]), logs)
         return weights * torch.cat([observed, tail])
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -216,7 +220,7 @@ class SequenceMatch(PlainObjective):
         alpha, gamma = self.settings.alpha, self.settings.gamma
         observed = self.divergence.outside(alpha * self._residual(logs), self.domain_margin)
         absorbed = self.divergence.outside(alpha * (1.0 - gamma) * logs.values.v_final, self.domain_margin)
-        num_outside = (observed.sum() + (absorbed & ~logs.tree.truncated).sum()).to(logs.values.q.dtype)
+        num_outside = (observed.sum() + (absorbed & ~logs.tree.trajectories.truncated).sum()).to(logs.values.q.dtype)
         counts = logs.counts
         return num_outside / max(counts.actions + counts.logs - counts.truncated_logs, 1)
 

@@ -65,7 +65,7 @@ class ContextUnlikelihood:
 
     def __init__(self, tree: TreeBatch) -> None:
         self._tree = tree
-        self.ids: Tensor | None = torch.unique(tree.node_ids)
+        self.ids: Tensor | None = torch.unique(tree.nodes.token_ids)
 
     def terms(self, q: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
         """See `VocabularySum`."""
@@ -91,10 +91,10 @@ class ContextUnlikelihood:
     def _counted(self, actions: Tensor, ids: Tensor) -> Tensor:
         """[a, w] whether the id stands in the text before the action, and is not its label."""
         tree = self._tree
-        states, labels = tree.state[actions], tree.action[actions]
-        place = torch.searchsorted(ids, tree.node_ids).clamp(max=len(ids) - 1)
-        nodes = (ids[place] == tree.node_ids).nonzero().flatten()
-        precedes = (nodes <= states[:, None]) & (tree.subtree_end[nodes] > states[:, None])
+        states, labels = tree.nodes.states[tree.actions.state[actions]], tree.actions.label[actions]
+        place = torch.searchsorted(ids, tree.nodes.token_ids).clamp(max=len(ids) - 1)
+        nodes = (ids[place] == tree.nodes.token_ids).nonzero().flatten()
+        precedes = (nodes <= states[:, None]) & (tree.nodes.subtree_end[nodes] > states[:, None])
         seen = torch.zeros((len(actions), len(ids)), dtype=torch.uint8, device=ids.device)
         seen.scatter_reduce_(1, place[nodes].expand_as(precedes), precedes.to(torch.uint8), "amax")
         return seen.bool() & (ids != labels[:, None])

@@ -86,7 +86,7 @@ class StateLogits:
     def v_of_actions(self, tree: TreeBatch) -> Tensor:
         """[A] value of the text before each action."""
         v_all = torch.logaddexp(self.v_floor, self.q_backspace)
-        return torch.where(tree.backspace_masked, self.v_floor[tree.state_row], v_all[tree.state_row])
+        return torch.where(tree.actions.backspace_masked, self.v_floor[tree.actions.state], v_all[tree.actions.state])
 
 
 Measurement = Callable[[TreeBatch, StateLogits], Tensor]
@@ -111,20 +111,25 @@ def action_values(
     At most one of `measurement` and `summation` gives `measured`.
     """
     assert measurement is None or summation is None, "there is one field for both"
-    states = _as_computed(evaluate_nodes(model, tree).index_select(0, tree.value_nodes))
+    states = _as_computed(evaluate_nodes(model, tree).index_select(0, tree.nodes.states))
     weight = _as_computed(model.get_output_embeddings().weight)
     with torch.autocast(states.device.type, enabled=False):  # it would round what is multiplied here
         sums = None
         if summation is not None:
             summed = summation(tree, weight.detach())
             sums = ActionSums(
-                summed, tree.state_row, tree.backspace_masked, backspace_id, ids_without_token, chunk_elements
+                summed,
+                tree.actions.state,
+                tree.actions.backspace_masked,
+                backspace_id,
+                ids_without_token,
+                chunk_elements,
             )
         v_floor, q_backspace, q, measured = chunked_values(
             states,
             weight,
-            tree.state_row,
-            tree.action,
+            tree.actions.state,
+            tree.actions.label,
             backspace_id=backspace_id,
             ids_without_token=ids_without_token,
             chunk_elements=chunk_elements,
@@ -137,18 +142,26 @@ def action_values(
         v_all = torch.logaddexp(v_floor, q_backspace)
         v = logits.v_of_actions(tree)
         with torch.no_grad():
-            log_prob_backspace = (q_backspace[tree.state_row] - v).masked_fill(tree.backspace_masked, -torch.inf)
+            log_prob_backspace = (q_backspace[tree.actions.state] - v).masked_fill(
+                tree.actions.backspace_masked, -torch.inf
+            )
             log_prob_at_temperature = q - v
-            for temperature in tree.temperatures:
+            for temperature in tree.actions.temperatures:
                 tempered = _log_prob_at(temperature, logits, tree, chunk_elements)
-                drawn = tree.behaviour_temperature == temperature
+                drawn = tree.actions.behavior_temperature == temperature
                 log_prob_at_temperature = torch.where(drawn, tempered, log_prob_at_temperature)
         return ActionValues(
             q=q,
             v=v,
-            v_next=torch.where(tree.next_backspace_masked, v_floor[tree.next_state_row], v_all[tree.next_state_row]),
-            v_start=v_floor[tree.start_row],
-            v_final=torch.where(tree.final_backspace_masked, v_floor[tree.final_row], v_all[tree.final_row]),
+            v_next=torch.where(
+                tree.actions.next_backspace_masked, v_floor[tree.actions.next_state], v_all[tree.actions.next_state]
+            ),
+            v_start=v_floor[tree.trajectories.start],
+            v_final=torch.where(
+                tree.trajectories.final_backspace_masked,
+                v_floor[tree.trajectories.final],
+                v_all[tree.trajectories.final],
+            ),
             log_prob_backspace=log_prob_backspace,
             log_prob_at_temperature=log_prob_at_temperature,
             measured=measured,
@@ -167,14 +180,14 @@ def _log_prob_at(temperature: float, logits: StateLogits, tree: TreeBatch, chunk
     v_floor, q_backspace, q, _ = chunked_values(
         states.float() / temperature if states.dtype.itemsize < 4 else states / temperature,
         logits.weight,
-        tree.state_row,
-        tree.action,
+        tree.actions.state,
+        tree.actions.label,
         backspace_id=logits.backspace_id,
         ids_without_token=logits.ids_without_token,
         chunk_elements=chunk_elements,
     )
     v_all = torch.logaddexp(v_floor, q_backspace)
-    v = torch.where(tree.backspace_masked, v_floor[tree.state_row], v_all[tree.state_row])
+    v = torch.where(tree.actions.backspace_masked, v_floor[tree.actions.state], v_all[tree.actions.state])
     return q - v
 
 

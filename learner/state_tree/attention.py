@@ -33,26 +33,26 @@ def evaluate_nodes(model: PreTrainedModel, tree: TreeBatch) -> Tensor:
         model.set_attn_implementation(NAME)
     if model.config._attn_implementation == NAME:
         # A 4-dimensional mask is handed on as it is, and spares the model the making of one; nobody reads this one.
-        mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=tree.node_ids.device)
+        mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=tree.nodes.token_ids.device)
         attention = {"attention_mask": mask, "state_tree": _structure(tree)}
     else:
         unseen = torch.finfo(model.dtype).min
-        mask = torch.zeros(tree.attention_mask.shape, dtype=model.dtype, device=tree.node_ids.device)
+        mask = torch.zeros(tree.attention_mask.shape, dtype=model.dtype, device=tree.nodes.token_ids.device)
         attention = {"attention_mask": mask.masked_fill_(~tree.attention_mask, unseen)[None, None]}
     outputs = model.base_model(
-        input_ids=tree.node_ids[None], position_ids=tree.positions[None], use_cache=False, **attention
+        input_ids=tree.nodes.token_ids[None], position_ids=tree.nodes.positions[None], use_cache=False, **attention
     )
     hidden: Tensor = outputs.last_hidden_state[0]
     return hidden
 
 
 def _structure(tree: TreeBatch) -> TreeTiles | BlockMask:
-    return block_mask(tree) if tree.node_ids.is_cuda else tile_tree(tree)
+    return block_mask(tree) if tree.nodes.token_ids.is_cuda else tile_tree(tree)
 
 
 def block_mask(tree: TreeBatch) -> BlockMask:
     """What `flex_attention` needs to skip blocks of nodes that do not see each other."""
-    subtree_end = tree.subtree_end
+    subtree_end = tree.nodes.subtree_end
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < subtree_end[key])

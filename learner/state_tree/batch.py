@@ -8,13 +8,14 @@ prompt shared by several logs, a prompt that begins another one) are one node.
 Nodes are numbered in preorder (a node, then its subtrees one after another), over all trees of the batch: node j is
 an ancestor of i, or i itself, exactly if j <= i < subtree_end[j]. No N x N mask is needed to say so.
 
-Legend: L logs, A actions over all logs, N nodes (padded), M distinct states with a value.
+Legend: L trajectories, A actions over all of them, N nodes (padded), M distinct states.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,106 +33,125 @@ NODE_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
-class TreeBatch:
-    """Action logs packed into trees. Logs keep the order of the batch; a node is an index into `node_ids`.
+class _Columns:
+    """Tensors, and tuples, with one row for each of the same things."""
 
-    Nodes
-        node_ids: [N] token ids.
-        positions: [N] depth of the token in its text, from 0.
-        subtree_end: [N] one beyond the last descendant of the node; a padded node is a tree of its own.
-        value_nodes: [M] nodes that are a state of some log, ascending.
-    Actions
-        log, time: [A] log, and index of the action in it.
-        action: [A] id of the label.
-        backspace_masked, next_backspace_masked: [A] whether backspace is no action before and after this one: only the
-            prompt is left, or the sampler never offered it.
-        state, next_state: [A] node of the text before and after the action (of the *realised* token).
-        state_row, next_state_row: [A] the same as indexes into `value_nodes`.
-        behaviour_log_prob, behaviour_version, behaviour_temperature: [A] what the policy that acted said of the
-            action (see `buffer.trajectory.behavior`).
-    Logs
-        ids: [L] of the trajectories.
-        start, final_state: [L] node of the prompt's end and of the last text (`<eos>` if the log ended).
-        start_row, final_row: [L] the same as indexes into `value_nodes`.
-        final_backspace_masked: [L] likewise, at the end.
-        length: [L] actions.
-        truncated: [L] True unless the log ended with `<eos>`.
-        is_expert: [L] whether the log is of the data.
-        reward: [L] as stored, nan where there is none. features: [L, F] as stored; F is 0 where no log has any.
-        context: [L] number of the prompt, equal where prompts are; below 2^52, so that float64 holds it.
-    Counts
-        num_nodes: nodes without padding.
-        num_nodes_unshared: nodes if no two logs shared any (over `num_nodes`: the sharing ratio).
-        temperatures: distinct values of behaviour_temperature, but 0 and 1.
+    def to(self, device: torch.device | str) -> Self:
+        """The same with its tensors on `device`."""
+        return replace(self, **{name: each.to(device) for name, each in vars(self).items() if isinstance(each, Tensor)})
+
+    def emptied(self) -> Self:
+        """The same without a row."""
+        return replace(self, **{name: each[:0] for name, each in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Nodes(_Columns):
+    """The distinct texts, each by its last token.
+
+    token_ids: [N]. positions: [N] depth of the token in its text, from 0.
+    subtree_end: [N] one beyond the last descendant of the node; a padded node is a tree of its own.
+    states: [M] nodes that are a state of some trajectory, ascending.
     """
 
-    node_ids: Tensor
+    token_ids: Tensor
     positions: Tensor
     subtree_end: Tensor
-    value_nodes: Tensor
-    log: Tensor
+    states: Tensor
+
+
+@dataclass(frozen=True)
+class Actions(_Columns):
+    """The actions of all trajectories, one trajectory after another.
+
+    trajectory, time: [A] index of the action's trajectory, and of the action in it. label: [A] id.
+    state, next_state: [A] text before and after the action (of the *realised* token), as an index into `Nodes.states`.
+    backspace_masked, next_backspace_masked: [A] whether backspace is no action before and after this one: only the
+        prompt is left, or the sampler never offered it.
+    behavior_log_prob, behavior_version, behavior_temperature: [A] what the policy that acted said of the action (see
+        `buffer.trajectory.behavior`). temperatures: distinct values of behavior_temperature, but 0 and 1.
+    """
+
+    trajectory: Tensor
     time: Tensor
-    action: Tensor
-    backspace_masked: Tensor
-    next_backspace_masked: Tensor
+    label: Tensor
     state: Tensor
     next_state: Tensor
-    state_row: Tensor
-    next_state_row: Tensor
-    behaviour_log_prob: Tensor
-    behaviour_version: Tensor
-    behaviour_temperature: Tensor
+    backspace_masked: Tensor
+    next_backspace_masked: Tensor
+    behavior_log_prob: Tensor
+    behavior_version: Tensor
+    behavior_temperature: Tensor
+    temperatures: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Trajectories(_Columns):
+    """What holds for a whole trajectory.
+
+    ids: [L]. length: [L] actions. truncated: [L] True unless it ended with `<eos>`.
+    start, final: [L] text of the prompt, and the last text, as an index into `Nodes.states`.
+    final_backspace_masked: [L] as in `Actions`, at the end.
+    is_expert: [L] whether it is of the data.
+    reward: [L] as stored, nan where there is none. features: [L, F] as stored; F is 0 where no trajectory has any.
+    context: [L] number of the prompt, equal where prompts are; below 2^52, so that float64 holds it.
+    """
+
     ids: tuple[str, ...]
-    start: Tensor
-    start_row: Tensor
-    final_state: Tensor
-    final_row: Tensor
-    final_backspace_masked: Tensor
     length: Tensor
     truncated: Tensor
+    start: Tensor
+    final: Tensor
+    final_backspace_masked: Tensor
     is_expert: Tensor
     reward: Tensor
     features: Tensor
     context: Tensor
+
+
+@dataclass(frozen=True)
+class TreeBatch:
+    """Trajectories packed into trees, in the order of the batch.
+
+    num_nodes: nodes without padding. num_nodes_unshared: nodes if no two trajectories shared any (over `num_nodes`: the
+        sharing ratio).
+    """
+
+    nodes: Nodes
+    actions: Actions
+    trajectories: Trajectories
     num_nodes: int
     num_nodes_unshared: int
-    temperatures: tuple[float, ...]
 
     @property
-    def num_logs(self) -> int:
+    def num_trajectories(self) -> int:
         """L."""
-        return int(self.length.shape[0])
+        return len(self.trajectories.ids)
 
     @property
     def num_actions(self) -> int:
         """A."""
-        return int(self.action.shape[0])
-
-    def without_logs(self) -> TreeBatch:
-        """The same nodes with no log on them: every sum over actions or logs is 0, and so is its gradient."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        names = list(values)
-        of_logs = names[names.index("log") : names.index("num_nodes")]  # see the order of the fields above
-        emptied = {name: values[name][:0] for name in of_logs}
-        return TreeBatch(**values | emptied | {"num_nodes": 0, "num_nodes_unshared": 0})
+        return len(self.actions.label)
 
     @property
     def num_padded_nodes(self) -> int:
         """N."""
-        return int(self.node_ids.shape[0])
+        return len(self.nodes.token_ids)
 
     @property
     def attention_mask(self) -> Tensor:
         """[N, N] True where the query (first axis) sees the key: ancestors and itself. Quadratic in N."""
-        node = torch.arange(self.num_padded_nodes, device=self.node_ids.device)
-        return (node <= node[:, None]) & (self.subtree_end > node[:, None])
+        node = torch.arange(self.num_padded_nodes, device=self.nodes.token_ids.device)
+        return (node <= node[:, None]) & (self.nodes.subtree_end > node[:, None])
 
     def to(self, device: torch.device | str) -> TreeBatch:
         """The same batch with its tensors on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TreeBatch(
-            **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
-        )
+        parts = self.nodes.to(device), self.actions.to(device), self.trajectories.to(device)
+        return TreeBatch(*parts, self.num_nodes, self.num_nodes_unshared)
+
+    def without_trajectories(self) -> TreeBatch:
+        """The same nodes with no trajectory on them: sums over actions or trajectories are 0, and so their gradient."""
+        return TreeBatch(self.nodes, self.actions.emptied(), self.trajectories.emptied(), 0, 0)
 
 
 def build_tree_batch(
@@ -169,50 +189,53 @@ def build_tree_batch(
         return np.where(events == FLOOR, floor_node[played.log], appended)
 
     state, next_state = nodes_of(played.state), nodes_of(played.next_state)
-    final_state, final_at_floor = floor_node.copy(), np.ones(logs.num_logs, dtype=np.bool_)
+    final, final_at_floor = floor_node.copy(), np.ones(logs.num_logs, dtype=np.bool_)
     acted = logs.lengths > 0
     last_action = logs.offsets[1:][acted] - 1
-    final_state[acted] = next_state[last_action]
+    final[acted] = next_state[last_action]
     final_at_floor[acted] = played.next_state[last_action] == FLOOR
-    value_nodes = np.unique(np.concatenate([floor_node, state, next_state]))
-    behaviour = Behaviour.from_batch(batch)
-    never_offered = ~(behaviour.offers_backspace & offers_backspace)
+    states = np.unique(np.concatenate([floor_node, state, next_state]))
+    behavior = Behaviour.from_batch(batch)
+    never_offered = ~(behavior.offers_backspace & offers_backspace)
+    tensor = torch.from_numpy
 
-    def rows_of(nodes: Int64) -> Tensor:
-        return torch.from_numpy(np.searchsorted(value_nodes, nodes))
+    def index_of(nodes: Int64) -> Tensor:
+        return tensor(np.searchsorted(states, nodes))
 
     return TreeBatch(
-        node_ids=by_number(trie.token),
-        positions=by_number(trie.depth),
-        subtree_end=torch.from_numpy(np.concatenate([subtree_end, np.arange(trie.num_nodes, width) + 1])),
-        value_nodes=torch.from_numpy(value_nodes),
-        log=torch.from_numpy(played.log),
-        time=torch.from_numpy(played.time),
-        action=torch.from_numpy(logs.actions.astype(np.int64)),
-        backspace_masked=torch.from_numpy((played.state == FLOOR) | never_offered[played.log]),
-        next_backspace_masked=torch.from_numpy((played.next_state == FLOOR) | never_offered[played.log]),
-        state=torch.from_numpy(state),
-        next_state=torch.from_numpy(next_state),
-        state_row=rows_of(state),
-        next_state_row=rows_of(next_state),
-        behaviour_log_prob=torch.from_numpy(behaviour.log_prob),
-        behaviour_version=torch.from_numpy(behaviour.version),
-        behaviour_temperature=torch.from_numpy(behaviour.temperature),
-        ids=tuple(batch.column("id").to_pylist()),
-        start=torch.from_numpy(floor_node),
-        start_row=rows_of(floor_node),
-        final_state=torch.from_numpy(final_state),
-        final_row=rows_of(final_state),
-        final_backspace_masked=torch.from_numpy(final_at_floor | never_offered),
-        length=torch.from_numpy(logs.lengths),
-        truncated=torch.from_numpy(truncated),
-        is_expert=torch.from_numpy(_column_equals(batch, "source", "expert")),
-        reward=torch.from_numpy(batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float32)),
-        features=_features(batch.column("features")),
-        context=torch.tensor([_context(prompt) for prompt in np.split(logs.prompt_ids, logs.prompt_offsets[1:-1])]),
+        nodes=Nodes(
+            token_ids=by_number(trie.token),
+            positions=by_number(trie.depth),
+            subtree_end=tensor(np.concatenate([subtree_end, np.arange(trie.num_nodes, width) + 1])),
+            states=tensor(states),
+        ),
+        actions=Actions(
+            trajectory=tensor(played.log),
+            time=tensor(played.time),
+            label=tensor(logs.actions.astype(np.int64)),
+            state=index_of(state),
+            next_state=index_of(next_state),
+            backspace_masked=tensor((played.state == FLOOR) | never_offered[played.log]),
+            next_backspace_masked=tensor((played.next_state == FLOOR) | never_offered[played.log]),
+            behavior_log_prob=tensor(behavior.log_prob),
+            behavior_version=tensor(behavior.version),
+            behavior_temperature=tensor(behavior.temperature),
+            temperatures=tuple(value for value in np.unique(behavior.temperature).tolist() if value not in (0.0, 1.0)),
+        ),
+        trajectories=Trajectories(
+            ids=tuple(batch.column("id").to_pylist()),
+            length=tensor(logs.lengths),
+            truncated=tensor(truncated),
+            start=index_of(floor_node),
+            final=index_of(final),
+            final_backspace_masked=tensor(final_at_floor | never_offered),
+            is_expert=tensor(_column_equals(batch, "source", "expert")),
+            reward=tensor(batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float32)),
+            features=_features(batch.column("features")),
+            context=torch.tensor([_context(prompt) for prompt in np.split(logs.prompt_ids, logs.prompt_offsets[1:-1])]),
+        ),
         num_nodes=trie.num_nodes,
         num_nodes_unshared=len(trie.pair_log),
-        temperatures=tuple(value for value in np.unique(behaviour.temperature).tolist() if value not in (0.0, 1.0)),
     )
 
 

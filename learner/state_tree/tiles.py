@@ -51,12 +51,12 @@ class TreeTiles:
 
 def tile_tree(tree: TreeBatch, tile_size: int | None = None) -> TreeTiles:
     """Tiles of a batch, on its device. tile_size: T; by default the cheapest of `TILE_SIZES`."""
-    depth = tree.positions.cpu()
+    depth = tree.nodes.positions.cpu()
     if tile_size is None:
         tile_size = min(TILE_SIZES, key=lambda size: _cost(depth[::size], size))
     path_lengths = _rounded(depth[::tile_size], tile_size)
     order = torch.argsort(path_lengths, stable=True)
-    device = tree.node_ids.device
+    device = tree.nodes.token_ids.device
     lengths, counts = path_lengths.unique(return_counts=True)
     keys, masks = [], []
     for length, tiles in zip(lengths.tolist(), order.to(device).split(counts.tolist()), strict=True):
@@ -97,13 +97,13 @@ def _keys_and_mask(tree: TreeBatch, tiles: Tensor, path_length: int, tile_size: 
         # The path of the tile's first node: what comes before it and whose subtree reaches it.
         node = torch.arange(tree.num_padded_nodes, device=device)
         first = queries[:, :1]
-        tile, ancestor = torch.nonzero((node < first) & (tree.subtree_end > first), as_tuple=True)
+        tile, ancestor = torch.nonzero((node < first) & (tree.nodes.subtree_end > first), as_tuple=True)
         path = torch.full((len(tiles), path_length), tree.num_padded_nodes, device=device)
-        path[tile, tree.positions[ancestor]] = ancestor
+        path[tile, tree.nodes.positions[ancestor]] = ancestor
         keys = torch.cat([path, queries], dim=1)
     inside = keys < tree.num_padded_nodes
     keys = torch.where(inside, keys, 0)
-    end = torch.where(inside, tree.subtree_end[keys], 0)
+    end = torch.where(inside, tree.nodes.subtree_end[keys], 0)
     mask = (keys[:, None] <= queries[..., None]) & (end[:, None] > queries[..., None])
     mask |= (queries >= tree.num_padded_nodes)[..., None]  # a row without any key would be not a number
     return keys, mask[:, None]

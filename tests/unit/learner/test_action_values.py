@@ -209,6 +209,6 @@ def test_action_values_against_each_text_alone(kind, tied):
 def test_values_are_computed_at_states_only():
     tree = build(HARD)
     # [1, 4] is the prompt of three logs and [1] that of one: both are states. [1, 4, 5] is one; padding is none.
-    texts = {tuple(text_of(tree, node)) for node in tree.value_nodes.tolist()}
+    texts = {tuple(text_of(tree, node)) for node in tree.nodes.states.tolist()}
     assert texts == {tuple(text) for log in HARD for text in states(log, BACKSPACE)}
-    assert len(tree.value_nodes) == len(texts)
+    assert len(tree.nodes.states) == len(texts)

@@ -116,10 +116,10 @@ def test_a_tree_without_logs_adds_nothing():
     counts = LogCounts.of([tree])
     objective.prepare(policy, [tree], counts, 0)
     mean = objective._reward_mean
-    objective.prepare(policy, [tree, tree.without_logs()], counts, 0)
+    objective.prepare(policy, [tree, tree.without_trajectories()], counts, 0)
     assert objective._reward_mean == mean
     for is_rollouts in (False, True):
-        empty = objective.evaluate(policy, tree.without_logs(), counts, 0)
+        empty = objective.evaluate(policy, tree.without_trajectories(), counts, 0)
         loss, metrics = objective.rollout_loss(empty, counts, 0) if is_rollouts else objective.data_loss(empty, 0)
         assert loss.item() == 0
         assert all(value.item() == 0 for value in metrics.values())

@@ -80,10 +80,10 @@ def test_the_newest_version_of_a_batch():
 
 def test_the_tree_carries_them_and_the_names_of_the_logs():
     tree = build(LOGS)
-    assert tree.ids == ("a", "expert", "empty", "cool", "nucleus", "warm")
-    assert tree.temperatures == (0.5, 1.5)
-    assert np.array_equal(tree.behaviour_version, Behaviour.from_batch(to_batch(LOGS)).version)
-    assert tree.without_logs().ids == ()
+    assert tree.trajectories.ids == ("a", "expert", "empty", "cool", "nucleus", "warm")
+    assert tree.actions.temperatures == (0.5, 1.5)
+    assert np.array_equal(tree.actions.behavior_version, Behaviour.from_batch(to_batch(LOGS)).version)
+    assert tree.without_trajectories().trajectories.ids == ()
 
 
 @pytest.mark.parametrize("chunk_elements", [2**22, 24])

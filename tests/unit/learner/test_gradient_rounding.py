@@ -85,9 +85,9 @@ def certain_states(tree: TreeBatch, weight: Tensor, probability: float, of: str,
     """[N, H] bfloat16 states before which one id has about `probability`: a label, or the last token of the text."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(tree.num_padded_nodes, VOCAB, generator=generator, dtype=torch.float64) / 2
-    chosen = tree.node_ids.clone()
+    chosen = tree.nodes.token_ids.clone()
     if of == "label":
-        chosen[tree.state] = tree.action
+        chosen[tree.nodes.states[tree.actions.state]] = tree.actions.label
     node = torch.arange(len(chosen))
     others = logits.scatter(1, chosen[:, None], -torch.inf).logsumexp(1)
     logits[node, chosen] = others + math.log(probability) - math.log1p(-probability)
@@ -116,13 +116,13 @@ class Gradients:
         monkeypatch.setattr(
             action_values_module,
             "evaluate_nodes",
-            lambda model, tree: self.states[model is self.base.model, tree.ids],
+            lambda model, tree: self.states[model is self.base.model, tree.trajectories.ids],
         )
 
     def set_states(self, tree: TreeBatch, states: Tensor, base: Tensor | None = None) -> None:
-        self.states[False, tree.ids] = states.to(self.dtype).requires_grad_()
+        self.states[False, tree.trajectories.ids] = states.to(self.dtype).requires_grad_()
         if base is not None:
-            self.states[True, tree.ids] = base.to(self.dtype)
+            self.states[True, tree.trajectories.ids] = base.to(self.dtype)
 
     def of(self, objective: object) -> list[Tensor]:
         """By the states and the output embedding, of the loss of the experts and of that of the rollouts."""
@@ -133,12 +133,12 @@ class Gradients:
             objective.prepare(self.policy, [ROLLOUTS], counts, 0)
             evaluated = objective.evaluate(self.policy, ROLLOUTS, counts, 0)
             loss, _ = objective.rollout_loss(evaluated, data_counts, 0)
-            found += torch.autograd.grad(loss, [self.states[False, ROLLOUTS.ids], weight])
+            found += torch.autograd.grad(loss, [self.states[False, ROLLOUTS.trajectories.ids], weight])
         if objective.needs_experts:
             evaluated = objective.evaluate(self.policy, EXPERTS, data_counts, 0)
             loss, _ = objective.data_loss(evaluated, 0)
             if loss.requires_grad and objective.name != "adversarial_js":  # whose experts teach the discriminator alone
-                found += torch.autograd.grad(loss, [self.states[False, EXPERTS.ids], weight])
+                found += torch.autograd.grad(loss, [self.states[False, EXPERTS.trajectories.ids], weight])
         return found
 
 
@@ -196,7 +196,7 @@ def test_unlikelihood_of_a_token_that_is_nearly_certain(probability, expected, m
     objective = Unlikelihood(UnlikelihoodSettings(name="unlikelihood"))
     loss, _ = objective.data_loss(objective.evaluate(side.policy, tree, LogCounts.of([tree]), 0), 0)
     loss.backward()
-    gradient = side.states[False, tree.ids].grad[int(tree.state[0]), 6]
+    gradient = side.states[False, tree.trajectories.ids].grad[int(tree.nodes.states[tree.actions.state[0]]), 6]
     assert float(gradient) == pytest.approx(expected, rel=0.01)
 
 
@@ -218,7 +218,7 @@ def test_emo_in_float32_with_a_twin_of_the_label(mode, apart, others, monkeypatc
         objective = Emo(EmoSettings(name="emo", mode=mode), table.to(dtype))
         evaluated = objective.evaluate(side.policy, tree, LogCounts.of([tree]), 0)
         loss, metrics = objective.data_loss(evaluated, 0)
-        (gradient,) = torch.autograd.grad(loss, side.states[False, tree.ids])
+        (gradient,) = torch.autograd.grad(loss, side.states[False, tree.trajectories.ids])
         found.append((loss.double(), metrics["loss_earth_mover"].double(), gradient.double()))
     for mine, exact in zip(*found, strict=True):
         torch.testing.assert_close(mine, exact, rtol=1e-3, atol=1e-7 * exact.abs().max().item())

@@ -27,11 +27,11 @@ def logs_of(tree: TreeBatch) -> list[tuple[object, ...]]:
     """What identifies each log of a batch: prompt, labels, last text."""
     return [
         (
-            tuple(text_of(tree, int(tree.start[i]))),
-            tuple(tree.action[tree.log == i].tolist()),
-            tuple(text_of(tree, int(tree.final_state[i]))),
+            tuple(text_of(tree, int(tree.nodes.states[tree.trajectories.start[i]]))),
+            tuple(tree.actions.label[tree.actions.trajectory == i].tolist()),
+            tuple(text_of(tree, int(tree.nodes.states[tree.trajectories.final[i]]))),
         )
-        for i in range(tree.num_logs)
+        for i in range(tree.num_trajectories)
     ]
 
 
@@ -46,7 +46,7 @@ def test_every_log_is_in_one_micro_batch(logs, max_nodes):
     trees = cut(to_batch(logs), max_nodes)
     assert sorted(log for tree in trees for log in logs_of(tree)) == sorted(expected)
     for tree in trees:
-        assert tree.num_nodes <= max_nodes or tree.num_logs == 1
+        assert tree.num_nodes <= max_nodes or tree.num_trajectories == 1
     if num_texts(logs) <= max_nodes:
         assert len(trees) == 1
 

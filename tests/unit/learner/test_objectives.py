@@ -324,7 +324,7 @@ def test_the_optimum_is_the_data_policy(divergence):
     counts = {(a, a): 4, (a, b): 3, (b, a): 2, (b, b): 1}
     logs = [Log([1], [*string, EOS]) for string, count in counts.items() for _ in range(count)]
     tree = build(logs)
-    texts = [tuple(text_of(tree, node)) for node in tree.value_nodes.tolist()]
+    texts = [tuple(text_of(tree, node)) for node in tree.nodes.states.tolist()]
     entries = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # rows may repeat a text
     entry = torch.tensor([entries[text] for text in texts])
     table = torch.zeros(len(entries), VOCAB, dtype=torch.float64, requires_grad=True)
@@ -338,11 +338,11 @@ def test_the_optimum_is_the_data_policy(divergence):
         v = table.logsumexp(1)
         v = torch.where(torch.arange(len(table)) == floor, table[:, others].logsumexp(1), v)[entry]
         values = ActionValues(
-            q=table[entry[tree.state_row], tree.action],
-            v=v[tree.state_row],
-            v_next=v[tree.next_state_row],
-            v_start=v[tree.start_row],
-            v_final=v[tree.final_row],
+            q=table[entry[tree.actions.state], tree.actions.label],
+            v=v[tree.actions.state],
+            v_next=v[tree.actions.next_state],
+            v_start=v[tree.trajectories.start],
+            v_final=v[tree.trajectories.final],
             log_prob_backspace=torch.zeros(tree.num_actions),
             log_prob_at_temperature=torch.zeros(tree.num_actions),
         )

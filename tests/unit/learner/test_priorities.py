@@ -51,7 +51,7 @@ def test_the_objective_averages_residuals_over_each_log():
     batch = batch_of([row("a", [5, 6, BACKSPACE, 7]), row("empty", []), row("b", [9]), row("c", [5, 6])])
     (tree,) = build_micro_batches(batch, replace(TREES, max_nodes_per_batch=10_000))
     model = tiny_model()
-    for each, rows in ((tree, batch), (tree.without_logs(), batch.slice(0, 0))):
+    for each, rows in ((tree, batch), (tree.without_trajectories(), batch.slice(0, 0))):
         logs = EvaluatedLogs(each, action_values(model, each, BACKSPACE), count_logs(batch))
         expected = residual_means(model, rows, objective.settings.gamma)
         np.testing.assert_allclose(objective.priorities(logs).numpy(), expected, rtol=1e-5)
@@ -73,7 +73,7 @@ def test_a_step_reports_the_priorities_of_its_draw_before_the_weights_moved():
     stage, policy = stage_of(MATCHING), TreePolicy(tiny_model(), BACKSPACE)
     rollouts = random_logs("policy", NUM_ROLLOUTS, seed=4)
     passes = build_micro_batches(rollouts, TREES)
-    evaluated_order = [name for tree in passes for name in tree.ids]
+    evaluated_order = [name for tree in passes for name in tree.trajectories.ids]
     assert len(passes) > 1
     assert evaluated_order != rollouts.column("id").to_pylist()
     experts = GivenLogs(random_logs("expert", 6, seed=3))

@@ -96,8 +96,8 @@ def test_a_tree_without_logs_adds_nothing(objective):
     made = make_objective(stage.objective)
     batch = random_logs("policy", 2, seed=3)
     full = build_micro_batches(batch, TREES)[0]
-    empty = full.without_logs()
-    assert (empty.num_logs, empty.num_actions, empty.num_nodes, empty.num_nodes_unshared) == (0, 0, 0, 0)
+    empty = full.without_trajectories()
+    assert (empty.num_trajectories, empty.num_actions, empty.num_nodes, empty.num_nodes_unshared) == (0, 0, 0, 0)
     counts = count_logs(batch)
     losses = [made.data_loss] if not made.needs_rollouts else [made.data_loss, _rollout_loss(made, counts)]
     for loss_of in losses:

@@ -82,19 +82,21 @@ def world() -> World:
 
     def log_probs(of: PreTrainedModel) -> Tensor:
         values = TreePolicy(of, BACKSPACE).evaluate(tree)
-        return torch.zeros(tree.num_logs, dtype=torch.float64).index_add(0, tree.log, values.log_prob)
+        return torch.zeros(tree.num_trajectories, dtype=torch.float64).index_add(
+            0, tree.actions.trajectory, values.log_prob
+        )
 
     policy = model(0)
     log_pi = log_probs(policy)
     log_mu, log_base = (log_probs(model(seed)).detach() for seed in (1, 2))
     rollouts = Rollouts(
-        torch.arange(tree.num_logs),
-        tree.context,
+        torch.arange(tree.num_trajectories),
+        tree.trajectories.context,
         log_pi.detach(),
         log_mu,
         log_base,
-        tree.reward.double(),
-        tree.features.double(),
+        tree.trajectories.reward.double(),
+        tree.trajectories.features.double(),
     )
     return World(policy, rollouts, log_pi)
 
@@ -199,7 +201,7 @@ def test_the_two_rounds_know_all_rollouts_however_they_are_packed(world):
     split, split_metrics = both_rounds(objective, policy, [logs[:3], logs[3:20], logs[20:]])
     torch.testing.assert_close(world.gradient(split), world.gradient(whole))
     assert split_metrics == pytest.approx(metrics)
-    empty = build(logs).without_logs()
+    empty = build(logs).without_trajectories()
     loss, shares = objective.rollout_loss(
         objective.evaluate(policy, empty, LogCounts.of([build(logs)]), 0), LogCounts(0, 0, 0), 0
     )

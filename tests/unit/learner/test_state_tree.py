@@ -33,34 +33,36 @@ def build(logs: list[Log], max_positions: int = 64) -> TreeBatch:
 
 def text_of(tree: TreeBatch, node: int) -> list[int]:
     """Read a node's text from the tokens it sees."""
-    seen = (tree.subtree_end[: node + 1] > node).nonzero().flatten()
-    assert tree.positions[seen].tolist() == list(range(len(seen)))  # an ancestor comes before its descendants
+    seen = (tree.nodes.subtree_end[: node + 1] > node).nonzero().flatten()
+    assert tree.nodes.positions[seen].tolist() == list(range(len(seen)))  # an ancestor comes before its descendants
     assert seen[-1] == node
-    return tree.node_ids[seen].tolist()
+    return tree.nodes.token_ids[seen].tolist()
 
 
 def check_against_replay(tree: TreeBatch, logs: list[Log]) -> None:
     flat = 0
     for i, log in enumerate(logs):
         texts = states(log, BACKSPACE)
-        assert text_of(tree, int(tree.start[i])) == log.prompt
-        assert text_of(tree, int(tree.final_state[i])) == texts[-1]
+        assert text_of(tree, int(tree.nodes.states[tree.trajectories.start[i]])) == log.prompt
+        assert text_of(tree, int(tree.nodes.states[tree.trajectories.final[i]])) == texts[-1]
         masked = [len(text) == len(log.prompt) or not log.offers_backspace for text in texts]
-        assert bool(tree.final_backspace_masked[i]) == masked[-1]
-        assert int(tree.length[i]) == len(log.actions)
-        assert bool(tree.truncated[i]) == (log.finish_reason != "eos")
-        assert bool(tree.is_expert[i]) == (log.source == "expert")
+        assert bool(tree.trajectories.final_backspace_masked[i]) == masked[-1]
+        assert int(tree.trajectories.length[i]) == len(log.actions)
+        assert bool(tree.trajectories.truncated[i]) == (log.finish_reason != "eos")
+        assert bool(tree.trajectories.is_expert[i]) == (log.source == "expert")
         for t, action in enumerate(log.actions):
-            assert (int(tree.log[flat]), int(tree.time[flat]), int(tree.action[flat])) == (i, t, action)
-            assert text_of(tree, int(tree.state[flat])) == texts[t]
-            assert text_of(tree, int(tree.next_state[flat])) == texts[t + 1]
-            assert bool(tree.backspace_masked[flat]) == masked[t]
-            assert bool(tree.next_backspace_masked[flat]) == masked[t + 1]
+            assert (
+                int(tree.actions.trajectory[flat]),
+                int(tree.actions.time[flat]),
+                int(tree.actions.label[flat]),
+            ) == (i, t, action)
+            assert text_of(tree, int(tree.nodes.states[tree.actions.state[flat]])) == texts[t]
+            assert text_of(tree, int(tree.nodes.states[tree.actions.next_state[flat]])) == texts[t + 1]
+            assert bool(tree.actions.backspace_masked[flat]) == masked[t]
+            assert bool(tree.actions.next_backspace_masked[flat]) == masked[t + 1]
             flat += 1
     assert flat == tree.num_actions
-    for name in ("state", "next_state", "start"):
-        assert torch.equal(tree.value_nodes[getattr(tree, f"{name}_row")], getattr(tree, name))
-    assert torch.equal(tree.value_nodes[tree.final_row], tree.final_state)
+    assert torch.equal(tree.nodes.states, tree.nodes.states.unique())
 
 
 HARD = [
@@ -88,7 +90,11 @@ def test_backspace_is_no_action_where_the_run_has_none():
     tree = build_tree_batch(
         to_batch(logs), backspace_id=BACKSPACE, eos_ids=[EOS], max_positions=64, offers_backspace=False
     )
-    for masked in (tree.backspace_masked, tree.next_backspace_masked, tree.final_backspace_masked):
+    for masked in (
+        tree.actions.backspace_masked,
+        tree.actions.next_backspace_masked,
+        tree.trajectories.final_backspace_masked,
+    ):
         assert masked.all()
     check_against_replay(tree, [dataclasses.replace(log, offers_backspace=False) for log in logs])
 
@@ -97,7 +103,7 @@ def test_the_dense_mask():
     tree = build(HARD)
     for node, sees in enumerate(tree.attention_mask):
         seen = sees.nonzero().flatten()
-        assert seen.tolist() == [n for n in range(node + 1) if tree.subtree_end[n] > node]
+        assert seen.tolist() == [n for n in range(node + 1) if tree.nodes.subtree_end[n] > node]
 
 
 def test_every_text_is_one_node():
@@ -107,13 +113,13 @@ def test_every_text_is_one_node():
     per_log = [{tuple(t[:d]) for t in states(log, BACKSPACE) for d in range(1, len(t) + 1)} for log in HARD]
     assert tree.num_nodes_unshared == sum(map(len, per_log))
     assert tree.num_nodes < tree.num_nodes_unshared
-    roots = tree.positions[: tree.num_nodes] == 0
+    roots = tree.nodes.positions[: tree.num_nodes] == 0
     assert int(roots.sum()) == 2  # prompts begin with 1 and with 9: one node each
 
 
 def check_preorder(tree: TreeBatch) -> None:
     """A subtree is one interval, and padding sees itself only."""
-    end, positions = tree.subtree_end.tolist(), tree.positions.tolist()
+    end, positions = tree.nodes.subtree_end.tolist(), tree.nodes.positions.tolist()
     assert len(end) == tree.num_padded_nodes
     assert tree.num_padded_nodes % NODE_ALIGNMENT == 0
     assert tree.num_padded_nodes - tree.num_nodes < NODE_ALIGNMENT
@@ -131,8 +137,8 @@ def test_nodes_are_in_preorder():
     ]
     tree = build(logs)
     check_preorder(tree)
-    assert tree.node_ids[: tree.num_nodes].tolist() == [1, 4, 5, 6, 8, EOS, 7, 9, EOS, EOS]  # by hand
-    assert tree.subtree_end[: tree.num_nodes].tolist() == [10, 9, 6, 4, 6, 6, 9, 9, 9, 10]
+    assert tree.nodes.token_ids[: tree.num_nodes].tolist() == [1, 4, 5, 6, 8, EOS, 7, 9, EOS, EOS]  # by hand
+    assert tree.nodes.subtree_end[: tree.num_nodes].tolist() == [10, 9, 6, 4, 6, 6, 9, 9, 9, 10]
 
 
 def test_a_long_text_and_a_wide_tree():
@@ -141,7 +147,7 @@ def test_a_long_text_and_a_wide_tree():
     wide = [Log([1, 4], [4 + i, EOS], finish_reason="eos") for i in range(200)]
     tree = build([long, *wide], max_positions=1000)
     check_preorder(tree)
-    assert int(tree.positions.max()) == 301
+    assert int(tree.nodes.positions.max()) == 301
     check_against_replay(tree, [long, *wide])
 
 
@@ -181,7 +187,7 @@ def test_random_logs(logs):
 def test_each_eos_of_several_ends_a_log():
     logs = [Log([5], [7, EOS]), Log([5], [7, 9])]
     tree = build_tree_batch(to_batch(logs), backspace_id=BACKSPACE, eos_ids=[EOS, 9], max_positions=64)
-    assert tree.truncated.tolist() == [False, False]
+    assert tree.trajectories.truncated.tolist() == [False, False]
     with pytest.raises(ValueError, match="log 1: <eos> must be the last action where finish_reason is `eos`"):
         build(logs)
 
@@ -191,18 +197,19 @@ def test_a_slice_of_a_batch_is_like_its_copy():
     arguments = {"backspace_id": BACKSPACE, "eos_ids": [EOS], "max_positions": 64}
     sliced = build_tree_batch(to_batch(logs).slice(2, 5), **arguments)
     copied = build_tree_batch(to_batch(logs[2:7]), **arguments)
-    for field in dataclasses.fields(sliced):
-        assert np.array_equal(getattr(sliced, field.name), getattr(copied, field.name)), field.name
-    assert sliced.features[:, 0].tolist() == sliced.reward.tolist() == [2, 3, 4, 5, 6]
+    for part in ("nodes", "actions", "trajectories"):
+        for name, values in vars(getattr(sliced, part)).items():
+            assert np.array_equal(values, getattr(getattr(copied, part), name)), name
+    assert sliced.trajectories.features[:, 0].tolist() == sliced.trajectories.reward.tolist() == [2, 3, 4, 5, 6]
 
 
 def test_scores_and_contexts_of_logs():
     """A log without a reward has none, features are all or none, and a context is a prompt."""
     tree = build([dataclasses.replace(log, reward=None if n == 1 else 0.5) for n, log in enumerate(HARD)])
-    assert tree.reward.isnan().tolist() == [n == 1 for n in range(len(HARD))]
-    assert tree.features.shape == (len(HARD), 0)
+    assert tree.trajectories.reward.isnan().tolist() == [n == 1 for n in range(len(HARD))]
+    assert tree.trajectories.features.shape == (len(HARD), 0)
     prompts = [tuple(log.prompt) for log in HARD]
-    contexts = tree.context.tolist()
+    contexts = tree.trajectories.context.tolist()
     assert [[a == b for b in contexts] for a in contexts] == [[a == b for b in prompts] for a in prompts]
     assert [int(float(context)) for context in contexts] == contexts
     with pytest.raises(ValueError, match="between 0 and 3 features"):

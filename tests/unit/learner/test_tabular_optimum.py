@@ -203,25 +203,25 @@ def test_the_table_is_the_objective(name):
     ]
     tree = build(logs)
     rows = []  # of the table, for every state with a value; the absorbing states come behind the texts
-    for node in tree.value_nodes.tolist():
+    for node in tree.nodes.states.tolist():
         _, *typed = text_of(tree, node)
         row = table.index["".join(letters[i] for i in typed if i != EOS_ID)]
         rows.append(row + len(table.texts) * (EOS_ID in typed))
     v = torch.cat([table.values(noise).v, noise[:, 4]])[rows]
     columns = torch.tensor(
-        [{**{ids[x]: i for i, x in enumerate(LETTERS)}, EOS_ID: EOS}[a] for a in tree.action.tolist()]
+        [{**{ids[x]: i for i, x in enumerate(LETTERS)}, EOS_ID: EOS}[a] for a in tree.actions.label.tolist()]
     )
     values = ActionValues(
-        q=noise[torch.tensor(rows)[tree.state_row], columns],
-        v=v[tree.state_row],
-        v_next=v[tree.next_state_row],
-        v_start=v[tree.start_row],
-        v_final=v[tree.final_row],
+        q=noise[torch.tensor(rows)[tree.actions.state], columns],
+        v=v[tree.actions.state],
+        v_next=v[tree.actions.next_state],
+        v_start=v[tree.trajectories.start],
+        v_final=v[tree.trajectories.final],
         log_prob_backspace=torch.zeros(tree.num_actions),
         log_prob_at_temperature=torch.zeros(tree.num_actions),
     )
-    assert BACKSPACE_ID not in tree.action.tolist()
+    assert BACKSPACE_ID not in tree.actions.label.tolist()
     settings = SequenceMatchSettings(divergence=name, alpha=alpha, gamma=gamma, beta_start=0.0, beta_end=0.0)
     loss, _ = make_objective(settings).data_loss(EvaluatedLogs(tree, values, LogCounts.of([tree])), step=0)
     expected = table.loss(noise, table.clean_occupancy(CLEAN), None, DIVERGENCES[name], alpha)
-    torch.testing.assert_close(loss * tree.num_actions / tree.num_logs, expected)
+    torch.testing.assert_close(loss * tree.num_actions / tree.num_trajectories, expected)

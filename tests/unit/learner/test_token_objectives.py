@@ -227,11 +227,19 @@ def test_prompts_and_labels_are_true_and_answers_are_the_models(unsure):
     replaced = []
     for step in range(20):
         data = evaluate(objective, unsure, step=step)
-        for name in ("action", "state", "positions", "subtree_end"):
-            assert torch.equal(getattr(data.tree, name), getattr(tree, name))
-        assert all(text_of(data.tree, int(node)) == text_of(tree, int(node)) for node in tree.start)
-        assert BACKSPACE not in data.tree.node_ids
-        replaced.append(data.tree.node_ids != tree.node_ids)
+        for part, name in (
+            ("actions", "label"),
+            ("actions", "state"),
+            ("nodes", "positions"),
+            ("nodes", "subtree_end"),
+        ):
+            assert torch.equal(getattr(getattr(data.tree, part), name), getattr(getattr(tree, part), name))
+        assert all(
+            text_of(data.tree, int(node)) == text_of(tree, int(node))
+            for node in tree.nodes.states[tree.trajectories.start]
+        )
+        assert BACKSPACE not in data.tree.nodes.token_ids
+        replaced.append(data.tree.nodes.token_ids != tree.nodes.token_ids)
     ever = torch.stack(replaced).any(0)
     in_prompt = {tuple(log.prompt[:n]) for log in LOGS for n in range(1, len(log.prompt) + 1)}
     expected = [tuple(text_of(tree, node)) not in in_prompt for node in range(tree.num_nodes)]
@@ -249,7 +257,7 @@ def test_draws_depend_on_seed_and_step_alone(unsure):
     def tokens(seed: int, step: int) -> list[int]:
         objective = scheduled(schedule="linear", k=0.5, seed=seed)
         torch.manual_seed(torch.seed())
-        return evaluate(objective, unsure, step=step).tree.node_ids.tolist()
+        return evaluate(objective, unsure, step=step).tree.nodes.token_ids.tolist()
 
     assert tokens(1, 4) == tokens(1, 4)
     assert tokens(1, 4) != tokens(1, 5)
@@ -362,7 +370,7 @@ def test_the_frozen_table_matters_after_a_restart(task):
 def test_a_tree_without_logs_adds_nothing(model, name):
     """As a rank has one whose share is empty, and whose forward and backward pass the others still wait for."""
     objective = make_objective(TypeAdapter(ObjectiveSettings).validate_python({"name": name}))
-    tree = build(LOGS).without_logs()
+    tree = build(LOGS).without_trajectories()
     data = objective.evaluate(TreePolicy(model, BACKSPACE), tree, LogCounts.of([build(LOGS)]), 0)
     loss, metrics = objective.data_loss(data, 0)
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)

@@ -54,7 +54,7 @@ def test_hidden_states_are_those_of_each_text_alone(kind, tile_size):
     hidden = evaluate_nodes(model, tree)
     assert model.config._attn_implementation == tree_attention.NAME  # not the dense mask
     assert hidden.shape == (tree.num_padded_nodes, 32)
-    for node in tree.value_nodes.tolist():
+    for node in tree.nodes.states.tolist():
         torch.testing.assert_close(hidden[node], alone(model, tree, node), rtol=0, atol=1e-5)
 
 
@@ -80,9 +80,9 @@ def test_gradients_are_those_of_the_dense_mask(kind, tile_size):
     tiled, dense = tiny(kind).double(), tiny(kind).double()
     (evaluate_nodes(tiled, tree) * weight).sum().backward()
     hidden = dense.base_model(
-        input_ids=tree.node_ids[None],
+        input_ids=tree.nodes.token_ids[None],
         attention_mask=tree.attention_mask[None, None],
-        position_ids=tree.positions[None],
+        position_ids=tree.nodes.positions[None],
         use_cache=False,
     ).last_hidden_state[0]
     (hidden * weight).sum().backward()
