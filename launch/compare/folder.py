@@ -18,7 +18,6 @@ from pathlib import Path
 
 from launch.compare.plan import COMPARED_STAGE, PLAN_FILE, ComparisonPlan
 from launch.errors import UserError
-from launch.evaluation import Estimate
 from launch.evaluation.task import CHECKPOINTS_FOLDER
 from launch.run_folder.checkpoints import final_checkpoint, finished_stages
 from launch.run_folder.folder import (
@@ -34,6 +33,7 @@ from launch.run_folder.folder import (
 )
 from launch.settings.recipe import with_absolute_paths
 from launch.settings.run import RunSettings
+from launch.statistics import Estimate
 from learner.settings.stages import stages_before
 
 HTML_FILE, JSON_FILE, MARKDOWN_FILE, CSV_FILE = "compare.html", "compare.json", "compare.md", "compare.csv"

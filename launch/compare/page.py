@@ -13,14 +13,13 @@ import yaml
 from launch.compare.arms import RECIPE_KEY
 from launch.compare.folder import ComparisonFolder
 from launch.compare.plan import ComparisonPlan
-from launch.compare.results import Comparison
-from launch.compare.statistics import MIN_SEEDS, ComparedMetric, Difference, Spread
+from launch.compare.results import ComparedMetric, Comparison
 from launch.compare.temperatures import temperature_charts
 from launch.report.document import axis_position, render_document
-from launch.report.evaluation import GROUPS, METRICS, MetricInfo, Outcome
-from launch.report.intervals import Interval
+from launch.report.evaluation import GROUPS, METRICS, MetricInfo, Outcome, change_outcome
 from launch.report.write import REPORT_FILE
 from launch.run_folder.folder import shown_path
+from launch.statistics import MIN_SEEDS, Difference, Interval, Spread
 
 _ROOM = 0.06
 """Of an axis beyond its outermost marks, as a share of what lies between them."""
@@ -37,7 +36,7 @@ class ArmNumbers:
     spread: Spread
     values: tuple[float, ...]
     interval: Interval
-    change: Interval | None
+    change: Difference | None
     beyond_noise: bool
     outcome: Outcome | None
 
@@ -100,7 +99,6 @@ def _panel(metric: ComparedMetric, comparison: Comparison) -> Panel:
         if (spread := metric.spreads.get(arm)) is None:
             continue
         difference = metric.differences.get(arm)
-        beyond_noise = difference is not None and difference.within_noise is False
         lines.append(
             ArmNumbers(
                 arm=arm,
@@ -108,9 +106,9 @@ def _panel(metric: ComparedMetric, comparison: Comparison) -> Panel:
                 spread=spread,
                 values=comparison.values_of(arm, metric.name),
                 interval=_around(spread.mean, difference),
-                change=None if difference is None else _around(difference.mean, difference),
-                beyond_noise=beyond_noise,
-                outcome=_outcome(difference, info) if beyond_noise and difference is not None else None,
+                change=difference,
+                beyond_noise=difference is not None and difference.within_noise is False,
+                outcome=change_outcome(difference, info),
             )
         )
     reference = metric.spreads.get(comparison.reference)
@@ -118,16 +116,10 @@ def _panel(metric: ComparedMetric, comparison: Comparison) -> Panel:
 
 
 def _around(center: float, difference: Difference | None) -> Interval:
-    half_width = None if difference is None else difference.half_width
-    if half_width is None:
+    if difference is None or difference.low is None or difference.high is None:
         return Interval(center, None, None)
-    return Interval(center, center - half_width, center + half_width)
-
-
-def _outcome(difference: Difference, info: MetricInfo) -> Outcome | None:
-    if info.better == "neither" or difference.mean == 0.0:
-        return None
-    return "better" if (difference.mean > 0.0) == (info.better == "higher") else "worse"
+    shift = center - difference.value
+    return Interval(center, difference.low + shift, difference.high + shift)
 
 
 def _span(lines: Sequence[ArmNumbers]) -> tuple[float, float]:

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from launch.compare.folder import CSV_FILE, HTML_FILE, JSON_FILE, MARKDOWN_FILE, ComparisonFolder
 from launch.compare.page import render_page
-from launch.compare.results import Comparison, to_json_text
-from launch.compare.statistics import MIN_SEEDS, ComparedMetric, Difference, Spread
+from launch.compare.results import ComparedMetric, Comparison, to_json_text
+from launch.statistics import MIN_SEEDS, Difference, Spread
 
 MAX_WIDTH = 100
 """Of a table, in columns, where the terminal is wider; arms that do not fit into one have another."""
@@ -115,7 +115,8 @@ def _cost_rows(comparison: Comparison) -> list[_Row]:
 def _cells(metric: ComparedMetric, num_seeds: int) -> dict[str, list[str]]:
     largest = max((abs(found.mean) for found in metric.spreads.values()), default=0.0)
     cells = {arm: [_spread_text(found, largest)] for arm, found in metric.spreads.items()}
-    if any(found.mean or found.half_width for found in metric.differences.values()):
+    differ = any(found.value for found in metric.differences.values())
+    if differ or any(found.standard_error for found in metric.spreads.values()):
         for arm, found in metric.differences.items():
             cells[arm].append(_difference_text(found, largest, num_seeds))
     return cells
@@ -128,10 +129,10 @@ def _spread_text(found: Spread, scale: float) -> str:
 
 
 def _difference_text(found: Difference, scale: float, num_seeds: int) -> str:
-    sign = "-" if found.mean < 0 else "+"
+    sign = "-" if found.value < 0 else "+"
     interval = "" if found.half_width is None else f" ±{_number(found.half_width, scale)}"
     of_examples = _OF_EXAMPLES if found.basis == "examples" and num_seeds >= MIN_SEEDS else ""
-    return f"{sign}{_number(abs(found.mean), scale)}{interval} {_MARKS[found.within_noise]}{of_examples}"
+    return f"{sign}{_number(abs(found.value), scale)}{interval} {_MARKS[found.within_noise]}{of_examples}"
 
 
 def _number(value: float, scale: float) -> str:

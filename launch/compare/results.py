@@ -10,11 +10,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from launch.compare.folder import StageCost
-from launch.compare.statistics import CONFIDENCE, ComparedMetric, compare_metric
-from launch.evaluation import Estimate
+from launch.statistics import CONFIDENCE, Difference, Estimate, Spread, differences_to, spread
 
 Key = tuple[str, int]
 """Arm and seed."""
+
+
+@dataclass(frozen=True)
+class ComparedMetric:
+    """One metric over all arms that have it. differences: of all but the reference, by arm."""
+
+    name: str
+    spreads: dict[str, Spread]
+    differences: dict[str, Difference]
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,13 @@ class Comparison:
     def metrics(self) -> list[ComparedMetric]:
         """Every number that an arm has, in the order of the evaluation."""
         names = list(dict.fromkeys(name for numbers in self.estimates.values() for name in numbers))
-        return [
-            compare_metric(name, self._by_arm(self.estimates, name), self.reference, self._by_arm(self.changes, name))
-            for name in names
-        ]
+        found = []
+        for name in names:
+            numbers = self._by_arm(self.estimates, name)
+            spreads = {arm: each for arm, by_seed in numbers.items() if (each := spread(by_seed)) is not None}
+            changes = self._by_arm(self.changes, name)
+            found.append(ComparedMetric(name, spreads, differences_to(self.reference, numbers, changes)))
+        return found
 
     def costs_of(self, arm: str) -> list[StageCost]:
         """Of each of its runs that did not fail."""
@@ -90,10 +101,7 @@ class Comparison:
         }
 
     def _run_to_json(self, key: Key) -> dict[str, object]:
-        return {
-            name: {"value": number.value, "standard_error": number.standard_error, "n": number.count}
-            for name, number in self.estimates.get(key, {}).items()
-        }
+        return {name: number.to_json() for name, number in self.estimates.get(key, {}).items()}
 
 
 def to_json_text(comparison: Comparison) -> str:
@@ -105,7 +113,17 @@ def _metric_to_json(metric: ComparedMetric) -> dict[str, object]:
     return {
         "name": metric.name,
         "arms": {arm: asdict(found) for arm, found in metric.spreads.items()},
-        "differences": {
-            arm: asdict(found) | {"within_noise": found.within_noise} for arm, found in metric.differences.items()
-        },
+        "differences": {arm: _difference_to_json(found) for arm, found in metric.differences.items()},
+    }
+
+
+def _difference_to_json(found: Difference) -> dict[str, object]:
+    return {
+        "mean": found.value,
+        "half_width": found.half_width,
+        "p_value": found.p_value,
+        "adjusted_p_value": found.adjusted_p_value,
+        "basis": found.basis,
+        "num_seeds": found.num_seeds,
+        "within_noise": found.within_noise,
     }

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.compare.statistics import ComparedMetric, Spread
+from launch.compare.results import ComparedMetric
 from launch.report.evaluation import METRICS, MetricInfo
 from launch.report.page_data import Json
 from launch.settings.decodings import SAMPLED
+from launch.statistics import Spread
 
 COLORS = 7
 """Arms beyond these have the colours again, with another dash."""

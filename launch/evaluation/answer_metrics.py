@@ -32,8 +32,8 @@ from buffer.experts.tasks import Task
 from buffer.trajectory.replay import ActionLogs, Replay, replay, surviving_events
 from buffer.trajectory.schema import TokenContract
 from launch.evaluation.editing_metrics import editing_metrics, final_texts, planted_taken_back
-from launch.evaluation.estimates import Bool, Estimate
 from launch.evaluation.planting import first_targets, references
+from launch.statistics import Bool, Estimate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,8 +52,8 @@ def answer_metrics(
     played = replay(logs, contract.backspace_id)
     answers = final_texts(logs, played, contract)
     metrics = {
-        "empty_rate": Estimate.share(answers.lengths == 0),
-        "truncated_rate": Estimate.share(~_ended(batch)),
+        "empty_rate": Estimate.fraction(answers.lengths == 0),
+        "truncated_rate": Estimate.fraction(~_ended(batch)),
         "actions_per_answer": Estimate.mean(logs.lengths),
         **editing_metrics(batch, logs, played, contract),
     }
@@ -63,10 +63,10 @@ def answer_metrics(
     taken_back = ~surviving_events(logs, played, contract.backspace_id)
 
     def share_taken_back(tokens: Bool) -> Estimate:
-        return Estimate.share(taken_back[tokens], played.log[tokens], logs.num_logs)
+        return Estimate.fraction(taken_back[tokens], played.log[tokens], logs.num_logs)
 
     return {
-        "accuracy": Estimate.share(_correct(batch, answers, examples, task)),
+        "accuracy": Estimate.fraction(_correct(batch, answers, examples, task)),
         **metrics,
         "wrong_taken_back": share_taken_back(judged & ~right),
         "right_taken_back": share_taken_back(judged & right),
@@ -92,7 +92,7 @@ def recovery_metrics(
         raise ValueError("a log begins with the right token: recovery is measured from a wrong one")
     answers = final_texts(logs, played, contract)
     return {
-        "recovery": Estimate.share(_correct(batch, answers, examples, task)),
+        "recovery": Estimate.fraction(_correct(batch, answers, examples, task)),
         "planted_taken_back": taken_back,
     }
 

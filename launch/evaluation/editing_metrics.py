@@ -15,7 +15,7 @@ import pyarrow as pa
 from buffer.experts.ragged import Ragged
 from buffer.trajectory.replay import ActionLogs, Replay, final_token_ids, surviving_events
 from buffer.trajectory.schema import TokenContract
-from launch.evaluation.estimates import Bool, Estimate, Int64
+from launch.statistics import Bool, Estimate, Int64
 
 
 def editing_metrics(
@@ -27,11 +27,11 @@ def editing_metrics(
     rewritten, longest = rewrites(logs, played, contract.backspace_id)
     reasons = np.array(batch.column("finish_reason").to_pylist())
     return {
-        "backspace_rate": Estimate.share(is_backspace, played.log, logs.num_logs),
+        "backspace_rate": Estimate.fraction(is_backspace, played.log, logs.num_logs),
         "actions_per_final_token": Estimate.ratio(logs.lengths.astype(np.float64), num_final),
-        "rewritten_rate": Estimate.share(rewritten[is_backspace], played.log[is_backspace], logs.num_logs),
+        "rewritten_rate": Estimate.fraction(rewritten[is_backspace], played.log[is_backspace], logs.num_logs),
         "longest_rewrite_run": Estimate.mean(longest),
-        "max_actions_rate": Estimate.share(reasons == "max_actions"),
+        "max_actions_rate": Estimate.fraction(reasons == "max_actions"),
     }
 
 
@@ -47,7 +47,7 @@ def planted_taken_back(
         raise ValueError(f"a log is shorter than the {num_planted} tokens that were planted in it")
     planted = logs.offsets[:-1, None] + np.arange(num_planted)
     taken_back = ~surviving_events(logs, played, contract.backspace_id)[planted]
-    share = Estimate.share(taken_back.ravel(), played.log[planted].ravel(), logs.num_logs)
+    share = Estimate.fraction(taken_back.ravel(), played.log[planted].ravel(), logs.num_logs)
     return np.logical_and.reduce(taken_back, axis=1), share
 
 

@@ -19,7 +19,7 @@ from buffer.experts.ragged import Ragged
 from buffer.experts.stream import ExpertStream, NoisePlan
 from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import TokenContract
-from launch.evaluation.estimates import Estimate, Float64, Int64
+from launch.statistics import Estimate, Float64, Int64
 from learner.batches.micro_batches import TreeSettings, build_micro_batches
 from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch

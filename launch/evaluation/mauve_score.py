@@ -14,8 +14,8 @@ import importlib.util
 import numpy as np
 import numpy.typing as npt
 
-from launch.evaluation.estimates import Estimate
 from launch.generation import library_chatter_held
+from launch.statistics import Estimate
 
 Float32 = npt.NDArray[np.float32]
 

@@ -14,7 +14,6 @@ from buffer.experts.ragged import Ragged, index_ranges
 from buffer.trajectory.replay import ActionLogs, replay
 from launch.evaluation.answer_metrics import answer_metrics, recovery_metrics
 from launch.evaluation.editing_metrics import final_texts
-from launch.evaluation.estimates import Estimate
 from launch.evaluation.mauve_score import check_mauve_installed, mauve_score
 from launch.evaluation.results import HELD_OUT, Target
 from launch.evaluation.rollouts import RolloutPlan, Rollouts, load_for_evaluation
@@ -22,6 +21,7 @@ from launch.evaluation.text_metrics import text_metrics
 from launch.generation import Checkpoint, progress_bar
 from launch.settings.evaluation import TEXTS_PER_CLUSTER, MauveSettings
 from launch.settings.run import RunSettings
+from launch.statistics import Estimate
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from buffer.experts.ragged import Ragged
-from launch.evaluation.estimates import Bool, Estimate, Float64, Int64
+from launch.statistics import Bool, Estimate, Float64, Int64
 
 DIVERSITY_SIZES = (2, 3, 4)
 

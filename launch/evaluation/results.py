@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.evaluation.estimates import Estimate, difference, is_within_noise
 from launch.rollout_view import RolloutView
+from launch.statistics import Difference, Estimate, change_by_example, difference
 
 HELD_OUT = "held_out"
 """The group of numbers that are of the held-out texts themselves, not of rollouts."""
@@ -42,15 +42,16 @@ class CheckpointResult:
     metrics: Metrics
     rollouts: tuple[ShownRollout, ...]
 
-    def differences(self, baseline: CheckpointResult) -> dict[str, dict[str, Estimate]]:
-        """This minus `baseline`, example by example, where a number is one of examples."""
-        found: dict[str, dict[str, Estimate]] = {}
+    def differences(self, baseline: CheckpointResult) -> dict[str, dict[str, tuple[Estimate, Difference]]]:
+        """This minus `baseline`, example by example, where a number is one of examples; and what that says."""
+        found: dict[str, dict[str, tuple[Estimate, Difference]]] = {}
         for group, numbers in self.metrics.items():
             for name, number in numbers.items():
                 other = baseline.metrics.get(group, {}).get(name)
-                change = None if other is None else difference(number, other)
-                if change is not None:
-                    found.setdefault(group, {})[name] = change
+                change = None if other is None else change_by_example(number, other)
+                verdict = None if other is None else difference(number, other, change)
+                if change is not None and verdict is not None:
+                    found.setdefault(group, {})[name] = change, verdict
         return found
 
 
@@ -84,30 +85,18 @@ class Evaluation:
                 {
                     "label": result.label,
                     "checkpoint": str(result.checkpoint),
-                    "metrics": _to_json(result.metrics),
-                    "differences": {} if result is baseline else _changes_to_json(result.differences(baseline)),
+                    "metrics": {
+                        group: {name: number.to_json() for name, number in numbers.items()}
+                        for group, numbers in result.metrics.items()
+                    },
+                    "differences": {
+                        group: {
+                            name: {**change.to_json(), "within_noise": verdict.within_noise}
+                            for name, (change, verdict) in numbers.items()
+                        }
+                        for group, numbers in (() if result is baseline else result.differences(baseline).items())
+                    },
                 }
                 for result in self.results
             ],
         }
-
-
-def _to_json(metrics: Metrics) -> dict[str, object]:
-    return {
-        group: {name: _estimate_to_json(number) for name, number in numbers.items()}
-        for group, numbers in metrics.items()
-    }
-
-
-def _changes_to_json(metrics: Metrics) -> dict[str, object]:
-    return {
-        group: {
-            name: {**_estimate_to_json(change), "within_noise": is_within_noise(change)}
-            for name, change in numbers.items()
-        }
-        for group, numbers in metrics.items()
-    }
-
-
-def _estimate_to_json(number: Estimate) -> dict[str, float | int | None]:
-    return {"value": number.value, "standard_error": number.standard_error, "n": number.count}

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from buffer.experts.ragged import Ragged
-from launch.evaluation.estimates import Bool, Estimate, Float64, Int64
 from launch.evaluation.ngrams import Ngrams, ngrams
+from launch.statistics import Bool, Estimate, Float64, Int64
 
 BLOCK_TEXTS = 100
 MAX_SIZE = 4

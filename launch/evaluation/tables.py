@@ -10,9 +10,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launch.evaluation.estimates import Estimate, is_within_noise
 from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation
 from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED
+from launch.statistics import Difference, Estimate
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def difference_table(evaluation: Evaluation) -> list[RenderableType]:
         numbers = [found.get(column.group or SAMPLED, {}).get(column.metric) for column in columns]
         cells = [_format_change(*pair) for pair in zip(numbers, columns, strict=True)]
         table.add_row(Text(result.label, "bold"), *cells)
-    caption = f"differences to {baseline.label} on the same examples; ~ within noise (two standard errors)"
+    caption = f"differences to {baseline.label} on the same examples; ~ within noise (the 95 % interval holds 0)"
     return [Text(""), table, Text(caption, "dim")]
 
 
@@ -140,12 +140,14 @@ def format_estimate(number: Estimate | None, is_share: bool, with_error: bool) -
     return f"{scale * number.value:.{digits}f}{error}"
 
 
-def _format_change(change: Estimate | None, column: _Column) -> Text:
-    if change is None or change.value is None:
+def _format_change(found: tuple[Estimate, Difference] | None, column: _Column) -> Text:
+    if found is None:
         return Text("-")
-    sign = "+" if change.value > 0 else ""
+    change, verdict = found
+    sign = "+" if verdict.value > 0 else ""
     text = sign + format_estimate(change, column.is_share, with_error=True)
-    return Text(f"~ {text}", "dim") if is_within_noise(change) else Text(text)
+    mark = {True: "~ ", False: "", None: "? "}[verdict.within_noise]
+    return Text(f"{mark}{text}", "dim" if mark else "")
 
 
 def _table(first: str, columns: Sequence[_Column]) -> Table:

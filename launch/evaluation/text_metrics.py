@@ -21,9 +21,9 @@ import pyarrow as pa
 from buffer.trajectory.replay import ActionLogs, replay
 from buffer.trajectory.schema import TokenContract
 from launch.evaluation.editing_metrics import editing_metrics, final_texts, planted_taken_back
-from launch.evaluation.estimates import Estimate
 from launch.evaluation.ngrams import distinct_ngrams, diversity, ngram_entropy
 from launch.evaluation.self_bleu import self_bleu
+from launch.statistics import Estimate
 
 ENTROPY_SIZES = (1, 2, 4)
 
@@ -37,12 +37,12 @@ def text_metrics(batch: pa.RecordBatch, contract: TokenContract, num_planted: in
     recovered = {}
     if num_planted:
         all_gone, taken_back = planted_taken_back(logs, played, contract, num_planted)
-        recovered = {"recovery": Estimate.share(all_gone), "planted_taken_back": taken_back}
+        recovered = {"recovery": Estimate.fraction(all_gone), "planted_taken_back": taken_back}
     return {
         **recovered,
         **editing_metrics(batch, logs, played, contract),
         "tokens_per_text": Estimate.mean(texts.lengths),
-        "truncated_rate": Estimate.share(~ended),
+        "truncated_rate": Estimate.fraction(~ended),
         "distinct_4grams": Estimate.mean(*distinct_ngrams(texts, 4)),
         "diversity": Estimate.mean(*diversity(texts)),
         **{f"entropy_{size}gram_bits": ngram_entropy(texts, size) for size in ENTROPY_SIZES},

@@ -6,7 +6,6 @@ one, shows what it understands.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from launch.evaluation.report import EVALUATION_FILE
-from launch.report.intervals import Interval, difference, normal_interval, share_interval
+from launch.statistics import Difference, Estimate, Interval, difference
 
 Direction = Literal["higher", "lower", "neither"]
 Outcome = Literal["better", "worse"]
@@ -25,6 +24,10 @@ class _Number(BaseModel):
     value: float | None
     standard_error: float | None = None
     n: int | None = None
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.value, self.standard_error, self.n or 0)
 
 
 class _Checkpoint(BaseModel):
@@ -92,7 +95,7 @@ class Cell:
 
     interval: Interval | None
     count: int | None
-    change: Interval | None
+    change: Difference | None
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,14 @@ class Measure:
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of the verdict. outcome: None where the interval holds 0 or is not known."""
+    """One sentence of the verdict. outcome: None within noise, and where that is unknown."""
 
     label: str
     baseline: str
     measure: Measure
     number: Interval
     against: Interval
-    change: Interval
+    change: Difference
     outcome: Outcome | None
 
 
@@ -162,9 +165,9 @@ def read_evaluation(run: Path, is_baseline: Callable[[str], bool]) -> Evaluation
     return EvaluationTable(file.task, file.num_examples, file.seed, labels, baseline, measures, findings, file.left_out)
 
 
-def change_outcome(change: Interval | None, info: MetricInfo) -> Outcome | None:
-    """What a difference means; None where its interval holds 0 or is not known, and where no direction is better."""
-    if change is None or not change.excludes_zero or info.better == "neither":
+def change_outcome(change: Difference | None, info: MetricInfo) -> Outcome | None:
+    """What a difference means; None within noise, where that is unknown, and where no direction is better."""
+    if change is None or change.within_noise is not False or info.better == "neither":
         return None
     return "better" if (change.value > 0.0) == (info.better == "higher") else "worse"
 
@@ -188,42 +191,27 @@ def _position(name: str, known: list[str]) -> int:
 def _measure(file: _EvaluationFile, baseline: int, group: str, name: str) -> Measure:
     info = METRICS.get(name, MetricInfo(name.replace("_", " ")))
     numbers = [checkpoint.metrics.get(group, {}).get(name) for checkpoint in file.checkpoints]
-    intervals = [_interval(number, info) for number in numbers]
-    against = intervals[baseline]
+    intervals = [None if number is None else number.estimate.interval() for number in numbers]
+    against = numbers[baseline]
     cells = []
     for index, (number, interval) in enumerate(zip(numbers, intervals, strict=True)):
         change = None
-        if index != baseline and interval is not None and against is not None:
-            change = _paired(file, index, baseline, group, name) or difference(interval, against)
+        if index != baseline and number is not None and against is not None:
+            change = difference(number.estimate, against.estimate, _paired(file, index, baseline, group, name))
         cells.append(Cell(interval, None if number is None else number.n, change))
     return Measure(group, name, info, tuple(cells), _span(intervals, info))
 
 
-def _paired(file: _EvaluationFile, index: int, baseline: int, group: str, name: str) -> Interval | None:
+def _paired(file: _EvaluationFile, index: int, baseline: int, group: str, name: str) -> Estimate | None:
     """The difference that was measured example by example, where the file has it: it knows what the two share."""
     ours, others = file.checkpoints[index], file.checkpoints[baseline]
     sign, holder = (1.0, ours) if others.label == file.baseline else (-1.0, others)
     if file.baseline not in (ours.label, others.label):
         return None
     number = holder.differences.get(group, {}).get(name)
-    if number is None or number.value is None or not number.standard_error:
-        return None  # an error of 0 says that no example differs, not that none could
-    return normal_interval(sign * number.value, number.standard_error)
-
-
-def _interval(number: _Number | None, info: MetricInfo) -> Interval | None:
     if number is None or number.value is None:
         return None
-    if info.is_share and number.n and _is_binomial(number.value, number.standard_error, number.n):
-        return share_interval(number.value, number.n)
-    return normal_interval(number.value, number.standard_error)
-
-
-def _is_binomial(value: float, standard_error: float | None, count: int) -> bool:
-    """Whether the error is that of a share of independent cases; a mean of shares has another one."""
-    if standard_error is None or not 0.0 <= value <= 1.0:
-        return False
-    return math.isclose(standard_error, math.sqrt(value * (1 - value) / count), rel_tol=1e-6, abs_tol=1e-12)
+    return Estimate(sign * number.value, number.standard_error, number.n or 0)
 
 
 def _span(intervals: Sequence[Interval | None], info: MetricInfo) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import math
 import time
 
 from launch.report.evaluation import MetricInfo
-from launch.report.intervals import Interval
+from launch.statistics import Interval
 
 MINUS = "\N{MINUS SIGN}"
 

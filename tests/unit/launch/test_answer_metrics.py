@@ -21,8 +21,8 @@ from launch.evaluation.answer_metrics import (
     answer_texts,
     recovery_metrics,
 )
-from launch.evaluation.estimates import Estimate
 from launch.evaluation.planting import lacks_wrong_tokens, plant_wrong_tokens
+from launch.statistics import Estimate
 
 TASK = load_task(ArithmeticTaskSettings(bases=(2, 10), max_digits=2, train_questions=40, held_out_questions=60))
 CONTRACT = TASK.contract()
@@ -134,16 +134,18 @@ def test_judged_tokens_equal_the_oracle(pairs: list[tuple[str, str]]) -> None:
     metrics = answer_metrics(batch, examples, TASK, CONTRACT)
     verdicts = [oracle(answer, log) for answer, log in pairs]
     wrong = [taken_back for verdict in verdicts for taken_back in verdict[0]]
-    assert metrics["wrong_taken_back"] == Estimate.share(np.array(wrong, dtype=bool))
+    assert metrics["wrong_taken_back"] == Estimate.fraction(np.array(wrong, dtype=bool))
     right = [taken_back for verdict in verdicts for taken_back in verdict[1]]
-    assert metrics["right_taken_back"] == Estimate.share(np.array(right, dtype=bool))
+    assert metrics["right_taken_back"] == Estimate.fraction(np.array(right, dtype=bool))
 
 
 def test_standard_errors() -> None:
-    assert Estimate.share(np.array([True, False, False, False])) == Estimate(0.25, pytest.approx(0.2165, abs=1e-4), 4)
+    assert Estimate.fraction(np.array([True, False, False, False])) == Estimate(
+        0.25, pytest.approx(0.2165, abs=1e-4), 4
+    )
     assert Estimate.mean(np.array([2, 4])) == Estimate(3.0, pytest.approx(1.0), 2)
     assert Estimate.mean(np.array([7])) == Estimate(7.0, None, 1)
-    assert Estimate.share(np.array([], dtype=bool)) == Estimate(None, None, 0)
+    assert Estimate.fraction(np.array([], dtype=bool)) == Estimate(None, None, 0)
     assert Estimate.mean(np.array([], dtype=np.int64)) == Estimate(None, None, 0)
 
 
@@ -170,8 +172,8 @@ def test_recovery() -> None:
     examples = examples_with(["16", "16", "16", "16"])
     batch = logs_of(examples, ["7<16.", "71<<17.", "716.", "7<16"])
     metrics = recovery_metrics(batch, examples, TASK, CONTRACT)
-    assert metrics["recovery"] == Estimate.share(np.array([True, False, False, False]))
-    assert metrics["planted_taken_back"] == Estimate.share(np.array([True, True, False, True]))
+    assert metrics["recovery"] == Estimate.fraction(np.array([True, False, False, False]))
+    assert metrics["planted_taken_back"] == Estimate.fraction(np.array([True, True, False, True]))
     with pytest.raises(ValueError, match="begins with the right token"):
         recovery_metrics(logs_of(examples, ["7<16.", "16.", "7.", "7."]), examples, TASK, CONTRACT)
     with pytest.raises(ValueError, match="a log is shorter than the 1 tokens"):
@@ -181,7 +183,7 @@ def test_recovery() -> None:
 def test_recovery_from_several_planted_tokens() -> None:
     examples = examples_with(["16", "16", "16"])
     metrics = recovery_metrics(logs_of(examples, ["72<<16.", "71<6.", "71."]), examples, TASK, CONTRACT, num_planted=2)
-    assert metrics["recovery"] == Estimate.share(np.array([True, False, False]))
+    assert metrics["recovery"] == Estimate.fraction(np.array([True, False, False]))
     taken_back = metrics["planted_taken_back"]
     assert (taken_back.value, taken_back.count) == (pytest.approx(0.5), 6)
     assert taken_back.standard_error is not None, "tokens of one answer are not independent"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from launch.compare.page import render_page
-from launch.compare.statistics import ComparedMetric, Spread
+from launch.compare.results import ComparedMetric
 from launch.compare.temperatures import temperature_charts, temperature_of
-from launch.evaluation import Estimate
+from launch.statistics import Estimate, Spread
 from tests.comparisons import (
     ARMS,
     OBJECTIVES,

@@ -168,7 +168,7 @@ def test_what_an_evaluation_wrote_is_read_back(tmp_path: Path) -> None:
     nothing = Estimate(None, None, 0)
     results = [
         CheckpointResult(
-            "mle", Path("a"), {"greedy": {"accuracy": Estimate.share(cases)}, "recovery": {"r": nothing}}, ()
+            "mle", Path("a"), {"greedy": {"accuracy": Estimate.fraction(cases)}, "recovery": {"r": nothing}}, ()
         )
         for cases in (np.array([True, False, False, True]), np.array([True, False, True, True]))
     ]

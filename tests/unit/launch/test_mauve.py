@@ -9,11 +9,11 @@ import pytest
 
 from buffer.experts.tasks import load_task
 from buffer.settings import ArithmeticTaskSettings
-from launch.evaluation.estimates import difference
 from launch.evaluation.features import encoder_features
 from launch.evaluation.mauve_score import mauve_score
 from launch.evaluation.measuring import check_mauve
 from launch.settings.evaluation import MauveSettings
+from launch.statistics import change_by_example
 
 pytest.importorskip("mauve", reason="needs the extra `mauve`")
 
@@ -50,12 +50,12 @@ def test_a_difference_is_of_the_same_draws() -> None:
         mauve_score(reference, generated, 6, 0)
         for generated in (features(1.5, seed=2), features(1.8, seed=2), features(1.5, count=100, seed=2))
     )
-    change = difference(farther, near)
+    change = change_by_example(farther, near)
     assert change is not None
     assert change.value == farther.value - near.value
     assert 0.0 < change.standard_error < 0.8 * np.hypot(near.standard_error, farther.standard_error)
-    assert difference(near, near).standard_error == 0.0
-    assert difference(of_others, near) is None
+    assert change_by_example(near, near).standard_error == 0.0
+    assert change_by_example(of_others, near) is None
 
 
 def test_the_encoder_knows_what_texts_are_about() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from launch.report.evaluation import EvaluationTable, read_evaluation
-from launch.report.intervals import difference, normal_interval, share_interval
 from tests.run_folders import evaluated, write_evaluation_file
 
 
@@ -18,17 +17,6 @@ def table_of(run: Path, *checkpoints: dict[str, object]) -> EvaluationTable:
     table = read_evaluation(run, lambda label: label == "mle")
     assert table is not None
     return table
-
-
-def test_intervals_are_wilsons_and_newcombes() -> None:
-    # Newcombe, Statistics in Medicine 17 (1998) 873-890, table II: 56/70 against 48/80.
-    first, second = share_interval(56 / 70, 70), share_interval(48 / 80, 80)
-    assert (first.low, first.high) == (pytest.approx(0.6918, abs=1e-3), pytest.approx(0.8772, abs=1e-3))
-    apart = difference(first, second)
-    assert (apart.low, apart.high) == (pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
-    nothing = share_interval(0.0, 500)
-    assert (nothing.low, nothing.high) == (0.0, pytest.approx(0.0076, abs=1e-4))
-    assert difference(first, normal_interval(1.0, None)).low is None
 
 
 def test_a_difference_is_a_finding_only_where_its_interval_leaves_out_0(tmp_path: Path) -> None:

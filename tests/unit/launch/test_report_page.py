@@ -21,10 +21,10 @@ from launch.monitoring.run_log import RunLog
 from launch.report import formatting, wording
 from launch.report.evaluation import MetricInfo
 from launch.report.gather import gather
-from launch.report.intervals import Interval
 from launch.report.page import render
 from launch.report.page_data import page_data, shown_stages
 from launch.report.write import REPORT_FILE, write_report
+from launch.statistics import Interval
 from learner.status import LearnerStatus
 from tests.run_folders import (
     HOSTILE,

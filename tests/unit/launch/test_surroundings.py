@@ -120,7 +120,7 @@ from pathlib import Path
 from rich.console import Console
 import launch.cli
 from launch.evaluation.report import show_evaluation
-from launch.evaluation.estimates import Estimate
+from launch.statistics import Estimate
 from launch.evaluation.results import CheckpointResult, Evaluation, ShownRollout
 from launch.monitoring.live_view import LiveView
 from launch.rollout_view import RolloutView, Segment

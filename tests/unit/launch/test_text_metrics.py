@@ -13,10 +13,10 @@ from buffer.experts.ragged import Ragged
 from buffer.trajectory.replay import ActionLogs, replay
 from buffer.trajectory.schema import TokenContract
 from launch.evaluation.editing_metrics import editing_metrics, rewrites
-from launch.evaluation.estimates import Estimate, difference, is_within_noise
 from launch.evaluation.ngrams import distinct_ngrams, diversity, ngram_entropy
 from launch.evaluation.self_bleu import self_bleu
 from launch.evaluation.text_metrics import text_metrics
+from launch.statistics import Estimate
 
 CONTRACT = TokenContract(vocab_size=16, backspace_id=3, eos_id=2, tokenizer_hash="")
 
@@ -200,51 +200,3 @@ def test_texts_of_one_token_or_none_have_all_numbers_that_they_can_have(logs: li
     for name in ("self_bleu", "diversity", "distinct_4grams", "entropy_4gram_bits"):
         assert (metrics[name].value, metrics[name].count) == (None, 0)
     assert all(number.value is None or math.isfinite(number.value) for number in metrics.values())
-
-
-def test_ratio_of_nothing_and_of_one() -> None:
-    assert Estimate.ratio(np.array([1.0]), np.array([0.0])).value is None
-    one = Estimate.ratio(np.array([3.0]), np.array([2.0]))
-    assert (one.value, one.standard_error, one.count) == (1.5, None, 1)
-
-
-def test_error_of_a_ratio_equals_the_spread_of_resampled_ratios() -> None:
-    rng = np.random.default_rng(1)
-    denominators = rng.integers(1, 20, 400).astype(np.float64)
-    numerators = denominators * rng.uniform(1.0, 2.0, 400)
-    found = Estimate.ratio(numerators, denominators)
-    draws = rng.integers(0, 400, (2000, 400))
-    spread = (numerators[draws].sum(1) / denominators[draws].sum(1)).std()
-    assert found.standard_error == pytest.approx(spread, rel=0.1)
-
-
-def test_paired_differences_know_what_examples_share() -> None:
-    rng = np.random.default_rng(4)
-    hard = rng.random(500) < 0.5
-    first = hard & (rng.random(500) < 0.98)
-    second = hard & (rng.random(500) < 0.90)
-    number, baseline = Estimate.share(first), Estimate.share(second)
-    change = difference(number, baseline)
-    assert change is not None
-    assert change.value == pytest.approx(first.mean() - second.mean())
-    assert change.standard_error == pytest.approx(np.std(first * 1.0 - second * 1.0, ddof=1) / np.sqrt(500))
-    assert change.standard_error < math.hypot(number.standard_error or 0, baseline.standard_error or 0) / 2
-    assert not is_within_noise(change)
-    same = difference(number, number)
-    assert same is not None
-    assert is_within_noise(same)
-    assert difference(number, Estimate(0.5, 0.1, 500)) is None  # not of these examples
-    assert difference(number, Estimate.share(first[:10])) is None
-
-
-def test_differences_of_token_shares_are_clustered_by_example() -> None:
-    rng = np.random.default_rng(6)
-    example = np.repeat(np.arange(300), 8)
-    of_example = rng.random(300)
-    cases = rng.random(2400) < of_example[example]
-    zero = Estimate.share(np.zeros(2400, dtype=bool), example, 300)
-    change = difference(Estimate.share(cases, example, 300), zero)
-    assert change is not None
-    draws = rng.integers(0, 300, (2000, 300))
-    spread = cases.reshape(300, 8).mean(1)[draws].mean(1).std()
-    assert change.standard_error == pytest.approx(spread, rel=0.1)
