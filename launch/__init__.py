@@ -1,6 +1,6 @@
 """The command line, and what it does with the other rooms.
 
-cli, train, training, submit, generation, rollout_view     commands without a folder of their own, and what they share
+cli, training, submit, generation, rollout_view     commands without a folder of their own, and what they share
 settings/       what a recipe says
 run_folder/     what a run leaves on disk
 run/, cluster/  the driver of a run on Ray, and where its processes lie

@@ -91,7 +91,7 @@ def submit_run(
             write_job_tree(Path(folder), settings)
         try:
             client.submit_job(
-                entrypoint=shlex.join(["python", "-m", "launch.train", *arguments]),
+                entrypoint=shlex.join(["python", "-m", "launch.cli", "train", *arguments]),
                 submission_id=submission_id,
                 runtime_env={
                     "working_dir": folder,

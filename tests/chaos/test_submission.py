@@ -102,7 +102,7 @@ def command_output(head: RayHead, *arguments: str) -> str:
 
 def drivers(head: RayHead, name: str) -> list[int]:
     """Processes that drive a run."""
-    return [process.pid for process in head.processes("launch.train") if name in process.cmdline()]
+    return [process.pid for process in head.processes("launch.cli") if name in process.cmdline()]
 
 
 def test_a_recipe_runs_on_the_cluster_and_its_log_and_end_are_told_here(head: RayHead, elsewhere: Path) -> None:
@@ -221,7 +221,7 @@ def ray_job_submit(head: RayHead, *arguments: str) -> tuple[int, str]:
     done = subprocess.run(
         [
             *(str(BIN / "ray"), "job", "submit", "--address", head.address, "--working-dir", ".", "--"),
-            *("python", "-m", "launch.train", *arguments),
+            *("python", "-m", "launch.cli", "train", *arguments),
         ],
         cwd=ROOT,
         env=head.environment,

@@ -45,7 +45,7 @@ def test_a_submitted_run_trains_with_actors_on_other_nodes_and_leaves_nothing(tm
         assert done.returncode == 0, done.stdout + done.stderr
         left = [process for process in head.processes("ray::") if process.pid not in before]
         assert not [process for process in left if "IDLE" not in process.name()], left
-        assert not head.processes("launch.train")
+        assert not head.processes("launch.cli")
     folder = runs / "whole"
     assert max(row["step"] for row in metrics_of(folder, "sequencematch")) == 40
     assert sum(batch.num_rows for batch in trajectories_of(folder)) > 0

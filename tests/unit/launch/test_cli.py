@@ -200,7 +200,11 @@ def test_evaluate_says_where_the_task_could_come_from(tmp_path: Path) -> None:
 
 def test_the_script_exits_with_the_code_and_without_a_traceback() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "launch.train", "nowhere.yaml"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "launch.cli", "train", "nowhere.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stderr == "error: no recipe at nowhere.yaml; the packaged ones are in launch/recipes/\n"
