@@ -11,7 +11,7 @@ import math
 import torch
 from transformers import PreTrainedModel
 
-from learner.settings.optimizer import OptimizerSettings
+from learner.settings.stages import OptimizerSettings
 
 DEFAULT_FINAL_FRACTION = 0.05
 

@@ -28,8 +28,7 @@ from launch.bench.tiny_llama import BACKSPACE_ID, EOS_ID
 from learner.batches.micro_batches import TreeSettings
 from learner.objectives.registry import make_objective
 from learner.settings.objectives import LikelihoodSettings
-from learner.settings.optimizer import OptimizerSettings
-from learner.settings.stages import StageSettings
+from learner.settings.stages import OptimizerSettings, StageSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 

@@ -15,8 +15,7 @@ from launch.settings.decodings import check_planting
 from launch.settings.evaluation import EvaluationSettings
 from learner.metrics.trackers import TrackerName
 from learner.settings.model import ModelSettings, PretrainedModelSettings, ScratchModelSettings
-from learner.settings.objectives import AdversarialJsSettings
-from learner.settings.score_functions import ConstraintSettings, ScoreFunctionSettings, TargetSettings
+from learner.settings.objectives import AdversarialJsSettings, ConstraintSettings, ScoreFunctionSettings, TargetSettings
 from learner.settings.stages import LearnerSettings, StageSettings, check_stages, stages_before
 
 

@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from learner.settings.stages import StageSettings
-from learner.settings.watch import WatchSettings
+from learner.settings.stages import StageSettings, WatchSettings
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from learner.settings.adapters import ALL_LINEAR, AdapterSettings
+from learner.settings.model import ALL_LINEAR, AdapterSettings
 
 if TYPE_CHECKING:  # peft takes seconds to import, and most runs train without it
     from peft import LoraConfig

@@ -28,7 +28,7 @@ from learner.model.quantization import quantise_linear_layers
 from learner.model.saved_configs import align_eos, mend_configs
 from learner.model.support import check_supported
 from learner.precision import hold_trained_parameters
-from learner.settings.model import ParamDtype, PretrainedModelSettings, ScratchModelSettings
+from learner.settings.model import Dtype, PretrainedModelSettings, ScratchModelSettings
 
 PACKAGE_PREFIX = "package:"
 
@@ -62,7 +62,7 @@ class ModelSource:
 def load_policy(
     settings: ScratchModelSettings | PretrainedModelSettings,
     task_tokenizer: PreTrainedTokenizerBase | None = None,
-    param_dtype: ParamDtype | None = None,
+    param_dtype: Dtype | None = None,
 ) -> Policy:
     """Load or make the model, give it a backspace action and adapters, and check that the learner can train it.
 
@@ -111,7 +111,7 @@ def load_policy(
 def load_model(
     settings: ScratchModelSettings | PretrainedModelSettings,
     tokenizer: PreTrainedTokenizerBase,
-    param_dtype: ParamDtype | None = None,
+    param_dtype: Dtype | None = None,
 ) -> PreTrainedModel:
     """The model in evaluation mode, on the CPU, with torch's own attention, without a backspace action.
 

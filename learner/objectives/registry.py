@@ -28,17 +28,15 @@ from learner.settings.objectives import (
     AdversarialJsSettings,
     EmoSettings,
     ExpertObjectiveSettings,
-    LikelihoodSettings,
-    ObjectiveSettings,
-    ScheduledSamplingSettings,
-    UnlikelihoodSettings,
-)
-from learner.settings.score_functions import (
     FDpgSettings,
     GdcSettings,
     KlControlSettings,
+    LikelihoodSettings,
+    ObjectiveSettings,
+    ScheduledSamplingSettings,
     ScoreFunctionSettings,
     TargetSettings,
+    UnlikelihoodSettings,
 )
 from learner.state_tree.policy import TreePolicy
 

@@ -28,7 +28,7 @@ from learner.objectives.moment_fit import fit_moments
 from learner.objectives.partition_function import PartitionFunction, prompt_weights
 from learner.objectives.reward_rules import leave_one_out_mean, weight_metrics, weighted_mean
 from learner.objectives.score_function import Rollouts, Weighed
-from learner.settings.score_functions import FDivergence
+from learner.settings.objectives import FDivergence
 
 Advantage = Callable[["Densities"], Tensor]
 """[N] coefficients c of rollouts whose target is known."""

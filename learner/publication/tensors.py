@@ -21,7 +21,7 @@ from learner.model.adapters import ADAPTER_NAME, adapted_layers
 from learner.model.quantization import dequantise, is_quantised
 from learner.precision import published_dtype
 from learner.ranks.sharding import gathered
-from learner.settings.adapters import PublishMode
+from learner.settings.model import PublishMode
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from buffer.settings import LocalPath, Settings
-from learner.settings.adapters import AdapterSettings, Quantization
 
 Dtype = Literal["float32", "bfloat16"]
-"""What a model computes in and is published in."""
+"""Number format of a model, or of its trained parameters (`learner.param_dtype`)."""
 
 DTYPE_MEANING = (
     "number format of the learner's products, of frozen weights, and of the weights that are pushed and exported; "
     "trained parameters are held in learner.param_dtype"
 )
 
-ParamDtype = Literal["float32", "bfloat16"]
-"""What training holds the trained parameters in: see `learner.param_dtype`."""
+ALL_LINEAR = "all-linear"
+
+Quantization = Literal["nf4"]
+
+PublishMode = Literal["full", "adapter"]
+"""What a weight push carries: see `learner.publish`."""
 
 
 class ScratchModelSettings(Settings):
@@ -57,6 +60,39 @@ class ScratchModelSettings(Settings):
                     f"{self.num_key_value_heads}; change one of them"
                 )
         return self
+
+
+class AdapterSettings(Settings):
+    """LoRA (arXiv 2106.09685): W + (alpha / rank) B A with W frozen. Defaults: the paper's text task.
+
+    There is no dropout: values and stored log-probabilities are of the model, not of a random sub-network.
+    """
+
+    rank: PositiveInt = Field(default=64, description="columns of B and rows of A")
+    alpha: PositiveFloat = Field(default=16.0, description="the update B A is scaled by alpha / rank")
+    target_modules: tuple[str, ...] = Field(
+        default=(ALL_LINEAR,),
+        description="linear layers to adapt: names as `q_proj`, or `all-linear` for all but the unembedding",
+    )
+    train_unembedding: bool = Field(
+        default=True,
+        description="train the whole output embedding too, where backspace has its row; where it is tied to the input "
+        "embedding, it becomes a matrix of its own",
+    )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _take_one_name(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _check_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError(f"target_modules is empty: name linear layers, or say `{ALL_LINEAR}`")
+        if ALL_LINEAR in value and len(value) > 1:
+            raise ValueError(f"target_modules: `{ALL_LINEAR}` stands alone, it includes the other layers")
+        return value
 
 
 class PretrainedModelSettings(Settings):

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from buffer.settings import LocalPath, Settings
-from learner.settings.score_functions import (
-    DpgSettings,
-    FDpgSettings,
-    GdcSettings,
-    KlControlSettings,
-    ReinforceSettings,
-)
 
 DIVERGENCES_WITH_DOMAIN = ("kl", "js", "hellinger")
 """Those whose phi is not defined for every number."""
 
 
-class LikelihoodSettings(Settings):
-    """Cross-entropy on expert logs. `mle` is for clean data, `behaviour_cloning` for noise and backspace."""
+FDivergence = Literal["kl", "reverse_kl", "tv", "js", "chi2", "reverse_chi2"]
 
-    name: Literal["mle", "behaviour_cloning"]
+INFINITE_WHERE_FORBIDDEN = ("reverse_kl", "reverse_chi2")
+"""Divergences that are infinite where the policy does what the target never does."""
+
+
+class BaseObjectiveSettings(Settings):
+    """What the rest of a recipe has to know of an objective."""
 
     @property
     def needs_rollouts(self) -> bool:
-        """Expert logs are all it uses."""
+        """Whether the objective learns from rollouts of the policy."""
         return False
+
+    @property
+    def uses_noise(self) -> bool:
+        """Whether expert logs demonstrate backspace."""
+        return False
+
+
+class LikelihoodSettings(BaseObjectiveSettings):
+    """Cross-entropy on expert logs. `mle` is for clean data, `behaviour_cloning` for noise and backspace."""
+
+    name: Literal["mle", "behaviour_cloning"]
 
     @property
     def uses_noise(self) -> bool:
@@ -35,18 +43,8 @@ class LikelihoodSettings(Settings):
         return self.name == "behaviour_cloning"
 
 
-class ExpertObjectiveSettings(Settings):
+class ExpertObjectiveSettings(BaseObjectiveSettings):
     """Token by token on clean expert logs: the methods of the literature that need no rollouts."""
-
-    @property
-    def needs_rollouts(self) -> bool:
-        """Expert logs are all they use."""
-        return False
-
-    @property
-    def uses_noise(self) -> bool:
-        """They know no backspace."""
-        return False
 
 
 class UnlikelihoodSettings(ExpertObjectiveSettings):
@@ -129,9 +127,10 @@ class DiscriminatorSettings(Settings):
     seed: int = Field(default=0, description="of the head's first weights")
 
 
-class AdversarialJsSettings(Settings):
+class AdversarialJsSettings(BaseObjectiveSettings):
     """Generalised Jensen-Shannon divergence of whole texts, by a discriminator (arXiv 1511.05101)."""
 
+    needs_rollouts: ClassVar[bool] = True
     name: Literal["adversarial_js"]
     pi: float = Field(
         default=0.5,
@@ -141,16 +140,6 @@ class AdversarialJsSettings(Settings):
         "maximum likelihood, at 1 it minimises KL(policy || data)",
     )
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
-
-    @property
-    def needs_rollouts(self) -> bool:
-        """The policy learns from nothing else."""
-        return True
-
-    @property
-    def uses_noise(self) -> bool:
-        """Expert texts are compared as they are."""
-        return False
 
     @property
     def discriminator_prior(self) -> float:
@@ -169,9 +158,108 @@ class AdversarialJsSettings(Settings):
         return pi
 
 
-class SequenceMatchSettings(Settings):
+class ScoreFunctionSettings(BaseObjectiveSettings):
+    """Objectives that learn from scored rollouts alone, by the score function.
+
+    needs_base_model: whether rollouts are compared with the policy as it was at the start of the stage. needs_reward:
+    whether `scoring.reward` has to be set.
+    """
+
+    needs_rollouts: ClassVar[bool] = True
+    needs_base_model: ClassVar[bool] = False
+    needs_reward: ClassVar[bool] = False
+    name: str
+
+
+class ReinforceSettings(ScoreFunctionSettings):
+    """Raise the mean reward of rollouts."""
+
+    needs_reward: ClassVar[bool] = True
+    name: Literal["reinforce"]
+
+
+class KlControlSettings(ScoreFunctionSettings):
+    """Raise the mean reward, and stay near the policy that the stage started with."""
+
+    needs_base_model: ClassVar[bool] = True
+    needs_reward: ClassVar[bool] = True
+    name: Literal["kl_control"]
+    beta: float = Field(default=0.1, gt=0.0, description="price of a nat of KL(policy || start), in units of reward")
+
+
+class ConstraintSettings(Settings):
+    """What is asked of a feature."""
+
+    feature: str = Field(description="its name in scoring.features")
+    target: float | None = Field(
+        default=None, description="its mean over rollouts; null = it is 1 in every rollout (a pointwise constraint)"
+    )
+
+
+class TargetSettings(ScoreFunctionSettings):
+    """Objectives whose target is the policy that the stage started with, changed no more than the constraints ask."""
+
+    needs_base_model: ClassVar[bool] = True
+    constraints: tuple[ConstraintSettings, ...] = Field(min_length=1)
+    fit_samples: PositiveInt = Field(
+        default=1024,
+        description="distinct rollouts on which the weights of constraints with a target are fitted; until they are "
+        "there, nothing moves",
+    )
+
+    @property
+    def has_pointwise(self) -> bool:
+        """Whether some rollouts are ruled out."""
+        return any(each.target is None for each in self.constraints)
+
+    @model_validator(mode="after")
+    def _check_names(self) -> TargetSettings:
+        names = [each.feature for each in self.constraints]
+        if len(set(names)) < len(names):
+            raise ValueError(f"constraints name a feature twice: {', '.join(names)}")
+        return self
+
+
+class DpgSettings(TargetSettings):
+    """Distributional policy gradient (arXiv 1912.08517)."""
+
+    name: Literal["dpg"]
+
+
+class GdcSettings(TargetSettings):
+    """Generation with distributional control (arXiv 2012.11635); `gdc_pp` with a baseline (arXiv 2206.00761)."""
+
+    name: Literal["gdc", "gdc_pp"]
+    proposal: Literal["kl_adaptive", "latest"] = Field(
+        default="kl_adaptive",
+        description="who makes the rollouts. `kl_adaptive`: the policy of now takes over only when it is nearer to the "
+        "target, in KL(target || policy); `latest`: whenever it is published",
+    )
+
+
+class FDpgSettings(TargetSettings):
+    """Any f-divergence from the target (arXiv 2302.08215)."""
+
+    name: Literal["f_dpg"]
+    divergence: FDivergence = Field(
+        description="`kl`: KL(target || policy); `reverse_kl`: KL(policy || target); `tv`: total variation; `js`: "
+        "Jensen-Shannon; `chi2`: chi2(target || policy); `reverse_chi2`: chi2(policy || target)"
+    )
+
+    @model_validator(mode="after")
+    def _check_divergence(self) -> FDpgSettings:
+        if self.has_pointwise and self.divergence in INFINITE_WHERE_FORBIDDEN:
+            raise ValueError(
+                f"divergence={self.divergence} is infinite while the policy breaks a pointwise constraint at all: "
+                "choose kl, tv, js or chi2, or give the constraint a target below 1"
+            )
+        return self
+
+
+class SequenceMatchSettings(BaseObjectiveSettings):
     """Occupancy matching with backspace (arXiv 2306.05426)."""
 
+    uses_noise: ClassVar[bool] = True
     name: Literal["sequencematch"] = "sequencematch"
     divergence: Literal["chi2_mixture", "chi2", "kl", "reverse_kl", "js", "hellinger", "mle"] = Field(
         default="chi2_mixture",
@@ -210,11 +298,6 @@ class SequenceMatchSettings(Settings):
     def needs_rollouts(self) -> bool:
         """The mixture penalises rollouts; all estimators but the collapsed one sample value terms from them."""
         return self.divergence == "chi2_mixture" or self.estimator != "collapsed"
-
-    @property
-    def uses_noise(self) -> bool:
-        """Expert logs demonstrate backspace."""
-        return True
 
     @field_validator("divergence", mode="before")
     @classmethod

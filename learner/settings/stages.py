@@ -7,13 +7,36 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from buffer.settings import OutputPath, Settings
-from learner.settings.adapters import PublishMode
-from learner.settings.model import ParamDtype
+from learner.settings.model import Dtype, PublishMode
 from learner.settings.objectives import ObjectiveSettings
-from learner.settings.optimizer import OptimizerSettings
-from learner.settings.watch import WatchSettings
 
 DEFAULT_RANK_TIMEOUT_S = 300.0
+
+
+class OptimizerSettings(Settings):
+    """AdamW with warm-up, and a cosine or constant schedule."""
+
+    learning_rate: PositiveFloat = 2e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    max_grad_norm: PositiveFloat = 1.0
+    warmup_steps: int = Field(default=50, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_fraction: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="learning rate at the end, as a share of the peak (cosine; null = 0.05)",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerSettings:
+        if self.final_fraction is not None and self.schedule != "cosine":
+            raise ValueError("final_fraction has no effect with schedule=constant; leave it out")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must lie in [0, 1)")
+        return self
 
 
 class StageSettings(Settings):
@@ -33,6 +56,33 @@ class StageSettings(Settings):
     )
     num_threads: PositiveInt = Field(
         1, description="CPU threads of the learner; more than one only where the actors idle"
+    )
+
+
+class WatchSettings(Settings):
+    """Bounds beyond which a metric is an alarm: a line on the display, once a stage, and a metric of its own."""
+
+    max_backspace_rate: float = Field(
+        0.35,
+        gt=0.0,
+        lt=0.5,
+        description="share of backspaces among the rollouts' actions; more than 0.5 there cannot be, since each takes "
+        "back what was typed before. A policy beyond the bound types and deletes without end",
+    )
+    max_log_prob_mismatch: float = Field(
+        2.0,
+        gt=0.0,
+        description="mean difference, in nats, between the log-probabilities stored with actions of the newest weights "
+        "and the learner's own. The learner's steps since it published them make up to 3 of it (10 steps at learning "
+        "rate 2e-3), until rollouts of new weights arrive; it is an alarm where it stays beyond the bound for two "
+        "intervals of publish_every_steps: weights do not arrive, or an engine computes something else",
+    )
+    max_unsatisfied_share: float = Field(
+        0.99,
+        gt=0.0,
+        lt=1.0,
+        description="share of a step's rollouts that break a pointwise constraint (dpg, gdc, gdc_pp, f_dpg): from "
+        "those alone nothing is learned",
     )
 
 
@@ -59,7 +109,7 @@ class LearnerSettings(Settings):
     max_nodes_per_batch: PositiveInt = Field(
         2048, description="state-tree nodes per forward pass: bounds the memory of activations, not what is learned"
     )
-    param_dtype: ParamDtype = Field(
+    param_dtype: Dtype = Field(
         "float32",
         description="number format of the trained parameters and of the optimizer's moments; bfloat16 (with "
         "model.dtype=bfloat16) halves their memory, and loses most steps of a small learning rate",
@@ -139,17 +189,10 @@ def with_explicit_starts(stages: tuple[StageSettings, ...]) -> tuple[StageSettin
 
 def stages_before(stages: tuple[StageSettings, ...], stage: str) -> tuple[StageSettings, ...]:
     """The stages of a recipe that `stage` builds upon, each of which starts from the one before it."""
-    by_name: dict[str, StageSettings] = {}
-    parents: dict[str, str | None] = {}
-    previous: str | None = None
-    for each in stages:
-        by_name[each.name] = each
-        parents[each.name] = each.start_from or previous
-        previous = each.name
+    by_name = {each.name: each for each in with_explicit_starts(stages)}
     chain: list[StageSettings] = []
-    ancestor = parents[stage]
+    ancestor = by_name[stage].start_from
     while ancestor is not None:
-        parent = parents[ancestor]
-        chain.insert(0, by_name[ancestor].model_copy(update={"start_from": parent}))
-        ancestor = parent
+        chain.insert(0, by_name[ancestor])
+        ancestor = by_name[ancestor].start_from
     return tuple(chain)

@@ -41,8 +41,7 @@ from learner.objectives.registry import make_objective
 from learner.ranks.group import Ranks
 from learner.settings.model import ScratchModelSettings
 from learner.settings.objectives import SequenceMatchSettings
-from learner.settings.optimizer import OptimizerSettings
-from learner.settings.stages import LearnerSettings, StageSettings
+from learner.settings.stages import LearnerSettings, OptimizerSettings, StageSettings
 from learner.stage_checkpoints import StageCheckpoints
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer

@@ -37,7 +37,7 @@ from learner.precision import hold_trained_parameters
 from learner.publication.tensors import PublicationPlan, publication_tensors
 from learner.ranks.group import Ranks, join_ranks, leave_ranks, open_rendezvous
 from learner.ranks.sharding import gathered, load_tensors, shard
-from learner.settings.adapters import AdapterSettings
+from learner.settings.model import AdapterSettings
 from learner.settings.stages import StageSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer

@@ -16,8 +16,7 @@ from buffer.weights.format import WeightManifest, WeightPayload, fingerprint, pa
 from launch.export.model import export
 from learner.model.policy import Policy, load_policy
 from learner.publication.tensors import PublicationPlan
-from learner.settings.adapters import AdapterSettings
-from learner.settings.model import PretrainedModelSettings
+from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from learner.state_tree.policy import TreePolicy
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.integration.engine_worker import fresh_engine, in_engine_process_for

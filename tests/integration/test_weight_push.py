@@ -35,7 +35,7 @@ from buffer.weights.object_store import WeightHandle, WeightReceiver, WeightSend
 from learner.model.adapters import add_adapters
 from learner.publication.publisher import WeightPublisher, make_probe
 from learner.publication.tensors import PublicationPlan, publication_tensors
-from learner.settings.adapters import AdapterSettings
+from learner.settings.model import AdapterSettings
 from learner.state_tree.policy import TreePolicy, sequence_logprobs
 from tests.integration.local_ray import local_ray
 from tests.integration.reference import compare

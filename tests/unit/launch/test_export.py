@@ -25,8 +25,7 @@ from launch.run_folder.result import checkpoint_of
 from launch.settings.recipe import read_recipe
 from learner.checkpoints.checkpoint import take_snapshot
 from learner.model.policy import Policy, load_policy
-from learner.settings.adapters import AdapterSettings
-from learner.settings.model import PretrainedModelSettings
+from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.unit.learner.test_adapters import train_a_little
 from tests.unit.learner.test_model import saved, word_tokenizer

@@ -15,7 +15,7 @@ from learner.model.adapters import adapter_tensors, add_adapters
 from learner.model.quantization import quantise_linear_layers
 from learner.objectives.registry import make_objective
 from learner.publication.tensors import publication_tensors
-from learner.settings.adapters import AdapterSettings
+from learner.settings.model import AdapterSettings
 from learner.settings.stages import StageSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer

@@ -16,9 +16,8 @@ from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters
 from learner.model.policy import load_policy
 from learner.optimizer import make_optimizer
 from learner.publication.tensors import publication_tensors
-from learner.settings.adapters import AdapterSettings
-from learner.settings.model import PretrainedModelSettings
-from learner.settings.optimizer import OptimizerSettings
+from learner.settings.model import AdapterSettings, PretrainedModelSettings
+from learner.settings.stages import OptimizerSettings
 from learner.state_tree.action_values import chunked_values
 from learner.state_tree.policy import TreePolicy
 from tests.tiny_models import BACKSPACE_ID, tiny_model

@@ -11,7 +11,7 @@ import pyarrow as pa
 from buffer.experts.tasks import Task
 from learner.metrics.behaviour import distribution_metrics
 from learner.metrics.watch import Watch
-from learner.settings.watch import WatchSettings
+from learner.settings.stages import WatchSettings
 from tests.rollouts import rollouts
 from tests.training import CLONING, MATCHING, make_model, make_stage, make_trainer
 from tests.unit.learner.test_score_functions import KL_CONTROL, REINFORCE, ScoredRollouts, make_score_trainer

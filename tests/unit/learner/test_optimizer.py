@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from learner.optimizer import DEFAULT_FINAL_FRACTION, learning_rate_at, learning_rate_factor, make_optimizer
-from learner.settings.optimizer import OptimizerSettings
+from learner.settings.stages import OptimizerSettings
 from tests.tiny_models import tiny_model
 
 

@@ -18,8 +18,7 @@ from learner.model.activation_checkpointing import checkpoint_activations
 from learner.model.policy import load_policy
 from learner.objectives.discriminator import Discriminator
 from learner.publication.tensors import publication_tensors
-from learner.settings.adapters import AdapterSettings
-from learner.settings.model import PretrainedModelSettings
+from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from learner.settings.objectives import DiscriminatorSettings
 from learner.state_tree.policy import TreePolicy, sequence_logprobs
 from tests.checkpoints import progress_at, save_checkpoint

@@ -8,7 +8,7 @@ import torch
 from buffer.weights.format import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack, verify_fingerprint
 from learner.model.adapters import adapter_tensors, add_adapters
 from learner.publication.tensors import PublicationPlan, publication_tensors
-from learner.settings.adapters import AdapterSettings
+from learner.settings.model import AdapterSettings
 from tests.tiny_models import tiny_model
 from tests.unit.learner.test_adapters import KINDS, adapted, train_a_little
 from tests.unit.learner.test_quantization import needs_bitsandbytes, quantised

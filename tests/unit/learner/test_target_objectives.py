@@ -31,9 +31,8 @@ from learner.objectives.target_rules import (
     policy_gradient_with_baseline,
 )
 from learner.ranks.group import Ranks
-from learner.settings.objectives import ObjectiveSettings
-from learner.settings.score_functions import FDivergence
-from learner.settings.watch import WatchSettings
+from learner.settings.objectives import FDivergence, ObjectiveSettings
+from learner.settings.stages import WatchSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.training import assert_bit_identical, make_model, make_stage, make_trees, weights_of

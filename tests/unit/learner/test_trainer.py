@@ -24,7 +24,7 @@ from learner.objectives.base import (
 )
 from learner.objectives.registry import make_objective
 from learner.optimizer import learning_rate_factor
-from learner.settings.optimizer import OptimizerSettings
+from learner.settings.stages import OptimizerSettings
 from learner.state_tree.action_values import action_values
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer

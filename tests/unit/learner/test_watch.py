@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from launch.settings.recipe import read_recipe
 from learner.metrics.behaviour import distribution_metrics
 from learner.metrics.watch import Watch, mismatch_steps
-from learner.settings.watch import WatchSettings
+from learner.settings.stages import WatchSettings
 
 
 def test_an_alarm_is_told_once_and_kept_as_a_metric():
