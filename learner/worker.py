@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -37,14 +38,13 @@ from learner.checkpoints.remote import check_writable, open_checkpoints
 from learner.checkpoints.store import CheckpointStore
 from learner.metrics.behaviour import distribution_metrics
 from learner.metrics.log import MetricsLog
-from learner.metrics.trackers import check_trackers
+from learner.metrics.trackers import Int64, check_trackers
 from learner.metrics.watch import Watch, mismatch_steps
 from learner.model.activation_checkpointing import checkpoint_activations
 from learner.model.policy import load_policy
 from learner.objectives.base import OutsideDomainError
 from learner.objectives.registry import make_objective
-from learner.publication.publisher import WeightPublisher, make_probe, take_part_in_publication
-from learner.publication.tensors import PublicationPlan
+from learner.publication.publisher import WeightPublisher, make_probe
 from learner.ranks.group import Ranks, join_ranks, open_rendezvous
 from learner.ranks.sharding import shard
 from learner.settings.model import ScratchModelSettings
@@ -75,7 +75,7 @@ class LearnerWorker:
         self._probe: tuple[int, ...] = ()
         self._shards: tuple[Shard, ...] = ()
         self._publisher: WeightPublisher | None = None
-        self._plan = PublicationPlan(spec.settings.publish)
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
     # Control group ------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class LearnerWorker:
         """
         if self._ranks.leads:
             self._shards = tuple(shards)
-            self._publisher = WeightPublisher(pool, self._probe, first_version, self._plan)
+        self._publisher = WeightPublisher(pool, self._probe, first_version, self._spec.settings.publish, self._ranks)
         self._publish()
 
     def run_stage(self, stage: StageSettings, introduces_backspace: bool = False) -> StageResult | None:
@@ -208,8 +208,8 @@ class LearnerWorker:
             if isinstance(source, BufferSource):
                 source.seek(trainer.step, first_version)
         position = {} if stream is None else stream.state()
-        recent: list[float] = []
         watch = Watch(stage.name, self._spec.settings.watch, mismatch_steps(stage))
+        self._step_seconds.clear()
         with (
             self._ranks.exchange(f"stage {stage.name}"),
             MetricsLog(self._folder, self._spec.trackers) if self._ranks.leads else nullcontext() as log,
@@ -224,28 +224,11 @@ class LearnerWorker:
                 except StopRequestedError:
                     break  # maybe after the expert part of a step that is not done: `position` is from before it
                 position = {} if stream is None else stream.state()
+                staleness = None if rollouts is None else rollouts.staleness
                 if uses_actors:
                     metrics["policy_version"] = self._newest_version()
-                histograms = {} if rollouts is None else {"staleness": rollouts.staleness}
-                for name, samples in histograms.items():
-                    metrics |= distribution_metrics(name, samples)
-                alarms, warnings = watch.look(trainer.step, metrics)
-                metrics |= alarms
-                if log is not None:
-                    log.write(stage.name, trainer.step, metrics, histograms)
+                self._report(stage, trainer.step, metrics, staleness, watch, log)
                 checkpoints.after_step(metrics)
-                recent = [*recent[-RECENT_STEPS + 1 :], metrics["step_s"]]
-                self._status = replace(
-                    self._status,
-                    stage=stage.name,
-                    step=trainer.step,
-                    stage_steps=stage.steps,
-                    seconds_per_step=sum(recent) / len(recent),
-                    policy_version=self._newest_version(),
-                    activity="training",
-                    metrics=metrics,
-                    warnings=(*self._status.warnings, *warnings),
-                )
                 if uses_actors and trainer.step % stage.publish_every_steps == 0 and objective.renews_proposal():
                     self._publish()
                 if trainer.step % self._spec.settings.checkpoint_every_steps == 0 and not trainer.finished:
@@ -254,12 +237,37 @@ class LearnerWorker:
             checkpoints.wait()
         if not self._ranks.leads:
             return None
-        return StageResult(
+        seconds = time.monotonic() - started
+        return StageResult(stage.name, trainer.step, trainer.finished, store.location(trainer.step), seconds)
+
+    def _report(
+        self,
+        stage: StageSettings,
+        step: int,
+        metrics: dict[str, float],
+        staleness: Int64 | None,
+        watch: Watch,
+        log: MetricsLog | None,
+    ) -> None:
+        """Log a step and take it into the status; adds alarms and `staleness` [n] of the rollouts to `metrics`."""
+        histograms = {} if staleness is None else {"staleness": staleness}
+        for name, samples in histograms.items():
+            metrics |= distribution_metrics(name, samples)
+        alarms, warnings = watch.look(step, metrics)
+        metrics |= alarms
+        if log is not None:
+            log.write(stage.name, step, metrics, histograms)
+        self._step_seconds.append(metrics["step_s"])
+        self._status = LearnerStatus(
             stage=stage.name,
-            step=trainer.step,
-            finished=trainer.finished,
-            checkpoint=store.location(trainer.step),
-            seconds=time.monotonic() - started,
+            step=step,
+            stage_steps=stage.steps,
+            seconds_per_step=sum(self._step_seconds) / len(self._step_seconds),
+            policy_version=self._newest_version(),
+            activity="training",
+            metrics=metrics,
+            warnings=(*self._status.warnings, *warnings),
+            notes=self._status.notes,
         )
 
     def _expert_stream(self, stage: StageSettings, noise: NoiseSettings) -> ExpertStream | None:
@@ -309,13 +317,9 @@ class LearnerWorker:
         return -1 if self._publisher is None else self._publisher.newest_version
 
     def _publish(self) -> int:
-        """Publish the weights of now; gives their version (-1 at ranks other than 0)."""
-        with self._ranks.exchange("a publication"):
-            if not self._ranks.leads:
-                take_part_in_publication(self._policy, self._probe, self._plan)
-                return -1
-            assert self._publisher is not None, "connect() comes before the first publication"
-            return self._publisher.publish(self._policy).version
+        """Publish the weights of now; gives their version."""
+        assert self._publisher is not None, "connect() comes before a stage that needs actors"
+        return self._publisher.publish(self._policy)
 
     def _start_rollouts(self, resumed: Progress | None) -> int:
         """Let the actors go on with the weights of now; gives the version that the stage's rollouts started with."""

@@ -102,11 +102,11 @@ class PublishingLearner:
         with torch.no_grad():
             self._policy.model.model.norm.weight.add_(0.01)
         started = time.perf_counter()
-        manifest = self._publisher.publish(self._policy)
+        version = self._publisher.publish(self._policy)
         held_s = time.perf_counter() - started
         times = self._publisher.newest_times
         assert times is not None
-        return Published(manifest.version, started, held_s, times)
+        return Published(version, started, held_s, times)
 
 
 class TakingActor:

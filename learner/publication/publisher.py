@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
-import ray
 from ray.actor import ActorHandle
+from torch import Tensor
 
+from buffer.remote_call import RemoteCall
 from buffer.trajectory.schema import TokenContract
-from buffer.weights.format import TensorEntry, WeightManifest, combined_fingerprint, digest_tensors, pack_tensors
+from buffer.weights.format import (
+    TensorEntry,
+    WeightManifest,
+    WeightPayload,
+    combined_fingerprint,
+    digest_tensors,
+    pack_tensors,
+)
 from buffer.weights.object_store import WeightSender
-from learner.publication.tensors import PublicationPlan
+from learner.publication.tensors import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
+from learner.ranks.group import Ranks
+from learner.settings.stages import PublishMode
 from learner.state_tree.policy import TreePolicy
 
 PROBE_TOKENS = 16
@@ -26,7 +36,7 @@ class PublicationTimes:
     """Seconds that the learner was held by each part of a publication.
 
     pack_s: making the tensors (merging, gathering). fingerprint_s: what is left of it after the probe, beside which it
-    is computed. offer_s: the snapshot, and telling the pool.
+    is computed. offer_s: the snapshot, and the call to the pool.
     """
 
     pack_s: float
@@ -36,9 +46,10 @@ class PublicationTimes:
 
 
 class WeightPublisher:
-    """Numbers the publications of a run and tells the actor pool of each.
+    """Numbers the publications of a run and announces each to the actor pool.
 
-    The sender takes a snapshot, so the optimizer may write to the weights as soon as `publish` returns.
+    Every rank of a learner has one and makes the same calls. Rank 0 alone sends; the others give their parts of each
+    tensor. Rank 0 copies the weights, so the optimizer may write to them as soon as `publish` returns.
     """
 
     def __init__(
@@ -46,21 +57,23 @@ class WeightPublisher:
         pool: ActorHandle,
         probe_token_ids: tuple[int, ...],
         first_version: int = 0,
-        plan: PublicationPlan | None = None,
+        mode: PublishMode = "full",
+        ranks: Ranks | None = None,
     ) -> None:
         """Args:
         probe_token_ids: [P] fixed sequence whose log-probabilities every engine must reproduce.
         first_version: version of the next publication (beyond 0 when a run resumes).
-        plan: which tensors travel; None = all of them, each time.
+        mode: `full`: every tensor each time. `adapter`: frozen tensors once, then only those that training changes.
         """
         self._pool = pool
         self._probe_token_ids = probe_token_ids
         self._next_version = first_version
-        self._plan = plan or PublicationPlan("full")
-        self._kept_entries: tuple[TensorEntry, ...] = ()
-        self._kept_digests: dict[str, bytes] = {}
+        self._mode = mode
+        self._ranks = ranks or Ranks()
         self._sender = WeightSender()
-        self._announced: ray.ObjectRef[None] | None = None
+        self._static_entries: tuple[TensorEntry, ...] | None = None  # None: not sent yet
+        self._static_digests: dict[str, bytes] = {}
+        self._announced: RemoteCall[None] | None = None
         self._times: PublicationTimes | None = None
 
     @property
@@ -73,64 +86,64 @@ class WeightPublisher:
         """What the newest publication cost the learner; None before the first."""
         return self._times
 
-    def publish(self, policy: TreePolicy) -> WeightManifest:
-        """Publish the weights under the next version and return without waiting for any actor.
-
-        Ranks that share the model take part (`take_part_in_publication`).
+    def publish(self, policy: TreePolicy) -> int:
+        """Publish the weights without waiting for any actor; gives their version. All ranks call this together.
 
         Raises:
-            TimeoutError: the pool has not answered the previous announcement yet.
+            TimeoutError: the pool has not answered the previous announcement yet. RankLostError: another rank failed.
         """
-        self._check_last_announcement()
+        if self._announced is not None:
+            self._announced.result(ANNOUNCE_TIMEOUT_S)
+        with self._ranks.exchange("a publication"):
+            self._publish(policy)
+        self._next_version += 1
+        return self.newest_version
+
+    def resume_rollouts(self, first_version: int) -> None:
+        """Let the pool's actors generate, with weights of `first_version` or newer."""
+        if self._ranks.leads:
+            self._pool.resume.remote(first_version)
+
+    def _publish(self, policy: TreePolicy) -> None:
         started = time.perf_counter()
-        self._keep(policy)
-        payload, entries = pack_tensors(self._plan.changed(policy.model))
+        alone = self._mode == "adapter"
+        if self._static_entries is None:
+            self._set_static(frozen_tensors(policy.model) if alone else ())
+        payload, entries = self._pack(trained_tensors(policy.model) if alone else publication_tensors(policy.model))
         packed = time.perf_counter()
         with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter to the probe's forward pass
             hashing = beside.submit(digest_tensors, entries, payload)
             probe_logprobs = tuple(policy.sequence_logprobs(self._probe_token_ids).tolist())
             probed = time.perf_counter()
-            digests = self._kept_digests | hashing.result()
+            digests = self._static_digests | hashing.result()
         hashed = time.perf_counter()
+        if not self._ranks.leads:
+            return
         manifest = WeightManifest(
             version=self._next_version,
             fingerprint=combined_fingerprint(digests),
-            tensors=(*self._kept_entries, *entries),
+            tensors=(*(self._static_entries or ()), *entries),
             probe_token_ids=self._probe_token_ids,
             probe_logprobs=probe_logprobs,
-            updates=self._plan.updates(policy.model),
+            updates=low_rank_updates(policy.model) if alone else (),
         )
-        self._announced = self._pool.announce.remote(manifest, self._sender.publish(payload))
+        announced = self._pool.announce.remote(manifest, self._sender.publish(payload))
+        self._announced = RemoteCall("the actor pool", announced, f"take weights version {manifest.version}")
         self._times = PublicationTimes(packed - started, probed - packed, hashed - probed, time.perf_counter() - hashed)
-        self._next_version += 1
-        return manifest
 
-    def resume_rollouts(self, first_version: int) -> None:
-        """Let the pool's actors generate, with weights of `first_version` or newer."""
-        self._pool.resume.remote(first_version)
-
-    def _keep(self, policy: TreePolicy) -> None:
-        payload, entries = pack_tensors(self._plan.kept(policy.model))
-        if entries:
+    def _set_static(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        payload, self._static_entries = self._pack(tensors)
+        self._static_digests = digest_tensors(self._static_entries, payload)
+        if payload:
             self._sender.set_static(payload)
-            self._kept_entries, self._kept_digests = entries, digest_tensors(entries, payload)
 
-    def _check_last_announcement(self) -> None:
-        if self._announced is not None:
-            try:
-                ray.get(self._announced, timeout=ANNOUNCE_TIMEOUT_S)
-            except ray.exceptions.GetTimeoutError:
-                raise TimeoutError(
-                    f"the actor pool did not take weights version {self.newest_version} within "
-                    f"{ANNOUNCE_TIMEOUT_S:.0f} s"
-                ) from None
-
-
-def take_part_in_publication(policy: TreePolicy, probe_token_ids: tuple[int, ...], plan: PublicationPlan) -> None:
-    """What the ranks other than 0 do while rank 0 publishes: give their parts of every tensor, in the same order."""
-    for _ in chain(plan.kept(policy.model), plan.changed(policy.model)):
-        pass
-    policy.sequence_logprobs(probe_token_ids)
+    def _pack(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[WeightPayload, tuple[TensorEntry, ...]]:
+        """At ranks other than 0 nothing is kept, but every tensor is gathered in the same order."""
+        if self._ranks.leads:
+            return pack_tensors(tensors)
+        for _ in tensors:
+            pass
+        return {}, ()
 
 
 def make_probe(contract: TokenContract, seed: int) -> tuple[int, ...]:

@@ -21,7 +21,6 @@ from learner.model.adapters import ADAPTER_NAME, adapted_layers
 from learner.model.quantization import dequantise, is_quantised
 from learner.precision import published_dtype
 from learner.ranks.sharding import gathered
-from learner.settings.model import PublishMode
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -54,34 +53,25 @@ def low_rank_updates(model: PreTrainedModel) -> tuple[LowRankUpdate, ...]:
     )
 
 
-class PublicationPlan:
-    """Which tensors of one model travel with each publication. Ranks that share the model hold one each, in step.
+def frozen_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of what training does not change, without adapters: it has to travel once. All ranks iterate."""
+    with torch.no_grad():
+        for source in _sources(model):
+            if not source.is_trained:
+                yield source.name, source.base()
 
-    `full`: every tensor, adapters merged, each time. `adapter`: what is frozen once, then only what training changes,
-    to be merged by whoever takes it (`low_rank_updates`).
+
+def trained_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of what training changes: A and B of each adapter, and other trained tensors. All ranks iterate.
+
+    Whoever has these and the `frozen_tensors` merges them as `low_rank_updates` says.
     """
-
-    def __init__(self, mode: PublishMode) -> None:
-        self.mode = mode
-        self._kept = False
-
-    def kept(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that are part of this publication and of all that follow; none after the first."""
-        if self.mode == "full" or self._kept:
-            return
-        self._kept = True
-        with torch.no_grad():
-            for source in _sources(model):
-                if not source.is_trained:
-                    yield source.name, source.base()
-
-    def changed(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that are part of this publication alone."""
-        return publication_tensors(model) if self.mode == "full" else _trained_tensors(model)
-
-    def updates(self, model: PreTrainedModel) -> tuple[LowRankUpdate, ...]:
-        """What whoever takes a publication has to merge."""
-        return () if self.mode == "full" else low_rank_updates(model)
+    with torch.no_grad():
+        for source in _sources(model):
+            if source.adapter is not None:
+                yield from zip(_factor_names(source), _factors(source.adapter), strict=True)
+            elif source.is_trained:
+                yield source.name, source.base()
 
 
 @dataclass(frozen=True)
@@ -95,15 +85,6 @@ class _Source:
 
     def make(self) -> Tensor:
         return self.base() if self.adapter is None else merged(self.base(), self.adapter)
-
-
-def _trained_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    with torch.no_grad():
-        for source in _sources(model):
-            if source.adapter is not None:
-                yield from zip(_factor_names(source), _factors(source.adapter), strict=True)
-            elif source.is_trained:
-                yield source.name, source.base()
 
 
 def _factor_names(source: _Source) -> tuple[str, str]:

@@ -20,9 +20,6 @@ ALL_LINEAR = "all-linear"
 
 Quantization = Literal["nf4"]
 
-PublishMode = Literal["full", "adapter"]
-"""What a weight push carries: see `learner.publish`."""
-
 
 class ScratchModelSettings(Settings):
     """A small model with random weights, sized for the tokenizer of the task."""

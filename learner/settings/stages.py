@@ -7,10 +7,13 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from buffer.settings import OutputPath, Settings
-from learner.settings.model import Dtype, PublishMode
+from learner.settings.model import Dtype
 from learner.settings.objectives import ObjectiveSettings
 
 DEFAULT_RANK_TIMEOUT_S = 300.0
+
+PublishMode = Literal["full", "adapter"]
+"""What a weight push carries: see `learner.publish`."""
 
 
 class OptimizerSettings(Settings):

@@ -34,7 +34,7 @@ from learner.model.adapters import add_adapters
 from learner.model.backspace_row import fit_backspace_row
 from learner.objectives.registry import make_objective
 from learner.precision import hold_trained_parameters
-from learner.publication.tensors import PublicationPlan, publication_tensors
+from learner.publication.tensors import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
 from learner.ranks.group import Ranks, join_ranks, leave_ranks, open_rendezvous
 from learner.ranks.sharding import gathered, load_tensors, shard
 from learner.settings.model import AdapterSettings
@@ -191,9 +191,8 @@ def weights(policy: TreePolicy) -> dict[str, Tensor]:
 
 def taken(policy: TreePolicy) -> dict[str, Tensor]:
     """The same as an actor has them when frozen and trained tensors travel apart."""
-    plan = PublicationPlan("adapter")
-    payload, entries = pack_tensors(chain(plan.kept(policy.model), plan.changed(policy.model)))
-    manifest = WeightManifest(0, fingerprint(entries, payload), entries, (), (), plan.updates(policy.model))
+    payload, entries = pack_tensors(chain(frozen_tensors(policy.model), trained_tensors(policy.model)))
+    manifest = WeightManifest(0, fingerprint(entries, payload), entries, (), (), low_rank_updates(policy.model))
     return {name: tensor.clone() for name, tensor in unpack(payload, manifest)}
 
 

@@ -15,7 +15,7 @@ from actors.engine.settings import EngineSettings
 from buffer.weights.format import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack
 from launch.export.model import export
 from learner.model.policy import Policy, load_policy
-from learner.publication.tensors import PublicationPlan
+from learner.publication.tensors import frozen_tensors, low_rank_updates, trained_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from learner.state_tree.policy import TreePolicy
 from tests.checkpoints import progress_at, save_checkpoint
@@ -87,11 +87,11 @@ def test_an_export_and_a_push_of_adapters_generate_as_the_learners_model(policy:
     exported = AutoModelForCausalLM.from_pretrained(out)
 
     train_a_little(policy.model, seed=2)
-    plan = PublicationPlan("adapter")  # so the engine's side merges
-    payload, entries = pack_tensors(chain(plan.kept(policy.model), plan.changed(policy.model)))
+    # Adapters apart, so the engine's side merges.
+    payload, entries = pack_tensors(chain(frozen_tensors(policy.model), trained_tensors(policy.model)))
     logprobs, before = (TreePolicy(m, BACKSPACE_ID).sequence_logprobs(PROBE) for m in (policy.model, exported))
     manifest = WeightManifest(
-        1, fingerprint(entries, payload), entries, PROBE, tuple(logprobs.tolist()), plan.updates(policy.model)
+        1, fingerprint(entries, payload), entries, PROBE, tuple(logprobs.tolist()), low_rank_updates(policy.model)
     )
     assert abs(logprobs - before).max() > 0.1, "the push changes nothing"
 

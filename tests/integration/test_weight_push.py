@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import psutil
@@ -34,8 +35,9 @@ from buffer.weights.format import WeightManifest, WeightPayload, fingerprint, pa
 from buffer.weights.object_store import WeightHandle, WeightReceiver, WeightSender
 from learner.model.adapters import add_adapters
 from learner.publication.publisher import WeightPublisher, make_probe
-from learner.publication.tensors import PublicationPlan, publication_tensors
+from learner.publication.tensors import publication_tensors
 from learner.settings.model import AdapterSettings
+from learner.settings.stages import PublishMode
 from learner.state_tree.policy import TreePolicy, sequence_logprobs
 from tests.integration.local_ray import local_ray
 from tests.integration.reference import compare
@@ -73,7 +75,7 @@ class Push:
         folder: Path,
         model: PreTrainedModel,
         actors: ActorsSettings = SETTINGS,
-        plan: PublicationPlan | None = None,
+        mode: PublishMode = "full",
     ) -> None:
         self._folder = folder / "buffer"
         settings = BufferSettings(capacity=100_000, min_size=1, fsync="none")
@@ -95,7 +97,7 @@ class Push:
         environment = engine_environment(spec.engine_settings("", seed=0)) | {"PYTHONPATH": str(ROOT)}
         self.pool = ray.remote(ActorPool).options(num_cpus=0).remote(spec, [ray.put(examples)], shards, environment, 1)
         ray.get(self.pool.start.remote(), timeout=ANSWER_TIMEOUT_S)
-        self.publisher = WeightPublisher(self.pool, PROBE, plan=plan)
+        self.publisher = WeightPublisher(self.pool, PROBE, mode=mode)
         self._draws = 0
 
     def status(self) -> PoolStatus:
@@ -192,7 +194,7 @@ def test_adapters_travel_alone_to_actors_that_drain_join_late_hang_and_die(tmp_p
     model = tiny_model(tied=True)
     add_adapters(model, AdapterSettings(rank=4, alpha=8.0), base_name="base", revision=None, seed=0)
     actors = SETTINGS.model_copy(update={"weight_update": "drain", "health_timeout_s": 600.0})
-    push = Push(tmp_path, model, actors, PublicationPlan("adapter"))
+    push = Push(tmp_path, model, actors, "adapter")
     models = {}
     for version in range(2):
         models[version] = copy.deepcopy(train_a_little(model, seed=version))
@@ -326,7 +328,7 @@ def test_publishing_is_a_snapshot() -> None:
     receiver = ray.remote(Receiver).options(num_cpus=0).remote()
     publisher = WeightPublisher(receiver, PROBE, first_version=7)
     assert publisher.newest_version == 6
-    assert publisher.publish(policy_of(model)).version == publisher.newest_version == 7
+    assert publisher.publish(policy_of(model)) == publisher.newest_version == 7
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -335,3 +337,30 @@ def test_publishing_is_a_snapshot() -> None:
     for name, array in received.items():
         assert np.array_equal(array, expected[name].numpy()), name
     ray.kill(receiver)
+
+
+def test_frozen_tensors_travel_once() -> None:
+    class Pool:
+        def __init__(self) -> None:
+            self.handles: list[WeightHandle] = []
+
+        def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+            self.handles.append(handle)
+
+        def static(self) -> list[str | None]:
+            return [None if handle.static is None else handle.static.hex() for handle in self.handles]
+
+    model = tiny_model()
+    add_adapters(model, AdapterSettings(rank=4, alpha=8.0), base_name="base", revision=None, seed=0)
+    found: dict[str, list[str | None]] = {}
+    for mode in get_args(PublishMode):
+        pool = ray.remote(Pool).options(num_cpus=0).remote()
+        publisher = WeightPublisher(pool, PROBE, mode=mode)
+        for _ in range(2):
+            publisher.publish(policy_of(model))
+        found[mode] = ray.get(pool.static.remote(), timeout=ANSWER_TIMEOUT_S)
+        ray.kill(pool)
+    assert found["full"] == [None, None]
+    first, second = found["adapter"]
+    assert first is not None
+    assert first == second

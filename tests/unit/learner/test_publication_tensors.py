@@ -7,7 +7,7 @@ import torch
 
 from buffer.weights.format import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack, verify_fingerprint
 from learner.model.adapters import adapter_tensors, add_adapters
-from learner.publication.tensors import PublicationPlan, publication_tensors
+from learner.publication.tensors import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
 from learner.settings.model import AdapterSettings
 from tests.tiny_models import tiny_model
 from tests.unit.learner.test_adapters import KINDS, adapted, train_a_little
@@ -23,9 +23,9 @@ def manifest_of(payload: WeightPayload, entries, updates) -> WeightManifest:
     return WeightManifest(0, fingerprint(entries, payload), entries, (), (), updates)
 
 
-def assert_arrives(model, plan: PublicationPlan, kept, kept_entries, changed, changed_entries) -> None:
+def assert_arrives(model, kept, kept_entries, changed, changed_entries) -> None:
     payload = kept | changed
-    manifest = manifest_of(payload, (*kept_entries, *changed_entries), plan.updates(model))
+    manifest = manifest_of(payload, (*kept_entries, *changed_entries), low_rank_updates(model))
     verify_fingerprint(payload, manifest)
     arrived, expected = dict(unpack(payload, manifest)), dict(publication_tensors(model))
     assert arrived.keys() == expected.keys()
@@ -35,15 +35,13 @@ def assert_arrives(model, plan: PublicationPlan, kept, kept_entries, changed, ch
 
 
 def check_two_publications(model) -> None:
-    plan = PublicationPlan("adapter")
-    kept, kept_entries = pack_tensors(plan.kept(model))
+    kept, kept_entries = pack_tensors(frozen_tensors(model))
     kept = copied(kept)
-    changed, changed_entries = pack_tensors(plan.changed(model))
-    assert_arrives(model, plan, kept, kept_entries, copied(changed), changed_entries)
+    changed, changed_entries = pack_tensors(trained_tensors(model))
+    assert_arrives(model, kept, kept_entries, copied(changed), changed_entries)
     train_a_little(model, seed=2)
-    assert list(plan.kept(model)) == [], "what is frozen travels once"
-    changed, changed_entries = pack_tensors(plan.changed(model))
-    assert_arrives(model, plan, kept, kept_entries, copied(changed), changed_entries)
+    changed, changed_entries = pack_tensors(trained_tensors(model))
+    assert_arrives(model, kept, kept_entries, copied(changed), changed_entries)
     assert sum(array.nbytes for array in changed.values()) == sum(t.nbytes for t in adapter_tensors(model).values())
 
 
@@ -65,11 +63,3 @@ def test_a_bfloat16_base_is_rounded_as_the_learner_rounds():
 @needs_bitsandbytes
 def test_a_base_in_four_bits_travels_restored():
     check_two_publications(train_a_little(quantised()))
-
-
-def test_a_full_plan_keeps_nothing():
-    model = train_a_little(adapted())
-    plan = PublicationPlan("full")
-    assert list(plan.kept(model)) == []
-    assert plan.updates(model) == ()
-    assert [name for name, _ in plan.changed(model)] == [name for name, _ in publication_tensors(model)]
