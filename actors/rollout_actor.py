@@ -36,9 +36,9 @@ from actors.rollout_rules import (
 from actors.scoring.rollout_scores import RolloutScoring
 from actors.scoring.settings import ScoringSettings
 from actors.settings import ActorsSettings
-from actors.shard_writer import ShardWriter
 from actors.status import ActorStatus
 from buffer.experts.stream import ExpertStream, PromptStream
+from buffer.service.client import BufferClient
 from buffer.service.shard import Shard, nearest
 from buffer.settings import NoiseSettings
 from buffer.stop_signals import ignore_stop_signals
@@ -160,7 +160,7 @@ class RolloutActor:
         self._version = -1
         self._finished: list[FinishedLog] = []
         node_id = ray.get_runtime_context().get_node_id()
-        self._writer = ShardWriter(name, nearest(shards, node_id), first=number)
+        self._buffer = BufferClient(nearest(shards, node_id), first=number)
         self._num_requests = 0
         self._actions = self._backspaces = self._trajectories = self._dropped = 0
         self._drop_reason: str | None = None
@@ -202,7 +202,7 @@ class RolloutActor:
             actions_per_s=self._rate.per_s(time.monotonic(), self._actions),
             backspaces=self._backspaces,
             trajectories=self._trajectories,
-            rejected=self._writer.rejected,
+            rejected=self._buffer.rejected,
             in_flight=self._engine.num_unfinished,
             activity=self._activity,
             dropped=self._dropped,
@@ -235,7 +235,7 @@ class RolloutActor:
             if hand_over_due(len(self._finished), self._engine.num_unfinished, self._spec.settings.insert_rows):
                 self._hand_over()
         self._hand_over()
-        self._writer.settle()
+        self._buffer.settle()
         self._activity = "left"
 
     def _take_newest_weights(self) -> bool:
@@ -260,7 +260,7 @@ class RolloutActor:
 
     def _admits_rollouts(self, finishing: bool) -> bool:
         self._activity = rollout_activity(
-            self._version, self._first_version, self._draining, self._paused, self._writer.held_back, finishing
+            self._version, self._first_version, self._draining, self._paused, self._buffer.held_back, finishing
         )
         return self._activity == GENERATING
 
@@ -307,12 +307,12 @@ class RolloutActor:
         self._trajectories += num_finished  # now, so that an actor whose scorer never returns does not look healthy
         if rollouts.num_rows == 0:
             return
-        self._writer.insert(rollouts)
+        self._buffer.insert(rollouts)
         if self._experts is not None:
             plan = self._experts.plan(rollouts.num_rows)
             tokens, _ = self._engine.draw_next_tokens(plan.prefixes().rows())
             self._prove_ranks()
-            self._writer.insert(self._experts.realise(plan, tokens))
+            self._buffer.insert(self._experts.realise(plan, tokens))
 
     def _prove_ranks(self) -> None:
         """Nothing leaves this actor that the processes of a divided engine have not all drawn."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     import ray
+    from ray.actor import ActorHandle
 
 POLL_S = 0.25
 """Between two calls of `while_waiting`."""
@@ -83,8 +84,12 @@ class RemoteCall(Generic[T]):
                     return value
             except TimeoutError:
                 if timeout.expired():
-                    raise self._no_answer(timeout_s) from None
+                    raise self.silence(timeout_s) from None
                 raise  # the other process raised it
+
+    def silence(self, timeout_s: float) -> NoAnswerError:
+        """The error to raise where the call has not ended within `timeout_s`."""
+        return NoAnswerError(f"{self.who} did not {self.task} within {timeout_s:g} s")
 
     @contextmanager
     def _naming(self, timeout_s: float) -> Iterator[None]:
@@ -96,13 +101,23 @@ class RemoteCall(Generic[T]):
         except ray.exceptions.RayTaskError:
             raise  # before the others: it is an instance of what the call raised
         except ray.exceptions.GetTimeoutError:
-            raise self._no_answer(timeout_s) from None
+            raise self.silence(timeout_s) from None
         except ray.exceptions.RayActorError as error:
             lines = str(error).strip().splitlines()
             at_start = error.actor_init_failed  # all but the last line is the traceback of the constructor
             raise ProcessLostError(self.who, lines[-1 if at_start else 0], at_start) from None
-        except ray.exceptions.ObjectLostError as error:
+        except (ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError) as error:
             raise ProcessLostError(self.who, str(error).strip().splitlines()[0]) from None
 
-    def _no_answer(self, timeout_s: float) -> NoAnswerError:
-        return NoAnswerError(f"{self.who} did not {self.task} within {timeout_s:g} s")
+
+def end_actor(actor: ActorHandle, goodbye: RemoteCall[None], timeout_s: float) -> str | None:
+    """Kill an actor once it has answered `goodbye`, or after `timeout_s`; gives a line for people if it did not."""
+    import ray
+
+    failure = None
+    try:
+        goodbye.result(max(timeout_s, 0.0))
+    except (NoAnswerError, ProcessLostError, ray.exceptions.RayTaskError) as error:
+        failure = f"{goodbye.who} did not end by itself: {str(error).splitlines()[0]}"
+    ray.kill(actor)
+    return failure

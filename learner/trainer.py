@@ -19,9 +19,8 @@ from torch import Tensor
 
 from buffer.trajectory.behavior import newest_version
 from learner.batches.micro_batches import TreeSettings, build_micro_batches
-from learner.batches.priorities import Float32, priorities_of_draw
 from learner.batches.rank_shares import count_logs, share_of_rank
-from learner.batches.source import BatchSource
+from learner.batches.source import BatchSource, Float32, priorities_of_draw
 from learner.checkpoints.checkpoint import TrainingState
 from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics

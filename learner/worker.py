@@ -22,15 +22,14 @@ from ray.actor import ActorHandle
 
 from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task, load_task
+from buffer.service.client import BufferClient
 from buffer.service.shard import Shard
 from buffer.settings import NoiseSettings
 from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
 from learner.batches.demonstrations import teach_backspace_row
 from learner.batches.micro_batches import TreeSettings
-from learner.batches.priorities import Float32
-from learner.batches.shared_source import SharedBatchSource
-from learner.batches.source import BufferSource, StopRequestedError
+from learner.batches.source import BufferSource, Float32, SharedBatchSource, StopRequestedError
 from learner.checkpoints.checkpoint import check_can_be_saved, read_training_state
 from learner.checkpoints.model_files import load_weights
 from learner.checkpoints.progress import Progress, note_durable, read_progress
@@ -73,7 +72,7 @@ class LearnerWorker:
         self._task: Task
         self._contract: TokenContract
         self._probe: tuple[int, ...] = ()
-        self._shards: tuple[Shard, ...] = ()
+        self._buffer: BufferClient | None = None
         self._publisher: WeightPublisher | None = None
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
@@ -163,7 +162,7 @@ class LearnerWorker:
         shards: of the replay buffer. first_version: of this publication; beyond 0 when a run resumes.
         """
         if self._ranks.leads:
-            self._shards = tuple(shards)
+            self._buffer = BufferClient(shards)
         self._publisher = WeightPublisher(pool, self._probe, first_version, self._spec.settings.publish, self._ranks)
         self._publish()
 
@@ -297,9 +296,9 @@ class LearnerWorker:
         """Trajectories from the replay buffer; None at ranks other than 0."""
         if not self._ranks.leads:
             return None
-        assert self._shards, "connect() comes before a stage that needs the buffer"
+        assert self._buffer is not None, "connect() comes before a stage that needs the buffer"
         return BufferSource(
-            self._shards,
+            self._buffer,
             stage.name,
             source,
             self._spec.settings.data_timeout_s,
@@ -395,5 +394,5 @@ class LearnerWorker:
     def _release_draws(self, progress: Progress) -> None:
         """No draw before a durable checkpoint will be repeated."""
         note_durable(self._folder, progress)
-        for each in self._shards:
-            each.handle.checkpointed.remote(progress.stage, progress.step)
+        if self._buffer is not None:
+            self._buffer.checkpointed(progress.stage, progress.step)

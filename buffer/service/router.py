@@ -1,6 +1,6 @@
 """One draw from all shards of a buffer, the same again when it is repeated.
 
-One shard gives the draw at the first asking. Several are asked in two rounds:
+The shards are asked in two rounds:
 
     offer   what each has logged for this draw, and what it could add; nothing changes
     take    each logs its part and answers it
@@ -18,13 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from buffer.service.service import DrawTimeoutError
-from buffer.service.shard_split import Offer, plan_parts
 from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
 
 WAIT_SLICE_S = 1.0
 """Longest wait in a shard for news; a wait that nobody needs any more ends by itself after so long."""
+
+
+class DrawTimeoutError(TimeoutError):
+    """The buffer could not serve a draw in time; the message says what it lacked and whom it waited for."""
 
 
 @dataclass(frozen=True)
@@ -38,30 +40,38 @@ class DrawRequest:
     key: DrawKey
     count: int
     policy_version: int
-    first_version: int
+    first_version: int = 0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one shard can give to one draw.
+
+    logged: rows that it gave to this draw before, by its consumption log. live: live rows of the draw's source.
+    available: rows that it could add now; at most those live rows that it has not logged, fewer where its limiter
+        says so.
+    inserts: inserts that it has taken; to be told when there are more (`wait_for_rows`).
+    shortage: why it cannot give all of the draw, for people.
+    """
+
+    logged: int
+    live: int
+    available: int
+    inserts: int
+    shortage: str = ""
 
 
 class ShardClient(Protocol):
-    """One shard, here or in another process; see `buffer.service.service.ReplayBufferService`."""
+    """One shard: `buffer.service.shard.Shard` in another process, or the service itself."""
 
-    async def draw(
-        self, key: DrawKey, count: int, policy_version: int, timeout_s: float, first_version: int
-    ) -> DrawResult:
-        """Wait for a draw of which this shard gives all."""
+    async def offer(self, request: DrawRequest) -> Offer:
+        """See `ReplayBufferService.offer`."""
 
-    async def offer(self, key: DrawKey, count: int, policy_version: int, first_version: int) -> Offer:
-        """What this shard can give to a draw of `count`."""
-
-    async def take(
-        self, key: DrawKey, part: int, count: int, policy_version: int, first_version: int
-    ) -> DrawResult | None:
-        """This shard's part of a draw of `count`; None where it cannot give so many any more."""
+    async def take(self, request: DrawRequest, part: int) -> DrawResult | None:
+        """See `ReplayBufferService.take`."""
 
     async def wait_for_rows(self, inserts: int, timeout_s: float) -> bool:
-        """Wait until the shard has taken more than `inserts` inserts; False where it has not in time."""
-
-    async def shortage(self, count: int, source: str) -> str:
-        """Why a draw of `count` is not served, for people."""
+        """See `ReplayBufferService.wait_for_rows`."""
 
 
 async def draw_from_shards(
@@ -73,37 +83,26 @@ async def draw_from_shards(
         DrawTimeoutError: too few rows came in time; the message says what each shard lacks.
         ValueError: the draw can never be served, or had another size before.
     """
-    key, count = request.key, request.count
-    versions = (request.policy_version, request.first_version)
-    if len(shards) == 1:
-        return (await shards[0].draw(key, count, versions[0], timeout_s, versions[1]),)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
     while True:
-        offers = await asyncio.gather(*(shard.offer(key, count, *versions) for shard in shards))
-        parts = plan_parts(count, offers)
+        offers = await asyncio.gather(*(shard.offer(request) for shard in shards))
+        parts = plan_parts(request.count, offers)
         if parts is not None:
-            taken = await asyncio.gather(
-                *(
-                    _take(shard, request, part) if part else _nothing()
-                    for shard, part in zip(shards, parts, strict=True)
-                )
-            )
-            if sum(0 if drawn is None else drawn.batch.num_rows for drawn in taken) == count:
+            taken = await asyncio.gather(*map(_take, shards, [request] * len(shards), parts))
+            if sum(0 if drawn is None else drawn.batch.num_rows for drawn in taken) == request.count:
                 return tuple(taken)
         left_s = deadline - loop.time()
         if left_s <= 0:
-            raise DrawTimeoutError(await _why_not(shards, request, timeout_s))
+            raise DrawTimeoutError(
+                f"waited {timeout_s:g} s for {request.count} {request.key.source} trajectories{_shortages(offers)}"
+            )
         if parts is None:
             await _wait_for_news(shards, offers, min(left_s, WAIT_SLICE_S))
 
 
 async def _take(shard: ShardClient, request: DrawRequest, part: int) -> DrawResult | None:
-    return await shard.take(request.key, part, request.count, request.policy_version, request.first_version)
-
-
-async def _nothing() -> None:
-    return None
+    return await shard.take(request, part) if part else None
 
 
 async def _wait_for_news(shards: Sequence[ShardClient], offers: Sequence[Offer], timeout_s: float) -> None:
@@ -121,8 +120,50 @@ async def _wait_for_news(shards: Sequence[ShardClient], offers: Sequence[Offer],
             wait.cancel()
 
 
-async def _why_not(shards: Sequence[ShardClient], request: DrawRequest, timeout_s: float) -> str:
-    key, count = request.key, request.count
-    reasons = await asyncio.gather(*(shard.shortage(count, key.source) for shard in shards))
-    lines = "; ".join(f"shard {index}: {reason}" for index, reason in enumerate(reasons))
-    return f"waited {timeout_s:g} s for {count} {key.source} trajectories from {len(shards)} shards: {lines}"
+def _shortages(offers: Sequence[Offer]) -> str:
+    if len(offers) == 1:
+        return f": {offers[0].shortage}"
+    lines = "; ".join(f"shard {index}: {offer.shortage}" for index, offer in enumerate(offers))
+    return f" from {len(offers)} shards: {lines}"
+
+
+def plan_parts(count: int, offers: Sequence[Offer]) -> list[int] | None:
+    """Rows that each shard gives to a draw of `count`, those that it has logged included; None while they lack rows.
+
+    What is logged stays: a draw that was given completely before is given so again, and one that an interruption left
+    with some of its parts is completed by all shards.
+    """
+    missing = count - sum(offer.logged for offer in offers)
+    assert missing >= 0, "a shard refuses a draw that had another size before"
+    added = split(missing, [offer.live for offer in offers], [offer.available for offer in offers])
+    return None if added is None else [offer.logged + part for offer, part in zip(offers, added, strict=True)]
+
+
+def split(count: int, weights: Sequence[int], limits: Sequence[int]) -> list[int] | None:
+    """Divide `count` in proportion to `weights`, no part beyond its limit; None where the limits do not allow it.
+
+    Method of largest remainders, in whole numbers and with ties to the first, so that equal input gives equal parts
+    everywhere. What a limited part cannot take is divided among the others in the same way.
+    """
+    assert all(limit <= weight for limit, weight in zip(limits, weights, strict=True)), "no part without weight"
+    if sum(limits) < count:
+        return None
+    parts = [0] * len(weights)
+    free = [index for index, limit in enumerate(limits) if limit > 0]
+    while True:
+        missing = count - sum(parts)
+        total = sum(weights[index] for index in free)
+        if missing == 0 or total == 0:
+            return parts
+        full = [index for index in free if missing * weights[index] >= limits[index] * total]
+        if not full:
+            break
+        for index in full:
+            parts[index] = limits[index]
+        free = [index for index in free if index not in full]
+    for index in free:
+        parts[index] = missing * weights[index] // total
+    by_remainder = sorted(free, key=lambda index: (-(missing * weights[index] % total), index))
+    for index in by_remainder[: count - sum(parts)]:
+        parts[index] += 1
+    return parts

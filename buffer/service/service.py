@@ -29,12 +29,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.sampling.limiter import Limiter, Traffic
-from buffer.service.shard_split import Offer
+from buffer.service.router import DrawRequest, Offer
 from buffer.service.shard_upkeep import ShardUpkeep
 from buffer.service.status import ShardStatus
 from buffer.settings import BufferSettings
 from buffer.stop_signals import ignore_stop_signals
-from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
 from buffer.store.replay_store import ReplayStore
 from buffer.trajectory.schema import TokenContract
@@ -47,10 +46,6 @@ MAX_RECENT_REJECTIONS = 8
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
-
-
-class DrawTimeoutError(TimeoutError):
-    """The buffer could not serve a draw in time; the message says what it lacked and whom it waited for."""
 
 
 @dataclass(frozen=True)
@@ -122,71 +117,45 @@ class ReplayBufferService:
             await self._notify()
         return InsertReply(result.accepted + result.present, result.rejections, pause=not self._demand())
 
-    async def draw(
-        self, key: DrawKey, count: int, policy_version: int, timeout_s: float = 60.0, first_version: int = 0
-    ) -> DrawResult:
-        """The rows that the draw `key` was given before, at once, else `count` live rows of its source, waiting up to
-        `timeout_s` for them. For a draw of which this shard gives all.
-
-        policy_version: newest version the caller has published; see `ReplayStore.draw`. first_version: of the weights
-        that the rollouts of the stage started with; older rows are of another stage.
-
-        Raises:
-            ValueError: the draw can never be served.
-            DrawTimeoutError: too few rows came in time.
-        """
-        drawn: list[DrawResult] = []
-
-        def served() -> bool:
-            result = self._draw(key, count, count, policy_version, first_version)
-            if result is not None:
-                drawn.append(result)
-            return result is not None
-
-        self._waiting_draws += 1
-        try:
-            if not served():
-                await self._notify()  # a waiting draw is demand
-                await self._wait(served, timeout_s)
-        finally:
-            self._waiting_draws -= 1
-        if not drawn:
-            reason = await self.shortage(count, key.source)
-            raise DrawTimeoutError(f"waited {timeout_s:g} s for {count} {key.source} trajectories: {reason}")
-        await self._notify()
-        return drawn[0]
-
-    async def offer(self, key: DrawKey, count: int, policy_version: int, first_version: int) -> Offer:
-        """What this shard can give to a draw of `count` rows from several shards. Drops rows that are too stale for it.
+    async def offer(self, request: DrawRequest) -> Offer:
+        """What this shard can give to a draw, of which other shards may give a part. Drops rows that are too stale for
+        it.
 
         Raises:
             ValueError: the draw can never be served, or had another size before. OSError: the disk refused.
         """
+        self._upkeep.ensure()
+        key, store = request.key, self._store
         capacity = self._settings.capacity * self._settings.shards
-        if count > capacity:
+        if request.count > capacity:
             raise ValueError(
-                f"a draw of {count} trajectories can never be served: the buffer holds {capacity} per source; lower "
-                "the batch or raise buffer.capacity"
+                f"a draw of {request.count} trajectories can never be served: the buffer holds {capacity} per source; "
+                "lower the batch or raise buffer.capacity"
             )
-        self._store.begin_stage(first_version)
-        available = self._store.num_available(key, count, policy_version)
-        live = self._store.num_live(key.source)
-        if self._store.num_drawn(key.source) == 0 and live < self._settings.min_size:
+        store.begin_stage(request.first_version)
+        available = store.num_available(key, request.count, request.policy_version)
+        live, logged = store.num_live(key.source), store.num_logged(key)
+        if store.num_drawn(key.source) == 0 and live < self._settings.min_size:
             available = 0
         if key.source == "policy":
             available = min(available, self._limiter.allowance(self._traffic()))
-        return Offer(logged=self._store.num_logged(key), live=live, available=available, inserts=self._inserts)
+        shortage = "" if logged + available >= request.count else self._shortage(request)
+        return Offer(logged, live, available, self._inserts, shortage)
 
-    async def take(
-        self, key: DrawKey, part: int, count: int, policy_version: int, first_version: int
-    ) -> DrawResult | None:
-        """This shard's part of a draw of `count` rows from several shards: what it has logged for it, and as many more
-        as `part` asks for. None where it cannot give so many, against its offer.
+    async def take(self, request: DrawRequest, part: int) -> DrawResult | None:
+        """This shard's part of a draw: what it has logged for it, and as many more as `part` asks for. None where it
+        cannot give so many, against its offer.
 
         Raises:
             ValueError: the draw had another size before. OSError: the disk refused.
         """
-        result = self._draw(key, part, count, policy_version, first_version)
+        self._upkeep.ensure()
+        key, store = request.key, self._store
+        store.begin_stage(request.first_version)
+        added = part - store.num_logged(key)
+        if key.source == "policy" and added > self._limiter.allowance(self._traffic()):
+            return None
+        result = store.draw(key, part, request.policy_version, whole=request.count)
         if result is not None:
             await self._notify()
         return result
@@ -202,29 +171,6 @@ class ReplayBufferService:
             return await self._wait(lambda: self._inserts != inserts, timeout_s)
         finally:
             self._waiting_draws -= 1
-
-    async def shortage(self, count: int, source: str) -> str:
-        """Why a draw of `count` rows of `source` is not served, for people."""
-        status = self._store.status()
-        counters = status.sources[source]
-        needed = count if counters.draws else max(count, self._settings.min_size)
-        if counters.live < needed:
-            message = f"{counters.live} are live and {needed} are needed; "
-        else:
-            more = self._limiter.inserts_needed(count, self._traffic())
-            message = (
-                f"{counters.drawn} were drawn of {counters.inserted} inserted, and samples_per_insert="
-                f"{self._settings.samples_per_insert} asks for {more} more inserts first; "
-            )
-        if counters.dropped_stale:
-            message += f"{counters.dropped_stale} were dropped as stale; "
-        if self._recent_rejections:
-            message += f"{status.rejected} were rejected, the last because: {self._recent_rejections[-1].reason}; "
-        if not self._last_insert_s:
-            return message + "no actor has inserted anything since the buffer started"
-        now_s = asyncio.get_running_loop().time()
-        last = [f"{actor} {now_s - when_s:.0f} s ago" for actor, when_s in sorted(self._last_insert_s.items())]
-        return message + f"last inserts: {', '.join(last)}"
 
     async def wait_for_demand(self, timeout_s: float) -> bool:
         """Wait until actors that were told to pause may go on; False if `timeout_s` passed first (ask again)."""
@@ -268,14 +214,29 @@ class ReplayBufferService:
         await self._upkeep.stop()
         self._store.close()
 
-    def _draw(self, key: DrawKey, part: int, count: int, policy_version: int, first_version: int) -> DrawResult | None:
-        """`part` rows of a draw of `count`, those that were given before included; None while it cannot be."""
-        self._upkeep.ensure()
-        self._store.begin_stage(first_version)
-        added = part - self._store.num_logged(key)
-        if key.source == "policy" and added > self._limiter.allowance(self._traffic()):
-            return None
-        return self._store.draw(key, part, policy_version, whole=count)
+    def _shortage(self, request: DrawRequest) -> str:
+        """Why a draw is not served, for people."""
+        count, source = request.count, request.key.source
+        status = self._store.status()
+        counters = status.sources[source]
+        needed = count if counters.draws else max(count, self._settings.min_size)
+        if counters.live < needed:
+            message = f"{counters.live} are live and {needed} are needed; "
+        else:
+            more = self._limiter.inserts_needed(count, self._traffic())
+            message = (
+                f"{counters.drawn} were drawn of {counters.inserted} inserted, and samples_per_insert="
+                f"{self._settings.samples_per_insert} asks for {more} more inserts first; "
+            )
+        if counters.dropped_stale:
+            message += f"{counters.dropped_stale} were dropped as stale; "
+        if self._recent_rejections:
+            message += f"{status.rejected} were rejected, the last because: {self._recent_rejections[-1].reason}; "
+        if not self._last_insert_s:
+            return message + "no actor has inserted anything since the buffer started"
+        now_s = asyncio.get_running_loop().time()
+        last = [f"{actor} {now_s - when_s:.0f} s ago" for actor, when_s in sorted(self._last_insert_s.items())]
+        return message + f"last inserts: {', '.join(last)}"
 
     def _traffic(self) -> Traffic:
         store = self._store

@@ -13,35 +13,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from buffer.remote_call import RemoteCall
+from buffer.service.router import DrawRequest, Offer
+from buffer.store.counters import DrawResult
+
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from buffer.settings import BufferSettings
 
+ANSWER_TIMEOUT_S = 120.0
+"""Beyond the time that a call itself may wait: a shard that died needs some to come back, more with a large folder."""
+
 _FOLDER_PREFIX = "shard-"
-
-
-class BufferLostError(RuntimeError):
-    """The process of a shard is gone for good."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard. handle: of its actor (`buffer.service.service.ReplayBufferService`); node_id: where it was placed."""
+    """One shard. handle: of its actor (`buffer.service.service.ReplayBufferService`); node_id: where it was placed.
+
+    Its methods are those of the service, called from another process; they raise as `RemoteCall.answer`, too.
+    """
 
     index: int
     handle: ActorHandle
-    node_id: str
+    node_id: str = ""
 
     @property
     def name(self) -> str:
         """For messages."""
-        return shard_name(self.index)
+        return f"shard {self.index} of the replay buffer"
 
+    async def offer(self, request: DrawRequest) -> Offer:
+        """See `ReplayBufferService.offer`."""
+        return await RemoteCall[Offer](self.name, self.handle.offer.remote(request)).answer(ANSWER_TIMEOUT_S)
 
-def shard_name(index: int) -> str:
-    """For messages."""
-    return f"shard {index} of the replay buffer"
+    async def take(self, request: DrawRequest, part: int) -> DrawResult | None:
+        """See `ReplayBufferService.take`."""
+        reference = self.handle.take.remote(request, part)
+        return await RemoteCall[DrawResult | None](self.name, reference).answer(ANSWER_TIMEOUT_S)
+
+    async def wait_for_rows(self, inserts: int, timeout_s: float) -> bool:
+        """See `ReplayBufferService.wait_for_rows`."""
+        reference = self.handle.wait_for_rows.remote(inserts, timeout_s)
+        return await RemoteCall[bool](self.name, reference).answer(timeout_s + ANSWER_TIMEOUT_S)
 
 
 def shard_folder(buffer_folder: Path, index: int) -> Path:
@@ -55,7 +70,7 @@ def present_shards(buffer_folder: Path) -> list[Path]:
 
 
 def shard_settings(settings: BufferSettings, index: int) -> BufferSettings:
-    """What a shard is born with: its share of what counts rows of the whole buffer, rounded up, and its own port."""
+    """What a shard starts with: its share of what counts rows of the whole buffer, rounded up, and its own port."""
     shards, tolerance, flight = settings.shards, settings.samples_per_insert_tolerance, settings.flight
     return settings.model_copy(
         update={

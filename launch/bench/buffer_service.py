@@ -6,7 +6,10 @@ import time
 from itertools import count
 from pathlib import Path
 
+from buffer.service.client import BufferClient
+from buffer.service.router import DrawRequest
 from buffer.service.service import ReplayBufferService
+from buffer.service.shard import Shard
 from buffer.settings import BufferSettings
 from buffer.store.consumption_log import DrawKey
 from launch.bench.buffer_load import CONTRACT, SENT_ROWS, as_arrow, make_rollouts
@@ -52,10 +55,11 @@ def service_rates(folder: Path, num_rows: int) -> dict[str, float]:
             )
             elapsed_s = max(end for _, end in spans) - min(start for start, _ in spans)
             rates[f"insert_{num_writers}_writers"] = round(num_writers * share / elapsed_s)
+            client = BufferClient([Shard(0, service)])
             keys = (DrawKey("bench", step, "policy") for step in count())
             started = time.perf_counter()
             for _, key in zip(range(DRAWS), keys, strict=False):
-                ray.get(service.draw.remote(key, DRAWN_ROWS, 0, timeout_s=TIMEOUT_S), timeout=TIMEOUT_S)
+                client.draw(DrawRequest(key, DRAWN_ROWS, policy_version=0), TIMEOUT_S)
             rates["sample"] = round(DRAWS * DRAWN_ROWS / (time.perf_counter() - started))
             ray.get(service.close.remote(), timeout=TIMEOUT_S)
             ray.kill(service)

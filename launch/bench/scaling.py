@@ -17,7 +17,7 @@ from pathlib import Path
 
 from actors.rollout_rules import GENERATING, HELD_BACK
 from actors.settings import ActorsSettings
-from buffer.service.service import DrawTimeoutError
+from buffer.service.router import DrawTimeoutError
 from buffer.service.status import BufferStatus
 from buffer.settings import BufferSettings
 from buffer.store.counters import SourceCounters

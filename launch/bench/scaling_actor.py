@@ -45,7 +45,7 @@ class _Insert:
 
 
 class SimulatedWriter:
-    """`actors.shard_writer.ShardWriter` with tasks in the place of calls through Ray."""
+    """`buffer.service.client.BufferClient` with tasks in the place of calls through Ray."""
 
     def __init__(self, shards: Sequence[SimulatedShard], first: int) -> None:
         self._shards = {shard.index: shard for shard in shards}

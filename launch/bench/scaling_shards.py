@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from buffer.service.router import DrawRequest, Offer
 from buffer.service.service import InsertReply, ReplayBufferService
 from buffer.service.shard import shard_folder, shard_seed, shard_settings
-from buffer.service.shard_split import Offer
 from buffer.settings import BufferSettings
-from buffer.store.consumption_log import DrawKey
 from buffer.store.counters import DrawResult
 from launch.bench.buffer_load import CONTRACT
 from launch.bench.scaling_times import StepTimes
@@ -36,25 +35,15 @@ class SimulatedShard:
         await self._work(self._times.insert_s + batch.num_rows * self._times.insert_row_s)
         return await self.service.insert(batch)
 
-    async def draw(
-        self, key: DrawKey, count: int, policy_version: int, timeout_s: float, first_version: int
-    ) -> DrawResult:
-        """See `ReplayBufferService.draw`."""
-        await self._called()
-        drawn = await self.service.draw(key, count, policy_version, timeout_s, first_version)
-        return await self._answered(drawn)
-
-    async def offer(self, key: DrawKey, count: int, policy_version: int, first_version: int) -> Offer:
+    async def offer(self, request: DrawRequest) -> Offer:
         """See `ReplayBufferService.offer`."""
         await self._called()
-        return await self.service.offer(key, count, policy_version, first_version)
+        return await self.service.offer(request)
 
-    async def take(
-        self, key: DrawKey, part: int, count: int, policy_version: int, first_version: int
-    ) -> DrawResult | None:
+    async def take(self, request: DrawRequest, part: int) -> DrawResult | None:
         """See `ReplayBufferService.take`."""
         await self._called()
-        drawn = await self.service.take(key, part, count, policy_version, first_version)
+        drawn = await self.service.take(request, part)
         return None if drawn is None else await self._answered(drawn)
 
     async def wait_for_rows(self, inserts: int, timeout_s: float) -> bool:
@@ -66,10 +55,6 @@ class SimulatedShard:
         """See `ReplayBufferService.wait_for_demand`."""
         await self._called()
         return await self.service.wait_for_demand(timeout_s)
-
-    async def shortage(self, count: int, source: str) -> str:
-        """See `ReplayBufferService.shortage`."""
-        return await self.service.shortage(count, source)
 
     async def _called(self) -> None:
         await asyncio.sleep(self._times.call_s)

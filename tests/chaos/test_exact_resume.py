@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from buffer.experts.tasks import Task, load_task
+from buffer.service.router import DrawRequest, draw_from_shards
 from buffer.service.service import ReplayBufferService
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
 from buffer.store import segments
@@ -80,7 +81,8 @@ class ServiceSource:
             version = made_at // STEPS_PER_VERSION
             self.run(self.service.insert(rollouts(self.task, self.store.next_row, 1, version)))
         key = DrawKey(STAGE.name, self.step, "policy")
-        result = self.run(self.service.draw(key, count, self.step // STEPS_PER_VERSION, timeout_s=1.0))
+        request = DrawRequest(key, count, self.step // STEPS_PER_VERSION)
+        (result,) = self.run(draw_from_shards([self.service], request, timeout_s=1.0))
         self.step += 1
         return result.batch
 

@@ -26,9 +26,7 @@ from buffer.settings import NoiseSettings
 from buffer.weights.format import WeightManifest, fingerprint, pack_tensors, unpack
 from learner.batches.demonstrations import Demonstrations
 from learner.batches.micro_batches import build_micro_batches
-from learner.batches.priorities import Float32
-from learner.batches.shared_source import SharedBatchSource
-from learner.batches.source import StopRequestedError
+from learner.batches.source import Float32, SharedBatchSource, StopRequestedError
 from learner.model.activation_checkpointing import checkpoint_activations
 from learner.model.adapters import add_adapters
 from learner.model.backspace_row import fit_backspace_row

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import ray
 
+from buffer.service.client import BufferClient
+from buffer.service.router import DrawRequest
 from buffer.service.service import ReplayBufferService
+from buffer.service.shard import Shard
 from buffer.settings import BufferSettings
 from buffer.stop_signals import JOB_SIGNALS
 from tests.integration.local_ray import local_ray
@@ -31,6 +36,11 @@ def start(folder, **changes):
     return actor.remote(str(folder), CONTRACT, settings, 0)
 
 
+def draw(service, count, version=0, timeout_s=TIMEOUT_S):
+    (drawn,) = BufferClient([Shard(0, service)]).draw(DrawRequest(fresh_key(), count, version), timeout_s)
+    return drawn.batch
+
+
 def end(service):
     ray.get(service.close.remote(), timeout=TIMEOUT_S)
     ray.kill(service)
@@ -39,13 +49,16 @@ def end(service):
 def test_rows_travel_both_ways_and_draws_wait_in_the_actor(tmp_path):
     service = start(tmp_path)
     batch = numbered(0, 300)
-    waiting = service.draw.remote(fresh_key(), 400, 0, timeout_s=TIMEOUT_S)
-    reply = ray.get(service.insert.remote(batch), timeout=TIMEOUT_S)
-    assert (reply.accepted, reply.rejections, reply.pause) == (300, (), False)
-    assert ray.get(service.status.remote(), timeout=TIMEOUT_S).waiting_draws == 1
-    # A slice of an object in the store, as an actor that splits its batches sends it.
-    ray.get(service.insert.remote(numbered(300, 400).slice(0, 100)), timeout=TIMEOUT_S)
-    drawn = ray.get(waiting, timeout=TIMEOUT_S).batch
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(draw, service, 400)
+        reply = ray.get(service.insert.remote(batch), timeout=TIMEOUT_S)
+        assert (reply.accepted, reply.rejections, reply.pause) == (300, (), False)
+        deadline = time.monotonic() + TIMEOUT_S
+        while ray.get(service.status.remote(), timeout=TIMEOUT_S).waiting_draws != 1:
+            assert time.monotonic() < deadline, "the draw does not wait"
+        # A slice of an object in the store, as an actor that splits its batches sends it.
+        ray.get(service.insert.remote(numbered(300, 400).slice(0, 100)), timeout=TIMEOUT_S)
+        drawn = waiting.result(timeout=TIMEOUT_S)
     assert sorted(map(int, ids_of(drawn))) == list(range(400))
     assert drawn.schema.equals(batch.schema, check_metadata=True)
     rows = {row["id"]: row for row in batch.to_pylist()}
@@ -70,7 +83,7 @@ def test_signals_of_a_job_system_do_not_end_the_actor(tmp_path):
 def test_errors_arrive_as_what_they_are(tmp_path):
     service = start(tmp_path)
     with pytest.raises(TimeoutError, match="no actor has inserted anything since the buffer started"):
-        ray.get(service.draw.remote(fresh_key(), 1, 0, timeout_s=0.1), timeout=TIMEOUT_S)
+        draw(service, 1, timeout_s=0.1)
     with pytest.raises(ValueError, match="schema version none"):
         ray.get(service.insert.remote(numbered(0, 1).replace_schema_metadata(None)), timeout=TIMEOUT_S)
     end(service)
@@ -81,7 +94,7 @@ def test_many_paused_actors_leave_room_for_the_learner(tmp_path):
     assert ray.get(service.insert.remote(numbered(0, 10)), timeout=TIMEOUT_S).pause
     paused = [service.wait_for_demand.remote(timeout_s=TIMEOUT_S) for _ in range(16)]
     assert ray.wait(paused, timeout=0.2)[0] == []
-    assert ray.get(service.draw.remote(fresh_key(), 10, 0), timeout=TIMEOUT_S).batch.num_rows == 10
+    assert draw(service, 10).num_rows == 10
     assert ray.get(paused, timeout=TIMEOUT_S) == [True] * 16
     end(service)
 
@@ -95,5 +108,5 @@ def test_a_new_actor_goes_on_where_a_killed_one_stopped(tmp_path):
         ray.get(service.status.remote(), timeout=TIMEOUT_S)
     service = start(tmp_path)
     assert ray.get(service.newest_version.remote(), timeout=TIMEOUT_S) == 3
-    assert ray.get(service.draw.remote(fresh_key(), 20, 3), timeout=TIMEOUT_S).batch.num_rows == 20
+    assert draw(service, 20, version=3).num_rows == 20
     end(service)

@@ -90,7 +90,7 @@ def learn(
     worker = LearnerWorker(spec)
     run = worker.prepare()
     rollout_spec = RolloutSpec("{}", run.contract, run.task.name, ActorsSettings(), spec.noise, run.max_length, 0)
-    shards = [Shard(0, buffer, node_id="")]
+    shards = [Shard(0, buffer)]
     pool = ray.remote(ActorPool).options(num_cpus=0).remote(rollout_spec, [ray.put(None)], shards, {}, 0)
     worker.connect(shards, pool, first_version)
     objective = SequenceMatchSettings(beta_steps=5)

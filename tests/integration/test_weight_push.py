@@ -26,11 +26,12 @@ from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings, RolloutSettings
 from actors.status import PoolStatus
 from buffer.reading.reader import read_shard
+from buffer.service.client import BufferClient
+from buffer.service.router import DrawRequest
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import Shard
 from buffer.settings import BufferSettings, NoiseSettings
 from buffer.store.consumption_log import DrawKey
-from buffer.store.counters import DrawResult
 from buffer.weights.format import WeightManifest, WeightPayload, fingerprint, pack_tensors
 from buffer.weights.object_store import WeightHandle, WeightReceiver, WeightSender
 from learner.model.adapters import add_adapters
@@ -81,7 +82,8 @@ class Push:
         settings = BufferSettings(capacity=100_000, min_size=1, fsync="none")
         service = ray.remote(ReplayBufferService).options(num_cpus=0)
         self.buffer = service.remote(str(self._folder), CONTRACT, settings, 0)
-        shards = [Shard(0, self.buffer, node_id="")]
+        shards = [Shard(0, self.buffer)]
+        self.client = BufferClient(shards)
         generator = np.random.default_rng(0)
         texts = [generator.integers(FIRST_TEXT_ID, VOCAB_SIZE, size).tolist() for size in range(4, 12)]
         examples = pa.table({"prompt_ids": pa.array(texts), "target_ids": pa.array(texts)})
@@ -116,10 +118,8 @@ class Push:
         """`count` rows, drawn anew."""
         self._draws += 1
         key = DrawKey("stage", self._draws, "policy")
-        drawn: DrawResult = ray.get(
-            self.buffer.draw.remote(key, count, version, timeout_s=START_TIMEOUT_S),
-            timeout=START_TIMEOUT_S + ANSWER_TIMEOUT_S,
-        )
+        (drawn,) = self.client.draw(DrawRequest(key, count, version), START_TIMEOUT_S)
+        assert drawn is not None
         rows: list[dict[str, object]] = drawn.batch.to_pylist()
         return rows
 

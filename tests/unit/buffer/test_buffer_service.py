@@ -7,7 +7,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from buffer.service.service import DrawTimeoutError, ReplayBufferService
+from buffer.service.router import DrawRequest, DrawTimeoutError, draw_from_shards
+from buffer.service.service import ReplayBufferService
 from buffer.service.status import BufferStatus
 from buffer.settings import BufferSettings
 from buffer.store.consumption_log import DrawKey
@@ -29,15 +30,22 @@ def run_with_service(folder, scenario, seed=0, **changes):
     return asyncio.run(run())
 
 
-async def draw(service, count, version, source="policy", timeout_s=60.0, key=None):
-    """The rows of a new draw, or of the one that `key` names."""
-    return (await service.draw(key or fresh_key(source), count, version, timeout_s)).batch
+async def drawn(service, count, version, source="policy", timeout_s=60.0, key=None, first_version=0):
+    """The result of a new draw, or of the one that `key` names."""
+    request = DrawRequest(key or fresh_key(source), count, version, first_version)
+    (part,) = await draw_from_shards([service], request, timeout_s)
+    return part
+
+
+async def draw(*arguments, **more):
+    """Its rows."""
+    return (await drawn(*arguments, **more)).batch
 
 
 async def started(coroutine):
     """A task that has run up to its first wait."""
     task = asyncio.create_task(coroutine)
-    for _ in range(5):
+    for _ in range(20):
         await asyncio.sleep(0)
     return task
 
@@ -196,7 +204,7 @@ def test_a_repeated_draw_is_answered_at_once_and_counts_for_nothing(tmp_path):
         return [ids_of(await draw(service, 2, 0, key=key)) for key in keys[:2]]
 
     async def second_life(service):
-        drawn = [ids_of(await draw(service, 2, 9, key=key, timeout_s=0)) for key in keys[:2]]
+        again = [ids_of(await draw(service, 2, 9, key=key, timeout_s=0)) for key in keys[:2]]
         summary = BufferStatus((await service.status(),)).summary()
         assert "4 policy trajectories live of 4, 4 drawn, 4 drawn again, staleness 0.0" in summary
         with pytest.raises(DrawTimeoutError, match="4 were drawn of 4 inserted"):
@@ -204,8 +212,8 @@ def test_a_repeated_draw_is_answered_at_once_and_counts_for_nothing(tmp_path):
         await service.checkpointed("s", 1)
         with pytest.raises(DrawTimeoutError):
             await draw(service, 2, 9, key=keys[0], timeout_s=0.05)
-        assert ids_of(await draw(service, 2, 9, key=keys[1], timeout_s=0)) == drawn[1]
-        return drawn
+        assert ids_of(await draw(service, 2, 9, key=keys[1], timeout_s=0)) == again[1]
+        return again
 
     changes = {"samples_per_insert": 1.0, "samples_per_insert_tolerance": 1.0}
     first = run_with_service(tmp_path, first_life, **changes)
@@ -227,14 +235,14 @@ def test_a_waiting_draw_that_is_asked_for_twice_is_drawn_once(tmp_path):
 
 
 def test_same_seed_key_and_contents_same_samples(tmp_path):
-    def drawn(name, seed):
+    def samples(name, seed):
         async def scenario(service):
             await service.insert(numbered(0, 50))
             return [ids_of(await draw(service, 5, 0, key=DrawKey("s", step, "policy"))) for step in range(3)]
 
         return run_with_service(tmp_path / name, scenario, seed=seed)
 
-    assert drawn("a", 0) == drawn("b", 0) != drawn("c", 1)
+    assert samples("a", 0) == samples("b", 0) != samples("c", 1)
 
 
 def test_summary_is_one_line_for_people(tmp_path):
@@ -278,8 +286,7 @@ def test_rows_of_an_earlier_stage_are_dropped_at_the_draw_that_says_so(tmp_path)
     async def scenario(service):
         await service.insert(numbered(0, 10, version=1))
         await service.insert(numbered(10, 4, version=2))
-        drawn = await service.draw(fresh_key(), 4, 2, first_version=2)
-        assert set(ids_of(drawn.batch)) == {"10", "11", "12", "13"}
+        assert set(ids_of(await draw(service, 4, 2, first_version=2))) == {"10", "11", "12", "13"}
         assert (await service.status()).store.sources["policy"].removed == {"stage": 10}
 
     run_with_service(tmp_path, scenario)
@@ -288,9 +295,9 @@ def test_rows_of_an_earlier_stage_are_dropped_at_the_draw_that_says_so(tmp_path)
 def test_priorities_reach_the_draws(tmp_path):
     async def scenario(service):
         await service.insert(numbered(0, 50))
-        first = await service.draw(fresh_key(), 50, 0)
+        first = await drawn(service, 50, 0)
         priorities = np.where(np.isin(ids_of(first.batch), ["7", "8"]), 1.0, 0.0).astype(np.float32)
         await service.update_priorities(first.rows, priorities)
-        assert set(ids_of((await service.draw(fresh_key(), 2, 0)).batch)) == {"7", "8"}
+        assert set(ids_of(await draw(service, 2, 0))) == {"7", "8"}
 
     run_with_service(tmp_path, scenario, sampler="prioritised", priority_exponent=1.0)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from buffer.service.router import DrawRequest, draw_from_shards
-from buffer.service.service import DrawTimeoutError, ReplayBufferService
+from buffer.service.router import DrawRequest, DrawTimeoutError, draw_from_shards
+from buffer.service.service import ReplayBufferService
 from buffer.service.shard import shard_folder, shard_seed, shard_settings
 from buffer.settings import BufferSettings
 from buffer.store.consumption_log import DrawKey
@@ -108,7 +108,7 @@ def test_a_crash_between_two_parts_keeps_those_that_are_logged(tmp_path, takes_f
 
     async def second_life(services):
         await services[1].insert(numbered(200, 60))
-        before = [await service.offer(KEY, 8, 5, 0) for service in services]
+        before = [await service.offer(DrawRequest(KEY, 8, 5)) for service in services]
         completed = await draw(services, 8, version=5)
         assert [offer.logged for offer in before] == [4, 4 if takes_first else 0]
         assert await draw(services, 8, version=6) == completed
@@ -165,10 +165,10 @@ def test_what_the_limiter_of_one_shard_keeps_back_the_other_gives(tmp_path):
     async def scenario(services):
         await services[0].insert(numbered(0, 10))
         await services[1].insert(numbered(100, 20))
-        await services[0].draw(DrawKey("s", 9, "policy"), 10, 0)  # one sample for each of its inserts
+        await draw(services[:1], 10, key=DrawKey("s", 9, "policy"))  # one sample for each of its inserts
         assert [len(part) for part in await draw(services, 6)] == [0, 6]
         waiting = await started(draw(services, 16, key=DrawKey("s", 1, "policy")))
-        assert [(await service.offer(KEY, 6, 0, 0)).available for service in services] == [0, 14]
+        assert [(await service.offer(DrawRequest(KEY, 6, 0))).available for service in services] == [0, 14]
         await services[0].insert(numbered(200, 1))
         await asyncio.sleep(0.05)
         assert not waiting.done()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buffer.service.shard_split import Offer, plan_parts, split
+from buffer.service.router import Offer, plan_parts, split
 
 
 @st.composite

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from buffer.service.router import DrawRequest
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard_upkeep import ShardUpkeep
 from buffer.settings import BufferSettings
@@ -164,7 +165,7 @@ def test_a_sync_that_fails_is_told_to_every_caller(tmp_path, monkeypatch):
         await service.insert(numbered(0, 10))
         monkeypatch.setattr(service._store, "prepare_sync", lambda: fail)
         await until(lambda: any(task.done() for task in service._upkeep._tasks))
-        for call in (service.insert(numbered(10, 10)), service.draw(fresh_key(), 5, 0), service.status()):
+        for call in (service.insert(numbered(10, 10)), service.offer(DrawRequest(fresh_key(), 5, 0)), service.status()):
             with pytest.raises(OSError, match="the disk is gone"):
                 await call
         await service.close()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from learner.batches.micro_batches import build_micro_batches
-from learner.batches.priorities import priorities_of_draw
 from learner.batches.rank_shares import count_logs
+from learner.batches.source import priorities_of_draw
 from learner.objectives.base import EvaluatedLogs
 from learner.objectives.registry import make_objective
 from learner.ranks.group import Ranks

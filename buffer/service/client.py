@@ -1,0 +1,251 @@
+"""The replay buffer of a run as the other processes use it: actors insert, the learner draws, the driver asks.
+
+Inserts are sent without waiting, in turn to the shards of the client, and answered while the caller works on. Inserts
+that no shard has answered yet are bounded, in number and in bytes: beyond that the caller waits, so neither its memory
+nor the object store nor a shard's queue grows when the buffer is slow.
+
+A shard that died is restarted by Ray, which sends the unanswered calls again, each to the shard it was for: a
+trajectory that is stored there already counts as accepted, since its id is known. It is never sent to another shard,
+which could not know that.
+
+Ray pickles a record batch column by column, with the column's buffers beside the pickle: no row becomes a Python
+object, and the reader maps the buffers where they are. A *slice* is the exception: its pickle carries the whole buffers
+of the batch that it was cut from (https://github.com/apache/arrow/issues/26685). So what is sent is made `compact`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall, end_actor
+from buffer.service.router import DrawRequest, draw_from_shards
+from buffer.service.service import InsertReply
+from buffer.service.shard import ANSWER_TIMEOUT_S, Shard
+from buffer.service.status import BufferStatus, ShardStatus
+from buffer.store.counters import DrawResult
+
+DEMAND_POLL_S = 10.0
+"""Longest wait in a shard for demand; then it is asked again."""
+
+MAX_BYTES_IN_FLIGHT = 16 * 2**20
+MAX_INSERTS_IN_FLIGHT = 4
+
+STOP_POLL_S = 0.5
+CLOSE_TIMEOUT_S = 60.0
+
+SLACK_BYTES = 4096
+"""More bytes than its rows need, by which a batch is taken for a slice; alignment and validity bitmaps need some."""
+
+Float32 = npt.NDArray[np.float32]
+T = TypeVar("T")
+
+
+class BufferLostError(RuntimeError):
+    """The process of a shard is gone for good."""
+
+
+@dataclass(frozen=True)
+class _Insert:
+    shard: Shard
+    call: RemoteCall[InsertReply]
+    size_bytes: int
+
+
+class BufferClient:
+    """Calls to the shards of one buffer. Not thread-safe.
+
+    Inserts and draws raise BufferLostError where a shard is gone for good, and NoAnswerError where one is silent for
+    `ANSWER_TIMEOUT_S` longer than it may wait.
+    """
+
+    def __init__(self, shards: Sequence[Shard], first: int = 0, max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT) -> None:
+        """Args:
+        shards: all of the buffer for draws; for inserts those to write to, all equally near.
+        first: which of them takes the first insert (modulo their number), so that actors begin with different ones.
+        max_bytes_in_flight: bytes that may be unanswered; a larger batch is sent alone.
+        """
+        self.shards = tuple(shards)
+        self.accepted = 0
+        self.rejected = 0
+        self._turn = first
+        self._max_bytes_in_flight = max_bytes_in_flight
+        self._inserts: list[_Insert] = []
+        self._demands: dict[int, RemoteCall[bool]] = {}  # of shards that asked for a pause
+        self._told: list[RemoteCall[None]] = []  # that no draw has waited for yet
+
+    # For actors
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes of inserts that are not answered yet."""
+        return sum(insert.size_bytes for insert in self._inserts)
+
+    def insert(self, batch: pa.RecordBatch) -> None:
+        """Send a batch; waits while more than the allowed inserts or bytes would be unanswered.
+
+        Raises:
+            ValueError: a shard refuses a batch as a whole. OSError: its disk does.
+        """
+        batch = compact(batch)
+        while self._inserts and (
+            self.bytes_in_flight + batch.nbytes > self._max_bytes_in_flight
+            or len(self._inserts) >= MAX_INSERTS_IN_FLIGHT
+        ):
+            self._finish(self._inserts[0])
+        in_turn = [self.shards[(self._turn + offset) % len(self.shards)] for offset in range(len(self.shards))]
+        # What is finished has to go somewhere, also where all have asked for a pause.
+        shard = next((shard for shard in in_turn if shard.index not in self._demands), in_turn[0])
+        self._turn += 1
+        call = RemoteCall[InsertReply](
+            shard.name, shard.handle.insert.remote(batch), f"take a batch of {batch.nbytes:,} bytes"
+        )
+        self._inserts.append(_Insert(shard, call, batch.nbytes))
+
+    def held_back(self) -> bool:
+        """Whether every shard of the client has asked it to pause. Heeds answers; never waits. Raises as `insert`."""
+        for insert in [insert for insert in self._inserts if insert.call.done()]:
+            self._finish(insert)
+        for shard in self.shards:
+            call = self._demands.get(shard.index)
+            if call is not None and call.done():
+                del self._demands[shard.index]
+                if not _result(call):
+                    self._ask_for_demand(shard)
+        return len(self._demands) == len(self.shards)
+
+    def settle(self) -> None:
+        """Wait until every insert is answered. Raises as `insert`."""
+        while self._inserts:
+            self._finish(self._inserts[0])
+
+    def _finish(self, insert: _Insert) -> None:
+        """Wait for an insert, and heed its answer."""
+        reply = _result(insert.call)
+        self._inserts.remove(insert)
+        self.accepted += reply.accepted
+        self.rejected += len(reply.rejections)
+        if reply.pause and insert.shard.index not in self._demands:
+            self._ask_for_demand(insert.shard)
+
+    def _ask_for_demand(self, shard: Shard) -> None:
+        self._demands[shard.index] = RemoteCall(
+            shard.name, shard.handle.wait_for_demand.remote(timeout_s=DEMAND_POLL_S)
+        )
+
+    # For the learner
+
+    def draw(
+        self, request: DrawRequest, timeout_s: float, while_waiting: Callable[[], None] = lambda: None
+    ) -> tuple[DrawResult | None, ...]:
+        """The part of each shard in a draw, None where it has none; waits up to `timeout_s` for enough rows.
+
+        while_waiting: called every `STOP_POLL_S`; an error that it raises ends the wait.
+
+        Raises:
+            DrawTimeoutError, ValueError: see `buffer.service.router.draw_from_shards`. OSError: the disk refused.
+        """
+        with _losses():
+            return asyncio.run(self._draw(request, timeout_s, while_waiting))
+
+    def update_priorities(self, drawn: Sequence[DrawResult | None], priorities: Float32) -> None:
+        """Tell the shards how likely the rows of a draw are to be drawn again; the next draw waits for it.
+
+        drawn: as `draw` gave it. priorities: [n] in the order of the rows.
+        """
+        first = 0
+        for shard, part in zip(self.shards, drawn, strict=True):
+            if part is not None:
+                own = priorities[first : first + len(part.rows)]
+                self._told.append(RemoteCall(shard.name, shard.handle.update_priorities.remote(part.rows, own)))
+                first += len(part.rows)
+        assert first == len(priorities), "one priority for each trajectory of the draw"
+
+    def checkpointed(self, stage: str, step: int) -> None:
+        """Tell the shards that no draw of `stage` before `step` will be repeated; the next draw waits for it."""
+        for shard in self.shards:
+            self._told.append(RemoteCall(shard.name, shard.handle.checkpointed.remote(stage, step)))
+
+    async def _draw(
+        self, request: DrawRequest, timeout_s: float, while_waiting: Callable[[], None]
+    ) -> tuple[DrawResult | None, ...]:
+        drawing = asyncio.ensure_future(self._draw_when_told(request, timeout_s))
+        try:
+            while not (await asyncio.wait([drawing], timeout=STOP_POLL_S))[0]:
+                while_waiting()
+            return drawing.result()
+        finally:
+            drawing.cancel()
+
+    async def _draw_when_told(self, request: DrawRequest, timeout_s: float) -> tuple[DrawResult | None, ...]:
+        """A shard may take calls in another order than they were sent in."""
+        while self._told:
+            await self._told.pop().answer(ANSWER_TIMEOUT_S)
+        return await draw_from_shards(self.shards, request, timeout_s)
+
+    # For the driver
+
+    def newest_version(self, timeout_s: float, while_waiting: Callable[[], None]) -> int:
+        """Newest policy version that a shard knows of, -1 before any; waits until all shards are open.
+
+        while_waiting: see `RemoteCall.result`.
+
+        Raises:
+            NoAnswerError: a shard did not open within `timeout_s`. ProcessLostError: it could not, or died.
+        """
+        calls = [RemoteCall[int](each.name, each.handle.newest_version.remote(), "open") for each in self.shards]
+        return max(call.result(timeout_s, while_waiting) for call in calls)
+
+    def status(self, timeout_s: float) -> BufferStatus:
+        """The status of every shard; None of each that does not answer within `timeout_s`.
+
+        Raises:
+            ProcessLostError: a shard died and does not come back.
+        """
+        deadline = time.monotonic() + timeout_s
+        calls = [RemoteCall[ShardStatus](shard.name, shard.handle.status.remote()) for shard in self.shards]
+        return BufferStatus(tuple(_status(call, deadline) for call in calls))
+
+    def close(self) -> list[str]:
+        """Let every shard make its rows durable, then end the processes; gives a line on each that had to be killed."""
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        calls = [(shard, RemoteCall[None](shard.name, shard.handle.close.remote())) for shard in self.shards]
+        lines = [end_actor(shard.handle, call, deadline - time.monotonic()) for shard, call in calls]
+        return [line for line in lines if line is not None]
+
+
+def compact(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same rows, holding no bytes but their own: the batch itself, or a copy where it is a slice of a larger."""
+    if batch.get_total_buffer_size() <= batch.nbytes + batch.nbytes // 8 + SLACK_BYTES:
+        return batch
+    # The IPC format writes the rows of a slice only.
+    compacted: pa.RecordBatch = pa.ipc.read_record_batch(pa.ipc.read_message(batch.serialize()), batch.schema)
+    return compacted
+
+
+def _result(call: RemoteCall[T]) -> T:
+    with _losses():
+        return call.result(ANSWER_TIMEOUT_S)
+
+
+def _status(call: RemoteCall[ShardStatus], deadline: float) -> ShardStatus | None:
+    try:
+        return call.result(max(deadline - time.monotonic(), 0.0))
+    except NoAnswerError:
+        return None
+
+
+@contextmanager
+def _losses() -> Iterator[None]:
+    try:
+        yield
+    except ProcessLostError as error:
+        raise BufferLostError(f"{error}; what it accepted is on disk: resume the run") from None
