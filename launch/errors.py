@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from buffer.remote_call import NoAnswerError, ProcessLostError
+
 EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -16,3 +21,16 @@ class UserError(Exception):
 
 class RunFailedError(Exception):
     """A run that started well and could not go on. The message names who failed; the command exits with 1."""
+
+
+@contextmanager
+def lost_processes_reported() -> Iterator[None]:
+    """Around calls to the processes of a run.
+
+    Raises:
+        RunFailedError: in place of NoAnswerError and ProcessLostError, which name the process.
+    """
+    try:
+        yield
+    except (NoAnswerError, ProcessLostError) as error:
+        raise RunFailedError(str(error)) from error

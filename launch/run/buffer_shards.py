@@ -4,27 +4,34 @@ Ray restarts a shard whose process dies; it opens its folder again and goes on w
 Ray repeats the calls that were not answered (each can be repeated without harm). A shard is placed on a node of its own
 as far as there are so many, and goes back to its node; where that one is gone, to another, since the folder lies in the
 run folder, which all nodes that hold shards have to see.
+
+Ray takes an actor for alive as long as its process is there, and its way to end one is to ask it to. A shard whose
+process hangs is therefore ended here, and Ray restarts it as after a death.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import ray
+from ray._private.state import actors as actor_info
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.pool.ray_crew import at_best_on
+from buffer.service.client import BufferClient
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import Shard, present_shards, shard_folder, shard_seed, shard_settings
-from buffer.service.status import BufferStatus, ShardStatus
+from buffer.service.status import BufferStatus
 from buffer.settings import BufferSettings
 from buffer.store.previous_format import holds_previous_format
 from buffer.store.replay_store import ReplayStore
 from buffer.trajectory.schema import TokenContract
 from launch.errors import RunFailedError, UserError
-from launch.run.hung_shards import HungShards
 from launch.run_folder.flight_token import flight_token
 
 MAX_RESTARTS = 4
@@ -38,19 +45,9 @@ whatever its scheduling strategy says, unless that is bound to the node for good
 STATUS_TIMEOUT_S = 3.0
 """A shard that is restarted answers later; it is shown as silent meanwhile."""
 
-BIRTH_TIMEOUT_S = 120.0
-CLOSE_TIMEOUT_S = 60.0
-
-T = TypeVar("T")
-
-
-def shard_actor_name(index: int) -> str:
-    """Name of a shard's actor in the namespace of the run."""
-    return f"buffer-{index}"
-
 
 def check_buffer(folder: Path, contract: TokenContract, settings: BufferSettings) -> None:
-    """Open the buffer of a run that resumes once here: a Ray actor that fails at birth tells only a traceback.
+    """Open the buffer of a run that resumes once here: a Ray actor whose constructor fails gives only a traceback.
 
     Raises:
         UserError: a shard cannot be opened, or the run had more shards than it has now.
@@ -74,128 +71,111 @@ def check_buffer(folder: Path, contract: TokenContract, settings: BufferSettings
             raise UserError(str(error)) from None
 
 
-class BufferShards:
-    """The shards of one run; they start at once, and are ready when the first call is answered."""
+def start_buffer(folder: Path, contract: TokenContract, settings: BufferSettings, seed: int) -> BufferClient:
+    """Start the shards of a run; they are ready when the first call is answered.
 
-    def __init__(self, folder: Path, contract: TokenContract, settings: BufferSettings, seed: int) -> None:
-        """folder: of the whole buffer, in the run folder. seed: of the run."""
-        folder.mkdir(parents=True, exist_ok=True)
-        nodes = _nodes()
-        token = flight_token(folder.parent) if settings.flight.enabled else None
-        self.shards = tuple(
-            Shard(
-                index,
-                ray.remote(ReplayBufferService)
-                .options(
-                    name=shard_actor_name(index),
-                    num_cpus=0,  # its work is short beside that of engines and learner
-                    memory=PLACED_BYTES,
-                    max_restarts=MAX_RESTARTS,
-                    max_task_retries=-1,  # of a call that its death left unanswered, as often as it is restarted
-                    scheduling_strategy=at_best_on(nodes[index % len(nodes)]),
-                )
-                .remote(
-                    str(shard_folder(folder, index)),
-                    contract,
-                    shard_settings(settings, index),
-                    shard_seed(seed, index),
-                    token,
-                ),
-                nodes[index % len(nodes)],
-            )
-            for index in range(settings.shards)
-        )
-        self._pids: dict[int, int] = {}
-        self._hung = HungShards(settings.health_timeout_s)
-
-    def newest_version(self, while_waiting: Callable[[], None]) -> int:
-        """Newest policy version that a shard knows of, -1 before any; waits until all shards stand.
-
-        while_waiting: called now and then.
-
-        Raises:
-            RunFailedError: a shard does not start.
-        """
-        calls = [(shard, shard.handle.newest_version.remote()) for shard in self.shards]
-        deadline = time.monotonic() + BIRTH_TIMEOUT_S
-        newest = -1
-        for shard, reference in calls:
-            while not ray.wait([reference], timeout=0.25)[0]:
-                while_waiting()
-                if time.monotonic() > deadline:
-                    raise RunFailedError(f"waited {BIRTH_TIMEOUT_S:.0f} s for {shard.name} to open")
-            newest = max(newest, _answer(int, shard, reference))
-        return newest
-
-    def status(self, tell: Callable[[str], None]) -> BufferStatus:
-        """What every shard says; None of one that does not answer now, whose process is ended if that lasts.
-
-        tell: takes a line on a shard that was ended for its silence, or came back.
-
-        Raises:
-            RunFailedError: a shard died and does not come back, or hangs where nobody can end it.
-        """
-        statuses = shard_statuses(self.shards)
-        for shard, status in zip(self.shards, statuses, strict=True):
-            if status is None:
-                if (line := self._hung.silent(shard)) is not None:
-                    tell(line)
-                continue
-            self._hung.heard_from(shard)
-            before = self._pids.get(shard.index, status.pid)
-            if before != status.pid:
-                tell(f"{shard.name} died (process {before}) and was restarted from its segments (process {status.pid})")
-            self._pids[shard.index] = status.pid
-        return BufferStatus(statuses)
-
-    def close(self, tell: Callable[[str], None]) -> None:
-        """Let every shard make its rows durable, then end the processes. tell: takes a line on one that does not."""
-        calls = [shard.handle.close.remote() for shard in self.shards]
-        ray.wait(calls, num_returns=len(calls), timeout=CLOSE_TIMEOUT_S)
-        for shard, reference in zip(self.shards, calls, strict=True):
-            try:
-                ray.get(reference, timeout=0)
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-                tell(f"{shard.name} did not end by itself: {type(error).__name__}")
-            ray.kill(shard.handle)
-
-
-def find_shards(count: int) -> list[Shard] | None:
-    """The shards of the live run that this process has joined; None where the run has no buffer (yet)."""
-    found = []
-    for index in range(count):
-        try:
-            found.append(Shard(index, ray.get_actor(shard_actor_name(index)), node_id=""))
-        except ValueError:  # Ray's answer for a name that nobody has
-            return None
-    return found
-
-
-def shard_statuses(shards: Sequence[Shard]) -> tuple[ShardStatus | None, ...]:
-    """What each shard says, None of one that does not answer now.
-
-    Raises:
-        RunFailedError: a shard died and does not come back.
+    folder: of the whole buffer, in the run folder. seed: of the run.
     """
-    calls = [shard.handle.status.remote() for shard in shards]
-    done = set(ray.wait(calls, num_returns=len(calls), timeout=STATUS_TIMEOUT_S)[0])
-    return tuple(
-        _answer(ShardStatus, shard, reference) if reference in done else None
-        for shard, reference in zip(shards, calls, strict=True)
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    nodes = _nodes()
+    token = flight_token(folder.parent) if settings.flight.enabled else None
+    shards = []
+    for index in range(settings.shards):
+        node_id = nodes[index % len(nodes)]
+        actor = ray.remote(ReplayBufferService).options(
+            name=_actor_name(index),
+            num_cpus=0,  # its work is short beside that of engines and learner
+            memory=PLACED_BYTES,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=-1,  # of a call that its death left unanswered, as often as it is restarted
+            scheduling_strategy=at_best_on(node_id),
+        )
+        handle = actor.remote(
+            str(shard_folder(folder, index)), contract, shard_settings(settings, index), shard_seed(seed, index), token
+        )
+        shards.append(Shard(index, handle, node_id))
+    return BufferClient(shards)
 
 
-def _answer(kind: type[T], shard: Shard, reference: ray.ObjectRef) -> T:
-    """The value of a call that is done."""
+def find_buffer(count: int) -> BufferClient | None:
+    """The `count` shards of the live run that this process has joined; None where the run has no buffer (yet)."""
     try:
-        value = ray.get(reference, timeout=STATUS_TIMEOUT_S)
-    except ray.exceptions.RayActorError as error:
-        lines = str(error).strip().splitlines()
-        if error.actor_init_failed:  # the rest is the traceback of the constructor
-            raise RunFailedError(f"{shard.name} could not open its folder: {lines[-1]}") from None
-        raise RunFailedError(f"{shard.name} died: {lines[0]}") from None
-    assert isinstance(value, kind)
-    return value
+        return BufferClient([Shard(index, ray.get_actor(_actor_name(index))) for index in range(count)])
+    except ValueError:  # Ray's answer for a name that nobody has
+        return None
+
+
+class ShardWatch:
+    """Notices which shards were restarted, and ends those whose process hangs."""
+
+    def __init__(self, shards: Sequence[Shard], health_timeout_s: float) -> None:
+        """health_timeout_s: silence of a process that Ray takes for alive after which it is ended."""
+        self._shards = shards
+        self._health_timeout_s = health_timeout_s
+        self._pids: dict[int, int] = {}
+        self._silent_since: dict[int, float] = {}  # seconds on a clock that never goes back
+        self._ended: dict[int, int] = {}
+
+    def look(self, status: BufferStatus) -> list[str]:
+        """Heed who has answered and who has not; gives a line for people on each shard that came back or is ended.
+
+        Raises:
+            RunFailedError: a shard hangs, and nothing can end it.
+        """
+        lines = []
+        for shard, answer in zip(self._shards, status.shards, strict=True):
+            if answer is None:
+                line = self._silent(shard)
+            else:
+                self._silent_since.pop(shard.index, None)
+                line = self._answered(shard, answer.pid)
+            if line is not None:
+                lines.append(line)
+        return lines
+
+    def _answered(self, shard: Shard, pid: int) -> str | None:
+        before, self._pids[shard.index] = self._pids.get(shard.index, pid), pid
+        if before == pid:
+            return None
+        return f"{shard.name} died (process {before}) and was restarted from its segments (process {pid})"
+
+    def _silent(self, shard: Shard) -> str | None:
+        now = time.monotonic()
+        silent_since = self._silent_since.setdefault(shard.index, now)
+        if now - silent_since < self._health_timeout_s:
+            return None
+        info = actor_info(shard.handle._actor_id.hex())
+        self._silent_since[shard.index] = now
+        if info.get("State") != "ALIVE":  # it is being restarted
+            return None
+        pid = info["Pid"]
+        if self._ended.get(shard.index) == pid:
+            raise RunFailedError(
+                f"{shard.name} has been silent for {2 * self._health_timeout_s:.0f} s (twice buffer.health_timeout_s): "
+                f"its process {pid} hangs and could not be ended, or its node is out of reach"
+            )
+        self._ended[shard.index] = pid
+        end_process(info["Address"]["NodeID"], pid)
+        return (
+            f"{shard.name} was silent for {self._health_timeout_s:.0f} s (buffer.health_timeout_s): its process {pid} "
+            "is ended"
+        )
+
+
+def end_process(node_id: str, pid: int) -> None:
+    """kill -9 on another node; returns at once."""
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there).remote(pid)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+        os.kill(pid, signal.SIGKILL)
+
+
+def _actor_name(index: int) -> str:
+    """Of a shard's actor, in the namespace of the run."""
+    return f"buffer-{index}"
 
 
 def _nodes() -> list[str]:

@@ -7,30 +7,29 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import ray
 from ray.actor import ActorHandle
 from rich.console import Group, RenderableType
 
 from actors.status import PoolStatus
+from buffer.remote_call import RemoteCall
 from buffer.service.status import BufferStatus
 from launch.cluster.connection import join_live_run
 from launch.cluster.room import check_possible
-from launch.errors import RunFailedError, UserError
+from launch.errors import UserError, lost_processes_reported
 from launch.monitoring.live_view import RunView, render
 from launch.monitoring.shard_view import shard_table
-from launch.run.buffer_shards import find_shards, shard_statuses
+from launch.run.buffer_shards import STATUS_TIMEOUT_S, find_buffer
 from launch.run.driver import POOL_NAME
-from launch.run.learner_group import LEARNER_NAME
+from launch.run.learner_group import LEARNER_NAME, learner_status
+from launch.run.supervision import POOL
 from launch.run_folder.checkpoints import finished_stages
 from launch.run_folder.folder import CLUSTER_FILE, LiveCluster, open_run_folder, read_cluster
 from launch.settings.run import RunSettings
 from learner.status import LearnerStatus, StageResult
 
 ANSWER_TIMEOUT_S = 15.0
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,17 @@ def run_status(path: Path) -> RunStatus:
     """
     folder, settings = open_run_folder(path)
     elapsed_s = time.time() - _started_at(folder)
-    with _live_run(folder) as learner:
-        pool, shards = _find(POOL_NAME), find_shards(settings.buffer.shards)
-        status = learner.status.options(concurrency_group="control").remote()
-        learner_status = _answer(LearnerStatus, status, "the learner")
-        pool_status = pool and _answer(PoolStatus, pool.status.remote(), "the actor pool")
-        buffer_status = BufferStatus(shard_statuses(shards)) if shards else None
-    return RunStatus(
-        settings, folder, elapsed_s, finished_stages(settings, folder), learner_status, pool_status, buffer_status
-    )
+    with _live_run(folder) as leader:
+        pool, buffer = _find(POOL_NAME), find_buffer(settings.buffer.shards)
+        return RunStatus(
+            settings,
+            folder,
+            elapsed_s,
+            finished_stages(settings, folder),
+            learner_status(leader).result(ANSWER_TIMEOUT_S),
+            None if pool is None else RemoteCall[PoolStatus](POOL, pool.status.remote()).result(ANSWER_TIMEOUT_S),
+            None if buffer is None else buffer.status(STATUS_TIMEOUT_S),
+        )
 
 
 def scale_run(path: Path, count: int) -> PoolStatus:
@@ -101,14 +102,14 @@ def scale_run(path: Path, count: int) -> PoolStatus:
                 f"run {folder.name} has no rollout actors: none of its stages needs them, or it is starting"
             )
         check_possible(settings, count)
-        return _answer(PoolStatus, pool.scale.remote(count), "the actor pool")
+        return RemoteCall[PoolStatus](POOL, pool.scale.remote(count)).result(ANSWER_TIMEOUT_S)
 
 
 @contextmanager
 def _live_run(folder: Path) -> Iterator[ActorHandle]:
     """Connect to a live run; gives its learner, which every run has from its first moment."""
     cluster = read_cluster(folder)
-    with ExitStack() as stack:
+    with lost_processes_reported(), ExitStack() as stack:
         try:
             stack.enter_context(join_live_run(cluster))
         except UserError as error:
@@ -132,17 +133,6 @@ def _find(name: str) -> ActorHandle | None:
         return ray.get_actor(name)
     except ValueError:  # Ray's answer for a name that nobody has
         return None
-
-
-def _answer(kind: type[T], reference: ray.ObjectRef, whom: str) -> T:
-    try:
-        value = ray.get(reference, timeout=ANSWER_TIMEOUT_S)
-    except ray.exceptions.GetTimeoutError:
-        raise RunFailedError(f"{whom} did not answer within {ANSWER_TIMEOUT_S:.0f} s") from None
-    except ray.exceptions.RayActorError as error:
-        raise RunFailedError(f"{whom} is dead: {str(error).splitlines()[0]}") from None
-    assert isinstance(value, kind)
-    return value
 
 
 def _started_at(folder: Path) -> float:

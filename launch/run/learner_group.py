@@ -9,7 +9,7 @@ helpers the start of a single worker took 21 s, where such an actor took 3 s.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ray
 from ray.actor import ActorHandle
@@ -17,11 +17,13 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from buffer.full_disk import is_disk_full
+from buffer.remote_call import POLL_S, NoAnswerError, ProcessLostError, RemoteCall
 from buffer.service.shard import Shard
 from launch.errors import RunFailedError
 from learner.ranks.group import RankLostError
 from learner.settings.stages import StageSettings
 from learner.spec import LearnerSpec
+from learner.status import LearnerStatus
 from learner.worker import LearnerWorker
 
 LEARNER_NAME = "learner"
@@ -38,23 +40,18 @@ CAUSE_TIMEOUT_S = 15.0
 class LearnerFailedError(RunFailedError):
     """A rank died or raised an error. cause: the error that it raised; None if its process died."""
 
-    def __init__(self, who: str, error: ray.exceptions.RayError) -> None:
-        self.cause: BaseException | None = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
-        if self.cause is None:
-            super().__init__(f"{who} died: {str(error).splitlines()[0]}")
-        else:
-            remedy = "; make room there, then resume the run" if is_disk_full(self.cause) else ""
-            super().__init__(f"{who} failed: {type(self.cause).__name__}: {self.cause}{remedy}")
+    def __init__(self, message: str, cause: BaseException | None = None) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class LearnerCall:
     """A call that all ranks are working on."""
 
-    def __init__(self, references: list[ray.ObjectRef], names: list[str]) -> None:
-        """references, names: of each rank."""
-        self._pending = dict(enumerate(references))
-        self._names = names
-        self._errors: dict[int, ray.exceptions.RayError] = {}
+    def __init__(self, calls: Sequence[RemoteCall[object]]) -> None:
+        """calls: one to each rank."""
+        self._pending = dict(enumerate(calls))
+        self._errors: dict[int, LearnerFailedError] = {}
         self._failed_at = 0.0
         self.result: object = None
         """What rank 0 gave, once all have finished."""
@@ -65,35 +62,50 @@ class LearnerCall:
         Raises:
             LearnerFailedError: a rank failed, whatever the others do; of several, one that knows why.
         """
-        references = list(self._pending.values())
-        done, _ = ray.wait(references, num_returns=len(references), timeout=timeout_s)
-        for rank in [rank for rank, reference in self._pending.items() if reference in done]:
+        references = [call.reference for call in self._pending.values()]
+        ray.wait(references, num_returns=len(references), timeout=timeout_s)
+        for rank in [rank for rank, call in self._pending.items() if call.done()]:
             self._take(rank)
         if self._errors:
             self._raise_cause()
         return not self._pending
 
+    def wait(self, timeout_s: float, while_waiting: Callable[[], None]) -> object:
+        """What rank 0 gives, once all ranks are done. while_waiting: called every `POLL_S`.
+
+        Raises:
+            LearnerFailedError: see `finished`. NoAnswerError: they are not done within `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self.finished(POLL_S):
+            while_waiting()
+            if time.monotonic() > deadline:
+                raise next(iter(self._pending.values())).silence(timeout_s)
+        return self.result
+
     def _take(self, rank: int) -> None:
+        call = self._pending.pop(rank)
         try:
-            value = ray.get(self._pending.pop(rank), timeout=ANSWER_TIMEOUT_S)
-        except ray.exceptions.RayError as error:
-            self._failed_at = self._failed_at or time.monotonic()
-            self._errors[rank] = error
+            value = call.result(ANSWER_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            remedy = "; make room there, then resume the run" if is_disk_full(error.cause) else ""
+            message = f"{call.who} failed: {type(error.cause).__name__}: {error.cause}{remedy}"
+            self._errors[rank] = LearnerFailedError(message, error.cause)
+            self._errors[rank].__cause__ = error  # its traceback
+        except (ProcessLostError, NoAnswerError) as error:
+            self._errors[rank] = LearnerFailedError(str(error))
         else:
             if rank == 0:
                 self.result = value
+        if self._errors:
+            self._failed_at = self._failed_at or time.monotonic()
 
     def _raise_cause(self) -> None:
         """Raise the error of the rank that failed first in truth; return where it is not known yet."""
-        causes = [rank for rank, error in self._errors.items() if not _is_consequence(error)]
+        causes = [rank for rank, error in self._errors.items() if not isinstance(error.cause, RankLostError)]
         if not causes and self._pending and time.monotonic() - self._failed_at < CAUSE_TIMEOUT_S:
             return
-        rank = min(causes or self._errors)
-        raise LearnerFailedError(self._names[rank], self._errors[rank]) from self._errors[rank]
-
-
-def _is_consequence(error: ray.exceptions.RayError) -> bool:
-    return isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, RankLostError)
+        raise self._errors[min(causes or self._errors)]
 
 
 class LearnerGroup:
@@ -108,24 +120,27 @@ class LearnerGroup:
             [resources] * self._size, bundle_label_selector=[{NODE_LABEL: node_id} for node_id in node_ids]
         )
         self._actors = [self._create(spec, rank) for rank in range(self._size)]
-        self._names = [self._name_of(rank) for rank in range(self._size)]
 
-    @property
-    def leader(self) -> ActorHandle:
-        """Rank 0, whose `status` is that of the learner, and which takes a request to stop."""
-        return self._actors[0]
+    def status(self) -> RemoteCall[LearnerStatus]:
+        """Of rank 0: where training stands."""
+        return learner_status(self._actors[0])
+
+    def request_stop(self) -> None:
+        """End the running stage after its current step, with a checkpoint."""
+        self._actors[0].request_stop.options(concurrency_group="control").remote()
 
     def join(self) -> LearnerCall:
         """Let the ranks find each other; comes before everything else, where they are several."""
-        return self._call("join", self.leader.open_meeting.options(concurrency_group="training").remote())
+        meeting = self._actors[0].open_meeting.options(concurrency_group="training").remote()
+        return self._call("join", meeting, task="find the other ranks")
 
     def prepare(self) -> LearnerCall:
         """See `LearnerWorker.prepare`."""
-        return self._call("prepare")
+        return self._call("prepare", task="load its model")
 
     def connect(self, shards: Sequence[Shard], pool: ActorHandle, first_version: int) -> LearnerCall:
         """See `LearnerWorker.connect`."""
-        return self._call("connect", shards, pool, first_version)
+        return self._call("connect", shards, pool, first_version, task="publish its first weights")
 
     def run_stage(self, stage: StageSettings, introduces_backspace: bool) -> LearnerCall:
         """See `LearnerWorker.run_stage`."""
@@ -137,11 +152,11 @@ class LearnerGroup:
             ray.kill(actor)
         remove_placement_group(self._placement)
 
-    def _call(self, method: str, *arguments: object) -> LearnerCall:
+    def _call(self, method: str, *arguments: object, task: str = "answer") -> LearnerCall:
         references = [
             getattr(actor, method).options(concurrency_group="training").remote(*arguments) for actor in self._actors
         ]
-        return LearnerCall(references, self._names)
+        return LearnerCall([RemoteCall(self._name_of(rank), each, task) for rank, each in enumerate(references)])
 
     def _create(self, spec: LearnerSpec, rank: int) -> ActorHandle:
         return (
@@ -158,3 +173,8 @@ class LearnerGroup:
 
     def _name_of(self, rank: int) -> str:
         return "the learner" if self._size == 1 else f"learner rank {rank} of {self._size}"
+
+
+def learner_status(leader: ActorHandle) -> RemoteCall[LearnerStatus]:
+    """Ask rank 0 where training stands; it answers beside its work."""
+    return RemoteCall("the learner", leader.status.options(concurrency_group="control").remote())

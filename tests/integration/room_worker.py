@@ -18,7 +18,7 @@ from actors.settings import ActorsSettings
 from buffer.settings import BufferSettings
 from launch.cluster.placement import Node
 from launch.cluster.room import ClusterRoom, live_nodes
-from launch.run.buffer_shards import BufferShards
+from launch.run.buffer_shards import start_buffer
 from launch.settings.recipe import read_recipe
 from tests.trajectories import CONTRACT
 
@@ -87,16 +87,14 @@ def placed_at_once(count: int) -> int:
 
 def placed_shards(count: int) -> list[list[str]]:
     """For each shard of a buffer, the node that its `Shard` names and the one it is on."""
-    told: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         settings = BufferSettings(shards=count, capacity=100, min_size=1)
-        shards = BufferShards(Path(folder) / "buffer", CONTRACT, settings, seed=0)
-        shards.newest_version(while_waiting=lambda: None)
+        buffer = start_buffer(Path(folder) / "buffer", CONTRACT, settings, seed=0)
+        buffer.newest_version(TIMEOUT_S, while_waiting=lambda: None)
         found = [
-            [shard.node_id, actor_info(shard.handle._actor_id.hex())["Address"]["NodeID"]] for shard in shards.shards
+            [shard.node_id, actor_info(shard.handle._actor_id.hex())["Address"]["NodeID"]] for shard in buffer.shards
         ]
-        shards.close(told.append)
-    assert not told
+        assert buffer.close() == []
     return found
 
 

@@ -14,19 +14,21 @@ import pytest
 import ray
 from pyarrow import flight
 
-from actors.shard_writer import ShardWriter
+from buffer.remote_call import ProcessLostError
+from buffer.service.client import BufferClient, BufferLostError
 from buffer.service.service import ReplayBufferService
-from buffer.service.shard import BufferLostError, shard_folder, shard_settings
+from buffer.service.shard import shard_folder, shard_settings
 from buffer.settings import BufferSettings
 from buffer.store.replay_store import ReplayStore
-from launch.errors import RunFailedError, UserError
-from launch.run.buffer_shards import BufferShards, check_buffer, find_shards
+from launch.errors import UserError
+from launch.run.buffer_shards import STATUS_TIMEOUT_S, ShardWatch, check_buffer, find_buffer, start_buffer
 from launch.run_folder.flight_token import TOKEN_FILE, TOKEN_VARIABLE
 from learner.batches.source import BufferSource, StopRequestedError
 from tests.integration.local_ray import local_ray
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
 TIMEOUT_S = 60.0
+LOST = r"shard 1 of the replay buffer could not start: .*manifest.*; what it accepted is on disk: resume the run"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,22 +46,24 @@ def start(tmp_path):
     """Starts the buffer of a run in `tmp_path`; ended with the test."""
     running = []
 
-    def start_buffer(**changes):
-        buffer = BufferShards(tmp_path / "buffer", CONTRACT, settings_of(**changes), seed=0)
+    def start_shards(**changes):
+        buffer = start_buffer(tmp_path / "buffer", CONTRACT, settings_of(**changes), seed=0)
         running.append(buffer)
-        assert buffer.newest_version(lambda: None) == -1 or len(running) > 1
+        assert buffer.newest_version(TIMEOUT_S, lambda: None) == -1 or len(running) > 1
         return buffer
 
-    yield start_buffer
+    yield start_shards
     for buffer in running:
-        buffer.close(lambda warning: None)
+        buffer.close()
 
 
-def statuses(buffer, told=None):
-    """Of every shard; waits for one that is being restarted."""
+def statuses(buffer, watch=None, lines=None):
+    """Of every shard; waits for one that is being restarted. lines: takes what `watch` says meanwhile."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        status = buffer.status((told if told is not None else []).append)
+        status = buffer.status(STATUS_TIMEOUT_S)
+        if watch is not None:
+            lines += watch.look(status)
         if None not in status.shards:
             return status
         assert time.monotonic() < deadline, f"a shard did not come back within {TIMEOUT_S:.0f} s"
@@ -70,11 +74,11 @@ def kill(buffer, index):
 
 
 def source_of(shards, timeout_s=TIMEOUT_S, stop=lambda: False):
-    return BufferSource(shards, "s", "policy", timeout_s, newest_version=lambda: 0, stop_requested=stop)
+    return BufferSource(BufferClient(shards), "s", "policy", timeout_s, newest_version=lambda: 0, stop_requested=stop)
 
 
 def writer_of(shards, number=0, **changes):
-    return ShardWriter(f"actor-{number}", shards, first=number, **changes)
+    return BufferClient(shards, first=number, **changes)
 
 
 def stored_ids(folder, index):
@@ -106,7 +110,8 @@ def test_writers_take_turns_and_draws_are_in_proportion(start):
     source.seek(0, first_version=0)
     assert source.draw(12).equals(batch)
     assert statuses(buffer).sources["policy"].drawn == 12
-    assert {shard.name for shard in find_shards(2)} == {shard.name for shard in buffer.shards}
+    assert [shard.handle for shard in find_buffer(2).shards] == [shard.handle for shard in buffer.shards]
+    assert find_buffer(3) is None
 
 
 def test_a_slice_travels_without_what_it_was_cut_from(start):
@@ -176,7 +181,9 @@ def test_a_shard_that_is_killed_twice_comes_back_and_nothing_is_lost_or_doubled(
     writers = [make.remote(buffer.shards, number) for number in range(2)]
     running = [writer.run.remote() for writer in writers]
     source = source_of(buffer.shards)
-    told, drawn = [], []
+    lines, drawn = [], []
+    watch = ShardWatch(buffer.shards, health_timeout_s=TIMEOUT_S)
+    statuses(buffer, watch, lines)
 
     def draw_some(seconds):
         until = time.monotonic() + seconds
@@ -188,7 +195,7 @@ def test_a_shard_that_is_killed_twice_comes_back_and_nothing_is_lost_or_doubled(
         before = ray.get([writer.accepted.remote() for writer in writers], timeout=TIMEOUT_S)
         kill(buffer, 1)
         draw_some(0.5)
-        status = statuses(buffer, told)
+        status = statuses(buffer, watch, lines)
         draw_some(0.5)
         after = ray.get([writer.accepted.remote() for writer in writers], timeout=TIMEOUT_S)
         assert all(now > then for now, then in zip(after, before, strict=True)), "both writers went on"
@@ -196,8 +203,8 @@ def test_a_shard_that_is_killed_twice_comes_back_and_nothing_is_lost_or_doubled(
         ray.get(writer.stop.remote(), timeout=TIMEOUT_S)
     ends = ray.get(running, timeout=TIMEOUT_S)
     assert all(accepted == sent and rejected == 0 for _, sent, accepted, rejected in ends), ends
-    assert len(told) == 2
-    assert all("shard 1 of the replay buffer died" in line and "restarted from its segments" in line for line in told)
+    assert len(lines) == 2
+    assert all("shard 1 of the replay buffer died" in line and "restarted from its segments" in line for line in lines)
     # Every draw, asked for again, is what it was.
     source.seek(0, first_version=0)
     for step, batch in enumerate(drawn):
@@ -205,7 +212,7 @@ def test_a_shard_that_is_killed_twice_comes_back_and_nothing_is_lost_or_doubled(
         assert source.draw(8).equals(batch), step
     status = statuses(buffer)
     assert status.sources["policy"].inserted == sum(sent for _, sent, _, _ in ends)
-    buffer.close(lambda warning: None)
+    buffer.close()
     ids = stored_ids(tmp_path / "buffer", 0) + stored_ids(tmp_path / "buffer", 1)
     assert len(ids) == len(set(ids)), "no id twice"
     assert set(map(int, ids)) == {first + number for first, sent, _, _ in ends for number in range(sent)}
@@ -220,32 +227,33 @@ def test_a_shard_that_cannot_come_back_is_named(start, tmp_path):
     manifest = shard_folder(tmp_path / "buffer", 1) / "manifest.json"
     manifest.write_text("not a manifest")
     kill(buffer, 1)
-    with pytest.raises(RunFailedError, match=r"shard 1 of the replay buffer could not open its folder: .*manifest"):
+    with pytest.raises(ProcessLostError, match=r"shard 1 of the replay buffer could not start: .*manifest"):
         statuses(buffer)
-    with pytest.raises(BufferLostError, match="shard 1 of the replay buffer died"):
+    with pytest.raises(BufferLostError, match=LOST):
         source_of(buffer.shards).draw(4)
     writer.insert(numbered(10, 10))
-    with pytest.raises(BufferLostError, match="shard 1 of the replay buffer died"):
+    with pytest.raises(BufferLostError, match=LOST):
         writer.settle()
-    buffer.close(lambda warning: None)
+    buffer.close()
     with pytest.raises(UserError, match="manifest"):
         check_buffer(tmp_path / "buffer", CONTRACT, settings_of())
 
 
 def test_a_shard_that_hangs_is_ended_and_comes_back_with_its_rows(start):
-    buffer = start(health_timeout_s=4.0)
+    buffer = start()
     writer = writer_of(buffer.shards)
     for first in (0, 20):
         writer.insert(numbered(first, 20))
     writer.settle()
-    pid = statuses(buffer).shards[1].pid
+    lines = []
+    watch = ShardWatch(buffer.shards, health_timeout_s=4.0)
+    pid = statuses(buffer, watch, lines).shards[1].pid
     os.kill(pid, signal.SIGSTOP)
     for first in (40, 60):
         writer.insert(numbered(first, 20))
-    told = []
-    status = statuses(buffer, told)
+    status = statuses(buffer, watch, lines)
     writer.settle()
-    silence, death = told
+    silence, death = lines
     assert silence.startswith("shard 1 of the replay buffer was silent for 4 s (buffer.health_timeout_s)")
     assert f"died (process {pid}) and was restarted from its segments" in death
     assert status.shards[1].pid != pid
@@ -285,19 +293,17 @@ def test_live_rows_over_flight_also_after_a_kill_and_not_after_the_end(start, tm
         [*range(10, 20), *range(30, 40)],
     ]
     kill(buffer, 0)
-    told = []
-    after = [shard.flight for shard in statuses(buffer, told).shards]
-    assert len(told) == 1
+    after = [shard.flight for shard in statuses(buffer).shards]
     assert len(fetched(after[0])) == len(fetched(after[1])) == 20
     assert before[1] == after[1]
-    buffer.close(lambda warning: None)
+    buffer.close()
     for location in after:
         with pytest.raises(flight.FlightUnavailableError):
             fetched(location)
 
 
 def test_fewer_shards_than_before_are_refused(start, tmp_path):
-    start().close(lambda warning: None)
+    start().close()
     with pytest.raises(UserError, match=r"has 2 shards and buffer.shards is 1: .* resume with buffer.shards=2"):
         check_buffer(tmp_path / "buffer", CONTRACT, settings_of(shards=1))
 

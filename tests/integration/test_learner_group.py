@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+from buffer.remote_call import NoAnswerError, RemoteCall
 from launch.run.learner_group import LearnerCall, LearnerFailedError
 from learner.ranks.group import RankLostError
 from tests.integration.local_ray import local_ray
@@ -36,15 +37,15 @@ def rank(answer: object, error: Exception | None, seconds: float, dies: bool = F
 
 
 def outcome(*references: ray.ObjectRef) -> object:
-    call = LearnerCall(list(references), NAMES)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not call.finished(timeout_s=0.1):
-        assert time.monotonic() < deadline
-    return call.result
+    return learner_call(*references).wait(TIMEOUT_S, while_waiting=lambda: None)
+
+
+def learner_call(*references: ray.ObjectRef) -> LearnerCall:
+    return LearnerCall([RemoteCall(name, each, "begin") for name, each in zip(NAMES, references, strict=True)])
 
 
 def test_the_result_is_that_of_rank_0_once_all_have_finished() -> None:
-    call = LearnerCall([rank.remote("first", None, 0.0), rank.remote(None, None, 2.0)], NAMES)
+    call = learner_call(rank.remote("first", None, 0.0), rank.remote(None, None, 2.0))
     started = time.monotonic()
     while not call.finished(timeout_s=0.1):
         assert time.monotonic() - started < TIMEOUT_S
@@ -58,6 +59,8 @@ def test_a_failure_is_told_though_the_others_still_work() -> None:
     with pytest.raises(LearnerFailedError, match=r"^learner rank 1 of 2 failed: ValueError: no such token$") as caught:
         outcome(slow, rank.remote(None, ValueError("no such token"), 0.0))
     assert isinstance(caught.value.cause, ValueError)
+    with pytest.raises(NoAnswerError, match=r"^learner rank 0 of 2 did not begin within 0\.5 s$"):
+        learner_call(slow, rank.remote(None, None, 0.0)).wait(0.5, while_waiting=lambda: None)
     ray.cancel(slow, force=True)
 
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from launch.errors import UserError
-from launch.run.cost_models import check_cost_models
+from launch.run.checks import check_cost_models
 from learner.settings.stages import StageSettings
 
 

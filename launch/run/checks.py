@@ -1,0 +1,79 @@
+"""What is checked of a run once its model and task are loaded, before anything expensive starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+import pyarrow.compute as pc
+
+from actors.engine.division import check_division
+from buffer.experts.tasks import Task
+from launch.command_errors import setting_up
+from launch.errors import UserError
+from launch.settings.run import RunSettings
+from learner.publication.publisher import PROBE_TOKENS
+from learner.settings.objectives import EmoSettings
+from learner.settings.stages import StageSettings
+from learner.spec import PreparedRun
+
+
+def check_prepared(settings: RunSettings, run: PreparedRun, check_task: Callable[[Task], None] | None) -> None:
+    """Refuse model, task and settings that do not suit each other.
+
+    check_task: see `launch.run.driver.train`.
+
+    Raises:
+        UserError: they do not; says which setting to change.
+    """
+    rollout = settings.actors.rollout
+    prompt: int = pc.max(pc.list_value_length(run.task.example_table()["prompt_ids"])).as_py()
+    if prompt + rollout.max_new_tokens > run.max_length:
+        raise UserError(
+            f"a prompt of {prompt} tokens and actors.rollout.max_new_tokens={rollout.max_new_tokens} exceed "
+            f"the model's context of {run.max_length} tokens: lower one of them or choose a longer context"
+        )
+    check_cost_models(settings.stages, run.contract.vocab_size)
+    with setting_up():
+        check_division(settings.actors.tensor_parallel_size, json.loads(run.config_json))
+        if check_task is not None:
+            check_task(run.task)
+
+
+def engine_length(settings: RunSettings, run: PreparedRun) -> int:
+    """Longest text that an engine will hold, in tokens: often far less than the model's context."""
+    examples = run.task.example_table()
+    prompts, targets = (pc.list_value_length(examples[name]) for name in ("prompt_ids", "target_ids"))
+    answers = pc.max_element_wise(targets, settings.actors.rollout.max_new_tokens)
+    longest: int = pc.max(pc.add(prompts, answers)).as_py()
+    return min(run.max_length, max(longest, PROBE_TOKENS) + 1)
+
+
+def check_cost_models(stages: Sequence[StageSettings], vocab_size: int) -> None:
+    """Read the configuration of every model that gives a stage its costs (`emo`).
+
+    vocab_size: of the model that is trained.
+
+    Raises:
+        UserError: there is none, or it has another vocabulary.
+    """
+    for stage in stages:
+        if not isinstance(stage.objective, EmoSettings) or stage.objective.cost_model is None:
+            continue
+        name = stage.objective.cost_model
+        found = _vocab_size(stage.name, name)
+        if found != vocab_size:
+            raise UserError(
+                f"stage {stage.name!r}: cost_model {name!r} has a vocabulary of {found} and the model one of "
+                f"{vocab_size}: name one with the same tokenizer, or leave it out to use the model's own embedding"
+            )
+
+
+def _vocab_size(stage: str, name: str) -> int:
+    from transformers import AutoConfig
+
+    try:
+        size: int = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config().vocab_size
+    except (OSError, ValueError) as error:
+        raise UserError(f"stage {stage!r}: cost_model {name!r} cannot be loaded: {error}") from None
+    return size
