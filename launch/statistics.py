@@ -152,6 +152,11 @@ class Difference(Interval):
         """
         return None if self.adjusted_p_value is None else self.adjusted_p_value > 1.0 - CONFIDENCE
 
+    def to_json(self) -> dict[str, object]:
+        """As `compare.json` has it."""
+        names = ("half_width", "p_value", "adjusted_p_value", "basis", "num_seeds", "within_noise")
+        return {"mean": self.value, **{name: getattr(self, name) for name in names}}
+
 
 def change_by_example(number: Estimate, baseline: Estimate) -> Estimate | None:
     """`number` - `baseline` with the error of the paired difference; None where they are not of the same examples.

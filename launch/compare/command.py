@@ -15,7 +15,6 @@ from launch.stop_signals import stop_exit_code
 
 if TYPE_CHECKING:
     from launch.compare.folder import ComparisonFolder
-    from launch.compare.plan import ComparisonPlan
     from launch.compare.results import Comparison
 
 DEFAULT_SEEDS = 3
@@ -71,28 +70,33 @@ def compare(
     with reported_errors(), stdout_kept_clean(as_json):
         if (recipe is None) == (resume is None):
             raise UserError("give either a recipe, e.g. launch/recipes/arithmetic_cpu.yaml, or --resume FOLDER")
+        from launch.compare.folder import JSON_FILE, ComparisonFolder
+        from launch.compare.plan import compared_stage, make_plan, parse_objectives, read_objectives, read_plan
+        from launch.settings.recipe import read_recipe
+
         if resume is not None:
             given = {"--objectives": objectives, "--objectives-file": objectives_file, "--steps": steps}
             given |= {"--actions": actions, "--stage": stage, "--name": name}
             if fixed := [option for option, value in given.items() if value is not None]:
                 raise UserError(f"{fixed[0]} is for a new comparison; {resume} goes on as it was begun")
-            from launch.compare.plan import read_plan
-
-            plan = read_plan(resume, seeds)
+            folder = ComparisonFolder(resume.resolve(), read_plan(resume, seeds))
         else:
             assert recipe is not None
             with setting_up():
+                settings = read_recipe(recipe, overrides or [])
+                if objectives is not None and objectives_file is None:
+                    compared = parse_objectives(objectives, (compared_stage(settings, stage), *settings.stages))
+                elif objectives_file is not None and objectives is None:
+                    compared = read_objectives(objectives_file)
+                else:
+                    raise UserError("say what to compare: --objectives mle,sequencematch, or --objectives-file FILE")
                 num_seeds = seeds or DEFAULT_SEEDS
-                plan = _plan(recipe, overrides or [], objectives, objectives_file, num_seeds, steps, actions, stage)
-            if dry_run:
-                typer.echo(plan.to_yaml(), nl=False)
-                return
-        from launch.compare.folder import JSON_FILE, ComparisonFolder
-
-        with setting_up():
-            folder = ComparisonFolder(resume.resolve(), plan) if resume else ComparisonFolder.create(plan, name)
-        console = Console(stderr=as_json)
-        comparison = _run(folder, console)
+                plan = make_plan(settings, compared, num_seeds, stage=stage, steps=steps, actions=actions)
+                if dry_run:
+                    typer.echo(plan.to_yaml(), nl=False)
+                    return
+                folder = ComparisonFolder.create(plan, name)
+        comparison = _run(folder, Console(stderr=as_json))
         if as_json:
             text = (folder.path / JSON_FILE).read_text(encoding="utf-8")
     if as_json:
@@ -101,35 +105,11 @@ def compare(
         raise typer.Exit(1)
 
 
-def _plan(
-    recipe: Path,
-    overrides: list[str],
-    objectives: str | None,
-    objectives_file: Path | None,
-    num_seeds: int,
-    steps: int | None,
-    actions: int | None,
-    stage: str | None,
-) -> ComparisonPlan:
-    from launch.compare.arms import parse_objectives, read_objectives
-    from launch.compare.plan import compared_stage, make_plan
-    from launch.settings.recipe import read_recipe
-
-    settings = read_recipe(recipe, overrides)
-    if objectives is not None and objectives_file is None:
-        arms = parse_objectives(objectives, (compared_stage(settings, stage), *settings.stages))
-    elif objectives_file is not None and objectives is None:
-        arms = read_objectives(objectives_file)
-    else:
-        raise UserError("say what to compare: --objectives mle,sequencematch, or --objectives-file FILE")
-    return make_plan(settings, arms, num_seeds, stage=stage, steps=steps, actions=actions)
-
-
 def _run(folder: ComparisonFolder, console: Console) -> Comparison:
-    """All of it; whatever ends it early, it can be resumed, and the command for that is told."""
+    """All of it; whatever ends it early, it can be resumed, and the message gives the command for that."""
     from launch.compare.folder import HTML_FILE
-    from launch.compare.report import show_comparison, write_comparison
     from launch.compare.session import ComparisonSession
+    from launch.compare.table import show_comparison, write_comparison
     from launch.run_folder.folder import shown_path, sole_driver
 
     shown = shown_path(folder.path)

@@ -1,10 +1,10 @@
 """The folder of a comparison, and the runs in it.
 
-runs/NAME/  comparison.yaml  lock  starts/NAME-start-seed<s>/  pilots/NAME-pilot-<arm>/  arms/NAME-<arm>-seed<s>/
-            evaluation/seed<s>/  compare.html  compare.json  compare.md  compare.csv
+runs/NAME/  comparison.yaml  lock  starts/NAME-start-seed<s>/  pilots/NAME-pilot-<objective>/
+            arms/NAME-<objective>-seed<s>/  evaluation/seed<s>/  compare.html  compare.json  compare.md  compare.csv
 
-A run of an arm has the checkpoints of its start by relative links: nothing is trained or stored twice, and the folder
-can be moved as a whole.
+The run of an objective has the checkpoints of its start by relative links: nothing is trained or stored twice, and the
+folder can be moved as a whole.
 """
 
 from __future__ import annotations
@@ -34,30 +34,16 @@ from launch.run_folder.folder import (
 from launch.settings.recipe import with_absolute_paths
 from launch.settings.run import RunSettings
 from launch.statistics import Estimate
-from learner.settings.stages import stages_before
 
 HTML_FILE, JSON_FILE, MARKDOWN_FILE, CSV_FILE = "compare.html", "compare.json", "compare.md", "compare.csv"
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """What a stage took. actions: trained on, of experts and rollouts; seconds: of its steps, with waits for data."""
-
-    steps: int
-    actions: int
-    seconds: float
-
-    def steps_for(self, actions: int) -> int:
-        """How many steps like these make so many actions, at least one."""
-        return max(1, round(actions * self.steps / self.actions))
-
-
 class ComparisonFolder:
     """Where the runs of a comparison lie. path: absolute."""
 
-    def __init__(self, path: Path, plan: ComparisonPlan) -> None:
-        self.path = path
-        self.plan = plan
+    path: Path
+    plan: ComparisonPlan
 
     @classmethod
     def create(cls, plan: ComparisonPlan, name: str | None) -> ComparisonFolder:
@@ -90,57 +76,70 @@ class ComparisonFolder:
         """Folder of the run before the compared stage."""
         return self.path / "starts" / f"{self.path.name}-start-seed{seed}"
 
-    def pilot(self, arm: str) -> Path:
-        """Folder of the few steps that tell how many actions a step of an arm has."""
-        return self.path / "pilots" / f"{self.path.name}-pilot-{arm}"
+    def pilot(self, label: str) -> Path:
+        """Folder of the few steps that tell how many actions a step of an objective has."""
+        return self.path / "pilots" / f"{self.path.name}-pilot-{label}"
 
-    def arm(self, arm: str, seed: int) -> Path:
-        """Folder of the run of an arm."""
-        return self.path / "arms" / f"{self.path.name}-{arm}-seed{seed}"
+    def run(self, label: str, seed: int) -> Path:
+        """Folder of the run of an objective."""
+        return self.path / "arms" / f"{self.path.name}-{label}-seed{seed}"
 
     def evaluation(self, seed: int) -> Path:
-        """Folder of what was measured of all arms of a seed."""
+        """Folder of what was measured of all objectives of a seed."""
         return self.path / "evaluation" / f"seed{seed}"
 
-    def open_run(self, folder: Path, settings: RunSettings, start: Path | None) -> RunSettings:
+    def open_run(self, run: Path, settings: RunSettings, start: Path | None) -> RunSettings:
         """Make a run's folder if it is not there; gives its settings.
 
         start: run whose stages it begins with, done; None = it begins from nothing.
         """
-        here = settings.model_copy(update={"runs_folder": str(folder.parent)})
-        if not (folder / ENVIRONMENT_FILE).is_file():  # the last thing that is written before a run begins
-            shutil.rmtree(folder, ignore_errors=True)
-            create_run_folder(here, folder.name)
+        here = settings.model_copy(update={"runs_folder": str(run.parent)})
+        if not (run / ENVIRONMENT_FILE).is_file():  # the last thing that is written before a run begins
+            shutil.rmtree(run, ignore_errors=True)
+            create_run_folder(here, run.name)
         if start is not None:
-            (folder / CHECKPOINTS_FOLDER).mkdir(exist_ok=True)
-            for stage in stages_before(self.plan.recipe.stages, self.plan.stage):
-                link = folder / CHECKPOINTS_FOLDER / stage.name
+            (run / CHECKPOINTS_FOLDER).mkdir(exist_ok=True)
+            for stage in self.plan.stages_before:
+                link = run / CHECKPOINTS_FOLDER / stage.name
                 if not link.is_symlink():
                     link.symlink_to(os.path.relpath(start / CHECKPOINTS_FOLDER / stage.name, link.parent))
         return here
 
-    def is_finished(self, folder: Path, settings: RunSettings) -> bool:
+    def is_finished(self, run: Path, settings: RunSettings) -> bool:
         """Whether a run has done all its stages."""
-        if not (folder / CONFIG_FILE).is_file():
+        if not (run / CONFIG_FILE).is_file():
             return False
-        done = finished_stages(settings, folder)
+        done = finished_stages(settings, run)
         return all(stage.name in done for stage in settings.stages)
 
-    def checkpoint(self, arm: str, seed: int) -> Path:
-        """The final checkpoint of an arm that is done."""
-        folder, settings = open_run_folder(self.arm(arm, seed))
+    def checkpoint(self, label: str, seed: int) -> Path:
+        """The final checkpoint of a run that is done."""
+        folder, settings = open_run_folder(self.run(label, seed))
         return final_checkpoint(settings, folder, COMPARED_STAGE)
 
 
-def stage_cost(run: Path, stage: str = COMPARED_STAGE) -> StageCost:
-    """What the metrics of a run say that a stage took; of a step that was repeated the later line counts."""
-    lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    rows = {row["step"]: row for row in map(json.loads, lines) if row["stage"] == stage}
-    return StageCost(
-        steps=len(rows),
-        actions=round(sum(row["actions_per_s"] * row["step_s"] for row in rows.values())),
-        seconds=sum(row["step_s"] for row in rows.values()),
-    )
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage took. actions: trained on, of experts and rollouts; seconds: of its steps, with waits for data."""
+
+    steps: int
+    actions: int
+    seconds: float
+
+    @classmethod
+    def of(cls, run: Path, stage: str = COMPARED_STAGE) -> StageCost:
+        """From the metrics of a run; of a step that was repeated the later line counts."""
+        lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        rows = {row["step"]: row for row in map(json.loads, lines) if row["stage"] == stage}
+        return cls(
+            steps=len(rows),
+            actions=round(sum(row["actions_per_s"] * row["step_s"] for row in rows.values())),
+            seconds=sum(row["step_s"] for row in rows.values()),
+        )
+
+    def steps_for(self, actions: int) -> int:
+        """How many steps like these make so many actions, at least one."""
+        return max(1, round(actions * self.steps / self.actions))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,15 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.compare.arms import parse_objectives, read_objectives
-from launch.compare.plan import COMPARED_STAGE, ComparisonPlan, compared_stage, make_plan, read_plan
+from launch.compare.plan import (
+    COMPARED_STAGE,
+    ComparisonPlan,
+    compared_stage,
+    make_plan,
+    parse_objectives,
+    read_objectives,
+    read_plan,
+)
 from launch.errors import UserError
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
@@ -29,8 +36,8 @@ def plan_of(
     actions: int | None = None,
 ) -> ComparisonPlan:
     settings = read_recipe(recipe, overrides)
-    arms = parse_objectives(objectives, (compared_stage(settings, stage), *settings.stages))
-    return make_plan(settings, arms, seeds, stage=stage, steps=steps, actions=actions)
+    parsed = parse_objectives(objectives, (compared_stage(settings, stage), *settings.stages))
+    return make_plan(settings, parsed, seeds, stage=stage, steps=steps, actions=actions)
 
 
 def refusal(objectives: str, *overrides: str, recipe: Path = ARITHMETIC, steps: int | None = None) -> str:
@@ -39,19 +46,19 @@ def refusal(objectives: str, *overrides: str, recipe: Path = ARITHMETIC, steps: 
     return str(caught.value)
 
 
-def test_arms_differ_in_their_objective_alone() -> None:
+def test_runs_differ_in_their_objective_alone() -> None:
     plan = plan_of("mle,sequencematch,behaviour_cloning", "seed=5", steps=7)
     assert plan.seeds == (5, 6)
-    arms = [plan.arm_settings(arm, 6, 7) for arm in plan.arms]
-    for arm in arms:
-        assert arm.seed == 6
-        assert [stage.name for stage in arm.stages] == ["trunk", COMPARED_STAGE]
-        assert arm.stages[0] == arms[0].stages[0]
-        same = arms[0].stages[1].model_copy(update={"objective": arm.stages[1].objective})
-        assert arm.stages[1] == same
-    compared = arms[0].stages[1]
+    runs = [plan.run_settings(label, 6, 7) for label in plan.objectives]
+    for run in runs:
+        assert run.seed == 6
+        assert [stage.name for stage in run.stages] == ["trunk", COMPARED_STAGE]
+        assert run.stages[0] == runs[0].stages[0]
+        same = runs[0].stages[1].model_copy(update={"objective": run.stages[1].objective})
+        assert run.stages[1] == same
+    compared = runs[0].stages[1]
     assert (compared.start_from, compared.steps, compared.publish_every_steps) == ("trunk", 7, 10)
-    assert arms[0].model_copy(update={"stages": ()}) == arms[2].model_copy(update={"stages": ()})
+    assert runs[0].model_copy(update={"stages": ()}) == runs[2].model_copy(update={"stages": ()})
 
 
 def test_the_start_holds_exactly_the_stages_before() -> None:
@@ -62,7 +69,7 @@ def test_the_start_holds_exactly_the_stages_before() -> None:
     assert plan_of("mle,emo", stage="trunk").start_settings(0) is None
 
 
-def test_the_way_to_a_stage_leaves_other_arms_out() -> None:
+def test_the_way_to_a_stage_leaves_other_stages_out() -> None:
     tree = read_recipe(ARITHMETIC).model_dump(mode="json")
     trunk, first, control = tree["stages"]
     tree["stages"] = [trunk, first, control | {"start_from": None}, control | {"name": "last", "start_from": "trunk"}]
@@ -83,18 +90,18 @@ def test_the_compared_stage_is_the_first_that_learns_from_rollouts() -> None:
 def test_an_objective_has_the_recipes_settings_then_its_own() -> None:
     plan = plan_of("sequencematch:alpha=0.5,beta_steps=9,sequencematch,mle", "stages.sequencematch.objective.gamma=0.9")
     label = "sequencematch-alpha-0.5-beta_steps-9"
-    assert list(plan.arms) == [label, "sequencematch", "mle"]
+    assert list(plan.objectives) == [label, "sequencematch", "mle"]
     assert plan.reference == label
-    changed, plain = (plan.arms[arm].objective.model_dump() for arm in (label, "sequencematch"))
+    changed, plain = (plan.objectives[each].objective.model_dump() for each in (label, "sequencematch"))
     assert (changed["alpha"], changed["beta_steps"], changed["gamma"]) == (0.5, 9, 0.9)
     assert (plain["alpha"], plain["beta_steps"], plain["gamma"]) == (0.03, 150, 0.9)
 
 
 def test_what_is_of_rollouts_goes_where_there_are_none() -> None:
-    """`scoring` without rollouts is refused in a recipe; as an arm, maximum likelihood has no use for it."""
+    """`scoring` without rollouts is refused in a recipe; as an objective, maximum likelihood has no use for it."""
     plan = plan_of("mle,kl_control,adversarial_js:discriminator.body=own", recipe=KL_CONTROL)
-    assert plan.arm_settings("mle", 0, 60).scoring.reward is None
-    rewarded = plan.arm_settings("kl_control", 0, 60)
+    assert plan.run_settings("mle", 0, 60).scoring.reward is None
+    rewarded = plan.run_settings("kl_control", 0, 60)
     assert rewarded.scoring == plan.recipe.scoring
     assert rewarded.buffer == plan.recipe.buffer
     assert plan.recipe.scoring.reward is not None
@@ -105,7 +112,7 @@ def test_a_plan_survives_writing(tmp_path: Path) -> None:
     (tmp_path / "comparison.yaml").write_text(plan.to_yaml())
     assert read_plan(tmp_path) == plan
     assert read_plan(tmp_path, 4).seeds == (0, 1, 2, 3)
-    (tmp_path / "comparison.yaml").write_text("arms: {}")
+    (tmp_path / "comparison.yaml").write_text("objectives: {}")
     with pytest.raises(UserError, match=r"is not what `sequencematch compare` wrote"):
         read_plan(tmp_path)
     with pytest.raises(UserError, match="not the folder of a comparison"):
@@ -144,10 +151,10 @@ def test_settings_that_do_not_suit_are_refused() -> None:
 
 
 def test_objectives_of_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "arms.yaml"
+    file = tmp_path / "objectives.yaml"
     file.write_text("plain: {name: mle}\nsoft: {name: gdc, constraints: [{feature: brief, target: 0.5}]}\n")
-    arms = read_objectives(file)
-    assert [arm.objective.name for arm in arms.values()] == ["mle", "gdc"]
+    found = read_objectives(file)
+    assert [each.objective.name for each in found.values()] == ["mle", "gdc"]
     for content, part in (
         ("a/b: {name: mle}", "label 'a/b'"),
         ("a: {name: mel}", "did you mean 'mle'"),
@@ -165,46 +172,46 @@ def test_objectives_of_a_file(tmp_path: Path) -> None:
         read_objectives(tmp_path / "none.yaml")
 
 
-def arms_of(tmp_path: Path, content: str) -> ComparisonPlan:
-    file = tmp_path / "arms.yaml"
+def plan_of_file(tmp_path: Path, content: str) -> ComparisonPlan:
+    file = tmp_path / "objectives.yaml"
     file.write_text(content)
     return make_plan(read_recipe(ARITHMETIC), read_objectives(file), 1)
 
 
-def test_an_arm_of_a_file_changes_the_recipe_for_itself(tmp_path: Path) -> None:
-    plan = arms_of(
+def test_an_objective_of_a_file_changes_the_recipe_for_itself(tmp_path: Path) -> None:
+    plan = plan_of_file(
         tmp_path,
         "plain: {name: behaviour_cloning}\n"
         "noisy: {name: behaviour_cloning, recipe: [noise.kind=random, noise.rate=0.1]}\n"
         "slow: {name: sequencematch, recipe: [stages.sequencematch.optimizer.learning_rate=1e-5,"
         " actors.rollout.backspace=false, noise.kind=none]}\n",
     )
-    plain, noisy, slow = (plan.arm_settings(arm, 0, 7) for arm in plan.arms)
+    plain, noisy, slow = (plan.run_settings(label, 0, 7) for label in plan.objectives)
     assert (noisy.noise.kind, noisy.noise.rate, plain.noise.kind) == ("random", 0.1, "task")
     assert noisy.model_copy(update={"noise": plain.noise}) == plain
     assert (slow.stages[-1].optimizer.learning_rate, slow.actors.rollout.backspace) == (1e-5, False)
     assert (slow.stages[-1].name, slow.stages[-1].steps, slow.noise.kind) == (COMPARED_STAGE, 7, "none")
     start = plan.start_settings(0)
     assert start is not None
-    assert {start.stages} == {each.stages[:-1] for each in (plain, noisy, slow)}, "all arms start from the same"
+    assert {start.stages} == {each.stages[:-1] for each in (plain, noisy, slow)}, "all start from the same"
 
 
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("task.max_digits=3", "would change what all arms have in common"),
-        ("stages.trunk.steps=3", "would change what all arms have in common"),
+        ("task.max_digits=3", "would change what all objectives have in common"),
+        ("stages.trunk.steps=3", "would change what all objectives have in common"),
         ("stages.sequencematch.steps=3", "has no effect"),
         ("stages.sequencematch.objective.alpha=0.5", "has no effect"),
         ("stages.sequencematch.objective={name: emo}", "has no effect"),
-        ("noises=3", "would change what all arms have in common"),
+        ("noises=3", "would change what all objectives have in common"),
         ("noise.rat=3", "objective noisy: unknown key 'noise.rat'"),
         ("noise.rate", "not of the form key=value"),
     ],
 )
-def test_what_an_arm_may_not_change_is_refused(tmp_path: Path, override: str, part: str) -> None:
+def test_what_an_objective_may_not_change_is_refused(tmp_path: Path, override: str, part: str) -> None:
     with pytest.raises(UserError) as caught:
-        arms_of(tmp_path, f"plain: {{name: mle}}\nnoisy: {{name: behaviour_cloning, recipe: ['{override}']}}\n")
+        plan_of_file(tmp_path, f"plain: {{name: mle}}\nnoisy: {{name: behaviour_cloning, recipe: ['{override}']}}\n")
     assert part in str(caught.value)
 
 
@@ -232,13 +239,13 @@ def test_a_dry_run_makes_nothing(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0
     (tmp_path / "comparison.yaml").write_text(result.stdout)
-    assert list(read_plan(tmp_path).arms) == ["mle", "emo"]
+    assert list(read_plan(tmp_path).objectives) == ["mle", "emo"]
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("file", sorted(Path("docs/results/arms").glob("*.yaml")), ids=lambda file: file.stem)
-def test_the_arms_of_the_documented_results_can_be_compared(file: Path) -> None:
+def test_the_objectives_of_the_documented_results_can_be_compared(file: Path) -> None:
     name, stage = ("text", "behaviour_cloning") if file.stem.startswith("text") else ("arithmetic", None)
     recipe = read_recipe(Path(f"launch/recipes/{name}_cpu.yaml"))
     plan = make_plan(recipe, read_objectives(file), 1, stage=stage)
-    assert all(plan.arm_settings(arm, 0, 500).stages[-1].steps == 500 for arm in plan.arms)
+    assert all(plan.run_settings(label, 0, 500).stages[-1].steps == 500 for label in plan.objectives)

@@ -13,50 +13,49 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.compare.folder import ComparisonFolder, Measured, StageCost, read_measured, stage_cost
+from launch.compare.folder import ComparisonFolder, Measured, StageCost, read_measured
 from launch.compare.plan import read_plan
-from launch.compare.report import MAX_WIDTH, comparison_markdown, render_comparison, write_comparison
 from launch.compare.results import Comparison
-from launch.compare.session import Pace
+from launch.compare.table import comparison_markdown, render_comparison, write_comparison
 from launch.errors import UserError
-from launch.evaluation import CheckpointResult, Estimate, Evaluation
+from launch.evaluation import CheckpointResult, Evaluation
 from launch.evaluation.report import write_evaluation
 from launch.settings.recipe import read_recipe
-from tests.comparisons import ARMS, OBJECTIVES, comparison, new_comparison
+from launch.statistics import Estimate
+from tests.comparisons import LABELS, OBJECTIVES, comparison, new_comparison
 
 
 def shown(found: Comparison, width: int = 200) -> list[str]:
     """Lines as a terminal shows them."""
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    console.print(render_comparison(found, width))
+    console.print(render_comparison(found))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
 @pytest.mark.parametrize("width", [80, 95, 200])
-def test_every_arm_is_shown_and_no_number_is_cut(num_seeds: int, width: int) -> None:
-    lines = shown(comparison(num_seeds), width)
-    captions = [line for line in lines if len(line) > MAX_WIDTH]
-    assert all(line.startswith(("±", "≈", "Nothing", "In brackets")) for line in captions), captions
-    text = "\n".join(lines)
+def test_every_objective_is_shown_and_no_number_is_cut(num_seeds: int, width: int) -> None:
+    found = comparison(num_seeds)
+    text = "\n".join(shown(found, width))
     assert "…" not in text
-    assert all(arm in text for arm in ("behaviour_cloning", "unlikelihood", "emo", "kl_control"))
-    heads = [line for line in lines if line.split()[:1] == ["mle"]]
-    assert len(heads) > 1, "six arms take more than one table, each of which begins with the reference"
+    assert all(label[:30] in text for label in LABELS), "a long label goes on in the next line"
+    for metric in found.metrics():
+        for label, each in metric.spreads.items():
+            assert f"{each.mean:.3f}"[1:] in text or f"{each.mean:.2f}" in text, (metric.name, label)
 
 
 def test_numbers_differences_and_marks() -> None:
-    lines = "\n".join(shown(comparison(3, ARMS[:2])))
-    assert "arithmetic: 3 seeds of each arm, 400 steps" in lines
+    lines = "\n".join(shown(comparison(3, LABELS[:2])))
+    assert "arithmetic: 3 seeds of each objective, 400 steps" in lines
     assert ".310 ±.010 (.020)" in lines  # .30 .31 .32
     assert "+.100 ±.025 ≠" in lines  # differences .10 .11 .09: their deviation .01 / sqrt 3 times t = 4.303
     assert "100,000" in lines
     assert "Student's t" in lines
 
 
-def test_few_seeds_are_told_plainly() -> None:
-    found = comparison(2, ARMS[:2])
+def test_few_seeds_are_named() -> None:
+    found = comparison(2, LABELS[:2])
     lines = "\n".join(shown(found))
     assert "Nothing can be said about the spread over seeds: 2 of the 3 that it takes" in lines
     assert "12.50 (0.25)" in lines
@@ -64,41 +63,31 @@ def test_few_seeds_are_told_plainly() -> None:
     assert "Student" not in lines + comparison_markdown(found)
 
 
-def test_markdown_has_every_arm_and_gaps_where_nothing_was_measured() -> None:
-    _, *sections = comparison_markdown(comparison(3)).split("\n## ")
-    tables = {section.split("\n")[0]: [line for line in section.splitlines() if "|" in line] for section in sections}
-    for table in tables.values():
-        assert len({line.count("|") for line in table}) == 1
-        assert [line.split("|")[1].strip() for line in table[2:]] == list(ARMS)
-    cells = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in tables["recovery"][2:]}
-    assert cells[ARMS[0]] == cells[ARMS[-1]] == "-"
-    assert cells[ARMS[1]] == ".500 ±.000 (.020)", "nothing to hold it against"
+def test_markdown_has_every_objective_and_gaps_where_nothing_was_measured() -> None:
+    lines = [line for line in comparison_markdown(comparison(3)).splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {5}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[1] for row in rows if row[0] == "greedy.accuracy"] == list(LABELS)
+    recovery = {row[1]: row[2:] for row in rows if row[0] == "recovery.recovery"}
+    assert recovery[LABELS[0]] == recovery[LABELS[-1]] == ["-", ""]
+    assert recovery[LABELS[1]] == [".500 ±.000 (.020)", ""], "nothing to compare it with"
 
 
 def test_files_hold_every_run_and_say_what_failed(tmp_path: Path) -> None:
-    found = comparison(3, ARMS[:3])
-    gone = (ARMS[1], 2)
+    found = comparison(3, LABELS[:3])
+    gone = (LABELS[1], 2)
     estimates = {key: numbers for key, numbers in found.estimates.items() if key != gone}
     costs = {key: cost for key, cost in found.costs.items() if key != gone}
-    failed = Comparison(
-        found.task,
-        found.budget,
-        found.arms,
-        found.seeds,
-        estimates,
-        {},
-        costs,
-        {"x-behaviour_cloning-seed2": "it died"},
-    )
+    failed = replace(found, estimates=estimates, costs=costs, failures={"x-behaviour_cloning-seed2": "it died"})
     folder = new_comparison(tmp_path, OBJECTIVES)
     write_comparison(failed, folder)
     tree = json.loads((folder.path / "compare.json").read_text())
     assert [(run["arm"], run["seed"]) for run in tree["runs"]] == list(costs)
     (accuracy, *_) = tree["metrics"]
     assert accuracy["name"] == "greedy.accuracy"
-    assert accuracy["differences"][ARMS[1]]["num_seeds"] == 2
-    assert accuracy["differences"][ARMS[1]]["basis"] == "examples"
-    assert accuracy["differences"][ARMS[2]]["within_noise"] is False
+    assert accuracy["differences"][LABELS[1]]["num_seeds"] == 2
+    assert accuracy["differences"][LABELS[1]]["basis"] == "examples"
+    assert accuracy["differences"][LABELS[2]]["within_noise"] is False
     rows = list(csv.DictReader((folder.path / "compare.csv").open()))
     assert len(rows) == sum(map(len, estimates.values()))
     assert rows[0] == {
@@ -119,20 +108,20 @@ def test_a_run_has_its_start_by_links_that_move_with_the_folder(tmp_path: Path) 
     checkpoint = made.start(0) / "checkpoints" / "trunk" / "step-000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "progress.json").write_text("{}")
-    settings = made.plan.arm_settings("mle", 0, 3)
+    settings = made.plan.run_settings("mle", 0, 3)
     for _ in range(2):  # a second time it is there already
-        made.open_run(made.arm("mle", 0), settings, made.start(0))
+        made.open_run(made.run("mle", 0), settings, made.start(0))
     moved = tmp_path / "moved" / "pair"
     shutil.move(tmp_path / "runs", tmp_path / "moved")
     opened = ComparisonFolder(moved, read_plan(moved))
     assert opened.plan == made.plan
-    assert (opened.arm("mle", 0) / "checkpoints" / "trunk" / "step-000001" / "progress.json").read_text() == "{}"
+    assert (opened.run("mle", 0) / "checkpoints" / "trunk" / "step-000001" / "progress.json").read_text() == "{}"
 
 
 def test_a_run_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
     made = new_comparison(tmp_path)
-    settings = made.plan.arm_settings("mle", 0, 3)
-    run = made.arm("mle", 0)
+    settings = made.plan.run_settings("mle", 0, 3)
+    run = made.run("mle", 0)
     assert not made.is_finished(run, settings)
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("na")
@@ -154,11 +143,11 @@ def test_the_cost_of_a_stage_counts_repeated_steps_once(tmp_path: Path) -> None:
         for stage, step, seconds in rows
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert stage_cost(tmp_path) == StageCost(steps=3, actions=300, seconds=3.5)
+    assert StageCost.of(tmp_path) == StageCost(steps=3, actions=300, seconds=3.5)
 
 
 def test_a_budget_in_actions_becomes_steps() -> None:
-    """An arm with rollouts spends three times the actions in a step, and takes a third of the steps."""
+    """An objective with rollouts spends three times the actions in a step, and takes a third of the steps."""
     experts, with_rollouts = StageCost(20, 4_000, 1.0), StageCost(20, 12_000, 1.0)
     assert [cost.steps_for(60_000) for cost in (experts, with_rollouts)] == [300, 100]
     assert with_rollouts.steps_for(1) == 1
@@ -179,14 +168,3 @@ def test_what_an_evaluation_wrote_is_read_back(tmp_path: Path) -> None:
     change = found["emo"].changes["greedy.accuracy"]
     # One of four answers differs, so the differences are 0, 0, 1, 0: their deviation 1/2, over the root of 4.
     assert (change.value, change.standard_error) == (0.25, pytest.approx(0.25))
-
-
-def test_the_time_left_is_that_of_runs_of_the_same_kind() -> None:
-    pace = Pace(["start", "mle", "emo", "start", "mle", "emo"])
-    assert pace.headline() == "run 1 of 6"
-    pace.skip()
-    pace.done("mle", 60.0)
-    assert pace.headline() == "run 3 of 6, about 4:00 left", "nothing else is known"
-    pace.done("emo", 600.0)
-    pace.done("start", 60.0)
-    assert pace.headline() == "run 5 of 6, about 11:00 left"
