@@ -53,8 +53,12 @@ class ActorPool:
         self._stopping = False
         self._supervisor: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Begin supervision; returns before the first actor is ready."""
+    async def start(self, nodes: Sequence[str] = ()) -> None:
+        """Begin supervision; returns before the first actor is ready.
+
+        nodes: id of the node planned for each actor, by its number. Ray chooses the node of an actor without one.
+        """
+        self._crew.nodes = nodes
         if self._supervisor is None:
             self._supervisor = asyncio.create_task(self._supervise())
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import ray
-from ray._private.state import available_resources_per_node
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.rank_group import EngineRankError
-from actors.pool.node_choice import NodeRoom, choose_node, in_units
 from actors.pool.roster import Failure, Sighting
 from actors.rollout_actor import RolloutActor, RolloutSpec
-from actors.settings import ActorsSettings
 from actors.status import ActorStatus
 from buffer.service.shard import Shard
 from buffer.weights.format import WeightManifest
@@ -31,7 +27,6 @@ ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 @dataclass
 class _Hand:
     handle: ActorHandle
-    node_id: str | None  # that was chosen for it; None where Ray was left to wait for one
     ready: asyncio.Task[object]
     run: asyncio.Task[object] | None = None
     leaving: bool = False
@@ -48,6 +43,8 @@ class RayCrew:
         self._prompts = prompts
         self._shards = shards
         self._environment = environment
+        self.nodes: Sequence[str] = ()
+        """Id of the node that the plan has for each actor, by its number."""
         self._hands: dict[str, _Hand] = {}
         self._newest: tuple[WeightManifest, WeightHandle] | None = None
         self._paused = False
@@ -104,11 +101,12 @@ class RayCrew:
         """See `actors.pool.roster.Crew`."""
         settings = self._spec.settings
         needs = settings.needs()
-        node_id = node_for_actor(settings, Counter(hand.node_id for hand in self._hands.values()))
+        planned = self.nodes[number] if number < len(self.nodes) else ""
+        unplanned = "SPREAD" if settings.placement == "spread" else "DEFAULT"
         handle = (
             ray.remote(concurrency_groups={"generation": 1, "control": 4})(RolloutActor)
             .options(
-                scheduling_strategy=at_best_on(node_id),
+                scheduling_strategy=at_best_on(planned) if planned else unplanned,
                 num_cpus=needs.pop("CPU"),
                 num_gpus=needs.pop("GPU"),
                 resources=needs,
@@ -117,7 +115,7 @@ class RayCrew:
             )
             .remote(name, self._spec, self._prompts[0], self._shards, number)
         )
-        self._hands[name] = _Hand(handle, node_id, asyncio.create_task(_result(_control(handle.ready))))
+        self._hands[name] = _Hand(handle, asyncio.create_task(_result(_control(handle.ready))))
 
     def put_to_work(self, name: str) -> None:
         """See `actors.pool.roster.Crew`."""
@@ -142,24 +140,8 @@ class RayCrew:
         return (hand for hand in self._hands.values() if hand.run is not None and not hand.leaving)
 
 
-def node_for_actor(settings: ActorsSettings, own: Mapping[str | None, int]) -> str | None:
-    """Id of the node for one more actor; None where none has room. own: actors of the run by node.
-
-    What was taken in the last moments may not be known yet: then Ray finds another node (`at_best_on`).
-    """
-    each = in_units(settings.needs())
-    free = sorted(available_resources_per_node().items())
-    rooms = [NodeRoom(node_id, in_units(resources), own.get(node_id, 0)) for node_id, resources in free]
-    index = choose_node(settings.placement, each, rooms)
-    return None if index is None else rooms[index].node_id
-
-
-def at_best_on(node_id: str | None) -> object:
-    """Ray's scheduling strategy for a process: on that node while it lives and has room, else on another one; None: on
-    the first that has room, or comes.
-    """
-    if node_id is None:
-        return "DEFAULT"
+def at_best_on(node_id: str) -> object:
+    """Ray's scheduling strategy for a process: on that node while it lives and has capacity, else on another one."""
     return NodeAffinitySchedulingStrategy(node_id, soft=True, _spill_on_unavailable=True)
 
 

@@ -1,1 +1,1 @@
-"""Ray as a run meets it: connecting, which process goes to which node, room for them."""
+"""Ray as a run meets it: connecting, what a run needs of it, and the capacity it reserves."""

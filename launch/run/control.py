@@ -15,8 +15,8 @@ from rich.console import Group, RenderableType
 from actors.status import PoolStatus
 from buffer.remote_call import RemoteCall
 from buffer.service.status import BufferStatus
+from launch.cluster.capacity import check_possible
 from launch.cluster.connection import join_live_run
-from launch.cluster.room import check_possible
 from launch.errors import UserError, lost_processes_reported
 from launch.monitoring.live_view import RunView, render
 from launch.monitoring.shard_view import shard_table

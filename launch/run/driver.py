@@ -17,9 +17,8 @@ from actors.pool.pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from buffer.experts.tasks import Task
 from buffer.remote_call import RemoteCall, end_actor
+from launch.cluster.capacity import RunCapacity
 from launch.cluster.connection import run_cluster
-from launch.cluster.placement import LEARNER, describe
-from launch.cluster.room import ClusterRoom
 from launch.command_errors import setting_up
 from launch.errors import RunFailedError, UserError, lost_processes_reported
 from launch.monitoring.live_view import LiveView, RunView
@@ -78,8 +77,8 @@ def train(
         log.write("info", "driver", "run_started", "the run begins")
         view.note = "starting Ray"
         live.refresh()
-        with run_cluster(settings, folder), ClusterRoom(settings) as room:
-            processes = RunProcesses(settings, folder, live, log, room)
+        with run_cluster(settings, folder), RunCapacity(settings) as capacity:
+            processes = RunProcesses(settings, folder, live, log, capacity)
             try:
                 outcome = processes.run(check_task)
             finally:
@@ -94,12 +93,12 @@ def train(
 class RunProcesses:
     """The processes of one run: the learner, and a buffer and actors where a stage needs them."""
 
-    def __init__(self, settings: RunSettings, folder: Path, live: LiveView, log: RunLog, room: ClusterRoom) -> None:
+    def __init__(self, settings: RunSettings, folder: Path, live: LiveView, log: RunLog, capacity: RunCapacity) -> None:
         self._settings = settings
         self._folder = folder
         self._live = live
         self._log = log
-        self._room = room
+        self._capacity = capacity
         self._supervisor = Supervisor(settings, folder, live, log)
         self._stopping_since: float | None = None
 
@@ -115,6 +114,8 @@ class RunProcesses:
             check_examples(run.task, self._folder)
             if any(needs_actors(stage, self._settings.noise) for stage in remaining):
                 self._start_actors(learner, run, newest_version)
+            else:
+                self._capacity.release_actors()
             self._supervisor.note("")
             for stage in remaining:
                 result = self._run_stage(learner, stage)
@@ -146,8 +147,8 @@ class RunProcesses:
 
     def _start_learner(self) -> LearnerGroup:
         settings = self._settings
-        assignment = self._room.place(self._wait_for_room)
-        self._log.write("info", "driver", "processes_placed", f"the plan: {describe(assignment)}")
+        plan = self._capacity.reserve(self._wait_for_capacity)
+        self._log.write("info", "driver", "processes_placed", f"the plan: {plan}")
         spec = LearnerSpec(
             model=settings.model,
             task=settings.task,
@@ -160,11 +161,11 @@ class RunProcesses:
             features=tuple(settings.scoring.features),
             offers_backspace=settings.actors.rollout.backspace,
         )
-        learner = LearnerGroup(spec, [node.node_id for node in assignment[LEARNER]])
+        learner = LearnerGroup(spec, self._capacity.learner)
         self._supervisor.learner = learner
         return learner
 
-    def _wait_for_room(self, missing: str) -> None:
+    def _wait_for_capacity(self, missing: str) -> None:
         note = f"waiting for room: {missing}"
         if self._live.view.note != note:
             self._log.write("info", "driver", "room_awaited", note, missing=missing)
@@ -215,8 +216,8 @@ class RunProcesses:
             )
         )
         self._supervisor.pool = pool
-        self._call_pool(pool.start.remote(), "start")
         self._pause(pool)
+        self._call_pool(pool.start.remote(self._capacity.release_actors()), "start")
         first_version = max(buffer.newest_version(START_TIMEOUT_S, self._live.refresh), newest_version) + 1
         learner.connect(buffer.shards, pool, first_version).wait(PREPARE_TIMEOUT_S, self._live.refresh)
 
@@ -234,7 +235,7 @@ class RunProcesses:
         while True:
             try:
                 finished = call.finished(POLL_S)
-                self._refresh()  # also after the end: the last warnings
+                self._supervisor.refresh(autoscaling=self._stopping_since is None)  # also after the end: warnings
                 if finished:
                     assert isinstance(call.result, StageResult)
                     return call.result
@@ -251,9 +252,3 @@ class RunProcesses:
                 self._stopping_since = time.monotonic()
                 self._live.say("stopping after this step, with a checkpoint (Ctrl-C again to stop at once)")
                 learner.request_stop()
-
-    def _refresh(self) -> None:
-        self._supervisor.refresh(autoscaling=self._stopping_since is None)
-        pool = self._live.view.pool
-        if self._supervisor.pool is None or (pool is not None and len(pool.members) >= pool.desired):
-            self._room.withdraw()

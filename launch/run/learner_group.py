@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from buffer.full_disk import is_disk_full
@@ -28,9 +28,6 @@ from learner.worker import LearnerWorker
 
 LEARNER_NAME = "learner"
 """Of rank 0, in the namespace of the run; the others have their number behind it."""
-
-NODE_LABEL = "ray.io/node-id"
-"""Ray gives it to every node."""
 
 ANSWER_TIMEOUT_S = 60.0
 CAUSE_TIMEOUT_S = 15.0
@@ -111,14 +108,11 @@ class LearnerCall:
 class LearnerGroup:
     """One actor for each rank of the learner; they start at once and are ready when the first call is."""
 
-    def __init__(self, spec: LearnerSpec, node_ids: Sequence[str]) -> None:
-        """node_ids: of the node of each rank. All of them are set aside at once, or the first call waits for it."""
+    def __init__(self, spec: LearnerSpec, placement: PlacementGroup) -> None:
+        """placement: has a bundle for each rank."""
         settings = spec.settings
         self._size = settings.num_ranks
-        resources = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
-        self._placement = placement_group(
-            [resources] * self._size, bundle_label_selector=[{NODE_LABEL: node_id} for node_id in node_ids]
-        )
+        self._placement = placement
         self._actors = [self._create(spec, rank) for rank in range(self._size)]
 
     def status(self) -> RemoteCall[LearnerStatus]:
@@ -150,7 +144,6 @@ class LearnerGroup:
         """End the processes, whatever they do."""
         for actor in self._actors:
             ray.kill(actor)
-        remove_placement_group(self._placement)
 
     def _call(self, method: str, *arguments: object, task: str = "answer") -> LearnerCall:
         references = [

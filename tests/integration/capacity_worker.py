@@ -1,4 +1,4 @@
-"""What a driver of `test_cluster_room` does on a cluster of three nodes; prints what it found as JSON."""
+"""What a driver of `test_cluster_capacity` does on a cluster of three nodes; prints what it found as JSON."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import ray
 from ray._private.state import actors as actor_info
+from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.pool.ray_crew import at_best_on, node_for_actor
-from actors.settings import ActorsSettings
+from actors.pool.ray_crew import at_best_on
 from buffer.settings import BufferSettings
+from launch.cluster.capacity import RunCapacity, check_possible, live_nodes
 from launch.cluster.placement import Node
-from launch.cluster.room import ClusterRoom, live_nodes
+from launch.errors import UserError
 from launch.run.buffer_shards import start_buffer
 from launch.settings.recipe import read_recipe
 from tests.trajectories import CONTRACT
@@ -40,9 +42,12 @@ def main(recipe: str) -> None:
     found = {
         "offered": {node.name: node.total["CPU"] for node in nodes},
         "waited": wait_for_what_another_holds(recipe, nodes),
-        "spread": placed_one_by_one("spread", 3),
-        "pack": placed_one_by_one("pack", 2),
-        "at once": placed_at_once(5),
+        "spread": placed_actors(recipe, "spread", 3),
+        "pack": placed_actors(recipe, "pack", 2),
+        "small ranks make way": places(recipe, "actors.num_cpus=2", "actors.count=2"),
+        "in pieces": refusal(lambda: places(recipe, "actors.num_cpus=1.5", "actors.count=3", "learner.num_cpus=0.1")),
+        "too many": refusal(lambda: check_possible(read_recipe(Path(recipe), []), 40)),
+        "at once": placed_at_once(nodes[0], 5),
         "shards": placed_shards(5),
     }
     print(json.dumps(found))
@@ -60,26 +65,47 @@ def wait_for_what_another_holds(recipe: str, nodes: list[Node]) -> dict[str, obj
         told.append(missing)
         ray.kill(other)
 
-    placed = ClusterRoom(read_recipe(Path(recipe), ["learner.num_cpus=2", "actors.num_cpus=2"])).place(let_go)
-    return {"told": told[0], "nodes": [node.name for nodes in placed.values() for node in nodes]}
+    found = places(recipe, "learner.num_cpus=2", "actors.num_cpus=2", while_waiting=let_go)
+    return {"told": told[0], "nodes": [name for names in found.values() for name in names]}
 
 
-def placed_one_by_one(placement: str, count: int) -> list[int]:
-    """How many came to each node that has some, most first."""
-    settings = ActorsSettings(placement=placement)
-    own: Counter[str | None] = Counter()
-    actors = []
-    for _ in range(count):
-        actors.append(Process.options(scheduling_strategy=at_best_on(node_for_actor(settings, own))).remote())
-        own[ray.get(actors[-1].node.remote(), timeout=TIMEOUT_S)] += 1
+def places(
+    recipe: str, *overrides: str, while_waiting: Callable[[str], None] = lambda missing: None
+) -> dict[str, list[str]]:
+    """The node of each process of a plan, by role."""
+    names = {node.node_id: node.name for node in live_nodes()}
+    with RunCapacity(read_recipe(Path(recipe), overrides)) as capacity:
+        capacity.reserve(while_waiting)
+        learner = placement_group_table(capacity.learner)["bundles_to_node_id"].values()
+        actors = capacity.release_actors()
+    wait_until_free()
+    return {"learner": [names[each] for each in learner], "actors": sorted(names[each] for each in actors)}
+
+
+def refusal(refused: Callable[[], object]) -> str:
+    try:
+        refused()
+    except UserError as error:
+        wait_until_free()
+        return str(error)
+    raise AssertionError("not refused")
+
+
+def placed_actors(recipe: str, placement: str, count: int) -> list[int]:
+    """How many come to each node that has some, most first, where they are sent to the nodes of the plan."""
+    overrides = [f"actors.placement={placement}", f"actors.count={count}", "learner.num_cpus=0.1"]
+    with RunCapacity(read_recipe(Path(recipe), overrides)) as capacity:
+        capacity.reserve(lambda missing: None)
+        nodes = capacity.release_actors()
+        actors = [Process.options(scheduling_strategy=at_best_on(node_id)).remote() for node_id in nodes]
+        there = Counter(ray.get([actor.node.remote() for actor in actors], timeout=TIMEOUT_S))
     end(actors)
-    return sorted(own.values(), reverse=True)
+    return sorted(there.values(), reverse=True)
 
 
-def placed_at_once(count: int) -> int:
-    """How many find a place though all were sent to the node that was free when the first one came."""
-    wanted = at_best_on(node_for_actor(ActorsSettings(), {}))
-    actors = [Process.options(scheduling_strategy=wanted).remote() for _ in range(count)]
+def placed_at_once(node: Node, count: int) -> int:
+    """How many find a place though all are sent to one node, which cannot hold them."""
+    actors = [Process.options(scheduling_strategy=at_best_on(node.node_id)).remote() for _ in range(count)]
     there = ray.get([actor.node.remote() for actor in actors], timeout=TIMEOUT_S)
     end(actors)
     return len(there)
@@ -102,6 +128,10 @@ def end(actors: list[ray.actor.ActorHandle]) -> None:
     """Until what they held is free again."""
     for actor in actors:
         ray.kill(actor)
+    wait_until_free()
+
+
+def wait_until_free() -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while any(node.free.get("CPU") != node.total["CPU"] for node in live_nodes()):
         assert time.monotonic() < deadline, f"not free again: {live_nodes()}"
