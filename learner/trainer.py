@@ -23,8 +23,7 @@ from learner.batches.rank_shares import count_logs, share_of_rank
 from learner.batches.source import BatchSource, Float32, priorities_of_draw
 from learner.checkpoints.checkpoint import TrainingState
 from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics
-from learner.objectives.nonfinite import is_finite
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics, is_finite
 from learner.optimizer import learning_rate_at, make_optimizer
 from learner.ranks.group import Ranks
 from learner.ranks.sharding import (

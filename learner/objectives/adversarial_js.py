@@ -23,22 +23,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import logsigmoid, softplus
 
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, PlainObjective
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective
 from learner.objectives.discriminator import Discriminator, states_and_tokens
-from learner.objectives.likelihood import cross_entropy, likelihood_metrics
-from learner.ranks.group import Ranks
+from learner.objectives.likelihood import data_metrics, rollout_metrics
 from learner.settings.objectives import AdversarialJsSettings
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
 
 
-class AdversarialJs(PlainObjective):
+class AdversarialJs(Objective):
     """The policy by the score function, and beside it the discriminator by its cross-entropy.
 
     Both take one step per step, from the weights of before; but in the first ones the policy waits, since Adam would
@@ -46,27 +46,22 @@ class AdversarialJs(PlainObjective):
     rollouts alone, the discriminator from rollouts and expert logs, with a share `discriminator_prior` of real ones.
     """
 
-    name = "adversarial_js"
-    needs_rollouts = True
+    settings: AdversarialJsSettings
 
-    def __init__(self, settings: AdversarialJsSettings, ranks: Ranks) -> None:
-        self._settings = settings
-        self._ranks = ranks
-        self._discriminator: Discriminator | None = None
-        self._restored: dict[str, Tensor] = {}
-        self._reward_mean = 0.0
+    _discriminator: Discriminator | None = None
+    _restored: Mapping[str, Tensor] = MappingProxyType({})
+    _reward_mean = 0.0
 
     def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
         """Find the mean reward of the step's rollouts, with which each of them is compared."""
         self._discriminator_of(policy).forget_gradients()
-        missing = self._ranks.maximum(len(rollouts)) - len(rollouts)  # FSDP gathers in each pass
         total = torch.zeros(1, dtype=torch.float64)
         with torch.no_grad():
-            for each in [*rollouts, *missing * [rollouts[0].without_trajectories()]]:
+            for each in self._of_all_ranks(rollouts):
                 tree = each.to(policy.device)
                 pairs = policy.evaluate(tree, states_and_tokens).measured if self._reads_policy else None
                 scores = self._discriminator_of(policy).log_ratio(tree, pairs)
-                total += mixture_reward(scores, self._settings.pi).double().sum().cpu()
+                total += mixture_reward(scores, self.settings.pi).double().sum().cpu()
         self._reward_mean = float(self._ranks.sum_vector(total)) / counts.logs
 
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
@@ -82,47 +77,44 @@ class AdversarialJs(PlainObjective):
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """What the discriminator loses on real examples."""
-        scores, prior = data.values.measured, self._settings.discriminator_prior
+        scores, prior = data.values.measured, self.settings.discriminator_prior
         assert scores is not None
         loss = prior * data.mean_over_logs(-logsigmoid(scores + _logit(prior)))
-        metrics = {
-            "loss": loss.detach(),
-            "loss_behaviour_cloning": cross_entropy(data).detach(),
-            "loss_discriminator": loss.detach(),
-            "divergence_js": data.mean_over_logs(data_divergence(scores.detach(), self._settings.pi)),
-            "log_ratio_mean": data.mean_over_logs(scores.detach()),
-            **likelihood_metrics(data),
-        }
+        metrics = data_metrics(
+            data,
+            loss,
+            loss_discriminator=loss,
+            divergence_js=data.mean_over_logs(data_divergence(scores.detach(), self.settings.pi)),
+            log_ratio_mean=data.mean_over_logs(scores),
+        )
         if data.values.q.requires_grad:
             loss = loss + 0.0 * data.values.log_prob.sum()
         return loss, metrics
 
     def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
         """The score function of the policy, per expert action, and what the discriminator loses on rollouts."""
-        scores, prior, pi = rollouts.values.measured, self._settings.discriminator_prior, self._settings.pi
+        scores, prior, pi = rollouts.values.measured, self.settings.discriminator_prior, self.settings.pi
         assert scores is not None
         weight = importance_weights(rollouts)
         reward = mixture_reward(scores.detach(), pi)
         coefficient = weight * leave_one_out_advantage(reward, self._reward_mean, rollouts.counts.logs)
         gain = rollouts.mean_over_logs(coefficient[rollouts.tree.actions.trajectory] * rollouts.values.log_prob)
-        if step < self._settings.discriminator.warmup_steps:
+        if step < self.settings.discriminator.warmup_steps:
             gain = 0.0 * gain
         loss_policy = -gain * data_counts.logs / max(data_counts.actions, 1)
         loss_discriminator = (1.0 - prior) * rollouts.mean_over_logs(weight * softplus(scores + _logit(prior)))
         loss = loss_policy + loss_discriminator
-        with torch.no_grad():
-            metrics = {
-                "loss": loss.detach(),
-                "loss_score_function": loss_policy.detach(),
-                "loss_discriminator": loss_discriminator.detach(),
-                "divergence_js": -rollouts.mean_over_logs(weight * reward),
-                "reward_mean": rollouts.mean_over_logs(reward),
-                "log_ratio_mean_model": rollouts.mean_over_logs(scores),
-                "importance_weight_mean": rollouts.mean_over_logs(weight),
-                "importance_weight_max_abs": torch.cat([weight, weight.new_zeros(1)]).max(),
-                **{f"{name}_model": value for name, value in likelihood_metrics(rollouts).items()},
-            }
-        return loss, metrics
+        return loss, rollout_metrics(
+            rollouts,
+            loss,
+            loss_score_function=loss_policy,
+            loss_discriminator=loss_discriminator,
+            divergence_js=-rollouts.mean_over_logs(weight * reward),
+            reward_mean=rollouts.mean_over_logs(reward),
+            log_ratio_mean_model=rollouts.mean_over_logs(scores),
+            importance_weight_mean=rollouts.mean_over_logs(weight),
+            importance_weight_max_abs=torch.cat([weight, weight.new_zeros(1)]).max(),
+        )
 
     def advance(self) -> None:
         """One step of the discriminator.
@@ -144,14 +136,14 @@ class AdversarialJs(PlainObjective):
 
     @property
     def _reads_policy(self) -> bool:
-        return self._settings.discriminator.body == "policy"
+        return self.settings.discriminator.body == "policy"
 
     def _discriminator_of(self, policy: TreePolicy) -> Discriminator:
         if self._discriminator is None:
-            self._discriminator = Discriminator(self._settings.discriminator, policy)
+            self._discriminator = Discriminator(self.settings.discriminator, policy)
             if self._restored:
                 self._discriminator.load_state(self._restored)
-                self._restored = {}
+                self._restored = MappingProxyType({})
         return self._discriminator
 
 
@@ -185,9 +177,7 @@ def leave_one_out_advantage(reward: Tensor, mean: float, count: int) -> Tensor:
 def importance_weights(rollouts: EvaluatedLogs) -> Tensor:
     """[L] Q(x) / mu(x) of each whole log, mu the policy that drew it, as it drew it."""
     per_action = rollouts.values.log_prob - rollouts.tree.actions.behavior_log_prob
-    # See `SequenceMatch.priorities` for why neither `index_add` nor a check of the lengths.
-    sums = torch.segment_reduce(per_action, "sum", lengths=rollouts.tree.trajectories.length, initial=0, unsafe=True)
-    return sums.exp()
+    return rollouts.tree.trajectories.sum_of_actions(per_action).exp()
 
 
 def _logit(probability: float) -> float:

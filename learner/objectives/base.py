@@ -4,8 +4,8 @@ Three kinds fit the one learner. All see the same logs, model and trainer; they 
 evaluated (`Objective.evaluate`), in which draws they have a loss for, and in what they remember between steps:
 
 - *Token by token, on expert logs* (likelihood, unlikelihood, EMO, scheduled sampling). What a loss needs of the whole
-  distribution at a state beyond Q and V is a `Measurement`: it runs inside the model's forward pass, and folds the
-  vocabulary chunk by chunk. Scheduled sampling evaluates a tree twice, the second time with other tokens in it.
+  distribution at a state beyond Q and V is a `Measurement` or a `Summation`: it runs inside the model's forward pass,
+  and folds the vocabulary chunk by chunk. Scheduled sampling evaluates a tree twice, the second time with other tokens.
 - *State by state, on expert logs and rollouts* (sequencematch): a second loss on the rollouts of the same step.
 - *Score functions, on rollouts alone* (a reward, or the density of a target): there is no expert part of the loss,
   that of the rollouts is sum_i (weight_i advantage_i) log pi(x_i) over whole logs x_i, with a weight and an advantage
@@ -13,8 +13,9 @@ evaluated (`Objective.evaluate`), in which draws they have a loss for, and in wh
   rollouts are no approximation. Log-probabilities of a frozen base model are a second evaluation of the same tree. See
   `learner.objectives.score_function`.
 
-What an objective remembers (a frozen table, a running mean, a network that it trains beside the policy) is in `state`,
-which every checkpoint holds. A network of its own takes its step in `advance`.
+What an objective needs (rollouts, experts, noise, a reward, the frozen base model) its settings say
+(`learner.settings.objectives`). What it remembers (a frozen table, a running mean, a network that it trains beside the
+policy) is in `state`, which every checkpoint holds. A network of its own takes its step in `advance`.
 
 Sums are divided by *global* counts, never by the length of a log or by what one process happens to hold: a
 mean per sequence is not a proper scoring rule, and with global counts the gradients of micro-batches and
@@ -23,16 +24,18 @@ ranks simply add up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from learner.ranks.group import Ranks
+from learner.settings.objectives import BaseObjectiveSettings
 from learner.state_tree.action_values import ActionValues
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
+from learner.state_tree.vocabulary_sums import Summation
 
 
 class OutsideDomainError(ArithmeticError):
@@ -53,20 +56,10 @@ class LogCounts:
     actions: int
     truncated_logs: int
 
-    @classmethod
-    def of(cls, trees: Iterable[TreeBatch]) -> LogCounts:
-        """Counts of these trees together; it reads them, so call it before they go to an accelerator."""
-        trees = list(trees)
-        return cls(
-            logs=sum(tree.num_trajectories for tree in trees),
-            actions=sum(tree.num_actions for tree in trees),
-            truncated_logs=sum(int(tree.trajectories.truncated.sum()) for tree in trees),
-        )
-
-    def __add__(self, other: LogCounts) -> LogCounts:
-        return LogCounts(
-            self.logs + other.logs, self.actions + other.actions, self.truncated_logs + other.truncated_logs
-        )
+    @property
+    def logs_per_action(self) -> float:
+        """From a mean over logs to the scale of one action."""
+        return self.logs / max(self.actions, 1)
 
 
 @dataclass(frozen=True)
@@ -76,6 +69,11 @@ class EvaluatedLogs:
     tree: TreeBatch
     values: ActionValues
     counts: LogCounts
+
+    @property
+    def share(self) -> float:
+        """Of all logs of the step, those of this tree: what a constant of the step counts in its metrics."""
+        return self.tree.num_trajectories / max(self.counts.logs, 1)
 
     def mean_over_actions(self, per_action: Tensor) -> Tensor:
         """This call's share of the global mean of a [A] tensor."""
@@ -91,46 +89,59 @@ class EvaluatedLogs:
         return per_log.masked_fill(self.tree.trajectories.truncated, 0.0).sum() / ended
 
 
-class Objective(Protocol):
+class Objective:
     """One way to train. The loss of an optimizer step is the sum of `data_loss` over the micro-batches of expert logs
     and of `rollout_loss` over those of policy logs, on all ranks. The metrics of both hold that share as `loss`.
-    Before the weights move, `check` sees the metrics of the whole step.
+    Before the weights move, `check` sees the metrics of the whole step. Each of the two losses may be called only where
+    the settings say that the objective needs such logs.
 
-    needs_rollouts: whether there is a `rollout_loss`; without, neither it nor `priorities` may be called.
-    needs_experts: whether there is a `data_loss`; without, it may not be called, and no expert logs are drawn.
+    Args:
+        ranks: that train together; None = this process alone.
+        base: the policy as it was at the start of the stage, frozen; where the settings need it.
+        features: names of those that rollouts have, in their order.
     """
 
-    @property
-    def name(self) -> str: ...
+    settings: BaseObjectiveSettings
+    summation: Summation | None = None
 
-    @property
-    def needs_rollouts(self) -> bool: ...
-
-    @property
-    def needs_experts(self) -> bool: ...
+    def __init__(
+        self,
+        settings: BaseObjectiveSettings,
+        ranks: Ranks | None = None,
+        base: TreePolicy | None = None,
+        features: Sequence[str] = (),
+    ) -> None:
+        self.settings, self.name = settings, settings.name
+        self.needs_rollouts, self.needs_experts = settings.needs_rollouts, settings.needs_experts
+        self._ranks = ranks or Ranks()
+        self._base = base
+        self._features = tuple(features)
 
     def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
         """Look at all rollouts of a step before any loss of it is asked for: for what concerns them together. All ranks
         call this together, each with trees of its own (not on the policy's device yet) and the global counts; only
         where rollouts are needed."""
-        ...
 
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
         """Have the logs of `tree` evaluated for optimizer step `step`; counts are global. All ranks call this together,
         and it runs the policy as many times at each."""
-        ...
+        return EvaluatedLogs(tree, policy.evaluate(tree, summation=self.summation), counts)
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """This call's share of what expert logs add to the loss, at optimizer step `step` (from 0)."""
-        ...
+        raise ValueError(f"objective {self.name} takes no expert logs")
 
     def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
         """This call's share of what policy logs add to the loss. data_counts: global, of the expert logs."""
-        ...
+        raise ValueError(f"objective {self.name} takes no rollouts")
 
     def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
-        """[L] how much there is to learn from each policy log, without gradient: what prioritised replay goes by."""
-        ...
+        """[L] how much there is to learn from each policy log, without gradient: what prioritised replay goes by.
+
+        Raises:
+            ValueError: there are none: draws that prefer some rollouts would have to be weighted for it.
+        """
+        raise ValueError(f"objective {self.name} takes no prioritised draws")
 
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
         """Refuse to go on, given the combined metrics of step `step`.
@@ -138,7 +149,6 @@ class Objective(Protocol):
         Raises:
             OutsideDomainError: the settings ask to stop where the divergence is not defined, and it was not.
         """
-        ...
 
     def advance(self) -> None:
         """Take a step with what the objective trains itself; after `check`, just before the policy's weights move. All
@@ -147,83 +157,24 @@ class Objective(Protocol):
         Raises:
             FloatingPointError: its gradient is not finite, and nothing has moved.
         """
-        ...
 
     def renews_proposal(self) -> bool:
         """Whether the policy of now should be the one that makes rollouts: asked where it would be published, and the
         same at every rank."""
-        ...
+        return True
 
     def state(self) -> dict[str, Tensor]:
         """What the next steps depend on besides the weights; the same at every rank."""
-        ...
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`."""
-        ...
-
-
-class PlainObjective:
-    """What most objectives have in common: values alone are evaluated, rollouts are all alike, and nothing is
-    remembered, refused or trained.
-    """
-
-    name: str
-
-    @property
-    def needs_experts(self) -> bool:
-        """Learning from the data is what most are for."""
-        return True
-
-    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
-        """Each pass is looked at by itself."""
-
-    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
-        """One forward pass."""
-        return EvaluatedLogs(tree, policy.evaluate(tree), counts)
-
-    def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
-        """There are none: draws that prefer some rollouts would have to be weighted for it.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"objective {self.name} takes no prioritised draws")
-
-    def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
-        """The loss is defined everywhere."""
-
-    def advance(self) -> None:
-        """The policy alone is trained."""
-
-    def renews_proposal(self) -> bool:
-        """Rollouts are best when they are the newest policy's."""
-        return True
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing is remembered."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing was remembered."""
-        assert not state, f"{type(self).__name__} remembers nothing, and was given {sorted(state)}"
+        """Go on from `state()`."""
+        assert not state, f"objective {self.name} remembers nothing, and was given {sorted(state)}"
 
-
-class ExpertObjective(PlainObjective):
-    """An objective of expert logs alone."""
-
-    @property
-    def needs_rollouts(self) -> bool:
-        """Expert logs are all it uses."""
-        return False
-
-    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
-        """There is none.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"objective {self.name} takes no rollouts")
+    def _of_all_ranks(self, rollouts: Sequence[TreeBatch]) -> list[TreeBatch]:
+        """Those of this rank, then trees without logs: as many at every rank, since FSDP gathers in each pass."""
+        missing = self._ranks.maximum(len(rollouts)) - len(rollouts)
+        return [*rollouts, *missing * [rollouts[0].without_trajectories()]]
 
 
 def combine_metrics(shares: Iterable[Mapping[str, Tensor]]) -> Metrics:
@@ -238,3 +189,16 @@ def combine_metrics(shares: Iterable[Mapping[str, Tensor]]) -> Metrics:
             else:
                 combined[name] = combined[name] + value
     return combined
+
+
+def is_finite(logs: EvaluatedLogs, loss: Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]) -> bool:
+    """Whether `loss` and its gradient by the values are; the values may come from an evaluation without gradient.
+
+    Asked log by log once a step has failed, to name the bad ones.
+    """
+    given = {field.name: getattr(logs.values, field.name) for field in fields(ActionValues)}
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in given.items() if value is not None}
+    share, _ = loss(replace(logs, values=ActionValues(**leaves)))
+    share.backward()
+    gradients = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+    return all(bool(tensor.isfinite().all()) for tensor in (share.detach(), *gradients))

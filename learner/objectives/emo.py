@@ -18,14 +18,16 @@ The authors' package bounds the ratio of mode 1 at 3, which is `ratio_cap: 3` he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers import AutoModelForCausalLM
 
-from learner.objectives.base import EvaluatedLogs, ExpertObjective, LogCounts, Metrics
-from learner.objectives.likelihood import likelihood_metrics
+from learner.objectives.base import EvaluatedLogs, Metrics, Objective
+from learner.objectives.likelihood import data_metrics
+from learner.ranks.group import Ranks
 from learner.settings.objectives import EmoSettings
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
@@ -38,50 +40,34 @@ NEAR = 1e-2
 """Costs below this are found without the cosine, whose rounding error is of the order of 1e-7 in float32."""
 
 
-class Emo(ExpertObjective):
+class Emo(Objective):
     """The mean of one of the modes over the actions of the global batch.
 
-    Args:
-        table: [V, d] embeddings that give the costs. None: those of the model itself as this objective first sees it,
-            which is at the start of its stage.
+    The embeddings that give the costs are those of `cost_model`, or else of the model itself as this objective first
+    sees it, which is at the start of its stage.
+
+    Raises:
+        ValueError: the cost model cannot be loaded.
     """
 
-    name = "emo"
+    settings: EmoSettings
 
-    def __init__(self, settings: EmoSettings, table: Tensor | None = None) -> None:
-        self._settings = settings
-        self._table = table
+    def __init__(
+        self,
+        settings: EmoSettings,
+        ranks: Ranks | None = None,
+        base: TreePolicy | None = None,
+        features: Sequence[str] = (),
+    ) -> None:
+        super().__init__(settings, ranks, base, features)
+        self._table = None if settings.cost_model is None else _output_embedding(settings.cost_model)
 
-    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
-        """One forward pass, which sums up the DEMD of every action.
+    def summation(self, tree: TreeBatch, weight: Tensor) -> EarthMoverDistance:
+        """The DEMD of every action.
 
         Raises:
             ValueError: the cost table is of another vocabulary.
         """
-        return EvaluatedLogs(tree, policy.evaluate(tree, summation=self._distance), counts)
-
-    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
-        """The mode's loss of the labels."""
-        assert data.values.measured is not None
-        likelihood, distance = -data.values.log_prob, data.values.measured
-        loss = data.mean_over_actions(emo_loss(likelihood, distance, self._settings.mode, self._settings.ratio_cap))
-        metrics = {
-            "loss": loss.detach(),
-            "loss_behaviour_cloning": data.mean_over_actions(likelihood).detach(),
-            "loss_earth_mover": data.mean_over_actions(distance).detach(),
-            **likelihood_metrics(data),
-        }
-        return loss, metrics
-
-    def state(self) -> dict[str, Tensor]:
-        """The frozen table: the weights of a checkpoint no longer are those that it was copied from."""
-        return {} if self._table is None else {"table": self._table}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the table of `state()`."""
-        self._table = state.get("table", self._table)
-
-    def _distance(self, tree: TreeBatch, weight: Tensor) -> EarthMoverDistance:
         if self._table is None:
             self._table = weight.clone()
         if len(self._table) != len(weight):
@@ -91,6 +77,31 @@ class Emo(ExpertObjective):
             )
         self._table = self._table.to(weight.device)
         return EarthMoverDistance(self._table, tree.actions.label)
+
+    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+        """The mode's loss of the labels."""
+        assert data.values.measured is not None
+        likelihood, distance = -data.values.log_prob, data.values.measured
+        loss = data.mean_over_actions(emo_loss(likelihood, distance, self.settings.mode, self.settings.ratio_cap))
+        return loss, data_metrics(data, loss, loss_earth_mover=data.mean_over_actions(distance))
+
+    def state(self) -> dict[str, Tensor]:
+        """The frozen table: the weights of a checkpoint no longer are those that it was copied from."""
+        return {} if self._table is None else {"table": self._table}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the table of `state()`."""
+        self._table = state.get("table", self._table)
+
+
+def _output_embedding(name: str) -> Tensor:
+    """[V, d] of a model in the Hugging Face format; the rest of the model is let go."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"cost_model {name!r} cannot be loaded: {error}") from error
+    table: Tensor = model.get_output_embeddings().weight.detach().clone()
+    return table
 
 
 def emo_loss(likelihood: Tensor, distance: Tensor, mode: int, ratio_cap: float | None = None) -> Tensor:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from learner.objectives.base import EvaluatedLogs, ExpertObjective, LogCounts, Metrics
-from learner.objectives.likelihood import cross_entropy, likelihood_metrics
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective
+from learner.objectives.likelihood import cross_entropy, data_metrics
 from learner.settings.objectives import ScheduledSamplingSettings
 from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch
@@ -26,12 +26,10 @@ from learner.state_tree.policy import TreePolicy
 from learner.state_tree.sampling import sample_tokens
 
 
-@dataclass(frozen=True)
-class ScheduledSampling(ExpertObjective):
+class ScheduledSampling(Objective):
     """Cross-entropy of the labels after texts that are partly the model's, mean over actions of the global batch."""
 
     settings: ScheduledSamplingSettings
-    name: str = "scheduled_sampling"
 
     def truth_share(self, step: int) -> float:
         """eps: the probability that a token of an answer is the true one, at optimizer step `step`."""
@@ -61,14 +59,8 @@ class ScheduledSampling(ExpertObjective):
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the true labels."""
         loss = cross_entropy(data)
-        truth_share = self.truth_share(step) * data.tree.num_trajectories / max(data.counts.logs, 1)
-        metrics = {
-            "loss": loss.detach(),
-            "loss_behaviour_cloning": loss.detach(),
-            "truth_share": loss.new_tensor(truth_share),
-            **likelihood_metrics(data),
-        }
-        return loss, metrics
+        truth_share = loss.new_tensor(self.truth_share(step) * data.share)
+        return loss, data_metrics(data, loss, truth_share=truth_share)
 
 
 def mixed_tokens(tree: TreeBatch, logits: StateLogits, truth_share: float, generator: torch.Generator) -> Tensor:

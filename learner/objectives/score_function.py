@@ -9,22 +9,34 @@ normalising constant), which lie in several passes and at several ranks. So a st
 all rollouts without gradient and gathers a few numbers of each at every rank (`Rollouts`), from which the coefficients
 are found; the second is the one with a gradient, of -sum_i c_i log pi(x_i) / N. The result depends neither on how logs
 are packed into passes nor on the number of ranks.
+
+Two methods raise a reward R (`RewardAscent`); those with a target distribution: `learner.objectives.target_rules`.
+
+reinforce    E_pi[R grad log pi] (Williams 1992)
+kl_control   E_pi[(R - beta log(pi / a)) grad log pi], with a the policy at the start of the stage; the optimum is
+             a exp(R / beta) / Z, where the objective E[R] - beta KL(pi || a) is beta log Z (Korbak et al. 2022,
+             arXiv 2206.00761)
+
+Expectations are those over mu with weights pi / mu. Each rollout's reward is compared with the mean of the others',
+weighted likewise: a baseline that does not depend on the rollout itself, so that the direction stays unbiased. Where
+all rewards are equal the update is exactly zero.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 import xxhash
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, PlainObjective
-from learner.objectives.likelihood import likelihood_metrics
-from learner.ranks.group import Ranks
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective
+from learner.objectives.likelihood import rollout_metrics
+from learner.settings.objectives import KlControlSettings, ReinforceSettings
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
 
@@ -57,7 +69,7 @@ class Rollouts:
         return len(self.log_pi)
 
     def __getitem__(self, rows: Tensor) -> Rollouts:
-        return Rollouts(**{name: values[rows] for name, values in vars(self).items()})
+        return replace(self, **{name: values[rows] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -68,62 +80,29 @@ class Weighed:
     metrics: Mapping[str, float]
 
 
-class Rule(Protocol):
-    """What tells one method from the others: how rollouts are weighed, and what is learned from them beside that."""
+class ScoreFunction(Objective, ABC):
+    """The two rounds. What tells one method from the others: how rollouts are weighed, and what is learned from them
+    beside that.
+    """
 
+    _rollouts: Rollouts | None = None
+    _coefficient: Mapping[int, float] = MappingProxyType({})
+    _metrics: Mapping[str, float] = MappingProxyType({})
+
+    @abstractmethod
     def weigh(self, rollouts: Rollouts) -> Weighed:
         """The coefficients of a step; a pure function of the rollouts and of what was learned before.
 
         Raises:
             ValueError: the rollouts lack what the method needs.
         """
-        ...
 
     def learn(self, rollouts: Rollouts) -> None:
         """The step is taken: remember what the next ones need."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """What is remembered."""
-        ...
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`."""
-        ...
-
-    def renews_proposal(self) -> bool:
-        """Whether the policy of now should be the one that acts; asked where it would be published."""
-        ...
-
-
-class ScoreFunction(PlainObjective):
-    """A rule, applied.
-
-    Args:
-        name: of the objective. ranks: that train together. base: frozen; where the rule compares with it.
-    """
-
-    needs_rollouts = True
-
-    def __init__(self, name: str, rule: Rule, ranks: Ranks, base: TreePolicy | None = None) -> None:
-        self.name = name
-        self._rule = rule
-        self._ranks = ranks
-        self._base = base
-        self._rollouts: Rollouts | None = None
-        self._coefficient: dict[int, float] = {}
-        self._metrics: Mapping[str, float] = {}
-
-    @property
-    def needs_experts(self) -> bool:
-        """Rollouts are all it uses."""
-        return False
 
     def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
         """The first round: coefficients of all rollouts of the step."""
-        missing = self._ranks.maximum(len(rollouts)) - len(rollouts)  # FSDP gathers in each pass
-        trees = [*rollouts, *missing * [rollouts[0].without_trajectories()]]
-        table = self._gather(torch.cat([self._look_at(policy, tree) for tree in trees]))
+        table = self._gather(torch.cat([self._look_at(policy, tree) for tree in self._of_all_ranks(rollouts)]))
         if isinstance(self._base, FSDPModule):
             self._base.reshard()  # its root waits for a backward pass that never comes
         assert len(table) == counts.logs
@@ -135,66 +114,39 @@ class ScoreFunction(PlainObjective):
         coefficients = torch.full_like(log_pi, torch.nan).masked_fill(~log_pi.isfinite(), 1.0)
         self._rollouts, self._metrics = gathered[sound], {}
         if sound.any():
-            weighed = self._rule.weigh(self._rollouts)
+            weighed = self.weigh(self._rollouts)
             coefficients[sound] = weighed.coefficients
             self._metrics = weighed.metrics
         self._coefficient = dict(zip(key.long().tolist(), coefficients.tolist(), strict=True))
 
-    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
-        """There is none.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"objective {self.name} takes no expert logs")
-
     def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
         """-c log pi, mean over the rollouts of the global batch."""
         tree, log_prob = rollouts.tree, rollouts.values.log_prob
-        coefficients = torch.tensor(
-            [self._coefficient[_key(name)] for name in tree.trajectories.ids],
-            dtype=log_prob.dtype,
-            device=log_prob.device,
-        )
+        coefficients = log_prob.new_tensor([self._coefficient[_key(name)] for name in tree.trajectories.ids])
         loss = -rollouts.mean_over_logs(coefficients[tree.actions.trajectory] * log_prob)
-        share = tree.num_trajectories / max(rollouts.counts.logs, 1)
-        metrics = {
-            "loss": loss.detach(),
-            **{name: loss.new_tensor(value * share) for name, value in self._metrics.items()},
-            **{f"{name}_model": value for name, value in likelihood_metrics(rollouts).items()},
-        }
-        return loss, metrics
+        of_step = {name: loss.new_tensor(value * rollouts.share) for name, value in self._metrics.items()}
+        return loss, rollout_metrics(rollouts, loss, **of_step)
 
     def advance(self) -> None:
         """Remember what the next steps need of this one."""
         assert self._rollouts is not None, "advance() comes after prepare()"
-        self._rule.learn(self._rollouts)
-
-    def renews_proposal(self) -> bool:
-        """As the rule says."""
-        return self._rule.renews_proposal()
-
-    def state(self) -> dict[str, Tensor]:
-        """Of the rule."""
-        return self._rule.state()
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Of the rule."""
-        self._rule.load_state(state)
+        self.learn(self._rollouts)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _look_at(self, policy: TreePolicy, tree: TreeBatch) -> Tensor:
         """[L, 6 + F] columns of `Rollouts`."""
         tree = tree.to(policy.device)
-        log_pi = _per_log(policy.evaluate(tree).log_prob, tree)
+        logs = tree.trajectories
+        log_pi, log_mu = (
+            logs.sum_of_actions(each.double())
+            for each in (policy.evaluate(tree).log_prob, tree.actions.behavior_log_prob)
+        )
         log_base = torch.full_like(log_pi, torch.nan)
         if self._base is not None:
-            log_base = _per_log(self._base.evaluate(tree).log_prob, tree)
-        keys = torch.tensor([_key(name) for name in tree.trajectories.ids], dtype=torch.float64)
-        context, reward = tree.trajectories.context, tree.trajectories.reward
-        columns = [context, log_pi, _per_log(tree.actions.behavior_log_prob, tree), log_base, reward]
-        plain = torch.stack([keys, *(column.cpu().double() for column in columns)], dim=1)
-        return torch.cat([plain, tree.trajectories.features.cpu().double()], dim=1)
+            log_base = logs.sum_of_actions(self._base.evaluate(tree).log_prob.double())
+        keys = torch.tensor([_key(name) for name in logs.ids], dtype=torch.float64)
+        columns = [logs.context, log_pi, log_mu, log_base, logs.reward, *logs.features.unbind(1)]
+        return torch.stack([keys, *(column.cpu().double() for column in columns)], dim=1)
 
     def _gather(self, own: Tensor) -> Tensor:
         """[N, K] the rows [n, K] of all ranks, in the order of ranks, at every rank."""
@@ -209,10 +161,59 @@ class ScoreFunction(PlainObjective):
         return self._ranks.sum_vector(table)
 
 
-def _per_log(per_action: Tensor, tree: TreeBatch) -> Tensor:
-    """[L] float64 sums of a [A] tensor over the actions of each log."""
-    # See `SequenceMatch.priorities` for why neither `index_add` nor a check of the lengths.
-    return torch.segment_reduce(per_action.double(), "sum", lengths=tree.trajectories.length, initial=0, unsafe=True)
+class RewardAscent(ScoreFunction):
+    """reinforce and kl_control. It remembers nothing."""
+
+    settings: ReinforceSettings | KlControlSettings
+
+    def weigh(self, rollouts: Rollouts) -> Weighed:
+        """Weight times reward above baseline.
+
+        Raises:
+            ValueError: a rollout has no reward.
+        """
+        if rollouts.reward.isnan().any():
+            missing = int(rollouts.reward.isnan().sum())
+            raise ValueError(f"{missing} of {len(rollouts)} rollouts have no reward: set scoring.reward in the recipe")
+        reward, weight = rollouts.reward, rollouts.weight
+        metrics = {
+            "reward_mean": float(reward.mean()),
+            "reward_policy_mean": float(weighted_mean(reward, weight)),
+            **weight_metrics(weight),
+        }
+        if isinstance(self.settings, KlControlSettings):
+            log_ratio = rollouts.log_pi - rollouts.log_base
+            reward = reward - self.settings.beta * log_ratio
+            metrics["kl_base"] = float(weighted_mean(log_ratio, weight))
+        return Weighed(weight * (reward - leave_one_out_mean(reward, weight)), metrics)
+
+
+def leave_one_out_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """[N] for each, the weighted mean of the *others*' values; 0 where they have no weight at all.
+
+    Not as total less own, which would cancel: equal values have exactly themselves as their mean.
+    """
+    others = weight.expand(len(weight), -1).clone().fill_diagonal_(0.0)
+    total = others.sum(1)
+    centre = values[:1]  # differences from one of the values: exactly zero where all are equal
+    mean = centre + (others * (values - centre)).sum(1) / total
+    return torch.where(total > 0, mean, 0.0)
+
+
+def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Mean over the last axis of [..., N] values under [N] weights that need not add up to N; 0 where all are 0."""
+    total = weight.sum()
+    return torch.where(total > 0, (weight * values).sum(-1) / total, 0.0)
+
+
+def weight_metrics(weight: Tensor) -> dict[str, float]:
+    """How far the rollouts are from the policy: the effective sample size is (sum w)^2 / sum w^2 of N (Kong 1992)."""
+    squares = weight.square().sum()
+    effective = torch.where(squares > 0, weight.sum().square() / squares, 0.0)
+    return {
+        "importance_weight_mean": float(weight.mean()),
+        "effective_sample_share": float(effective) / len(weight),
+    }
 
 
 def _key(name: str) -> int:

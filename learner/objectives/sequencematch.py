@@ -32,25 +32,21 @@ so that its scale is per action, as that of behaviour cloning is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, OutsideDomainError, PlainObjective
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, OutsideDomainError
 from learner.objectives.divergences import DIVERGENCES, Divergence
-from learner.objectives.likelihood import cross_entropy, likelihood_metrics
+from learner.objectives.likelihood import cross_entropy, data_metrics, rollout_metrics
 from learner.settings.objectives import SequenceMatchSettings
 
 DEFAULT_DOMAIN_MARGIN = 0.1
 """Bounds the slope of phi by about 10 (kl, js) or 100 (hellinger)."""
 
 
-@dataclass(frozen=True)
-class SequenceMatch(PlainObjective):
+class SequenceMatch(Objective):
     """beta * behaviour cloning + (1 - beta) * (-J), with beta annealed linearly."""
-
-    name = "sequencematch"
 
     settings: SequenceMatchSettings
 
@@ -58,11 +54,6 @@ class SequenceMatch(PlainObjective):
     def divergence(self) -> Divergence:
         """The divergence that the settings name."""
         return DIVERGENCES[self.settings.divergence]
-
-    @property
-    def needs_rollouts(self) -> bool:
-        """As the settings say."""
-        return self.settings.needs_rollouts
 
     @property
     def mixture_coefficient(self) -> float:
@@ -83,7 +74,7 @@ class SequenceMatch(PlainObjective):
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """beta * cross-entropy + (1 - beta) * the terms of -J that stand under E_data."""
-        per_action = _logs_per_action(data.counts)
+        per_action = data.counts.logs_per_action
         penalty = data.mean_over_logs(self._penalty_sum(data, self._penalty))
         penalty = penalty / self.settings.alpha * per_action
         if self.settings.estimator == "collapsed":
@@ -96,17 +87,15 @@ class SequenceMatch(PlainObjective):
             values = data.mean_over_logs(self._value_sum(data))
             loss_sequencematch = (values / 2 - reward) * per_action
         beta = self.beta(step)
-        loss_behaviour_cloning = cross_entropy(data)
-        loss = beta * loss_behaviour_cloning + (1.0 - beta) * loss_sequencematch
-        metrics = {
-            "loss": loss.detach(),
-            "loss_behaviour_cloning": loss_behaviour_cloning.detach(),
-            "loss_sequencematch": loss_sequencematch.detach(),
-            "penalty_data": penalty.detach(),
-            "beta": loss.new_tensor(beta * data.tree.num_trajectories / max(data.counts.logs, 1)),
-            **likelihood_metrics(data),
+        loss = beta * cross_entropy(data) + (1.0 - beta) * loss_sequencematch
+        metrics = data_metrics(
+            data,
+            loss,
+            loss_sequencematch=loss_sequencematch,
+            penalty_data=penalty,
+            beta=loss.new_tensor(beta * data.share),
             **self._residual_metrics(data, ""),
-        }
+        )
         if self.divergence.domain is not None:
             metrics["phi_outside_share"] = self._outside_share(data)
         return loss, metrics
@@ -118,11 +107,8 @@ class SequenceMatch(PlainObjective):
             ValueError: the estimator and the divergence leave no such term.
         """
         if not self.needs_rollouts:
-            raise ValueError(
-                f"sequencematch with divergence={self.settings.divergence} and "
-                f"estimator={self.settings.estimator} takes no rollouts"
-            )
-        per_action = _logs_per_action(data_counts)
+            return super().rollout_loss(rollouts, data_counts, step)
+        per_action = data_counts.logs_per_action
         loss_sequencematch = rollouts.values.q.new_zeros(())
         metrics: Metrics = {}
         if self.settings.estimator != "collapsed":
@@ -132,15 +118,10 @@ class SequenceMatch(PlainObjective):
             squared = rollouts.mean_over_logs(self._penalty_sum(rollouts, torch.square))
             penalty = self.mixture_coefficient * squared * per_action
             loss_sequencematch = loss_sequencematch + penalty
-            metrics["penalty_model"] = penalty.detach()
+            metrics["penalty_model"] = penalty
         loss = (1.0 - self.beta(step)) * loss_sequencematch
-        metrics |= {
-            "loss": loss.detach(),
-            "loss_sequencematch": loss_sequencematch.detach(),
-            **self._residual_metrics(rollouts, "_model"),
-            **{f"{name}_model": value for name, value in likelihood_metrics(rollouts).items()},
-        }
-        return loss, metrics
+        metrics |= {"loss_sequencematch": loss_sequencematch, **self._residual_metrics(rollouts, "_model")}
+        return loss, rollout_metrics(rollouts, loss, **metrics)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
@@ -148,12 +129,8 @@ class SequenceMatch(PlainObjective):
 
         For the TD errors of Q-learning, by which Schaul et al. 2016 (arXiv 1511.05952) prioritise.
         """
-        lengths = rollouts.tree.trajectories.length
-        magnitudes = self._residual(rollouts).abs()
-        # Unlike `index_add` it has one order of summation on an accelerator too. `unsafe` leaves out a check of the
-        # lengths, which fails where there is no log.
-        sums = torch.segment_reduce(magnitudes, "sum", lengths=lengths, initial=0, unsafe=True)
-        return sums / lengths.clamp(min=1)
+        logs = rollouts.tree.trajectories
+        return logs.sum_of_actions(self._residual(rollouts).abs()) / logs.length.clamp(min=1)
 
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
         """With `domain_policy=stop`, refuse to go on once alpha r left the domain of phi.
@@ -235,8 +212,3 @@ class SequenceMatch(PlainObjective):
             f"r{suffix}_max_abs": magnitude.max(),
             f"r_share_beyond_bound{suffix}": logs.mean_over_actions(beyond),
         }
-
-
-def _logs_per_action(data_counts: LogCounts) -> float:
-    """Data logs per data action of the global batch: from a mean over logs to the scale of one action."""
-    return data_counts.logs / max(data_counts.actions, 1)

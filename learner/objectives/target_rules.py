@@ -18,7 +18,7 @@ they have until that of now is nearer to the target.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +26,17 @@ from torch import Tensor
 
 from learner.objectives.moment_fit import fit_moments
 from learner.objectives.partition_function import PartitionFunction, prompt_weights
-from learner.objectives.reward_rules import leave_one_out_mean, weight_metrics, weighted_mean
-from learner.objectives.score_function import Rollouts, Weighed
-from learner.settings.objectives import FDivergence
-
-Advantage = Callable[["Densities"], Tensor]
-"""[N] coefficients c of rollouts whose target is known."""
+from learner.objectives.score_function import (
+    Rollouts,
+    ScoreFunction,
+    Weighed,
+    leave_one_out_mean,
+    weight_metrics,
+    weighted_mean,
+)
+from learner.ranks.group import Ranks
+from learner.settings.objectives import ConstraintSettings, FDivergence, FDpgSettings, GdcSettings, TargetSettings
+from learner.state_tree.policy import TreePolicy
 
 
 @dataclass(frozen=True)
@@ -62,27 +67,16 @@ class Densities:
         return (self.log_pi - self.log_mu).exp()
 
 
-def policy_gradient(densities: Densities) -> Tensor:
-    """dpg and gdc."""
-    return densities.ratio * densities.prompt_weight
-
-
-def policy_gradient_with_baseline(densities: Densities) -> Tensor:
-    """gdc_pp."""
-    return densities.ratio * densities.prompt_weight - densities.z_mean * densities.weight
-
-
-def f_policy_gradient(divergence: FDivergence) -> Advantage:
-    """f_dpg. A rollout whose Z nobody has an idea of yet has no say."""
-
-    def advantage(densities: Densities) -> Tensor:
-        known = densities.z > 0
-        log_t = torch.where(known, densities.log_pi + densities.z.log() - densities.log_target, 0.0)
-        slope = F_SLOPES[divergence](log_t)
-        weight = densities.weight * known
-        return -weight * (slope - leave_one_out_mean(slope, weight))
-
-    return advantage
+def advantages(settings: TargetSettings, densities: Densities) -> Tensor:
+    """[N] coefficients c of rollouts whose target is known."""
+    if not isinstance(settings, FDpgSettings):
+        gradient = densities.ratio * densities.prompt_weight
+        return gradient - densities.z_mean * densities.weight if settings.name == "gdc_pp" else gradient
+    known = densities.z > 0  # a rollout whose Z nobody has an idea of yet has no say
+    log_t = torch.where(known, densities.log_pi + densities.z.log() - densities.log_target, 0.0)
+    slope = F_SLOPES[settings.divergence](log_t)
+    weight = densities.weight * known
+    return -weight * (slope - leave_one_out_mean(slope, weight))
 
 
 def kl_to_target(densities: Densities) -> float:
@@ -109,39 +103,29 @@ F_SLOPES: dict[FDivergence, Callable[[Tensor], Tensor]] = {
 """f'(t) of log t, t = pi / p: of KL(p, pi), KL(pi, p), total variation, Jensen-Shannon, chi2(p, pi), chi2(pi, p)."""
 
 
-@dataclass(frozen=True)
-class Constraint:
-    """column: of the feature. target: its mean; None = 1 in every rollout."""
+class TargetAscent(ScoreFunction):
+    """Fit lambda first, while nothing moves; then go by the advantages."""
 
-    name: str
-    column: int
-    target: float | None
-
-
-class TargetRule:
-    """Fit lambda first, while nothing moves; then go by the advantages.
-
-    Args:
-        fit_samples: distinct rollouts that lambda is fitted on.
-        adaptive: whether the actors' policy is renewed only when that brings them nearer to the target.
-    """
+    settings: TargetSettings
 
     def __init__(
-        self, constraints: tuple[Constraint, ...], advantage: Advantage, fit_samples: int, adaptive: bool = False
+        self,
+        settings: TargetSettings,
+        ranks: Ranks | None = None,
+        base: TreePolicy | None = None,
+        features: Sequence[str] = (),
     ) -> None:
-        self._pointwise = [each for each in constraints if each.target is None]
-        self._moments = [each for each in constraints if each.target is not None]
-        self._advantage = advantage
-        self._fit_samples = fit_samples
-        self._adaptive = adaptive
+        super().__init__(settings, ranks, base, features)
+        self._column = {each: self._features.index(each.feature) for each in settings.constraints}
+        self._pointwise = [each for each in settings.constraints if each.target is None]
+        self._moments = [each for each in settings.constraints if each.target is not None]
+        self._adaptive = isinstance(settings, GdcSettings) and settings.proposal == "kl_adaptive"
         self._z = PartitionFunction()
-        self._gain = torch.zeros(
-            1, dtype=torch.float64
-        )  # of log pi over log mu under p_c, times Z; since the last look
+        # Of log pi over log mu under p_c, times Z; since the last look.
+        self._gain = torch.zeros(1, dtype=torch.float64)
         self._weight = None if self._moments else torch.zeros(0, dtype=torch.float64)
-        self._samples = torch.zeros(
-            0, 3 + len(self._moments), dtype=torch.float64
-        )  # key, context, log a b / mu, features
+        # Columns: key, context, log a b / mu, features.
+        self._samples = torch.zeros(0, 3 + len(self._moments), dtype=torch.float64)
 
     def weigh(self, rollouts: Rollouts) -> Weighed:
         """Coefficients; zero while lambda is not known.
@@ -151,7 +135,8 @@ class TargetRule:
         """
         self._check(rollouts)
         moments = weighted_mean(rollouts.features.T, rollouts.weight)
-        gaps = [abs(float(moments[each.column]) - (1.0 if each.target is None else each.target)) for each in self._all]
+        goals = {column: 1.0 if each.target is None else each.target for each, column in self._column.items()}
+        gaps = [abs(float(moments[column]) - goal) for column, goal in goals.items()]
         log_base = self._log_base(rollouts)
         metrics = {
             "constraint_gap": max(gaps),
@@ -164,7 +149,7 @@ class TargetRule:
             return Weighed(torch.zeros_like(rollouts.log_pi), metrics | unknown)
         densities = self._densities(rollouts)
         metrics |= {"fitting": 0.0, "z": float(densities.ratio.mean()), "kl_target": kl_to_target(densities)}
-        return Weighed(self._advantage(densities), metrics)
+        return Weighed(advantages(self.settings, densities), metrics)
 
     def learn(self, rollouts: Rollouts) -> None:
         """Gather samples until lambda can be fitted; after that Z, and which policy is nearer to the target.
@@ -173,7 +158,7 @@ class TargetRule:
             ValueError: the constraints cannot be met (see `fit_moments`).
         """
         if self._weight is None:
-            self._gather(rollouts)
+            self._collect(rollouts)
             return
         densities = self._densities(rollouts)
         self._z.add(rollouts.context, densities.ratio)
@@ -202,46 +187,40 @@ class TargetRule:
         self._weight, self._samples, self._gain = state.get("lambda"), state["samples"], state["gain"]
         self._z.load_state(state)
 
-    @property
-    def _all(self) -> list[Constraint]:
-        return [*self._pointwise, *self._moments]
-
     def _check(self, rollouts: Rollouts) -> None:
         present = rollouts.features.shape[1]
-        for each in self._all:
-            if each.column >= present:
-                raise ValueError(f"rollouts have {present} features, and no {each.name}: set scoring.features")
+        for each, column in self._column.items():
+            if column >= present:
+                raise ValueError(f"rollouts have {present} features, and no {each.feature}: set scoring.features")
         for each in self._pointwise:
-            values = rollouts.features[:, each.column]
+            values = rollouts.features[:, self._column[each]]
             if not ((values == 0) | (values == 1)).all():
                 raise ValueError(
-                    f"feature {each.name} is {float(values[(values != 0) & (values != 1)][0]):g} in a rollout, and a "
-                    "pointwise constraint is met (1) or not (0): give it a target, or another feature"
+                    f"feature {each.feature} is {float(values[(values != 0) & (values != 1)][0]):g} in a rollout, and "
+                    "a pointwise constraint is met (1) or not (0): give it a target, or another feature"
                 )
 
     def _log_base(self, rollouts: Rollouts) -> Tensor:
         """[N] log a b: without the distributional constraints."""
-        satisfied = torch.ones_like(rollouts.log_base, dtype=torch.bool)
-        for each in self._pointwise:
-            satisfied &= rollouts.features[:, each.column] == 1
+        satisfied = (self._features_of(rollouts, self._pointwise) == 1).all(1)
         return rollouts.log_base.masked_fill(~satisfied, -torch.inf)
 
-    def _constrained(self, rollouts: Rollouts) -> Tensor:
-        return rollouts.features[:, [each.column for each in self._moments]]
+    def _features_of(self, rollouts: Rollouts, constraints: list[ConstraintSettings]) -> Tensor:
+        return rollouts.features[:, [self._column[each] for each in constraints]]
 
     def _densities(self, rollouts: Rollouts) -> Densities:
         assert self._weight is not None
-        log_target = self._log_base(rollouts) + self._constrained(rollouts) @ self._weight
+        log_target = self._log_base(rollouts) + self._features_of(rollouts, self._moments) @ self._weight
         z, z_mean = self._z.leave_one_out(rollouts.context, (log_target - rollouts.log_mu).exp())
         return Densities(log_target, rollouts.log_pi, rollouts.log_mu, z, z_mean)
 
-    def _gather(self, rollouts: Rollouts) -> None:
+    def _collect(self, rollouts: Rollouts) -> None:
         log_weight = self._log_base(rollouts) - rollouts.log_mu
         plain = torch.stack([rollouts.key.double(), rollouts.context.double(), log_weight], dim=1)
-        new = torch.cat([plain, self._constrained(rollouts)], dim=1)
+        new = torch.cat([plain, self._features_of(rollouts, self._moments)], dim=1)
         new = new[~torch.isin(new[:, 0], self._samples[:, 0])]  # a draw may give what another one gave
         self._samples = torch.cat([self._samples, new])
-        if len(self._samples) < self._fit_samples:
+        if len(self._samples) < self.settings.fit_samples:
             return
         targets = [each.target for each in self._moments if each.target is not None]
         self._weight = fit_moments(
@@ -249,6 +228,6 @@ class TargetRule:
             self._samples[:, 2],
             self._samples[:, 1].long(),
             torch.tensor(targets, dtype=torch.float64),
-            [each.name for each in self._moments],
+            [each.feature for each in self._moments],
         )
         self._samples = self._samples[:0]

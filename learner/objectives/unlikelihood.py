@@ -9,16 +9,13 @@ Not consistent: with endless data the optimum puts less on repeated tokens than 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from learner.objectives.base import EvaluatedLogs, ExpertObjective, LogCounts, Metrics
-from learner.objectives.likelihood import cross_entropy, likelihood_metrics
+from learner.objectives.base import EvaluatedLogs, Metrics, Objective
+from learner.objectives.likelihood import cross_entropy, data_metrics
 from learner.settings.objectives import UnlikelihoodSettings
 from learner.state_tree.batch import TreeBatch
-from learner.state_tree.policy import TreePolicy
 
 LEAST_COMPLEMENT = 1e-5
 """1 - q(c) counts as no less than this: the slope of log(1 - q) is endless at q = 1."""
@@ -27,31 +24,21 @@ PROBABLE = 0.75
 """A context token with more than this probability has its slope kept apart from that of the others."""
 
 
-@dataclass(frozen=True)
-class Unlikelihood(ExpertObjective):
+class Unlikelihood(Objective):
     """Cross-entropy and unlikelihood of context tokens, mean over the actions of the global batch."""
 
     settings: UnlikelihoodSettings
-    name: str = "unlikelihood"
 
-    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
-        """One forward pass, which sums up the unlikelihood of every action."""
-        values = policy.evaluate(tree, summation=lambda tree, weight: ContextUnlikelihood(tree))
-        return EvaluatedLogs(tree, values, counts)
+    def summation(self, tree: TreeBatch, weight: Tensor) -> ContextUnlikelihood:
+        """The unlikelihood of every action."""
+        return ContextUnlikelihood(tree)
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the labels, and of not drawing the tokens before them."""
         assert data.values.measured is not None
-        likelihood = cross_entropy(data)
         unlikelihood = data.mean_over_actions(data.values.measured)
-        loss = likelihood + self.settings.weight * unlikelihood
-        metrics = {
-            "loss": loss.detach(),
-            "loss_behaviour_cloning": likelihood.detach(),
-            "loss_unlikelihood": unlikelihood.detach(),
-            **likelihood_metrics(data),
-        }
-        return loss, metrics
+        loss = cross_entropy(data) + self.settings.weight * unlikelihood
+        return loss, data_metrics(data, loss, loss_unlikelihood=unlikelihood)
 
 
 class ContextUnlikelihood:

@@ -1,4 +1,4 @@
-"""Settings of the objective: what training maximises."""
+"""Settings of the objective: what training maximises, and what it needs for that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from buffer.settings import LocalPath, Settings
 DIVERGENCES_WITH_DOMAIN = ("kl", "js", "hellinger")
 """Those whose phi is not defined for every number."""
 
-
 FDivergence = Literal["kl", "reverse_kl", "tv", "js", "chi2", "reverse_chi2"]
 
 INFINITE_WHERE_FORBIDDEN = ("reverse_kl", "reverse_chi2")
@@ -19,11 +18,20 @@ INFINITE_WHERE_FORBIDDEN = ("reverse_kl", "reverse_chi2")
 
 
 class BaseObjectiveSettings(Settings):
-    """What the rest of a recipe has to know of an objective."""
+    """What every objective says of itself before anything starts.
+
+    needs_experts: whether it learns from expert logs. needs_base_model: whether rollouts are compared with the policy
+    as it was at the start of the stage. needs_reward: whether `scoring.reward` has to be set.
+    """
+
+    name: str
+    needs_experts: ClassVar[bool] = True
+    needs_base_model: ClassVar[bool] = False
+    needs_reward: ClassVar[bool] = False
 
     @property
     def needs_rollouts(self) -> bool:
-        """Whether the objective learns from rollouts of the policy."""
+        """Whether it learns from rollouts."""
         return False
 
     @property
@@ -39,22 +47,18 @@ class LikelihoodSettings(BaseObjectiveSettings):
 
     @property
     def uses_noise(self) -> bool:
-        """Whether expert logs demonstrate backspace; maximum likelihood is the method without."""
+        """Maximum likelihood is the method without."""
         return self.name == "behaviour_cloning"
 
 
-class ExpertObjectiveSettings(BaseObjectiveSettings):
-    """Token by token on clean expert logs: the methods of the literature that need no rollouts."""
-
-
-class UnlikelihoodSettings(ExpertObjectiveSettings):
+class UnlikelihoodSettings(BaseObjectiveSettings):
     """Likelihood, and the unlikelihood of tokens that the context holds already (arXiv 1908.04319)."""
 
     name: Literal["unlikelihood"]
     weight: float = Field(default=1.0, gt=0.0, description="of -log(1 - q(c)) over context tokens c")
 
 
-class EmoSettings(ExpertObjectiveSettings):
+class EmoSettings(BaseObjectiveSettings):
     """Earth mover distance to the label, between token embeddings (arXiv 2310.04691)."""
 
     name: Literal["emo"]
@@ -77,7 +81,7 @@ class EmoSettings(ExpertObjectiveSettings):
     )
 
 
-class ScheduledSamplingSettings(ExpertObjectiveSettings):
+class ScheduledSamplingSettings(BaseObjectiveSettings):
     """Texts that are partly the model's own, with the true labels (arXiv 1506.03099).
 
     The share of true tokens at step i: max(least_truth_share, k - slope i), k^i, or k / (k + exp(i / k)).
@@ -158,104 +162,6 @@ class AdversarialJsSettings(BaseObjectiveSettings):
         return pi
 
 
-class ScoreFunctionSettings(BaseObjectiveSettings):
-    """Objectives that learn from scored rollouts alone, by the score function.
-
-    needs_base_model: whether rollouts are compared with the policy as it was at the start of the stage. needs_reward:
-    whether `scoring.reward` has to be set.
-    """
-
-    needs_rollouts: ClassVar[bool] = True
-    needs_base_model: ClassVar[bool] = False
-    needs_reward: ClassVar[bool] = False
-    name: str
-
-
-class ReinforceSettings(ScoreFunctionSettings):
-    """Raise the mean reward of rollouts."""
-
-    needs_reward: ClassVar[bool] = True
-    name: Literal["reinforce"]
-
-
-class KlControlSettings(ScoreFunctionSettings):
-    """Raise the mean reward, and stay near the policy that the stage started with."""
-
-    needs_base_model: ClassVar[bool] = True
-    needs_reward: ClassVar[bool] = True
-    name: Literal["kl_control"]
-    beta: float = Field(default=0.1, gt=0.0, description="price of a nat of KL(policy || start), in units of reward")
-
-
-class ConstraintSettings(Settings):
-    """What is asked of a feature."""
-
-    feature: str = Field(description="its name in scoring.features")
-    target: float | None = Field(
-        default=None, description="its mean over rollouts; null = it is 1 in every rollout (a pointwise constraint)"
-    )
-
-
-class TargetSettings(ScoreFunctionSettings):
-    """Objectives whose target is the policy that the stage started with, changed no more than the constraints ask."""
-
-    needs_base_model: ClassVar[bool] = True
-    constraints: tuple[ConstraintSettings, ...] = Field(min_length=1)
-    fit_samples: PositiveInt = Field(
-        default=1024,
-        description="distinct rollouts on which the weights of constraints with a target are fitted; until they are "
-        "there, nothing moves",
-    )
-
-    @property
-    def has_pointwise(self) -> bool:
-        """Whether some rollouts are ruled out."""
-        return any(each.target is None for each in self.constraints)
-
-    @model_validator(mode="after")
-    def _check_names(self) -> TargetSettings:
-        names = [each.feature for each in self.constraints]
-        if len(set(names)) < len(names):
-            raise ValueError(f"constraints name a feature twice: {', '.join(names)}")
-        return self
-
-
-class DpgSettings(TargetSettings):
-    """Distributional policy gradient (arXiv 1912.08517)."""
-
-    name: Literal["dpg"]
-
-
-class GdcSettings(TargetSettings):
-    """Generation with distributional control (arXiv 2012.11635); `gdc_pp` with a baseline (arXiv 2206.00761)."""
-
-    name: Literal["gdc", "gdc_pp"]
-    proposal: Literal["kl_adaptive", "latest"] = Field(
-        default="kl_adaptive",
-        description="who makes the rollouts. `kl_adaptive`: the policy of now takes over only when it is nearer to the "
-        "target, in KL(target || policy); `latest`: whenever it is published",
-    )
-
-
-class FDpgSettings(TargetSettings):
-    """Any f-divergence from the target (arXiv 2302.08215)."""
-
-    name: Literal["f_dpg"]
-    divergence: FDivergence = Field(
-        description="`kl`: KL(target || policy); `reverse_kl`: KL(policy || target); `tv`: total variation; `js`: "
-        "Jensen-Shannon; `chi2`: chi2(target || policy); `reverse_chi2`: chi2(policy || target)"
-    )
-
-    @model_validator(mode="after")
-    def _check_divergence(self) -> FDpgSettings:
-        if self.has_pointwise and self.divergence in INFINITE_WHERE_FORBIDDEN:
-            raise ValueError(
-                f"divergence={self.divergence} is infinite while the policy breaks a pointwise constraint at all: "
-                "choose kl, tv, js or chi2, or give the constraint a target below 1"
-            )
-        return self
-
-
 class SequenceMatchSettings(BaseObjectiveSettings):
     """Occupancy matching with backspace (arXiv 2306.05426)."""
 
@@ -329,6 +235,94 @@ class SequenceMatchSettings(BaseObjectiveSettings):
             raise ValueError(
                 "divergence=mle has no penalty that bounds V, and the value terms of estimator=uniform do not "
                 "telescope, so V would grow without end; choose another divergence or estimator"
+            )
+        return self
+
+
+class ScoreFunctionSettings(BaseObjectiveSettings):
+    """Objectives that learn from scored rollouts alone, by the score function."""
+
+    needs_experts: ClassVar[bool] = False
+    needs_rollouts: ClassVar[bool] = True
+
+
+class ReinforceSettings(ScoreFunctionSettings):
+    """Raise the mean reward of rollouts."""
+
+    needs_reward: ClassVar[bool] = True
+    name: Literal["reinforce"]
+
+
+class KlControlSettings(ScoreFunctionSettings):
+    """Raise the mean reward, and stay near the policy that the stage started with."""
+
+    needs_base_model: ClassVar[bool] = True
+    needs_reward: ClassVar[bool] = True
+    name: Literal["kl_control"]
+    beta: float = Field(default=0.1, gt=0.0, description="price of a nat of KL(policy || start), in units of reward")
+
+
+class ConstraintSettings(Settings):
+    """What is asked of a feature."""
+
+    feature: str = Field(description="its name in scoring.features")
+    target: float | None = Field(
+        default=None, description="its mean over rollouts; null = it is 1 in every rollout (a pointwise constraint)"
+    )
+
+
+class TargetSettings(ScoreFunctionSettings):
+    """Objectives whose target is the policy that the stage started with, changed no more than the constraints ask."""
+
+    needs_base_model: ClassVar[bool] = True
+    constraints: tuple[ConstraintSettings, ...] = Field(min_length=1)
+    fit_samples: PositiveInt = Field(
+        default=1024,
+        description="distinct rollouts on which the weights of constraints with a target are fitted; until they are "
+        "there, nothing moves",
+    )
+
+    @model_validator(mode="after")
+    def _check_names(self) -> TargetSettings:
+        names = [each.feature for each in self.constraints]
+        if len(set(names)) < len(names):
+            raise ValueError(f"constraints name a feature twice: {', '.join(names)}")
+        return self
+
+
+class DpgSettings(TargetSettings):
+    """Distributional policy gradient (arXiv 1912.08517)."""
+
+    name: Literal["dpg"]
+
+
+class GdcSettings(TargetSettings):
+    """Generation with distributional control (arXiv 2012.11635); `gdc_pp` with a baseline (arXiv 2206.00761)."""
+
+    name: Literal["gdc", "gdc_pp"]
+    proposal: Literal["kl_adaptive", "latest"] = Field(
+        default="kl_adaptive",
+        description="who makes the rollouts. `kl_adaptive`: the policy of now takes over only when it is nearer to the "
+        "target, in KL(target || policy); `latest`: whenever it is published",
+    )
+
+
+class FDpgSettings(TargetSettings):
+    """Any f-divergence from the target (arXiv 2302.08215)."""
+
+    name: Literal["f_dpg"]
+    divergence: FDivergence = Field(
+        description="`kl`: KL(target || policy); `reverse_kl`: KL(policy || target); `tv`: total variation; `js`: "
+        "Jensen-Shannon; `chi2`: chi2(target || policy); `reverse_chi2`: chi2(policy || target)"
+    )
+
+    @model_validator(mode="after")
+    def _check_divergence(self) -> FDpgSettings:
+        has_pointwise = any(each.target is None for each in self.constraints)
+        if has_pointwise and self.divergence in INFINITE_WHERE_FORBIDDEN:
+            raise ValueError(
+                f"divergence={self.divergence} is infinite while the policy breaks a pointwise constraint at all: "
+                "choose kl, tv, js or chi2, or give the constraint a target below 1"
             )
         return self
 
