@@ -18,7 +18,7 @@ from actors.engine.action_log import FinishedLog, Int32, logs_to_batch
 from buffer.trajectory.schema import TokenContract
 from launch.evaluation.arms import Arm
 from launch.settings.decodings import ContrastiveSearch
-from learner.state_tree.id_ranges import fill_ids
+from learner.state_tree.products import fill_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

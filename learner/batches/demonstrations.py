@@ -22,7 +22,6 @@ from learner.ranks.group import Ranks
 from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
-from learner.state_tree.sampling import sample_tokens
 
 NUM_BACKSPACES = 256
 """Backspaces that a row is fitted to; of a row's hundreds of coordinates the prior knows the rest."""
@@ -89,7 +88,7 @@ class Demonstrations:
             )
             chosen = np.isin(places.numpy(), plan.positions)
             rows = tree.actions.state[torch.from_numpy(chosen).to(tree.actions.state.device)]
-            tokens[places.numpy()[chosen]] = sample_tokens(logits, rows, self._generator).cpu().numpy()
+            tokens[places.numpy()[chosen]] = logits.sample_tokens(rows, self._generator).cpu().numpy()
             return logits.v_floor
 
         for tree in build_micro_batches(clean, self._settings):

@@ -23,7 +23,6 @@ from learner.settings.objectives import ScheduledSamplingSettings
 from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
-from learner.state_tree.sampling import sample_tokens
 
 
 class ScheduledSampling(Objective):
@@ -76,4 +75,4 @@ def mixed_tokens(tree: TreeBatch, logits: StateLogits, truth_share: float, gener
     is_model = torch.rand(num_nodes, generator=generator, device=device) >= truth_share
     replaced = (is_model & ~in_prompt & (first < tree.num_actions)).nonzero().flatten()
     rows = tree.actions.state[first[replaced]]
-    return tree.nodes.token_ids.index_copy(0, replaced, sample_tokens(logits, rows, generator))
+    return tree.nodes.token_ids.index_copy(0, replaced, logits.sample_tokens(rows, generator))

@@ -15,7 +15,7 @@ parts that nearly cancel, as those of a probability near 1 do, are not rounded b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ from transformers import PreTrainedModel
 from buffer.trajectory.schema import IdRanges
 from learner.state_tree.attention import evaluate_nodes
 from learner.state_tree.batch import TreeBatch
-from learner.state_tree.id_ranges import fill_ids
 from learner.state_tree.products import (
     CHUNK_ELEMENTS,
     VOCABULARY_CHUNK,
     accumulation_dtype,
+    fill_ids,
     matmul,
     matmul_operand,
 )
@@ -86,7 +86,34 @@ class StateLogits:
     def v_of_actions(self, tree: TreeBatch) -> Tensor:
         """[A] value of the text before each action."""
         v_all = torch.logaddexp(self.v_floor, self.q_backspace)
-        return torch.where(tree.actions.backspace_masked, self.v_floor[tree.actions.state], v_all[tree.actions.state])
+        rows = tree.actions.state
+        return torch.where(tree.actions.backspace_masked, self.v_floor[rows], v_all[rows])
+
+    def sample_tokens(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """[K] a token drawn after each of the states `rows` [K]; never backspace, which no text holds.
+
+        By the Gumbel-max trick, so that the vocabulary is gone through in chunks: the largest logit - log(exponential
+        noise) is a draw from the softmax.
+        """
+        dtype = accumulation_dtype(self.hidden, self.weight)
+        width = min(len(self.weight), VOCABULARY_CHUNK)
+        drawn: list[Tensor] = []
+        for chunk in rows.split(max(1, CHUNK_ELEMENTS // width)):
+            hidden = self.hidden[chunk].to(dtype)
+            best = hidden.new_full((len(chunk),), -torch.inf)
+            token = torch.zeros_like(chunk)
+            for number, weight in enumerate(self.weight.split(width)):
+                score = hidden @ weight.to(dtype).T
+                score -= torch.empty_like(score).exponential_(generator=generator).log_()
+                backspace = self.backspace_id - number * width
+                if 0 <= backspace < len(weight):
+                    score[:, backspace] = -torch.inf
+                fill_ids(score, self.ids_without_token, -torch.inf, number * width)
+                chunk_best, index = score.max(1)
+                token = torch.where(chunk_best > best, index + number * width, token)
+                best = torch.maximum(best, chunk_best)
+            drawn.append(token)
+        return torch.cat(drawn)
 
 
 Measurement = Callable[[TreeBatch, StateLogits], Tensor]
@@ -111,6 +138,7 @@ def action_values(
     At most one of `measurement` and `summation` gives `measured`.
     """
     assert measurement is None or summation is None, "there is one field for both"
+    actions, logs = tree.actions, tree.trajectories
     states = _as_computed(evaluate_nodes(model, tree).index_select(0, tree.nodes.states))
     weight = _as_computed(model.get_output_embeddings().weight)
     with torch.autocast(states.device.type, enabled=False):  # it would round what is multiplied here
@@ -118,18 +146,13 @@ def action_values(
         if summation is not None:
             summed = summation(tree, weight.detach())
             sums = ActionSums(
-                summed,
-                tree.actions.state,
-                tree.actions.backspace_masked,
-                backspace_id,
-                ids_without_token,
-                chunk_elements,
+                summed, actions.state, actions.backspace_masked, backspace_id, ids_without_token, chunk_elements
             )
         v_floor, q_backspace, q, measured = chunked_values(
             states,
             weight,
-            tree.actions.state,
-            tree.actions.label,
+            actions.state,
+            actions.label,
             backspace_id=backspace_id,
             ids_without_token=ids_without_token,
             chunk_elements=chunk_elements,
@@ -142,26 +165,18 @@ def action_values(
         v_all = torch.logaddexp(v_floor, q_backspace)
         v = logits.v_of_actions(tree)
         with torch.no_grad():
-            log_prob_backspace = (q_backspace[tree.actions.state] - v).masked_fill(
-                tree.actions.backspace_masked, -torch.inf
-            )
+            log_prob_backspace = (q_backspace[actions.state] - v).masked_fill(actions.backspace_masked, -torch.inf)
             log_prob_at_temperature = q - v
-            for temperature in tree.actions.temperatures:
+            for temperature in actions.temperatures:
                 tempered = _log_prob_at(temperature, logits, tree, chunk_elements)
-                drawn = tree.actions.behavior_temperature == temperature
+                drawn = actions.behavior_temperature == temperature
                 log_prob_at_temperature = torch.where(drawn, tempered, log_prob_at_temperature)
         return ActionValues(
             q=q,
             v=v,
-            v_next=torch.where(
-                tree.actions.next_backspace_masked, v_floor[tree.actions.next_state], v_all[tree.actions.next_state]
-            ),
-            v_start=v_floor[tree.trajectories.start],
-            v_final=torch.where(
-                tree.trajectories.final_backspace_masked,
-                v_floor[tree.trajectories.final],
-                v_all[tree.trajectories.final],
-            ),
+            v_next=torch.where(actions.next_backspace_masked, v_floor[actions.next_state], v_all[actions.next_state]),
+            v_start=v_floor[logs.start],
+            v_final=torch.where(logs.final_backspace_masked, v_floor[logs.final], v_all[logs.final]),
             log_prob_backspace=log_prob_backspace,
             log_prob_at_temperature=log_prob_at_temperature,
             measured=measured,
@@ -186,9 +201,7 @@ def _log_prob_at(temperature: float, logits: StateLogits, tree: TreeBatch, chunk
         ids_without_token=logits.ids_without_token,
         chunk_elements=chunk_elements,
     )
-    v_all = torch.logaddexp(v_floor, q_backspace)
-    v = torch.where(tree.actions.backspace_masked, v_floor[tree.actions.state], v_all[tree.actions.state])
-    return q - v
+    return q - replace(logits, v_floor=v_floor, q_backspace=q_backspace).v_of_actions(tree)
 
 
 def chunked_values(

@@ -279,18 +279,6 @@ def checked_logs(
         raise ValueError("cannot build a state tree from a batch without trajectories")
     played = replay(logs, backspace_id)
     truncated = ~_column_equals(batch, "finish_reason", "eos")
-    _check(logs, played, truncated, backspace_id=backspace_id, eos_ids=eos_ids, max_positions=max_positions)
-    return logs, played, truncated
-
-
-def _column_equals(batch: pa.RecordBatch, name: str, value: str) -> Bool:
-    equal: Bool = np.asarray(batch.column(name).to_numpy(zero_copy_only=False) == value, dtype=np.bool_)
-    return equal
-
-
-def _check(
-    logs: ActionLogs, played: Replay, truncated: Bool, *, backspace_id: int, eos_ids: Sequence[int], max_positions: int
-) -> None:
     prompt_lengths = np.diff(logs.prompt_offsets)
     if not prompt_lengths.all():
         raise ValueError(
@@ -320,3 +308,9 @@ def _check(
             f"log {int(np.argmax(bad))}: <eos> must be the last action where finish_reason is `eos`, and "
             "absent elsewhere"
         )
+    return logs, played, truncated
+
+
+def _column_equals(batch: pa.RecordBatch, name: str, value: str) -> Bool:
+    equal: Bool = np.asarray(batch.column(name).to_numpy(zero_copy_only=False) == value, dtype=np.bool_)
+    return equal

@@ -1,9 +1,11 @@
-"""Products of states and the output embedding, chunk by chunk, in float32 or better."""
+"""Products of states and the output embedding, chunk by chunk, in float32 or better; ids that are no actions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from buffer.trajectory.schema import IdRanges
 
 CHUNK_ELEMENTS = 2**22
 """Logits made at a time (16 MiB in float32)."""
@@ -29,3 +31,15 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
+
+
+def fill_ids(values: Tensor, ranges: IdRanges, value: float, first_id: int = 0) -> None:
+    """Set (in place) the columns of ids that no token has (`TokenContract.ids_without_token`).
+
+    values: [..., W] whose columns are the ids from `first_id` on.
+    """
+    width = values.shape[-1]
+    for begin, end in ranges:
+        low, high = max(begin - first_id, 0), min(end - first_id, width)
+        if low < high:
+            values[..., low:high] = value

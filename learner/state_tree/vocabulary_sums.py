@@ -17,8 +17,7 @@ from torch import Tensor
 
 from buffer.trajectory.schema import IdRanges
 from learner.state_tree.batch import TreeBatch
-from learner.state_tree.id_ranges import fill_ids
-from learner.state_tree.products import VOCABULARY_CHUNK, matmul, matmul_operand
+from learner.state_tree.products import VOCABULARY_CHUNK, fill_ids, matmul, matmul_operand
 
 TENSORS_PER_CHUNK = 4
 """As large as a chunk of probabilities, at hand while its terms are made."""

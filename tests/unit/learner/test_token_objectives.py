@@ -25,7 +25,6 @@ from learner.state_tree import policy as policy_module
 from learner.state_tree import sampling as sampling_module
 from learner.state_tree.action_values import StateLogits, action_values, chunked_values
 from learner.state_tree.policy import TreePolicy
-from learner.state_tree.sampling import sample_tokens
 from tests.oracle import Log, states
 from tests.training import assert_bit_identical, make_model, make_stage, make_stream, make_trainer, weights_of
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, text_of, tiny
@@ -270,7 +269,7 @@ def test_tokens_are_drawn_from_the_softmax(chunks):
     hidden, weight = torch.randn(2, 4, generator=generator), torch.randn(VOCAB, 4, generator=generator)
     unused = torch.zeros(2)
     rows = torch.tensor([0, 1]).repeat(3_000)
-    tokens = sample_tokens(StateLogits(hidden, weight, unused, unused, BACKSPACE, WITHOUT_TOKEN), rows, generator)
+    tokens = StateLogits(hidden, weight, unused, unused, BACKSPACE, WITHOUT_TOKEN).sample_tokens(rows, generator)
     for row in (0, 1):
         logits = (weight @ hidden[row]).index_fill(0, torch.tensor([0, BACKSPACE, VOCAB - 1]), -torch.inf)
         expected = logits.softmax(0)
