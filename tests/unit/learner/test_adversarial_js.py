@@ -25,6 +25,7 @@ from learner.objectives.base import EvaluatedLogs, LogCounts
 from learner.ranks.group import Ranks
 from learner.settings.objectives import AdversarialJsSettings, DiscriminatorSettings, ObjectiveSettings
 from learner.state_tree.policy import TreePolicy
+from tests.objectives import counts_of
 from tests.oracle import Log, states
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, build, tiny
 from tests.unit.learner.test_token_objectives import dense
@@ -159,8 +160,8 @@ def enumerate_logs(model: PreTrainedModel) -> Enumeration:
 def judged(objective: AdversarialJs, model: PreTrainedModel, logs: list[Log], log_ratio: Tensor) -> EvaluatedLogs:
     """The logs as a step's rollouts, with a discriminator that says `log_ratio`."""
     policy, tree = TreePolicy(model, BACKSPACE), build(logs)
-    rollouts = objective.evaluate(policy, tree, LogCounts.of([tree]), 0)
-    objective._reward_mean = float(mixture_reward(log_ratio, objective._settings.pi).mean())
+    rollouts = objective.evaluate(policy, tree, counts_of(tree), 0)
+    objective._reward_mean = float(mixture_reward(log_ratio, objective.settings.pi).mean())
     return replace(rollouts, values=replace(rollouts.values, measured=log_ratio.clone().requires_grad_()))
 
 
@@ -252,7 +253,7 @@ def test_a_constant_reward_has_no_gradient_at_all():
     """With a discriminator that says the same of every text, and rollouts that are stale."""
     model, objective = tiny("gpt2"), objective_of(pi=0.3)
     policy, tree = TreePolicy(model, BACKSPACE), build(policy_logs(HARD))
-    counts = LogCounts.of([tree])
+    counts = counts_of(tree)
     objective.prepare(policy, [tree], counts, 0)
     with torch.no_grad():
         for parameter in objective._discriminator.network.head[2].parameters():

@@ -15,9 +15,9 @@ from learner.checkpoints.checkpoint import read_training_state
 from learner.checkpoints.model_files import load_weights
 from learner.checkpoints.progress import read_progress
 from learner.model.activation_checkpointing import checkpoint_activations
-from learner.objectives.base import LogCounts
 from learner.state_tree.policy import TreePolicy
 from tests.checkpoints import progress_at, save_checkpoint
+from tests.objectives import counts_of
 from tests.oracle import states
 from tests.training import (
     HandMadeRollouts,
@@ -41,7 +41,7 @@ def test_it_reads_the_last_text_of_each_log(body, logs):
     """As its network says of each token after the text before it, run alone; the policy gets no gradient from that."""
     model = tiny("llama").double()
     policy, tree, objective = TreePolicy(model, BACKSPACE), build(logs), objective_of(body)
-    found = objective.evaluate(policy, tree, LogCounts.of([tree]), 0).values.measured
+    found = objective.evaluate(policy, tree, counts_of(tree), 0).values.measured
     network = objective._discriminator.network
     reader = model.base_model if body == "policy" else network.body
     table = model.lm_head.weight if body == "policy" else network.body.embed_tokens.weight
@@ -61,7 +61,7 @@ def test_it_reads_the_last_text_of_each_log(body, logs):
 def test_at_first_the_discriminator_learns_alone():
     model, objective = tiny("gpt2"), objective_of(warmup_steps=3)
     policy, tree = TreePolicy(model, BACKSPACE), build(policy_logs(HARD))
-    counts = LogCounts.of([tree])
+    counts = counts_of(tree)
     objective.prepare(policy, [tree], counts, 0)
     for step, moves in ((0, False), (2, False), (3, True)):
         model.zero_grad()
@@ -76,7 +76,7 @@ def test_a_body_of_its_own_leaves_the_policys_alone(recomputed):
     if recomputed:
         checkpoint_activations(model)
     policy, tree, objective = TreePolicy(model, BACKSPACE), build(policy_logs(HARD)), objective_of("own")
-    before, counts = weights_of(model), LogCounts.of([tree])
+    before, counts = weights_of(model), counts_of(tree)
     objective.prepare(policy, [tree], counts, 0)
     first = objective.evaluate(policy, tree, counts, 0)
     objective.rollout_loss(first, counts, 0)[0].backward()
@@ -98,7 +98,7 @@ def test_the_step_is_the_same_however_it_is_cut(body):
     for parts in ([logs], [[log] for log in logs]):
         model, objective = tiny("gpt2").double(), objective_of(body, pi=0.3)
         policy, trees = TreePolicy(model, BACKSPACE), [build(part) for part in parts]
-        counts = LogCounts.of(trees)
+        counts = counts_of(*trees)
         objective.prepare(policy, trees, counts, 0)
         share = [objective.rollout_loss(objective.evaluate(policy, t, counts, 0), counts, 0) for t in trees]
         loss = torch.stack([loss for loss, _ in share]).sum()
@@ -113,7 +113,7 @@ def test_a_tree_without_logs_adds_nothing():
     """As a rank has one whose share is empty."""
     model, objective = tiny("gpt2").double(), objective_of()
     policy, tree = TreePolicy(model, BACKSPACE), build(policy_logs(HARD))
-    counts = LogCounts.of([tree])
+    counts = counts_of(tree)
     objective.prepare(policy, [tree], counts, 0)
     mean = objective._reward_mean
     objective.prepare(policy, [tree, tree.without_trajectories()], counts, 0)

@@ -10,8 +10,9 @@ import torch
 
 from buffer.trajectory.behavior import Behaviour, newest_version
 from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
-from learner.objectives.base import EvaluatedLogs, LogCounts, combine_metrics
+from learner.objectives.base import EvaluatedLogs, combine_metrics
 from learner.state_tree.action_values import action_values
+from tests.objectives import counts_of
 from tests.oracle import Log, states, to_batch
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, build, tiny
 
@@ -101,7 +102,7 @@ def test_the_learner_repeats_the_temperature_of_the_sampler(model, chunk_element
 
 def test_the_mismatch_is_that_of_the_compared_actions(model):
     rollouts = [log for log in LOGS if log.source == "policy"]
-    whole = LogCounts.of([build(rollouts)])
+    whole = counts_of(build(rollouts))
     parts = []
     for part in (rollouts[:2], rollouts[2:]):
         tree = build(part)
@@ -127,7 +128,7 @@ def test_an_engine_that_agrees_has_no_mismatch_and_one_that_does_not_is_seen(mod
     means = []
     for shift in (0.0, 0.5):
         tree = build([dataclasses.replace(log, logprobs=[value - shift for value in true])])
-        evaluated = EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), LogCounts.of([tree]))
+        evaluated = EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts_of(tree))
         metrics = finish_behaviour_metrics(
             {name: float(value) for name, value in behaviour_metrics(evaluated, BACKSPACE, 0).items()}
         )
@@ -139,7 +140,7 @@ def test_an_engine_that_agrees_has_no_mismatch_and_one_that_does_not_is_seen(mod
 
 def test_without_anything_to_compare_the_mismatch_is_zero(model):
     tree = build([policy_log([5, 5], [1, 1], top_p=0.5)])
-    evaluated = EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), LogCounts.of([tree]))
+    evaluated = EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts_of(tree))
     metrics = finish_behaviour_metrics(
         {name: float(value) for name, value in behaviour_metrics(evaluated, BACKSPACE, 1).items()}
     )

@@ -15,17 +15,17 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from learner.objectives.base import LogCounts
-from learner.objectives.emo import Emo
 from learner.objectives.registry import make_objective
 from learner.objectives.unlikelihood import Unlikelihood
 from learner.ranks.group import Ranks
-from learner.settings.objectives import EmoSettings, ObjectiveSettings, UnlikelihoodSettings
+from learner.settings.objectives import ObjectiveSettings, UnlikelihoodSettings
 from learner.state_tree import action_values as action_values_module
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
+from tests.objectives import OBJECTIVES, counts_of
 from tests.oracle import Log
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, VOCAB, build
+from tests.unit.learner.test_token_objectives import emo_of
 
 EXPERTS = build(
     [
@@ -53,26 +53,6 @@ ROLLOUTS = build(
 
 FORMATS = ((torch.float64, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16))
 """Of parameters, and of products under autocast."""
-
-POINTWISE = [{"feature": "f"}]
-OBJECTIVES = {
-    "mle": {},
-    "behaviour_cloning": {},
-    "unlikelihood": {},
-    "emo": {},
-    "emo, mode 2": {"mode": 2, "ratio_cap": 3.0},
-    "scheduled_sampling": {},
-    "adversarial_js": {"discriminator": {"warmup_steps": 0}},
-    "reinforce": {},
-    "kl_control": {"beta": 0.3},
-    "dpg": {"constraints": POINTWISE},
-    "gdc": {"constraints": POINTWISE},
-    "gdc_pp": {"constraints": POINTWISE},
-    "f_dpg": {"constraints": POINTWISE, "divergence": "js"},
-    "sequencematch": {"beta_start": 0.0, "beta_end": 0.0},
-    "sequencematch, printed": {"beta_start": 0.5, "beta_end": 0.5, "estimator": "printed", "divergence": "kl"},
-    "sequencematch, uniform": {"beta_start": 0.0, "beta_end": 0.0, "estimator": "uniform", "alpha": 0.1},
-}
 
 
 def test_every_objective_of_the_registry_is_here():
@@ -127,7 +107,7 @@ class Gradients:
     def of(self, objective: object) -> list[Tensor]:
         """By the states and the output embedding, of the loss of the experts and of that of the rollouts."""
         weight = self.policy.model.get_output_embeddings().weight
-        data_counts, counts = LogCounts.of([EXPERTS]), LogCounts.of([ROLLOUTS])
+        data_counts, counts = counts_of(EXPERTS), counts_of(ROLLOUTS)
         found: list[Tensor] = []
         if objective.needs_rollouts:
             objective.prepare(self.policy, [ROLLOUTS], counts, 0)
@@ -194,7 +174,7 @@ def test_unlikelihood_of_a_token_that_is_nearly_certain(probability, expected, m
     side = Gradients(monkeypatch, torch.bfloat16, torch.eye(VOCAB))
     side.set_states(tree, logits)
     objective = Unlikelihood(UnlikelihoodSettings(name="unlikelihood"))
-    loss, _ = objective.data_loss(objective.evaluate(side.policy, tree, LogCounts.of([tree]), 0), 0)
+    loss, _ = objective.data_loss(objective.evaluate(side.policy, tree, counts_of(tree), 0), 0)
     loss.backward()
     gradient = side.states[False, tree.trajectories.ids].grad[int(tree.nodes.states[tree.actions.state[0]]), 6]
     assert float(gradient) == pytest.approx(expected, rel=0.01)
@@ -215,8 +195,8 @@ def test_emo_in_float32_with_a_twin_of_the_label(mode, apart, others, monkeypatc
     for dtype in (torch.float32, torch.float64):
         side = Gradients(monkeypatch, dtype, torch.eye(VOCAB))
         side.set_states(tree, logits)
-        objective = Emo(EmoSettings(name="emo", mode=mode), table.to(dtype))
-        evaluated = objective.evaluate(side.policy, tree, LogCounts.of([tree]), 0)
+        objective = emo_of(table.to(dtype), mode=mode)
+        evaluated = objective.evaluate(side.policy, tree, counts_of(tree), 0)
         loss, metrics = objective.data_loss(evaluated, 0)
         (gradient,) = torch.autograd.grad(loss, side.states[False, tree.trajectories.ids])
         found.append((loss.double(), metrics["loss_earth_mover"].double(), gradient.double()))

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.batches.micro_batches import TreeSettings, build_micro_batches
-from learner.objectives.base import EvaluatedLogs, LogCounts
+from learner.objectives.base import EvaluatedLogs
 from learner.objectives.registry import make_objective
 from learner.settings.objectives import SequenceMatchSettings
 from learner.state_tree.action_values import action_values
 from learner.state_tree.batch import TreeBatch
+from tests.objectives import counts_of
 from tests.oracle import Log, states, to_batch
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, random_logs, text_of, tiny
 from tests.unit.learner.test_tree_attention import grown_logs
@@ -85,7 +86,7 @@ def test_the_loss_and_its_gradient_do_not_depend_on_the_cut():
     for max_nodes in (10_000, 50):
         model = tiny("llama").double()
         trees = cut(batch, max_nodes)
-        counts = LogCounts.of(trees)
+        counts = counts_of(*trees)
         total = 0.0
         for tree in trees:
             loss, _ = objective.data_loss(EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts), 0)

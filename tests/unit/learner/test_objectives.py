@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from learner.objectives.base import EvaluatedLogs, LogCounts, combine_metrics
+from learner.objectives.base import EvaluatedLogs, combine_metrics
 from learner.objectives.divergences import DIVERGENCES
 from learner.objectives.registry import make_objective
 from learner.objectives.sequencematch import DEFAULT_DOMAIN_MARGIN
@@ -19,6 +19,7 @@ from learner.settings.objectives import (
 )
 from learner.state_tree.action_values import ActionValues, action_values
 from tests import oracle
+from tests.objectives import counts_of
 from tests.oracle import Log, walk
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, text_of, tiny
 
@@ -45,7 +46,7 @@ def walks(model):
 
 def evaluate(model, logs, counts=None) -> EvaluatedLogs:
     tree = build(logs)
-    return EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts or LogCounts.of([tree]))
+    return EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts or counts_of(tree))
 
 
 def total_loss(objective, data, rollouts, step):
@@ -199,7 +200,7 @@ def test_value_at_eos_is_trained(model):
     tree = build([HARD[0]])
     values = action_values(model, tree, BACKSPACE)
     values.v_final.retain_grad()
-    data = EvaluatedLogs(tree, values, LogCounts.of([tree]))
+    data = EvaluatedLogs(tree, values, counts_of(tree))
     loss, _ = total_loss(make_objective(settings(divergence="chi2")), data, None, step=0)
     loss.backward()
     assert float(values.v_final.grad.abs().sum()) > 0
@@ -220,8 +221,7 @@ def test_micro_batches_add_up(model):
     """Losses, gradients and metrics of parts with global counts sum to those of the whole."""
     objective = make_objective(settings(beta_start=0.5, beta_end=0.5))
     whole_loss, whole = total_loss(objective, evaluate(model, DATA), evaluate(model, MODEL), step=0)
-    data_counts, model_counts = LogCounts.of([build(DATA)]), LogCounts.of([build(MODEL)])
-    assert LogCounts.of([build(DATA[:3])]) + LogCounts.of([build(DATA[3:])]) == data_counts
+    data_counts, model_counts = counts_of(build(DATA)), counts_of(build(MODEL))
     parts = [
         total_loss(objective, evaluate(model, data, data_counts), evaluate(model, rollouts, model_counts), step=0)
         for data, rollouts in ((DATA[:3], MODEL[:1]), (DATA[3:], MODEL[1:]))
@@ -346,7 +346,7 @@ def test_the_optimum_is_the_data_policy(divergence):
             log_prob_backspace=torch.zeros(tree.num_actions),
             log_prob_at_temperature=torch.zeros(tree.num_actions),
         )
-        evaluated = EvaluatedLogs(tree, values, LogCounts.of([tree]))
+        evaluated = EvaluatedLogs(tree, values, counts_of(tree))
         loss, _ = total_loss(objective, evaluated, evaluated if objective.needs_rollouts else None, step=0)
         loss.backward()
         return loss

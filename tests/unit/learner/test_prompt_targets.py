@@ -16,26 +16,16 @@ from torch import Tensor
 from learner.objectives.moment_fit import fit_moments
 from learner.objectives.partition_function import PartitionFunction
 from learner.objectives.score_function import Rollouts
-from learner.objectives.target_rules import (
-    Advantage,
-    Constraint,
-    Densities,
-    TargetRule,
-    f_policy_gradient,
-    policy_gradient,
-    policy_gradient_with_baseline,
-)
+from learner.objectives.target_rules import Densities, TargetAscent
+from tests.unit.learner.test_target_objectives import advantages_of, target_of
 
 RATES = torch.tensor([0.1, 0.9], dtype=torch.float64)
 GOAL = torch.tensor([0.7], dtype=torch.float64)
 LAMBDA = 1.862
 OPTIMUM = torch.sigmoid(torch.logit(RATES) + LAMBDA)
 COPIES = 1000
-ADVANTAGES: dict[str, Advantage] = {
-    "dpg": policy_gradient,
-    "gdc_pp": policy_gradient_with_baseline,
-    "f_dpg": f_policy_gradient("kl"),
-}
+GIVEN = {"feature": "f", "target": 0.7}
+METHODS: dict[str, dict[str, object]] = {"dpg": {}, "gdc_pp": {}, "f_dpg": {"divergence": "kl"}}
 
 
 def rollouts_of(acting: Tensor, policy: Tensor, copies: int = COPIES) -> Rollouts:
@@ -65,9 +55,9 @@ def fitted(rollouts: Rollouts, context: Tensor | None = None, target: Tensor = G
     return fit_moments(rollouts.features, log_weight, context, target, ["f"]).item()
 
 
-def rule_after_fit(advantage: Advantage, adaptive: bool = False) -> TargetRule:
+def rule_after_fit(name: str) -> TargetAscent:
     """Fitted on the rollouts of the base policy, and then shown as many of them again."""
-    rule = TargetRule((Constraint("f", 0, 0.7),), advantage, fit_samples=2 * COPIES, adaptive=adaptive)
+    rule = target_of(name, GIVEN, features=("f",), fit_samples=2 * COPIES)
     first = rollouts_of(RATES, RATES)
     rule.learn(first)
     rule.learn(replace(first, key=first.key + len(first)))
@@ -110,7 +100,7 @@ def test_a_mean_that_the_prompts_do_not_allow_is_refused():
 
 @pytest.mark.parametrize("acting", [RATES, OPTIMUM], ids=["the base", "the optimum"])
 def test_at_the_optimum_nothing_is_left(acting):
-    rule = rule_after_fit(policy_gradient_with_baseline)
+    rule = rule_after_fit("gdc_pp")
     rollouts = rollouts_of(acting, OPTIMUM)
     weighed = rule.weigh(rollouts)
     assert weighed.metrics["constraint_gap"] == pytest.approx(0.0, abs=2e-3)
@@ -122,12 +112,12 @@ def test_at_the_optimum_nothing_is_left(acting):
 
 def test_kl_target_is_the_mean_over_prompts():
     kl = OPTIMUM * (OPTIMUM / RATES).log() + (1 - OPTIMUM) * ((1 - OPTIMUM) / (1 - RATES)).log()
-    found = rule_after_fit(policy_gradient).weigh(rollouts_of(RATES, RATES)).metrics["kl_target"]
+    found = rule_after_fit("dpg").weigh(rollouts_of(RATES, RATES)).metrics["kl_target"]
     assert found == pytest.approx(kl.mean().item(), abs=2e-3)
 
 
 @pytest.mark.parametrize("acting", [RATES, torch.tensor([0.6, 0.5], dtype=torch.float64)], ids=["on policy", "stale"])
-@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_direction_is_that_of_the_mean_over_prompts(name, acting):
     """Exact, for a policy whose two prompts share a parameter: the gradient of mean KL(p_c, pi), times the mean of Z,
     and not that of the joint law."""
@@ -139,7 +129,11 @@ def test_the_direction_is_that_of_the_mean_over_prompts(name, acting):
     log_target = rollouts.log_base + LAMBDA * rollouts.features[:, 0]
     known = Densities(log_target, rollouts.log_pi, rollouts.log_mu, z[rollouts.context], z.mean().expand(len(rollouts)))
     live = torch.where(rollouts.features[:, 0] == 1, rates[rollouts.context], 1 - rates[rollouts.context]).log()
-    (found,) = torch.autograd.grad((ADVANTAGES[name](known) * live).mean(), shared, retain_graph=True)
+    (found,) = torch.autograd.grad(
+        (advantages_of(name, known, **METHODS[name]) * live).mean(),
+        shared,
+        retain_graph=True,
+    )
     scale = 1.0 if name == "f_dpg" else z.mean()
     gain = OPTIMUM * rates.log() + (1 - OPTIMUM) * (1 - rates).log()
     (expected,) = torch.autograd.grad(gain.mean() * scale, shared, retain_graph=True)
@@ -150,7 +144,7 @@ def test_the_direction_is_that_of_the_mean_over_prompts(name, acting):
 
 def test_the_adaptive_proposal_is_judged_by_the_mean_over_prompts():
     for policy, is_nearer in ((OPTIMUM, True), (1 - OPTIMUM, False)):
-        rule = rule_after_fit(policy_gradient, adaptive=True)
+        rule = rule_after_fit("gdc")
         rule.renews_proposal()
         rule.learn(rollouts_of(RATES, policy))
         assert rule.renews_proposal() is is_nearer
@@ -167,7 +161,7 @@ def test_with_one_prompt_nothing_changes():
     others = (ratio.sum() + past.sum() - ratio) / (len(ratio) + 1)
     kl = (ratio * (ratio * rollouts.log_mu.exp() / rollouts.log_pi.exp()).log()).mean() / ratio.mean()
     for name, expected in (("dpg", ratio), ("gdc_pp", ratio - others * rollouts.weight)):
-        rule = TargetRule((Constraint("f", 0, 0.7),), ADVANTAGES[name], fit_samples=1)
+        rule = target_of(name, GIVEN, features=("f",))
         nothing = torch.zeros(1, dtype=torch.float64)
         weight = torch.tensor([0.8], dtype=torch.float64)
         rule.load_state({"lambda": weight, "samples": torch.zeros(0, 4), "gain": nothing, **z.state()})

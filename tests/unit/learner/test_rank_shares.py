@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from learner.batches.micro_batches import build_micro_batches
 from learner.batches.rank_shares import count_logs, share_of_rank
-from learner.objectives.base import EvaluatedLogs, LogCounts
+from learner.objectives.base import EvaluatedLogs
 from learner.objectives.registry import make_objective
 from learner.settings.stages import StageSettings
 from learner.state_tree.policy import TreePolicy
+from tests.objectives import counts_of
 from tests.random_logs import CLONING, MATCHING, TREES, random_logs
 from tests.tiny_models import tiny_model
 from tests.trajectories import BACKSPACE, EOS, batch_of, expert_row, ids_of, row
@@ -85,7 +86,7 @@ def test_there_may_be_fewer_prompts_than_ranks():
 
 def test_counts_are_those_of_the_trees():
     for batch in (random_logs("expert", 9, seed=1), random_logs("policy", 4, seed=2), batch_of([row("a", [])])):
-        assert count_logs(batch) == LogCounts.of(build_micro_batches(batch, TREES))
+        assert count_logs(batch) == counts_of(*build_micro_batches(batch, TREES))
 
 
 @pytest.mark.parametrize("objective", [CLONING, MATCHING, MATCHING | {"estimator": "printed"}])

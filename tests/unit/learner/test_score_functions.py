@@ -17,11 +17,12 @@ from launch.errors import UserError
 from launch.settings.recipe import read_recipe
 from learner.objectives.base import LogCounts
 from learner.objectives.registry import make_objective
-from learner.objectives.reward_rules import RewardRule, leave_one_out_mean
-from learner.objectives.score_function import Rollouts, Rule, ScoreFunction
+from learner.objectives.score_function import RewardAscent, Rollouts, ScoreFunction, leave_one_out_mean
 from learner.ranks.group import Ranks
+from learner.settings.objectives import KlControlSettings, ReinforceSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
+from tests.objectives import counts_of
 from tests.oracle import Log
 from tests.training import (
     HandMadeRollouts,
@@ -101,7 +102,13 @@ def world() -> World:
     return World(policy, rollouts, log_pi)
 
 
-def expected_direction(world: World, rule: Rule, rollouts: Rollouts) -> Tensor:
+def reward_ascent(beta: float = 0.0) -> RewardAscent:
+    return RewardAscent(
+        KlControlSettings(name="kl_control", beta=beta) if beta else ReinforceSettings(name="reinforce")
+    )
+
+
+def expected_direction(world: World, rule: ScoreFunction, rollouts: Rollouts) -> Tensor:
     """Whose gradient is the exact expectation of the update, over all pairs of rollouts that mu makes."""
     mu = rollouts.log_mu.exp()
     share = torch.zeros(len(rollouts), dtype=torch.float64)
@@ -125,14 +132,14 @@ def test_the_expected_update_is_the_gradient_of_the_objective(world, beta, stale
     rollouts = world.rollouts if stale else replace(world.rollouts, log_mu=world.rollouts.log_pi)
     gain = rollouts.reward - beta * (world.log_pi - rollouts.log_base)
     expected = world.gradient((world.log_pi.exp() * gain).sum())
-    found = world.gradient(expected_direction(world, RewardRule(beta), rollouts))
+    found = world.gradient(expected_direction(world, reward_ascent(beta), rollouts))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_without_the_weights_stale_rollouts_would_mislead(world):
     """Negative control of the test above."""
     believed = replace(world.rollouts, log_mu=world.rollouts.log_pi)
-    share = world.rollouts.log_mu.exp() * RewardRule().weigh(believed).coefficients
+    share = world.rollouts.log_mu.exp() * reward_ascent().weigh(believed).coefficients
     expected = world.gradient((world.log_pi.exp() * world.rollouts.reward).sum())
     found = world.gradient(share @ world.log_pi)
     assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) > 1e-2
@@ -140,8 +147,8 @@ def test_without_the_weights_stale_rollouts_would_mislead(world):
 
 def test_equal_rewards_change_nothing_at_all(world):
     rollouts = replace(world.rollouts, reward=torch.full_like(world.rollouts.reward, 0.3))
-    assert not RewardRule().weigh(rollouts).coefficients.any()
-    assert RewardRule().weigh(rollouts[torch.tensor([4])]).coefficients.abs() > 0  # nothing to compare one with
+    assert not reward_ascent().weigh(rollouts).coefficients.any()
+    assert reward_ascent().weigh(rollouts[torch.tensor([4])]).coefficients.abs() > 0  # nothing to compare one with
 
 
 def test_the_mean_of_the_others():
@@ -166,8 +173,8 @@ def test_golden_optimum_of_kl_control():
     assert optimum.tolist() == pytest.approx([0.341347, 0.256010, 0.170673, 0.231969], abs=1e-6)
     gain = reward - (optimum / base).log()
     assert gain.tolist() == pytest.approx([0.158565] * 4, abs=1e-6)
-    assert RewardRule(1.0).weigh(table(optimum, base, reward=reward)).coefficients.abs().max() < 1e-12
-    assert RewardRule(1.0).weigh(table(base, base, reward=reward)).coefficients.abs().max() > 0.1
+    assert reward_ascent(1.0).weigh(table(optimum, base, reward=reward)).coefficients.abs().max() < 1e-12
+    assert reward_ascent(1.0).weigh(table(base, base, reward=reward)).coefficients.abs().max() > 0.1
 
 
 def both_rounds(
@@ -175,7 +182,7 @@ def both_rounds(
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and metrics of rollouts that lie in several passes."""
     trees = [build(logs) for logs in packs]
-    counts = LogCounts.of(trees)
+    counts = counts_of(*trees)
     objective.prepare(policy, trees, counts, 0)
     shares = [
         objective.rollout_loss(objective.evaluate(policy, tree, counts, 0), LogCounts(0, 0, 0), 0) for tree in trees
@@ -190,10 +197,10 @@ def test_the_two_rounds_know_all_rollouts_however_they_are_packed(world):
     """And the stored log-probabilities, those of the frozen model, and none of a tree without logs."""
     logs = [replace(log, logprobs=[-0.5] * len(log.actions), temperature=1.0) for log in all_logs()]
     policy, base = TreePolicy(world.policy, BACKSPACE), TreePolicy(model(2), BACKSPACE)
-    objective = ScoreFunction("kl_control", RewardRule(0.7), Ranks(), base)
+    objective = RewardAscent(KlControlSettings(name="kl_control", beta=0.7), base=base)
     whole, metrics = both_rounds(objective, policy, [logs])
     log_mu = torch.tensor([-0.5 * len(log.actions) for log in logs]).double()
-    coefficients = RewardRule(0.7).weigh(replace(world.rollouts, log_mu=log_mu)).coefficients
+    coefficients = reward_ascent(0.7).weigh(replace(world.rollouts, log_mu=log_mu)).coefficients
     expected = -(coefficients * world.log_pi).mean()
     torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-6)  # coefficients travel in the model's own type
     assert metrics["reward_mean"] == pytest.approx(float(world.rollouts.reward.mean()))
@@ -203,7 +210,7 @@ def test_the_two_rounds_know_all_rollouts_however_they_are_packed(world):
     assert split_metrics == pytest.approx(metrics)
     empty = build(logs).without_trajectories()
     loss, shares = objective.rollout_loss(
-        objective.evaluate(policy, empty, LogCounts.of([build(logs)]), 0), LogCounts(0, 0, 0), 0
+        objective.evaluate(policy, empty, counts_of(build(logs)), 0), LogCounts(0, 0, 0), 0
     )
     assert loss == 0
     assert all(value == 0 for value in shares.values())

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from learner.objectives.base import EvaluatedLogs, LogCounts, OutsideDomainError, combine_metrics
+from learner.objectives.base import EvaluatedLogs, OutsideDomainError, combine_metrics
 from learner.objectives.registry import make_objective
 from learner.objectives.sequencematch import DEFAULT_DOMAIN_MARGIN
 from learner.settings.objectives import (
@@ -15,6 +15,7 @@ from learner.settings.objectives import (
 )
 from learner.state_tree.action_values import action_values
 from tests import oracle
+from tests.objectives import counts_of
 from tests.oracle import Log, walk
 from tests.unit.learner.test_objectives import ALPHA, DATA, GAMMA, evaluate, settings
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, build, tiny
@@ -34,7 +35,7 @@ def test_the_share_outside_the_domain_is_counted_and_stops_a_run_that_asks(model
     low = oracle.PHI[divergence][1] + DEFAULT_DOMAIN_MARGIN
     share = sum(x < low for x in arguments) / len(arguments)
     assert 0 < share < 1  # both branches of phi were tested
-    parts = [evaluate(model, logs, LogCounts.of([build(DATA)])) for logs in (DATA[:3], DATA[3:])]
+    parts = [evaluate(model, logs, counts_of(build(DATA))) for logs in (DATA[:3], DATA[3:])]
     for policy in (None, "project", "stop"):
         objective = make_objective(settings(divergence=divergence, domain_policy=policy))
         metrics = combine_metrics(objective.data_loss(part, step=7)[1] for part in parts)
@@ -53,10 +54,10 @@ def test_a_tail_outside_the_domain_counts(model):
     values = action_values(model, tree, BACKSPACE)
     down = dataclasses.replace(values, q=values.q - 40.0, v_next=values.v_next - 40.0, v_final=values.v_final - 40.0)
     objective = make_objective(settings(divergence="kl"))
-    _, metrics = objective.data_loss(EvaluatedLogs(tree, down, LogCounts.of([tree])), step=0)
+    _, metrics = objective.data_loss(EvaluatedLogs(tree, down, counts_of(tree)), step=0)
     assert float(metrics["phi_outside_share"]) == 1.0  # r = q - 0.9 v_next fell by 4, alpha r by 1.2; the tail as well
     up = dataclasses.replace(down, q=down.q + 40.0)
-    _, metrics = objective.data_loss(EvaluatedLogs(tree, up, LogCounts.of([tree])), step=0)
+    _, metrics = objective.data_loss(EvaluatedLogs(tree, up, counts_of(tree)), step=0)
     assert float(metrics["phi_outside_share"]) == 0.5
 
 
@@ -65,7 +66,7 @@ def test_the_tail_of_a_truncated_log_is_no_argument_of_phi(model):
     values = action_values(model, tree, BACKSPACE)
     down = dataclasses.replace(values, q=values.q + 9.0, v_final=values.v_final - 1000.0)
     objective = make_objective(settings(divergence="kl"))
-    _, metrics = objective.data_loss(EvaluatedLogs(tree, down, LogCounts.of([tree])), step=0)
+    _, metrics = objective.data_loss(EvaluatedLogs(tree, down, counts_of(tree)), step=0)
     assert float(metrics["phi_outside_share"]) == 0.0
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.objectives.base import EvaluatedLogs, LogCounts
+from learner.objectives.base import EvaluatedLogs
 from learner.objectives.divergences import DIVERGENCES
 from learner.objectives.registry import make_objective
 from learner.settings.objectives import SequenceMatchSettings
 from learner.state_tree.action_values import ActionValues
+from tests.objectives import counts_of
 from tests.oracle import Log
 from tests.tabular import BACKSPACE, EOS, LETTERS, Occupancy, Table
 from tests.unit.learner.test_state_tree import BACKSPACE as BACKSPACE_ID
@@ -222,6 +223,6 @@ def test_the_table_is_the_objective(name):
     )
     assert BACKSPACE_ID not in tree.actions.label.tolist()
     settings = SequenceMatchSettings(divergence=name, alpha=alpha, gamma=gamma, beta_start=0.0, beta_end=0.0)
-    loss, _ = make_objective(settings).data_loss(EvaluatedLogs(tree, values, LogCounts.of([tree])), step=0)
+    loss, _ = make_objective(settings).data_loss(EvaluatedLogs(tree, values, counts_of(tree)), step=0)
     expected = table.loss(noise, table.clean_occupancy(CLEAN), None, DIVERGENCES[name], alpha)
     torch.testing.assert_close(loss * tree.num_actions / tree.num_trajectories, expected)

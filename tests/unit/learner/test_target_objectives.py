@@ -4,7 +4,7 @@ lambda, and what happens where a constraint cannot be met."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -20,21 +20,13 @@ from learner.objectives.moment_fit import fit_moments
 from learner.objectives.partition_function import PartitionFunction
 from learner.objectives.registry import make_objective
 from learner.objectives.score_function import Rollouts, Weighed
-from learner.objectives.target_rules import (
-    F_SLOPES,
-    Advantage,
-    Constraint,
-    Densities,
-    TargetRule,
-    f_policy_gradient,
-    policy_gradient,
-    policy_gradient_with_baseline,
-)
+from learner.objectives.target_rules import F_SLOPES, Densities, TargetAscent, advantages
 from learner.ranks.group import Ranks
 from learner.settings.objectives import FDivergence, ObjectiveSettings
 from learner.settings.stages import WatchSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
+from tests.objectives import objective_of
 from tests.training import assert_bit_identical, make_model, make_stage, make_trees, weights_of
 from tests.unit.actors.test_scoring import ARITHMETIC
 from tests.unit.learner import test_score_functions
@@ -48,7 +40,24 @@ TARGET = torch.tensor([0.4, 0.3, 0.2, 0.9], dtype=torch.float64)  # at lambda = 
 Z = 1.8
 ONE_PROMPT = torch.zeros(4, dtype=torch.int64)
 DIVERGENCES = get_args(FDivergence)
-ADVANTAGES: dict[str, Advantage] = {"dpg": policy_gradient, "gdc_pp": policy_gradient_with_baseline}
+ADVANTAGES = ("dpg", "gdc_pp")
+
+
+def target_of(name: str, *constraints: dict[str, object], features=("phi",), fit_samples=1, **settings) -> TargetAscent:
+    """gdc_pp with the newest policy as its proposal, unless the settings say otherwise."""
+    if name == "gdc_pp":
+        settings = {"proposal": "latest"} | settings
+    given = constraints or ({"feature": "phi"},)
+    made = objective_of(name, features=features, constraints=given, fit_samples=fit_samples, **settings)
+    assert isinstance(made, TargetAscent)
+    return made
+
+
+HALF = {"feature": "phi", "target": 0.5}
+
+
+def advantages_of(name: str, given: Densities, **settings) -> Tensor:
+    return advantages(target_of(name, HALF, **settings).settings, given)
 
 
 def densities(pi: Tensor, mu: Tensor) -> Densities:
@@ -74,13 +83,13 @@ def test_golden_lambda():
 @pytest.mark.parametrize("mu", [BASE, torch.full((4,), 0.25, dtype=torch.float64)], ids=["on policy", "stale"])
 def test_golden_gradient(name, mu):
     """All four forms are the same direction."""
-    found = logit_gradient(ADVANTAGES[name](densities(BASE, mu)), BASE, mu)
+    found = logit_gradient(advantages_of(name, densities(BASE, mu)), BASE, mu)
     assert found.tolist() == pytest.approx([-0.32, -0.24, -0.16, 0.72])
 
 
 @pytest.mark.parametrize(("name", "expected"), [("dpg", 8.796), ("gdc_pp", 5.376)])
 def test_golden_variance(name, expected):
-    coefficients = ADVANTAGES[name](densities(BASE, BASE))
+    coefficients = advantages_of(name, densities(BASE, BASE))
     squares = (torch.eye(4, dtype=torch.float64) - BASE).square().sum(1)
     mean = logit_gradient(coefficients, BASE, BASE)
     assert float((BASE * coefficients.square() * squares).sum() - mean.square().sum()) == pytest.approx(expected)
@@ -88,10 +97,11 @@ def test_golden_variance(name, expected):
 
 @pytest.mark.parametrize("mu", [TARGET / Z, BASE], ids=["on policy", "stale"])
 def test_at_the_target_the_baseline_leaves_nothing(mu):
-    assert policy_gradient_with_baseline(densities(TARGET / Z, mu)).abs().max() < 1e-12
-    assert policy_gradient(densities(TARGET / Z, mu)).abs().max() > 1
+    given = densities(TARGET / Z, mu)
+    assert advantages_of("gdc_pp", given).abs().max() < 1e-12
+    assert advantages_of("dpg", given).abs().max() > 1
     for divergence in DIVERGENCES:
-        assert f_policy_gradient(divergence)(densities(TARGET / Z, mu)).abs().max() < 1e-12, divergence
+        assert advantages_of("f_dpg", given, divergence=divergence).abs().max() < 1e-12
 
 
 def f_divergence(name: str, p: Tensor, pi: Tensor) -> Tensor:
@@ -108,17 +118,15 @@ def f_divergence(name: str, p: Tensor, pi: Tensor) -> Tensor:
     return terms[name].sum()
 
 
-@dataclass(frozen=True)
-class KnownZ(TargetRule):
-    """Weighs by an advantage, with the true Z and lambda."""
+class KnownZ(TargetAscent):
+    """Weighs by its advantage, with the true Z and lambda."""
 
-    advantage: Advantage
     log_target: Tensor
 
     def weigh(self, rollouts):
         log_target = self.log_target[rollouts.key]
         z = self.log_target.exp().sum().expand(len(rollouts))
-        found = self.advantage(Densities(log_target, rollouts.log_pi, rollouts.log_mu, z, z))
+        found = advantages(self.settings, Densities(log_target, rollouts.log_pi, rollouts.log_mu, z, z))
         return Weighed(found, {})
 
 
@@ -127,7 +135,8 @@ class KnownZ(TargetRule):
 def test_f_dpg_descends_its_divergence(world: World, divergence, stale):
     rollouts = world.rollouts if stale else replace(world.rollouts, log_mu=world.rollouts.log_pi)
     log_target = rollouts.log_base + rollouts.features @ torch.tensor([0.8, -0.4], dtype=torch.float64)
-    rule = KnownZ(f_policy_gradient(divergence), log_target)
+    rule = KnownZ(target_of("f_dpg", HALF, divergence=divergence).settings, features=("phi",))
+    rule.log_target = log_target
     found = world.gradient(expected_direction(world, rule, rollouts))
     loss = f_divergence(divergence, log_target.softmax(0), world.log_pi.exp())
     torch.testing.assert_close(found, world.gradient(-loss), rtol=1e-8, atol=1e-11)
@@ -140,8 +149,8 @@ def test_gdc_descends_kl_whatever_z_it_believes(world: World, name, pointwise, s
     """Z times the gradient of KL(p, pi), with Z estimated from the other rollout of each pair and a wrong past."""
     rollouts = world.rollouts if stale else replace(world.rollouts, log_mu=world.rollouts.log_pi)
     weight = torch.tensor([0.9], dtype=torch.float64)
-    constraints = (Constraint("b", 0, None), Constraint("n", 1, 1.0))
-    rule = TargetRule(constraints if pointwise else constraints[1:], ADVANTAGES[name], fit_samples=1)
+    constraints = [{"feature": "b"}, {"feature": "n", "target": 1.0}]
+    rule = target_of(name, *(constraints if pointwise else constraints[1:]), features=("b", "n"))
     z = PartitionFunction()
     z.add(rollouts.context[:3], torch.tensor([5.0, 0.0, 2.0], dtype=torch.float64))
     nothing = torch.zeros(1, dtype=torch.float64)
@@ -200,15 +209,14 @@ def test_z_of_each_context_leaves_the_rollout_itself_out():
     assert torch.cat(PartitionFunction().leave_one_out(context[:1], ratio[:1])).tolist() == [0.0, 0.0]
 
 
-def pointwise_rule(advantage: Advantage) -> TargetRule:
-    return TargetRule((Constraint("phi", 0, None),), advantage, fit_samples=1)
+def pointwise_rules(divergence: str) -> list[TargetAscent]:
+    return [target_of("dpg"), target_of("gdc_pp"), target_of("f_dpg", divergence=divergence)]
 
 
 @pytest.mark.parametrize("divergence", ["kl", "tv", "js", "chi2"])
 def test_a_pointwise_constraint_that_nothing_meets_changes_nothing_and_is_said(divergence):
     rollouts = table(BASE, BASE, features=torch.zeros(4, 1, dtype=torch.float64))
-    for advantage in (policy_gradient, policy_gradient_with_baseline, f_policy_gradient(divergence)):
-        rule = pointwise_rule(advantage)
+    for rule in pointwise_rules(divergence):
         weighed = rule.weigh(rollouts)
         assert weighed.coefficients.tolist() == [0.0] * 4
         assert all(math.isfinite(value) for value in weighed.metrics.values())
@@ -223,8 +231,7 @@ def test_a_pointwise_constraint_that_nothing_meets_changes_nothing_and_is_said(d
 def test_one_rollout_that_meets_the_constraint_is_enough(divergence):
     """Finite, and towards it: the others have no density at all."""
     rollouts = table(BASE, BASE, features=PHI[:, None])
-    for advantage in (policy_gradient, policy_gradient_with_baseline, f_policy_gradient(divergence)):
-        rule = pointwise_rule(advantage)
+    for rule in pointwise_rules(divergence):
         rule.learn(rollouts)
         gradient = logit_gradient(rule.weigh(rollouts).coefficients, BASE, BASE)
         assert gradient.isfinite().all()
@@ -234,9 +241,9 @@ def test_one_rollout_that_meets_the_constraint_is_enough(divergence):
 
 def test_features_that_a_rule_cannot_use():
     with pytest.raises(ValueError, match=r"rollouts have 0 features, and no phi: set scoring\.features"):
-        pointwise_rule(policy_gradient).weigh(table(BASE, BASE))
+        target_of("dpg").weigh(table(BASE, BASE))
     with pytest.raises(ValueError, match=r"feature phi is 0\.5 in a rollout, and a pointwise constraint is met"):
-        pointwise_rule(policy_gradient).weigh(table(BASE, BASE, features=PHI[:, None] / 2))
+        target_of("dpg").weigh(table(BASE, BASE, features=PHI[:, None] / 2))
 
 
 @pytest.mark.parametrize("nearer", [True, False])
@@ -245,7 +252,7 @@ def test_the_adaptive_proposal_goes_to_whoever_is_nearer_to_the_target(nearer):
     good, bad = (p + BASE) / 2, BASE
     pi, mu = (good, bad) if nearer else (bad, good)
     rollouts = Rollouts(*vars(table(mu, BASE, features=PHI[:, None])).values())
-    rule = TargetRule((Constraint("phi", 0, 0.5),), policy_gradient, fit_samples=4, adaptive=True)
+    rule = target_of("gdc", HALF, fit_samples=4)
     assert not rule.renews_proposal()  # the policy has not moved, and may not be judged yet
     rule.learn(rollouts)
     # Each outcome counts alike in a mean over rollouts: so as mu would draw them.
@@ -256,7 +263,7 @@ def test_the_adaptive_proposal_goes_to_whoever_is_nearer_to_the_target(nearer):
     rule.learn(drawn)
     assert rule.renews_proposal() is nearer
     assert rule.renews_proposal() is False  # nothing was learned since
-    assert TargetRule((Constraint("phi", 0, None),), policy_gradient, 4).renews_proposal()
+    assert target_of("dpg").renews_proposal()
 
 
 class RolloutsWithFeatures(ScoredRollouts):

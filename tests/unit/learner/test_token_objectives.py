@@ -13,18 +13,17 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from learner.objectives import emo as emo_module
-from learner.objectives.base import EvaluatedLogs, LogCounts
+from learner.objectives.base import EvaluatedLogs
 from learner.objectives.emo import Emo, emo_loss
-from learner.objectives.likelihood import Likelihood
 from learner.objectives.registry import make_objective
 from learner.objectives.scheduled_sampling import ScheduledSampling
 from learner.objectives.unlikelihood import Unlikelihood
 from learner.settings.objectives import EmoSettings, ObjectiveSettings, ScheduledSamplingSettings, UnlikelihoodSettings
 from learner.state_tree import action_values as action_values_module
 from learner.state_tree import policy as policy_module
-from learner.state_tree import sampling as sampling_module
 from learner.state_tree.action_values import StateLogits, action_values, chunked_values
 from learner.state_tree.policy import TreePolicy
+from tests.objectives import counts_of, objective_of
 from tests.oracle import Log, states
 from tests.training import assert_bit_identical, make_model, make_stage, make_stream, make_trainer, weights_of
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, text_of, tiny
@@ -52,7 +51,7 @@ def unsure():
 
 def evaluate(objective, model, logs=LOGS, step=0) -> EvaluatedLogs:
     tree = build(logs)
-    return objective.evaluate(TreePolicy(model, BACKSPACE, WITHOUT_TOKEN), tree, LogCounts.of([tree]), step)
+    return objective.evaluate(TreePolicy(model, BACKSPACE, WITHOUT_TOKEN), tree, counts_of(tree), step)
 
 
 def dense(model, logs, ids_without_token=()) -> list[tuple[list[int], int, Tensor]]:
@@ -67,6 +66,13 @@ def dense(model, logs, ids_without_token=()) -> list[tuple[list[int], int, Tenso
                 logits = logits.index_fill(0, torch.tensor([BACKSPACE]), -torch.inf)
             found.append((text, action, logits.log_softmax(0)))
     return found
+
+
+def emo_of(table: Tensor, **settings) -> Emo:
+    """With the costs of a given table."""
+    objective = Emo(EmoSettings(name="emo", **settings))
+    objective.load_state({"table": table})
+    return objective
 
 
 def assert_same_loss_and_gradient(loss: Tensor, expected: Tensor, model) -> None:
@@ -85,8 +91,8 @@ def chunks(request, monkeypatch):
         monkeypatch.setattr(policy_module, "action_values", few)
         monkeypatch.setattr(action_values_module, "chunked_values", partial(chunked_values, kept_elements=0))
         monkeypatch.setattr(emo_module, "CHUNK_ELEMENTS", request.param)
-        monkeypatch.setattr(sampling_module, "CHUNK_ELEMENTS", request.param)
-        monkeypatch.setattr(sampling_module, "VOCABULARY_CHUNK", 3)
+        monkeypatch.setattr(action_values_module, "CHUNK_ELEMENTS", request.param)
+        monkeypatch.setattr(action_values_module, "VOCABULARY_CHUNK", 3)
 
 
 def test_unlikelihood_against_the_oracle(model, chunks):
@@ -115,7 +121,7 @@ def test_unlikelihood_is_finite_where_the_model_is_certain():
 @pytest.mark.parametrize(("mode", "cap"), [(1, None), (2, None), (1, 3.0), (2, 0.2)])
 def test_emo_against_the_oracle(model, chunks, mode, cap):
     table = torch.randn(VOCAB, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    objective = Emo(EmoSettings(name="emo", mode=mode, ratio_cap=cap), table)
+    objective = emo_of(table, mode=mode, ratio_cap=cap)
     loss, metrics = objective.data_loss(evaluate(objective, model), 0)
     unit = table / table.norm(dim=1, keepdim=True)
     cost = 1 - unit @ unit.T
@@ -135,7 +141,7 @@ def test_emo_against_the_oracle(model, chunks, mode, cap):
 def test_emo_freezes_the_models_own_embedding(model):
     """Costs are those of the first evaluation, whatever the weights become, and no gradient flows into them."""
     settings = EmoSettings(name="emo")
-    own, given = Emo(settings), Emo(settings, model.get_output_embeddings().weight.detach().clone())
+    own, given = Emo(settings), emo_of(model.get_output_embeddings().weight.detach().clone())
     losses = [objective.data_loss(evaluate(objective, model), 0)[0] for objective in (own, given)]
     assert_same_loss_and_gradient(*losses, model)
     other = tiny("gpt2").double()
@@ -184,7 +190,7 @@ def test_emo_is_not_consistent(share, mode, expected, digits):
 
 
 def test_a_cost_table_of_another_vocabulary_is_refused(model, tmp_path):
-    objective = Emo(EmoSettings(name="emo"), torch.ones(VOCAB + 1, 4))
+    objective = emo_of(torch.ones(VOCAB + 1, 4))
     with pytest.raises(ValueError, match=rf"{VOCAB + 1} rows and the model a vocabulary of {VOCAB}: set cost_model"):
         evaluate(objective, model)
     with pytest.raises(ValueError, match=r"cost_model '.*nothing' cannot be loaded"):
@@ -195,7 +201,7 @@ def test_the_costs_of_another_model_are_read_from_its_folder(model, tmp_path):
     other = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=8, n_layer=1, n_head=1, n_positions=16))
     other.save_pretrained(tmp_path)
     objective = make_objective(EmoSettings(name="emo", cost_model=str(tmp_path)))
-    expected = Emo(EmoSettings(name="emo"), other.lm_head.weight.detach())
+    expected = emo_of(other.lm_head.weight.detach())
     torch.testing.assert_close(
         evaluate(objective, model).values.measured, evaluate(expected, model).values.measured, rtol=0, atol=0
     )
@@ -247,7 +253,7 @@ def test_prompts_and_labels_are_true_and_answers_are_the_models(unsure):
 
 
 def test_the_true_text_alone_is_maximum_likelihood(model):
-    objective, likelihood = scheduled(schedule="linear", k=1.0), Likelihood("mle")
+    objective, likelihood = scheduled(schedule="linear", k=1.0), objective_of("mle")
     losses = [each.data_loss(evaluate(each, model), 0)[0] for each in (objective, likelihood)]
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
 
@@ -294,7 +300,7 @@ def test_scheduled_sampling_is_not_consistent(truth_share, after_0, after_1, kl)
     rows = {(zero, zero): 27, (zero, one): 3, (one, zero): 14, (one, one): 56}
     logs = [Log([1], [*text, EOS], id=f"{n}") for text, count in rows.items() for n in range(count)]
     policy, tree = TreePolicy(model, BACKSPACE), build(logs, max_positions=4)
-    counts = LogCounts.of([tree])
+    counts = counts_of(tree)
     objective = scheduled(schedule="linear", k=max(truth_share, 1e-9))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99))
     means, steps, averaged = torch.zeros(2), 600, 300
@@ -370,7 +376,7 @@ def test_a_tree_without_logs_adds_nothing(model, name):
     """As a rank has one whose share is empty, and whose forward and backward pass the others still wait for."""
     objective = make_objective(TypeAdapter(ObjectiveSettings).validate_python({"name": name}))
     tree = build(LOGS).without_trajectories()
-    data = objective.evaluate(TreePolicy(model, BACKSPACE), tree, LogCounts.of([build(LOGS)]), 0)
+    data = objective.evaluate(TreePolicy(model, BACKSPACE), tree, counts_of(build(LOGS)), 0)
     loss, metrics = objective.data_loss(data, 0)
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     assert loss.item() == 0

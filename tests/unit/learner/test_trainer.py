@@ -16,8 +16,6 @@ from learner.checkpoints.model_files import load_weights
 from learner.checkpoints.progress import read_progress
 from learner.objectives.base import (
     EvaluatedLogs,
-    ExpertObjective,
-    LogCounts,
     Metrics,
     Objective,
     OutsideDomainError,
@@ -29,6 +27,7 @@ from learner.state_tree.action_values import action_values
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.checkpoints import progress_at, save_checkpoint
+from tests.objectives import counts_of, objective_settings
 from tests.training import (
     CLONING,
     MATCHING,
@@ -216,12 +215,11 @@ def test_a_model_with_dropout_trains_deterministically(task):
     assert not torch.equal(ends[0]["lm_head.weight"], make_model(task, architecture="gpt2", seed=3).lm_head.weight)
 
 
-class OverflowingObjective(ExpertObjective):
+class OverflowingObjective(Objective):
     """A finite loss at first; then the loss, or only its gradient, is beyond all numbers."""
 
-    name = "overflow"
-
     def __init__(self, broken: str) -> None:
+        super().__init__(objective_settings(**CLONING))
         self._broken = broken
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
@@ -320,7 +318,7 @@ def test_rollouts_reach_an_objective_that_needs_them(task):
     with torch.no_grad():
         for batch in (make_stream(task).draw(8), HandMadeRollouts(task).draw(5)):
             (tree,) = build_micro_batches(batch, replace(trees, max_nodes_per_batch=10_000))
-            evaluated.append(EvaluatedLogs(tree, action_values(model, tree, task.backspace_id), LogCounts.of([tree])))
+            evaluated.append(EvaluatedLogs(tree, action_values(model, tree, task.backspace_id), counts_of(tree)))
         experts, policy = evaluated
         expected = objective.data_loss(experts, 0)[0] + objective.rollout_loss(policy, experts.counts, 0)[0]
     metrics = make_trainer(task, model, stage, rollouts=rollouts).train_step()
