@@ -11,6 +11,7 @@ UV_INSTALL := $(UV) pip install --compile-bytecode --python $(BIN)/python --cons
 DEPENDENCIES := $(VENV)/.dependencies-$(ENGINE)
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 RECIPE ?= launch/recipes/arithmetic_cpu.yaml
+NAME ?= rollouts# rollouts | buffer | learner | learner_memory | weights | scaling: which benchmark to run
 
 # A wheel folder that pip is configured with is handed on to uv, which does not read pip's configuration;
 # without one, uv knows where the CPU builds of torch are.
@@ -85,8 +86,9 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# `make bench NAME=buffer` prints a table, with JSON=1 one JSON object. ARGS are options of the benchmark (ARGS=--help).
 bench: $(INSTALLED) libraries
-	$(BIN)/sequencematch bench rollouts
+	@$(BIN)/python -m tests.benchmarks $(NAME) $(if $(JSON),--json) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -6,7 +6,7 @@ run_folder/     what a run leaves on disk
 run/, cluster/  the driver of a run on Ray, and where its processes lie
 monitoring/     a run while it goes on: live display, log, Prometheus
 queries/        SQL over the replay buffer, and its audit
-evaluation/, compare/, report/, export/, bench/    what is made of a trained model and of a run
+evaluation/, compare/, report/, export/    what is made of a trained model and of a run
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launch.bench.commands import bench_app
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson, StageOfRun, path, split_overrides
 from launch.compare.command import compare
@@ -33,7 +32,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Fine-tune causal language models with SequenceMatch: models that can take tokens back.",
 )
-app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from actors.pool.autoscaler import Autoscaler, Observation
 from actors.settings import ActorsSettings, AutoscaleSettings
 from actors.status import ActorStatus, MemberStatus, PoolStatus
-from launch.bench.scaling_times import TIMED_RECIPE
 from launch.cluster.placement import planned_roles, total
 from launch.settings.recipe import read_recipe
+from tests.benchmarks.scaling_plan import TIMED_RECIPE
 
 SETTINGS = AutoscaleSettings(min=1, max=16, window_s=10.0)
 

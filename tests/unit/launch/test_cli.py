@@ -30,11 +30,6 @@ COMMANDS = (
     ["query"],
     ["report"],
     ["submit"],
-    ["bench", "rollouts"],
-    ["bench", "learner"],
-    ["bench", "learner_memory"],
-    ["bench", "weights"],
-    ["bench", "scaling"],
 )
 
 

@@ -104,7 +104,7 @@ def test_rays_handler_does_not_end_the_command() -> None:
 
 
 def test_a_process_without_ray_starts_none_to_ignore_signals() -> None:
-    """As that of `bench scaling --simulate`, which has the service of a shard in it."""
+    """As that of a test that makes the service of a shard without Ray."""
     program = (
         "import ray\nfrom buffer.stop_signals import ignore_stop_signals\nignore_stop_signals()\n"
         "print(ray.is_initialized())"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.trajectory.schema import TokenContract, trajectory_schema
-from launch.bench.tiny_llama import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID
+from buffer.trajectory.schema import TokenContract
+from launch.errors import UserError
+from tests.benchmarks.tiny_llama import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID
+from tests.trajectories import batch_of, expert_row
 
 Int32 = npt.NDArray[np.int32]
 
@@ -45,24 +46,13 @@ class TrainingLoad:
 
     def trajectories(self, vocab_size: int) -> pa.RecordBatch:
         """The same as expert trajectories."""
-        contract = TokenContract(
-            tokenizer_hash="random", vocab_size=vocab_size, backspace_id=BACKSPACE_ID, eos_id=EOS_ID
-        )
-        now = datetime.now(UTC)
+        contract = TokenContract(vocab_size, BACKSPACE_ID, EOS_ID, tokenizer_hash="random")
+        split = self.prompt_length
         rows = [
-            {
-                "id": f"bench/{number}",
-                "source": "expert",
-                "task": "bench",
-                "prompt_ids": text[: self.prompt_length].tolist(),
-                "actions": text[self.prompt_length :].tolist(),
-                "finish_reason": "eos",
-                "actor": "bench",
-                "created_at": now,
-            }
-            for number, text in enumerate(self.ids)
+            expert_row(f"bench/{number}", text[split:], prompt_ids=text[:split], finish_reason="eos")
+            for number, text in enumerate(self.ids.tolist())
         ]
-        return pa.RecordBatch.from_pylist(rows, schema=trajectory_schema(contract))
+        return batch_of(rows, contract)
 
 
 def make_load(
@@ -71,10 +61,10 @@ def make_load(
     """Random texts for `steps` steps; `logs_per_prompt` in a row share their prompt.
 
     Raises:
-        ValueError: a batch does not hold whole groups, or a text holds no prompt and answer.
+        UserError: a batch does not hold whole groups, or a text holds no prompt and answer.
     """
     if batch % logs_per_prompt or not 0 < prompt_length < length:
-        raise ValueError(
+        raise UserError(
             f"batch={batch} must be a multiple of {logs_per_prompt} and the text longer than its prompt "
             f"({length}, {prompt_length}); choose other sizes"
         )

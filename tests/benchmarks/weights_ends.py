@@ -1,4 +1,4 @@
-"""The two ends of the weight benchmark, as Ray actors: a learner that publishes, and actors that take.
+"""The two ends of the weight benchmark: a learner that publishes, and Ray actors that take.
 
 All clocks are `time.perf_counter`, which processes of one host share on Linux.
 """
@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,28 +30,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Published:
-    """One publication. started: when `publish` was called. held_s: seconds that the learner waited for it."""
+    """One publication. started_s: when `publish` was called. held_s: seconds that the learner waited for it."""
 
     version: int
-    started: float
+    started_s: float
     held_s: float
     times: PublicationTimes
 
 
 @dataclass(frozen=True)
 class Taken:
-    """One publication at one actor. heard, verified, ready: when it was announced, its bytes were found to be right,
-    and the engine had proved itself (None without an engine).
+    """One publication at one actor. verified_s: when its bytes were found to be right. done_s: when the engine had
+    proved itself, or without one, the same. parts_s: seconds of `transfer`, `verify`, `load`, `engine_probe`.
     """
 
     version: int
-    heard: float
-    verified: float
-    ready: float | None
-    transfer_s: float
-    verify_s: float
-    load_s: float
-    probe_s: float
+    verified_s: float
+    done_s: float
+    parts_s: dict[str, float]
 
 
 class PublishingLearner:
@@ -70,30 +66,25 @@ class PublishingLearner:
         model = LlamaForCausalLM(config).to(getattr(torch, dtype)).requires_grad_(False)
         self._policy = TreePolicy(model, backspace_id=3)
         relay = ray.remote(_Relay).options(num_cpus=0).remote(receivers)
-        probe = make_probe(TokenContract(config.vocab_size, 3, 2, "random"), seed)
-        self._publisher = WeightPublisher(relay, probe)
+        self._publisher = WeightPublisher(relay, make_probe(TokenContract(config.vocab_size, 3, 2, "random"), seed))
         self._copy = {name: np.zeros(tensor.nbytes, np.uint8) for name, tensor in model.named_parameters()}
-
-    def size_bytes(self) -> int:
-        """Of one publication."""
-        return sum(array.nbytes for array in self._copy.values())
 
     def copy_s(self) -> float:
         """Seconds of one copy of the same bytes between memory that is already mapped: the fastest there is."""
         payload, _ = pack_tensors(self._policy.model.named_parameters())
-        started = time.perf_counter()
+        started_s = time.perf_counter()
         for name, array in payload.items():
             np.copyto(self._copy[name], array.reshape(-1).view(np.uint8))
-        return time.perf_counter() - started
+        return time.perf_counter() - started_s
 
     def fresh_copy_s(self) -> float:
         """The same into new memory, whose pages the system has to provide first."""
         payload, _ = pack_tensors(self._policy.model.named_parameters())
-        started = time.perf_counter()
+        started_s = time.perf_counter()
         copies = [array.copy() for array in payload.values()]
-        wall_s = time.perf_counter() - started
+        elapsed_s = time.perf_counter() - started_s
         assert len(copies) == len(payload)
-        return wall_s
+        return elapsed_s
 
     def publish(self) -> Published:
         """Move the weights a little and publish them."""
@@ -101,12 +92,12 @@ class PublishingLearner:
 
         with torch.no_grad():
             self._policy.model.model.norm.weight.add_(0.01)
-        started = time.perf_counter()
+        started_s = time.perf_counter()
         version = self._publisher.publish(self._policy)
-        held_s = time.perf_counter() - started
+        held_s = time.perf_counter() - started_s
         times = self._publisher.newest_times
         assert times is not None
-        return Published(version, started, held_s, times)
+        return Published(version, started_s, held_s, times)
 
 
 class TakingActor:
@@ -115,12 +106,10 @@ class TakingActor:
     def __init__(self, config: LlamaConfig, settings: EngineSettings | None) -> None:
         """settings: of an engine that loads them; None = the bytes are taken and verified only."""
         self._receiver = WeightReceiver()
-        self._word = threading.Condition()
+        self._changed = threading.Condition()
         self._taken: list[Taken] = []
         self._engine = None
         if settings is not None:
-            from dataclasses import replace
-
             from actors.engine.engine import BackspaceEngine
 
             with tempfile.TemporaryDirectory() as folder:
@@ -145,13 +134,10 @@ class TakingActor:
             moments.append(time.perf_counter())
             prove(manifest, self._engine.probe(manifest.probe_token_ids), None, self._engine.dtype)
             moments.append(time.perf_counter())
-        transfer_s, verify_s, load_s, probe_s = [*np.diff(moments).tolist(), 0.0, 0.0][:4]
-        ready = moments[-1] if self._engine is not None else None
-        with self._word:
-            self._taken.append(
-                Taken(manifest.version, moments[0], moments[2], ready, transfer_s, verify_s, load_s, probe_s)
-            )
-            self._word.notify_all()
+        parts_s = dict(zip(("transfer", "verify", "load", "engine_probe"), np.diff(moments).tolist(), strict=False))
+        with self._changed:
+            self._taken.append(Taken(manifest.version, moments[2], moments[-1], parts_s))
+            self._changed.notify_all()
 
     def taken(self, version: int, timeout_s: float) -> Taken:
         """What happened to `version`.
@@ -159,8 +145,8 @@ class TakingActor:
         Raises:
             TimeoutError: it was not taken in time.
         """
-        with self._word:
-            if not self._word.wait_for(lambda: any(each.version == version for each in self._taken), timeout_s):
+        with self._changed:
+            if not self._changed.wait_for(lambda: any(each.version == version for each in self._taken), timeout_s):
                 raise TimeoutError(f"weights version {version} were not taken within {timeout_s:.0f} s")
             return next(each for each in self._taken if each.version == version)
 

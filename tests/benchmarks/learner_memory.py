@@ -7,35 +7,32 @@ both sides.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, cast, get_args
 
-from launch.bench.hardware import hardware
+import typer
 
-SideName = Literal["ours", "plain"]
+from tests.benchmarks.backend import circumstances, run_module
+from tests.benchmarks.table import Table
 
-TIMEOUT_S = 600.0
+Side = Literal["ours", "plain"]
 
 
-def bench_learner_memory(
-    *, num_nodes: int = 4096, vocab_size: int = 49_152, hidden_size: int = 576, timeout_s: float = TIMEOUT_S
+def bench(
+    num_nodes: Annotated[int, typer.Option("--nodes", min=1, help="States with a value.")] = 4096,
+    vocab_size: Annotated[int, typer.Option("--vocabulary", min=8, help="Rows of the output embedding.")] = 49_152,
+    hidden_size: Annotated[int, typer.Option("--width", min=1, help="Width of the states.")] = 576,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Longest wait for one measurement.")] = 600.0,
 ) -> dict[str, object]:
-    """Measure the forward and backward pass from hidden states to Q and V.
+    """Compare the memory of action values with that of the plain loss, forward and backward.
 
-    Args:
-        num_nodes: states with a value. vocab_size, hidden_size: of the output embedding.
-        timeout_s: longest wait for one measurement.
-
-    Returns:
-        JSON object; `ratio_to_plain_loss` is our extra peak over that of the plain loss.
-
-    Raises:
-        RuntimeError: a measuring process failed. TimeoutError: it did not answer in time.
+    In the result, `ratio_to_plain_loss` is our extra peak over that of the plain loss.
     """
-    extra = {side: _measure(side, (num_nodes, vocab_size, hidden_size), timeout_s) for side in get_args(SideName)}
+    extra = {
+        side: cast(int, run_module("learner_memory", side, num_nodes, vocab_size, hidden_size, timeout_s=timeout_s))
+        for side in get_args(Side)
+    }
     return {
         "ratio_to_plain_loss": extra["ours"] / extra["plain"],
         "extra_peak_mib": {side: round(size / 2**20, 1) for side, size in extra.items()},
@@ -43,26 +40,21 @@ def bench_learner_memory(
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "dtype": "float32",
-        "hardware": hardware(),
-        "command": " ".join(sys.argv),
+        **circumstances(),
     }
 
 
-def _measure(side: SideName, sizes: tuple[int, int, int], timeout_s: float) -> int:
-    """Bytes of the extra peak, from a fresh process."""
-    command = [sys.executable, "-m", "launch.bench.learner_memory", side, *map(str, sizes)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        raise TimeoutError(f"the process that measures {side!r} did not answer within {timeout_s:.0f} s") from None
-    if done.returncode:
-        raise RuntimeError(f"the process that measures {side!r} failed: {done.stderr.strip() or done.returncode}")
-    found = json.loads(done.stdout)
-    assert isinstance(found, int)
-    return found
+def table(found: dict[str, object]) -> Table:
+    """The extra peak of both."""
+    extra = cast(dict[str, float], found["extra_peak_mib"])
+    return Table(
+        (f"{found['num_nodes']:,} states x {found['vocab_size']:,} actions", "extra peak, MiB"),
+        [("Q and V", f"{extra['ours']:,.0f}"), ("plain loss", f"{extra['plain']:,.0f}")],
+        [f"ratio {cast(float, found['ratio_to_plain_loss']):.3f}"],
+    )
 
 
-def measure_here(side: SideName, num_nodes: int, vocab_size: int, hidden_size: int) -> int:
+def measure_here(side: Side, num_nodes: int, vocab_size: int, hidden_size: int) -> int:
     """Bytes by which a forward and backward pass raises this process's peak of resident memory."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -76,7 +68,8 @@ def measure_here(side: SideName, num_nodes: int, vocab_size: int, hidden_size: i
     rows = torch.arange(num_nodes)
     (hidden[:8] @ weight[:64].T).sum().backward()  # kernels are loaded before we look
     hidden.grad = weight.grad = None
-    before = _start_peak_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _peak_bytes()
     if side == "ours":
         v_floor, q_backspace, q, _ = chunked_values(hidden, weight, rows, actions, backspace_id=3)
         loss = (torch.logaddexp(v_floor, q_backspace) - q).mean()
@@ -84,12 +77,6 @@ def measure_here(side: SideName, num_nodes: int, vocab_size: int, hidden_size: i
         loss = cross_entropy(hidden @ weight.T, actions)
     loss.backward()
     return _peak_bytes() - before
-
-
-def _start_peak_bytes() -> int:
-    """Forget the peak of resident memory so far; gives what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak_bytes()
 
 
 def _peak_bytes() -> int:

@@ -17,7 +17,8 @@ from buffer.trajectory.schema import TokenContract
 CONTRACT = TokenContract(vocab_size=49_152, backspace_id=3, eos_id=2, tokenizer_hash="0" * 32)
 SAMPLING = SamplingSettings(max_new_tokens=512, max_actions=512)
 FIRST_TEXT_ID = 4
-BACKSPACE_SHARE = 0.1
+BACKSPACE_RATE = 0.1
+ACTIONS, PROMPT_TOKENS = (50, 500), (16, 64)
 SENT_ROWS: int = ActorsSettings().insert_rows
 """Rows per insert that rates are told of: what an actor sends."""
 
@@ -53,7 +54,7 @@ def make_rollouts(actions: tuple[int, int], prompt: tuple[int, int], seed: int) 
     for number in range(NUM_DISTINCT):
         length = int(generator.integers(actions[0], actions[1] + 1))
         ids = generator.integers(FIRST_TEXT_ID, CONTRACT.vocab_size, length, dtype=np.int32)
-        backspace = generator.random(length) < BACKSPACE_SHARE
+        backspace = generator.random(length) < BACKSPACE_RATE
         backspace[0] = False
         backspace[1:] &= ~backspace[:-1]  # each takes back the token before it
         ids[backspace] = CONTRACT.backspace_id

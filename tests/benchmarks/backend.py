@@ -1,0 +1,168 @@
+"""What every benchmark shares: one side of a comparison, the runner that lets the sides take turns, and clocks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Literal, Protocol
+
+Clock = Literal["wall_s", "cpu_s"]
+"""cpu_s is the time of the measuring process, which a busy machine disturbs less."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """An amount of work (rows, tokens, bytes) and the seconds that it took.
+
+    cpu_s: not a number where other processes did the work.
+    """
+
+    amount: float
+    wall_s: float
+    cpu_s: float = float("nan")
+
+    def __add__(self, other: Timed) -> Timed:
+        """The work of both, one after the other."""
+        return Timed(self.amount + other.amount, self.wall_s + other.wall_s, self.cpu_s + other.cpu_s)
+
+    def rate(self, clock: Clock = "wall_s") -> float:
+        """Amount per second."""
+        seconds: float = getattr(self, clock)
+        return self.amount / seconds
+
+
+@dataclass
+class Stopwatch:
+    """Adds up pieces of work by name."""
+
+    timed: dict[str, Timed] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, name: str, amount: float) -> Iterator[None]:
+        """Count what is done inside as `amount` of the work `name`."""
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        yield
+        piece = Timed(amount, time.perf_counter() - wall_s, time.process_time() - cpu_s)
+        self.timed[name] = self.timed.get(name, Timed(0, 0.0, 0.0)) + piece
+
+
+class Backend(Protocol):
+    """One side of a comparison: this system, or what it is compared with."""
+
+    def measure(self) -> Mapping[str, Timed]:
+        """Do the work once. Gives what was done, by name, and how long it took."""
+        ...
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the backends measured: by backend one entry per repetition; the repetitions of all belong together."""
+
+    found: Mapping[str, Sequence[Mapping[str, Timed]]]
+
+    def rates(self, backend: str, work: str, clock: Clock = "wall_s") -> list[float]:
+        """Amount per second, of each repetition."""
+        return [each[work].rate(clock) for each in self.found[backend]]
+
+    def rate(self, backend: str, work: str, clock: Clock = "wall_s") -> float:
+        """Median amount per second."""
+        return median(self.rates(backend, work, clock))
+
+    def seconds(self, backend: str, work: str) -> list[float]:
+        """Wall-clock time of each repetition."""
+        return [each[work].wall_s for each in self.found[backend]]
+
+    def ratios(self, ours: str, theirs: str, work: str, clock: Clock = "wall_s") -> list[float]:
+        """Rate of `ours` over that of `theirs`, of each repetition."""
+        both = zip(self.rates(ours, work, clock), self.rates(theirs, work, clock), strict=True)
+        return [mine / other for mine, other in both]
+
+
+def measure_in_turn(backends: Mapping[str, Backend], repetitions: int, warm_ups: int = 0) -> Results:
+    """Let every backend do its work `repetitions` times. They take turns, and never work at the same time.
+
+    warm_ups: rounds before, which do not count.
+    """
+    found: dict[str, list[Mapping[str, Timed]]] = {name: [] for name in backends}
+    for turn in range(-warm_ups, repetitions):
+        # Who goes first alternates, so that a drift of the machine favours nobody.
+        for name in backends if turn % 2 == 0 else reversed(list(backends)):
+            timed = backends[name].measure()
+            if turn >= 0:
+                found[name].append(timed)
+    return Results(found)
+
+
+def run_module(module: str, *arguments: object, timeout_s: float) -> object:
+    """The JSON that a module of this package prints, in a process of its own, so that its memory is its alone.
+
+    Raises:
+        RuntimeError: the process failed. TimeoutError: it did not end in time.
+    """
+    command = [sys.executable, "-m", f"tests.benchmarks.{module}", *map(str, arguments)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"{' '.join(command)} did not end within {timeout_s:.0f} s") from None
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip() or done.returncode}")
+    printed: object = json.loads(done.stdout)
+    return printed
+
+
+@contextmanager
+def ray_of_its_own(num_cpus: int, **options: object) -> Iterator[None]:
+    """A Ray on this machine for the time of a measurement."""
+    import ray
+
+    ray.init(
+        address="local",  # never somebody else's Ray that happens to run on this machine
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}},
+        **options,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def circumstances(*, repetitions: int | None = None, seed: int | None = None) -> dict[str, object]:
+    """What every result says of itself; `repetitions` and `seeds` only where there are some."""
+    said: dict[str, object] = {} if repetitions is None else {"repetitions": repetitions}
+    return (
+        said
+        | ({} if seed is None else {"seeds": [seed]})
+        | {
+            "hardware": hardware(),
+            "command": " ".join(["python -m tests.benchmarks", *sys.argv[1:]]),
+        }
+    )
+
+
+def hardware() -> dict[str, str | int]:
+    """Processor model, cores this process may use, memory in GiB."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory_bytes / 2**30)}
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,183 @@
+"""The trainers that are compared: each does a number of optimizer steps on a load.
+
+The same weights, batches, AdamW, learning rate and clipping everywhere; nothing is logged, saved or evaluated.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from datasets import Dataset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers import Trainer as HuggingFaceTrainer
+
+from learner.batches.micro_batches import TreeSettings
+from learner.objectives.registry import make_objective
+from learner.settings.objectives import LikelihoodSettings
+from learner.settings.stages import OptimizerSettings, StageSettings
+from learner.state_tree.policy import TreePolicy
+from learner.trainer import Trainer
+from tests.benchmarks.backend import Backend, Timed
+from tests.benchmarks.learner_load import LoadSource, TrainingLoad
+from tests.benchmarks.tiny_llama import BACKSPACE_ID, EOS_ID
+
+LEARNING_RATE = 1e-4
+
+
+class LearnerBackend(Protocol):
+    """A trainer with its own copy of the model. first_loss: mean per trained token over its first measurement."""
+
+    first_loss: float
+
+    def measure(self) -> dict[str, Timed]:
+        """`actions`: trained tokens of the steps, after a step that does not count, from the first row of the load.
+        `nodes`: all their tokens.
+        """
+        ...
+
+
+class OurBackend:
+    """`learner.trainer.Trainer` with maximum likelihood."""
+
+    def __init__(self, model: PreTrainedModel, load: TrainingLoad, steps: int, max_nodes_per_batch: int) -> None:
+        stage = StageSettings(
+            name="bench",
+            objective=LikelihoodSettings(name="mle"),
+            steps=10**9,
+            batch_size=load.batch,
+            optimizer=OptimizerSettings(learning_rate=LEARNING_RATE, warmup_steps=0, schedule="constant"),
+        )
+        self._load = load
+        self._steps = steps
+        self._source = LoadSource(load.trajectories(model.config.vocab_size))
+        self._trainer = Trainer(
+            TreePolicy(copy.deepcopy(model), BACKSPACE_ID),
+            make_objective(stage.objective),
+            stage,
+            TreeSettings(BACKSPACE_ID, EOS_ID, max_nodes_per_batch, max_positions=load.length),
+            self._source,
+            None,
+        )
+        self.first_loss = self.sharing_ratio = self.padding_share = float("nan")
+
+    def measure(self) -> dict[str, Timed]:
+        """See `LearnerBackend`."""
+        self._source.rewind()
+        rows = [self._trainer.train_step()]
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        rows += [self._trainer.train_step() for _ in range(self._steps)]
+        elapsed = (time.perf_counter() - wall_s, time.process_time() - cpu_s)
+        if math.isnan(self.first_loss):
+            self.first_loss = sum(row["loss"] for row in rows) / len(rows)
+        self.sharing_ratio, self.padding_share = rows[-1]["sharing_ratio"], rows[-1]["padding_share"]
+        return _timed(self._load, self._steps, *elapsed)
+
+
+class OneModelAtATime:
+    """A backend that is made for each measurement anew, so that its model takes memory only then."""
+
+    def __init__(self, make: Callable[[], Backend]) -> None:
+        self._make = make
+
+    def measure(self) -> dict[str, Timed]:
+        """As the backend does."""
+        return dict(self._make().measure())
+
+
+class _StepEnds(TrainerCallback):  # type: ignore[misc]
+    """When each step ended, by both clocks."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[float, float]] = []
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.ends.append((time.perf_counter(), time.process_time()))
+
+
+class LibraryBackend:
+    """Hugging Face's `Trainer`, or TRL's `SFTTrainer`."""
+
+    def __init__(
+        self, model: PreTrainedModel, load: TrainingLoad, steps: int, name: Literal["hf_trainer", "trl_sft"]
+    ) -> None:
+        self._load = load
+        self._steps = steps
+        self._folder = tempfile.TemporaryDirectory()
+        self._ends = _StepEnds()
+        optimizer = OptimizerSettings()
+        settings: dict[str, object] = {
+            "output_dir": self._folder.name,
+            "per_device_train_batch_size": load.batch,
+            "max_steps": steps + 1,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "optim": "adamw_torch_fused",
+            "adam_beta1": optimizer.betas[0],
+            "adam_beta2": optimizer.betas[1],
+            "weight_decay": optimizer.weight_decay,
+            "max_grad_norm": optimizer.max_grad_norm,
+            "train_sampling_strategy": "sequential",
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "bf16": False,
+            "use_cpu": not torch.cuda.is_available(),
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        }
+        dataset = Dataset.from_dict({"input_ids": load.ids.tolist(), "labels": load.labels.tolist()})
+        make = _hugging_face_trainer if name == "hf_trainer" else _trl_trainer
+        self._trainer = make(copy.deepcopy(model), settings, train_dataset=dataset, callbacks=[self._ends])
+        self._trainer.remove_callback(PrinterCallback)
+        self.first_loss = float("nan")
+
+    def measure(self) -> dict[str, Timed]:
+        """See `LearnerBackend`."""
+        self._ends.ends.clear()
+        loss = float(self._trainer.train().training_loss)
+        if math.isnan(self.first_loss):
+            self.first_loss = loss
+        first, *_, last = self._ends.ends
+        assert len(self._ends.ends) == self._steps + 1
+        return _timed(self._load, self._steps, last[0] - first[0], last[1] - first[1])
+
+
+def _timed(load: TrainingLoad, steps: int, wall_s: float, cpu_s: float) -> dict[str, Timed]:
+    return {
+        "actions": Timed(steps * load.actions_per_step, wall_s, cpu_s),
+        "nodes": Timed(steps * load.batch * load.length, wall_s, cpu_s),
+    }
+
+
+def _hugging_face_trainer(model: PreTrainedModel, settings: dict[str, object], **common: object) -> HuggingFaceTrainer:
+    return HuggingFaceTrainer(model, TrainingArguments(**settings), data_collator=default_data_collator, **common)
+
+
+def _trl_trainer(model: PreTrainedModel, settings: dict[str, object], **common: object) -> HuggingFaceTrainer:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    # Nothing is tokenised; the trainer wants a padding token to know.
+    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": EOS_ID}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    config = SFTConfig(**settings, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    return SFTTrainer(model, config, processing_class=tokenizer, **common)

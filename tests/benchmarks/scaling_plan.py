@@ -1,0 +1,135 @@
+"""What is simulated: a part of a recipe, and how long each step of it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+
+from actors.settings import ActorsSettings
+from buffer.settings import BufferSettings, Settings
+from launch.errors import UserError
+from launch.settings.files import read_json
+from launch.settings.run import RunSettings
+from learner.settings.stages import LearnerSettings, StageSettings
+
+TIMED_RECIPE = Path(__file__).parents[2] / "launch/recipes/arithmetic_cpu.yaml"
+"""Whose times the defaults are."""
+
+
+class StepTimes(Settings):
+    """Seconds of every step that is simulated.
+
+    The defaults are those of `TIMED_RECIPE` with a core for each process; docs/results/cpu.md tells their origin.
+    """
+
+    decode_step_s: dict[PositiveInt, PositiveFloat] = Field(
+        {1: 0.0044, 8: 0.0044, 64: 0.0082},
+        min_length=1,
+        description="one engine step, by the number of rollouts in it; between two numbers linear, below as the least",
+    )
+    prefill_s: float = Field(0.00015, ge=0.0, description="added to a step for each rollout that begins in it")
+    actions_per_rollout: tuple[PositiveInt, ...] = Field(
+        (4, 5, 5, 5), min_length=1, description="lengths of rollouts, all equally likely"
+    )
+    start_actor_s: float = Field(12.0, ge=0.0, description="from the pool's decision until an engine stands")
+    load_weights_s: float = Field(0.01, ge=0.0, description="an actor stands still to take and check new weights")
+    send_weights_s: float = Field(
+        0.002, ge=0.0, description="weights travel to one node, one node after the other, once for its actors"
+    )
+    actors_per_node: PositiveInt = Field(8, description="actors that share what was sent to their node")
+    publish_s: float = Field(0.01, ge=0.0, description="the learner stands still to publish")
+    learner_step_s: float = Field(0.01, gt=0.0, description="of a learner step, whatever the batch and the ranks")
+    learner_trajectory_s: float = Field(
+        0.0007, ge=0.0, description="of a learner step for each trajectory, divided by the ranks"
+    )
+    insert_s: float = Field(0.003, ge=0.0, description="a shard is busy with an insert")
+    insert_row_s: float = Field(0.0001, ge=0.0, description="... and as long for each of its trajectories")
+    draw_s: float = Field(0.003, ge=0.0, description="a shard is busy with its part of a draw")
+    draw_row_s: float = Field(0.00003, ge=0.0, description="... and as long for each of its trajectories")
+    call_s: float = Field(0.001, ge=0.0, description="a call to another process and back, beside the work")
+
+    def decode_s(self, num_rollouts: int, num_new: int) -> float:
+        """Of an engine step with `num_rollouts` under way, of which `num_new` begin."""
+        sizes = sorted(self.decode_step_s)
+        step_s = float(np.interp(num_rollouts, sizes, [self.decode_step_s[size] for size in sizes]))
+        return step_s + num_new * self.prefill_s
+
+    def step_s(self, num_trajectories: int, ranks: int) -> float:
+        """Of a learner step; each rank takes its share of the trajectories, rounded up."""
+        return self.learner_step_s + self.learner_trajectory_s * -(-num_trajectories // ranks)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is simulated at every point. steps: of the learner that are measured, after `warmup` others."""
+
+    actors: ActorsSettings
+    buffer: BufferSettings
+    stage: StageSettings
+    learner: LearnerSettings
+    times: StepTimes
+    steps: int
+    warmup: int
+    seed: int
+
+    def with_batches_of(self, ranks: int) -> Plan:
+        """The same for each of `ranks` ranks: as many times the batches, and a buffer as many times as large."""
+        buffer, stage = self.buffer, self.stage
+        tolerance = buffer.samples_per_insert_tolerance
+        sizes = {"capacity": buffer.capacity * ranks, "min_size": buffer.min_size * ranks}
+        batches = {"batch_size": stage.batch_size * ranks, "rollout_batch_size": stage.rollout_batch_size * ranks}
+        more = {"samples_per_insert_tolerance": None if tolerance is None else tolerance * ranks}
+        return replace(self, buffer=buffer.model_copy(update=sizes | more), stage=stage.model_copy(update=batches))
+
+
+def make_plan(
+    settings: RunSettings, stage_name: str | None, times: StepTimes, steps: int, warmup: int | None = None
+) -> Plan:
+    """The part of a recipe that can be simulated.
+
+    stage_name: a stage with rollouts; None = the first. warmup: None = until the buffer has been drawn twice over.
+
+    Raises:
+        UserError: there is no such stage, or the simulation cannot do what the recipe asks for.
+    """
+    stages = {stage.name: stage for stage in settings.stages if stage.objective.needs_rollouts}
+    if not stages:
+        raise UserError(f"no stage of {settings.name!r} draws rollouts, so there is nothing to simulate")
+    stage = stages.get(stage_name or next(iter(stages)))
+    if stage is None:
+        raise UserError(f"{stage_name!r} is no stage that draws rollouts; those are: {', '.join(stages)}")
+    if settings.noise.kind == "policy" and stage.objective.uses_noise:
+        raise UserError("simulated actors make no expert trajectories: choose another noise.kind than policy")
+    largest = max(times.decode_step_s)
+    if settings.actors.max_concurrent > largest:
+        raise UserError(
+            f"actors.max_concurrent={settings.actors.max_concurrent}, but the times tell decode_step_s for {largest} "
+            "rollouts at most: measure it for as many, or lower actors.max_concurrent"
+        )
+    if times.start_actor_s > settings.actors.start_timeout_s:
+        raise UserError(
+            f"start_actor_s={times.start_actor_s:g} is more than actors.start_timeout_s="
+            f"{settings.actors.start_timeout_s:g}: no engine would start; raise the latter"
+        )
+    if warmup is None:
+        warmup = 2 * -(-settings.buffer.capacity // stage.rollout_batch_size)
+    return Plan(settings.actors, settings.buffer, stage, settings.learner, times, steps, warmup, settings.seed)
+
+
+def read_times(path: Path) -> StepTimes:
+    """Times from a JSON file; what it leaves out has its default.
+
+    Raises:
+        UserError: see `read_json`; or the file holds something else.
+    """
+    tree = read_json(path, "file of times")
+    try:
+        return StepTimes.model_validate(tree)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(str(part) for part in detail["loc"])
+        known = f" (known: {', '.join(StepTimes.model_fields)})" if detail["type"] == "extra_forbidden" else ""
+        raise UserError(f"{path}: {where + ': ' if where else ''}{detail['msg']}{known}") from None
