@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pyarrow as pa
@@ -57,15 +57,8 @@ class _Draw:
     is_rollouts: bool = False
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """One forward and backward pass. counts: of the whole draw, over all ranks. The last two: as of the draw."""
-
-    tree: TreeBatch
-    counts: LogCounts
-    loss: _Loss
-    prioritised: bool = False
-    is_rollouts: bool = False
+_Pass = tuple[TreeBatch, _Draw]
+"""One forward and backward pass: a part of this rank's share of a draw."""
 
 
 @dataclass(frozen=True)
@@ -134,17 +127,16 @@ class Trainer:
         passes = self._passes(experts, rollouts)
         with self._ranks.exchange(f"step {self.step}"):
             if rollouts is not None:
-                trees = [each.tree for each in passes if each.is_rollouts]
+                trees = [tree for tree, draw in passes if draw.is_rollouts]
                 self._objective.prepare(self._policy, trees, count_logs(rollouts), self.step)
             evaluated = self._accumulate(passes)
-        objective_metrics, gradient_norm = evaluated.metrics, evaluated.gradient_norm
-        loss = float(objective_metrics["loss"])
+        gradient_norm, loss = evaluated.gradient_norm, float(evaluated.metrics["loss"])
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise FloatingPointError(
                 f"step {self.step}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}; "
                 f"lower the learning rate or alpha. {self._blame(self._draws(experts, rollouts))}"
             )
-        self._objective.check(objective_metrics, self.step)
+        self._objective.check(evaluated.metrics, self.step)
         self._objective.advance()
         learning_rate = self._learning_rate()
         for group in self._optimizer.param_groups:
@@ -157,15 +149,15 @@ class Trainer:
             self._report_priorities(priorities)
         num_actions, num_nodes, num_nodes_unshared, num_padded_nodes = self._ranks.sum(
             [
-                sum(each.tree.num_actions for each in passes),
-                sum(each.tree.num_nodes for each in passes),
-                sum(each.tree.num_nodes_unshared for each in passes),
-                sum(each.tree.num_padded_nodes for each in passes),
+                sum(tree.num_actions for tree, _ in passes),
+                sum(tree.num_nodes for tree, _ in passes),
+                sum(tree.num_nodes_unshared for tree, _ in passes),
+                sum(tree.num_padded_nodes for tree, _ in passes),
             ]
         )
         seconds = time.perf_counter() - started
         return {
-            **finish_behaviour_metrics({name: float(value) for name, value in objective_metrics.items()}),
+            **finish_behaviour_metrics({name: float(value) for name, value in evaluated.metrics.items()}),
             "gradient_norm": gradient_norm,
             "learning_rate": learning_rate,
             "step_s": seconds,
@@ -179,14 +171,11 @@ class Trainer:
     def _passes(self, experts: pa.RecordBatch | None, rollouts: pa.RecordBatch | None) -> list[_Pass]:
         """This rank's passes over its shares of the draws: as many at every rank, since FSDP gathers in each."""
         draws = self._draws(experts, rollouts)
-        passes = [
-            _Pass(tree, draw.counts, draw.loss, draw.prioritised, draw.is_rollouts)
-            for draw in draws
-            for tree in self._trees_of(draw.batch)
-        ]
+        passes = [(tree, draw) for draw in draws for tree in self._trees_of(draw.batch)]
         missing = self._ranks.maximum(len(passes)) - len(passes)
         if missing:
-            passes += missing * [_Pass(self._tree_without_logs(draws[0].batch), draws[0].counts, draws[0].loss)]
+            nothing = replace(draws[0], prioritised=False, is_rollouts=False)
+            passes += missing * [(self._tree_without_logs(nothing.batch), nothing)]
         return passes
 
     def _draws(self, experts: pa.RecordBatch | None, rollouts: pa.RecordBatch | None) -> list[_Draw]:
@@ -218,12 +207,11 @@ class Trainer:
         """Gradients of the step, summed over passes and ranks and clipped; the norm is that before clipping."""
         self._optimizer.zero_grad(set_to_none=True)
         shares, ids, priorities = [], [], []
-        for number, each in enumerate(passes, start=1):
+        for number, (tree, draw) in enumerate(passes, start=1):
             synchronise_gradients(self._policy, enabled=number == len(passes))
-            tree = each.tree.to(self._policy.device)
-            logs = self._objective.evaluate(self._policy, tree, each.counts, self.step)
-            loss, metrics = each.loss(logs)
-            if each.prioritised:
+            logs = self._objective.evaluate(self._policy, tree.to(self._policy.device), draw.counts, self.step)
+            loss, metrics = draw.loss(logs)
+            if draw.prioritised:
                 ids.append(tree.trajectories.ids)
                 priorities.append(self._objective.priorities(logs))
             loss.backward()
@@ -242,9 +230,8 @@ class Trainer:
         for draw in draws:
             for row, name in enumerate(draw.batch.column("id").to_pylist()):
                 (tree,) = build_micro_batches(draw.batch.slice(row, 1), self._trees)
-                tree = tree.to(self._policy.device)
                 with torch.no_grad():
-                    logs = self._objective.evaluate(self._policy, tree, draw.counts, self.step)
+                    logs = self._objective.evaluate(self._policy, tree.to(self._policy.device), draw.counts, self.step)
                 if not is_finite(logs, draw.loss):
                     blamed.append(name)
         if not blamed:
@@ -281,7 +268,7 @@ class Trainer:
         whole = OptimizerState(state=optimizer["state"], param_groups=optimizer["param_groups"])
         load_optimizer_state(self._optimizer, whole)
         torch.set_rng_state(state["random_state"])
-        remembered = state.get("objective", {})  # a checkpoint from before objectives remembered anything has none
+        remembered = state["objective"]
         assert isinstance(remembered, dict)
         self._objective.load_state(remembered)
         before, now = state["learning_rate"], self._learning_rate()

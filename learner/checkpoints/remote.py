@@ -38,15 +38,9 @@ class RemoteCheckpoints:
         self._local = LocalCheckpoints(local_folder)
 
     def steps(self) -> list[int]:
-        """Steps of which there is a checkpoint, ascending."""
         return sorted(self._complete())
 
     def progress(self, step: int) -> Progress:
-        """Progress of a checkpoint.
-
-        Raises:
-            ValueError: it is not one of this program. OSError: it cannot be read.
-        """
         return Progress.from_json(self._read(f"{self._complete()[step]}/{PROGRESS_FILE}"), self.location(step))
 
     def folder(self, step: int) -> Path:

@@ -26,7 +26,7 @@ class CheckpointStore(Protocol):
         """Steps of which there is a checkpoint, ascending."""
 
     def progress(self, step: int) -> Progress:
-        """Progress of a checkpoint. ValueError: it is not one of this program."""
+        """Progress of a checkpoint. ValueError: it is not one of this program. OSError: it cannot be read."""
 
     def folder(self, step: int) -> Path:
         """A local folder with all files of a checkpoint, fetched if need be."""
@@ -64,7 +64,7 @@ def remove_superseded(store: CheckpointStore, keep: int, best_metric: str | None
 
 
 class LocalCheckpoints:
-    """Checkpoints in a folder, `step-<n>` each.
+    """Checkpoints in a folder, `step-<n>` each; see `CheckpointStore`.
 
     A folder without `.tmp` in its name is complete: folders are filled and emptied under a `.tmp` name only. Where a
     step is written again, what it replaces stays as `step-<n>.replaced` until the new one is in place.
@@ -74,23 +74,15 @@ class LocalCheckpoints:
         self._folder = folder
 
     def steps(self) -> list[int]:
-        """Steps of which there is a checkpoint, ascending."""
         return sorted(self._paths())
 
     def progress(self, step: int) -> Progress:
-        """Progress of a checkpoint.
-
-        Raises:
-            ValueError: the folder is not a checkpoint of this program.
-        """
         return read_progress(self.folder(step))
 
     def folder(self, step: int) -> Path:
-        """The checkpoint's folder."""
         return self._paths()[step]
 
     def location(self, step: int) -> str:
-        """The checkpoint's folder."""
         return str(self._folder / step_name(step))
 
     def write(self, step: int, fill: Callable[[Path], None]) -> None:
@@ -119,7 +111,6 @@ class LocalCheckpoints:
         self._sweep()
 
     def remove(self, step: int) -> None:
-        """Delete a checkpoint."""
         _discard(self.folder(step))
 
     def _paths(self) -> dict[int, Path]:

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 class RankLostError(RuntimeError):
-    """The other ranks could not be reached; why, the one that failed or the end of its process tells."""
+    """This rank could not go on with the others. Another one's error, or the end of its process, may say why."""
 
 
 class Ranks:
@@ -44,15 +44,10 @@ class Ranks:
 
     def broadcast_numbers(self, numbers: Sequence[int]) -> list[int]:
         """The integers of rank 0 at every rank; the others give as many of any value."""
-        if self.size == 1:
-            return list(numbers)
-        tensor = torch.tensor(numbers, dtype=torch.int64)
-        with self.exchange("an announcement of rank 0"):
-            dist.broadcast(tensor, src=0)
-        return [int(number) for number in tensor]
+        return [int(number) for number in self.broadcast_bytes(torch.tensor(numbers, dtype=torch.int64))]
 
     def broadcast_bytes(self, payload: Tensor) -> Tensor:
-        """[size_bytes] uint8 of rank 0 at every rank; the others give a buffer of that size, which is filled."""
+        """[n] in host memory, of rank 0 at every rank; the others give a buffer of that size, which is filled."""
         if self.size > 1 and payload.numel():
             with self.exchange("data of rank 0"):
                 dist.broadcast(payload, src=0)
@@ -69,12 +64,7 @@ class Ranks:
 
     def sum(self, numbers: Sequence[int]) -> list[int]:
         """Sums over the ranks, one for each number."""
-        if self.size == 1:
-            return list(numbers)
-        tensor = torch.tensor(numbers, dtype=torch.int64)
-        with self.exchange("a sum"):
-            dist.all_reduce(tensor, dist.ReduceOp.SUM)
-        return [int(number) for number in tensor]
+        return [int(number) for number in self.sum_vector(torch.tensor(numbers, dtype=torch.int64))]
 
     def sum_vector(self, vector: Tensor) -> Tensor:
         """[n] in host memory: the sum over the ranks, which give as many numbers each."""
@@ -103,16 +93,20 @@ class Ranks:
     def exchange(self, what: str) -> Iterator[None]:
         """Around collectives: an error of the process group becomes one that says whose and during what.
 
+        NCCL's errors have a type. gloo's are plain RuntimeErrors, as are some of torch's own; one of those at this rank
+        is told in the same way, since no other rank can know better.
+
         Raises:
-            RankLostError: instead of the error of the process group.
+            RankLostError: instead of such an error, where there are several ranks.
         """
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, RankLostError) or not _is_of_process_group(error):
+            if self.size == 1 or not (isinstance(error, dist.DistError) or type(error) is RuntimeError):
                 raise
             raise RankLostError(
-                f"learner rank {self.rank} of {self.size} lost the other ranks during {what}: {_first_line(error)}"
+                f"learner rank {self.rank} of {self.size} lost the other ranks during {what}, or failed in it: "
+                f"{_first_line(error)}"
             ) from error
 
 
@@ -167,11 +161,6 @@ def leave_ranks() -> None:
     """Close this process's connections, so that ranks that still wait for it end with an error at once."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _is_of_process_group(error: RuntimeError) -> bool:
-    """gloo raises plain RuntimeErrors, as torch does for much else; they name the library."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -44,11 +44,11 @@ def test_a_loss_that_is_not_finite_is_told_by_all_alike(failed):
 def test_the_loss_of_a_rank_is_noticed_by_the_others(failed, rank):
     seconds, told = (failed / f"lost {rank}.txt").read_text().splitlines()
     assert float(seconds) < TIMEOUT_S / 2, "noticed by the time-out only"
-    assert told.startswith(f"RankLostError: learner rank {rank} of 3 lost the other ranks during step 0: "), told
+    assert told.startswith(f"RankLostError: learner rank {rank} of 3 lost the other ranks during step 0, or "), told
 
 
 def test_a_rank_that_hangs_is_given_up_after_the_time_out(tmp_path):
     assert run_ranks(2, hangs, tmp_path, HANG_TIMEOUT_S) == [0, 0]
     told = (tmp_path / "hung.txt").read_text()
-    assert told.startswith("RankLostError: learner rank 0 of 2 lost the other ranks during a maximum: "), told
+    assert told.startswith("RankLostError: learner rank 0 of 2 lost the other ranks during a maximum, or "), told
     assert f"{HANG_TIMEOUT_S * 1000:.0f}ms" in told
