@@ -21,7 +21,7 @@ from launch.evaluation.measuring import check_evaluation
 from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
 from launch.evaluation.task import EVALUATION_FOLDER
 from launch.monitoring.run_log import RunLog
-from launch.report.write import REPORT_FILE, write_report
+from launch.report.command import REPORT_FILE, write_report
 from launch.run.driver import RunOutcome
 from launch.run.driver import train as run_stages
 from launch.run_folder.checkpoints import final_checkpoint, finished_stages

@@ -54,8 +54,8 @@ class VersionRange:
         return cls(oldest, newest)
 
 
-def staleness(policy_version: int, oldest: Int32) -> Int64:
-    """[n] staleness at `policy_version` of rows whose oldest version is `oldest`; 0 where they have none.
+def staleness(policy_version: int | Int64, oldest: Int32) -> Int64:
+    """[n] staleness at `policy_version`, one for all or [n], of rows with the version `oldest`; 0 where they have none.
 
     A row newer than `policy_version` (an actor may load a publication before the learner's next draw) counts
     as fresh.

@@ -11,9 +11,9 @@ import yaml
 from launch.compare.folder import ComparisonFolder
 from launch.compare.plan import RECIPE_KEY, ComparisonPlan
 from launch.compare.results import ComparedMetric, Comparison
+from launch.report.command import REPORT_FILE
 from launch.report.document import render_document
 from launch.report.evaluation import GROUPS, METRICS, MetricInfo, change_outcome
-from launch.report.write import REPORT_FILE
 from launch.run_folder.folder import shown_path
 from launch.statistics import MIN_SEEDS
 

@@ -16,7 +16,7 @@ from launch.errors import RunFailedError
 from launch.evaluation import Target, evaluate
 from launch.evaluation.measuring import check_evaluation
 from launch.evaluation.report import EVALUATION_FILE, write_evaluation
-from launch.report.write import write_report
+from launch.report.command import write_report
 from launch.run.driver import train
 from launch.run_folder.folder import sole_driver
 from launch.settings.run import RunSettings

@@ -1,14 +1,19 @@
-"""The command `sequencematch report`."""
+"""The command `sequencematch report`, and the writing of the page."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from buffer.full_disk import is_disk_full, writing_to
 from launch.command_errors import provide_folder, reported_errors
 from launch.command_options import path
+from launch.errors import UserError
+
+REPORT_FILE = "report.html"
 
 
 def report(
@@ -25,7 +30,6 @@ def report(
     [dim]Example:[/dim] sequencematch report runs/arithmetic-20260101-120000
     """
     with reported_errors():
-        from launch.report.write import write_report
         from launch.run_folder.folder import run_config
 
         inside = run_config(run).parent
@@ -34,3 +38,38 @@ def report(
     for note in written.notes:
         typer.echo(f"warning: {note}", err=True)
     typer.echo(f"report: {written.path}")
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """notes: what could not be shown, and why; the page contains them too."""
+
+    path: Path
+    notes: tuple[str, ...]
+
+
+def write_report(run: Path, path: Path | None = None) -> WrittenReport:
+    """Write the report of a run; a reader never sees half of one.
+
+    path: of the page; by default `report.html` in the run folder.
+
+    Raises:
+        UserError: see `launch.report.gather.gather`; or a file cannot be read, or the page not be written.
+    """
+    from launch.report.gather import gather
+    from launch.report.page import render
+
+    path = run / REPORT_FILE if path is None else path
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        gathered = gather(run)
+        with writing_to(path):
+            temporary.write_text(render(gathered), encoding="utf-8")
+        temporary.rename(path)
+    except OSError as error:
+        if is_disk_full(error):
+            raise  # the command names the place that needs room
+        raise UserError(str(error)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return WrittenReport(path, tuple(gathered.notes))

@@ -25,8 +25,9 @@ _AXIS_LEFT, _AXIS_RIGHT = 4.0, 148.0  # of the drawing of an interval, in the un
 def render_document(package: str, template: str, scripts: Sequence[str], **names: object) -> str:
     """The page.
 
-    package: whose folder `assets` has the template; the style, the scripts and what templates share are the report's.
-    names: what the template asks for, besides `style`, `script` and `policy`.
+    package: whose folder `assets` has the template; the style, the scripts and `parts.html.j2` are the report's.
+    names: what the template asks for, besides `style`, `script` and `policy`. A template draws a
+        `launch.report.plots.Plot` with the macro `figure`, and an interval with `position` on its axis.
     """
     style, script = _asset(_STYLE), "\n".join(map(_asset, scripts))
     return (
@@ -41,10 +42,11 @@ def render_document(package: str, template: str, scripts: Sequence[str], **names
     )
 
 
-def axis_position(low: float, high: float, value: float) -> float:
+def axis_position(value: float, span: tuple[float, float]) -> float:
     """Where a value lies in the drawing of an interval; beyond the ends of its axis, at the nearer one."""
-    share = min(1.0, max(0.0, (value - low) / (high - low)))
-    return round(_AXIS_LEFT + share * (_AXIS_RIGHT - _AXIS_LEFT), 2)
+    low, high = span
+    fraction = min(1.0, max(0.0, (value - low) / (high - low)))
+    return round(_AXIS_LEFT + fraction * (_AXIS_RIGHT - _AXIS_LEFT), 2)
 
 
 @cache
@@ -64,6 +66,7 @@ def _environment(package: str) -> jinja2.Environment:
         "change": formatting.change,
         "duration": formatting.duration,
         "moment": formatting.moment,
+        "position": axis_position,
     }
     return environment
 
@@ -73,7 +76,7 @@ def _asset(name: str) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """Content security policy that lets nothing in but this style and this script."""
+    """Content security policy that admits nothing but this style and this script."""
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return (
         f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; img-src data:; "

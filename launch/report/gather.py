@@ -1,4 +1,4 @@
-"""All that a report says of a run, read from its folder while the run goes on, or after it."""
+"""All that a report shows of a run, read from its folder while the run goes on, or after it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,35 @@ from typing import TypeVar
 from buffer.reading.reader import BufferSnapshot, read_buffer
 from launch.errors import UserError
 from launch.evaluation.report import SAMPLES_FOLDER
-from launch.report.charts import ChartGroup, chart_groups
-from launch.report.curves import StageRows, read_stages
 from launch.report.draws import DrawFacts, draw_facts
 from launch.report.evaluation import EvaluationTable, read_evaluation
+from launch.report.metrics import StageMetrics, read_metrics
 from launch.report.rollouts import RolloutSample, sample_rollouts
 from launch.report.timeline import Timeline, read_timeline
 from launch.run_folder.folder import BUFFER_FOLDER, ENVIRONMENT_FILE, run_config
 from launch.run_folder.tokenizer import load_run_tokenizer
-from launch.settings.recipe import read_recipe, to_yaml
+from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
 
 T = TypeVar("T")
 
+_COMMAND = "command: "
+
 
 @dataclass(frozen=True)
 class StageSummary:
-    """A stage of the recipe. num_steps: logged so far; loss: mean over its last tenth, None before the first step."""
+    """A stage of the recipe. metrics: None before its first step."""
 
     name: str
     objective: str
     start_from: str | None
-    num_steps: int
     planned_steps: int
-    busy_s: float
-    loss: float | None
+    metrics: StageMetrics | None
+
+    @property
+    def num_steps(self) -> int:
+        """Logged so far."""
+        return int(self.metrics.steps[-1]) if self.metrics else 0
 
 
 @dataclass
@@ -49,29 +53,29 @@ class Report:
     settings: RunSettings
     environment: str
     stages: list[StageSummary]
-    charts: list[ChartGroup]
     timeline: Timeline | None
+    samples: dict[str, str]
     draws: DrawFacts | None = None
     rollouts: RolloutSample | None = None
     evaluation: EvaluationTable | None = None
-    samples: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def config(self) -> str:
-        """The resolved recipe."""
-        return to_yaml(self.settings)
-
-    @property
     def command(self) -> str:
-        """What the run was started with; empty where nothing says so."""
+        """What the run was started with; empty where the folder does not contain it."""
         first = self.environment.partition("\n")[0]
-        return first.removeprefix("command: ") if first.startswith("command: ") else ""
+        return first.removeprefix(_COMMAND) if first.startswith(_COMMAND) else ""
 
     @property
     def is_complete(self) -> bool:
         """Whether every stage has made all of its steps."""
         return all(stage.num_steps >= stage.planned_steps for stage in self.stages)
+
+    @property
+    def starting_points(self) -> list[StageSummary]:
+        """Stages that others which have begun start from; they are often many times as long."""
+        started_from = {stage.start_from for stage in self.stages if stage.metrics}
+        return [stage for stage in self.stages if stage.name in started_from and stage.metrics]
 
 
 def gather(run: Path) -> Report:
@@ -82,12 +86,12 @@ def gather(run: Path) -> Report:
             program wrote its settings. OSError: a file cannot be read.
     """
     settings = read_recipe(run_config(run))
-    rows = read_stages(run)
-    if not rows:
+    metrics = read_metrics(run)
+    if not metrics:
         raise UserError(f"{run} has no data yet: no step was logged; ask again when training has begun")
     environment = run / ENVIRONMENT_FILE
     timeline = read_timeline(run)
-    first, last = min(float(stage.times[0]) for stage in rows), max(float(stage.times[-1]) for stage in rows)
+    first, last = min(float(each.times[0]) for each in metrics), max(float(each.times[-1]) for each in metrics)
     report = Report(
         name=run.resolve().name,
         made_at=time.time(),
@@ -95,31 +99,28 @@ def gather(run: Path) -> Report:
         last_at=max(last, timeline.began_at + timeline.last_s) if timeline else last,
         settings=settings,
         environment=environment.read_text(encoding="utf-8") if environment.is_file() else "",
-        stages=_summaries(settings, rows),
-        charts=chart_groups(rows),
+        stages=_summaries(settings, {each.stage: each for each in metrics}),
         timeline=timeline,
-        samples=_samples(run / SAMPLES_FOLDER),
+        samples={path.stem: path.read_text(encoding="utf-8") for path in sorted((run / SAMPLES_FOLDER).glob("*.txt"))},
     )
-    report.evaluation = _noted(report, "evaluation", lambda: read_evaluation(run, _is_baseline(settings)))
+    from_data = {stage.name for stage in settings.stages if not stage.objective.needs_rollouts}
+    report.evaluation = _noted(report, "evaluation", lambda: read_evaluation(run, lambda label: label in from_data))
     if (run / BUFFER_FOLDER).is_dir():
         snapshot = _noted(report, "replay buffer", lambda: read_buffer(run / BUFFER_FOLDER))
         if snapshot is not None:
-            _read_snapshot(report, run, snapshot)
+            report.draws = draw_facts(snapshot)
+            report.rollouts = _noted(report, "rollouts", lambda: _rollouts(run, snapshot))
     return report
 
 
-def _read_snapshot(report: Report, run: Path, snapshot: BufferSnapshot) -> None:
-    report.draws = draw_facts(snapshot)
-    if snapshot.trajectories.num_rows:
-        report.rollouts = _noted(
-            report, "rollouts", lambda: sample_rollouts(snapshot, load_run_tokenizer(run, snapshot.contract))
-        )
+def _rollouts(run: Path, snapshot: BufferSnapshot) -> RolloutSample | None:
+    if snapshot.trajectories.num_rows == 0:
+        return None
+    return sample_rollouts(snapshot, load_run_tokenizer(run, snapshot.contract))
 
 
 def _noted(report: Report, what: str, read: Callable[[], T]) -> T | None:
-    """What `read` gives; where a part of the folder cannot be read, the rest is shown, and the page says what is
-    missing.
-    """
+    """What `read` returns; where a part of the folder cannot be read, the page shows the rest and names the part."""
     try:
         return read()
     except (ValueError, OSError) as error:
@@ -127,34 +128,10 @@ def _noted(report: Report, what: str, read: Callable[[], T]) -> T | None:
         return None
 
 
-def _summaries(settings: RunSettings, rows: list[StageRows]) -> list[StageSummary]:
-    logged = {stage.stage: stage for stage in rows}
-    summaries = []
-    before: str | None = None
+def _summaries(settings: RunSettings, metrics: dict[str, StageMetrics]) -> list[StageSummary]:
+    summaries: list[StageSummary] = []
     for stage in settings.stages:
-        found = logged.get(stage.name)
-        loss = found.curves.get("loss") if found else None
-        summaries.append(
-            StageSummary(
-                stage.name,
-                stage.objective.name,
-                stage.start_from or before,
-                int(found.steps[-1]) if found else 0,
-                stage.steps,
-                found.busy_s if found else 0.0,
-                loss.end() if loss else None,
-            )
-        )
-        before = stage.name
+        start_from = stage.start_from or (summaries[-1].name if summaries else None)
+        found = metrics.get(stage.name)
+        summaries.append(StageSummary(stage.name, stage.objective.name, start_from, stage.steps, found))
     return summaries
-
-
-def _is_baseline(settings: RunSettings) -> Callable[[str], bool]:
-    """Stages that learn from the data alone."""
-    plain = {stage.name for stage in settings.stages if not stage.objective.needs_rollouts}
-    return lambda label: label in plain
-
-
-def _samples(folder: Path) -> dict[str, str]:
-    """Printed rollouts of the evaluation, by the name of the checkpoint."""
-    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))}

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from math import log
 
-from launch.report import formatting, wording
-from launch.report.charts import OTHERS
-from launch.report.document import axis_position, render_document
+import numpy as np
+
+from launch.report import formatting
+from launch.report.document import render_document
 from launch.report.evaluation import GROUPS, change_outcome
 from launch.report.gather import Report
-from launch.report.page_data import MAX_ACTORS, actor_indices, chart_id, page_data, thinned
+from launch.report.metrics import OTHERS, metric_plots
 from launch.report.rollouts import Rollout
+from launch.report.timeline import MAX_ACTORS, timeline_plots
+from launch.settings.recipe import to_yaml
+from launch.settings.run import RunSettings
+from learner.settings.model import PretrainedModelSettings
 
 SHOWN_EXAMPLES = 4
 SHOWN_PUSHES = 300
 PROBABILITY_BOUNDS = (0.01, 0.1, 0.5, 0.9)
-"""Between the five colours of deleted tokens; the script has the same ones."""
-
-_SCRIPTS = ("charts.js", "rollouts.js")
+"""Between the five colors of deleted tokens; the script has the same ones."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring tokens that look the same. classes: of CSS."""
+    """Neighboring tokens that look the same. classes: of CSS."""
 
     text: str
     classes: str
@@ -33,42 +35,46 @@ class Piece:
 
 def render(report: Report) -> str:
     """The page."""
-    timeline, rollouts = report.timeline, report.rollouts
+    timeline, sample = report.timeline, report.rollouts
+    shown = sample.rollouts if sample else ()
     pushes = timeline.pushes if timeline else []
-    shown = rollouts.rollouts if rollouts else ()
-    actors = actor_indices(timeline) if timeline else []
-    drawn = wording.drawn_actors(len(actors), min(len(actors), MAX_ACTORS))
+    evenly = np.linspace(0, len(pushes) - 1, min(len(pushes), SHOWN_PUSHES)).round().astype(int).tolist()
+    badge, details = _state(report)
+    names = [stage.name for stage in report.stages]
+    starting = [stage.name for stage in report.starting_points]
+    logged = [stage.metrics for stage in report.stages if stage.metrics]
     return render_document(
         "launch.report",
         "report.html.j2",
-        _SCRIPTS,
+        ("plots.js", "rollouts.js"),
         report=report,
-        data=page_data(report),
-        state=wording.state(report),
-        model=wording.model(report.settings),
-        task=wording.task(report.settings),
-        noise=wording.noise(report.settings),
-        rollouts=rollouts if shown else None,
+        config=to_yaml(report.settings),
+        badge=badge,
+        state_details=details,
+        model=_model(report.settings),
+        task=_task(report.settings),
+        noise=_noise(report.settings),
+        rollouts=sample if shown else None,
         examples=sorted(shown, key=lambda rollout: (not rollout.takes_back, -rollout.created_at))[:SHOWN_EXAMPLES],
-        deleting_share=formatting.share(rollouts.num_deleting / rollouts.num_stored) if rollouts and shown else "",
+        deleting=formatting.share(sample.num_deleting / sample.num_stored) if sample and shown else "",
         has_noise=any(action.noise for rollout in shown for action in rollout.actions),
-        histograms=report.draws.histograms if report.draws else (),
+        rollout_data=[[rollout.prompt, rollout.actions] for rollout in shown],
+        plots=metric_plots([each for each in logged if each.stage not in starting], names),
+        starting_plots={
+            each.stage: [plot for group in metric_plots([each], names).values() for plot in group]
+            for each in logged
+            if each.stage in starting
+        },
+        timeline_plots=timeline_plots(timeline) if timeline else [],
         pushes=pushes,
-        shown_pushes=thinned(pushes, SHOWN_PUSHES),
-        push_caption=wording.pushes(timeline) + drawn if timeline else "",
-        rates_caption=f"{wording.RATES}{drawn}",
-        actors=actors[:MAX_ACTORS],
-        has_rates=bool(timeline and timeline.rates),
+        shown_pushes=[pushes[index] for index in evenly],
+        actors=timeline.actors[:MAX_ACTORS] if timeline else [],
         warnings=timeline.warnings if timeline else [],
         group_titles=GROUPS,
         others=OTHERS,
-        axis=lambda span: partial(axis_position, *span),
-        chart_id=chart_id,
         outcome=lambda cell, measure: change_outcome(cell.change, measure.info) or "",
         pieces=pieces,
-        taken=wording.taken,
-        unit=wording.chart_unit,
-        versions=wording.versions,
+        versions=_versions,
     )
 
 
@@ -86,3 +92,50 @@ def pieces(rollout: Rollout) -> list[Piece]:
 def _classes(kept: bool, noise: bool, logprob: float) -> str:
     names = [] if kept else ["gone", f"p{sum(logprob > log(bound) for bound in PROBABILITY_BOUNDS)}"]
     return " ".join([*names, *(["noise"] if noise else [])])
+
+
+def _state(report: Report) -> tuple[str, str]:
+    """Whether the run is done, and what else is to say of it. A run without recent lines may be alive or dead."""
+    timeline = report.timeline
+    last = timeline.state if timeline else "open"
+    if last == "finished" or report.is_complete:
+        return "finished", ""
+    if timeline and last == "failed":
+        return "failed", timeline.cause
+    if last == "stopped":
+        return "stopped", f"Stopped on request. It goes on with: sequencematch train --resume {report.name}"
+    silent = formatting.duration(max(0.0, report.made_at - report.last_at))
+    return "open", f"Under way, or killed: its last line was written {silent} before this report."
+
+
+def _model(settings: RunSettings) -> str:
+    chosen = settings.model
+    if not isinstance(chosen, PretrainedModelSettings):
+        layers = "1 layer" if chosen.num_layers == 1 else f"{chosen.num_layers} layers"
+        return f"{chosen.architecture}, {layers} of width {chosen.hidden_size}, from scratch"
+    trained = "every weight trained" if chosen.adapter is None else "low-rank adapters trained"
+    frozen = "" if chosen.quantization is None else f", frozen layers in {chosen.quantization}"
+    return f"{chosen.name}, {trained}{frozen}"
+
+
+def _task(settings: RunSettings) -> str:
+    chosen = settings.task
+    if chosen.name == "arithmetic":
+        bases = ", ".join(map(str, chosen.bases))
+        return f"arithmetic in base {bases}, up to {chosen.max_digits} digits, {chosen.train_questions:,} questions"
+    source = ", ".join(chosen.files) or chosen.dataset
+    return f"text of {source}: {chosen.prompt_tokens} tokens of prompt, {chosen.target_tokens} to continue"
+
+
+def _noise(settings: RunSettings) -> str:
+    """What is mixed into the expert's texts to be taken back."""
+    chosen = settings.noise
+    return "none" if chosen.kind == "none" else f"{chosen.kind}, at {formatting.share(chosen.rate)} of the positions"
+
+
+def _versions(rollout: Rollout) -> str:
+    """Versions of the weights behind a rollout's actions: `v3`, or `v3 to v5`."""
+    seen = [action.version for action in rollout.actions]
+    if not seen:
+        return "no action"
+    return f"v{min(seen)}" if min(seen) == max(seen) else f"v{min(seen)} to v{max(seen)}"

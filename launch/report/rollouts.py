@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,7 @@ CONTEXT_TOKENS = 8
 ActionKind = Literal["write", "backspace", "end"]
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):
     """One action. text: of the token that was written. kept: whether it is there at the end. noise: the environment
     wrote another token than the policy chose. logprob: in nats, as the actor stored it.
     """
@@ -119,7 +118,7 @@ def read_rollout(row: pa.RecordBatch, tokenizer: PreTrainedTokenizerBase, contra
             text.append(written)
         elif kind == "backspace":
             text.pop()
-        actions.append(Action(kind, shown, stays, written != action, logprob, version))
+        actions.append(Action(kind, shown, stays, written != action, float(f"{logprob:.4g}"), version))
     values = row.select(["id", "actor", "created_at", "finish_reason", "reward"]).to_pylist()[0]
     return Rollout(
         values["id"],

@@ -19,7 +19,7 @@ class Stepper {
     for (const [step, button] of Object.entries(this.buttons)) button.addEventListener("click", () => this.step(step));
     panel.addEventListener("keydown", (event) => this.key(event));
     // Begin where something is taken back, if anything is.
-    const backspaces = rollouts.map(({ actions }) => actions.findIndex(([kind]) => kind === "backspace"));
+    const backspaces = rollouts.map(([, actions]) => actions.findIndex(([kind]) => kind === "backspace"));
     const first = Math.max(0, backspaces.findIndex((at) => at >= 0));
     this.choose(first);
     this.show(backspaces[first] + 1);
@@ -28,14 +28,14 @@ class Stepper {
   choose(index) {
     this.index = index;
     this.choices.forEach((choice, each) => choice.setAttribute("aria-pressed", String(each === index)));
-    const { actions } = this.rollouts[index];
+    const [, actions] = this.rollouts[index];
     this.chips = actions.map((action, at) => {
       const chip = html("button", "", label(action));
       chip.type = "button";
       chip.tabIndex = -1; // the arrow keys reach it
       chip.addEventListener("click", () => this.show(at + 1));
-      if (action[0] === "write" && !action[5]) chip.classList.add("gone", probabilityClass(action[2]));
-      if (action[4]) chip.classList.add("noise");
+      if (action[0] === "write" && !action[2]) chip.classList.add("gone", probabilityClass(action[4]));
+      if (action[3]) chip.classList.add("noise");
       return chip;
     });
     this.strip.replaceChildren(...this.chips);
@@ -45,9 +45,9 @@ class Stepper {
   // done: actions that have been taken.
   show(done) {
     this.done = done;
-    const { prompt, actions } = this.rollouts[this.index];
+    const [prompt, actions] = this.rollouts[this.index];
     const stack = [], tokens = [];
-    actions.slice(0, done).forEach(([kind, text, logprob, , noise], at) => {
+    actions.slice(0, done).forEach(([kind, text, , noise, logprob], at) => {
       if (kind === "write") {
         stack.push(tokens.length);
         tokens.push({ text, logprob, noise, gone: false, now: at === done - 1 });
@@ -74,7 +74,7 @@ class Stepper {
   }
 
   step(name) {
-    const last = this.rollouts[this.index].actions.length;
+    const last = this.rollouts[this.index][1].length;
     const to = { first: 0, back: this.done - 1, on: this.done + 1, last }[name];
     this.show(Math.min(last, Math.max(0, to)));
   }
@@ -100,7 +100,7 @@ function label([kind, text]) {
   return text.replaceAll("\n", "↵").replaceAll(" ", "␣") || "∅";
 }
 
-function describe([kind, text, logprob, version, noise], at, count, taken) {
+function describe([kind, text, , noise, logprob, version], at, count, taken) {
   const what = kind === "backspace" ? `takes back “${taken.text}”` : kind === "end" ? "ends the text" : `writes “${text}”`;
   const probability = Math.exp(logprob);
   const percent = probability >= 0.0995 || probability === 0 ? (100 * probability).toFixed(0) : (100 * probability).toPrecision(2);
@@ -109,4 +109,4 @@ function describe([kind, text, logprob, version, noise], at, count, taken) {
 }
 
 const panel = document.getElementById("stepper");
-if (panel) new Stepper(panel, DATA.rollouts);
+if (panel) new Stepper(panel, JSON.parse(document.getElementById("rollout-data").textContent));

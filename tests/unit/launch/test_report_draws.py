@@ -9,7 +9,8 @@ import pytest
 
 from buffer.experts.tasks import Task
 from buffer.reading.reader import BufferSnapshot, read_buffer
-from launch.report.draws import MAX_BINS, count_integers, count_reals, draw_facts, round_width
+from launch.report.draws import MAX_BINS, draw_facts, histogram
+from launch.report.formatting import number
 from launch.report.rollouts import sample_rollouts
 from tests.run_folders import ROWS_PER_VERSION, VERSIONS, write_buffer
 
@@ -33,36 +34,33 @@ def test_staleness_and_reuse_are_those_of_every_single_draw(snapshot: BufferSnap
             uses.update(event["rows"])
     facts = draw_facts(snapshot)
     assert (facts.num_draws, facts.num_lost) == (16 * VERSIONS, 0)
-    staleness, age, reuse = facts.histograms
-    found = {round(edge + 0.5): count for edge, count in zip(staleness.edges, staleness.counts, strict=False)}
+    staleness, age, reuse = (plot.series[0] for plot in facts.plots)
+    found = {round(edge + 0.5): count for edge, count in zip(staleness.x, staleness.y, strict=False)}
     assert {key: count for key, count in found.items() if count} == dict(stale)
-    assert sum(reuse.counts) == len(uses)
-    assert reuse.mean == pytest.approx(np.mean(list(uses.values())))
-    assert sum(age.counts) == 16 * VERSIONS
+    assert sum(reuse.y) == len(uses)
+    assert f"Mean {number(np.mean(list(uses.values())))}," in facts.plots[2].caption
+    assert sum(age.y) == 16 * VERSIONS
 
 
 def test_draws_of_rows_that_are_gone_are_told_and_not_counted(snapshot: BufferSnapshot) -> None:
     kept = snapshot.trajectories.slice(ROWS_PER_VERSION)
     facts = draw_facts(BufferSnapshot(snapshot.contract, snapshot.newest_version, kept, snapshot.events))
     assert 0 < facts.num_lost < facts.num_draws
-    assert sum(facts.histograms[0].counts) == facts.num_draws - facts.num_lost
+    assert sum(facts.plots[0].series[0].y) == facts.num_draws - facts.num_lost
     none = draw_facts(BufferSnapshot(snapshot.contract, 0, kept.slice(0, 0), snapshot.events))
-    assert (none.histograms, none.num_lost) == ((), 16 * VERSIONS)
+    assert (none.plots, none.num_lost) == ((), 16 * VERSIONS)
 
 
 @pytest.mark.parametrize("values", [[0], [3, 3], [0, 1000], list(range(MAX_BINS + 1)), [-4, 7]])
 def test_no_value_falls_out_of_its_histogram(values: list[int]) -> None:
-    whole = count_integers("", "", "", np.array(values))
-    real = count_reals("", "", "", np.array(values) * 0.37)
-    for histogram in (whole, real):
-        assert sum(histogram.counts) == len(values)
-        assert len(histogram.counts) <= MAX_BINS + 2
-        assert (np.diff(histogram.edges) > 0).all()
-
-
-@pytest.mark.parametrize(("least", "width"), [(0.0, 1.0), (0.3, 0.5), (1.0, 1.0), (7.0, 10.0), (0.00021, 0.0005)])
-def test_widths_are_round(least: float, width: float) -> None:
-    assert round_width(least) == pytest.approx(width)
+    for plot in (
+        histogram("", "", "", np.array(values), whole=True),
+        histogram("", "", "", np.array(values) * 0.37),
+    ):
+        (bins,) = plot.series
+        assert sum(bins.y) == len(values)
+        assert len(bins.y) <= MAX_BINS + 2
+        assert (np.diff(bins.x) > 0).all()
 
 
 def test_shown_rollouts_are_spread_over_the_run_and_prefer_deletions(snapshot: BufferSnapshot, task: Task) -> None:

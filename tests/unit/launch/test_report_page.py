@@ -18,12 +18,12 @@ from launch.cli import app
 from launch.errors import UserError
 from launch.monitoring.live_view import RunView
 from launch.monitoring.run_log import RunLog
-from launch.report import formatting, wording
+from launch.report import formatting
+from launch.report.command import REPORT_FILE, write_report
 from launch.report.evaluation import MetricInfo
 from launch.report.gather import gather
 from launch.report.page import render
-from launch.report.page_data import page_data, shown_stages
-from launch.report.write import REPORT_FILE, write_report
+from launch.report.timeline import timeline_plots
 from launch.statistics import Interval
 from learner.status import LearnerStatus
 from tests.run_folders import (
@@ -83,8 +83,7 @@ def test_what_a_model_wrote_stays_text(tmp_path: Path) -> None:
     assert tags.count("script") == 2, "the data and our script"
     assert "img" not in tags
     data = json.loads(page.texts["script"][0])
-    assert data["rollouts"][0]["prompt"] == HOSTILE
-    assert data["rollouts"][0]["actions"][0][1] == HOSTILE
+    assert (data[0][0], data[0][1][0][1]) == (HOSTILE, HOSTILE)
 
 
 def test_nothing_is_loaded_and_only_our_script_and_style_may_act(run: Path) -> None:
@@ -149,19 +148,21 @@ def test_an_actor_that_took_only_the_first_version_is_left_out_of_the_later_ones
             view = RunView(run.name, [], learner=replace(learner, policy_version=version))
             view.pool = PoolStatus(2, version, (member(0, version, 10), member(1, 1, 10)))
             log.follow(view)
-    assert [line["name"] for line in page_data(gather(run))["charts"]["pushes"]["series"]] == ["learner", "actor 0"]
+    timeline = gather(run).timeline
+    assert timeline is not None
+    assert [series.name for series in timeline_plots(timeline)[0].series] == ["learner", "actor 0"]
     assert write_report(run).notes == ()
 
 
-def test_a_trunk_is_hidden_once_its_arms_have_begun(tmp_path: Path) -> None:
+def test_a_stage_is_drawn_apart_once_others_have_started_from_it(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     write_metrics(run, {"trunk": 5})
     report = gather(run)
-    assert shown_stages(report.stages) == {"trunk"}
+    assert report.starting_points == []
     assert not report.is_complete
     assert "Under way, or killed" in render(report)
     write_metrics(run)
-    assert shown_stages(gather(run).stages) == STEPS.keys() - {"trunk"}
+    assert [stage.name for stage in gather(run).starting_points] == ["trunk"]
 
 
 @pytest.mark.parametrize(
@@ -170,11 +171,6 @@ def test_a_trunk_is_hidden_once_its_arms_have_begun(tmp_path: Path) -> None:
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert formatting.number(value) == text
-
-
-def test_a_chart_says_whom_it_leaves_out() -> None:
-    assert wording.drawn_actors(12, 12) == ""
-    assert wording.drawn_actors(1024, 12) == " Drawn are the first 12 of 1,024 actors."
 
 
 def test_differences_have_signs_and_durations_units() -> None:
@@ -190,6 +186,6 @@ def test_rollouts_without_a_deletion_are_shown_as_what_they_are(tmp_path: Path) 
     assert "Struck through: written, then taken back; orange" in render(report)
     assert report.rollouts is not None
     (rollout,) = report.rollouts.rollouts
-    kept = replace(rollout, actions=tuple(replace(action, kept=True) for action in rollout.actions[::2]))
+    kept = replace(rollout, actions=tuple(action._replace(kept=True) for action in rollout.actions[::2]))
     report.rollouts = replace(report.rollouts, rollouts=(kept,), num_deleting=0)
     assert "None of the rollouts that are shown takes a token back" in render(report)

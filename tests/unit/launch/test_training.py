@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from launch.cli import app
 from launch.evaluation.report import EVALUATION_FILE
 from launch.monitoring.run_log import LOG_FILE
-from launch.report.write import REPORT_FILE
+from launch.report.command import REPORT_FILE
 from launch.run_folder.checkpoints import stage_checkpoints
 from launch.run_folder.folder import (
     METRICS_FILE,
