@@ -13,8 +13,7 @@ from launch.compare.folder import ComparisonFolder, Measured, StageCost, read_me
 from launch.compare.results import Comparison, Key
 from launch.durations import clock
 from launch.errors import RunFailedError
-from launch.evaluation import Target, evaluate
-from launch.evaluation.measuring import check_evaluation
+from launch.evaluation import Target, check_evaluation, evaluate
 from launch.evaluation.report import EVALUATION_FILE, write_evaluation
 from launch.report.command import write_report
 from launch.run.driver import train

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -15,20 +14,6 @@ from launch.command_options import AsJson, path
 
 if TYPE_CHECKING:
     from launch.settings.evaluation import EvaluationSettings
-
-
-class BanDeleted(StrEnum):
-    """Values of --ban-deleted."""
-
-    USUAL = "usual"
-    BOTH = "both"
-
-
-class MauveFeatures(StrEnum):
-    """Values of --mauve."""
-
-    ENCODER = "encoder"
-    MODEL = "model"
 
 
 def evaluate(
@@ -62,11 +47,12 @@ def evaluate(
         ),
     ] = None,
     ban_deleted: Annotated[
-        BanDeleted | None,
+        Literal["usual", "both"] | None,
         typer.Option(help="Tokens that were taken back are banned: in greedy decoding only, or each with and without."),
     ] = None,
     mauve: Annotated[
-        MauveFeatures | None, typer.Option(help="MAUVE of texts, with these features (needs the extra `mauve`).")
+        Literal["encoder", "model"] | None,
+        typer.Option(help="MAUVE of texts, with these features (needs the extra `mauve`)."),
     ] = None,
     mauve_clusters: Annotated[
         int | None, typer.Option(min=2, help="Clusters of MAUVE; ten texts are needed for each.")
@@ -93,8 +79,8 @@ def evaluate(
     """
     with reported_errors(), stdout_kept_clean(as_json):
         from launch.evaluation import evaluate as evaluate_targets
-        from launch.evaluation.kept_rollouts import ROLLOUTS_FOLDER
         from launch.evaluation.report import show_evaluation, write_evaluation
+        from launch.evaluation.rollouts import ROLLOUTS_FOLDER
         from launch.evaluation.task import kept_folder, labelled, settings_for
         from launch.run_folder.result import checkpoint_of
 
@@ -124,8 +110,8 @@ def _changed(
     settings: EvaluationSettings,
     examples: int | None,
     decoding: str | None,
-    ban_deleted: BanDeleted | None,
-    mauve: MauveFeatures | None,
+    ban_deleted: str | None,
+    mauve: str | None,
     mauve_clusters: int | None,
 ) -> EvaluationSettings:
     """The recipe's settings with those of the command line.
@@ -136,22 +122,18 @@ def _changed(
     from launch.settings.decodings import check_decodings
     from launch.settings.evaluation import MauveSettings
 
-    changes: dict[str, object] = {}
-    if examples is not None:
-        changes["examples"] = examples
-    if decoding is not None:
-        names = tuple(name.strip() for name in decoding.split(","))
-        check_decodings(names)
-        changes["decoding"] = names
-    if ban_deleted is not None:
-        changes["ban_deleted"] = ban_deleted.value
+    names = None if decoding is None else tuple(name.strip() for name in decoding.split(","))
+    check_decodings(names or ())
+    chosen = settings.mauve
     if mauve is not None or mauve_clusters is not None:
-        chosen = settings.mauve or (MauveSettings() if mauve is not None else None)
-        if chosen is None:
+        if chosen is None and mauve is None:
             raise ValueError("--mauve-clusters goes with --mauve encoder or --mauve model")
-        features = chosen.features if mauve is None else mauve.value
-        changes["mauve"] = MauveSettings(features=features, clusters=mauve_clusters or chosen.clusters)
-    return settings.model_copy(update=changes)
+        chosen = (chosen or MauveSettings()).model_copy(update=_given(features=mauve, clusters=mauve_clusters))
+    return settings.model_copy(update=_given(examples=examples, decoding=names, ban_deleted=ban_deleted, mauve=chosen))
+
+
+def _given(**options: object) -> dict[str, object]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _baseline_first(checkpoints: list[Path], against: Path) -> list[Path]:

@@ -16,7 +16,7 @@ import torch
 
 from actors.engine.action_log import FinishedLog, Int32, logs_to_batch
 from buffer.trajectory.schema import TokenContract
-from launch.evaluation.arms import Arm
+from launch.evaluation.rollout_groups import RolloutGroup
 from launch.settings.decodings import ContrastiveSearch
 from learner.state_tree.products import fill_ids
 
@@ -28,27 +28,27 @@ BATCH_PROMPTS = 16
 
 def contrastive_rollouts(
     model: PreTrainedModel,
-    arm: Arm,
+    group: RolloutGroup,
     contract: TokenContract,
     max_length: int,
     task: str,
     on_finished: Callable[[int], None],
 ) -> pa.RecordBatch:
-    """Continue every prompt of an arm; rows of the trajectory schema in the order of its prompts.
+    """Continue every prompt of a group; rows of the trajectory schema in the order of its prompts.
 
     max_length: longest text with its prompt, in tokens.
     """
-    assert arm.contrastive is not None
-    prompts, sampling = arm.group.prompts, arm.group.sampling
+    assert group.contrastive is not None
+    prompts, sampling = group.group.prompts, group.group.sampling
     logs: dict[int, FinishedLog] = {}
     for batch in _batches_of_one_length(prompts):
         room = min(sampling.max_new_tokens, sampling.max_actions, max_length - len(prompts[batch[0]]))
-        ids, logprobs = search(model, np.stack([prompts[index] for index in batch]), room, arm.contrastive, contract)
+        ids, logprobs = search(model, np.stack([prompts[index] for index in batch]), room, group.contrastive, contract)
         for index, actions, chosen in zip(batch, ids, logprobs, strict=True):
             ended = np.flatnonzero(np.isin(actions, contract.eos_ids))
             length = int(ended[0]) + 1 if len(ended) else len(actions)
             logs[index] = FinishedLog(
-                request_id=f"{arm.name}/{index}",
+                request_id=f"{group.name}/{index}",
                 prompt_ids=prompts[index],
                 actions=actions[:length],
                 logprobs=chosen[:length],

@@ -1,107 +1,117 @@
-"""The rollouts of an evaluation: what is kept from an interrupted one, the rest from the engine or the search."""
+"""The rollouts of an evaluation: what an interrupted one has kept, the rest from the engine or the search.
+
+A kept group of rollouts is one Arrow file, named by all that determines it (weights, prompts, decoding, seed, engine)
+and by its content. Other settings have other names, and a file that does not hold what its name says is not used.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import xxhash
 from rich.console import Console
 
-from actors.generator import Generator
+from buffer.full_disk import writing_to
+from buffer.trajectory.schema import TokenContract
 from launch.errors import UserError
-from launch.evaluation.arms import Arm
-from launch.evaluation.kept_rollouts import KeptRollouts, rollouts_key, weights_digest
-from launch.evaluation.results import Target
+from launch.evaluation.rollout_groups import RolloutGroup
 from launch.generation import Checkpoint, library_chatter_held, progress_bar, running_generator
+from launch.run_folder.folder import installed_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Rollouts = dict[str, pa.RecordBatch]
-"""Of one checkpoint, by arm."""
+ROLLOUTS_FOLDER = "rollouts"
+
+_FORMAT = 1  # part of every name: a change of what determines rollouts ends the use of older files
+_READ_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class RolloutPlan:
     """What is generated of every checkpoint. max_length: longest text with its prompt, in tokens."""
 
-    arms: Sequence[Arm]
+    groups: Sequence[RolloutGroup]
     task: str
     max_length: int
     seed: int
     kept: KeptRollouts | None
 
 
+class KeptRollouts:
+    """The folder of kept rollouts of an evaluation; it is made when there is something to keep.
+
+    on_damaged: told of each file that does not hold what its name says; it is removed.
+    """
+
+    def __init__(self, folder: Path, on_damaged: Callable[[Path], None]) -> None:
+        self._folder = folder / ROLLOUTS_FOLDER
+        self._on_damaged = on_damaged
+
+    def find(self, key: str) -> pa.RecordBatch | None:
+        """The rollouts of a key, if they are there and whole."""
+        for path in sorted(self._folder.glob(f"{key}-*.arrow")):
+            content = path.read_bytes()
+            if path.stem == f"{key}-{xxhash.xxh3_64_hexdigest(content)}":
+                return pa.ipc.open_file(pa.BufferReader(content)).get_batch(0)
+            path.unlink()
+            self._on_damaged(path)
+        return None
+
+    def keep(self, key: str, batch: pa.RecordBatch) -> None:
+        """Write the rollouts of a key. A process that dies here leaves no half of a file under its name."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        content = sink.getvalue()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{key}-{xxhash.xxh3_64_hexdigest(content)}.arrow"
+        temporary = path.with_suffix(".tmp")
+        with writing_to(temporary):
+            temporary.write_bytes(content)
+        temporary.rename(path)
+
+
 def make_rollouts(
-    targets: Sequence[Target], checkpoints: Sequence[Checkpoint], plan: RolloutPlan, console: Console
-) -> list[Rollouts]:
-    """The rollouts of every checkpoint. Each group starts with the noise of the seed, whatever was made before it.
+    checkpoints: Mapping[str, Checkpoint], plan: RolloutPlan, console: Console
+) -> dict[str, dict[str, pa.RecordBatch]]:
+    """The rollouts of every checkpoint, by its label and their group.
+
+    Each group starts with the noise of the seed, whatever was made before it.
 
     Raises:
         UserError: the checkpoints are of different models.
     """
-    jobs = [_Job(*pair, plan) for pair in zip(targets, checkpoints, strict=True)]
-    if any(job.missing(searched=False) for job in jobs):
-        with running_generator(checkpoints[0], plan.max_length, plan.seed) as generator:
-            for job in jobs:
-                arms = job.missing(searched=False)
-                with _bar(arms, job.target, console) as advance:
-                    for arm in arms:
-                        _load(generator, job.checkpoint)  # starts the noise anew, too
-                        job.take(arm, generator.generate({arm.name: arm.group}, plan.task, advance)[arm.name])
-    for job in jobs:
-        if arms := job.missing(searched=True):
+    jobs = {label: _Job(checkpoint, plan) for label, checkpoint in checkpoints.items()}
+    if any(job.missing(searched=False) for job in jobs.values()):
+        first = next(iter(checkpoints.values()))
+        with running_generator(first, plan.max_length, plan.seed) as generator:
+            for label, job in jobs.items():
+                groups = job.missing(searched=False)
+                with progress_bar(console, f"evaluating {label}", _num_prompts(groups)) as advance:
+                    for group in groups:
+                        try:
+                            generator.load(job.checkpoint.folder)  # starts the noise anew, too
+                        except ValueError as error:
+                            raise UserError(
+                                f"checkpoints of different models cannot be compared in one go: {error}"
+                            ) from None
+                        job.take(group, generator.generate({group.name: group.group}, plan.task, advance)[group.name])
+    for label, job in jobs.items():
+        if groups := job.missing(searched=True):
             from launch.evaluation.contrastive import contrastive_rollouts
 
             model = load_for_evaluation(job.checkpoint)
-            with _bar(arms, job.target, console) as advance:
-                for arm in arms:
-                    job.take(
-                        arm,
-                        contrastive_rollouts(model, arm, job.checkpoint.contract, plan.max_length, plan.task, advance),
-                    )
-    return [job.rollouts for job in jobs]
-
-
-class _Job:
-    """A checkpoint, what there is of its rollouts, and where to keep the others."""
-
-    def __init__(self, target: Target, checkpoint: Checkpoint, plan: RolloutPlan) -> None:
-        self.target = target
-        self.checkpoint = checkpoint
-        self.rollouts: Rollouts = {}
-        self._plan = plan
-        self._keys: dict[str, str] = {}
-        if plan.kept is None:
-            return
-        weights = weights_digest(checkpoint.folder)
-        for arm in plan.arms:
-            key = rollouts_key(weights, arm, checkpoint.contract, plan.max_length, plan.seed)
-            self._keys[arm.name] = key
-            batch = plan.kept.find(key)
-            if batch is not None:
-                self.rollouts[arm.name] = batch
-
-    def missing(self, *, searched: bool) -> list[Arm]:
-        """Arms without rollouts: those of the search, or those of the engine."""
-        arms = [arm for arm in self._plan.arms if arm.name not in self.rollouts]
-        return [arm for arm in arms if (arm.contrastive is not None) == searched]
-
-    def take(self, arm: Arm, batch: pa.RecordBatch) -> None:
-        """The rollouts of an arm are there."""
-        self.rollouts[arm.name] = batch
-        if self._plan.kept is not None:
-            self._plan.kept.keep(self._keys[arm.name], batch)
-
-
-def _load(generator: Generator, checkpoint: Checkpoint) -> None:
-    try:
-        generator.load(checkpoint.folder)
-    except ValueError as error:
-        raise UserError(f"checkpoints of different models cannot be compared in one go: {error}") from None
+            with progress_bar(console, f"evaluating {label}", _num_prompts(groups)) as advance:
+                for group in groups:
+                    contract = job.checkpoint.contract
+                    job.take(group, contrastive_rollouts(model, group, contract, plan.max_length, plan.task, advance))
+    return {label: job.rollouts for label, job in jobs.items()}
 
 
 def load_for_evaluation(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -117,8 +127,62 @@ def load_for_evaluation(checkpoint: Checkpoint) -> PreTrainedModel:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@contextmanager
-def _bar(arms: Sequence[Arm], target: Target, console: Console) -> Iterator[Callable[[int], None]]:
-    total = sum(len(arm.group.prompts) for arm in arms)
-    with progress_bar(console, f"evaluating {target.label}", total) as advance:
-        yield advance
+def weights_digest(checkpoint: Path) -> str:
+    """32 hexadecimal digits over the weights and the configuration of a checkpoint."""
+    digest = xxhash.xxh3_128()
+    for file in [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]:
+        digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
+        with file.open("rb") as content:
+            while chunk := content.read(_READ_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def rollouts_key(weights: str, group: RolloutGroup, contract: TokenContract, max_length: int, seed: int) -> str:
+    """32 hexadecimal digits over all that determines the rollouts of a group. weights: their digest."""
+    prompts = group.group
+    described = {
+        "format": _FORMAT,
+        "weights": weights,
+        "contract": asdict(contract),
+        "prompts": [prompt.tolist() for prompt in prompts.prompts],
+        "planted": None if prompts.planted is None else [list(ids) for ids in prompts.planted],
+        "sampling": asdict(prompts.sampling),
+        "contrastive": None if group.contrastive is None else asdict(group.contrastive),
+        "max_length": max_length,
+        "seed": seed,
+        "versions": installed_versions(),
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
+
+
+class _Job:
+    """A checkpoint, what there is of its rollouts, and where to keep the others."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: RolloutPlan) -> None:
+        self.checkpoint = checkpoint
+        self.rollouts: dict[str, pa.RecordBatch] = {}
+        self._plan = plan
+        self._keys: dict[str, str] = {}
+        if plan.kept is not None:
+            weights = weights_digest(checkpoint.folder)
+            for group in plan.groups:
+                key = rollouts_key(weights, group, checkpoint.contract, plan.max_length, plan.seed)
+                self._keys[group.name] = key
+                if (batch := plan.kept.find(key)) is not None:
+                    self.rollouts[group.name] = batch
+
+    def missing(self, *, searched: bool) -> list[RolloutGroup]:
+        """Groups without rollouts: those of the search, or those of the engine."""
+        groups = [group for group in self._plan.groups if group.name not in self.rollouts]
+        return [group for group in groups if (group.contrastive is not None) == searched]
+
+    def take(self, group: RolloutGroup, batch: pa.RecordBatch) -> None:
+        """The rollouts of a group are there."""
+        self.rollouts[group.name] = batch
+        if self._plan.kept is not None:
+            self._plan.kept.keep(self._keys[group.name], batch)
+
+
+def _num_prompts(groups: Sequence[RolloutGroup]) -> int:
+    return sum(len(group.group.prompts) for group in groups)

@@ -1,37 +1,46 @@
 """Evaluation of checkpoints on the held-out examples of a task, through the engine that also made the rollouts.
 
-`launch.evaluation.arms` says which rollouts there are.
+`launch.evaluation.rollout_groups` says which rollouts there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 from rich.console import Console
 
 from actors.engine.machine import check_machine
-from buffer.trajectory.schema import TokenContract
 from launch.errors import UserError
-from launch.evaluation.answer_metrics import answer_texts
-from launch.evaluation.arms import plan_arms, recovery_obstacle
-from launch.evaluation.kept_rollouts import KeptRollouts
-from launch.evaluation.mauve_score import KMEANS_STARTS, RESAMPLES
-from launch.evaluation.measuring import check_evaluation, measure
-from launch.evaluation.results import CheckpointResult, Evaluation, ShownRollout, Target
-from launch.evaluation.rollouts import RolloutPlan, Rollouts, make_rollouts
-from launch.generation import Checkpoint, open_checkpoint
+from launch.evaluation.mauve_score import KMEANS_STARTS, RESAMPLES, MauveReference, check_mauve
+from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, ShownRollout, Target
+from launch.evaluation.rollout_groups import RolloutGroup, plan_groups, recovery_obstacle
+from launch.evaluation.rollout_metrics import ReplayedRollouts, answer_metrics, recovery_metrics, text_metrics
+from launch.evaluation.rollouts import KeptRollouts, RolloutPlan, load_for_evaluation, make_rollouts
+from launch.generation import Checkpoint, open_checkpoint, progress_bar
 from launch.rollout_view import view_rollout
 from launch.settings.decodings import RECOVERY, SAMPLED
 from launch.settings.run import RunSettings
+from launch.statistics import Estimate
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from buffer.experts.tasks import Task
+
+Numbers = dict[str, dict[str, Estimate]]
+"""Group -> name -> number; those of held-out texts under `HELD_OUT`."""
+
+
+def check_evaluation(settings: RunSettings, task: Task) -> None:
+    """Refuse what an evaluation on this task could not measure, before it is trained for.
+
+    Raises:
+        ValueError, ImportError: see `check_mauve`.
+    """
+    check_mauve(settings.evaluation.mauve, task, min(settings.evaluation.examples, len(task.held_out)))
 
 
 def evaluate(
@@ -47,38 +56,39 @@ def evaluate(
         UserError: the machine lacks what an engine needs, a folder is no checkpoint, the task does not fit the model,
             the checkpoints are of different models, or there are too few texts for MAUVE.
     """
+    rollout = settings.actors.rollout
     with console.status("loading the task"):
         try:
             check_machine(enforce_eager=True)
-            checkpoints = [open_checkpoint(target.checkpoint) for target in targets]
-            _check_same_tokens(checkpoints)
-            task = _load_task(settings, checkpoints[0])
+            checkpoints = {target.label: open_checkpoint(target.checkpoint) for target in targets}
+            first = _check_same_tokens(list(checkpoints.values()))
+            task = _load_task(settings, first)
             examples = task.held_out.shuffle(seed=settings.seed)
             examples = examples.select(range(min(settings.evaluation.examples, len(examples))))
             check_evaluation(settings, task)
-            rollout = settings.actors.rollout
-            arms = plan_arms(task, checkpoints[0].contract, examples, rollout, settings.evaluation, settings.seed)
+            groups = plan_groups(task, first.contract, examples, rollout, settings.evaluation, settings.seed)
         except (ValueError, OSError, ImportError) as error:
             raise UserError(str(error)) from None
-        obstacle = recovery_obstacle(task, checkpoints[0].contract, examples, rollout)
-        longest = max(len(prompt) for prompt in arms[0].group.prompts) + rollout.max_new_tokens
-    plan = RolloutPlan(
-        arms,
-        task.name,
-        min(longest, checkpoints[0].max_length),
-        settings.seed,
-        None if keep_in is None else KeptRollouts(keep_in, lambda path: _tell_damaged(path, console)),
-    )
-    found = make_rollouts(targets, checkpoints, plan, console)
-    metrics = measure(targets, checkpoints, found, plan, examples, task, settings, console)
+        obstacle = recovery_obstacle(task, first.contract, examples, rollout)
+        longest = max(len(prompt) for prompt in groups[0].group.prompts) + rollout.max_new_tokens
+
+    def say_damaged(path: Path) -> None:
+        console.print(f"rollouts kept in {path} are damaged: they are made anew", highlight=False, soft_wrap=True)
+
+    kept = None if keep_in is None else KeptRollouts(keep_in, say_damaged)
+    plan = RolloutPlan(groups, task.name, min(longest, first.max_length), settings.seed, kept)
+    replayed = {
+        label: {name: ReplayedRollouts.of(batch, first.contract) for name, batch in batches.items()}
+        for label, batches in make_rollouts(checkpoints, plan, console).items()
+    }
+    if task.is_correct is not None:
+        numbers = {label: _measure_answers(found, groups, examples, task) for label, found in replayed.items()}
+    else:
+        numbers = _measure_texts(checkpoints, replayed, groups, examples, task, settings, console)
+    shown = settings.evaluation.shown_rollouts
     results = [
-        CheckpointResult(
-            target.label,
-            target.checkpoint,
-            numbers,
-            tuple(_shown(rollouts, examples, task, checkpoints[0].contract, settings.evaluation.shown_rollouts)),
-        )
-        for target, rollouts, numbers in zip(targets, found, metrics, strict=True)
+        CheckpointResult(label, target, numbers[label], tuple(_shown(replayed[label], examples, task, shown)))
+        for label, target in ((target.label, target.checkpoint) for target in targets)
     ]
     return Evaluation(
         task.name,
@@ -89,6 +99,49 @@ def evaluate(
         conditions=_conditions(settings),
         left_out=_left_out(settings, task, obstacle),
     )
+
+
+def _measure_answers(
+    rollouts: Mapping[str, ReplayedRollouts], groups: Sequence[RolloutGroup], examples: Dataset, task: Task
+) -> Numbers:
+    return {
+        group.name: recovery_metrics(rollouts[group.name], examples, task, group.num_forced)
+        if group.num_forced
+        else answer_metrics(rollouts[group.name], examples, task)
+        for group in groups
+    }
+
+
+def _measure_texts(
+    checkpoints: Mapping[str, Checkpoint],
+    rollouts: Mapping[str, Mapping[str, ReplayedRollouts]],
+    groups: Sequence[RolloutGroup],
+    examples: Dataset,
+    task: Task,
+    settings: RunSettings,
+    console: Console,
+) -> dict[str, Numbers]:
+    """The numbers of every checkpoint, by its label."""
+    from launch.evaluation.held_out import held_out_metrics
+
+    found: dict[str, Numbers] = {}
+    mauve, asked = None, settings.evaluation.mauve
+    with progress_bar(console, "measuring", len(checkpoints) * (len(groups) + 1)) as advance:
+        for label, checkpoint in checkpoints.items():
+            model = load_for_evaluation(checkpoint)
+            if asked is not None and mauve is None:  # the features are those of the first checkpoint, for all
+                max_tokens = settings.actors.rollout.max_new_tokens
+                encoder = model if asked.features == "model" else None
+                mauve = MauveReference.of(examples, task, asked, max_tokens, settings.seed, encoder)
+            numbers = found[label] = {}
+            for group in groups:
+                numbers[group.name] = text_metrics(rollouts[label][group.name], group.num_forced)
+                if mauve is not None:
+                    numbers[group.name]["mauve"] = mauve.score(rollouts[label][group.name].texts)
+                advance(1)
+            numbers[HELD_OUT] = held_out_metrics(model, examples, checkpoint.contract, checkpoint.max_length)
+            advance(1)
+    return found
 
 
 def _load_task(settings: RunSettings, checkpoint: Checkpoint) -> Task:
@@ -105,18 +158,16 @@ def _load_task(settings: RunSettings, checkpoint: Checkpoint) -> Task:
     )
 
 
-def _check_same_tokens(checkpoints: Sequence[Checkpoint]) -> None:
-    first = checkpoints[0]
-    for other in checkpoints[1:]:
+def _check_same_tokens(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """The first of them."""
+    first, *others = checkpoints
+    for other in others:
         if other.contract != first.contract:
             raise ValueError(
                 f"{other.folder} and {first.folder} have different tokenizers (or another backspace): what they make "
                 "of a text is not comparable token by token; evaluate them apart"
             )
-
-
-def _tell_damaged(path: Path, console: Console) -> None:
-    console.print(f"rollouts kept in {path} are damaged: they are made anew", highlight=False, soft_wrap=True)
+    return first
 
 
 def _conditions(settings: RunSettings) -> dict[str, object]:
@@ -141,30 +192,23 @@ def _left_out(settings: RunSettings, task: Task, recovery_obstacle: str | None) 
     return left_out
 
 
-def _shown(
-    rollouts: Rollouts, examples: Dataset, task: Task, contract: TokenContract, count: int
-) -> list[ShownRollout]:
-    if RECOVERY not in rollouts:
-        return _show(SAMPLED, rollouts[SAMPLED], examples, task, contract, count)
-    shown = _show(SAMPLED, rollouts[SAMPLED], examples, task, contract, count - count // 2)
-    return shown + _show(RECOVERY, rollouts[RECOVERY], examples, task, contract, count // 2)
-
-
-def _show(
-    group: str, batch: pa.RecordBatch, examples: Dataset, task: Task, contract: TokenContract, count: int
-) -> list[ShownRollout]:
-    """`count` rollouts of a batch as they came, those that take tokens back before the others; right or wrong is no
-    criterion: that would flatter.
+def _shown(rollouts: Mapping[str, ReplayedRollouts], examples: Dataset, task: Task, count: int) -> list[ShownRollout]:
+    """Rollouts as they came, those that take tokens back before the others; right or wrong is no criterion: that would
+    flatter.
     """
-    log_of_action = np.repeat(np.arange(batch.num_rows), batch.column("actions").value_lengths().to_numpy())
-    deletes = np.zeros(batch.num_rows, dtype=np.bool_)
-    deletes[log_of_action[batch.column("actions").flatten().to_numpy() == contract.backspace_id]] = True
-    answers = answer_texts(batch, task, contract)
+    counts = {SAMPLED: count}
+    if RECOVERY in rollouts:
+        counts = {SAMPLED: count - count // 2, RECOVERY: count // 2}
     shown = []
-    for index in np.argsort(~deletes, kind="stable")[:count].tolist():
-        view = view_rollout(batch, index, task.tokenizer, contract, num_planted=1 if group == RECOVERY else 0)
-        is_correct = None
-        if task.is_correct is not None:
-            is_correct = view.finish_reason == "eos" and task.is_correct(answers[index], examples[index])
-        shown.append(ShownRollout(group, view, is_correct))
+    for group, number in counts.items():
+        found = rollouts[group]
+        deletes = np.zeros(found.logs.num_logs, dtype=np.bool_)
+        deletes[found.played.log[found.logs.actions == found.contract.backspace_id]] = True
+        texts = found.decoded(task)
+        for index in np.argsort(~deletes, kind="stable")[:number].tolist():
+            view = view_rollout(found.batch, index, task.tokenizer, found.contract, num_planted=int(group == RECOVERY))
+            is_correct = None
+            if task.is_correct is not None:
+                is_correct = view.finish_reason == "eos" and task.is_correct(texts[index], examples[index])
+            shown.append(ShownRollout(group, view, is_correct))
     return shown

@@ -19,8 +19,8 @@ from rich.console import Console
 from buffer.experts.tasks import load_task
 from launch.errors import UserError
 from launch.evaluation import GREEDY, RECOVERY, SAMPLED, Evaluation, Target, evaluate
-from launch.evaluation.kept_rollouts import KeptRollouts
 from launch.evaluation.report import render_evaluation, render_rollouts, write_evaluation
+from launch.evaluation.rollouts import KeptRollouts
 from launch.evaluation.task import labelled, settings_for
 from launch.generation import encode_prompt, generate, open_checkpoint, rollout_to_json
 from launch.settings.recipe import read_recipe, write_recipe

@@ -203,7 +203,7 @@ def test_a_task_passes_between_processes(task: Task) -> None:
 
 def test_streams_import_no_engine() -> None:
     code = (
-        "import sys, buffer.experts.tasks, launch.evaluation.answer_metrics, launch.rollout_view;"
+        "import sys, buffer.experts.tasks, launch.evaluation.rollout_metrics, launch.rollout_view;"
         "print([name for name in ('torch', 'ray', 'vllm', 'transformers', 'datasets') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

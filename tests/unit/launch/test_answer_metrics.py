@@ -12,16 +12,13 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.settings import RolloutSettings
 from buffer.experts.noise import NoiseCandidates
 from buffer.experts.tasks import load_task
 from buffer.settings import ArithmeticTaskSettings
 from buffer.trajectory.schema import trajectory_schema
-from launch.evaluation.answer_metrics import (
-    answer_metrics,
-    answer_texts,
-    recovery_metrics,
-)
-from launch.evaluation.planting import lacks_wrong_tokens, plant_wrong_tokens
+from launch.evaluation.rollout_groups import recovery_obstacle, wrong_tokens
+from launch.evaluation.rollout_metrics import ReplayedRollouts, answer_metrics, recovery_metrics
 from launch.statistics import Estimate
 
 TASK = load_task(ArithmeticTaskSettings(bases=(2, 10), max_digits=2, train_questions=40, held_out_questions=60))
@@ -46,7 +43,7 @@ def examples_with(answers: list[str], groups: list[int] | None = None) -> Datase
     )
 
 
-def logs_of(examples: Dataset, logs: list[str]) -> pa.RecordBatch:
+def logs_of(examples: Dataset, logs: list[str]) -> ReplayedRollouts:
     count = len(logs)
     rows = {
         "id": [str(index) for index in range(count)],
@@ -62,7 +59,11 @@ def logs_of(examples: Dataset, logs: list[str]) -> pa.RecordBatch:
     }
     schema = trajectory_schema(CONTRACT)
     absent = {field.name: [None] * count for field in schema if field.name not in rows}
-    return pa.RecordBatch.from_pydict({**rows, **absent}, schema=schema)
+    return ReplayedRollouts.of(pa.RecordBatch.from_pydict({**rows, **absent}, schema=schema), CONTRACT)
+
+
+def obstacle(examples: Dataset, candidates: NoiseCandidates) -> str | None:
+    return recovery_obstacle(dataclasses.replace(TASK, task_noise=candidates), CONTRACT, examples, RolloutSettings())
 
 
 def values(metrics: dict[str, Estimate]) -> dict[str, float | None]:
@@ -89,7 +90,7 @@ def values(metrics: dict[str, Estimate]) -> dict[str, float | None]:
 )
 def test_numbers_of_one_log(log: str, expected: tuple[float | None, ...]) -> None:
     examples = examples_with(["16"])
-    metrics = values(answer_metrics(logs_of(examples, [log]), examples, TASK, CONTRACT))
+    metrics = values(answer_metrics(logs_of(examples, [log]), examples, TASK))
     names = ["accuracy", "empty_rate", "truncated_rate", "backspace_rate", "wrong_taken_back", "right_taken_back"]
     assert [metrics.pop(name) for name in names] == [None if x is None else pytest.approx(x) for x in expected]
     assert metrics["actions_per_answer"] == len(log)
@@ -131,7 +132,7 @@ def log_and_answer(draw: st.DrawFn) -> tuple[str, str]:
 def test_judged_tokens_equal_the_oracle(pairs: list[tuple[str, str]]) -> None:
     examples = examples_with([answer for answer, _ in pairs])
     batch = logs_of(examples, [log for _, log in pairs])
-    metrics = answer_metrics(batch, examples, TASK, CONTRACT)
+    metrics = answer_metrics(batch, examples, TASK)
     verdicts = [oracle(answer, log) for answer, log in pairs]
     wrong = [taken_back for verdict in verdicts for taken_back in verdict[0]]
     assert metrics["wrong_taken_back"] == Estimate.fraction(np.array(wrong, dtype=bool))
@@ -149,57 +150,54 @@ def test_standard_errors() -> None:
     assert Estimate.mean(np.array([], dtype=np.int64)) == Estimate(None, None, 0)
 
 
-def test_text_tasks_have_no_accuracy() -> None:
+def test_text_tasks_have_no_right_answers() -> None:
     examples = examples_with(["16"])
     task = dataclasses.replace(TASK, is_correct=None)
-    metrics = answer_metrics(logs_of(examples, ["17<6."]), examples, task, CONTRACT)
-    assert {"backspace_rate", "actions_per_answer"} < set(metrics)
-    assert not {"accuracy", "wrong_taken_back", "right_taken_back"} & set(metrics)
     with pytest.raises(ValueError, match="no right answers"):
-        recovery_metrics(logs_of(examples, ["17<6."]), examples, task, CONTRACT)
+        recovery_metrics(logs_of(examples, ["17<6."]), examples, task)
 
 
-def test_logs_of_other_prompts_are_refused() -> None:
+def test_rollouts_of_other_prompts_are_refused() -> None:
     examples = examples_with(["16", "17"])
     batch = logs_of(examples, ["16.", "17."])
     with pytest.raises(ValueError, match="do not have the same prompts in the same order"):
-        answer_metrics(batch, examples.select([1, 0]), TASK, CONTRACT)
-    with pytest.raises(ValueError, match="2 logs and 1 examples"):
-        recovery_metrics(batch, examples.select([0]), TASK, CONTRACT)
+        answer_metrics(batch, examples.select([1, 0]), TASK)
+    with pytest.raises(ValueError, match="2 rollouts and 1 examples"):
+        recovery_metrics(batch, examples.select([0]), TASK)
 
 
 def test_recovery() -> None:
     examples = examples_with(["16", "16", "16", "16"])
     batch = logs_of(examples, ["7<16.", "71<<17.", "716.", "7<16"])
-    metrics = recovery_metrics(batch, examples, TASK, CONTRACT)
+    metrics = recovery_metrics(batch, examples, TASK)
     assert metrics["recovery"] == Estimate.fraction(np.array([True, False, False, False]))
     assert metrics["planted_taken_back"] == Estimate.fraction(np.array([True, True, False, True]))
     with pytest.raises(ValueError, match="begins with the right token"):
-        recovery_metrics(logs_of(examples, ["7<16.", "16.", "7.", "7."]), examples, TASK, CONTRACT)
-    with pytest.raises(ValueError, match="a log is shorter than the 1 tokens"):
-        recovery_metrics(logs_of(examples, ["7<16.", "", "7.", "7."]), examples, TASK, CONTRACT)
+        recovery_metrics(logs_of(examples, ["7<16.", "16.", "7.", "7."]), examples, TASK)
+    with pytest.raises(ValueError, match="a rollout is shorter than the 1 tokens"):
+        recovery_metrics(logs_of(examples, ["7<16.", "", "7.", "7."]), examples, TASK)
 
 
-def test_recovery_from_several_planted_tokens() -> None:
+def test_recovery_from_several_forced_tokens() -> None:
     examples = examples_with(["16", "16", "16"])
-    metrics = recovery_metrics(logs_of(examples, ["72<<16.", "71<6.", "71."]), examples, TASK, CONTRACT, num_planted=2)
+    metrics = recovery_metrics(logs_of(examples, ["72<<16.", "71<6.", "71."]), examples, TASK, num_forced=2)
     assert metrics["recovery"] == Estimate.fraction(np.array([True, False, False]))
     taken_back = metrics["planted_taken_back"]
     assert (taken_back.value, taken_back.count) == (pytest.approx(0.5), 6)
     assert taken_back.standard_error is not None, "tokens of one answer are not independent"
-    with pytest.raises(ValueError, match="a log is shorter than the 2 tokens that were planted"):
-        recovery_metrics(logs_of(examples, ["72<<16.", "71<6.", "7"]), examples, TASK, CONTRACT, num_planted=2)
+    with pytest.raises(ValueError, match="a rollout is shorter than the 2 tokens that were forced"):
+        recovery_metrics(logs_of(examples, ["72<<16.", "71<6.", "7"]), examples, TASK, num_forced=2)
 
 
 def test_answer_texts_are_what_remains() -> None:
     examples = examples_with(["16", "16", "16"])
-    assert answer_texts(logs_of(examples, ["17<6.", ".", "1<"]), TASK, CONTRACT) == ["16", "", ""]
+    assert logs_of(examples, ["17<6.", ".", "1<"]).decoded(TASK) == ["16", "", ""]
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_planted_tokens_are_digits_of_the_base_and_the_first_is_wrong(count: int) -> None:
+def test_forced_tokens_are_digits_of_the_base_and_the_first_is_wrong(count: int) -> None:
     planted, again = (
-        plant_wrong_tokens(TASK.held_out, TASK.task_noise, CONTRACT, count, np.random.default_rng(0)) for _ in range(2)
+        wrong_tokens(TASK.held_out, TASK.task_noise, CONTRACT, count, np.random.default_rng(0)) for _ in range(2)
     )
     assert planted.shape == (len(TASK.held_out), count)
     assert planted.tolist() == again.tolist()
@@ -211,12 +209,12 @@ def test_planted_tokens_are_digits_of_the_base_and_the_first_is_wrong(count: int
     assert all(len(set(column)) > 5 for column in planted.T.tolist())
 
 
-def test_planting_without_a_wrong_candidate_is_an_error() -> None:
+def test_forcing_without_a_wrong_candidate_is_an_error() -> None:
     examples = examples_with(["16"])
     only_right = NoiseCandidates.uniform([np.array(ids_of("1"), dtype=np.int32)])
     with pytest.raises(ValueError, match="example 0 has no candidate"):
-        plant_wrong_tokens(examples, only_right, CONTRACT, 1, np.random.default_rng(0))
-    assert lacks_wrong_tokens(examples, only_right, CONTRACT) is not None
+        wrong_tokens(examples, only_right, CONTRACT, 1, np.random.default_rng(0))
+    assert obstacle(examples, only_right) is not None
 
 
 def test_a_wrong_token_is_found_where_nearly_all_candidates_are_right() -> None:
@@ -224,14 +222,12 @@ def test_a_wrong_token_is_found_where_nearly_all_candidates_are_right() -> None:
     (right, wrong) = ids_of("12")
     ids, weights = np.array([right, CONTRACT.eos_id, wrong], dtype=np.int32), np.array([1.0, 1.0, 1e-9])
     candidates = NoiseCandidates.weighted([ids], [weights])
-    assert lacks_wrong_tokens(examples, candidates, CONTRACT) is None
-    assert plant_wrong_tokens(examples, candidates, CONTRACT, 1, np.random.default_rng(0)).tolist() == [[wrong]] * 5
+    assert obstacle(examples, candidates) is None
+    assert wrong_tokens(examples, candidates, CONTRACT, 1, np.random.default_rng(0)).tolist() == [[wrong]] * 5
 
 
 def test_examples_without_a_wrong_token_are_counted_by_their_group() -> None:
     examples = examples_with(["16", "26", "16", "36"], groups=[0, 0, 1, 1])
     one, two = ids_of("12")
     candidates = NoiseCandidates.uniform([np.array([one], dtype=np.int32), np.array([one, two], dtype=np.int32)])
-    assert lacks_wrong_tokens(examples, candidates, CONTRACT) == (
-        "1 of 4 examples have no plausible wrong token to begin with"
-    )
+    assert obstacle(examples, candidates) == ("1 of 4 examples have no plausible wrong token to begin with")

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.evaluation import CheckpointResult, Estimate, Evaluation
-from launch.evaluation.command import BanDeleted, MauveFeatures, _changed
+from launch.evaluation import CheckpointResult, Evaluation
+from launch.evaluation.command import _changed
 from launch.evaluation.report import render_evaluation
 from launch.evaluation.results import HELD_OUT
 from launch.settings.evaluation import EvaluationSettings, MauveSettings
+from launch.statistics import Estimate
 
 LABELS = ("mle_control", "behaviour_cloning")
 
@@ -112,10 +113,10 @@ def test_json_has_every_number_with_its_error_and_paired_differences() -> None:
 def test_settings_of_the_command_line_replace_those_of_the_recipe() -> None:
     recipe = EvaluationSettings(examples=70, mauve=MauveSettings(clusters=7), decoding=("greedy",))
     assert _changed(recipe, None, None, None, None, None) == recipe
-    found = _changed(recipe, 90, "top_p=0.9, contrastive", BanDeleted.BOTH, MauveFeatures.MODEL, None)
+    found = _changed(recipe, 90, "top_p=0.9, contrastive", "both", "model", None)
     assert (found.examples, found.decoding, found.ban_deleted) == (90, ("top_p=0.9", "contrastive"), "both")
     assert found.mauve == MauveSettings(features="model", clusters=7)
-    assert _changed(EvaluationSettings(), None, None, None, MauveFeatures.ENCODER, 9).mauve == MauveSettings(clusters=9)
+    assert _changed(EvaluationSettings(), None, None, None, "encoder", 9).mauve == MauveSettings(clusters=9)
     with pytest.raises(ValueError, match="goes with --mauve"):
         _changed(EvaluationSettings(), None, None, None, None, 9)
     with pytest.raises(ValueError, match="no decoding 'beam'"):

@@ -9,9 +9,7 @@ import pytest
 
 from buffer.experts.tasks import load_task
 from buffer.settings import ArithmeticTaskSettings
-from launch.evaluation.features import encoder_features
-from launch.evaluation.mauve_score import mauve_score
-from launch.evaluation.measuring import check_mauve
+from launch.evaluation.mauve_score import check_mauve, encoder_features, mauve_score
 from launch.settings.evaluation import MauveSettings
 from launch.statistics import change_by_example
 

@@ -10,12 +10,9 @@ import pyarrow as pa
 import pytest
 
 from buffer.experts.ragged import Ragged
-from buffer.trajectory.replay import ActionLogs, replay
 from buffer.trajectory.schema import TokenContract
-from launch.evaluation.editing_metrics import editing_metrics, rewrites
-from launch.evaluation.ngrams import distinct_ngrams, diversity, ngram_entropy
-from launch.evaluation.self_bleu import self_bleu
-from launch.evaluation.text_metrics import text_metrics
+from launch.evaluation.rollout_metrics import ReplayedRollouts, rewrites, text_metrics
+from launch.evaluation.text_statistics import distinct_ngrams, diversity, ngram_entropy, self_bleu
 from launch.statistics import Estimate
 
 CONTRACT = TokenContract(vocab_size=16, backspace_id=3, eos_id=2, tokenizer_hash="")
@@ -35,9 +32,9 @@ def grams_of(row: list[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(row[start : start + size]) for start in range(len(row) - size + 1)]
 
 
-def batch_of(logs: list[list[int]], reasons: list[str]) -> pa.RecordBatch:
+def batch_of(logs: list[list[int]], reasons: list[str]) -> ReplayedRollouts:
     int_list = pa.list_(pa.int32())
-    return pa.record_batch(
+    batch = pa.record_batch(
         {
             "prompt_ids": pa.array([[9]] * len(logs), int_list),
             "actions": pa.array(logs, int_list),
@@ -45,11 +42,12 @@ def batch_of(logs: list[list[int]], reasons: list[str]) -> pa.RecordBatch:
             "finish_reason": reasons,
         }
     )
+    return ReplayedRollouts.of(batch, CONTRACT)
 
 
 def test_numbers_of_three_texts() -> None:
     logs = [[4, 5, 3, 6, 2], [4, 5, 4, 5, 4, 5, 4], []]  # "4 6.", a loop, nothing
-    found = text_metrics(batch_of(logs, ["eos", "max_length", "aborted"]), CONTRACT)
+    found = text_metrics(batch_of(logs, ["eos", "max_length", "aborted"]))
     assert found["backspace_rate"].value == pytest.approx(1 / 12)
     assert found["backspace_rate"].count == 12
     assert found["actions_per_final_token"].value == pytest.approx(12 / 9)
@@ -63,7 +61,7 @@ def test_numbers_of_three_texts() -> None:
     assert found["self_bleu"].count == 1
 
 
-def test_texts_with_planted_tokens_are_recovered_when_all_of_those_are_gone() -> None:
+def test_texts_with_forced_tokens_are_recovered_when_all_of_those_are_gone() -> None:
     logs = [
         [4, 3, 6, 2],  # gone at once
         [4, 5, 6, 3, 3, 3, 7, 2],  # later
@@ -71,14 +69,14 @@ def test_texts_with_planted_tokens_are_recovered_when_all_of_those_are_gone() ->
         [4, 3, 4, 5, 2],  # the same token written again is not the one that was planted
     ]
     reasons = ["eos"] * len(logs)
-    one = text_metrics(batch_of(logs, reasons), CONTRACT, num_planted=1)
+    one = text_metrics(batch_of(logs, reasons), num_forced=1)
     assert (one["recovery"].value, one["recovery"].count) == (3 / 4, len(logs))
     assert one["planted_taken_back"].value == 3 / 4
-    two = text_metrics(batch_of(logs[1:3], reasons[1:3]), CONTRACT, num_planted=2)
+    two = text_metrics(batch_of(logs[1:3], reasons[1:3]), num_forced=2)
     assert (two["recovery"].value, two["planted_taken_back"].value) == (1 / 2, 3 / 4)
-    with pytest.raises(ValueError, match="a log is shorter than the 5 tokens"):
-        text_metrics(batch_of(logs, reasons), CONTRACT, 5)
-    assert "recovery" not in text_metrics(batch_of(logs, reasons), CONTRACT)
+    with pytest.raises(ValueError, match="a rollout is shorter than the 5 tokens"):
+        text_metrics(batch_of(logs, reasons), 5)
+    assert "recovery" not in text_metrics(batch_of(logs, reasons))
 
 
 @pytest.mark.parametrize(
@@ -92,8 +90,7 @@ def test_texts_with_planted_tokens_are_recovered_when_all_of_those_are_gone() ->
     ],
 )
 def test_rewriting_what_was_taken_back(log: list[int], rewritten: int, longest: int) -> None:
-    logs = ActionLogs.from_batch(batch_of([[6, 3], log, [4]], ["max_actions"] * 3))
-    found, runs = rewrites(logs, replay(logs, 3), 3)
+    found, runs = rewrites(batch_of([[6, 3], log, [4]], ["max_actions"] * 3))
     assert found.sum() == rewritten
     assert runs.tolist() == [0, longest, 0]
 
@@ -122,10 +119,8 @@ def test_runs_equal_a_loop_over_actions() -> None:
             run[time] = run[time - 2] + 1 if time + 1 < len(log) and log[time + 1] == taken else 0
         expected.append(max(run.values()))
     batch = batch_of(logs, ["max_actions"] * len(logs))
-    columns = ActionLogs.from_batch(batch)
-    played = replay(columns, 3)
-    assert rewrites(columns, played, 3)[1].tolist() == expected
-    found = editing_metrics(batch, columns, played, CONTRACT)
+    assert rewrites(batch)[1].tolist() == expected
+    found = text_metrics(batch)
     assert found["longest_rewrite_run"].value == pytest.approx(np.mean(expected))
     assert found["max_actions_rate"].value == 1.0
 
@@ -195,7 +190,7 @@ def test_texts_too_short_for_an_ngram_have_no_share() -> None:
 
 @pytest.mark.parametrize("logs", [[[5, 2]], [[5, 2], [5, 2], [6, 2]], [[5, 3, 2], [2]], [[2]]])
 def test_texts_of_one_token_or_none_have_all_numbers_that_they_can_have(logs: list[list[int]]) -> None:
-    metrics = text_metrics(batch_of(logs, ["eos"] * len(logs)), CONTRACT)
+    metrics = text_metrics(batch_of(logs, ["eos"] * len(logs)))
     assert metrics["tokens_per_text"].value is not None
     for name in ("self_bleu", "diversity", "distinct_4grams", "entropy_4gram_bits"):
         assert (metrics[name].value, metrics[name].count) == (None, 0)

@@ -16,22 +16,24 @@ from buffer.experts.tasks import Task, load_task
 from buffer.experts.tokenizer import backspace_token_id, character_tokenizer
 from buffer.settings import ArithmeticTaskSettings, TextTaskSettings
 from launch.errors import UserError
-from launch.evaluation import CheckpointResult, Estimate, Evaluation, Target, evaluate
-from launch.evaluation.arms import Arm, plan_arms, recovery_obstacle
-from launch.evaluation.kept_rollouts import KeptRollouts, rollouts_key, weights_digest
-from launch.evaluation.measuring import check_evaluation
+from launch.evaluation import CheckpointResult, Evaluation, Target, check_evaluation, evaluate
 from launch.evaluation.report import show_evaluation
 from launch.evaluation.results import HELD_OUT
+from launch.evaluation.rollout_groups import RolloutGroup, plan_groups, recovery_obstacle
+from launch.evaluation.rollouts import KeptRollouts, rollouts_key, weights_digest
 from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, parse_decoding
 from launch.settings.evaluation import EvaluationSettings, MauveSettings
 from launch.settings.recipe import read_recipe
+from launch.statistics import Estimate
 
 TASK = load_task(ArithmeticTaskSettings(max_digits=1, train_questions=10, held_out_questions=8))
 ROLLOUT = RolloutSettings(max_new_tokens=5, max_actions=9)
 
 
-def arms_of(task: Task = TASK, rollout: RolloutSettings = ROLLOUT, seed: int = 0, **settings: object) -> list[Arm]:
-    return plan_arms(task, task.contract(), task.held_out, rollout, EvaluationSettings(**settings), seed)
+def groups_of(
+    task: Task = TASK, rollout: RolloutSettings = ROLLOUT, seed: int = 0, **settings: object
+) -> list[RolloutGroup]:
+    return plan_groups(task, task.contract(), task.held_out, rollout, EvaluationSettings(**settings), seed)
 
 
 def test_decodings_by_name() -> None:
@@ -56,14 +58,19 @@ def test_other_decodings_are_refused_with_what_there_is(text: str) -> None:
 
 
 def test_mistakes_of_several_tokens_are_planted_where_that_makes_sense() -> None:
-    arms = {arm.name: arm for arm in arms_of(decoding=("recovery=3",), ban_deleted="both")}
-    assert [arms[name].num_planted for name in (SAMPLED, RECOVERY, "recovery=3", "recovery=3, allowed")] == [0, 1, 3, 3]
-    one, three = (arms[name].group.planted for name in (RECOVERY, "recovery=3"))
+    groups = {each.name: each for each in groups_of(decoding=("recovery=3",), ban_deleted="both")}
+    assert [groups[name].num_forced for name in (SAMPLED, RECOVERY, "recovery=3", "recovery=3, allowed")] == [
+        0,
+        1,
+        3,
+        3,
+    ]
+    one, three = (groups[name].group.planted for name in (RECOVERY, "recovery=3"))
     assert one is not None
     assert three is not None
     assert [tokens[0] for tokens in three] == [token for (token,) in one], "the same mistake, and more of it"
     with pytest.raises(ValueError, match=r"recovery=5 leaves no room .* fewer tokens than .*max_new_tokens=5"):
-        arms_of(decoding=("recovery=5",))
+        groups_of(decoding=("recovery=5",))
     with pytest.raises(UserError, match="recovery=24 leaves no room"):
         read_recipe(Path("launch/recipes/text_cpu.yaml"), ["evaluation.decoding=[recovery=24]"])
 
@@ -96,15 +103,15 @@ def test_checkpoints_with_different_tokenizers_are_refused(tmp_path: Path) -> No
         evaluate(targets, settings, Console(quiet=True))
 
 
-def test_arms_of_answers_and_of_texts() -> None:
-    assert [arm.name for arm in arms_of()] == [SAMPLED, GREEDY, RECOVERY]
+def test_groups_of_answers_and_of_texts() -> None:
+    assert [each.name for each in groups_of()] == [SAMPLED, GREEDY, RECOVERY]
     texts = dataclasses.replace(TASK, is_correct=None)
-    assert [arm.name for arm in arms_of(texts)] == [SAMPLED, RECOVERY]
-    asked = arms_of(texts, decoding=("ancestral", "greedy", "top_p=0.9", "contrastive", "recovery=2"))
-    assert [arm.name for arm in asked] == [SAMPLED, GREEDY, "top_p=0.9", "contrastive", "recovery=2", RECOVERY]
+    assert [each.name for each in groups_of(texts)] == [SAMPLED, RECOVERY]
+    asked = groups_of(texts, decoding=("ancestral", "greedy", "top_p=0.9", "contrastive", "recovery=2"))
+    assert [each.name for each in asked] == [SAMPLED, GREEDY, "top_p=0.9", "contrastive", "recovery=2", RECOVERY]
     # A wrong answer is one that is likely no more; a text is like others, and only if it is sampled.
-    assert [arm.group.sampling.temperature for arm in asked[-2:]] == [1.0, 1.0]
-    assert [arm.group.sampling.temperature for arm in arms_of(decoding=("recovery=2",))[-2:]] == [0.0, 0.0]
+    assert [each.group.sampling.temperature for each in asked[-2:]] == [1.0, 1.0]
+    assert [each.group.sampling.temperature for each in groups_of(decoding=("recovery=2",))[-2:]] == [0.0, 0.0]
     search = asked[3]
     assert search.contrastive is not None
     assert not search.group.sampling.backspace
@@ -122,17 +129,17 @@ def texts_of_one_token(folder: Path, letters: str) -> Task:
 
 def test_recovery_is_left_out_where_every_text_begins_with_the_same_token(tmp_path: Path) -> None:
     same, other = (texts_of_one_token(tmp_path, letters) for letters in ("c", "cd"))
-    assert [arm.name for arm in arms_of(same, decoding=("recovery=2",), ban_deleted="both")] == [
+    assert [each.name for each in groups_of(same, decoding=("recovery=2",), ban_deleted="both")] == [
         SAMPLED, "sampled, banned"
     ]  # fmt: skip
     obstacle = recovery_obstacle(same, same.contract(), same.held_out, ROLLOUT)
     assert obstacle == "1 of 1 examples have no plausible wrong token to begin with"
-    assert [arm.name for arm in arms_of(other)] == [SAMPLED, RECOVERY]
+    assert [each.name for each in groups_of(other)] == [SAMPLED, RECOVERY]
 
 
 def test_recovery_is_left_out_of_answers_of_one_token() -> None:
     rollout = RolloutSettings(max_new_tokens=1)
-    assert [arm.name for arm in arms_of(rollout=rollout)] == [SAMPLED, GREEDY]
+    assert [each.name for each in groups_of(rollout=rollout)] == [SAMPLED, GREEDY]
     obstacle = recovery_obstacle(TASK, TASK.contract(), TASK.held_out, rollout)
     assert obstacle == "actors.rollout.max_new_tokens=1 leaves no room for an answer behind a forced token"
 
@@ -157,21 +164,21 @@ def test_a_task_with_too_few_texts_for_mauve_is_refused_as_soon_as_it_is_known(t
 
 
 def test_twins_differ_in_the_ban_alone() -> None:
-    arms = {arm.name: arm for arm in arms_of(ban_deleted="both", decoding=("contrastive",))}
-    assert set(arms) == {
+    groups = {each.name: each for each in groups_of(ban_deleted="both", decoding=("contrastive",))}
+    assert set(groups) == {
         SAMPLED, GREEDY, RECOVERY, "contrastive", "sampled, banned", "greedy, allowed", "recovery, allowed"
     }  # fmt: skip
     for name, twin in ((GREEDY, "greedy, allowed"), (RECOVERY, "recovery, allowed"), (SAMPLED, "sampled, banned")):
-        sampling, other = arms[name].group.sampling, arms[twin].group.sampling
+        sampling, other = groups[name].group.sampling, groups[twin].group.sampling
         assert sampling.ban_deleted != other.ban_deleted
         assert dataclasses.replace(sampling, ban_deleted=other.ban_deleted) == other
-    assert arms["recovery, allowed"].group.planted == arms[RECOVERY].group.planted
+    assert groups["recovery, allowed"].group.planted == groups[RECOVERY].group.planted
 
 
 def test_without_backspace_nothing_is_banned() -> None:
-    arms = arms_of(rollout=RolloutSettings(backspace=False), ban_deleted="both")
-    assert [arm.name for arm in arms] == [SAMPLED, GREEDY, RECOVERY]
-    assert not any(arm.group.sampling.backspace or arm.group.sampling.ban_deleted for arm in arms)
+    groups = groups_of(rollout=RolloutSettings(backspace=False), ban_deleted="both")
+    assert [each.name for each in groups] == [SAMPLED, GREEDY, RECOVERY]
+    assert not any(each.group.sampling.backspace or each.group.sampling.ban_deleted for each in groups)
 
 
 def batch_of(text: str) -> pa.RecordBatch:
@@ -206,18 +213,18 @@ def test_a_file_cut_short_is_not_used(tmp_path: Path) -> None:
 
 def test_keys_tell_apart_all_that_determines_rollouts() -> None:
     contract = TASK.contract()
-    arms = arms_of(ban_deleted="both", decoding=("top_p=0.9", "contrastive", "contrastive=4:0.6"))
-    keys = [rollouts_key("w", arm, contract, 20, 0) for arm in arms]
+    groups = groups_of(ban_deleted="both", decoding=("top_p=0.9", "contrastive", "contrastive=4:0.6"))
+    keys = [rollouts_key("w", each, contract, 20, 0) for each in groups]
     keys += [
-        rollouts_key("other", arms[0], contract, 20, 0),
-        rollouts_key("w", arms[0], contract, 21, 0),
-        rollouts_key("w", arms[0], contract, 20, 1),
-        rollouts_key("w", arms[0], dataclasses.replace(contract, backspace_id=1), 20, 0),
-        rollouts_key("w", arms_of(rollout=RolloutSettings(max_new_tokens=6, max_actions=9))[0], contract, 20, 0),
-        rollouts_key("w", arms_of(seed=5)[-1], contract, 20, 0),  # other tokens are planted
+        rollouts_key("other", groups[0], contract, 20, 0),
+        rollouts_key("w", groups[0], contract, 21, 0),
+        rollouts_key("w", groups[0], contract, 20, 1),
+        rollouts_key("w", groups[0], dataclasses.replace(contract, backspace_id=1), 20, 0),
+        rollouts_key("w", groups_of(rollout=RolloutSettings(max_new_tokens=6, max_actions=9))[0], contract, 20, 0),
+        rollouts_key("w", groups_of(seed=5)[-1], contract, 20, 0),  # other tokens are planted
     ]
     assert len(set(keys)) == len(keys)
-    assert rollouts_key("w", arms_of()[0], contract, 20, 0) == keys[0]
+    assert rollouts_key("w", groups_of()[0], contract, 20, 0) == keys[0]
 
 
 def test_the_digest_is_of_weights_and_configuration(tmp_path: Path) -> None:
