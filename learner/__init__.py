@@ -1,6 +1,6 @@
 """The learner: trains the policy stage by stage, on trajectories that it draws from the buffer.
 
-worker, trainer, stage_checkpoints, optimizer, status     a run, a stage, a step: the front, at the top
+worker, trainer, stage_checkpoints, optimizer, messages   a run, a stage, a step: the front, at the top
 batches/        from the replay buffer to the state trees of a rank
 state_tree/     action logs as a tree of distinct texts; Q and V of all of it from one forward pass
 objectives/     what training maximises, one file a family

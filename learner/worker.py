@@ -35,6 +35,7 @@ from learner.checkpoints.model_files import load_weights
 from learner.checkpoints.progress import Progress, note_durable, read_progress
 from learner.checkpoints.remote import check_writable, open_checkpoints
 from learner.checkpoints.store import CheckpointStore
+from learner.messages import LearnerSpec, LearnerStatus, PreparedRun, StageResult
 from learner.metrics.behaviour import distribution_metrics
 from learner.metrics.log import MetricsLog
 from learner.metrics.trackers import Int64, check_trackers
@@ -48,10 +49,8 @@ from learner.ranks.group import Ranks, join_ranks, open_rendezvous
 from learner.ranks.sharding import shard
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import StageSettings
-from learner.spec import LearnerSpec, PreparedRun
 from learner.stage_checkpoints import StageCheckpoints
 from learner.state_tree.policy import TreePolicy
-from learner.status import LearnerStatus, StageResult
 from learner.trainer import Trainer
 
 RECENT_STEPS = 20

@@ -21,8 +21,8 @@ from launch.report.rollouts import Action, Rollout, RolloutSample
 from launch.run_folder.folder import BUFFER_FOLDER, CONFIG_FILE
 from launch.run_folder.tokenizer import save_run_tokenizer
 from launch.settings.recipe import read_recipe, write_recipe
+from learner.messages import LearnerStatus
 from learner.metrics.log import MetricsLog
-from learner.status import LearnerStatus
 from tests.rollouts import rollouts
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "arithmetic_cpu.yaml"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from launch.export.base_license import base_license
 from launch.run_folder.folder import open_run_folder, read_versions
 from launch.settings.run import RunSettings
 from learner.settings.model import PretrainedModelSettings
-from learner.settings.stages import StageSettings
+from learner.settings.stages import StageSettings, stages_before
 
 if TYPE_CHECKING:
     from learner.checkpoints.model_card import CardFacts
@@ -101,12 +101,9 @@ def _number(number: Mapping[str, float | None]) -> str:
     return f"{number['value']:.4g}" + ("" if error is None else f" ± {error:.2g} (standard error)")
 
 
-def _lineage(stages: Sequence[StageSettings], name: str) -> list[StageSettings]:
+def _lineage(stages: tuple[StageSettings, ...], name: str) -> list[StageSettings]:
     """The stages whose training is in the weights of stage `name`, first to last."""
-    index = next(index for index, stage in enumerate(stages) if stage.name == name)
-    stage = stages[index]
-    parent = stage.start_from or (stages[index - 1].name if index else None)
-    return [*(_lineage(stages, parent) if parent else []), stage]
+    return [*stages_before(stages, name), *(stage for stage in stages if stage.name == name)]
 
 
 def _words(settings: Settings, title: str = "") -> str:

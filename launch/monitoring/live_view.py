@@ -17,8 +17,8 @@ from actors.status import PoolStatus
 from buffer.service.status import BufferStatus
 from launch.durations import clock
 from launch.monitoring.shard_view import flight_lines, shard_table
+from learner.messages import LearnerStatus, StageResult
 from learner.settings.stages import StageSettings
-from learner.status import LearnerStatus, StageResult
 
 PLAIN_INTERVAL_S = 10.0
 BAR_WIDTH = 14

@@ -16,7 +16,7 @@ from buffer.service.status import BufferStatus, ShardStatus
 from launch.monitoring import metric_names as names
 from launch.monitoring.live_view import RunView
 from launch.monitoring.metric_names import METRIC_NAMES, MetricName
-from learner.status import LearnerStatus
+from learner.messages import LearnerStatus
 
 
 @dataclass(frozen=True)

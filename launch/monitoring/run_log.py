@@ -20,7 +20,7 @@ from actors.status import MemberStatus, PoolEventKind, PoolStatus
 from buffer.service.status import BufferStatus, ShardStatus
 from launch.errors import RunFailedError
 from launch.monitoring.live_view import RunView
-from learner.status import LearnerStatus
+from learner.messages import LearnerStatus
 
 LOG_FILE = "logs/run.jsonl"
 

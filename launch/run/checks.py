@@ -12,10 +12,10 @@ from buffer.experts.tasks import Task
 from launch.command_errors import setting_up
 from launch.errors import UserError
 from launch.settings.run import RunSettings
+from learner.messages import PreparedRun
 from learner.publication.publisher import PROBE_TOKENS
 from learner.settings.objectives import EmoSettings
 from learner.settings.stages import StageSettings
-from learner.spec import PreparedRun
 
 
 def check_prepared(settings: RunSettings, run: PreparedRun, check_task: Callable[[Task], None] | None) -> None:

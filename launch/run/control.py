@@ -27,7 +27,7 @@ from launch.run.supervision import POOL
 from launch.run_folder.checkpoints import finished_stages
 from launch.run_folder.folder import CLUSTER_FILE, LiveCluster, open_run_folder, read_cluster
 from launch.settings.run import RunSettings
-from learner.status import LearnerStatus, StageResult
+from learner.messages import LearnerStatus, StageResult
 
 ANSWER_TIMEOUT_S = 15.0
 

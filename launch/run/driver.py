@@ -33,9 +33,8 @@ from launch.run_folder.folder import BUFFER_FOLDER
 from launch.run_folder.tokenizer import save_run_tokenizer
 from launch.settings.run import RunSettings, introduces_backspace, needs_actors
 from launch.settings.trusted_code import check_trusted
+from learner.messages import LearnerSpec, PreparedRun, StageResult
 from learner.settings.stages import StageSettings, with_explicit_starts
-from learner.spec import LearnerSpec, PreparedRun
-from learner.status import StageResult
 
 POLL_S = 0.25
 START_TIMEOUT_S = 120.0

@@ -20,10 +20,9 @@ from buffer.full_disk import is_disk_full
 from buffer.remote_call import POLL_S, NoAnswerError, ProcessLostError, RemoteCall
 from buffer.service.shard import Shard
 from launch.errors import RunFailedError
+from learner.messages import LearnerSpec, LearnerStatus
 from learner.ranks.group import RankLostError
 from learner.settings.stages import StageSettings
-from learner.spec import LearnerSpec
-from learner.status import LearnerStatus
 from learner.worker import LearnerWorker
 
 LEARNER_NAME = "learner"

@@ -13,7 +13,7 @@ from launch.settings.run import RunSettings
 from learner.checkpoints.progress import check_contract, durable_steps
 from learner.checkpoints.remote import open_checkpoints
 from learner.checkpoints.store import CheckpointStore
-from learner.status import StageResult
+from learner.messages import StageResult
 
 
 def stage_checkpoints(settings: RunSettings, folder: Path) -> dict[str, CheckpointStore]:

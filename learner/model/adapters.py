@@ -29,7 +29,7 @@ _PEFT_PREFIX = "base_model.model."
 
 
 def add_adapters(
-    model: PreTrainedModel, settings: AdapterSettings, *, base_name: str, revision: str | None, seed: int
+    model: PreTrainedModel, settings: AdapterSettings, base_name: str, revision: str | None, seed: int
 ) -> None:
     """Freeze `model` and add trainable adapters (in place), in float32; at first they change nothing, since B = 0.
 

@@ -100,7 +100,10 @@ def load_policy(
         model.config.backspace_token_id = backspace_id
     notes += of_eos + mend_configs(model, contract)
     if isinstance(settings, PretrainedModelSettings):
-        _adapt(model, settings)
+        if settings.quantization is not None:
+            quantise_linear_layers(model)
+        if settings.adapter is not None:
+            add_adapters(model, settings.adapter, settings.name, settings.revision, settings.seed)
     check_supported(model)
     if param_dtype is not None:
         hold_trained_parameters(model, getattr(torch, param_dtype))
@@ -118,16 +121,15 @@ def load_model(
     param_dtype: of all its parameters; None = `settings.dtype`, which its config says in any case.
     """
     dtype: torch.dtype = getattr(torch, param_dtype or settings.dtype)
-    model = _load_model(settings, tokenizer, dtype)
+    if isinstance(settings, ScratchModelSettings):
+        model = _make_model(settings, tokenizer, dtype)
+    else:
+        model = _load_pretrained(settings, dtype)
     model.config.dtype = getattr(torch, settings.dtype)
     return model
 
 
-def _load_model(
-    settings: ScratchModelSettings | PretrainedModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> PreTrainedModel:
-    if isinstance(settings, ScratchModelSettings):
-        return _make_model(settings, tokenizer, dtype)
+def _load_pretrained(settings: PretrainedModelSettings, dtype: torch.dtype) -> PreTrainedModel:
     source = locate_model(settings)
     arguments: dict[str, object] = {
         "dtype": dtype,
@@ -216,17 +218,13 @@ def _keep_two_embeddings(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def _adapt(model: PreTrainedModel, settings: PretrainedModelSettings) -> None:
-    if settings.quantization is not None:
-        quantise_linear_layers(model)
-    if settings.adapter is not None:
-        add_adapters(model, settings.adapter, base_name=settings.name, revision=settings.revision, seed=settings.seed)
-
-
 def _make_model(
     settings: ScratchModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
 ) -> PreTrainedModel:
-    ids = {
+    shared = {
+        "vocab_size": len(tokenizer),
+        "tie_word_embeddings": settings.tie_embeddings,
+        "initializer_range": settings.initializer_range,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -234,32 +232,26 @@ def _make_model(
     config: LlamaConfig | GPT2Config
     if settings.architecture == "llama":
         config = LlamaConfig(
-            vocab_size=len(tokenizer),
             hidden_size=settings.hidden_size,
             intermediate_size=settings.intermediate_size,
             num_hidden_layers=settings.num_layers,
             num_attention_heads=settings.num_heads,
             num_key_value_heads=settings.num_key_value_heads or settings.num_heads,
             max_position_embeddings=settings.max_positions,
-            tie_word_embeddings=settings.tie_embeddings,
-            initializer_range=settings.initializer_range,
-            **ids,
+            **shared,
         )
     else:
         config = GPT2Config(
-            vocab_size=len(tokenizer),
             n_embd=settings.hidden_size,
             n_inner=settings.intermediate_size,
             n_layer=settings.num_layers,
             n_head=settings.num_heads,
             n_positions=settings.max_positions,
-            tie_word_embeddings=settings.tie_embeddings,
-            initializer_range=settings.initializer_range,
             # No dropout: values and stored log-probabilities are of the model, not of a random sub-network.
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             resid_pdrop=0.0,
-            **ids,
+            **shared,
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

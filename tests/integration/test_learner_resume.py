@@ -24,10 +24,10 @@ from buffer.service.status import ShardStatus
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
 from buffer.store.event_history import read_events
 from learner.checkpoints.store import checkpoints_of
+from learner.messages import LearnerSpec
 from learner.settings.model import ScratchModelSettings
 from learner.settings.objectives import SequenceMatchSettings
 from learner.settings.stages import LearnerSettings, StageSettings
-from learner.spec import LearnerSpec
 from learner.worker import LearnerWorker
 from tests.integration.local_ray import local_ray
 from tests.integration.train_process import metrics_of

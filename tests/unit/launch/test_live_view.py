@@ -13,7 +13,7 @@ from buffer.store.counters import SourceCounters, StoreStatus
 from launch.durations import clock
 from launch.monitoring.live_view import LiveView, RunView, plain_line, render
 from launch.settings.recipe import read_recipe
-from learner.status import LearnerStatus, StageResult
+from learner.messages import LearnerStatus, StageResult
 
 SETTINGS = read_recipe(Path("launch/recipes/arithmetic_cpu.yaml"))
 

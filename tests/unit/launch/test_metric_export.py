@@ -11,7 +11,7 @@ from buffer.store.counters import DrawStatistics, SourceCounters, StoreStatus
 from launch.monitoring.live_view import RunView
 from launch.monitoring.metric_export import growth, samples
 from launch.monitoring.metric_names import METRIC_NAMES
-from learner.status import LearnerStatus
+from learner.messages import LearnerStatus
 from tests.dockerfiles import ROOT
 
 BOARD = json.loads((ROOT / "docker" / "grafana" / "sequencematch.json").read_text(encoding="utf-8"))

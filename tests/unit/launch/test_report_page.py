@@ -25,7 +25,7 @@ from launch.report.gather import gather
 from launch.report.page import render
 from launch.report.timeline import timeline_plots
 from launch.statistics import Interval
-from learner.status import LearnerStatus
+from learner.messages import LearnerStatus
 from tests.run_folders import (
     HOSTILE,
     STEPS,

@@ -14,7 +14,7 @@ from buffer.service.status import BufferStatus
 from launch.errors import RunFailedError
 from launch.monitoring.live_view import RunView
 from launch.monitoring.run_log import LOG_FILE, RunEvent, RunLog
-from learner.status import LearnerStatus
+from learner.messages import LearnerStatus
 
 LEARNER = LearnerStatus("sequencematch", 100, 400, 0.1, 11, "training", {"loss": 0.5})
 STARTING = PoolEvent(0, "actor_starting", "actor-3", "actor-3 starting")

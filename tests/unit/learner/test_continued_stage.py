@@ -6,7 +6,7 @@ from pathlib import Path
 
 from learner.checkpoints.progress import PROGRESS_FILE, read_progress
 from learner.checkpoints.store import checkpoints_of
-from learner.status import StageResult
+from learner.messages import StageResult
 from tests.unit.learner.test_diverging_stage import stage_of, worker_in
 
 

@@ -11,9 +11,9 @@ from buffer.settings import ArithmeticTaskSettings, NoiseSettings
 from learner.checkpoints.checkpoint import read_training_state
 from learner.checkpoints.progress import read_progress
 from learner.checkpoints.store import checkpoints_of
+from learner.messages import LearnerSpec
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import LearnerSettings, StageSettings
-from learner.spec import LearnerSpec
 from learner.worker import LearnerWorker
 
 TASK = ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4)

@@ -1,4 +1,4 @@
-"""What a learner is told when it is born, and what it tells in turn."""
+"""What the driver and the learner's processes pass to each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from learner.settings.stages import LearnerSettings
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """What the learner is born with. prioritised_replay: whether the buffer draws by priorities and is told them.
+    """What each rank starts with. prioritised_replay: whether the buffer draws by priorities and is told them.
     features: names of those that rollouts have, in their order. offers_backspace: whether backspace is an action at
     all, of experts as of rollouts.
     """
@@ -40,3 +40,29 @@ class PreparedRun:
     task: Task
     num_parameters: int
     max_length: int
+
+
+@dataclass(frozen=True)
+class LearnerStatus:
+    """Where the learner is now."""
+
+    stage: str
+    step: int
+    stage_steps: int
+    seconds_per_step: float  # running mean
+    policy_version: int  # newest published; -1 before the first
+    activity: str
+    metrics: dict[str, float]  # of the newest step
+    warnings: tuple[str, ...] = ()  # of the whole run, oldest first
+    notes: tuple[str, ...] = ()  # likewise; what it did that nobody asked for
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage ended."""
+
+    stage: str
+    step: int
+    finished: bool  # False: stopped on request, resumable
+    checkpoint: str  # folder of its newest checkpoint
+    seconds: float
