@@ -15,10 +15,7 @@ import hmac
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import flight
@@ -27,8 +24,8 @@ from buffer.reading.reader import read_shard
 from buffer.trajectory.schema import SOURCES, TokenContract, stored_schema
 
 SHUTDOWN_TIMEOUT_S = 5.0
-MIN_RUN_ROWS = 16
-"""Live rows that lie together in runs of so many on average are sent as slices of what is stored, others gathered."""
+READING = ("LIST_FLIGHTS", "GET_FLIGHT_INFO", "GET_SCHEMA", "DO_GET", "LIST_ACTIONS")
+"""Names of the methods that are served."""
 
 _UNKNOWN_SIZE = -1
 _AUTHORIZATION = "authorization"
@@ -87,19 +84,9 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow ships n
         source = _source(ticket.ticket)
         snapshot = read_shard(self._folder)
         wanted = snapshot.live & pc.equal(snapshot.stored.column("source"), source).to_numpy(zero_copy_only=False)
-        return flight.GeneratorStream(self._schema, _chosen(snapshot.stored.to_batches(), wanted))
-
-    def do_put(self, context: flight.ServerCallContext, *request: object) -> NoReturn:
-        """Refused."""
-        _refuse("put")
-
-    def do_exchange(self, context: flight.ServerCallContext, *request: object) -> NoReturn:
-        """Refused."""
-        _refuse("exchange")
-
-    def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> NoReturn:
-        """Refused."""
-        _refuse("action")
+        batches = snapshot.stored.append_column("wanted", pa.array(wanted)).to_batches()
+        chosen = (batch.filter(batch.column("wanted")).select(self._schema.names) for batch in batches)
+        return flight.GeneratorStream(self._schema, chosen)
 
     def list_actions(self, context: flight.ServerCallContext) -> list[flight.ActionType]:
         """There are none."""
@@ -113,7 +100,7 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow ships n
 
 
 class _TokenCheck(flight.ServerMiddlewareFactory):  # type: ignore[misc]  # pyarrow ships no types
-    """Lets no call pass without the token."""
+    """Lets no call pass without the token, and none that does not read."""
 
     def __init__(self, token: str) -> None:
         self._expected = (_SCHEME + token).encode()
@@ -124,6 +111,10 @@ class _TokenCheck(flight.ServerMiddlewareFactory):  # type: ignore[misc]  # pyar
         given = [value.encode() if isinstance(value, str) else value for value in sent]
         if len(given) != 1 or not hmac.compare_digest(given[0], self._expected):
             raise flight.FlightUnauthenticatedError("the header `authorization: Bearer TOKEN` is missing or wrong")
+        method = info.method.name
+        if method not in READING:
+            what = method.lower().removeprefix("do_")
+            raise flight.FlightUnauthorizedError(f"this endpoint is read-only: {what} is not permitted")
 
 
 def _source(name: bytes) -> str:
@@ -131,22 +122,3 @@ def _source(name: bytes) -> str:
     if source not in SOURCES:
         raise flight.FlightServerError(f"there is no flight {source!r}; there are: {', '.join(SOURCES)}")
     return source
-
-
-def _refuse(what: str) -> NoReturn:
-    raise flight.FlightUnauthorizedError(f"this endpoint is read-only: {what} is not permitted")
-
-
-def _chosen(batches: Sequence[pa.RecordBatch], wanted: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
-    """The rows where `wanted` is True, over all batches; as slices, which copy nothing, where that pays."""
-    first = 0
-    for batch in batches:
-        mask = wanted[first : first + batch.num_rows]
-        first += batch.num_rows
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
-        begins, ends = edges[::2], edges[1::2]
-        if len(begins) * MIN_RUN_ROWS > mask.sum():
-            yield batch.filter(pa.array(mask))
-            continue
-        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
-            yield batch.slice(begin, end - begin)
