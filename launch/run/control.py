@@ -14,7 +14,6 @@ from rich.console import Group, RenderableType
 
 from actors.status import PoolStatus
 from buffer.remote_call import RemoteCall
-from buffer.service.status import BufferStatus
 from launch.cluster.capacity import check_possible
 from launch.cluster.connection import join_live_run
 from launch.errors import UserError, lost_processes_reported
@@ -26,44 +25,36 @@ from launch.run.learner_group import LEARNER_NAME, learner_status
 from launch.run.supervision import POOL
 from launch.run_folder.checkpoints import finished_stages
 from launch.run_folder.folder import CLUSTER_FILE, LiveCluster, open_run_folder, read_cluster
-from launch.settings.run import RunSettings
-from learner.messages import LearnerStatus, StageResult
 
 ANSWER_TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the processes of a live run say. pool, buffer: None where the run has no rollout actors (yet)."""
+    """What the processes of a live run say. `pool` and `buffer` of the view are None where the run has no rollout
+    actors (yet).
+    """
 
-    settings: RunSettings
     folder: Path
     elapsed_s: float
-    finished: dict[str, StageResult]
-    learner: LearnerStatus
-    pool: PoolStatus | None
-    buffer: BufferStatus | None
+    view: RunView
 
     def to_json(self) -> dict[str, object]:
         """All counters."""
+        parts = {"learner": self.view.learner, "pool": self.view.pool, "buffer": self.view.buffer}
         return {
             "run": str(self.folder),
             "elapsed_s": round(self.elapsed_s, 1),
-            "finished_stages": list(self.finished),
-            "learner": asdict(self.learner),
-            "pool": None if self.pool is None else asdict(self.pool),
-            "buffer": None if self.buffer is None else asdict(self.buffer),
+            "finished_stages": list(self.view.results),
+            **{name: None if part is None else asdict(part) for name, part in parts.items()},
         }
 
     def render(self) -> RenderableType:
         """As the run itself shows it."""
-        view = RunView(self.folder.name, self.settings.stages, results=dict(self.finished))
-        view.learner, view.pool, view.buffer = self.learner, self.pool, self.buffer
-        view.note = "" if self.learner.stage else self.learner.activity
-        shown = render(view, self.elapsed_s)
-        if self.buffer is None or len(self.buffer.shards) > 1:  # then the display shows the shards itself
+        shown = render(self.view, self.elapsed_s)
+        if self.view.buffer is None or len(self.view.buffer.shards) > 1:  # then the display shows the shards itself
             return shown
-        return Group(shown, shard_table(self.buffer))
+        return Group(shown, shard_table(self.view.buffer))
 
 
 def run_status(path: Path) -> RunStatus:
@@ -74,17 +65,15 @@ def run_status(path: Path) -> RunStatus:
     """
     folder, settings = open_run_folder(path)
     elapsed_s = time.time() - _started_at(folder)
+    view = RunView(folder.name, settings.stages, results=finished_stages(settings, folder))
     with _live_run(folder) as leader:
-        pool, buffer = _find(POOL_NAME), find_buffer(settings.buffer.shards)
-        return RunStatus(
-            settings,
-            folder,
-            elapsed_s,
-            finished_stages(settings, folder),
-            learner_status(leader).result(ANSWER_TIMEOUT_S),
-            None if pool is None else RemoteCall[PoolStatus](POOL, pool.status.remote()).result(ANSWER_TIMEOUT_S),
-            None if buffer is None else buffer.status(STATUS_TIMEOUT_S),
-        )
+        view.learner = learner_status(leader).result(ANSWER_TIMEOUT_S)
+        view.note = "" if view.learner.stage else view.learner.activity
+        if (pool := _find(POOL_NAME)) is not None:
+            view.pool = RemoteCall[PoolStatus](POOL, pool.status.remote()).result(ANSWER_TIMEOUT_S)
+        if (buffer := find_buffer(settings.buffer.shards)) is not None:
+            view.buffer = buffer.status(STATUS_TIMEOUT_S)
+    return RunStatus(folder, elapsed_s, view)
 
 
 def scale_run(path: Path, count: int) -> PoolStatus:

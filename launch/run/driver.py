@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,6 @@ from launch.settings.trusted_code import check_trusted
 from learner.messages import LearnerSpec, PreparedRun, StageResult
 from learner.settings.stages import StageSettings, with_explicit_starts
 
-POLL_S = 0.25
 START_TIMEOUT_S = 120.0
 """Of a process without a model; a busy machine takes long to import."""
 
@@ -233,13 +233,9 @@ class RunProcesses:
         call = learner.run_stage(stage, introduces_backspace(self._settings, stage))
         while True:
             try:
-                finished = call.finished(POLL_S)
-                self._supervisor.refresh(autoscaling=self._stopping_since is None)  # also after the end: warnings
-                if finished:
-                    assert isinstance(call.result, StageResult)
-                    return call.result
-                if self._stopping_since is not None and time.monotonic() - self._stopping_since > STOP_TIMEOUT_S:
-                    raise RunFailedError(f"the learner did not stop within {STOP_TIMEOUT_S:.0f} s")
+                result = call.wait(math.inf, self._look_after)
+                assert isinstance(result, StageResult)
+                return result
             except LearnerFailedError as error:
                 losses = "" if self._live.view.pool is None else self._live.view.pool.losses()
                 if isinstance(error.cause, TimeoutError) and losses:
@@ -251,3 +247,9 @@ class RunProcesses:
                 self._stopping_since = time.monotonic()
                 self._live.say("stopping after this step, with a checkpoint (Ctrl-C again to stop at once)")
                 learner.request_stop()
+
+    def _look_after(self) -> None:
+        """What is done every moment while a stage runs."""
+        self._supervisor.refresh(autoscaling=self._stopping_since is None)
+        if self._stopping_since is not None and time.monotonic() - self._stopping_since > STOP_TIMEOUT_S:
+            raise RunFailedError(f"the learner did not stop within {STOP_TIMEOUT_S:.0f} s")

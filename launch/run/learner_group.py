@@ -47,42 +47,36 @@ class LearnerCall:
     def __init__(self, calls: Sequence[RemoteCall[object]]) -> None:
         """calls: one to each rank."""
         self._pending = dict(enumerate(calls))
+        self._result: object = None
         self._errors: dict[int, LearnerFailedError] = {}
         self._failed_at = 0.0
-        self.result: object = None
-        """What rank 0 gave, once all have finished."""
 
-    def finished(self, timeout_s: float) -> bool:
-        """Wait at most `timeout_s` seconds; gives whether all ranks are done.
+    def wait(self, timeout_s: float, while_waiting: Callable[[], None]) -> object:
+        """What rank 0 gives, once all ranks are done. May be called again after an error of `while_waiting`.
+
+        while_waiting: called every `POLL_S`, and once more at the end.
 
         Raises:
             LearnerFailedError: a rank failed, whatever the others do; of several, one that knows why.
-        """
-        references = [call.reference for call in self._pending.values()]
-        ray.wait(references, num_returns=len(references), timeout=timeout_s)
-        for rank in [rank for rank, call in self._pending.items() if call.done()]:
-            self._take(rank)
-        if self._errors:
-            self._raise_cause()
-        return not self._pending
-
-    def wait(self, timeout_s: float, while_waiting: Callable[[], None]) -> object:
-        """What rank 0 gives, once all ranks are done. while_waiting: called every `POLL_S`.
-
-        Raises:
-            LearnerFailedError: see `finished`. NoAnswerError: they are not done within `timeout_s`.
+            NoAnswerError: they are not done within `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
-        while not self.finished(POLL_S):
+        while self._pending:
+            references = [call.reference for call in self._pending.values()]
+            ray.wait(references, num_returns=len(references), timeout=POLL_S)
+            for rank, call in list(self._pending.items()):
+                if call.done():
+                    self._finish(rank, call)
+            self._raise_cause()
             while_waiting()
-            if time.monotonic() > deadline:
+            if self._pending and time.monotonic() > deadline:
                 raise next(iter(self._pending.values())).silence(timeout_s)
-        return self.result
+        return self._result
 
-    def _take(self, rank: int) -> None:
-        call = self._pending.pop(rank)
+    def _finish(self, rank: int, call: RemoteCall[object]) -> None:
         try:
             value = call.result(ANSWER_TIMEOUT_S)
+            self._result = value if rank == 0 else self._result
         except ray.exceptions.RayTaskError as error:
             remedy = "; make room there, then resume the run" if is_disk_full(error.cause) else ""
             message = f"{call.who} failed: {type(error.cause).__name__}: {error.cause}{remedy}"
@@ -90,18 +84,17 @@ class LearnerCall:
             self._errors[rank].__cause__ = error  # its traceback
         except (ProcessLostError, NoAnswerError) as error:
             self._errors[rank] = LearnerFailedError(str(error))
-        else:
-            if rank == 0:
-                self.result = value
+        del self._pending[rank]
         if self._errors:
             self._failed_at = self._failed_at or time.monotonic()
 
     def _raise_cause(self) -> None:
-        """Raise the error of the rank that failed first in truth; return where it is not known yet."""
+        """Raise the error of the rank that failed first in truth; return where there is none, or none is known yet."""
         causes = [rank for rank, error in self._errors.items() if not isinstance(error.cause, RankLostError)]
-        if not causes and self._pending and time.monotonic() - self._failed_at < CAUSE_TIMEOUT_S:
-            return
-        raise self._errors[min(causes or self._errors)]
+        if causes:
+            raise self._errors[min(causes)]
+        if self._errors and not (self._pending and time.monotonic() - self._failed_at < CAUSE_TIMEOUT_S):
+            raise self._errors[min(self._errors)]
 
 
 class LearnerGroup:

@@ -47,11 +47,9 @@ def learner_call(*references: ray.ObjectRef) -> LearnerCall:
 def test_the_result_is_that_of_rank_0_once_all_have_finished() -> None:
     call = learner_call(rank.remote("first", None, 0.0), rank.remote(None, None, 2.0))
     started = time.monotonic()
-    while not call.finished(timeout_s=0.1):
-        assert time.monotonic() - started < TIMEOUT_S
+    assert call.wait(TIMEOUT_S, while_waiting=lambda: None) == "first"
     assert time.monotonic() - started > 1.0
-    assert call.result == "first"
-    assert call.finished(timeout_s=0.0), "asking again changes nothing"
+    assert call.wait(0.0, while_waiting=lambda: None) == "first", "asking again changes nothing"
 
 
 def test_a_failure_is_told_though_the_others_still_work() -> None:
