@@ -117,7 +117,9 @@ def end_actor(actor: ActorHandle, goodbye: RemoteCall[None], timeout_s: float) -
     failure = None
     try:
         goodbye.result(max(timeout_s, 0.0))
-    except (NoAnswerError, ProcessLostError, ray.exceptions.RayTaskError) as error:
-        failure = f"{goodbye.who} did not end by itself: {str(error).splitlines()[0]}"
+    except (NoAnswerError, ProcessLostError) as error:
+        failure = str(error)
+    except ray.exceptions.RayTaskError as error:
+        failure = f"{goodbye.who} did not end by itself: {error.cause}"
     ray.kill(actor)
     return failure

@@ -217,7 +217,7 @@ class BufferClient:
     def close(self) -> list[str]:
         """Let every shard make its rows durable, then end the processes; gives a line on each that had to be killed."""
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        calls = [(shard, RemoteCall[None](shard.name, shard.handle.close.remote())) for shard in self.shards]
+        calls = [(shard, RemoteCall[None](shard.name, shard.handle.close.remote(), "close")) for shard in self.shards]
         lines = [end_actor(shard.handle, call, deadline - time.monotonic()) for shard, call in calls]
         return [line for line in lines if line is not None]
 

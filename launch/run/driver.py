@@ -131,7 +131,7 @@ class RunProcesses:
         lines: list[str | None] = []
         if pool is not None:
             drain_s = self._settings.actors.drain_timeout_s
-            lines.append(end_actor(pool, RemoteCall(POOL, pool.stop.remote(drain_s)), drain_s + END_TIMEOUT_S))
+            lines.append(end_actor(pool, RemoteCall(POOL, pool.stop.remote(drain_s), "stop"), drain_s + END_TIMEOUT_S))
         if buffer is not None:
             lines += buffer.close()
         for line in filter(None, lines):

@@ -8,6 +8,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from buffer.service.client import BufferClient, BufferLostError
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import shard_folder, shard_settings
 from buffer.settings import BufferSettings
+from buffer.stop_signals import JOB_SIGNALS
 from buffer.store.replay_store import ReplayStore
 from launch.errors import UserError
 from launch.run.buffer_shards import STATUS_TIMEOUT_S, ShardWatch, check_buffer, find_buffer, start_buffer
@@ -112,6 +115,44 @@ def test_writers_take_turns_and_draws_are_in_proportion(start):
     assert statuses(buffer).sources["policy"].drawn == 12
     assert [shard.handle for shard in find_buffer(2).shards] == [shard.handle for shard in buffer.shards]
     assert find_buffer(3) is None
+
+
+def test_rows_travel_both_ways_and_a_draw_waits_in_the_shard(start):
+    buffer = start(shards=1)
+    writer = writer_of(buffer.shards)
+    batch = numbered(0, 300)
+    with ThreadPoolExecutor(1) as threads:
+        drawing = threads.submit(source_of(buffer.shards).draw, 400)
+        writer.insert(batch)
+        writer.settle()
+        deadline = time.monotonic() + TIMEOUT_S
+        while statuses(buffer).waiting_draws != 1:
+            assert time.monotonic() < deadline, "the draw does not wait"
+        writer.insert(numbered(300, 400).slice(0, 100))
+        drawn = drawing.result(timeout=TIMEOUT_S)
+    assert sorted(map(int, ids_of(drawn))) == list(range(400))
+    assert drawn.schema.equals(batch.schema, check_metadata=True)
+    rows = {row["id"]: row for row in batch.to_pylist()}
+    assert all(rows[row["id"]] == row for row in drawn.to_pylist() if row["id"] in rows)
+    writer.insert(numbered(0, 1).replace_schema_metadata(None))
+    with pytest.raises(ValueError, match="schema version none"):
+        writer.settle()
+
+
+def test_signals_of_a_job_system_do_not_end_a_shard(start):
+    """They reach all processes of a job at once; the driver alone stops the run."""
+    buffer = start(shards=1)
+    pid = statuses(buffer).shards[0].pid
+    status = Path(f"/proc/{pid}/status").read_text()
+    (ignored,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigIgn"))
+    assert {number for number in JOB_SIGNALS if ignored >> (number - 1) & 1} == {*JOB_SIGNALS}
+    for number in JOB_SIGNALS:
+        os.kill(pid, number)
+    writer = writer_of(buffer.shards)
+    writer.insert(numbered(0, 10))
+    writer.settle()
+    assert writer.accepted == 10
+    assert statuses(buffer).shards[0].pid == pid
 
 
 def test_a_slice_travels_without_what_it_was_cut_from(start):
