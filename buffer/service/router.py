@@ -83,6 +83,8 @@ async def draw_from_shards(
         DrawTimeoutError: too few rows came in time; the message says what each shard lacks.
         ValueError: the draw can never be served, or had another size before.
     """
+    if len(shards) == 1 and (drawn := await shards[0].take(request, request.count)) is not None:
+        return (drawn,)  # in one call, where nothing is to be divided
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
     while True:
