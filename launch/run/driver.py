@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
@@ -215,21 +214,17 @@ class RunProcesses:
             )
         )
         self._supervisor.pool = pool
-        self._pause(pool)
+        self._call_pool(pool.pause.remote(), "pause")  # until the learner has published the weights of the first stage
         self._call_pool(pool.start.remote(self._capacity.release_actors()), "start")
         first_version = max(buffer.newest_version(START_TIMEOUT_S, self._live.refresh), newest_version) + 1
         learner.connect(buffer.shards, pool, first_version).wait(PREPARE_TIMEOUT_S, self._live.refresh)
-
-    def _pause(self, pool: ActorHandle) -> None:
-        """No new rollouts, until the learner has published the weights that a stage starts from."""
-        self._call_pool(pool.pause.remote(), "pause")
 
     def _call_pool(self, reference: ray.ObjectRef[None], task: str) -> None:
         RemoteCall[None](POOL, reference, task).result(START_TIMEOUT_S, self._live.refresh)
 
     def _run_stage(self, learner: LearnerGroup, stage: StageSettings) -> StageResult:
-        if self._supervisor.pool is not None:
-            self._pause(self._supervisor.pool)
+        if self._supervisor.pool is not None:  # no new rollouts, until the learner has published where the stage starts
+            self._call_pool(self._supervisor.pool.pause.remote(), "pause")
         call = learner.run_stage(stage, introduces_backspace(self._settings, stage))
         while True:
             try:
