@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Callable
+from typing import Literal
 
 SUPERVISION_INTERVAL_S = 0.5
 """Between two looks of the pool at its members."""
 
 IDLE_WAIT_S = 0.2
 """Longest time that an actor without work stays away from asking again whether it may go on."""
-
-DEMAND_POLL_S = 10.0
-"""Longest wait in a shard for demand; then it is asked again."""
-
-MAX_BYTES_IN_FLIGHT = 16 * 2**20
-MAX_INSERTS_IN_FLIGHT = 4
 
 STARTING = "starting"
 WAITING_FOR_WEIGHTS = "waiting for weights"
@@ -27,8 +21,6 @@ GENERATING = "generating"
 
 WeightUpdate = Literal["in_flight", "drain"]
 """When an actor loads new weights: see `actors.weight_update`."""
-
-T = TypeVar("T")
 
 
 def finishes_first(weight_update: WeightUpdate, newest_version: int, version: int, num_unfinished: int) -> bool:
@@ -66,23 +58,3 @@ def rollout_activity(
 def hand_over_due(num_finished: int, num_unfinished: int, insert_rows: int) -> bool:
     """Whether finished rollouts are to go to the buffer: enough for an insert, or nothing else is under way."""
     return num_finished >= insert_rows or num_unfinished == 0
-
-
-def has_room(size_bytes: int, bytes_in_flight: Sequence[int], max_bytes_in_flight: int) -> bool:
-    """Whether one more insert may be sent while others are unanswered; one that is alone may have any size.
-
-    bytes_in_flight: size of each unanswered insert.
-    """
-    if not bytes_in_flight:
-        return True
-    fits = sum(bytes_in_flight) + size_bytes <= max_bytes_in_flight
-    return fits and len(bytes_in_flight) < MAX_INSERTS_IN_FLIGHT
-
-
-def shard_in_turn(turn: int, shards: Sequence[T], pausing: Collection[T]) -> T:
-    """The next in turn that wants trajectories; what is finished has to go somewhere, so else the next one.
-
-    pausing: those that asked for a pause.
-    """
-    in_turn = [shards[(turn + offset) % len(shards)] for offset in range(len(shards))]
-    return next((shard for shard in in_turn if shard not in pausing), in_turn[0])

@@ -190,6 +190,28 @@ def test_bytes_in_flight_are_bounded_while_a_shard_is_silent(start):
     assert writer.accepted == 300
 
 
+def test_shards_that_pause_are_passed_over_and_all_of_them_hold_the_writer_back(start):
+    buffer = start(samples_per_insert_tolerance=16)  # 8 rows ahead in each shard
+    writer = writer_of(buffer.shards)
+
+    def live_after(first, count):
+        writer.insert(numbered(first, count))
+        writer.settle()
+        return [shard.store.sources["policy"].live for shard in statuses(buffer).shards]
+
+    assert live_after(0, 10) == [10, 0]
+    assert live_after(10, 3) == [10, 3]
+    assert live_after(20, 3) == [10, 6], "shard 0 has asked for a pause"
+    assert not writer.held_back()
+    assert live_after(30, 4) == [10, 10]
+    assert writer.held_back()
+    assert sum(live_after(40, 2)) == 22, "what is finished has to go somewhere"
+    source_of(buffer.shards).draw(14)
+    deadline = time.monotonic() + TIMEOUT_S
+    while writer.held_back():
+        assert time.monotonic() < deadline, "the draw lifts the pause"
+
+
 @ray.remote(num_cpus=0)
 class Writer:
     """Inserts numbered rows until told to stop; knows which of them were acknowledged."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.rollout_rules import MAX_INSERTS_IN_FLIGHT, finishes_first, has_room, rollout_activity, shard_in_turn
+from actors.rollout_rules import finishes_first, rollout_activity
 
 
 def never():
@@ -32,17 +32,3 @@ def test_only_drain_lets_new_weights_wait_and_only_for_rollouts_that_are_under_w
     assert not finishes_first("drain", newest_version=3, version=2, num_unfinished=0)
     assert not finishes_first("drain", newest_version=2, version=2, num_unfinished=1)
     assert not finishes_first("in_flight", newest_version=3, version=2, num_unfinished=1)
-
-
-def test_inserts_in_flight_are_bounded_in_number_and_bytes():
-    assert has_room(10**9, [], 100), "one that is alone may have any size"
-    assert has_room(40, [60], 100)
-    assert not has_room(41, [60], 100)
-    assert has_room(1, [1] * (MAX_INSERTS_IN_FLIGHT - 1), 100)
-    assert not has_room(1, [1] * MAX_INSERTS_IN_FLIGHT, 100)
-
-
-def test_shards_take_turns_and_those_that_pause_are_passed_over():
-    assert [shard_in_turn(turn, "abc", ()) for turn in range(4)] == ["a", "b", "c", "a"]
-    assert [shard_in_turn(turn, "abc", "b") for turn in range(3)] == ["a", "c", "c"]
-    assert [shard_in_turn(turn, "abc", "abc") for turn in range(3)] == ["a", "b", "c"], "what is finished has to go"
