@@ -75,6 +75,11 @@ def send(writer, batch):
     writer.close()
 
 
+def exchange(writer, reader):
+    writer.done_writing()
+    reader.read_all()
+
+
 CALLS = {
     "list": lambda client, options: list(client.list_flights(b"", options)),
     "info": lambda client, options: client.get_flight_info(flight.FlightDescriptor.for_path("policy"), options),
@@ -113,10 +118,8 @@ def test_nothing_can_be_written_or_done(store, endpoint):
             list(client.do_action(flight.Action("drop", b""), options()))
         with pytest.raises(flight.FlightUnauthorizedError, match="read-only: put"):
             send(client.do_put(descriptor, batch.schema, options())[0], batch)
-        writer, reader = client.do_exchange(descriptor, options())
-        writer.done_writing()
         with pytest.raises(flight.FlightUnauthorizedError, match="read-only: exchange"):
-            reader.read_all()
+            exchange(*client.do_exchange(descriptor, options()))
         assert list(client.list_actions(options())) == []
     assert store.next_row == 0
 
