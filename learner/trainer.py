@@ -93,7 +93,7 @@ class Trainer:
         ranks: Ranks | None = None,
         report_priorities: Callable[[Float32], None] | None = None,
     ) -> None:
-        assert (rollouts is not None) == objective.needs_rollouts
+        assert (rollouts is not None) == objective.settings.needs_rollouts
         self.step = 0
         self._policy = policy
         self._objective = objective
@@ -121,7 +121,7 @@ class Trainer:
             RankLostError: another rank failed.
         """
         started = time.perf_counter()
-        experts = self._experts.draw(self._stage.batch_size) if self._objective.needs_experts else None
+        experts = self._experts.draw(self._stage.batch_size) if self._objective.settings.needs_experts else None
         rollouts = None if self._rollouts is None else self._rollouts.draw(self._stage.rollout_batch_size)
         drawn = time.perf_counter()
         passes = self._passes(experts, rollouts)

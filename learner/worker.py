@@ -184,7 +184,7 @@ class LearnerWorker:
         noise = self._spec.noise if stage.objective.uses_noise else NoiseSettings(kind="none", rate=0.0)
         stream = self._expert_stream(stage, noise)
         experts = self._buffer_source(stage, "expert") if stream is None else stream
-        rollouts = self._buffer_source(stage, "policy") if objective.needs_rollouts else None
+        rollouts = self._buffer_source(stage, "policy") if stage.objective.needs_rollouts else None
         trainer = Trainer(
             self._policy,
             objective,
@@ -192,15 +192,15 @@ class LearnerWorker:
             self._trees,
             # A stop is asked for before a draw, for all ranks at once, and by rank 0 while it waits for rollouts.
             SharedBatchSource(self._ranks, experts, self._stop.is_set),
-            SharedBatchSource(self._ranks, rollouts, self._stop.is_set) if objective.needs_rollouts else None,
+            SharedBatchSource(self._ranks, rollouts, self._stop.is_set) if stage.objective.needs_rollouts else None,
             self._ranks,
-            self._priority_report(rollouts) if objective.needs_rollouts else None,
+            self._priority_report(rollouts) if stage.objective.needs_rollouts else None,
         )
         store = self._checkpoints(stage.name)
         resumed = self._restore(stage, store, trainer, stream)
         if introduces_backspace and self._is_row_new and resumed is None:
             self._teach_backspace_row(noise)
-        uses_actors = objective.needs_rollouts or noise.kind == "policy"
+        uses_actors = stage.objective.needs_rollouts or noise.kind == "policy"
         first_version = self._start_rollouts(resumed) if uses_actors else -1
         for source in (experts, rollouts):
             if isinstance(source, BufferSource):

@@ -100,7 +100,7 @@ def make_trainer(
 ) -> Trainer:
     """A trainer on expert logs of the task, and on hand-made rollouts where the objective needs some."""
     objective = make_objective(stage.objective)
-    if objective.needs_rollouts and rollouts is None:
+    if objective.settings.needs_rollouts and rollouts is None:
         rollouts = HandMadeRollouts(task)
     policy = TreePolicy(model, task.backspace_id)
     return Trainer(policy, objective, stage, make_trees(task), experts or make_stream(task), rollouts)

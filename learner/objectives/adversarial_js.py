@@ -62,7 +62,7 @@ class AdversarialJs(Objective):
                 pairs = policy.evaluate(tree, states_and_tokens).measured if self._reads_policy else None
                 scores = self._discriminator_of(policy).log_ratio(tree, pairs)
                 total += mixture_reward(scores, self.settings.pi).double().sum().cpu()
-        self._reward_mean = float(self._ranks.sum_vector(total)) / counts.logs
+        self._reward_mean = float(self.ranks.sum_vector(total)) / counts.logs
 
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
         """One forward pass, and one of the discriminator's body if it has its own; `measured` is [L] s of each log.
@@ -123,7 +123,7 @@ class AdversarialJs(Objective):
             FloatingPointError: its gradient is not finite; nothing has moved.
         """
         assert self._discriminator is not None, "advance() comes after prepare()"
-        self._discriminator.step(self._ranks)
+        self._discriminator.step(self.ranks)
 
     def state(self) -> dict[str, Tensor]:
         """The discriminator: weights, and moments of its optimizer."""

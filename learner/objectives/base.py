@@ -25,7 +25,7 @@ ranks simply add up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -89,33 +89,26 @@ class EvaluatedLogs:
         return per_log.masked_fill(self.tree.trajectories.truncated, 0.0).sum() / ended
 
 
+@dataclass(eq=False)
 class Objective:
     """One way to train. The loss of an optimizer step is the sum of `data_loss` over the micro-batches of expert logs
     and of `rollout_loss` over those of policy logs, on all ranks. The metrics of both hold that share as `loss`.
     Before the weights move, `check` sees the metrics of the whole step. Each of the two losses may be called only where
     the settings say that the objective needs such logs.
 
-    Args:
-        ranks: that train together; None = this process alone.
-        base: the policy as it was at the start of the stage, frozen; where the settings need it.
-        features: names of those that rollouts have, in their order.
+    ranks: that train together. base: the policy as it was at the start of the stage, frozen; where the settings need
+    it. features: names of those that rollouts have, in their order. summation: over the vocabulary, of each action,
+    which `evaluate` measures; a method of an objective that has one.
     """
 
     settings: BaseObjectiveSettings
-    summation: Summation | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    base: TreePolicy | None = None
+    features: tuple[str, ...] = ()
+    summation: Summation | None = field(default=None, init=False)
 
-    def __init__(
-        self,
-        settings: BaseObjectiveSettings,
-        ranks: Ranks | None = None,
-        base: TreePolicy | None = None,
-        features: Sequence[str] = (),
-    ) -> None:
-        self.settings, self.name = settings, settings.name
-        self.needs_rollouts, self.needs_experts = settings.needs_rollouts, settings.needs_experts
-        self._ranks = ranks or Ranks()
-        self._base = base
-        self._features = tuple(features)
+    def __post_init__(self) -> None:
+        """An objective sets here what it begins with."""
 
     def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
         """Look at all rollouts of a step before any loss of it is asked for: for what concerns them together. All ranks
@@ -129,11 +122,11 @@ class Objective:
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """This call's share of what expert logs add to the loss, at optimizer step `step` (from 0)."""
-        raise ValueError(f"objective {self.name} takes no expert logs")
+        raise ValueError(f"objective {self.settings.name} takes no expert logs")
 
     def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
         """This call's share of what policy logs add to the loss. data_counts: global, of the expert logs."""
-        raise ValueError(f"objective {self.name} takes no rollouts")
+        raise ValueError(f"objective {self.settings.name} takes no rollouts")
 
     def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
         """[L] how much there is to learn from each policy log, without gradient: what prioritised replay goes by.
@@ -141,7 +134,7 @@ class Objective:
         Raises:
             ValueError: there are none: draws that prefer some rollouts would have to be weighted for it.
         """
-        raise ValueError(f"objective {self.name} takes no prioritised draws")
+        raise ValueError(f"objective {self.settings.name} takes no prioritised draws")
 
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
         """Refuse to go on, given the combined metrics of step `step`.
@@ -169,11 +162,11 @@ class Objective:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state()`."""
-        assert not state, f"objective {self.name} remembers nothing, and was given {sorted(state)}"
+        assert not state, f"objective {self.settings.name} remembers nothing, and was given {sorted(state)}"
 
     def _of_all_ranks(self, rollouts: Sequence[TreeBatch]) -> list[TreeBatch]:
         """Those of this rank, then trees without logs: as many at every rank, since FSDP gathers in each pass."""
-        missing = self._ranks.maximum(len(rollouts)) - len(rollouts)
+        missing = self.ranks.maximum(len(rollouts)) - len(rollouts)
         return [*rollouts, *missing * [rollouts[0].without_trajectories()]]
 
 
@@ -196,7 +189,7 @@ def is_finite(logs: EvaluatedLogs, loss: Callable[[EvaluatedLogs], tuple[Tensor,
 
     Asked log by log once a step has failed, to name the bad ones.
     """
-    given = {field.name: getattr(logs.values, field.name) for field in fields(ActionValues)}
+    given = {each.name: getattr(logs.values, each.name) for each in fields(ActionValues)}
     leaves = {name: value.detach().clone().requires_grad_() for name, value in given.items() if value is not None}
     share, _ = loss(replace(logs, values=ActionValues(**leaves)))
     share.backward()

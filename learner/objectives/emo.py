@@ -18,7 +18,7 @@ The authors' package bounds the ratio of mode 1 at 3, which is `ratio_cap: 3` he
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -27,10 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from learner.objectives.base import EvaluatedLogs, Metrics, Objective
 from learner.objectives.likelihood import data_metrics
-from learner.ranks.group import Ranks
 from learner.settings.objectives import EmoSettings
 from learner.state_tree.batch import TreeBatch
-from learner.state_tree.policy import TreePolicy
 from learner.state_tree.products import CHUNK_ELEMENTS
 
 EPSILON = 1e-10
@@ -52,15 +50,8 @@ class Emo(Objective):
 
     settings: EmoSettings
 
-    def __init__(
-        self,
-        settings: EmoSettings,
-        ranks: Ranks | None = None,
-        base: TreePolicy | None = None,
-        features: Sequence[str] = (),
-    ) -> None:
-        super().__init__(settings, ranks, base, features)
-        self._table = None if settings.cost_model is None else _output_embedding(settings.cost_model)
+    def __post_init__(self) -> None:
+        self._table = None if self.settings.cost_model is None else _output_embedding(self.settings.cost_model)
 
     def summation(self, tree: TreeBatch, weight: Tensor) -> EarthMoverDistance:
         """The DEMD of every action.

@@ -18,7 +18,7 @@ order of 1 / n towards the joint law; where each prompt has a single sample, lam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -104,17 +104,17 @@ def _reach(features: Tensor, context: Tensor, low: Tensor, high: Tensor) -> tupl
 
 def _joint_fit(features: Tensor, log_weight: Tensor, goal: Tensor) -> Tensor | None:
     """[F] lambda of the joint law of prompt and text; None where it is not found."""
-    weight = torch.zeros(len(goal), dtype=torch.float64)
-    for _ in range(MAX_ITERATIONS):
-        value, gradient, covariance = _dual(weight, features, log_weight, goal)
-        if float(gradient.abs().max()) < TOLERANCE:
-            return weight
-        ridge = 1e-12 * torch.eye(len(weight), dtype=torch.float64)
-        step = torch.linalg.lstsq(covariance + ridge, gradient[:, None]).solution[:, 0]
-        while float(step.abs().max()) > 1e-12 and _dual(weight + step, features, log_weight, goal)[0] <= value:
-            step = step / 2
-        weight = weight + step
-    return None
+
+    def look(weight: Tensor) -> tuple[Tensor, Tensor]:
+        logits = log_weight + features @ weight
+        return logits.logsumexp(0) - weight @ goal, goal - logits.softmax(0) @ features
+
+    def covariance(weight: Tensor) -> Tensor:
+        probability = (log_weight + features @ weight).softmax(0)
+        centred = features - probability @ features
+        return (probability[:, None] * centred).T @ centred
+
+    return _newton(torch.zeros(len(goal), dtype=torch.float64), look, covariance)
 
 
 def _fit_over_prompts(
@@ -125,14 +125,28 @@ def _fit_over_prompts(
     def gap(weight: Tensor) -> Tensor:
         return goal - _mean_over_prompts(weight, features, log_weight, context)
 
-    for _ in range(MAX_ITERATIONS):
+    def look(weight: Tensor) -> tuple[Tensor, Tensor]:
         found = gap(weight)
-        if float(found.abs().max()) < TOLERANCE:
+        return found.abs().max(), found
+
+    return _newton(weight, look, lambda weight: -torch.autograd.functional.jacobian(gap, weight))
+
+
+def _newton(
+    weight: Tensor, look: Callable[[Tensor], tuple[Tensor, Tensor]], slope: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """[F] where the gap is nearly 0; None where it is not found.
+
+    Args:
+        look: what has to fall, and the gap [F]. slope: [F, F] by how much the gap falls.
+    """
+    for _ in range(MAX_ITERATIONS):
+        value, gap = look(weight)
+        if float(gap.abs().max()) < TOLERANCE:
             return weight
-        slope = -torch.autograd.functional.jacobian(gap, weight)
         ridge = 1e-12 * torch.eye(len(weight), dtype=torch.float64)
-        step = torch.linalg.lstsq(slope + ridge, found[:, None]).solution[:, 0]
-        while float(step.abs().max()) > 1e-12 and not bool(gap(weight + step).abs().max() < found.abs().max()):
+        step = torch.linalg.lstsq(slope(weight) + ridge, gap[:, None]).solution[:, 0]
+        while float(step.abs().max()) > 1e-12 and not bool(look(weight + step)[0] < value):
             step = step / 2
         weight = weight + step
     return None
@@ -144,12 +158,3 @@ def _mean_over_prompts(weight: Tensor, features: Tensor, log_weight: Tensor, con
     ratio = (log_ratio - log_ratio.detach().max()).exp()
     counts = ratio * prompt_weights(*PartitionFunction().leave_one_out(context, ratio))
     return counts @ features / counts.sum()
-
-
-def _dual(weight: Tensor, features: Tensor, log_weight: Tensor, goal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, gradient [F] and covariance [F, F] of the features."""
-    logits = log_weight + features @ weight
-    probability = logits.softmax(0)
-    mean = probability @ features
-    centred = features - mean
-    return weight @ goal - logits.logsumexp(0), goal - mean, (probability[:, None] * centred).T @ centred

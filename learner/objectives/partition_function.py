@@ -39,12 +39,6 @@ class PartitionFunction:
         self._count = torch.zeros(0, dtype=torch.float64)
         self._seen = torch.zeros(0, dtype=torch.int64)  # number of the last call of `add` with the context
 
-    @property
-    def pooled(self) -> float:
-        """Mean over everything that was added and is remembered; 0 before."""
-        count = float(self._count.sum())
-        return float(self._total.sum()) / count if count else 0.0
-
     def leave_one_out(self, context: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
         """Z of the context of each new rollout, and the mean of Z over all contexts, each [N].
 

@@ -49,4 +49,4 @@ def make_objective(
     if settings.needs_base_model:
         assert load_base is not None, f"{settings.name} compares with the policy at the start of the stage"
         base = load_base()
-    return OBJECTIVES[settings.name](settings, ranks, base, features)
+    return OBJECTIVES[settings.name](settings, ranks or Ranks(), base, tuple(features))

@@ -103,12 +103,12 @@ class ScoreFunction(Objective, ABC):
     def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
         """The first round: coefficients of all rollouts of the step."""
         table = self._gather(torch.cat([self._look_at(policy, tree) for tree in self._of_all_ranks(rollouts)]))
-        if isinstance(self._base, FSDPModule):
-            self._base.reshard()  # its root waits for a backward pass that never comes
+        if isinstance(self.base, FSDPModule):
+            self.base.reshard()  # its root waits for a backward pass that never comes
         assert len(table) == counts.logs
         key, context, log_pi, log_mu, log_base, reward = table[:, :_NUM_PLAIN_COLUMNS].unbind(1)
         gathered = Rollouts(key.long(), context.long(), log_pi, log_mu, log_base, reward, table[:, _NUM_PLAIN_COLUMNS:])
-        sound = log_pi.isfinite() & (log_base.isfinite() if self._base is not None else True)
+        sound = log_pi.isfinite() & (log_base.isfinite() if self.base is not None else True)
         # The loss will not be finite either, where the policy gave no number; with a coefficient that is one, the
         # trainer can tell the rollouts to blame for it from those that only shared a pass with them.
         coefficients = torch.full_like(log_pi, torch.nan).masked_fill(~log_pi.isfinite(), 1.0)
@@ -142,23 +142,23 @@ class ScoreFunction(Objective, ABC):
             for each in (policy.evaluate(tree).log_prob, tree.actions.behavior_log_prob)
         )
         log_base = torch.full_like(log_pi, torch.nan)
-        if self._base is not None:
-            log_base = logs.sum_of_actions(self._base.evaluate(tree).log_prob.double())
+        if self.base is not None:
+            log_base = logs.sum_of_actions(self.base.evaluate(tree).log_prob.double())
         keys = torch.tensor([_key(name) for name in logs.ids], dtype=torch.float64)
         columns = [logs.context, log_pi, log_mu, log_base, logs.reward, *logs.features.unbind(1)]
         return torch.stack([keys, *(column.cpu().double() for column in columns)], dim=1)
 
     def _gather(self, own: Tensor) -> Tensor:
         """[N, K] the rows [n, K] of all ranks, in the order of ranks, at every rank."""
-        if self._ranks.size == 1:
+        if self.ranks.size == 1:
             return own
-        counts = torch.zeros(self._ranks.size, dtype=torch.float64)
-        counts[self._ranks.rank] = len(own)
-        counts = self._ranks.sum_vector(counts).long()
-        begin = int(counts[: self._ranks.rank].sum())
+        counts = torch.zeros(self.ranks.size, dtype=torch.float64)
+        counts[self.ranks.rank] = len(own)
+        counts = self.ranks.sum_vector(counts).long()
+        begin = int(counts[: self.ranks.rank].sum())
         table = torch.zeros(int(counts.sum()), own.shape[1], dtype=torch.float64)
         table[begin : begin + len(own)] = own
-        return self._ranks.sum_vector(table)
+        return self.ranks.sum_vector(table)
 
 
 class RewardAscent(ScoreFunction):

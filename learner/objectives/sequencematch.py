@@ -32,12 +32,13 @@ so that its scale is per action, as that of behaviour cloning is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, OutsideDomainError
-from learner.objectives.divergences import DIVERGENCES, Divergence
+from learner.objectives.divergences import DIVERGENCES
 from learner.objectives.likelihood import cross_entropy, data_metrics, rollout_metrics
 from learner.settings.objectives import SequenceMatchSettings
 
@@ -50,22 +51,11 @@ class SequenceMatch(Objective):
 
     settings: SequenceMatchSettings
 
-    @property
-    def divergence(self) -> Divergence:
-        """The divergence that the settings name."""
-        return DIVERGENCES[self.settings.divergence]
-
-    @property
-    def mixture_coefficient(self) -> float:
-        """Weight of E_model[(alpha r)^2]."""
-        coefficient = self.settings.mixture_coefficient
-        return 1.0 / (4.0 * self.settings.alpha) if coefficient is None else coefficient
-
-    @property
-    def domain_margin(self) -> float:
-        """How far above the end of its domain phi becomes its tangent."""
-        margin = self.settings.domain_margin
-        return DEFAULT_DOMAIN_MARGIN if margin is None else margin
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.divergence = DIVERGENCES[settings.divergence]
+        self.mixture_coefficient = settings.mixture_coefficient or 1.0 / (4.0 * settings.alpha)
+        self.domain_margin = settings.domain_margin or DEFAULT_DOMAIN_MARGIN
 
     def beta(self, step: int) -> float:
         """Weight of behaviour cloning at optimizer step `step` of this objective."""
@@ -75,8 +65,8 @@ class SequenceMatch(Objective):
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """beta * cross-entropy + (1 - beta) * the terms of -J that stand under E_data."""
         per_action = data.counts.logs_per_action
-        penalty = data.mean_over_logs(self._penalty_sum(data, self._penalty))
-        penalty = penalty / self.settings.alpha * per_action
+        penalised = partial(self.divergence.penalty, margin=self.domain_margin)
+        penalty = data.mean_over_logs(self._penalty_sum(data, penalised)) / self.settings.alpha * per_action
         if self.settings.estimator == "collapsed":
             likelihood = (
                 data.mean_over_logs(self._weight(data.tree.actions.time, data) * data.values.log_prob) * per_action
@@ -106,7 +96,7 @@ class SequenceMatch(Objective):
         Raises:
             ValueError: the estimator and the divergence leave no such term.
         """
-        if not self.needs_rollouts:
+        if not self.settings.needs_rollouts:
             return super().rollout_loss(rollouts, data_counts, step)
         per_action = data_counts.logs_per_action
         loss_sequencematch = rollouts.values.q.new_zeros(())
@@ -150,12 +140,6 @@ class SequenceMatch(Objective):
                 "that has none (chi2_mixture, chi2, reverse_kl), or set domain_policy=project to go on by the tangent"
             )
 
-    def _penalty(self, x: Tensor) -> Tensor:
-        return self.divergence.penalty(x, self.domain_margin)
-
-    def _phi(self, x: Tensor) -> Tensor:
-        return self.divergence.phi(x, self.domain_margin)
-
     def _residual(self, logs: EvaluatedLogs) -> Tensor:
         """[A] r = Q(s, a) - gamma V(s')."""
         return logs.values.q - self.settings.gamma * logs.values.v_next
@@ -174,7 +158,8 @@ class SequenceMatch(Objective):
 
     def _phi_sum(self, logs: EvaluatedLogs) -> Tensor:
         """[A + L] terms of sum_t gamma^t phi(alpha r_t) / alpha and of its tail."""
-        alpha, gamma, phi = self.settings.alpha, self.settings.gamma, self._phi
+        alpha, gamma = self.settings.alpha, self.settings.gamma
+        phi = partial(self.divergence.phi, margin=self.domain_margin)
         observed = phi(alpha * self._residual(logs)) / alpha
         absorbed = phi(alpha * (1.0 - gamma) * logs.values.v_final) / (alpha * (1.0 - gamma))
         return self._discounted(

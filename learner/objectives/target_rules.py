@@ -18,7 +18,7 @@ they have until that of now is nearer to the target.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +34,7 @@ from learner.objectives.score_function import (
     weight_metrics,
     weighted_mean,
 )
-from learner.ranks.group import Ranks
 from learner.settings.objectives import ConstraintSettings, FDivergence, FDpgSettings, GdcSettings, TargetSettings
-from learner.state_tree.policy import TreePolicy
 
 
 @dataclass(frozen=True)
@@ -108,18 +106,11 @@ class TargetAscent(ScoreFunction):
 
     settings: TargetSettings
 
-    def __init__(
-        self,
-        settings: TargetSettings,
-        ranks: Ranks | None = None,
-        base: TreePolicy | None = None,
-        features: Sequence[str] = (),
-    ) -> None:
-        super().__init__(settings, ranks, base, features)
-        self._column = {each: self._features.index(each.feature) for each in settings.constraints}
-        self._pointwise = [each for each in settings.constraints if each.target is None]
-        self._moments = [each for each in settings.constraints if each.target is not None]
-        self._adaptive = isinstance(settings, GdcSettings) and settings.proposal == "kl_adaptive"
+    def __post_init__(self) -> None:
+        self._column = {each: self.features.index(each.feature) for each in self.settings.constraints}
+        self._pointwise = [each for each in self.settings.constraints if each.target is None]
+        self._moments = [each for each in self.settings.constraints if each.target is not None]
+        self._adaptive = isinstance(self.settings, GdcSettings) and self.settings.proposal == "kl_adaptive"
         self._z = PartitionFunction()
         # Of log pi over log mu under p_c, times Z; since the last look.
         self._gain = torch.zeros(1, dtype=torch.float64)

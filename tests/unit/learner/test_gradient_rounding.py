@@ -109,15 +109,16 @@ class Gradients:
         weight = self.policy.model.get_output_embeddings().weight
         data_counts, counts = counts_of(EXPERTS), counts_of(ROLLOUTS)
         found: list[Tensor] = []
-        if objective.needs_rollouts:
+        if objective.settings.needs_rollouts:
             objective.prepare(self.policy, [ROLLOUTS], counts, 0)
             evaluated = objective.evaluate(self.policy, ROLLOUTS, counts, 0)
             loss, _ = objective.rollout_loss(evaluated, data_counts, 0)
             found += torch.autograd.grad(loss, [self.states[False, ROLLOUTS.trajectories.ids], weight])
-        if objective.needs_experts:
+        if objective.settings.needs_experts:
             evaluated = objective.evaluate(self.policy, EXPERTS, data_counts, 0)
             loss, _ = objective.data_loss(evaluated, 0)
-            if loss.requires_grad and objective.name != "adversarial_js":  # whose experts teach the discriminator alone
+            # Experts of adversarial_js teach the discriminator alone.
+            if loss.requires_grad and objective.settings.name != "adversarial_js":
                 found += torch.autograd.grad(loss, [self.states[False, EXPERTS.trajectories.ids], weight])
         return found
 

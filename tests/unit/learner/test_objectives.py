@@ -69,7 +69,7 @@ def settings(**changes) -> SequenceMatchSettings:
 @pytest.mark.parametrize("name", ["mle", "behaviour_cloning"])
 def test_likelihood(model, name):
     objective = make_objective(LikelihoodSettings(name=name))
-    assert (objective.name, objective.needs_rollouts) == (name, False)
+    assert (objective.settings.name, objective.settings.needs_rollouts) == (name, False)
     loss, metrics = total_loss(objective, evaluate(model, DATA), None, step=0)
     expected = oracle.cross_entropy([walk(model, log, BACKSPACE) for log in DATA])
     torch.testing.assert_close(loss, expected)
@@ -112,7 +112,7 @@ def test_sequencematch_against_the_oracle(model, walks, divergence, estimator, c
     objective = make_objective(settings(divergence=divergence, estimator=estimator, mixture_coefficient=coefficient))
     default = 1 / (4 * ALPHA) if divergence == "chi2_mixture" else 0.0
     data = evaluate(model, data_logs)
-    rollouts = evaluate(model, MODEL) if objective.needs_rollouts else None
+    rollouts = evaluate(model, MODEL) if objective.settings.needs_rollouts else None
     loss, _ = total_loss(objective, data, rollouts, step=0)
     expected = oracle.sequencematch_loss(
         oracle.Terms(divergence, ALPHA, GAMMA, DEFAULT_DOMAIN_MARGIN, uniform=estimator == "uniform"),
@@ -134,7 +134,8 @@ def test_printed_equals_collapsed_with_a_shared_start(model, divergence):
     losses = {}
     for estimator in ("printed", "collapsed"):
         objective = make_objective(settings(divergence=divergence, estimator=estimator))
-        losses[estimator], _ = total_loss(objective, data, sampled if objective.needs_rollouts else None, step=0)
+        given = sampled if objective.settings.needs_rollouts else None
+        losses[estimator], _ = total_loss(objective, data, given, step=0)
     torch.testing.assert_close(losses["printed"], losses["collapsed"], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
         torch.autograd.grad(losses["printed"], list(model.parameters()), retain_graph=True),
@@ -288,9 +289,9 @@ def test_truncated_logs_have_no_reason_to_lift_a_value(model):
 def test_rollouts_are_needed_where_a_term_is_made_of_them(model, divergence, estimator):
     chosen = settings(divergence=divergence, estimator=estimator)
     objective = make_objective(chosen)
-    assert objective.needs_rollouts == (divergence == "chi2_mixture" or estimator != "collapsed")
-    assert objective.needs_rollouts == chosen.needs_rollouts
-    if not objective.needs_rollouts:
+    assert objective.settings.needs_rollouts == (divergence == "chi2_mixture" or estimator != "collapsed")
+    assert objective.settings.needs_rollouts == chosen.needs_rollouts
+    if not objective.settings.needs_rollouts:
         with pytest.raises(ValueError, match="takes no rollouts"):
             total_loss(objective, evaluate(model, DATA), evaluate(model, MODEL), step=0)
 
@@ -347,7 +348,7 @@ def test_the_optimum_is_the_data_policy(divergence):
             log_prob_at_temperature=torch.zeros(tree.num_actions),
         )
         evaluated = EvaluatedLogs(tree, values, counts_of(tree))
-        loss, _ = total_loss(objective, evaluated, evaluated if objective.needs_rollouts else None, step=0)
+        loss, _ = total_loss(objective, evaluated, evaluated if objective.settings.needs_rollouts else None, step=0)
         loss.backward()
         return loss
 

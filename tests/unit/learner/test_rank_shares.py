@@ -100,7 +100,7 @@ def test_a_tree_without_logs_adds_nothing(objective):
     empty = full.without_trajectories()
     assert (empty.num_trajectories, empty.num_actions, empty.num_nodes, empty.num_nodes_unshared) == (0, 0, 0, 0)
     counts = count_logs(batch)
-    losses = [made.data_loss] if not made.needs_rollouts else [made.data_loss, _rollout_loss(made, counts)]
+    losses = [made.data_loss] if not made.settings.needs_rollouts else [made.data_loss, _rollout_loss(made, counts)]
     for loss_of in losses:
         _, expected = loss_of(EvaluatedLogs(full, policy.evaluate(full), counts), 0)
         loss, metrics = loss_of(EvaluatedLogs(empty, policy.evaluate(empty), counts), 0)
