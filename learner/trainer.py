@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from buffer.trajectory.behavior import newest_version
-from learner.batches.micro_batches import TreeSettings, build_micro_batches
+from learner.batches.micro_batches import build_micro_batches
 from learner.batches.rank_shares import count_logs, share_of_rank
 from learner.batches.source import BatchSource, Float32, priorities_of_draw
 from learner.checkpoints.checkpoint import TrainingState
@@ -34,7 +34,7 @@ from learner.ranks.sharding import (
     whole_optimizer_state,
 )
 from learner.settings.stages import StageSettings
-from learner.state_tree.batch import TreeBatch
+from learner.state_tree.batch import TreeBatch, TreeSettings
 from learner.state_tree.policy import TreePolicy
 
 NAMED_TRAJECTORIES = 20

@@ -28,7 +28,6 @@ from buffer.settings import NoiseSettings
 from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
 from learner.batches.demonstrations import teach_backspace_row
-from learner.batches.micro_batches import TreeSettings
 from learner.batches.source import BufferSource, Float32, SharedBatchSource, StopRequestedError
 from learner.checkpoints.checkpoint import check_can_be_saved, read_training_state
 from learner.checkpoints.model_files import load_weights
@@ -50,6 +49,7 @@ from learner.ranks.sharding import shard
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import StageSettings
 from learner.stage_checkpoints import StageCheckpoints
+from learner.state_tree.batch import TreeSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 

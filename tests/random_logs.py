@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from learner.batches.micro_batches import TreeSettings
+from learner.state_tree.batch import TreeSettings
 from tests.trajectories import BACKSPACE, EOS, VOCAB, batch_of, expert_row, row
 
 MATCHING = {"name": "sequencematch", "alpha": 0.05, "beta_start": 0.9, "beta_end": 0.1, "beta_steps": 4}

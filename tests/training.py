@@ -14,12 +14,12 @@ from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task
 from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import trajectory_schema
-from learner.batches.micro_batches import TreeSettings
 from learner.batches.source import BatchSource
 from learner.model.policy import load_policy
 from learner.objectives.registry import make_objective
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import StageSettings
+from learner.state_tree.batch import TreeSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 

@@ -20,9 +20,9 @@ from buffer.experts.stream import ExpertStream, NoisePlan
 from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import TokenContract
 from launch.statistics import Estimate, Float64, Int64
-from learner.batches.micro_batches import TreeSettings, build_micro_batches
+from learner.batches.micro_batches import build_micro_batches
 from learner.state_tree.action_values import StateLogits
-from learner.state_tree.batch import TreeBatch
+from learner.state_tree.batch import TreeBatch, TreeSettings
 from learner.state_tree.policy import TreePolicy
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from buffer.experts.stream import ExpertStream, NoisePlan
 from buffer.experts.tasks import Task
 from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import TokenContract
-from learner.batches.micro_batches import TreeSettings, build_micro_batches
+from learner.batches.micro_batches import build_micro_batches
 from learner.model.backspace_row import BackspaceOdds, fit_backspace_row, gather_evidence
 from learner.ranks.group import Ranks
 from learner.state_tree.action_values import StateLogits
-from learner.state_tree.batch import TreeBatch
+from learner.state_tree.batch import TreeBatch, TreeSettings
 from learner.state_tree.policy import TreePolicy
 
 NUM_BACKSPACES = 256

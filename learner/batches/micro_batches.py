@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pyarrow as pa
 
 from buffer.trajectory.replay import ActionLogs, Int64
-from learner.state_tree.batch import TreeBatch, build_tree_batch, checked_logs
+from learner.state_tree.batch import TreeBatch, TreeSettings, build_tree_batch, checked_logs
 from learner.state_tree.trie import Trie, build_trie
-
-
-@dataclass(frozen=True)
-class TreeSettings:
-    """How trajectories become state trees (see `build_micro_batches`).
-
-    offers_backspace: False = backspace is no action in any state, whatever a trajectory says of itself.
-    """
-
-    backspace_id: int
-    eos_id: int
-    max_nodes_per_batch: int
-    max_positions: int
-    offers_backspace: bool = True
-    other_eos_ids: tuple[int, ...] = ()
 
 
 def build_micro_batches(batch: pa.RecordBatch, settings: TreeSettings) -> list[TreeBatch]:
@@ -36,24 +19,13 @@ def build_micro_batches(batch: pa.RecordBatch, settings: TreeSettings) -> list[T
     Raises:
         ValueError: a trajectory cannot be a state tree (see `build_tree_batch`).
     """
-    backspace_id, max_positions = settings.backspace_id, settings.max_positions
-    eos_ids = (settings.eos_id, *settings.other_eos_ids)
     parts = [batch]
     num_elements = len(batch.column("actions").flatten()) + len(batch.column("prompt_ids").flatten())
     if num_elements > settings.max_nodes_per_batch:
-        logs, played, _ = checked_logs(batch, backspace_id=backspace_id, eos_ids=eos_ids, max_positions=max_positions)
-        members = _split(logs, build_trie(logs, played, backspace_id), settings.max_nodes_per_batch)
+        logs, played, _ = checked_logs(batch, settings)
+        members = _split(logs, build_trie(logs, played, settings.backspace_id), settings.max_nodes_per_batch)
         parts = [batch.take(pa.array(rows)) for rows in members]
-    return [
-        build_tree_batch(
-            part,
-            backspace_id=backspace_id,
-            eos_ids=eos_ids,
-            max_positions=max_positions,
-            offers_backspace=settings.offers_backspace,
-        )
-        for part in parts
-    ]
+    return [build_tree_batch(part, settings) for part in parts]
 
 
 def _split(logs: ActionLogs, trie: Trie, max_nodes: int) -> list[Int64]:

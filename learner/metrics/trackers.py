@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -88,20 +88,6 @@ class TensorBoardTracker:
             raise
 
 
-class _Run(Protocol):
-    def log(self, data: Mapping[str, object], step: int) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class _Library(Protocol):
-    """What Weights & Biases and trackio, which follows its interface, have in common."""
-
-    def init(self, **options: object) -> _Run: ...
-
-    def Histogram(self, sequence: Sequence[int]) -> object: ...
-
-
 class OnlineTracker:
     """Weights & Biases or trackio. Every stage is a run of its own in the group of the whole run, so that the arms of a
     recipe can be laid over one another; a resumed stage goes on in its run.
@@ -112,17 +98,20 @@ class OnlineTracker:
     """
 
     def __init__(self, name: Literal["wandb", "trackio"], run_folder: Path) -> None:
-        self._library = cast(_Library, import_module(name))
+        self._library = import_module(name)  # trackio follows the interface of Weights & Biases
         self._has_run_ids = name == "wandb"
         self._folder = run_folder
         self._stage = ""
-        self._run: _Run | None = None
+        self._run: Any = None
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Int64]) -> None:
         """See `Tracker`."""
         if self._run is None or self._stage != stage:
             self.close()
-            self._run, self._stage = self._open(stage), stage
+            run = f"{self._folder.name}-{stage}"
+            own = {"id": run, "dir": str(self._folder)} if self._has_run_ids else {"embed": False}
+            self._run = self._library.init(project=PROJECT, name=run, group=self._folder.name, resume="allow", **own)
+            self._stage = stage
         shown = {name: self._library.Histogram(samples.tolist()) for name, samples in histograms.items()}
         self._run.log({**metrics, **shown}, step=step)
 
@@ -131,8 +120,3 @@ class OnlineTracker:
         if self._run is not None:
             self._run.finish()
             self._run = None
-
-    def _open(self, stage: str) -> _Run:
-        name = f"{self._folder.name}-{stage}"
-        own = {"id": name, "dir": str(self._folder)} if self._has_run_ids else {"embed": False}
-        return self._library.init(project=PROJECT, name=name, group=self._folder.name, resume="allow", **own)

@@ -13,7 +13,6 @@ Legend: L trajectories, A actions over all of them, N nodes (padded), M distinct
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -162,25 +161,30 @@ class TreeBatch:
         return TreeBatch(self.nodes, self.actions.emptied(), self.trajectories.emptied(), 0, 0)
 
 
-def build_tree_batch(
-    batch: pa.RecordBatch,
-    *,
-    backspace_id: int,
-    eos_ids: Sequence[int],
-    max_positions: int,
-    offers_backspace: bool = True,
-) -> TreeBatch:
-    """Pack the trajectories of `batch` (schema of `buffer.trajectory.schema`) into one tree per distinct first token.
+@dataclass(frozen=True)
+class TreeSettings:
+    """How trajectories become state trees.
 
-    offers_backspace: whether it is an action in the trajectories that offer it.
+    max_nodes_per_batch: see `learner.batches.micro_batches`. max_positions: longest text, in tokens.
+    offers_backspace: False = backspace is no action in any state, whatever a trajectory says of itself.
+    """
+
+    backspace_id: int
+    eos_id: int
+    max_nodes_per_batch: int
+    max_positions: int
+    offers_backspace: bool = True
+    other_eos_ids: tuple[int, ...] = ()
+
+
+def build_tree_batch(batch: pa.RecordBatch, settings: TreeSettings) -> TreeBatch:
+    """Pack the trajectories of `batch` (schema of `buffer.trajectory.schema`) into one tree per distinct first token.
 
     Raises:
         ValueError: see `checked_logs`; or some logs have features that others lack.
     """
-    logs, played, truncated = checked_logs(
-        batch, backspace_id=backspace_id, eos_ids=eos_ids, max_positions=max_positions
-    )
-    trie = build_trie(logs, played, backspace_id)
+    logs, played, truncated = checked_logs(batch, settings)
+    trie = build_trie(logs, played, settings.backspace_id)
     number, subtree_end = preorder(trie)
     node_of_element = number[trie.node]
     width = -(-trie.num_nodes // NODE_ALIGNMENT) * NODE_ALIGNMENT
@@ -204,7 +208,7 @@ def build_tree_batch(
     final_at_floor[acted] = played.next_state[last_action] == FLOOR
     states = np.unique(np.concatenate([floor_node, state, next_state]))
     behavior = Behaviour.from_batch(batch)
-    never_offered = ~(behavior.offers_backspace & offers_backspace)
+    never_offered = ~(behavior.offers_backspace & settings.offers_backspace)
     tensor = torch.from_numpy
 
     def index_of(nodes: Int64) -> Tensor:
@@ -265,9 +269,7 @@ def _context(prompt: npt.NDArray[np.int32]) -> int:
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(prompt).tobytes()) >> 12
 
 
-def checked_logs(
-    batch: pa.RecordBatch, *, backspace_id: int, eos_ids: Sequence[int], max_positions: int
-) -> tuple[ActionLogs, Replay, Bool]:
+def checked_logs(batch: pa.RecordBatch, settings: TreeSettings) -> tuple[ActionLogs, Replay, Bool]:
     """The logs of a batch, their states, and [L] whether each is truncated (did not end with `<eos>`).
 
     Raises:
@@ -277,7 +279,7 @@ def checked_logs(
     logs = ActionLogs.from_batch(batch)
     if logs.num_logs == 0:
         raise ValueError("cannot build a state tree from a batch without trajectories")
-    played = replay(logs, backspace_id)
+    played = replay(logs, settings.backspace_id)
     truncated = ~_column_equals(batch, "finish_reason", "eos")
     prompt_lengths = np.diff(logs.prompt_offsets)
     if not prompt_lengths.all():
@@ -287,19 +289,19 @@ def checked_logs(
         )
     longest = prompt_lengths.copy()
     np.maximum.at(longest, played.log, prompt_lengths[played.log] + played.depth)
-    if longest.max() > max_positions:
+    if longest.max() > settings.max_positions:
         raise ValueError(
             f"log {int(np.argmax(longest))} has a text of {int(longest.max())} tokens, more than the "
-            f"{max_positions} positions of the model; lower the prompt or answer length"
+            f"{settings.max_positions} positions of the model; lower the prompt or answer length"
         )
-    at_floor = (logs.actions == backspace_id) & (played.state == FLOOR)
+    at_floor = (logs.actions == settings.backspace_id) & (played.state == FLOOR)
     if at_floor.any():
         raise ValueError(
             f"log {int(played.log[at_floor][0])} has a backspace label at the floor (the end of its prompt)"
         )
     ends = np.zeros(logs.num_logs, dtype=np.bool_)
     last = np.flatnonzero(logs.lengths)
-    is_eos = np.isin(logs.realised, eos_ids)
+    is_eos = np.isin(logs.realised, (settings.eos_id, *settings.other_eos_ids))
     ends[last] = is_eos[logs.offsets[1:][last] - 1]
     num_eos = np.bincount(played.log[is_eos], minlength=logs.num_logs)
     bad = (num_eos != ends) | (ends == truncated)

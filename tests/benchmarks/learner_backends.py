@@ -25,10 +25,10 @@ from transformers import (
 )
 from transformers import Trainer as HuggingFaceTrainer
 
-from learner.batches.micro_batches import TreeSettings
 from learner.objectives.registry import make_objective
 from learner.settings.objectives import LikelihoodSettings
 from learner.settings.stages import OptimizerSettings, StageSettings
+from learner.state_tree.batch import TreeSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.benchmarks.backend import Backend, Timed

@@ -31,7 +31,6 @@ from buffer.store.log_state import LogState
 from buffer.store.replay_store import ReplayStore
 from buffer.store.row_table import RowTable
 from learner import trainer as trainer_module
-from learner.batches.micro_batches import TreeSettings
 from learner.checkpoints import checkpoint as checkpoint_module
 from learner.checkpoints.checkpoint import read_training_state
 from learner.checkpoints.model_files import load_weights
@@ -44,6 +43,7 @@ from learner.settings.model import ScratchModelSettings
 from learner.settings.objectives import SequenceMatchSettings
 from learner.settings.stages import LearnerSettings, OptimizerSettings, StageSettings
 from learner.stage_checkpoints import StageCheckpoints
+from learner.state_tree.batch import TreeSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.rollouts import rollouts

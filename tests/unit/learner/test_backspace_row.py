@@ -14,11 +14,12 @@ from torch.distributions import Bernoulli, Normal
 from buffer.experts.tasks import load_task
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
 from learner.batches.demonstrations import Demonstrations, TaughtRow, teach_backspace_row
-from learner.batches.micro_batches import TreeSettings, build_micro_batches
+from learner.batches.micro_batches import build_micro_batches
 from learner.model.backspace_row import BackspaceEvidence, BackspaceOdds, gather_evidence, most_probable_row
 from learner.model.policy import load_policy
 from learner.ranks.group import Ranks
 from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
+from learner.state_tree.batch import TreeSettings
 from learner.state_tree.policy import TreePolicy
 
 HIDDEN = 8

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.batches.micro_batches import TreeSettings, build_micro_batches
+from learner.batches.micro_batches import build_micro_batches
 from learner.objectives.base import EvaluatedLogs
 from learner.objectives.registry import make_objective
 from learner.settings.objectives import SequenceMatchSettings
 from learner.state_tree.action_values import action_values
-from learner.state_tree.batch import TreeBatch
+from learner.state_tree.batch import TreeBatch, TreeSettings
 from tests.objectives import counts_of
 from tests.oracle import Log, states, to_batch
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, random_logs, text_of, tiny

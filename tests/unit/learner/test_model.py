@@ -37,7 +37,7 @@ from learner.model.policy import load_policy
 from learner.model.support import check_supported
 from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
 from learner.state_tree.action_values import action_values
-from learner.state_tree.batch import build_tree_batch
+from learner.state_tree.batch import TreeSettings, build_tree_batch
 from tests.oracle import Log, to_batch
 
 SIZES = {
@@ -332,7 +332,7 @@ def test_a_real_model_from_a_package(tmp_path):
     prompt = policy.tokenizer("The capital of France is").input_ids
     right, wrong = (policy.tokenizer(f" {word}").input_ids[0] for word in ("Paris", "cheese"))
     log = Log(prompt, [wrong, 16, right, policy.eos_id])
-    tree = build_tree_batch(to_batch([log]), backspace_id=16, eos_ids=[policy.eos_id], max_positions=64)
+    tree = build_tree_batch(to_batch([log]), TreeSettings(16, policy.eos_id, 10_000, 64))
     with torch.no_grad():
         values = action_values(model, tree, policy.backspace_id)
         alone = model(input_ids=torch.tensor([prompt])).logits[0, -1]

@@ -21,14 +21,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from learner.state_tree.batch import NODE_ALIGNMENT, TreeBatch, build_tree_batch
+from learner.state_tree.batch import NODE_ALIGNMENT, TreeBatch, TreeSettings, build_tree_batch
 from tests.oracle import Log, states, to_batch
 
 BACKSPACE, EOS, VOCAB = 3, 2, 11
 
 
-def build(logs: list[Log], max_positions: int = 64) -> TreeBatch:
-    return build_tree_batch(to_batch(logs), backspace_id=BACKSPACE, eos_ids=[EOS], max_positions=max_positions)
+def build(logs: list[Log], max_positions: int = 64, **settings) -> TreeBatch:
+    return build_tree_batch(to_batch(logs), TreeSettings(BACKSPACE, EOS, 10_000, max_positions, **settings))
 
 
 def text_of(tree: TreeBatch, node: int) -> list[int]:
@@ -87,9 +87,7 @@ def test_states_are_those_of_replay():
 
 def test_backspace_is_no_action_where_the_run_has_none():
     logs = [Log([1, 4], [5, 6, EOS]), NEVER_OFFERED]
-    tree = build_tree_batch(
-        to_batch(logs), backspace_id=BACKSPACE, eos_ids=[EOS], max_positions=64, offers_backspace=False
-    )
+    tree = build(logs, offers_backspace=False)
     for masked in (
         tree.actions.backspace_masked,
         tree.actions.next_backspace_masked,
@@ -186,7 +184,7 @@ def test_random_logs(logs):
 
 def test_each_eos_of_several_ends_a_log():
     logs = [Log([5], [7, EOS]), Log([5], [7, 9])]
-    tree = build_tree_batch(to_batch(logs), backspace_id=BACKSPACE, eos_ids=[EOS, 9], max_positions=64)
+    tree = build(logs, other_eos_ids=(9,))
     assert tree.trajectories.truncated.tolist() == [False, False]
     with pytest.raises(ValueError, match="log 1: <eos> must be the last action where finish_reason is `eos`"):
         build(logs)
@@ -194,9 +192,8 @@ def test_each_eos_of_several_ends_a_log():
 
 def test_a_slice_of_a_batch_is_like_its_copy():
     logs = [dataclasses.replace(log, reward=float(n), features=[n, -1.0]) for n, log in enumerate(HARD)]
-    arguments = {"backspace_id": BACKSPACE, "eos_ids": [EOS], "max_positions": 64}
-    sliced = build_tree_batch(to_batch(logs).slice(2, 5), **arguments)
-    copied = build_tree_batch(to_batch(logs[2:7]), **arguments)
+    sliced = build_tree_batch(to_batch(logs).slice(2, 5), TreeSettings(BACKSPACE, EOS, 10_000, 64))
+    copied = build(logs[2:7])
     for part in ("nodes", "actions", "trajectories"):
         for name, values in vars(getattr(sliced, part)).items():
             assert np.array_equal(values, getattr(getattr(copied, part), name)), name
