@@ -38,7 +38,6 @@ class PreparedRun:
     config_json: str
     contract: TokenContract
     task: Task
-    num_parameters: int
     max_length: int
 
 

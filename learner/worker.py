@@ -151,7 +151,6 @@ class LearnerWorker:
             config_json=policy.model.config.to_json_string(use_diff=False),
             contract=self._contract,
             task=self._task,
-            num_parameters=sum(parameter.numel() for parameter in policy.model.parameters()),
             max_length=max_length,
         )
 
@@ -199,7 +198,11 @@ class LearnerWorker:
         store = self._checkpoints(stage.name)
         resumed = self._restore(stage, store, trainer, stream)
         if introduces_backspace and self._is_row_new and resumed is None:
-            self._teach_backspace_row(noise)
+            with self._ranks.exchange("the fit of the backspace row"):
+                taught = teach_backspace_row(
+                    self._policy, self._task, noise, self._contract, self._trees, self._ranks, self._spec.seed
+                )
+            self._note(taught)
         uses_actors = stage.objective.needs_rollouts or noise.kind == "policy"
         first_version = self._start_rollouts(resumed) if uses_actors else -1
         for source in (experts, rollouts):
@@ -277,14 +280,6 @@ class LearnerWorker:
         # Arms that start from the same stage see the same examples in the same order.
         seed = (self._spec.seed << 32) + zlib.crc32((stage.start_from or "").encode())
         return self._task.expert_stream(noise, self._contract, seed)
-
-    def _teach_backspace_row(self, noise: NoiseSettings) -> None:
-        seed = self._spec.seed
-        with self._ranks.exchange("the fit of the backspace row"):
-            taught = teach_backspace_row(
-                self._policy, self._task, noise, self._contract, self._trees, self._ranks, seed
-            )
-        self._note(taught)
 
     def _note(self, note: object) -> None:
         """Tell people what was done that nobody asked for; None where there is nothing."""

@@ -52,9 +52,9 @@ def quantise_linear_layers(model: PreTrainedModel) -> None:
     model.is_loaded_in_4bit = True
 
 
-def is_quantised(layer: nn.Module) -> bool:
-    """Whether the layer's weight is held in 4 bits."""
-    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is held in 4 bits."""
+    return getattr(weight, "quant_state", None) is not None
 
 
 def dequantise(weight: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ one tensor exists beside the model, unless the reader keeps it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from buffer.weights.low_rank import LowRankUpdate, merge_low_rank
@@ -36,7 +36,7 @@ def publication_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """
     with torch.no_grad():
         for source in _sources(model):
-            yield source.name, source.make()
+            yield source.name, source.merged()
 
 
 def low_rank_updates(model: PreTrainedModel) -> tuple[LowRankUpdate, ...]:
@@ -57,7 +57,7 @@ def frozen_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of what training does not change, without adapters: it has to travel once. All ranks iterate."""
     with torch.no_grad():
         for source in _sources(model):
-            if not source.is_trained:
+            if not source.tensor.requires_grad:
                 yield source.name, source.base()
 
 
@@ -70,21 +70,29 @@ def trained_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         for source in _sources(model):
             if source.adapter is not None:
                 yield from zip(_factor_names(source), _factors(source.adapter), strict=True)
-            elif source.is_trained:
+            elif source.tensor.requires_grad:
                 yield source.name, source.base()
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One tensor to publish, not yet made. base: makes it without `adapter`. is_trained: itself, not by an adapter."""
+    """One tensor of the base model, not yet as it is published. adapter: what training adds to it, if anything."""
 
     name: str
-    base: Callable[[], Tensor]
+    tensor: Tensor
+    dtype: torch.dtype
     adapter: LoraLayer | None
-    is_trained: bool
 
-    def make(self) -> Tensor:
-        return self.base() if self.adapter is None else merged(self.base(), self.adapter)
+    def base(self) -> Tensor:
+        """Without the adapter."""
+        return dequantise(self.tensor) if is_quantised(self.tensor) else gathered(self.tensor).to(self.dtype)
+
+    def merged(self) -> Tensor:
+        """W, or W + (alpha / rank) B A in a new tensor."""
+        if self.adapter is None:
+            return self.base()
+        scaling, transposed = self.adapter.scaling[ADAPTER_NAME], self.adapter.fan_in_fan_out
+        return merge_low_rank(self.base(), *_factors(self.adapter), scaling, transposed)
 
 
 def _factor_names(source: _Source) -> tuple[str, str]:
@@ -96,46 +104,21 @@ def _factors(adapter: LoraLayer) -> tuple[Tensor, Tensor]:
     return gathered(a), gathered(b)
 
 
-def _sources(model: PreTrainedModel) -> list[_Source]:
-    sources: list[_Source] = []
-    seen: set[Tensor] = set()  # by identity: tied parameters are one object
-    for prefix, module, adapter in _plain_modules("", model, {layer for _, layer in adapted_layers(model)}):
-        for name, tensor in _own_tensors(module):
-            if tensor not in seen:
-                seen.add(tensor)
-                sources.append(_source(prefix + name, tensor, module, adapter, published_dtype(model, tensor)))
-    return sources
-
-
-def _plain_modules(
-    prefix: str, module: nn.Module, adapted: set[LoraLayer]
-) -> Iterator[tuple[str, nn.Module, LoraLayer | None]]:
-    """(prefix of its names, module, the adapter around it) of every module of the base model."""
-    if module in adapted:
-        yield prefix, module.get_base_layer(), module
-        return
-    yield prefix, module, None
-    for name, child in module.named_children():
-        yield from _plain_modules(f"{prefix}{name}.", child, adapted)
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of the module itself, children left out."""
-    yield from module.named_parameters(recurse=False)
-    for name, buffer in module.named_buffers(recurse=False):
-        if name not in module._non_persistent_buffers_set:
-            yield name, buffer
-
-
-def _source(name: str, tensor: Tensor, module: nn.Module, adapter: LoraLayer | None, published: torch.dtype) -> _Source:
-    is_weight = tensor is getattr(module, "weight", None)
-
-    def base() -> Tensor:
-        return dequantise(tensor) if is_weight and is_quantised(module) else gathered(tensor).to(published)
-
-    return _Source(name, base, adapter if is_weight else None, tensor.requires_grad)
-
-
-def merged(weight: Tensor, adapter: LoraLayer) -> Tensor:
-    """W with the adapter's update, scaled by alpha / rank; a new tensor."""
-    return merge_low_rank(weight, *_factors(adapter), adapter.scaling[ADAPTER_NAME], adapter.fan_in_fan_out)
+def _sources(model: PreTrainedModel) -> Iterator[_Source]:
+    adapters = dict(adapted_layers(model))
+    factors = {
+        factor for layer in adapters.values() for part in (layer.lora_A, layer.lora_B) for factor in part.values()
+    }
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # of tied ones the first
+        path, _, own_name = name.rpartition(".")
+        module = model.get_submodule(path)
+        if module in factors or own_name in module._non_persistent_buffers_set:
+            continue
+        layer = path.removesuffix(".base_layer")  # where an adapter keeps what it adapts
+        adapter = adapters.get(layer)
+        yield _Source(
+            name if adapter is None else f"{layer}.{own_name}",
+            tensor,
+            published_dtype(model, tensor),
+            adapter if own_name == "weight" else None,
+        )
