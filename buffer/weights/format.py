@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from buffer.weights.low_rank import LowRankUpdate, merge_low_rank
-
 if TYPE_CHECKING:
     import torch
 
@@ -53,6 +51,20 @@ class TensorEntry:
     def of(cls, name: str, dtype: torch.dtype, shape: Iterable[int]) -> TensorEntry:
         """With torch's own dtype."""
         return cls(name, str(dtype).removeprefix("torch."), tuple(shape))
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """A low-rank update (LoRA, arXiv 2106.09685) by the names of its tensors: W [out, in], A [rank, in], B [out, rank].
+
+    transposed: W is stored as [in, out], as GPT-2 does.
+    """
+
+    weight: str
+    a: str
+    b: str
+    scaling: float
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -172,6 +184,19 @@ def unpack(payload: WeightPayload, manifest: WeightManifest) -> Iterator[tuple[s
         for entry in manifest.tensors:
             tensors[entry.name] = torch.from_numpy(payload[entry.name]).view(getattr(torch, entry.dtype))
     return _merged(tensors, manifest.updates)
+
+
+def merge_low_rank(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, transposed: bool
+) -> torch.Tensor:
+    """W + scaling B A, added in the format of A and B and rounded once to that of W; a new tensor.
+
+    Learner, exports and actors all merge by this function, so that they get the same bits from the same tensors.
+    """
+    update = (b @ a) * scaling
+    if transposed:
+        update = update.T
+    return (weight.to(update.dtype) + update).to(weight.dtype)
 
 
 def _to_array(tensor: torch.Tensor, dtype: str) -> Array:

@@ -8,10 +8,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from learner.checkpoints import remote as remote_module
 from learner.checkpoints import store as store_module
 from learner.checkpoints.progress import PROGRESS_FILE
-from learner.checkpoints.remote import COMPLETE, RemoteCheckpoints, open_checkpoints
+from learner.checkpoints.remote import RemoteCheckpoints, open_checkpoints
 from learner.checkpoints.store import CheckpointStore, LocalCheckpoints, remove_superseded
 from tests.checkpoints import progress_at
 
@@ -209,22 +208,3 @@ def test_a_truncated_file_in_storage_is_named(tmp_path):
     with pytest.raises(OSError, match=r"step-000007\.1/c\.txt has 2 bytes instead of 5"):
         other.folder(7)
     assert not list((tmp_path / "b").glob("step-000007")), "nothing half-fetched looks complete"
-
-
-def test_the_mark_is_written_last_and_removed_first(tmp_path, monkeypatch):
-    touched: list[str] = []
-    for name in ("put_file", "pipe_file", "rm_file"):
-        original = getattr(MEMORY, name)
-
-        def spy(self, *args, _original=original, _name=name, **kwargs):
-            touched.append(f"{_name} {(args[1] if _name == 'put_file' else args[0]).rpartition('/')[2]}")
-            return _original(self, *args, **kwargs)
-
-        monkeypatch.setattr(MEMORY, name, spy)
-    store = RemoteCheckpoints(f"{URL}/order", tmp_path)
-    store.write(7, filler(7, 1))
-    assert touched.index(f"pipe_file {COMPLETE}") == len(touched) - 1
-    touched.clear()
-    store.remove(7)
-    assert touched[0] == f"rm_file {COMPLETE}"
-    assert remote_module.COMPLETE == COMPLETE
