@@ -91,11 +91,14 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One checkpoint's number. change: against the baseline, None for itself and where nothing was measured."""
+    """One checkpoint's number. change: against the baseline, None for itself and where nothing was measured. outcome:
+    None within noise, and where that is unknown.
+    """
 
     interval: Interval | None
     count: int | None
     change: Difference | None
+    outcome: Outcome | None
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,12 @@ class Measure:
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of the verdict. outcome: None within noise, and where that is unknown."""
+    """One sentence of the verdict: the number of a checkpoint, and that of the baseline."""
 
     label: str
-    baseline: str
     measure: Measure
-    number: Interval
+    cell: Cell
     against: Interval
-    change: Difference
-    outcome: Outcome | None
 
 
 @dataclass(frozen=True)
@@ -177,15 +177,14 @@ def _names(checkpoints: Sequence[_Checkpoint]) -> list[tuple[str, str]]:
     found = dict.fromkeys(
         (group, name) for checkpoint in checkpoints for group, names in checkpoint.metrics.items() for name in names
     )
-
-    def rank(key: tuple[str, str]) -> tuple[int, int]:
-        return _position(key[0], list(GROUPS)), _position(key[1], list(METRICS))
-
-    return sorted(found, key=rank)
-
-
-def _position(name: str, known: list[str]) -> int:
-    return known.index(name) if name in known else len(known)
+    groups, metrics = [*GROUPS], [*METRICS]
+    return sorted(
+        found,
+        key=lambda key: (
+            groups.index(key[0]) if key[0] in GROUPS else len(groups),
+            metrics.index(key[1]) if key[1] in METRICS else len(metrics),
+        ),
+    )
 
 
 def _measure(file: _EvaluationFile, baseline: int, group: str, name: str) -> Measure:
@@ -198,7 +197,7 @@ def _measure(file: _EvaluationFile, baseline: int, group: str, name: str) -> Mea
         change = None
         if index != baseline and number is not None and against is not None:
             change = difference(number.estimate, against.estimate, _paired(file, index, baseline, group, name))
-        cells.append(Cell(interval, None if number is None else number.n, change))
+        cells.append(Cell(interval, None if number is None else number.n, change, change_outcome(change, info)))
     return Measure(group, name, info, tuple(cells), _span(intervals, info))
 
 
@@ -225,13 +224,9 @@ def _span(intervals: Sequence[Interval | None], info: MetricInfo) -> tuple[float
 def _findings(labels: Sequence[str], baseline: int, measures: Sequence[Measure]) -> tuple[Finding, ...]:
     """Of the headline numbers, or of the first ones where there are none of those."""
     headlines = [measure for measure in measures if measure.info.is_headline and measure.group in GROUPS]
-    chosen = headlines or list(measures[:3])
-    found = []
-    for index, label in enumerate(labels):
-        for measure in chosen:
-            cell, against = measure.cells[index], measure.cells[baseline].interval
-            if cell.interval is None or against is None or cell.change is None:
-                continue
-            outcome = change_outcome(cell.change, measure.info)
-            found.append(Finding(label, labels[baseline], measure, cell.interval, against, cell.change, outcome))
-    return tuple(found)
+    return tuple(
+        Finding(label, measure, measure.cells[index], against)
+        for index, label in enumerate(labels)
+        for measure in headlines or measures[:3]
+        if measure.cells[index].change and (against := measure.cells[baseline].interval)
+    )

@@ -10,7 +10,7 @@ import numpy as np
 
 from launch.report import formatting
 from launch.report.document import render_document
-from launch.report.evaluation import GROUPS, change_outcome
+from launch.report.evaluation import GROUPS
 from launch.report.gather import Report
 from launch.report.metrics import OTHERS, metric_plots
 from launch.report.rollouts import Rollout
@@ -72,7 +72,6 @@ def render(report: Report) -> str:
         warnings=timeline.warnings if timeline else [],
         group_titles=GROUPS,
         others=OTHERS,
-        outcome=lambda cell, measure: change_outcome(cell.change, measure.info) or "",
         pieces=pieces,
         versions=_versions,
     )

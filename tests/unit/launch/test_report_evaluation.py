@@ -24,7 +24,7 @@ def test_a_difference_is_a_finding_only_where_its_interval_leaves_out_0(tmp_path
     table = read_evaluation(tmp_path, lambda label: label == "mle_control")
     assert table is not None
     assert table.labels[table.baseline] == "mle_control"
-    outcomes = {finding.measure.name: finding.outcome for finding in table.findings}
+    outcomes = {finding.measure.name: finding.cell.outcome for finding in table.findings}
     assert outcomes == {"accuracy": None, "recovery": "better"}
     assert [measure.name for measure in table.measures] == ["accuracy", "recovery", "of_tomorrow"]
     tomorrow = table.measures[-1]
@@ -35,7 +35,7 @@ def test_a_difference_is_a_finding_only_where_its_interval_leaves_out_0(tmp_path
 
 def test_less_is_better_where_a_metric_says_so(tmp_path: Path) -> None:
     table = table_of(tmp_path, evaluated("mle", perplexity=(20.0, 9)), evaluated("sm", perplexity=(90.0, 9)))
-    assert [finding.outcome for finding in table.findings] == ["worse"]
+    assert [finding.cell.outcome for finding in table.findings] == ["worse"]
 
 
 def test_one_checkpoint_is_compared_with_nothing_and_a_missing_number_with_none(tmp_path: Path) -> None:
@@ -56,8 +56,8 @@ def test_differences_that_were_measured_pairwise_go_before_our_own_and_may_point
         (tmp_path / "evaluation.json").write_text(json.dumps(file | {"baseline": baseline}))
         table = read_evaluation(tmp_path, lambda label: label == "mle")
         assert table is not None
-        assert [finding.outcome for finding in table.findings] == [outcome]
-        assert table.findings[0].change.value == pytest.approx(0.1)
+        assert [finding.cell.outcome for finding in table.findings] == [outcome]
+        assert table.findings[0].cell.change.value == pytest.approx(0.1)
     assert table.left_out == {"mauve": "too few texts"}
     (tmp_path / "evaluation.json").write_text(json.dumps(file | {"baseline": "sm"}))
     table = read_evaluation(tmp_path, lambda label: False)
