@@ -103,7 +103,7 @@ def _name_changes(changes: Sequence[Change], folder: Path, console: Console) -> 
     with RunLog(folder) as log:
         for change in changes:
             message = f"resumed with another setting: {change}"
-            log.write("info", "driver", "setting_changed", message, setting=change.key)
+            log.write("info", "driver", "setting_changed", message, {"setting": change.key})
             _say(console, f"changed since the run was last started: {change}")
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Literal, NamedTuple
 
 from actors.status import MemberStatus, PoolEventKind, PoolStatus
@@ -89,15 +90,41 @@ class RunLog:
     ) -> None:
         if error is not None:
             cause = f"{type(error).__name__}: {error}"
-            self.write("error", "driver", "run_failed", f"the run ended: {cause}", cause=cause)
+            self.write("error", "driver", "run_failed", f"the run ended: {cause}", {"cause": cause})
         self._file.close()
 
-    def write(self, level: Level, role: Role, event: Event, message: str, **values: Value) -> None:
-        """One line of the only process of its role. values: fields of the event.
+    def write(
+        self,
+        level: Level,
+        role: Role,
+        event: Event,
+        message: str,
+        values: Mapping[str, Value] = MappingProxyType({}),
+        *,
+        index: int = 0,
+        version: int | None = None,
+    ) -> None:
+        """One line. values: fields of the event. index: number of the process among those of its role. version: of an
+        actor's weights, None before its first ones; the lines of all others have the newest published version.
 
         A refusal of the disk is raised by the next `follow`, so that it never hinders a run that is ending.
         """
-        self._write(level, role, 0, event, self._published, message, values)
+        learner = self._learner
+        published = None if learner is None or learner.policy_version < 0 else learner.policy_version
+        line = {
+            "time": round(time.time(), 3),
+            "level": level,
+            "run": self._run,
+            "role": role,
+            "index": index,
+            "event": event,
+            "stage": None if learner is None else learner.stage or None,
+            "step": None if learner is None else learner.step,
+            "version": version if role == "actor" else published,
+            **values,
+            "message": message,
+        }
+        self._append(json.dumps(line, ensure_ascii=False) + "\n")
 
     def follow(self, view: RunView) -> None:
         """Write down what is new in the view.
@@ -125,39 +152,6 @@ class RunLog:
         except OSError as error:
             self._refusal = error
 
-    def _write(
-        self,
-        level: Level,
-        role: Role,
-        index: int,
-        event: Event,
-        version: int | None,
-        message: str,
-        values: dict[str, Value],
-    ) -> None:
-        """index: number of the process among those of its role. version: of an actor's weights, None before its first
-        ones; of all others the newest published one.
-        """
-        learner = self._learner
-        line = {
-            "time": round(time.time(), 3),
-            "level": level,
-            "run": self._run,
-            "role": role,
-            "index": index,
-            "event": event,
-            "stage": None if learner is None else learner.stage or None,
-            "step": None if learner is None else learner.step,
-            "version": version,
-            **values,
-            "message": message,
-        }
-        self._append(json.dumps(line, ensure_ascii=False) + "\n")
-
-    @property
-    def _published(self) -> int | None:
-        return None if self._learner is None or self._learner.policy_version < 0 else self._learner.policy_version
-
     def _follow_learner(self, learner: LearnerStatus) -> None:
         before, self._learner = self._learner, learner
         if learner.stage and (before is None or before.stage != learner.stage):
@@ -174,7 +168,7 @@ class RunLog:
             if event.number > self._newest_event:
                 self._newest_event = event.number
                 level: Level = "warning" if event.kind == "actor_failed" else "info"
-                self.write(level, "pool", event.kind, event.message, actor=event.actor)
+                self.write(level, "pool", event.kind, event.message, {"actor": event.actor})
         members = {member.name: member for member in pool.members}
         for name, member in members.items():
             told = self._members.get(name)
@@ -188,13 +182,13 @@ class RunLog:
         version = None if status is None or status.policy_version < 0 else status.policy_version
         for event, fact in facts.items():
             values = {"actions": None if status is None else status.actions, **fact.values}
-            self._write(fact.level, "actor", index, event, version, fact.message, values)
+            self.write(fact.level, "actor", event, fact.message, values, index=index, version=version)
 
     def _follow_buffer(self, buffer: BufferStatus) -> None:
         for index, shard in enumerate(buffer.shards):
             facts = _shard_facts(shard)
             for event, fact in _new(self._shards.get(index, {}), facts).items():
-                self._write(fact.level, "buffer", index, event, self._published, fact.message, fact.values)
+                self.write(fact.level, "buffer", event, fact.message, fact.values, index=index)
             self._shards[index] = facts
 
 

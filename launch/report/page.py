@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import groupby
-from math import log
-
 import numpy as np
 
 from launch.report import formatting
@@ -13,7 +9,6 @@ from launch.report.document import render_document
 from launch.report.evaluation import GROUPS
 from launch.report.gather import Report
 from launch.report.metrics import OTHERS, metric_plots
-from launch.report.rollouts import Rollout
 from launch.report.timeline import MAX_ACTORS, timeline_plots
 from launch.settings.recipe import to_yaml
 from launch.settings.run import RunSettings
@@ -21,16 +16,6 @@ from learner.settings.model import PretrainedModelSettings
 
 SHOWN_EXAMPLES = 4
 SHOWN_PUSHES = 300
-PROBABILITY_BOUNDS = (0.01, 0.1, 0.5, 0.9)
-"""Between the five colors of deleted tokens; the script has the same ones."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Neighboring tokens that look the same. classes: of CSS."""
-
-    text: str
-    classes: str
 
 
 def render(report: Report) -> str:
@@ -58,7 +43,7 @@ def render(report: Report) -> str:
         examples=sorted(shown, key=lambda rollout: (not rollout.takes_back, -rollout.created_at))[:SHOWN_EXAMPLES],
         deleting=formatting.share(sample.num_deleting / sample.num_stored) if sample and shown else "",
         has_noise=any(action.noise for rollout in shown for action in rollout.actions),
-        rollout_data=[[rollout.prompt, rollout.actions] for rollout in shown],
+        rollout_data=[[rollout.prompt, [[*each, each.shade] for each in rollout.actions]] for rollout in shown],
         plots=metric_plots([each for each in logged if each.stage not in starting], names),
         starting_plots={
             each.stage: [plot for group in metric_plots([each], names).values() for plot in group]
@@ -72,25 +57,7 @@ def render(report: Report) -> str:
         warnings=timeline.warnings if timeline else [],
         group_titles=GROUPS,
         others=OTHERS,
-        pieces=pieces,
-        versions=_versions,
     )
-
-
-def pieces(rollout: Rollout) -> list[Piece]:
-    """The text of a rollout in the order in which it was written, deleted tokens included."""
-    written = [
-        (action.text, _classes(action.kept, action.noise, action.logprob)) for action in rollout.actions if action.text
-    ]
-    return [
-        Piece("".join(text for text, _ in group), classes)
-        for classes, group in groupby(written, key=lambda piece: piece[1])
-    ]
-
-
-def _classes(kept: bool, noise: bool, logprob: float) -> str:
-    names = [] if kept else ["gone", f"p{sum(logprob > log(bound) for bound in PROBABILITY_BOUNDS)}"]
-    return " ".join([*names, *(["noise"] if noise else [])])
 
 
 def _state(report: Report) -> tuple[str, str]:
@@ -130,11 +97,3 @@ def _noise(settings: RunSettings) -> str:
     """What is mixed into the expert's texts to be taken back."""
     chosen = settings.noise
     return "none" if chosen.kind == "none" else f"{chosen.kind}, at {formatting.share(chosen.rate)} of the positions"
-
-
-def _versions(rollout: Rollout) -> str:
-    """Versions of the weights behind a rollout's actions: `v3`, or `v3 to v5`."""
-    seen = [action.version for action in rollout.actions]
-    if not seen:
-        return "no action"
-    return f"v{min(seen)}" if min(seen) == max(seen) else f"v{min(seen)} to v{max(seen)}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -23,6 +26,8 @@ MAX_ACTIONS = 6000
 """Of all shown rollouts together: what bounds the size of the page."""
 CONTEXT_TOKENS = 8
 """Tokens before an action that its text is decoded behind; what a tokenizer does to a token looks no further back."""
+PROBABILITY_BOUNDS = (0.01, 0.1, 0.5, 0.9)
+"""Between the five colors of deleted tokens."""
 
 ActionKind = Literal["write", "backspace", "end"]
 
@@ -38,6 +43,16 @@ class Action(NamedTuple):
     noise: bool
     logprob: float
     version: int
+
+    @property
+    def shade(self) -> str:
+        """Class of CSS: how probable the action was, in five steps."""
+        return f"p{sum(self.logprob > math.log(bound) for bound in PROBABILITY_BOUNDS)}"
+
+    @property
+    def classes(self) -> str:
+        """Classes of CSS of its token at the end."""
+        return " ".join([*([] if self.kept else ["gone", self.shade]), *(["noise"] if self.noise else [])])
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,20 @@ class Rollout:
     def takes_back(self) -> bool:
         """Whether an action is a backspace."""
         return any(action.kind == "backspace" for action in self.actions)
+
+    @property
+    def pieces(self) -> list[tuple[str, str]]:
+        """Text and classes of neighboring tokens that look the same, in the order in which they were written."""
+        written = [(action.text, action.classes) for action in self.actions if action.text]
+        return [("".join(text for text, _ in group), classes) for classes, group in groupby(written, itemgetter(1))]
+
+    @property
+    def versions(self) -> str:
+        """Versions of the weights behind the actions: `v3`, or `v3 to v5`."""
+        seen = sorted({action.version for action in self.actions})
+        if not seen:
+            return "no action"
+        return f"v{seen[0]}" if len(seen) == 1 else f"v{seen[0]} to v{seen[-1]}"
 
 
 @dataclass(frozen=True)

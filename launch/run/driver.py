@@ -166,7 +166,7 @@ class RunProcesses:
     def _wait_for_capacity(self, missing: str) -> None:
         note = f"waiting for room: {missing}"
         if self._live.view.note != note:
-            self._log.write("info", "driver", "room_awaited", note, missing=missing)
+            self._log.write("info", "driver", "room_awaited", note, {"missing": missing})
         self._supervisor.note(note)
 
     def _prepare(self, learner: LearnerGroup, check_task: Callable[[Task], None] | None) -> PreparedRun:

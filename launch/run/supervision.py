@@ -115,7 +115,7 @@ class Supervisor:
         wanted = self._autoscaler.observe(seen)
         if wanted is not None:
             message = f"autoscaling asks for {wanted} actors instead of {seen.desired}"
-            self._log.write("info", "driver", "autoscaled", message, wanted=wanted, before=seen.desired)
+            self._log.write("info", "driver", "autoscaled", message, {"wanted": wanted, "before": seen.desired})
             view.pool = self._ask(RemoteCall[PoolStatus](POOL, pool.scale.remote(wanted)), view.pool)
 
     def _ask(self, call: RemoteCall[T], last: T | None, health_timeout_s: float = HEALTH_TIMEOUT_S) -> T | None:

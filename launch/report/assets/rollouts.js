@@ -1,7 +1,5 @@
 // Steps through a rollout: the text after each action, and what is known of that action.
 
-const PROBABILITY_BOUNDS = [0.01, 0.1, 0.5, 0.9];
-
 class Stepper {
   constructor(panel, rollouts) {
     this.panel = panel;
@@ -34,7 +32,7 @@ class Stepper {
       chip.type = "button";
       chip.tabIndex = -1; // the arrow keys reach it
       chip.addEventListener("click", () => this.show(at + 1));
-      if (action[0] === "write" && !action[2]) chip.classList.add("gone", probabilityClass(action[4]));
+      if (action[0] === "write" && !action[2]) chip.classList.add("gone", action[6]);
       if (action[3]) chip.classList.add("noise");
       return chip;
     });
@@ -47,10 +45,10 @@ class Stepper {
     this.done = done;
     const [prompt, actions] = this.rollouts[this.index];
     const stack = [], tokens = [];
-    actions.slice(0, done).forEach(([kind, text, , noise, logprob], at) => {
+    actions.slice(0, done).forEach(([kind, text, , noise, , , shade], at) => {
       if (kind === "write") {
         stack.push(tokens.length);
-        tokens.push({ text, logprob, noise, gone: false, now: at === done - 1 });
+        tokens.push({ text, shade, noise, gone: false, now: at === done - 1 });
       } else if (kind === "backspace") {
         const taken = tokens[stack.pop()];
         taken.gone = true;
@@ -59,7 +57,7 @@ class Stepper {
     });
     this.text.replaceChildren(html("span", "prompt", prompt));
     for (const token of tokens) {
-      const classes = [token.gone ? `gone ${probabilityClass(token.logprob)}` : "", token.noise ? "noise" : "", token.now ? "now" : ""];
+      const classes = [token.gone ? `gone ${token.shade}` : "", token.noise ? "noise" : "", token.now ? "now" : ""];
       this.text.append(html("span", classes.filter(Boolean).join(" "), token.text));
     }
     const taken = tokens.find((token) => token.now && token.gone);
@@ -88,10 +86,6 @@ class Stepper {
     else return;
     event.preventDefault();
   }
-}
-
-function probabilityClass(logprob) {
-  return `p${PROBABILITY_BOUNDS.filter((bound) => logprob > Math.log(bound)).length}`;
 }
 
 function label([kind, text]) {
