@@ -17,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from launch.errors import UserError
-from launch.report.plots import Plot, Series, thin
+from launch.report.plots import MAX_POINTS, Plot, Series, thin
 from launch.run_folder.folder import METRICS_FILE
 
 Float64 = npt.NDArray[np.float64]
@@ -73,14 +73,16 @@ def read_metrics(run: Path) -> list[StageMetrics]:
     return [_stage_metrics(table, stage) for stage in pc.unique(table.column("stage")).to_pylist()]
 
 
-def metric_plots(stages: Sequence[StageMetrics], names: Sequence[str]) -> dict[str, list[Plot]]:
+def metric_plots(
+    stages: Sequence[StageMetrics], names: Sequence[str], max_points: int = MAX_POINTS
+) -> dict[str, list[Plot]]:
     """The plots with at least one line, by the question that they answer; those that no plan names come last.
 
-    names: of all stages of the run: their order is that of the colors.
+    names: of all stages of the run: their order is that of the colors. max_points: of each line.
     """
     others = sorted({metric for stage in stages for metric in stage.values}.difference(planned_metrics()))
     plans = _plans() | {OTHERS: [(name, "", {name: name}, "See docs/metrics.md.") for name in others]}
-    groups = {title: [_plot(plan, stages, names) for plan in group] for title, group in plans.items()}
+    groups = {title: [_plot(plan, stages, names, max_points) for plan in group] for title, group in plans.items()}
     return {title: drawn for title, plots in groups.items() if (drawn := [plot for plot in plots if plot.series])}
 
 
@@ -95,14 +97,14 @@ def _plans() -> dict[str, list[_Plan]]:
     return TypeAdapter(dict[str, list[_Plan]]).validate_python(yaml.safe_load(text))
 
 
-def _plot(plan: _Plan, stages: Sequence[StageMetrics], names: Sequence[str]) -> Plot:
+def _plot(plan: _Plan, stages: Sequence[StageMetrics], names: Sequence[str], max_points: int) -> Plot:
     title, unit, legend, caption = plan
     drawn = [metric for metric in legend if any(metric in stage.values for stage in stages)]
     series = []
     for stage in stages:
         for dash, metric in enumerate(drawn):
             if metric in stage.values and stage.stage in names:
-                x, y, low, high = thin(stage.steps.astype(np.float64), stage.values[metric])
+                x, y, low, high = thin(stage.steps.astype(np.float64), stage.values[metric], max_points)
                 color = names.index(stage.stage)
                 series.append(Series(legend[metric], x, y, low, high, color, dash, smooth=True, stage=stage.stage))
     return Plot(title, unit, caption, "step", tuple(series))

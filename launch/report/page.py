@@ -9,6 +9,7 @@ from launch.report.document import render_document
 from launch.report.evaluation import GROUPS
 from launch.report.gather import Report
 from launch.report.metrics import OTHERS, metric_plots
+from launch.report.plots import MAX_POINTS
 from launch.report.timeline import MAX_ACTORS, timeline_plots
 from launch.settings.recipe import to_yaml
 from launch.settings.run import RunSettings
@@ -16,6 +17,9 @@ from learner.settings.model import PretrainedModelSettings
 
 SHOWN_EXAMPLES = 4
 SHOWN_PUSHES = 300
+ALL_POINTS = 12_000
+"""Of all lines of metrics together, as long as each has `MIN_POINTS`: what bounds the size of the page."""
+MIN_POINTS = 20
 
 
 def render(report: Report) -> str:
@@ -28,6 +32,7 @@ def render(report: Report) -> str:
     names = [stage.name for stage in report.stages]
     starting = [stage.name for stage in report.starting_points]
     logged = [stage.metrics for stage in report.stages if stage.metrics]
+    max_points = min(MAX_POINTS, max(MIN_POINTS, ALL_POINTS // max(1, sum(len(each.values) for each in logged))))
     return render_document(
         "launch.report",
         "report.html.j2",
@@ -44,9 +49,9 @@ def render(report: Report) -> str:
         deleting=formatting.share(sample.num_deleting / sample.num_stored) if sample and shown else "",
         has_noise=any(action.noise for rollout in shown for action in rollout.actions),
         rollout_data=[[rollout.prompt, [[*each, each.shade] for each in rollout.actions]] for rollout in shown],
-        plots=metric_plots([each for each in logged if each.stage not in starting], names),
+        plots=metric_plots([each for each in logged if each.stage not in starting], names, max_points),
         starting_plots={
-            each.stage: [plot for group in metric_plots([each], names).values() for plot in group]
+            each.stage: [plot for group in metric_plots([each], names, max_points).values() for plot in group]
             for each in logged
             if each.stage in starting
         },

@@ -155,15 +155,17 @@ class Plot:
             axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, trimmed=True)))
 
 
-def thin(x: Float64, y: Float64) -> tuple[list[float], list[float], list[float], list[float]]:
-    """x, y, low and high of at most `MAX_POINTS` buckets of consecutive points of `y` [n] at ascending `x` [n].
+def thin(
+    x: Float64, y: Float64, max_points: int = MAX_POINTS
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """x, y, low and high of at most `max_points` buckets of consecutive points of `y` [n] at ascending `x` [n].
 
     x: the last of a bucket. y, low, high: mean and ends of its finite values, NaN where it has none; low and high are
     empty where each bucket has a single point.
     """
-    if len(x) <= MAX_POINTS:
+    if len(x) <= max_points:
         return x.tolist(), np.where(np.isfinite(y), y, np.nan).tolist(), [], []
-    starts = np.linspace(0, len(x), MAX_POINTS, endpoint=False).astype(np.int64)
+    starts = np.linspace(0, len(x), max_points, endpoint=False).astype(np.int64)
     finite = np.isfinite(y)
     known = np.where(finite, y, np.nan)
     counts = np.add.reduceat(finite.astype(np.float64), starts)
@@ -180,7 +182,8 @@ def _draw_line(axes: Axes, series: Series, logarithmic: bool) -> None:
         axes.fill_between(x, series.low, series.high, color=_INK, linewidth=0, gid=_classes(series, "band"))
     smoothed = _smooth(np.log(y) if logarithmic else y) if series.smooth and len(y) > 2 * _SMOOTHING else None
     if smoothed is not None:
-        axes.plot(x, y, color=_INK, gid=_classes(series, "raw"))
+        if not len(series.low):
+            axes.plot(x, y, color=_INK, gid=_classes(series, "raw"))
         y = np.exp(smoothed) if logarithmic else smoothed
     marker = "o" if len(x) == 1 else None
     dashes = _DASHES[series.dash % len(_DASHES)]
@@ -208,7 +211,7 @@ def _as_part_of_page(svg: str) -> Markup:
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|\n", " ", text, flags=re.DOTALL)
     text = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', text, count=1)
     text = re.sub(r'\bid="class: ([^"]*)"', r'class="\1"', text)
-    text = re.sub(r' id="(?:\w+_\d+|matplotlib[^"]*)"', "", text)
+    text = re.sub(r' id="(?:\w+_\d+|matplotlib[^"]*)"| transform="rotate\(-0 [^"]*"', "", text)
     text = re.sub(r'style="([^"]*)"', _attributes, text)
     text = re.sub(r'\b(?:d|x|y)="[^"]*"', lambda found: re.sub(r"\d+\.\d+", _as_pixels, found[0]), text)
     return Markup(re.sub(r"\s+", " ", text).replace("> <", "><").replace(_INK, "currentColor"))

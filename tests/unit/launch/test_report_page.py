@@ -100,11 +100,13 @@ def test_nothing_is_loaded_and_only_our_script_and_style_may_act(run: Path) -> N
     assert {reference[1:] for reference in references if reference and reference[0] == "#"} <= targets
 
 
-def test_a_long_run_makes_a_page_of_usual_size(tmp_path: Path) -> None:
+def test_a_long_run_of_many_metrics_makes_a_page_of_usual_size(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
-    many = 20_000
-    row = {f"metric_{number}": 0.123456 for number in range(40)}
-    lines = (json.dumps({"time": step, "stage": "trunk", "step": step} | row) for step in range(1, many + 1))
+    lines = []
+    for stage in STEPS:
+        for step in range(1, 1_001):
+            row = {f"metric_{number}": (0.37 * step + number) % 1.7 for number in range(60)}
+            lines.append(json.dumps({"time": step, "stage": stage, "step": step} | row))
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert len(render(gather(run)).encode()) < SIZE_LIMIT_BYTES
 
