@@ -23,17 +23,17 @@ from vllm.v1.outputs import ModelRunnerOutput
 class RankPlace:
     """Of an engine among the `size` ranks of a model, all on one machine; rank 0 leads.
 
-    meeting_file: path that all of them name, in a folder of their own; not needed any more once they have met.
-    timeout_s: longest wait for the others, when they meet and in every collective.
+    rendezvous_file: path that all of them name, in a folder of their own; not needed once they are connected.
+    timeout_s: longest wait for the others, when they connect and in every collective.
     """
 
     rank: int
     size: int
-    meeting_file: str
+    rendezvous_file: str
     timeout_s: float
 
 
-def meet(place: RankPlace) -> None:
+def join_ranks(place: RankPlace) -> None:
     """Become one rank of the process's group of all ranks; returns when they are all there.
 
     Raises:
@@ -45,7 +45,7 @@ def meet(place: RankPlace) -> None:
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", min(loopback))
     dist.init_process_group(
         current_platform.dist_backend,
-        store=dist.FileStore(place.meeting_file, place.size),
+        store=dist.FileStore(place.rendezvous_file, place.size),
         rank=place.rank,
         world_size=place.size,
         timeout=timedelta(seconds=place.timeout_s),
@@ -53,7 +53,7 @@ def meet(place: RankPlace) -> None:
 
 
 class RankExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM ships no types
-    """vLLM's executor in the engine's own process, as one rank of those that have met before.
+    """vLLM's executor in the engine's own process, as one of the ranks that `join_ranks` has connected.
 
     vLLM's `external_launcher` is nearly that, but gives all ranks of one machine, of whatever engine, the same name in
     shared memory.

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.settings import EngineSettings
 from actors.engine.weight_intake import WeightIntake
+from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall
 from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
 from buffer.weights.format import WeightManifest, WeightMismatchError
@@ -80,11 +81,14 @@ class EngineRank:
 
 
 @dataclass(frozen=True)
-class _Told:
+class _Broadcast:
     """One call to all other ranks. digest: of rank 0 when it had made the call itself."""
 
-    answers: list[ray.ObjectRef]
+    calls: list[RemoteCall[int]]
     digest: int
+
+    def answered(self) -> bool:
+        return all(call.done() for call in self.calls)
 
 
 class RankGroup:
@@ -112,7 +116,7 @@ class RankGroup:
         """
         self._name = name
         self._timeout_s = step_timeout_s
-        self._told: deque[_Told] = deque()
+        self._pending: deque[_Broadcast] = deque()
         node_id = ray.get_runtime_context().get_node_id()
         process = ray.remote(EngineRank).options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -123,88 +127,87 @@ class RankGroup:
         from actors.engine.rank_executor import RankPlace
         from actors.engine.ranked_engine import LeadingEngine
 
-        self._answers(ready, start_timeout_s)
-        meeting_file = str(Path(settings.model_dir, "meeting"))
-        places = [RankPlace(rank, size, meeting_file, step_timeout_s) for rank in range(size)]
+        _results(self._calls(ready), start_timeout_s)
+        rendezvous_file = str(Path(settings.model_dir, "rendezvous"))
+        places = [RankPlace(rank, size, rendezvous_file, step_timeout_s) for rank in range(size)]
         building = [
             rank.build.remote(settings, contract, place) for rank, place in zip(self._others, places[1:], strict=True)
         ]
         with self._together(building):
-            self.engine: LeadingEngine = LeadingEngine(settings, contract, places[0], self._telling)
+            self.engine: LeadingEngine = LeadingEngine(settings, contract, places[0], self._broadcast)
         self.settle()
 
     def take_weights(self, intake: WeightIntake, manifest: WeightManifest, handle: WeightHandle) -> None:
         """Load a publication into the engines of all ranks; each takes it itself. intake: of the engine of this one."""
-        self.engine.tell_rest()
+        self.engine.flush()
         taking = [rank.take_weights.remote(manifest, handle) for rank in self._others]
         with self._together(taking):
             intake.take(manifest, handle)
 
     def settle(self) -> None:
-        """Wait until all ranks have done what they were told, and have drawn the same.
+        """Wait until all ranks have made the calls of rank 0, and have drawn the same tokens.
 
         Raises:
             EngineRankError: they have not.
         """
-        while self._told:
+        while self._pending:
             self._check_oldest()
 
-    def _telling(self, calls: Sequence[EngineCall]) -> AbstractContextManager[None]:
+    def _broadcast(self, calls: Sequence[EngineCall]) -> AbstractContextManager[None]:
         return self._together([rank.repeat.remote(calls) for rank in self._others])
 
     @contextmanager
     def _together(self, answers: list[ray.ObjectRef]) -> Iterator[None]:
         """While rank 0 makes the call that the others will have answered by `answers`."""
         # Those of the last step are hardly here yet, and asking costs as much as the answer.
-        while len(self._told) > 1 and (len(self._told) > NUM_UNANSWERED or self._is_answered(self._told[0])):
+        while len(self._pending) > 1 and (len(self._pending) > NUM_UNANSWERED or self._pending[0].answered()):
             self._check_oldest()
+        calls = self._calls(answers)
         try:
             yield
         except WeightMismatchError:
             raise  # all ranks have found the same
         except RuntimeError as error:
-            raise self._blame(answers, error) from error
-        self._told.append(_Told(answers, self.engine.digest))
-
-    def _is_answered(self, told: _Told) -> bool:
-        return len(ray.wait(told.answers, num_returns=len(told.answers), timeout=0)[0]) == len(told.answers)
+            # Who is lost has failed first, and the others for want of it.
+            ray.wait(answers, num_returns=len(answers), timeout=BLAME_TIMEOUT_S)
+            together = f"{len(answers) + 1} ranks of {self._name} failed together"
+            _, reason = min(filter(None, (_failure(call, 0.0) for call in calls)), default=(0, together))
+            raise EngineRankError(f"{reason}: {_first_line(error)}") from error
+        self._pending.append(_Broadcast(calls, self.engine.digest))
 
     def _check_oldest(self) -> None:
-        told = self._told.popleft()
-        digests = self._answers(told.answers, self._timeout_s)
-        for rank, digest in enumerate(digests, start=1):
-            if digest != told.digest:
+        oldest = self._pending.popleft()
+        for call, digest in zip(oldest.calls, _results(oldest.calls, self._timeout_s), strict=True):
+            if digest != oldest.digest:
                 raise EngineRankError(
-                    f"rank {rank} of {self._name} has drawn other tokens than rank 0; the rollouts since the last "
-                    "hand-over are dropped. If it happens again, set actors.tensor_parallel_size=1"
+                    f"{call.who} has drawn other tokens than rank 0; the rollouts since the last hand-over are "
+                    "dropped. If it happens again, set actors.tensor_parallel_size=1"
                 )
 
-    def _answers(self, answers: list[ray.ObjectRef], timeout_s: float) -> list[object]:
-        for rank, answer in enumerate(answers, start=1):
-            failure = self._failure(rank, answer, timeout_s)
-            if failure is not None:
-                raise EngineRankError(failure[1])
-        return list(ray.get(answers, timeout=timeout_s))
+    def _calls(self, answers: Sequence[ray.ObjectRef]) -> list[RemoteCall[int]]:
+        """answers: of the other ranks, in order."""
+        return [RemoteCall(f"rank {rank} of {self._name}", answer) for rank, answer in enumerate(answers, start=1)]
 
-    def _blame(self, answers: list[ray.ObjectRef], error: RuntimeError) -> EngineRankError:
-        """Which rank is behind an error of this one: who is lost has failed first, and the others for want of it."""
-        ray.wait(answers, num_returns=len(answers), timeout=BLAME_TIMEOUT_S)
-        looks = (self._failure(rank, answer, 0.0) for rank, answer in enumerate(answers, start=1))
-        _, reason = min(filter(None, looks), default=(0, f"{len(answers) + 1} ranks of {self._name} failed together"))
-        return EngineRankError(f"{reason}: {_first_line(error)}")
 
-    def _failure(self, rank: int, answer: ray.ObjectRef, timeout_s: float) -> tuple[int, str] | None:
-        """What went wrong with a rank, by how far it is from being the consequence of something else."""
-        where = f"rank {rank} of {self._name}"
-        try:
-            ray.get(answer, timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            return 1, f"{where} is silent" + (f" for {timeout_s:g} s" if timeout_s else "")
-        except ray.exceptions.RayTaskError as error:
-            return 2, f"{where} failed: {type(error.cause).__name__}: {_first_line(error.cause)}"
-        except ray.exceptions.RayActorError:
-            return 0, f"{where} died"
-        return None
+def _results(calls: Sequence[RemoteCall[int]], timeout_s: float) -> list[int]:
+    for call in calls:
+        failure = _failure(call, timeout_s)
+        if failure is not None:
+            raise EngineRankError(failure[1])
+    return [call.result(timeout_s) for call in calls]
+
+
+def _failure(call: RemoteCall[int], timeout_s: float) -> tuple[int, str] | None:
+    """What went wrong with a rank, by how far it is from being the consequence of something else."""
+    try:
+        call.result(timeout_s)
+    except ray.exceptions.RayTaskError as error:
+        return 2, f"{call.who} failed: {type(error.cause).__name__}: {_first_line(error.cause)}"
+    except NoAnswerError:
+        return 1, f"{call.who} is silent" + (f" for {timeout_s:g} s" if timeout_s else "")
+    except ProcessLostError:
+        return 0, f"{call.who} died"
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Engines that are ranks of one model: rank 0, a `LeadingEngine`, is used like any engine, and tells its calls to the
+"""Engines that are ranks of one model: rank 0, a `LeadingEngine`, is used like any engine, and sends its calls to the
 others, which repeat them.
 """
 
@@ -13,7 +13,7 @@ from vllm import EngineArgs
 
 from actors.engine.action_log import FinishedLog
 from actors.engine.engine import BackspaceEngine, TokenIds
-from actors.engine.rank_executor import RankExecutor, RankPlace, meet
+from actors.engine.rank_executor import RankExecutor, RankPlace, join_ranks
 from actors.engine.settings import EngineSettings, SamplingSettings
 from buffer.trajectory.schema import TokenContract
 
@@ -61,7 +61,7 @@ class RankedEngine(BackspaceEngine):
         version: int = 0,
     ) -> None:
         self._place = place
-        meet(place)
+        join_ranks(place)
         super().__init__(settings, contract, version)
         torch.manual_seed(settings.seed)  # building may have taken numbers, another amount on each rank
 
@@ -96,7 +96,7 @@ class LeadingEngine(RankedEngine):
     """Rank 0. `load_weights` and `probe` are left to the owner: each rank has to be brought to them with its own data.
 
     Args (beside those of `RankedEngine`):
-        telling: hands calls to all other ranks, in order, without waiting for them, and lasts as long as this rank
+        broadcast: sends calls to all other ranks, in order, without waiting for them, and lasts as long as this rank
             makes them itself.
     """
 
@@ -105,32 +105,32 @@ class LeadingEngine(RankedEngine):
         settings: EngineSettings,
         contract: TokenContract,
         place: RankPlace,
-        telling: Callable[[Sequence[EngineCall]], AbstractContextManager[None]],
+        broadcast: Callable[[Sequence[EngineCall]], AbstractContextManager[None]],
         version: int = 0,
     ) -> None:
-        self._telling = telling
-        self._untold: list[EngineCall] = []  # until the next step
+        self._broadcast = broadcast
+        self._unsent: list[EngineCall] = []  # until the next step
         super().__init__(settings, contract, place, version)
 
     def add(self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, planted: TokenIds = ()) -> None:
         """See `BackspaceEngine.add`."""
-        super().add(request_id, prompt_ids, sampling, planted)  # raises before the others hear of it
-        self._untold.append(AddCall(request_id, prompt_ids, sampling, planted))
+        super().add(request_id, prompt_ids, sampling, planted)  # raises before the call is sent to the others
+        self._unsent.append(AddCall(request_id, prompt_ids, sampling, planted))
 
     def abort(self, request_ids: Iterable[str]) -> list[FinishedLog]:
         """See `BackspaceEngine.abort`."""
         ended = tuple(request_ids)
-        self._untold.append(AbortCall(ended))
+        self._unsent.append(AbortCall(ended))
         return super().abort(ended)
 
-    def tell_rest(self) -> None:
-        """Tell the other ranks what they have not heard yet: to be called before they are told anything else."""
-        if self._untold:
-            calls, self._untold = self._untold, []
-            with self._telling(calls):
+    def flush(self) -> None:
+        """Send the other ranks the calls that were not sent yet: needed before any other call to them."""
+        if self._unsent:
+            calls, self._unsent = self._unsent, []
+            with self._broadcast(calls):
                 pass  # made already
 
     def _step(self) -> list[FinishedLog]:
-        calls, self._untold = [*self._untold, StepCall()], []
-        with self._telling(calls):
+        calls, self._unsent = [*self._unsent, StepCall()], []
+        with self._broadcast(calls):
             return super()._step()

@@ -22,7 +22,7 @@ import ray
 from ray._private.state import actors as actor_info
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.pool.ray_crew import at_best_on
+from actors.pool.ray_pool import at_best_on
 from buffer.service.client import BufferClient
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import Shard, present_shards, shard_folder, shard_seed, shard_settings

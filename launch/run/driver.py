@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from actors.engine.settings import engine_environment
-from actors.pool.pool import ActorPool
+from actors.pool.ray_pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from buffer.experts.tasks import Task
 from buffer.remote_call import RemoteCall, end_actor

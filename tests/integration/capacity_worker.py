@@ -15,7 +15,7 @@ from ray._private.state import actors as actor_info
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.pool.ray_crew import at_best_on
+from actors.pool.ray_pool import at_best_on
 from buffer.settings import BufferSettings
 from launch.cluster.capacity import RunCapacity, check_possible, live_nodes
 from launch.cluster.placement import Node

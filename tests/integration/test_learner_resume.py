@@ -14,7 +14,7 @@ import torch
 from ray.actor import ActorHandle
 from safetensors.torch import load_file
 
-from actors.pool.pool import ActorPool
+from actors.pool.ray_pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings
 from buffer.experts.tasks import Task, load_task

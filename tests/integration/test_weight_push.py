@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from actors.engine.action_log import FinishedLog
 from actors.engine.settings import SamplingSettings, engine_environment
-from actors.pool.pool import ActorPool
+from actors.pool.ray_pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings, RolloutSettings
 from actors.status import PoolStatus

@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from actors.engine.rank_group import EngineRankError
-from actors.pool.ray_crew import TRACEBACK_CHARACTERS, failure_of
+from actors.pool.ray_pool import TRACEBACK_CHARACTERS, failure_of
 
 COMPILER = "cvub.h:6:10: fatal error: Python.h: No such file or directory\ncompilation terminated."
 

@@ -1,0 +1,276 @@
+"""The pool of rollout actors on Ray: their processes, their health, and the newest weights for each.
+
+`actors.pool.controller` decides what becomes of each actor. The pool is an asyncio Ray actor, so a call on it returns
+at once whatever its actors do: the learner announces weights without waiting, and `sequencematch scale` works from any
+shell of the cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.engine.rank_group import EngineRankError
+from actors.pool.controller import ActorState, Failure, PoolController
+from actors.rollout_actor import RolloutActor, RolloutSpec
+from actors.rollout_rules import SUPERVISION_INTERVAL_S
+from actors.status import ActorStatus, PoolEvent, PoolEventKind, PoolStatus
+from buffer.remote_call import RemoteCall
+from buffer.service.shard import Shard
+from buffer.stop_signals import ignore_stop_signals
+from buffer.weights.format import WeightManifest
+from buffer.weights.object_store import WeightHandle
+
+MAX_EVENTS = 200
+STATUS_TIMEOUT_S = 5.0
+TRACEBACK_CHARACTERS = 1500
+ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class ActorPool:
+    """Keeps `desired` rollout actors alive and hands each the newest weights."""
+
+    def __init__(
+        self,
+        spec: RolloutSpec,
+        prompts: list[ray.ObjectRef],
+        shards: Sequence[Shard],
+        environment: dict[str, str],
+        desired: int,
+    ) -> None:
+        """Args:
+        spec: what every actor gets.
+        prompts: list with one reference to the Arrow table of training examples (kept in the object store).
+        shards: of the replay buffer.
+        environment: environment variables of the actor processes.
+        desired: actors to start with.
+        """
+        ignore_stop_signals()
+        self._processes = RayProcesses(spec, prompts, shards, environment)
+        self._events: deque[PoolEvent] = deque(maxlen=MAX_EVENTS)
+        self._num_events = 0
+        self._controller = PoolController(desired, spec.settings, self._processes, self._note)
+        self._stopping = False
+        self._supervisor: asyncio.Task[None] | None = None
+
+    async def start(self, nodes: Sequence[str] = ()) -> None:
+        """Begin supervision; returns before the first actor is ready.
+
+        nodes: id of the node planned for each actor, by its number. Ray chooses the node of an actor without one.
+        """
+        self._processes.nodes = nodes
+        if self._supervisor is None:
+            self._supervisor = asyncio.create_task(self._supervise())
+
+    async def scale(self, desired: int) -> PoolStatus:
+        """Set the number of actors. New ones start with the newest weights; surplus ones drain and leave."""
+        self._controller.scale(desired)
+        return await self.status()
+
+    async def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+        """Tell every running actor of new weights; only the newest announcement is kept for late joiners."""
+        self._processes.announce(manifest, handle)
+
+    async def pause(self) -> None:
+        """No new rollouts until `resume`: a stage that needs none leaves the cores to the learner."""
+        self._processes.set_paused(True)
+
+    async def resume(self, first_version: int) -> None:
+        """Rollouts again, with weights of `first_version` (those the stage starts with) or newer."""
+        self._processes.set_paused(False, first_version)
+
+    async def status(self) -> PoolStatus:
+        """Counts and the last known status of every actor."""
+        if self._supervisor is not None and self._supervisor.done() and not self._stopping:
+            self._supervisor.result()  # a defect in supervision must not look like a quiet pool
+        return PoolStatus(
+            desired=self._controller.desired,
+            newest_version=self._processes.newest_version,
+            members=self._controller.members(),
+            events=tuple(self._events),
+            failure=self._controller.failure,
+            refused=self._controller.refused,
+        )
+
+    async def stop(self, timeout_s: float) -> None:
+        """Drain every actor for at most `timeout_s` seconds, then end what is left."""
+        self._stopping = True
+        controller = self._controller
+        controller.close()
+        deadline = time.monotonic() + timeout_s
+        while controller.names and time.monotonic() < deadline:
+            controller.reconcile(time.monotonic())
+            await asyncio.sleep(0.05)
+        for name in controller.names:
+            controller.end(name, "actor_ended", f"{name} ended by force: it did not drain within {timeout_s:.0f} s")
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+
+    async def _supervise(self) -> None:
+        while not self._stopping:
+            for name, status in (await self._processes.statuses()).items():
+                self._controller.heard_from(name, status, time.monotonic())
+            self._controller.reconcile(time.monotonic())
+            await asyncio.sleep(SUPERVISION_INTERVAL_S)
+
+    def _note(self, kind: PoolEventKind, actor: str, message: str) -> None:
+        self._events.append(PoolEvent(self._num_events, kind, actor, message))
+        self._num_events += 1
+
+
+@dataclass
+class _Process:
+    actor: ActorHandle
+    ready: asyncio.Future[object]
+    run: asyncio.Future[object] | None = None
+    leaving: bool = False
+
+
+class RayProcesses:
+    """Rollout actors by name; see `actors.pool.controller.ActorProcesses`. Lives on an event loop, and no method but
+    `statuses` waits for an actor.
+    """
+
+    def __init__(
+        self, spec: RolloutSpec, prompts: list[ray.ObjectRef], shards: Sequence[Shard], environment: dict[str, str]
+    ) -> None:
+        self._spec = spec
+        self._prompts = prompts
+        self._shards = shards
+        self._environment = environment
+        self.nodes: Sequence[str] = ()
+        """Id of the node that the plan has for each actor, by its number."""
+        self._processes: dict[str, _Process] = {}
+        self._newest: tuple[WeightManifest, WeightHandle] | None = None
+        self._paused = False
+        self._first_version = 0
+
+    @property
+    def newest_version(self) -> int:
+        """Of the weights that were announced last; -1 before any."""
+        return -1 if self._newest is None else self._newest[0].version
+
+    def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+        """Tell every running actor of new weights; only the newest announcement is kept for late joiners.
+
+        Raises:
+            ValueError: they are not newer than those before.
+        """
+        if manifest.version <= self.newest_version:
+            raise ValueError(f"weights version {manifest.version} announced after version {self.newest_version}")
+        self._newest = (manifest, handle)
+        for actor in self._staying():
+            _control(actor.announce, manifest, handle)
+
+    def set_paused(self, paused: bool, first_version: int | None = None) -> None:
+        """No new rollouts while paused, nor with weights older than `first_version` (None: as before)."""
+        self._paused = paused
+        if first_version is not None:
+            self._first_version = first_version
+        for actor in self._staying():
+            _control(actor.set_paused, paused, self._first_version)
+
+    async def statuses(self) -> dict[str, ActorStatus]:
+        """Of the running actors that answer in time."""
+        running = {name: process.actor for name, process in self._processes.items() if process.run is not None}
+        calls = [RemoteCall[ActorStatus](name, _control(actor.status)) for name, actor in running.items()]
+        answers = await asyncio.gather(*(call.answer(STATUS_TIMEOUT_S) for call in calls), return_exceptions=True)
+        return {name: answer for name, answer in zip(running, answers, strict=True) if isinstance(answer, ActorStatus)}
+
+    def state(self, name: str) -> ActorState:
+        """Of an actor that was created and not removed."""
+        process = self._processes[name]
+        call = process.ready if process.run is None else process.run
+        if not call.done():
+            return "starting" if process.run is None else "running"
+        error = call.exception()
+        if error is not None:
+            return failure_of(error, starting=process.run is None)
+        return "ready" if process.run is None else "left"
+
+    def create(self, name: str, number: int) -> None:
+        """Begin to make an actor. number: of its place in the pool, from 0."""
+        needs = self._spec.settings.needs()
+        planned = self.nodes[number] if number < len(self.nodes) else ""
+        unplanned = "SPREAD" if self._spec.settings.placement == "spread" else "DEFAULT"
+        actor = (
+            ray.remote(concurrency_groups={"generation": 1, "control": 4})(RolloutActor)
+            .options(
+                scheduling_strategy=at_best_on(planned) if planned else unplanned,
+                num_cpus=needs.pop("CPU"),
+                num_gpus=needs.pop("GPU"),
+                resources=needs,
+                runtime_env={"env_vars": self._environment},
+                max_restarts=0,  # the pool replaces actors itself, with the newest weights
+            )
+            .remote(name, self._spec, self._prompts[0], self._shards, number)
+        )
+        self._processes[name] = _Process(actor, _future(_control(actor.ready)))
+
+    def start(self, name: str) -> None:
+        """Give a ready actor the newest weights and let it generate."""
+        process = self._processes[name]
+        if self._newest is not None:
+            _control(process.actor.announce, *self._newest)
+        _control(process.actor.set_paused, self._paused, self._first_version)
+        process.run = _future(process.actor.run.options(concurrency_group="generation").remote())
+
+    def drain(self, name: str) -> None:
+        """Ask an actor to finish what is under way and to leave."""
+        process = self._processes[name]
+        process.leaving = True
+        _control(process.actor.drain)
+
+    def remove(self, name: str) -> None:
+        """End an actor by force, or forget one that has ended."""
+        ray.kill(self._processes.pop(name).actor)
+
+    def _staying(self) -> Iterator[ActorHandle]:
+        """Actors that run and do not drain."""
+        return (each.actor for each in self._processes.values() if each.run is not None and not each.leaving)
+
+
+def at_best_on(node_id: str) -> object:
+    """Ray's scheduling strategy for a process: on that node while it lives and has capacity, else on another one."""
+    return NodeAffinitySchedulingStrategy(node_id, soft=True, _spill_on_unavailable=True)
+
+
+def _control(method: ray.actor.ActorMethod, *arguments: object) -> ray.ObjectRef:
+    """Call beside the generation loop, which occupies the group of its own."""
+    return method.options(concurrency_group="control").remote(*arguments)
+
+
+def _future(reference: ray.ObjectRef) -> asyncio.Future[object]:
+    return asyncio.wrap_future(reference.future())
+
+
+def failure_of(error: BaseException, starting: bool) -> Failure:
+    """The error a call ended with, and the end of its traceback. An actor whose constructor raised will raise the next
+    time, too.
+    """
+    text = ANSI_COLOR.sub("", str(error)).strip()
+    if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
+        # The rest is the traceback of the constructor.
+        reason = text.splitlines()[-1]
+        # A process of a divided engine that dies early is like an actor that does: it may live the next time.
+        in_vain = starting and EngineRankError.__name__ not in reason
+        # Our own refusals say all.
+        return Failure(reason, in_vain, "" if reason.startswith(ValueError.__name__) else _end_of(text))
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    return Failure(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}", traceback=_end_of(text))
+
+
+def _end_of(text: str) -> str:
+    """Whole lines, where there are several; a compiler's own words stand near the end."""
+    if len(text) <= TRACEBACK_CHARACTERS:
+        return text
+    end = text[-TRACEBACK_CHARACTERS:]
+    return end.partition("\n")[2] or end
