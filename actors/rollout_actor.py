@@ -1,8 +1,8 @@
 """One rollout actor: a vLLM engine kept full of prompts, whose finished action logs go to the replay buffer.
 
 `run` holds the engine and is the only code that touches it; the control methods (`announce`, `set_paused`, `drain`,
-`status`) run beside it and only leave word. Word is taken between two engine steps, so new weights need not wait for a
-rollout to end: one that is under way goes on with them, and each of its actions records its version. With
+`status`) set flags that `run` reads between two engine steps. So new weights need not wait for a rollout to end: one
+that is under way goes on with them, and each of its actions records its version. With
 `weight_update: drain` they do wait, and each rollout has one version.
 """
 
@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import ray
 
-from actors.action_rate import ActionRate
 from actors.engine.action_log import FinishedLog, logs_to_batch
 from actors.engine.rank_group import RankGroup
 from actors.engine.settings import EngineSettings, SamplingSettings
@@ -54,7 +54,7 @@ RATE_WINDOW_S = 5.0
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    """What every actor of a run is born with; its weights come from the learner.
+    """What every actor of a run gets; its weights come from the learner.
 
     config_json: the model's config.json. max_length: prompt and text, in tokens.
     noise: of the expert trajectories; with kind `policy` the actors make those too.
@@ -67,12 +67,11 @@ class RolloutSpec:
     settings: ActorsSettings
     noise: NoiseSettings
     max_length: int
-    seed: int
     scoring: ScoringSettings | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def engine_settings(self, model_dir: str, seed: int) -> EngineSettings:
-        """Settings of one actor's engine; it is born without weights."""
+        """Settings of one actor's engine, which starts without weights."""
         return EngineSettings(
             model_dir=model_dir,
             dtype=self.settings.dtype,
@@ -105,7 +104,7 @@ class RolloutActor:
 
         self._name = name
         self._spec = spec
-        # A respawned actor must neither repeat its forerunner's draws nor its trajectory ids.
+        # A respawned actor must repeat neither the random draws nor the trajectory ids of its predecessor.
         life = uuid.uuid4()
         self._id_prefix = f"{name}-{life.hex[:8]}"
         life_number = life.int % 2**31
@@ -143,14 +142,8 @@ class RolloutActor:
                     step_timeout_s=spec.settings.health_timeout_s,
                 )
                 self._engine = self._ranks.engine
-        self._sampling = SamplingSettings(
-            max_new_tokens=spec.settings.rollout.max_new_tokens,
-            max_actions=spec.settings.rollout.max_actions,
-            temperature=spec.settings.rollout.temperature,
-            top_p=spec.settings.rollout.top_p,
-            backspace=spec.settings.rollout.backspace,
-        )
-        self._word = threading.Condition()  # guards what the control methods leave for `run`
+        self._sampling = SamplingSettings(**spec.settings.rollout.model_dump())
+        self._commands = threading.Condition()  # guards what the control methods set for `run`
         self._intake = WeightIntake(self._engine)
         self._newest: tuple[WeightManifest, WeightHandle] | None = None
         self._paused = False
@@ -174,27 +167,27 @@ class RolloutActor:
         return self._name
 
     def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
-        """Leave word of new weights; `run` loads the newest announced ones before its next engine step."""
-        with self._word:
+        """Announce new weights; `run` loads the newest ones before its next engine step."""
+        with self._commands:
             if self._newest is None or manifest.version > self._newest[0].version:
                 self._newest = (manifest, handle)
-            self._word.notify_all()
+            self._commands.notify_all()
 
     def set_paused(self, paused: bool, first_version: int) -> None:
         """Start no new rollouts while paused, nor with weights older than `first_version`; finish those under way."""
-        with self._word:
+        with self._commands:
             self._paused = paused
             self._first_version = first_version
-            self._word.notify_all()
+            self._commands.notify_all()
 
     def drain(self) -> None:
-        """Finish what is under way, hand it to the buffer, and let `run` return."""
-        with self._word:
+        """Finish what is under way, send it to the buffer, and let `run` return."""
+        with self._commands:
             self._draining = True
-            self._word.notify_all()
+            self._commands.notify_all()
 
     def status(self) -> ActorStatus:
-        """Counters since birth."""
+        """Counters since the actor started."""
         return ActorStatus(
             name=self._name,
             policy_version=self._version,
@@ -231,23 +224,23 @@ class RolloutActor:
             elif self._draining:
                 break
             elif not admitting:
-                self._wait_for_word()
+                self._wait_for_command()
             if hand_over_due(len(self._finished), self._engine.num_unfinished, self._spec.settings.insert_rows):
-                self._hand_over()
-        self._hand_over()
+                self._flush()
+        self._flush()
         self._buffer.settle()
         self._activity = "left"
 
     def _take_newest_weights(self) -> bool:
         """Load the newest announced weights, if there are any; gives whether rollouts are to be finished before."""
-        with self._word:
+        with self._commands:
             newest = self._newest
         if newest is None or newest[0].version == self._version:
             return False
         num_unfinished = self._engine.num_unfinished
         if finishes_first(self._spec.settings.weight_update, newest[0].version, self._version, num_unfinished):
             return True
-        self._hand_over()  # what finished with the present weights carries their fingerprint
+        self._flush()  # what finished with the present weights carries their fingerprint
         manifest, handle = newest
         self._activity = f"loading weights {manifest.version}"
         if self._ranks is None:
@@ -264,9 +257,9 @@ class RolloutActor:
         )
         return self._activity == GENERATING
 
-    def _wait_for_word(self) -> None:
-        with self._word:
-            self._word.wait(timeout=IDLE_WAIT_S)
+    def _wait_for_command(self) -> None:
+        with self._commands:
+            self._commands.wait(timeout=IDLE_WAIT_S)
 
     def _fill_engine(self) -> None:
         missing = self._spec.settings.max_concurrent - self._engine.num_unfinished
@@ -284,7 +277,7 @@ class RolloutActor:
         if logs:
             self._rate.add(time.monotonic(), self._actions)
 
-    def _hand_over(self) -> None:
+    def _flush(self) -> None:
         """Send finished rollouts to the buffer, and as many expert trajectories where their noise is the policy's."""
         if not self._finished:
             return
@@ -318,3 +311,27 @@ class RolloutActor:
         """Nothing leaves this actor that the processes of a divided engine have not all drawn."""
         if self._ranks is not None:
             self._ranks.settle()
+
+
+class ActionRate:
+    """The mean over the last seconds; safe to call from several threads."""
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._counts: deque[tuple[float, int]] = deque()
+        self._lock = threading.Lock()
+
+    def add(self, now_s: float, actions: int) -> None:
+        """Rollouts have ended. actions: since the actor's start."""
+        with self._lock:
+            self._counts.append((now_s, actions))
+
+    def per_s(self, now_s: float, actions: int) -> float:
+        """Since the oldest count in the window, or the newest one where all are older. actions: see `add`."""
+        with self._lock:
+            while len(self._counts) > 1 and now_s - self._counts[0][0] > self._window_s:
+                self._counts.popleft()
+            if not self._counts:
+                return 0.0
+            start_s, before = self._counts[0]
+        return (actions - before) / max(now_s - start_s, 1e-9)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from actors.rollout_rules import WeightUpdate
 from buffer.settings import Settings
+
+VOCAB_PADDING = 64
+"""vLLM pads the vocabulary to a multiple of this."""
 
 
 class RolloutSettings(Settings):
@@ -117,3 +121,44 @@ class ActorsSettings(Settings):
                 "the one or the others"
             )
         return self
+
+
+def check_division(size: int, config: Mapping[str, object]) -> None:
+    """Refuse a number of ranks that vLLM cannot divide this model over.
+
+    Args:
+        size: number of ranks.
+        config: the model's config.json; what it does not name is not checked.
+
+    Raises:
+        ValueError: says what cannot be divided, and which sizes can.
+    """
+    reason = _indivisible(size, config)
+    if reason is not None:
+        heads = _number_of(config, "num_attention_heads", "n_head") or 1
+        possible = [str(other) for other in range(1, heads + 1) if _indivisible(other, config) is None]
+        raise ValueError(
+            f"actors.tensor_parallel_size={size} does not divide the model's {reason}: choose one of "
+            f"{', '.join(possible)}"
+        )
+
+
+def _indivisible(size: int, config: Mapping[str, object]) -> str | None:
+    heads = _number_of(config, "num_attention_heads", "n_head")
+    if heads is not None and heads % size:
+        return f"{heads} attention heads"
+    shared = _number_of(config, "num_key_value_heads")
+    if shared is not None and (shared % size if shared >= size else size % shared):  # fewer heads are on several ranks
+        return f"{shared} heads of keys and values"
+    inner = _number_of(config, "intermediate_size")
+    if inner is not None and inner % size:
+        return f"intermediate size of {inner}"
+    vocab = _number_of(config, "vocab_size")
+    if vocab is not None and (padded := -(-vocab // VOCAB_PADDING) * VOCAB_PADDING) % size:
+        return f"vocabulary, {padded} ids with vLLM's padding"
+    return None
+
+
+def _number_of(config: Mapping[str, object], *names: str) -> int | None:
+    found = (config.get(name) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)

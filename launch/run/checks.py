@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pyarrow.compute as pc
 
-from actors.engine.division import check_division
+from actors.settings import check_division
 from buffer.experts.tasks import Task
 from launch.command_errors import setting_up
 from launch.errors import UserError

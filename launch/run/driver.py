@@ -196,7 +196,6 @@ class RunProcesses:
             settings=settings.actors,
             noise=settings.noise,
             max_length=engine_length(settings, run),
-            seed=settings.seed,
             scoring=settings.scoring if settings.scoring.scorers else None,
             tokenizer=run.task.tokenizer,
         )

@@ -6,9 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from actors.engine.division import check_division
 from actors.scoring.settings import ExactAnswerSettings, ScorerSettings, ScoringSettings, is_binary
-from actors.settings import ActorsSettings
+from actors.settings import ActorsSettings, check_division
 from buffer.sampling.limiter import Limiter
 from buffer.settings import BufferSettings, NoiseSettings, OutputPath, Settings, TaskSettings
 from launch.settings.decodings import check_planting

@@ -89,7 +89,7 @@ def learn(
     spec = LearnerSpec(MODEL, TASK, noise, settings, str(folder), seed=3, prioritised_replay=prioritised_replay)
     worker = LearnerWorker(spec)
     run = worker.prepare()
-    rollout_spec = RolloutSpec("{}", run.contract, run.task.name, ActorsSettings(), spec.noise, run.max_length, 0)
+    rollout_spec = RolloutSpec("{}", run.contract, run.task.name, ActorsSettings(), spec.noise, run.max_length)
     shards = [Shard(0, buffer)]
     pool = ray.remote(ActorPool).options(num_cpus=0).remote(rollout_spec, [ray.put(None)], shards, {}, 0)
     worker.connect(shards, pool, first_version)

@@ -94,7 +94,6 @@ class Push:
             settings=actors,
             noise=NoiseSettings(kind="none", rate=0.0),
             max_length=64,
-            seed=0,
         )
         environment = engine_environment(spec.engine_settings("", seed=0)) | {"PYTHONPATH": str(ROOT)}
         self.pool = ray.remote(ActorPool).options(num_cpus=0).remote(spec, [ray.put(examples)], shards, environment, 1)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
-from actors import action_rate
-from actors.action_rate import ActionRate
+from actors import rollout_actor
+from actors.rollout_actor import ActionRate
 
 TraceFunction = Callable[[FrameType, str, object], object]
 
@@ -30,7 +30,7 @@ def test_several_threads_ask_while_counts_are_added():
 
     def change_threads(frame: FrameType, event: str, argument: object) -> TraceFunction | None:
         time.sleep(0)
-        return change_threads if frame.f_code.co_filename == action_rate.__file__ else None
+        return change_threads if frame.f_code.co_filename == rollout_actor.__file__ else None
 
     def add_and_ask() -> set[float]:
         sys.settrace(change_threads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.engine.division import check_division
+from actors.settings import check_division
 
 LLAMA = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 1024, "vocab_size": 100}
 
