@@ -116,13 +116,9 @@ class Generator:
 
 
 def _read_tensors(checkpoint: Path) -> list[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{checkpoint} holds no weights: it has no *.safetensors file")
-    tensors = []
-    for file in files:
-        with safe_open(file, framework="pt") as stored:
-            tensors += [(name, stored.get_tensor(name)) for name in stored.keys()]  # noqa: SIM118
-    return tensors
+    return [entry for file in files for entry in load_file(file).items()]

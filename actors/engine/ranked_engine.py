@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from operator import methodcaller
 
 import torch
 from vllm import EngineArgs
@@ -17,30 +17,8 @@ from actors.engine.rank_executor import RankExecutor, RankPlace, join_ranks
 from actors.engine.settings import EngineSettings, SamplingSettings
 from buffer.trajectory.schema import TokenContract
 
-
-@dataclass(frozen=True)
-class AddCall:
-    """See `BackspaceEngine.add`."""
-
-    request_id: str
-    prompt_ids: TokenIds
-    sampling: SamplingSettings
-    planted: TokenIds
-
-
-@dataclass(frozen=True)
-class AbortCall:
-    """See `BackspaceEngine.abort`."""
-
-    request_ids: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class StepCall:
-    """One engine step, in which all ranks take part."""
-
-
-EngineCall = AddCall | AbortCall | StepCall
+EngineCall = Callable[["RankedEngine"], object]
+"""A call of a method, which each rank makes on its own engine: by `operator.methodcaller`, which can be sent."""
 
 
 class RankedEngine(BackspaceEngine):
@@ -83,13 +61,7 @@ class RankedEngine(BackspaceEngine):
     def repeat(self, calls: Sequence[EngineCall]) -> None:
         """Make the calls that the leader made."""
         for call in calls:
-            match call:
-                case AddCall():
-                    self.add(call.request_id, call.prompt_ids, call.sampling, call.planted)
-                case AbortCall():
-                    self.abort(call.request_ids)
-                case StepCall():
-                    self._step()
+            call(self)
 
 
 class LeadingEngine(RankedEngine):
@@ -115,12 +87,12 @@ class LeadingEngine(RankedEngine):
     def add(self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, planted: TokenIds = ()) -> None:
         """See `BackspaceEngine.add`."""
         super().add(request_id, prompt_ids, sampling, planted)  # raises before the call is sent to the others
-        self._unsent.append(AddCall(request_id, prompt_ids, sampling, planted))
+        self._unsent.append(methodcaller("add", request_id, prompt_ids, sampling, planted))
 
     def abort(self, request_ids: Iterable[str]) -> list[FinishedLog]:
         """See `BackspaceEngine.abort`."""
         ended = tuple(request_ids)
-        self._unsent.append(AbortCall(ended))
+        self._unsent.append(methodcaller("abort", ended))
         return super().abort(ended)
 
     def flush(self) -> None:
@@ -131,6 +103,7 @@ class LeadingEngine(RankedEngine):
                 pass  # made already
 
     def _step(self) -> list[FinishedLog]:
-        calls, self._unsent = [*self._unsent, StepCall()], []
+        calls: list[EngineCall] = [*self._unsent, methodcaller("_step")]
+        self._unsent = []
         with self._broadcast(calls):
             return super()._step()
