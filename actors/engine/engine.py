@@ -33,11 +33,9 @@ from actors.engine.checks import check_fit, check_vllm_config
 from actors.engine.decoding_state import EXTRA_ARGS_KEY, DecodingState
 from actors.engine.logits_processor import IDS_WITHOUT_TOKEN
 from actors.engine.machine import check_machine
-from actors.engine.settings import EngineSettings, SamplingSettings, check_environment, engine_environment
+from actors.engine.settings import EngineSettings, SamplingSettings, check_environment
 from actors.engine.weight_loading import ExpectedTensors, Shape, load_in_place
 from buffer.trajectory.schema import TokenContract
-
-__all__ = ["BackspaceEngine", "EngineSettings", "FinishedLog", "SamplingSettings", "engine_environment"]
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer]
 
