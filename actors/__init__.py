@@ -5,5 +5,5 @@ generator       rollouts of a checkpoint, without a run
 engine/         vLLM with backspace inside it
 pool/           all actors of a run, and their number
 scoring/        rewards and features of what they wrote
-rollout_rules, settings, status     what all of them share
+settings, status     what all of them share
 """

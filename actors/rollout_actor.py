@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,18 +25,19 @@ from actors.engine.action_log import FinishedLog, logs_to_batch
 from actors.engine.rank_group import RankGroup
 from actors.engine.settings import EngineSettings, SamplingSettings
 from actors.engine.weight_intake import WeightIntake
-from actors.rollout_rules import (
-    GENERATING,
-    IDLE_WAIT_S,
-    STARTING,
-    finishes_first,
-    hand_over_due,
-    rollout_activity,
-)
 from actors.scoring.rollout_scores import RolloutScoring
 from actors.scoring.settings import ScoringSettings
-from actors.settings import ActorsSettings
-from actors.status import ActorStatus
+from actors.settings import ActorsSettings, WeightUpdate
+from actors.status import (
+    DRAINING,
+    FINISHING,
+    GENERATING,
+    HELD_BACK,
+    PAUSED,
+    STARTING,
+    WAITING_FOR_WEIGHTS,
+    ActorStatus,
+)
 from buffer.experts.stream import ExpertStream, PromptStream
 from buffer.service.client import BufferClient
 from buffer.service.shard import Shard, nearest
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RATE_WINDOW_S = 5.0
+
+IDLE_WAIT_S = 0.2
+"""An actor without work asks again after this time whether it may go on."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,7 @@ class RolloutActor:
                 break
             elif not admitting:
                 self._wait_for_command()
-            if hand_over_due(len(self._finished), self._engine.num_unfinished, self._spec.settings.insert_rows):
+            if len(self._finished) >= self._spec.settings.insert_rows or not self._engine.num_unfinished:
                 self._flush()
         self._flush()
         self._buffer.settle()
@@ -311,6 +315,38 @@ class RolloutActor:
         """Nothing leaves this actor that the processes of a divided engine have not all drawn."""
         if self._ranks is not None:
             self._ranks.settle()
+
+
+def finishes_first(weight_update: WeightUpdate, newest_version: int, version: int, num_unfinished: int) -> bool:
+    """Whether rollouts that are under way keep the weights that they were started with; the new ones wait.
+
+    newest_version: of the announced weights, version: of the loaded ones.
+    """
+    return weight_update == "drain" and newest_version > version and num_unfinished > 0
+
+
+def rollout_activity(
+    version: int,
+    first_version: int,
+    draining: bool,
+    paused: bool,
+    held_back: Callable[[], bool],
+    finishing: bool = False,
+) -> str:
+    """What an actor does between two engine steps; new rollouts are started with `GENERATING` only.
+
+    version: of the loaded weights. first_version: that the present stage asks for. held_back: whether every shard asked
+        for a pause; it is not called where another reason suffices. finishing: see `finishes_first`.
+    """
+    if finishing:
+        return FINISHING
+    if version < first_version:
+        return WAITING_FOR_WEIGHTS
+    if draining:
+        return DRAINING
+    if paused:
+        return PAUSED
+    return HELD_BACK if held_back() else GENERATING
 
 
 class ActionRate:

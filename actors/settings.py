@@ -7,8 +7,10 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from actors.rollout_rules import WeightUpdate
 from buffer.settings import Settings
+
+WeightUpdate = Literal["in_flight", "drain"]
+"""When an actor loads new weights: see `ActorsSettings.weight_update`."""
 
 VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this."""

@@ -1,9 +1,17 @@
-"""What actors and their pool tell about themselves."""
+"""The status that actors and their pool report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+STARTING = "starting"
+WAITING_FOR_WEIGHTS = "waiting for weights"
+DRAINING = "draining"
+PAUSED = "paused"
+FINISHING = "finishing rollouts before new weights"
+HELD_BACK = "ahead of the learner"
+GENERATING = "generating"
 
 PoolEventKind = Literal[
     "pool_scaled",

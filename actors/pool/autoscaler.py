@@ -17,9 +17,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from actors.rollout_rules import HELD_BACK, PAUSED, STARTING, WAITING_FOR_WEIGHTS
 from actors.settings import AutoscaleSettings
-from actors.status import PoolStatus
+from actors.status import HELD_BACK, PAUSED, STARTING, WAITING_FOR_WEIGHTS, PoolStatus
 
 _ROUNDING = 1e-9
 

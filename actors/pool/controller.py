@@ -16,9 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from actors.rollout_rules import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS
 from actors.settings import ActorsSettings
-from actors.status import ActorStatus, MemberStatus, PoolEventKind
+from actors.status import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS, ActorStatus, MemberStatus, PoolEventKind
 
 MAX_BACKOFF_S = 30.0
 

@@ -21,7 +21,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.engine.rank_group import EngineRankError
 from actors.pool.controller import ActorState, Failure, PoolController
 from actors.rollout_actor import RolloutActor, RolloutSpec
-from actors.rollout_rules import SUPERVISION_INTERVAL_S
 from actors.status import ActorStatus, PoolEvent, PoolEventKind, PoolStatus
 from buffer.remote_call import RemoteCall
 from buffer.service.shard import Shard
@@ -31,6 +30,7 @@ from buffer.weights.object_store import WeightHandle
 
 MAX_EVENTS = 200
 STATUS_TIMEOUT_S = 5.0
+SUPERVISION_INTERVAL_S = 0.5
 TRACEBACK_CHARACTERS = 1500
 ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.rollout_rules import finishes_first, rollout_activity
+from actors.rollout_actor import finishes_first, rollout_activity
 
 
 def never():
