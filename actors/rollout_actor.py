@@ -24,7 +24,7 @@ import ray
 from actors.engine.action_log import FinishedLog, logs_to_batch
 from actors.engine.rank_group import RankGroup
 from actors.engine.settings import EngineSettings, SamplingSettings
-from actors.engine.weight_intake import WeightIntake
+from actors.engine.weights import WeightIntake
 from actors.scoring.rollout_scores import RolloutScoring
 from actors.scoring.settings import ScoringSettings
 from actors.settings import ActorsSettings, WeightUpdate

@@ -21,7 +21,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.settings import EngineSettings
-from actors.engine.weight_intake import WeightIntake
+from actors.engine.weights import WeightIntake
 from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall
 from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
@@ -75,7 +75,7 @@ class EngineRank:
         return self._engine.digest
 
     def take_weights(self, manifest: WeightManifest, handle: WeightHandle) -> int:
-        """See `actors.engine.weight_intake`."""
+        """See `actors.engine.weights`."""
         self._intake.take(manifest, handle)
         return self._engine.digest
 

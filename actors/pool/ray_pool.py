@@ -213,7 +213,7 @@ class RayProcesses:
             )
             .remote(name, self._spec, self._prompts[0], self._shards, number)
         )
-        self._processes[name] = _Process(actor, _future(_control(actor.ready)))
+        self._processes[name] = _Process(actor, asyncio.ensure_future(_control(actor.ready)))
 
     def start(self, name: str) -> None:
         """Give a ready actor the newest weights and let it generate."""
@@ -221,7 +221,7 @@ class RayProcesses:
         if self._newest is not None:
             _control(process.actor.announce, *self._newest)
         _control(process.actor.set_paused, self._paused, self._first_version)
-        process.run = _future(process.actor.run.options(concurrency_group="generation").remote())
+        process.run = asyncio.ensure_future(process.actor.run.options(concurrency_group="generation").remote())
 
     def drain(self, name: str) -> None:
         """Ask an actor to finish what is under way and to leave."""
@@ -246,10 +246,6 @@ def at_best_on(node_id: str) -> object:
 def _control(method: ray.actor.ActorMethod, *arguments: object) -> ray.ObjectRef:
     """Call beside the generation loop, which occupies the group of its own."""
     return method.options(concurrency_group="control").remote(*arguments)
-
-
-def _future(reference: ray.ObjectRef) -> asyncio.Future[object]:
-    return asyncio.wrap_future(reference.future())
 
 
 def failure_of(error: BaseException, starting: bool) -> Failure:

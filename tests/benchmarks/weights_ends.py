@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actors.engine.probe_check import prove
+from actors.engine.weights import prove
 from buffer.trajectory.schema import TokenContract
 from buffer.weights.format import WeightManifest, pack_tensors, unpack, verify_fingerprint
 from buffer.weights.object_store import WeightHandle, WeightReceiver

@@ -11,7 +11,7 @@ import torch
 from actors.engine.action_log import FinishedLog
 from actors.engine.rank_group import EngineRankError, RankGroup
 from actors.engine.settings import EngineSettings
-from actors.engine.weight_intake import WeightIntake
+from actors.engine.weights import WeightIntake
 from buffer.trajectory.schema import TokenContract
 from buffer.weights.format import WeightManifest
 from buffer.weights.object_store import WeightHandle

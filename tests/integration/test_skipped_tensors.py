@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from actors.engine.action_log import Float32
-from actors.engine.probe_check import NOISE_MARGIN, Proof, prove
 from actors.engine.settings import EngineSettings
+from actors.engine.weights import NOISE_MARGIN, Proof, prove
 from buffer.trajectory.schema import TokenContract
 from buffer.weights.format import TensorEntry, WeightManifest, WeightMismatchError
 from learner.publication.publisher import make_probe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actors.engine.probe_check import NOISE_MARGIN, Proof, prove
+from actors.engine.weights import NOISE_MARGIN, Proof, prove
 from buffer.weights.format import TensorEntry, WeightManifest, WeightMismatchError
 
 TOKENS = 16

@@ -1,11 +1,11 @@
-"""Whether an engine computes with the weights that it was sent: judged by the log-probabilities of a fixed sequence.
+"""Loads published weights into an engine and proves that it computes with them, by the log-probabilities of a sequence.
 
-That sequence is the probe. Learner and engine never agree exactly on it: they round at different places. How far they
-are apart with the first weights of an engine is the noise of this pair; in half precision it grows with the logits.
-Later weights are taken for loaded where the engine is no farther from the learner's probe of them than noise explains,
-and nearer to it than to the probe of the weights that the engine had before. A tensor that was left out shows as soon
-as it moves the probe by more than the noise. Where new and previous weights differ by less, the probe proves nothing,
-and the fingerprint alone does.
+That fixed sequence is the probe. Learner and engine never agree exactly on it: they round at different places. How far
+they are apart with the first weights of an engine is the noise of this pair; in half precision it grows with the
+logits. Later weights are taken for loaded where the engine is no farther from the learner's probe of them than noise
+explains, and nearer to it than to the probe of the weights that the engine had before. A tensor that was left out shows
+as soon as it moves the probe by more than the noise. Where new and previous weights differ by less, the probe proves
+nothing, and the fingerprint alone does.
 
 With its first weights an engine has no noise yet: there a bound by number format stands, far below what an engine shows
 that has missed any of the weights it was built without.
@@ -14,11 +14,16 @@ that has missed any of the weights it was built without.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from buffer.weights.format import WeightManifest, WeightMismatchError
+from buffer.weights.format import WeightManifest, WeightMismatchError, unpack, verify_fingerprint
+from buffer.weights.object_store import WeightHandle, WeightReceiver
+
+if TYPE_CHECKING:
+    from actors.engine.engine import BackspaceEngine
 
 NOISE_MARGIN = 4.0
 """So many times the noise is still noise: measured, a healthy engine is off by up to 1.9 times its first error."""
@@ -56,6 +61,49 @@ class Proof:
     def by_fingerprint_alone(self) -> bool:
         """The probe could not tell these weights from those before."""
         return self.change is not None and self.change <= self.margin
+
+
+class WeightIntake:
+    """Loads publications into one engine, between two of its steps.
+
+    proof: of the weights that the engine has; None before the first ones.
+    """
+
+    def __init__(self, engine: BackspaceEngine) -> None:
+        self._engine = engine
+        self._receiver = WeightReceiver()
+        self.proof: Proof | None = None
+
+    @property
+    def note(self) -> str | None:
+        """What people should know of the proof: the noise of this engine, and where it hides what a push changes."""
+        proof = self.proof
+        if proof is None:
+            return None
+        if proof.change is None:
+            return (
+                f"engine and learner differ by {proof.error:.2g} nats with the same weights: up to "
+                f"{proof.margin:.2g} counts as noise of this engine"
+            )
+        if proof.by_fingerprint_alone:
+            return (
+                f"the newest weights change the probe by less than the noise of this engine ({proof.margin:.2g} nats): "
+                "the fingerprint alone proves them"
+            )
+        return None
+
+    def take(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+        """Load a publication.
+
+        Raises:
+            WeightMismatchError: the bytes changed on their way, or the engine does not compute with them.
+            ValueError: they are not those of this model; and what `WeightReceiver.fetch` raises, with nothing changed.
+        """
+        payload = self._receiver.fetch(handle)
+        verify_fingerprint(payload, manifest)
+        self._engine.load_weights(unpack(payload, manifest), manifest.version)
+        logprobs = self._engine.probe(manifest.probe_token_ids)
+        self.proof = prove(manifest, logprobs, self.proof, self._engine.dtype)
 
 
 def prove(
