@@ -101,7 +101,7 @@ def submit_run(
             )
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the job server at {address} refused {run}: {error}") from None
-    typer.echo(f"submitted {run} to {address}", err=True)
+    typer.echo(f"submitted {run} to {address}: job {submission_id}", err=True)
     how_to_look = (
         f"look:  ray job logs {submission_id} --follow --address {address}\n"
         f"end:   ray job stop {submission_id} --address {address}"
