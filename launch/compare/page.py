@@ -1,4 +1,4 @@
-"""A comparison as a page: what is beyond noise, and every number with its seeds and the interval of its difference."""
+"""A comparison as a page: what is beyond noise, every number with its seeds, and curves over the temperature."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import yaml
 from launch.compare.folder import ComparisonFolder
 from launch.compare.plan import RECIPE_KEY, ComparisonPlan
 from launch.compare.results import ComparedMetric, Comparison
+from launch.compare.temperatures import temperature_plots
 from launch.report.command import REPORT_FILE
 from launch.report.document import render_document
 from launch.report.evaluation import GROUPS, METRICS, MetricInfo, change_outcome
@@ -25,7 +26,7 @@ def render_page(comparison: Comparison, folder: ComparisonFolder) -> str:
     return render_document(
         "launch.compare",
         "comparison.html.j2",
-        (),
+        ("plots.js",),
         comparison=comparison,
         name=folder.path.name,
         folder=shown_path(folder.path),
@@ -34,6 +35,7 @@ def render_page(comparison: Comparison, folder: ComparisonFolder) -> str:
         headlines=headlines or metrics[:3],
         groups=[(name, list(each)) for name, each in groupby(metrics, key=lambda metric: metric.group)],
         findings=[(metric, metric.beyond_noise) for metric in headlines if metric.beyond_noise],
+        plots=temperature_plots(comparison.objectives, metrics),
         info_of=_info,
         outcome=change_outcome,
         group_titles=GROUPS,

@@ -208,10 +208,15 @@ def test_what_a_model_wrote_is_shown_and_does_nothing(open_page: Open, tmp_path:
     assert page.evaluate("window.broken") is None
 
 
-def test_a_comparison_fits_a_phone(open_page: Open, tmp_path: Path) -> None:
+def test_a_comparison_shows_its_objectives_over_temperature(open_page: Open, tmp_path: Path) -> None:
     folder = new_comparison(tmp_path, OBJECTIVES)
     write_comparison(comparison_over_temperature(), folder)
     page = open_page(folder.path / "compare.html", viewport={"width": 360, "height": 800})
+    drawing = page.locator("#temperature .drawing").first
+    assert drawing.locator(".curve").count() == 2
+    drawing.press("ArrowRight")
+    lines = drawing.locator(".tip").inner_text().splitlines()
+    assert lines == ["temperature 0.7", "mle: 65 (63 to 67)", "behaviour_cloning: 75 (73 to 77)"]
     for summary in page.locator("summary").all():
         summary.click()
     assert page.locator("#numbers").get_by_text("behaviour_cloning").last.is_visible()

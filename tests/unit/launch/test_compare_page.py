@@ -1,4 +1,4 @@
-"""The page of a comparison: its verdicts, and whatever a label holds."""
+"""The page of a comparison: its verdicts, its curves over temperature, and whatever a label holds."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
+import pytest
+
 from launch.compare.page import render_page
-from launch.statistics import Estimate
+from launch.compare.results import ComparedMetric
+from launch.compare.temperatures import temperature_of, temperature_plots
+from launch.statistics import Estimate, Spread
 from tests.comparisons import (
     LABELS,
     OBJECTIVES,
+    TEMPERATURES,
     comparison,
+    comparison_over_temperature,
     new_comparison,
 )
 
@@ -51,6 +57,7 @@ def test_without_a_difference_it_says_so_and_few_seeds_are_named(tmp_path: Path)
     html = render_page(replace(one, estimates=estimates), new_comparison(tmp_path))
     assert "No objective differs from mle in a main number by more than noise" in section(html, "summary")
     assert "1 of the 3 seeds that it takes" in text_of(html)
+    assert 'id="temperature"' not in html
 
 
 def test_reports_of_runs_are_linked_where_there_are_any(tmp_path: Path) -> None:
@@ -67,3 +74,44 @@ def test_what_went_wrong_stays_text(tmp_path: Path) -> None:
     html = render_page(found, new_comparison(tmp_path))
     assert "<script>alert" not in html
     assert "&lt;script&gt;alert(1)" in html
+
+
+@pytest.mark.parametrize(
+    ("group", "temperature"),
+    [
+        ("sampled", 1.0),
+        ("temperature=0.85", 0.85),
+        ("temperature=0.85, banned", None),
+        ("sampled, banned", None),
+        ("greedy", None),
+        ("top_p=0.9", None),
+    ],
+)
+def test_groups_that_differ_in_temperature_alone(group: str, temperature: float | None) -> None:
+    assert temperature_of(group) == temperature
+
+
+def test_curves_over_temperature_and_the_price_in_diversity(tmp_path: Path) -> None:
+    found = comparison_over_temperature()
+    mauve, _, trade_off = temperature_plots(found.objectives, found.metrics())
+    cloning = mauve.series[1]
+    assert (mauve.title, cloning.name) == ("MAUVE over temperature", "behaviour_cloning")
+    assert cloning.x == sorted(TEMPERATURES)
+    assert cloning.y == pytest.approx([75.0, 67.5, 60.0])
+    assert (cloning.low, cloning.high) == (pytest.approx([73.0, 65.5, 58.0]), pytest.approx([77.0, 69.5, 62.0]))
+    reference = trade_off.series[0]
+    assert (reference.x, reference.y) == (pytest.approx([63.0, 76.5, 90.0]), pytest.approx([65.0, 57.5, 50.0]))
+    html = render_page(found, new_comparison(tmp_path, OBJECTIVES))
+    shown = section(html, "temperature")
+    assert "MAUVE over temperature" in shown
+    assert "MAUVE against diversity" in shown
+    assert html.count("<svg") == 3
+
+
+def test_one_temperature_makes_no_curve() -> None:
+    spread = Spread(0.5, None, 0.01, 1)
+    metrics = [
+        ComparedMetric(name, {"mle": (0.5,)}, {"mle": spread}, {})
+        for name in ("sampled.mauve", "temperature=0.7.diversity")
+    ]
+    assert temperature_plots(("mle",), metrics) == []
