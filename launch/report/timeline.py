@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -47,17 +46,17 @@ class LogLine(BaseModel):
     cause: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Push:
     """One version of the weights, with seconds since the run began. published_s: when the driver saw it, None where it
     saw only newer ones. loaded_s: when it saw each actor with it, by the actor's index.
     """
 
     version: int
-    stage: str | None
-    step: int | None
-    published_s: float | None
-    loaded_s: dict[int, float]
+    stage: str | None = None
+    step: int | None = None
+    published_s: float | None = None
+    loaded_s: dict[int, float] = field(default_factory=dict)
 
     def lag(self, actor: int) -> str:
         """When an actor had the weights; a dash where it never had them."""
@@ -142,8 +141,8 @@ def timeline_plots(timeline: Timeline) -> list[Plot]:
     for actor in shown:
         progress = timeline.progress.get(actor)
         if progress is not None and len(progress.times_s) > 1:
-            kept_ = [*_thinned(len(progress.times_s) - 1), len(progress.times_s) - 1]
-            times, actions = np.array(progress.times_s)[kept_], np.array(progress.actions)[kept_]
+            chosen = [*_thinned(len(progress.times_s) - 1), len(progress.times_s) - 1]
+            times, actions = np.array(progress.times_s)[chosen], np.array(progress.actions)[chosen]
             per_s = np.diff(actions) / np.diff(times)
             rates.append(Series(f"actor {actor}", times.tolist(), per_s.tolist(), color=actor + 1))
     caption = (
@@ -151,13 +150,13 @@ def timeline_plots(timeline: Timeline) -> list[Plot]:
         "and waits are included."
     )
     plots = [
-        Plot("Weights over time", "version", push_caption(timeline) + note, "s", tuple(stairs), "stairs"),
+        Plot("Weights over time", "version", _push_caption(timeline) + note, "s", tuple(stairs), "stairs"),
         Plot("Actions per actor", "actions/s", caption + note, "s", tuple(rates), "stairs"),
     ]
     return [plot for plot in plots if plot.series]
 
 
-def push_caption(timeline: Timeline) -> str:
+def _push_caption(timeline: Timeline) -> str:
     """How long weights took from the learner to the actors, apart from the first weights of each actor."""
     first: dict[int, int] = {}
     for push in timeline.pushes:
@@ -189,24 +188,15 @@ def _read_lines(path: Path) -> Iterator[LogLine]:
 
 
 def _pushes(lines: Sequence[LogLine]) -> list[Push]:
-    published: dict[int, LogLine] = {}
-    loaded: dict[int, dict[int, float]] = defaultdict(dict)
+    pushes: dict[int, Push] = {}
     for line in lines:
-        if line.version is None:
-            continue
-        if line.event == "weights_published":
-            published[line.version] = line
-        elif line.event == "weights_loaded":
-            loaded[line.version].setdefault(line.index, line.time - lines[0].time)
-    pushes = []
-    for version in sorted(published.keys() | loaded.keys()):
-        push = published.get(version)
-        loaded_s = dict(sorted(loaded[version].items()))
-        if push is None:
-            pushes.append(Push(version, None, None, None, loaded_s))
-        else:
-            pushes.append(Push(version, push.stage, push.step, push.time - lines[0].time, loaded_s))
-    return pushes
+        if line.version is not None and line.event in ("weights_published", "weights_loaded"):
+            push, at = pushes.setdefault(line.version, Push(line.version)), line.time - lines[0].time
+            if line.event == "weights_loaded":
+                push.loaded_s.setdefault(line.index, at)
+            else:
+                push.stage, push.step, push.published_s = line.stage, line.step, at
+    return [pushes[version] for version in sorted(pushes)]
 
 
 def _progress(lines: Sequence[LogLine]) -> dict[int, Progress]:
