@@ -11,8 +11,8 @@ from launch.statistics import Interval
 MINUS = "\N{MINUS SIGN}"
 
 
-def number(value: float, trimmed: bool = False) -> str:
-    """Three significant digits, thousands apart: `0.123`, `1,230`. trimmed: without zeros at the end of decimals."""
+def number(value: float) -> str:
+    """Three significant digits, thousands apart: `0.123`, `1,230`."""
     if value == 0.0 or not math.isfinite(value):
         return "0" if value == 0.0 else str(value)
     if abs(value) >= 100.0:
@@ -21,9 +21,6 @@ def number(value: float, trimmed: bool = False) -> str:
         text = f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
     else:
         text = f"{value:.2e}"
-    if trimmed and "." in text:
-        digits, exponent = text.partition("e")[::2]
-        text = digits.rstrip("0").rstrip(".") + (f"e{exponent}" if exponent else "")
     return text.replace("-", MINUS)
 
 

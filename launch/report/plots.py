@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from launch.report.formatting import number
+from launch.report.formatting import MINUS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,7 +152,7 @@ class Plot:
         count, prune = 3 if right >= 1e5 else 5, None if bars else "lower"  # the axis' name stands at its left end
         axes.xaxis.set_major_locator(MaxNLocator(count, steps=_STEPS, integer=whole, prune=prune))
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, trimmed=True)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", MINUS)))
 
 
 def thin(
