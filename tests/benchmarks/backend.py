@@ -59,7 +59,7 @@ class Stopwatch:
 class Backend(Protocol):
     """One side of a comparison: this system, or what it is compared with."""
 
-    def measure(self) -> Mapping[str, Timed]:
+    def __call__(self) -> Mapping[str, Timed]:
         """Do the work once. Gives what was done, by name, and how long it took."""
         ...
 
@@ -97,7 +97,7 @@ def measure_in_turn(backends: Mapping[str, Backend], repetitions: int, warm_ups:
     for turn in range(-warm_ups, repetitions):
         # Who goes first alternates, so that a drift of the machine favours nobody.
         for name in backends if turn % 2 == 0 else reversed(list(backends)):
-            timed = backends[name].measure()
+            timed = backends[name]()
             if turn >= 0:
                 found[name].append(timed)
     return Results(found)

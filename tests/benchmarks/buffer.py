@@ -75,7 +75,7 @@ def bench(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         root = Path(scratch)
         stores = {name: StoreBackend(name, root, num_rows, load) for name in get_args(BackendName)}
-        results = measure_in_turn(stores, repetitions)
+        results = measure_in_turn({name: each.measure for name, each in stores.items()}, repetitions)
         scaling = costs_by_size(root / "by-size", scales)
         growth = memory_while_growing(root / "growth", int(grow_gib * 2**30)) if grow_gib else []
         service = service_rates(root / "service", num_rows) if with_service else None

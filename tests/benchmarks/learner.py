@@ -20,7 +20,7 @@ import typer
 from launch.command_errors import setting_up
 from launch.errors import UserError
 from learner.settings.stages import LearnerSettings
-from tests.benchmarks.backend import Clock, Results, circumstances, measure_in_turn
+from tests.benchmarks.backend import Clock, Results, Timed, circumstances, measure_in_turn
 from tests.benchmarks.learner_load import make_load
 from tests.benchmarks.table import Table
 from tests.benchmarks.tiny_llama import write_tiny_llama
@@ -28,7 +28,7 @@ from tests.benchmarks.tiny_llama import write_tiny_llama
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tests.benchmarks.learner_backends import LearnerBackend
+    from tests.benchmarks.learner_backends import LibraryBackend, OurBackend
 
 ROLLOUTS_PER_PROMPT = 8
 NODES_PER_BATCH = (512, 1024, 2048, 4096)
@@ -64,23 +64,27 @@ def bench(
     import transformers
     import trl
 
-    from tests.benchmarks.learner_backends import LibraryBackend, OneModelAtATime, OurBackend
+    from tests.benchmarks.learner_backends import LibraryBackend, OurBackend
 
     max_nodes = LearnerSettings().max_nodes_per_batch
-    on_plain: dict[str, LearnerBackend] = {
+    on_plain: dict[str, OurBackend | LibraryBackend] = {
         "ours": OurBackend(model, plain, steps, max_nodes),
         "hf_trainer": LibraryBackend(model, plain, steps, "hf_trainer"),
         "trl_sft": LibraryBackend(model, plain, steps, "trl_sft"),
     }
-    plain_results = measure_in_turn(on_plain, repetitions)
+    plain_results = measure_in_turn({name: each.measure for name, each in on_plain.items()}, repetitions)
     ours_shared = OurBackend(model, shared, steps, max_nodes)
-    on_shared: dict[str, LearnerBackend] = {
+    on_shared: dict[str, OurBackend | LibraryBackend] = {
         "ours": ours_shared,
         "hf_trainer": LibraryBackend(model, shared, steps, "hf_trainer"),
     }
-    shared_results = measure_in_turn(on_shared, repetitions)
+    shared_results = measure_in_turn({name: each.measure for name, each in on_shared.items()}, repetitions)
     sizes = [size for size in NODES_PER_BATCH if size <= batch * length] or [batch * length]
-    by_size = {str(size): OneModelAtATime(partial(OurBackend, model, plain, steps, size)) for size in sizes}
+
+    def of_size(size: int) -> Mapping[str, Timed]:
+        return OurBackend(model, plain, steps, size).measure()  # one copy of the model at a time
+
+    by_size = {str(size): partial(of_size, size) for size in sizes}
     results = (plain_results, shared_results, measure_in_turn(by_size, repetitions))
     return {
         **_ratios(*results, "wall_s"),
@@ -110,7 +114,7 @@ def _load(checkpoint: Path | None, length: int) -> PreTrainedModel:
     return model
 
 
-def _losses(backends: Mapping[str, LearnerBackend]) -> dict[str, float]:
+def _losses(backends: Mapping[str, OurBackend | LibraryBackend]) -> dict[str, float]:
     return {name: backend.first_loss for name, backend in backends.items()}
 
 

@@ -9,8 +9,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from datasets import Dataset
@@ -31,27 +30,18 @@ from learner.settings.stages import OptimizerSettings, StageSettings
 from learner.state_tree.batch import TreeSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from tests.benchmarks.backend import Backend, Timed
+from tests.benchmarks.backend import Timed
 from tests.benchmarks.learner_load import LoadSource, TrainingLoad
 from tests.benchmarks.tiny_llama import BACKSPACE_ID, EOS_ID
 
 LEARNING_RATE = 1e-4
 
 
-class LearnerBackend(Protocol):
-    """A trainer with its own copy of the model. first_loss: mean per trained token over its first measurement."""
-
-    first_loss: float
-
-    def measure(self) -> dict[str, Timed]:
-        """`actions`: trained tokens of the steps, after a step that does not count, from the first row of the load.
-        `nodes`: all their tokens.
-        """
-        ...
-
-
 class OurBackend:
-    """`learner.trainer.Trainer` with maximum likelihood."""
+    """`learner.trainer.Trainer` with maximum likelihood, on its own copy of the model.
+
+    first_loss: mean per trained token over the first measurement.
+    """
 
     def __init__(self, model: PreTrainedModel, load: TrainingLoad, steps: int, max_nodes_per_batch: int) -> None:
         stage = StageSettings(
@@ -75,7 +65,9 @@ class OurBackend:
         self.first_loss = self.sharing_ratio = self.padding_share = float("nan")
 
     def measure(self) -> dict[str, Timed]:
-        """See `LearnerBackend`."""
+        """`actions`: trained tokens of the steps, after a step that does not count, from the first row of the load.
+        `nodes`: all their tokens.
+        """
         self._source.rewind()
         rows = [self._trainer.train_step()]
         wall_s, cpu_s = time.perf_counter(), time.process_time()
@@ -85,17 +77,6 @@ class OurBackend:
             self.first_loss = sum(row["loss"] for row in rows) / len(rows)
         self.sharing_ratio, self.padding_share = rows[-1]["sharing_ratio"], rows[-1]["padding_share"]
         return _timed(self._load, self._steps, *elapsed)
-
-
-class OneModelAtATime:
-    """A backend that is made for each measurement anew, so that its model takes memory only then."""
-
-    def __init__(self, make: Callable[[], Backend]) -> None:
-        self._make = make
-
-    def measure(self) -> dict[str, Timed]:
-        """As the backend does."""
-        return dict(self._make().measure())
 
 
 class _StepEnds(TrainerCallback):  # type: ignore[misc]
@@ -111,7 +92,7 @@ class _StepEnds(TrainerCallback):  # type: ignore[misc]
 
 
 class LibraryBackend:
-    """Hugging Face's `Trainer`, or TRL's `SFTTrainer`."""
+    """Hugging Face's `Trainer`, or TRL's `SFTTrainer`; see `OurBackend`."""
 
     def __init__(
         self, model: PreTrainedModel, load: TrainingLoad, steps: int, name: Literal["hf_trainer", "trl_sft"]
@@ -149,7 +130,7 @@ class LibraryBackend:
         self.first_loss = float("nan")
 
     def measure(self) -> dict[str, Timed]:
-        """See `LearnerBackend`."""
+        """See `OurBackend`."""
         self._ends.ends.clear()
         loss = float(self._trainer.train().training_loss)
         if math.isnan(self.first_loss):

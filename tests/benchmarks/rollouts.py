@@ -86,7 +86,7 @@ def bench(
             }
             for kind in KINDS:
                 backends[f"{kind} {rates[0]:.2f}"].run()  # compiles what is compiled on first use
-            results = measure_in_turn(backends, repetitions)
+            results = measure_in_turn({name: each.measure for name, each in backends.items()}, repetitions)
         of_rate = {f"{rate:.2f}": backends[f"backspace {rate:.2f}"] for rate in rates}
         logs = [log for backend in of_rate.values() for log in backend.first_logs]
         error = _max_logprob_error(path, logs, contract) if dtype == "float32" else None
@@ -289,23 +289,17 @@ def _max_logprob_error(model_dir: str, logs: Sequence[FinishedLog], contract: To
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    from tests.integration.reference import Distributions, texts_of
+
+    distributions = Distributions(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval())
+    texts = [texts_of(log, contract.backspace_id) for log in logs]
+    distributions.prepare({text for of_log in texts for text in of_log})
     worst = 0.0
-    for log in logs:
-        text = log.prompt_ids.tolist()
-        computed: list[int] = []  # text that `logits` [tokens, vocabulary] belong to
-        logits = torch.empty(0)
-        for action, recorded in zip(log.actions.tolist(), log.logprobs.tolist(), strict=True):
-            if action == contract.backspace_id:
-                worst = max(worst, abs(recorded))  # forced: probability one
-                text.pop()
-                continue
-            if computed[: len(text)] != text:
-                with torch.no_grad():
-                    logits = model(torch.tensor([text])).logits[0].float()
-                logits[:, [contract.backspace_id, *contract.eos_ids]] = -torch.inf
-                computed = list(text)
-            expected = logits[len(text) - 1].log_softmax(-1)[action].item()
+    for log, of_log in zip(logs, texts, strict=True):
+        for text, action, recorded in zip(of_log, log.actions.tolist(), log.logprobs.tolist(), strict=True):
+            logits = distributions.logits(text)
+            logits[[contract.backspace_id, *contract.eos_ids]] = -torch.inf
+            forced = action == contract.backspace_id  # with probability one
+            expected = 0.0 if forced else logits.log_softmax(-1)[action].item()
             worst = max(worst, abs(expected - recorded))
-            text.append(action)
     return worst

@@ -12,13 +12,12 @@ from collections.abc import Callable, Generator
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import simpy
 
 from actors.pool.autoscaler import Autoscaler, Observation
 from buffer.sampling.limiter import Limiter, Traffic
 from buffer.service.router import DrawTimeoutError
-from buffer.trajectory.staleness import stale_rows, staleness
+from buffer.trajectory.staleness import Bool, Int32, Int64, stale_rows, staleness
 from tests.benchmarks.scaling_plan import Plan
 
 SUPERVISION_INTERVAL_S = 0.5
@@ -28,12 +27,13 @@ MAX_INSERTS_IN_FLIGHT = 4
 STARTING, GENERATING, LOADING = "starting", "generating", "loading"
 HELD_BACK, INSERTING, WAITING = "held_back", "inserting", "waiting"
 
+ROW = [("oldest", np.int32), ("times_drawn", np.int32), ("created_s", np.float64)]
+"""oldest: version of the weights behind a rollout's first action."""
+
 REMOVED = ("capacity", "age", "sampled", "stale")
 
 T = TypeVar("T")
 Process: TypeAlias = Generator[simpy.Event, Any, T]
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
 Point = dict[str, Any]
 Counts = defaultdict[str, float]
 """Rows, actions, steps and removed rows by reason; the seconds of every activity."""
@@ -60,26 +60,23 @@ class _Buffer:
         self._limiter = Limiter(plan.buffer)
         self._shards = [simpy.Resource(env) for _ in range(plan.buffer.shards)]
         self._generator = np.random.default_rng(plan.seed)
-        self._oldest: Int32 = np.zeros(0, np.int32)
-        self._times_drawn: Int32 = np.zeros(0, np.int32)
-        self._created_s: npt.NDArray[np.float64] = np.zeros(0)
+        self._rows = np.zeros(0, ROW)
         self._changed = env.event()
-        self.demand = env.event()
-        """Of actors that pause: when rows are wanted again."""
+        self.demand = env.event()  # of actors that pause: when rows are wanted again
         self.waiting_draws = 0
 
     @property
     def num_live(self) -> int:
-        return len(self._oldest)
+        return len(self._rows)
 
     def insert(self, turn: int, oldest: Int32) -> Process[bool]:
         """Store rows, in the shard that is in turn; whether the actor is to pause."""
         times, count = self._times, len(oldest)
         yield self._env.timeout(times.call_s)
         yield from self._work(turn % len(self._shards), times.insert_s + count * times.insert_row_s)
-        self._oldest = np.append(self._oldest, oldest)
-        self._times_drawn = np.append(self._times_drawn, np.zeros(count, np.int32))
-        self._created_s = np.append(self._created_s, np.full(count, self._env.now))
+        rows = np.zeros(count, ROW)
+        rows["oldest"], rows["created_s"] = oldest, self._env.now
+        self._rows = np.append(self._rows, rows)
         self._counts["inserted"] += count
         self._remove(np.arange(self.num_live) < self.num_live - self._settings.capacity, "capacity")
         self._notify()
@@ -101,11 +98,11 @@ class _Buffer:
             yield self._changed | env.timeout(deadline_s - env.now)
         self.waiting_draws -= 1
         chosen = self._choose(count)
-        self._times_drawn[chosen] += 1
+        self._rows["times_drawn"][chosen] += 1
         self._counts["drawn"] += count
-        behind = staleness(version, self._oldest[chosen])
+        behind = staleness(version, self._rows["oldest"][chosen])
         if self._settings.max_times_sampled is not None:
-            self._remove(self._times_drawn >= self._settings.max_times_sampled, "sampled")
+            self._remove(self._rows["times_drawn"] >= self._settings.max_times_sampled, "sampled")
         self._notify()
         part_s = times.draw_s + -(-count // len(self._shards)) * times.draw_row_s
         yield env.all_of([env.process(self._work(shard, part_s)) for shard in range(len(self._shards))])
@@ -115,9 +112,9 @@ class _Buffer:
         """Why `count` rows may not be drawn; drops what is too stale or too old."""
         settings = self._settings
         if settings.max_staleness is not None:
-            self._remove(stale_rows(self._oldest, version - settings.max_staleness), "stale")
+            self._remove(stale_rows(self._rows["oldest"], version - settings.max_staleness), "stale")
         if settings.max_age_s is not None:
-            self._remove(self._created_s < self._env.now - settings.max_age_s, "age")
+            self._remove(self._rows["created_s"] < self._env.now - settings.max_age_s, "age")
         needed = count if self._counts["drawn"] else max(count, settings.min_size)
         if self.num_live < needed:
             return f"{self.num_live} are live and {needed} are needed"
@@ -135,12 +132,10 @@ class _Buffer:
         weights = np.arange(self.num_live, 0, -1.0) ** -exponent
         return self._generator.choice(self.num_live, count, replace=False, p=weights / weights.sum())
 
-    def _remove(self, gone: npt.NDArray[np.bool_], reason: str) -> None:
+    def _remove(self, gone: Bool, reason: str) -> None:
         if gone.any():
             self._counts[reason] += int(gone.sum())
-            kept = ~gone
-            self._oldest, self._times_drawn = self._oldest[kept], self._times_drawn[kept]
-            self._created_s = self._created_s[kept]
+            self._rows = self._rows[~gone]
 
     def _traffic(self) -> Traffic:
         return Traffic(int(self._counts["inserted"]), int(self._counts["drawn"]), self.num_live)
@@ -183,7 +178,9 @@ class _Actor:
             finishing = self._settings.weight_update == "drain" and self._run.version > self._version and len(ends) > 0
             if self._run.version > self._version and not finishing:
                 yield from self._load_weights()
-            self.activity = WAITING if finishing or self.draining or self._version < 0 else self._held_back()
+            held_back = self._demand is not None and not self._demand.triggered
+            idle = finishing or self.draining or self._version < 0
+            self.activity = WAITING if idle else HELD_BACK if held_back else GENERATING
             num_new = self._settings.max_concurrent - len(ends) if self.activity == GENERATING else 0
             started = np.append(started, np.full(num_new, self._version, np.int32))
             ends = np.append(ends, step + self._generator.choice(self._lengths, num_new))
@@ -199,9 +196,6 @@ class _Actor:
                 yield from self._spend(self.activity, self._env.timeout(IDLE_WAIT_S))
             if len(self._finished) >= self._settings.insert_rows or len(ends) == 0:
                 yield from self._flush()
-
-    def _held_back(self) -> str:
-        return GENERATING if self._demand is None or self._demand.triggered else HELD_BACK
 
     def _load_weights(self) -> Process[None]:
         yield from self._flush()

@@ -7,8 +7,8 @@ actors' own. What is measured is one host, where Ray's object store is shared me
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -19,10 +19,9 @@ from actors.engine.settings import EngineSettings, engine_environment
 from launch.command_errors import setting_up
 from tests.benchmarks.backend import Backend, Timed, circumstances, measure_in_turn, ray_of_its_own
 from tests.benchmarks.table import Table
-from tests.benchmarks.weights_ends import PublishingLearner, Taken, TakingActor
+from tests.benchmarks.weights_ends import PublishingLearner, Relay, TakingActor
 
 if TYPE_CHECKING:
-    from ray.actor import ActorHandle
     from transformers import LlamaConfig
 
 START_TIMEOUT_S = 300.0
@@ -30,6 +29,8 @@ ANSWER_TIMEOUT_S = 120.0
 WARM_UPS = 3
 """Publications before those that count: the first ones meet shared memory that the system has yet to provide."""
 PAUSE_S = 0.2
+
+Parts = dict[str, list[float]]
 
 ModelShape = Literal["smollm2-135m", "tiny"]
 SHAPES: dict[ModelShape, dict[str, int]] = {
@@ -73,10 +74,10 @@ def bench(
             check_machine(enforce_eager=True)
     config = _config(shape)
     size_bytes = _num_parameters(config) * (4 if dtype == "float32" else 2)
-    load = _Load(config, size_bytes, repetitions, dtype, seed)
+    push_to = partial(_push_to, config=config, dtype=dtype, seed=seed, repetitions=repetitions)
     with ray_of_its_own(2, object_store_memory=max(4 * size_bytes, 1 << 28)):
-        one = load.push_to(1, with_engine)
-        three = load.push_to(3, with_engine=False)
+        one = push_to(1, with_engine)
+        three = push_to(3, with_engine=False)
     copy_s = median(one["memcpy"])
     return {
         "ratio_to_memcpy": median(one["channel"]) / copy_s,
@@ -116,89 +117,39 @@ def _span(seconds: Mapping[str, float] | None) -> str:
     return f"{middle:,.1f} ({least:,.1f}-{largest:,.1f})"
 
 
-def _report(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+def _report(seconds: Parts) -> dict[str, dict[str, float]]:
     return {
         part: {"median": round(median(all_s), 4), "least": round(min(all_s), 4), "largest": round(max(all_s), 4)}
         for part, all_s in seconds.items()
     }
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """A memory copy of the same bytes. copy: gives the seconds that it took."""
+def _push_to(num_actors: int, with_engine: bool, config: LlamaConfig, dtype: str, seed: int, repetitions: int) -> Parts:
+    """Seconds of each part of a push, and of the copies, in each repetition."""
+    import ray
 
-    size_bytes: int
-    copy: Callable[[], float]
+    settings = EngineSettings("", dtype=dtype, max_length=64, kv_cache_bytes=1 << 26, load_format="dummy", seed=seed)
+    taking = ray.remote(TakingActor).options(num_cpus=0, runtime_env={"env_vars": engine_environment(settings)})
+    actors = [taking.remote(config, settings if with_engine else None) for _ in range(num_actors)]
+    ray.get([actor.ready.remote() for actor in actors], timeout=START_TIMEOUT_S)
+    relay = ray.remote(Relay).options(num_cpus=0).remote(actors)
+    learner = PublishingLearner(config, dtype, relay, seed)
 
-    def measure(self) -> Mapping[str, Timed]:
-        """One copy."""
-        return {"copy": Timed(self.size_bytes, self.copy())}
-
-
-@dataclass(frozen=True)
-class _Push:
-    """A publication to some actors."""
-
-    size_bytes: int
-    learner: PublishingLearner
-    actors: Sequence[ActorHandle]
-
-    def measure(self) -> Mapping[str, Timed]:
-        """The learner's parts; those of the actors, each at the one that took longest for it; `channel`: until the last
-        actor has the right bytes, `push`: until it can generate, with an engine.
-        """
-        import ray
-
-        published = self.learner.publish()
-        waits = [actor.taken.remote(published.version, ANSWER_TIMEOUT_S) for actor in self.actors]
-        taken: list[Taken] = ray.get(waits, timeout=2 * ANSWER_TIMEOUT_S)
+    def push() -> Mapping[str, Timed]:
+        parts_s = learner.push(ANSWER_TIMEOUT_S)
         time.sleep(PAUSE_S)  # the last publication but one leaves the object store
-        times = published.times
-        parts_s = {
-            "learner_held": published.held_s,
-            "pack": times.pack_s,
-            "fingerprint": times.fingerprint_s,
-            "learner_probe": times.probe_s,
-            "offer": times.offer_s,
-        }
-        parts_s |= {part: max(each.parts_s[part] for each in taken) for part in taken[0].parts_s}
-        if "load" in parts_s:
-            parts_s["push"] = max(each.done_s for each in taken) - published.started_s
-        parts_s["channel"] = max(each.verified_s for each in taken) - published.started_s - times.probe_s
-        return {part: Timed(self.size_bytes, seconds) for part, seconds in parts_s.items()}
+        return {part: Timed(learner.size_bytes, seconds) for part, seconds in parts_s.items()}
 
-
-@dataclass(frozen=True)
-class _Load:
-    config: LlamaConfig
-    size_bytes: int
-    repetitions: int
-    dtype: str
-    seed: int
-
-    def push_to(self, num_actors: int, with_engine: bool) -> dict[str, list[float]]:
-        """Seconds of each part in each repetition."""
-        import ray
-
-        settings = EngineSettings(
-            "", dtype=self.dtype, max_length=64, kv_cache_bytes=1 << 26, load_format="dummy", seed=self.seed
-        )
-        taking = ray.remote(TakingActor).options(
-            num_cpus=0, max_concurrency=2, runtime_env={"env_vars": engine_environment(settings)}
-        )
-        actors = [taking.remote(self.config, settings if with_engine else None) for _ in range(num_actors)]
-        ray.get([actor.ready.remote() for actor in actors], timeout=START_TIMEOUT_S)
-        learner = PublishingLearner(self.config, self.dtype, actors, self.seed)
-        backends: dict[str, Backend] = {
-            "memcpy": _Copy(self.size_bytes, learner.copy_s),
-            "fresh_memcpy": _Copy(self.size_bytes, learner.fresh_copy_s),
-            "push": _Push(self.size_bytes, learner, actors),
-        }
-        results = measure_in_turn(backends, self.repetitions, WARM_UPS)
-        for actor in actors:
-            ray.kill(actor)
-        parts_s = {part: results.seconds("push", part) for part in results.found["push"][0]}
-        return parts_s | {name: results.seconds(name, "copy") for name in ("memcpy", "fresh_memcpy")}
+    backends: dict[str, Backend] = {
+        "memcpy": lambda: {"copy": Timed(learner.size_bytes, learner.copy_s())},
+        "fresh_memcpy": lambda: {"copy": Timed(learner.size_bytes, learner.fresh_copy_s())},
+        "push": push,
+    }
+    results = measure_in_turn(backends, repetitions, WARM_UPS)
+    for actor in (*actors, relay):
+        ray.kill(actor)
+    parts_s = {part: results.seconds("push", part) for part in results.found["push"][0]}
+    return parts_s | {name: results.seconds(name, "copy") for name in ("memcpy", "fresh_memcpy")}
 
 
 def _config(shape: ModelShape) -> LlamaConfig:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,21 +20,11 @@ from buffer.weights.format import WeightManifest, pack_tensors, unpack, verify_f
 from buffer.weights.object_store import WeightHandle, WeightReceiver
 
 if TYPE_CHECKING:
+    import ray
     from ray.actor import ActorHandle
     from transformers import LlamaConfig
 
     from actors.engine.settings import EngineSettings
-    from learner.publication.publisher import PublicationTimes
-
-
-@dataclass(frozen=True)
-class Published:
-    """One publication. started_s: when `publish` was called. held_s: seconds that the learner waited for it."""
-
-    version: int
-    started_s: float
-    held_s: float
-    times: PublicationTimes
 
 
 @dataclass(frozen=True)
@@ -44,7 +33,6 @@ class Taken:
     proved itself, or without one, the same. parts_s: seconds of `transfer`, `verify`, `load`, `engine_probe`.
     """
 
-    version: int
     verified_s: float
     done_s: float
     parts_s: dict[str, float]
@@ -53,8 +41,8 @@ class Taken:
 class PublishingLearner:
     """Holds a random model and publishes it as the learner does."""
 
-    def __init__(self, config: LlamaConfig, dtype: str, receivers: Sequence[ActorHandle], seed: int) -> None:
-        import ray
+    def __init__(self, config: LlamaConfig, dtype: str, relay: ActorHandle, seed: int) -> None:
+        """relay: the Ray actor of a `Relay`."""
         import torch
         from transformers import LlamaForCausalLM
 
@@ -65,9 +53,10 @@ class PublishingLearner:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).to(getattr(torch, dtype)).requires_grad_(False)
         self._policy = TreePolicy(model, backspace_id=3)
-        relay = ray.remote(_Relay).options(num_cpus=0).remote(receivers)
+        self._relay = relay
         self._publisher = WeightPublisher(relay, make_probe(TokenContract(config.vocab_size, 3, 2, "random"), seed))
         self._copy = {name: np.zeros(tensor.nbytes, np.uint8) for name, tensor in model.named_parameters()}
+        self.size_bytes = sum(array.nbytes for array in self._copy.values())
 
     def copy_s(self) -> float:
         """Seconds of one copy of the same bytes between memory that is already mapped: the fastest there is."""
@@ -86,18 +75,39 @@ class PublishingLearner:
         assert len(copies) == len(payload)
         return elapsed_s
 
-    def publish(self) -> Published:
-        """Move the weights a little and publish them."""
+    def push(self, timeout_s: float) -> dict[str, float]:
+        """Move the weights a little, publish them, and wait until the actors have them.
+
+        Returns:
+            Seconds of the learner's parts, and of those of the actors, each at the one that took longest for it;
+            `channel`: until the last actor has the right bytes, the probe's computation aside; `push`: until the last
+            one can generate, with engines only.
+
+        Raises:
+            ray.exceptions.GetTimeoutError: an actor did not take them in time.
+        """
+        import ray
         import torch
 
         with torch.no_grad():
             self._policy.model.model.norm.weight.add_(0.01)
         started_s = time.perf_counter()
-        version = self._publisher.publish(self._policy)
+        self._publisher.publish(self._policy)
         held_s = time.perf_counter() - started_s
         times = self._publisher.newest_times
         assert times is not None
-        return Published(version, started_s, held_s, times)
+        taken: list[Taken] = ray.get(ray.get(self._relay.newest.remote(), timeout=timeout_s), timeout=timeout_s)
+        parts_s = {
+            "learner_held": held_s,
+            "pack": times.pack_s,
+            "fingerprint": times.fingerprint_s,
+            "learner_probe": times.probe_s,
+            "offer": times.offer_s,
+        }
+        parts_s |= {part: max(each.parts_s[part] for each in taken) for part in taken[0].parts_s}
+        if "load" in parts_s:
+            parts_s["push"] = max(each.done_s for each in taken) - started_s
+        return parts_s | {"channel": max(each.verified_s for each in taken) - started_s - times.probe_s}
 
 
 class TakingActor:
@@ -106,8 +116,6 @@ class TakingActor:
     def __init__(self, config: LlamaConfig, settings: EngineSettings | None) -> None:
         """settings: of an engine that loads them; None = the bytes are taken and verified only."""
         self._receiver = WeightReceiver()
-        self._changed = threading.Condition()
-        self._taken: list[Taken] = []
         self._engine = None
         if settings is not None:
             from actors.engine.engine import BackspaceEngine
@@ -122,8 +130,8 @@ class TakingActor:
         """Process id, once the engine stands."""
         return os.getpid()
 
-    def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
-        """The steps of `RolloutActor`, with a look at the clock after each."""
+    def take(self, manifest: WeightManifest, handle: WeightHandle) -> Taken:
+        """The steps of `actors.engine.weight_intake`, with a look at the clock after each."""
         moments = [time.perf_counter()]
         payload = self._receiver.fetch(handle)
         moments.append(time.perf_counter())
@@ -135,28 +143,20 @@ class TakingActor:
             prove(manifest, self._engine.probe(manifest.probe_token_ids), None, self._engine.dtype)
             moments.append(time.perf_counter())
         parts_s = dict(zip(("transfer", "verify", "load", "engine_probe"), np.diff(moments).tolist(), strict=False))
-        with self._changed:
-            self._taken.append(Taken(manifest.version, moments[2], moments[-1], parts_s))
-            self._changed.notify_all()
-
-    def taken(self, version: int, timeout_s: float) -> Taken:
-        """What happened to `version`.
-
-        Raises:
-            TimeoutError: it was not taken in time.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: any(each.version == version for each in self._taken), timeout_s):
-                raise TimeoutError(f"weights version {version} were not taken within {timeout_s:.0f} s")
-            return next(each for each in self._taken if each.version == version)
+        return Taken(moments[2], moments[-1], parts_s)
 
 
-class _Relay:
-    """Stands where the actor pool does: hears of a publication and tells the actors."""
+class Relay:
+    """In the place of the actor pool: told of a publication, it tells the actors."""
 
-    def __init__(self, receivers: Sequence[ActorHandle]) -> None:
-        self._receivers = receivers
+    def __init__(self, actors: Sequence[ActorHandle]) -> None:
+        self._actors = actors
+        self._taken: list[ray.ObjectRef[Taken]] = []
 
     def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
-        for receiver in self._receivers:
-            receiver.announce.remote(manifest, handle)
+        """Pass a publication on without waiting."""
+        self._taken = [actor.take.remote(manifest, handle) for actor in self._actors]
+
+    def newest(self) -> list[ray.ObjectRef[Taken]]:
+        """Of each actor, what happened to the newest publication."""
+        return self._taken

@@ -36,13 +36,13 @@ class Comparison:
     errors: list[str] = field(default_factory=list)
 
 
-def texts_of(log: FinishedLog) -> list[Text]:
+def texts_of(log: FinishedLog, backspace_id: int = BACKSPACE_ID) -> list[Text]:
     """The reduced text (prompt included) before each action."""
     text = list(log.prompt_ids.tolist())
     texts = []
     for action in log.actions.tolist():
         texts.append(tuple(text))
-        if action == BACKSPACE_ID:
+        if action == backspace_id:
             text.pop()
         else:
             text.append(action)
@@ -59,7 +59,7 @@ def compare(
     """Compare every action of every log with the model of its policy version."""
     without_token = [token_id for begin, end in ids_without_token for token_id in range(begin, end)]
     result = Comparison()
-    distributions = {version: _Distributions(model) for version, model in models.items()}
+    distributions = {version: Distributions(model) for version, model in models.items()}
     for version, distribution in distributions.items():
         distribution.prepare(
             {text for log in logs for text, v in zip(texts_of(log), log.policy_version, strict=True) if v == version}
@@ -134,7 +134,7 @@ def allowed_logprobs(logits: torch.Tensor, sampling: SamplingSettings, action: i
     ]
 
 
-class _Distributions:
+class Distributions:
     """Next-token logits of many texts; a text that is the start of a longer one is read off the longer one's pass."""
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -14,18 +16,14 @@ from tests.benchmarks.learner_load import LoadSource, make_load
 SIZES = {"batch": 16, "length": 12, "vocab_size": 64, "steps": 2, "seed": 0}
 
 
-class Worker:
-    def __init__(self, name, log):
-        self.name, self.log = name, log
-
-    def measure(self):
-        self.log.append(self.name)
-        return {"work": Timed(10.0, wall_s=len(self.log))}
-
-
 def test_backends_take_turns_and_who_goes_first_alternates():
     log = []
-    results = measure_in_turn({"a": Worker("a", log), "b": Worker("b", log)}, repetitions=3, warm_ups=1)
+
+    def work(name):
+        log.append(name)
+        return {"work": Timed(10.0, wall_s=len(log))}
+
+    results = measure_in_turn({"a": partial(work, "a"), "b": partial(work, "b")}, repetitions=3, warm_ups=1)
     assert log == ["b", "a", "a", "b", "b", "a", "a", "b"]
     assert results.seconds("a", "work") == [3.0, 6.0, 7.0]
     assert results.rates("b", "work") == [10 / 4, 10 / 5, 10 / 8]
