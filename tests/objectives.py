@@ -12,6 +12,30 @@ from learner.ranks.group import Ranks
 from learner.settings.objectives import ObjectiveSettings
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
+from tests.oracle import Log
+
+BACKSPACE, EOS = 3, 2
+
+EXPERT_LOGS = [
+    Log([1, 4], [5, 6, EOS], id="a"),
+    Log([1, 4], [5, 7, BACKSPACE, 6, EOS], id="b"),
+    Log([1, 4], [5, 5, 6, 5], finish_reason="max_length", id="c"),
+    Log([1, 4, 5], [6, BACKSPACE, 6, EOS], realised={0: 7}, id="d"),
+]
+
+
+def rollout_log(name: str, actions: list[int], reward: float, reason: str = "eos") -> Log:
+    """As an actor stores it; its feature says whether it has a reward."""
+    scores = {"reward": reward, "features": [float(reward > 0)]}
+    behavior = {"logprobs": [-0.1] * len(actions), "versions": [1] * len(actions), "temperature": 1.0}
+    return Log([1, 4], actions, finish_reason=reason, source="policy", id=name, **behavior, **scores)
+
+
+ROLLOUT_LOGS = [
+    rollout_log("r", [8, BACKSPACE, 5, 6, EOS], 1.0),
+    rollout_log("s", [8, BACKSPACE, 8, BACKSPACE], 0.0, "max_actions"),
+    rollout_log("t", [5, 6, BACKSPACE, 6, EOS], 0.5),
+]
 
 POINTWISE = [{"feature": "f"}]
 OBJECTIVES: dict[str, dict[str, object]] = {
@@ -22,6 +46,7 @@ OBJECTIVES: dict[str, dict[str, object]] = {
     "emo, mode 2": {"mode": 2, "ratio_cap": 3.0},
     "scheduled_sampling": {},
     "adversarial_js": {"discriminator": {"warmup_steps": 0}},
+    "adversarial_js, own": {"pi": 0.3, "discriminator": {"warmup_steps": 0, "body": "own"}},
     "reinforce": {},
     "kl_control": {"beta": 0.3},
     "dpg": {"constraints": POINTWISE},
@@ -29,6 +54,7 @@ OBJECTIVES: dict[str, dict[str, object]] = {
     "gdc_pp": {"constraints": POINTWISE},
     "f_dpg": {"constraints": POINTWISE, "divergence": "js"},
     "sequencematch": {"beta_start": 0.0, "beta_end": 0.0},
+    "sequencematch, half": {"beta_start": 0.5, "beta_end": 0.5},
     "sequencematch, printed": {"beta_start": 0.5, "beta_end": 0.5, "estimator": "printed", "divergence": "kl"},
     "sequencematch, uniform": {"beta_start": 0.0, "beta_end": 0.0, "estimator": "uniform", "alpha": 0.1},
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pyarrow as pa
 import torch
@@ -121,3 +123,26 @@ def assert_bit_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) 
 def train(trainer: Trainer, steps: int) -> list[dict[str, float]]:
     """Take steps; gives the metrics of each."""
     return [trainer.train_step() for _ in range(steps)]
+
+
+def check_resume(
+    task: Task, make: Callable[[PreTrainedModel, int], Trainer], steps: int, stop_at: Sequence[int], folder: Path
+) -> list[dict[str, float]]:
+    """`steps` in a row == some steps, a state on disk, fresh objects and the rest, bit for bit; gives the metrics.
+
+    make: a trainer of a model, whose sources of data go on from that step.
+    """
+    straight = make_model(task, seed=3)
+    metrics = train(make(straight, 0), steps)
+    for stop in stop_at:
+        first, second = make_model(task, seed=3), make_model(task, seed=4)
+        trainer = make(first, 0)
+        train(trainer, stop)
+        torch.save(trainer.state(), folder / "state.pt")
+        second.load_state_dict(first.state_dict())
+        trainer = make(second, stop)
+        trainer.load_state(torch.load(folder / "state.pt", weights_only=True))
+        rest = train(trainer, steps - stop)
+        assert [row["loss"] for row in rest] == [row["loss"] for row in metrics[stop:]]
+        assert_bit_identical(weights_of(second), weights_of(straight))
+    return metrics

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -23,7 +22,7 @@ from learner.objectives.adversarial_js import (
 )
 from learner.objectives.base import EvaluatedLogs, LogCounts
 from learner.ranks.group import Ranks
-from learner.settings.objectives import AdversarialJsSettings, DiscriminatorSettings, ObjectiveSettings
+from learner.settings.objectives import AdversarialJsSettings, DiscriminatorSettings
 from learner.state_tree.policy import TreePolicy
 from tests.objectives import counts_of
 from tests.oracle import Log, states
@@ -265,17 +264,3 @@ def test_a_constant_reward_has_no_gradient_at_all():
     assert not any(parameter.grad.any() for parameter in model.parameters())
     alike = torch.full((7,), 0.7)
     assert not leave_one_out_advantage(alike, float(alike.double().sum()) / 7, 7).any()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"pi": 0.0}, "pi=0 is maximum likelihood, .* choose objective mle"),
-        ({"pi": 1.5}, "less than or equal to 1"),
-        ({"discriminator": {"prior": 1.0}}, "less than 1"),
-        ({"discriminator": {"body": "shared"}}, "'policy' or 'own'"),
-    ],
-)
-def test_bad_settings_are_refused(settings, message):
-    with pytest.raises(ValidationError, match=message):
-        TypeAdapter(ObjectiveSettings).validate_python({"name": "adversarial_js"} | settings)

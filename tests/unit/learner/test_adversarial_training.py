@@ -90,43 +90,6 @@ def test_a_body_of_its_own_leaves_the_policys_alone(recomputed):
     assert torch.equal(still, moved)
 
 
-@pytest.mark.parametrize("body", ["policy", "own"])
-def test_the_step_is_the_same_however_it_is_cut(body):
-    """One tree, or one for each log: losses, metrics and gradients of policy and discriminator add up."""
-    results = []
-    logs = policy_logs(HARD)
-    for parts in ([logs], [[log] for log in logs]):
-        model, objective = tiny("gpt2").double(), objective_of(body, pi=0.3)
-        policy, trees = TreePolicy(model, BACKSPACE), [build(part) for part in parts]
-        counts = counts_of(*trees)
-        objective.prepare(policy, trees, counts, 0)
-        share = [objective.rollout_loss(objective.evaluate(policy, t, counts, 0), counts, 0) for t in trees]
-        loss = torch.stack([loss for loss, _ in share]).sum()
-        modules = [*model.parameters(), *objective._discriminator.network.parameters()]
-        gradients = torch.autograd.grad(loss, modules, allow_unused=True)
-        reward = torch.stack([metrics["reward_mean"] for _, metrics in share]).sum()
-        results.append((loss, reward, [gradient for gradient in gradients if gradient is not None]))
-    torch.testing.assert_close(*results)
-
-
-def test_a_tree_without_logs_adds_nothing():
-    """As a rank has one whose share is empty."""
-    model, objective = tiny("gpt2").double(), objective_of()
-    policy, tree = TreePolicy(model, BACKSPACE), build(policy_logs(HARD))
-    counts = counts_of(tree)
-    objective.prepare(policy, [tree], counts, 0)
-    mean = objective._reward_mean
-    objective.prepare(policy, [tree, tree.without_trajectories()], counts, 0)
-    assert objective._reward_mean == mean
-    for is_rollouts in (False, True):
-        empty = objective.evaluate(policy, tree.without_trajectories(), counts, 0)
-        loss, metrics = objective.rollout_loss(empty, counts, 0) if is_rollouts else objective.data_loss(empty, 0)
-        assert loss.item() == 0
-        assert all(value.item() == 0 for value in metrics.values())
-        loss.backward()
-    assert all(p.grad is None or not p.grad.any() for p in objective._discriminator.network.parameters())
-
-
 def test_a_discriminator_without_a_finite_gradient_stops_before_anything_moves(task):
     model = make_model(task)
     trainer = make_trainer(task, model, make_stage(ADVERSARIAL))

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.batches.micro_batches import build_micro_batches
-from learner.objectives.base import EvaluatedLogs
-from learner.objectives.registry import make_objective
-from learner.settings.objectives import SequenceMatchSettings
-from learner.state_tree.action_values import action_values
 from learner.state_tree.batch import TreeBatch, TreeSettings
-from tests.objectives import counts_of
 from tests.oracle import Log, states, to_batch
-from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, random_logs, text_of, tiny
+from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, random_logs, text_of
 from tests.unit.learner.test_tree_attention import grown_logs
 
 
@@ -77,25 +71,3 @@ def test_a_draw_that_is_bad_is_refused_before_it_is_cut():
         cut(to_batch([*HARD, Log([], [EOS])]), 4)
     with pytest.raises(ValueError, match="without trajectories"):
         cut(to_batch(HARD).slice(0, 0), 4)
-
-
-def test_the_loss_and_its_gradient_do_not_depend_on_the_cut():
-    batch = to_batch(grown_logs(2, 4, 12))
-    objective = make_objective(SequenceMatchSettings(beta_start=0.5))
-    gradients, losses = [], []
-    for max_nodes in (10_000, 50):
-        model = tiny("llama").double()
-        trees = cut(batch, max_nodes)
-        counts = counts_of(*trees)
-        total = 0.0
-        for tree in trees:
-            loss, _ = objective.data_loss(EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts), 0)
-            loss.backward()
-            total += loss.item()
-        losses.append((len(trees), total))
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    (whole, loss), (parts, loss_of_parts) = losses
-    assert (whole, parts) == (1, 4)
-    assert loss_of_parts == pytest.approx(loss, rel=1e-9)
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)  # norms are in float32

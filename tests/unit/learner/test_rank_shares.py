@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.batches.micro_batches import build_micro_batches
 from learner.batches.rank_shares import count_logs, share_of_rank
-from learner.objectives.base import EvaluatedLogs
-from learner.objectives.registry import make_objective
-from learner.settings.stages import StageSettings
-from learner.state_tree.policy import TreePolicy
 from tests.objectives import counts_of
-from tests.random_logs import CLONING, MATCHING, TREES, random_logs
-from tests.tiny_models import tiny_model
+from tests.random_logs import TREES, random_logs
 from tests.trajectories import BACKSPACE, EOS, batch_of, expert_row, ids_of, row
 
 
@@ -87,33 +80,6 @@ def test_there_may_be_fewer_prompts_than_ranks():
 def test_counts_are_those_of_the_trees():
     for batch in (random_logs("expert", 9, seed=1), random_logs("policy", 4, seed=2), batch_of([row("a", [])])):
         assert count_logs(batch) == counts_of(*build_micro_batches(batch, TREES))
-
-
-@pytest.mark.parametrize("objective", [CLONING, MATCHING, MATCHING | {"estimator": "printed"}])
-def test_a_tree_without_logs_adds_nothing(objective):
-    """Neither to the loss nor to a gradient nor to a metric; but every metric is there, and every gradient."""
-    policy = TreePolicy(tiny_model(), BACKSPACE)
-    stage = StageSettings.model_validate({"name": "s", "objective": objective, "steps": 1})
-    made = make_objective(stage.objective)
-    batch = random_logs("policy", 2, seed=3)
-    full = build_micro_batches(batch, TREES)[0]
-    empty = full.without_trajectories()
-    assert (empty.num_trajectories, empty.num_actions, empty.num_nodes, empty.num_nodes_unshared) == (0, 0, 0, 0)
-    counts = count_logs(batch)
-    losses = [made.data_loss] if not made.settings.needs_rollouts else [made.data_loss, _rollout_loss(made, counts)]
-    for loss_of in losses:
-        _, expected = loss_of(EvaluatedLogs(full, policy.evaluate(full), counts), 0)
-        loss, metrics = loss_of(EvaluatedLogs(empty, policy.evaluate(empty), counts), 0)
-        policy.zero_grad(set_to_none=True)
-        loss.backward()
-        assert loss.item() == 0.0
-        assert metrics.keys() == expected.keys()
-        assert not any(float(value) for value in metrics.values()), metrics
-        assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in policy.parameters())
-
-
-def _rollout_loss(objective, counts):
-    return lambda logs, step: objective.rollout_loss(logs, counts, step)
 
 
 def test_random_logs_reach_what_they_are_for():

@@ -9,12 +9,9 @@ from typing import get_args
 
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from buffer.experts.tasks import Task
-from launch.errors import UserError
-from launch.settings.recipe import read_recipe
 from learner.metrics.watch import Watch
 from learner.objectives.moment_fit import fit_moments
 from learner.objectives.partition_function import PartitionFunction
@@ -22,13 +19,12 @@ from learner.objectives.registry import make_objective
 from learner.objectives.score_function import Rollouts, Weighed
 from learner.objectives.target_rules import F_SLOPES, Densities, TargetAscent, advantages
 from learner.ranks.group import Ranks
-from learner.settings.objectives import FDivergence, ObjectiveSettings
+from learner.settings.objectives import FDivergence
 from learner.settings.stages import WatchSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.objectives import objective_of
-from tests.training import assert_bit_identical, make_model, make_stage, make_trees, weights_of
-from tests.unit.actors.test_scoring import ARITHMETIC
+from tests.training import check_resume, make_model, make_stage, make_trees
 from tests.unit.learner import test_score_functions
 from tests.unit.learner.test_score_functions import NoExperts, ScoredRollouts, World, expected_direction, table
 
@@ -298,70 +294,15 @@ def make_target_trainer(task: Task, policy, objective: dict[str, object], next_r
 
 @pytest.mark.parametrize("name", CASES)
 def test_training_approaches_the_target_and_resumes_bit_for_bit(task, name, tmp_path):
-    straight = make_model(task, seed=3)
-    trainer = make_target_trainer(task, straight, CASES[name])
-    metrics = [trainer.train_step() for _ in range(8)]
+    metrics = check_resume(
+        task, lambda model, step: make_target_trainer(task, model, CASES[name], next_row=6 * step), 8, [1, 4], tmp_path
+    )
     fitting = [row["fitting"] for row in metrics]
     steps_to_fit = {"gdc, hybrid": 2, "gdc_pp": 1}.get(name, 0)
     assert fitting == [1.0] * steps_to_fit + [0.0] * (8 - steps_to_fit)
     assert all(row["loss"] == 0 for row in metrics[:steps_to_fit])
     gaps = [row["constraint_gap"] for row in metrics[steps_to_fit:]]
     assert min(gaps) < 0.75 * gaps[0]
-    for stop_at in (1, 4):
-        first = make_model(task, seed=3)
-        trainer = make_target_trainer(task, first, CASES[name])
-        for _ in range(stop_at):
-            trainer.train_step()
-        torch.save(trainer.state(), tmp_path / "state.pt")
-        second = make_model(task, seed=4)
-        second.load_state_dict(first.state_dict())
-        trainer = make_target_trainer(task, second, CASES[name], next_row=6 * stop_at)
-        trainer.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
-        again = [trainer.train_step() for _ in range(8 - stop_at)]
-        assert [row["loss"] for row in again] == [row["loss"] for row in metrics[stop_at:]]
-        assert_bit_identical(weights_of(second), weights_of(straight))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "dpg", "constraints": []}, "at least 1 item"),
-        ({"name": "dpg", "constraints": [SEVEN, HALF_SEVEN]}, "constraints name a feature twice"),
-        ({"name": "f_dpg", "constraints": [SEVEN]}, "divergence"),
-        (
-            {"name": "f_dpg", "divergence": "reverse_kl", "constraints": [SEVEN]},
-            "divergence=reverse_kl is infinite while the policy breaks a pointwise constraint",
-        ),
-    ],
-)
-def test_bad_settings_are_refused(settings, message):
-    with pytest.raises(ValidationError, match=message):
-        TypeAdapter(ObjectiveSettings).validate_python(settings)
-
-
-GDC_RUN = [
-    "scoring.features={seven: {kind: word, word: '7'}, length: {kind: length}}",
-    "stages.sequencematch.objective={name: gdc_pp, constraints: [{feature: seven, target: 0.5}]}",
-]
-
-
-@pytest.mark.parametrize(
-    ("constraint", "message"),
-    [
-        (
-            "{feature: eight}",
-            "constrains feature 'eight', which scoring.features does not have (it has: seven, length)",
-        ),
-        ("{feature: seven, target: 1.0}", "leave target out, which makes it a pointwise constraint"),
-        ("{feature: seven, target: -0.5}", "its mean cannot be -0.5"),
-        ("{feature: length}", "feature length is not 0 or 1, so it cannot hold in each rollout: set a target"),
-    ],
-)
-def test_recipes_that_are_refused(constraint, message):
-    assert read_recipe(ARITHMETIC, GDC_RUN).stages[1].objective.name == "gdc_pp"
-    with pytest.raises(UserError) as caught:
-        read_recipe(ARITHMETIC, [*GDC_RUN, f"stages.sequencematch.objective.constraints=[{constraint}]"])
-    assert message in str(caught.value)
 
 
 def test_slopes_stay_finite_where_the_target_is_zero():

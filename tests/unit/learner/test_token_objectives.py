@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -18,14 +17,15 @@ from learner.objectives.emo import Emo, emo_loss
 from learner.objectives.registry import make_objective
 from learner.objectives.scheduled_sampling import ScheduledSampling
 from learner.objectives.unlikelihood import Unlikelihood
-from learner.settings.objectives import EmoSettings, ObjectiveSettings, ScheduledSamplingSettings, UnlikelihoodSettings
+from learner.settings.objectives import EmoSettings, ScheduledSamplingSettings, UnlikelihoodSettings
 from learner.state_tree import action_values as action_values_module
 from learner.state_tree import policy as policy_module
 from learner.state_tree.action_values import StateLogits, action_values, chunked_values
 from learner.state_tree.policy import TreePolicy
+from learner.trainer import Trainer
 from tests.objectives import counts_of, objective_of
 from tests.oracle import Log, states
-from tests.training import assert_bit_identical, make_model, make_stage, make_stream, make_trainer, weights_of
+from tests.training import check_resume, make_model, make_stage, make_stream, make_trainer, weights_of
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, text_of, tiny
 
 LOGS = [*HARD, Log([1, 4], [5, 5, 6, 5, 5, EOS]), Log([1, 4], [4, 4, 5], finish_reason="max_length")]
@@ -331,26 +331,15 @@ def test_scheduled_sampling_is_not_consistent(truth_share, after_0, after_1, kl)
     ids=lambda o: str(o["name"]),
 )
 def test_training_learns_and_resumes_bit_for_bit(task, objective, tmp_path):
-    """4 steps == 2 steps, a state on disk, fresh objects, and 2 steps."""
     stage = make_stage(objective, steps=4)
-    straight = make_model(task, seed=3)
-    trainer = make_trainer(task, straight, stage, make_stream(task, noise=0.0))
-    losses = [trainer.train_step()["loss_behaviour_cloning"] for _ in range(4)]
-    assert losses[-1] < losses[0]
 
-    first, stream = make_model(task, seed=3), make_stream(task, noise=0.0)
-    trainer = make_trainer(task, first, stage, stream)
-    for _ in range(2):
-        trainer.train_step()
-    torch.save(trainer.state(), tmp_path / "state.pt")
-    second, later = make_model(task, seed=4), make_stream(task, noise=0.0)
-    second.load_state_dict(first.state_dict())
-    later.load_state(stream.state())
-    trainer = make_trainer(task, second, stage, later)
-    trainer.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    for _ in range(2):
-        trainer.train_step()
-    assert_bit_identical(weights_of(second), weights_of(straight))
+    def make(model, step: int) -> Trainer:
+        stream = make_stream(task, noise=0.0)
+        stream.draw(step * stage.batch_size)
+        return make_trainer(task, model, stage, stream)
+
+    metrics = check_resume(task, make, 4, [2], tmp_path)
+    assert metrics[-1]["loss_behaviour_cloning"] < metrics[0]["loss_behaviour_cloning"]
 
 
 def test_the_frozen_table_matters_after_a_restart(task):
@@ -369,32 +358,3 @@ def test_the_frozen_table_matters_after_a_restart(task):
         trainer.train_step()
         ends.append(weights_of(model))
     assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-
-
-@pytest.mark.parametrize("name", ["unlikelihood", "emo", "scheduled_sampling"])
-def test_a_tree_without_logs_adds_nothing(model, name):
-    """As a rank has one whose share is empty, and whose forward and backward pass the others still wait for."""
-    objective = make_objective(TypeAdapter(ObjectiveSettings).validate_python({"name": name}))
-    tree = build(LOGS).without_trajectories()
-    data = objective.evaluate(TreePolicy(model, BACKSPACE), tree, counts_of(build(LOGS)), 0)
-    loss, metrics = objective.data_loss(data, 0)
-    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    assert loss.item() == 0
-    assert all(gradient is None or not gradient.any() for gradient in gradients)
-    assert all(value.item() == 0 for value in metrics.values())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "unlikelihood", "weight": 0}, "greater than 0"),
-        ({"name": "emo", "mode": 3}, "1 or 2"),
-        ({"name": "scheduled_sampling", "k": 0.5}, r"k=0.5 must be at least 1 with schedule=inverse_sigmoid"),
-        ({"name": "scheduled_sampling", "schedule": "exponential", "k": 1.0}, "k=1.0 must be below 1"),
-        ({"name": "scheduled_sampling", "schedule": "linear", "k": 2.0}, "k=2.0 must be at most 1"),
-        ({"name": "scheduled_sampling", "slope": 0.1}, "slope has no effect with schedule=inverse_sigmoid"),
-    ],
-)
-def test_bad_settings_are_refused(settings, message):
-    with pytest.raises(ValidationError, match=message):
-        TypeAdapter(ObjectiveSettings).validate_python(settings)
