@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from learner.objectives.adversarial_js import (
     AdversarialJs,
@@ -26,10 +26,11 @@ from learner.settings.objectives import AdversarialJsSettings, DiscriminatorSett
 from learner.state_tree.policy import TreePolicy
 from tests.objectives import counts_of
 from tests.oracle import Log, states
-from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, build, tiny
+from tests.unit.learner.test_score_functions import all_logs
+from tests.unit.learner.test_score_functions import model as exact_model
+from tests.unit.learner.test_state_tree import BACKSPACE, HARD, build, tiny
 from tests.unit.learner.test_token_objectives import dense
 
-PROMPT, MAX_ACTIONS = [0], 3
 PIS = [0.001, 0.3, 0.9, 1.0]
 
 
@@ -102,23 +103,7 @@ def test_token_by_token_the_divergence_is_not_consistent(pi):
 
 @pytest.fixture(scope="module")
 def smallest() -> PreTrainedModel:
-    return smallest_model(0)
-
-
-def smallest_model(seed: int) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=4, n_embd=8, n_layer=1, n_head=1, n_positions=8, initializer_range=0.6)
-    return GPT2LMHeadModel(config).double().eval()
-
-
-def all_logs(actions: tuple[int, ...] = (), depth: int = 0) -> list[Log]:
-    """Those that begin with `actions`, after which `depth` tokens of the answer stand."""
-    if actions[-1:] == (EOS,):
-        return [Log(PROMPT, list(actions), source="policy")]
-    if len(actions) == MAX_ACTIONS:
-        return [Log(PROMPT, list(actions), source="policy", finish_reason="max_actions")]
-    steps = [(0, depth + 1), (1, depth + 1), (EOS, depth + 1), *([(BACKSPACE, depth - 1)] if depth else [])]
-    return [log for action, left in steps for log in all_logs((*actions, action), left)]
+    return exact_model(0)
 
 
 def log_probs(model: PreTrainedModel, logs: list[Log]) -> list[Tensor]:
@@ -196,7 +181,7 @@ def test_the_gradient_is_that_of_the_divergence_of_texts(smallest, pi):
 @pytest.mark.parametrize("pi", PIS)
 def test_two_stale_rollouts_have_the_gradient_as_their_mean(smallest, pi):
     """Over all pairs that another policy draws: weights and the baseline leave the estimate without bias."""
-    everything, other = enumerate_logs(smallest), smallest_model(2)
+    everything, other = enumerate_logs(smallest), exact_model(2)
     drawn = [
         replace(log, temperature=1.0, logprobs=found.tolist())
         for log, found in zip(everything.logs, log_probs(other, everything.logs), strict=True)

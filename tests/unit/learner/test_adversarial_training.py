@@ -29,7 +29,8 @@ from tests.training import (
     train,
     weights_of,
 )
-from tests.unit.learner.test_adversarial_js import MAX_ACTIONS, objective_of, policy_logs
+from tests.unit.learner.test_adversarial_js import objective_of, policy_logs
+from tests.unit.learner.test_score_functions import MAX_ACTIONS
 from tests.unit.learner.test_state_tree import BACKSPACE, HARD, build, tiny
 
 ADVERSARIAL = {"name": "adversarial_js", "discriminator": {"warmup_steps": 1}}
