@@ -217,15 +217,6 @@ def test_forcing_without_a_wrong_candidate_is_an_error() -> None:
     assert obstacle(examples, only_right) is not None
 
 
-def test_a_wrong_token_is_found_where_nearly_all_candidates_are_right() -> None:
-    examples = examples_with(["16"] * 5)
-    (right, wrong) = ids_of("12")
-    ids, weights = np.array([right, CONTRACT.eos_id, wrong], dtype=np.int32), np.array([1.0, 1.0, 1e-9])
-    candidates = NoiseCandidates.weighted([ids], [weights])
-    assert obstacle(examples, candidates) is None
-    assert wrong_tokens(examples, candidates, CONTRACT, 1, np.random.default_rng(0)).tolist() == [[wrong]] * 5
-
-
 def test_examples_without_a_wrong_token_are_counted_by_their_group() -> None:
     examples = examples_with(["16", "26", "16", "36"], groups=[0, 0, 1, 1])
     one, two = ids_of("12")
