@@ -2,7 +2,7 @@
 
 perplexity                    exp of the mean negative log-probability per token, `<eos>` at the end of complete texts
                               included, under the policy: what it gives to backspace is lost to the tokens.
-perplexity_without_backspace  the same under the tokens' own distribution: renormalised without backspace.
+perplexity_without_backspace  the same under the tokens' own distribution: renormalized without backspace.
 backspace_prob                mean probability of backspace before a token, where it can be taken: on held-out texts it
                               would delete a right token.
 """

@@ -21,7 +21,7 @@ SAMPLES_FOLDER = "samples"
 
 _GROUP_TITLES = {
     SAMPLED: "sampled at temperature 1 (those that take tokens back first)",
-    RECOVERY: "after a planted wrong first token",
+    RECOVERY: "after a forced wrong first token",
 }
 
 
@@ -70,7 +70,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 def samples_text(result: CheckpointResult) -> str:
     """The rollouts of one checkpoint as plain text; `launch.rollout_view` explains the marks."""
-    lines = [f"checkpoint: {result.checkpoint}", "[-x-] was taken back, {x} was planted, … was cut off"]
+    lines = [f"checkpoint: {result.checkpoint}", "[-x-] was taken back, {x} was forced, … was cut off"]
     for group, rollouts in _by_group(result.rollouts):
         lines += ["", f"## {_GROUP_TITLES[group]}"]
         for rollout in rollouts:

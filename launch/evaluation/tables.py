@@ -39,7 +39,7 @@ _ANSWERS = (
     _Column("right\nundone\n%", "right_taken_back", SAMPLED),
     _Column("actions\nper\nanswer", "actions_per_answer", SAMPLED, is_share=False),
 )
-_ANSWER_ARMS = (
+_ANSWER_DECODINGS = (
     _Column("right\n%", "accuracy", with_error=True),
     _Column("recovered\n%", "recovery", with_error=True),
     _Column("back-\nspaces\n%", "backspace_rate"),
@@ -68,7 +68,7 @@ _TEXT_CHECKPOINTS = (
     _Column("backspace\nprob. %", "backspace_prob", HELD_OUT, with_error=True),
 )
 _ANSWER_CAPTION = (
-    "± standard error. right: right answers; recovered: right answers after a planted wrong first token; backspaces: "
+    "± standard error. right: right answers; recovered: right answers after a forced wrong first token; backspaces: "
     "share of the actions; undone: share of the wrong (right) tokens that were taken back. The last four columns are "
     "of the sampled answers."
 )
@@ -78,13 +78,13 @@ _EDITING_CAPTION = (
     "are banned (allowed) at their text."
 )
 _TEXT_CAPTION = (
-    "± standard error; sampled at temperature 1 where no row says otherwise; recovery: after a planted wrong first "
+    "± standard error; sampled at temperature 1 where no row says otherwise; recovery: after a forced wrong first "
     "token. diversity: product of distinct 2-, 3- and 4-grams; self-BLEU: high where all texts are alike; cut off: "
     "ended by a limit, not by the model."
 )
 _TEXT_CHECKPOINT_CAPTION = (
     "recovered: texts that were made to begin with a wrong token, and have it no more at the end. The other columns "
-    "are of the held-out texts, per token: what backspace gets is lost; without backspace: renormalised; backspace "
+    "are of the held-out texts, per token: what backspace gets is lost; without backspace: renormalized; backspace "
     "prob.: before a token, which it would take back though it is right."
 )
 
@@ -94,7 +94,7 @@ def answer_tables(evaluation: Evaluation) -> list[RenderableType]:
     tables: list[RenderableType] = [_by_checkpoint(evaluation, _ANSWERS), Text(_ANSWER_CAPTION, "dim")]
     known = {SAMPLED, GREEDY, RECOVERY}
     if any(set(result.metrics) - known for result in evaluation.results):
-        tables += [Text(""), _by_arm(evaluation, _ANSWER_ARMS), Text(_EDITING_CAPTION, "dim")]
+        tables += [Text(""), _by_decoding(evaluation, _ANSWER_DECODINGS), Text(_EDITING_CAPTION, "dim")]
     return tables
 
 
@@ -102,10 +102,10 @@ def text_tables(evaluation: Evaluation) -> list[RenderableType]:
     """What the texts are like, what taking back costs, and how well held-out texts are predicted."""
     has_mauve = any("mauve" in numbers for numbers in evaluation.results[0].metrics.values())
     return [
-        _by_arm(evaluation, _TEXTS if has_mauve else _TEXTS[1:]),
+        _by_decoding(evaluation, _TEXTS if has_mauve else _TEXTS[1:]),
         Text(_TEXT_CAPTION, "dim"),
         Text(""),
-        _by_arm(evaluation, _EDITING),
+        _by_decoding(evaluation, _EDITING),
         Text(_EDITING_CAPTION, "dim"),
         Text(""),
         _by_checkpoint(evaluation, _TEXT_CHECKPOINTS),
@@ -165,17 +165,17 @@ def _by_checkpoint(evaluation: Evaluation, columns: Sequence[_Column]) -> Table:
     return table
 
 
-def _by_arm(evaluation: Evaluation, columns: Sequence[_Column]) -> Table:
+def _by_decoding(evaluation: Evaluation, columns: Sequence[_Column]) -> Table:
     """A row for each way to decode, below the name of its checkpoint; that name alone where there is but one way."""
     table = _table("stage", columns)
     for result in evaluation.results:
-        arms = [group for group in result.metrics if group != HELD_OUT]
-        if len(arms) == 1:
-            table.add_row(Text(result.label, "bold"), *_cells(result, columns, arms[0]))
+        decodings = [group for group in result.metrics if group != HELD_OUT]
+        if len(decodings) == 1:
+            table.add_row(Text(result.label, "bold"), *_cells(result, columns, decodings[0]))
             continue
         table.add_row(Text(result.label, "bold"), *("" for _ in columns))
-        for arm in arms:
-            table.add_row(f"  {arm}", *_cells(result, columns, arm))
+        for decoding in decodings:
+            table.add_row(f"  {decoding}", *_cells(result, columns, decoding))
     return table
 
 
