@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from buffer.remote_call import RemoteCall
 from buffer.weights.format import WeightPayload
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class WeightReceiver:
         """What was published, read-only. Static tensors stay mapped, so this node never has to fetch them again.
 
         Raises:
-            TimeoutError: it did not arrive in time.
+            TimeoutError: it did not arrive in time. ProcessLostError: it was lost with the learner.
         """
         if handle.static is None:
             self._static = None
@@ -72,12 +73,7 @@ class WeightReceiver:
         return self._static[1] | self._get(handle.changed)
 
     def _get(self, reference: ray.ObjectRef[WeightPayload]) -> WeightPayload:
-        import ray
-
-        try:
-            payload: WeightPayload = ray.get(reference, timeout=self._timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise TimeoutError(
-                f"the learner's weights did not come through Ray's object store within {self._timeout_s:.0f} s"
-            ) from None
-        return payload
+        call: RemoteCall[WeightPayload] = RemoteCall(
+            "the learner", reference, "give its weights through Ray's object store"
+        )
+        return call.result(self._timeout_s)

@@ -52,7 +52,7 @@ class CheckpointSnapshot:
         try:
             self.model.write(folder)
             self.tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(self._card(), encoding="utf-8")
+            (folder / "README.md").write_text(model_card(self._card_facts()), encoding="utf-8")
             with (folder / TRAINING_STATE_FILE).open("wb") as file:  # given a path, torch hides why it failed
                 torch.save(self.training_state, file)
             (folder / PROGRESS_FILE).write_text(self.progress.to_json(), encoding="utf-8")
@@ -68,17 +68,15 @@ class CheckpointSnapshot:
         values = tree_leaves([model.tensors, model.trained, model.adapter, self.training_state])
         return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
-    def _card(self) -> str:
+    def _card_facts(self) -> CardFacts:
         config, progress = self.model.config, self.progress
-        return model_card(
-            CardFacts(
-                name=config.model_type,
-                backspace_id=getattr(config, "backspace_token_id", None),
-                stage=progress.stage,
-                step=progress.step,
-                stage_steps=progress.stage_steps,
-                vocab_size=config.vocab_size,
-            )
+        return CardFacts(
+            name=config.model_type,
+            backspace_id=getattr(config, "backspace_token_id", None),
+            stage=progress.stage,
+            step=progress.step,
+            stage_steps=progress.stage_steps,
+            vocab_size=config.vocab_size,
         )
 
 
