@@ -75,11 +75,6 @@ def send(writer, batch):
     writer.close()
 
 
-def exchange(writer, reader):
-    writer.done_writing()
-    reader.read_all()
-
-
 CALLS = {
     "list": lambda client, options: list(client.list_flights(b"", options)),
     "info": lambda client, options: client.get_flight_info(flight.FlightDescriptor.for_path("policy"), options),
@@ -119,7 +114,7 @@ def test_nothing_can_be_written_or_done(store, endpoint):
         with pytest.raises(flight.FlightUnauthorizedError, match="read-only: put"):
             send(client.do_put(descriptor, batch.schema, options())[0], batch)
         with pytest.raises(flight.FlightUnauthorizedError, match="read-only: exchange"):
-            exchange(*client.do_exchange(descriptor, options()))
+            client.do_exchange(descriptor, options())[1].read_all()
         assert list(client.list_actions(options())) == []
     assert store.next_row == 0
 
