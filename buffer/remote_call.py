@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -54,9 +54,7 @@ class RemoteCall(Generic[T]):
 
     def done(self, timeout_s: float = 0.0) -> bool:
         """Whether the call has ended, well or not; waits at most `timeout_s` for that."""
-        import ray
-
-        return bool(ray.wait([self.reference], timeout=timeout_s)[0])
+        return bool(ended_calls([self], timeout_s))
 
     def result(self, timeout_s: float, while_waiting: Callable[[], None] | None = None) -> T:
         """The value; waits at most `timeout_s` for it. while_waiting: called every `POLL_S` meanwhile.
@@ -108,6 +106,15 @@ class RemoteCall(Generic[T]):
             raise ProcessLostError(self.who, lines[-1 if at_start else 0], at_start) from None
         except (ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError) as error:
             raise ProcessLostError(self.who, str(error).strip().splitlines()[0]) from None
+
+
+def ended_calls(calls: Sequence[RemoteCall[T]], timeout_s: float = 0.0) -> list[RemoteCall[T]]:
+    """Those that have ended, well or not; waits at most `timeout_s` until all have."""
+    import ray
+
+    references = [call.reference for call in calls]
+    ended = ray.wait(references, num_returns=len(references), timeout=timeout_s)[0] if references else []
+    return [call for call in calls if call.reference in ended]
 
 
 def end_actor(actor: ActorHandle, goodbye: RemoteCall[None], timeout_s: float) -> str | None:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall, end_actor
+from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall, end_actor, ended_calls
 from buffer.service.router import DrawRequest, draw_from_shards
 from buffer.service.service import InsertReply
 from buffer.service.shard import ANSWER_TIMEOUT_S, Shard
@@ -96,6 +96,7 @@ class BufferClient:
             ValueError: a shard refuses a batch as a whole. OSError: its disk does.
         """
         batch = compact(batch)
+        self._heed_answers()
         while self._inserts and (
             self.bytes_in_flight + batch.nbytes > self._max_bytes_in_flight
             or len(self._inserts) >= MAX_INSERTS_IN_FLIGHT
@@ -112,8 +113,7 @@ class BufferClient:
 
     def held_back(self) -> bool:
         """Whether every shard of the client has asked it to pause. Heeds answers; never waits. Raises as `insert`."""
-        for insert in [insert for insert in self._inserts if insert.call.done()]:
-            self._finish(insert)
+        self._heed_answers()
         for shard in self.shards:
             call = self._demands.get(shard.index)
             if call is not None and call.done():
@@ -126,6 +126,11 @@ class BufferClient:
         """Wait until every insert is answered. Raises as `insert`."""
         while self._inserts:
             self._finish(self._inserts[0])
+
+    def _heed_answers(self) -> None:
+        ended = ended_calls([insert.call for insert in self._inserts])
+        for insert in [insert for insert in self._inserts if insert.call in ended]:
+            self._finish(insert)
 
     def _finish(self, insert: _Insert) -> None:
         """Wait for an insert, and heed its answer."""

@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from buffer.full_disk import is_disk_full
-from buffer.remote_call import POLL_S, NoAnswerError, ProcessLostError, RemoteCall
+from buffer.remote_call import POLL_S, NoAnswerError, ProcessLostError, RemoteCall, ended_calls
 from buffer.service.shard import Shard
 from launch.errors import RunFailedError
 from learner.messages import LearnerSpec, LearnerStatus
@@ -62,10 +62,9 @@ class LearnerCall:
         """
         deadline = time.monotonic() + timeout_s
         while self._pending:
-            references = [call.reference for call in self._pending.values()]
-            ray.wait(references, num_returns=len(references), timeout=POLL_S)
+            ended = ended_calls(list(self._pending.values()), POLL_S)
             for rank, call in list(self._pending.items()):
-                if call.done():
+                if call in ended:
                     self._finish(rank, call)
             self._raise_cause()
             while_waiting()
