@@ -264,8 +264,8 @@ def test_terminal_page_and_comparison_give_the_same_verdict(ours: int, theirs: i
         write_evaluation(evaluation, run)
         table = read_evaluation(run, lambda label: label == "a")
         assert table is not None
-        change = table.measures[0].cells[1].change
-        assert change is not None
+        cell = table.measures[0].cells[1]
+        assert cell.change is not None
         measured = read_measured(run / EVALUATION_FILE)
         compared = Comparison(
             "arithmetic",
@@ -279,8 +279,8 @@ def test_terminal_page_and_comparison_give_the_same_verdict(ours: int, theirs: i
         ).metrics()[0]
         within_noise = compared.differences["b"].within_noise
         assert within_noise is not None
-        assert change.within_noise == within_noise
-        assert table.findings[0].outcome == (None if within_noise else "better" if theirs > ours else "worse")
+        assert cell.change.within_noise == within_noise
+        assert cell.outcome == (None if within_noise else "better" if theirs > ours else "worse")
         if index == 0:
             written = json.loads((run / EVALUATION_FILE).read_text())["checkpoints"][1]["differences"]
             assert written[GREEDY]["accuracy"]["within_noise"] == within_noise
