@@ -1,4 +1,4 @@
-"""Actions per second: over a window, and from several threads."""
+"""What a rollout actor decides between two engine steps, and the rate of its actions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,39 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
+import pytest
+
 from actors import rollout_actor
-from actors.rollout_actor import ActionRate
+from actors.rollout_actor import ActionRate, finishes_first, rollout_activity
 
 TraceFunction = Callable[[FrameType, str, object], object]
+
+
+def never():
+    raise AssertionError("the shards need not be asked")
+
+
+@pytest.mark.parametrize(
+    ("changes", "activity"),
+    [
+        ({"version": 2}, "waiting for weights"),
+        ({"draining": True}, "draining"),
+        ({"paused": True}, "paused"),
+        ({"finishing": True}, "finishing rollouts before new weights"),
+        ({"held_back": lambda: True}, "ahead of the learner"),
+        ({"held_back": lambda: False}, "generating"),
+    ],
+)
+def test_activities_and_that_the_shards_are_asked_last(changes, activity):
+    now = {"version": 3, "first_version": 3, "draining": False, "paused": False, "held_back": never, **changes}
+    assert rollout_activity(**now) == activity
+
+
+def test_only_drain_lets_new_weights_wait_and_only_for_rollouts_that_are_under_way():
+    assert finishes_first("drain", newest_version=3, version=2, num_unfinished=1)
+    assert not finishes_first("drain", newest_version=3, version=2, num_unfinished=0)
+    assert not finishes_first("drain", newest_version=2, version=2, num_unfinished=1)
+    assert not finishes_first("in_flight", newest_version=3, version=2, num_unfinished=1)
 
 
 def test_the_mean_is_over_the_window_and_falls_to_zero_without_rollouts():
