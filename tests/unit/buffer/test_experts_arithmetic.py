@@ -1,10 +1,9 @@
-"""Questions of the real generator: narrowed, verified, different, and without a trace on the global random state."""
+"""Questions of the arithmetic task: right, different, uniform, and without a trace on the global random state."""
 
 from __future__ import annotations
 
 import random
 import re
-import sys
 
 import numpy as np
 import pydantic
@@ -12,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from buffer.experts.arithmetic import ALPHABET, count_questions, generate_questions, verify
+from buffer.experts.arithmetic import ALPHABET, count_questions, generate_questions
 from buffer.experts.tasks import load_task
 from buffer.experts.tokenizer import character_tokenizer
 from buffer.settings import ArithmeticTaskSettings
@@ -25,14 +24,15 @@ def test_questions_keep_to_the_settings() -> None:
     assert len({q.question for q in questions}) == 400
     assert {q.base for q in questions} == {2, 7, 16}
     assert {len(q.question) for q in questions} <= set(range(20, 32))
-    matches = [re.fullmatch(r"In base \d+, what is (\w+) [+-] (\w+)\?", q.question) for q in questions]
-    operands = [match.groups() for match in matches if match]
-    assert len(operands) == len(questions), "operands are not negative"
-    assert max(len(operand) for pair in operands for operand in pair) == 3
+    for q in questions:
+        match = re.fullmatch(r"In base (\d+), what is (\w+) ([+-]) (\w+)\?", q.question)
+        assert match, "operands are not negative"
+        base, left, sign, right = match.groups()
+        assert max(len(left), len(right)) <= 3
+        numbers = [int(text, int(base)) for text in (left, right, q.answer)]
+        assert numbers[2] == (numbers[0] + numbers[1] if sign == "+" else numbers[0] - numbers[1])
     assert any(q.answer.startswith("-") for q in questions), "differences may be negative"
     assert set("".join(q.question + q.answer for q in questions)) <= set(ALPHABET)
-    for q in questions:
-        assert verify(q.question, q.answer) == q
 
 
 def test_same_seed_same_questions_other_seed_others() -> None:
@@ -50,12 +50,6 @@ def test_global_random_state_is_untouched_and_unused() -> None:
     assert (random.random(), np.random.random()) == expected
     random.seed(12)
     assert generate_questions(SMALL) == questions
-
-
-def test_generator_has_its_own_random_back() -> None:
-    generate_questions(SMALL)
-    assert sys.modules["mathematics_dataset.modules.arithmetic"].random is random
-    assert sys.modules["mathematics_dataset.sample.number"].random is random
 
 
 def test_operands_are_uniform_and_operations_balanced() -> None:
@@ -76,21 +70,8 @@ def test_too_many_questions_for_the_settings_is_an_error_that_says_what_to_do() 
     assert len(generate_questions(tiny.model_copy(update={"train_questions": 6}))) == 7
 
 
-@pytest.mark.parametrize(("answer", "message"), [("45", "which is not 44"), ("2c", "invalid literal")])
-def test_wrong_answers_are_found(answer: str, message: str) -> None:
-    assert verify("In base 10, what is 97 - 53?", "44").base == 10
-    with pytest.raises(ValueError, match=message):
-        verify("In base 10, what is 97 - 53?", answer)
-
-
-def test_missing_package_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mathematics_dataset.modules.arithmetic", None)
-    with pytest.raises(ImportError, match=r"pip install --no-deps mathematics-dataset==1\.0\.1"):
-        generate_questions(SMALL)
-
-
 @pytest.mark.parametrize("bases", [(), (1,), (10, 17)])
-def test_bases_are_those_of_the_generator(bases: tuple[int, ...]) -> None:
+def test_bases_have_digits(bases: tuple[int, ...]) -> None:
     with pytest.raises(pydantic.ValidationError):
         ArithmeticTaskSettings(bases=bases)
 
