@@ -25,9 +25,6 @@ MIN_SEEDS = 3
 _ROUNDING = 1e-12  # relative: numbers that differ by less are the same number
 _Z = 1.959963984540054  # the normal distribution's quantile of (1 + CONFIDENCE) / 2
 
-Basis = Literal["seeds", "examples"]
-"""What the uncertainty of a difference was taken from."""
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -47,13 +44,9 @@ class Interval:
 class Estimate:
     """A number with its standard error over `count` cases. No value without a case; no error of a mean of one.
 
-    A fraction has the binomial error sqrt(p (1 - p) / n), which takes the cases as independent: for tokens of the same
-    answer that is optimistic.
-
     influence: [N] by how much each held-out example moves the value (the linear part, summing to 0), where the value is
-        one of examples. Two values of the same examples differ by less than their errors say: see `change_by_example`.
-    resampled: [R] the value on bootstrap samples of the examples, where it is one of all examples at once; the samples
-        are those of every number over as many examples with the same seed.
+        one of examples. resampled: [R] the value on bootstrap samples of the examples, where it is one of all examples
+        at once; the samples are the same for every number over as many examples with the same seed.
     """
 
     value: float | None
@@ -64,18 +57,17 @@ class Estimate:
 
     @classmethod
     def fraction(cls, cases: Bool, example: Int64 | None = None, num_examples: int = 0) -> Estimate:
-        """How often `cases` [n] are true.
+        """How often `cases` [n] are true, with the binomial error, which takes the cases as independent.
 
         example: [n] the example that each case belongs to, if the cases are not the examples themselves.
         """
         if len(cases) == 0:
             return cls(None, None, 0)
         value = float(np.mean(cases))
-        error = float(np.sqrt(value * (1 - value) / len(cases)))
         influence: Float64 = (cases - value) / len(cases)
         if example is not None:
             influence = np.bincount(example, influence, minlength=num_examples).astype(np.float64)
-        return cls(value, error, len(cases), influence)
+        return cls(value, math.sqrt(value * (1 - value) / len(cases)), len(cases), influence)
 
     @classmethod
     def mean(cls, values: npt.NDArray[np.int64 | np.float64], valid: Bool | None = None) -> Estimate:
@@ -98,9 +90,8 @@ class Estimate:
     @classmethod
     def linear(cls, value: float, influence: Float64, count: int) -> Estimate:
         """A value whose error follows from the influence [N] of its examples, `count` of which contribute to it."""
-        if count < 2:
-            return cls(value, None, count, influence)
-        return cls(value, float(np.sqrt(count / (count - 1) * np.square(influence).sum())), count, influence)
+        error = math.sqrt(count / (count - 1) * np.square(influence).sum()) if count > 1 else None
+        return cls(value, error, count, influence)
 
     def interval(self) -> Interval | None:
         """The 95 % interval; None without a value.
@@ -135,20 +126,19 @@ BySeed = Mapping[int, Estimate]
 class Difference(Interval):
     """A number minus the reference's, averaged over the seeds that have both.
 
-    p_value: two-sided, of this difference alone. adjusted_p_value: after Holm's correction for the differences that
-    were tested together, else the same. Both are None where nothing says how uncertain the numbers are.
+    p_value: two-sided. adjusted_p_value: by Holm's method for the differences that were tested together. Both are None
+    where nothing says how uncertain the numbers are. basis: what the uncertainty was taken from.
     """
 
     p_value: float | None
     adjusted_p_value: float | None
-    basis: Basis
+    basis: Literal["seeds", "examples"]
     num_seeds: int
 
     @property
     def within_noise(self) -> bool | None:
-        """Whether chance alone explains the difference well enough; None where that is unknown.
-
-        Without Holm's correction this is the same as whether the 95 % interval holds 0.
+        """Whether chance explains the difference; None where that is unknown. For one difference alone this is the same
+        as whether the 95 % interval holds 0.
         """
         return None if self.adjusted_p_value is None else self.adjusted_p_value > 1.0 - CONFIDENCE
 
@@ -159,9 +149,9 @@ class Difference(Interval):
 
 
 def change_by_example(number: Estimate, baseline: Estimate) -> Estimate | None:
-    """`number` - `baseline` with the error of the paired difference; None where they are not of the same examples.
+    """`number` - `baseline` with the error of the paired difference, in which what an example adds to both cancels.
 
-    What an example adds to both cancels, so the error is smaller than that of independent numbers.
+    None where they are not of the same examples.
     """
     if number.value is None or baseline.value is None:
         return None
@@ -185,36 +175,30 @@ def difference_over_seeds(numbers: BySeed, reference: BySeed, changes: BySeed) -
     """`numbers` - `reference`, paired by seed; None if no seed has both.
 
     From `MIN_SEEDS` seeds on it has Student's interval over the paired differences. With fewer seeds, or where all
-    differences are the same, that interval says nothing, and the errors over the examples replace it. Those know
-    nothing of other seeds. changes: by seed, the difference measured example by example. Where there is none, or its
-    error is 0 because no example differs, the two numbers count as independent, which is cautious.
+    differences are the same, it has the interval that the errors over the examples leave, which know nothing of other
+    seeds. changes: by seed, the difference measured example by example. Without it, or if its error is 0, the two
+    numbers count as independent, which is cautious.
     """
     seeds = [seed for seed in numbers if _has_value(numbers[seed]) and _has_value(reference.get(seed))]
     if not seeds:
         return None
     ours, theirs = (np.array([side[seed].value for seed in seeds]) for side in (numbers, reference))
     rounding = _ROUNDING * float(np.maximum(np.abs(ours), np.abs(theirs)).max())
-    differences = ours - theirs
-    mean = float(differences.mean())
-    if len(seeds) >= MIN_SEEDS and np.ptp(differences) > rounding:
+    mean = float((ours - theirs).mean())
+    if len(seeds) >= MIN_SEEDS and np.ptp(ours - theirs) > rounding:
         from scipy.stats import ttest_1samp
 
-        test = ttest_1samp(differences, 0.0)
+        test = ttest_1samp(ours - theirs, 0.0)
         ends, p_value = test.confidence_interval(CONFIDENCE), float(test.pvalue)
         return Difference(mean, float(ends.low), float(ends.high), p_value, p_value, "seeds", len(seeds))
     mean = mean if abs(mean) > rounding else 0.0
     margins = [_margins(numbers[seed], reference[seed], changes.get(seed)) for seed in seeds]
-    known = [each for each in margins if each is not None]
-    if len(known) < len(margins):
+    below, above = (math.hypot(*side) / len(seeds) for side in zip(*margins, strict=True))
+    if math.isnan(below + above):
         return Difference(mean, None, None, None, None, "examples", len(seeds))
-    below, above = (math.hypot(*side) / len(seeds) for side in zip(*known, strict=True))
     towards_zero = below if mean > 0.0 else above
-    if mean == 0.0 or towards_zero == 0.0:
-        p_value = 1.0 if mean == 0.0 else 0.0
-    else:
-        from scipy.stats import norm
-
-        p_value = 2.0 * float(norm.sf(_Z * abs(mean) / towards_zero))
+    z = _Z * abs(mean) / towards_zero if mean and towards_zero else math.inf if mean else 0.0
+    p_value = math.erfc(z / math.sqrt(2))
     return Difference(mean, mean - below, mean + above, p_value, p_value, "examples", len(seeds))
 
 
@@ -225,13 +209,11 @@ def differences_to(
 
     Entries without a seed in common with the reference are left out. changes: see `difference_over_seeds`.
     """
-    against = numbers.get(reference, {})
-    every = {
-        name: difference_over_seeds(by_seed, against, changes.get(name, {}))
-        for name, by_seed in numbers.items()
-        if name != reference
-    }
-    found = {name: each for name, each in every.items() if each is not None}
+    found = {}
+    for name in numbers:
+        each = difference_over_seeds(numbers[name], numbers.get(reference, {}), changes.get(name, {}))
+        if name != reference and each is not None:
+            found[name] = each
     tested = {name: each.p_value for name, each in found.items() if each.p_value is not None}
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     return {name: replace(each, adjusted_p_value=adjusted.get(name)) for name, each in found.items()}
@@ -264,32 +246,27 @@ def spread(by_seed: BySeed) -> Spread | None:
     if not found:
         return None
     values = np.array([each.value for each in found])
-    errors = [each.standard_error for each in found if each.standard_error is not None]
-    return Spread(
-        mean=float(values.mean()),
-        deviation=float(values.std(ddof=1)) if len(found) >= MIN_SEEDS else None,
-        standard_error=math.sqrt(sum(error**2 for error in errors) / len(found)) if len(errors) == len(found) else None,
-        num_seeds=len(found),
-    )
+    errors = [math.nan if each.standard_error is None else each.standard_error for each in found]
+    error = math.hypot(*errors) / math.sqrt(len(found))
+    deviation = float(values.std(ddof=1)) if len(found) >= MIN_SEEDS else None
+    return Spread(float(values.mean()), deviation, None if math.isnan(error) else error, len(found))
 
 
-def _margins(number: Estimate, reference: Estimate, change: Estimate | None) -> tuple[float, float] | None:
-    """How far the 95 % interval of `number` - `reference` extends below and above their difference.
+def _margins(number: Estimate, reference: Estimate, change: Estimate | None) -> tuple[float, float]:
+    """How far the 95 % interval of `number` - `reference` extends below and above their difference; NaN if unknown.
 
     Independent numbers: from the intervals of both (MOVER: Zou and Donner, Statistics in Medicine 27, 2008; of two
     fractions it is Newcombe's interval).
     """
     if change is not None and change.standard_error:
         return _Z * change.standard_error, _Z * change.standard_error
-    ours, theirs = number.interval(), reference.interval()
-    if ours is None or theirs is None:
-        return None
-    if ours.low is None or ours.high is None or theirs.low is None or theirs.high is None:
-        return None
-    return (
-        math.hypot(ours.value - ours.low, theirs.high - theirs.value),
-        math.hypot(ours.high - ours.value, theirs.value - theirs.low),
-    )
+    sides = []
+    for each in (number.interval(), reference.interval()):
+        if each is None or each.low is None or each.high is None:
+            return math.nan, math.nan
+        sides.append((each.value - each.low, each.high - each.value))
+    (below, above), (reference_below, reference_above) = sides
+    return math.hypot(below, reference_above), math.hypot(above, reference_below)
 
 
 def _has_value(estimate: Estimate | None) -> bool:
