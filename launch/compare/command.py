@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +17,6 @@ from launch.stop_signals import stop_exit_code
 
 if TYPE_CHECKING:
     from launch.compare.folder import ComparisonFolder
-    from launch.compare.results import Comparison
 
 DEFAULT_SEEDS = 3
 
@@ -46,9 +47,6 @@ def compare(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Budget: learner steps; by default as in the recipe.")
     ] = None,
-    actions: Annotated[
-        int | None, typer.Option(min=1, help="Budget instead: actions trained on, experts and rollouts together.")
-    ] = None,
     stage: Annotated[
         str | None, typer.Option(help="Stage to compare in; by default the first that learns from rollouts.")
     ] = None,
@@ -74,14 +72,14 @@ def compare(
         from launch.compare.plan import compared_stage, make_plan, parse_objectives, read_objectives, read_plan
         from launch.settings.recipe import read_recipe
 
-        if resume is not None:
+        if recipe is None:
+            assert resume is not None
             given = {"--objectives": objectives, "--objectives-file": objectives_file, "--steps": steps}
-            given |= {"--actions": actions, "--stage": stage, "--name": name}
+            given |= {"--stage": stage, "--name": name}
             if fixed := [option for option, value in given.items() if value is not None]:
                 raise UserError(f"{fixed[0]} is for a new comparison; {resume} goes on as it was begun")
             folder = ComparisonFolder(resume.resolve(), read_plan(resume, seeds))
         else:
-            assert recipe is not None
             with setting_up():
                 settings = read_recipe(recipe, overrides or [])
                 if objectives is not None and objectives_file is None:
@@ -90,28 +88,30 @@ def compare(
                     compared = read_objectives(objectives_file)
                 else:
                     raise UserError("say what to compare: --objectives mle,sequencematch, or --objectives-file FILE")
-                num_seeds = seeds or DEFAULT_SEEDS
-                plan = make_plan(settings, compared, num_seeds, stage=stage, steps=steps, actions=actions)
+                plan = make_plan(settings, compared, seeds or DEFAULT_SEEDS, stage, steps)
                 if dry_run:
                     typer.echo(plan.to_yaml(), nl=False)
                     return
                 folder = ComparisonFolder.create(plan, name)
-        comparison = _run(folder, Console(stderr=as_json))
-        if as_json:
-            text = (folder.path / JSON_FILE).read_text(encoding="utf-8")
+        failures = _run(folder, Console(stderr=as_json))
     if as_json:
-        typer.echo(text, nl=False)
-    if comparison.failures:
+        typer.echo((folder.path / JSON_FILE).read_text(encoding="utf-8"), nl=False)
+    if failures:
         raise typer.Exit(1)
 
 
-def _run(folder: ComparisonFolder, console: Console) -> Comparison:
-    """All of it; whatever ends it early, it can be resumed, and the message gives the command for that."""
-    from launch.compare.folder import HTML_FILE
+def _run(folder: ComparisonFolder, console: Console) -> Mapping[str, str]:
+    """All of it; whatever ends it early, it can be resumed, and the message gives the command for that.
+
+    Returns the runs that failed, and why.
+    """
+    from launch.compare.folder import HTML_FILE, JSON_FILE
+    from launch.compare.page import render_page
     from launch.compare.session import ComparisonSession
-    from launch.compare.table import show_comparison, write_comparison
+    from launch.compare.table import render_comparison
     from launch.run_folder.folder import shown_path, sole_driver
 
+    say = partial(console.print, highlight=False, soft_wrap=True)
     shown = shown_path(folder.path)
     how_to_resume = f"go on with: sequencematch compare --resume {shown}"
     with sole_driver(folder.path):
@@ -119,15 +119,16 @@ def _run(folder: ComparisonFolder, console: Console) -> Comparison:
         try:
             comparison = ComparisonSession(folder, console).run()
         except KeyboardInterrupt:
-            console.print(f"interrupted; {how_to_resume}", highlight=False, soft_wrap=True)
+            say(f"interrupted; {how_to_resume}")
             raise typer.Exit(stop_exit_code()) from None
         except (UserError, RunFailedError):
-            console.print(f"the comparison has stopped; {how_to_resume}", highlight=False, soft_wrap=True)
+            say(f"the comparison has stopped; {how_to_resume}")
             raise
-        write_comparison(comparison, folder)
+        (folder.path / JSON_FILE).write_text(comparison.to_json(), encoding="utf-8")
+        (folder.path / HTML_FILE).write_text(render_page(comparison, folder), encoding="utf-8")
     console.print()
-    show_comparison(comparison, console)
-    console.print(f"\ncomparison: {shown}/{HTML_FILE}", highlight=False, soft_wrap=True)
+    console.print(render_comparison(comparison))
+    say(f"\ncomparison: {shown}/{HTML_FILE}")
     if comparison.failures:
-        console.print(f"runs failed; {how_to_resume}", highlight=False, soft_wrap=True)
-    return comparison
+        say(f"runs failed; {how_to_resume}")
+    return comparison.failures

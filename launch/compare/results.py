@@ -1,44 +1,42 @@
-"""What a comparison found, and its form in files."""
+"""What a comparison found, and its form in `compare.json`."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import numpy as np
-
-from launch.compare.folder import StageCost
+from launch.compare.plan import COMPARED_STAGE
+from launch.run_folder.folder import METRICS_FILE
 from launch.statistics import CONFIDENCE, Difference, Estimate, Spread, differences_to, spread
 
 Key = tuple[str, int]
 """Label of an objective, and seed."""
+Numbers = Mapping[str, Estimate]
+"""`group.name` -> number."""
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """A run that is done. cost: see `stage_cost`. changes: differences to the reference, example by example."""
+
+    cost: Mapping[str, float]
+    estimates: Numbers
+    changes: Numbers
 
 
 @dataclass(frozen=True)
 class ComparedMetric:
-    """One number over all objectives that have it, by label.
+    """One number over all objectives that have it, by label; `differences` are those of all but the reference.
 
-    values: of the seeds that have it. differences: of all but the reference.
+    group: of rollouts, as `top_p=0.9`. name: within its group.
     """
 
+    group: str
     name: str
-    values: dict[str, tuple[float, ...]]
     spreads: dict[str, Spread]
     differences: dict[str, Difference]
-
-    @property
-    def group(self) -> str:
-        """Of rollouts, as `top_p=0.9` of `top_p=0.9.accuracy`."""
-        return self.name.rpartition(".")[0]
-
-    @property
-    def metric(self) -> str:
-        """The name within its group."""
-        return self.name.rpartition(".")[2]
 
     @property
     def beyond_noise(self) -> list[str]:
@@ -48,19 +46,13 @@ class ComparedMetric:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finished comparison.
-
-    objectives: labels; the first is the reference. estimates: `group.name` -> number; runs that failed have none, and
-    are in `failures` by name. changes: the same for differences to the reference that were measured example by example.
-    """
+    """A finished comparison. objectives: labels; the first is the reference. failures: of runs, by their names."""
 
     task: str
-    budget: str
+    steps: int
     objectives: tuple[str, ...]
     seeds: tuple[int, ...]
-    estimates: Mapping[Key, Mapping[str, Estimate]]
-    changes: Mapping[Key, Mapping[str, Estimate]]
-    costs: Mapping[Key, StageCost]
+    runs: Mapping[Key, MeasuredRun]
     failures: Mapping[str, str]
 
     @property
@@ -71,40 +63,31 @@ class Comparison:
     def metrics(self) -> list[ComparedMetric]:
         """Every number that an objective has, in the order of the evaluation."""
         found = []
-        for name in dict.fromkeys(name for numbers in self.estimates.values() for name in numbers):
-            numbers, changes = self._by_label(self.estimates, name), self._by_label(self.changes, name)
+        for name in dict.fromkeys(name for run in self.runs.values() for name in run.estimates):
+            numbers: dict[str, dict[int, Estimate]] = {label: {} for label in self.objectives}
+            changes: dict[str, dict[int, Estimate]] = {label: {} for label in self.objectives}
+            for (label, seed), run in self.runs.items():
+                for side, of_run in ((numbers, run.estimates), (changes, run.changes)):
+                    if name in of_run:
+                        side[label][seed] = of_run[name]
             spreads = {label: each for label, by_seed in numbers.items() if (each := spread(by_seed)) is not None}
-            values = {
-                label: tuple(
-                    each.value
-                    for each in numbers[label].values()
-                    if each.value is not None and math.isfinite(each.value)
-                )
-                for label in spreads
-            }
-            found.append(ComparedMetric(name, values, spreads, differences_to(self.reference, numbers, changes)))
+            group, _, metric = name.rpartition(".")
+            differences = differences_to(self.reference, numbers, changes)
+            found.append(ComparedMetric(group, metric, spreads, differences))
         return found
-
-    def mean_cost(self, label: str) -> StageCost | None:
-        """Of the runs of an objective that did not fail; None where all did."""
-        costs = [self.costs[label, seed] for seed in self.seeds if (label, seed) in self.costs]
-        if not costs:
-            return None
-        steps, actions, seconds = np.mean([[cost.steps, cost.actions, cost.seconds] for cost in costs], axis=0)
-        return StageCost(round(steps), round(actions), float(seconds))
 
     def to_json(self) -> str:
         """The content of `compare.json`: each run, each objective over seeds, each difference to the reference."""
         tree = {
             "task": self.task,
-            "budget": self.budget,
+            "budget": f"{self.steps:,} steps",
             "arms": list(self.objectives),
             "reference": self.reference,
             "seeds": list(self.seeds),
             "confidence": CONFIDENCE,
             "metrics": [
                 {
-                    "name": metric.name,
+                    "name": f"{metric.group}.{metric.name}",
                     "arms": {label: asdict(found) for label, found in metric.spreads.items()},
                     "differences": {label: found.to_json() for label, found in metric.differences.items()},
                 }
@@ -114,30 +97,38 @@ class Comparison:
                 {
                     "arm": label,
                     "seed": seed,
-                    **asdict(cost),
-                    "metrics": {
-                        name: number.to_json() for name, number in self.estimates.get((label, seed), {}).items()
-                    },
+                    **run.cost,
+                    "metrics": {name: number.to_json() for name, number in run.estimates.items()},
                 }
-                for (label, seed), cost in self.costs.items()
+                for (label, seed), run in self.runs.items()
             ],
             "failures": dict(self.failures),
         }
         return json.dumps(tree, indent=2) + "\n"
 
-    def to_csv(self) -> str:
-        """One line per run and metric, for other programs."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["metric", "arm", "seed", "value", "standard_error", "n"])
-        for (label, seed), numbers in self.estimates.items():
-            for name, number in numbers.items():
-                writer.writerow([name, label, seed, *number.to_json().values()])
-        return text.getvalue()
 
-    def _by_label(self, numbers: Mapping[Key, Mapping[str, Estimate]], metric: str) -> dict[str, dict[int, Estimate]]:
-        found: dict[str, dict[int, Estimate]] = {label: {} for label in self.objectives}
-        for (label, seed), of_run in numbers.items():
-            if metric in of_run:
-                found[label][seed] = of_run[metric]
-        return found
+def stage_cost(run: Path) -> dict[str, float]:
+    """Steps of the compared stage, actions that they were trained on, of experts and rollouts, and seconds that they
+    took, with waits for data. Of a step that was repeated the later line counts.
+    """
+    lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    rows = {row["step"]: row for row in map(json.loads, lines) if row["stage"] == COMPARED_STAGE}.values()
+    actions = round(sum(row["actions_per_s"] * row["step_s"] for row in rows))
+    return {"steps": len(rows), "actions": actions, "seconds": sum(row["step_s"] for row in rows)}
+
+
+def read_measured(evaluation_file: Path, reference: str) -> dict[str, tuple[Numbers, Numbers]]:
+    """The numbers of an evaluation, and the differences to the reference if that is its baseline, by label."""
+    tree = json.loads(evaluation_file.read_text(encoding="utf-8"))
+    return {
+        each["label"]: (_flat(each["metrics"]), _flat(each["differences"]) if tree["baseline"] == reference else {})
+        for each in tree["checkpoints"]
+    }
+
+
+def _flat(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Numbers:
+    return {
+        f"{group}.{name}": Estimate(number["value"], number["standard_error"], int(number["n"]))
+        for group, numbers in groups.items()
+        for name, number in numbers.items()
+    }

@@ -1,5 +1,5 @@
 """`sequencematch compare` as people start it: two objectives, interrupted after the first arm, resumed with one more
-seed; and one seed with a budget in actions.
+seed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.compare.plan import PILOT_STEPS
 from tests.integration.local_ray import cluster_to_join
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of
 
@@ -21,7 +20,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ARMS, SEEDS, STEPS, TRUNK_STEPS = ("mle", "behaviour_cloning"), (0, 1), 6, 20
 ARM_TIMEOUT_S = 300.0
 COMPARISON_TIMEOUT_S = 800.0
-BUDGET_ACTIONS = 1000
 RECIPE = (ARITHMETIC, *(override for override in TINY if not override.startswith("cluster.")))
 OBJECTIVES = ("--objectives", ",".join(ARMS))
 
@@ -114,23 +112,7 @@ def test_the_table_and_its_files_hold_every_run(compared: Compared) -> None:
     evaluations = [compared.folder / "evaluation" / f"seed{seed}" / "evaluation.json" for seed in SEEDS]
     assert [json.loads(file.read_text())["seed"] for file in evaluations] == list(SEEDS)
     assert "Nothing can be said about the spread over seeds" in compared.stdout
-    assert "behaviour_cloning" in (compared.folder / "compare.md").read_text()
-    assert (compared.folder / "compare.csv").read_text().startswith("metric,arm,seed,value,standard_error,n\n")
     page = (compared.folder / "compare.html").read_text()
     reports = [f"arms/{run.name}/report.html" for run in (compared.folder / "arms").iterdir()]
     assert len(reports) == len(SEEDS) * len(ARMS)
     assert all((compared.folder / report).is_file() and f'href="{report}"' in page for report in reports)
-
-
-def test_with_a_budget_in_actions_every_arm_is_trained_on_as_many(cluster: str, tmp_path: Path) -> None:
-    options = (*OBJECTIVES, "--seeds", "1", "--actions", str(BUDGET_ACTIONS), "--name", "budget")
-    with TrainProcess(tmp_path, *RECIPE, cluster, *options, command="compare") as process:
-        assert process.wait(COMPARISON_TIMEOUT_S) == 0, process.printed()
-    tree = json.loads((tmp_path / "budget" / "compare.json").read_text())
-    assert tree["budget"] == f"{BUDGET_ACTIONS:,} actions"
-    mle, cloning = tree["runs"]
-    assert [run["actions"] for run in (mle, cloning)] == pytest.approx(2 * [BUDGET_ACTIONS], rel=0.15)
-    assert mle["steps"] > cloning["steps"], "corrected noise makes texts longer"
-    for arm in ARMS:
-        pilot = metrics_of(tmp_path / "budget" / "pilots" / f"budget-pilot-{arm}")
-        assert len(pilot) == PILOT_STEPS

@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from buffer.experts.tasks import load_task
 from buffer.reading.reader import read_buffer
 from buffer.settings import ArithmeticTaskSettings
-from launch.compare.table import write_comparison
+from launch.compare.page import render_page
 from launch.report.command import write_report
 from launch.report.formatting import MINUS
 from launch.report.page import render
@@ -210,8 +210,8 @@ def test_what_a_model_wrote_is_shown_and_does_nothing(open_page: Open, tmp_path:
 
 def test_a_comparison_shows_its_objectives_over_temperature(open_page: Open, tmp_path: Path) -> None:
     folder = new_comparison(tmp_path, OBJECTIVES)
-    write_comparison(comparison_over_temperature(), folder)
-    page = open_page(folder.path / "compare.html", viewport={"width": 360, "height": 800})
+    (tmp_path / "compare.html").write_text(render_page(comparison_over_temperature(), folder), encoding="utf-8")
+    page = open_page(tmp_path / "compare.html", viewport={"width": 360, "height": 800})
     drawing = page.locator("#temperature .drawing").first
     assert drawing.locator(".curve").count() == 2
     drawing.press("ArrowRight")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import shutil
@@ -13,31 +12,32 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.compare.folder import ComparisonFolder, Measured, StageCost, read_measured
+from launch.compare.folder import ComparisonFolder
+from launch.compare.page import render_page
 from launch.compare.plan import read_plan
-from launch.compare.results import Comparison
-from launch.compare.table import comparison_markdown, render_comparison, write_comparison
+from launch.compare.results import Comparison, read_measured, stage_cost
+from launch.compare.table import render_comparison
 from launch.errors import UserError
 from launch.evaluation import CheckpointResult, Evaluation
 from launch.evaluation.report import write_evaluation
 from launch.settings.recipe import read_recipe
 from launch.statistics import Estimate
-from tests.comparisons import LABELS, OBJECTIVES, comparison, new_comparison
+from tests.comparisons import COST, LABELS, OBJECTIVES, comparison_of, estimates_of, new_comparison
 
 
-def shown(found: Comparison, width: int = 200) -> list[str]:
-    """Lines as a terminal shows them."""
+def shown(found: Comparison, width: int = 200) -> str:
+    """As a terminal shows it."""
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
     console.print(render_comparison(found))
     assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().splitlines()
+    return console.file.getvalue()
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
 @pytest.mark.parametrize("width", [80, 95, 200])
 def test_every_objective_is_shown_and_no_number_is_cut(num_seeds: int, width: int) -> None:
-    found = comparison(num_seeds)
-    text = "\n".join(shown(found, width))
+    found = comparison_of(estimates_of(num_seeds))
+    text = shown(found, width)
     assert "…" not in text
     assert all(label[:30] in text for label in LABELS), "a long label goes on in the next line"
     for metric in found.metrics():
@@ -46,61 +46,39 @@ def test_every_objective_is_shown_and_no_number_is_cut(num_seeds: int, width: in
 
 
 def test_numbers_differences_and_marks() -> None:
-    lines = "\n".join(shown(comparison(3, LABELS[:2])))
-    assert "arithmetic: 3 seeds of each objective, 400 steps" in lines
-    assert ".310 ±.010 (.020)" in lines  # .30 .31 .32
-    assert "+.100 ±.025 ≠" in lines  # differences .10 .11 .09: their deviation .01 / sqrt 3 times t = 4.303
-    assert "100,000" in lines
-    assert "Student's t" in lines
+    text = shown(comparison_of(estimates_of(3, LABELS[:2])))
+    assert "arithmetic: 3 seeds of each objective, 400 steps" in text
+    assert ".310 ±.010 (.020)" in text  # .30 .31 .32
+    assert "+.100 ±.025 ≠" in text  # differences .10 .11 .09: their deviation .01 / sqrt 3 times t = 4.303
+    assert "100,000" in text
+    assert "Student's t" in text
 
 
 def test_few_seeds_are_named() -> None:
-    found = comparison(2, LABELS[:2])
-    lines = "\n".join(shown(found))
-    assert "Nothing can be said about the spread over seeds: 2 of the 3 that it takes" in lines
-    assert "12.50 (0.25)" in lines
-    assert "+0.00 ±0.49 ≈" in lines
-    assert "Student" not in lines + comparison_markdown(found)
-
-
-def test_markdown_has_every_objective_and_gaps_where_nothing_was_measured() -> None:
-    lines = [line for line in comparison_markdown(comparison(3)).splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {5}
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert [row[1] for row in rows if row[0] == "greedy.accuracy"] == list(LABELS)
-    recovery = {row[1]: row[2:] for row in rows if row[0] == "recovery.recovery"}
-    assert recovery[LABELS[0]] == recovery[LABELS[-1]] == ["-", ""]
-    assert recovery[LABELS[1]] == [".500 ±.000 (.020)", ""], "nothing to compare it with"
+    text = shown(comparison_of(estimates_of(2, LABELS[:2])))
+    assert "Nothing can be said about the spread over seeds: 2 of the 3 that it takes" in text
+    assert "12.50 (0.25)" in text
+    assert "+0.00 ±0.49 ≈" in text
+    assert "Student" not in text
 
 
 def test_files_hold_every_run_and_say_what_failed(tmp_path: Path) -> None:
-    found = comparison(3, LABELS[:3])
-    gone = (LABELS[1], 2)
-    estimates = {key: numbers for key, numbers in found.estimates.items() if key != gone}
-    costs = {key: cost for key, cost in found.costs.items() if key != gone}
-    failed = replace(found, estimates=estimates, costs=costs, failures={"x-behaviour_cloning-seed2": "it died"})
-    folder = new_comparison(tmp_path, OBJECTIVES)
-    write_comparison(failed, folder)
-    tree = json.loads((folder.path / "compare.json").read_text())
-    assert [(run["arm"], run["seed"]) for run in tree["runs"]] == list(costs)
+    estimates = estimates_of(3, LABELS[:3])
+    del estimates[LABELS[1], 2]
+    failed = comparison_of(estimates, **{"x-behaviour_cloning-seed2": "it died"})
+    tree = json.loads(failed.to_json())
+    assert [(run["arm"], run["seed"]) for run in tree["runs"]] == list(estimates)
+    assert {name: tree["runs"][0][name] for name in COST} == COST
+    assert tree["budget"] == "400 steps"
     (accuracy, *_) = tree["metrics"]
     assert accuracy["name"] == "greedy.accuracy"
+    assert accuracy["arms"]["mle"].keys() == {"mean", "deviation", "standard_error", "num_seeds"}
     assert accuracy["differences"][LABELS[1]]["num_seeds"] == 2
     assert accuracy["differences"][LABELS[1]]["basis"] == "examples"
     assert accuracy["differences"][LABELS[2]]["within_noise"] is False
-    rows = list(csv.DictReader((folder.path / "compare.csv").open()))
-    assert len(rows) == sum(map(len, estimates.values()))
-    assert rows[0] == {
-        "metric": "greedy.accuracy",
-        "arm": "mle",
-        "seed": "0",
-        "value": "0.3",
-        "standard_error": "0.02",
-        "n": "500",
-    }
-    assert "x-behaviour_cloning-seed2 failed: it died" in (folder.path / "compare.md").read_text()
-    assert "x-behaviour_cloning-seed2 failed: it died" in (folder.path / "compare.html").read_text()
-    assert "†" in "\n".join(shown(failed)), "two of three seeds: of the examples alone"
+    assert "x-behaviour_cloning-seed2 failed: it died" in render_page(failed, new_comparison(tmp_path, OBJECTIVES))
+    assert "x-behaviour_cloning-seed2 failed: it died" in shown(failed)
+    assert "†" in shown(failed), "two of three seeds: of the examples alone"
 
 
 def test_a_run_has_its_start_by_links_that_move_with_the_folder(tmp_path: Path) -> None:
@@ -108,9 +86,8 @@ def test_a_run_has_its_start_by_links_that_move_with_the_folder(tmp_path: Path) 
     checkpoint = made.start(0) / "checkpoints" / "trunk" / "step-000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "progress.json").write_text("{}")
-    settings = made.plan.run_settings("mle", 0, 3)
     for _ in range(2):  # a second time it is there already
-        made.open_run(made.run("mle", 0), settings, made.start(0))
+        made.open_run(made.run("mle", 0), made.plan.run_settings("mle", 0), made.start(0))
     moved = tmp_path / "moved" / "pair"
     shutil.move(tmp_path / "runs", tmp_path / "moved")
     opened = ComparisonFolder(moved, read_plan(moved))
@@ -120,7 +97,7 @@ def test_a_run_has_its_start_by_links_that_move_with_the_folder(tmp_path: Path) 
 
 def test_a_run_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
     made = new_comparison(tmp_path)
-    settings = made.plan.run_settings("mle", 0, 3)
+    settings = made.plan.run_settings("mle", 0)
     run = made.run("mle", 0)
     assert not made.is_finished(run, settings)
     run.mkdir(parents=True)
@@ -143,14 +120,7 @@ def test_the_cost_of_a_stage_counts_repeated_steps_once(tmp_path: Path) -> None:
         for stage, step, seconds in rows
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert StageCost.of(tmp_path) == StageCost(steps=3, actions=300, seconds=3.5)
-
-
-def test_a_budget_in_actions_becomes_steps() -> None:
-    """An objective with rollouts spends three times the actions in a step, and takes a third of the steps."""
-    experts, with_rollouts = StageCost(20, 4_000, 1.0), StageCost(20, 12_000, 1.0)
-    assert [cost.steps_for(60_000) for cost in (experts, with_rollouts)] == [300, 100]
-    assert with_rollouts.steps_for(1) == 1
+    assert stage_cost(tmp_path) == {"steps": 3, "actions": 300, "seconds": 3.5}
 
 
 def test_what_an_evaluation_wrote_is_read_back(tmp_path: Path) -> None:
@@ -163,8 +133,9 @@ def test_what_an_evaluation_wrote_is_read_back(tmp_path: Path) -> None:
     ]
     evaluation = Evaluation("arithmetic", True, 4, 0, (results[0], replace(results[1], label="emo")))
     write_evaluation(evaluation, tmp_path)
-    found = read_measured(tmp_path / "evaluation.json")
-    assert found["mle"] == Measured({"greedy.accuracy": Estimate(0.5, 0.25, 4), "recovery.r": nothing}, {}, "mle")
-    change = found["emo"].changes["greedy.accuracy"]
+    found = read_measured(tmp_path / "evaluation.json", "mle")
+    assert found["mle"] == ({"greedy.accuracy": Estimate(0.5, 0.25, 4), "recovery.r": nothing}, {})
+    change = found["emo"][1]["greedy.accuracy"]
     # One of four answers differs, so the differences are 0, 0, 1, 0: their deviation 1/2, over the root of 4.
     assert (change.value, change.standard_error) == (0.25, pytest.approx(0.25))
+    assert read_measured(tmp_path / "evaluation.json", "emo")["emo"][1] == {}, "of another baseline"

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.compare.folder import read_measured
-from launch.compare.results import Comparison
+from launch.compare.results import Comparison, MeasuredRun, read_measured
 from launch.evaluation import GREEDY, CheckpointResult, Evaluation
 from launch.evaluation.report import EVALUATION_FILE, render_evaluation, write_evaluation
 from launch.report.evaluation import read_evaluation
@@ -266,17 +265,9 @@ def test_terminal_page_and_comparison_give_the_same_verdict(ours: int, theirs: i
         assert table is not None
         cell = table.measures[0].cells[1]
         assert cell.change is not None
-        measured = read_measured(run / EVALUATION_FILE)
-        compared = Comparison(
-            "arithmetic",
-            "1 step",
-            ("a", "b"),
-            (0,),
-            {(label, 0): each.estimates for label, each in measured.items()},
-            {(label, 0): each.changes for label, each in measured.items()},
-            {},
-            {},
-        ).metrics()[0]
+        measured = read_measured(run / EVALUATION_FILE, "a")
+        runs = {(label, 0): MeasuredRun({}, *each) for label, each in measured.items()}
+        compared = Comparison("arithmetic", 1, ("a", "b"), (0,), runs, {}).metrics()[0]
         within_noise = compared.differences["b"].within_noise
         assert within_noise is not None
         assert cell.change.within_noise == within_noise
