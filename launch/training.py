@@ -192,8 +192,7 @@ def _is_evaluated(settings: RunSettings, folder: Path) -> bool:
 
 
 def _report(folder: Path, console: Console, shown: Path) -> None:
-    written = write_report(folder)
-    for note in written.notes:
+    for note in write_report(folder):
         console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {shown}/{REPORT_FILE}", highlight=False, soft_wrap=True)
 

@@ -17,7 +17,7 @@ from buffer.store.replay_store import ReplayStore
 from launch.monitoring.live_view import RunView
 from launch.monitoring.run_log import RunLog
 from launch.report.gather import Report, gather
-from launch.report.rollouts import Action, Rollout, RolloutSample
+from launch.report.rollouts import Action, Rollout
 from launch.run_folder.folder import BUFFER_FOLDER, CONFIG_FILE
 from launch.run_folder.tokenizer import save_run_tokenizer
 from launch.settings.recipe import read_recipe, write_recipe
@@ -143,8 +143,8 @@ def hostile_report(folder: Path) -> Report:
     (run / "samples" / "sequencematch.txt").write_text(HOSTILE)
     report = gather(run)
     report.notes.append(HOSTILE)
-    actions = [Action("write", HOSTILE, False, True, -9.0, 3), Action("backspace", "", False, False, -0.5, 3)]
-    actions.append(Action("end", "", True, False, -0.1, 4))
-    rollout = Rollout(HOSTILE, HOSTILE, CLOCK_STARTS, HOSTILE, "aborted", 0.5, tuple(actions))
-    report.rollouts = RolloutSample((rollout,), 1, 1)
+    actions = [Action("write", HOSTILE, True, -9.0, 3), Action("backspace", "", False, -0.5, 3)]
+    actions.append(Action("end", "", False, -0.1, 4))
+    rollout = Rollout(HOSTILE, CLOCK_STARTS, HOSTILE, "aborted", 0.5, tuple(actions))
+    report.rollouts = [rollout]
     return report

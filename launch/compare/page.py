@@ -28,7 +28,6 @@ def render_page(comparison: Comparison, folder: ComparisonFolder) -> str:
     return render_document(
         "launch.compare",
         "comparison.html.j2",
-        ("plots.js",),
         comparison=comparison,
         name=folder.path.name,
         folder=shown_path(folder.path),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -34,24 +33,18 @@ def report(
 
         inside = run_config(run).parent
         provide_folder(inside if output is None else output.parent, "write the page elsewhere with --output FILE")
-        written = write_report(run, output)
-    for note in written.notes:
+        notes = write_report(run, output)
+    for note in notes:
         typer.echo(f"warning: {note}", err=True)
-    typer.echo(f"report: {written.path}")
+    typer.echo(f"report: {run / REPORT_FILE if output is None else output}")
 
 
-@dataclass(frozen=True)
-class WrittenReport:
-    """notes: what could not be shown, and why; the page contains them too."""
-
-    path: Path
-    notes: tuple[str, ...]
-
-
-def write_report(run: Path, path: Path | None = None) -> WrittenReport:
+def write_report(run: Path, path: Path | None = None) -> list[str]:
     """Write the report of a run; a reader never sees half of one.
 
     path: of the page; by default `report.html` in the run folder.
+
+    Returns what could not be shown, and why; the page says so too.
 
     Raises:
         UserError: see `launch.report.gather.gather`; or a file cannot be read, or the page not be written.
@@ -72,4 +65,4 @@ def write_report(run: Path, path: Path | None = None) -> WrittenReport:
         raise UserError(str(error)) from None
     finally:
         temporary.unlink(missing_ok=True)
-    return WrittenReport(path, tuple(gathered.notes))
+    return gathered.notes

@@ -6,7 +6,7 @@ one, shows what it understands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,35 +14,10 @@ from typing import Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from launch.evaluation.report import EVALUATION_FILE
-from launch.statistics import Difference, Estimate, Interval, difference
+from launch.statistics import Difference, Estimate, difference
 
 Direction = Literal["higher", "lower", "neither"]
 Outcome = Literal["better", "worse"]
-
-
-class _Number(BaseModel):
-    value: float | None
-    standard_error: float | None = None
-    n: int | None = None
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate(self.value, self.standard_error, self.n or 0)
-
-
-class _Checkpoint(BaseModel):
-    label: str
-    metrics: dict[str, dict[str, _Number]]
-    differences: dict[str, dict[str, _Number]] = {}
-
-
-class _EvaluationFile(BaseModel):
-    task: str
-    num_examples: int
-    seed: int
-    checkpoints: list[_Checkpoint] = Field(min_length=1)
-    baseline: str | None = None
-    left_out: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -91,51 +66,72 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One checkpoint's number. change: against the baseline, None for itself and where nothing was measured. outcome:
-    None within noise, and where that is unknown.
-    """
+    """One checkpoint's number. change: against the baseline, None for itself and where nothing was measured."""
 
-    interval: Interval | None
-    count: int | None
+    number: Estimate | None
     change: Difference | None
-    outcome: Outcome | None
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A row of the table: one number of every checkpoint. span: ends of the axis that its intervals are drawn on."""
+    """A row of the table: one number of every checkpoint."""
 
     group: str
     name: str
     info: MetricInfo
     cells: tuple[Cell, ...]
-    span: tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One sentence of the verdict: the number of a checkpoint, and that of the baseline."""
+class _Number(BaseModel):
+    value: float | None
+    standard_error: float | None = None
+    n: int | None = None
 
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.value, self.standard_error, self.n or 0)
+
+
+class _Checkpoint(BaseModel):
     label: str
-    measure: Measure
-    cell: Cell
-    against: Interval
+    metrics: dict[str, dict[str, _Number]]
+    differences: dict[str, dict[str, _Number]] = {}
 
 
-@dataclass(frozen=True)
-class EvaluationTable:
-    """labels: of the checkpoints, in the order of the cells. baseline: index of the one that others are set against.
-    left_out: what was not measured, and why.
-    """
+class EvaluationFile(BaseModel):
+    """What a report reads of `evaluation.json`. baseline: the label that `differences` are against."""
 
     task: str
     num_examples: int
     seed: int
-    labels: tuple[str, ...]
+    checkpoints: list[_Checkpoint] = Field(min_length=1)
+    baseline: str | None = None
+    left_out: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class EvaluationTable:
+    """baseline: index of the checkpoint that the others are set against."""
+
+    file: EvaluationFile
     baseline: int
     measures: tuple[Measure, ...]
-    findings: tuple[Finding, ...]
-    left_out: dict[str, str]
+
+    @property
+    def labels(self) -> list[str]:
+        """Of the checkpoints, in the order of the cells."""
+        return [checkpoint.label for checkpoint in self.file.checkpoints]
+
+    @property
+    def findings(self) -> list[tuple[str, Measure, Cell]]:
+        """What was compared, by the label of the checkpoint: headlines, or the first numbers where there are none."""
+        headlines = [measure for measure in self.measures if measure.info.is_headline and measure.group in GROUPS]
+        return [
+            (label, measure, measure.cells[index])
+            for index, label in enumerate(self.labels)
+            for measure in headlines or self.measures[:3]
+            if measure.cells[index].change
+        ]
 
 
 def read_evaluation(run: Path, is_baseline: Callable[[str], bool]) -> EvaluationTable | None:
@@ -151,18 +147,20 @@ def read_evaluation(run: Path, is_baseline: Callable[[str], bool]) -> Evaluation
     if not path.is_file():
         return None
     try:
-        file = _EvaluationFile.model_validate_json(path.read_bytes())
+        file = EvaluationFile.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path} is no evaluation that this version can show: {where}: {first['msg']}") from None
-    labels = tuple(checkpoint.label for checkpoint in file.checkpoints)
+    labels = [checkpoint.label for checkpoint in file.checkpoints]
     candidates = [index for index, label in enumerate(labels) if is_baseline(label)]
     named = [index for index, label in enumerate(labels) if label == file.baseline]
     baseline = [len(labels) - 1, *named, *candidates][-1]
-    measures = tuple(_measure(file, baseline, group, name) for group, name in _names(file.checkpoints))
-    findings = _findings(labels, baseline, measures)
-    return EvaluationTable(file.task, file.num_examples, file.seed, labels, baseline, measures, findings, file.left_out)
+    found = dict.fromkeys(
+        (group, name) for each in file.checkpoints for group, names in each.metrics.items() for name in names
+    )
+    keys = sorted(found, key=lambda key: (_place(key[0], [*GROUPS]), _place(key[1], [*METRICS])))
+    return EvaluationTable(file, baseline, tuple(_measure(file, baseline, *key) for key in keys))
 
 
 def change_outcome(change: Difference | None, info: MetricInfo) -> Outcome | None:
@@ -172,61 +170,30 @@ def change_outcome(change: Difference | None, info: MetricInfo) -> Outcome | Non
     return "better" if (change.value > 0.0) == (info.better == "higher") else "worse"
 
 
-def _names(checkpoints: Sequence[_Checkpoint]) -> list[tuple[str, str]]:
-    """(group, metric) in the order of the tables above; what they do not know follows in its own order."""
-    found = dict.fromkeys(
-        (group, name) for checkpoint in checkpoints for group, names in checkpoint.metrics.items() for name in names
-    )
-    groups, metrics = [*GROUPS], [*METRICS]
-    return sorted(
-        found,
-        key=lambda key: (
-            groups.index(key[0]) if key[0] in GROUPS else len(groups),
-            metrics.index(key[1]) if key[1] in METRICS else len(metrics),
-        ),
-    )
+def _place(name: str, known: list[str]) -> int:
+    return known.index(name) if name in known else len(known)
 
 
-def _measure(file: _EvaluationFile, baseline: int, group: str, name: str) -> Measure:
-    info = METRICS.get(name, MetricInfo(name.replace("_", " ")))
+def _measure(file: EvaluationFile, baseline: int, group: str, name: str) -> Measure:
     numbers = [checkpoint.metrics.get(group, {}).get(name) for checkpoint in file.checkpoints]
-    intervals = [None if number is None else number.estimate.interval() for number in numbers]
     against = numbers[baseline]
     cells = []
-    for index, (number, interval) in enumerate(zip(numbers, intervals, strict=True)):
+    for index, number in enumerate(numbers):
         change = None
         if index != baseline and number is not None and against is not None:
-            change = difference(number.estimate, against.estimate, _paired(file, index, baseline, group, name))
-        cells.append(Cell(interval, None if number is None else number.n, change, change_outcome(change, info)))
-    return Measure(group, name, info, tuple(cells), _span(intervals, info))
+            paired = _paired(file, index, baseline, group, name)
+            change = difference(number.estimate, against.estimate, paired)
+        cells.append(Cell(None if number is None else number.estimate, change))
+    return Measure(group, name, METRICS.get(name, MetricInfo(name.replace("_", " "))), tuple(cells))
 
 
-def _paired(file: _EvaluationFile, index: int, baseline: int, group: str, name: str) -> Estimate | None:
+def _paired(file: EvaluationFile, index: int, baseline: int, group: str, name: str) -> Estimate | None:
     """The difference that was measured example by example, where the file has it: it knows what the two share."""
     ours, others = file.checkpoints[index], file.checkpoints[baseline]
-    sign, holder = (1.0, ours) if others.label == file.baseline else (-1.0, others)
     if file.baseline not in (ours.label, others.label):
         return None
+    sign, holder = (1.0, ours) if others.label == file.baseline else (-1.0, others)
     number = holder.differences.get(group, {}).get(name)
     if number is None or number.value is None:
         return None
     return Estimate(sign * number.value, number.standard_error, number.n or 0)
-
-
-def _span(intervals: Sequence[Interval | None], info: MetricInfo) -> tuple[float, float]:
-    if info.is_share:
-        return 0.0, 1.0
-    ends = [end for known in intervals if known is not None for end in (known.value, known.low, known.high)]
-    numbers = [end for end in ends if end is not None]
-    return (min(0.0, *numbers), max(*numbers, 0.0) or 1.0) if numbers else (0.0, 1.0)
-
-
-def _findings(labels: Sequence[str], baseline: int, measures: Sequence[Measure]) -> tuple[Finding, ...]:
-    """Of the headline numbers, or of the first ones where there are none of those."""
-    headlines = [measure for measure in measures if measure.info.is_headline and measure.group in GROUPS]
-    return tuple(
-        Finding(label, measure, measure.cells[index], against)
-        for index, label in enumerate(labels)
-        for measure in headlines or measures[:3]
-        if measure.cells[index].change and (against := measure.cells[baseline].interval)
-    )

@@ -3,79 +3,108 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+from pydantic import BaseModel, ValidationError
+
 from buffer.reading.reader import BufferSnapshot, read_buffer
 from launch.errors import UserError
 from launch.evaluation.report import SAMPLES_FOLDER
-from launch.report.draws import DrawFacts, draw_facts
+from launch.monitoring.run_log import LOG_FILE
 from launch.report.evaluation import EvaluationTable, read_evaluation
-from launch.report.metrics import StageMetrics, read_metrics
-from launch.report.rollouts import RolloutSample, sample_rollouts
-from launch.report.timeline import Timeline, read_timeline
-from launch.run_folder.folder import BUFFER_FOLDER, ENVIRONMENT_FILE, run_config
+from launch.report.rollouts import Rollout, sample_rollouts
+from launch.run_folder.folder import BUFFER_FOLDER, ENVIRONMENT_FILE, METRICS_FILE, run_config
 from launch.run_folder.tokenizer import load_run_tokenizer
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
 
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
 T = TypeVar("T")
 
-_COMMAND = "command: "
+RUN_STATES = {
+    "run_started": "not finished",
+    "run_finished": "finished",
+    "run_stopped": "stopped",
+    "run_failed": "failed",
+}
+"""What a run is after these events; a run that is not finished may be under way or killed."""
+_KEYS = pa.schema([("time", pa.float64()), ("stage", pa.string()), ("step", pa.int64())])
 
 
 @dataclass(frozen=True)
-class StageSummary:
-    """A stage of the recipe. metrics: None before its first step."""
+class StageMetrics:
+    """The logged steps of one stage. steps: [n] ascending; times: [n] seconds since 1970. values: [n] by metric, NaN
+    where a step has no finite value.
+    """
 
-    name: str
-    objective: str
-    start_from: str | None
-    planned_steps: int
-    metrics: StageMetrics | None
+    steps: Int64
+    times: Float64
+    values: dict[str, Float64]
 
-    @property
-    def num_steps(self) -> int:
-        """Logged so far."""
-        return int(self.metrics.steps[-1]) if self.metrics else 0
+
+class LogLine(BaseModel):
+    """A line of the log. time: seconds since 1970."""
+
+    time: float
+    level: str
+    role: str
+    index: int
+    event: str
+    version: int | None
+    message: str
 
 
 @dataclass
 class Report:
-    """What the page shows. Parts that the run does not have, or that cannot be read, are None; `notes` say why."""
+    """What the page shows. Parts that the run does not have, or that cannot be read, are empty; `notes` say why.
+
+    metrics: by stage, of those with a step. samples: answers of the evaluation, by checkpoint.
+    """
 
     name: str
     made_at: float
-    began_at: float
-    last_at: float
     settings: RunSettings
     environment: str
-    stages: list[StageSummary]
-    timeline: Timeline | None
+    metrics: dict[str, StageMetrics]
+    log: list[LogLine]
     samples: dict[str, str]
-    draws: DrawFacts | None = None
-    rollouts: RolloutSample | None = None
     evaluation: EvaluationTable | None = None
+    rollouts: list[Rollout] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def command(self) -> str:
-        """What the run was started with; empty where the folder does not contain it."""
-        first = self.environment.partition("\n")[0]
-        return first.removeprefix(_COMMAND) if first.startswith(_COMMAND) else ""
+    def began_at(self) -> float:
+        """When its log began, in seconds since 1970; without a log, the first step."""
+        return self.log[0].time if self.log else min(float(each.times[0]) for each in self.metrics.values())
 
     @property
-    def is_complete(self) -> bool:
-        """Whether every stage has made all of its steps."""
-        return all(stage.num_steps >= stage.planned_steps for stage in self.stages)
+    def last_at(self) -> float:
+        """Of the newest line of any file."""
+        return max([float(each.times[-1]) for each in self.metrics.values()] + [line.time for line in self.log[-1:]])
 
     @property
-    def starting_points(self) -> list[StageSummary]:
-        """Stages that others which have begun start from; they are often many times as long."""
-        started_from = {stage.start_from for stage in self.stages if stage.metrics}
-        return [stage for stage in self.stages if stage.name in started_from and stage.metrics]
+    def happenings(self) -> list[LogLine]:
+        """Starts, stops, failures, restarts and alarms."""
+        return [line for line in self.log if line.level != "info" or line.event in RUN_STATES]
+
+    def versions(self) -> dict[str, list[tuple[float, int]]]:
+        """By process, when the driver saw which version of the weights there, in seconds since the run began."""
+        found: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        for line in self.log:
+            if line.version is not None and line.event in ("weights_published", "weights_loaded"):
+                name = "learner" if line.role == "learner" else f"actor {line.index}"
+                found[name].append((line.time - self.began_at, line.version))
+        return dict(found)
 
 
 def gather(run: Path) -> Report:
@@ -90,32 +119,72 @@ def gather(run: Path) -> Report:
     if not metrics:
         raise UserError(f"{run} has no data yet: no step was logged; ask again when training has begun")
     environment = run / ENVIRONMENT_FILE
-    timeline = read_timeline(run)
-    first, last = min(float(each.times[0]) for each in metrics), max(float(each.times[-1]) for each in metrics)
     report = Report(
         name=run.resolve().name,
         made_at=time.time(),
-        began_at=timeline.began_at if timeline else first,
-        last_at=max(last, timeline.began_at + timeline.last_s) if timeline else last,
         settings=settings,
         environment=environment.read_text(encoding="utf-8") if environment.is_file() else "",
-        stages=_summaries(settings, {each.stage: each for each in metrics}),
-        timeline=timeline,
+        metrics=metrics,
+        log=list(_read_log(run / LOG_FILE)),
         samples={path.stem: path.read_text(encoding="utf-8") for path in sorted((run / SAMPLES_FOLDER).glob("*.txt"))},
     )
     from_data = {stage.name for stage in settings.stages if not stage.objective.needs_rollouts}
-    report.evaluation = _noted(report, "evaluation", lambda: read_evaluation(run, lambda label: label in from_data))
+    report.evaluation = _noted(report, "evaluation", lambda: read_evaluation(run, from_data.__contains__))
     if (run / BUFFER_FOLDER).is_dir():
         snapshot = _noted(report, "replay buffer", lambda: read_buffer(run / BUFFER_FOLDER))
-        if snapshot is not None:
-            report.draws = draw_facts(snapshot)
-            report.rollouts = _noted(report, "rollouts", lambda: _rollouts(run, snapshot))
+        if snapshot is not None and snapshot.trajectories.num_rows > 0:
+            report.rollouts = _noted(report, "rollouts", lambda: _rollouts(run, snapshot)) or []
     return report
 
 
-def _rollouts(run: Path, snapshot: BufferSnapshot) -> RolloutSample | None:
-    if snapshot.trajectories.num_rows == 0:
-        return None
+def read_metrics(run: Path) -> dict[str, StageMetrics]:
+    """The stages of `metrics.jsonl` in the order in which they began; none where there is no line yet.
+
+    Of two lines of one stage and step the later one counts (see `learner.metrics.log`). A run that is being written
+    may end in a part of a line, which is left out.
+
+    Raises:
+        UserError: a complete line is no JSON object. OSError: the file cannot be read.
+    """
+    path = run / METRICS_FILE
+    content = path.read_bytes() if path.is_file() else b""
+    content = content[: content.rfind(b"\n") + 1]
+    if not content:
+        return {}
+    try:
+        table = pa.json.read_json(pa.BufferReader(content), parse_options=pa.json.ParseOptions(explicit_schema=_KEYS))
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return {stage: _stage_metrics(table, stage) for stage in pc.unique(table.column("stage")).to_pylist()}
+
+
+def _stage_metrics(table: pa.Table, stage: str) -> StageMetrics:
+    rows = table.filter(pc.equal(table.column("stage"), stage))
+    logged = rows.column("step").to_numpy()
+    steps, newest = np.unique(logged[::-1], return_index=True)
+    rows = rows.take(len(logged) - 1 - newest)
+    values = {
+        name: rows.column(name).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        for name in rows.column_names
+        if name not in _KEYS.names and rows.column(name).null_count < len(rows)
+    }
+    values = {name: np.where(np.isfinite(column), column, np.nan) for name, column in values.items()}
+    return StageMetrics(steps, rows.column("time").to_numpy(), values)
+
+
+def _read_log(path: Path) -> Iterator[LogLine]:
+    """A line that a crash tore is left out."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield LogLine.model_validate_json(line)
+            except ValidationError:
+                continue
+
+
+def _rollouts(run: Path, snapshot: BufferSnapshot) -> list[Rollout]:
     return sample_rollouts(snapshot, load_run_tokenizer(run, snapshot.contract))
 
 
@@ -126,12 +195,3 @@ def _noted(report: Report, what: str, read: Callable[[], T]) -> T | None:
     except (ValueError, OSError) as error:
         report.notes.append(f"The {what} cannot be shown: {error}")
         return None
-
-
-def _summaries(settings: RunSettings, metrics: dict[str, StageMetrics]) -> list[StageSummary]:
-    summaries: list[StageSummary] = []
-    for stage in settings.stages:
-        start_from = stage.start_from or (summaries[-1].name if summaries else None)
-        found = metrics.get(stage.name)
-        summaries.append(StageSummary(stage.name, stage.objective.name, start_from, stage.steps, found))
-    return summaries

@@ -1,104 +1,130 @@
-"""The report of a run as a page."""
+"""The report of a run as a page; `assets/plots.yaml` names the metrics that are drawn together."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from importlib import resources
 
-from launch.report import formatting
+import numpy as np
+import yaml
+from pydantic import TypeAdapter
+
+from launch.durations import clock
 from launch.report.document import render_document
-from launch.report.evaluation import GROUPS
-from launch.report.gather import Report
-from launch.report.metrics import OTHERS, metric_plots
-from launch.report.plots import MAX_POINTS
-from launch.report.timeline import MAX_ACTORS, timeline_plots
+from launch.report.evaluation import GROUPS, change_outcome
+from launch.report.gather import RUN_STATES, Report, StageMetrics
+from launch.report.plots import MAX_POINTS, Plot, Series, thin
 from launch.settings.recipe import to_yaml
 from launch.settings.run import RunSettings
-from learner.settings.model import PretrainedModelSettings
 
-SHOWN_EXAMPLES = 4
-SHOWN_PUSHES = 300
-ALL_POINTS = 12_000
+SHOWN_HAPPENINGS = 200
+MAX_ACTORS = 12
+"""Actors that are drawn; more lines cannot be told apart."""
+ALL_POINTS = 10_000
 """Of all lines of metrics together, as long as each has `MIN_POINTS`: what bounds the size of the page."""
 MIN_POINTS = 20
+
+_Plan = tuple[str, dict[str, str], str]
 
 
 def render(report: Report) -> str:
     """The page."""
-    timeline, sample = report.timeline, report.rollouts
-    shown = sample.rollouts if sample else ()
-    pushes = timeline.pushes if timeline else []
-    evenly = np.linspace(0, len(pushes) - 1, min(len(pushes), SHOWN_PUSHES)).round().astype(int).tolist()
-    badge, details = _state(report)
-    names = [stage.name for stage in report.stages]
-    starting = [stage.name for stage in report.starting_points]
-    logged = [stage.metrics for stage in report.stages if stage.metrics]
-    max_points = min(MAX_POINTS, max(MIN_POINTS, ALL_POINTS // max(1, sum(len(each.values) for each in logged))))
+    settings = report.settings
+    max_points = ALL_POINTS // max(1, sum(len(each.values) for each in report.metrics.values()))
+    max_points = min(MAX_POINTS, max(MIN_POINTS, max_points))
+    groups = _stage_groups(settings, report.metrics)
+    state, note = _state(report)
     return render_document(
         "launch.report",
         "report.html.j2",
-        ("plots.js", "rollouts.js"),
+        "rollouts.js",
         report=report,
-        config=to_yaml(report.settings),
-        badge=badge,
-        state_details=details,
-        model=_model(report.settings),
-        task=_task(report.settings),
-        noise=_noise(report.settings),
-        rollouts=sample if shown else None,
-        examples=sorted(shown, key=lambda rollout: (not rollout.takes_back, -rollout.created_at))[:SHOWN_EXAMPLES],
-        deleting=formatting.share(sample.num_deleting / sample.num_stored) if sample and shown else "",
-        has_noise=any(action.noise for rollout in shown for action in rollout.actions),
-        rollout_data=[[rollout.prompt, [[*each, each.shade] for each in rollout.actions]] for rollout in shown],
-        plots=metric_plots([each for each in logged if each.stage not in starting], names, max_points),
-        starting_plots={
-            each.stage: [plot for group in metric_plots([each], names, max_points).values() for plot in group]
-            for each in logged
-            if each.stage in starting
-        },
-        timeline_plots=timeline_plots(timeline) if timeline else [],
-        pushes=pushes,
-        shown_pushes=[pushes[index] for index in evenly],
-        actors=timeline.actors[:MAX_ACTORS] if timeline else [],
-        warnings=timeline.warnings if timeline else [],
+        config=to_yaml(settings),
+        state=state,
+        state_note=note,
+        rollout_data=[(rollout.prompt, rollout.actions) for rollout in report.rollouts],
+        plots={", ".join(names): metric_plots(report.metrics, names, max_points) for names in groups},
+        versions=version_plot(report),
+        happenings=report.happenings[-SHOWN_HAPPENINGS:],
         group_titles=GROUPS,
-        others=OTHERS,
+        outcome=change_outcome,
     )
+
+
+def metric_plots(
+    metrics: Mapping[str, StageMetrics], stages: Sequence[str], max_points: int = MAX_POINTS
+) -> list[Plot]:
+    """A plot for each plan and for each metric that no plan names, if a stage has logged any of its metrics.
+
+    stages: whose metrics to draw. max_points: of each line.
+    """
+    logged = {metric for stage in stages for metric in metrics[stage].values}
+    planned = {metric for _, legend, _ in plans().values() for metric in legend}
+    found = []
+    others: dict[str, _Plan] = {name: ("", {name: name}, "") for name in sorted(logged - planned)}
+    for title, (unit, legend, caption) in (plans() | others).items():
+        series = []
+        for color, stage in enumerate(stages):
+            for dash, metric in enumerate(legend):
+                if metric not in metrics[stage].values:
+                    continue
+                line = thin(metrics[stage].steps.astype(np.float64), metrics[stage].values[metric], max_points)
+                label = stage if len(legend) == 1 else f"{stage}: {legend[metric]}"
+                series.append(Series(label, *line, color, dash))
+        if series:
+            found.append(Plot(title, unit, caption, "step", tuple(series)))
+    return found
+
+
+@cache
+def plans() -> dict[str, _Plan]:
+    """By the title of a plot: unit, metrics with their names in the legend, caption."""
+    text = (resources.files(__package__) / "assets" / "plots.yaml").read_text(encoding="utf-8")
+    return TypeAdapter(dict[str, _Plan]).validate_python(yaml.safe_load(text))
+
+
+def version_plot(report: Report) -> Plot | None:
+    """The versions of the weights that learner and actors had over time; None where there were none."""
+    versions = report.versions()
+    # Stages without rollouts may come before the second version, for as long as they like.
+    first = min((version for points in versions.values() for _, version in points), default=0)
+    later = {name: [point for point in points if point[1] > first] for name, points in versions.items()}
+    versions = {name: points for name, points in later.items() if points} or versions
+    names = sorted(versions, key=lambda name: (name != "learner", len(name), name))[: MAX_ACTORS + 1]
+    end = report.last_at - report.began_at
+    series = []
+    for color, name in enumerate(names):
+        points = [*versions[name], (max(end, versions[name][-1][0]), versions[name][-1][1])]
+        kept = np.linspace(0, len(points) - 1, min(len(points), MAX_POINTS)).round().astype(int)
+        x, y = zip(*(points[index] for index in kept), strict=True)
+        series.append(Series(name, x, y, color=color))
+    left_out = f" Of {len(versions):,} processes {len(names)} are drawn." if len(versions) > len(names) else ""
+    caption = f"When the driver saw which version at the learner and at each actor.{left_out}"
+    return Plot("Weights over time", "version", caption, "seconds", tuple(series), is_stairs=True) if series else None
+
+
+def _stage_groups(settings: RunSettings, metrics: Collection[str]) -> list[list[str]]:
+    """The stages with a step, together with those that start from the same weights; of other lengths are the others."""
+    groups: dict[str | None, list[str]] = {}
+    before = None
+    for stage in settings.stages:
+        groups.setdefault(stage.start_from or before, []).append(stage.name)
+        before = stage.name
+    drawn = [[name for name in names if name in metrics] for names in groups.values()]
+    return [names for names in drawn if names]
 
 
 def _state(report: Report) -> tuple[str, str]:
     """Whether the run is done, and what else is to say of it. A run without recent lines may be alive or dead."""
-    timeline = report.timeline
-    last = timeline.state if timeline else "open"
-    if last == "finished" or report.is_complete:
+    steps = {name: int(each.steps[-1]) for name, each in report.metrics.items()}
+    newest = next((line for line in reversed(report.log) if line.event in RUN_STATES), None)
+    state = RUN_STATES[newest.event] if newest else "not finished"
+    if state == "finished" or all(steps.get(stage.name, 0) >= stage.steps for stage in report.settings.stages):
         return "finished", ""
-    if timeline and last == "failed":
-        return "failed", timeline.cause
-    if last == "stopped":
-        return "stopped", f"Stopped on request. It goes on with: sequencematch train --resume {report.name}"
-    silent = formatting.duration(max(0.0, report.made_at - report.last_at))
-    return "open", f"Under way, or killed: its last line was written {silent} before this report."
-
-
-def _model(settings: RunSettings) -> str:
-    chosen = settings.model
-    if not isinstance(chosen, PretrainedModelSettings):
-        layers = "1 layer" if chosen.num_layers == 1 else f"{chosen.num_layers} layers"
-        return f"{chosen.architecture}, {layers} of width {chosen.hidden_size}, from scratch"
-    trained = "every weight trained" if chosen.adapter is None else "low-rank adapters trained"
-    frozen = "" if chosen.quantization is None else f", frozen layers in {chosen.quantization}"
-    return f"{chosen.name}, {trained}{frozen}"
-
-
-def _task(settings: RunSettings) -> str:
-    chosen = settings.task
-    if chosen.name == "arithmetic":
-        bases = ", ".join(map(str, chosen.bases))
-        return f"arithmetic in base {bases}, up to {chosen.max_digits} digits, {chosen.train_questions:,} questions"
-    source = ", ".join(chosen.files) or chosen.dataset
-    return f"text of {source}: {chosen.prompt_tokens} tokens of prompt, {chosen.target_tokens} to continue"
-
-
-def _noise(settings: RunSettings) -> str:
-    """What is mixed into the expert's texts to be taken back."""
-    chosen = settings.noise
-    return "none" if chosen.kind == "none" else f"{chosen.kind}, at {formatting.share(chosen.rate)} of the positions"
+    if newest and state == "failed":
+        return state, newest.message
+    if state == "stopped":
+        return state, f"Stopped on request. It goes on with: sequencematch train --resume {report.name}"
+    silent = clock(max(0.0, report.made_at - report.last_at))
+    return state, f"Under way, or killed: its last line was written {silent} before this report."

@@ -14,7 +14,7 @@ from rich.console import Console
 from launch.compare.results import Comparison, MeasuredRun, read_measured
 from launch.evaluation import GREEDY, CheckpointResult, Evaluation
 from launch.evaluation.report import EVALUATION_FILE, render_evaluation, write_evaluation
-from launch.report.evaluation import read_evaluation
+from launch.report.evaluation import change_outcome, read_evaluation
 from launch.statistics import (
     Estimate,
     change_by_example,
@@ -271,7 +271,8 @@ def test_terminal_page_and_comparison_give_the_same_verdict(ours: int, theirs: i
         within_noise = compared.differences["b"].within_noise
         assert within_noise is not None
         assert cell.change.within_noise == within_noise
-        assert cell.outcome == (None if within_noise else "better" if theirs > ours else "worse")
+        outcome = change_outcome(cell.change, table.measures[0].info)
+        assert outcome == (None if within_noise else "better" if theirs > ours else "worse")
         if index == 0:
             written = json.loads((run / EVALUATION_FILE).read_text())["checkpoints"][1]["differences"]
             assert written[GREEDY]["accuracy"]["within_noise"] == within_noise
