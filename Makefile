@@ -68,17 +68,21 @@ browser:
 	$(call debian,[ -n "$$(which chromium chromium-browser google-chrome)" ],Chromium,chromium fonts-dejavu-core)
 	$(call debian,$(call loads,libatomic.so.1),libatomic.so.1,libatomic1)
 
-# The tests of tests/unit share the cores; those of tests/integration start processes of their own.
+# The tests of tests/unit share the cores. Those elsewhere start processes of their own and often wait for them, so two
+# modules run side by side: the engine of one, say, beside the run of another. A module is never divided: its tests share
+# an engine or a Ray.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+
 test: $(INSTALLED) libraries browser
 	$(BIN)/pytest tests/unit --numprocesses auto
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest tests/integration $(SIDE_BY_SIDE)
 
 test-fast: $(INSTALLED) libraries browser
 	$(BIN)/pytest tests/unit --numprocesses auto -m "not slow"
-	$(BIN)/pytest tests/integration -m "not slow"
+	$(BIN)/pytest tests/integration $(SIDE_BY_SIDE) -m "not slow"
 
 test-chaos: $(INSTALLED) libraries
-	$(BIN)/pytest tests/chaos
+	$(BIN)/pytest tests/chaos $(SIDE_BY_SIDE)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
