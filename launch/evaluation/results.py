@@ -1,4 +1,4 @@
-"""What an evaluation found, and its form in files."""
+"""What an evaluation found, and its form in `evaluation.json`."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class CheckpointResult:
         """This minus `baseline`, example by example, where a number is one of examples; and what that says."""
         found: dict[str, dict[str, tuple[Estimate, Difference]]] = {}
         for group, numbers in self.metrics.items():
-            for name, number in numbers.items():
-                other = baseline.metrics.get(group, {}).get(name)
-                change = None if other is None else change_by_example(number, other)
-                verdict = None if other is None else difference(number, other, change)
+            others = baseline.metrics.get(group, {})
+            for name in filter(others.__contains__, numbers):
+                change = change_by_example(numbers[name], others[name])
+                verdict = difference(numbers[name], others[name], change)
                 if change is not None and verdict is not None:
                     found.setdefault(group, {})[name] = change, verdict
         return found
@@ -59,8 +59,8 @@ class CheckpointResult:
 class Evaluation:
     """A comparison of checkpoints on the same examples, in the same order, under the same noise.
 
-    results: the first is the baseline of the differences.
-    conditions: what numbers depend on beside the examples and the seed. left_out: what was not measured, and why.
+    results: the first is the baseline of the differences. conditions: what numbers depend on beside the examples and
+    the seed. left_out: what was not measured, and why.
     """
 
     task: str

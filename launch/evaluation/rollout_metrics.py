@@ -113,15 +113,24 @@ class ReplayedRollouts:
         return texts
 
 
-def answer_metrics(rollouts: ReplayedRollouts, examples: Dataset, task: Task) -> dict[str, Estimate]:
-    """All numbers of freely generated answers.
+def answer_metrics(
+    rollouts: ReplayedRollouts, examples: Dataset, task: Task, num_forced: int = 0
+) -> dict[str, Estimate]:
+    """All numbers of answers, the first `num_forced` tokens of each forced, and the first of those wrong.
 
     Raises:
-        ValueError: the rollouts are not those of the examples, in their order, or the task has no right answers.
+        ValueError: the rollouts are not those of the examples, in their order, or do not begin with forced wrong
+            tokens; or the task has no right answers.
     """
+    correct = Estimate.fraction(_correct(rollouts, examples, task))
+    if num_forced:
+        _, taken_back = rollouts.forced_taken_back(num_forced)
+        if (rollouts.logs.realised[rollouts.logs.offsets[:-1]] == first_targets(examples)).any():
+            raise ValueError("a rollout begins with the right token: recovery is measured from a wrong one")
+        return {"recovery": correct, "planted_taken_back": taken_back}
     judged, right = _judge_tokens(rollouts, references(examples))
     return {
-        "accuracy": Estimate.fraction(_correct(rollouts, examples, task)),
+        "accuracy": correct,
         "empty_rate": Estimate.fraction(rollouts.texts.lengths == 0),
         "actions_per_answer": Estimate.mean(rollouts.logs.lengths),
         **_editing_metrics(rollouts),
@@ -130,27 +139,11 @@ def answer_metrics(rollouts: ReplayedRollouts, examples: Dataset, task: Task) ->
     }
 
 
-def recovery_metrics(
-    rollouts: ReplayedRollouts, examples: Dataset, task: Task, num_forced: int = 1
-) -> dict[str, Estimate]:
-    """Numbers of answers whose first `num_forced` actions were forced, and wrong.
-
-    Raises:
-        ValueError: as `answer_metrics`; or a rollout does not begin with a wrong token, or is too short to hold those
-            that were forced.
-    """
-    correct = _correct(rollouts, examples, task)
-    _, taken_back = rollouts.forced_taken_back(num_forced)
-    if (rollouts.logs.realised[rollouts.logs.offsets[:-1]] == first_targets(examples)).any():
-        raise ValueError("a rollout begins with the right token: recovery is measured from a wrong one")
-    return {"recovery": Estimate.fraction(correct), "planted_taken_back": taken_back}
-
-
 def text_metrics(rollouts: ReplayedRollouts, num_forced: int = 0) -> dict[str, Estimate]:
     """All numbers of generated texts, the first `num_forced` tokens of each forced.
 
     Raises:
-        ValueError: a rollout is too short to hold the tokens that were forced.
+        ValueError: a rollout is too short to hold them.
     """
     texts = rollouts.texts
     recovered = {}

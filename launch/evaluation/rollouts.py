@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import pyarrow as pa
 import xxhash
 from rich.console import Console
 
+from actors.generator import Generator
 from buffer.full_disk import writing_to
 from buffer.trajectory.schema import TokenContract
 from launch.errors import UserError
@@ -30,17 +32,6 @@ ROLLOUTS_FOLDER = "rollouts"
 
 _FORMAT = 1  # part of every name: a change of what determines rollouts ends the use of older files
 _READ_BYTES = 1 << 24
-
-
-@dataclass(frozen=True)
-class RolloutPlan:
-    """What is generated of every checkpoint. max_length: longest text with its prompt, in tokens."""
-
-    groups: Sequence[RolloutGroup]
-    task: str
-    max_length: int
-    seed: int
-    kept: KeptRollouts | None
 
 
 class KeptRollouts:
@@ -78,40 +69,63 @@ class KeptRollouts:
 
 
 def make_rollouts(
-    checkpoints: Mapping[str, Checkpoint], plan: RolloutPlan, console: Console
+    checkpoints: Mapping[str, Checkpoint],
+    groups: Sequence[RolloutGroup],
+    task: str,
+    max_length: int,
+    seed: int,
+    kept: KeptRollouts | None,
+    console: Console,
 ) -> dict[str, dict[str, pa.RecordBatch]]:
     """The rollouts of every checkpoint, by its label and their group.
 
-    Each group starts with the noise of the seed, whatever was made before it.
+    Each group starts with the noise of the seed, whatever was made before it. max_length: longest text with its prompt,
+    in tokens.
 
     Raises:
         UserError: the checkpoints are of different models.
     """
-    jobs = {label: _Job(checkpoint, plan) for label, checkpoint in checkpoints.items()}
-    if any(job.missing(searched=False) for job in jobs.values()):
-        first = next(iter(checkpoints.values()))
-        with running_generator(first, plan.max_length, plan.seed) as generator:
-            for label, job in jobs.items():
-                groups = job.missing(searched=False)
-                with progress_bar(console, f"evaluating {label}", _num_prompts(groups)) as advance:
-                    for group in groups:
-                        try:
-                            generator.load(job.checkpoint.folder)  # starts the noise anew, too
-                        except ValueError as error:
-                            raise UserError(
-                                f"checkpoints of different models cannot be compared in one go: {error}"
-                            ) from None
-                        job.take(group, generator.generate({group.name: group.group}, plan.task, advance)[group.name])
-    for label, job in jobs.items():
-        if groups := job.missing(searched=True):
+    found: dict[str, dict[str, pa.RecordBatch]] = {label: {} for label in checkpoints}
+    keys: dict[tuple[str, str], str] = {}
+    missing: list[tuple[str, RolloutGroup]] = []
+    for label, checkpoint in checkpoints.items():
+        weights = "" if kept is None else weights_digest(checkpoint.folder)
+        for group in groups:
+            key = keys[label, group.name] = rollouts_key(weights, group, checkpoint.contract, max_length, seed)
+            batch = None if kept is None else kept.find(key)
+            if batch is None:
+                missing.append((label, group))
+            else:
+                found[label][group.name] = batch
+
+    def take(label: str, group: RolloutGroup, make: Callable[[Callable[[int], None]], pa.RecordBatch]) -> None:
+        with progress_bar(console, f"evaluating {label}, {group.name}", len(group.group.prompts)) as advance:
+            batch = found[label][group.name] = make(advance)
+        if kept is not None:
+            kept.keep(keys[label, group.name], batch)
+
+    sampled = [each for each in missing if each[1].contrastive is None]
+    if sampled:
+        with running_generator(next(iter(checkpoints.values())), max_length, seed) as generator:
+            for label, group in sampled:
+                try:
+                    generator.load(checkpoints[label].folder)  # starts the noise anew, too
+                except ValueError as error:
+                    raise UserError(f"checkpoints of different models cannot be compared in one go: {error}") from None
+                take(label, group, partial(_generated, generator, group, task))
+    for label, group in missing:
+        if group.contrastive is not None:
             from launch.evaluation.contrastive import contrastive_rollouts
 
-            model = load_for_evaluation(job.checkpoint)
-            with progress_bar(console, f"evaluating {label}", _num_prompts(groups)) as advance:
-                for group in groups:
-                    contract = job.checkpoint.contract
-                    job.take(group, contrastive_rollouts(model, group, contract, plan.max_length, plan.task, advance))
-    return {label: job.rollouts for label, job in jobs.items()}
+            model, contract = load_for_evaluation(checkpoints[label]), checkpoints[label].contract
+            take(label, group, partial(contrastive_rollouts, model, group, contract, max_length, task))
+    return found
+
+
+def _generated(
+    generator: Generator, group: RolloutGroup, task: str, on_finished: Callable[[int], None]
+) -> pa.RecordBatch:
+    return generator.generate({group.name: group.group}, task, on_finished)[group.name]
 
 
 def load_for_evaluation(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -154,35 +168,3 @@ def rollouts_key(weights: str, group: RolloutGroup, contract: TokenContract, max
         "versions": installed_versions(),
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
-
-
-class _Job:
-    """A checkpoint, what there is of its rollouts, and where to keep the others."""
-
-    def __init__(self, checkpoint: Checkpoint, plan: RolloutPlan) -> None:
-        self.checkpoint = checkpoint
-        self.rollouts: dict[str, pa.RecordBatch] = {}
-        self._plan = plan
-        self._keys: dict[str, str] = {}
-        if plan.kept is not None:
-            weights = weights_digest(checkpoint.folder)
-            for group in plan.groups:
-                key = rollouts_key(weights, group, checkpoint.contract, plan.max_length, plan.seed)
-                self._keys[group.name] = key
-                if (batch := plan.kept.find(key)) is not None:
-                    self.rollouts[group.name] = batch
-
-    def missing(self, *, searched: bool) -> list[RolloutGroup]:
-        """Groups without rollouts: those of the search, or those of the engine."""
-        groups = [group for group in self._plan.groups if group.name not in self.rollouts]
-        return [group for group in groups if (group.contrastive is not None) == searched]
-
-    def take(self, group: RolloutGroup, batch: pa.RecordBatch) -> None:
-        """The rollouts of a group are there."""
-        self.rollouts[group.name] = batch
-        if self._plan.kept is not None:
-            self._plan.kept.keep(self._keys[group.name], batch)
-
-
-def _num_prompts(groups: Sequence[RolloutGroup]) -> int:
-    return sum(len(group.group.prompts) for group in groups)

@@ -15,23 +15,19 @@ from rich.console import Console
 from actors.engine.machine import check_machine
 from launch.errors import UserError
 from launch.evaluation.mauve_score import KMEANS_STARTS, RESAMPLES, MauveReference, check_mauve
-from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, ShownRollout, Target
+from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, Metrics, ShownRollout, Target
 from launch.evaluation.rollout_groups import RolloutGroup, plan_groups, recovery_obstacle
-from launch.evaluation.rollout_metrics import ReplayedRollouts, answer_metrics, recovery_metrics, text_metrics
-from launch.evaluation.rollouts import KeptRollouts, RolloutPlan, load_for_evaluation, make_rollouts
+from launch.evaluation.rollout_metrics import ReplayedRollouts, answer_metrics, text_metrics
+from launch.evaluation.rollouts import KeptRollouts, load_for_evaluation, make_rollouts
 from launch.generation import Checkpoint, open_checkpoint, progress_bar
 from launch.rollout_view import view_rollout
 from launch.settings.decodings import RECOVERY, SAMPLED
 from launch.settings.run import RunSettings
-from launch.statistics import Estimate
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from buffer.experts.tasks import Task
-
-Numbers = dict[str, dict[str, Estimate]]
-"""Group -> name -> number; those of held-out texts under `HELD_OUT`."""
 
 
 def check_evaluation(settings: RunSettings, task: Task) -> None:
@@ -76,40 +72,37 @@ def evaluate(
         console.print(f"rollouts kept in {path} are damaged: they are made anew", highlight=False, soft_wrap=True)
 
     kept = None if keep_in is None else KeptRollouts(keep_in, say_damaged)
-    plan = RolloutPlan(groups, task.name, min(longest, first.max_length), settings.seed, kept)
-    replayed = {
-        label: {name: ReplayedRollouts.of(batch, first.contract) for name, batch in batches.items()}
-        for label, batches in make_rollouts(checkpoints, plan, console).items()
+    max_length = min(longest, first.max_length)
+    batches = make_rollouts(checkpoints, groups, task.name, max_length, settings.seed, kept, console)
+    rollouts = {
+        label: {name: ReplayedRollouts.of(batch, first.contract) for name, batch in found.items()}
+        for label, found in batches.items()
     }
     if task.is_correct is not None:
-        numbers = {label: _measure_answers(found, groups, examples, task) for label, found in replayed.items()}
+        numbers: Mapping[str, Metrics] = {
+            label: {each.name: answer_metrics(found[each.name], examples, task, each.num_forced) for each in groups}
+            for label, found in rollouts.items()
+        }
     else:
-        numbers = _measure_texts(checkpoints, replayed, groups, examples, task, settings, console)
+        numbers = _measure_texts(checkpoints, rollouts, groups, examples, task, settings, console)
     shown = settings.evaluation.shown_rollouts
-    results = [
-        CheckpointResult(label, target, numbers[label], tuple(_shown(replayed[label], examples, task, shown)))
-        for label, target in ((target.label, target.checkpoint) for target in targets)
-    ]
     return Evaluation(
         task.name,
         task.is_correct is not None,
         len(examples),
         settings.seed,
-        tuple(results),
+        tuple(
+            CheckpointResult(
+                target.label,
+                target.checkpoint,
+                numbers[target.label],
+                tuple(_shown(rollouts[target.label], examples, task, shown)),
+            )
+            for target in targets
+        ),
         conditions=_conditions(settings),
         left_out=_left_out(settings, task, obstacle),
     )
-
-
-def _measure_answers(
-    rollouts: Mapping[str, ReplayedRollouts], groups: Sequence[RolloutGroup], examples: Dataset, task: Task
-) -> Numbers:
-    return {
-        group.name: recovery_metrics(rollouts[group.name], examples, task, group.num_forced)
-        if group.num_forced
-        else answer_metrics(rollouts[group.name], examples, task)
-        for group in groups
-    }
 
 
 def _measure_texts(
@@ -120,11 +113,11 @@ def _measure_texts(
     task: Task,
     settings: RunSettings,
     console: Console,
-) -> dict[str, Numbers]:
+) -> Mapping[str, Metrics]:
     """The numbers of every checkpoint, by its label."""
     from launch.evaluation.held_out import held_out_metrics
 
-    found: dict[str, Numbers] = {}
+    found: dict[str, Metrics] = {}
     mauve, asked = None, settings.evaluation.mauve
     with progress_bar(console, "measuring", len(checkpoints) * (len(groups) + 1)) as advance:
         for label, checkpoint in checkpoints.items():
@@ -133,13 +126,15 @@ def _measure_texts(
                 max_tokens = settings.actors.rollout.max_new_tokens
                 encoder = model if asked.features == "model" else None
                 mauve = MauveReference.of(examples, task, asked, max_tokens, settings.seed, encoder)
-            numbers = found[label] = {}
+            numbers = {}
             for group in groups:
-                numbers[group.name] = text_metrics(rollouts[label][group.name], group.num_forced)
+                made = rollouts[label][group.name]
+                numbers[group.name] = text_metrics(made, group.num_forced)
                 if mauve is not None:
-                    numbers[group.name]["mauve"] = mauve.score(rollouts[label][group.name].texts)
+                    numbers[group.name]["mauve"] = mauve.score(made.texts)
                 advance(1)
             numbers[HELD_OUT] = held_out_metrics(model, examples, checkpoint.contract, checkpoint.max_length)
+            found[label] = numbers
             advance(1)
     return found
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from buffer.experts.tasks import load_task
 from launch.errors import UserError
 from launch.evaluation import GREEDY, RECOVERY, SAMPLED, Evaluation, Target, evaluate
-from launch.evaluation.report import render_evaluation, render_rollouts, write_evaluation
+from launch.evaluation.report import show_evaluation, write_evaluation
 from launch.evaluation.rollouts import KeptRollouts
 from launch.evaluation.task import labelled, settings_for
 from launch.generation import encode_prompt, generate, open_checkpoint, rollout_to_json
@@ -177,8 +177,7 @@ def test_report_files_and_table(evaluation: Evaluation, tmp_path: Path) -> None:
     assert samples.count("\n> ") == 4
     assert samples.count("[-{") == 2  # the planted tokens, taken back
     console = Console(file=io.StringIO(), width=80)
-    console.print(render_evaluation(evaluation))
-    console.print(render_rollouts(evaluation.results[1], console))
+    show_evaluation(evaluation, console)
     shown = console.file.getvalue()
     assert shown.count("[-{") == 2  # no terminal, so deletions are marked in the text
     assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())

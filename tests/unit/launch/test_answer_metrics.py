@@ -18,7 +18,7 @@ from buffer.experts.tasks import load_task
 from buffer.settings import ArithmeticTaskSettings
 from buffer.trajectory.schema import trajectory_schema
 from launch.evaluation.rollout_groups import recovery_obstacle, wrong_tokens
-from launch.evaluation.rollout_metrics import ReplayedRollouts, answer_metrics, recovery_metrics
+from launch.evaluation.rollout_metrics import ReplayedRollouts, answer_metrics
 from launch.statistics import Estimate
 
 TASK = load_task(ArithmeticTaskSettings(bases=(2, 10), max_digits=2, train_questions=40, held_out_questions=60))
@@ -154,7 +154,7 @@ def test_text_tasks_have_no_right_answers() -> None:
     examples = examples_with(["16"])
     task = dataclasses.replace(TASK, is_correct=None)
     with pytest.raises(ValueError, match="no right answers"):
-        recovery_metrics(logs_of(examples, ["17<6."]), examples, task)
+        answer_metrics(logs_of(examples, ["17<6."]), examples, task, 1)
 
 
 def test_rollouts_of_other_prompts_are_refused() -> None:
@@ -163,30 +163,30 @@ def test_rollouts_of_other_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match="do not have the same prompts in the same order"):
         answer_metrics(batch, examples.select([1, 0]), TASK)
     with pytest.raises(ValueError, match="2 rollouts and 1 examples"):
-        recovery_metrics(batch, examples.select([0]), TASK)
+        answer_metrics(batch, examples.select([0]), TASK, 1)
 
 
 def test_recovery() -> None:
     examples = examples_with(["16", "16", "16", "16"])
     batch = logs_of(examples, ["7<16.", "71<<17.", "716.", "7<16"])
-    metrics = recovery_metrics(batch, examples, TASK)
+    metrics = answer_metrics(batch, examples, TASK, 1)
     assert metrics["recovery"] == Estimate.fraction(np.array([True, False, False, False]))
     assert metrics["planted_taken_back"] == Estimate.fraction(np.array([True, True, False, True]))
     with pytest.raises(ValueError, match="begins with the right token"):
-        recovery_metrics(logs_of(examples, ["7<16.", "16.", "7.", "7."]), examples, TASK)
+        answer_metrics(logs_of(examples, ["7<16.", "16.", "7.", "7."]), examples, TASK, 1)
     with pytest.raises(ValueError, match="a rollout is shorter than the 1 tokens"):
-        recovery_metrics(logs_of(examples, ["7<16.", "", "7.", "7."]), examples, TASK)
+        answer_metrics(logs_of(examples, ["7<16.", "", "7.", "7."]), examples, TASK, 1)
 
 
 def test_recovery_from_several_forced_tokens() -> None:
     examples = examples_with(["16", "16", "16"])
-    metrics = recovery_metrics(logs_of(examples, ["72<<16.", "71<6.", "71."]), examples, TASK, num_forced=2)
+    metrics = answer_metrics(logs_of(examples, ["72<<16.", "71<6.", "71."]), examples, TASK, 2)
     assert metrics["recovery"] == Estimate.fraction(np.array([True, False, False]))
     taken_back = metrics["planted_taken_back"]
     assert (taken_back.value, taken_back.count) == (pytest.approx(0.5), 6)
     assert taken_back.standard_error is not None, "tokens of one answer are not independent"
     with pytest.raises(ValueError, match="a rollout is shorter than the 2 tokens that were forced"):
-        recovery_metrics(logs_of(examples, ["72<<16.", "71<6.", "7"]), examples, TASK, num_forced=2)
+        answer_metrics(logs_of(examples, ["72<<16.", "71<6.", "7"]), examples, TASK, 2)
 
 
 def test_answer_texts_are_what_remains() -> None:
