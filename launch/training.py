@@ -16,8 +16,9 @@ from buffer.full_disk import is_disk_full
 from launch.cluster.connection import cluster_to_join
 from launch.command_errors import setting_up
 from launch.errors import RunFailedError, UserError
-from launch.evaluation import Target, check_evaluation, evaluate
 from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
+from launch.evaluation.results import Target
+from launch.evaluation.run import check_evaluation, evaluate
 from launch.evaluation.task import EVALUATION_FOLDER
 from launch.monitoring.run_log import RunLog
 from launch.report.command import REPORT_FILE, write_report

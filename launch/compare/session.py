@@ -14,8 +14,9 @@ from launch.compare.plan import COMPARED_STAGE
 from launch.compare.results import Comparison, Key, MeasuredRun, read_measured, stage_cost
 from launch.durations import clock
 from launch.errors import RunFailedError
-from launch.evaluation import Target, check_evaluation, evaluate
 from launch.evaluation.report import EVALUATION_FILE, write_evaluation
+from launch.evaluation.results import Target
+from launch.evaluation.run import check_evaluation, evaluate
 from launch.report.command import write_report
 from launch.run.driver import train
 from launch.run_folder.checkpoints import final_checkpoint

@@ -78,9 +78,9 @@ def evaluate(
     sequencematch evaluate A B --against MLE --decoding greedy,top_p=0.95,temperature=0.7 --mauve encoder
     """
     with reported_errors(), stdout_kept_clean(as_json):
-        from launch.evaluation import evaluate as evaluate_targets
         from launch.evaluation.report import show_evaluation, write_evaluation
         from launch.evaluation.rollouts import ROLLOUTS_FOLDER
+        from launch.evaluation.run import evaluate as evaluate_targets
         from launch.evaluation.task import kept_folder, labelled, settings_for
         from launch.run_folder.result import checkpoint_of
 
@@ -90,7 +90,10 @@ def evaluate(
             against = None if against is None else checkpoint_of(against)
             chosen = _changed(settings.evaluation, examples, decoding, ban_deleted, mauve, mauve_clusters)
             settings = settings.model_copy(update={"evaluation": chosen})
-            targets = labelled(checkpoints if against is None else _baseline_first(checkpoints, against))
+            if against is not None:
+                baseline = against.resolve()
+                checkpoints = [against, *(each for each in checkpoints if each.resolve() != baseline)]
+            targets = labelled(checkpoints)
             if keep_in is not None:
                 for folder in (keep_in, keep_in / ROLLOUTS_FOLDER):
                     provide_folder(folder, "keep the rollouts elsewhere with --output FOLDER")
@@ -114,11 +117,7 @@ def _changed(
     mauve: str | None,
     mauve_clusters: int | None,
 ) -> EvaluationSettings:
-    """The recipe's settings with those of the command line.
-
-    Raises:
-        ValueError: a decoding is not known, or a number of clusters is given without MAUVE.
-    """
+    """The recipe's settings with those of the command line; raises ValueError where they are not accepted."""
     from launch.settings.decodings import check_decodings
     from launch.settings.evaluation import MauveSettings
 
@@ -134,8 +133,3 @@ def _changed(
 
 def _given(**options: object) -> dict[str, object]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _baseline_first(checkpoints: list[Path], against: Path) -> list[Path]:
-    others = [checkpoint for checkpoint in checkpoints if checkpoint.resolve() != against.resolve()]
-    return [against, *others]

@@ -34,10 +34,7 @@ def contrastive_rollouts(
     task: str,
     on_finished: Callable[[int], None],
 ) -> pa.RecordBatch:
-    """Continue every prompt of a group; rows of the trajectory schema in the order of its prompts.
-
-    max_length: longest text with its prompt, in tokens.
-    """
+    """Continue every prompt of a group; rows of the trajectory schema in the order of its prompts."""
     assert group.contrastive is not None
     prompts, sampling = group.group.prompts, group.group.sampling
     logs: dict[int, FinishedLog] = {}
@@ -56,13 +53,9 @@ def contrastive_rollouts(
                 finish_reason="eos" if len(ended) else "max_length",
             )
         on_finished(len(batch))
+    in_order = [logs[index] for index in range(len(prompts))]
     return logs_to_batch(
-        [logs[index] for index in range(len(prompts))],
-        contract,
-        task=task,
-        actor="contrastive",
-        sampling=sampling,
-        weights_fingerprint=None,
+        in_order, contract, task=task, actor="contrastive", sampling=sampling, weights_fingerprint=None
     )
 
 
@@ -111,8 +104,5 @@ def _batches_of_one_length(prompts: Sequence[Int32]) -> list[list[int]]:
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(index)
-    return [
-        same[begin : begin + BATCH_PROMPTS]
-        for same in by_length.values()
-        for begin in range(0, len(same), BATCH_PROMPTS)
-    ]
+    starts = ((same, begin) for same in by_length.values() for begin in range(0, len(same), BATCH_PROMPTS))
+    return [same[begin : begin + BATCH_PROMPTS] for same, begin in starts]

@@ -19,7 +19,7 @@ from buffer.experts.ragged import Ragged
 from buffer.experts.stream import ExpertStream, NoisePlan
 from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import TokenContract
-from launch.statistics import Estimate, Float64, Int64
+from launch.statistics import Estimate, Float64
 from learner.batches.micro_batches import build_micro_batches
 from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch, TreeSettings
@@ -38,34 +38,33 @@ def held_out_metrics(
 ) -> dict[str, Estimate]:
     """The numbers of the module's description; errors are of texts, which are drawn as a whole.
 
-    examples: columns `prompt_ids` and `target_ids`. max_length: longest text with its prompt, in tokens.
+    examples: columns `prompt_ids` and `target_ids`.
     """
     policy = TreePolicy(model, contract.backspace_id, contract.ids_without_token)
-    settings = TreeSettings(
-        contract.backspace_id,
-        contract.eos_id,
-        MAX_NODES_PER_BATCH,
-        max_length,
-        other_eos_ids=contract.other_eos_ids,
-    )
-    loss, loss_without, backspace = (np.zeros(len(examples)) for _ in range(3))
-    tokens, free = (np.zeros(len(examples)) for _ in range(2))
+    ids = contract.backspace_id, contract.eos_id
+    settings = TreeSettings(*ids, MAX_NODES_PER_BATCH, max_length, other_eos_ids=contract.other_eos_ids)
+    totals = np.zeros((5, len(examples)))
     for tree in build_micro_batches(_expert_logs(examples, contract), settings):
         values = policy.evaluate(tree.to(policy.device), _log_sum_without_backspace)
         assert values.measured is not None
         text = np.array([int(name.rsplit("/", 1)[1]) for name in tree.trajectories.ids])[
             tree.actions.trajectory.numpy()
         ]
-        can_undo = np.isfinite(values.log_prob_backspace.cpu().numpy())
-        _add(loss, text, -values.log_prob.double().cpu().numpy())
-        _add(loss_without, text, (values.measured - values.q).double().cpu().numpy())
-        _add(backspace, text, values.log_prob_backspace.double().exp().cpu().numpy())
-        _add(tokens, text, np.ones(len(text)))
-        _add(free, text, can_undo.astype(np.float64))
+        columns = torch.stack(
+            [
+                -values.log_prob.double(),
+                (values.measured - values.q).double(),
+                values.log_prob_backspace.double().exp(),
+                torch.ones_like(values.log_prob, dtype=torch.float64),
+                torch.isfinite(values.log_prob_backspace).double(),  # where backspace can be taken
+            ]
+        )
+        totals += [np.bincount(text, column, minlength=len(examples)) for column in columns.cpu().numpy()]
+    loss, loss_without, backspace, tokens, can_undo = totals
     return {
         "perplexity": _perplexity(loss, tokens),
         "perplexity_without_backspace": _perplexity(loss_without, tokens),
-        "backspace_prob": Estimate.ratio(backspace, free),
+        "backspace_prob": Estimate.ratio(backspace, can_undo),
     }
 
 
@@ -83,17 +82,12 @@ def _perplexity(loss: Float64, tokens: Float64) -> Estimate:
     return Estimate.linear(value, value * mean.influence, mean.count)
 
 
-def _add(totals: Float64, text: Int64, values: Float64) -> None:
-    totals += np.bincount(text, values, minlength=len(totals))
-
-
 def _expert_logs(examples: Dataset, contract: TokenContract) -> pa.RecordBatch:
     """The held-out texts as logs without noise, in their order; their ids end in the number of the example."""
     columns = examples.select_columns(["prompt_ids", "target_ids"]).with_format("arrow")[:]
     prompts, targets = (Ragged.from_arrow(columns.column(name)) for name in ("prompt_ids", "target_ids"))
     nothing = np.zeros(0, dtype=np.int64)
     plan = NoisePlan(0, prompts, targets, np.zeros(len(examples), dtype=np.int64), positions=nothing)
-    stream = ExpertStream(
-        examples, task="held-out", noise=NoiseSettings(kind="none"), contract=contract, seed=0, actor="evaluation"
-    )
+    none = NoiseSettings(kind="none")
+    stream = ExpertStream(examples, task="held-out", noise=none, contract=contract, seed=0, actor="evaluation")
     return stream.realise(plan, np.zeros(0, dtype=np.int32))

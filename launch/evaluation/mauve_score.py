@@ -1,9 +1,8 @@
 """MAUVE (Pillutla et al., arXiv 2102.01454): how close generated texts are to held-out ones, from 0 to 1.
 
-The score depends on the features, on k-means and its random start, on the number of clusters and on the number of
-texts: it is the mean over several starts, and the number of clusters is fixed. The error is the spread over texts that
-are drawn again with replacement from both sets, each time with another start. Draws and starts are the same for all
-models with as many texts, so that two of them are compared draw by draw.
+The score is the mean over several starts of k-means with a fixed number of clusters. Its error is the spread over texts
+that are drawn again with replacement from both sets, each time with another start. Draws and starts are the same for
+all models with as many texts, so that two of them are compared draw by draw.
 """
 
 from __future__ import annotations
@@ -55,9 +54,10 @@ def check_mauve(settings: MauveSettings | None, task: Task, num_texts: int) -> N
         raise ImportError(f"MAUVE needs the extra `mauve`: {INSTALL}")
     if settings.features == "encoder":
         _encoder_folder()
-    required, held_out, most = settings.required_texts, len(task.held_out), num_texts // TEXTS_PER_CLUSTER
+    required, held_out = settings.required_texts, len(task.held_out)
     if num_texts < required:
         more = f"raise --examples to {required}" if held_out >= required else "raise task.held_out_fraction"
+        most = num_texts // TEXTS_PER_CLUSTER
         fewer = f", or lower --mauve-clusters to {most}" if most >= 2 else ""
         raise ValueError(
             f"MAUVE with {settings.clusters} clusters needs {required} texts ({TEXTS_PER_CLUSTER} per cluster), and "
@@ -102,12 +102,9 @@ class MauveReference:
 
 
 def mauve_score(reference: Float32, generated: Float32, clusters: int, seed: int) -> Estimate:
-    """MAUVE of generated texts against reference texts.
+    """MAUVE of generated texts against reference texts, by their features [M, D] and [N, D].
 
-    Args:
-        reference, generated: [N, D] and [M, D] features.
-        clusters: of both sets together.
-        seed: of k-means and of the bootstrap.
+    clusters: of both sets together. seed: of k-means and of the bootstrap.
     """
     from mauve import compute_mauve
 
@@ -136,9 +133,8 @@ def encoder_features(texts: Sequence[str]) -> Float32:
         model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     features = []
     for begin in range(0, len(texts), BATCH_TEXTS):
-        part = list(texts[begin : begin + BATCH_TEXTS])
         limits = {"padding": True, "truncation": True, "max_length": ENCODER_MAX_TOKENS}
-        encoded = tokenizer(part, return_tensors="pt", **limits)
+        encoded = tokenizer(list(texts[begin : begin + BATCH_TEXTS]), return_tensors="pt", **limits)
         mask = encoded["attention_mask"][..., None]
         with torch.no_grad():
             states = model(**encoded).last_hidden_state
@@ -167,11 +163,7 @@ def model_features(model: PreTrainedModel, texts: Ragged, eos_id: int) -> Float3
 
 
 def _encoder_folder() -> Path:
-    """Where the packaged sentence encoder lies.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """Where the packaged sentence encoder lies; raises ImportError where it is not installed."""
     spec = importlib.util.find_spec(ENCODER_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"MAUVE with features=encoder needs the packaged sentence encoder: {ENCODER_INSTALL}")

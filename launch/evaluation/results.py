@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from launch.rollout_view import RolloutView
 from launch.statistics import Difference, Estimate, change_by_example, difference
@@ -16,8 +17,7 @@ Metrics = Mapping[str, Mapping[str, Estimate]]
 """Group -> name -> number."""
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A checkpoint to evaluate. label: its name in tables and files."""
 
     label: str

@@ -1,15 +1,7 @@
-"""The groups of rollouts that an evaluation makes of one checkpoint.
+"""The groups of rollouts that an evaluation makes of one checkpoint; docs/evaluation.md lists them.
 
-Always, for a task with right answers all three, for a text task the last two:
-
-greedy     the most likely action each time. A token that was taken back is not offered there again, else a greedy
-           policy that rejects its own choice would go round in circles.
-sampled    temperature 1, as in training.
-recovery   after a forced wrong first token, which has to be taken back: answers greedy, texts at temperature 1. Not
-           where `recovery_obstacle` gives a reason.
-
-Then those that `evaluation.decoding` names; and of each, if asked for, a twin in which tokens that were taken back are
-banned where they were not, and the other way round.
+In greedy decoding a token that was taken back is not offered again at its text, else a greedy policy that rejects its
+own choice would go round in circles.
 """
 
 from __future__ import annotations
@@ -33,9 +25,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from buffer.experts.tasks import Task
-
-BANNED, ALLOWED = ", banned", ", allowed"
-"""What the name of a twin ends in: deleted tokens are banned, or allowed, contrary to what is usual."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +58,7 @@ def plan_groups(
     evaluation: EvaluationSettings,
     seed: int,
 ) -> list[RolloutGroup]:
-    """The groups of the module's description, in the order of its lines.
+    """The usual groups, and those that the settings ask for.
 
     Raises:
         ValueError: see `check_planting`.
@@ -79,37 +68,32 @@ def plan_groups(
     prompts = [np.asarray(ids, dtype=np.int32) for ids in examples["prompt_ids"]]
     usual = [Decoding(SAMPLED)] + ([Decoding(GREEDY, temperature=0.0)] if has_answers else [])
     usual += [decoding for decoding in evaluation.decodings if decoding.name not in {each.name for each in usual}]
-    usual.append(Decoding(RECOVERY, temperature=0.0, num_planted=1))
-    if not has_answers:
-        usual = [replace(decoding, temperature=1.0) if decoding.num_planted else decoding for decoding in usual]
-    if recovery_obstacle(task, contract, examples, rollout) is not None:
-        usual = [decoding for decoding in usual if not decoding.num_planted]
+    can_recover = recovery_obstacle(task, contract, examples, rollout) is None
     groups = []
-    for decoding in usual:
+    for decoding in [*usual, Decoding(RECOVERY, temperature=0.0, num_planted=1)]:
         forced = None
         if decoding.num_planted:
+            if not can_recover:
+                continue
             rng = np.random.default_rng(seed)
             forced = wrong_tokens(examples, task.task_noise, contract, decoding.num_planted, rng).tolist()
+        temperature = 1.0 if decoding.num_planted and not has_answers else decoding.temperature
         backspace = rollout.backspace and decoding.contrastive is None
         sampling = SamplingSettings(
             max_new_tokens=rollout.max_new_tokens,
             max_actions=rollout.max_actions,
-            temperature=decoding.temperature,
+            temperature=temperature,
             top_p=decoding.top_p,
             backspace=backspace,
-            ban_deleted=backspace and decoding.temperature == 0.0,
+            ban_deleted=backspace and temperature == 0.0,
         )
         groups.append(RolloutGroup(decoding.name, PromptGroup(prompts, sampling, forced), decoding.contrastive))
     if evaluation.ban_deleted == "both":
-        groups += [_twin(each) for each in groups if each.group.sampling.backspace]
+        for each in [each for each in groups if each.group.sampling.backspace]:
+            sampling = each.group.sampling
+            group = replace(each.group, sampling=replace(sampling, ban_deleted=not sampling.ban_deleted))
+            groups.append(RolloutGroup(each.name + (", allowed" if sampling.ban_deleted else ", banned"), group))
     return groups
-
-
-def _twin(usual: RolloutGroup) -> RolloutGroup:
-    """The same with tokens that were taken back banned, or allowed."""
-    sampling = usual.group.sampling
-    group = replace(usual.group, sampling=replace(sampling, ban_deleted=not sampling.ban_deleted))
-    return RolloutGroup(usual.name + (ALLOWED if sampling.ban_deleted else BANNED), group)
 
 
 def wrong_tokens(

@@ -1,35 +1,6 @@
-"""Numbers of rollouts, each with its standard error. A batch holds one rollout per example, in their order.
+"""Numbers of rollouts, each with its standard error; docs/evaluation.md lists them.
 
-Of all rollouts that are not forced:
-
-backspace_rate           backspaces per action.
-actions_per_final_token  actions spent for each token that remains, `<eos>` left out (a ratio of sums).
-rewritten_rate           backspaces after which the token that was taken back is written again at once, per backspace.
-longest_rewrite_run      mean over rollouts of the longest run of such rewrites: x < x < x has 2.
-max_actions_rate         rollouts that ran into the bound on actions, which endless rewriting does.
-truncated_rate           rollouts without `<eos>` (a limit was hit, or the rollout was aborted).
-
-Of answers:
-
-accuracy            answers that are right: ended by `<eos>`, and right by the task's own check.
-empty_rate          answers whose final text is empty.
-actions_per_answer  mean number of actions.
-wrong_taken_back    wrong tokens that were taken back.
-right_taken_back    right tokens that were taken back: dithering, and after memorizing, damage. Watch it.
-
-Of texts, over token ids:
-
-tokens_per_text       mean length of what remains, `<eos>` left out.
-distinct_4grams       4-grams of a text that are new in that text; texts with less than 4 tokens left out.
-diversity             product over n = 2, 3, 4 of the distinct n-grams of a text, mean over texts.
-entropy_<n>gram_bits  entropy of the n-grams of all texts; compare it at the same number of tokens only.
-self_bleu             BLEU-4 of each text against the others of its block of 100: high where all texts are alike.
-
-Of rollouts whose first actions were forced, the first of them wrong:
-
-recovery            answers: the accuracy, since only an answer that takes them back can be right. Texts: those without
-                    any of the forced tokens at the end.
-planted_taken_back  forced tokens that were taken back.
+A batch holds one rollout per example, in their order.
 
 A token is judged if the text before it, at the moment it is appended, is a prefix of the reference answer. It is right
 if it is the reference's next token there, else wrong. What follows a mistake is neither; nor is `<eos>`, which nothing

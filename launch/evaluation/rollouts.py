@@ -35,10 +35,7 @@ _READ_BYTES = 1 << 24
 
 
 class KeptRollouts:
-    """The folder of kept rollouts of an evaluation; it is made when there is something to keep.
-
-    on_damaged: told of each file that does not hold what its name says; it is removed.
-    """
+    """The folder of kept rollouts of an evaluation. on_damaged: called with each damaged file, which is removed."""
 
     def __init__(self, folder: Path, on_damaged: Callable[[Path], None]) -> None:
         self._folder = folder / ROLLOUTS_FOLDER

@@ -1,7 +1,4 @@
-"""Evaluation of checkpoints on the held-out examples of a task, through the engine that also made the rollouts.
-
-`launch.evaluation.rollout_groups` says which rollouts there are.
-"""
+"""Evaluation of checkpoints on the held-out examples of a task, through the engine that also made the rollouts."""
 
 from __future__ import annotations
 
@@ -31,11 +28,7 @@ if TYPE_CHECKING:
 
 
 def check_evaluation(settings: RunSettings, task: Task) -> None:
-    """Refuse what an evaluation on this task could not measure, before it is trained for.
-
-    Raises:
-        ValueError, ImportError: see `check_mauve`.
-    """
+    """Refuse what an evaluation on this task could not measure, before it is trained for (see `check_mauve`)."""
     check_mauve(settings.evaluation.mauve, task, min(settings.evaluation.examples, len(task.held_out)))
 
 
@@ -44,21 +37,32 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate checkpoints of one model on up to `settings.evaluation.examples` held-out examples.
 
-    Args:
-        targets: the first is the baseline of the differences.
-        keep_in: folder in which rollouts are kept, and looked for: an evaluation that was interrupted goes on there.
+    targets: the first is the baseline of the differences. keep_in: folder in which rollouts are kept, and looked for:
+    an evaluation that was interrupted goes on there.
 
     Raises:
         UserError: the machine lacks what an engine needs, a folder is no checkpoint, the task does not fit the model,
             the checkpoints are of different models, or there are too few texts for MAUVE.
     """
+    import datasets
+
+    from buffer.experts.tasks import load_task
+
     rollout = settings.actors.rollout
     with console.status("loading the task"):
         try:
             check_machine(enforce_eager=True)
             checkpoints = {target.label: open_checkpoint(target.checkpoint) for target in targets}
-            first = _check_same_tokens(list(checkpoints.values()))
-            task = _load_task(settings, first)
+            first, *others = checkpoints.values()
+            for other in others:
+                if other.contract != first.contract:
+                    raise ValueError(
+                        f"{other.folder} and {first.folder} have different tokenizers (or another backspace): what "
+                        "they make of a text is not comparable token by token; evaluate them apart"
+                    )
+            datasets.disable_progress_bars()  # they would tear the command's own display
+            backspace_id = first.contract.backspace_id
+            task = load_task(settings.task, first.tokenizer, backspace_id=backspace_id, max_length=first.max_length)
             examples = task.held_out.shuffle(seed=settings.seed)
             examples = examples.select(range(min(settings.evaluation.examples, len(examples))))
             check_evaluation(settings, task)
@@ -85,23 +89,20 @@ def evaluate(
         }
     else:
         numbers = _measure_texts(checkpoints, rollouts, groups, examples, task, settings, console)
-    shown = settings.evaluation.shown_rollouts
+    shown = {label: _shown(found, examples, task, settings) for label, found in rollouts.items()}
+    conditions: dict[str, object] = {name: getattr(rollout, name) for name in ("max_new_tokens", "max_actions")}
+    if (mauve := settings.evaluation.mauve) is not None:
+        conditions["mauve"] = {**mauve.model_dump(), "kmeans_starts": KMEANS_STARTS, "resamples": RESAMPLES}
     return Evaluation(
         task.name,
         task.is_correct is not None,
         len(examples),
         settings.seed,
         tuple(
-            CheckpointResult(
-                target.label,
-                target.checkpoint,
-                numbers[target.label],
-                tuple(_shown(rollouts[target.label], examples, task, shown)),
-            )
-            for target in targets
+            CheckpointResult(each.label, each.checkpoint, numbers[each.label], shown[each.label]) for each in targets
         ),
-        conditions=_conditions(settings),
-        left_out=_left_out(settings, task, obstacle),
+        conditions,
+        _left_out(settings, task, obstacle),
     )
 
 
@@ -139,43 +140,9 @@ def _measure_texts(
     return found
 
 
-def _load_task(settings: RunSettings, checkpoint: Checkpoint) -> Task:
-    import datasets
-
-    from buffer.experts.tasks import load_task
-
-    datasets.disable_progress_bars()  # they would tear the command's own display
-    return load_task(
-        settings.task,
-        checkpoint.tokenizer,
-        backspace_id=checkpoint.contract.backspace_id,
-        max_length=checkpoint.max_length,
-    )
-
-
-def _check_same_tokens(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
-    """The first of them."""
-    first, *others = checkpoints
-    for other in others:
-        if other.contract != first.contract:
-            raise ValueError(
-                f"{other.folder} and {first.folder} have different tokenizers (or another backspace): what they make "
-                "of a text is not comparable token by token; evaluate them apart"
-            )
-    return first
-
-
-def _conditions(settings: RunSettings) -> dict[str, object]:
-    rollout, mauve = settings.actors.rollout, settings.evaluation.mauve
-    conditions: dict[str, object] = {"max_new_tokens": rollout.max_new_tokens, "max_actions": rollout.max_actions}
-    if mauve is not None:
-        conditions["mauve"] = {**mauve.model_dump(), "kmeans_starts": KMEANS_STARTS, "resamples": RESAMPLES}
-    return conditions
-
-
-def _left_out(settings: RunSettings, task: Task, recovery_obstacle: str | None) -> dict[str, str]:
+def _left_out(settings: RunSettings, task: Task, obstacle: str | None) -> dict[str, str]:
     """What is not measured, and why."""
-    left_out = {} if recovery_obstacle is None else {"recovery": recovery_obstacle}
+    left_out = {} if obstacle is None else {"recovery": obstacle}
     if task.is_correct is None:
         left_out["accuracy, wrong and right tokens taken back"] = f"task {task.name} has no check of answers"
         if settings.evaluation.mauve is None:
@@ -187,15 +154,18 @@ def _left_out(settings: RunSettings, task: Task, recovery_obstacle: str | None) 
     return left_out
 
 
-def _shown(rollouts: Mapping[str, ReplayedRollouts], examples: Dataset, task: Task, count: int) -> list[ShownRollout]:
+def _shown(
+    rollouts: Mapping[str, ReplayedRollouts], examples: Dataset, task: Task, settings: RunSettings
+) -> tuple[ShownRollout, ...]:
     """Rollouts as they came, those that take tokens back before the others; right or wrong is no criterion: that would
     flatter.
     """
-    counts = {SAMPLED: count}
-    if RECOVERY in rollouts:
-        counts = {SAMPLED: count - count // 2, RECOVERY: count // 2}
+    count = settings.evaluation.shown_rollouts
+    after_mistake = count // 2 if RECOVERY in rollouts else 0
     shown = []
-    for group, number in counts.items():
+    for group, number in ((SAMPLED, count - after_mistake), (RECOVERY, after_mistake)):
+        if number == 0:
+            continue
         found = rollouts[group]
         deletes = np.zeros(found.logs.num_logs, dtype=np.bool_)
         deletes[found.played.log[found.logs.actions == found.contract.backspace_id]] = True
@@ -206,4 +176,4 @@ def _shown(rollouts: Mapping[str, ReplayedRollouts], examples: Dataset, task: Ta
             if task.is_correct is not None:
                 is_correct = view.finish_reason == "eos" and task.is_correct(texts[index], examples[index])
             shown.append(ShownRollout(group, view, is_correct))
-    return shown
+    return tuple(shown)

@@ -54,24 +54,12 @@ def labelled(checkpoints: Sequence[Path]) -> list[Target]:
         UserError: one is named twice.
     """
     folders = [checkpoint.resolve() for checkpoint in checkpoints]
-    names = [_names(folder) for folder in folders]
-    candidates = (
-        [stage or step for _, stage, step in names],
-        [f"{stage}/{step}" for _, stage, step in names],
-        [run for run, _, _ in names],
-        [f"{run}/{stage}" for run, stage, _ in names],
-        [f"{run}/{stage}/{step}" for run, stage, step in names],
-        [str(folder) for folder in folders],
-    )
-    for labels in candidates:
+    names = []
+    for folder in folders:
+        *_, run, kind, stage, step = ("", "", "", *folder.parts)
+        names.append((run, stage, step) if kind == CHECKPOINTS_FOLDER else ("", step, step))
+    for template in ("{1}", "{1}/{2}", "{0}", "{0}/{1}", "{0}/{1}/{2}", "{3}"):
+        labels = [template.format(*each, folder) for each, folder in zip(names, folders, strict=True)]
         if len(set(labels)) == len(labels):
             return [Target(*pair) for pair in zip(labels, checkpoints, strict=True)]
     raise UserError("the same checkpoint is named twice")
-
-
-def _names(folder: Path) -> tuple[str, str, str]:
-    """Run, stage and step of a checkpoint; one that lies in no run has its own name alone."""
-    stage = folder.parent
-    if stage.parent.name != CHECKPOINTS_FOLDER:
-        return "", "", folder.name
-    return stage.parent.parent.name, stage.name, folder.name

@@ -70,10 +70,9 @@ def diversity(texts: Ragged) -> tuple[Float64, Bool]:
 
 
 def ngram_entropy(texts: Ragged, size: int) -> Estimate:
-    """Shannon entropy in bits of the n-grams of all texts together, from their frequencies.
+    """Shannon entropy in bits of the n-grams of all texts together, with the linearized error for texts as a whole.
 
-    That is biased downwards, the more so the fewer n-grams there are: compare it at the same number of tokens only. Its
-    error is the linearized one for texts drawn as a whole.
+    It is biased downwards, the more so the fewer n-grams there are: compare it at the same number of tokens only.
     """
     found = Ngrams.of(texts, size)
     count = int(np.count_nonzero(found.per_text))
@@ -86,10 +85,9 @@ def ngram_entropy(texts: Ragged, size: int) -> Estimate:
 
 
 def self_bleu(texts: Ragged) -> Estimate:
-    """Mean self-BLEU, between 0 and 1, of the texts with at least four tokens.
+    """Mean self-BLEU, between 0 and 1, of the texts with at least four tokens, in blocks of `BLOCK_TEXTS` as they come.
 
-    Texts are taken in blocks of `BLOCK_TEXTS` as they come; those that do not fill the last block are left out, unless
-    it is the only one. The error takes the references of a text as given.
+    Texts that do not fill the last block are left out, unless it is the only one.
     """
     num_texts = texts.num_rows
     block = min(num_texts, BLOCK_TEXTS)

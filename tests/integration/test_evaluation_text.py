@@ -13,7 +13,8 @@ from actors.settings import RolloutSettings
 from buffer.experts.tasks import load_task
 from buffer.settings import TextTaskSettings
 from launch.errors import UserError
-from launch.evaluation import Evaluation, Target, evaluate
+from launch.evaluation.results import Evaluation, Target
+from launch.evaluation.run import evaluate
 from launch.settings.evaluation import EvaluationSettings, MauveSettings
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings

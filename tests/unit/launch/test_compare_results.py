@@ -18,8 +18,8 @@ from launch.compare.plan import read_plan
 from launch.compare.results import Comparison, read_measured, stage_cost
 from launch.compare.table import render_comparison
 from launch.errors import UserError
-from launch.evaluation import CheckpointResult, Evaluation
 from launch.evaluation.report import write_evaluation
+from launch.evaluation.results import CheckpointResult, Evaluation
 from launch.settings.recipe import read_recipe
 from launch.statistics import Estimate
 from tests.comparisons import COST, LABELS, OBJECTIVES, comparison_of, estimates_of, new_comparison

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.evaluation import CheckpointResult, Evaluation
 from launch.evaluation.command import _changed
 from launch.evaluation.report import render_evaluation
-from launch.evaluation.results import HELD_OUT
+from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation
 from launch.settings.evaluation import EvaluationSettings, MauveSettings
 from launch.statistics import Estimate
 

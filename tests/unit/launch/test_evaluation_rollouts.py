@@ -16,11 +16,11 @@ from buffer.experts.tasks import Task, load_task
 from buffer.experts.tokenizer import backspace_token_id, character_tokenizer
 from buffer.settings import ArithmeticTaskSettings, TextTaskSettings
 from launch.errors import UserError
-from launch.evaluation import CheckpointResult, Evaluation, Target, check_evaluation, evaluate
 from launch.evaluation.report import show_evaluation
-from launch.evaluation.results import HELD_OUT
+from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, Target
 from launch.evaluation.rollout_groups import RolloutGroup, plan_groups, recovery_obstacle
 from launch.evaluation.rollouts import KeptRollouts, rollouts_key, weights_digest
+from launch.evaluation.run import check_evaluation, evaluate
 from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, parse_decoding
 from launch.settings.evaluation import EvaluationSettings, MauveSettings
 from launch.settings.recipe import read_recipe

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from launch.compare.results import Comparison, MeasuredRun, read_measured
-from launch.evaluation import GREEDY, CheckpointResult, Evaluation
 from launch.evaluation.report import EVALUATION_FILE, render_evaluation, write_evaluation
+from launch.evaluation.results import CheckpointResult, Evaluation
 from launch.report.evaluation import change_outcome, read_evaluation
+from launch.settings.decodings import GREEDY
 from launch.statistics import (
     Estimate,
     change_by_example,
