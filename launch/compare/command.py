@@ -23,37 +23,22 @@ DEFAULT_SEEDS = 3
 
 def compare(
     recipe: Annotated[Path | None, typer.Argument(parser=path, help="YAML recipe.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, as for train.", show_default=False)
-    ] = None,
-    objectives: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...", help="NAME, or NAME:KEY=VALUE,KEY=VALUE; the others are held against the first."
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings, KEY=VALUE.", show_default=False)] = None,
+    objectives: Annotated[str | None, typer.Option(metavar="A,B,...", help="NAME or NAME:KEY=VALUE,...")] = None,
     objectives_file: Annotated[
-        Path | None,
-        typer.Option(parser=path, metavar="FILE", help="YAML file that maps labels to objectives, in their place."),
+        Path | None, typer.Option(parser=path, metavar="FILE", help="YAML file: labels of objectives, in their place.")
     ] = None,
     seeds: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help="Runs of each objective; 3 or more tell how they spread. With --resume: from now on.",
-            show_default=str(DEFAULT_SEEDS),
+            min=1, help="Runs of each objective; with --resume: from now on.", show_default=str(DEFAULT_SEEDS)
         ),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Budget: learner steps; by default as in the recipe.")
-    ] = None,
-    stage: Annotated[
-        str | None, typer.Option(help="Stage to compare in; by default the first that learns from rollouts.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Budget; by default as in the recipe.")] = None,
+    stage: Annotated[str | None, typer.Option(help="By default the first that learns from rollouts.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the folder of the comparison.")] = None,
     resume: Annotated[
-        Path | None,
-        typer.Option(parser=path, metavar="FOLDER", help="Go on with this comparison; what is done stays."),
+        Path | None, typer.Option(parser=path, metavar="FOLDER", help="Go on with this comparison; what is done stays.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it, print what would be done, and leave.")] = False,
     as_json: AsJson = False,

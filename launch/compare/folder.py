@@ -42,11 +42,8 @@ class ComparisonFolder:
 
     @classmethod
     def create(cls, plan: ComparisonPlan, name: str | None) -> ComparisonFolder:
-        """A new comparison. name: by default the recipe's name with date and time.
-
-        Raises:
-            UserError: the folder is there already, cannot have that name, or would be lost with the job that this
-                process is.
+        """A new comparison; UserError where the folder is there already, cannot have that name, or would be lost with
+        the job that this process is. name: by default the recipe's with date and time.
         """
         if RAY_JOB_VARIABLE in os.environ:
             check_outlives_job(plan.recipe)

@@ -42,11 +42,7 @@ class ComparedObjective(Settings):
 
     @classmethod
     def from_tree(cls, tree: Tree, where: str) -> ComparedObjective:
-        """Of what a stage of a recipe or a file of objectives holds. where: begins the error message.
-
-        Raises:
-            UserError: the objective is unknown, or a setting of it is not accepted.
-        """
+        """Of what a stage of a recipe or a file of objectives holds; UserError, which begins with `where`, if not."""
         overrides = tree.pop("recipe", [])
         if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
             raise UserError(f"{where}: recipe is no list of overrides, as in `recipe: [noise.rate=0.1]`")
@@ -89,11 +85,7 @@ class ComparisonPlan(Settings):
         return _run_settings(self.recipe, before, seed, "the start of the comparison") if before else None
 
     def run_settings(self, label: str, seed: int) -> RunSettings:
-        """The run of one objective.
-
-        Raises:
-            UserError: the objective does not accept so many steps, or the recipe not what the objective changes in it.
-        """
+        """The run of one objective; UserError where it does not accept the steps, or the recipe its changes."""
         tree = self.recipe.model_dump(mode="json")
         stage = f"stages.{self.stage}"
         for override in self.objectives[label].recipe:
@@ -123,10 +115,8 @@ class ComparisonPlan(Settings):
 def parse_objectives(text: str, stages: tuple[StageSettings, ...]) -> dict[str, ComparedObjective]:
     """Objectives `name` or `name:key=value,key=value`, separated by commas, by label.
 
-    An objective that `stages` (the first of them that has it) uses has the settings from there, then its own.
-
-    Raises:
-        UserError: one is unknown, malformed or named twice.
+    An objective that `stages` (the first of them that has it) uses has the settings from there, then its own. Raises
+    UserError where one is unknown, malformed or named twice.
     """
     specs: list[str] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -155,8 +145,7 @@ def parse_objectives(text: str, stages: tuple[StageSettings, ...]) -> dict[str, 
 def read_objectives(path: Path) -> dict[str, ComparedObjective]:
     """Objectives of a YAML file, by label, as a stage of a recipe has them; `recipe` lists overrides for one alone.
 
-    Raises:
-        UserError: see `read_yaml`; or the file holds no such mapping.
+    Raises UserError where the file holds no such mapping.
     """
     tree = read_yaml(path, "file of objectives")
     if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
@@ -174,12 +163,7 @@ def make_plan(
     stage: str | None = None,
     steps: int | None = None,
 ) -> ComparisonPlan:
-    """Check every objective before anything starts. steps: by default those of the compared stage.
-
-    Raises:
-        UserError: two objectives are the same or there is one alone, one lacks what it needs, or the recipe does not
-            suit a comparison.
-    """
+    """Check every objective before anything starts; UserError where one does not suit. steps: default as the stage."""
     compared = compared_stage(recipe, stage)
     if len(objectives) < 2:
         raise UserError("name at least two objectives to compare, as in --objectives mle,sequencematch")
@@ -202,11 +186,7 @@ def make_plan(
 
 
 def read_plan(folder: Path, num_seeds: int | None = None) -> ComparisonPlan:
-    """The plan of an existing comparison. num_seeds: in place of those it was begun with.
-
-    Raises:
-        UserError: the folder is none, or its plan was changed into something else.
-    """
+    """The plan of an existing comparison; UserError where there is none. num_seeds: others than it was begun with."""
     file = folder / PLAN_FILE
     if not file.is_file():
         raise UserError(f"{folder} is not the folder of a comparison: it has no {PLAN_FILE}")
@@ -218,11 +198,7 @@ def read_plan(folder: Path, num_seeds: int | None = None) -> ComparisonPlan:
 
 
 def compared_stage(recipe: RunSettings, name: str | None) -> StageSettings:
-    """The stage of that name; by default the first that learns from rollouts, or the last if none does.
-
-    Raises:
-        UserError: the recipe has no such stage.
-    """
+    """The stage of that name, else UserError; by default the first that learns from rollouts, else the last."""
     if name is None:
         return next((stage for stage in recipe.stages if stage.objective.needs_rollouts), recipe.stages[-1])
     stages = {stage.name: stage for stage in recipe.stages}
@@ -241,11 +217,7 @@ def _seeds(recipe: RunSettings, count: int) -> tuple[int, ...]:
 
 
 def _run_settings(recipe: RunSettings, stages: tuple[StageSettings, ...], seed: int, where: str) -> RunSettings:
-    """The recipe with other stages.
-
-    Raises:
-        UserError: the stages lack something, as a reward. where: begins the message.
-    """
+    """The recipe with other stages; UserError, which begins with `where`, if they lack something, as a reward."""
     tree = recipe.model_dump(mode="json")
     tree |= {"stages": [stage.model_dump(mode="json") for stage in stages], "seed": seed, "result": None}
     tree["evaluation"]["stages"] = []

@@ -39,9 +39,7 @@ class ComparisonSession:
     def run(self) -> Comparison:
         """Train what is not done, and evaluate what is. The runs after one that fails are done all the same.
 
-        Raises:
-            UserError: a run cannot be set up, or another process has it. KeyboardInterrupt: asked to stop; the run
-                under way has a checkpoint.
+        Raises UserError where a run cannot be set up, and KeyboardInterrupt where it was asked to stop.
         """
         plan, folder = self._plan, self._folder
         runs: dict[Key, MeasuredRun] = {}

@@ -18,24 +18,13 @@ if TYPE_CHECKING:
 
 def evaluate(
     checkpoints: Annotated[
-        list[Path],
-        typer.Argument(parser=path, metavar="RUN_OR_CHECKPOINT", help="Checkpoints of one model; of a run its result."),
+        list[Path], typer.Argument(parser=path, metavar="RUN_OR_CHECKPOINT", help="Of one model; of a run its result.")
     ],
     against: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path,
-            metavar="RUN_OR_CHECKPOINT",
-            help="Baseline of the differences; by default the first checkpoint.",
-        ),
+        Path | None, typer.Option(parser=path, metavar="RUN_OR_CHECKPOINT", help="Baseline; by default the first.")
     ] = None,
     task_from: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path,
-            metavar="RUN|RECIPE",
-            help="Where the task is described; by default the run above a checkpoint.",
-        ),
+        Path | None, typer.Option(parser=path, metavar="RUN|RECIPE", help="By default the run above a checkpoint.")
     ] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Held-out examples, at most.")] = None,
     decoding: Annotated[
@@ -48,22 +37,15 @@ def evaluate(
     ] = None,
     ban_deleted: Annotated[
         Literal["usual", "both"] | None,
-        typer.Option(help="Tokens that were taken back are banned: in greedy decoding only, or each with and without."),
+        typer.Option(help="Ban tokens that were taken back: in greedy decoding only, or each with and without."),
     ] = None,
     mauve: Annotated[
-        Literal["encoder", "model"] | None,
-        typer.Option(help="MAUVE of texts, with these features (needs the extra `mauve`)."),
+        Literal["encoder", "model"] | None, typer.Option(help="MAUVE, with these features (needs the extra `mauve`).")
     ] = None,
-    mauve_clusters: Annotated[
-        int | None, typer.Option(min=2, help="Clusters of MAUVE; ten texts are needed for each.")
-    ] = None,
+    mauve_clusters: Annotated[int | None, typer.Option(min=2, help="Ten texts are needed for each.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            parser=path,
-            metavar="FOLDER",
-            help="Folder for results and rollouts; by default rollouts are kept in the run folder.",
-        ),
+        typer.Option(parser=path, metavar="FOLDER", help="For results and rollouts; by default in the run folder."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -41,11 +41,7 @@ ENCODER_MAX_TOKENS = 256
 
 
 def check_mauve(settings: MauveSettings | None, task: Task, num_texts: int) -> None:
-    """Refuse what cannot be measured before anything is generated.
-
-    Raises:
-        ValueError: the task has no free texts, or there are too few. ImportError: the extra is not installed.
-    """
+    """Raise ValueError where the task has no free texts, or too few; ImportError where the extra is not installed."""
     if settings is None:
         return
     if task.is_correct is not None:

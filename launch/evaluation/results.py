@@ -94,7 +94,8 @@ class Evaluation:
                             name: {**change.to_json(), "within_noise": verdict.within_noise}
                             for name, (change, verdict) in numbers.items()
                         }
-                        for group, numbers in (() if result is baseline else result.differences(baseline).items())
+                        for group, numbers in result.differences(baseline).items()
+                        if result is not baseline
                     },
                 }
                 for result in self.results

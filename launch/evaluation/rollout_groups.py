@@ -58,11 +58,7 @@ def plan_groups(
     evaluation: EvaluationSettings,
     seed: int,
 ) -> list[RolloutGroup]:
-    """The usual groups, and those that the settings ask for.
-
-    Raises:
-        ValueError: see `check_planting`.
-    """
+    """The usual groups, and those that the settings ask for. Raises ValueError as `check_planting` does."""
     has_answers = task.is_correct is not None
     check_planting(evaluation.decodings, rollout.max_new_tokens)
     prompts = [np.asarray(ids, dtype=np.int32) for ids in examples["prompt_ids"]]
@@ -101,8 +97,7 @@ def wrong_tokens(
 ) -> Int32:
     """[R, count] plausible tokens for each example; the first differs from the reference's, so that all are mistakes.
 
-    Raises:
-        ValueError: an example has no candidate (see `recovery_obstacle`).
+    Raises ValueError where an example has no candidate (see `recovery_obstacle`).
     """
     tokens = np.empty((len(examples), count), dtype=np.int32)
     for column in range(count):

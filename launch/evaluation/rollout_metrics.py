@@ -70,8 +70,7 @@ class ReplayedRollouts:
     def forced_taken_back(self, num_forced: int) -> tuple[Bool, Estimate]:
         """[L] whether all tokens that were forced as first actions are gone at the end; how many of them are.
 
-        Raises:
-            ValueError: a rollout is too short to hold them.
+        Raises ValueError where a rollout is too short to hold them.
         """
         if (self.logs.lengths < num_forced).any():
             raise ValueError(f"a rollout is shorter than the {num_forced} tokens that were forced in it")
@@ -89,9 +88,7 @@ def answer_metrics(
 ) -> dict[str, Estimate]:
     """All numbers of answers, the first `num_forced` tokens of each forced, and the first of those wrong.
 
-    Raises:
-        ValueError: the rollouts are not those of the examples, in their order, or do not begin with forced wrong
-            tokens; or the task has no right answers.
+    Raises ValueError where the rollouts are not those of the examples, or the task has no right answers.
     """
     correct = Estimate.fraction(_correct(rollouts, examples, task))
     if num_forced:
@@ -111,11 +108,7 @@ def answer_metrics(
 
 
 def text_metrics(rollouts: ReplayedRollouts, num_forced: int = 0) -> dict[str, Estimate]:
-    """All numbers of generated texts, the first `num_forced` tokens of each forced.
-
-    Raises:
-        ValueError: a rollout is too short to hold them.
-    """
+    """All numbers of generated texts, the first `num_forced` tokens of each forced; ValueError if one is shorter."""
     texts = rollouts.texts
     recovered = {}
     if num_forced:
@@ -172,10 +165,8 @@ def _editing_metrics(rollouts: ReplayedRollouts) -> dict[str, Estimate]:
 def _correct(rollouts: ReplayedRollouts, examples: Dataset, task: Task) -> Bool:
     prompts = examples.select_columns(["prompt_ids"]).with_format("arrow")[:].column("prompt_ids")
     if prompts.to_pylist() != rollouts.batch.column("prompt_ids").to_pylist():
-        raise ValueError(
-            f"{rollouts.batch.num_rows} rollouts and {len(examples)} examples do not have the same prompts in the same "
-            "order"
-        )
+        counts = f"{rollouts.batch.num_rows} rollouts and {len(examples)} examples"
+        raise ValueError(f"{counts} do not have the same prompts in the same order")
     if task.is_correct is None:
         raise ValueError(f"task {task.name} has no right answers")
     rows: list[Mapping[str, object]] = list(examples)

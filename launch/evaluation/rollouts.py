@@ -77,10 +77,7 @@ def make_rollouts(
     """The rollouts of every checkpoint, by its label and their group.
 
     Each group starts with the noise of the seed, whatever was made before it. max_length: longest text with its prompt,
-    in tokens.
-
-    Raises:
-        UserError: the checkpoints are of different models.
+    in tokens. Raises UserError where the checkpoints are of different models.
     """
     found: dict[str, dict[str, pa.RecordBatch]] = {label: {} for label in checkpoints}
     keys: dict[tuple[str, str], str] = {}

@@ -38,11 +38,8 @@ def evaluate(
     """Evaluate checkpoints of one model on up to `settings.evaluation.examples` held-out examples.
 
     targets: the first is the baseline of the differences. keep_in: folder in which rollouts are kept, and looked for:
-    an evaluation that was interrupted goes on there.
-
-    Raises:
-        UserError: the machine lacks what an engine needs, a folder is no checkpoint, the task does not fit the model,
-            the checkpoints are of different models, or there are too few texts for MAUVE.
+    an evaluation that was interrupted goes on there. Raises UserError where the machine lacks what an engine needs, or
+    checkpoints, task and settings do not fit together.
     """
     import datasets
 

@@ -16,11 +16,7 @@ EVALUATION_FOLDER = "evaluation"
 
 
 def settings_for(checkpoint: Path, task_from: Path | None) -> RunSettings:
-    """Settings of a run folder or a recipe; by default of the run that the checkpoint lies in.
-
-    Raises:
-        UserError: neither is there.
-    """
+    """Settings of a run folder or a recipe; by default of the run that the checkpoint lies in, else UserError."""
     if task_from is not None:
         return open_run_folder(task_from)[1] if task_from.is_dir() else read_recipe(task_from)
     if not checkpoint.is_dir():
@@ -50,8 +46,7 @@ def kept_folder(checkpoint: Path) -> Path | None:
 def labelled(checkpoints: Sequence[Path]) -> list[Target]:
     """Targets with labels as short as tells them apart: of stage, step and run as few as that takes, or whole paths.
 
-    Raises:
-        UserError: one is named twice.
+    Raises UserError where one is named twice.
     """
     folders = [checkpoint.resolve() for checkpoint in checkpoints]
     names = []
