@@ -16,7 +16,7 @@ from rich.text import Text
 from actors.status import PoolStatus
 from buffer.service.status import BufferStatus
 from launch.durations import clock
-from launch.monitoring.shard_view import flight_lines, shard_table
+from launch.run_folder.flight_token import TOKEN_FILE, TOKEN_VARIABLE
 from learner.messages import LearnerStatus, StageResult
 from learner.settings.stages import StageSettings
 
@@ -41,19 +41,17 @@ class RunView:
         learner = self.learner
         if learner is None or learner.seconds_per_step == 0.0:
             return None
-        done = set(self.results)
-        steps = sum(
-            stage.steps - (learner.step if stage.name == learner.stage else 0)
-            for stage in self.stages
-            if stage.name not in done
-        )
-        return steps * learner.seconds_per_step
+        left = {stage.name: stage.steps for stage in self.stages if stage.name not in self.results}
+        done = learner.step if learner.stage in left else 0
+        return (sum(left.values()) - done) * learner.seconds_per_step
 
-    def backspace_rate(self) -> float | None:
-        """Backspaces per action over all actors since their birth."""
+    def buffer_line(self) -> str:
+        """The buffer in a line, with the backspaces per action over all actors; empty without a buffer."""
         statuses = [member.status for member in self.pool.members if member.status] if self.pool else []
         actions = sum(status.actions for status in statuses)
-        return sum(status.backspaces for status in statuses) / actions if actions else None
+        rate = sum(status.backspaces for status in statuses) / max(1, actions)
+        summary = self.buffer.summary() if self.buffer else ""
+        return f"{summary} | backspace rate {100 * rate:.1f} %" if actions else summary
 
 
 class LiveView:
@@ -95,98 +93,113 @@ class LiveView:
 def render(view: RunView, elapsed_s: float) -> RenderableType:
     """The whole display."""
     left = view.seconds_left()
-    head = Text.assemble(
-        (view.title, "bold"), f"   elapsed {clock(elapsed_s)}", "" if left is None else f"   about {clock(left)} left"
-    )
+    time_left = "" if left is None else f"   about {clock(left)} left"
+    head = Text.assemble((view.title, "bold"), f"   elapsed {clock(elapsed_s)}{time_left}")
     parts: list[RenderableType] = [head, _stage_table(view)]
     if view.pool is not None:
         parts.append(_actor_table(view.pool))
     if view.buffer is not None:
         if len(view.buffer.shards) > 1:
             parts.append(shard_table(view.buffer))
-        parts.append(Text(_buffer_line(view), style="cyan"))
-        parts += [Text(line, style="dim") for line in flight_lines(view.buffer)]
+        parts += [Text(view.buffer_line(), "cyan"), *(Text(line, "dim") for line in _flight_lines(view.buffer))]
     if view.note:
-        parts.append(Text(view.note, style="yellow"))
+        parts.append(Text(view.note, "yellow"))
     return Group(*parts)
 
 
 def plain_line(view: RunView, elapsed_s: float) -> str:
     """The display in one line, for logs."""
     parts = [f"[{clock(elapsed_s)}]"]
-    learner = view.learner
-    if learner is not None and learner.stage:
-        loss = learner.metrics.get("loss", float("nan"))
-        parts.append(f"{learner.stage} {learner.step}/{learner.stage_steps} loss {loss:.4f}")
-    if view.pool is not None:
-        for member in view.pool.members:
-            status = member.status
-            rate = member.state
-            if status is not None:
-                weights = "no weights yet" if status.policy_version < 0 else f"v{status.policy_version}"
-                rate = f"{weights} {status.actions_per_s:,.0f} actions/s"
-                if status.dropped:
-                    rate += f", {status.dropped:,} dropped ({status.drop_reason})"
-            parts.append(f"{member.name} {rate}")
+    if (learner := view.learner) is not None and learner.stage:
+        parts.append(f"{learner.stage} {learner.step}/{learner.stage_steps} {_loss(learner)}")
+    for member in view.pool.members if view.pool else ():
+        text, status = f"{member.name} {member.state}", member.status
+        if status is not None:
+            weights = "no weights yet" if status.policy_version < 0 else f"v{status.policy_version}"
+            dropped = f", {status.dropped:,} dropped ({status.drop_reason})" if status.dropped else ""
+            text = f"{member.name} {weights} {status.actions_per_s:,.0f} actions/s{dropped}"
+        parts.append(text)
     if view.buffer is not None:
-        parts.append(_buffer_line(view))
+        parts.append(view.buffer_line())
     if view.note:
         parts.append(view.note)
-    left = view.seconds_left()
-    if left is not None:
+    if (left := view.seconds_left()) is not None:
         parts.append(f"about {clock(left)} left")
     return " | ".join(parts)
+
+
+def shard_table(buffer: BufferStatus) -> Table:
+    """One row for each shard: what it does, and how full it is, by source."""
+    table = _table(("shard", "state"), ("live", "fill", "inserted", "drawn", "experts", "on disk"))
+    for index, shard in enumerate(buffer.shards):
+        if shard is None:
+            table.add_row(str(index), "no answer")
+            continue
+        policy, expert = shard.store.sources["policy"], shard.store.sources["expert"]
+        table.add_row(
+            str(index),
+            "in trouble" if shard.troubles else shard.state,
+            f"{policy.live:,}",
+            f"{100 * policy.live / shard.capacity:.0f} %",
+            f"{policy.inserted:,}",
+            f"{policy.drawn:,}",
+            f"{expert.live:,}",
+            f"{shard.store.size_bytes / 2**20:,.1f} MiB",
+        )
+    return table
 
 
 def _stage_table(view: RunView) -> Table:
     table = Table.grid(padding=(0, 1))
     for stage in view.stages:
-        result = view.results.get(stage.name)
-        running = view.learner is not None and view.learner.stage == stage.name and result is None
-        step = result.step if result else view.learner.step if running and view.learner else 0
-        mark = Text("✓", "green") if result and result.finished else Text("▸", "bold") if running else Text("·", "dim")
-        details = ""
-        if running and view.learner:
-            loss = view.learner.metrics.get("loss", float("nan"))
-            details = f"loss {loss:.4f}  {1e3 * view.learner.seconds_per_step:.0f} ms/step"
-        elif result:
-            details = clock(result.seconds)
-        table.add_row(
-            mark,
-            Text(stage.name, "bold" if running else ""),
-            Text(stage.objective.name, "dim"),
-            ProgressBar(total=stage.steps, completed=step, width=BAR_WIDTH),
-            f"{step}/{stage.steps}",
-            details,
-        )
+        mark, style, step, details = Text("·", "dim"), "", 0, ""
+        if (result := view.results.get(stage.name)) is not None:
+            mark = Text("✓", "green") if result.finished else mark
+            step, details = result.step, clock(result.seconds)
+        elif (learner := view.learner) is not None and learner.stage == stage.name:
+            mark, style, step = Text("▸", "bold"), "bold", learner.step
+            details = f"{_loss(learner)}  {1e3 * learner.seconds_per_step:.0f} ms/step"
+        bar = ProgressBar(total=stage.steps, completed=step, width=BAR_WIDTH)
+        objective = Text(stage.objective.name, "dim")
+        table.add_row(mark, Text(stage.name, style), objective, bar, f"{step}/{stage.steps}", details)
     return table
 
 
 def _actor_table(pool: PoolStatus) -> Table:
-    table = Table(box=None, header_style="dim", padding=(0, 1), pad_edge=False)
-    for name in ("actor", "state", "weights", "actions/s", "backsp.", "in flight", "rollouts"):
-        table.add_column(name, justify="left" if name in ("actor", "state") else "right", no_wrap=True)
+    table = _table(("actor", "state"), ("weights", "actions/s", "backsp.", "in flight", "rollouts"))
     for member in pool.members:
         status = member.status
         if status is None:
             table.add_row(member.name, member.state)
             continue
-        rate = status.backspaces / status.actions if status.actions else 0.0
         table.add_row(
             member.name,
             status.activity if status.dropped == 0 else f"{status.activity}, {status.dropped:,} dropped",
             "none yet" if status.policy_version < 0 else f"v{status.policy_version}",
             f"{status.actions_per_s:,.0f}",
-            f"{100 * rate:.1f} %",
+            f"{100 * status.backspaces / max(1, status.actions):.1f} %",
             str(status.in_flight),
             f"{status.trajectories:,}",
         )
     return table
 
 
-def _buffer_line(view: RunView) -> str:
-    buffer = view.buffer
-    assert buffer is not None
-    rate = view.backspace_rate()
-    backspaces = "" if rate is None else f" | backspace rate {100 * rate:.1f} %"
-    return f"{buffer.summary()}{backspaces}"
+def _table(names: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 1), pad_edge=False)
+    for name in (*names, *numbers):
+        table.add_column(name, justify="left" if name in names else "right", no_wrap=True)
+    return table
+
+
+def _loss(learner: LearnerStatus) -> str:
+    return f"loss {learner.metrics.get('loss', float('nan')):.4f}"
+
+
+def _flight_lines(buffer: BufferStatus) -> list[str]:
+    """Where other programs can read the live rows, one line for each shard that has an endpoint."""
+    locations = [
+        f"shard {index} over Arrow Flight: {shard.flight}"
+        for index, shard in enumerate(buffer.shards)
+        if shard is not None and shard.flight is not None
+    ]
+    return [*locations, f"with the token in {TOKEN_FILE} of the run folder, or {TOKEN_VARIABLE}"] if locations else []

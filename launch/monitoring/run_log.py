@@ -1,10 +1,7 @@
 """What happened in a run, as JSON lines in RUN/logs/run.jsonl: each with run, role, index, event, version and step.
 
-Programs decide by `event` and the fields beside it; `message` is the sentence for people.
-
-The driver writes the log, because it hears of everything, also where the run's processes share no file system with it.
-Ray's JSON logging (`ray.LoggingConfig`) knows jobs and processes, not versions and steps, and writes into the driver's
-terminal, where the live display is. What processes print stays in Ray's session folder.
+Programs decide by `event` and the fields beside it; `message` is the sentence for people. The driver writes the log,
+because it hears of everything, also where the run's processes share no file system with it.
 """
 
 from __future__ import annotations
@@ -12,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Literal, NamedTuple
 
 from actors.status import MemberStatus, PoolEventKind, PoolStatus
-from buffer.service.status import BufferStatus, ShardStatus
+from buffer.service.status import ShardStatus
 from launch.errors import RunFailedError
 from launch.monitoring.live_view import RunView
 from learner.messages import LearnerStatus
@@ -28,40 +25,24 @@ LOG_FILE = "logs/run.jsonl"
 Level = Literal["info", "warning", "error"]
 Role = Literal["driver", "learner", "pool", "actor", "buffer"]
 Value = str | int | float | None
-RunEvent = Literal[
-    "run_started",
-    "run_finished",
-    "run_stopped",
-    "run_failed",
-    "setting_changed",
-    "processes_placed",
-    "room_awaited",
-    "autoscaled",
-    "process_warning",
-    "stage_started",
-    "weights_published",
-    "learner_note",
-    "learner_warning",
-    "actor_state",
-    "actor_gone",
-    "weights_awaited",
-    "weights_loaded",
-    "weights_verified",
-    "rollouts_dropped",
-    "shard_silent",
-    "shard_damaged",
-    "shard_serving",
-]
+_RunStateEvent = Literal["run_started", "run_finished", "run_stopped", "run_failed"]
+_DriverEvent = Literal["setting_changed", "processes_placed", "room_awaited", "autoscaled", "process_warning"]
+_LearnerEvent = Literal["stage_started", "weights_published", "learner_note", "learner_warning"]
+_ActorEvent = Literal["actor_state", "actor_gone", "rollouts_dropped"]
+_WeightsEvent = Literal["weights_awaited", "weights_loaded", "weights_verified"]
+_ShardEvent = Literal["shard_silent", "shard_damaged", "shard_serving"]
+RunEvent = Literal[_RunStateEvent, _DriverEvent, _LearnerEvent, _ActorEvent, _WeightsEvent, _ShardEvent]
 Event = RunEvent | PoolEventKind
 
 
 class _Fact(NamedTuple):
-    """What is told of a process once for each new `key`."""
+    """What is told of a process once for each new `key`, by default for each new message."""
 
-    key: Value
-    level: Level
+    event: Event
     message: str
-    values: dict[str, Value]
+    values: Mapping[str, Value] = MappingProxyType({})
+    level: Level = "info"
+    key: str = ""
 
 
 class RunLog:
@@ -80,7 +61,7 @@ class RunLog:
         self._learner: LearnerStatus | None = None
         self._members: dict[str, MemberStatus] = {}
         self._newest_event = -1
-        self._shards: dict[int, dict[Event, _Fact]] = {}
+        self._told: dict[tuple[Role, int], dict[Event, str]] = {}
 
     def __enter__(self) -> RunLog:
         return self
@@ -100,12 +81,10 @@ class RunLog:
         event: Event,
         message: str,
         values: Mapping[str, Value] = MappingProxyType({}),
-        *,
         index: int = 0,
-        version: int | None = None,
     ) -> None:
-        """One line. values: fields of the event. index: number of the process among those of its role. version: of an
-        actor's weights, None before its first ones; the lines of all others have the newest published version.
+        """One line. values: fields of the event, and the `version` of an actor's weights; other lines have the newest
+        published one. index: number of the process among those of its role.
 
         A refusal of the disk is raised by the next `follow`, so that it never hinders a run that is ending.
         """
@@ -120,7 +99,7 @@ class RunLog:
             "event": event,
             "stage": None if learner is None else learner.stage or None,
             "step": None if learner is None else learner.step,
-            "version": version if role == "actor" else published,
+            "version": published,
             **values,
             "message": message,
         }
@@ -136,8 +115,8 @@ class RunLog:
             self._follow_learner(view.learner)
         if view.pool is not None:
             self._follow_pool(view.pool)
-        if view.buffer is not None:
-            self._follow_buffer(view.buffer)
+        for index, shard in enumerate(view.buffer.shards if view.buffer else ()):
+            self._tell("buffer", index, _shard_fact(shard))
         if self._refusal is not None:
             raise RunFailedError(f"{self._path} cannot be written: {self._refusal}; make room or give permission there")
 
@@ -154,13 +133,15 @@ class RunLog:
 
     def _follow_learner(self, learner: LearnerStatus) -> None:
         before, self._learner = self._learner, learner
-        if learner.stage and (before is None or before.stage != learner.stage):
-            self.write("info", "learner", "stage_started", f"stage {learner.stage} has begun")
-        if learner.policy_version >= 0 and (before is None or before.policy_version != learner.policy_version):
-            self.write("info", "learner", "weights_published", f"published weights v{learner.policy_version}")
-        for note in learner.notes[0 if before is None else len(before.notes) :]:
+        version, facts = learner.policy_version, []
+        if learner.stage:
+            facts.append(_Fact("stage_started", f"stage {learner.stage} has begun"))
+        if version >= 0:
+            facts.append(_Fact("weights_published", f"published weights v{version}"))
+        self._tell("learner", 0, *facts)
+        for note in learner.notes[len(before.notes) if before else 0 :]:
             self.write("info", "learner", "learner_note", note)
-        for warning in learner.warnings[0 if before is None else len(before.warnings) :]:
+        for warning in learner.warnings[len(before.warnings) if before else 0 :]:
             self.write("warning", "learner", "learner_warning", warning)
 
     def _follow_pool(self, pool: PoolStatus) -> None:
@@ -170,57 +151,56 @@ class RunLog:
                 level: Level = "warning" if event.kind == "actor_failed" else "info"
                 self.write(level, "pool", event.kind, event.message, {"actor": event.actor})
         members = {member.name: member for member in pool.members}
-        for name, member in members.items():
-            told = self._members.get(name)
-            self._of_actor(member, _new(_actor_facts(told) if told else {}, _actor_facts(member)))
         for name in self._members.keys() - members.keys():
-            self._of_actor(self._members[name], {"actor_gone": _Fact("", "info", "gone", {})})
+            self._tell("actor", _index(name), _Fact("actor_gone", "gone", _counters(self._members[name])))
+        for name, member in members.items():
+            self._tell("actor", _index(name), *_actor_facts(member))
         self._members = members
 
-    def _of_actor(self, member: MemberStatus, facts: dict[Event, _Fact]) -> None:
-        index, status = int(member.name.rpartition("-")[2]), member.status
-        version = None if status is None or status.policy_version < 0 else status.policy_version
-        for event, fact in facts.items():
-            values = {"actions": None if status is None else status.actions, **fact.values}
-            self.write(fact.level, "actor", event, fact.message, values, index=index, version=version)
-
-    def _follow_buffer(self, buffer: BufferStatus) -> None:
-        for index, shard in enumerate(buffer.shards):
-            facts = _shard_facts(shard)
-            for event, fact in _new(self._shards.get(index, {}), facts).items():
-                self.write(fact.level, "buffer", event, fact.message, fact.values, index=index)
-            self._shards[index] = facts
+    def _tell(self, role: Role, index: int, *facts: _Fact) -> None:
+        """Write down the facts that the process did not have before, or with another key."""
+        before = self._told.get((role, index), {})
+        for fact in facts:
+            if before.get(fact.event) != (fact.key or fact.message):
+                self.write(fact.level, role, fact.event, fact.message, fact.values, index)
+        self._told[role, index] = {fact.event: fact.key or fact.message for fact in facts}
 
 
-def _new(before: dict[Event, _Fact], now: dict[Event, _Fact]) -> dict[Event, _Fact]:
-    return {event: fact for event, fact in now.items() if event not in before or before[event].key != fact.key}
+def _index(actor: str) -> int:
+    return int(actor.rpartition("-")[2])
 
 
-def _actor_facts(member: MemberStatus) -> dict[Event, _Fact]:
-    facts: dict[Event, _Fact] = {"actor_state": _Fact(member.state, "info", member.state, {"state": member.state})}
-    status = member.status
+def _counters(member: MemberStatus) -> dict[str, Value]:
+    """What every line of an actor has; its version is None before its first weights."""
+    if member.status is None:
+        return {"version": None, "actions": None}
+    version = member.status.policy_version
+    return {"version": None if version < 0 else version, "actions": member.status.actions}
+
+
+def _actor_facts(member: MemberStatus) -> Iterator[_Fact]:
+    status, counters = member.status, _counters(member)
+    yield _Fact("actor_state", member.state, {**counters, "state": member.state})
     if status is None:
-        return facts
+        return
     if status.policy_version < 0:
-        facts["weights_awaited"] = _Fact("", "info", "waits for its first weights", {})
+        yield _Fact("weights_awaited", "waits for its first weights", counters)
     else:
-        facts["weights_loaded"] = _Fact(status.policy_version, "info", f"has weights v{status.policy_version}", {})
-    if status.drop_reason is not None:
-        message = f"dropped {status.dropped} rollouts so far, the last one because {status.drop_reason}"
-        values: dict[str, Value] = {"dropped": status.dropped, "reason": status.drop_reason}
-        facts["rollouts_dropped"] = _Fact(status.drop_reason, "warning", message, values)
-    if status.weights_note is not None:
-        facts["weights_verified"] = _Fact(status.weights_note, "info", status.weights_note, {})
-    return facts
+        yield _Fact("weights_loaded", f"has weights v{status.policy_version}", counters)
+    if (reason := status.drop_reason) is not None:
+        message = f"dropped {status.dropped} rollouts so far, the last one because {reason}"
+        values: dict[str, Value] = {**counters, "dropped": status.dropped, "reason": reason}
+        yield _Fact("rollouts_dropped", message, values, "warning", key=reason)
+    if (note := status.weights_note) is not None:
+        yield _Fact("weights_verified", note, counters)
 
 
-def _shard_facts(shard: ShardStatus | None) -> dict[Event, _Fact]:
+def _shard_fact(shard: ShardStatus | None) -> _Fact:
     if shard is None:
-        return {"shard_silent": _Fact("", "warning", "does not answer", {})}
+        return _Fact("shard_silent", "does not answer", level="warning")
     if shard.troubles:
-        message = "; ".join(shard.troubles)
-        return {"shard_damaged": _Fact(message, "warning", message, {})}
-    return {"shard_serving": _Fact(shard.pid, "info", f"serving, process {shard.pid}", {"pid": shard.pid})}
+        return _Fact("shard_damaged", "; ".join(shard.troubles), level="warning")
+    return _Fact("shard_serving", f"serving, process {shard.pid}", {"pid": shard.pid})
 
 
 def _is_torn(path: Path) -> bool:

@@ -17,8 +17,7 @@ from buffer.remote_call import RemoteCall
 from launch.cluster.capacity import check_possible
 from launch.cluster.connection import join_live_run
 from launch.errors import UserError, lost_processes_reported
-from launch.monitoring.live_view import RunView, render
-from launch.monitoring.shard_view import shard_table
+from launch.monitoring.live_view import RunView, render, shard_table
 from launch.run.buffer_shards import STATUS_TIMEOUT_S, find_buffer
 from launch.run.driver import POOL_NAME
 from launch.run.learner_group import LEARNER_NAME, learner_status

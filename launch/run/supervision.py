@@ -15,7 +15,7 @@ from buffer.remote_call import NoAnswerError, RemoteCall
 from buffer.service.client import BufferClient
 from launch.errors import RunFailedError, UserError
 from launch.monitoring.live_view import LiveView
-from launch.monitoring.metric_export import MetricExporter
+from launch.monitoring.metrics import MetricExporter
 from launch.monitoring.run_log import RunLog
 from launch.run.buffer_shards import STATUS_TIMEOUT_S as SHARD_TIMEOUT_S
 from launch.run.buffer_shards import ShardWatch

@@ -12,8 +12,7 @@ import ray
 
 from actors.status import PoolStatus
 from launch.monitoring.live_view import RunView
-from launch.monitoring.metric_export import MetricExporter
-from launch.monitoring.metric_names import METRIC_NAMES
+from launch.monitoring.metrics import METRICS, MetricExporter
 from tests.unit.launch.test_metric_export import full_view
 
 TIMEOUT_S = 120.0
@@ -64,7 +63,7 @@ def test_values_appear_on_the_endpoint_and_go_on(endpoint: str) -> None:
     exporter = MetricExporter("first")
     exporter.export(full_view())
     seen = wait_for(endpoint, "ray_sequencematch_actor_actions_total", "actor-0", 20_000.0)
-    assert {name for name, _ in seen} == {metric.exported_name for metric in METRIC_NAMES}
+    assert {name for name, _ in seen} == {metric.exported_name for metric in METRICS}
     assert seen["ray_sequencematch_learner_step", "first"] == 100.0
 
     exporter.export(full_view(actions=21_000))

@@ -97,7 +97,6 @@ def test_a_log_line_says_the_same() -> None:
 def test_a_run_that_has_not_begun_has_no_time_left_to_tell() -> None:
     view = RunView("run", SETTINGS.stages)
     assert view.seconds_left() is None
-    assert view.backspace_rate() is None
     assert "left" not in plain_line(view, elapsed_s=0.0)
 
 
@@ -122,7 +121,7 @@ def test_shards_are_shown_with_fill_and_state_within_80_columns() -> None:
     assert all(len(line) <= 80 for line in lines)
     assert not any("…" in line for line in lines)
     rows = {line.split()[0]: line for line in lines if line[:1].isdigit()}
-    assert "ahead of the learner  12,288  75 %   123,456  234,567  117.7 MiB" in rows["0"]
+    assert "ahead of the learner  12,288  75 %   123,456  234,567        0  117.7 MiB" in rows["0"]
     assert "no answer" in rows["1"]
     assert "in trouble" in rows["2"]
     assert "50 %" in rows["2"]

@@ -9,8 +9,7 @@ from actors.status import ActorStatus, MemberStatus, PoolStatus
 from buffer.service.status import BufferStatus, ShardStatus
 from buffer.store.counters import DrawStatistics, SourceCounters, StoreStatus
 from launch.monitoring.live_view import RunView
-from launch.monitoring.metric_export import growth, samples
-from launch.monitoring.metric_names import METRIC_NAMES
+from launch.monitoring.metrics import METRICS, growth, samples
 from learner.messages import LearnerStatus
 from tests.dockerfiles import ROOT
 
@@ -34,10 +33,11 @@ def full_view(actions: int = 20_000) -> RunView:
 
 def test_a_full_view_has_every_metric_with_its_labels() -> None:
     found = list(samples(full_view()))
-    assert {sample.metric for sample in found} == set(METRIC_NAMES)
-    assert all(len(sample.labels) == len(sample.metric.labels) for sample in found)
-    assert len({(sample.metric, sample.labels) for sample in found}) == len(found)
-    values = {(sample.metric.name.removeprefix("sequencematch_"), *sample.labels): sample.value for sample in found}
+    labels = {metric.name: metric.labels for metric in METRICS}
+    assert {name for name, _, _ in found} == labels.keys()
+    assert all(len(values) == len(labels[name]) for name, values, _ in found)
+    assert len({(name, values) for name, values, _ in found}) == len(found)
+    values = {(name, *labels): value for name, labels, value in found}
     assert values["learner_metric", "sequencematch", "loss"] == 0.5
     assert values["learner_step_seconds", "sequencematch"] == 0.125
     assert values["actor_actions", "actor-0"] == 20_000
@@ -49,10 +49,10 @@ def test_a_full_view_has_every_metric_with_its_labels() -> None:
 
 
 def test_names_follow_prometheus() -> None:
-    names = [metric.name for metric in METRIC_NAMES]
+    names = [metric.name for metric in METRICS]
     assert len(set(names)) == len(names)
-    for metric in METRIC_NAMES:
-        assert re.fullmatch(r"sequencematch_(learner|actors?|buffer)_[a-z_]+", metric.name)
+    for metric in METRICS:
+        assert re.fullmatch(r"(learner|actors?|buffer)_[a-z_]+", metric.name)
         assert not metric.name.endswith("_total"), "Ray adds it to counters"
         assert metric.exported_name.endswith("_total") == (metric.kind == "counter")
 
@@ -65,7 +65,7 @@ def test_a_counter_that_fell_belongs_to_a_new_process() -> None:
 
 
 def test_the_board_asks_for_metrics_that_there_are() -> None:
-    exported = {metric.exported_name: metric for metric in METRIC_NAMES}
+    exported = {metric.exported_name: metric for metric in METRICS}
     expressions = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
     asked = {name for expression in expressions for name in re.findall(r"ray_\w+", expression)}
     assert asked == exported.keys(), "each is on the board, and nothing else is"
@@ -81,4 +81,4 @@ def test_the_board_asks_for_metrics_that_there_are() -> None:
 
 def test_the_page_on_monitoring_names_every_metric() -> None:
     rows = [line.split("|")[1] for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| `ray_")]
-    assert [row.strip().strip("`") for row in rows] == [metric.exported_name for metric in METRIC_NAMES]
+    assert [row.strip().strip("`") for row in rows] == [metric.exported_name for metric in METRICS]

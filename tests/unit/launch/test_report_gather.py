@@ -21,7 +21,6 @@ from tests.run_folders import (
     ROWS_PER_VERSION,
     VERSIONS,
     Clock,
-    member,
     new_run,
     write_buffer,
     write_log,
@@ -126,7 +125,7 @@ def test_the_plot_of_pushes_says_whom_it_leaves_out(tmp_path: Path) -> None:
     assert version_plot(gathered(tmp_path / "run")) is None
     with RunLog(tmp_path / "run") as log:
         for actor in range(1024):
-            log.write("info", "actor", "weights_loaded", member(actor, 1, 0).name, index=actor, version=1)
+            log.write("info", "actor", "weights_loaded", "in words", {"version": 1}, actor)
     plot = version_plot(gather(tmp_path / "run"))
     assert plot is not None
     assert [series.name for series in plot.series] == [f"actor {actor}" for actor in range(MAX_ACTORS + 1)]

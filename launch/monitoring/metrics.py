@@ -1,0 +1,170 @@
+"""What the driver knows of a run, as Ray metrics: each node's agent offers them to Prometheus.
+
+The driver asks everyone for their status anyway, so the numbers leave from one place, its own node, and a process that
+hangs is seen as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from ray.util.metrics import Counter, Gauge
+
+from actors.status import PoolStatus
+from buffer.service.status import ShardStatus
+from launch.monitoring.live_view import RunView
+from learner.messages import LearnerStatus
+
+
+class Metric(NamedTuple):
+    """labels: beside `run`. help: one line, with the unit where the name does not hold it."""
+
+    name: str
+    kind: Literal["gauge", "counter"]
+    labels: tuple[str, ...]
+    help: str
+
+    @property
+    def exported_name(self) -> str:
+        """As Prometheus sees it: Ray puts `ray_` before each name on its endpoint, and `_total` behind a counter."""
+        return f"ray_sequencematch_{self.name}{'_total' if self.kind == 'counter' else ''}"
+
+
+METRICS = (
+    Metric("learner_step", "gauge", ("stage",), "optimizer steps done in the stage"),
+    Metric("learner_stage_steps", "gauge", ("stage",), "steps the stage will have"),
+    Metric("learner_step_seconds", "gauge", ("stage",), "duration of a step, running mean"),
+    Metric("learner_policy_version", "gauge", (), "newest published weights, -1 = none"),
+    Metric("learner_metric", "gauge", ("stage", "metric"), "metric of the newest step, as in docs/metrics.md"),
+    Metric("actors_desired", "gauge", (), "rollout actors wanted"),
+    Metric("actor_running", "gauge", ("actor",), "1 = takes part, 0 = starts or has gone"),
+    Metric("actor_failures", "gauge", ("actor",), "failures in a row"),
+    Metric("actor_join_seconds", "gauge", ("actor",), "from its making to its first rollouts, unless made to wait"),
+    Metric("actor_policy_version", "gauge", ("actor",), "loaded weights, -1 = none"),
+    Metric("actor_actions_per_second", "gauge", ("actor",), "over the last seconds"),
+    Metric("actor_in_flight_rollouts", "gauge", ("actor",), "rollouts under way"),
+    Metric("actor_actions", "counter", ("actor",), "actions sampled"),
+    Metric("actor_backspaces", "counter", ("actor",), "backspaces sampled"),
+    Metric("actor_trajectories", "counter", ("actor",), "rollouts handed to the buffer"),
+    Metric("actor_rejected", "counter", ("actor",), "rollouts that the buffer refused"),
+    Metric("actor_dropped", "counter", ("actor",), "rollouts without a finite reward or feature"),
+    Metric("buffer_answers", "gauge", ("shard",), "1 = the shard answers, 0 = it restarts"),
+    Metric("buffer_capacity_rows", "gauge", ("shard",), "live rows per source, at most"),
+    Metric("buffer_live_rows", "gauge", ("shard", "source"), "rows that can be drawn"),
+    Metric("buffer_inserted_rows", "counter", ("shard", "source"), "rows inserted"),
+    Metric("buffer_drawn_rows", "counter", ("shard", "source"), "rows drawn, each time"),
+    Metric("buffer_removed_rows", "counter", ("shard", "source", "reason"), "rows evicted or dropped"),
+    Metric("buffer_rejected_rows", "counter", ("shard",), "rows refused on insert"),
+    Metric("buffer_size_bytes", "gauge", ("shard",), "segment files"),
+    Metric("buffer_waiting_draws", "gauge", ("shard",), "draws that wait for rows"),
+    Metric("buffer_actors_paused", "gauge", ("shard",), "1 = ahead of the learner"),
+    Metric("buffer_quarantined_files", "gauge", ("shard",), "damaged, put aside"),
+    Metric("buffer_draw_staleness_versions", "gauge", ("shard", "source"), "mean over the newest draw"),
+    Metric("buffer_draw_age_seconds", "gauge", ("shard", "source"), "mean over the newest draw"),
+)
+
+Sample = tuple[str, tuple[str, ...], float]
+"""Name of the metric, values of its labels beside `run`, value; a counter's value is its count so far."""
+
+
+class MetricExporter:
+    """Hands the samples of one run to Ray. Made when this process has joined Ray."""
+
+    def __init__(self, run: str) -> None:
+        """run: value of the label `run`."""
+        self._metrics = {metric.name: metric for metric in METRICS}
+        self._instruments = {
+            metric.name: (Gauge if metric.kind == "gauge" else Counter)(
+                f"sequencematch_{metric.name}", metric.help, ("run", *metric.labels)
+            ).set_default_tags({"run": run})
+            for metric in METRICS
+        }
+        self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._actors: set[str] = set()
+
+    def export(self, view: RunView) -> None:
+        """Set every gauge and move every counter to what the view says."""
+        for name, labels, value in samples(view):
+            self._record(name, labels, value)
+        if view.pool is not None:
+            present = {member.name for member in view.pool.members}
+            for gone in self._actors - present:  # a gauge would keep its last value
+                for name in ("actor_running", "actor_actions_per_second", "actor_in_flight_rollouts"):
+                    self._record(name, (gone,), 0.0)
+            self._actors = present
+
+    def _record(self, name: str, labels: tuple[str, ...], value: float) -> None:
+        tags = dict(zip(self._metrics[name].labels, labels, strict=True))
+        instrument = self._instruments[name]
+        if isinstance(instrument, Gauge):
+            instrument.set(value, tags=tags)
+            return
+        grown = growth(self._counted.get((name, labels), 0.0), value)
+        self._counted[name, labels] = value
+        if grown > 0.0:
+            instrument.inc(grown, tags=tags)
+
+
+def growth(before: float, now: float) -> float:
+    """By how much a counter went on; one that fell belongs to a new process and began at 0."""
+    return now - before if now >= before else now
+
+
+def samples(view: RunView) -> Iterator[Sample]:
+    """Every value that the view holds."""
+    if view.learner is not None:
+        yield from _of_learner(view.learner)
+    if view.pool is not None:
+        yield from _of_pool(view.pool)
+    for index, shard in enumerate(view.buffer.shards if view.buffer else ()):
+        yield "buffer_answers", (str(index),), float(shard is not None)
+        if shard is not None:
+            yield from _of_shard((str(index),), shard)
+
+
+def _of_learner(learner: LearnerStatus) -> Iterator[Sample]:
+    yield "learner_policy_version", (), learner.policy_version
+    if learner.stage:
+        stage = (learner.stage,)
+        yield "learner_step", stage, learner.step
+        yield "learner_stage_steps", stage, learner.stage_steps
+        yield "learner_step_seconds", stage, learner.seconds_per_step
+        yield from (("learner_metric", (*stage, name), value) for name, value in learner.metrics.items())
+
+
+def _of_pool(pool: PoolStatus) -> Iterator[Sample]:
+    yield "actors_desired", (), pool.desired
+    for member in pool.members:
+        actor, status = (member.name,), member.status
+        yield "actor_running", actor, float(member.state == "running")
+        yield "actor_failures", actor, member.restarts
+        if member.join_s is not None:
+            yield "actor_join_seconds", actor, member.join_s
+        if status is not None:
+            yield "actor_policy_version", actor, status.policy_version
+            yield "actor_actions_per_second", actor, status.actions_per_s
+            yield "actor_in_flight_rollouts", actor, status.in_flight
+            yield "actor_actions", actor, status.actions
+            yield "actor_backspaces", actor, status.backspaces
+            yield "actor_trajectories", actor, status.trajectories
+            yield "actor_rejected", actor, status.rejected
+            yield "actor_dropped", actor, status.dropped
+
+
+def _of_shard(name: tuple[str], shard: ShardStatus) -> Iterator[Sample]:
+    yield "buffer_capacity_rows", name, shard.capacity
+    yield "buffer_rejected_rows", name, shard.store.rejected
+    yield "buffer_size_bytes", name, shard.store.size_bytes
+    yield "buffer_waiting_draws", name, shard.waiting_draws
+    yield "buffer_actors_paused", name, float(shard.actors_paused)
+    yield "buffer_quarantined_files", name, len(shard.store.quarantined)
+    for source, counters in shard.store.sources.items():
+        labels = (*name, source)
+        yield "buffer_live_rows", labels, counters.live
+        yield "buffer_inserted_rows", labels, counters.inserted
+        yield "buffer_drawn_rows", labels, counters.drawn
+        yield from (("buffer_removed_rows", (*labels, reason), count) for reason, count in counters.removed.items())
+        if counters.last_draw is not None:
+            yield "buffer_draw_staleness_versions", labels, counters.last_draw.staleness_mean
+            yield "buffer_draw_age_seconds", labels, counters.last_draw.age_mean_s
