@@ -62,10 +62,6 @@ def logs_of(examples: Dataset, logs: list[str]) -> ReplayedRollouts:
     return ReplayedRollouts.of(pa.RecordBatch.from_pydict({**rows, **absent}, schema=schema), CONTRACT)
 
 
-def obstacle(examples: Dataset, candidates: NoiseCandidates) -> str | None:
-    return recovery_obstacle(dataclasses.replace(TASK, task_noise=candidates), CONTRACT, examples, RolloutSettings())
-
-
 def values(metrics: dict[str, Estimate]) -> dict[str, float | None]:
     return {name: estimate.value for name, estimate in metrics.items()}
 
@@ -150,48 +146,31 @@ def test_standard_errors() -> None:
     assert Estimate.mean(np.array([], dtype=np.int64)) == Estimate(None, None, 0)
 
 
-def test_text_tasks_have_no_right_answers() -> None:
-    examples = examples_with(["16"])
-    task = dataclasses.replace(TASK, is_correct=None)
-    with pytest.raises(ValueError, match="no right answers"):
-        answer_metrics(logs_of(examples, ["17<6."]), examples, task, 1)
-
-
-def test_rollouts_of_other_prompts_are_refused() -> None:
+def test_rollouts_of_other_prompts_and_texts_are_refused() -> None:
     examples = examples_with(["16", "17"])
     batch = logs_of(examples, ["16.", "17."])
     with pytest.raises(ValueError, match="do not have the same prompts in the same order"):
         answer_metrics(batch, examples.select([1, 0]), TASK)
     with pytest.raises(ValueError, match="2 rollouts and 1 examples"):
         answer_metrics(batch, examples.select([0]), TASK, 1)
+    with pytest.raises(ValueError, match="no right answers"):
+        answer_metrics(batch, examples, dataclasses.replace(TASK, is_correct=None))
 
 
 def test_recovery() -> None:
     examples = examples_with(["16", "16", "16", "16"])
-    batch = logs_of(examples, ["7<16.", "71<<17.", "716.", "7<16"])
-    metrics = answer_metrics(batch, examples, TASK, 1)
+    metrics = answer_metrics(logs_of(examples, ["7<16.", "71<<17.", "716.", "7<16"]), examples, TASK, 1)
     assert metrics["recovery"] == Estimate.fraction(np.array([True, False, False, False]))
     assert metrics["planted_taken_back"] == Estimate.fraction(np.array([True, True, False, True]))
-    with pytest.raises(ValueError, match="begins with the right token"):
-        answer_metrics(logs_of(examples, ["7<16.", "16.", "7.", "7."]), examples, TASK, 1)
-    with pytest.raises(ValueError, match="a rollout is shorter than the 1 tokens"):
-        answer_metrics(logs_of(examples, ["7<16.", "", "7.", "7."]), examples, TASK, 1)
-
-
-def test_recovery_from_several_forced_tokens() -> None:
-    examples = examples_with(["16", "16", "16"])
-    metrics = answer_metrics(logs_of(examples, ["72<<16.", "71<6.", "71."]), examples, TASK, 2)
-    assert metrics["recovery"] == Estimate.fraction(np.array([True, False, False]))
-    taken_back = metrics["planted_taken_back"]
-    assert (taken_back.value, taken_back.count) == (pytest.approx(0.5), 6)
-    assert taken_back.standard_error is not None, "tokens of one answer are not independent"
-    with pytest.raises(ValueError, match="a rollout is shorter than the 2 tokens that were forced"):
-        answer_metrics(logs_of(examples, ["72<<16.", "71<6.", "7"]), examples, TASK, 2)
-
-
-def test_answer_texts_are_what_remains() -> None:
-    examples = examples_with(["16", "16", "16"])
-    assert logs_of(examples, ["17<6.", ".", "1<"]).decoded(TASK) == ["16", "", ""]
+    several = answer_metrics(logs_of(examples, ["72<<16.", "71<6.", "71.", "77."]), examples, TASK, 2)
+    assert several["recovery"] == metrics["recovery"]
+    assert (several["planted_taken_back"].value, several["planted_taken_back"].count) == (3 / 8, 8)
+    for logs, num_forced, message in (
+        (["7<16.", "16.", "7.", "7."], 1, "begins with the right token"),
+        (["72<<16.", "71<6.", "71.", "7"], 2, "a rollout is shorter than the 2 tokens that were forced"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            answer_metrics(logs_of(examples, logs), examples, TASK, num_forced)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -209,16 +188,12 @@ def test_forced_tokens_are_digits_of_the_base_and_the_first_is_wrong(count: int)
     assert all(len(set(column)) > 5 for column in planted.T.tolist())
 
 
-def test_forcing_without_a_wrong_candidate_is_an_error() -> None:
-    examples = examples_with(["16"])
-    only_right = NoiseCandidates.uniform([np.array(ids_of("1"), dtype=np.int32)])
-    with pytest.raises(ValueError, match="example 0 has no candidate"):
-        wrong_tokens(examples, only_right, CONTRACT, 1, np.random.default_rng(0))
-    assert obstacle(examples, only_right) is not None
-
-
 def test_examples_without_a_wrong_token_are_counted_by_their_group() -> None:
     examples = examples_with(["16", "26", "16", "36"], groups=[0, 0, 1, 1])
     one, two = ids_of("12")
     candidates = NoiseCandidates.uniform([np.array([one], dtype=np.int32), np.array([one, two], dtype=np.int32)])
-    assert obstacle(examples, candidates) == ("1 of 4 examples have no plausible wrong token to begin with")
+    task = dataclasses.replace(TASK, task_noise=candidates)
+    found = recovery_obstacle(task, CONTRACT, examples, RolloutSettings())
+    assert found == "1 of 4 examples have no plausible wrong token to begin with"
+    with pytest.raises(ValueError, match="example 0 has no candidate"):
+        wrong_tokens(examples, candidates, CONTRACT, 1, np.random.default_rng(0))

@@ -39,12 +39,6 @@ def plan_of(
     return make_plan(settings, parsed, seeds, stage=stage, steps=steps)
 
 
-def refusal(objectives: str, *overrides: str, recipe: Path = ARITHMETIC, steps: int | None = None) -> str:
-    with pytest.raises(UserError) as caught:
-        plan_of(objectives, *overrides, recipe=recipe, steps=steps)
-    return str(caught.value)
-
-
 def test_runs_differ_in_their_objective_alone() -> None:
     plan = plan_of("mle,sequencematch,behaviour_cloning", "seed=5", steps=7)
     assert plan.seeds == (5, 6)
@@ -58,14 +52,6 @@ def test_runs_differ_in_their_objective_alone() -> None:
     compared = runs[0].stages[1]
     assert (compared.start_from, compared.steps, compared.publish_every_steps) == ("trunk", 7, 10)
     assert runs[0].model_copy(update={"stages": ()}) == runs[2].model_copy(update={"stages": ()})
-
-
-def test_the_start_holds_exactly_the_stages_before() -> None:
-    start = plan_of("mle,emo").start_settings(1)
-    assert start is not None
-    assert [stage.name for stage in start.stages] == ["trunk"]
-    assert (start.seed, start.evaluation.stages) == (1, ())
-    assert plan_of("mle,emo", stage="trunk").start_settings(0) is None
 
 
 def test_the_way_to_a_stage_leaves_other_stages_out() -> None:
@@ -84,6 +70,10 @@ def test_the_compared_stage_is_the_first_that_learns_from_rollouts() -> None:
     assert compared_stage(expert_alone, None).name == "mle_control"
     with pytest.raises(UserError, match="did you mean 'mle_control'"):
         compared_stage(expert_alone, "mle_contrl")
+    start = plan_of("mle,emo").start_settings(1)
+    assert start is not None
+    assert ([stage.name for stage in start.stages], start.seed) == (["trunk"], 1)
+    assert plan_of("mle,emo", stage="trunk").start_settings(0) is None
 
 
 def test_an_objective_has_the_recipes_settings_then_its_own() -> None:
@@ -119,32 +109,27 @@ def test_a_plan_survives_writing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objectives", "parts"),
+    ("objectives", "overrides", "message"),
     [
-        ("mle,sequencmatch", ["unknown objective 'sequencmatch'", "did you mean 'sequencematch'"]),
-        ("mle,zzz", ["unknown objective 'zzz'", "known: ", "unlikelihood"]),
-        ("mle,emo,mle", ["mle is named twice"]),
-        ("sequencematch,sequencematch:alpha=0.03", ["sequencematch and sequencematch-alpha-0.03 are the same"]),
-        ("mle", ["at least two"]),
-        ("mle,sequencematch:alhpa=1", ["unknown key 'alhpa'", "did you mean 'alpha'"]),
-        ("mle,sequencematch:alpha=-1", ["alpha: Input should be greater than 0"]),
-        ("mle,emo:", ["no setting after the colon"]),
-        ("alpha=1,mle", ["follows no objective"]),
-        ("mle,kl_control", ["objective kl_control", "scoring.reward"]),
-        ("mle,gdc", ["gdc", "constraints: Field required"]),
+        ("mle,sequencmatch", [], "unknown objective 'sequencmatch'.* did you mean 'sequencematch'"),
+        ("mle,zzz", [], "unknown objective 'zzz'.* known: .*unlikelihood"),
+        ("mle,emo,mle", [], "mle is named twice"),
+        ("sequencematch,sequencematch:alpha=0.03", [], "sequencematch and sequencematch-alpha-0.03 are the same"),
+        ("mle", [], "at least two"),
+        ("mle,sequencematch:alhpa=1", [], "unknown key 'alhpa'.* did you mean 'alpha'"),
+        ("mle,sequencematch:alpha=-1", [], "alpha: Input should be greater than 0"),
+        ("mle,emo:", [], "no setting after the colon"),
+        ("alpha=1,mle", [], "follows no objective"),
+        ("mle,kl_control", [], "objective kl_control.*scoring.reward"),
+        ("mle,gdc", [], "gdc.*constraints: Field required"),
+        ("mle,emo", ["learner.checkpoint_dir=/tmp/elsewhere"], "checkpoint_dir"),
+        ("mle,sequencematch", ["stages.sequencematch.objective={name: mle}", "actors.count=0"], "actors.count is 0"),
+        ("mle,adversarial_js", ["stages.sequencematch.steps=50"], "would never train the policy"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(objectives: str, parts: list[str]) -> None:
-    message = refusal(objectives)
-    assert all(part in message for part in parts), message
-
-
-def test_settings_that_do_not_suit_are_refused() -> None:
-    assert "checkpoint_dir" in refusal("mle,emo", "learner.checkpoint_dir=/tmp/elsewhere")
-    assert "actors.count is 0" in refusal(
-        "mle,sequencematch", "stages.sequencematch.objective={name: mle}", "actors.count=0"
-    )
-    assert "would never train the policy" in refusal("mle,adversarial_js", steps=50)
+def test_what_cannot_be_compared_is_refused(objectives: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_of(objectives, *overrides)
 
 
 def test_objectives_of_a_file(tmp_path: Path) -> None:

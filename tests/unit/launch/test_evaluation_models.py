@@ -61,18 +61,8 @@ def test_perplexity_equals_plain_forward_passes(model: PreTrainedModel) -> None:
     assert np.log(found["perplexity"].value) == pytest.approx(np.mean(losses), rel=1e-5)
     assert np.log(found["perplexity_without_backspace"].value) == pytest.approx(np.mean(without), rel=1e-5)
     assert found["backspace_prob"].value == pytest.approx(np.mean(backspaces), rel=1e-4)
-    assert found["perplexity"].count == 4
+    assert found["perplexity"].count == len(found["perplexity"].influence) == 4
     assert found["perplexity"].value > found["perplexity_without_backspace"].value * 1.1
-
-
-def test_perplexity_knows_what_each_text_adds(model: PreTrainedModel) -> None:
-    rng = np.random.default_rng(1)
-    texts = [(random_ids(rng, 2), random_ids(rng, length)) for length in rng.integers(1, 6, 60)]
-    examples = Dataset.from_dict({"prompt_ids": [p for p, _ in texts], "target_ids": [t for _, t in texts]})
-    found = held_out_metrics(model, examples, CONTRACT, 64)
-    assert found["perplexity"].influence is not None
-    assert found["perplexity"].influence.shape == (60,)
-    assert found["perplexity"].influence.sum() == pytest.approx(0.0, abs=1e-6 * (found["perplexity"].value or 0))
 
 
 def shortfall(model: PreTrainedModel, prompt: list[int], answer: list[int], k: int, alpha: float) -> float:

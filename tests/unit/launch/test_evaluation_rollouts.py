@@ -21,7 +21,7 @@ from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, Ta
 from launch.evaluation.rollout_groups import RolloutGroup, plan_groups, recovery_obstacle
 from launch.evaluation.rollouts import KeptRollouts, rollouts_key, weights_digest
 from launch.evaluation.run import check_evaluation, evaluate
-from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, parse_decoding
+from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, Decoding, parse_decoding
 from launch.settings.evaluation import EvaluationSettings, MauveSettings
 from launch.settings.recipe import read_recipe
 from launch.statistics import Estimate
@@ -36,13 +36,19 @@ def groups_of(
     return plan_groups(task, task.contract(), task.held_out, rollout, EvaluationSettings(**settings), seed)
 
 
-def test_decodings_by_name() -> None:
-    assert parse_decoding("ancestral").name == SAMPLED
-    assert parse_decoding("greedy").temperature == 0.0
-    assert parse_decoding("top_p=0.950").name == "top_p=0.95"
-    assert parse_decoding("temperature=.7").temperature == pytest.approx(0.7)
-    assert parse_decoding("contrastive").contrastive == ContrastiveSearch(5, 0.6)
-    assert parse_decoding("contrastive=4:0.5").contrastive == ContrastiveSearch(4, 0.5)
+@pytest.mark.parametrize(
+    ("text", "decoding"),
+    [
+        ("ancestral", Decoding(SAMPLED)),
+        ("greedy", Decoding(GREEDY, temperature=0.0)),
+        ("top_p=0.950", Decoding("top_p=0.95", top_p=0.95)),
+        ("temperature=.7", Decoding("temperature=0.7", temperature=0.7)),
+        ("contrastive=4:0.5", Decoding("contrastive=4:0.5", 0.0, contrastive=ContrastiveSearch(4, 0.5))),
+        ("contrastive", Decoding("contrastive", 0.0, contrastive=ContrastiveSearch(5, 0.6))),
+    ],
+)
+def test_decodings_by_name(text: str, decoding: Decoding) -> None:
+    assert parse_decoding(text) == decoding
 
 
 @pytest.mark.parametrize(
@@ -55,6 +61,8 @@ def test_other_decodings_are_refused_with_what_there_is(text: str) -> None:
         parse_decoding(text)
     with pytest.raises(ValueError, match="no decoding"):
         EvaluationSettings(decoding=(text,))
+    with pytest.raises(ValueError, match="named twice"):
+        EvaluationSettings(decoding=("top_p=0.9", "top_p=0.90"))
 
 
 def test_mistakes_of_several_tokens_are_planted_where_that_makes_sense() -> None:
@@ -73,11 +81,6 @@ def test_mistakes_of_several_tokens_are_planted_where_that_makes_sense() -> None
         groups_of(decoding=("recovery=5",))
     with pytest.raises(UserError, match="recovery=24 leaves no room"):
         read_recipe(Path("launch/recipes/text_cpu.yaml"), ["evaluation.decoding=[recovery=24]"])
-
-
-def test_a_decoding_is_named_once() -> None:
-    with pytest.raises(ValueError, match="named twice"):
-        EvaluationSettings(decoding=("top_p=0.9", "top_p=0.90"))
 
 
 def test_a_recipe_with_too_few_texts_for_mauve_is_refused_before_training() -> None:
@@ -135,12 +138,9 @@ def test_recovery_is_left_out_where_every_text_begins_with_the_same_token(tmp_pa
     obstacle = recovery_obstacle(same, same.contract(), same.held_out, ROLLOUT)
     assert obstacle == "1 of 1 examples have no plausible wrong token to begin with"
     assert [each.name for each in groups_of(other)] == [SAMPLED, RECOVERY]
-
-
-def test_recovery_is_left_out_of_answers_of_one_token() -> None:
-    rollout = RolloutSettings(max_new_tokens=1)
-    assert [each.name for each in groups_of(rollout=rollout)] == [SAMPLED, GREEDY]
-    obstacle = recovery_obstacle(TASK, TASK.contract(), TASK.held_out, rollout)
+    one_token = RolloutSettings(max_new_tokens=1)
+    assert [each.name for each in groups_of(rollout=one_token)] == [SAMPLED, GREEDY]
+    obstacle = recovery_obstacle(TASK, TASK.contract(), TASK.held_out, one_token)
     assert obstacle == "actors.rollout.max_new_tokens=1 leaves no room for an answer behind a forced token"
 
 
@@ -173,12 +173,9 @@ def test_twins_differ_in_the_ban_alone() -> None:
         assert sampling.ban_deleted != other.ban_deleted
         assert dataclasses.replace(sampling, ban_deleted=other.ban_deleted) == other
     assert groups["recovery, allowed"].group.planted == groups[RECOVERY].group.planted
-
-
-def test_without_backspace_nothing_is_banned() -> None:
-    groups = groups_of(rollout=RolloutSettings(backspace=False), ban_deleted="both")
-    assert [each.name for each in groups] == [SAMPLED, GREEDY, RECOVERY]
-    assert not any(each.group.sampling.backspace or each.group.sampling.ban_deleted for each in groups)
+    without = groups_of(rollout=RolloutSettings(backspace=False), ban_deleted="both")
+    assert [each.name for each in without] == [SAMPLED, GREEDY, RECOVERY]
+    assert not any(each.group.sampling.backspace or each.group.sampling.ban_deleted for each in without)
 
 
 def batch_of(text: str) -> pa.RecordBatch:
@@ -189,26 +186,20 @@ def test_kept_rollouts_come_back_and_damaged_ones_do_not(tmp_path: Path) -> None
     damaged: list[Path] = []
     kept = KeptRollouts(tmp_path, damaged.append)
     assert kept.find("a") is None
-    kept.keep("a", batch_of("first"))
-    kept.keep("b", batch_of("second"))
-    assert kept.find("a") == batch_of("first")
-    (file,) = (tmp_path / "rollouts").glob("b-*.arrow")
-    content = bytearray(file.read_bytes())
+    for key in "abc":
+        kept.keep(key, batch_of(key))
+    flipped, short = (next((tmp_path / "rollouts").glob(f"{key}-*.arrow")) for key in "bc")
+    content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    flipped.write_bytes(content)
+    short.write_bytes(short.read_bytes()[:-10])
+    assert kept.find("a") == batch_of("a")
     assert kept.find("b") is None
-    assert damaged == [file]
-    assert not file.exists()
+    assert kept.find("c") is None
+    assert damaged == [flipped, short]
+    assert not flipped.exists()
     kept.keep("b", batch_of("again"))
     assert kept.find("b") == batch_of("again")
-
-
-def test_a_file_cut_short_is_not_used(tmp_path: Path) -> None:
-    kept = KeptRollouts(tmp_path, lambda _: None)
-    kept.keep("a", batch_of("x"))
-    (file,) = (tmp_path / "rollouts").glob("*.arrow")
-    file.write_bytes(file.read_bytes()[:-10])
-    assert kept.find("a") is None
 
 
 def test_keys_tell_apart_all_that_determines_rollouts() -> None:

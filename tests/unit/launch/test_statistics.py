@@ -17,7 +17,10 @@ from launch.evaluation.results import CheckpointResult, Evaluation
 from launch.report.evaluation import change_outcome, read_evaluation
 from launch.settings.decodings import GREEDY
 from launch.statistics import (
+    BySeed,
+    Difference,
     Estimate,
+    Spread,
     change_by_example,
     difference,
     difference_over_seeds,
@@ -36,79 +39,49 @@ def runs(*values: float | None, error: float | None = 0.05) -> dict[int, Estimat
     return {seed: Estimate(value, error, 30) for seed, value in enumerate(values)}
 
 
-def test_students_own_data() -> None:
-    found = difference_over_seeds(runs(*DRUG_B), runs(*DRUG_A), {})
+def compared(ours: BySeed, theirs: BySeed, changes: BySeed) -> Difference:
+    found = difference_over_seeds(ours, theirs, changes)
     assert found is not None
+    return found
+
+
+def test_students_own_data() -> None:
+    found = compared(runs(*DRUG_B), runs(*DRUG_A), {})
     assert (found.basis, found.num_seeds) == ("seeds", 10)
     assert found.value == pytest.approx(1.58)
     assert found.p_value == pytest.approx(0.00283289, rel=1e-5)
     assert found.half_width == pytest.approx((2.4598858 - 0.7001142) / 2, rel=1e-6)
 
 
-def test_pairing_takes_out_what_the_seeds_share() -> None:
-    """Seeds differ far more than arms; unpaired, the difference would drown in that."""
-    found = difference_over_seeds(runs(0.11, 0.52, 0.93), runs(0.10, 0.50, 0.90), {})
-    assert found is not None
-    assert found.half_width is not None
-    assert found.half_width < 0.03
-
-
-def test_the_spread_over_seeds_and_that_of_one_run_are_told_apart() -> None:
-    estimates = {
-        0: Estimate(1.0, 0.3, 9),
-        1: Estimate(2.0, 0.4, 9),
-        2: Estimate(None, None, 0),
-        3: Estimate(6.0, 0.0, 9),
-    }
-    found = spread(estimates)
-    assert found is not None
-    assert (found.mean, found.num_seeds) == (3.0, 3)
-    assert found.deviation == pytest.approx(math.sqrt(7.0))
-    assert found.standard_error == pytest.approx(math.sqrt(0.25 / 3))
-
-
 @pytest.mark.parametrize("count", [1, 2])
 def test_few_seeds_say_nothing_about_their_spread(count: int) -> None:
     ours, theirs = runs(*(0.6, 0.9)[:count]), runs(*(0.4, 0.5)[:count])
-    found = spread(ours)
-    assert found is not None
-    assert found.deviation is None
-    found_difference = difference_over_seeds(ours, theirs, {})
-    assert found_difference is not None
-    assert found_difference.basis == "examples"
+    assert spread(ours) == Spread(pytest.approx(0.6 if count == 1 else 0.75), None, pytest.approx(0.05), count)
+    found = compared(ours, theirs, {})
+    assert found.basis == "examples"
     # Of a mean of `count` differences of two errors of 0.05, however much the differences themselves differ.
     error = 0.05 * math.sqrt(2 / count)
-    assert found_difference.half_width == pytest.approx(1.959964 * error, rel=1e-6)
-    z = found_difference.value / error
-    assert found_difference.p_value == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-9)
+    assert found.half_width == pytest.approx(1.959964 * error, rel=1e-6)
+    assert found.p_value == pytest.approx(math.erfc(found.value / error / math.sqrt(2)), rel=1e-9)
 
 
 def test_seeds_that_differ_alike_are_no_proof() -> None:
     """Student's t would be infinite, and with rounding p would be 1e-30; the examples say how sure it is."""
-    found = difference_over_seeds(runs(0.3, 0.5, 0.7, error=0.1), runs(0.2, 0.4, 0.6, error=0.1), {})
-    assert found is not None
+    found = compared(runs(0.3, 0.5, 0.7, error=0.1), runs(0.2, 0.4, 0.6, error=0.1), {})
     assert found.basis == "examples"
     assert found.p_value == pytest.approx(math.erfc(0.1 / math.sqrt(0.06 / 9) / math.sqrt(2)))
 
 
 @pytest.mark.parametrize(("ours", "p_value"), [(2.0, 1.0), (3.0, 0.0)])
 def test_numbers_without_any_error_are_equal_or_not(ours: float, p_value: float) -> None:
-    found = difference_over_seeds(runs(ours, ours, ours, error=0.0), runs(2.0, 2.0, 2.0, error=0.0), {})
-    assert found is not None
+    assert compared(runs(0.1 + 0.2, error=0.0), runs(0.3, error=0.0), {}).p_value == 1.0, "equal up to rounding"
+    found = compared(runs(ours, ours, ours, error=0.0), runs(2.0, 2.0, 2.0, error=0.0), {})
     assert (found.value, found.half_width, found.p_value) == (ours - 2.0, 0.0, p_value)
-
-
-def test_equal_up_to_rounding_is_equal() -> None:
-    found = difference_over_seeds(runs(0.1 + 0.2, error=0.0), runs(0.3, error=0.0), {})
-    assert found is not None
-    assert (found.value, found.p_value) == (0.0, 1.0)
 
 
 def test_without_an_error_nothing_is_said() -> None:
     unsure = runs(0.9, error=None)
-    of_one = spread(unsure)
-    assert of_one is not None
-    assert of_one.standard_error is None
+    assert spread(unsure) == Spread(0.9, None, None, 1)
     found = differences_to("a", {"a": runs(0.5), "b": unsure}, {})["b"]
     assert found.value == pytest.approx(0.4)
     assert (found.half_width, found.p_value, found.within_noise) == (None, None, None)
@@ -116,13 +89,11 @@ def test_without_an_error_nothing_is_said() -> None:
 
 def test_differences_example_by_example_have_the_smaller_error() -> None:
     """Seed 0 has been compared question by question, seed 1 has not."""
-    found = difference_over_seeds(runs(0.6, 0.6), runs(0.5, 0.5), {0: Estimate(0.1, 0.01, 100)})
-    assert found is not None
+    found = compared(runs(0.6, 0.6), runs(0.5, 0.5), {0: Estimate(0.1, 0.01, 100)})
     error = math.sqrt(0.01**2 + 2 * 0.05**2) / 2
     assert found.half_width == pytest.approx(1.959964 * error, rel=1e-6)
     # Where there are seeds enough, they have the word: what they vary by holds the examples too.
-    seeds = difference_over_seeds(runs(0.6, 0.7, 0.5), runs(0.5, 0.5, 0.5), {0: Estimate(0.1, 0.01, 100)})
-    assert seeds is not None
+    seeds = compared(runs(0.6, 0.7, 0.5), runs(0.5, 0.5, 0.5), {0: Estimate(0.1, 0.01, 100)})
     assert seeds.basis == "seeds"
 
 
@@ -134,6 +105,8 @@ def test_arms_and_seeds_without_the_metric_are_left_out() -> None:
         "absent": {},
     }
     assert {arm for arm, by_seed in arms.items() if spread(by_seed) is not None} == {"a", "some"}
+    several = {0: Estimate(1.0, 0.3, 9), 1: Estimate(2.0, 0.4, 9), 2: Estimate(None, None, 0), 3: Estimate(6.0, 0.0, 9)}
+    assert spread(several) == Spread(3.0, pytest.approx(math.sqrt(7.0)), pytest.approx(math.sqrt(0.25 / 3)), 3)
     found = differences_to("a", arms, {})
     assert set(found) == {"some"}
     assert found["some"].num_seeds == 2
