@@ -72,10 +72,6 @@ class ComparisonFolder:
         """Folder of the run of an objective."""
         return self.path / "arms" / f"{self.path.name}-{label}-seed{seed}"
 
-    def evaluation(self, seed: int) -> Path:
-        """Folder of what was measured of all objectives of a seed."""
-        return self.path / "evaluation" / f"seed{seed}"
-
     def open_run(self, run: Path, settings: RunSettings, start: Path | None) -> RunSettings:
         """Make a run's folder if it is not there; gives its settings.
 

@@ -31,6 +31,9 @@ FIXED_IN_STAGE = ("objective", "steps", "name", "start_from")
 """What the compared stage of an objective has from the comparison."""
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_BETWEEN_OBJECTIVES = re.compile(
+    r"\s*,[\s,]*(?=[^,=]*(?:[:,]|$))"
+)  # a comma before KEY= goes on with an objective's settings
 _OBJECTIVE: TypeAdapter[ObjectiveSettings] = TypeAdapter(ObjectiveSettings)
 
 
@@ -118,17 +121,11 @@ def parse_objectives(text: str, stages: tuple[StageSettings, ...]) -> dict[str, 
     An objective that `stages` (the first of them that has it) uses has the settings from there, then its own. Raises
     UserError where one is unknown, malformed or named twice.
     """
-    specs: list[str] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        if "=" not in part.partition(":")[0]:
-            specs.append(part)
-        elif specs and ":" in specs[-1]:  # a further setting of the objective before it
-            specs[-1] += f",{part}"
-        else:
-            raise UserError(f"--objectives: setting {part} follows no objective with settings; write NAME:{part}")
     found: dict[str, ComparedObjective] = {}
-    for spec in specs:
+    for spec in _BETWEEN_OBJECTIVES.split(text.strip(" ,")):
         name, colon, settings = spec.partition(":")
+        if "=" in name:
+            raise UserError(f"--objectives: a setting in {spec} follows no objective; write NAME:KEY=VALUE")
         if colon and not settings:
             raise UserError(f"--objectives {spec}: no setting after the colon; write {name}, or {name}:key=value")
         of_recipe = (each.objective.model_dump(mode="json") for each in stages if each.objective.name == name)

@@ -87,7 +87,7 @@ class ComparisonSession:
         """The runs of a seed that are done, evaluated unless a file has the numbers of them all."""
         runs = {label: self._folder.run(label, seed) for label in self._plan.objectives}
         runs = {label: run for label, run in runs.items() if run.name not in self._failures}
-        folder, reference = self._folder.evaluation(seed), self._plan.reference
+        folder, reference = self._folder.path / "evaluation" / f"seed{seed}", self._plan.reference
         file = folder / EVALUATION_FILE
         if runs and not (file.is_file() and read_measured(file, reference).keys() == runs.keys()):
             self._console.print(f"\nevaluating the runs of seed {seed}", style="bold", highlight=False)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from buffer.full_disk import writing_to
-from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, Metrics, ShownRollout
+from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, Metrics
 from launch.generation import rollout_text
 from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED
 from launch.statistics import Difference, Estimate
@@ -195,18 +194,14 @@ def _table(first: str, columns: Sequence[_Column]) -> Table:
 
 
 def show_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """Print the tables, then the rollouts with their deletions, in the way that `console` can show them."""
+    """Print the tables, then the rollouts."""
     console.print(render_evaluation(evaluation))
     for result in evaluation.results:
-        for group, rollouts in _by_group(result.rollouts):
-            console.print(Text.assemble("\n", (result.label, "bold"), f", {_GROUP_TITLES[group]}"))
-            for rollout in rollouts:
-                mark = {None: Text(""), True: Text("✓ ", "green"), False: Text("✗ ", "red")}[rollout.is_correct]
-                console.print(Padding(mark + rollout_text(rollout.view, console), (0, 0, 0, 2), expand=False))
+        _show_rollouts(result, console)
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Write `evaluation.json` and `samples/<label>.txt` into a folder."""
+    """Write `evaluation.json`, and the rollouts of each checkpoint in `samples/<label>.txt`, into a folder."""
     with writing_to(folder):
         text = json.dumps(evaluation.to_json(), indent=2)
         (folder / EVALUATION_FILE).write_text(f"{text}\n", encoding="utf-8")
@@ -214,21 +209,16 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
         samples.mkdir(exist_ok=True)
         for result in evaluation.results:
             name = result.label.replace("/", "-")  # of a stage and a step
-            (samples / f"{name}.txt").write_text(samples_text(result), encoding="utf-8")
+            with (samples / f"{name}.txt").open("w", encoding="utf-8") as file:
+                file.write(f"checkpoint: {result.checkpoint}\n[-x-] was taken back, {{x}} was forced, … was cut off\n")
+                _show_rollouts(result, Console(file=file, force_terminal=False))
 
 
-def samples_text(result: CheckpointResult) -> str:
-    """The rollouts of one checkpoint as plain text; `launch.rollout_view` explains the marks."""
-    lines = [f"checkpoint: {result.checkpoint}", "[-x-] was taken back, {x} was forced, … was cut off"]
-    for group, rollouts in _by_group(result.rollouts):
-        lines += ["", f"## {_GROUP_TITLES[group]}"]
-        for rollout in rollouts:
-            mark = {None: "", True: "   (right)", False: "   (wrong)"}[rollout.is_correct]
-            lines += [f"> {rollout.view.prompt}", f"{rollout.view.plain()}{mark}"]
-    return "\n".join(lines) + "\n"
-
-
-def _by_group(rollouts: Sequence[ShownRollout]) -> Iterator[tuple[str, list[ShownRollout]]]:
-    for group in _GROUP_TITLES:
-        if members := [rollout for rollout in rollouts if rollout.group == group]:
-            yield group, members
+def _show_rollouts(result: CheckpointResult, console: Console) -> None:
+    """The rollouts with their deletions, in the way that `console` can show them."""
+    for group, title in _GROUP_TITLES.items():
+        if rollouts := [rollout for rollout in result.rollouts if rollout.group == group]:
+            console.print(Text.assemble("\n", (result.label, "bold"), f", {title}"), soft_wrap=True)
+            for rollout in rollouts:
+                mark = {None: Text("  "), True: Text("  ✓ ", "green"), False: Text("  ✗ ", "red")}[rollout.is_correct]
+                console.print(mark + rollout_text(rollout.view, console), soft_wrap=True)

@@ -176,7 +176,7 @@ def test_report_files_and_table(evaluation: Evaluation, tmp_path: Path) -> None:
     assert number.keys() == {"value", "standard_error", "n"}
     assert number["n"] == NUM_EXAMPLES
     samples = (tmp_path / "samples" / "hesitant.txt").read_text()
-    assert samples.count("\n> ") == 4
+    assert samples.count("│") == 4  # between prompt and answer
     assert samples.count("[-{") == 2  # the planted tokens, taken back
     console = Console(file=io.StringIO(), width=80)
     show_evaluation(evaluation, console)
