@@ -43,19 +43,19 @@ ActorState = Literal["starting", "ready", "running", "left"] | Failure
 class ActorProcesses(Protocol):
     """The processes behind the names of the actors. Nothing here waits."""
 
-    def state(self, name: str) -> ActorState:
+    def actor_state(self, name: str) -> ActorState:
         """Of an actor that was created and not removed."""
 
-    def create(self, name: str, number: int) -> None:
+    def create_actor(self, name: str, number: int) -> None:
         """Begin to make an actor. number: of its place in the pool, from 0."""
 
-    def start(self, name: str) -> None:
+    def start_actor(self, name: str) -> None:
         """Give a ready actor the newest weights and let it generate."""
 
-    def drain(self, name: str) -> None:
+    def drain_actor(self, name: str) -> None:
         """Ask an actor to finish what is under way and to leave."""
 
-    def remove(self, name: str) -> None:
+    def remove_actor(self, name: str) -> None:
         """End an actor by force, or forget one that has ended."""
 
 
@@ -135,7 +135,7 @@ class PoolController:
     def reconcile(self, now_s: float) -> None:
         """Update the state of every actor, then drain or create actors until there are as many as desired."""
         for member in list(self._members.values()):
-            self._update(member, self._processes.state(member.name), now_s)
+            self._update(member, self._processes.actor_state(member.name), now_s)
         staying = [member for member in self._members.values() if member.state != "draining"]
         for member in staying[self.desired :]:
             self._drain(member, now_s)
@@ -145,7 +145,7 @@ class PoolController:
     def end(self, name: str, kind: PoolEventKind, message: str) -> None:
         """End an actor by force."""
         del self._members[name]
-        self._processes.remove(name)
+        self._processes.remove_actor(name)
         self._on_event(kind, name, message)
 
     def _update(self, member: _Member, state: ActorState, now_s: float) -> None:
@@ -157,7 +157,7 @@ class PoolController:
         elif member.state == "starting":
             waited_s = now_s - member.created_at_s
             if state == "ready":
-                self._processes.start(member.name)
+                self._processes.start_actor(member.name)
                 member.state = "running"
                 member.last_answer_at_s = now_s
                 self._on_event("actor_ready", member.name, f"{member.name} ready after {waited_s:.1f} s")
@@ -186,7 +186,7 @@ class PoolController:
             return
         member.state = "draining"
         member.drain_started_at_s = now_s
-        self._processes.drain(member.name)
+        self._processes.drain_actor(member.name)
         self._on_event("actor_draining", member.name, f"{member.name} draining")
 
     def _fill(self, now_s: float, missing: int) -> None:
@@ -196,7 +196,7 @@ class PoolController:
             if name not in self._members:
                 missing -= 1
                 if now_s >= self._retry_at_s.get(name, 0.0):
-                    self._processes.create(name, number)
+                    self._processes.create_actor(name, number)
                     self._members[name] = _Member(name, created_at_s=now_s)
                     self._on_event("actor_starting", name, f"{name} starting")
             number += 1

@@ -35,8 +35,19 @@ TRACEBACK_CHARACTERS = 1500
 ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
+@dataclass
+class _Process:
+    actor: ActorHandle
+    ready: asyncio.Future[object]
+    run: asyncio.Future[object] | None = None
+    leaving: bool = False
+
+
 class ActorPool:
-    """Keeps `desired` rollout actors alive and hands each the newest weights."""
+    """Keeps `desired` rollout actors alive and hands each the newest weights.
+
+    The methods that end in `_actor` or begin with it are the `ActorProcesses` that its controller calls.
+    """
 
     def __init__(
         self,
@@ -46,18 +57,22 @@ class ActorPool:
         environment: dict[str, str],
         desired: int,
     ) -> None:
-        """Args:
-        spec: what every actor gets.
-        prompts: list with one reference to the Arrow table of training examples (kept in the object store).
-        shards: of the replay buffer.
-        environment: environment variables of the actor processes.
-        desired: actors to start with.
+        """prompts: list with one reference to the Arrow table of training examples (kept in the object store).
+        shards: of the replay buffer. environment: variables of the actor processes. desired: actors to start with.
         """
         ignore_stop_signals()
-        self._processes = RayProcesses(spec, prompts, shards, environment)
+        self._spec = spec
+        self._prompts = prompts
+        self._shards = shards
+        self._environment = environment
+        self._nodes: Sequence[str] = ()
+        self._processes: dict[str, _Process] = {}
+        self._newest: tuple[WeightManifest, WeightHandle] | None = None
+        self._paused = False
+        self._first_version = 0
         self._events: deque[PoolEvent] = deque(maxlen=MAX_EVENTS)
         self._num_events = 0
-        self._controller = PoolController(desired, spec.settings, self._processes, self._note)
+        self._controller = PoolController(desired, spec.settings, self, self._note)
         self._stopping = False
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -66,7 +81,7 @@ class ActorPool:
 
         nodes: id of the node planned for each actor, by its number. Ray chooses the node of an actor without one.
         """
-        self._processes.nodes = nodes
+        self._nodes = nodes
         if self._supervisor is None:
             self._supervisor = asyncio.create_task(self._supervise())
 
@@ -76,16 +91,25 @@ class ActorPool:
         return await self.status()
 
     async def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
-        """Tell every running actor of new weights; only the newest announcement is kept for late joiners."""
-        self._processes.announce(manifest, handle)
+        """Tell every running actor of new weights; only the newest announcement is kept for late joiners.
+
+        Raises:
+            ValueError: they are not newer than those before.
+        """
+        if manifest.version <= self._newest_version:
+            raise ValueError(f"weights version {manifest.version} announced after version {self._newest_version}")
+        self._newest = (manifest, handle)
+        for actor in self._staying():
+            _control(actor.announce, manifest, handle)
 
     async def pause(self) -> None:
         """No new rollouts until `resume`: a stage that needs none leaves the cores to the learner."""
-        self._processes.set_paused(True)
+        self._set_paused(True)
 
     async def resume(self, first_version: int) -> None:
         """Rollouts again, with weights of `first_version` (those the stage starts with) or newer."""
-        self._processes.set_paused(False, first_version)
+        self._first_version = first_version
+        self._set_paused(False)
 
     async def status(self) -> PoolStatus:
         """Counts and the last known status of every actor."""
@@ -93,7 +117,7 @@ class ActorPool:
             self._supervisor.result()  # a defect in supervision must not look like a quiet pool
         return PoolStatus(
             desired=self._controller.desired,
-            newest_version=self._processes.newest_version,
+            newest_version=self._newest_version,
             members=self._controller.members(),
             events=tuple(self._events),
             failure=self._controller.failure,
@@ -114,79 +138,7 @@ class ActorPool:
         if self._supervisor is not None:
             self._supervisor.cancel()
 
-    async def _supervise(self) -> None:
-        while not self._stopping:
-            for name, status in (await self._processes.statuses()).items():
-                self._controller.heard_from(name, status, time.monotonic())
-            self._controller.reconcile(time.monotonic())
-            await asyncio.sleep(SUPERVISION_INTERVAL_S)
-
-    def _note(self, kind: PoolEventKind, actor: str, message: str) -> None:
-        self._events.append(PoolEvent(self._num_events, kind, actor, message))
-        self._num_events += 1
-
-
-@dataclass
-class _Process:
-    actor: ActorHandle
-    ready: asyncio.Future[object]
-    run: asyncio.Future[object] | None = None
-    leaving: bool = False
-
-
-class RayProcesses:
-    """Rollout actors by name; see `actors.pool.controller.ActorProcesses`. Lives on an event loop, and no method but
-    `statuses` waits for an actor.
-    """
-
-    def __init__(
-        self, spec: RolloutSpec, prompts: list[ray.ObjectRef], shards: Sequence[Shard], environment: dict[str, str]
-    ) -> None:
-        self._spec = spec
-        self._prompts = prompts
-        self._shards = shards
-        self._environment = environment
-        self.nodes: Sequence[str] = ()
-        """Id of the node that the plan has for each actor, by its number."""
-        self._processes: dict[str, _Process] = {}
-        self._newest: tuple[WeightManifest, WeightHandle] | None = None
-        self._paused = False
-        self._first_version = 0
-
-    @property
-    def newest_version(self) -> int:
-        """Of the weights that were announced last; -1 before any."""
-        return -1 if self._newest is None else self._newest[0].version
-
-    def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
-        """Tell every running actor of new weights; only the newest announcement is kept for late joiners.
-
-        Raises:
-            ValueError: they are not newer than those before.
-        """
-        if manifest.version <= self.newest_version:
-            raise ValueError(f"weights version {manifest.version} announced after version {self.newest_version}")
-        self._newest = (manifest, handle)
-        for actor in self._staying():
-            _control(actor.announce, manifest, handle)
-
-    def set_paused(self, paused: bool, first_version: int | None = None) -> None:
-        """No new rollouts while paused, nor with weights older than `first_version` (None: as before)."""
-        self._paused = paused
-        if first_version is not None:
-            self._first_version = first_version
-        for actor in self._staying():
-            _control(actor.set_paused, paused, self._first_version)
-
-    async def statuses(self) -> dict[str, ActorStatus]:
-        """Of the running actors that answer in time."""
-        running = {name: process.actor for name, process in self._processes.items() if process.run is not None}
-        calls = [RemoteCall[ActorStatus](name, _control(actor.status)) for name, actor in running.items()]
-        answers = await asyncio.gather(*(call.answer(STATUS_TIMEOUT_S) for call in calls), return_exceptions=True)
-        return {name: answer for name, answer in zip(running, answers, strict=True) if isinstance(answer, ActorStatus)}
-
-    def state(self, name: str) -> ActorState:
-        """Of an actor that was created and not removed."""
+    def actor_state(self, name: str) -> ActorState:
         process = self._processes[name]
         call = process.ready if process.run is None else process.run
         if not call.done():
@@ -196,10 +148,9 @@ class RayProcesses:
             return failure_of(error, starting=process.run is None)
         return "ready" if process.run is None else "left"
 
-    def create(self, name: str, number: int) -> None:
-        """Begin to make an actor. number: of its place in the pool, from 0."""
+    def create_actor(self, name: str, number: int) -> None:
         needs = self._spec.settings.needs()
-        planned = self.nodes[number] if number < len(self.nodes) else ""
+        planned = self._nodes[number] if number < len(self._nodes) else ""
         unplanned = "SPREAD" if self._spec.settings.placement == "spread" else "DEFAULT"
         actor = (
             ray.remote(concurrency_groups={"generation": 1, "control": 4})(RolloutActor)
@@ -215,23 +166,44 @@ class RayProcesses:
         )
         self._processes[name] = _Process(actor, asyncio.ensure_future(_control(actor.ready)))
 
-    def start(self, name: str) -> None:
-        """Give a ready actor the newest weights and let it generate."""
+    def start_actor(self, name: str) -> None:
         process = self._processes[name]
         if self._newest is not None:
             _control(process.actor.announce, *self._newest)
         _control(process.actor.set_paused, self._paused, self._first_version)
         process.run = asyncio.ensure_future(process.actor.run.options(concurrency_group="generation").remote())
 
-    def drain(self, name: str) -> None:
-        """Ask an actor to finish what is under way and to leave."""
+    def drain_actor(self, name: str) -> None:
         process = self._processes[name]
         process.leaving = True
         _control(process.actor.drain)
 
-    def remove(self, name: str) -> None:
-        """End an actor by force, or forget one that has ended."""
+    def remove_actor(self, name: str) -> None:
         ray.kill(self._processes.pop(name).actor)
+
+    async def _supervise(self) -> None:
+        while not self._stopping:
+            running = {name: process.actor for name, process in self._processes.items() if process.run is not None}
+            calls = [RemoteCall[ActorStatus](name, _control(actor.status)) for name, actor in running.items()]
+            answers = await asyncio.gather(*(call.answer(STATUS_TIMEOUT_S) for call in calls), return_exceptions=True)
+            for name, answer in zip(running, answers, strict=True):
+                if isinstance(answer, ActorStatus):  # of the others `reconcile` learns by their silence or death
+                    self._controller.heard_from(name, answer, time.monotonic())
+            self._controller.reconcile(time.monotonic())
+            await asyncio.sleep(SUPERVISION_INTERVAL_S)
+
+    def _note(self, kind: PoolEventKind, actor: str, message: str) -> None:
+        self._events.append(PoolEvent(self._num_events, kind, actor, message))
+        self._num_events += 1
+
+    @property
+    def _newest_version(self) -> int:
+        return -1 if self._newest is None else self._newest[0].version
+
+    def _set_paused(self, paused: bool) -> None:
+        self._paused = paused
+        for actor in self._staying():
+            _control(actor.set_paused, paused, self._first_version)
 
     def _staying(self) -> Iterator[ActorHandle]:
         """Actors that run and do not drain."""
@@ -254,8 +226,7 @@ def failure_of(error: BaseException, starting: bool) -> Failure:
     """
     text = ANSI_COLOR.sub("", str(error)).strip()
     if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
-        # The rest is the traceback of the constructor.
-        reason = text.splitlines()[-1]
+        reason = text.splitlines()[-1]  # the rest is the traceback of the constructor
         # A process of a divided engine that dies early is like an actor that does: it may live the next time.
         in_vain = starting and EngineRankError.__name__ not in reason
         # Our own refusals say all.

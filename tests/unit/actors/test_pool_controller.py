@@ -23,25 +23,25 @@ class ScriptedProcesses:
         self.seen = {}
         self.done = []
 
-    def state(self, name):
+    def actor_state(self, name):
         return self.seen[name]
 
-    def create(self, name, number):
+    def create_actor(self, name, number):
         assert name == f"actor-{number}"
         assert name not in self.seen, "one process a name"
         self.seen[name] = "starting"
         self.done.append(("create", name))
 
-    def start(self, name):
+    def start_actor(self, name):
         assert self.seen[name] == "ready"
         self.seen[name] = "running"
         self.done.append(("start", name))
 
-    def drain(self, name):
+    def drain_actor(self, name):
         assert self.seen[name] == "running"
         self.done.append(("drain", name))
 
-    def remove(self, name):
+    def remove_actor(self, name):
         del self.seen[name]
         self.done.append(("remove", name))
 
