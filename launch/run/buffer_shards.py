@@ -31,6 +31,7 @@ from buffer.settings import BufferSettings
 from buffer.store.previous_format import holds_previous_format
 from buffer.store.replay_store import ReplayStore
 from buffer.trajectory.schema import TokenContract
+from launch.cluster.capacity import live_nodes
 from launch.errors import RunFailedError, UserError
 from launch.run_folder.flight_token import flight_token
 
@@ -77,7 +78,7 @@ def start_buffer(folder: Path, contract: TokenContract, settings: BufferSettings
     folder: of the whole buffer, in the run folder. seed: of the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    nodes = _nodes()
+    nodes = [node.node_id for node in live_nodes()]
     token = flight_token(folder.parent) if settings.flight.enabled else None
     shards = []
     for index in range(settings.shards):
@@ -125,29 +126,25 @@ class ShardWatch:
         lines = []
         for shard, answer in zip(self._shards, status.shards, strict=True):
             if answer is None:
-                line = self._silent(shard)
-            else:
-                self._silent_since.pop(shard.index, None)
-                line = self._answered(shard, answer.pid)
-            if line is not None:
-                lines.append(line)
+                lines += self._end_if_hung(shard)
+                continue
+            self._silent_since.pop(shard.index, None)
+            before, self._pids[shard.index] = self._pids.get(shard.index, answer.pid), answer.pid
+            if before != answer.pid:
+                lines.append(
+                    f"{shard.name} died (process {before}) and was restarted from its segments (process {answer.pid})"
+                )
         return lines
 
-    def _answered(self, shard: Shard, pid: int) -> str | None:
-        before, self._pids[shard.index] = self._pids.get(shard.index, pid), pid
-        if before == pid:
-            return None
-        return f"{shard.name} died (process {before}) and was restarted from its segments (process {pid})"
-
-    def _silent(self, shard: Shard) -> str | None:
+    def _end_if_hung(self, shard: Shard) -> list[str]:
         now = time.monotonic()
         silent_since = self._silent_since.setdefault(shard.index, now)
         if now - silent_since < self._health_timeout_s:
-            return None
+            return []
         info = actor_info(shard.handle._actor_id.hex())
         self._silent_since[shard.index] = now
         if info.get("State") != "ALIVE":  # it is being restarted
-            return None
+            return []
         pid = info["Pid"]
         if self._ended.get(shard.index) == pid:
             raise RunFailedError(
@@ -156,10 +153,8 @@ class ShardWatch:
             )
         self._ended[shard.index] = pid
         end_process(info["Address"]["NodeID"], pid)
-        return (
-            f"{shard.name} was silent for {self._health_timeout_s:.0f} s (buffer.health_timeout_s): its process {pid} "
-            "is ended"
-        )
+        silence = f"{shard.name} was silent for {self._health_timeout_s:.0f} s (buffer.health_timeout_s)"
+        return [f"{silence}: its process {pid} is ended"]
 
 
 def end_process(node_id: str, pid: int) -> None:
@@ -176,10 +171,3 @@ def _kill(pid: int) -> None:
 def _actor_name(index: int) -> str:
     """Of a shard's actor, in the namespace of the run."""
     return f"buffer-{index}"
-
-
-def _nodes() -> list[str]:
-    """Ids of the live nodes, this one first, the others in a fixed order."""
-    here = ray.get_runtime_context().get_node_id()
-    others = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here)
-    return [here, *others]

@@ -60,20 +60,16 @@ def check_cost_models(stages: Sequence[StageSettings], vocab_size: int) -> None:
     for stage in stages:
         if not isinstance(stage.objective, EmoSettings) or stage.objective.cost_model is None:
             continue
-        name = stage.objective.cost_model
-        found = _vocab_size(stage.name, name)
+        from transformers import AutoConfig
+
+        named = f"stage {stage.name!r}: cost_model {stage.objective.cost_model!r}"
+        try:
+            config = AutoConfig.from_pretrained(stage.objective.cost_model, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{named} cannot be loaded: {error}") from None
+        found = config.get_text_config().vocab_size
         if found != vocab_size:
             raise UserError(
-                f"stage {stage.name!r}: cost_model {name!r} has a vocabulary of {found} and the model one of "
-                f"{vocab_size}: name one with the same tokenizer, or leave it out to use the model's own embedding"
+                f"{named} has a vocabulary of {found} and the model one of {vocab_size}: name one with the same "
+                "tokenizer, or leave it out to use the model's own embedding"
             )
-
-
-def _vocab_size(stage: str, name: str) -> int:
-    from transformers import AutoConfig
-
-    try:
-        size: int = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config().vocab_size
-    except (OSError, ValueError) as error:
-        raise UserError(f"stage {stage!r}: cost_model {name!r} cannot be loaded: {error}") from None
-    return size

@@ -19,11 +19,10 @@ from launch.cluster.connection import join_live_run
 from launch.errors import UserError, lost_processes_reported
 from launch.monitoring.live_view import RunView, render, shard_table
 from launch.run.buffer_shards import STATUS_TIMEOUT_S, find_buffer
-from launch.run.driver import POOL_NAME
+from launch.run.driver import POOL, POOL_NAME
 from launch.run.learner_group import LEARNER_NAME, learner_status
-from launch.run.supervision import POOL
 from launch.run_folder.checkpoints import finished_stages
-from launch.run_folder.folder import CLUSTER_FILE, LiveCluster, open_run_folder, read_cluster
+from launch.run_folder.folder import CLUSTER_FILE, open_run_folder, read_cluster
 
 ANSWER_TIMEOUT_S = 15.0
 
@@ -63,7 +62,8 @@ def run_status(path: Path) -> RunStatus:
         UserError: `path` is no run, or the run is not live. RunFailedError: a process does not answer.
     """
     folder, settings = open_run_folder(path)
-    elapsed_s = time.time() - _started_at(folder)
+    cluster_file = folder / CLUSTER_FILE
+    elapsed_s = time.time() - cluster_file.stat().st_mtime if cluster_file.is_file() else 0.0
     view = RunView(folder.name, settings.stages, results=finished_stages(settings, folder))
     with _live_run(folder) as leader:
         view.learner = learner_status(leader).result(ANSWER_TIMEOUT_S)
@@ -97,22 +97,18 @@ def scale_run(path: Path, count: int) -> PoolStatus:
 def _live_run(folder: Path) -> Iterator[ActorHandle]:
     """Connect to a live run; gives its learner, which every run has from its first moment."""
     cluster = read_cluster(folder)
+    remedy = (
+        f"If its driver (process {cluster.driver_pid}) ended without cleaning up, go on with `sequencematch train "
+        f"--resume {folder}`, or delete {folder / CLUSTER_FILE}"
+    )
     with lost_processes_reported(), ExitStack() as stack:
         try:
             stack.enter_context(join_live_run(cluster))
+            if (learner := _find(LEARNER_NAME)) is None:
+                raise UserError(f"the Ray at {cluster.address} has no learner of this run")
         except UserError as error:
-            raise _unreachable(cluster, folder, str(error)) from None
-        learner = _find(LEARNER_NAME)
-        if learner is None:
-            raise _unreachable(cluster, folder, f"the Ray at {cluster.address} has no learner of this run")
+            raise UserError(f"run {folder.name} cannot be reached: {error}. {remedy}") from None
         yield learner
-
-
-def _unreachable(cluster: LiveCluster, folder: Path, reason: str) -> UserError:
-    return UserError(
-        f"run {folder.name} cannot be reached: {reason}. If its driver (process {cluster.driver_pid}) ended without "
-        f"cleaning up, go on with `sequencematch train --resume {folder}`, or delete {folder / CLUSTER_FILE}"
-    )
 
 
 def _find(name: str) -> ActorHandle | None:
@@ -121,9 +117,3 @@ def _find(name: str) -> ActorHandle | None:
         return ray.get_actor(name)
     except ValueError:  # Ray's answer for a name that nobody has
         return None
-
-
-def _started_at(folder: Path) -> float:
-    """When the run (or its resumption) connected to Ray, in seconds since the epoch."""
-    file = folder / CLUSTER_FILE
-    return file.stat().st_mtime if file.is_file() else time.time()

@@ -1,4 +1,7 @@
-"""The driver of a run: creates buffer, learner and actor pool on Ray, runs the stages, and ends all it started."""
+"""The driver of a run: creates buffer, learner and actor pool on Ray, runs the stages, and ends all it started.
+
+While a stage runs, the driver asks the processes how they are, shows and logs it, and follows the load with actors.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,33 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import ray
+from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
+from rich.markup import escape
 
 from actors.engine.settings import engine_environment
+from actors.pool.autoscaler import Autoscaler, Observation
 from actors.pool.ray_pool import ActorPool
 from actors.rollout_actor import RolloutSpec
+from actors.status import PoolStatus
 from buffer.experts.tasks import Task
-from buffer.remote_call import RemoteCall, end_actor
+from buffer.remote_call import NoAnswerError, RemoteCall, end_actor
+from buffer.service.client import BufferClient
 from launch.cluster.capacity import RunCapacity
 from launch.cluster.connection import run_cluster
 from launch.command_errors import setting_up
 from launch.errors import RunFailedError, UserError, lost_processes_reported
 from launch.monitoring.live_view import LiveView, RunView
+from launch.monitoring.metrics import MetricExporter
 from launch.monitoring.run_log import RunLog
-from launch.run.buffer_shards import check_buffer, start_buffer
+from launch.run.buffer_shards import STATUS_TIMEOUT_S as SHARD_TIMEOUT_S
+from launch.run.buffer_shards import ShardWatch, check_buffer, start_buffer
 from launch.run.checks import check_prepared, engine_length
-from launch.run.learner_group import LearnerFailedError, LearnerGroup
-from launch.run.supervision import POOL, Supervisor
+from launch.run.learner_group import LearnerFailedError, LearnerGroup, learner_status
 from launch.run_folder.checkpoints import check_checkpoints, finished_stages, newest_published
 from launch.run_folder.examples import check_examples
 from launch.run_folder.folder import BUFFER_FOLDER
@@ -38,14 +48,19 @@ from learner.settings.stages import StageSettings, with_explicit_starts
 
 START_TIMEOUT_S = 120.0
 """Of a process without a model; a busy machine takes long to import."""
-
 PREPARE_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 10.0
 """Of the actor pool, beyond the time that its actors have to finish."""
+STATUS_TIMEOUT_S = 10.0
+HEALTH_TIMEOUT_S = 120.0
+"""Of silence, where the settings say nothing else."""
 
+POOL = "the actor pool"
 POOL_NAME = "pool"
 """Of the actor pool, within the namespace of the run."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,14 +93,17 @@ def train(
         with run_cluster(settings, folder), RunCapacity(settings) as capacity:
             processes = RunProcesses(settings, folder, live, log, capacity)
             try:
-                outcome = processes.run(check_task)
+                processes.run(check_task)
             finally:
                 processes.stop()
-            if outcome.finished:
+            finished = all(
+                stage.name in view.results and view.results[stage.name].finished for stage in settings.stages
+            )
+            if finished:
                 log.write("info", "driver", "run_finished", "the run is finished")
             else:
                 log.write("info", "driver", "run_stopped", "the run was stopped")
-            return outcome
+            return RunOutcome(folder, dict(view.results), finished)
 
 
 class RunProcesses:
@@ -95,18 +113,27 @@ class RunProcesses:
         self._settings = settings
         self._folder = folder
         self._live = live
+        self._view = live.view
         self._log = log
         self._capacity = capacity
-        self._supervisor = Supervisor(settings, folder, live, log)
+        self._learner: LearnerGroup | None = None
+        self._pool: ActorHandle | None = None
+        self._buffer: BufferClient | None = None
+        self._shard_watch: ShardWatch | None = None
+        self._metrics = MetricExporter(folder.name)
+        autoscale = settings.actors.autoscale
+        self._autoscaler = None if autoscale is None else Autoscaler(autoscale)
+        self._silent_since: dict[str, float] = {}
+        self._notes_shown = self._warnings_shown = 0
         self._stopping_since: float | None = None
 
-    def run(self, check_task: Callable[[Task], None] | None) -> RunOutcome:
-        """Start the processes and run the stages."""
+    def run(self, check_task: Callable[[Task], None] | None) -> None:
+        """Start the processes and run the stages; the results are in the view."""
         stages = with_explicit_starts(self._settings.stages)
-        remaining = [stage for stage in stages if stage.name not in self._live.view.results]
+        remaining = [stage for stage in stages if stage.name not in self._view.results]
         learner = self._start_learner()
         try:
-            self._supervisor.note("loading model and task")
+            self._note("loading model and task")
             run = self._prepare(learner, check_task)
             newest_version = newest_published(self._settings, self._folder, run.contract)
             check_examples(run.task, self._folder)
@@ -114,34 +141,27 @@ class RunProcesses:
                 self._start_actors(learner, run, newest_version)
             else:
                 self._capacity.release_actors()
-            self._supervisor.note("")
+            self._note("")
             for stage in remaining:
-                result = self._run_stage(learner, stage)
-                self._live.view.results[stage.name] = result
+                result = self._view.results[stage.name] = self._run_stage(learner, stage)
                 if not result.finished or self._stopping_since is not None:
                     break
         except KeyboardInterrupt:  # between two stages: nothing is under way that a checkpoint does not hold
             pass
-        return self._outcome()
 
     def stop(self) -> None:
         """End every process of the run, actors first so that their last rollouts reach the buffer."""
-        learner, pool, buffer = self._supervisor.learner, self._supervisor.pool, self._supervisor.buffer
         lines: list[str | None] = []
-        if pool is not None:
+        if self._pool is not None:
             drain_s = self._settings.actors.drain_timeout_s
-            lines.append(end_actor(pool, RemoteCall(POOL, pool.stop.remote(drain_s), "stop"), drain_s + END_TIMEOUT_S))
-        if buffer is not None:
-            lines += buffer.close()
+            goodbye = RemoteCall[None](POOL, self._pool.stop.remote(drain_s), "stop")
+            lines.append(end_actor(self._pool, goodbye, drain_s + END_TIMEOUT_S))
+        if self._buffer is not None:
+            lines += self._buffer.close()
         for line in filter(None, lines):
-            self._supervisor.warn(line)
-        if learner is not None:
-            learner.stop()
-
-    def _outcome(self) -> RunOutcome:
-        results = dict(self._live.view.results)
-        done = [stage.name in results and results[stage.name].finished for stage in self._settings.stages]
-        return RunOutcome(self._folder, results, finished=all(done))
+            self._warn(line)
+        if self._learner is not None:
+            self._learner.stop()
 
     def _start_learner(self) -> LearnerGroup:
         settings = self._settings
@@ -159,21 +179,20 @@ class RunProcesses:
             features=tuple(settings.scoring.features),
             offers_backspace=settings.actors.rollout.backspace,
         )
-        learner = LearnerGroup(spec, self._capacity.learner)
-        self._supervisor.learner = learner
-        return learner
+        self._learner = LearnerGroup(spec, self._capacity.learner)
+        return self._learner
 
     def _wait_for_capacity(self, missing: str) -> None:
         note = f"waiting for room: {missing}"
-        if self._live.view.note != note:
+        if self._view.note != note:
             self._log.write("info", "driver", "room_awaited", note, {"missing": missing})
-        self._supervisor.note(note)
+        self._note(note)
 
     def _prepare(self, learner: LearnerGroup, check_task: Callable[[Task], None] | None) -> PreparedRun:
         if self._settings.learner.num_ranks > 1:
             learner.join().wait(START_TIMEOUT_S, self._live.refresh)
         try:
-            run = learner.prepare().wait(PREPARE_TIMEOUT_S, self._live.refresh)
+            run = learner.call("prepare", task="load its model").wait(PREPARE_TIMEOUT_S, self._live.refresh)
         except LearnerFailedError as error:
             if isinstance(error.cause, ValueError | OSError | ImportError):
                 raise UserError(str(error.cause)) from None
@@ -187,8 +206,8 @@ class RunProcesses:
     def _start_actors(self, learner: LearnerGroup, run: PreparedRun, newest_version: int) -> None:
         settings, folder = self._settings, self._folder / BUFFER_FOLDER
         check_buffer(folder, run.contract, settings.buffer)
-        buffer = start_buffer(folder, run.contract, settings.buffer, settings.seed)
-        self._supervisor.buffer = buffer
+        buffer = self._buffer = start_buffer(folder, run.contract, settings.buffer, settings.seed)
+        self._shard_watch = ShardWatch(buffer.shards, settings.buffer.health_timeout_s)
         spec = RolloutSpec(
             config_json=run.config_json,
             contract=run.contract,
@@ -201,37 +220,32 @@ class RunProcesses:
         )
         # Not on a node that only holds actors: it would be lost with that node, and the run with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        pool = (
+        environment = engine_environment(spec.engine_settings("", seed=0))
+        self._pool = (
             ray.remote(ActorPool)
             .options(name=POOL_NAME, num_cpus=0, scheduling_strategy=here)
-            .remote(
-                spec,
-                [ray.put(run.task.example_table())],
-                buffer.shards,
-                engine_environment(spec.engine_settings("", seed=0)),
-                settings.actors.count,
-            )
+            .remote(spec, [ray.put(run.task.example_table())], buffer.shards, environment, settings.actors.count)
         )
-        self._supervisor.pool = pool
-        self._call_pool(pool.pause.remote(), "pause")  # until the learner has published the weights of the first stage
-        self._call_pool(pool.start.remote(self._capacity.release_actors()), "start")
+        self._call_pool(self._pool.pause.remote(), "pause")  # until the learner has published the first weights
+        self._call_pool(self._pool.start.remote(self._capacity.release_actors()), "start")
         first_version = max(buffer.newest_version(START_TIMEOUT_S, self._live.refresh), newest_version) + 1
-        learner.connect(buffer.shards, pool, first_version).wait(PREPARE_TIMEOUT_S, self._live.refresh)
+        call = learner.call("connect", buffer.shards, self._pool, first_version, task="publish its first weights")
+        call.wait(PREPARE_TIMEOUT_S, self._live.refresh)
 
     def _call_pool(self, reference: ray.ObjectRef[None], task: str) -> None:
         RemoteCall[None](POOL, reference, task).result(START_TIMEOUT_S, self._live.refresh)
 
     def _run_stage(self, learner: LearnerGroup, stage: StageSettings) -> StageResult:
-        if self._supervisor.pool is not None:  # no new rollouts, until the learner has published where the stage starts
-            self._call_pool(self._supervisor.pool.pause.remote(), "pause")
-        call = learner.run_stage(stage, introduces_backspace(self._settings, stage))
+        if self._pool is not None:  # no new rollouts, until the learner has published where the stage starts
+            self._call_pool(self._pool.pause.remote(), "pause")
+        call = learner.call("run_stage", stage, introduces_backspace(self._settings, stage))
         while True:
             try:
-                result = call.wait(math.inf, self._look_after)
+                result = call.wait(math.inf, self._refresh)
                 assert isinstance(result, StageResult)
                 return result
             except LearnerFailedError as error:
-                losses = "" if self._live.view.pool is None else self._live.view.pool.losses()
+                losses = "" if self._view.pool is None else self._view.pool.losses()
                 if isinstance(error.cause, TimeoutError) and losses:
                     raise RunFailedError(f"{error}; {losses}") from error
                 raise
@@ -242,8 +256,77 @@ class RunProcesses:
                 self._live.say("stopping after this step, with a checkpoint (Ctrl-C again to stop at once)")
                 learner.request_stop()
 
-    def _look_after(self) -> None:
-        """What is done every moment while a stage runs."""
-        self._supervisor.refresh(autoscaling=self._stopping_since is None)
+    def _refresh(self) -> None:
+        """Ask all processes how they are; who is too busy to answer is shown as last seen, for a while.
+
+        Raises:
+            RunFailedError: a process died, or has been silent for too long. UserError: no actor can work with the
+            settings.
+        """
+        view = self._view
+        assert self._learner is not None
+        health_timeout_s = self._settings.learner.health_timeout_s
+        view.learner = self._ask(learner_status(self._learner.leader), view.learner, health_timeout_s)
+        if view.learner is not None:  # the log takes notes and warnings from the status
+            for note in view.learner.notes[self._notes_shown :]:
+                self._live.say(escape(note))
+            for warning in view.learner.warnings[self._warnings_shown :]:
+                self._show_warning(warning)
+            self._notes_shown, self._warnings_shown = len(view.learner.notes), len(view.learner.warnings)
+        if self._pool is not None and self._buffer is not None and self._shard_watch is not None:
+            view.pool = self._ask(RemoteCall[PoolStatus](POOL, self._pool.status.remote()), view.pool)
+            view.buffer = self._buffer.status(SHARD_TIMEOUT_S)
+            for line in self._shard_watch.look(view.buffer):
+                self._warn(line)
+            if self._stopping_since is None:
+                self._autoscale(self._pool)
+        self._metrics.export(view)
+        self._log.follow(view)
+        if view.pool is not None and view.pool.failure is not None:
+            error = UserError if view.pool.refused else RunFailedError
+            raise error(f"{POOL} gave up: {view.pool.failure}")
+        self._live.refresh()
         if self._stopping_since is not None and time.monotonic() - self._stopping_since > STOP_TIMEOUT_S:
             raise RunFailedError(f"the learner did not stop within {STOP_TIMEOUT_S:.0f} s")
+
+    def _autoscale(self, pool: ActorHandle) -> None:
+        """Follow the limiter's waits with the number of actors, as `sequencematch scale` would."""
+        view = self._view
+        if self._autoscaler is None or view.pool is None or view.buffer is None:
+            return
+        seen = Observation.of(time.monotonic(), view.pool, draw_waits=view.buffer.waiting_draws > 0)
+        wanted = self._autoscaler.observe(seen)
+        if wanted is not None:
+            message = f"autoscaling asks for {wanted} actors instead of {seen.desired}"
+            self._log.write("info", "driver", "autoscaled", message, {"wanted": wanted, "before": seen.desired})
+            view.pool = self._ask(RemoteCall[PoolStatus](POOL, pool.scale.remote(wanted)), view.pool)
+
+    def _ask(self, call: RemoteCall[T], last: T | None, health_timeout_s: float = HEALTH_TIMEOUT_S) -> T | None:
+        """The answer, or the last one where none comes in time: a process that hangs is told from a busy one by how
+        long it has been silent.
+        """
+        asked_at = time.monotonic()
+        try:
+            answer = call.result(min(STATUS_TIMEOUT_S, health_timeout_s))
+        except NoAnswerError:
+            silent_since = self._silent_since.setdefault(call.who, asked_at)
+            if time.monotonic() - silent_since >= health_timeout_s:
+                raise RunFailedError(
+                    f"{call.who} has been silent for {health_timeout_s:.0f} s: its process hangs, or its node is out "
+                    "of reach"
+                ) from None
+            return last
+        self._silent_since.pop(call.who, None)
+        return answer
+
+    def _note(self, note: str) -> None:
+        """Show what the run is doing beside training."""
+        self._view.note = note
+        self._live.refresh()
+
+    def _warn(self, warning: str) -> None:
+        self._log.write("warning", "driver", "process_warning", warning)
+        self._show_warning(warning)
+
+    def _show_warning(self, warning: str) -> None:
+        self._live.say(f"[yellow]{escape(warning)}[/yellow]")

@@ -18,11 +18,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from buffer.full_disk import is_disk_full
 from buffer.remote_call import POLL_S, NoAnswerError, ProcessLostError, RemoteCall, ended_calls
-from buffer.service.shard import Shard
 from launch.errors import RunFailedError
 from learner.messages import LearnerSpec, LearnerStatus
 from learner.ranks.group import RankLostError
-from learner.settings.stages import StageSettings
 from learner.worker import LearnerWorker
 
 LEARNER_NAME = "learner"
@@ -102,61 +100,47 @@ class LearnerGroup:
     def __init__(self, spec: LearnerSpec, placement: PlacementGroup) -> None:
         """placement: has a bundle for each rank."""
         settings = spec.settings
-        self._size = settings.num_ranks
-        self._placement = placement
-        self._actors = [self._create(spec, rank) for rank in range(self._size)]
+        self._names = [f"learner rank {rank} of {settings.num_ranks}" for rank in range(settings.num_ranks)]
+        if settings.num_ranks == 1:
+            self._names = ["the learner"]
+        self._actors: list[ActorHandle] = [
+            ray.remote(concurrency_groups={"training": 1, "control": 2})(LearnerWorker)
+            .options(
+                name=LEARNER_NAME if rank == 0 else f"{LEARNER_NAME}-{rank}",
+                num_cpus=settings.num_cpus,
+                num_gpus=settings.num_gpus,
+                resources=settings.resources,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, rank),
+            )
+            .remote(spec, rank)
+            for rank in range(settings.num_ranks)
+        ]
 
-    def status(self) -> RemoteCall[LearnerStatus]:
-        """Of rank 0: where training stands."""
-        return learner_status(self._actors[0])
+    @property
+    def leader(self) -> ActorHandle:
+        """Rank 0."""
+        return self._actors[0]
 
     def request_stop(self) -> None:
         """End the running stage after its current step, with a checkpoint."""
-        self._actors[0].request_stop.options(concurrency_group="control").remote()
+        self.leader.request_stop.options(concurrency_group="control").remote()
 
     def join(self) -> LearnerCall:
         """Let the ranks find each other; comes before everything else, where they are several."""
-        meeting = self._actors[0].open_meeting.options(concurrency_group="training").remote()
-        return self._call("join", meeting, task="find the other ranks")
+        meeting = self.leader.open_meeting.options(concurrency_group="training").remote()
+        return self.call("join", meeting, task="find the other ranks")
 
-    def prepare(self) -> LearnerCall:
-        """See `LearnerWorker.prepare`."""
-        return self._call("prepare", task="load its model")
-
-    def connect(self, shards: Sequence[Shard], pool: ActorHandle, first_version: int) -> LearnerCall:
-        """See `LearnerWorker.connect`."""
-        return self._call("connect", shards, pool, first_version, task="publish its first weights")
-
-    def run_stage(self, stage: StageSettings, introduces_backspace: bool) -> LearnerCall:
-        """See `LearnerWorker.run_stage`."""
-        return self._call("run_stage", stage, introduces_backspace)
+    def call(self, method: str, *arguments: object, task: str = "answer") -> LearnerCall:
+        """Call a method of `LearnerWorker` on every rank. task: see `RemoteCall`."""
+        references = [
+            getattr(actor, method).options(concurrency_group="training").remote(*arguments) for actor in self._actors
+        ]
+        return LearnerCall([RemoteCall(*each, task) for each in zip(self._names, references, strict=True)])
 
     def stop(self) -> None:
         """End the processes, whatever they do."""
         for actor in self._actors:
             ray.kill(actor)
-
-    def _call(self, method: str, *arguments: object, task: str = "answer") -> LearnerCall:
-        references = [
-            getattr(actor, method).options(concurrency_group="training").remote(*arguments) for actor in self._actors
-        ]
-        return LearnerCall([RemoteCall(self._name_of(rank), each, task) for rank, each in enumerate(references)])
-
-    def _create(self, spec: LearnerSpec, rank: int) -> ActorHandle:
-        return (
-            ray.remote(concurrency_groups={"training": 1, "control": 2})(LearnerWorker)
-            .options(
-                name=LEARNER_NAME if rank == 0 else f"{LEARNER_NAME}-{rank}",
-                num_cpus=spec.settings.num_cpus,
-                num_gpus=spec.settings.num_gpus,
-                resources=spec.settings.resources,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank),
-            )
-            .remote(spec, rank)
-        )
-
-    def _name_of(self, rank: int) -> str:
-        return "the learner" if self._size == 1 else f"learner rank {rank} of {self._size}"
 
 
 def learner_status(leader: ActorHandle) -> RemoteCall[LearnerStatus]:
