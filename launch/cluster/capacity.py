@@ -8,7 +8,8 @@ one that leaves gives its node back, and one more needs no other group.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 import ray
@@ -21,10 +22,8 @@ from launch.settings.run import RunSettings
 
 RELEASE_TIMEOUT_S = 15.0
 """Longest wait for what others hold, on a cluster that does not grow: a run that has ended gives it back."""
-
 PLACING_S = 5.0
 """Ray may take this time to place what fits."""
-
 POLL_S = 1  # whole seconds, as Ray counts this time
 
 
@@ -65,7 +64,7 @@ class RunCapacity:
         nodes = live_nodes()
         if self._grow_timeout_s is None:
             timeout_s, waited_for = RELEASE_TIMEOUT_S, ""
-            if missing_capacity(self._roles, [_empty(node) for node in nodes]):
+            if missing_capacity(self._roles, _emptied(nodes)):
                 raise UserError(missing_capacity(self._roles, nodes))  # others could not make enough room
         else:
             timeout_s = self._grow_timeout_s
@@ -93,11 +92,9 @@ class RunCapacity:
         Returns:
             Id of the node of each actor, by its number.
         """
-        role = next((role for role in self._roles if role.name == ACTORS), None)
-        if role is None:
-            return []
-        node_ids = self._nodes(role)
-        remove_placement_group(self._groups.pop(ACTORS))
+        node_ids = [each for role in self._roles if role.name == ACTORS for each in self._nodes(role)]
+        if node_ids:
+            remove_placement_group(self._groups.pop(ACTORS))
         return node_ids
 
     def _nodes(self, role: Role) -> list[str]:
@@ -112,7 +109,7 @@ def check_possible(settings: RunSettings, num_actors: int) -> None:
         UserError: what is missing, and where. Not on a cluster that grows.
     """
     if settings.cluster.grow_timeout_s is None:
-        missing = missing_capacity(planned_roles(settings, num_actors), [_empty(node) for node in live_nodes()])
+        missing = missing_capacity(planned_roles(settings, num_actors), _emptied(live_nodes()))
         if missing is not None:
             raise UserError(missing)
 
@@ -128,6 +125,6 @@ def live_nodes() -> list[Node]:
     ]
 
 
-def _empty(node: Node) -> Node:
-    """As if nobody used it."""
-    return Node(node.node_id, node.name, node.total, node.total)
+def _emptied(nodes: Sequence[Node]) -> list[Node]:
+    """As if nobody used them."""
+    return [replace(node, free=node.total) for node in nodes]

@@ -1,4 +1,4 @@
-"""Connecting to Ray: started here for one run, or a cluster that is there already."""
+"""Connecting to Ray, started here for one run or a cluster that is there already, and watching its head meanwhile."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import logging
 import math
 import os
 import socket
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import psutil
 import ray
+import typer
 from ray._private import ray_constants
+from rich.console import Console
 
 from launch import RAY_START_VARIABLES
-from launch.cluster.head_watch import check_alive, head_watched
 from launch.cluster.placement import planned_roles, total
-from launch.errors import RunFailedError, UserError
+from launch.errors import EXIT_RUN_FAILED, RunFailedError, UserError
 from launch.run_folder.folder import CLUSTER_FILE, LiveCluster, remove_cluster, write_cluster
 from launch.settings.run import ClusterSettings, RunSettings
-from launch.stop_signals import stop_handlers_kept
+from launch.stop_signals import stop_exit_code, stop_handlers_kept, stop_requested
 from launch.surroundings import provide_socket_folder
 
 RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
@@ -30,6 +34,13 @@ LOCAL = "local"
 LOOPBACK = "127.0.0.1"
 MIN_CHECK_S = 1.0
 """Left to a server for its answer, where the connection alone took nearly all of the time."""
+
+CHECK_EVERY_S = 3.0
+CHECK_TIMEOUT_S = 5.0
+PATIENCE_S = 45.0
+"""Of the driver with a head that is silent: KubeRay can restart it. Ray's client ends the process after 60 s."""
+PATIENCE_STOPPING_S = 8.0
+"""After a stop signal, which Ray's own processes probably received too."""
 
 
 @contextlib.contextmanager
@@ -43,7 +54,7 @@ def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
     try:
         _start_or_join(settings.cluster, namespace, total(planned_roles(settings))["CPU"])
         cluster = LiveCluster(ray.get_runtime_context().gcs_address, namespace, os.getpid())
-        with head_watched(cluster.address, lambda: remove_cluster(folder)):
+        with _head_watched(cluster.address, lambda: remove_cluster(folder)):
             try:
                 write_cluster(folder, cluster)
                 yield cluster
@@ -86,17 +97,14 @@ def cluster_to_join(settings: ClusterSettings) -> ClusterAddress | None:
 
     Ray's job server, KubeRay's pods and people's shells name their cluster in RAY_ADDRESS; the recipe goes first.
     """
-    start = "start one with `ray start --head`, or {} to start Ray for this run"
-    found = [
-        ClusterAddress(settings.address or "", "cluster.address", start.format("set cluster.address=local")),
-        ClusterAddress(
-            os.environ.get(RAY_ADDRESS_VARIABLE, ""),
-            RAY_ADDRESS_VARIABLE,
-            start.format(f"unset {RAY_ADDRESS_VARIABLE}"),
-        ),
-    ]
-    first = next((each for each in found if each.address), None)
-    return None if first is None or first.address == LOCAL else first
+    for address, source, otherwise in (
+        (settings.address, "cluster.address", "set cluster.address=local"),
+        (os.environ.get(RAY_ADDRESS_VARIABLE), RAY_ADDRESS_VARIABLE, f"unset {RAY_ADDRESS_VARIABLE}"),
+    ):
+        if address:
+            mend = f"start one with `ray start --head`, or {otherwise} to start Ray for this run"
+            return None if address == LOCAL else ClusterAddress(address, source, mend)
+    return None
 
 
 def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: float) -> None:
@@ -111,16 +119,24 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
         )
     # Ray announces its default (token authentication on) in the middle of the display.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    cores = os.cpu_count() or 1
     provide_socket_folder()
-    with _for_this_machine_alone(), _late_start_told():
-        _init_ray(
-            address="local",
-            namespace=namespace,
-            num_cpus=settings.num_cpus or max(2 * cores, math.ceil(planned_cpus)),
-            object_store_memory=int(settings.object_store_gib * 2**30),
-            include_dashboard=False,
-        )
+    try:
+        with _for_this_machine_alone():
+            _init_ray(
+                address="local",
+                namespace=namespace,
+                num_cpus=settings.num_cpus or max(2 * (os.cpu_count() or 1), math.ceil(planned_cpus)),
+                object_store_memory=int(settings.object_store_gib * 2**30),
+                include_dashboard=False,
+            )
+    except Exception as error:
+        # Ray waits as long as `launch.RAY_START_VARIABLES` say, and then raises `Exception` itself.
+        if type(error) is not Exception and not isinstance(error, TimeoutError | ray.exceptions.RpcError):
+            raise
+        raise RunFailedError(
+            f"Ray did not start within its own time limit ({str(error).splitlines()[0]}): the machine is very busy, or "
+            f"short of memory; wait until it is quieter, or raise {' and '.join(RAY_START_VARIABLES)} (seconds)"
+        ) from None
 
 
 def _silence_ray() -> None:
@@ -159,25 +175,6 @@ def _leave() -> None:
 
 
 @contextlib.contextmanager
-def _late_start_told() -> Iterator[None]:
-    """Around the start of a Ray: its processes that do not come up in time end in one line.
-
-    Raises:
-        RunFailedError: they did not. Ray waits as long as `launch.RAY_START_VARIABLES` say, and then raises `Exception`
-            itself.
-    """
-    try:
-        yield
-    except Exception as error:
-        if type(error) is not Exception and not isinstance(error, TimeoutError | ray.exceptions.RpcError):
-            raise
-        raise RunFailedError(
-            f"Ray did not start within its own time limit ({str(error).splitlines()[0]}): the machine is very busy, or "
-            f"short of memory; wait until it is quieter, or raise {' and '.join(RAY_START_VARIABLES)} (seconds)"
-        ) from None
-
-
-@contextlib.contextmanager
 def _for_this_machine_alone() -> Iterator[None]:
     """What Ray starts here listens on 127.0.0.1 only, and what it joins here is there.
 
@@ -199,18 +196,14 @@ def _join(cluster: ClusterAddress, namespace: str, timeout_s: float) -> None:
     try:
         _init_ray(address=cluster.address, namespace=namespace)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RpcError) as error:
+        reason = _sentence(str(error).splitlines()[0], cluster.mend)
         raise UserError(
-            f"cannot join the Ray cluster at {cluster.address!r}, which {cluster.source} names: "
-            f"{_sentence(str(error).splitlines()[0], cluster.mend)}"
+            f"cannot join the Ray cluster at {cluster.address!r}, which {cluster.source} names: {reason}"
         ) from None
 
 
-def _sentence(*parts: str) -> str:
-    return "; ".join(filter(None, parts))
-
-
 def _check_reachable(cluster: ClusterAddress, timeout_s: float) -> None:
-    """Knock before Ray does, which would try an address that is dead, dying or hung for minutes."""
+    """Probe before Ray does, which would try an address that is dead, dying or hung for minutes."""
     address = cluster.address
     if address.startswith(("http://", "https://")):
         raise UserError(
@@ -223,9 +216,67 @@ def _check_reachable(cluster: ClusterAddress, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
-        check_alive(f"{host}:{port}", max(deadline - time.monotonic(), MIN_CHECK_S))
+        _check_alive(f"{host}:{port}", max(deadline - time.monotonic(), MIN_CHECK_S))
     except OSError as error:
-        raise UserError(
-            f"no Ray cluster answers at {address}, which {cluster.source} names: "
-            + _sentence(str(error), cluster.mend and f"raise cluster.connect_timeout_s, {cluster.mend}")
-        ) from None
+        reason = _sentence(str(error), cluster.mend and f"raise cluster.connect_timeout_s, {cluster.mend}")
+        raise UserError(f"no Ray cluster answers at {address}, which {cluster.source} names: {reason}") from None
+
+
+def _sentence(*parts: str) -> str:
+    return "; ".join(filter(None, parts))
+
+
+def _check_alive(target: str, timeout_s: float) -> None:
+    """Ask the server there how it is, as gRPC has it; any answer will do, also that a token is missing.
+
+    Raises:
+        ConnectionError: none came in time.
+    """
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+                raise ConnectionError(f"what listens there gave no answer within {timeout_s:.0f} s") from None
+
+
+@contextlib.contextmanager
+def _head_watched(address: str, clean_up: Callable[[], None]) -> Iterator[None]:
+    """While active, a head that stays silent ends the process with one sentence. clean_up: called before that.
+
+    Without its head Ray's client cannot disconnect: its calls block, and after a minute it ends the process itself,
+    with a message about gRPC.
+    """
+    done = threading.Event()
+    thread = threading.Thread(target=_watch, args=(address, clean_up, done), name="head-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=2 * CHECK_TIMEOUT_S)
+
+
+def _watch(address: str, clean_up: Callable[[], None], done: threading.Event) -> None:
+    answered_at = time.monotonic()
+    while not done.wait(CHECK_EVERY_S):
+        try:
+            _check_alive(address, CHECK_TIMEOUT_S)
+        except ConnectionError:
+            silent_s = time.monotonic() - answered_at
+            if silent_s > (PATIENCE_STOPPING_S if stop_requested() else PATIENCE_S):
+                clean_up()
+                _end(address, silent_s)
+        else:
+            answered_at = time.monotonic()
+
+
+def _end(address: str, silent_s: float) -> None:
+    Console(stderr=True).show_cursor(True)
+    typer.echo(
+        f"error: the Ray cluster at {address} has been silent for {silent_s:.0f} s: its processes have ended, or are "
+        "out of reach; go on from the last checkpoint with --resume",
+        err=True,
+    )
+    sys.stdout.flush()
+    os._exit(stop_exit_code() if stop_requested() else EXIT_RUN_FAILED)

@@ -71,13 +71,22 @@ def missing_capacity(roles: Sequence[Role], nodes: Sequence[Node]) -> str | None
     for kind in sorted(needed, key=lambda kind: any(kind in node.total for node in nodes)):
         free = sum(node.free.get(kind, 0.0) for node in nodes)
         if needed[kind] > free + ROUNDING / 2:
-            by_role = ", ".join(
-                f"{role.count * role.each[kind]:g} for {role.name}" for role in roles if kind in role.each
-            )
-            of_kind = kind if kind in ("CPU", "GPU") else f"of the custom resource {kind!r}"
+            users = [role for role in roles if kind in role.each]
+            by_role = ", ".join(f"{role.count * role.each[kind]:g} for {role.name}" for role in users)
+            if kind in ("CPU", "GPU"):
+                of_kind, remedy = kind, f"lower {_knobs(roles, kind)}, or raise cluster.num_cpus or add nodes"
+            else:
+                of_kind, start = f"of the custom resource {kind!r}", json.dumps({kind: needed[kind]})
+                sections = " or ".join(f"{role.name}.resources" for role in users)
+                remedy = f"start nodes with `ray start --resources '{start}'`, or change {sections}"
+            having = [
+                f"{node.name} {node.free.get(kind, 0.0):g} of {node.total[kind]:g}"
+                for node in nodes
+                if node.total.get(kind)
+            ]
+            where = f" ({', '.join(having)})" if len(nodes) > 1 and having else ""
             return (
-                f"the plan needs {needed[kind]:g} {of_kind} ({by_role}), the cluster has {free:g} free"
-                f"{_where(nodes, kind)}: {_remedy(roles, kind, needed[kind])}"
+                f"the plan needs {needed[kind]:g} {of_kind} ({by_role}), the cluster has {free:g} free{where}: {remedy}"
             )
     return next((in_pieces(role, nodes) for role in roles if _capacity(role, nodes) < role.count), None)
 
@@ -102,21 +111,23 @@ def in_pieces(role: Role, nodes: Sequence[Node]) -> str:
 def plan_lines(settings: RunSettings) -> list[str]:
     """The plan as a table for people: what Ray sets aside for each process of the run."""
     roles = planned_roles(settings)
-    rows = [(f"{role.count} x {_amounts(role.each)}", role.name, _note(role)) for role in roles]
+    rows = []
+    for role in roles:
+        parts = "" if role.parts == 1 else f", each of {role.parts} processes on one node"
+        rows.append((role.name, f"{role.count} x {_amounts(role.each)}", f"placement={role.placement}{parts}"))
     if len(roles) > 1:
-        shards = settings.buffer.shards
-        rows.append((f"{shards} x nothing", "buffer", "shards, on the driver's node and the others in turn"))
-    rows.append((_amounts(total(roles)), "all", "together, to be free when the run starts"))
-    width = max(len(amount) for amount, _, _ in rows)
-    return [f"{name:<8} {amount:<{width}}  {note}" for amount, name, note in rows]
+        shards = f"{settings.buffer.shards} x nothing"
+        rows.append(("buffer", shards, "shards, on the driver's node and the others in turn"))
+    rows.append(("all", _amounts(total(roles)), "together, to be free when the run starts"))
+    width = max(len(amount) for _, amount, _ in rows)
+    return [f"{name:<8} {amount:<{width}}  {note}" for name, amount, note in rows]
 
 
 def describe(places: Mapping[str, Sequence[str]]) -> str:
     """Which nodes have how many processes, in one line. places: name of each process's node, by role."""
-    counts = {role: Counter(names) for role, names in places.items()}
     return "; ".join(
-        f"{role} on " + ", ".join(f"{name} ({count})" for name, count in found.items())
-        for role, found in counts.items()
+        f"{role} on " + ", ".join(f"{name} ({count})" for name, count in Counter(names).items())
+        for role, names in places.items()
     )
 
 
@@ -132,13 +143,6 @@ def _capacity(role: Role, nodes: Sequence[Node]) -> int:
     )
 
 
-def _remedy(roles: Sequence[Role], kind: str, amount: float) -> str:
-    if kind in ("CPU", "GPU"):
-        return f"lower {_knobs(roles, kind)}, or raise cluster.num_cpus or add nodes"
-    sections = " or ".join(f"{role.name}.resources" for role in roles if kind in role.each)
-    return f"start nodes with `ray start --resources '{json.dumps({kind: amount})}'`, or change {sections}"
-
-
 def _knobs(roles: Sequence[Role], kind: str) -> str:
     """Settings that make the need for CPUs or GPUs smaller."""
     users = [role for role in roles if kind in role.each]
@@ -149,18 +153,5 @@ def _knobs(roles: Sequence[Role], kind: str) -> str:
     return ", ".join(names)
 
 
-def _where(nodes: Sequence[Node], kind: str) -> str:
-    """What each node has, of several."""
-    having = [node for node in nodes if node.total.get(kind)]
-    if len(nodes) < 2 or not having:
-        return ""
-    return f" ({', '.join(f'{node.name} {node.free.get(kind, 0.0):g} of {node.total[kind]:g}' for node in having)})"
-
-
 def _amounts(resources: Mapping[str, float]) -> str:
     return " + ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
-
-
-def _note(role: Role) -> str:
-    parts = "" if role.parts == 1 else f", each of {role.parts} processes on one node"
-    return f"placement={role.placement}{parts}"
