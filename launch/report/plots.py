@@ -67,33 +67,25 @@ class Plot:
 
         columns = 2 if all(len(each.name) < 25 for each in self.series) else 1
         rows = -(-len(self.series) // columns) if len(self.series) > 1 else 0
-        with rc_context(
-            {"svg.fonttype": "none", "font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}
-        ):
-            width, height = _SIZE[0], _SIZE[1] + rows * _LEGEND_ROW
-            figure = Figure(figsize=(width, height))
+        height = _SIZE[1] + rows * _LEGEND_ROW
+        with rc_context({"svg.fonttype": "none", "font.size": 8.5}):
+            figure = Figure(figsize=(_SIZE[0], height))
             box = (0.16, 1.0 - _AXES_HEIGHT / height, 0.82, (_AXES_HEIGHT - 0.06) / height)
             axes = figure.add_axes(box, xlabel=self.x_name, yscale="log" if self.logarithmic else "linear")
             axes.grid(axis="y", alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
             short = EngFormatter(sep="")  # 15k
-            axes.xaxis.set_major_formatter(short)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y) if abs(y) >= 1e4 else f"{y:.4g}"))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(FuncFormatter(lambda at, _: short(at) if abs(at) >= 1e4 else f"{at:.4g}"))
             if self.is_stairs:
                 axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
             for each in self.series:
-                color = _PALETTE[each.color % COLORS]
+                color, dash = _PALETTE[each.color % COLORS], _DASHES[each.dash % len(_DASHES)]
                 if len(each.low):
                     axes.fill_between(each.x, each.low, each.high, color=color, alpha=0.18, linewidth=0)
-                axes.plot(
-                    each.x,
-                    each.y,
-                    label=each.name,
-                    color=color,
-                    linestyle=_DASHES[each.dash % len(_DASHES)],
-                    marker="o" if len(each.x) == 1 else None,
-                    drawstyle="steps-post" if self.is_stairs else "default",
-                )
+                (line,) = axes.plot(each.x, each.y, label=each.name, color=color, linestyle=dash)
+                line.set_marker("o" if len(each.x) == 1 else "None")
+                line.set_drawstyle("steps-post" if self.is_stairs else "default")
             if rows:
                 figure.legend(loc="lower left", borderaxespad=0.0, ncols=columns, frameon=False)
             file = io.StringIO()

@@ -63,9 +63,7 @@ def sample_rollouts(
     deletes = _deletes(stored, snapshot.contract.backspace_id)
     chosen: list[Rollout] = []
     num_actions = 0
-    for stretch in np.array_split(ours, max(1, min(max_rollouts, len(ours)))):
-        if len(stretch) == 0:
-            break
+    for stretch in np.array_split(ours, min(max_rollouts, len(ours))) if len(ours) else ():
         index = int(stretch[np.argmax(deletes[stretch])])
         row = stored.slice(index, 1).combine_chunks().to_batches()[0]
         num_actions += len(row.column("actions")[0])
@@ -80,18 +78,15 @@ def read_rollout(row: pa.RecordBatch, tokenizer: PreTrainedTokenizerBase, contra
     log, values = ActionLogs.from_batch(row), row.to_pylist()[0]
     text, actions = list(values["prompt_ids"]), []
     columns = (values["actions"], log.realised.tolist(), values["logprobs"], values["policy_version"])
+    special: dict[int, ActionKind] = dict.fromkeys(contract.eos_ids, "end")
+    special[contract.backspace_id] = "backspace"
     for action, written, logprob, version in zip(*columns, strict=True):
-        kind: ActionKind
-        shown = ""
-        if written == contract.backspace_id:
-            kind = "backspace"
-            text.pop()
-        elif written in contract.eos_ids:
-            kind = "end"
-        else:
-            kind = "write"
+        kind, shown = special.get(written, "write"), ""
+        if kind == "write":
             shown = continuation(tokenizer, text[-CONTEXT_TOKENS:], [written])
             text.append(written)
+        elif kind == "backspace":
+            text.pop()
         actions.append(Action(kind, shown, written != action, float(f"{logprob:.4g}"), version))
     return Rollout(
         values["actor"],

@@ -16,19 +16,12 @@ from launch.cli import app
 from launch.errors import UserError
 from launch.report import document
 from launch.report.command import REPORT_FILE, write_report
+from launch.report.document import MINUS
 from launch.report.evaluation import MetricInfo
 from launch.report.gather import gather
 from launch.report.page import render
 from launch.statistics import Interval
-from tests.run_folders import (
-    HOSTILE,
-    STEPS,
-    hostile_report,
-    new_run,
-    write_evaluation_file,
-    write_log,
-    write_metrics,
-)
+from tests.run_folders import HOSTILE, STEPS, hostile_report, new_run, write_log, write_metrics
 
 SIZE_LIMIT_BYTES = 2_000_000
 
@@ -87,10 +80,8 @@ def test_nothing_is_loaded_and_only_our_script_and_style_may_act(run: Path) -> N
     for text in (page.texts["style"][0], page.texts["script"][1]):
         assert base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() in policy
     references = [given.get("src") or given.get("href") for _, given in page.elements if {"src", "href"} & given.keys()]
-    assert all(reference is None or reference.startswith(("#", "data:")) for reference in references)
+    assert all(reference is None or reference.startswith("data:") for reference in references)
     assert not [given for _, given in page.elements if any(name == "style" or name.startswith("on") for name in given)]
-    targets = {given["id"] for _, given in page.elements if "id" in given}
-    assert {reference[1:] for reference in references if reference and reference[0] == "#"} <= targets
 
 
 def test_a_long_run_of_many_metrics_makes_a_page_of_usual_size(tmp_path: Path) -> None:
@@ -116,7 +107,6 @@ def test_a_page_is_replaced_as_a_whole(run: Path) -> None:
 
 def test_a_part_that_cannot_be_read_is_told_and_the_rest_shown(run: Path) -> None:
     write_log(run)
-    write_evaluation_file(run)
     shutil.copy(run / "config.yaml", run / "evaluation.json")
     (run / "buffer" / "shard-000").mkdir(parents=True)
     result = CliRunner().invoke(app, ["report", str(run), "--output", str(run / "page.html")])
@@ -136,16 +126,10 @@ def test_what_cannot_be_reported_is_said_in_one_line(tmp_path: Path) -> None:
     assert f"folder {no_folder} cannot be written" in refusal(str(run), "--output", str(no_folder / "page.html"))
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0, "0"), (0.12345, "0.123"), (-1.5, "\N{MINUS SIGN}1.50"), (1234.5, "1,234"), (3e-7, "3.00e\N{MINUS SIGN}07")],
-)
-def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert document.number(value) == text
-
-
-def test_differences_have_signs_and_units() -> None:
+def test_numbers_have_three_digits_and_differences_signs_and_units() -> None:
+    numbers = [document.number(value) for value in (0.0, 0.12345, -1.5, 1234.5, 3e-7)]
+    assert numbers == ["0", "0.123", f"{MINUS}1.50", "1,234", f"3.00e{MINUS}07"]
     share = MetricInfo("share", is_share=True)
     assert document.change(Interval(0.756, 0.7, 0.8), share) == "+75.6 points"
-    assert document.change(Interval(-0.01, None, None), share) == "\N{MINUS SIGN}1.0 points"
+    assert document.change(Interval(-0.01, None, None), share) == f"{MINUS}1.0 points"
     assert document.interval_ends(Interval(0.5, 0.4, 0.6), share) == "40.0 to 60.0"
