@@ -31,9 +31,8 @@ FIXED_IN_STAGE = ("objective", "steps", "name", "start_from")
 """What the compared stage of an objective has from the comparison."""
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_BETWEEN_OBJECTIVES = re.compile(
-    r"\s*,[\s,]*(?=[^,=]*(?:[:,]|$))"
-)  # a comma before KEY= goes on with an objective's settings
+_BETWEEN_OBJECTIVES = re.compile(r"\s*,[\s,]*(?=[^,=]*(?:[:,]|$))")
+"""Commas before KEY= stand between the settings of one objective."""
 _OBJECTIVE: TypeAdapter[ObjectiveSettings] = TypeAdapter(ObjectiveSettings)
 
 
@@ -131,7 +130,7 @@ def parse_objectives(text: str, stages: tuple[StageSettings, ...]) -> dict[str, 
         of_recipe = (each.objective.model_dump(mode="json") for each in stages if each.objective.name == name)
         tree: Tree = next(of_recipe, {"name": name})
         for override in settings.split(",") if settings else []:
-            apply_override(tree, override)
+            apply_override(tree, override.strip())
         label = re.sub(r"[^A-Za-z0-9_.]+", "-", spec).strip("-")
         if label in found:
             raise UserError(f"objective {spec} is named twice")

@@ -77,7 +77,9 @@ def test_the_compared_stage_is_the_first_that_learns_from_rollouts() -> None:
 
 
 def test_an_objective_has_the_recipes_settings_then_its_own() -> None:
-    plan = plan_of("sequencematch:alpha=0.5,beta_steps=9,sequencematch,mle", "stages.sequencematch.objective.gamma=0.9")
+    plan = plan_of(
+        "sequencematch:alpha=0.5, beta_steps=9, sequencematch,mle", "stages.sequencematch.objective.gamma=0.9"
+    )
     label = "sequencematch-alpha-0.5-beta_steps-9"
     assert list(plan.objectives) == [label, "sequencematch", "mle"]
     assert plan.reference == label
