@@ -9,21 +9,17 @@ off.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.experts.ragged import Int64
-from buffer.trajectory.replay import FLOOR, ActionLogs, Replay, replay, surviving_events
+from buffer.trajectory.replay import ActionLogs, replay, surviving_events
 from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
-
-Bool = npt.NDArray[np.bool_]
 
 _CUT_OFF = "…"
 FLOOR_MARK = "│"  # prompt and answer may run together otherwise: `77?` and `6128`
@@ -89,31 +85,20 @@ def view_rollout(
     survives = surviving_events(log, played, contract.backspace_id)
     foreign = (log.realised != log.actions) | (played.time < num_planted)
     prompt_ids = log.prompt_ids.tolist()
-    segments: list[Segment] = []
-    for run in _runs(log, survives, foreign, contract):
-        before = prompt_ids + _answer_ids(log, played, int(played.state[run[0]]))
-        text = continuation(tokenizer, before, log.realised[run].tolist())
-        segments.append(Segment(text, deleted=not survives[run[0]], foreign=bool(foreign[run[0]])))
-    return RolloutView(decode(tokenizer, prompt_ids), tuple(segments), row.column("finish_reason")[0].as_py())
-
-
-def _runs(log: ActionLogs, survives: Bool, foreign: Bool, contract: TokenContract) -> list[Int64]:
-    """Events of each segment: consecutive appends of one kind, `<eos>` left out."""
-    times = np.arange(len(log.actions))
-    shown = ~np.isin(log.realised, [contract.backspace_id, *contract.eos_ids])
+    text, segments = list(prompt_ids), []
+    hidden = {contract.backspace_id, *contract.eos_ids}
+    written = zip(log.realised.tolist(), survives.tolist(), foreign.tolist(), strict=True)
     # A segment ends where something is not shown, and where the kind changes.
-    kind = np.where(shown, 2 * survives + foreign, -1)
-    pieces = np.split(times, np.flatnonzero(np.diff(kind)) + 1)
-    return [piece for piece in pieces if len(piece) and shown[piece[0]]]
-
-
-def _answer_ids(log: ActionLogs, played: Replay, event: int) -> list[int]:
-    """The answer up to the token appended by `event`."""
-    ids = []
-    while event != FLOOR:
-        ids.append(int(log.realised[event]))
-        event = int(played.state[event])
-    return ids[::-1]
+    for kind, run in groupby(written, lambda each: None if each[0] in hidden else each[1:]):
+        ids = [token for token, _, _ in run]
+        if kind is not None:
+            segments.append(Segment(continuation(tokenizer, text, ids), deleted=not kind[0], foreign=kind[1]))
+        for token in ids:
+            if token == contract.backspace_id:
+                text.pop()
+            elif kind is not None:
+                text.append(token)
+    return RolloutView(decode(tokenizer, prompt_ids), tuple(segments), row.column("finish_reason")[0].as_py())
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
