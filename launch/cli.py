@@ -15,8 +15,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from launch import command_options as options
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson, StageOfRun, path, split_overrides
 from launch.compare.command import compare
 from launch.errors import UserError
 from launch.evaluation.command import evaluate
@@ -63,36 +63,15 @@ def _options(
 
 @app.command()
 def train(
-    recipe: Annotated[
-        str | None, typer.Argument(help="YAML recipe; the packaged ones are in launch/recipes/. Not with --resume.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, a stage by its name.", show_default=False)
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run folder; by default the recipe's name with date and time.")
-    ] = None,
+    recipe: options.Recipe = None,
+    overrides: options.Overrides = None,
+    name: options.NewName = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan of its processes, and leave.")
     ] = False,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path,
-            metavar="RUN",
-            help="Go on with this run folder, from its newest checkpoints; KEY=VALUE changes its settings.",
-        ),
-    ] = None,
-    resume_if_exists: Annotated[
-        bool,
-        typer.Option(
-            "--resume-if-exists",
-            help="Start the run that --name names, or go on with it if it is there, as a scheduler's restart needs it.",
-        ),
-    ] = False,
-    evaluate_after: Annotated[
-        bool, typer.Option("--evaluate/--no-evaluate", help="Measure the trained models at the end.")
-    ] = True,
+    resume: options.Resume = None,
+    resume_if_exists: options.ResumeIfExists = False,
+    evaluate_after: options.EvaluateAfter = True,
 ) -> None:
     """Train a model, show how it goes, and evaluate it at the end.
 
@@ -103,12 +82,8 @@ def train(
     with reported_errors():
         from launch.settings.recipe import read_recipe
 
-        recipe, changed = split_overrides(recipe, overrides or [], resume)
-        if resume_if_exists and name is None:
-            raise UserError("--resume-if-exists finds the run by its name: give --name NAME too")
+        recipe, changed = options.recipe_or_resume(recipe, overrides or [], resume, name, resume_if_exists)
         if resume is not None:
-            if name is not None:
-                raise UserError(f"--name is for a new run; {resume} keeps the name it has")
             if dry_run:
                 raise UserError(f"--dry-run resolves a recipe; the resolved one of a run is in {resume}/config.yaml")
             from launch.training import resume_run
@@ -117,7 +92,7 @@ def train(
             return
         assert recipe is not None
         with setting_up():
-            settings = read_recipe(path(recipe), changed)
+            settings = read_recipe(options.path(recipe), changed)
         if dry_run:
             _print_yaml(settings)
             return
@@ -134,18 +109,16 @@ def train(
 
 @app.command()
 def generate(
-    source: Annotated[
-        Path, typer.Argument(parser=path, metavar="RUN_OR_CHECKPOINT", help="Checkpoint, or run: its result.")
-    ],
+    source: options.RunOrCheckpoint,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    stage: StageOfRun = None,
+    stage: options.StageOfRun = None,
     count: Annotated[int, typer.Option("--n", min=1, help="Rollouts.")] = 4,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 1.0,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer, in tokens that remain; the model's context bounds it too.")
     ] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Continue a prompt, and show what the model wrote and took back.
 
@@ -180,11 +153,9 @@ def generate(
 
 @app.command()
 def export(
-    source: Annotated[
-        Path, typer.Argument(parser=path, metavar="RUN_OR_CHECKPOINT", help="Checkpoint, or run: its result.")
-    ],
-    out: Annotated[Path, typer.Argument(parser=path, help="Folder to make; it must not exist.")],
-    stage: StageOfRun = None,
+    source: options.RunOrCheckpoint,
+    out: Annotated[Path, typer.Argument(parser=options.path, help="Folder to make; it must not exist.")],
+    stage: options.StageOfRun = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Adapters alone, for peft; by default they are merged.")
     ] = False,
@@ -209,7 +180,7 @@ def export(
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(parser=path, help="Run folder.")], as_json: AsJson = False) -> None:
+def status(run: options.Run, as_json: options.AsJson = False) -> None:
     """Show how a live run is doing, from another shell.
 
     [dim]Example:[/dim] sequencematch status runs/arithmetic-20260101-120000
@@ -229,7 +200,7 @@ def status(run: Annotated[Path, typer.Argument(parser=path, help="Run folder.")]
 
 @app.command()
 def scale(
-    run: Annotated[Path, typer.Argument(parser=path, help="Run folder.")],
+    run: options.Run,
     actors: Annotated[int, typer.Option(min=0, help="Rollout actors from now on.")],
 ) -> None:
     """Change the number of rollout actors of a live run; the learner goes on undisturbed.
@@ -257,35 +228,22 @@ def submit(
             help="Job server of the cluster: the dashboard of its head node.",
         ),
     ],
-    recipe: Annotated[str | None, typer.Argument(help="YAML recipe, of this machine. Not with --resume.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change: KEY=VALUE, as for train.", show_default=False)
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of run and job; by default the recipe's name with date and time.")
-    ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Go on with this run folder, a path of the cluster.")
-    ] = None,
-    resume_if_exists: Annotated[
-        bool,
-        typer.Option(
-            "--resume-if-exists", help="Start the run that --name names, or go on with it if the cluster has had it."
-        ),
-    ] = False,
+    recipe: options.Recipe = None,
+    overrides: options.Overrides = None,
+    name: options.NewName = None,
+    resume: options.Resume = None,
+    resume_if_exists: options.ResumeIfExists = False,
     env: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY[=VALUE]", help="Variable for the run's processes; without value, the one set here."),
     ] = None,
-    evaluate_after: Annotated[
-        bool, typer.Option("--evaluate/--no-evaluate", help="Measure the trained models at the end.")
-    ] = True,
+    evaluate_after: options.EvaluateAfter = True,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log, and end as the run ends.")] = True,
 ) -> None:
     """Run a recipe as a job of a Ray cluster: train, somewhere else.
 
-    The recipe is checked here; this version of the program and the resolved recipe are sent. Paths in the recipe are
-    those of the cluster's nodes, and runs_folder has to be one that they share.
+    The recipe is checked here; this version of the program and the resolved recipe are sent. Paths in the recipe, and
+    that of --resume, are those of the cluster's nodes, and runs_folder has to be one that they share.
 
     [dim]Example:[/dim] sequencematch submit --address http://HEAD:8265 launch/recipes/arithmetic_cpu.yaml
     runs_folder=/shared/runs actors.count=4
@@ -294,7 +252,7 @@ def submit(
     list|status|logs|stop` look after the runs that were submitted.
     """
     with reported_errors():
-        recipe, changed = split_overrides(recipe, overrides or [], resume)
+        recipe, changed = options.recipe_or_resume(recipe, overrides or [], resume, name, resume_if_exists)
         from launch.submit import submit_run
 
         exit_code = submit_run(

@@ -27,7 +27,6 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 import launch
 from launch.command_errors import setting_up
 from launch.command_options import path
-from launch.durations import clock
 from launch.errors import EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RunFailedError, UserError
 from launch.run_folder.folder import check_outlives_job, check_run_name, new_run_name
 from launch.settings.recipe import read_recipe, write_recipe
@@ -78,7 +77,17 @@ def submit_run(
         UserError: the run is refused here; no job server answers; or it refuses the job. RunFailedError: the log is
             lost.
     """
-    settings, run = _what_to_run(recipe, overrides, name, resume, resume_if_exists)
+    settings = None  # of a run to resume: the cluster has them
+    if resume is not None:
+        if not resume.is_absolute():
+            raise UserError(f"--resume {resume} is relative: give the path that the run has on the cluster's nodes")
+        run = check_run_name(resume.name)
+    else:
+        assert recipe is not None
+        with setting_up():
+            settings = read_recipe(path(recipe), overrides)
+        check_outlives_job(settings)
+        run = check_run_name(new_run_name(settings) if name is None else name)
     environment = dict(_variable(each) for each in variables)
     arguments = [RECIPE_FILE, "--name", run] if resume is None else ["--resume", str(resume), *overrides]
     arguments += ["--resume-if-exists"] * resume_if_exists + ["--no-evaluate"] * (not evaluate_after)
@@ -116,25 +125,6 @@ def submit_run(
         return stop_exit_code()
     typer.echo(describe_job(ended), err=True)
     return exit_code_of(ended)
-
-
-def _what_to_run(
-    recipe: str | None, overrides: Sequence[str], name: str | None, resume: Path | None, resume_if_exists: bool
-) -> tuple[RunSettings | None, str]:
-    """The settings to send (None: the cluster has them) and the name of the run."""
-    if resume_if_exists and name is None:
-        raise UserError("--resume-if-exists finds the run by its name: give --name NAME too")
-    if resume is not None:
-        if name is not None:
-            raise UserError(f"--name is for a new run; {resume} keeps the name it has")
-        if not resume.is_absolute():
-            raise UserError(f"--resume {resume} is relative: give the path that the run has on the cluster's nodes")
-        return None, check_run_name(resume.name)
-    assert recipe is not None
-    with setting_up():
-        settings = read_recipe(path(recipe), overrides)
-    check_outlives_job(settings)
-    return settings, check_run_name(new_run_name(settings) if name is None else name)
 
 
 def write_job_tree(folder: Path, settings: RunSettings | None) -> None:
@@ -193,14 +183,8 @@ def exit_code_of(job: JobDetails) -> int:
 
 def describe_job(job: JobDetails) -> str:
     """One line about a job that has ended; with Ray's reason where no process of the run could print its own."""
-    parts = [f"run {_run_of(job)}: {job.status}"]
-    if job.start_time and job.end_time:
-        parts.append(f"took {clock((job.end_time - job.start_time) / 1000)}")
-    if job.driver_exit_code is not None:
-        parts.append(f"exit code {job.driver_exit_code}")
-    elif job.message:
-        parts.append(" ".join(job.message.split()))
-    return ", ".join(parts)
+    code = None if job.driver_exit_code is None else f"exit code {job.driver_exit_code}"
+    return f"run {_run_of(job)}: {job.status}, {code or ' '.join((job.message or '').split())}"
 
 
 class _ImpatientClient(JobSubmissionClient):  # type: ignore[misc]
