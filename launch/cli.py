@@ -96,11 +96,11 @@ def train(
         if dry_run:
             _print_yaml(settings)
             return
-        from launch.run_folder.folder import check_run_name, is_run_folder, run_folder_of
+        from launch.run_folder.folder import check_run_name, is_run_folder
         from launch.training import resume_run, start_run
 
         chosen = None if name is None else check_run_name(name)
-        existing = run_folder_of(settings, chosen) if chosen is not None and resume_if_exists else None
+        existing = Path(settings.runs_folder) / chosen if chosen is not None and resume_if_exists else None
         if existing is not None and is_run_folder(existing):
             resume_run(existing, Console(), evaluate_after, recipe=settings)
         else:
@@ -128,7 +128,7 @@ def generate(
         from actors.engine.machine import check_machine
         from launch.generation import encode_prompt, open_checkpoint, rollout_text, rollout_to_json
         from launch.generation import generate as generate_rollouts
-        from launch.run_folder.result import checkpoint_of
+        from launch.run_folder.checkpoints import checkpoint_of
 
         console = Console(stderr=as_json)
         with setting_up():

@@ -34,7 +34,6 @@ from launch.run_folder.folder import (
     sole_driver,
 )
 from launch.run_folder.resuming import resumed_settings
-from launch.settings.changes import Change
 from launch.settings.recipe import read_recipe, with_absolute_paths
 from launch.settings.run import RunSettings, needs_actors
 from launch.stop_signals import stop_exit_code
@@ -81,7 +80,13 @@ def resume_run(
             own = read_recipe(run_config(folder))
             wanted = wanted.model_copy(update={"runs_folder": own.runs_folder})  # the run was found there
         with resumed_settings(folder, wanted) as changes:
-            _name_changes(changes, folder, console)
+            for change in changes:
+                _say(console, f"changed since the run was last started: {change}")
+            if changes:
+                with RunLog(folder) as log:
+                    for change in changes:
+                        message = f"resumed with another setting: {change}"
+                        log.write("info", "driver", "setting_changed", message, {"setting": change.key})
             finished = finished_stages(wanted, folder)
             if all(stage.name in finished for stage in wanted.stages):
                 last = wanted.stages[-1]
@@ -97,32 +102,12 @@ def resume_run(
             _run_and_report(wanted, folder, console, evaluate_after)
 
 
-def _name_changes(changes: Sequence[Change], folder: Path, console: Console) -> None:
-    """On the terminal and in the log of the run."""
-    if not changes:
-        return
-    with RunLog(folder) as log:
-        for change in changes:
-            message = f"resumed with another setting: {change}"
-            log.write("info", "driver", "setting_changed", message, {"setting": change.key})
-            _say(console, f"changed since the run was last started: {change}")
-
-
-def _check_machine(settings: RunSettings, evaluate_after: bool) -> None:
-    """Of this machine, where engines will run here; on the nodes of a cluster each engine checks its own.
-
-    Raises:
-        UserError: it lacks something.
-    """
+def _run_and_report(settings: RunSettings, folder: Path, console: Console, evaluate_after: bool) -> None:
     has_actors = any(needs_actors(stage, settings.noise) for stage in settings.stages)
-    actors_here = has_actors and cluster_to_join(settings.cluster) is None
+    actors_here = has_actors and cluster_to_join(settings.cluster) is None  # on a cluster each engine checks its node
     if actors_here or evaluate_after:
         with setting_up():
             check_machine(settings.actors.enforce_eager or not actors_here)
-
-
-def _run_and_report(settings: RunSettings, folder: Path, console: Console, evaluate_after: bool) -> None:
-    _check_machine(settings, evaluate_after)
     shown = shown_path(folder)
     try:
         check_task = partial(check_evaluation, settings) if evaluate_after else None
@@ -140,40 +125,28 @@ def _run_and_report(settings: RunSettings, folder: Path, console: Console, evalu
 
 
 def _finish(outcome: RunOutcome, settings: RunSettings, console: Console, evaluate_after: bool) -> None:
-    shown = shown_path(outcome.folder)
+    folder, shown = outcome.folder, shown_path(outcome.folder)
     is_evaluated = not evaluate_after
     try:
         if evaluate_after:
-            _evaluate(outcome, settings, console, shown)
+            evaluation = evaluate(_targets(settings, folder), settings, console, keep_in=folder / EVALUATION_FOLDER)
+            write_evaluation(evaluation, folder)
+            console.print()
+            show_evaluation(evaluation, console)
+            _say(console, f"\nall numbers: {shown}/{EVALUATION_FILE}, rollouts: {shown}/{SAMPLES_FOLDER}/")
         is_evaluated = True
     finally:  # whatever ended the evaluation, a signal or a defect too: training is done, and nothing of it is lost
         if not is_evaluated:
-            _say_what_there_is(settings, outcome.folder, console, shown)
-        _report(outcome.folder, console, shown)
-    console.print(f"\nrun folder: {shown}", highlight=False, soft_wrap=True)
-
-
-def _evaluate(outcome: RunOutcome, settings: RunSettings, console: Console, shown: Path) -> None:
-    targets = _targets(settings, outcome.folder)
-    evaluation = evaluate(targets, settings, console, keep_in=outcome.folder / EVALUATION_FOLDER)
-    write_evaluation(evaluation, outcome.folder)
-    console.print()
-    show_evaluation(evaluation, console)
-    console.print(
-        f"\nall numbers: {shown}/{EVALUATION_FILE}, rollouts: {shown}/{SAMPLES_FOLDER}/",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _say_what_there_is(settings: RunSettings, folder: Path, console: Console, shown: Path) -> None:
-    checkpoints = ", ".join(str(shown_path(target.checkpoint)) for target in _targets(settings, folder))
-    console.print(
-        f"the evaluation did not end; training is done, and its result is in {checkpoints}. Repeat the evaluation "
-        f"with: sequencematch train --resume {shown}",
-        highlight=False,
-        soft_wrap=True,
-    )
+            checkpoints = ", ".join(str(shown_path(target.checkpoint)) for target in _targets(settings, folder))
+            _say(
+                console,
+                f"the evaluation did not end; training is done, and its result is in {checkpoints}. Repeat the "
+                f"evaluation with: sequencematch train --resume {shown}",
+            )
+        for note in write_report(folder):
+            console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"report: {shown}/{REPORT_FILE}")
+    _say(console, f"\nrun folder: {shown}")
 
 
 def _targets(settings: RunSettings, folder: Path) -> list[Target]:
@@ -190,12 +163,6 @@ def _is_evaluated(settings: RunSettings, folder: Path) -> bool:
     measured = json.loads(file.read_text(encoding="utf-8"))["checkpoints"]
     found = [(each["label"], Path(each["checkpoint"]).name) for each in measured]
     return found == [(target.label, target.checkpoint.name) for target in _targets(settings, folder)]
-
-
-def _report(folder: Path, console: Console, shown: Path) -> None:
-    for note in write_report(folder):
-        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"report: {shown}/{REPORT_FILE}", highlight=False, soft_wrap=True)
 
 
 def _say_how_to_resume(console: Console, shown: Path, what: str) -> None:

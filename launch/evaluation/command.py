@@ -64,7 +64,7 @@ def evaluate(
         from launch.evaluation.rollouts import ROLLOUTS_FOLDER
         from launch.evaluation.run import evaluate as evaluate_targets
         from launch.evaluation.task import kept_folder, labelled, settings_for
-        from launch.run_folder.result import checkpoint_of
+        from launch.run_folder.checkpoints import checkpoint_of
 
         with setting_up():
             settings, keep_in = settings_for(checkpoints[0], task_from), output or kept_folder(checkpoints[0])

@@ -14,8 +14,8 @@ from buffer.full_disk import writing_to
 from launch.errors import UserError
 from launch.evaluation.task import run_of
 from launch.export.card import card_facts
+from launch.run_folder.checkpoints import checkpoint_of
 from launch.run_folder.folder import CONFIG_FILE
-from launch.run_folder.result import checkpoint_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from buffer.run_identity import run_id
 from buffer.trajectory.schema import TokenContract
 from launch.command_errors import setting_up
 from launch.errors import UserError
-from launch.run_folder.folder import logged_stages
+from launch.run_folder.folder import is_run_folder, logged_stages, open_run_folder
 from launch.settings.run import RunSettings
 from learner.checkpoints.progress import check_contract, durable_steps
 from learner.checkpoints.remote import open_checkpoints
@@ -100,3 +100,31 @@ def final_checkpoint(settings: RunSettings, folder: Path, stage: str) -> Path:
     store = stage_checkpoints(settings, folder)[stage]
     with setting_up():
         return store.folder(store.steps()[-1])
+
+
+def checkpoint_of(source: Path, stage: str | None = None) -> Path:
+    """Of a run folder the newest checkpoint of `stage` (default: the recipe's `result`), fetched if it lies elsewhere;
+    any other path as it is.
+
+    Raises:
+        UserError: the run has no such stage, or no checkpoint of it; or `stage` is given without a run. ValueError,
+            OSError: the checkpoint cannot be fetched.
+    """
+    if not is_run_folder(source):
+        if stage is not None:
+            raise UserError(f"--stage {stage} chooses a stage of a run, and {source} is not a run folder: leave it out")
+        return source
+    run, settings = open_run_folder(source)
+    wanted = stage or settings.result_stage
+    stores = stage_checkpoints(settings, run)
+    if wanted not in stores:
+        raise UserError(f"run {source} has no stage {wanted!r}; its stages are: {', '.join(stores)}")
+    steps = {name: store.steps() for name, store in stores.items()}
+    if not steps[wanted]:
+        others = ", ".join(name for name, found in steps.items() if found)
+        hint = f", or choose a stage that has one with --stage ({others})" if others else ""
+        raise UserError(
+            f"run {source} has no checkpoint of stage {wanted!r} yet: `sequencematch train --resume {source}` goes on "
+            f"with it{hint}"
+        )
+    return stores[wanted].folder(steps[wanted][-1])

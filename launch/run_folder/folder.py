@@ -66,7 +66,7 @@ def create_run_folder(settings: RunSettings, name: str | None = None) -> Path:
         check_outlives_job(settings)
     settings = with_absolute_paths(settings)
     chosen = name or new_run_name(settings)
-    folder = run_folder_of(settings, chosen)
+    folder = Path(settings.runs_folder) / chosen
     draft = folder.with_name(f".{chosen}.{socket.gethostname()}-{os.getpid()}.tmp")
     draft.mkdir(parents=True)
     try:
@@ -79,18 +79,21 @@ def create_run_folder(settings: RunSettings, name: str | None = None) -> Path:
         suffix = 1
         while not _take(draft, folder):
             if name is not None:
-                raise UserError(_says_name_is_taken(folder))
+                if is_run_folder(folder):
+                    raise UserError(
+                        f"there is a run {folder} already: go on with it by `--resume {folder}` (or with the same "
+                        "command and --resume-if-exists), or choose another --name"
+                    )
+                raise UserError(
+                    f"{folder} is there already and is no run (it has no {CONFIG_FILE}): choose another --name, or "
+                    "remove it"
+                )
             suffix += 1
             folder = folder.with_name(f"{chosen}-{suffix}")
     except BaseException:
         shutil.rmtree(draft)
         raise
     return folder.resolve()
-
-
-def run_folder_of(settings: RunSettings, name: str) -> Path:
-    """Where the run of a name lies, or would lie."""
-    return Path(settings.runs_folder) / name
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -123,15 +126,6 @@ def _take(draft: Path, folder: Path) -> bool:
             return False
         raise
     return True
-
-
-def _says_name_is_taken(folder: Path) -> str:
-    if is_run_folder(folder):
-        return (
-            f"there is a run {folder} already: go on with it by `--resume {folder}` (or with the same command and "
-            "--resume-if-exists), or choose another --name"
-        )
-    return f"{folder} is there already and is no run (it has no {CONFIG_FILE}): choose another --name, or remove it"
 
 
 def new_run_name(settings: RunSettings) -> str:
@@ -244,16 +238,13 @@ def remove_cluster(folder: Path) -> None:
 
 def describe_environment() -> str:
     """Command, machine and versions, as text."""
-    return "\n".join(
-        [
-            f"command: {' '.join(sys.argv)}",
-            f"python: {platform.python_version()}",
-            f"system: {platform.platform()}",
-            f"processor: {_processor()}, {os.cpu_count()} cores",
-            *installed_versions(),
-            "",
-        ]
-    )
+    machine = [
+        f"command: {' '.join(sys.argv)}",
+        f"python: {platform.python_version()}",
+        f"system: {platform.platform()}",
+        f"processor: {_processor()}, {os.cpu_count()} cores",
+    ]
+    return "\n".join([*machine, *installed_versions(), ""])
 
 
 def shown_path(folder: Path) -> Path:
@@ -285,8 +276,6 @@ def read_versions(folder: Path) -> tuple[str, ...]:
 
 def _processor() -> str:
     information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "unknown")

@@ -44,7 +44,8 @@ def resumed_settings(folder: Path, wanted: RunSettings) -> Iterator[list[Change]
         _forget_all_but_settings(folder)  # what other settings have made, without a step
     config, metrics_bytes = (folder / CONFIG_FILE).read_text(encoding="utf-8"), _metrics_bytes(folder)
     note = folder / USED_CONFIGS_FOLDER / f"{len(used) + 1:03d}.yaml"
-    _replace_config(folder, wanted)
+    write_recipe(wanted, folder / f"{CONFIG_FILE}.tmp")
+    (folder / f"{CONFIG_FILE}.tmp").rename(folder / CONFIG_FILE)
     write_recipe(wanted, note)
     try:
         yield changes
@@ -53,12 +54,6 @@ def resumed_settings(folder: Path, wanted: RunSettings) -> Iterator[list[Change]
             note.unlink()
             (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
         raise
-
-
-def _replace_config(folder: Path, settings: RunSettings) -> None:
-    temporary = folder / f"{CONFIG_FILE}.tmp"
-    write_recipe(settings, temporary)
-    temporary.rename(folder / CONFIG_FILE)
 
 
 def _metrics_bytes(folder: Path) -> int:

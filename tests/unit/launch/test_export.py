@@ -19,9 +19,8 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.evaluation.task import settings_for
 from launch.export.model import export
-from launch.run_folder.checkpoints import stage_checkpoints
+from launch.run_folder.checkpoints import checkpoint_of, stage_checkpoints
 from launch.run_folder.folder import create_run_folder
-from launch.run_folder.result import checkpoint_of
 from launch.settings.recipe import read_recipe
 from learner.checkpoints.checkpoint import take_snapshot
 from learner.model.policy import Policy, load_policy
