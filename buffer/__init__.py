@@ -2,8 +2,7 @@
 
 trajectory/  the schema of a rollout, its replay and its validation: the contract of all processes
 experts/     action logs made from data, with noise and backspace
-store/       one shard on disk: segments, manifest, consumption log, recovery, compaction
-sampling/    which live rows a draw takes, and who has to wait
+store/       one shard: rows in Arrow segments, a catalog of what happened to them, sampling, limits
 service/     the shards of a run as processes, their one client, draws over all of them, the Flight endpoint
 remote_call  a call to another process: its value, or an error that names the process
 reading/     views from outside: snapshots, history, audit

@@ -12,8 +12,8 @@ from actors.status import ActorStatus, MemberStatus, PoolStatus
 from buffer.experts.tasks import Task
 from buffer.service.shard import shard_folder
 from buffer.settings import BufferSettings
-from buffer.store.consumption_log import DrawKey
-from buffer.store.replay_store import ReplayStore
+from buffer.store.results import DrawKey
+from buffer.store.store import ReplayStore
 from launch.monitoring.live_view import RunView
 from launch.monitoring.run_log import RunLog
 from launch.report.gather import Report, gather

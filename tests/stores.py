@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
 
 from buffer.settings import BufferSettings
-from buffer.store.replay_store import ReplayStore
-from tests.trajectories import CONTRACT, fresh_key
+from buffer.store.catalog import CATALOG_NAME, EventEntry, read_batches, read_events, segment_path
+from buffer.store.store import ReplayStore
+from buffer.trajectory.schema import stored_schema
+from tests.trajectories import CONTRACT, fresh_key, ids_of
 
 SMALL = 8_000
 """segment_bytes that a few inserts fill."""
@@ -32,25 +36,31 @@ def draw(store: ReplayStore, count: int, version: int, source: str = "policy") -
 
 def live_ids(store: ReplayStore, source: str = "policy") -> set[str]:
     """All live rows, without a draw, which would change them."""
-    return set(store._shard.files.ids(store._shard.lanes[source].rows).to_pylist())
+    rows = store._shard.table.live_rows(source)
+    return set(ids_of(store._shard.files.gather.take(rows))) if len(rows) else set()
 
 
-def settle(store: ReplayStore) -> None:
-    """Wait until every full segment is sealed."""
-    upkeep = store._upkeep
-    upkeep.tidy()
-    while upkeep._sealer.is_busy:
-        upkeep.finish_seal()
-        upkeep.tidy()
+def events(folder: Path, kind: str | None = None) -> list[EventEntry]:
+    """What the catalog of a shard says happened, also while its store is open."""
+    path = folder / CATALOG_NAME
+    with closing(sqlite3.connect(path)) as connection:
+        return [event for event in read_events(connection, path) if kind in (None, event.kind)]
+
+
+def stored_rows(folder: Path) -> list[int]:
+    """Numbers of the rows in the segments that count, read from their bytes."""
+    path = folder / CATALOG_NAME
+    with closing(sqlite3.connect(path)) as connection:
+        batches = read_batches(connection, path)
+    rows: list[int] = []
+    for entry in batches:
+        content = pa.py_buffer(segment_path(folder, entry.segment).read_bytes())
+        message = content.slice(entry.offset, entry.length)
+        rows += pa.ipc.read_record_batch(message, stored_schema(CONTRACT)).column("row").to_pylist()
+    return rows
 
 
 def crash(folder: Path, to: Path) -> Path:
     """The folder as it would be found if the process died now."""
 
-    def copy(source: str, target: str) -> None:
-        try:
-            shutil.copy2(source, target)
-        except FileNotFoundError:
-            assert source.endswith(".tmp"), "only a sealed file that is being written is renamed meanwhile"
-
-    return Path(shutil.copytree(folder, to, copy_function=copy))
+    return Path(shutil.copytree(folder, to))

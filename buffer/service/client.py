@@ -31,7 +31,7 @@ from buffer.service.router import DrawRequest, draw_from_shards
 from buffer.service.service import InsertReply
 from buffer.service.shard import ANSWER_TIMEOUT_S, Shard
 from buffer.service.status import BufferStatus, ShardStatus
-from buffer.store.counters import DrawResult
+from buffer.store.results import DrawResult
 
 DEMAND_POLL_S = 10.0
 """Longest wait in a shard for demand; then it is asked again."""

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from buffer.store.consumption_log import DrawKey
-from buffer.store.counters import DrawResult
+from buffer.store.results import DrawKey, DrawResult
 
 WAIT_SLICE_S = 1.0
 """Longest wait in a shard for news; a wait that nobody needs any more ends by itself after so long."""
@@ -47,7 +46,7 @@ class DrawRequest:
 class Offer:
     """What one shard can give to one draw.
 
-    logged: rows that it gave to this draw before, by its consumption log. live: live rows of the draw's source.
+    logged: rows that it gave to this draw before, by its catalog. live: live rows of the draw's source.
     available: rows that it could add now; at most those live rows that it has not logged, fewer where its limiter
         says so.
     inserts: inserts that it has taken; to be told when there are more (`wait_for_rows`).

@@ -1,7 +1,7 @@
 """One shard of the replay buffer as a process: a store behind a door where actors hand in and the learner draws.
 
 The launcher makes it a Ray actor (`ray.remote(ReplayBufferService)`). All methods that wait are coroutines on one event
-loop, so the store needs no lock. Actors and learner are coupled in both directions (see `buffer.sampling.limiter`):
+loop, so the store needs no lock. Actors and learner are coupled in both directions (see `buffer.store.limiter`):
 
     actors pause   while the draws are too far behind the inserts, and no draw is waiting
     draws wait     while they would run ahead of the inserts, or too few rows are live
@@ -28,14 +28,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.sampling.limiter import Limiter, Traffic
 from buffer.service.router import DrawRequest, Offer
 from buffer.service.shard_upkeep import ShardUpkeep
 from buffer.service.status import ShardStatus
 from buffer.settings import BufferSettings
 from buffer.stop_signals import ignore_stop_signals
-from buffer.store.counters import DrawResult
-from buffer.store.replay_store import ReplayStore
+from buffer.store.limiter import Limiter, Traffic
+from buffer.store.results import DrawResult
+from buffer.store.store import ReplayStore
 from buffer.trajectory.schema import TokenContract
 from buffer.trajectory.validation import Rejection
 
@@ -191,6 +191,11 @@ class ReplayBufferService:
     async def newest_version(self) -> int:
         """Newest policy version the shard knows of, also from before a restart; -1 before any."""
         return self._store.newest_version
+
+    async def catalog_image(self) -> bytes:
+        """The shard's catalog of now as a database of its own, for readers on other hosts than this one's; see
+        `ReplayStore.catalog_image`."""
+        return self._store.catalog_image()
 
     async def status(self) -> ShardStatus:
         """State of now."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from buffer.remote_call import RemoteCall
 from buffer.service.router import DrawRequest, Offer
-from buffer.store.counters import DrawResult
+from buffer.store.results import DrawResult
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle

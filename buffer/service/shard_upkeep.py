@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from buffer.settings import BufferSettings
-from buffer.store.replay_store import ReplayStore
+from buffer.store.store import ReplayStore
 
 DEFAULT_SYNC_INTERVAL_S = 1.0
 UPKEEP_INTERVAL_S = 2.0
@@ -62,12 +62,12 @@ class ShardUpkeep:
 
     async def _tidy(self) -> None:
         try:
-            plan = self._store.plan_upkeep()
+            plan = self._store.upkeep.plan()
             if plan is None:
                 return
             try:
-                self._store.finish_upkeep(await asyncio.to_thread(plan.run))
+                self._store.upkeep.finish(await asyncio.to_thread(plan.run))
             except OSError as error:
-                self._store.fail_upkeep(error)
+                self._store.upkeep.fail(error)
         except OSError as error:  # the disk is full, say: inserts will raise it, and this is tried again
             logger.warning("the upkeep of the replay buffer failed: %s", error)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from buffer.store.counters import SourceCounters, StoreStatus
+from buffer.store.results import SourceCounters, StoreStatus
 from buffer.trajectory.schema import SOURCES
 from buffer.trajectory.validation import Rejection
 

@@ -1,1 +1,1 @@
-"""One shard on disk: segments, manifest, consumption log, recovery, compaction."""
+"""One shard of the replay buffer: rows in Arrow segments, and one SQLite catalog that says what happened to them."""

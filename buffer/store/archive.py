@@ -15,7 +15,7 @@ import fsspec
 import pyarrow as pa
 
 from buffer.run_identity import run_id
-from buffer.store.segments import sealed_path
+from buffer.store.catalog import segment_path
 
 
 class ArchiveError(OSError):
@@ -48,7 +48,7 @@ class Archive:
         with pa.ipc.new_stream(sink, schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
-        target = f"{self._folder}/{sealed_path(Path(), number).name}"
+        target = f"{self._folder}/{segment_path(Path(), number).name}"
         try:
             self._files.makedirs(self._folder, exist_ok=True)
             # Object storage shows a file when it is complete; a folder does as soon as the file has its name.

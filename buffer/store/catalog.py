@@ -9,12 +9,11 @@ Row numbers count the insertions into the shard over all sources: 0, 1, 2, ...; 
 numbers are little-endian int64, without a gap between two numbers. Each table has a column `checksum` over the other
 columns of its row (`row_checksum`), because SQLite keeps none.
 
-segments: the files that count. A file that is not listed is deleted when the shard is opened, except for one with a
-higher number than all listed ones, whose complete batches are adopted.
+segments: the files that count. A file that is not listed is deleted when the shard is opened.
     number      in the name of the file
     size        bytes of a sealed file, which never changes again; null for the one that takes inserts: its committed
-                bytes end with its last batch, and what follows (zeros, or a batch whose commit is under way) is not
-                committed
+                bytes end with its last batch (with its header where it has none), and what follows (zeros, or a batch
+                whose commit is under way) is not committed
 
 batches: one row per stored Arrow message. An insert adds one; a compaction replaces those of the old segments.
     first_row, num_rows     smallest row number, and how many rows; batches do not overlap
@@ -42,7 +41,7 @@ long as `rows` in a `delete`, with a null for a rejected trajectory without an i
 little-endian float32, one per row.
 
 meta: JSON values: `contract` (the token contract as schema metadata), `next_row` (as of the last deletion; the next
-row to be inserted has this number or the one after the last batch, whichever is larger), `format`.
+row to be inserted has this number or the one after the last batch, whichever is larger), `format` (of this schema).
 
 What follows from it:
 
@@ -58,8 +57,9 @@ What follows from it:
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -67,6 +67,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 CATALOG_NAME = "catalog.db"
@@ -173,6 +174,37 @@ class EventEntry(NamedTuple):
     def row_numbers(self) -> Int64:
         """[n] rows that the event names; none where it has no such column."""
         return np.frombuffer(self.rows or b"", np.int64)
+
+    @classmethod
+    def new(
+        cls,
+        kind: EventKind,
+        stage: str | None = None,
+        step: int | None = None,
+        source: str | None = None,
+        reason: str | None = None,
+        version: int | None = None,
+        whole: int | None = None,
+        rows: Int64 | None = None,
+        ids: Sequence[str | None] | None = None,
+        priorities: Float32 | None = None,
+    ) -> EventEntry:
+        """An event that is to be written: its number, its time and `next_row` come with the commit."""
+        return cls(
+            0,
+            0,
+            kind,
+            stage,
+            step,
+            source,
+            reason,
+            version,
+            whole,
+            0,
+            None if rows is None else rows.astype("<i8").tobytes(),
+            None if ids is None else json.dumps(ids),
+            None if priorities is None else priorities.astype("<f4").tobytes(),
+        )
 
 
 def segment_path(folder: Path, number: int) -> Path:

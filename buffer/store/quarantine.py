@@ -1,8 +1,7 @@
-"""Where damaged files of a shard are put aside, each with a text that says why.
+"""Where damaged bytes of a shard's segments are put aside, each with a text that says what they were.
 
-    quarantine/segment-000003.arrows                     a sealed segment, whole
-    quarantine/segment-000004.arrows.open.1024-2048      bytes of an open segment
-    quarantine/….txt                                     what was wrong, and which rows were lost
+    quarantine/segment-000003.arrows.1024-2048        bytes of the segment
+    quarantine/segment-000003.arrows.1024-2048.txt    what was wrong, and which rows were lost
 
 What lies there is never read again; it is kept for whoever wants to rescue rows by hand.
 """
@@ -10,9 +9,12 @@ What lies there is never read again; it is kept for whoever wants to rescue rows
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
-from buffer.store.manifest import replace_file, sync_folder
+import pyarrow as pa
+
+from buffer.store.segments import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -24,34 +26,25 @@ def quarantined(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.name.removesuffix(".txt") for path in (folder / QUARANTINE).glob("*.txt")))
 
 
-def set_file_aside(path: Path, reason: str) -> None:
-    """Move a file, if it is there at all, out of the way."""
-    target = _target(path.parent, path.name)
-    _explain(target, reason)
-    if path.exists():
-        path.rename(target)
-        sync_folder(path.parent)
-
-
-def set_bytes_aside(path: Path, start: int, end: int, reason: str) -> None:
-    """Keep a copy of the bytes [start, end) of a file."""
-    target = _target(path.parent, f"{path.name}.{start}-{end}")
-    _explain(target, reason)
-    with path.open("rb") as file:
-        file.seek(start)
-        replace_file(target, file.read(end - start))
-
-
-def _target(folder: Path, name: str) -> Path:
-    quarantine = folder / QUARANTINE
-    quarantine.mkdir(exist_ok=True)
-    target, number = quarantine / name, 1
-    while target.exists() or target.with_name(target.name + ".txt").exists():
+def set_bytes_aside(path: Path, content: pa.Buffer, start: int, end: int, lost: str) -> None:
+    """Keep a copy of the damaged bytes [start, end) of the segment in `path`, whose content this is. It may be shorter,
+    or empty where the file is missing. lost: what is lost with them."""
+    folder = path.parent / QUARANTINE
+    folder.mkdir(exist_ok=True)
+    target, number = folder / f"{path.name}.{start}-{end}", 1
+    while target.with_name(f"{target.name}.txt").exists():
         number += 1
-        target = quarantine / f"{name}.{number}"
-    return target
+        target = folder / f"{path.name}.{start}-{end}.{number}"
+    reason = f"{path} is damaged from byte {start} to byte {end}" if content.size else f"{path} is missing"
+    logger.warning("%s: %s; what is left of it is in %s", reason, lost, target)
+    _write(target.with_name(f"{target.name}.txt"), f"{reason}: {lost}\n".encode())
+    _write(target, memoryview(content)[start:end])
 
 
-def _explain(target: Path, reason: str) -> None:
-    logger.warning("%s; what is left of it lies in %s", reason, target)
-    replace_file(target.with_name(target.name + ".txt"), f"{reason}\n".encode())
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """On return it is on disk, with its name."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)

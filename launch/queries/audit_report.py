@@ -11,7 +11,7 @@ from rich.text import Text
 from buffer.reading.audit import Account, AuditReport
 from buffer.reading.audit_checks import DrawLimits
 from buffer.reading.shard_history import REASONS
-from buffer.store.events import EVICTED
+from buffer.store.catalog import EVICTED
 
 _CLEAN = "clean: every row is accounted for, no id twice, no draw beyond its limits"
 

@@ -28,8 +28,7 @@ from buffer.service.service import ReplayBufferService
 from buffer.service.shard import Shard, present_shards, shard_folder, shard_seed, shard_settings
 from buffer.service.status import BufferStatus
 from buffer.settings import BufferSettings
-from buffer.store.previous_format import holds_previous_format
-from buffer.store.replay_store import ReplayStore
+from buffer.store.store import ReplayStore
 from buffer.trajectory.schema import TokenContract
 from launch.cluster.capacity import live_nodes
 from launch.errors import RunFailedError, UserError
@@ -53,12 +52,6 @@ def check_buffer(folder: Path, contract: TokenContract, settings: BufferSettings
     Raises:
         UserError: a shard cannot be opened, or the run had more shards than it has now.
     """
-    if holds_previous_format(folder):
-        raise UserError(
-            f"{folder} was written by an earlier version of this program, which left no record of what it removed; "
-            "its trajectories can be read with `sequencematch query`, but no run goes on with them. Move the folder "
-            "away to go on from the checkpoints with an empty buffer"
-        )
     present = present_shards(folder)
     if len(present) > settings.shards:
         raise UserError(

@@ -8,8 +8,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from actors.scoring.settings import ExactAnswerSettings, ScorerSettings, ScoringSettings, is_binary
 from actors.settings import ActorsSettings, check_division
-from buffer.sampling.limiter import Limiter
 from buffer.settings import BufferSettings, NoiseSettings, OutputPath, Settings, TaskSettings
+from buffer.store.limiter import Limiter
 from launch.settings.decodings import check_planting
 from launch.settings.evaluation import EvaluationSettings
 from learner.metrics.trackers import TrackerName

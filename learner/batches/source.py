@@ -17,8 +17,7 @@ from torch import Tensor
 
 from buffer.service.client import BufferClient
 from buffer.service.router import DrawRequest
-from buffer.store.consumption_log import DrawKey
-from buffer.store.counters import DrawResult
+from buffer.store.results import DrawKey, DrawResult
 from buffer.trajectory.staleness import VersionRange, staleness
 from learner.ranks.group import RankLostError, Ranks
 

@@ -4,8 +4,8 @@
                    (optimizer, RNG), progress.json, and where adapters are trained adapter/ (see
                    learner.checkpoints.model_files)
 
-The position in the buffer is the step: a draw is named by stage and step, and the buffer's consumption log gives the
-steps after the checkpoint the rows that they were given before (see buffer.store.consumption_log).
+The position in the buffer is the step: a draw is named by stage and step, and the buffer's catalog gives the
+steps after the checkpoint the rows that they were given before (see buffer.store.draws).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from actors.engine.action_log import FinishedLog
 from buffer.settings import BufferSettings
-from buffer.store.consumption_log import DrawKey
-from buffer.store.replay_store import ReplayStore
+from buffer.store.results import DrawKey
+from buffer.store.store import ReplayStore
 from tests.benchmarks.backend import Stopwatch, Timed
 from tests.benchmarks.buffer_load import (
     CONTRACT,

@@ -12,7 +12,7 @@ from buffer.service.router import DrawRequest
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import Shard
 from buffer.settings import BufferSettings
-from buffer.store.consumption_log import DrawKey
+from buffer.store.results import DrawKey
 from tests.benchmarks.backend import ray_of_its_own
 from tests.benchmarks.buffer_load import ACTIONS, CONTRACT, PROMPT_TOKENS, SENT_ROWS, as_arrow, make_rollouts
 

@@ -11,8 +11,8 @@ from statistics import median
 import numpy as np
 
 from buffer.settings import BufferSettings
-from buffer.store.consumption_log import DrawKey
-from buffer.store.replay_store import ReplayStore
+from buffer.store.results import DrawKey
+from buffer.store.store import ReplayStore
 from tests.benchmarks.buffer_load import CONTRACT, as_arrow, make_rollouts
 
 DRAWN_ROWS = 256

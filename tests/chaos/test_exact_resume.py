@@ -26,10 +26,10 @@ from buffer.service.router import DrawRequest, draw_from_shards
 from buffer.service.service import ReplayBufferService
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
 from buffer.store import segments
-from buffer.store.consumption_log import ConsumptionLog, DrawKey
-from buffer.store.log_state import LogState
-from buffer.store.replay_store import ReplayStore
-from buffer.store.row_table import RowTable
+from buffer.store.catalog_writer import CatalogWriter
+from buffer.store.gather import Gather
+from buffer.store.results import DrawKey
+from buffer.store.store import ReplayStore
 from learner import trainer as trainer_module
 from learner.checkpoints import checkpoint as checkpoint_module
 from learner.checkpoints.checkpoint import read_training_state
@@ -153,14 +153,14 @@ def dying_after(original: Callable, call: int) -> Callable:
 
 
 def dying_half_way(original: Callable, call: int) -> Callable:
-    """Of `os.write`: half of the bytes are written."""
+    """Of `os.pwrite`: half of the bytes are written."""
     calls = iter(range(10**9))
 
-    def write(descriptor: int, content: memoryview) -> int:
+    def write(descriptor: int, content: memoryview, offset: int) -> int:
         if next(calls) == call:
-            original(descriptor, content[: len(content) // 2])
+            original(descriptor, content[: len(content) // 2], offset)
             die()
-        return original(descriptor, content)
+        return original(descriptor, content, offset)
 
     return write
 
@@ -178,15 +178,16 @@ class KillPoint:
 
 POINTS = [
     KillPoint("before a draw", ReplayStore, "draw", dying_before, (0, STEPS)),
-    KillPoint("in the middle of an insert or a record of the log", segments.os, "write", dying_half_way, (2, 80)),
-    KillPoint("between log and answer", RowTable, "take", dying_before, (0, STEPS)),
+    KillPoint("in the middle of an insert", segments.os, "pwrite", dying_half_way, (2, 80)),
+    KillPoint("between segment and catalog", CatalogWriter, "commit", dying_before, (2, 80)),
+    KillPoint("between catalog and answer", Gather, "take", dying_before, (0, STEPS)),
     KillPoint("in the middle of a step", trainer_module, "clip_gradients", dying_before, (0, STEPS)),
     KillPoint("after the optimizer", torch.optim.AdamW, "step", dying_after, (0, STEPS)),
     KillPoint("in the middle of writing a checkpoint", checkpoint_module.torch, "save", dying_before, (0, 3)),
-    KillPoint("before the rename of a checkpoint", Path, "rename", dying_before, (0, 12)),
-    KillPoint("after the rename of a checkpoint", Path, "rename", dying_after, (0, 12)),
-    KillPoint("between checkpoint and release", ConsumptionLog, "checkpointed", dying_before, (0, 3)),
-    KillPoint("after the release", ConsumptionLog, "checkpointed", dying_after, (0, 3)),
+    KillPoint("before the rename of a checkpoint", Path, "rename", dying_before, (0, 4)),
+    KillPoint("after the rename of a checkpoint", Path, "rename", dying_after, (0, 4)),
+    KillPoint("between checkpoint and release", ReplayStore, "checkpointed", dying_before, (0, 3)),
+    KillPoint("after the release", ReplayStore, "checkpointed", dying_after, (0, 3)),
 ]
 
 
@@ -257,15 +258,15 @@ def test_kills_upon_kills_change_nothing(task, tmp_path, uninterrupted, seed):
 
 
 def without_draws(original: Callable, _call: int) -> Callable:
-    """Of `LogState.apply`: a log that names no draw."""
-    return lambda state, events: original(state, [event for event in events if event.kind not in ("draw", "pinned")])
+    """Of `CatalogWriter.events`: a catalog that names no draw."""
+    return lambda catalog: (event for event in original(catalog) if event.kind != "draw")
 
 
-def test_had_the_log_no_draws_the_end_would_be_another(task, tmp_path, uninterrupted):
+def test_had_the_catalog_no_draws_the_end_would_be_another(task, tmp_path, uninterrupted):
     """That the buffer's contents matter: the same kill, and what was drawn before it is forgotten."""
     (point,) = (point for point in POINTS if point.attribute == "clip_gradients")
     assert one_life(task, tmp_path, (point, STEPS - 1)) == -signal.SIGKILL
-    forgetful = KillPoint("never", LogState, "apply", without_draws, (0, 1))
+    forgetful = KillPoint("never", CatalogWriter, "events", without_draws, (0, 1))
     assert one_life(task, tmp_path, (forgetful, 0)) == 0
     found = final_state(tmp_path)
     assert not all(torch.equal(found[name], tensor) for name, tensor in uninterrupted.items())

@@ -57,16 +57,17 @@ def test_ctrl_c_while_ray_starts_ends_the_command_in_order(tmp_path: Path) -> No
         process.assert_nothing_left()
 
 
-def test_a_damaged_log_is_named(interrupted: Interrupted, tmp_path: Path) -> None:
+def test_a_damaged_catalog_is_named(interrupted: Interrupted, tmp_path: Path) -> None:
     """Runs before the resumption, on a copy."""
     folder = tmp_path / "copy"
     shutil.copytree(interrupted.folder, folder)
-    (log,) = (folder / "buffer" / "shard-000").glob("consumption-*.open")
-    content = bytearray(log.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    log.write_bytes(content)
+    catalog = folder / "buffer" / "shard-000" / "catalog.db"
+    content = bytearray(catalog.read_bytes())
+    page = slice(len(content) // 2, len(content) // 2 + 4096)
+    content[page] = bytes(byte ^ 0xFF for byte in content[page])
+    catalog.write_bytes(content)
     error = refusal_of(tmp_path, "--resume", str(folder))
-    assert str(log) in error
+    assert str(catalog) in error
     assert "restore it from a copy" in error
 
 

@@ -1,7 +1,7 @@
 """A process that writes to a shard as hard as it can: `python -m tests.integration.buffer_writer FOLDER NUM_INSERTS`.
 
 Row n has the id str(n), and its contents follow from n, so that whoever reads a row knows what it should be. The number
-of acknowledged rows stands in FOLDER.acknowledged. Sealing, rotation and compaction happen every few inserts.
+of acknowledged rows stands in FOLDER.acknowledged. Sealing and compaction happen every few inserts.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import struct
 import sys
 from pathlib import Path
 
-from buffer.store.consumption_log import ConsumptionLog, DrawKey
+from buffer.store.results import DrawKey
 from tests.stores import open_store
 from tests.trajectories import batch_of, expert_row, row
 
 MAX_TIMES_SAMPLED, MAX_STALENESS, CAPACITY = 3, 2, 60
-LOG_BYTES = 30_000
 
 
 def acknowledged_file(folder: Path) -> Path:
@@ -39,7 +38,6 @@ def numbered_row(number: int, version: int) -> dict[str, object]:
 
 def main(folder: Path, num_inserts: int) -> None:
     """Write, draw and tidy up."""
-    ConsumptionLog.is_full = property(lambda log: log._file.size_bytes > LOG_BYTES)  # type: ignore[method-assign]
     store = open_store(
         folder,
         capacity=CAPACITY,
@@ -60,8 +58,8 @@ def main(folder: Path, num_inserts: int) -> None:
             store.draw(DrawKey("stage", step, source), 3, version)
         if step % 7 == 0:
             store.checkpointed("stage", step + 1)
-        if (plan := store.plan_upkeep()) is not None:
-            store.finish_upkeep(plan.run())
+        if (plan := store.upkeep.plan()) is not None:
+            store.upkeep.finish(plan.run())
             compactions += 1
     store.close()
     print(compactions)

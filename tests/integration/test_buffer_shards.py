@@ -22,7 +22,7 @@ from buffer.service.service import ReplayBufferService
 from buffer.service.shard import shard_folder, shard_settings
 from buffer.settings import BufferSettings
 from buffer.stop_signals import JOB_SIGNALS
-from buffer.store.replay_store import ReplayStore
+from buffer.store.store import ReplayStore
 from launch.errors import UserError
 from launch.run.buffer_shards import STATUS_TIMEOUT_S, ShardWatch, check_buffer, find_buffer, start_buffer
 from launch.run_folder.flight_token import TOKEN_FILE, TOKEN_VARIABLE

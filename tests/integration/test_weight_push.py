@@ -31,7 +31,7 @@ from buffer.service.router import DrawRequest
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import Shard
 from buffer.settings import BufferSettings, NoiseSettings
-from buffer.store.consumption_log import DrawKey
+from buffer.store.results import DrawKey
 from buffer.weights.format import WeightManifest, WeightPayload, fingerprint, pack_tensors
 from buffer.weights.object_store import WeightHandle, WeightReceiver, WeightSender
 from learner.model.adapters import add_adapters

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from buffer.experts.tokenizer import character_tokenizer, token_contract
 from buffer.settings import BufferSettings
-from buffer.store.replay_store import ReplayStore
+from buffer.store.store import ReplayStore
 from launch.cli import app
 from launch.run_folder.tokenizer import save_run_tokenizer
 from launch.settings.recipe import read_recipe, write_recipe

@@ -11,7 +11,7 @@ from buffer.service.router import DrawRequest, DrawTimeoutError, draw_from_shard
 from buffer.service.service import ReplayBufferService
 from buffer.service.status import BufferStatus
 from buffer.settings import BufferSettings
-from buffer.store.consumption_log import DrawKey
+from buffer.store.results import DrawKey
 from tests.trajectories import CONTRACT, batch_of, expert_row, fresh_key, ids_of, numbered, row
 
 

@@ -10,7 +10,7 @@ from pyarrow import flight
 
 from buffer.service.flight import FlightEndpoint
 from launch.run_folder.flight_token import TOKEN_FILE, TOKEN_VARIABLE, flight_token
-from tests.stores import draw, open_store, settle
+from tests.stores import draw, open_store
 from tests.trajectories import CONTRACT, batch_of, expert_row, ids_of, numbered
 
 TOKEN = "s3cret"
@@ -45,7 +45,6 @@ def test_live_rows_of_sealed_and_open_segments_while_the_store_goes_on(store, en
     for first in range(0, 70, 10):
         store.insert(numbered(first, 10, version=first // 10))
     store.insert(batch_of([expert_row("e")]))
-    settle(store)
     assert store.status().sealed_segments > 1
     assert ids_of(rows(endpoint, "expert")) == ["e"]
     live = rows(endpoint, "policy")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from buffer.sampling.limiter import Limiter, Traffic
 from buffer.settings import BufferSettings
+from buffer.store.limiter import Limiter, Traffic
 
 LARGE = 10_000
 

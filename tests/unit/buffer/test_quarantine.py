@@ -1,18 +1,15 @@
-"""Damaged segments: put aside and named, their rows accounted for, the others kept, the store goes on."""
+"""Damaged segments: their batches are put aside and named, their rows accounted for, the others kept."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from buffer.store.consumption_log import DrawKey
-from buffer.store.event_history import read_events
-from buffer.store.segments import scan_open
-from tests.stores import SMALL, crash, live_ids, open_store, settle
+from buffer.store.results import DrawKey
+from tests.stores import SMALL, crash, events, live_ids, open_store, stored_rows
 from tests.trajectories import batch_of, expert_row, ids_of, numbered, row
 
 SEALED = "segment-000001.arrows"
@@ -26,7 +23,6 @@ def sound(tmp_path_factory) -> Path:
     while store.status().sealed_segments < 1:
         number = store.next_row
         store.insert(batch_of([row(f"p{number}"), expert_row(f"e{number}"), row(f"q{number}")]))
-        settle(store)
     store.draw(DrawKey("s", 0, "policy"), 1, 0)
     store.checkpointed("s", 1)
     store.insert(numbered(5000, 2))
@@ -45,65 +41,76 @@ def flip(path: Path, at: int) -> None:
 
 
 DAMAGE = {
-    "has checksum": lambda path: flip(path, path.stat().st_size // 2),
-    "bytes instead of": lambda path: os.truncate(path, 3000),
+    "is damaged from byte": lambda path: path.write_bytes(path.read_bytes()[:1400] + bytes(path.stat().st_size - 1400)),
+    "is damaged": lambda path: os.truncate(path, 1000),
     "is missing": lambda path: path.unlink(),
 }
 
 
 @pytest.mark.parametrize("reason", list(DAMAGE))
-def test_a_damaged_sealed_segment_is_put_aside(tmp_path, sound, caplog, reason):
+def test_a_segment_that_is_damaged_as_a_whole_is_put_aside(tmp_path, sound, caplog, reason):
     folder = crash(sound, tmp_path / "b")
-    (entry,) = json.loads((folder / "manifest.json").read_text())["segments"]
+    num_sealed = store_rows(folder) - 3
     DAMAGE[reason](folder / SEALED)
-    damaged = (folder / SEALED).read_bytes() if (folder / SEALED).exists() else None
+    damaged = (folder / SEALED).read_bytes() if (folder / SEALED).exists() else b""
     for again in range(2):
         store = reopened(folder)
-        assert live_ids(store) == {"5000", "5001", *(["9000"] if again else [])}
-        assert store.status().quarantined == (SEALED,)
+        assert live_ids(store) >= {"5000", "5001", *(["9000"] if again else [])}
+        (name,) = store.status().quarantined
         policy, expert = (store.status().sources[source] for source in ("policy", "expert"))
-        assert policy.inserted + expert.inserted == store.next_row == entry["num_rows"] + 2 + again
-        assert (policy.live, policy.removed) == (2 + again, {"quarantine": policy.inserted - 3 - again, "sampled": 1})
-        assert (expert.live, expert.removed) == (0, {"quarantine": expert.inserted})
+        assert policy.inserted + expert.inserted == store.next_row == num_sealed + 3 + again
+        assert policy.removed["sampled"] == 1
+        assert policy.removed["quarantine"] + expert.removed["quarantine"] + 1 >= num_sealed - 3
+        for counters in (policy, expert):
+            assert counters.inserted == counters.live + counters.evicted + counters.dropped
         assert store.insert(numbered(9000, 1)).accepted == 1 - again
         store.close()
-    note = (folder / "quarantine" / f"{SEALED}.txt").read_text()
+    note = (folder / "quarantine" / f"{name}.txt").read_text()
+    assert name.startswith(f"{SEALED}.")
     assert reason in note
-    assert f"{entry['num_rows']} rows (0 to {entry['num_rows'] - 1})" in note
-    assert note.strip() in caplog.text
-    assert not (folder / SEALED).exists()
-    if damaged is not None:
-        assert (folder / "quarantine" / SEALED).read_bytes() == damaged
-    lost = [event for event in read_events(folder).to_pylist() if event["reason"] == "quarantine"]
-    assert {event["source"] for event in lost} == {"policy", "expert"}, "the log knows the sources of sealed rows"
-    assert {id_ for event in lost for id_ in event["ids"]} == {None}
+    assert "rows (0 to " in note
+    assert not (folder / SEALED).exists(), "nobody needs it any longer"
+    start, end = map(int, name.rpartition(".")[2].split("-"))
+    assert (folder / "quarantine" / name).read_bytes() == damaged[start:end]
+    lost = [event for event in events(folder, "remove") if event.reason == "quarantine"]
+    assert {event.source for event in lost} == {"policy", "expert"}
+    assert {event.ids for event in events(folder, "delete") if event.seq <= lost[-1].seq + 2} == {None}
 
 
-def test_a_crash_after_a_segment_was_put_aside_changes_nothing(tmp_path, sound):
-    """The file is gone already, and neither manifest nor log say so."""
-    folder = crash(sound, tmp_path / "b")
-    (folder / "quarantine").mkdir()
-    (folder / "quarantine" / f"{SEALED}.txt").write_text("damaged\n")
-    (folder / SEALED).rename(folder / "quarantine" / SEALED)
+def store_rows(folder: Path) -> int:
     store = reopened(folder)
-    assert live_ids(store) == {"5000", "5001"}
-    assert store.status().quarantined == (SEALED, f"{SEALED}.2")
+    store.close()
+    return store.next_row
+
+
+def test_a_crash_before_the_catalog_says_that_bytes_were_put_aside_changes_nothing(tmp_path, sound):
+    folder = crash(sound, tmp_path / "b")
+    (folder / SEALED).unlink()
+    copy = crash(folder, tmp_path / "c")
+    reopened(folder).close()
+    (copy / "quarantine").mkdir()
+    for path in (folder / "quarantine").iterdir():
+        (copy / "quarantine" / path.name).write_bytes(path.read_bytes())
+    store = reopened(copy)
+    assert {"5000", "5001"} <= live_ids(store)
+    (name, again) = store.status().quarantined
+    assert again == f"{name}.2"
     store.close()
 
 
 def open_with_three(folder: Path) -> tuple[Path, list[int]]:
-    """An open segment of three batches, and where they end."""
+    """A segment of three batches, and where they end."""
     store = open_store(folder)
-    path = folder / "segment-000001.arrows.open"
+    path = folder / SEALED
     sizes = []
     for first in (0, 3, 6):
         store.insert(numbered(first, 3))
-        sizes.append(path.stat().st_size)
+        sizes.append(store.status().size_bytes)
     store.close()
     return path, sizes
 
 
-def test_a_damaged_batch_in_an_open_segment_costs_its_own_rows_only(tmp_path):
+def test_a_damaged_batch_costs_its_own_rows_only(tmp_path):
     path, sizes = open_with_three(tmp_path / "b")
     content = path.read_bytes()
     for at in range(sizes[0] + 4, sizes[1], 97):
@@ -114,57 +121,68 @@ def test_a_damaged_batch_in_an_open_segment_costs_its_own_rows_only(tmp_path):
             store = open_store(folder)
             assert live_ids(store) == {"0", "1", "2", "6", "7", "8"}
             assert store.next_row == 9
-            status = store.status()
-            assert (status.lost, status.cut_bytes) == (3, 0)
-            assert status.sources["policy"].inserted == status.sources["policy"].live == 6
+            counters = store.status().sources["policy"]
+            assert (counters.inserted, counters.live, counters.removed) == (9, 6, {"quarantine": 3})
+            (name,) = store.status().quarantined
             store.close()
-        name = f"{path.name}.{sizes[0]}-{sizes[1]}"
-        assert status.quarantined == (name,)
+        assert name == f"{path.name}.{sizes[0]}-{sizes[1]}"
         assert (folder / "quarantine" / name).read_bytes() == bad[sizes[0] : sizes[1]]
-        (lost,) = [event for event in read_events(folder).to_pylist() if event["event"] == "remove"]
-        assert (lost["rows"], lost["source"], lost["reason"]) == ([3, 4, 5], None, "quarantine")
+        (lost,) = events(folder, "remove")
+        assert (lost.row_numbers.tolist(), lost.source, lost.reason) == ([3, 4, 5], "policy", "quarantine")
         store = open_store(folder)
         assert store.insert(numbered(3, 3)).accepted == 3, "what is lost may come again"
         assert store.next_row == 12
         store.close()
+        assert stored_rows(folder) == [0, 1, 2, *range(6, 12)]
     assert path.read_bytes() == content
 
 
-def test_damage_in_the_last_batch_is_no_torn_write(tmp_path):
+def test_damage_in_the_last_batch_is_no_torn_write(tmp_path, caplog):
     path, sizes = open_with_three(tmp_path / "b")
     flip(path, sizes[2] - 100)
     for _ in range(2):
         store = open_store(tmp_path / "b")
         assert live_ids(store) == {str(number) for number in range(6)}
-        assert (store.next_row, store.status().lost) == (9, 3)
+        assert (store.next_row, store.status().sources["policy"].removed) == (9, {"quarantine": 3})
         assert store.status().quarantined == (f"{path.name}.{sizes[1]}-{sizes[2]}",)
         store.close()
+    assert "unfinished" not in caplog.text
+    store = open_store(tmp_path / "b")
+    store.insert(numbered(9, 3))
+    store.close()
+    store = open_store(tmp_path / "b")
+    assert live_ids(store) == {*(str(number) for number in range(6)), "9", "10", "11"}
+    store.close()
 
 
-def test_a_damaged_header_costs_nothing(tmp_path):
+def test_a_damaged_header_costs_nothing(tmp_path, caplog):
     path, _ = open_with_three(tmp_path / "b")
     flip(path, 100)
     store = open_store(tmp_path / "b")
     assert live_ids(store) == {str(number) for number in range(9)}
+    assert f"{path}: the schema at its begin was damaged, and is written anew" in caplog.text
     store.insert(numbered(9, 3))
     store.close()
     with path.open("rb") as file:
         batches = list(pa.ipc.open_stream(file))
     assert [id_ for batch in batches for id_ in ids_of(batch)] == [str(number) for number in range(12)]
-    assert scan_open(path, batches[0].schema).damaged == ()
 
 
 def test_a_torn_write_is_cut_off_wherever_it_is_torn(tmp_path):
-    """Of the last two batches; nothing that was acknowledged before is missing, nothing is put aside."""
-    path, sizes = open_with_three(tmp_path / "b")
-    content = path.read_bytes()
-    log = (tmp_path / "b" / "consumption-000001.arrows.open").read_bytes()
-    for size in sorted({*range(sizes[0], sizes[2], 23), sizes[1] - 1, sizes[1], sizes[1] + 1, sizes[2] - 1}):
-        path.write_bytes(content[:size])
-        store = open_store(tmp_path / "b")
-        kept = 3 if size < sizes[1] else 6
-        assert live_ids(store) == {str(number) for number in range(kept)}
-        assert store.status().cut_bytes == size - sizes[kept // 3 - 1]
+    """Of the last of three batches, which the catalog does not name: the others are there, nothing is put aside."""
+    store = open_store(tmp_path / "b")
+    for first in (0, 3):
+        store.insert(numbered(first, 3))
+    begin, found = store.status().size_bytes, crash(tmp_path / "b", tmp_path / "found")
+    store.insert(numbered(6, 3))
+    end = store.status().size_bytes
+    content = (tmp_path / "b" / SEALED).read_bytes()
+    store.close()
+    for size in sorted({*range(begin, end, 211), begin + 1, end - 1, end}):
+        folder = crash(found, tmp_path / str(size))
+        (folder / SEALED).write_bytes(content[:size].ljust(len(content), b"\0"))
+        store = open_store(folder)
+        num_rows = 6 if any(content[size:end]) else 9
+        assert live_ids(store) == {str(number) for number in range(num_rows)}
         assert store.status().quarantined == ()
         store.close()
-    assert (tmp_path / "b" / "consumption-000001.arrows.open").read_bytes() == log, "nothing had to be noted"

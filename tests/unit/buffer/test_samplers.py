@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from itertools import combinations, permutations
 
 import numpy as np
 import pytest
 import torch
 
-from buffer.sampling.samplers import (
-    FifoSampler,
-    PrioritisedSampler,
-    RecencySampler,
-    StratifiedSampler,
-    UniformSampler,
-    make_sampler,
-)
 from buffer.settings import BufferSettings
+from buffer.store.sampling import by_priority, by_recency, by_task, choose, uniform
 
 TRIALS = 4_000
 SMALLEST_P_VALUE = 1e-4
@@ -47,45 +41,23 @@ def successive_sampling(weights, count):
     return probabilities
 
 
-def draws(sampler, count, seed=0):
-    """How often each ordered draw came out."""
+def draws(sample, rows, count, seed=0):
+    """How often each ordered draw of these rows came out."""
     generator = np.random.default_rng(seed)
-    return Counter(tuple(sampler.sample(count, generator).tolist()) for _ in range(TRIALS))
+    return Counter(tuple(np.array(rows)[sample(count, generator)].tolist()) for _ in range(TRIALS))
 
 
-def insert(sampler, rows, tasks=None, priorities=None):
-    rows = np.array(rows)
-    sampler.insert(
-        rows,
-        np.array(tasks if tasks is not None else np.zeros(len(rows)), dtype=np.int32),
-        np.array(priorities if priorities is not None else np.ones(len(rows)), dtype=np.float32),
-    )
-
-
-def remove(sampler, rows, tasks=None):
-    sampler.remove(np.array(rows), np.array(tasks if tasks is not None else np.zeros(len(rows)), dtype=np.int32))
-
-
-def with_a_history(sampler):
-    """Rows 2, 5, 6 and 9 are live, after others came and went."""
-    insert(sampler, [0, 2, 4])
-    insert(sampler, [5, 6])
-    sampler.sample(5, np.random.default_rng(8))
-    remove(sampler, [4, 0])
-    sampler.sample(3, np.random.default_rng(9))
-    insert(sampler, [8, 9])
-    remove(sampler, [8])
-    return sampler
+ROWS = [2, 5, 6, 9]
 
 
 def test_uniform_draws_each_row_equally_often():
-    observed = draws(with_a_history(UniformSampler()), 2)
-    assert p_value(observed, successive_sampling(dict.fromkeys([2, 5, 6, 9], 1.0), 2)) > SMALLEST_P_VALUE
+    observed = draws(partial(uniform, 4), ROWS, 2)
+    assert p_value(observed, successive_sampling(dict.fromkeys(ROWS, 1.0), 2)) > SMALLEST_P_VALUE
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 2.0])
 def test_recency_follows_the_power_law_of_the_ranks(exponent):
-    observed = draws(with_a_history(RecencySampler(exponent)), 2)
+    observed = draws(lambda count, generator: by_recency(4, count, exponent, generator), ROWS, 2)
     weights = {row: rank**-exponent for rank, row in enumerate([9, 6, 5, 2], start=1)}
     assert p_value(observed, successive_sampling(weights, 2)) > SMALLEST_P_VALUE
     others = {row: rank ** -(exponent + 0.3) for rank, row in enumerate([9, 6, 5, 2], start=1)}
@@ -94,29 +66,23 @@ def test_recency_follows_the_power_law_of_the_ranks(exponent):
 
 @pytest.mark.parametrize("exponent", [0.0, 0.6, 1.0])
 def test_prioritised_draws_in_proportion_to_powers_of_priorities(exponent):
-    sampler = with_a_history(PrioritisedSampler(exponent))
-    priorities = {2: 4.0, 5: 1.0, 6: 0.5, 9: 2.0}
-    sampler.update(np.array([9, 2]), np.array([2.0, 4.0], dtype=np.float32))
-    sampler.update(np.array([6]), np.array([0.5], dtype=np.float32))
-    observed = draws(sampler, 2)
-    weights = {row: priority**exponent for row, priority in priorities.items()}
+    priorities = np.array([4.0, 1.0, 0.5, 2.0], dtype=np.float32)
+    observed = draws(lambda count, generator: by_priority(priorities, count, exponent, generator), ROWS, 2)
+    weights = {row: priority**exponent for row, priority in zip(ROWS, priorities.tolist(), strict=True)}
     assert p_value(observed, successive_sampling(weights, 2)) > SMALLEST_P_VALUE
 
 
 def test_a_priority_of_zero_can_be_drawn_and_is_drawn_last():
-    sampler = PrioritisedSampler(1.0)
-    insert(sampler, [0, 1, 2], priorities=[3.0, 0.0, 3.0])
-    drawn = draws(sampler, 3)
-    assert drawn.keys() == {(0, 2, 1), (2, 0, 1)}
+    priorities = np.array([3.0, 0.0, 3.0], dtype=np.float32)
+    drawn = draws(lambda count, generator: by_priority(priorities, count, 1.0, generator), [0, 1, 2], 3)
+    assert drawn.total() - drawn[0, 2, 1] - drawn[2, 0, 1] <= 1, "it counts as a millionth"
 
 
 def test_stratified_gives_every_task_its_share_and_chance_what_is_left():
     """Tasks of 1, 3 and 2 rows: of 4 each gives one, and one more comes from either of the two that have more."""
-    sampler = StratifiedSampler()
-    insert(sampler, [0, 1, 2, 3, 4, 5, 6], tasks=[7, 3, 3, 1, 3, 1, 1])
-    remove(sampler, [6], tasks=[1])
+    tasks = np.array([7, 3, 3, 1, 3, 1], dtype=np.int32)
     observed = Counter()
-    for drawn, count in draws(sampler, 4).items():
+    for drawn, count in draws(partial(by_task, tasks), range(6), 4).items():
         observed[tuple(sorted(drawn))] += count
     probabilities = {}
     for share_of_three in (1, 2):
@@ -129,27 +95,36 @@ def test_stratified_gives_every_task_its_share_and_chance_what_is_left():
 
 
 def test_stratified_draws_fewer_rows_than_tasks_from_tasks_chosen_alike():
-    sampler = StratifiedSampler()
-    insert(sampler, range(8), tasks=[0, 0, 0, 0, 0, 1, 2, 2])
-    task_of = [0, 0, 0, 0, 0, 1, 2, 2]
+    tasks = np.array([0, 0, 0, 0, 0, 1, 2, 2], dtype=np.int32)
     observed = Counter()
-    for drawn, count in draws(sampler, 1).items():
-        observed[task_of[drawn[0]]] += count
+    for drawn, count in draws(partial(by_task, tasks), range(8), 1).items():
+        observed[int(tasks[drawn[0]])] += count
     assert p_value(observed, dict.fromkeys(range(3), 1 / 3)) > SMALLEST_P_VALUE
 
 
+def test_stratified_goes_by_the_rows_alone_not_by_the_codes_of_their_tasks():
+    first, second = (
+        by_task(np.array(codes, dtype=np.int32), 3, np.random.default_rng(4)).tolist()
+        for codes in ([7, 3, 3, 1, 3, 1], [0, 1, 1, 9, 1, 9])
+    )
+    assert first == second
+
+
 def test_fifo_gives_the_oldest_in_order():
-    assert draws(with_a_history(FifoSampler()), 3) == {(2, 5, 6): TRIALS}
+    settings = BufferSettings(sampler="fifo", max_times_sampled=5)
+    assert choose(settings, 4, 3, np.random.default_rng(0), nothing, nothing).tolist() == [0, 1, 2]
+
+
+def nothing() -> np.ndarray:
+    raise AssertionError("not looked at")
 
 
 def test_a_large_population_is_drawn_by_the_same_law():
     """Newest thousand, hundred thousand, rest of 300,000 rows, in draws of 500 (few enough to hardly deplete any)."""
-    sampler = RecencySampler(0.5)
     num_rows = 300_000
-    insert(sampler, range(num_rows))
     bounds = [0, 1_000, 10_000, 100_000, num_rows]
     generator = np.random.default_rng(1)
-    ranks = np.concatenate([num_rows - 1 - sampler.sample(500, generator) for _ in range(40)])
+    ranks = np.concatenate([num_rows - 1 - by_recency(num_rows, 500, 0.5, generator) for _ in range(40)])
     observed = Counter(np.searchsorted(bounds, ranks, side="right").tolist())
     cumulative = np.concatenate([[0.0], np.cumsum(np.arange(1, num_rows + 1) ** -0.5)])
     shares = np.diff(cumulative[bounds]) / cumulative[-1]
@@ -158,13 +133,17 @@ def test_a_large_population_is_drawn_by_the_same_law():
 
 @pytest.mark.parametrize("name", ["uniform", "fifo", "recency", "prioritised", "stratified"])
 def test_same_seed_same_rows_and_all_can_be_drawn(name):
-    sampler = make_sampler(BufferSettings(sampler=name, max_times_sampled=5))
-    rows = np.arange(1000) * 3
-    insert(sampler, rows, tasks=np.arange(1000) % 7, priorities=1.0 + np.arange(1000) % 11)
-    first, second, other = (sampler.sample(50, np.random.default_rng(seed)).tolist() for seed in (1, 1, 2))
+    settings = BufferSettings(sampler=name, max_times_sampled=5)
+    priorities = (1.0 + np.arange(1000) % 11).astype(np.float32)
+    tasks = (np.arange(1000) % 7).astype(np.int32)
+
+    def sample(count, seed):
+        return choose(settings, 1000, count, np.random.default_rng(seed), lambda: priorities, lambda: tasks).tolist()
+
+    first, second, other = (sample(50, seed) for seed in (1, 1, 2))
     assert first == second
     assert (first != other) == (name != "fifo")
-    assert sorted(sampler.sample(1000, np.random.default_rng(0)).tolist()) == rows.tolist()
+    assert sorted(sample(1000, 0)) == list(range(1000))
 
 
 def test_settings_without_effect_are_errors():

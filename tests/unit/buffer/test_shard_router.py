@@ -11,7 +11,7 @@ from buffer.service.router import DrawRequest, DrawTimeoutError, draw_from_shard
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import shard_folder, shard_seed, shard_settings
 from buffer.settings import BufferSettings
-from buffer.store.consumption_log import DrawKey
+from buffer.store.results import DrawKey
 from tests.trajectories import CONTRACT, ids_of, numbered
 
 KEY = DrawKey("s", 0, "policy")

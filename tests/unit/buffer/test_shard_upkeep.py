@@ -14,7 +14,7 @@ from buffer.service.service import ReplayBufferService
 from buffer.service.shard_upkeep import ShardUpkeep
 from buffer.settings import BufferSettings
 from buffer.store.compaction import RewritePlan
-from buffer.store.replay_store import ReplayStore
+from buffer.store.store import ReplayStore
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
 QUICK_S = 0.01

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from buffer.settings import BufferSettings
-from buffer.store.manifest import CorruptSegmentError
-from buffer.store.replay_store import ReplayStore
-from tests.stores import SMALL, crash, draw, live_ids, open_store, settle
+from buffer.store import catalog_writer
+from buffer.store.catalog import CorruptStoreError, read_batches, read_events, row_checksum
+from buffer.store.results import DrawKey
+from buffer.store.store import ReplayStore
+from tests.stores import SMALL, crash, draw, live_ids, open_store, stored_rows
 from tests.trajectories import CONTRACT, numbered, policy_batch
+
+SEGMENT = "segment-000001.arrows"
 
 
 def test_an_insert_repeated_after_a_crash_is_stored_once(tmp_path):
@@ -55,107 +64,154 @@ def test_stale_rows_stay_dropped_and_versions_never_go_back(tmp_path):
     store.close()
 
 
-@pytest.mark.parametrize("seals", [1, 2])
-def test_a_crash_between_any_two_steps_of_sealing_loses_nothing(tmp_path, seals):
-    """Sealing: next open file, sealed file in place, manifest, then the open file goes. Each state is mixed from two
-    folders."""
-    after, before_insert = tmp_path / "after", tmp_path / "before insert"
+def test_a_crash_between_any_two_steps_of_sealing_loses_nothing(tmp_path):
+    """Sealing: next file, catalog, then the old file gives back its room. Each state is mixed from two folders."""
+    before, after = tmp_path / "before", tmp_path / "after"
     store = open_store(after, capacity=1000, segment_bytes=SMALL)
     inserted = 0
-    while store.status().sealed_segments < seals:
-        shutil.rmtree(before_insert, ignore_errors=True)
-        crash(after, before_insert)
-        inserted += 1
+    while store.status().sealed_segments < 1:
+        shutil.rmtree(before, ignore_errors=True)
+        crash(after, before)
         store.insert(numbered(inserted, 1))
-        settle(store)
+        inserted += 1
+    crashed = crash(after, tmp_path / "crashed")
     store.close()
-    # The same insert without the sealing: the state when sealing begins.
-    store = open_store(before_insert, capacity=1000)
-    store.insert(numbered(inserted, 1))
-    before = crash(before_insert, tmp_path / "before sealing")
-    store.close()
-    names = (f"segment-{seals:06d}.arrows", f"segment-{seals:06d}.arrows.open", f"segment-{seals + 1:06d}.arrows.open")
-    everything = {str(number) for number in range(1, inserted + 1)}
+    old, new = "segment-000001.arrows", "segment-000002.arrows"
+    everything = {str(number) for number in range(inserted)}
     states = {
-        "next open file": lambda folder: shutil.copy(after / names[2], folder),
-        "next open file without its header": lambda folder: (folder / names[2]).touch(),
-        "temporary file": lambda folder: (folder / (names[0] + ".tmp")).write_bytes(b"half"),
-        "sealed file in place": lambda folder: shutil.copy(after / names[0], folder),
-        "manifest written": lambda folder: [
-            shutil.copy(after / names[0], folder),
-            shutil.copy(after / "manifest.json", folder),
-        ],
-        "open file gone": lambda folder: [
-            shutil.copy(after / names[0], folder),
-            shutil.copy(after / "manifest.json", folder),
-            (folder / names[1]).unlink(),
-        ],
+        "next file": (before, lambda folder: shutil.copy(crashed / new, folder), {str(inserted - 1)}),
+        "next file without its header": (before, lambda folder: (folder / new).touch(), {str(inserted - 1)}),
+        "catalog": (crashed, lambda folder: os.truncate(folder / old, SMALL), set()),
+        "old file": (crashed, lambda folder: None, set()),
     }
-    for name, prepare in states.items():
-        folder = crash(before, tmp_path / name)
+    for name, (base, prepare, missing) in states.items():
+        folder = crash(base, tmp_path / name)
         prepare(folder)
         store = open_store(folder, capacity=1000, segment_bytes=SMALL)
-        assert live_ids(store) == everything, name
+        assert live_ids(store) == everything - missing, name
         store.insert(numbered(10_000, 1))
         assert "10000" in live_ids(store)
-        settle(store)
-        assert not list(folder.glob("*.tmp"))
+        assert stored_rows(folder) == list(range(store.next_row))
         store.close()
 
 
 def test_a_torn_insert_is_cut_off_and_reported(tmp_path, caplog):
+    folder = torn_folder(tmp_path, lambda message: message[: len(message) // 2])
+    store = open_store(folder)
+    assert "bytes of an unfinished insert off its end" in caplog.text
+    assert live_ids(store) == {"0", "1", "2"}
+    assert store.status().quarantined == ()
+    assert store.insert(numbered(3, 3)).accepted == 3
+    store.close()
+    store = open_store(folder)
+    assert live_ids(store) == {str(number) for number in range(6)}
+    store.close()
+
+
+def test_complete_batches_behind_the_catalog_are_adopted(tmp_path):
+    """A loss of power may take the commits of inserts, whose segment was synced."""
+    folder = torn_folder(tmp_path, lambda message: message)
+    for _ in range(2):
+        store = open_store(folder)
+        assert live_ids(store) == {str(number) for number in range(6)}
+        counters = store.status().sources["policy"]
+        assert (store.next_row, counters.inserted, counters.live) == (6, 6, 6)
+        assert store.insert(numbered(3, 3)).present == 3
+        store.close()
+
+
+def test_adopted_batches_may_be_followed_by_a_torn_one_or_by_damage(tmp_path, caplog):
+    for name, spoil, is_kept in (
+        ("torn", lambda second: second[:100], False),
+        ("damaged", lambda second: second[:200] + b"!" + second[201:], False),
+        ("damaged before a sound one", lambda second: second[:200] + b"!" + second[201:], True),
+    ):
+        store = open_store(tmp_path / name)
+        store.insert(numbered(0, 3))
+        folder = crash(tmp_path / name, tmp_path / f"{name} found")
+        begins = []
+        for first in (3, 6, 9):
+            begins.append(store.status().size_bytes)
+            store.insert(numbered(first, 3))
+        content = (tmp_path / name / SEGMENT).read_bytes()
+        end = store.status().size_bytes
+        store.close()
+        third = content[begins[2] : end] if is_kept else b""
+        found = content[: begins[1]] + spoil(content[begins[1] : begins[2]]) + third
+        (folder / SEGMENT).write_bytes(found.ljust(len(content), b"\0"))
+        store = open_store(folder)
+        assert live_ids(store) == {str(number) for number in range(6)}, "nothing was drawn of what follows"
+        assert store.next_row == 6
+        aside = store.status().quarantined
+        assert [name.rpartition("-")[0] for name in aside] == [f"{SEGMENT}.{begins[1]}"] * is_kept
+        store.close()
+
+
+def torn_folder(tmp_path, spoil):
+    """A folder whose catalog ends before the second of two batches; spoil: what is there of the bytes of that one."""
     store = open_store(tmp_path / "b")
     store.insert(numbered(0, 3))
+    begin = store.status().size_bytes
+    folder = crash(tmp_path / "b", tmp_path / "found")
     store.insert(numbered(3, 3))
+    content = (tmp_path / "b" / SEGMENT).read_bytes()
+    message = spoil(content[begin : store.status().size_bytes])
     store.close()
-    path = tmp_path / "b" / "segment-000001.arrows.open"
-    os.truncate(path, path.stat().st_size - 100)
-    torn = path.stat().st_size
-    store = open_store(tmp_path / "b")
-    assert store.status().cut_bytes == torn - path.stat().st_size > 400
-    assert f"cut {store.status().cut_bytes} bytes of an unfinished insert" in caplog.text
-    assert live_ids(store) == {"0", "1", "2"}
-    store.close()
+    path = folder / SEGMENT
+    path.write_bytes((content[:begin] + message).ljust(len(content), b"\0"))
+    return folder
 
 
-def test_damage_of_manifest_and_log_is_an_error_that_says_what_to_do(tmp_path):
+def test_damage_of_the_catalog_is_an_error_that_says_what_to_do(tmp_path):
     store = open_store(tmp_path / "b", capacity=1000, segment_bytes=SMALL)
     while store.status().sealed_segments < 1:
         store.insert(numbered(store.next_row, 10))
-        settle(store)
     draw(store, 5, 0)
     store.close()
 
     def damaged(name, damage):
         folder = crash(tmp_path / "b", tmp_path / name)
         damage(folder)
-        with pytest.raises(CorruptSegmentError) as caught:
+        with pytest.raises(CorruptStoreError) as caught:
             open_store(folder, capacity=1000)
-        with pytest.raises(CorruptSegmentError):  # the first refusal let go of the folder
+        with pytest.raises(CorruptStoreError):  # the first refusal let go of the folder
             open_store(folder, capacity=1000)
+        assert "restore it from a copy" in str(caught.value)
         return str(caught.value)
 
-    def replaced(name, old, new):
+    def changed(statement):
         def damage(folder):
-            content = (folder / name).read_bytes()
-            assert old in content
-            (folder / name).write_bytes(content.replace(old, new, 1))
+            with closing(sqlite3.connect(folder / "catalog.db")) as connection:
+                connection.execute(statement)
+                connection.commit()
 
         return damage
 
-    log = "consumption-000001.arrows.open"
-    assert "but no manifest.json" in damaged("no manifest", lambda folder: (folder / "manifest.json").unlink())
-    assert "is damaged" in damaged("torn", lambda folder: os.truncate(folder / "manifest.json", 50))
-    assert "is damaged (its checksum" in damaged(
-        "entry", replaced("manifest.json", b'"first_row": 0', b'"first_row": 4')
+    assert "but no catalog.db" in damaged("no catalog", lambda folder: (folder / "catalog.db").unlink())
+    assert "catalog.db is damaged" in damaged("torn", lambda folder: os.truncate(folder / "catalog.db", 5000))
+    assert "catalog.db is damaged" in damaged("other", lambda folder: (folder / "catalog.db").write_bytes(b"x" * 9000))
+    assert "row of events with seq 1 does not agree with its checksum" in damaged(
+        "event", changed("update events set whole = 6")
     )
-    other = '{"format": 99}'
-    assert "has format 99" in damaged("format", lambda folder: (folder / "manifest.json").write_text(other))
-    older = '{"format": 1}'
-    assert "earlier version" in damaged("older", lambda folder: (folder / "manifest.json").write_text(older))
-    assert "is damaged" in damaged("keys", lambda folder: (folder / "manifest.json").write_text('{"format": 2}'))
-    assert f"{log} is damaged from byte" in damaged("log", replaced(log, b"snapshot", b"snapshoT"))
-    assert f"{log} is missing" in damaged("no log", lambda folder: (folder / log).unlink())
+    assert "row of batches with first_row 0" in damaged("batch", changed("update batches set offset = offset + 8"))
+    assert "event 1 is missing" in damaged("gap", changed("delete from events where seq = 1"))
+    assert "rows of" in damaged("rows", changed("delete from batches where first_row = 0"))
+
+
+def test_other_versions_of_the_layout_are_refused_in_one_sentence(tmp_path):
+    for name in ("manifest.json", "consumption-000001.arrows.open", "segment-000001.arrows.open"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with pytest.raises(ValueError, match=f"holds {name}, which an earlier version of this program wrote"):
+            open_store(folder)
+    open_store(tmp_path / "b").close()
+    with closing(sqlite3.connect(tmp_path / "b" / "catalog.db")) as connection:
+        row = ("format", "99")
+        connection.execute("replace into meta values(?, ?, ?)", (*row, row_checksum(row)))
+        connection.commit()
+    with pytest.raises(ValueError, match="has format 99; this program reads"):
+        open_store(tmp_path / "b")
 
 
 def test_one_process_at_a_time_and_one_contract(tmp_path):
@@ -167,3 +223,80 @@ def test_one_process_at_a_time_and_one_contract(tmp_path):
     with pytest.raises(ValueError, match="another tokenizer"):
         ReplayStore(tmp_path / "b", other, BufferSettings(), seed=0)
     open_store(tmp_path / "b").close()
+
+
+def test_other_hosts_get_an_image_of_the_catalog(tmp_path, monkeypatch):
+    """On a file system that hosts share the store holds the catalog alone: nobody else can open it."""
+    assert not catalog_writer.is_shared(Path("/dev/shm")), "a tmpfs is the memory of one host"
+    monkeypatch.setattr(catalog_writer, "LOCAL_FILE_SYSTEMS", frozenset())
+    store = open_store(tmp_path / "b")
+    store.insert(numbered(0, 5))
+    assert draw(store, 2, 0) is not None
+    with closing(sqlite3.connect(tmp_path / "b" / "catalog.db")) as other, pytest.raises(sqlite3.OperationalError):
+        other.execute("select * from events")
+    with closing(sqlite3.connect(":memory:")) as image:
+        image.deserialize(store.catalog_image())
+        assert [event.kind for event in read_events(image, tmp_path)] == ["draw", "checkpoint"]
+        assert [entry.num_rows for entry in read_batches(image, tmp_path)] == [5]
+    store.close()
+    store = open_store(tmp_path / "b")
+    assert live_ids(store) == {str(number) for number in range(5)}
+    store.close()
+
+
+@pytest.mark.parametrize("space", [0, 1, 2, 3, 5, 8])
+def test_a_full_disk_is_told_with_its_place_and_changes_nothing(tmp_path, space):
+    """SQLite itself refuses pages beyond a limit, as it does when the disk refuses them."""
+    folder = tmp_path / "b"
+    store = open_store(folder, capacity=60, segment_bytes=SMALL)
+    key = DrawKey("s", 0, "policy")
+    store.insert(numbered(0, 20))
+    drawn = store.draw(key, 10, 0)
+    connection = store._shard.catalog._connection
+    (pages,) = connection.execute("pragma page_count").fetchone()
+    connection.execute(f"pragma max_page_count={pages + space}")
+    steps = itertools.count(1)
+
+    def work() -> None:
+        for step in itertools.islice(steps, 1000):
+            store.insert(numbered(step * 20, 20))
+            assert store.draw(DrawKey("s", step, "policy"), 10, 0) is not None
+
+    with pytest.raises(OSError, match=r"No space left on device .*catalog\.db") as caught:
+        work()
+    assert caught.value.errno == errno.ENOSPC
+    step = next(steps) - 1
+    copy = open_store(crash(folder, tmp_path / "c"), capacity=60, segment_bytes=SMALL)
+    connection.execute("pragma max_page_count=1000000")
+    for each in (store, copy):
+        result = each.insert(numbered(step * 20, 20))
+        assert (result.accepted, result.present) in ((20, 0), (0, 20))
+        assert each.draw(DrawKey("s", step, "policy"), 10, 0) is not None
+        assert each.draw(key, 10, 0).batch.equals(drawn.batch)
+        assert each.num_live("policy") == 60
+        counters = each.status().sources["policy"]
+        assert counters.inserted == each.next_row == counters.live + counters.evicted
+        each.close()
+    assert sorted({*stored_rows(folder)}) == stored_rows(folder)
+
+
+def test_a_full_disk_under_a_segment_is_told_with_its_place(tmp_path, monkeypatch):
+    store = open_store(tmp_path / "b")
+    store.insert(numbered(0, 3))
+
+    def refuse(descriptor: int, content: memoryview, offset: int) -> int:
+        if len(content) > 500:
+            return pwrite(descriptor, content[:500], offset)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    pwrite = os.pwrite
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", refuse)
+        with pytest.raises(OSError, match=SEGMENT):
+            store.insert(numbered(3, 3))
+    assert live_ids(store) == {"0", "1", "2"}
+    copy = open_store(crash(tmp_path / "b", tmp_path / "c"))
+    for each in (store, copy):
+        assert each.insert(numbered(3, 3)).accepted == 3
+        assert live_ids(each) == {str(number) for number in range(6)}
+        each.close()

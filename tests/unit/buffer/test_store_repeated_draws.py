@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from buffer.store.consumption_log import DrawKey
-from tests.stores import SMALL, crash, live_ids, open_store, settle
+from buffer.store.results import DrawKey
+from tests.stores import SMALL, crash, live_ids, open_store
 from tests.trajectories import batch_of, expert_row, ids_of, numbered
 
 KEY = DrawKey("stage", 0, "policy")
@@ -43,7 +43,7 @@ def test_pinned_segments_are_deleted_after_the_checkpoint(tmp_path):
     assert first_segment.exists(), "the checkpoint is from before the draw"
     store.checkpointed("stage", 1)
     assert not first_segment.exists()
-    assert not store.has_drawn(KEY)
+    assert not store.num_logged(KEY)
     store.close()
 
 
@@ -118,7 +118,6 @@ def test_a_draw_whose_rows_were_lost_is_drawn_anew_for_good(tmp_path, caplog):
     store.draw(KEY, 10, 0)
     while store.status().sealed_segments < 1:
         store.insert(numbered(store.next_row, 10))
-        settle(store)
     store.insert(numbered(5000, 1))
     for step in range(1, 100):
         kept = DrawKey("stage", step, "policy")
@@ -130,12 +129,13 @@ def test_a_draw_whose_rows_were_lost_is_drawn_anew_for_good(tmp_path, caplog):
     os.truncate(tmp_path / "b" / "segment-000001.arrows", 100)
     for _ in range(2):
         store = open_store(tmp_path / "b", capacity=1000, segment_bytes=SMALL)
-        assert not store.has_drawn(KEY)
+        assert not store.num_logged(KEY)
         assert ids_of(store.draw(kept, 1, 0).batch) == ["5000"]
         store.close()
     assert caplog.text.count("step=0, source='policy') are lost; on resume that step draws others") == 1
     store = open_store(tmp_path / "b", capacity=1000, segment_bytes=SMALL)
-    assert store.draw(KEY, 1, 0).batch.column("id").to_pylist() == ["5000"]
+    (number,) = map(int, ids_of(store.draw(KEY, 1, 0).batch))
+    assert number >= 10, "those before were lost"
     store.close()
 
 
@@ -143,15 +143,15 @@ def test_rows_lost_with_the_power_are_accounted_for_and_their_numbers_not_given_
     """Without fsync a loss of power may take the open segment's last rows and leave what the log says of them."""
     store = open_store(tmp_path / "b", fsync="none")
     store.insert(numbered(0, 5))
-    before = (tmp_path / "b" / "segment-000001.arrows.open").read_bytes()
+    before = (tmp_path / "b" / "segment-000001.arrows").read_bytes()
     store.insert(numbered(5, 5))
     store.draw(KEY, 10, 0)
     folder = crash(tmp_path / "b", tmp_path / "c")
     store.close()
-    (folder / "segment-000001.arrows.open").write_bytes(before)
+    (folder / "segment-000001.arrows").write_bytes(before)
     for _ in range(2):
         store = open_store(folder, fsync="none")
-        assert not store.has_drawn(KEY)
+        assert not store.num_logged(KEY)
         assert store.next_row == 10
         assert live_ids(store) == {"0", "1", "2", "3", "4"}
         counters = store.status().sources["policy"]

@@ -12,19 +12,14 @@ import pytest
 
 from buffer.settings import BufferSettings
 from buffer.store import upkeep
-from buffer.store.consumption_log import DrawKey
-from buffer.store.manifest import Manifest, SegmentEntry
-from buffer.store.replay_store import ReplayStore
-from buffer.store.row_numbers import NO_ROWS
-from buffer.store.sealed_segments import map_sealed
-from buffer.store.segment_set import SegmentSet
-from buffer.store.segments import open_numbers, open_path, scan_open
-from buffer.trajectory.schema import stored_schema
-from tests.stores import SMALL, crash, live_ids, open_store, settle
+from buffer.store.catalog import segment_path
+from buffer.store.compaction import SegmentUse, worth_rewriting
+from buffer.store.results import DrawKey
+from buffer.store.store import ReplayStore
+from tests.stores import SMALL, crash, events, live_ids, open_store, stored_rows
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, numbered, row
 
 KEY = DrawKey("stage", 0, "policy")
-SCHEMA = stored_schema(CONTRACT)
 
 
 def sparse_store(folder: Path, **changes: object) -> ReplayStore:
@@ -34,31 +29,15 @@ def sparse_store(folder: Path, **changes: object) -> ReplayStore:
     store.draw(KEY, 4, 0)
     for step in range(1, 12):
         store.insert(batch_of([expert_row(f"e{step}"), *(row(f"p{12 * step + number}") for number in range(12))]))
-        settle(store)
-    assert len(manifest(folder).segments) >= 3
+    assert store.status().sealed_segments >= 3
     return store
-
-
-def manifest(folder: Path) -> Manifest:
-    found = Manifest.read(folder)
-    assert found is not None
-    return found
-
-
-def stored(folder: Path) -> list[int]:
-    """Numbers of the rows in the files that count."""
-    found = manifest(folder)
-    batches = [batch for entry in found.segments for batch in map_sealed(folder, entry, SCHEMA)]
-    for number in open_numbers(folder, found.open_segment):
-        batches += scan_open(open_path(folder, number), SCHEMA).batches
-    return [number for batch in batches for number in batch.column("row").to_pylist()]
 
 
 def upkeep_all(store: ReplayStore) -> int:
     """Rewrite until nothing is worth it; gives how often."""
     times = 0
-    while (plan := store.plan_upkeep()) is not None:
-        store.finish_upkeep(plan.run())
+    while (plan := store.upkeep.plan()) is not None:
+        store.upkeep.finish(plan.run())
         times += 1
     return times
 
@@ -67,31 +46,30 @@ def test_compaction_keeps_what_is_live_or_pinned_and_disturbs_nobody(tmp_path):
     folder = tmp_path / "b"
     store = sparse_store(folder)
     drawn = store.draw(KEY, 4, 0)
-    before = manifest(folder).segments
-    reader = [batch for entry in before for batch in map_sealed(folder, entry, SCHEMA)]
-    seen = pa.Table.from_batches(reader).to_pylist()
-    size_bytes = store.status().size_bytes
+    before = store.status()
+    reader = {path: pa.memory_map(str(path)).read_buffer() for path in folder.glob("segment-*.arrows")}
+    seen = {path: content.to_pybytes() for path, content in reader.items()}
     live = {source: live_ids(store, source) for source in ("policy", "expert")}
     assert upkeep_all(store) >= 1
-    after = manifest(folder).segments
-    assert len(after) < len(before)
-    assert store.status().size_bytes < size_bytes / 2
-    assert {path.name for path in folder.glob("segment-*.arrows")} == {
-        f"segment-{entry.number:06d}.arrows" for entry in after
-    }
+    after = store.status()
+    assert after.sealed_segments < before.sealed_segments
+    assert after.size_bytes < before.size_bytes / 2
+    assert len(list(folder.glob("segment-*.arrows"))) == after.sealed_segments + 1
     for each in (store, open_store(crash(folder, tmp_path / "c"), capacity=20, segment_bytes=SMALL)):
         assert {source: live_ids(each, source) for source in live} == live
         assert each.draw(KEY, 4, 0).batch.equals(drawn.batch)
         assert upkeep_all(each) == 0, "what was rewritten is left alone"
         each.close()
-    assert pa.Table.from_batches(reader).to_pylist() == seen, "a reader keeps the files that it has mapped"
+    gone = [path for path in reader if not path.exists()]
+    assert gone
+    assert all(reader[path].to_pybytes() == seen[path] for path in gone), "a reader keeps the files that it has mapped"
 
 
 def test_the_store_works_on_while_a_rewriting_runs(tmp_path):
     folder = tmp_path / "b"
     store = sparse_store(folder)
-    plan = store.plan_upkeep()
-    assert store.plan_upkeep() is None, "one at a time"
+    plan = store.upkeep.plan()
+    assert store.upkeep.plan() is None, "one at a time"
     rewrite = plan.run()
     store.checkpointed("stage", 1)
     sealed = store.status().sealed_segments
@@ -99,10 +77,10 @@ def test_the_store_works_on_while_a_rewriting_runs(tmp_path):
         store.insert(batch_of([expert_row(f"f{store.next_row}"), *(row(f"q{store.next_row + n}") for n in range(5))]))
     assert store.draw(DrawKey("stage", 1, "expert"), 10, 0) is not None
     expected = {source: live_ids(store, source) for source in ("policy", "expert")}
-    store.finish_upkeep(rewrite)
+    store.upkeep.finish(rewrite)
     for each in (store, open_store(crash(folder, tmp_path / "c"), capacity=20, segment_bytes=SMALL)):
         assert {source: live_ids(each, source) for source in expected} == expected
-        rows = stored(each._folder)
+        rows = stored_rows(each._folder)
         assert rows == sorted(set(rows))
         each.close()
 
@@ -110,13 +88,13 @@ def test_the_store_works_on_while_a_rewriting_runs(tmp_path):
 def test_a_rewriting_that_was_not_finished_leaves_nothing_behind(tmp_path):
     store = sparse_store(tmp_path / "b")
     expected = live_ids(store, "expert")
-    rewrite = store.plan_upkeep().run()
+    rewrite = store.upkeep.plan().run()
     folder = crash(tmp_path / "b", tmp_path / "c")
     store.close()
-    new = f"segment-{rewrite.entry.number:06d}.arrows"
-    assert (folder / new).exists()
+    new = segment_path(folder, rewrite.plan.number)
+    assert new.exists()
     store = open_store(folder, capacity=20, segment_bytes=SMALL)
-    assert not (folder / new).exists()
+    assert not new.exists()
     assert live_ids(store, "expert") == expected
     assert upkeep_all(store) >= 1
     store.close()
@@ -146,7 +124,9 @@ def test_rows_that_leave_the_disk_are_in_the_archive(tmp_path):
     assert {
         path.parent.relative_to(tmp_path / "archive").as_posix() for path in (tmp_path / "archive").rglob("*.arrows")
     } == {"run/buffer/shard-000"}
-    assert sorted([*stored(folder), *found]) == list(range(store.next_row)), "on disk or in the archive, never in both"
+    assert sorted([*stored_rows(folder), *found]) == list(range(store.next_row)), (
+        "on disk or in the archive, never in both"
+    )
     assert not {*live_ids(store), *live_ids(store, "expert")} & set(found.values())
     assert store.status().unarchived_segments == 0
     store.close()
@@ -160,29 +140,29 @@ def test_an_archive_that_cannot_be_reached_blocks_deletion_only(tmp_path, caplog
     monkeypatch.setattr(upkeep.time, "monotonic", lambda: now_s)
     now_s, pauses_s = 1000.0, []
     for attempt in range(10):
-        plan = store.plan_upkeep()
+        plan = store.upkeep.plan()
         with pytest.raises(OSError, match=r"the archive did not take .*/archive/run/buffer/shard-000/segment-0000"):
             plan.run()
         try:
             plan.run()
         except OSError as error:
-            store.fail_upkeep(error)
+            store.upkeep.fail(error)
         began_s = now_s
         assert store.insert(numbered(10_000 + attempt, 1)).accepted == 1
-        while store._upkeep.plan() is None:
+        while store.upkeep.plan() is None:
             now_s += 0.5
-        store._shard.files.abandon_rewrite()
+        store.upkeep._is_rewriting = False
         pauses_s.append(now_s - began_s)
     assert pauses_s[:3] == [1.0, 2.0, 4.0]
     assert max(pauses_s) == 60.0
-    assert stored(folder) == list(range(store.next_row)), "nothing was deleted"
+    assert stored_rows(folder) == list(range(store.next_row)), "nothing was deleted"
     assert "NotADirectoryError" in store.status().upkeep_error or "FileExistsError" in store.status().upkeep_error
     assert "nothing was deleted, and it is tried again in 60 s" in caplog.text
     (tmp_path / "archive").unlink()
     now_s += 60.0
     assert upkeep_all(store) >= 1
     assert store.status().upkeep_error is None
-    assert sorted([*stored(folder), *archived(tmp_path / "archive")]) == list(range(store.next_row))
+    assert sorted([*stored_rows(folder), *archived(tmp_path / "archive")]) == list(range(store.next_row))
     store.close()
 
 
@@ -190,10 +170,6 @@ def test_an_archive_that_is_none_is_refused(tmp_path):
     for _ in range(2):  # the first refusal let go of the folder
         with pytest.raises(ValueError, match=r"buffer\.archive=gopher://x: Protocol not known: gopher"):
             open_store(tmp_path / "b", archive="gopher://x")
-
-
-def entry_of(number: int, size_bytes: int, num_rows: int = 100) -> SegmentEntry:
-    return SegmentEntry(number, 1000 * number, 1000 * number + num_rows - 1, num_rows, size_bytes, "", 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -210,11 +186,10 @@ def entry_of(number: int, size_bytes: int, num_rows: int = 100) -> SegmentEntry:
 )
 def test_what_is_worth_rewriting(sizes, live, expected):
     """Neighbours that fit into one segment of 100 bytes; needed by less than half, or small."""
-    segments = SegmentSet()
-    entries = [entry_of(number, size_bytes) for number, size_bytes in enumerate(sizes)]
-    for entry, count in zip(entries, live, strict=True):
-        segments.add(entry, count)
-    assert segments.worth_rewriting(NO_ROWS, 0.5, 100) == [entries[index] for index in expected]
+    segments = [
+        SegmentUse(number, size, 100, count) for number, (size, count) in enumerate(zip(sizes, live, strict=True))
+    ]
+    assert worth_rewriting(segments, 0.5, 100) == expected
 
 
 def test_an_insert_is_known_when_it_is_repeated_after_its_rows_were_removed(tmp_path):
@@ -228,10 +203,7 @@ def test_an_insert_is_known_when_it_is_repeated_after_its_rows_were_removed(tmp_
     for each in (store, copy):
         result = each.insert(first)
         assert (result.accepted, result.present) == (0, 5)
-    copy._upkeep.rotate()
-    copy.close()
-    copy = open_store(folder, segment_bytes=SMALL)
-    assert copy.insert(first).present == 5, "also from an older file of the log"
+    assert events(folder, "delete"), "also those whose segment is gone"
     copy.close()
     store.close()
 
@@ -247,7 +219,7 @@ def test_rows_that_are_too_old_are_evicted(tmp_path):
     assert ids_of(store.draw(KEY, 1, 0).batch) == ["late"]
     assert store.draw(DrawKey("stage", 1, "policy"), 2, 0) is None
     now_s += 30.0
-    assert store.plan_upkeep() is None
+    assert store.upkeep.plan() is None
     assert {source: each.removed for source, each in store.status().sources.items()} == {
         "policy": {"age": 2},
         "expert": {"age": 1},
@@ -255,19 +227,24 @@ def test_rows_that_are_too_old_are_evicted(tmp_path):
     store.close()
 
 
-@pytest.mark.parametrize(("fsync", "per_insert", "per_sync"), [("batch", 1, 2), ("interval", 0, 2), ("none", 0, 2)])
-def test_what_is_made_durable_when(tmp_path, monkeypatch, fsync, per_insert, per_sync):
+@pytest.mark.parametrize(("fsync", "per_insert", "draws"), [("batch", 1, 2), ("interval", 0, 1), ("none", 0, 1)])
+def test_what_is_made_durable_when(tmp_path, monkeypatch, fsync, per_insert, draws):
+    """An insert syncs its segment; SQLite syncs the commit of a draw by itself where it is told so (2 = FULL)."""
     synced = []
     fdatasync = os.fdatasync
     store = open_store(tmp_path / "b", fsync=fsync)
+
+    def synchronous() -> int:
+        return store._shard.catalog._connection.execute("pragma synchronous").fetchone()[0]
+
     monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(fdatasync(descriptor)))
     store.insert(numbered(0, 5))
-    assert len(synced) == per_insert
+    assert (len(synced), synchronous()) == (per_insert, 1), "the catalog is not synced for an insert"
     store.draw(KEY, 2, 0)
-    assert len(synced) == 2 * per_insert
+    assert (len(synced), synchronous()) == (per_insert, draws)
     synced.clear()
-    store.sync()
-    assert len(synced) == per_sync
+    store.prepare_sync()()
+    assert len(synced) == 2, "segment and catalog"
     store.close()
 
 

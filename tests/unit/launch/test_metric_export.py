@@ -7,7 +7,7 @@ import re
 
 from actors.status import ActorStatus, MemberStatus, PoolStatus
 from buffer.service.status import BufferStatus, ShardStatus
-from buffer.store.counters import DrawStatistics, SourceCounters, StoreStatus
+from buffer.store.results import DrawStatistics, SourceCounters, StoreStatus
 from launch.monitoring.live_view import RunView
 from launch.monitoring.metrics import METRICS, growth, samples
 from learner.messages import LearnerStatus
@@ -20,7 +20,7 @@ TABLE = ROOT / "docs" / "monitoring.md"
 def full_view(actions: int = 20_000) -> RunView:
     """Of a run in which everything has a value. actions: of the actor, since its birth."""
     counters = SourceCounters(500, 400, {"capacity": 90, "stale": 10}, 7, 700, 0, DrawStatistics(1.5, 3, 20.0, 60.0))
-    store = StoreStatus({"policy": counters}, 2, 0, 11, 3, 4096, 0, ("segment-000001.arrows",))
+    store = StoreStatus({"policy": counters}, 2, 11, 3, 4096, ("segment-000001.arrows",))
     status = ActorStatus("actor-0", 10, actions, 4213.0, 2_000, 5_000, 1, 64, "generating", dropped=3)
     return RunView(
         "run",

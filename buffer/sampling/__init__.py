@@ -1,1 +1,0 @@
-"""Which live rows a draw takes, and who has to wait."""

@@ -1,0 +1,383 @@
+"""The replay store of one shard: durable inserts, capacity, age, strict staleness, draws that can be repeated.
+
+    insert: validate -> bytes in the open segment -> catalog (acknowledged) -> evict beyond capacity and age
+    draw:   known to the catalog? the same rows again. Else: drop what must not be drawn -> choose -> catalog -> gather
+
+Rows of each source are kept apart: capacity counts per source, and a draw names its source. The catalog says first
+what happens, with its reason; memory follows when the commit succeeded, so that a full disk changes nothing. Rows that
+are no longer live stay on disk as long as a draw pins them, then leave with their file, or with a rewriting of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from buffer.settings import BufferSettings
+from buffer.store.archive import Archive
+from buffer.store.catalog import EventEntry
+from buffer.store.draws import NotedDraw
+from buffer.store.folder_lock import FolderLock
+from buffer.store.known_ids import UInt64, hash_ids
+from buffer.store.quarantine import quarantined
+from buffer.store.recovery import open_shard
+from buffer.store.removals import Removals
+from buffer.store.results import DrawKey, DrawResult, InsertResult, LastDraw, SourceCounters, StoreStatus
+from buffer.store.sampling import choose, draw_generator
+from buffer.store.table import FIRST_PRIORITY, row_facts
+from buffer.store.upkeep import Upkeep
+from buffer.trajectory.schema import SOURCES, TokenContract, with_rows
+from buffer.trajectory.staleness import VersionRange
+from buffer.trajectory.validation import Rejection, validate
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+
+class ReplayStore:
+    """The trajectories of one folder. One process at a time, not thread-safe.
+
+    upkeep: what takes long, beside the work of the store.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        contract: TokenContract,
+        settings: BufferSettings,
+        seed: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Open `folder`, creating it where absent, and restore its live rows.
+
+        seed: of the draws. clock: seconds since the epoch.
+
+        Raises:
+            ValueError: another process has the folder open, an earlier version of this program wrote it, its rows
+                follow another token contract, or the archive's URL names no file system.
+            CorruptStoreError: the catalog is damaged.
+            OSError: the disk refused.
+        """
+        self._folder = folder
+        self._contract = contract
+        self._settings = settings
+        self._seed = seed
+        self._clock = clock
+        self._last_draw: dict[str, LastDraw | None] = dict.fromkeys(SOURCES)
+        folder.mkdir(parents=True, exist_ok=True)
+        archive = None if settings.archive is None else Archive(settings.archive, folder)
+        self._lock = FolderLock(folder)
+        try:
+            self._shard = open_shard(folder, contract, settings, clock)
+            self._removals = Removals(settings, self._shard, clock)
+            self.upkeep = Upkeep(self._shard, self._removals, archive)
+            self._quarantined = quarantined(folder)
+            self._removals.evict_oversampled()
+            self._removals.evict()
+            self.upkeep.delete_unneeded()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    @property
+    def newest_version(self) -> int:
+        """Newest policy version seen in a row or at a draw; -1 before any."""
+        return self._shard.newest_version
+
+    @property
+    def next_row(self) -> int:
+        """Rows inserted since the folder exists."""
+        return self._shard.files.next_row
+
+    def num_live(self, source: str) -> int:
+        """Live rows of `source`."""
+        _check_source(source)
+        return self._shard.table.num_live(source)
+
+    def num_inserted(self, source: str) -> int:
+        """Rows of `source` inserted since the folder exists."""
+        return self._shard.counts[source].inserted
+
+    def num_drawn(self, source: str) -> int:
+        """Rows of `source` drawn since the folder exists, each counted every time, repeated draws once."""
+        return self._shard.counts[source].drawn
+
+    def insert(self, batch: pa.RecordBatch) -> InsertResult:
+        """Validate and store a batch; on return the accepted rows are in the segment and in the catalog.
+
+        A row whose id is stored already, or was deleted lately, is passed over and counted as present, so that an
+        insert may be repeated when its answer was lost.
+
+        Raises:
+            ValueError: the batch as a whole does not fit (see `buffer.trajectory.validation.validate`).
+            OSError: the disk refused. A repeated insert counts the rows that were stored all the same as present.
+        """
+        checked = validate(batch, self._contract)
+        good, hashes = checked.good, hash_ids(checked.good.column("id"))
+        known = self._shard.known.knows(hashes)
+        if known.any():
+            good, hashes = good.filter(pa.array(~known)), hashes[~known]
+        rejected = _rejections(checked.rejections)
+        if good.num_rows:
+            self._store(good, hashes, rejected)
+        elif rejected:
+            self._commit(rejected)
+        self._shard.rejected += len(checked.rejections)
+        self._removals.evict()
+        self.upkeep.delete_unneeded()
+        return InsertResult(good.num_rows, checked.rejections, int(known.sum()))
+
+    def draw(self, key: DrawKey, count: int, policy_version: int, whole: int | None = None) -> DrawResult | None:
+        """The rows that the draw `key` was given before, else `count` distinct live rows of its source, none staler
+        than `max_staleness`. Same seed, key and contents: same rows.
+
+        policy_version: newest published version as far as the caller knows. whole: rows of the draw over all shards,
+        of which this one gives `count`; None = all of them. A part that was given before is completed to `count`.
+        None while too few rows are live: fewer than `count`, or than `min_size` before the first draw. For a new draw
+        rows that must not be drawn are dropped for good first, whatever comes of it.
+
+        Raises:
+            ValueError: `count` is not in 1..capacity (of a new draw), the source is unknown, or the draw had another
+                size before.
+            OSError: the disk refused; asking again gives the rows that were drawn all the same.
+        """
+        _check_source(key.source)
+        whole = count if whole is None else whole
+        noted = self._noted(key, whole)
+        if noted is not None and len(noted.rows) >= count:
+            if len(noted.rows) > count:
+                raise ValueError(_other_size(key, len(noted.rows), count))
+            self._shard.counts[key.source].replayed += count
+            return self._answer(key, noted, repeated=True)
+        if not 1 <= count <= self._settings.capacity:
+            raise ValueError(
+                f"a draw of {count} trajectories can never be served: the buffer holds {self._settings.capacity} per "
+                "source; lower the batch or raise buffer.capacity"
+            )
+        self._prepare_draw(policy_version)
+        rows = self._choose(key, count, noted)
+        if rows is None:
+            self.upkeep.delete_unneeded()
+            return None
+        drawn = self._note(key, rows, whole)
+        result = self._answer(key, drawn, repeated=False)
+        self.upkeep.delete_unneeded()
+        return result
+
+    def num_logged(self, key: DrawKey) -> int:
+        """Rows that this shard gave to the draw before."""
+        noted = self._shard.draws.find(key)
+        return 0 if noted is None else len(noted.rows)
+
+    def num_available(self, key: DrawKey, whole: int, policy_version: int) -> int:
+        """Rows that this shard could add to a draw of `whole` rows now, `min_size` aside; drops what must not be drawn.
+
+        Raises:
+            ValueError: the draw had another size before. OSError: the disk refused.
+        """
+        noted, table = self._noted(key, whole), self._shard.table
+        self._prepare_draw(policy_version)
+        num_given = 0 if noted is None else int(np.count_nonzero(table.is_live(noted.rows)))
+        return self.num_live(key.source) - num_given
+
+    def update_priorities(self, rows: Int64, priorities: Float32, source: str = "policy") -> None:
+        """Change how likely distinct rows of `source` are drawn with sampler=prioritised; rows that are gone are passed
+        over.
+
+        rows: [n] as in `DrawResult`. priorities: [n], finite and not negative.
+
+        Raises:
+            ValueError: the sampler goes by no priorities, or they are not what they should be.
+            OSError: the disk refused; nothing has changed.
+        """
+        if self._settings.sampler != "prioritised":
+            raise ValueError(f"priorities have no effect with buffer.sampler={self._settings.sampler}")
+        if len(rows) != len(priorities) or len(np.unique(rows)) != len(rows):
+            raise ValueError(f"{len(priorities)} priorities for {len(rows)} rows: each row needs one")
+        if not np.all(np.isfinite(priorities) & (priorities >= 0.0)):
+            raise ValueError("a priority is a finite number, not negative")
+        self._commit([EventEntry.new("priorities", source=source, rows=rows, priorities=priorities)])
+        table = self._shard.table
+        is_live = table.is_live(rows)
+        table.priority[table.slots(rows[is_live])] = priorities[is_live]
+
+    def checkpointed(self, stage: str, step: int) -> None:
+        """The learner has a durable checkpoint of `stage` after `step` steps: no draw before it will be repeated.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        self._commit([EventEntry.new("checkpoint", stage=stage, step=step)])
+        self._shard.draws.release(stage, step)
+        self.upkeep.delete_unneeded()
+
+    def begin_stage(self, first_version: int) -> None:
+        """From now on no policy row with an action older than `first_version` is drawn, nor one that still comes in.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        if first_version != self._shard.first_version:
+            self._commit([EventEntry.new("stage", version=first_version)])
+            self._shard.first_version = first_version
+
+    def status(self) -> StoreStatus:
+        """Counters of now."""
+        shard = self._shard
+        return StoreStatus(
+            sources={source: self._counters(source) for source in SOURCES},
+            rejected=shard.rejected,
+            newest_version=shard.newest_version,
+            sealed_segments=len(shard.files.segments) - 1,
+            size_bytes=shard.files.size_bytes,
+            quarantined=self._quarantined,
+            unarchived_segments=self.upkeep.num_unarchived,
+            upkeep_error=self.upkeep.error,
+        )
+
+    def catalog_image(self) -> bytes:
+        """The catalog of now as an SQLite database of its own, for readers that cannot open the file: those on other
+        hosts, where the folder lies on a file system that hosts share (see `sqlite3.Connection.deserialize`).
+
+        Raises:
+            OSError: the disk refused.
+        """
+        return self._shard.catalog.image()
+
+    def prepare_sync(self) -> Callable[[], None]:
+        """What `fsync_interval_s` asks for, as a function that may run in any thread, also while the store works."""
+        # Rows before what is said of them.
+        syncs = (self._shard.files.prepare_sync(), self._shard.catalog.prepare_sync())
+
+        def sync() -> None:
+            for each in syncs:
+                each()
+
+        return sync
+
+    def close(self) -> None:
+        """Make everything durable and let go of the folder; the store is of no use afterwards."""
+        self._shard.files.close()
+        self._shard.catalog.close()
+        self._lock.release()
+
+    # Inserting
+
+    def _store(self, good: pa.RecordBatch, hashes: UInt64, rejected: Sequence[EventEntry]) -> None:
+        """Rows that were validated: into the segment, then live for now. hashes: of their ids."""
+        shard = self._shard
+        versions = VersionRange.from_batch(good)
+        newest_version = int(versions.newest.max())
+        facts = row_facts(good, hashes, versions, self._first_priorities())
+        rows = np.arange(self.next_row, self.next_row + good.num_rows)
+        shard.files.append(with_rows(good, rows), facts, newest_version, rejected)
+        shard.known.add(hashes)
+        shard.newest_version = max(shard.newest_version, newest_version)
+        for index, count in enumerate(np.bincount(facts["source"], minlength=len(SOURCES)).tolist()):
+            shard.counts[SOURCES[index]].inserted += count
+
+    def _first_priorities(self) -> dict[str, float]:
+        """Of new rows, by source."""
+        if self._settings.sampler != "prioritised":
+            return dict.fromkeys(SOURCES, FIRST_PRIORITY)
+        return {source: self._shard.table.largest_priority(source) for source in SOURCES}
+
+    # Drawing
+
+    def _noted(self, key: DrawKey, whole: int) -> NotedDraw | None:
+        noted = self._shard.draws.find(key)
+        if noted is not None and noted.whole != whole:
+            raise ValueError(_other_size(key, noted.whole, whole))
+        return noted
+
+    def _prepare_draw(self, policy_version: int) -> None:
+        """A row of a newer version proves its publication, so staleness counts from the newest version known."""
+        if policy_version > self._shard.newest_version:
+            self._commit([EventEntry.new("version", version=policy_version)], durable=False)
+            self._shard.newest_version = policy_version
+        self._removals.drop_stale()
+
+    def _choose(self, key: DrawKey, count: int, noted: NotedDraw | None) -> Int64 | None:
+        """Live rows for a new draw, or for the rest of one; None where there are too few."""
+        shard, table = self._shard, self._shard.table
+        live = table.live_rows(key.source)
+        if noted is None:
+            missing, num_given = count, 0
+            has_begun = shard.counts[key.source].draws > 0
+            least = count if has_begun else max(count, self._settings.min_size)
+        else:
+            num_given = len(noted.rows)
+            missing = least = count - num_given
+            live = live[~np.isin(live, noted.rows)]
+        if len(live) < least:
+            return None
+        generator = draw_generator(self._seed, key.stage, key.step, key.source, num_given)
+        places = choose(
+            self._settings,
+            len(live),
+            missing,
+            generator,
+            priorities=lambda: table.priority[table.slots(live)],
+            tasks=lambda: shard.files.gather.tasks(live),
+        )
+        return live[places]
+
+    def _note(self, key: DrawKey, rows: Int64, whole: int) -> NotedDraw:
+        """These live rows are given to a draw; gives all that it was given."""
+        shard, table = self._shard, self._shard.table
+        slots, version = table.slots(rows), shard.newest_version
+        draw = EventEntry.new(
+            "draw", stage=key.stage, step=key.step, source=key.source, version=version, whole=whole, rows=rows
+        )
+        exhausted = self._removals.exhausted(rows, table.times_sampled[slots] + 1)
+        removal = [self._removals.event(key.source, "sampled", exhausted)] if len(exhausted) else []
+        self._commit([draw, *removal])
+        table.times_sampled[slots] += 1
+        counts = shard.counts[key.source]
+        counts.draws += shard.draws.find(key) is None
+        counts.drawn += len(rows)
+        self._removals.forget(key.source, "sampled", exhausted)
+        return shard.draws.add(key, NotedDraw(rows, version, whole))
+
+    def _answer(self, key: DrawKey, draw: NotedDraw, repeated: bool) -> DrawResult:
+        table = self._shard.table
+        slots = table.slots(draw.rows)
+        self._last_draw[key.source] = LastDraw(
+            table.oldest_version[slots], table.created_us[slots], draw.policy_version, self._clock()
+        )
+        return DrawResult(self._shard.files.gather.take(draw.rows), draw.rows, draw.policy_version, repeated)
+
+    def _commit(self, events: Sequence[EventEntry], durable: bool = True) -> None:
+        self._shard.catalog.commit(events, self.next_row, durable)
+
+    def _counters(self, source: str) -> SourceCounters:
+        counts, last_draw = self._shard.counts[source], self._last_draw[source]
+        removed = {reason: count for reason, count in sorted(counts.removed.items()) if count}
+        statistics = None if last_draw is None else last_draw.statistics()
+        return replace(counts, live=self.num_live(source), removed=removed, last_draw=statistics)
+
+
+def _check_source(source: str) -> None:
+    if source not in SOURCES:
+        raise ValueError(f"source {source!r} is none of {', '.join(SOURCES)}")
+
+
+def _rejections(rejections: Sequence[Rejection]) -> list[EventEntry]:
+    """For the catalog, one event per reason."""
+    by_reason: dict[str, list[str | None]] = {}
+    for rejection in rejections:
+        by_reason.setdefault(rejection.reason, []).append(rejection.id)
+    return [EventEntry.new("reject", reason=reason, ids=ids) for reason, ids in by_reason.items()]
+
+
+def _other_size(key: DrawKey, before: int, now: int) -> str:
+    return (
+        f"step {key.step} of stage {key.stage!r} drew {before} {key.source} trajectories before it was interrupted, "
+        f"and asks for {now} now: resume with the batch sizes that the run began with"
+    )

@@ -1,0 +1,200 @@
+"""What is kept in memory of each row of a shard: a slot per row number, numpy columns over the slots."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from buffer.store.catalog import FACTS
+from buffer.trajectory.schema import SOURCES
+from buffer.trajectory.staleness import VersionRange
+from buffer.trajectory.validation import source_codes
+
+Bool = npt.NDArray[np.bool_]
+Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
+
+NO_ROWS: Int64 = np.empty(0, np.int64)
+
+RUNS = ("id", "prompt_ids", "actions", "realised", "logprobs", "policy_version", "features")
+"""Columns of texts and lists, of which each row has its own piece of bytes."""
+
+FIRST_PRIORITY = 1.0
+"""Of a row that comes when no other of its source is live. Priorities count relative to each other."""
+
+NOT_STORED = -1
+"""In the place of a segment's number."""
+
+_FEWEST_SLOTS = 1024
+
+
+def row_facts(
+    batch: pa.RecordBatch, hashes: UInt64, versions: VersionRange, priorities: dict[str, float]
+) -> npt.NDArray[np.void]:
+    """[n] of `FACTS`. hashes: of the ids; versions: of the batch; priorities: of a new row, by source."""
+    facts = np.empty(batch.num_rows, FACTS)
+    facts["hash"], facts["oldest_version"] = hashes, versions.oldest
+    facts["created_us"] = batch.column("created_at").view(pa.int64()).to_numpy()
+    facts["source"] = sources = source_codes(batch.column("source"))
+    facts["priority"] = np.array([priorities[source] for source in SOURCES], np.float32)[sources]
+    return facts
+
+
+class ReplayTable:
+    """The rows from number `base` on, one slot each, whatever became of them.
+
+    Columns, with a value per slot: hash (of the id), created_us, oldest_version, priority, source (index into SOURCES);
+    segment (NOT_STORED: its bytes are gone); live (whether a draw may give it); times_sampled. `buffer.store.gather`
+    fills the others: views, of each run four numbers; context, reward.
+    """
+
+    hash: UInt64
+    created_us: Int64
+    oldest_version: Int32
+    priority: Float32
+    source: npt.NDArray[np.uint8]
+    segment: Int32
+    live: Bool
+    times_sampled: Int32
+    context: Int32
+    reward: Float32
+    views: Int32
+
+    def __init__(self) -> None:
+        self.base = 0
+        self._size = 0
+        self._columns = {name: (FACTS[name], ()) for name in FACTS.names or ()} | {
+            "segment": (np.dtype(np.int32), ()),
+            "live": (np.dtype(np.bool_), ()),
+            "times_sampled": (np.dtype(np.int32), ()),
+            "context": (np.dtype(np.int32), ()),
+            "reward": (np.dtype(np.float32), ()),
+            "views": (np.dtype(np.int32), (len(RUNS), 4)),
+        }
+        for name, (kind, shape) in self._columns.items():
+            setattr(self, name, np.zeros((_FEWEST_SLOTS, *shape), kind))
+        self._num_live = [0] * len(SOURCES)
+        self._live_rows: dict[str, Int64] = {}
+        self.live_in: Counter[int] = Counter()
+        """Live rows of each segment."""
+
+    @property
+    def filled(self) -> slice:
+        """The slots in use."""
+        return slice(0, self._size)
+
+    def slots(self, rows: Int64) -> Int64:
+        """[n] slots of rows that the table knows."""
+        return rows - self.base
+
+    def known(self, rows: Int64) -> Int64:
+        """Those of these rows that the table has a slot for."""
+        return rows[(rows >= self.base) & (rows < self.base + self._size)]
+
+    def add(self, rows: Int64, facts: npt.NDArray[np.void], segments: Int32 | int) -> None:
+        """Rows are stored and live from now on. rows: [n] ascending, above all before; facts: [n] of `FACTS`; segments:
+        that of each."""
+        if not self._size:
+            self.base = int(rows[0])
+        self._resize(int(rows[-1]) + 1)
+        slots = self.slots(rows)
+        for name in facts.dtype.names or ():
+            getattr(self, name)[slots] = facts[name]
+        self.segment[slots], self.live[slots], self.times_sampled[slots] = segments, True, 0
+        self._count(slots, 1)
+
+    def num_live(self, source: str) -> int:
+        """Live rows of `source`."""
+        return self._num_live[SOURCES.index(source)]
+
+    def live_rows(self, source: str) -> Int64:
+        """[n] live rows of `source`, ascending; not to be written to."""
+        if source not in self._live_rows:
+            live = self.live[self.filled]
+            if self.num_live(source) < sum(self._num_live):
+                live = live & (self.source[self.filled] == SOURCES.index(source))
+            self._live_rows[source] = np.flatnonzero(live) + self.base
+        return self._live_rows[source]
+
+    def oldest(self, source: str, count: int) -> Int64:
+        """[count] the live rows of `source` that came first, found without a look at all; there are as many."""
+        begin, width = int(self.live[self.filled].argmax()), count
+        while True:
+            window = slice(begin, min(begin + width, self._size))
+            found = np.flatnonzero(self.live[window] & (self.source[window] == SOURCES.index(source)))
+            if len(found) >= count:
+                return found[:count] + (begin + self.base)
+            width *= 2
+
+    def is_live(self, rows: Int64) -> Bool:
+        """[n] whether each row is live."""
+        found: Bool = np.zeros(len(rows), np.bool_)
+        is_known = (rows >= self.base) & (rows < self.base + self._size)
+        found[is_known] = self.live[self.slots(rows[is_known])]
+        return found
+
+    def is_stored(self, rows: Int64) -> bool:
+        """Whether the bytes of all these rows are there."""
+        known = self.known(rows)
+        return len(known) == len(rows) and bool((self.segment[self.slots(known)] != NOT_STORED).all())
+
+    def largest_priority(self, source: str) -> float:
+        """Of the live rows of `source`; FIRST_PRIORITY where there is none."""
+        rows = self.live_rows(source)
+        return float(self.priority[self.slots(rows)].max()) if len(rows) else FIRST_PRIORITY
+
+    def remove(self, rows: Int64) -> None:
+        """These live rows are no longer so."""
+        slots = self.slots(rows)
+        self.live[slots] = False
+        self._count(slots, -1)
+
+    def move(self, rows: Int64, segment: int) -> None:
+        """The bytes of these rows lie in another segment from now on; NOT_STORED: they are gone."""
+        slots = self.slots(rows)
+        live = slots[self.live[slots]]
+        self._count(live, -1)
+        self.segment[slots] = segment
+        self._count(live, 1)
+        if segment == NOT_STORED:
+            self._trim()
+
+    def stored_hashes(self) -> UInt64:
+        """[n] of all rows whose bytes are there."""
+        hashes: UInt64 = self.hash[self.filled][self.segment[self.filled] != NOT_STORED]
+        return hashes
+
+    def _count(self, slots: Int64, sign: int) -> None:
+        """These slots became live, or ceased to be."""
+        self._live_rows.clear()
+        for index, count in enumerate(np.bincount(self.source[slots], minlength=len(SOURCES)).tolist()):
+            self._num_live[index] += sign * count
+        for number, count in zip(*np.unique(self.segment[slots], return_counts=True), strict=True):
+            self.live_in[int(number)] += sign * int(count)
+
+    def _resize(self, end_row: int) -> None:
+        size = end_row - self.base
+        if size > len(self.live):
+            self._copy(0, max(2 * len(self.live), size))
+        self.segment[self._size : size] = NOT_STORED  # numbers that no row here has
+        self._size = size
+
+    def _trim(self) -> None:
+        """Forget the rows at the front whose bytes are gone, once they are half of all."""
+        is_stored = self.segment[self.filled] != NOT_STORED
+        front = int(is_stored.argmax()) if is_stored.any() else self._size
+        if front > max(self._size // 2, _FEWEST_SLOTS):
+            self._copy(front, max(_FEWEST_SLOTS, 2 * (self._size - front)))
+            self.base, self._size = self.base + front, self._size - front
+
+    def _copy(self, front: int, num_slots: int) -> None:
+        """Into new columns, without the first slots."""
+        for name, (kind, shape) in self._columns.items():
+            column = np.zeros((num_slots, *shape), kind)
+            column[: self._size - front] = getattr(self, name)[front : self._size]
+            setattr(self, name, column)
