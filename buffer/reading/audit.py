@@ -6,56 +6,60 @@ Per shard, and then over all shards:
     ids          no id belongs to two rows
     draws        only rows that were inserted, live, of the stage and of the source asked for; each at most
                  `max_times_sampled` times, none staler than `max_staleness`; no draw larger than it was asked for
-    the log      every file begins with the state that the events before it add up to
-    files        checksums of segments and log (read on the way)
+    files        checksums of segments and catalog (verified by the snapshot)
 
-The log is the authority on what happened, the segments on what is there: an error in either shows as a contradiction.
-Staleness can be checked for rows whose bytes are still there.
+The events of the catalog say what happened, its batches and the segments say what is there: an error in either shows as
+a contradiction. Each check is one query over both. Staleness can be checked for rows whose bytes are still there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
+import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from buffer.reading.audit_checks import DrawLimits, Finding, check_draws, check_rows, check_states
-from buffer.reading.reader import read_shard, shard_folders
-from buffer.reading.shard_history import REASONS, UNKNOWN, ShardHistory
-from buffer.store.counters import Tally
-from buffer.store.manifest import CorruptSegmentError
-from buffer.store.previous_format import holds_previous_format
-from buffer.trajectory.schema import SOURCES
+from buffer.reading.snapshot import ShardSnapshot, read_shard, shard_folders, with_shard
+from buffer.store.catalog import REASONS, CorruptStoreError
+from buffer.trajectory.schema import ROW, SOURCES
 
-_KEY = ["stage", "step", "source"]
+
+@dataclass(frozen=True)
+class DrawLimits:
+    """Limits of a run on its draws, None = none (see `buffer.settings.BufferSettings`)."""
+
+    max_times_sampled: int | None
+    max_staleness: int | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that must not be. shard: None where it concerns several; what: in words; names: ids of the trajectories
+    concerned, `row N` where nobody knows the id of a row."""
+
+    shard: int | None
+    what: str
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Account:
-    """Rows of one source in one shard; source None: rows that were lost before anybody read their source.
-
-    inserted: as the log counts them; removed: by reason; drawn: each row counts every time.
-    """
+    """Rows of one source in one shard. removed: by reason; drawn: each row counts every time."""
 
     shard: int
-    source: str | None
+    source: str
     inserted: int
     live: int
     removed: dict[str, int]
     drawn: int
 
-    @property
-    def is_balanced(self) -> bool:
-        """Whether inserted = live + evicted + dropped."""
-        return self.inserted == self.live + sum(self.removed.values())
-
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found. rejected: trajectories refused at the door; num_draws: of whole batches, each once."""
+    """What an audit found. rejected: trajectories refused on insert; num_draws: of whole batches, each once."""
 
     accounts: tuple[Account, ...]
     rejected: int
@@ -63,118 +67,159 @@ class AuditReport:
     findings: tuple[Finding, ...]
 
 
+# entries: each row of a batch and of a deletion. known: each row that was ever inserted, with its id if one is known.
+# drawn: a line per row and draw, with what was true then: when the row was removed, which version its stage began with.
+_TABLES = """
+    CREATE TABLE named AS SELECT * EXCLUDE ("rows", ids, priorities), unnest("rows") AS "row", unnest(ids) AS id
+        FROM events WHERE event IN ('remove', 'delete');
+    CREATE TABLE entries AS
+        SELECT shard, "row", id, source, oldest, live FROM stored
+        UNION ALL SELECT shard, "row", id, source, -1, false FROM named WHERE event = 'delete';
+    CREATE TABLE known AS SELECT DISTINCT ON (shard, "row") * FROM entries;
+    CREATE TABLE removed AS
+        SELECT shard, "row", count(*) AS times, min(seq) AS seq FROM named WHERE event = 'remove' GROUP BY ALL;
+    CREATE TABLE drawn AS
+        SELECT draw.*, known.source AS own_source, known.oldest, removed.seq AS removed_seq FROM
+        (SELECT * EXCLUDE ("rows", ids, priorities), unnest("rows") AS "row" FROM
+            (SELECT *, coalesce(last_value(CASE WHEN event = 'stage' THEN policy_version END IGNORE NULLS)
+                OVER (PARTITION BY shard ORDER BY seq ROWS UNBOUNDED PRECEDING), 0) AS first_version FROM events)
+            WHERE event = 'draw') AS draw
+        LEFT JOIN known USING (shard, "row") LEFT JOIN removed USING (shard, "row");
+"""
+
+_CHECKS = (
+    """SELECT shard, 'removed ' || times || ' times' AS what, "row" FROM removed WHERE times > 1""",
+    """SELECT shard, 'in no segment, though neither evicted nor dropped' AS what, "row" FROM (
+        SELECT shard, unnest(range(next_row)) AS "row" FROM shards UNION SELECT shard, unnest("rows") FROM events
+    ) ANTI JOIN known USING (shard, "row")""",
+    """SELECT shard, 'deleted, though it was live' AS what, "row" FROM named ANTI JOIN removed USING (shard, "row")
+    WHERE event = 'delete'""",
+    """SELECT shard, 'in a segment, though it was deleted' AS what, "row" FROM entries
+    GROUP BY shard, "row" HAVING count(*) > 1""",
+    """SELECT shard, 'drawn before it was inserted' AS what, "row" FROM drawn WHERE "row" >= next_row""",
+    """SELECT shard, 'drawn after it ceased to be live' AS what, "row" FROM drawn WHERE removed_seq < seq""",
+    """SELECT shard, 'drawn as a trajectory of the other source' AS what, "row" FROM drawn
+    WHERE own_source <> source""",
+    """SELECT shard, 'drawn in a later stage than it was made for' AS what, "row" FROM drawn
+    WHERE oldest <> -1 AND oldest < first_version""",
+    """SELECT shard, 'given twice in one draw' AS what, "row" FROM drawn
+    GROUP BY shard, seq, "row" HAVING count(*) > 1""",
+    """SELECT shard, 'drawn ' || count(*) || ' times; max_times_sampled is ' || $max_times_sampled AS what, "row"
+    FROM drawn GROUP BY shard, "row" HAVING count(*) > $max_times_sampled""",
+    """SELECT shard, 'drawn with a staleness of ' || policy_version - oldest || '; max_staleness is ' || $max_staleness
+    AS what, "row" FROM drawn WHERE oldest <> -1 AND policy_version - oldest > $max_staleness""",
+)
+"""Each gives the rows that break a rule. A limit that a run does not have is null, which nothing exceeds."""
+
+_NAMED = """
+    SELECT shard, what, list(coalesce(id, 'row ' || "row") ORDER BY "row") FROM (SELECT DISTINCT * FROM ({check}))
+    LEFT JOIN known USING (shard, "row") GROUP BY shard, what ORDER BY shard, what
+"""
+
+_REPEATED_IDS = """
+    SELECT id, list('row ' || "row" || ' of shard ' || shard ORDER BY shard, "row") FROM known WHERE id IS NOT NULL
+    GROUP BY id HAVING count(*) > 1 ORDER BY id
+"""
+
+# A draw that lost rows to damage is forgotten, and the learner is given others in their place.
+_DRAWS = """
+    SELECT stage, step, source, sum(len("rows"))::BIGINT, min(whole), max(whole) FROM events AS draw
+    WHERE event = 'draw' AND NOT EXISTS (
+        SELECT 1 FROM events AS later WHERE later.event = 'forget' AND later.shard = draw.shard AND later.seq > draw.seq
+        AND (later.stage, later.step, later.source) = (draw.stage, draw.step, draw.source))
+    GROUP BY ALL ORDER BY ALL
+"""
+
+_ACCOUNTS = """
+    SELECT source, count(*), count(*) FILTER (live) FROM known WHERE shard = $shard GROUP BY source
+"""
+_DRAWN = "SELECT source, count(*) FROM drawn WHERE shard = $shard GROUP BY source"
+_REMOVALS = """
+    SELECT source, reason, count(*) FROM named WHERE shard = $shard AND event = 'remove' GROUP BY source, reason
+"""
+
+
 def audit_buffer(buffer: Path, limits: DrawLimits) -> AuditReport:
     """Check all shards below `buffer`; a shard that cannot be read is a finding.
 
     Raises:
-        ValueError: there is no shard, or the folder is of the previous format, which keeps no account.
-        TimeoutError: see `read_shard`.
+        ValueError: there is no shard, or another version of this program wrote it.
+        TimeoutError, OSError: see `read_shard`.
     """
-    if holds_previous_format(buffer):
-        raise ValueError(
-            f"{buffer} was written by a version of this program that kept no account of removed trajectories: it can "
-            "be queried, not audited"
-        )
-    histories: dict[int, ShardHistory] = {}
     findings: list[Finding] = []
-    accounts: list[Account] = []
+    shards: dict[int, ShardSnapshot] = {}
     for index, folder in shard_folders(buffer).items():
         try:
-            history = ShardHistory(read_shard(folder))
-        except CorruptSegmentError as error:
+            shards[index] = read_shard(folder)
+        except CorruptStoreError as error:
             findings.append(Finding(index, str(error), ()))
-            continue
-        histories[index] = history
-        accounts += _accounts(index, history)
-        findings += check_rows(index, history)
-        findings += check_draws(index, history, limits)
-        findings += check_states(index, history)
-    findings += [_imbalance(account) for account in accounts if not account.is_balanced]
-    num_draws = 0
-    if histories:
-        draws = _draws(histories)
-        num_draws = draws.num_rows
-        findings += [*_repeated_ids(histories), *_wrong_sizes(draws)]
-    return AuditReport(
-        accounts=tuple(accounts),
-        rejected=sum(_num_rejected(history) for history in histories.values()),
-        num_draws=num_draws,
-        findings=tuple(findings),
-    )
+    report = audit_shards(shards, limits)
+    return replace(report, findings=(*findings, *report.findings))
 
 
-def _accounts(shard: int, history: ShardHistory) -> list[Account]:
-    begin, last, stored, removed = history.states[0], history.states[-1], history.stored, history.removed
-    accounts = []
-    for index, source in enumerate(SOURCES):
-        begun, noted = Tally.from_counters(begin.counters(source)), Tally.from_counters(last.counters(source))
-        counts = np.bincount(history.reasons[removed.sources == index], minlength=len(REASONS)).tolist()
-        accounts.append(
-            Account(
-                shard=shard,
-                source=source,
-                inserted=noted.inserted + int(np.count_nonzero(history.rows_of_source(index) >= last.next_row)),
-                live=int(np.count_nonzero(stored.live & (stored.sources == index))),
-                removed={reason: begun.removed[reason] + count for reason, count in zip(REASONS, counts, strict=True)},
-                drawn=begun.drawn + int(np.count_nonzero(history.drawn.sources == index)),
-            )
+def audit_shards(shards: Mapping[int, ShardSnapshot], limits: DrawLimits) -> AuditReport:
+    """Check snapshots of the shards of one buffer, by their numbers."""
+    if not shards:
+        return AuditReport((), 0, 0, ())
+    with closing(_database(shards)) as database:
+        accounts = [account for index in shards for account in _accounts(database, index)]
+        findings = [finding for check in _CHECKS for finding in _check(database, check, limits)]
+        findings.sort(key=lambda finding: finding.shard or 0)
+        findings += [_imbalance(each) for each in accounts if each.inserted != each.live + sum(each.removed.values())]
+        for id_, places in database.execute(_REPEATED_IDS).fetchall():
+            findings.append(Finding(None, f"one id for {len(places)} rows: {', '.join(places)}", (id_,)))
+        draws = database.execute(_DRAWS).fetchall()
+        for stage, step, source, given, whole, largest in draws:
+            if given > whole or whole != largest:
+                name = f"draw of {source} trajectories for step {step} of stage {stage!r}"
+                findings.append(Finding(None, f"{name}: {given} rows given of {whole} asked for", ()))
+        rejected = database.execute("SELECT sum(len(ids))::BIGINT FROM events WHERE event = 'reject'").fetchone()
+    return AuditReport(tuple(accounts), (rejected or (0,))[0] or 0, len(draws), tuple(findings))
+
+
+def _database(shards: Mapping[int, ShardSnapshot]) -> duckdb.DuckDBPyConnection:
+    stored = [
+        with_shard(
+            pa.table(
+                {
+                    ROW: shard.stored.column(ROW),
+                    "id": shard.stored.column("id"),
+                    "source": shard.sources,
+                    "oldest": shard.facts["oldest_version"],
+                    "live": shard.live,
+                }
+            ),
+            index,
         )
-    num_lost = (begin.counters().inserted or 0) + int(np.count_nonzero(removed.sources == UNKNOWN))
-    if num_lost:
-        accounts.append(Account(shard, None, num_lost, 0, {**dict.fromkeys(REASONS, 0), "quarantine": num_lost}, 0))
-    return accounts
+        for index, shard in shards.items()
+    ]
+    next_rows = [shard.next_row for shard in shards.values()]
+    database = duckdb.connect()
+    database.register("stored", pa.concat_tables(stored))
+    database.register("events", pa.concat_tables(with_shard(shard.events, index) for index, shard in shards.items()))
+    database.register("shards", pa.table({"shard": pa.array(shards, pa.int32()), "next_row": next_rows}))
+    database.execute(_TABLES)
+    return database
+
+
+def _check(database: duckdb.DuckDBPyConnection, check: str, limits: DrawLimits) -> Iterator[Finding]:
+    values = {name: value for name, value in vars(limits).items() if f"${name}" in check}
+    for shard, what, names in database.execute(_NAMED.format(check=check), values).fetchall():
+        yield Finding(shard, what, tuple(names))
+
+
+def _accounts(database: duckdb.DuckDBPyConnection, shard: int) -> Iterator[Account]:
+    """Of every source, in the order of SOURCES."""
+    rows = {source: counts for source, *counts in database.execute(_ACCOUNTS, {"shard": shard}).fetchall()}
+    drawn = dict(database.execute(_DRAWN, {"shard": shard}).fetchall())
+    removals = {tuple(key): count for *key, count in database.execute(_REMOVALS, {"shard": shard}).fetchall()}
+    for source in SOURCES:
+        inserted, live = rows.get(source, (0, 0))
+        removed = {reason: removals.get((source, reason), 0) for reason in REASONS}
+        yield Account(shard, source, inserted, live, removed, drawn.get(source, 0))
 
 
 def _imbalance(account: Account) -> Finding:
     removed = sum(account.removed.values())
-    what = f"{account.source}: {account.inserted} inserted by the log, but {account.live} live and {removed} removed"
+    what = f"{account.source}: {account.inserted} inserted, but {account.live} live and {removed} removed"
     return Finding(account.shard, what, ())
-
-
-def _num_rejected(history: ShardHistory) -> int:
-    ids = history.log.column("ids").filter(pc.equal(history.log.column("event"), "reject"))
-    return (history.states[0].counters().rejected or 0) + len(pc.list_flatten(ids))
-
-
-def _repeated_ids(histories: dict[int, ShardHistory]) -> list[Finding]:
-    """Ids that belong to two rows, of one shard or of several."""
-    ids = pa.concat_tables(
-        history.ids.append_column("shard", pa.array(np.full(history.ids.num_rows, shard)))
-        for shard, history in histories.items()
-    )
-    counted = ids.group_by("id").aggregate([("row", "count")])
-    repeated = counted.filter(pc.greater(counted.column("row_count"), 1)).column("id")
-    places = ids.filter(pc.is_in(ids.column("id"), value_set=repeated.combine_chunks())).group_by("id")
-    findings = []
-    for found in places.aggregate([("shard", "list"), ("row", "list")]).to_pylist():
-        pairs = sorted(zip(found["shard_list"], found["row_list"], strict=True))
-        where = ", ".join(f"row {row} of shard {shard}" for shard, row in pairs)
-        findings.append(Finding(None, f"one id for {len(pairs)} rows: {where}", (found["id"],)))
-    return findings
-
-
-def _draws(histories: dict[int, ShardHistory]) -> pa.Table:
-    """A line per draw over all shards: how many rows it asked for, and how many it was given and kept.
-
-    Rows that were lost with a damaged file do not count: a resumed learner is given others in their place.
-    """
-    parts = []
-    for history in histories.values():
-        is_draw = pc.equal(history.log.column("event"), "draw").to_numpy()
-        lost = history.removed.rows[history.reasons == REASONS.index("quarantine")]
-        kept = history.drawn.events[~np.isin(history.drawn.rows, lost)]
-        given_rows = np.bincount(kept, minlength=history.log.num_rows)[is_draw]
-        columns = history.log.filter(pa.array(is_draw)).select([*_KEY, "whole"])
-        parts.append(columns.append_column("given", pa.array(given_rows)))
-    return pa.concat_tables(parts).group_by(_KEY).aggregate([("given", "sum"), ("whole", "min"), ("whole", "max")])
-
-
-def _wrong_sizes(draws: pa.Table) -> list[Finding]:
-    """Draws whose parts do not fit together."""
-    too_many = pc.greater(draws.column("given_sum"), draws.column("whole_min"))
-    disagree = pc.not_equal(draws.column("whole_min"), draws.column("whole_max"))
-    findings = []
-    for draw in draws.filter(pc.or_(too_many, disagree)).to_pylist():
-        name = f"draw of {draw['source']} trajectories for step {draw['step']} of stage {draw['stage']!r}"
-        findings.append(Finding(None, f"{name}: {draw['given_sum']} rows given of {draw['whole_min']} asked for", ()))
-    return findings

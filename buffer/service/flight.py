@@ -4,7 +4,7 @@
               (see `buffer.trajectory.schema.stored_schema`)
     ticket    the source
 
-Each answer is a snapshot read from the shard's files (see `buffer.reading.reader`), mapped, and sent from there: it
+Each answer is a snapshot read from the shard's files (see `buffer.reading.snapshot`), mapped, and sent from there: it
 needs nothing of the store and holds up neither inserts nor draws for longer than the interpreter needs. Every call has
 to bring the token as `authorization: Bearer TOKEN`; calls that are not about reading are refused.
 """
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import flight
 
-from buffer.reading.reader import read_shard
+from buffer.reading.snapshot import read_shard
 from buffer.trajectory.schema import SOURCES, TokenContract, stored_schema
 
 SHUTDOWN_TIMEOUT_S = 5.0

@@ -8,10 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from buffer.reading.audit import Account, AuditReport
-from buffer.reading.audit_checks import DrawLimits
-from buffer.reading.shard_history import REASONS
-from buffer.store.catalog import EVICTED
+from buffer.reading.audit import Account, AuditReport, DrawLimits
+from buffer.store.catalog import EVICTED, REASONS
 
 _CLEAN = "clean: every row is accounted for, no id twice, no draw beyond its limits"
 
@@ -63,9 +61,7 @@ def audit_to_json(report: AuditReport, limits: DrawLimits) -> dict[str, object]:
 def _facts(report: AuditReport, limits: DrawLimits) -> str:
     bounds = {"max_times_sampled": limits.max_times_sampled, "max_staleness": limits.max_staleness}
     given = ", ".join(f"{name} {value}" for name, value in bounds.items() if value is not None)
-    return (
-        f"{report.num_draws:,} draws, {report.rejected:,} trajectories rejected at the door; limits: {given or 'none'}"
-    )
+    return f"{report.num_draws:,} draws, {report.rejected:,} trajectories rejected on insert; limits: {given or 'none'}"
 
 
 def _table(report: AuditReport) -> Table:
@@ -86,13 +82,13 @@ def _table(report: AuditReport) -> Table:
             *(sum(each.removed[reason] for each in accounts) for reason in reasons),
             sum(each.drawn for each in accounts),
         )
-        table.add_row(label, accounts[0].source or "unknown", *(f"{number:,}" for number in numbers))
+        table.add_row(label, accounts[0].source, *(f"{number:,}" for number in numbers))
     return table
 
 
 def _lines(report: AuditReport) -> Iterator[tuple[str, list[Account]]]:
     """Each account by itself, then the sums over shards; sources without a row are left out."""
-    by_source: dict[str | None, list[Account]] = {}
+    by_source: dict[str, list[Account]] = {}
     present = {account.source for account in report.accounts if account.inserted}
     for account in report.accounts:
         if account.source not in present:

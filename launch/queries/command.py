@@ -73,8 +73,7 @@ def audit(run: RunFolder, as_json: AsJson = False) -> None:
     [dim]Example:[/dim] sequencematch audit runs/arithmetic-20260101-120000
     """
     with reported_errors(), stdout_kept_clean(as_json), setting_up():
-        from buffer.reading.audit import audit_buffer
-        from buffer.reading.audit_checks import DrawLimits
+        from buffer.reading.audit import DrawLimits, audit_buffer
         from launch.queries.audit_report import audit_to_json, show_audit
         from launch.run_folder.folder import BUFFER_FOLDER, open_run_folder
 
@@ -91,7 +90,7 @@ def audit(run: RunFolder, as_json: AsJson = False) -> None:
 
 @contextmanager
 def _database(run: Path) -> Iterator[BufferDatabase]:
-    from buffer.reading.reader import read_buffer
+    from buffer.reading.snapshot import read_buffer
     from launch.queries.query import BufferDatabase
     from launch.queries.text_columns import TextColumns
     from launch.run_folder.folder import BUFFER_FOLDER, run_config

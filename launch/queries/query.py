@@ -23,7 +23,7 @@ import duckdb
 import pyarrow as pa
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
-from buffer.reading.reader import BufferSnapshot
+from buffer.reading.snapshot import BufferSnapshot
 from launch.queries.text_columns import TEXT_INPUTS, TextColumns
 
 TABLES = ("trajectories", "draws", "removals", "rejections", "events")

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 from pydantic import BaseModel, ValidationError
 
-from buffer.reading.reader import BufferSnapshot, read_buffer
+from buffer.reading.snapshot import BufferSnapshot, read_buffer
 from launch.errors import UserError
 from launch.evaluation.report import SAMPLES_FOLDER
 from launch.monitoring.run_log import LOG_FILE

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.reading.reader import BufferSnapshot
+from buffer.reading.snapshot import BufferSnapshot
 from buffer.trajectory.replay import ActionLogs
 from buffer.trajectory.schema import TokenContract
 from launch.rollout_view import continuation, decode

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from buffer.reading.reader import read_shard
+from buffer.reading.snapshot import read_shard
 from buffer.service.shard import present_shards, shard_folder
 from buffer.trajectory.staleness import VersionRange
 from launch.run.buffer_shards import MAX_RESTARTS

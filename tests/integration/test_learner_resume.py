@@ -18,11 +18,11 @@ from actors.pool.ray_pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings
 from buffer.experts.tasks import Task, load_task
+from buffer.reading.snapshot import read_shard
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import Shard
 from buffer.service.status import ShardStatus
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
-from buffer.store.event_history import read_events
 from learner.checkpoints.store import checkpoints_of
 from learner.messages import LearnerSpec
 from learner.settings.model import ScratchModelSettings
@@ -174,7 +174,7 @@ def test_the_buffer_knows_the_priorities_of_a_step_before_it_gives_the_next(task
     ray.get(buffer.insert.remote(rollouts(task, 0, 12, version=FIRST_VERSION + 1)), timeout=TIMEOUT_S)
     assert learn(tmp_path, buffer, steps=5, first_version=FIRST_VERSION, prioritised_replay=True) == 5
     end_buffer(buffer)
-    events = read_events(tmp_path / "buffer").select(["event", "rows", "priorities"]).to_pylist()
+    events = read_shard(tmp_path / "buffer").events.select(["event", "rows", "priorities"]).to_pylist()
     told = [event for event in events if event["event"] in ("draw", "priorities")]
     # Of the last step nobody waits for them.
     assert [event["event"] for event in told[:9]] == 4 * ["draw", "priorities"] + ["draw"]

@@ -17,7 +17,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from buffer.experts.tasks import load_task
-from buffer.reading.reader import read_buffer
+from buffer.reading.snapshot import read_buffer
 from buffer.settings import ArithmeticTaskSettings
 from launch.compare.page import render_page
 from launch.report.command import write_report

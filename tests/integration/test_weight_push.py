@@ -25,7 +25,7 @@ from actors.pool.ray_pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings, RolloutSettings
 from actors.status import PoolStatus
-from buffer.reading.reader import read_shard
+from buffer.reading.snapshot import read_shard
 from buffer.service.client import BufferClient
 from buffer.service.router import DrawRequest
 from buffer.service.service import ReplayBufferService

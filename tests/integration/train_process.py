@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 
-from buffer.reading.reader import read_shard
+from buffer.reading.snapshot import read_shard
 from buffer.service.shard import present_shards
 from buffer.trajectory.schema import without_rows
 from launch.run_folder.folder import BUFFER_FOLDER, CLUSTER_FILE

@@ -5,23 +5,43 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from typer.testing import CliRunner, Result
 
+from buffer.store.results import DrawKey
 from launch.cli import app
+from tests.stores import open_store
+from tests.trajectories import BORN, batch_of, expert_row, row
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "buffer_v1" / "folder"
+ROWS = (
+    row("p0", [5, 6, 1, 9, 2], policy_version=[0, 0, 0, 1, 1]),
+    expert_row("e0", [10, 11, 2]),
+    expert_row("e1", [12, 13, 1, 12, 2], realised=[None, 20, None, None, None], created_at=BORN + timedelta(seconds=2)),
+    row("p1", reward=0.5),
+    row("p2", [4, 4], policy_version=[1, 1]),
+    row("p3", [30, 31], policy_version=[2, 2], realised=[None, 17]),
+    expert_row("e2", [3]),
+    *(row(f"p{number}", [8, 2], policy_version=[3, 3]) for number in (4, 5, 6)),
+)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.yaml").write_text("name: golden\n")
-    shutil.copytree(GOLDEN, folder / "buffer")
+    store = open_store(folder / "buffer" / "shard-000", max_staleness=2, sampler="fifo", max_times_sampled=9)
+    store.insert(batch_of(ROWS[:4]))
+    assert store.draw(DrawKey("trunk", 0, "expert"), 2, 1) is not None
+    assert store.draw(DrawKey("tune", 0, "policy"), 2, 1) is not None
+    store.checkpointed("tune", 1)
+    store.insert(batch_of(ROWS[4:]))
+    assert store.draw(DrawKey("tune", 1, "policy"), 2, 3) is not None  # p0 and p1 are stale by now
+    assert store.draw(DrawKey("tune", 1, "expert"), 1, 3) is not None
+    store.close()
     return folder
 
 
@@ -45,7 +65,7 @@ def refusal(run: Path, *arguments: str) -> str:
 
 def test_without_a_query_tables_and_columns_are_listed(run):
     text = stdout(run)
-    for name in ("trajectories  10 rows", "draws  7 rows", "removals  0 rows", "rejections  0 rows", "events  5 rows"):
+    for name in ("trajectories  10 rows", "draws  7 rows", "removals  2 rows", "rejections  0 rows", "events  6 rows"):
         assert name in text
     assert "marked_text varchar" in " ".join(text.split())
     assert max(len(line) for line in text.splitlines() if "Example" not in line) <= 80
@@ -59,7 +79,7 @@ def test_a_join_over_rows_and_draws(run):
     )
     assert json.loads(stdout(run, sql, "--format", "json")) == [
         {"source": "expert", "drawn": 3, "stalest": None},
-        {"source": "policy", "drawn": 1, "stalest": 1},
+        {"source": "policy", "drawn": 2, "stalest": 2},
     ]
 
 

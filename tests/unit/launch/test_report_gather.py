@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from buffer.experts.tasks import Task
-from buffer.reading.reader import read_buffer
+from buffer.reading.snapshot import read_buffer
 from launch.errors import UserError
 from launch.monitoring.run_log import LOG_FILE, RunEvent, RunLog
 from launch.report.gather import Report, gather, read_metrics

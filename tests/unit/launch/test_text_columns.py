@@ -7,10 +7,10 @@ import threading
 
 import pyarrow as pa
 import pytest
+from buffer.reading.snapshot import EVENT_SCHEMA
 
 from buffer.experts.tokenizer import character_tokenizer, token_contract
-from buffer.reading.reader import BufferSnapshot
-from buffer.store.events import EVENT_SCHEMA
+from buffer.reading.snapshot import BufferSnapshot
 from buffer.trajectory.schema import TokenContract
 from launch.queries.query import BufferDatabase
 from launch.queries.text_columns import TextColumns
