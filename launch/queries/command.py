@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
@@ -17,12 +18,24 @@ from rich.console import Console
 from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
 from launch.command_options import AsJson, path
 from launch.errors import UserError
-from launch.queries.format import QueryFormat
 
 if TYPE_CHECKING:
     from launch.queries.query import BufferDatabase
 
+SHOWN_ROWS = 50
+"""Rows of a table for people; the other formats hold all."""
+
 _SPOOL_BYTES = 64 * 2**20  # of a result, kept in memory until it goes to stdout as a whole
+
+
+class QueryFormat(StrEnum):
+    """A table for people; JSON (an array of objects), CSV and Arrow (an IPC stream) for programs."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+    ARROW = "arrow"
+
 
 RunFolder = Annotated[Path, typer.Argument(parser=path, help="Run folder, of a live run or a finished one.")]
 
@@ -126,7 +139,7 @@ def _write(run: Path, sql: str | None, form: QueryFormat, sink: IO[bytes]) -> No
 
     with _database(run) as database:
         if sql is not None:
-            database.run(lambda: write_result(database.select(sql), form, sink))
+            database.run(lambda: write_result(database.select(sql).to_arrow_reader(), form, sink))
         elif form is QueryFormat.JSON:
             sink.write(f"{json.dumps(tables_to_json(database.describe()))}\n".encode())
         else:
@@ -134,11 +147,11 @@ def _write(run: Path, sql: str | None, form: QueryFormat, sink: IO[bytes]) -> No
 
 
 def _show(run: Path, sql: str | None) -> None:
-    from launch.queries.output import show_result, show_tables
+    from launch.queries.output import show_tables
 
     console = Console()
     with _database(run) as database:
         if sql is None:
             show_tables(database.describe(), run, console)
         else:
-            database.run(lambda: show_result(database.select(sql), console))
+            database.run(lambda: database.select(sql).show(max_width=console.width, max_rows=SHOWN_ROWS))

@@ -1,4 +1,4 @@
-"""Results of a query, written as people or programs want them: a table, JSON, CSV or Arrow."""
+"""Results of a query for programs (JSON, CSV, Arrow), and the list of tables; DuckDB shows a result to people."""
 
 from __future__ import annotations
 
@@ -13,19 +13,11 @@ from pathlib import Path
 from typing import IO
 
 import pyarrow as pa
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
-from launch.queries.format import QueryFormat
+from launch.queries.command import QueryFormat
 from launch.queries.query import TableDescription
-
-SHOWN_ROWS = 50
-"""Rows of a table for people; the other formats hold all."""
-
-_MIN_COLUMN_WIDTH = 12
-_SHOWN_ELEMENTS = 12
-_COLUMN_GAP = 2
 
 
 def write_result(rows: pa.RecordBatchReader, form: QueryFormat, sink: IO[bytes]) -> None:
@@ -82,83 +74,6 @@ def _plain(value: object) -> object:
     if isinstance(value, datetime | date):
         return value.isoformat()
     return value if isinstance(value, bool | int | float | str | None) else str(value)
-
-
-# For people
-
-
-def show_result(rows: pa.RecordBatchReader, console: Console) -> None:
-    """Print the first `SHOWN_ROWS` rows as a table, or one below the other where their columns do not fit."""
-    shown: list[list[Text]] = []
-    num_rows = 0
-    for batch in rows:
-        head = batch.slice(0, max(0, SHOWN_ROWS - num_rows)).to_pylist()
-        shown += [[_cell(value) for value in row.values()] for row in head]
-        num_rows += batch.num_rows
-    names = rows.schema.names
-    room = sum(_width_wanted(name, [row[index] for row in shown]) + _COLUMN_GAP for index, name in enumerate(names))
-    if room <= console.width:
-        console.print(_as_table(rows.schema, shown))
-    else:
-        console.print(_as_records(names, shown), soft_wrap=False)
-    if num_rows > len(shown):
-        console.print(f"{len(shown)} of {num_rows:,} rows; --format json, csv or arrow gives all", style="dim")
-    elif num_rows == 0:
-        console.print("no rows", style="dim")
-
-
-def _width_wanted(name: str, cells: Sequence[Text]) -> int:
-    longest = max((cell.cell_len for cell in cells), default=0)
-    return max(len(name), min(longest, _MIN_COLUMN_WIDTH))
-
-
-def _as_table(schema: pa.Schema, rows: Sequence[Sequence[Text]]) -> RenderableType:
-    table = Table(box=None, padding=(0, _COLUMN_GAP, 0, 0), pad_edge=False, header_style="bold")
-    for field in schema:
-        number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type)
-        table.add_column(field.name, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _as_records(names: Sequence[str], rows: Sequence[Sequence[Text]]) -> RenderableType:
-    records: list[RenderableType] = []
-    for number, row in enumerate(rows, start=1):
-        record = Table(box=None, padding=(0, _COLUMN_GAP, 0, 0), pad_edge=False, show_header=False)
-        record.add_column(style="bold", no_wrap=True)
-        record.add_column(overflow="fold")
-        for name, value in zip(names, row, strict=True):
-            record.add_row(name, value)
-        records += [Text(f"row {number}", style="dim"), record]
-    return Group(*records)
-
-
-def _cell(value: object) -> Text:
-    if value is None:
-        return Text("null", style="dim")
-    return Text(_shown(value).replace("\n", "⏎").replace("\t", "⇥"))
-
-
-def _shown(value: object) -> str:
-    match value:
-        case bool():
-            return str(value).lower()
-        case float():
-            return f"{value:.6g}"
-        case datetime():
-            return value.strftime("%Y-%m-%d %H:%M:%S")
-        case list():
-            more = f", … {len(value) - _SHOWN_ELEMENTS} more" if len(value) > _SHOWN_ELEMENTS else ""
-            return f"[{', '.join(_inner(element) for element in value[:_SHOWN_ELEMENTS])}{more}]"
-        case dict():
-            return "{" + ", ".join(f"{key}: {_inner(inner)}" for key, inner in value.items()) + "}"
-        case _:
-            return str(value)
-
-
-def _inner(value: object) -> str:
-    return "null" if value is None else _shown(value)
 
 
 def show_tables(tables: Sequence[TableDescription], run: Path, console: Console) -> None:

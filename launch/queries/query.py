@@ -86,7 +86,7 @@ class BufferDatabase:
         self._connection.execute(_EVENT_VIEWS)
         self._connection.execute(_LOCKED)
 
-    def select(self, sql: str) -> pa.RecordBatchReader:
+    def select(self, sql: str) -> duckdb.DuckDBPyRelation:
         """The result of one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE), computed as it is read: do that inside `run`.
 
         Raises:
@@ -99,8 +99,7 @@ class BufferDatabase:
         readers = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
         if statements[0].type not in readers:
             raise ValueError(f"a query only reads: give a SELECT, not {statements[0].type.name}")
-        result: pa.RecordBatchReader = self._connection.sql(sql).to_arrow_reader()
-        return result
+        return self._connection.sql(sql)
 
     def run(self, work: Callable[[], T]) -> T:
         """What `work` gives, which asks this database. Ctrl-C ends it; DuckDB by itself would not notice.

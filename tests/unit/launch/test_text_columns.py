@@ -7,10 +7,9 @@ import threading
 
 import pyarrow as pa
 import pytest
-from buffer.reading.snapshot import EVENT_SCHEMA
 
 from buffer.experts.tokenizer import character_tokenizer, token_contract
-from buffer.reading.snapshot import BufferSnapshot
+from buffer.reading.snapshot import EVENT_SCHEMA, BufferSnapshot
 from buffer.trajectory.schema import TokenContract
 from launch.queries.query import BufferDatabase
 from launch.queries.text_columns import TextColumns
@@ -76,18 +75,20 @@ def test_text_of_every_kind_of_log_also_beyond_one_vector_of_the_engine():
     found = database(CountedLoads(), copies=500).select(
         "select distinct id, prompt_text, final_text, marked_text from trajectories"
     )
-    assert {id_: tuple(texts) for id_, *texts in zip(*found.read_all().to_pydict().values(), strict=True)} == EXPECTED
+    assert {
+        id_: tuple(texts) for id_, *texts in zip(*found.to_arrow_table().to_pydict().values(), strict=True)
+    } == EXPECTED
 
 
 def test_text_is_decoded_only_for_a_query_that_names_it():
     load = CountedLoads()
     asked = database(load)
-    assert asked.select("select count(*) as n from trajectories where id = 'plain'").read_all().to_pydict() == {
+    assert asked.select("select count(*) as n from trajectories where id = 'plain'").to_arrow_table().to_pydict() == {
         "n": [1]
     }
     assert load.count == 0
-    assert asked.select("select final_text from trajectories where id = 'plain'").read_all().num_rows == 1
-    assert asked.select("select prompt_text from trajectories where false").read_all().num_rows == 0
+    assert asked.select("select final_text from trajectories where id = 'plain'").to_arrow_table().num_rows == 1
+    assert asked.select("select prompt_text from trajectories where false").to_arrow_table().num_rows == 0
     assert load.count == 1
 
 
@@ -105,7 +106,7 @@ def test_a_run_without_the_right_tokenizer_says_so(tmp_path):
 
     asked = database(refuse)
     with pytest.raises(ValueError, match=r"^no tokenizer here$"):
-        asked.run(lambda: asked.select("select marked_text from trajectories").read_all())
+        asked.run(lambda: asked.select("select marked_text from trajectories").to_arrow_table())
     asked.close()
 
 
@@ -122,7 +123,7 @@ def test_ctrl_c_ends_a_query_that_would_take_for_ever():
         begun.set()
         products = " * ".join(f"t{number}.row" for number in range(9))
         tables = ", ".join(f"trajectories t{number}" for number in range(9))
-        return asked.select(f"select sum(hash({products})) from {tables}").read_all().num_rows
+        return asked.select(f"select sum(hash({products})) from {tables}").to_arrow_table().num_rows
 
     def press_ctrl_c() -> None:
         begun.wait(timeout=60)
