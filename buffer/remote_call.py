@@ -27,17 +27,7 @@ class NoAnswerError(TimeoutError):
 
 
 class ProcessLostError(RuntimeError):
-    """The other process died, and nothing restarts it.
-
-    who: as in `RemoteCall`. reason: one line. at_start: its constructor raised, and would raise again.
-    """
-
-    def __init__(self, who: str, reason: str, at_start: bool = False) -> None:
-        super().__init__(who, reason, at_start)
-        self.who, self.reason, self.at_start = who, reason, at_start
-
-    def __str__(self) -> str:
-        return f"{self.who} {'could not start' if self.at_start else 'died'}: {self.reason}"
+    """The other process died, and nothing restarts it."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +51,7 @@ class RemoteCall(Generic[T]):
 
         Raises:
             NoAnswerError: it did not come in time. ProcessLostError: the process is gone for good.
-            ray.exceptions.RayTaskError: the call raised an error. This one is an instance of the same class, too, and
-                its `cause` is the original.
+            ray.exceptions.RayTaskError: the call raised an error, its `cause`; an instance of that class, too.
         """
         import ray
 
@@ -102,10 +91,11 @@ class RemoteCall(Generic[T]):
             raise self.silence(timeout_s) from None
         except ray.exceptions.RayActorError as error:
             lines = str(error).strip().splitlines()
-            at_start = error.actor_init_failed  # all but the last line is the traceback of the constructor
-            raise ProcessLostError(self.who, lines[-1 if at_start else 0], at_start) from None
+            if error.actor_init_failed:  # all but the last line is the traceback of the constructor
+                raise ProcessLostError(f"{self.who} could not start: {lines[-1]}") from None
+            raise ProcessLostError(f"{self.who} died: {lines[0]}") from None
         except (ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError) as error:
-            raise ProcessLostError(self.who, str(error).strip().splitlines()[0]) from None
+            raise ProcessLostError(f"{self.who} died: {str(error).strip().splitlines()[0]}") from None
 
 
 def ended_calls(calls: Sequence[RemoteCall[T]], timeout_s: float = 0.0) -> list[RemoteCall[T]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ from launch.evaluation.command import evaluate
 from launch.queries.command import audit, query
 from launch.report.command import report
 from launch.surroundings import tolerate_terminal, use_utf8
+
+if TYPE_CHECKING:
+    from launch.settings.run import RunSettings
 
 app = typer.Typer(
     name="sequencematch",
@@ -276,20 +279,12 @@ app.command()(query)
 app.command()(report)
 
 
-def _print_yaml(settings: object) -> None:
-    from rich.syntax import Syntax
-
+def _print_yaml(settings: RunSettings) -> None:
     from launch.cluster.placement import plan_lines
     from launch.settings.recipe import to_yaml
-    from launch.settings.run import RunSettings
 
-    assert isinstance(settings, RunSettings)
     plan = "".join(f"# {line}\n" for line in plan_lines(settings))
-    text, console = f"{to_yaml(settings)}\n# What Ray sets aside for the processes of the run:\n{plan}", Console()
-    if console.is_terminal:
-        console.print(Syntax(text, "yaml", background_color="default"))
-    else:
-        typer.echo(text, nl=False)
+    typer.echo(f"{to_yaml(settings)}\n# What Ray sets aside for the processes of the run:\n{plan}", nl=False)
 
 
 if __name__ == "__main__":

@@ -223,15 +223,10 @@ def _server_errors(address: str) -> Iterator[None]:
         raise UserError(
             f"the job server at {address} {given}: put the cluster's into ~/.ray/auth_token or RAY_AUTH_TOKEN"
         ) from None
-    except (ConnectionError, requests.ConnectionError):
+    except (ConnectionError, requests.ConnectionError, requests.Timeout):
         raise UserError(
-            f"no Ray job server answers at {address}: check --address or {_ADDRESS_VARIABLE} (the head node's "
-            "dashboard, http://HEAD:8265), and that the head was started with its dashboard"
-        ) from None
-    except requests.Timeout:
-        raise UserError(
-            f"the job server at {address} did not answer within {REQUEST_TIMEOUT_S:.0f} s: look at the head node's "
-            "dashboard logs"
+            f"no Ray job server answers at {address} (within {REQUEST_TIMEOUT_S:.0f} s): check --address or "
+            f"{_ADDRESS_VARIABLE} (the head node's dashboard, http://HEAD:8265), and that the dashboard runs there"
         ) from None
 
 

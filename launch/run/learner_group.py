@@ -61,9 +61,8 @@ class LearnerCall:
         deadline = time.monotonic() + timeout_s
         while self._pending:
             ended = ended_calls(list(self._pending.values()), POLL_S)
-            for rank, call in list(self._pending.items()):
-                if call in ended:
-                    self._finish(rank, call)
+            for rank in [rank for rank, call in self._pending.items() if call in ended]:
+                self._finish(rank, self._pending[rank])
             self._raise_cause()
             while_waiting()
             if self._pending and time.monotonic() > deadline:
@@ -81,7 +80,7 @@ class LearnerCall:
             self._errors[rank].__cause__ = error  # its traceback
         except (ProcessLostError, NoAnswerError) as error:
             self._errors[rank] = LearnerFailedError(str(error))
-        del self._pending[rank]
+        del self._pending[rank]  # last: Ctrl-C may interrupt this, and the wait goes on
         if self._errors:
             self._failed_at = self._failed_at or time.monotonic()
 

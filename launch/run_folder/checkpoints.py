@@ -1,4 +1,7 @@
-"""What the checkpoints of a run say: which stages are done, how far the versions went, whose tokens they hold."""
+"""What the checkpoints of a run say: which stages are done, how far the versions went, whose tokens they hold.
+
+Every function raises UserError where the place of the checkpoints cannot be reached or a checkpoint cannot be read.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,7 @@ from learner.messages import StageResult
 
 
 def stage_checkpoints(settings: RunSettings, folder: Path) -> dict[str, CheckpointStore]:
-    """Where each stage's checkpoints are, by the name of the stage.
-
-    Raises:
-        UserError: `learner.checkpoint_dir` is no place that can be reached.
-    """
+    """Where each stage's checkpoints are, by the name of the stage."""
     with setting_up():
         return {
             stage.name: open_checkpoints(settings.learner.checkpoint_dir, folder, stage.name)
@@ -30,11 +29,7 @@ def stage_checkpoints(settings: RunSettings, folder: Path) -> dict[str, Checkpoi
 
 
 def check_checkpoints(settings: RunSettings, folder: Path) -> None:
-    """Refuse to begin a stage again whose checkpoints are out of sight.
-
-    Raises:
-        UserError: a stage has written checkpoints, and none of them is where they are looked for.
-    """
+    """Raise UserError where a stage has written checkpoints, and none of them is where they are looked for."""
     durable = durable_steps(folder)
     for name, store in stage_checkpoints(settings, folder).items():
         with setting_up():
@@ -48,11 +43,7 @@ def check_checkpoints(settings: RunSettings, folder: Path) -> None:
 
 
 def steps_taken(settings: RunSettings, folder: Path) -> dict[str, int]:
-    """Step of the newest checkpoint of each stage that has begun; 0 of one that has none yet.
-
-    Raises:
-        UserError: the place of the checkpoints cannot be reached.
-    """
+    """Step of the newest checkpoint of each stage that has begun; 0 of one that has none yet."""
     with setting_up():
         steps = {name: store.steps() for name, store in stage_checkpoints(settings, folder).items()}
     begun = logged_stages(folder)
@@ -60,11 +51,7 @@ def steps_taken(settings: RunSettings, folder: Path) -> dict[str, int]:
 
 
 def finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResult]:
-    """The stages of a run that are done, by name: they have a checkpoint of as many steps as the settings want.
-
-    Raises:
-        UserError: a checkpoint cannot be read.
-    """
+    """The stages of a run that are done, by name: they have a checkpoint of as many steps as the settings want."""
     results = {}
     wanted = {stage.name: stage.steps for stage in settings.stages}
     with setting_up():
@@ -76,10 +63,8 @@ def finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResul
 
 
 def newest_published(settings: RunSettings, folder: Path, contract: TokenContract) -> int:
-    """Newest weights version that a checkpoint of the run knows of; -1 without one.
-
-    Raises:
-        UserError: a checkpoint cannot be read, or its tokens are not those of `contract`.
+    """Newest weights version that a checkpoint of the run knows of, -1 without one; UserError where the tokens of a
+    checkpoint are not those of `contract`.
     """
     newest = -1
     with setting_up():
@@ -92,11 +77,7 @@ def newest_published(settings: RunSettings, folder: Path, contract: TokenContrac
 
 
 def final_checkpoint(settings: RunSettings, folder: Path, stage: str) -> Path:
-    """A local folder with the newest checkpoint of a stage that has one, fetched if need be.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """A local folder with the newest checkpoint of a stage that has one, fetched if need be."""
     store = stage_checkpoints(settings, folder)[stage]
     with setting_up():
         return store.folder(store.steps()[-1])

@@ -116,9 +116,7 @@ def logged_stages(folder: Path) -> set[str]:
 
 
 def _take(draft: Path, folder: Path) -> bool:
-    """Make a draft the run folder at one stroke, unless there is a folder with content; whoever dies before leaves no
-    half of a run.
-    """
+    """Make a draft the run folder in one step, which leaves no half of a run; False where a folder with content is."""
     try:
         draft.rename(folder)
     except OSError as error:
@@ -134,22 +132,14 @@ def new_run_name(settings: RunSettings) -> str:
 
 
 def check_run_name(name: str) -> str:
-    """The name, if it can be that of a folder and of a job.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """The name; UserError where it cannot be that of a folder and of a job."""
     if not _RUN_NAME.fullmatch(name):
         raise UserError(f"{name!r} cannot name a run: use letters, digits, `.`, `_` and `-`, a letter or digit first")
     return name
 
 
 def check_outlives_job(settings: RunSettings) -> None:
-    """A job works in a folder of Ray's that is deleted after it; a run and all that it writes has to lie elsewhere.
-
-    Raises:
-        UserError: a folder to write to is relative.
-    """
+    """Raise UserError where a folder to write to is relative: a job works in a folder of Ray's that is deleted."""
     places = {
         "runs_folder": settings.runs_folder,
         "learner.checkpoint_dir": settings.learner.checkpoint_dir,
@@ -164,20 +154,12 @@ def check_outlives_job(settings: RunSettings) -> None:
 
 
 def open_run_folder(path: Path) -> tuple[Path, RunSettings]:
-    """An existing run and its settings.
-
-    Raises:
-        UserError: `path` is not a run folder.
-    """
+    """An existing run and its settings; UserError where `path` is not a run folder."""
     return path.resolve(), read_recipe(run_config(path))
 
 
 def run_config(path: Path) -> Path:
-    """The settings file of an existing run, unread.
-
-    Raises:
-        UserError: `path` is not a run folder.
-    """
+    """The settings file of an existing run, unread; UserError where `path` is not a run folder."""
     if not is_run_folder(path):
         raise UserError(f"{path} is not a run folder: it has no {CONFIG_FILE} (runs live below runs/)")
     return path / CONFIG_FILE
@@ -207,11 +189,7 @@ def sole_driver(folder: Path) -> Iterator[None]:
 
 
 def write_cluster(folder: Path, cluster: LiveCluster) -> None:
-    """Tell other shells where the run lives; removed when it ends.
-
-    Raises:
-        OSError: the disk refused; the error names the file.
-    """
+    """State for other shells where the run is reached, until it ends. OSError names the file that a disk refused."""
     temporary = folder / f"{CLUSTER_FILE}.tmp"
     with writing_to(temporary):
         temporary.write_text(json.dumps(asdict(cluster)), encoding="utf-8")
@@ -219,11 +197,7 @@ def write_cluster(folder: Path, cluster: LiveCluster) -> None:
 
 
 def read_cluster(folder: Path) -> LiveCluster:
-    """Where a live run is reached.
-
-    Raises:
-        UserError: the folder is not a run, or the run is not live.
-    """
+    """Where a live run is reached; UserError where the folder is not a run, or the run is not live."""
     open_run_folder(folder)
     file = folder / CLUSTER_FILE
     if not file.is_file():

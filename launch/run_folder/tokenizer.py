@@ -16,11 +16,7 @@ _TOKENIZER_FILE = "tokenizer_config.json"
 
 
 def save_run_tokenizer(tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
-    """Write the tokenizer of a run's task into the run folder, where it may be already.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Write the tokenizer of a run's task into the run folder, where it may be already; OSError of a full disk."""
     with writing_to(run / TOKENIZER_FOLDER):
         tokenizer.save_pretrained(run / TOKENIZER_FOLDER)
 
