@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 from rich.text import Text
 
 from actors.engine.settings import EngineSettings, SamplingSettings, engine_environment
@@ -123,13 +123,7 @@ def library_chatter_held() -> Iterator[None]:
 @contextmanager
 def progress_bar(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar over `total` rollouts, gone when it is done; gives the function that advances it."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=total)
         yield lambda count: progress.advance(task, count)

@@ -6,12 +6,12 @@ import contextlib
 import logging
 import math
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -32,9 +32,6 @@ from launch.surroundings import provide_socket_folder
 RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
 LOCAL = "local"
 LOOPBACK = "127.0.0.1"
-MIN_CHECK_S = 1.0
-"""Left to a server for its answer, where the connection alone took nearly all of the time."""
-
 CHECK_EVERY_S = 3.0
 CHECK_TIMEOUT_S = 5.0
 PATIENCE_S = 45.0
@@ -54,7 +51,7 @@ def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
     try:
         _start_or_join(settings.cluster, namespace, total(planned_roles(settings))["CPU"])
         cluster = LiveCluster(ray.get_runtime_context().gcs_address, namespace, os.getpid())
-        with _head_watched(cluster.address, lambda: remove_cluster(folder)):
+        with _head_watched(cluster.address, partial(remove_cluster, folder)):
             try:
                 write_cluster(folder, cluster)
                 yield cluster
@@ -213,11 +210,9 @@ def _check_reachable(cluster: ClusterAddress, timeout_s: float) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"{cluster.source}={address!r} is neither `auto`, `local` nor HOST:PORT")
-    deadline = time.monotonic() + timeout_s
     try:
-        socket.create_connection((host, int(port)), timeout=timeout_s).close()
-        _check_alive(f"{host}:{port}", max(deadline - time.monotonic(), MIN_CHECK_S))
-    except OSError as error:
+        _check_alive(f"{host}:{port}", timeout_s)
+    except ConnectionError as error:
         reason = _sentence(str(error), cluster.mend and f"raise cluster.connect_timeout_s, {cluster.mend}")
         raise UserError(f"no Ray cluster answers at {address}, which {cluster.source} names: {reason}") from None
 
@@ -236,7 +231,9 @@ def _check_alive(target: str, timeout_s: float) -> None:
         try:
             channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=timeout_s)
         except grpc.RpcError as error:
-            if error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+            if error.code() == grpc.StatusCode.UNAVAILABLE:
+                raise ConnectionError(error.details()) from None
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise ConnectionError(f"what listens there gave no answer within {timeout_s:.0f} s") from None
 
 
@@ -266,17 +263,13 @@ def _watch(address: str, clean_up: Callable[[], None], done: threading.Event) ->
             silent_s = time.monotonic() - answered_at
             if silent_s > (PATIENCE_STOPPING_S if stop_requested() else PATIENCE_S):
                 clean_up()
-                _end(address, silent_s)
+                Console(stderr=True).show_cursor(True)
+                typer.echo(
+                    f"error: the Ray cluster at {address} has been silent for {silent_s:.0f} s: its processes have "
+                    "ended, or are out of reach; go on from the last checkpoint with --resume",
+                    err=True,
+                )
+                sys.stdout.flush()
+                os._exit(stop_exit_code() if stop_requested() else EXIT_RUN_FAILED)
         else:
             answered_at = time.monotonic()
-
-
-def _end(address: str, silent_s: float) -> None:
-    Console(stderr=True).show_cursor(True)
-    typer.echo(
-        f"error: the Ray cluster at {address} has been silent for {silent_s:.0f} s: its processes have ended, or are "
-        "out of reach; go on from the last checkpoint with --resume",
-        err=True,
-    )
-    sys.stdout.flush()
-    os._exit(stop_exit_code() if stop_requested() else EXIT_RUN_FAILED)
