@@ -21,6 +21,8 @@ from launch.statistics import Difference, Estimate
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FOLDER = "samples"
 
+_ENDLESS = 1_000_000  # columns of a file, whose lines are not wrapped
+
 _GROUP_TITLES = {
     SAMPLED: "sampled at temperature 1 (those that take tokens back first)",
     RECOVERY: "after a forced wrong first token",
@@ -211,14 +213,14 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
             name = result.label.replace("/", "-")  # of a stage and a step
             with (samples / f"{name}.txt").open("w", encoding="utf-8") as file:
                 file.write(f"checkpoint: {result.checkpoint}\n[-x-] was taken back, {{x}} was forced, … was cut off\n")
-                _show_rollouts(result, Console(file=file, force_terminal=False))
+                _show_rollouts(result, Console(file=file, force_terminal=False, width=_ENDLESS))
 
 
 def _show_rollouts(result: CheckpointResult, console: Console) -> None:
     """The rollouts with their deletions, in the way that `console` can show them."""
     for group, title in _GROUP_TITLES.items():
         if rollouts := [rollout for rollout in result.rollouts if rollout.group == group]:
-            console.print(Text.assemble("\n", (result.label, "bold"), f", {title}"), soft_wrap=True)
+            console.print(Text.assemble("\n", (result.label, "bold"), f", {title}"))
             for rollout in rollouts:
                 mark = {None: Text("  "), True: Text("  ✓ ", "green"), False: Text("  ✗ ", "red")}[rollout.is_correct]
-                console.print(mark + rollout_text(rollout.view, console), soft_wrap=True)
+                console.print(mark + rollout_text(rollout.view, console))
