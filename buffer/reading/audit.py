@@ -14,7 +14,7 @@ a contradiction. Each check is one query over both. Staleness can be checked for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,8 +139,8 @@ _REMOVALS = """
 """
 
 
-def audit_buffer(buffer: Path, limits: DrawLimits) -> AuditReport:
-    """Check all shards below `buffer`; a shard that cannot be read is a finding.
+def audit_buffer(buffer: Path, limits: DrawLimits, image: Callable[[Path], bytes] | None = None) -> AuditReport:
+    """Check all shards below `buffer`; a shard that cannot be read is a finding. image: see `read_shard`.
 
     Raises:
         ValueError: there is no shard, or another version of this program wrote it.
@@ -150,7 +150,7 @@ def audit_buffer(buffer: Path, limits: DrawLimits) -> AuditReport:
     shards: dict[int, ShardSnapshot] = {}
     for index, folder in shard_folders(buffer).items():
         try:
-            shards[index] = read_shard(folder)
+            shards[index] = read_shard(folder, image)
         except CorruptStoreError as error:
             findings.append(Finding(index, str(error), ()))
     report = audit_shards(shards, limits)

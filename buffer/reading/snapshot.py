@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
@@ -45,6 +45,9 @@ Int64 = npt.NDArray[np.int64]
 
 ATTEMPTS = 20
 """Snapshots are begun again at most this often; each takes longer than the steps of the writer that disturb it."""
+
+LOCK_TIMEOUT_S = 1.0
+_PRIMARY_CODE = 0xFF  # of SQLite's results, without what only details it
 
 EVENT_SCHEMA = pa.schema(
     [
@@ -119,14 +122,14 @@ def shard_folders(buffer: Path) -> dict[int, Path]:
     return {int(folder.name.rpartition("-")[2]): folder for folder in folders}
 
 
-def read_buffer(buffer: Path) -> BufferSnapshot:
-    """A snapshot of every shard below `buffer`, as two tables.
+def read_buffer(buffer: Path, image: Callable[[Path], bytes] | None = None) -> BufferSnapshot:
+    """A snapshot of every shard below `buffer`, as two tables. image: asks the shard in a folder, see `read_shard`.
 
     Raises:
         ValueError: there is no shard, or another version of this program wrote it.
         CorruptStoreError: a file is damaged. TimeoutError, OSError: see `read_shard`.
     """
-    shards = {index: read_shard(folder) for index, folder in shard_folders(buffer).items()}
+    shards = {index: read_shard(folder, image) for index, folder in shard_folders(buffer).items()}
     contracts = {shard.contract for shard in shards.values()}
     if len(contracts) > 1:
         raise ValueError(
@@ -140,19 +143,21 @@ def read_buffer(buffer: Path) -> BufferSnapshot:
     )
 
 
-def read_shard(folder: Path) -> ShardSnapshot:
+def read_shard(folder: Path, image: Callable[[Path], bytes] | None = None) -> ShardSnapshot:
     """A snapshot of the shard in `folder`; takes no lock and changes nothing.
+
+    image: asks the shard in a folder for its catalog (`ReplayStore.catalog_image`) where it keeps the file to itself.
 
     Raises:
         ValueError: `folder` is no shard, or another version of this program wrote it.
         CorruptStoreError: a file is damaged.
-        OSError: the catalog cannot be opened, e.g. because its shard holds it on a shared file system.
+        OSError: the catalog cannot be opened, e.g. because its shard keeps it to itself, and there is no `image`.
         TimeoutError: the shard replaced its files during each of `ATTEMPTS` readings.
     """
     missing: set[str] = set()
     for _ in range(ATTEMPTS):
         try:
-            with _opened(folder) as catalog:
+            with _opened(folder, image) as catalog:
                 if catalog is not None:
                     return _read(folder, catalog)
         except FileNotFoundError as error:
@@ -169,7 +174,7 @@ def with_shard(table: pa.Table, index: int) -> pa.Table:
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[sqlite3.Connection | None]:
+def _opened(folder: Path, image: Callable[[Path], bytes] | None) -> Iterator[sqlite3.Connection | None]:
     """The catalog in one transaction; None where a shard began to write while it was opened for reading alone.
 
     A catalog without a write-ahead log is in use by nobody. It is read as a file that cannot change, because SQLite
@@ -182,17 +187,32 @@ def _opened(folder: Path) -> Iterator[sqlite3.Connection | None]:
     is_idle = not log.exists()
     uri = f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' if is_idle else ''}"
     try:
-        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as catalog:
+        with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=LOCK_TIMEOUT_S)) as catalog:
+            if not is_idle and image is not None and _is_held(catalog):
+                with closing(sqlite3.connect(":memory:")) as copy:
+                    copy.deserialize(image(folder))
+                    yield copy
+                return
             catalog.execute("begin")
             catalog.execute("select count(*) from meta")  # from here on SQLite keeps this state for the transaction
             yield None if is_idle and log.exists() else catalog
     except sqlite3.OperationalError as error:
         raise OSError(
-            f"{path} cannot be read ({error}): a shard on a shared file system keeps its catalog to itself while the "
+            f"{path} cannot be read ({error}): on a shared file system a shard keeps its catalog to itself while the "
             "run goes on; ask it over Arrow Flight (buffer.flight.enabled), or read it when the run has ended"
         ) from None
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the second of names that an error of SQLite quotes
         raise CorruptStoreError(f"{path} is damaged ({error})") from None
+
+
+def _is_held(catalog: sqlite3.Connection) -> bool:
+    try:
+        catalog.execute("select count(*) from meta")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & _PRIMARY_CODE == sqlite3.SQLITE_BUSY:
+            return True
+        raise
+    return False
 
 
 def _read(folder: Path, catalog: sqlite3.Connection) -> ShardSnapshot:

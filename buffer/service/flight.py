@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hmac
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,15 +35,17 @@ _SCHEME = "Bearer "
 class FlightEndpoint:
     """A running Flight server over the folder of one shard."""
 
-    def __init__(self, folder: Path, contract: TokenContract, host: str, port: int, token: str) -> None:
-        """Begin to listen. port: 0 = any that is free.
+    def __init__(
+        self, folder: Path, contract: TokenContract, host: str, port: int, token: str, image: Callable[[], bytes]
+    ) -> None:
+        """Begin to listen. port: 0 = any that is free. image: of the catalog, see `buffer.reading.snapshot.read_shard`.
 
         Raises:
             ValueError: the address cannot be listened on.
         """
         assert token, "an endpoint without a token would be open to everybody"
         try:
-            self._server = _Server(folder, stored_schema(contract), f"grpc+tcp://{host}:{port}", token)
+            self._server = _Server(folder, stored_schema(contract), f"grpc+tcp://{host}:{port}", token, image)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
                 f"no Arrow Flight endpoint can be opened at {host}:{port} ({str(error).splitlines()[0]}): choose "
@@ -59,10 +61,11 @@ class FlightEndpoint:
 
 
 class _Server(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow ships no types
-    def __init__(self, folder: Path, schema: pa.Schema, location: str, token: str) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema, location: str, token: str, image: Callable[[], bytes]) -> None:
         super().__init__(location, middleware={"token": _TokenCheck(token)})
         self._folder = folder
         self._schema = schema
+        self._image = image
 
     def list_flights(self, context: flight.ServerCallContext, criteria: bytes) -> Iterator[flight.FlightInfo]:
         """One for each source."""
@@ -82,7 +85,7 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]  # pyarrow ships n
     def do_get(self, context: flight.ServerCallContext, ticket: flight.Ticket) -> flight.FlightDataStream:
         """The live rows of a source."""
         source = _source(ticket.ticket)
-        snapshot = read_shard(self._folder)
+        snapshot = read_shard(self._folder, lambda _: self._image())
         wanted = snapshot.live & pc.equal(snapshot.stored.column("source"), source).to_numpy(zero_copy_only=False)
         batches = snapshot.stored.append_column("wanted", pa.array(wanted)).to_batches()
         chosen = (batch.filter(batch.column("wanted")).select(self._schema.names) for batch in batches)

@@ -98,7 +98,7 @@ class ReplayBufferService:
 
             assert flight_token is not None, "the launcher makes a token"
             host, port = settings.flight.host, settings.flight.port
-            self._flight = FlightEndpoint(Path(folder), contract, host, port, flight_token)
+            self._flight = FlightEndpoint(Path(folder), contract, host, port, flight_token, self._store.catalog_image)
 
     async def insert(self, batch: pa.RecordBatch) -> InsertReply:
         """Store a batch; on return the accepted rows are in the segment file.

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
@@ -92,13 +93,20 @@ def audit(run: RunFolder, as_json: AsJson = False) -> None:
 
         folder, settings = open_run_folder(run)
         limits = DrawLimits(settings.buffer.max_times_sampled, settings.buffer.max_staleness)
-        report = audit_buffer(folder / BUFFER_FOLDER, limits)
+        report = audit_buffer(folder / BUFFER_FOLDER, limits, partial(_image, folder))
         if not as_json:
             show_audit(report, limits, Console())
     if as_json:
         typer.echo(json.dumps(audit_to_json(report, limits)))
     if report.findings:
         raise typer.Exit(1)
+
+
+def _image(run: Path, shard: Path) -> bytes:
+    """The catalog of a shard that keeps the file to itself; Ray is imported for it alone."""
+    from launch.run.control import catalog_image
+
+    return catalog_image(run, shard)
 
 
 @contextmanager
@@ -110,7 +118,7 @@ def _database(run: Path) -> Iterator[BufferDatabase]:
     from launch.run_folder.tokenizer import load_run_tokenizer
 
     folder = run_config(run).parent
-    snapshot = read_buffer(folder / BUFFER_FOLDER)
+    snapshot = read_buffer(folder / BUFFER_FOLDER, partial(_image, folder))
     texts = TextColumns(snapshot.contract, lambda: load_run_tokenizer(folder, snapshot.contract))
     database = BufferDatabase(snapshot, texts)
     try:

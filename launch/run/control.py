@@ -93,6 +93,20 @@ def scale_run(path: Path, count: int) -> PoolStatus:
         return RemoteCall[PoolStatus](POOL, pool.scale.remote(count)).result(ANSWER_TIMEOUT_S)
 
 
+def catalog_image(path: Path, shard: Path) -> bytes:
+    """The catalog of the shard in a folder, asked of the live run: see `buffer.reading.snapshot.read_shard`.
+
+    Raises:
+        UserError: the run is not live. RunFailedError: the shard does not answer.
+    """
+    folder, settings = open_run_folder(path)
+    with _live_run(folder):
+        if (buffer := find_buffer(settings.buffer.shards)) is None:
+            raise UserError(f"run {folder.name} has no replay buffer (yet)")
+        asked = buffer.shards[int(shard.name.rpartition("-")[2])]
+        return RemoteCall[bytes](asked.name, asked.handle.catalog_image.remote()).result(ANSWER_TIMEOUT_S)
+
+
 @contextmanager
 def _live_run(folder: Path) -> Iterator[ActorHandle]:
     """Connect to a live run; gives its learner, which every run has from its first moment."""

@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.run.control import run_status
+from launch.run.control import catalog_image, run_status
+from launch.run_folder.folder import BUFFER_FOLDER
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of
 
 
@@ -36,6 +37,8 @@ def test_a_run_with_actors_listens_on_loopback_only(tmp_path: Path) -> None:
         assert status.learner.stage == "sequencematch"
         assert status.pool is not None
         assert status.buffer is not None
+        image = catalog_image(run.folder, run.folder / BUFFER_FOLDER / "shard-000")
+        assert image.startswith(b"SQLite format 3\0")
         run.terminate()
         run.wait(120.0)
     assert metrics_of(run.folder, "sequencematch")

@@ -8,7 +8,9 @@ import stat
 import pytest
 from pyarrow import flight
 
+from buffer.reading.snapshot import read_shard
 from buffer.service.flight import FlightEndpoint
+from buffer.store import catalog_writer
 from launch.run_folder.flight_token import TOKEN_FILE, TOKEN_VARIABLE, flight_token
 from tests.stores import draw, open_store
 from tests.trajectories import CONTRACT, batch_of, expert_row, ids_of, numbered
@@ -25,7 +27,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def endpoint(store, tmp_path):
-    endpoint = FlightEndpoint(tmp_path, CONTRACT, "127.0.0.1", 0, TOKEN)
+    endpoint = FlightEndpoint(tmp_path, CONTRACT, "127.0.0.1", 0, TOKEN, store.catalog_image)
     yield endpoint
     endpoint.close()
 
@@ -55,6 +57,19 @@ def test_live_rows_of_sealed_and_open_segments_while_the_store_goes_on(store, en
     assert ids_of(live) == [str(number) for number in range(30, 70)]
     expected = {row["id"]: row for first in range(30, 70, 10) for row in numbered(first, 10, first // 10).to_pylist()}
     assert [{**expected[row["id"]], "row": row["row"]} for row in live.to_pylist()] == live.to_pylist()
+
+
+def test_rows_where_the_store_keeps_its_catalog_to_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog_writer, "LOCAL_FILE_SYSTEMS", frozenset())
+    store = open_store(tmp_path)
+    store.insert(numbered(0, 5))
+    with pytest.raises(OSError, match="on a shared file system a shard keeps its catalog to itself"):
+        read_shard(tmp_path)
+    endpoint = FlightEndpoint(tmp_path, CONTRACT, "127.0.0.1", 0, TOKEN, store.catalog_image)
+    assert ids_of(rows(endpoint, "policy")) == ["0", "1", "2", "3", "4"]
+    endpoint.close()
+    store.close()
+    assert read_shard(tmp_path).stored.num_rows == 5
 
 
 def test_flights_are_listed(endpoint):
@@ -124,10 +139,10 @@ def test_a_closed_endpoint_is_gone(endpoint):
         list(client.list_flights(b"", options()))
 
 
-def test_an_address_that_is_taken_is_named(endpoint, tmp_path):
+def test_an_address_that_is_taken_is_named(store, endpoint, tmp_path):
     port = int(endpoint.location.rpartition(":")[2])
     with pytest.raises(ValueError, match=rf"127\.0\.0\.1:{port} .*: choose another buffer\.flight\.port"):
-        FlightEndpoint(tmp_path, CONTRACT, "127.0.0.1", port, TOKEN)
+        FlightEndpoint(tmp_path, CONTRACT, "127.0.0.1", port, TOKEN, store.catalog_image)
 
 
 def test_the_token_is_made_for_its_owner_alone_or_taken_from_the_environment(tmp_path, monkeypatch):
