@@ -1,1 +1,4 @@
-"""vLLM with backspace inside: scheduler, sampling state, log-probabilities, and weights loaded between two steps."""
+"""vLLM with backspace inside it. The scheduler takes deleted tokens back from a request, the logits processor keeps the
+policy's rules, and each action is returned with its log-probability. Published weights are loaded between two engine
+steps and proven by a probe on the engine itself.
+"""

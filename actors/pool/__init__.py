@@ -1,1 +1,4 @@
-"""The actors of a run together: born, watched, replaced, drained, placed; how many there should be."""
+"""All rollout actors of a run. The controller decides how many there should be, which one is replaced and which one
+drains; it is pure, and Ray's side carries its decisions out. The autoscaler changes the wanted number by how long draws
+and inserts wait.
+"""

@@ -1,1 +1,3 @@
-"""Rewards and features of finished rollouts: what a recipe can name, and their way into the rows."""
+"""Rewards and features of finished rollouts. The settings name the scorers of a recipe; a scorer maps prompts and texts
+to numbers. The results become columns of the rows before they reach the buffer.
+"""

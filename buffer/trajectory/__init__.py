@@ -1,1 +1,4 @@
-"""A trajectory, the wire contract of all processes: its schema, what its actions replay to, when a row is refused."""
+"""A trajectory is the contract of all processes: one Arrow row per rollout. Its schema carries the token contract,
+replay says which text its actions make, and validation refuses a row that breaks a rule. Staleness and the behavior's
+probabilities follow from its columns.
+"""

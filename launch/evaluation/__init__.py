@@ -1,1 +1,3 @@
-"""Evaluation of checkpoints: what is generated, what is measured of it, and how it is shown."""
+"""Evaluation of checkpoints. Groups of rollouts are generated per decoding, each checkpoint is measured on them and on
+held-out targets. The numbers with their errors are shown as tables and written to evaluation.json.
+"""

@@ -1,1 +1,3 @@
-"""`sequencematch query` and `audit`: SQL over the replay buffer of a run, and the account of its rows."""
+"""`sequencematch query` and `sequencematch audit`. A query is one SELECT of DuckDB over a snapshot of the buffer, with
+columns of decoded text. An audit is shown as a table of accounts and the findings with their ids.
+"""

@@ -1,1 +1,3 @@
-"""What is measured of a step: rollouts against the policy that acted, alarms, the log and the trackers."""
+"""What is measured of a step. Metrics go to metrics.jsonl and to the trackers; alarms watch for a sampler and a learner
+that disagree. Distributions compare rollouts with the policy that acted.
+"""

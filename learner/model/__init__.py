@@ -1,1 +1,3 @@
-"""The causal language model that is trained: loading it, its backspace action, adapters, 4-bit layers."""
+"""The causal language model that is trained. Loading gives it its backspace action, adapters and 4-bit layers where
+they are asked for. What another architecture lacks is an error that names it.
+"""

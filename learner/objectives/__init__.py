@@ -1,1 +1,3 @@
-"""Objectives, one file a family: pure functions of action values."""
+"""Objectives, one file per family. A loss is a pure function of the values of actions, and the settings state what an
+objective needs. The registry maps names to classes.
+"""

@@ -1,1 +1,3 @@
-"""The weights of the moment as readers want them, and their announcement to the actors."""
+"""Publishing the weights of the moment. The tensors are named and rounded as the engine reads them, with a probe that
+the learner computes. The publisher announces a version without waiting for the actors.
+"""

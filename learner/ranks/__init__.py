@@ -1,1 +1,3 @@
-"""The processes that take a step together, and how they share weights, gradients and optimizer state (FSDP2)."""
+"""The processes that take a step together. FSDP2 shards weights, gradients and optimizer state among them. An error
+says which rank is lost.
+"""

@@ -1,1 +1,3 @@
-"""What a recipe says of model, objective, optimizer and stages. Without torch: the command line reads it at once."""
+"""What a recipe says of model, objective, optimizer and stages. A setting is defined once, here. No torch is imported,
+because the command line reads them at once.
+"""
