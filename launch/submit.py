@@ -68,10 +68,7 @@ def submit_run(
 ) -> int:
     """Check a run here, send it to the job server at `address` (`http://HEAD:8265`), and follow its log if `wait`.
 
-    The other arguments are the options of `sequencematch submit`.
-
-    Returns:
-        The exit code of the command: that of the run where it was followed.
+    Gives the exit code of the command. The other arguments are the options of `sequencematch submit`.
 
     Raises:
         UserError: the run is refused here; no job server answers; or it refuses the job. RunFailedError: the log is
@@ -111,10 +108,7 @@ def submit_run(
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the job server at {address} refused {run}: {error}") from None
     typer.echo(f"submitted {run} to {address}: job {submission_id}", err=True)
-    how_to_look = (
-        f"look:  ray job logs {submission_id} --follow --address {address}\n"
-        f"end:   ray job stop {submission_id} --address {address}"
-    )
+    how_to_look = _how_to_look(submission_id, address)
     if not wait:
         typer.echo(how_to_look, err=True)
         return 0
@@ -158,9 +152,8 @@ def choose_submission_id(before: JobDetails | None, run: str, address: str, *, r
         return run
     if before is not None and not before.status.is_terminal():
         raise UserError(
-            f"run {run} is on that cluster already ({before.status}): look with `ray job logs {before.submission_id} "
-            f"--follow --address {address}`, end it with `ray job stop {before.submission_id} --address {address}`, or "
-            "choose another --name"
+            f"run {run} is on that cluster already ({before.status}): {_how_to_look(before.submission_id, address)}, "
+            "or choose another --name"
         )
     # A start that was refused may have been mended.
     if before is not None and not resuming and before.driver_exit_code != EXIT_USER_ERROR:
@@ -266,6 +259,13 @@ async def _print_log(client: JobSubmissionClient, submission_id: str) -> None:
         if text is None:
             return
         typer.echo(text, nl=False)
+
+
+def _how_to_look(submission_id: str | None, address: str) -> str:
+    return (
+        f"look with `ray job logs {submission_id} --follow --address {address}`, end it with "
+        f"`ray job stop {submission_id} --address {address}`"
+    )
 
 
 def _run_of(job: JobDetails) -> str:

@@ -53,10 +53,7 @@ class RunCapacity:
     def reserve(self, while_waiting: Callable[[str], None]) -> str:
         """Reserve a place for each process of the plan, as soon as the cluster has the capacity.
 
-        while_waiting: called with what is missing.
-
-        Returns:
-            Which nodes have how many processes, in one line.
+        Gives in one line which nodes have how many processes. while_waiting: called with what is missing.
 
         Raises:
             UserError: the cluster lacks the capacity, or lacks it for too long; says what is missing and where.
@@ -87,10 +84,8 @@ class RunCapacity:
         return describe({role.name: [names.get(each, each) for each in self._nodes(role)] for role in self._roles})
 
     def release_actors(self) -> list[str]:
-        """Give back what was reserved for the actors, so that the actors themselves can take it.
-
-        Returns:
-            Id of the node of each actor, by its number.
+        """Give back what was reserved for the actors, so that the actors themselves can take it; gives the id of the
+        node of each actor, by its number.
         """
         node_ids = [each for role in self._roles if role.name == ACTORS for each in self._nodes(role)]
         if node_ids:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import grpc
@@ -47,11 +46,10 @@ def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
     Raises:
         UserError: the cluster cannot be reached. RunFailedError: Ray does not start.
     """
-    namespace = folder.name
     try:
-        _start_or_join(settings.cluster, namespace, total(planned_roles(settings))["CPU"])
-        cluster = LiveCluster(ray.get_runtime_context().gcs_address, namespace, os.getpid())
-        with _head_watched(cluster.address, partial(remove_cluster, folder)):
+        _start_or_join(settings.cluster, folder.name, total(planned_roles(settings))["CPU"])
+        cluster = LiveCluster(ray.get_runtime_context().gcs_address, folder.name, os.getpid())
+        with _head_watched(cluster.address, lambda: remove_cluster(folder)):
             try:
                 write_cluster(folder, cluster)
                 yield cluster
@@ -65,11 +63,7 @@ def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
 
 @contextlib.contextmanager
 def join_live_run(cluster: LiveCluster, timeout_s: float = 10.0) -> Iterator[None]:
-    """Connect to the Ray of a live run from another shell.
-
-    Raises:
-        UserError: nothing answers there.
-    """
+    """Connect to the Ray of a live run from another shell; UserError where nothing answers there."""
     # Ray would replace 127.0.0.1 by the outer address, where a Ray that a run started for itself does not listen.
     is_private = cluster.address.startswith(f"{LOOPBACK}:")
     try:

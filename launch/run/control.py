@@ -29,9 +29,7 @@ ANSWER_TIMEOUT_S = 15.0
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the processes of a live run say. `pool` and `buffer` of the view are None where the run has no rollout
-    actors (yet).
-    """
+    """What the processes of a live run say. The view has no pool and no buffer where the run has no actors (yet)."""
 
     folder: Path
     elapsed_s: float
@@ -39,12 +37,14 @@ class RunStatus:
 
     def to_json(self) -> dict[str, object]:
         """All counters."""
-        parts = {"learner": self.view.learner, "pool": self.view.pool, "buffer": self.view.buffer}
+        view = self.view
         return {
             "run": str(self.folder),
             "elapsed_s": round(self.elapsed_s, 1),
-            "finished_stages": list(self.view.results),
-            **{name: None if part is None else asdict(part) for name, part in parts.items()},
+            "finished_stages": list(view.results),
+            "learner": view.learner and asdict(view.learner),
+            "pool": view.pool and asdict(view.pool),
+            "buffer": view.buffer and asdict(view.buffer),
         }
 
     def render(self) -> RenderableType:

@@ -98,10 +98,8 @@ class LearnerGroup:
 
     def __init__(self, spec: LearnerSpec, placement: PlacementGroup) -> None:
         """placement: has a bundle for each rank."""
-        settings = spec.settings
-        self._names = [f"learner rank {rank} of {settings.num_ranks}" for rank in range(settings.num_ranks)]
-        if settings.num_ranks == 1:
-            self._names = ["the learner"]
+        settings, size = spec.settings, spec.settings.num_ranks
+        self._names = ["the learner"] if size == 1 else [f"learner rank {rank} of {size}" for rank in range(size)]
         self._actors: list[ActorHandle] = [
             ray.remote(concurrency_groups={"training": 1, "control": 2})(LearnerWorker)
             .options(
@@ -112,7 +110,7 @@ class LearnerGroup:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, rank),
             )
             .remote(spec, rank)
-            for rank in range(settings.num_ranks)
+            for rank in range(size)
         ]
 
     @property
