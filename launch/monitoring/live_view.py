@@ -16,7 +16,7 @@ from rich.text import Text
 from actors.status import PoolStatus
 from buffer.service.status import BufferStatus
 from launch.durations import clock
-from launch.run_folder.flight_token import TOKEN_FILE, TOKEN_VARIABLE
+from launch.run_folder.folder import TOKEN_FILE, TOKEN_VARIABLE
 from learner.messages import LearnerStatus, StageResult
 from learner.settings.stages import StageSettings
 

@@ -32,7 +32,7 @@ from buffer.store.store import ReplayStore
 from buffer.trajectory.schema import TokenContract
 from launch.cluster.capacity import live_nodes
 from launch.errors import RunFailedError, UserError
-from launch.run_folder.flight_token import flight_token
+from launch.run_folder.folder import flight_token
 
 MAX_RESTARTS = 4
 """Deaths of one shard that a run survives; the next one ends it, since somebody has to look for the cause."""

@@ -2,7 +2,7 @@
 
 runs/NAME/  config.yaml  used_configs/  run_id  environment.txt  lock  cluster.json (while live)
             metrics.jsonl  tensorboard/  buffer/  tokenizer/  checkpoints/<stage>/step-<n>/  checkpoints.json
-            examples.json  evaluation.json  evaluation/  samples/  report.html
+            flight_token  examples.json  evaluation.json  evaluation/  samples/  report.html
 
 used_configs/ holds config.yaml as it was at the start and after each change of a setting since.
 """
@@ -38,6 +38,8 @@ METRICS_FILE = "metrics.jsonl"
 USED_CONFIGS_FOLDER = "used_configs"
 BUFFER_FOLDER = "buffer"
 ENVIRONMENT_FILE = "environment.txt"
+TOKEN_FILE = "flight_token"
+TOKEN_VARIABLE = "SEQUENCEMATCH_FLIGHT_TOKEN"
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray's job server for the command of a job, and for nobody else."""
 
@@ -208,6 +210,21 @@ def read_cluster(folder: Path) -> LiveCluster:
 def remove_cluster(folder: Path) -> None:
     """The run is no longer live."""
     (folder / CLUSTER_FILE).unlink(missing_ok=True)
+
+
+def flight_token(run_folder: Path) -> str:
+    """The token of a run's Arrow Flight endpoints: that in `SEQUENCEMATCH_FLIGHT_TOKEN`, else a new one, written to
+    `RUN/flight_token` for its owner alone to read.
+    """
+    if given := os.environ.get(TOKEN_VARIABLE):
+        return given
+    token = secrets.token_urlsafe(32)
+    path = run_folder / TOKEN_FILE
+    path.unlink(missing_ok=True)  # a file of an earlier life might be readable to others
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(token)
+    return token
 
 
 def describe_environment() -> str:

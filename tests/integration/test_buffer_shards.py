@@ -25,7 +25,7 @@ from buffer.stop_signals import JOB_SIGNALS
 from buffer.store.store import ReplayStore
 from launch.errors import UserError
 from launch.run.buffer_shards import STATUS_TIMEOUT_S, ShardWatch, check_buffer, find_buffer, start_buffer
-from launch.run_folder.flight_token import TOKEN_FILE, TOKEN_VARIABLE
+from launch.run_folder.folder import TOKEN_FILE, TOKEN_VARIABLE
 from learner.batches.source import BufferSource, StopRequestedError
 from tests.integration.local_ray import local_ray
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered

@@ -11,7 +11,7 @@ from pyarrow import flight
 from buffer.reading.snapshot import read_shard
 from buffer.service.flight import FlightEndpoint
 from buffer.store import catalog_writer
-from launch.run_folder.flight_token import TOKEN_FILE, TOKEN_VARIABLE, flight_token
+from launch.run_folder.folder import TOKEN_FILE, TOKEN_VARIABLE, flight_token
 from tests.stores import draw, open_store
 from tests.trajectories import CONTRACT, batch_of, expert_row, ids_of, numbered
 
