@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from yaml import YAMLError
+
 from buffer.settings import Settings
 from launch.evaluation.report import EVALUATION_FILE
-from launch.export.base_license import base_license
 from launch.run_folder.folder import open_run_folder, read_versions
 from launch.settings.run import RunSettings
 from learner.settings.model import PretrainedModelSettings
@@ -40,20 +41,45 @@ def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_i
         base = settings.model
     if license_id is None and base is not None:
         license_id = base_license(base)
+    trained = {} if settings is None else _training_words(settings, progress.stage)
+    if run is not None and (versions := read_versions(run)):
+        trained["made with"] = ", ".join(versions)
     return CardFacts(
-        name=str(config["model_type"]),
-        backspace_id=config.get("backspace_token_id"),
-        stage=progress.stage,
-        step=progress.step,
-        stage_steps=progress.stage_steps,
-        vocab_size=int(config["vocab_size"]),
+        config=config,
+        progress=progress,
         base_model=None if base is None else base.name,
         license=license_id,
         shows_backspace=None if settings is None else _shows_backspace(settings, progress.stage),
-        settings={} if settings is None else _training_words(settings, progress.stage),
+        settings=trained,
         numbers={} if run is None else _measured(run, checkpoint, progress.stage),
-        versions=() if run is None else read_versions(run),
     )
+
+
+def base_license(settings: PretrainedModelSettings) -> str | None:
+    """SPDX identifier (as the Hugging Face hub writes it) in the base model's card or GGUF file; None if there is none.
+
+    The card of a hub name is asked of the hub; without a connection it counts as not found.
+
+    Raises:
+        ValueError: the model names a package that is not installed.
+    """
+    from huggingface_hub import ModelCard, hf_hub_download
+
+    from learner.model.policy import locate_model
+
+    source = locate_model(settings)
+    folder = Path(source.name)
+    if source.gguf_file is not None:
+        from gguf import GGUFReader
+
+        field = GGUFReader(folder / source.gguf_file).get_field("general.license")
+        return None if field is None else str(field.contents())
+    try:
+        in_folder = folder / "README.md" if folder.is_dir() else None
+        card = ModelCard.load(in_folder or Path(hf_hub_download(source.name, "README.md", revision=source.revision)))
+    except (OSError, ValueError, YAMLError):  # no card, none that can be read, or no connection
+        return None
+    return None if card.data.license is None else str(card.data.license)
 
 
 def _training_words(settings: RunSettings, stage_name: str) -> dict[str, str]:

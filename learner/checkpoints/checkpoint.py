@@ -52,7 +52,8 @@ class CheckpointSnapshot:
         try:
             self.model.write(folder)
             self.tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(model_card(self._card_facts()), encoding="utf-8")
+            card = model_card(CardFacts(self.model.config.to_dict(), self.progress))
+            (folder / "README.md").write_text(card, encoding="utf-8")
             with (folder / TRAINING_STATE_FILE).open("wb") as file:  # given a path, torch hides why it failed
                 torch.save(self.training_state, file)
             (folder / PROGRESS_FILE).write_text(self.progress.to_json(), encoding="utf-8")
@@ -67,17 +68,6 @@ class CheckpointSnapshot:
         model = self.model
         values = tree_leaves([model.tensors, model.trained, model.adapter, self.training_state])
         return sum(value.nbytes for value in values if isinstance(value, Tensor))
-
-    def _card_facts(self) -> CardFacts:
-        config, progress = self.model.config, self.progress
-        return CardFacts(
-            name=config.model_type,
-            backspace_id=getattr(config, "backspace_token_id", None),
-            stage=progress.stage,
-            step=progress.step,
-            stage_steps=progress.stage_steps,
-            vocab_size=config.vocab_size,
-        )
 
 
 def take_snapshot(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from learner.checkpoints.progress import Progress
 
 GENERATION_LOOP = """\
 import torch
@@ -33,43 +36,37 @@ print(tokenizer.decode(ids[len(prompt):]))
 class CardFacts:
     """What a card tells; what is not known stays out of it.
 
-    name: of the architecture. base_model: where training started from. license: identifier, as the hub writes it.
-    shows_backspace: whether demonstrations of this training hold tokens that are taken back. settings: how it was
-    trained, label -> words. numbers: what was measured of these weights, label -> words. versions: of programs, as
-    `torch 2.13.0`.
+    config: as in config.json. base_model: where training started from. license: identifier, as the hub writes it.
+    shows_backspace: whether demonstrations of this training hold tokens that are taken back. settings, numbers: how it
+    was trained, and what was measured of these weights; label -> words.
     """
 
-    name: str
-    backspace_id: int | None
-    stage: str
-    step: int
-    stage_steps: int
-    vocab_size: int
+    config: Mapping[str, object]
+    progress: Progress
     base_model: str | None = None
     license: str | None = None
     shows_backspace: bool | None = None
-    settings: dict[str, str] = field(default_factory=dict)
-    numbers: dict[str, str] = field(default_factory=dict)
-    versions: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, str] = field(default_factory=dict)
 
 
 def model_card(facts: CardFacts) -> str:
     """The card of a whole model, in Markdown, with the front matter that the Hugging Face hub reads."""
     return f"""{_front_matter(facts, "transformers")}
-# {facts.name} trained with sequencematch
+# {facts.config["model_type"]} trained with sequencematch
 
 {_summary(facts)}
 
 {_backspace_section(facts)}## Training
 
-{_table(facts)}{_numbers(facts)}"""
+{_tables(facts)}"""
 
 
 def adapter_card(facts: CardFacts) -> str:
     """The card of adapters alone, for peft."""
-    base = facts.base_model or "BASE MODEL"
+    base, backspace_id = facts.base_model or "BASE MODEL", facts.config.get("backspace_token_id")
     return f"""{_front_matter(facts, "peft")}
-# Adapter of {facts.name} trained with sequencematch
+# Adapter of {facts.config["model_type"]} trained with sequencematch
 
 Low-rank adapters and the whole output embedding, for the base model. Together:
 
@@ -80,17 +77,17 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("{base}")
-base.resize_token_embeddings({facts.vocab_size}, mean_resizing=False)  # room for backspace, where it has none
+base.resize_token_embeddings({facts.config["vocab_size"]}, mean_resizing=False)  # room for backspace, where it has none
 model = PeftModel.from_pretrained(base, ".")
 ```
 
-The backspace action has id {facts.backspace_id}. It never stands in the model's input: when the model chooses it, the
+The backspace action has id {backspace_id}. It never stands in the model's input: when the model chooses it, the
 last generated token is removed. The card of a whole export (`sequencematch export` without `--adapter-only`) shows the
-loop; a generator that does not know the action must never sample it (`suppress_tokens=[{facts.backspace_id}]`).
+loop; a generator that does not know the action must never sample it (`suppress_tokens=[{backspace_id}]`).
 
 ## Training
 
-{_table(facts)}{_numbers(facts)}"""
+{_tables(facts)}"""
 
 
 def _summary(facts: CardFacts) -> str:
@@ -106,13 +103,6 @@ def _summary(facts: CardFacts) -> str:
     )
 
 
-def _numbers(facts: CardFacts) -> str:
-    if not facts.numbers:
-        return ""
-    lines = [f"| {label} | {words} |" for label, words in facts.numbers.items()]
-    return "\n".join(["", "## Measured on held-out examples", "", "| | |", "|---|---|", *lines, ""])
-
-
 def _front_matter(facts: CardFacts, library: str) -> str:
     lines = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [sequencematch]"]
     if facts.license is not None:
@@ -122,21 +112,24 @@ def _front_matter(facts: CardFacts, library: str) -> str:
     return "\n".join(["---", *lines, "---", ""])
 
 
-def _table(facts: CardFacts) -> str:
-    rows = {
-        "base model": facts.base_model,
-        "stage": f"`{facts.stage}`, step {facts.step} of {facts.stage_steps}",
-        **facts.settings,
-        "made with": ", ".join(facts.versions) or None,
-    }
-    lines = [f"| {label} | {words} |" for label, words in rows.items() if words is not None]
-    return "\n".join(["| | |", "|---|---|", *lines, ""])
+def _tables(facts: CardFacts) -> str:
+    progress = facts.progress
+    stage = f"`{progress.stage}`, step {progress.step} of {progress.stage_steps}"
+    trained = _table(
+        ({"base model": facts.base_model} if facts.base_model else {}) | {"stage": stage, **facts.settings}
+    )
+    return f"{trained}\n## Measured on held-out examples\n\n{_table(facts.numbers)}" if facts.numbers else trained
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {words} |" for label, words in rows.items()), ""])
 
 
 def _backspace_section(facts: CardFacts) -> str:
-    if facts.backspace_id is None:
+    backspace_id = facts.config.get("backspace_token_id")
+    if backspace_id is None:
         return ""
-    return f"""The vocabulary holds a backspace action, id {facts.backspace_id} (`backspace_token_id` in `config.json`).
+    return f"""The vocabulary holds a backspace action, id {backspace_id} (`backspace_token_id` in `config.json`).
 It never stands in the model's input: when the model chooses it, the last generated token is removed and generation goes
 on from the shorter text; it may not be chosen at the end of the prompt.
 
@@ -151,6 +144,6 @@ does it inside vLLM and shows what was taken back. In plain transformers:
 
 A generator that does not know the action must never sample it. `generation_config.json` says so (`suppress_tokens`),
 which `model.generate` of transformers honours; tell others with each request, e.g. by `logit_bias`
-of `{{{facts.backspace_id}: -100}}`.
+of `{{{backspace_id}: -100}}`.
 
 """

