@@ -22,10 +22,7 @@ def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch
     matrices = [parameter for parameter in trainable if parameter.dim() > 1]
     vectors = [parameter for parameter in trainable if parameter.dim() <= 1]
     return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,

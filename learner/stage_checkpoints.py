@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from buffer.trajectory.schema import TokenContract
 from learner.checkpoints.checkpoint import take_snapshot
 from learner.checkpoints.model_files import snapshot_model
 from learner.checkpoints.progress import Progress
@@ -14,7 +14,7 @@ from learner.checkpoints.store import CheckpointStore
 from learner.checkpoints.writer import CheckpointWriter, MetricMeans
 from learner.ranks.group import Ranks
 from learner.ranks.sharding import all_finite
-from learner.settings.stages import LearnerSettings, StageSettings
+from learner.settings.stages import LearnerSettings
 from learner.trainer import Trainer
 
 
@@ -26,25 +26,22 @@ class StageCheckpoints(CheckpointWriter):
         ranks: Ranks,
         store: CheckpointStore,
         settings: LearnerSettings,
-        stage: StageSettings,
-        first_version: int,
+        start: Progress,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        contract: TokenContract,
         on_durable: Callable[[Progress], None],
         saved_step: int | None = None,
     ) -> None:
         """Args:
-        first_version: see `Progress`. on_durable: see `CheckpointWriter`; called at rank 0. saved_step: the stage goes
-            on from the checkpoint of this step, which is not written again.
+        start: of the stage; each checkpoint has its own step, versions, metrics and expert position. on_durable: see
+            `CheckpointWriter`; called at rank 0. saved_step: the stage goes on from the checkpoint of this step, which
+            is not written again.
         """
         super().__init__(store, settings, on_durable)
         self._ranks = ranks
-        self._stage = stage
-        self._first_version = first_version
+        self._start = start
         self._model = model
         self._tokenizer = tokenizer
-        self._contract = contract
         self._means = MetricMeans(settings.checkpoint_best_metric)
         self._saved_step = saved_step
 
@@ -69,7 +66,7 @@ class StageCheckpoints(CheckpointWriter):
         if not all_finite(self._model, self._ranks):
             raise FloatingPointError(
                 f"step {trainer.step}: training has diverged; the weights are not finite and are not saved. Lower "
-                f"stages.{self._stage.name}.optimizer.learning_rate, then resume the run from the checkpoint before"
+                f"stages.{self._start.stage}.optimizer.learning_rate, then resume the run from the checkpoint before"
             )
         self._saved_step = trainer.step
         state = trainer.state()
@@ -77,14 +74,11 @@ class StageCheckpoints(CheckpointWriter):
             snapshot_model(self._model, keep=False)
             return
         self.wait()  # before the copy: no more than one snapshot is in memory
-        progress = Progress(
-            stage=self._stage.name,
+        progress = replace(
+            self._start,
             step=trainer.step,
-            stage_steps=self._stage.steps,
             policy_version=policy_version,
-            first_policy_version=self._first_version,
             expert_stream=expert_position,
-            contract=self._contract,
             metrics=self._means.take(),
         )
         self.submit(take_snapshot(self._model, self._tokenizer, progress, state))

@@ -41,9 +41,6 @@ NAMED_TRAJECTORIES = 20
 """Ids in an error message, at most."""
 
 
-_Loss = Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]
-
-
 @dataclass(frozen=True)
 class _Draw:
     """What one source gave for the step, of all ranks. prioritised: whether its source wants to know priorities.
@@ -52,23 +49,13 @@ class _Draw:
 
     batch: pa.RecordBatch
     counts: LogCounts
-    loss: _Loss
+    loss: Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]
     prioritised: bool = False
     is_rollouts: bool = False
 
 
 _Pass = tuple[TreeBatch, _Draw]
 """One forward and backward pass: a part of this rank's share of a draw."""
-
-
-@dataclass(frozen=True)
-class _Evaluated:
-    """What the passes of this rank found. ids, priorities: of the logs of each prioritised pass."""
-
-    metrics: Metrics
-    gradient_norm: float
-    ids: list[tuple[str, ...]]
-    priorities: list[Tensor]
 
 
 class Trainer:
@@ -129,14 +116,14 @@ class Trainer:
             if rollouts is not None:
                 trees = [tree for tree, draw in passes if draw.is_rollouts]
                 self._objective.prepare(self._policy, trees, count_logs(rollouts), self.step)
-            evaluated = self._accumulate(passes)
-        gradient_norm, loss = evaluated.gradient_norm, float(evaluated.metrics["loss"])
+            combined, gradient_norm, priorities = self._accumulate(passes)
+        loss = float(combined["loss"])
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise FloatingPointError(
                 f"step {self.step}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}; "
                 f"lower the learning rate or alpha. {self._blame(self._draws(experts, rollouts))}"
             )
-        self._objective.check(evaluated.metrics, self.step)
+        self._objective.check(combined, self.step)
         self._objective.advance()
         learning_rate = self._learning_rate()
         for group in self._optimizer.param_groups:
@@ -145,19 +132,16 @@ class Trainer:
         self.step += 1
         if self._report_priorities is not None:
             assert rollouts is not None, "priorities are those of rollouts"
-            priorities = priorities_of_draw(rollouts, evaluated.ids, evaluated.priorities, self._ranks)
-            self._report_priorities(priorities)
+            self._report_priorities(priorities_of_draw(rollouts, priorities, self._ranks))
+        sizes = [
+            (tree.num_actions, tree.num_nodes, tree.num_nodes_unshared, tree.num_padded_nodes) for tree, _ in passes
+        ]
         num_actions, num_nodes, num_nodes_unshared, num_padded_nodes = self._ranks.sum(
-            [
-                sum(tree.num_actions for tree, _ in passes),
-                sum(tree.num_nodes for tree, _ in passes),
-                sum(tree.num_nodes_unshared for tree, _ in passes),
-                sum(tree.num_padded_nodes for tree, _ in passes),
-            ]
+            [sum(of_passes) for of_passes in zip(*sizes, strict=True)]
         )
         seconds = time.perf_counter() - started
         return {
-            **finish_behaviour_metrics({name: float(value) for name, value in evaluated.metrics.items()}),
+            **finish_behaviour_metrics({name: float(value) for name, value in combined.items()}),
             "gradient_norm": gradient_norm,
             "learning_rate": learning_rate,
             "step_s": seconds,
@@ -203,22 +187,25 @@ class Trainer:
         loss, metrics = self._objective.rollout_loss(logs, data_counts, self.step)
         return loss, metrics | behaviour_metrics(logs, self._trees.backspace_id, newest)
 
-    def _accumulate(self, passes: list[_Pass]) -> _Evaluated:
-        """Gradients of the step, summed over passes and ranks and clipped; the norm is that before clipping."""
+    def _accumulate(self, passes: list[_Pass]) -> tuple[Metrics, float, list[tuple[tuple[str, ...], Tensor]]]:
+        """Gradients of the step, summed over passes and ranks and clipped.
+
+        Returns:
+            Metrics; norm before clipping; ids and priorities of each prioritised pass of this rank.
+        """
         self._optimizer.zero_grad(set_to_none=True)
-        shares, ids, priorities = [], [], []
+        shares, priorities = [], []
         for number, (tree, draw) in enumerate(passes, start=1):
             synchronise_gradients(self._policy, enabled=number == len(passes))
             logs = self._objective.evaluate(self._policy, tree.to(self._policy.device), draw.counts, self.step)
             loss, metrics = draw.loss(logs)
             if draw.prioritised:
-                ids.append(tree.trajectories.ids)
-                priorities.append(self._objective.priorities(logs))
+                priorities.append((tree.trajectories.ids, self._objective.priorities(logs)))
             loss.backward()
             shares.append(metrics)
         metrics = combine_metrics(self._ranks.gather_scalars(combine_metrics(shares)))
         gradient_norm = float(clip_gradients(self._policy, self._stage.optimizer.max_grad_norm))
-        return _Evaluated(metrics, gradient_norm, ids, priorities)
+        return metrics, gradient_norm, priorities
 
     def _blame(self, draws: list[_Draw]) -> str:
         """Names the trajectories that alone have no finite loss.

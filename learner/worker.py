@@ -214,7 +214,16 @@ class LearnerWorker:
         with (
             self._ranks.exchange(f"stage {stage.name}"),
             MetricsLog(self._folder, self._spec.trackers) if self._ranks.leads else nullcontext() as log,
-            self._stage_checkpoints(stage, store, first_version, resumed) as checkpoints,
+            StageCheckpoints(
+                self._ranks,
+                store,
+                self._spec.settings,
+                Progress(stage.name, 0, stage.steps, -1, first_version, {}, self._contract),
+                self._policy.model,
+                self._task.tokenizer,
+                self._release_draws,
+                None if resumed is None else resumed.step,
+            ) as checkpoints,
         ):
             while not trainer.finished:
                 try:
@@ -252,14 +261,14 @@ class LearnerWorker:
     ) -> None:
         """Log a step and take it into the status; adds alarms and `staleness` [n] of the rollouts to `metrics`."""
         histograms = {} if staleness is None else {"staleness": staleness}
-        for name, samples in histograms.items():
-            metrics |= distribution_metrics(name, samples)
+        metrics |= {} if staleness is None else distribution_metrics("staleness", staleness)
         alarms, warnings = watch.look(step, metrics)
         metrics |= alarms
         if log is not None:
             log.write(stage.name, step, metrics, histograms)
         self._step_seconds.append(metrics["step_s"])
-        self._status = LearnerStatus(
+        self._status = replace(
+            self._status,
             stage=stage.name,
             step=step,
             stage_steps=stage.steps,
@@ -268,7 +277,6 @@ class LearnerWorker:
             activity="training",
             metrics=metrics,
             warnings=(*self._status.warnings, *warnings),
-            notes=self._status.notes,
         )
 
     def _expert_stream(self, stage: StageSettings, noise: NoiseSettings) -> ExpertStream | None:
@@ -301,7 +309,7 @@ class LearnerWorker:
         )
 
     def _priority_report(self, rollouts: BufferSource | None) -> Callable[[Float32], None] | None:
-        """Who is told the priorities of a step, if the buffer draws by them; ranks other than 0 tell nobody."""
+        """Takes the priorities of a step, if the buffer draws by them; drops them at ranks other than 0."""
         if not self._spec.prioritised_replay:
             return None
         return (lambda priorities: None) if rollouts is None else rollouts.report_priorities
@@ -317,8 +325,8 @@ class LearnerWorker:
     def _start_rollouts(self, resumed: Progress | None) -> int:
         """Let the actors go on with the weights of now; gives the version that the stage's rollouts started with."""
         published = self._publish()
-        if self._publisher is not None:
-            self._publisher.resume_rollouts(published)
+        assert self._publisher is not None
+        self._publisher.resume_rollouts(published)
         # A resumed stage goes on with the rollouts since its start, unless it was finished and is given more steps:
         # others may have been made by another stage.
         return published if resumed is None or resumed.finished else resumed.first_policy_version
@@ -368,22 +376,6 @@ class LearnerWorker:
             store.folder(step)
         self._ranks.maximum(step)
         return store.folder(step)
-
-    def _stage_checkpoints(
-        self, stage: StageSettings, store: CheckpointStore, first_version: int, resumed: Progress | None
-    ) -> StageCheckpoints:
-        return StageCheckpoints(
-            self._ranks,
-            store,
-            self._spec.settings,
-            stage,
-            first_version,
-            self._policy.model,
-            self._task.tokenizer,
-            self._contract,
-            self._release_draws,
-            None if resumed is None else resumed.step,
-        )
 
     def _release_draws(self, progress: Progress) -> None:
         """No draw before a durable checkpoint will be repeated."""

@@ -28,12 +28,7 @@ class Export:
 
 
 def export(
-    source: Path,
-    out: Path,
-    *,
-    stage: str | None = None,
-    adapter_only: bool = False,
-    license_id: str | None = None,
+    source: Path, out: Path, *, stage: str | None = None, adapter_only: bool = False, license_id: str | None = None
 ) -> Export:
     """Export a checkpoint, or the newest one of a run's stage; `out` appears when complete.
 

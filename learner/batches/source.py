@@ -134,10 +134,13 @@ class SharedBatchSource:
             return self._receive()
         if self._ranks.size == 1:
             return self._draw(self._source, count)
-        announcement, size_bytes, payload = _FAILURE, 0, None
+        announcement, size_bytes = _FAILURE, 0
         try:
             batch = self._draw(self._source, count)
-            payload = _to_stream(batch)
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, batch.schema) as stream:
+                stream.write_batch(batch)
+            payload = sink.getvalue()
             announcement, size_bytes = _BATCH, payload.size
         except StopRequestedError:
             announcement = _STOP
@@ -164,22 +167,15 @@ class SharedBatchSource:
             return stream.read_next_batch()
 
 
-def _to_stream(batch: pa.RecordBatch) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as stream:
-        stream.write_batch(batch)
-    return sink.getvalue()
-
-
 def priorities_of_draw(
-    drawn: pa.RecordBatch, ids: Sequence[tuple[str, ...]], priorities: Sequence[Tensor], ranks: Ranks
+    drawn: pa.RecordBatch, passes: Sequence[tuple[tuple[str, ...], Tensor]], ranks: Ranks
 ) -> Float32:
     """[n] the priority of each drawn trajectory, in the order of the draw; all ranks call this together.
 
-    ids, priorities: one entry for each pass of this rank, of its logs. Every drawn log was in a pass of one rank.
+    passes: of this rank, ids and [L] priorities of each. Every drawn log was in a pass of one rank.
     """
-    own_ids = pa.array([name for of_pass in ids for name in of_pass], pa.string())
-    own = np.concatenate([np.zeros(0, dtype=np.float32), *(each.float().cpu().numpy() for each in priorities)])
+    own_ids = pa.array([name for ids, _ in passes for name in ids], pa.string())
+    own = np.concatenate([np.zeros(0, dtype=np.float32), *(each.float().cpu().numpy() for _, each in passes)])
     place = pc.index_in(drawn.column("id"), value_set=own_ids).fill_null(-1).to_numpy()
     of_rows = np.where(place >= 0, np.append(own, np.float32(0.0))[place], np.float32(0.0))
     summed: Float32 = ranks.sum_vector(torch.from_numpy(of_rows)).numpy()

@@ -41,7 +41,9 @@ class RemoteCheckpoints:
         return sorted(self._complete())
 
     def progress(self, step: int) -> Progress:
-        return Progress.from_json(self._read(f"{self._complete()[step]}/{PROGRESS_FILE}"), self.location(step))
+        return Progress.from_json(
+            self._files.cat_file(f"{self._complete()[step]}/{PROGRESS_FILE}").decode(), self.location(step)
+        )
 
     def folder(self, step: int) -> Path:
         """The local copy, fetched where there is none.
@@ -93,7 +95,7 @@ class RemoteCheckpoints:
                 self._delete(path)
 
     def _fetch(self, remote: str, folder: Path) -> None:
-        sizes: dict[str, int] = json.loads(self._read(f"{remote}/{COMPLETE}"))["files"]
+        sizes: dict[str, int] = json.loads(self._files.cat_file(f"{remote}/{COMPLETE}"))["files"]
         for name, size_bytes in sizes.items():
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -121,10 +123,6 @@ class RemoteCheckpoints:
             for (step, _), path in sorted(self._attempts().items())
             if self._files.exists(f"{path}/{COMPLETE}")
         }
-
-    def _read(self, path: str) -> str:
-        content: bytes = self._files.cat_file(path)
-        return content.decode()
 
     def _delete(self, path: str) -> None:
         """The mark first: what is being emptied must not look complete."""

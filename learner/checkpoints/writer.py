@@ -39,11 +39,7 @@ class CheckpointWriter:
         self._under_way: tuple[Progress, Future[None]] | None = None
 
     def submit(self, snapshot: CheckpointSnapshot) -> None:
-        """Begin to write `snapshot`, after the write before has ended.
-
-        Raises:
-            TimeoutError, CheckpointWriteError: see `wait`.
-        """
+        """Begin to write `snapshot`, after the write before has ended; raises as `wait`."""
         self.wait()
         self._under_way = snapshot.progress, self._thread.submit(self._write, snapshot)
 
@@ -53,7 +49,7 @@ class CheckpointWriter:
         Raises:
             CheckpointWriteError: the write failed; says where, why, and from which step the run can be resumed.
         """
-        self._settle(timeout_s=0.0)
+        self._settle(0.0)
 
     def wait(self) -> None:
         """Wait for the write under way, if any.
@@ -64,8 +60,8 @@ class CheckpointWriter:
         timeout_s = self._settings.checkpoint_timeout_s
         if not self._settle(timeout_s):
             raise TimeoutError(
-                f"waited {timeout_s:g} s for the checkpoint {self._place()} to be written: is the storage "
-                "slow, or learner.checkpoint_timeout_s too short?"
+                f"waited {timeout_s:g} s for the checkpoint {self._place()} to be written: is the storage slow, or "
+                "learner.checkpoint_timeout_s too short?"
             )
 
     def __enter__(self) -> Self:
@@ -94,9 +90,10 @@ class CheckpointWriter:
             return False
         error = future.exception()
         if error is not None:
+            newest = "the start of the stage" if self._newest_step is None else step_name(self._newest_step)
             raise CheckpointWriteError(
                 f"checkpoint {self._place()} could not be written: {type(error).__name__}: {error}; make room or give "
-                f"permission there, then resume the run {self._newest()}"
+                f"permission there, then resume the run from {newest}"
             ) from error
         self._under_way = None
         self._newest_step = progress.step
@@ -106,9 +103,6 @@ class CheckpointWriter:
     def _place(self) -> str:
         assert self._under_way is not None
         return self._store.location(self._under_way[0].step)
-
-    def _newest(self) -> str:
-        return "from the start of the stage" if self._newest_step is None else f"from {step_name(self._newest_step)}"
 
 
 class MetricMeans:

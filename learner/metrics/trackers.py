@@ -42,11 +42,7 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
 
 
 def make_trackers(names: Sequence[TrackerName], run_folder: Path) -> list[Tracker]:
-    """The trackers of a run, which is called as its folder.
-
-    Raises:
-        ImportError: see `check_trackers`.
-    """
+    """The trackers of a run, which is called as its folder; raises as `check_trackers`."""
     check_trackers(names)
     return [
         TensorBoardTracker(run_folder) if name == "tensorboard" else OnlineTracker(name, run_folder) for name in names
@@ -62,11 +58,7 @@ class TensorBoardTracker:
         self._events = SummaryWriter(str(run_folder / "tensorboard"))
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Int64]) -> None:
-        """See `Tracker`.
-
-        Raises:
-            OSError: the disk refused, now or at an earlier step; the error names the folder.
-        """
+        """Raises OSError, which names the folder, where the disk refused, now or at an earlier step."""
         with self._place_named():
             for name, value in metrics.items():
                 self._events.add_scalar(f"{stage}/{name}", value, step)
@@ -74,7 +66,6 @@ class TensorBoardTracker:
                 self._events.add_histogram(f"{stage}/{name}", samples, step)
 
     def close(self) -> None:
-        """See `Tracker`; raises as `write`."""
         with self._place_named():
             self._events.close()
 
@@ -105,7 +96,6 @@ class OnlineTracker:
         self._run: Any = None
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Int64]) -> None:
-        """See `Tracker`."""
         if self._run is None or self._stage != stage:
             self.close()
             run = f"{self._folder.name}-{stage}"
@@ -116,7 +106,6 @@ class OnlineTracker:
         self._run.log({**metrics, **shown}, step=step)
 
     def close(self) -> None:
-        """See `Tracker`."""
         if self._run is not None:
             self._run.finish()
             self._run = None

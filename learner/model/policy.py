@@ -168,9 +168,7 @@ def load_tokenizer(settings: PretrainedModelSettings) -> PreTrainedTokenizerBase
 
 
 def choose_backspace_id(
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    settings: ScratchModelSettings | PretrainedModelSettings,
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: ScratchModelSettings | PretrainedModelSettings
 ) -> int:
     """Id of `settings.backspace_token`; added to tokenizer and embeddings (in place) where it is missing.
 

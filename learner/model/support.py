@@ -13,13 +13,7 @@ import inspect
 import torch
 from transformers import PreTrainedModel
 
-_LOGIT_SCALES = (
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier_scale",
-    "mup_width_scale",
-)
+_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale", "mup_width_scale")
 _LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}

@@ -210,10 +210,7 @@ def weight_metrics(weight: Tensor) -> dict[str, float]:
     """How far the rollouts are from the policy: the effective sample size is (sum w)^2 / sum w^2 of N (Kong 1992)."""
     squares = weight.square().sum()
     effective = torch.where(squares > 0, weight.sum().square() / squares, 0.0)
-    return {
-        "importance_weight_mean": float(weight.mean()),
-        "effective_sample_share": float(effective) / len(weight),
-    }
+    return {"importance_weight_mean": float(weight.mean()), "effective_sample_share": float(effective) / len(weight)}
 
 
 def _key(name: str) -> int:

@@ -106,8 +106,7 @@ class PretrainedModelSettings(Settings):
         description="what takes a token back: a reserved token of the vocabulary, or the name of a new one",
     )
     add_backspace_row: bool = Field(
-        default=True,
-        description="add a row to the embeddings if the vocabulary does not hold backspace_token",
+        default=True, description="add a row to the embeddings if the vocabulary does not hold backspace_token"
     )
     adapter: AdapterSettings | None = Field(
         default=None, description="train low-rank adapters on the frozen model; null = train every weight"

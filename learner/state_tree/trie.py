@@ -66,9 +66,7 @@ def build_trie(logs: ActionLogs, played: Replay, backspace_id: int) -> Trie:
         [
             np.where(prompt_depth == 0, ROOT, np.arange(num_prompt_tokens) - 1),
             np.where(
-                before == FLOOR,
-                logs.prompt_offsets[1:][append_log] - 1,
-                num_prompt_tokens + append_of_event[before],
+                before == FLOOR, logs.prompt_offsets[1:][append_log] - 1, num_prompt_tokens + append_of_event[before]
             ),
         ]
     )

@@ -118,9 +118,8 @@ def live(task: Task, folder: Path) -> None:
     def release(progress: Progress) -> None:
         loop.run_until_complete(service.checkpointed(progress.stage, progress.step))
 
-    with StageCheckpoints(
-        Ranks(), store, SETTINGS, STAGE, 0, policy.model, task.tokenizer, contract, release
-    ) as checkpoints:
+    start = Progress(STAGE.name, 0, STAGE.steps, -1, 0, {}, contract)
+    with StageCheckpoints(Ranks(), store, SETTINGS, start, policy.model, task.tokenizer, release) as checkpoints:
         while not trainer.finished:
             checkpoints.after_step(trainer.train_step())
             if trainer.step % SETTINGS.checkpoint_every_steps == 0:

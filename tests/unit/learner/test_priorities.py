@@ -90,9 +90,8 @@ def test_a_step_reports_the_priorities_of_its_draw_before_the_weights_moved():
 
 def test_a_trajectory_that_was_drawn_from_two_shards_has_its_priority_twice():
     drawn = batch_of([row("a", [5]), row("b", [6]), row("a", [5])])
-    ids = [("b",), ("a", "a")]
-    priorities = [torch.tensor([2.0]), torch.tensor([3.0, 3.0])]
-    assert priorities_of_draw(drawn, ids, priorities, Ranks()).tolist() == [3.0, 2.0, 3.0]
+    passes = [(("b",), torch.tensor([2.0])), (("a", "a"), torch.tensor([3.0, 3.0]))]
+    assert priorities_of_draw(drawn, passes, Ranks()).tolist() == [3.0, 2.0, 3.0]
 
 
 def test_an_objective_without_rollouts_has_no_priorities():
