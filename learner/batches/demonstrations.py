@@ -17,7 +17,7 @@ from buffer.experts.tasks import Task
 from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import TokenContract
 from learner.batches.micro_batches import build_micro_batches
-from learner.model.backspace_row import BackspaceOdds, fit_backspace_row, gather_evidence
+from learner.model.backspace_row import fit_backspace_row, gather_evidence
 from learner.ranks.group import Ranks
 from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch, TreeSettings
@@ -38,19 +38,18 @@ _SEED_OFFSET = 1  # from the seed of a stage's own stream, whose examples are no
 
 @dataclass(frozen=True)
 class TaughtRow:
-    """num_logs: demonstrations that the row was fitted to. odds: of NUM_UNSEEN others, with the row as it is now."""
+    """num_logs: demonstrations that the row was fitted to. nats: of a choice for or against backspace in NUM_UNSEEN
+    others, with the row as it is now; nan where there is none.
+    """
 
     num_logs: int
-    odds: BackspaceOdds
+    nats: float
 
     def __str__(self) -> str:
-        after = {"after a mistake": self.odds.after_mistake, "after a right token": self.odds.after_right}
-        # Targets of one token have no right token that could be taken back, and few demonstrations maybe no mistake.
-        found = [f"{value:.2f} {where}" for where, value in after.items() if not math.isnan(value)]
-        judged = f"its probability is {' and '.join(found)}, {self.odds.nats:.2f} nats per action for backspace or not"
+        judged = f"it costs {self.nats:.2f} nats per action for backspace or not"
         return (
             f"the model has never seen backspace: its row is fitted to {self.num_logs} demonstrations; on {NUM_UNSEEN} "
-            f"others {judged if found else 'backspace could never be taken'}"
+            f"others {'backspace could never be taken' if math.isnan(self.nats) else judged}"
         )
 
 
@@ -123,4 +122,4 @@ def teach_backspace_row(
         return None
     row = fit_backspace_row(policy, build_micro_batches(pa.concat_batches(batches), settings))
     unseen = gather_evidence(policy, build_micro_batches(demonstrations.draw(NUM_UNSEEN), settings))
-    return TaughtRow(len(batches) * _LOGS_PER_DRAW, BackspaceOdds.of(unseen, row))
+    return TaughtRow(len(batches) * _LOGS_PER_DRAW, unseen.nats(row))

@@ -59,23 +59,9 @@ class BackspaceEvidence:
         logit = self.logit(row)
         return torch.nn.functional.softplus(logit).sum() - self.taken @ logit
 
-
-@dataclass(frozen=True)
-class BackspaceOdds:
-    """What a row makes of demonstrations. after_mistake, after_right: mean probability of backspace where it is shown,
-    and where it could be taken and is not; nan where there is no such state. nats: of one choice for or against it.
-    """
-
-    after_mistake: float
-    after_right: float
-    nats: float
-
-    @classmethod
-    def of(cls, evidence: BackspaceEvidence, row: Tensor) -> BackspaceOdds:
-        """row: [H] float64."""
-        share, shown = torch.sigmoid(evidence.logit(row)), evidence.taken.bool()
-        nats = evidence.misfit(row) / len(evidence.taken)
-        return cls(float(share[shown].mean()), float(share[~shown].mean()), float(nats))
+    def nats(self, row: Tensor) -> float:
+        """Of one choice; nan where there is none."""
+        return float(self.misfit(row) / len(self.taken))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

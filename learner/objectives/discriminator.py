@@ -122,15 +122,15 @@ class Discriminator:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state()`."""
-        weights = {name.removeprefix(_NETWORK): each for name, each in state.items() if name.startswith(_NETWORK)}
-        self.network.load_state_dict(weights)
-        names = {parameter: name for name, parameter in self.network.named_parameters()}
+
+        def below(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}
+
+        self.network.load_state_dict(below(_NETWORK))
         whole = self._optimizer.state_dict()
-        for number, parameter in enumerate(self._optimizer.param_groups[0]["params"]):
-            prefix = f"{_OPTIMIZER}{names[parameter]}."
-            moments = {name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}
-            if moments:
-                whole["state"][number] = moments
+        trained = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
+        moments = {number: below(f"{_OPTIMIZER}{name}.") for number, name in enumerate(trained)}
+        whole["state"] = {number: found for number, found in moments.items() if found}
         self._optimizer.load_state_dict(whole)
 
 

@@ -70,53 +70,23 @@ class Divergence:
         return torch.where(is_outside, inside + self.domain.penalty_slope(joint) * (x - joint), inside)
 
 
-def chi2_penalty(x: Tensor) -> Tensor:
-    """x^2 / 4. phi(x) = x - x^2/4, all x: E_data[(rho_model / rho_data - 1)^2]."""
-    return x.square() / 4
-
-
-def kl_penalty(x: Tensor) -> Tensor:
-    """x - log(1 + x). phi(x) = log(1 + x), x > -1: KL(data || model).
-
-    The textbook 1 + log x is the same divergence shifted, but undefined at ordinary initial logits.
-    """
-    return x - torch.log1p(x)
-
-
-def reverse_kl_penalty(x: Tensor) -> Tensor:
-    """exp(-x) - 1 + x. phi(x) = 1 - exp(-x), all x: KL(model || data)."""
-    return torch.expm1(-x) + x
-
-
-def js_penalty(x: Tensor) -> Tensor:
-    """x - log(2 - exp(-x)). phi(x) = log(2 - exp(-x)), x > -log 2: 2 JS(data, model).
-
-    JS is the mean of both KL to the half-half mixture.
-    """
-    return x - torch.log1p(-torch.expm1(-x))
-
-
-def hellinger_penalty(x: Tensor) -> Tensor:
-    """x^2 / (1 + x). phi(x) = x / (1 + x), x > -1: squared Hellinger, sum (sqrt rho_data - sqrt rho_model)^2."""
-    return x.square() / (1.0 + x)
-
-
-def mle_penalty(x: Tensor) -> Tensor:
-    """0. phi(x) = x, all x: the collapsed loss is discounted maximum likelihood."""
-    return torch.zeros_like(x)
-
-
-def _js_penalty_slope(x: float) -> float:
-    return 1.0 - math.exp(-x) / (2.0 - math.exp(-x))
-
-
 DIVERGENCES = {
-    "chi2_mixture": Divergence(chi2_penalty, penalises_rollouts=True),
-    "chi2": Divergence(chi2_penalty),
-    "kl": Divergence(kl_penalty, Domain(-1.0, lambda x: x / (1.0 + x))),
-    "reverse_kl": Divergence(reverse_kl_penalty),
-    "js": Divergence(js_penalty, Domain(-math.log(2.0), _js_penalty_slope)),
-    "hellinger": Divergence(hellinger_penalty, Domain(-1.0, lambda x: 1.0 - 1.0 / (1.0 + x) ** 2)),
-    "mle": Divergence(mle_penalty),
+    # phi(x) = x - x^2 / 4, all x: E_data[(rho_model / rho_data - 1)^2]
+    "chi2_mixture": Divergence(lambda x: x.square() / 4, penalises_rollouts=True),
+    "chi2": Divergence(lambda x: x.square() / 4),
+    # phi(x) = log(1 + x), x > -1: KL(data || model). The textbook 1 + log x is the same shifted, but not defined at
+    # ordinary initial logits.
+    "kl": Divergence(lambda x: x - torch.log1p(x), Domain(-1.0, lambda x: x / (1.0 + x))),
+    # phi(x) = 1 - exp(-x), all x: KL(model || data)
+    "reverse_kl": Divergence(lambda x: torch.expm1(-x) + x),
+    # phi(x) = log(2 - exp(-x)), x > -log 2: 2 JS(data, model), JS being the mean of both KL to the half-half mixture
+    "js": Divergence(
+        lambda x: x - torch.log1p(-torch.expm1(-x)),
+        Domain(-math.log(2.0), lambda x: 1.0 - math.exp(-x) / (2.0 - math.exp(-x))),
+    ),
+    # phi(x) = x / (1 + x), x > -1: squared Hellinger, sum (sqrt rho_data - sqrt rho_model)^2
+    "hellinger": Divergence(lambda x: x.square() / (1.0 + x), Domain(-1.0, lambda x: 1.0 - 1.0 / (1.0 + x) ** 2)),
+    # phi(x) = x, all x: the collapsed loss is discounted maximum likelihood
+    "mle": Divergence(torch.zeros_like),
 }
 """By the name that `SequenceMatchSettings.divergence` gives."""

@@ -49,32 +49,24 @@ def fit_moments(features: Tensor, log_weight: Tensor, context: Tensor, targets: 
         raise ValueError(f"none of {len(counted):,} rollouts satisfies the pointwise constraints: {_ADVICE}")
     low, high = features[counted].amin(0), features[counted].amax(0)
     num_counted = int(counted.sum())
-    for index, name in enumerate(names):
-        least, target, most = float(low[index]), float(targets[index]), float(high[index])
-        if least == most:
+    bounds = zip(*_reach(features[counted], context[counted], low, high), strict=True)
+    for index, (name, (least, most)) in enumerate(zip(names, bounds, strict=True)):
+        goal = float(targets[index])
+        if low[index] == high[index]:
             raise ValueError(
-                f"feature {name} is {least:g} in all {num_counted:,} rollouts that lambda is fitted on, so no weight "
-                f"of it gives a mean of {target:g}: {_ADVICE}"
+                f"feature {name} is {float(low[index]):g} in all {num_counted:,} rollouts that lambda is fitted on, so "
+                f"no weight of it gives a mean of {goal:g}: {_ADVICE}"
             )
-        if not least < target < most:
+        if not float(least) < goal < float(most):
             raise ValueError(
-                f"feature {name} lies between {least:g} and {most:g} in the {num_counted:,} rollouts that lambda is "
-                f"fitted on: a mean of {target:g} has no finite weight. Choose one in between, or leave target out for "
-                "a pointwise constraint"
-            )
-    least, most = _reach(features[counted], context[counted], low, high)
-    for index, name in enumerate(names):
-        if not float(least[index]) < float(targets[index]) < float(most[index]):
-            raise ValueError(
-                f"the mean of feature {name} over prompts lies between {float(least[index]):g} and "
-                f"{float(most[index]):g} in the {num_counted:,} rollouts that lambda is fitted on, whatever its "
-                "weight, since all rollouts of some prompts agree on it: a mean of "
-                f"{float(targets[index]):g} has no finite weight. Choose one in between, or other prompts"
+                f"the mean of feature {name} over prompts lies between {float(least):g} and {float(most):g} in the "
+                f"{num_counted:,} rollouts that lambda is fitted on, whatever its weight: a mean of {goal:g} has no "
+                "finite weight. Choose one in between, other prompts, or leave target out for a pointwise constraint"
             )
     scale = high - low
-    scaled, goal = (features - low) / scale, (targets - low) / scale
-    joint = _joint_fit(scaled[counted], log_weight[counted], goal)
-    weight = None if joint is None else _fit_over_prompts(joint, scaled, log_weight, context, goal)
+    scaled, goals = (features - low) / scale, (targets - low) / scale
+    joint = _joint_fit(scaled[counted], log_weight[counted], goals)
+    weight = None if joint is None else _fit_over_prompts(joint, scaled, log_weight, context, goals)
     if weight is None:
         raise ValueError(
             f"no weights of {', '.join(names)} give the means {', '.join(f'{each:g}' for each in targets.tolist())} "

@@ -34,10 +34,9 @@ class PartitionFunction:
 
     def __init__(self, max_contexts: int = MAX_CONTEXTS) -> None:
         self._max_contexts = max_contexts
-        self._context = torch.zeros(0, dtype=torch.int64)
-        self._total = torch.zeros(0, dtype=torch.float64)
-        self._count = torch.zeros(0, dtype=torch.float64)
-        self._seen = torch.zeros(0, dtype=torch.int64)  # number of the last call of `add` with the context
+        empty = torch.zeros(0, dtype=torch.int64)
+        # seen: number of the last call of `add` with the context
+        self._columns = {"z_context": empty, "z_total": empty.double(), "z_count": empty.double(), "z_seen": empty}
 
     def leave_one_out(self, context: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
         """Z of the context of each new rollout, and the mean of Z over all contexts, each [N].
@@ -45,41 +44,41 @@ class PartitionFunction:
         Both from what was added and the *other* new ones, 0 without any: neither depends on the rollout itself, so they
         may serve in its baseline without bias. With one context they are equal. Differentiable in `ratio`.
         """
-        merged = self._merged(context, ratio)
-        place = torch.searchsorted(merged._context, context)
-        pooled_count = merged._count.sum() - 1
-        pooled = torch.where(pooled_count > 0, (merged._total.sum() - ratio) / pooled_count, 0.0).clamp(min=0)
-        total, count = merged._total[place] - ratio, merged._count[place] - 1
+        contexts, totals, counts, _ = self._merged(context, ratio).values()
+        place = torch.searchsorted(contexts, context)
+        pooled_count = counts.sum() - 1
+        pooled = torch.where(pooled_count > 0, (totals.sum() - ratio) / pooled_count, 0.0).clamp(min=0)
+        total, count = totals[place] - ratio, counts[place] - 1
         z = (total.clamp(min=0) + POOLED_ROLLOUTS * pooled) / (count + POOLED_ROLLOUTS)  # a rounding error is below 0
         return z, pooled
 
     def add(self, context: Tensor, ratio: Tensor) -> None:
         """Take note of [N] rollouts."""
         merged = self._merged(context, ratio)
-        kept = torch.arange(len(merged._context))
-        if len(kept) > self._max_contexts:
-            kept = merged._seen.argsort(descending=True, stable=True)[: self._max_contexts].sort().values
-        self._context, self._seen = merged._context[kept], merged._seen[kept]
-        self._total, self._count = merged._total[kept], merged._count[kept]
+        if len(merged["z_seen"]) > self._max_contexts:
+            kept = merged["z_seen"].argsort(descending=True, stable=True)[: self._max_contexts].sort().values
+            merged = {name: column[kept] for name, column in merged.items()}
+        self._columns = merged
 
     def state(self) -> dict[str, Tensor]:
         """Everything."""
-        return {"z_context": self._context, "z_total": self._total, "z_count": self._count, "z_seen": self._seen}
+        return dict(self._columns)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`."""
-        self._context, self._seen = state["z_context"], state["z_seen"]
-        self._total, self._count = state["z_total"], state["z_count"]
+        """Go on from `state()`, which may hold other tensors too."""
+        self._columns = {name: state[name] for name in self._columns}
 
-    def _merged(self, context: Tensor, ratio: Tensor) -> PartitionFunction:
-        merged = PartitionFunction()
-        merged._context, place = torch.unique(torch.cat([self._context, context]), return_inverse=True)
-        zeros = torch.zeros(len(merged._context), dtype=torch.float64)
-        merged._total = zeros.index_add(0, place, torch.cat([self._total, ratio]))
-        merged._count = zeros.index_add(0, place, torch.cat([self._count, torch.ones_like(ratio)]))
-        now = torch.full_like(context, int(self._seen.max()) + 1 if len(self._seen) else 0)
-        merged._seen = torch.zeros_like(merged._context).scatter_reduce(0, place, torch.cat([self._seen, now]), "amax")
-        return merged
+    def _merged(self, context: Tensor, ratio: Tensor) -> dict[str, Tensor]:
+        known, total, count, seen = self._columns.values()
+        contexts, place = torch.unique(torch.cat([known, context]), return_inverse=True)
+        zeros = torch.zeros(len(contexts), dtype=torch.float64)
+        now = torch.full_like(context, int(seen.max()) + 1 if len(seen) else 0)
+        return {
+            "z_context": contexts,
+            "z_total": zeros.index_add(0, place, torch.cat([total, ratio])),
+            "z_count": zeros.index_add(0, place, torch.cat([count, torch.ones_like(ratio)])),
+            "z_seen": torch.zeros_like(contexts).scatter_reduce(0, place, torch.cat([seen, now]), "amax"),
+        }
 
 
 def prompt_weights(z: Tensor, pooled: Tensor) -> Tensor:

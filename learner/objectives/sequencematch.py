@@ -68,10 +68,8 @@ class SequenceMatch(Objective):
         penalised = partial(self.divergence.penalty, margin=self.domain_margin)
         penalty = data.mean_over_logs(self._penalty_sum(data, penalised)) / self.settings.alpha * per_action
         if self.settings.estimator == "collapsed":
-            likelihood = (
-                data.mean_over_logs(self._weight(data.tree.actions.time, data) * data.values.log_prob) * per_action
-            )
-            loss_sequencematch = penalty - likelihood
+            weight = self._weight(data.tree.actions.time, data)
+            loss_sequencematch = penalty - data.mean_over_logs(weight * data.values.log_prob) * per_action
         else:
             reward = data.mean_over_logs(self._phi_sum(data))
             values = data.mean_over_logs(self._value_sum(data))
@@ -144,6 +142,11 @@ class SequenceMatch(Objective):
         """[A] r = Q(s, a) - gamma V(s')."""
         return logs.values.q - self.settings.gamma * logs.values.v_next
 
+    def _arguments(self, logs: EvaluatedLogs) -> tuple[Tensor, Tensor]:
+        """[A] alpha r of each action, and [L] alpha (1 - gamma) V(s_N) of each `<eos>`."""
+        alpha, gamma = self.settings.alpha, self.settings.gamma
+        return alpha * self._residual(logs), alpha * (1.0 - gamma) * logs.values.v_final
+
     def _weight(self, times: Tensor, logs: EvaluatedLogs) -> Tensor:
         """gamma^times (1 in the uniform estimator), in the type of the values."""
         times = times.to(logs.values.q.dtype)
@@ -151,20 +154,17 @@ class SequenceMatch(Objective):
 
     def _penalty_sum(self, logs: EvaluatedLogs, penalty: Callable[[Tensor], Tensor]) -> Tensor:
         """[A + L] terms of sum_t gamma^t penalty(alpha r_t) and of its `<eos>` part (none if truncated)."""
-        alpha, gamma = self.settings.alpha, self.settings.gamma
-        observed = penalty(alpha * self._residual(logs))
-        absorbed = penalty(alpha * (1.0 - gamma) * logs.values.v_final) / (1.0 - gamma)
-        return self._discounted(logs, observed, absorbed.masked_fill(logs.tree.trajectories.truncated, 0.0))
+        observed, absorbed = (penalty(argument) for argument in self._arguments(logs))
+        absorbed = (absorbed / (1.0 - self.settings.gamma)).masked_fill(logs.tree.trajectories.truncated, 0.0)
+        return self._discounted(logs, observed, absorbed)
 
     def _phi_sum(self, logs: EvaluatedLogs) -> Tensor:
         """[A + L] terms of sum_t gamma^t phi(alpha r_t) / alpha and of its tail."""
-        alpha, gamma = self.settings.alpha, self.settings.gamma
-        phi = partial(self.divergence.phi, margin=self.domain_margin)
-        observed = phi(alpha * self._residual(logs)) / alpha
-        absorbed = phi(alpha * (1.0 - gamma) * logs.values.v_final) / (alpha * (1.0 - gamma))
-        return self._discounted(
-            logs, observed, torch.where(logs.tree.trajectories.truncated, logs.values.v_final, absorbed)
-        )
+        alpha, values = self.settings.alpha, logs.values
+        observed, absorbed = (self.divergence.phi(each, self.domain_margin) for each in self._arguments(logs))
+        absorbed = absorbed / (alpha * (1.0 - self.settings.gamma))
+        tail = torch.where(logs.tree.trajectories.truncated, values.v_final, absorbed)
+        return self._discounted(logs, observed / alpha, tail)
 
     def _value_sum(self, logs: EvaluatedLogs) -> Tensor:
         """[A + L] terms of sum_t gamma^t [V(s_t) - gamma V(s_{t+1})] and of its tail gamma^N V(s_N)."""
@@ -179,9 +179,7 @@ class SequenceMatch(Objective):
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _outside_share(self, logs: EvaluatedLogs) -> Tensor:
         """This call's share of the arguments of phi (of every action, and of `<eos>`) that left its domain."""
-        alpha, gamma = self.settings.alpha, self.settings.gamma
-        observed = self.divergence.outside(alpha * self._residual(logs), self.domain_margin)
-        absorbed = self.divergence.outside(alpha * (1.0 - gamma) * logs.values.v_final, self.domain_margin)
+        observed, absorbed = (self.divergence.outside(each, self.domain_margin) for each in self._arguments(logs))
         num_outside = (observed.sum() + (absorbed & ~logs.tree.trajectories.truncated).sum()).to(logs.values.q.dtype)
         counts = logs.counts
         return num_outside / max(counts.actions + counts.logs - counts.truncated_logs, 1)

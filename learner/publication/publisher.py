@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 from ray.actor import ActorHandle
@@ -29,20 +28,6 @@ from learner.state_tree.policy import TreePolicy
 
 PROBE_TOKENS = 16
 ANNOUNCE_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class PublicationTimes:
-    """Seconds that the learner was held by each part of a publication.
-
-    pack_s: making the tensors (merging, gathering). fingerprint_s: what is left of it after the probe, beside which it
-    is computed. offer_s: the snapshot, and the call to the pool.
-    """
-
-    pack_s: float
-    probe_s: float
-    fingerprint_s: float
-    offer_s: float
 
 
 class WeightPublisher:
@@ -74,17 +59,15 @@ class WeightPublisher:
         self._static_entries: tuple[TensorEntry, ...] | None = None  # None: not sent yet
         self._static_digests: dict[str, bytes] = {}
         self._announced: RemoteCall[None] | None = None
-        self._times: PublicationTimes | None = None
+        self.newest_times: dict[str, float] = {}
+        """Seconds that each part of the newest publication held the learner. pack: merging and gathering. fingerprint:
+        what is left of it after the probe, beside which it is computed. offer: the snapshot, and the call to the pool.
+        """
 
     @property
     def newest_version(self) -> int:
         """Version of the newest publication; -1 before the first."""
         return self._next_version - 1
-
-    @property
-    def newest_times(self) -> PublicationTimes | None:
-        """What the newest publication cost the learner; None before the first."""
-        return self._times
 
     def publish(self, policy: TreePolicy) -> int:
         """Publish the weights without waiting for any actor; gives their version. All ranks call this together.
@@ -129,7 +112,8 @@ class WeightPublisher:
         )
         announced = self._pool.announce.remote(manifest, self._sender.publish(payload))
         self._announced = RemoteCall("the actor pool", announced, f"take weights version {manifest.version}")
-        self._times = PublicationTimes(packed - started, probed - packed, hashed - probed, time.perf_counter() - hashed)
+        times = (packed - started, probed - packed, hashed - probed, time.perf_counter() - hashed)
+        self.newest_times = dict(zip(("pack", "learner_probe", "fingerprint", "offer"), times, strict=True))
 
     def _set_static(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         payload, self._static_entries = self._pack(tensors)

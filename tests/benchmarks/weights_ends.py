@@ -95,19 +95,12 @@ class PublishingLearner:
         self._publisher.publish(self._policy)
         held_s = time.perf_counter() - started_s
         times = self._publisher.newest_times
-        assert times is not None
         taken: list[Taken] = ray.get(ray.get(self._relay.newest.remote(), timeout=timeout_s), timeout=timeout_s)
-        parts_s = {
-            "learner_held": held_s,
-            "pack": times.pack_s,
-            "fingerprint": times.fingerprint_s,
-            "learner_probe": times.probe_s,
-            "offer": times.offer_s,
-        }
+        parts_s = {"learner_held": held_s, **times}
         parts_s |= {part: max(each.parts_s[part] for each in taken) for part in taken[0].parts_s}
         if "load" in parts_s:
             parts_s["push"] = max(each.done_s for each in taken) - started_s
-        return parts_s | {"channel": max(each.verified_s for each in taken) - started_s - times.probe_s}
+        return parts_s | {"channel": max(each.verified_s for each in taken) - started_s - times["learner_probe"]}
 
 
 class TakingActor:

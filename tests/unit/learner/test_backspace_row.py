@@ -15,7 +15,7 @@ from buffer.experts.tasks import load_task
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
 from learner.batches.demonstrations import Demonstrations, TaughtRow, teach_backspace_row
 from learner.batches.micro_batches import build_micro_batches
-from learner.model.backspace_row import BackspaceEvidence, BackspaceOdds, gather_evidence, most_probable_row
+from learner.model.backspace_row import BackspaceEvidence, gather_evidence, most_probable_row
 from learner.model.policy import load_policy
 from learner.ranks.group import Ranks
 from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
@@ -100,16 +100,16 @@ def test_a_pretrained_model_takes_back_about_as_often_as_it_is_shown(
     others = Demonstrations(policy, stream, settings, Ranks(), seed=1)
     unseen = gather_evidence(policy, build_micro_batches(others.draw(200), settings))
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    odds = []
+    nats = []
     for _ in range(2):
         row = loaded.model.get_output_embeddings().weight[loaded.backspace_id].detach().double()
-        odds.append(BackspaceOdds.of(unseen, row))
+        nats.append(unseen.nats(row))
         taught = teach_backspace_row(policy, TASK, noise, contract, settings, Ranks(), seed=0)
-    assert odds[1].nats < odds[0].nats
+    assert nats[1] < nats[0]
     share = torch.sigmoid(unseen.logit(row)).mean()
     assert float(share) == pytest.approx(float(unseen.taken.mean()), rel=0.2)
     assert taught is not None
-    assert taught.odds.nats == pytest.approx(odds[1].nats, rel=0.2)  # on others, of the same kind
+    assert taught.nats == pytest.approx(nats[1], rel=0.2)  # on others, of the same kind
     after = loaded.model.state_dict()
     (changed,) = (name for name in after if not torch.equal(after[name], before[name]))
     rows = (after[changed] != before[changed]).any(dim=1).nonzero().flatten().tolist()
@@ -123,9 +123,8 @@ def test_what_a_fit_says_of_itself() -> None:
     found = BackspaceEvidence(
         hidden, torch.zeros(4), torch.tensor([1.0, 1, 0, 0]).double(), found.mean, found.deviation
     )
-    odds = BackspaceOdds.of(found, torch.eye(HIDDEN, dtype=torch.float64)[0])
-    assert (odds.after_mistake, odds.after_right) == pytest.approx((0.8, 0.3))
-    assert odds.nats == pytest.approx(-math.log(0.9 * 0.7 * 0.8 * 0.6) / 4)
+    nats = found.nats(torch.eye(HIDDEN, dtype=torch.float64)[0])
+    assert nats == pytest.approx(-math.log(0.9 * 0.7 * 0.8 * 0.6) / 4)
 
 
 def test_own_mistakes_are_what_the_model_would_write(pretrained: PretrainedModelSettings) -> None:
@@ -185,14 +184,7 @@ def test_the_evidence_is_that_of_the_model_itself(pretrained: PretrainedModelSet
 
 
 @pytest.mark.parametrize(
-    ("odds", "judged"),
-    [
-        ((0.4, 0.1, 0.5), "its probability is 0.40 after a mistake and 0.10 after a right token, 0.50 nats per action"),
-        ((0.4, math.nan, 0.5), "its probability is 0.40 after a mistake, 0.50 nats per action"),  # of one token each
-        ((math.nan, math.nan, math.nan), "backspace could never be taken"),
-    ],
+    ("nats", "judged"), [(0.5, "it costs 0.50 nats per action"), (math.nan, "backspace could never be taken")]
 )
-def test_a_row_is_judged_by_the_states_that_there_are(odds: tuple[float, float, float], judged: str) -> None:
-    text = str(TaughtRow(100, BackspaceOdds(*odds)))
-    assert f"on 64 others {judged}" in text
-    assert "nan " not in text
+def test_a_row_is_judged_by_the_states_that_there_are(nats: float, judged: str) -> None:
+    assert f"on 64 others {judged}" in str(TaughtRow(100, nats))
