@@ -41,7 +41,7 @@ from learner.state_tree.policy import TreePolicy
 class AdversarialJs(Objective):
     """The policy by the score function, and beside it the discriminator by its cross-entropy.
 
-    Both take one step per step, from the weights of before; but in the first ones the policy waits, since Adam would
+    Both take one step per step, from the weights of before. In the first ones the policy waits, since Adam would
     turn the noise of a discriminator that has learnt nothing yet into steps of full size. The policy learns from
     rollouts alone, the discriminator from rollouts and expert logs, with a share `discriminator_prior` of real ones.
     """
@@ -117,11 +117,7 @@ class AdversarialJs(Objective):
         )
 
     def advance(self) -> None:
-        """One step of the discriminator.
-
-        Raises:
-            FloatingPointError: its gradient is not finite; nothing has moved.
-        """
+        """One step of the discriminator; raises as `Discriminator.step`."""
         assert self._discriminator is not None, "advance() comes after prepare()"
         self._discriminator.step(self.ranks)
 

@@ -1,25 +1,10 @@
 """What an objective is: a function from evaluated action logs to a loss, and how it has the logs evaluated.
 
-Three kinds fit the one learner. All see the same logs, model and trainer; they differ in how they have a tree of logs
-evaluated (`Objective.evaluate`), in which draws they have a loss for, and in what they remember between steps:
+Objectives differ in how they have a tree of logs evaluated (`Objective.evaluate`), in which draws they have a loss for,
+and in what they remember between steps (`state`, which every checkpoint holds). Their settings say what they need.
 
-- *Token by token, on expert logs* (likelihood, unlikelihood, EMO, scheduled sampling). What a loss needs of the whole
-  distribution at a state beyond Q and V is a `Measurement` or a `Summation`: it runs inside the model's forward pass,
-  and folds the vocabulary chunk by chunk. Scheduled sampling evaluates a tree twice, the second time with other tokens.
-- *State by state, on expert logs and rollouts* (sequencematch): a second loss on the rollouts of the same step.
-- *Score functions, on rollouts alone* (a reward, or the density of a target): there is no expert part of the loss,
-  that of the rollouts is sum_i (weight_i advantage_i) log pi(x_i) over whole logs x_i, with a weight and an advantage
-  without gradient. The weight is pi / mu; log mu is what the actor stored (`Actions.behavior_log_prob`), so stale
-  rollouts are no approximation. Log-probabilities of a frozen base model are a second evaluation of the same tree. See
-  `learner.objectives.score_function`.
-
-What an objective needs (rollouts, experts, noise, a reward, the frozen base model) its settings say
-(`learner.settings.objectives`). What it remembers (a frozen table, a running mean, a network that it trains beside the
-policy) is in `state`, which every checkpoint holds. A network of its own takes its step in `advance`.
-
-Sums are divided by *global* counts, never by the length of a log or by what one process happens to hold: a
-mean per sequence is not a proper scoring rule, and with global counts the gradients of micro-batches and
-ranks simply add up.
+Sums are divided by *global* counts, never by the length of a log or by what one process happens to hold: a mean per
+sequence is not a proper scoring rule, and with global counts the gradients of micro-batches and ranks add up.
 """
 
 from __future__ import annotations
@@ -93,8 +78,6 @@ class EvaluatedLogs:
 class Objective:
     """One way to train. The loss of an optimizer step is the sum of `data_loss` over the micro-batches of expert logs
     and of `rollout_loss` over those of policy logs, on all ranks. The metrics of both hold that share as `loss`.
-    Before the weights move, `check` sees the metrics of the whole step. Each of the two losses may be called only where
-    the settings say that the objective needs such logs.
 
     ranks: that train together. base: the policy as it was at the start of the stage, frozen; where the settings need
     it. features: names of those that rollouts have, in their order. summation: over the vocabulary, of each action,
@@ -129,27 +112,17 @@ class Objective:
         raise ValueError(f"objective {self.settings.name} takes no rollouts")
 
     def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
-        """[L] how much there is to learn from each policy log, without gradient: what prioritised replay goes by.
-
-        Raises:
-            ValueError: there are none: draws that prefer some rollouts would have to be weighted for it.
-        """
+        """[L] how much there is to learn from each policy log, without gradient, for prioritised replay. ValueError:
+        there are none, since draws that prefer some rollouts would have to be weighted for it."""
         raise ValueError(f"objective {self.settings.name} takes no prioritised draws")
 
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
-        """Refuse to go on, given the combined metrics of step `step`.
-
-        Raises:
-            OutsideDomainError: the settings ask to stop where the divergence is not defined, and it was not.
-        """
+        """Given the combined metrics of a step: raise OutsideDomainError where the settings ask
+        to stop at the end of the divergence's domain, and it was left."""
 
     def advance(self) -> None:
-        """Take a step with what the objective trains itself; after `check`, just before the policy's weights move. All
-        ranks call this together.
-
-        Raises:
-            FloatingPointError: its gradient is not finite, and nothing has moved.
-        """
+        """Take a step with what the objective trains itself, just before the policy's weights move. All ranks call this
+        together. FloatingPointError: its gradient is not finite, and nothing has moved."""
 
     def renews_proposal(self) -> bool:
         """Whether the policy of now should be the one that makes rollouts: asked where it would be published, and the
@@ -185,10 +158,7 @@ def combine_metrics(shares: Iterable[Mapping[str, Tensor]]) -> Metrics:
 
 
 def is_finite(logs: EvaluatedLogs, loss: Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]) -> bool:
-    """Whether `loss` and its gradient by the values are; the values may come from an evaluation without gradient.
-
-    Asked log by log once a step has failed, to name the bad ones.
-    """
+    """Whether `loss` and its gradient by the values are; the values may come from an evaluation without gradient."""
     given = {each.name: getattr(logs.values, each.name) for each in fields(ActionValues)}
     leaves = {name: value.detach().clone().requires_grad_() for name, value in given.items() if value is not None}
     share, _ = loss(replace(logs, values=ActionValues(**leaves)))

@@ -51,11 +51,8 @@ class DiscriminatorNetwork(nn.Module):  # type: ignore[misc]
 
 
 class Discriminator:
-    """The network with the optimizer that trains it; every rank has the whole of both.
-
-    Args:
-        policy: as it is at the start of the stage: an own body begins as a copy of it.
-    """
+    """The network and its optimizer, whole at every rank. policy: as it is at the start of the stage; an own body
+    begins as a copy of it."""
 
     def __init__(self, settings: DiscriminatorSettings, policy: TreePolicy) -> None:
         assert settings.body == "policy" or not isinstance(policy, FSDPModule), "a part of a body cannot be copied"
@@ -94,10 +91,7 @@ class Discriminator:
 
     def step(self, ranks: Ranks) -> None:
         """Move the weights by what the backward passes of all ranks left; all of them call this together.
-
-        Raises:
-            FloatingPointError: the gradient is not finite; nothing has moved.
-        """
+        FloatingPointError: the gradient is not finite; nothing has moved."""
         trained = [parameter for parameter in self.network.parameters() if parameter.grad is not None]
         if ranks.size > 1:
             gradients = [parameter.grad for parameter in trained]

@@ -41,11 +41,8 @@ NEAR = 1e-2
 class Emo(Objective):
     """The mean of one of the modes over the actions of the global batch.
 
-    The embeddings that give the costs are those of `cost_model`, or else of the model itself as this objective first
-    sees it, which is at the start of its stage.
-
-    Raises:
-        ValueError: the cost model cannot be loaded.
+    The embeddings that give the costs are those of `cost_model` (ValueError: it cannot be loaded), or else of the model
+    itself at the start of the stage.
     """
 
     settings: EmoSettings
@@ -54,11 +51,7 @@ class Emo(Objective):
         self._table = None if self.settings.cost_model is None else _output_embedding(self.settings.cost_model)
 
     def summation(self, tree: TreeBatch, weight: Tensor) -> EarthMoverDistance:
-        """The DEMD of every action.
-
-        Raises:
-            ValueError: the cost table is of another vocabulary.
-        """
+        """The DEMD of every action. ValueError: the cost table is of another vocabulary."""
         if self._table is None:
             self._table = weight.clone()
         if len(self._table) != len(weight):
@@ -119,11 +112,9 @@ class EarthMoverDistance:
         self._labels = labels
 
     def terms(self, q: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
-        """See `VocabularySum`."""
         return (q * self._cost(actions, ids, q.dtype)).sum(1)[None]
 
     def gradient(self, q: Tensor, sums: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
-        """See `VocabularySum`."""
         return q * (self._cost(actions, ids, q.dtype) - sums[0][:, None])
 
     def _cost(self, actions: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:

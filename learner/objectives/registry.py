@@ -36,14 +36,10 @@ def make_objective(
     load_base: Callable[[], TreePolicy] | None = None,
     features: Sequence[str] = (),
 ) -> Objective:
-    """The objective that `settings` describe.
+    """The objective that `settings` describe. ValueError: the model that they name cannot be loaded.
 
-    Args:
-        ranks, features: see `Objective`.
-        load_base: gives the policy as it is at the start of the stage, frozen; called where it is needed.
-
-    Raises:
-        ValueError: the model that they name cannot be loaded.
+    ranks, features: see `Objective`. load_base: gives the policy as it is at the start of the stage, frozen; called
+    where it is needed.
     """
     base = None
     if settings.needs_base_model:

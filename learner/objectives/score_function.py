@@ -4,11 +4,9 @@ Here pi is the policy of now, mu the one that made the rollout, whose log-probab
 all actions, backspaces and `<eos>` included; where a rollout was cut off, its actions up to there. pi is taken at
 temperature 1, whatever the actors sampled at: mu is what they sampled from.
 
-The coefficient c of a rollout may depend on all rollouts of the step (a leave-one-out baseline, an estimate of a
-normalising constant), which lie in several passes and at several ranks. So a step has two rounds: the first evaluates
-all rollouts without gradient and gathers a few numbers of each at every rank (`Rollouts`), from which the coefficients
-are found; the second is the one with a gradient, of -sum_i c_i log pi(x_i) / N. The result depends neither on how logs
-are packed into passes nor on the number of ranks.
+The coefficient c of a rollout may depend on all rollouts of the step, which lie in several passes and at several ranks.
+So a step has two rounds: the first evaluates all rollouts without gradient and gathers a few numbers of each at every
+rank (`Rollouts`), from which the coefficients are found; the second has the gradient, of -sum_i c_i log pi(x_i) / N.
 
 Two methods raise a reward R (`RewardAscent`); those with a target distribution: `learner.objectives.target_rules`.
 
@@ -32,7 +30,6 @@ from types import MappingProxyType
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective
 from learner.objectives.likelihood import rollout_metrics
@@ -81,9 +78,7 @@ class Weighed:
 
 
 class ScoreFunction(Objective, ABC):
-    """The two rounds. What tells one method from the others: how rollouts are weighed, and what is learned from them
-    beside that.
-    """
+    """The two rounds. Methods differ in how rollouts are weighed, and in what is learned from them beside that."""
 
     _rollouts: Rollouts | None = None
     _coefficient: Mapping[int, float] = MappingProxyType({})
@@ -91,11 +86,8 @@ class ScoreFunction(Objective, ABC):
 
     @abstractmethod
     def weigh(self, rollouts: Rollouts) -> Weighed:
-        """The coefficients of a step; a pure function of the rollouts and of what was learned before.
-
-        Raises:
-            ValueError: the rollouts lack what the method needs.
-        """
+        """The coefficients of a step, from its rollouts and what was learned before. ValueError: they lack what the
+        method needs."""
 
     def learn(self, rollouts: Rollouts) -> None:
         """The step is taken: remember what the next ones need."""
@@ -103,8 +95,8 @@ class ScoreFunction(Objective, ABC):
     def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
         """The first round: coefficients of all rollouts of the step."""
         table = self._gather(torch.cat([self._look_at(policy, tree) for tree in self._of_all_ranks(rollouts)]))
-        if isinstance(self.base, FSDPModule):
-            self.base.reshard()  # its root waits for a backward pass that never comes
+        if self.base is not None:
+            self.base.release()
         assert len(table) == counts.logs
         key, context, log_pi, log_mu, log_base, reward = table[:, :_NUM_PLAIN_COLUMNS].unbind(1)
         gathered = Rollouts(key.long(), context.long(), log_pi, log_mu, log_base, reward, table[:, _NUM_PLAIN_COLUMNS:])
@@ -167,11 +159,7 @@ class RewardAscent(ScoreFunction):
     settings: ReinforceSettings | KlControlSettings
 
     def weigh(self, rollouts: Rollouts) -> Weighed:
-        """Weight times reward above baseline.
-
-        Raises:
-            ValueError: a rollout has no reward.
-        """
+        """Weight times reward above baseline. ValueError: a rollout has no reward."""
         if rollouts.reward.isnan().any():
             missing = int(rollouts.reward.isnan().sum())
             raise ValueError(f"{missing} of {len(rollouts)} rollouts have no reward: set scoring.reward in the recipe")

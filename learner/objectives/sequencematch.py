@@ -89,11 +89,7 @@ class SequenceMatch(Objective):
         return loss, metrics
 
     def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
-        """(1 - beta) * the terms of -J that stand under E_model.
-
-        Raises:
-            ValueError: the estimator and the divergence leave no such term.
-        """
+        """(1 - beta) * the terms of -J that stand under E_model."""
         if not self.settings.needs_rollouts:
             return super().rollout_loss(rollouts, data_counts, step)
         per_action = data_counts.logs_per_action
@@ -121,11 +117,7 @@ class SequenceMatch(Objective):
         return logs.sum_of_actions(self._residual(rollouts).abs()) / logs.length.clamp(min=1)
 
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
-        """With `domain_policy=stop`, refuse to go on once alpha r left the domain of phi.
-
-        Raises:
-            OutsideDomainError: it did.
-        """
+        """With `domain_policy=stop`, raise OutsideDomainError once alpha r left the domain of phi."""
         domain = self.divergence.domain
         if self.settings.domain_policy != "stop" or domain is None:
             return

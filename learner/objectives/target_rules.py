@@ -119,11 +119,8 @@ class TargetAscent(ScoreFunction):
         self._samples = torch.zeros(0, 3 + len(self._moments), dtype=torch.float64)
 
     def weigh(self, rollouts: Rollouts) -> Weighed:
-        """Coefficients; zero while lambda is not known.
-
-        Raises:
-            ValueError: rollouts lack a feature, or one of a pointwise constraint is neither 0 nor 1.
-        """
+        """Coefficients; zero while lambda is not known. ValueError: rollouts lack a feature, or one of a pointwise
+        constraint is neither 0 nor 1."""
         self._check(rollouts)
         moments = weighted_mean(rollouts.features.T, rollouts.weight)
         goals = {column: 1.0 if each.target is None else each.target for each, column in self._column.items()}
@@ -143,11 +140,8 @@ class TargetAscent(ScoreFunction):
         return Weighed(advantages(self.settings, densities), metrics)
 
     def learn(self, rollouts: Rollouts) -> None:
-        """Gather samples until lambda can be fitted; after that Z, and which policy is nearer to the target.
-
-        Raises:
-            ValueError: the constraints cannot be met (see `fit_moments`).
-        """
+        """Gather samples until lambda can be fitted (raises as `fit_moments`); after that Z, and which policy is nearer
+        to the target."""
         if self._weight is None:
             self._collect(rollouts)
             return

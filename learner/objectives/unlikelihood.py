@@ -55,7 +55,6 @@ class ContextUnlikelihood:
         self.ids: Tensor | None = torch.unique(tree.nodes.token_ids)
 
     def terms(self, q: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
-        """See `VocabularySum`."""
         q = q.masked_fill(~self._counted(actions, ids), 0.0)
         complement = (1 - q).clamp(min=LEAST_COMPLEMENT)
         slope = torch.where(1 - q > LEAST_COMPLEMENT, q / complement, 0.0)
@@ -65,7 +64,6 @@ class ContextUnlikelihood:
         return torch.stack([loss.sum(1), others.sum(1), probable.sum(1)])
 
     def gradient(self, q: Tensor, sums: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
-        """See `VocabularySum`."""
         _, others, probable = sums[:, :, None]
         # Rounding may differ from that of `terms`, which has decided: what was above PROBABLE is above 1/2 here too.
         is_probable = (q > 0.5) & (probable > 0)

@@ -218,19 +218,12 @@ def chunked_values(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Of logits = hidden @ weight.T: log-sum-exp over all actions but backspace, backspace logit, chosen logits, sums.
 
-    Args:
-        hidden: [M, H] states.
-        weight: [V, H] output embedding. Products accumulate in float32 (float64 if either is).
-        rows: [A] state of each chosen logit.
-        actions: [A] id of each chosen logit.
-        backspace_id: id left out of the log-sum-exp. ids_without_token: ids that are no actions.
-        chunk_elements: logits made at a time.
-        kept_elements: logits kept for the backward pass, at most.
-        sums: over the vocabulary, of each action.
+    hidden: [M, H]. weight: [V, H]. rows, actions: [A] state and id of each chosen logit. chunk_elements: logits made at
+    a time. kept_elements: logits kept for the backward pass, at most.
 
     Returns:
-        v_floor [M], q_backspace [M], q [A] and the sums [A] (None without), in the accumulation type; differentiable
-        once.
+        v_floor [M], q_backspace [M], q [A] and the sums [A] (None without), in float32 (float64 if hidden or weight
+        is); differentiable once.
     """
     if chunk_elements < 1:
         raise ValueError(f"chunk_elements={chunk_elements} must be at least 1")

@@ -24,17 +24,15 @@ NAME = "state_tree"
 
 
 def evaluate_nodes(model: PreTrainedModel, tree: TreeBatch) -> Tensor:
-    """[N, H] last hidden state of every node, as if its text were run alone.
-
-    Raises:
-        ValueError: the model's layers do not hand on what their attention is told.
-    """
+    """[N, H] last hidden state of every node, as if its text were run alone. ValueError: the model's layers do not hand
+    on what their attention is told."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
     if model.config._attn_implementation == NAME:
         # A 4-dimensional mask is handed on as it is, and spares the model the making of one; nobody reads this one.
         mask = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=tree.nodes.token_ids.device)
-        attention = {"attention_mask": mask, "state_tree": _structure(tree)}
+        structure = block_mask(tree) if mask.is_cuda else tile_tree(tree)
+        attention = {"attention_mask": mask, "state_tree": structure}
     else:
         unseen = torch.finfo(model.dtype).min
         mask = torch.zeros(tree.attention_mask.shape, dtype=model.dtype, device=tree.nodes.token_ids.device)
@@ -44,10 +42,6 @@ def evaluate_nodes(model: PreTrainedModel, tree: TreeBatch) -> Tensor:
     )
     hidden: Tensor = outputs.last_hidden_state[0]
     return hidden
-
-
-def _structure(tree: TreeBatch) -> TreeTiles | BlockMask:
-    return block_mask(tree) if tree.nodes.token_ids.is_cuda else tile_tree(tree)
 
 
 def block_mask(tree: TreeBatch) -> BlockMask:
@@ -74,11 +68,7 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """An attention function as transformers calls it: `sdpa`, unless `state_tree` says who sees whom.
 
-    Args:
-        query: [1, heads, N, D]. key, value: [1, key-value heads, N, D].
-
-    Returns:
-        [1, N, heads, D], and no attention weights.
+    query: [1, heads, N, D]. key, value: [1, key-value heads, N, D]. Gives [1, N, heads, D], and no attention weights.
     """
     # Under autocast rotary embeddings in float32 have widened them; values come straight from a product.
     query, key = query.to(value.dtype), key.to(value.dtype)

@@ -108,11 +108,9 @@ class Trajectories(_Columns):
     context: Tensor
 
     def sum_of_actions(self, per_action: Tensor) -> Tensor:
-        """[L] sums of a [A] tensor over the actions of each trajectory.
-
-        Unlike `index_add` it has one order of summation on an accelerator too. `unsafe` leaves out a check of the
-        lengths, which fails where there is no trajectory.
-        """
+        """[L] sums of a [A] tensor over the actions of each trajectory."""
+        # Unlike `index_add` it has one order of summation on an accelerator too. `unsafe` leaves out a check of the
+        # lengths, which fails where there is no trajectory.
         return torch.segment_reduce(per_action, "sum", lengths=self.length, initial=0, unsafe=True)
 
 
@@ -120,8 +118,7 @@ class Trajectories(_Columns):
 class TreeBatch:
     """Trajectories packed into trees, in the order of the batch.
 
-    num_nodes: nodes without padding. num_nodes_unshared: nodes if no two trajectories shared any (over `num_nodes`: the
-        sharing ratio).
+    num_nodes: without padding. num_nodes_unshared: nodes if no two trajectories shared any.
     """
 
     nodes: Nodes
@@ -252,11 +249,7 @@ def build_tree_batch(batch: pa.RecordBatch, settings: TreeSettings) -> TreeBatch
 
 
 def _features(column: pa.ListArray) -> Tensor:
-    """[L, F]; every log has as many, or none has any.
-
-    Raises:
-        ValueError: they have not.
-    """
+    """[L, F]; every log has as many (else ValueError), or none has any."""
     numbers = column.flatten().to_numpy(zero_copy_only=False)
     width = len(numbers) // len(column)
     lengths = column.value_lengths().fill_null(0).to_numpy()
@@ -314,5 +307,4 @@ def checked_logs(batch: pa.RecordBatch, settings: TreeSettings) -> tuple[ActionL
 
 
 def _column_equals(batch: pa.RecordBatch, name: str, value: str) -> Bool:
-    equal: Bool = np.asarray(batch.column(name).to_numpy(zero_copy_only=False) == value, dtype=np.bool_)
-    return equal
+    return np.asarray(batch.column(name).to_numpy(zero_copy_only=False) == value, dtype=np.bool_)

@@ -28,11 +28,7 @@ from learner.state_tree.vocabulary_sums import Summation
 
 
 class TreePolicy(nn.Module):  # type: ignore[misc]
-    """A causal language model that is evaluated on state trees, in evaluation mode.
-
-    ids_without_token: see `TokenContract`. autocast_dtype: see `learner.precision`; of the model as it is when the
-    policy is made.
-    """
+    """A causal language model that is evaluated on state trees, in evaluation mode."""
 
     def __init__(self, model: PreTrainedModel, backspace_id: int, ids_without_token: IdRanges = ()) -> None:
         super().__init__()
@@ -63,8 +59,12 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
     def measure(self, tree: TreeBatch, measurement: Measurement) -> None:
         """Let `measurement` see the states of `tree`, without training. With several ranks, all call this together."""
         self.evaluate(tree, measurement)
+        self.release()
+
+    def release(self) -> None:
+        """After a forward pass without a backward pass: FSDP's root waits for one, with weights that are a copy."""
         if isinstance(self, FSDPModule):
-            self.reshard()  # after a forward pass the root waits for a backward pass, with weights that are a copy
+            self.reshard()
 
     def forward(
         self, tree: TreeBatch, measurement: Measurement | None = None, summation: Summation | None = None
@@ -84,8 +84,7 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
     def sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """See the function, for the weights as they are published; with several ranks, all call this together."""
         logprobs: npt.NDArray[np.float32] = self.gathered_sequence_logprobs(token_ids)
-        if isinstance(self, FSDPModule):
-            self.reshard()  # after a forward pass the root waits for a backward pass, with weights that are a copy
+        self.release()
         return logprobs
 
     def gathered_sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:

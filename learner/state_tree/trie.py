@@ -24,8 +24,7 @@ ROOT = -1
 
 @dataclass(frozen=True)
 class Trie:
-    """Elements are the P prompt tokens of all logs, then their E appends, in order; a node is a distinct
-    text.
+    """Elements are the P prompt tokens of all logs, then their E appends, in order; a node is a distinct text.
 
     depth, token, node: [P + E] of each element.
     append_of_event: [A] index among the appends of each action (meaningless for backspaces).
@@ -151,13 +150,11 @@ def _path_sums(steps: Int64, above: Int64) -> Int64:
 
 
 def _pair_numbers(depth: Int64, token: Int64) -> UInt64:
-    """Pseudo-random 64-bit number of each (depth, token) pair: the SplitMix64 finaliser over the packed
-    pair."""
+    """Pseudo-random 64-bit number of each (depth, token) pair: the SplitMix64 finaliser over the packed pair."""
     z = (depth.astype(np.uint64) << np.uint64(32)) + token.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    numbers: UInt64 = z ^ (z >> np.uint64(31))
-    return numbers
+    return z ^ (z >> np.uint64(31))
 
 
 def _wrapping_cumsum(numbers: UInt64) -> UInt64:

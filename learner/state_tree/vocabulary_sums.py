@@ -51,10 +51,7 @@ forward pass, where the ranks have the output embedding whole."""
 
 class ActionSums:
     """A `VocabularySum` for all actions of a tree, as the chunks of states x vocabulary of the values need it.
-
-    Args:
-        rows: [A] state of each action. backspace_masked: [A] whether backspace is no action there.
-    """
+    rows: [A] state of each action. backspace_masked: [A] whether backspace is no action there."""
 
     def __init__(
         self,
