@@ -46,11 +46,7 @@ class StageCheckpoints(CheckpointWriter):
         self._saved_step = saved_step
 
     def after_step(self, metrics: dict[str, float]) -> None:
-        """Take note of a step, and of a write that has ended.
-
-        Raises:
-            CheckpointWriteError: it failed. ValueError: the metrics lack `checkpoint_best_metric`.
-        """
+        """Take note of a step, and of a write that has ended; raises as `MetricMeans.add` and `poll`."""
         self._means.add(metrics)
         self.poll()
 
@@ -58,8 +54,8 @@ class StageCheckpoints(CheckpointWriter):
         """Begin to write a checkpoint of now, unless there is one of this step already; waits for the one before.
 
         Raises:
-            TimeoutError, CheckpointWriteError: see `CheckpointWriter.wait`. FloatingPointError: the weights are not
-                finite, so the checkpoint before is the last good one.
+            FloatingPointError: the weights are not finite, so the checkpoint before is the last good one. Else see
+                `CheckpointWriter.wait`.
         """
         if self._saved_step == trainer.step:
             return

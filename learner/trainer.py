@@ -61,12 +61,9 @@ _Pass = tuple[TreeBatch, _Draw]
 class Trainer:
     """One stage of training, step by step.
 
-    Args:
-        policy: sharded among `ranks`, if they are several.
-        experts: expert trajectories, drawn where the objective needs them. rollouts: policy trajectories, exactly where
-            the objective needs them. Both give the same at every rank.
-        report_priorities: told after each step, with the priority of each rollout in the order of the draw; at every
-            rank or at none.
+    policy: sharded among `ranks`, if they are several. experts: drawn where the objective needs them. rollouts: given
+    exactly where it needs them. Both give the same at every rank. report_priorities: called after each step with the
+    priority of each rollout in the order of the draw; at every rank or at none.
     """
 
     def __init__(
@@ -95,7 +92,6 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps of the stage are done."""
         return self.step >= self._stage.steps
 
     def train_step(self) -> dict[str, float]:
@@ -208,11 +204,8 @@ class Trainer:
         return metrics, gradient_norm, priorities
 
     def _blame(self, draws: list[_Draw]) -> str:
-        """Names the trajectories that alone have no finite loss.
-
-        One at a time, since what is not a number spreads to the other trajectories of a pass; every rank looks at all
-        of them, since the passes of the ranks go together.
-        """
+        """Names the trajectories that alone have no finite loss, as what is not a number spreads in a pass. Every rank
+        looks at all of them, since the passes of the ranks go together."""
         blamed = []
         for draw in draws:
             for row, name in enumerate(draw.batch.column("id").to_pylist()):

@@ -75,17 +75,16 @@ class LearnerWorker:
         self._publisher: WeightPublisher | None = None
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
-    # Control group ------------------------------------------------------------
+    # Control group
 
     def status(self) -> LearnerStatus:
-        """Where training stands."""
         return self._status
 
     def request_stop(self) -> None:
         """End the running stage after its current step, with a checkpoint; the learner trains no further one."""
         self._stop.set()
 
-    # Training group ------------------------------------------------------------------------------------------
+    # Training group
 
     def open_meeting(self) -> tuple[str, int]:
         """At rank 0 of several: host and port where the ranks find each other."""
@@ -95,11 +94,7 @@ class LearnerWorker:
         return host, self._meeting.port
 
     def join(self, meeting: tuple[str, int]) -> None:
-        """Become one of several ranks; returns when all of them are there.
-
-        Raises:
-            RankLostError: they were not, in time.
-        """
+        """Become one of several ranks; returns when all of them are there. RankLostError: they were not, in time."""
         settings = self._spec.settings
         where = self._meeting if self._rank == 0 else meeting
         self._ranks = join_ranks(self._rank, settings.num_ranks, where, settings.collective_timeout_s)

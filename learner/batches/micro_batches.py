@@ -14,10 +14,7 @@ def build_micro_batches(batch: pa.RecordBatch, settings: TreeSettings) -> list[T
     """State trees of a batch of trajectories; each log is in exactly one of them.
 
     Logs whose prompts begin alike are kept together, so that they share nodes. A tree batch holds at most
-    `max_nodes_per_batch` nodes, but at least one log; beyond that they are about equally large.
-
-    Raises:
-        ValueError: a trajectory cannot be a state tree (see `build_tree_batch`).
+    `max_nodes_per_batch` nodes, but at least one log; they are about equally large. Raises as `build_tree_batch`.
     """
     parts = [batch]
     num_elements = len(batch.column("actions").flatten()) + len(batch.column("prompt_ids").flatten())

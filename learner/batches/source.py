@@ -50,12 +50,8 @@ class BufferSource:
         newest_version: Callable[[], int],
         stop_requested: Callable[[], bool],
     ) -> None:
-        """Args:
-        stage: of training; each of its steps makes one draw.
-        source: "policy" or "expert".
-        newest_version: the newest published version at the time of a draw; staleness counts from it.
-        stop_requested: asked while waiting.
-        """
+        """stage: each of its steps makes one draw. source: "policy" or "expert". newest_version: published at the time
+        of a draw; staleness counts from it. stop_requested: asked while waiting."""
         self._buffer = buffer
         self._stage = stage
         self._source = source
@@ -114,10 +110,7 @@ class SharedBatchSource:
     def __init__(
         self, ranks: Ranks, source: BatchSource | None, stop_requested: Callable[[], bool] = lambda: False
     ) -> None:
-        """Args:
-        source: at rank 0; None elsewhere.
-        stop_requested: asked at rank 0 before each draw.
-        """
+        """source: at rank 0; None elsewhere. stop_requested: asked at rank 0 before each draw."""
         assert (source is not None) == ranks.leads
         self._ranks = ranks
         self._source = source

@@ -43,11 +43,8 @@ class CheckpointSnapshot:
     training_state: TrainingState
 
     def write(self, folder: Path) -> None:
-        """Write the files into an empty folder.
-
-        Raises:
-            OSError: the disk refused; if it is full, the error says how much room there was, and how much is needed.
-        """
+        """Write the files into an empty folder. OSError: the disk refused; if it is full, the error says how much room
+        there was, and how much is needed."""
         free_bytes = shutil.disk_usage(folder).free
         try:
             self.model.write(folder)

@@ -77,8 +77,7 @@ def _write_tensors(file: Path, tensors: dict[str, Tensor], like: Path) -> None:
 
 
 def snapshot_model(model: PreTrainedModel, keep: bool = True) -> ModelSnapshot:
-    """Copy a model's whole weights as they are published (adapters merged, 4-bit layers restored, shards gathered), and
-    what that rounds as training holds it.
+    """Copy a model's whole weights as they are published, and what that rounds as training holds it.
 
     The ranks of a sharded model call this together. keep: whether this rank wants the copies, or only gives its parts.
     """

@@ -33,7 +33,6 @@ class Progress:
 
     @property
     def finished(self) -> bool:
-        """Whether the stage is done."""
         return self.step >= self.stage_steps
 
     def to_json(self) -> str:
@@ -42,11 +41,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Progress:
-        """Read it back. where: names the checkpoint in errors.
-
-        Raises:
-            ValueError: the text is not the progress of a checkpoint of this program.
-        """
+        """Read it back. where: names the checkpoint in a ValueError: the text is not that of this program."""
         try:
             fields = json.loads(text)
             return cls(**{**fields, "contract": TokenContract(**fields["contract"])})
@@ -55,11 +50,7 @@ class Progress:
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """Progress of one checkpoint.
-
-    Raises:
-        ValueError: the folder is not a checkpoint of this program.
-    """
+    """Progress of one checkpoint. ValueError: the folder is not a checkpoint of this program."""
     file = checkpoint / PROGRESS_FILE
     if not file.is_file():
         raise ValueError(f"{checkpoint} is not a training checkpoint: it has no {PROGRESS_FILE}")
@@ -67,11 +58,8 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def note_durable(run_folder: Path, progress: Progress) -> None:
-    """Remember in the run folder that there is a checkpoint, wherever checkpoints lie.
-
-    Raises:
-        OSError: the disk refused; the error names the file.
-    """
+    """Remember in the run folder that there is a checkpoint, wherever checkpoints lie. OSError, which names the file:
+    the disk refused."""
     file = run_folder / DURABLE_FILE
     temporary = file.with_name(f"{file.name}.tmp")
     with writing_to(temporary):
@@ -87,11 +75,7 @@ def durable_steps(run_folder: Path) -> dict[str, int]:
 
 
 def check_contract(progress: Progress, contract: TokenContract, where: str) -> None:
-    """Refuse a checkpoint whose token ids mean something else.
-
-    Raises:
-        ValueError: they do.
-    """
+    """Raise ValueError for a checkpoint whose token ids mean something else."""
     if progress.contract != contract:
         raise ValueError(
             f"checkpoint {where} was trained with other tokens ({progress.contract}) than this run has ({contract}): "

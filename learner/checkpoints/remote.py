@@ -27,8 +27,7 @@ class RemoteCheckpoints:
     """Checkpoints of a stage below a URL; the newest has a copy in a local folder, where it was written first."""
 
     def __init__(self, url: str, local_folder: Path) -> None:
-        """Args:
-        url: of the stage. local_folder: for the copy.
+        """url: of the stage. local_folder: for the copy.
 
         Raises:
             ValueError: no file system goes by the URL's protocol. ImportError: the package for it is missing.
@@ -46,11 +45,7 @@ class RemoteCheckpoints:
         )
 
     def folder(self, step: int) -> Path:
-        """The local copy, fetched where there is none.
-
-        Raises:
-            OSError: it cannot be fetched, or has other files than were written.
-        """
+        """The local copy, fetched where there is none. OSError: it cannot be, or has other files than were written."""
         if step not in self._local.steps() or self._local.progress(step) != self.progress(step):
             remote = self._complete()[step]
             self._local.write(step, lambda folder: self._fetch(remote, folder))
@@ -61,11 +56,8 @@ class RemoteCheckpoints:
         return f"{self._url}/{step_name(step)}"
 
     def write(self, step: int, fill: Callable[[Path], None]) -> None:
-        """Fill a local folder, upload its files, and mark them complete.
-
-        Raises:
-            OSError: disk or storage refused; what was there before is still there.
-        """
+        """Fill a local folder, upload its files, and mark them complete. OSError: disk or storage refused; what was
+        there before is still there."""
         self._local.write(step, fill)
         for other in self._local.steps():
             if other != step:
@@ -133,11 +125,7 @@ class RemoteCheckpoints:
 
 def open_checkpoints(url: str | None, run_folder: Path, stage: str) -> CheckpointStore:
     """The checkpoints of a run's stage: in the run folder, or below `url`, in a folder with the name that the run was
-    given when it began.
-
-    Raises:
-        ValueError, ImportError: see `RemoteCheckpoints`.
-    """
+    given when it began. Raises as `RemoteCheckpoints`."""
     local_folder = run_folder / "checkpoints" / stage
     if url is None:
         return LocalCheckpoints(local_folder)
@@ -148,11 +136,8 @@ def open_checkpoints(url: str | None, run_folder: Path, stage: str) -> Checkpoin
 
 
 def check_writable(url: str | None, run_folder: Path) -> None:
-    """Write and remove a small file where the checkpoints of a run will lie.
-
-    Raises:
-        OSError: that failed; names the place. ValueError, ImportError: see `RemoteCheckpoints`.
-    """
+    """Write and remove a small file where the checkpoints of a run will lie. OSError, which names the place: that
+    failed. Else it raises as `RemoteCheckpoints`."""
     files, root = fsspec.core.url_to_fs(str(run_folder / "checkpoints") if url is None else url)
     parent = root if url is None else f"{root.rstrip('/')}/{run_id(run_folder)}"
     file = f"{parent}/writable.tmp"

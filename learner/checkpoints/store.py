@@ -86,11 +86,8 @@ class LocalCheckpoints:
         return str(self._folder / step_name(step))
 
     def write(self, step: int, fill: Callable[[Path], None]) -> None:
-        """Fill a temporary folder, make it durable, and rename it into place.
-
-        Raises:
-            OSError: the disk refused; what was there before is still there.
-        """
+        """Fill a temporary folder, make it durable, and rename it into place. OSError: the disk refused; what was there
+        before is still there."""
         self._sweep()
         final = self._folder / step_name(step)
         temporary = self._folder / f"{final.name}.tmp"

@@ -19,11 +19,8 @@ class CheckpointWriteError(RuntimeError):
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one stage in a thread of its own.
-
-    The steps go on while a snapshot is written; the next snapshot waits for it, so at most one is in memory beside the
-    model. Used as a context manager, so that a stage that fails still gets its last checkpoint whole.
-    """
+    """Writes the checkpoints of one stage in a thread of its own; at most one snapshot is in memory beside the model.
+    A context manager, so that a stage that fails still gets its last checkpoint whole."""
 
     def __init__(
         self, store: CheckpointStore, settings: LearnerSettings, on_durable: Callable[[Progress], None]
@@ -44,19 +41,12 @@ class CheckpointWriter:
         self._under_way = snapshot.progress, self._thread.submit(self._write, snapshot)
 
     def poll(self) -> None:
-        """Take note of a write that has ended, without waiting; call it at every step.
-
-        Raises:
-            CheckpointWriteError: the write failed; says where, why, and from which step the run can be resumed.
-        """
+        """Take note of a write that has ended, without waiting; call it at every step. CheckpointWriteError: it failed;
+        says where, why, and from which step the run can be resumed."""
         self._settle(0.0)
 
     def wait(self) -> None:
-        """Wait for the write under way, if any.
-
-        Raises:
-            TimeoutError: it did not end in time. CheckpointWriteError: it failed.
-        """
+        """Wait for the write under way, if any; raises as `poll`, or TimeoutError: it did not end in time."""
         timeout_s = self._settings.checkpoint_timeout_s
         if not self._settle(timeout_s):
             raise TimeoutError(
@@ -115,11 +105,7 @@ class MetricMeans:
         self._steps = 0
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """One step.
-
-        Raises:
-            ValueError: it lacks the metric that is needed.
-        """
+        """One step. ValueError: it lacks the metric that is needed."""
         if self._needed is not None and self._needed not in metrics:
             raise ValueError(
                 f"learner.checkpoint_best_metric={self._needed} is no metric of this stage; it has: "

@@ -20,9 +20,7 @@ class MetricsLog:
     """
 
     def __init__(self, run_folder: Path, trackers: Sequence[TrackerName] = ("tensorboard",)) -> None:
-        """Raises:
-        ImportError: a tracker is not installed.
-        """
+        """Raises as `check_trackers`."""
         self._trackers = make_trackers(trackers, run_folder)
         self._path = run_folder / "metrics.jsonl"
         _drop_unfinished_line(self._path)
@@ -31,11 +29,8 @@ class MetricsLog:
     def write(
         self, stage: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Int64] | None = None
     ) -> None:
-        """Log one step of a stage. histograms: samples whose distribution the trackers show; not in the file.
-
-        Raises:
-            OSError: the disk refused; the file may end in a part of the line.
-        """
+        """Log one step of a stage. histograms: samples whose distribution the trackers show; not in the file. OSError:
+        the disk refused; the file may end in a part of the line."""
         row: dict[str, str | int | float | None] = {"time": round(time.time(), 3), "stage": stage, "step": step}
         row |= {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in metrics.items()}
         content = f"{json.dumps(row, allow_nan=False)}\n".encode()

@@ -29,11 +29,7 @@ class Tracker(Protocol):
 
 
 def check_trackers(names: Sequence[TrackerName]) -> None:
-    """See that every tracker can be imported.
-
-    Raises:
-        ImportError: one cannot; the message names the extra that brings it.
-    """
+    """Raise ImportError, which names the extra to install, for a tracker that cannot be imported."""
     for name in names:
         if find_spec(name) is None:
             raise ImportError(

@@ -14,11 +14,8 @@ from learner.ranks.sharding import decoder_layers
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Switch it on, in place; names of parameters stay. Before the model is shared among ranks.
-
-    Memory then grows with N * H per layer instead of with everything that a layer computes; a backward pass costs one
-    more forward pass. Gradients are the same bit for bit.
-    """
+    """Switch it on, in place, before the model is shared among ranks. Names of parameters stay, and gradients are the
+    same bit for bit; a backward pass costs one more forward pass."""
     for layer in decoder_layers(model):
         # No random numbers are drawn in evaluation mode, so their state needs no restoring.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

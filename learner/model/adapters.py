@@ -1,9 +1,7 @@
 """Low-rank adapters (LoRA) on a frozen model, by peft, and the whole output embedding beside them.
 
-peft replaces the adapted layers inside the model, which keeps its class and its names otherwise: everything that takes
-a `PreTrainedModel` takes an adapted one. A tied output embedding is untied first: its copy is trained, as the input
-embedding stays frozen like the rest of the base (the paper's set-up; its Llama2 has two matrices from the start). The
-config says so, so engines and checkpoints have two matrices too.
+peft replaces the adapted layers inside the model, which keeps its class and its names otherwise. A tied output
+embedding is untied first: its copy is trained, while the input embedding stays frozen like the rest of the base.
 """
 
 from __future__ import annotations

@@ -66,10 +66,8 @@ def load_policy(
 ) -> Policy:
     """Load or make the model, give it a backspace action and adapters, and check that the learner can train it.
 
-    Args:
-        settings: what to load or make.
-        task_tokenizer: tokenizer of the task; needed by a model from scratch, refused by any other.
-        param_dtype: of the trained parameters; None leaves those of the model in its own format.
+    task_tokenizer: needed by a model from scratch, refused by any other. param_dtype: of the trained parameters; None
+    leaves those of the model in its own format.
 
     Raises:
         ValueError: the model is unsupported, there is no room for backspace, no tokenizer, no `<eos>`, or adapters or
@@ -170,11 +168,8 @@ def load_tokenizer(settings: PretrainedModelSettings) -> PreTrainedTokenizerBase
 def choose_backspace_id(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: ScratchModelSettings | PretrainedModelSettings
 ) -> int:
-    """Id of `settings.backspace_token`; added to tokenizer and embeddings (in place) where it is missing.
-
-    Raises:
-        ValueError: the vocabulary lacks it and adding a row is not allowed, or the token has another meaning.
-    """
+    """Id of `settings.backspace_token`; added to tokenizer and embeddings (in place) where it is missing. ValueError:
+    adding a row is not allowed, or the token has another meaning."""
     token = settings.backspace_token
     vocabulary = tokenizer.get_vocab()
     if token not in vocabulary:
@@ -258,11 +253,8 @@ def _make_model(
 
 
 def locate_model(settings: PretrainedModelSettings) -> ModelSource:
-    """Where `settings.name` leads; files of packages are looked up, hub names are not.
-
-    Raises:
-        ValueError: the package is not installed, or holds no such file.
-    """
+    """Where `settings.name` leads; files of packages are looked up (ValueError: there is no such package or file), hub
+    names are not."""
     if not settings.name.startswith(PACKAGE_PREFIX):
         return ModelSource(settings.name, None, settings.revision)
     package, _, file = settings.name.removeprefix(PACKAGE_PREFIX).partition("/")

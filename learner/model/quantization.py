@@ -15,11 +15,8 @@ _LARGEST_RELATIVE_ERROR = 0.2
 
 
 def quantise_linear_layers(model: PreTrainedModel) -> None:
-    """Replace (in place) every linear layer but the output embedding by a frozen one in NF4.
-
-    Raises:
-        ValueError: bitsandbytes is not installed or does not work on this machine, or the model has no such layers.
-    """
+    """Replace (in place) every linear layer but the output embedding by a frozen one in NF4. ValueError: the model has
+    no such layers; else it raises as `check_available`."""
     check_available()
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -65,11 +62,7 @@ def dequantise(weight: Tensor) -> Tensor:
 
 
 def check_available() -> None:
-    """Quantise a small matrix and restore it.
-
-    Raises:
-        ValueError: bitsandbytes is not installed, or does not work on this machine.
-    """
+    """Quantise a small matrix and restore it. ValueError: bitsandbytes is not installed, or does not work here."""
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     except ImportError as error:

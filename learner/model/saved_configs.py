@@ -1,9 +1,7 @@
 """The two configs that lie beside a model's weights: made to say what training does, and to be savable.
 
-transformers stops generation at each `<eos>` of generation_config.json. Demonstrations end with the one of the
-tokenizer, which may not be among them (the tokenizer of a chat model on its base model). transformers also loads
-configs that it refuses to save. Both are mended when the model is loaded, so that no training ends in a model that
-cannot be saved, or that never stops.
+transformers stops generation at each `<eos>` of generation_config.json, and demonstrations end with the one of the
+tokenizer, which may not be among them. transformers also loads configs that it refuses to save.
 """
 
 from __future__ import annotations

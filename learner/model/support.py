@@ -22,11 +22,7 @@ _PROBE_TOLERANCE_HALF = 0.15
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Refuse what the learner would train wrongly.
-
-    Raises:
-        ValueError: names the property that stands in the way.
-    """
+    """Refuse what the learner would train wrongly, with a ValueError that names the property that is in the way."""
     config = model.config.get_text_config()
     for name in _LOGIT_CAPS:
         if getattr(config, name, None):

@@ -31,11 +31,8 @@ ANNOUNCE_TIMEOUT_S = 60.0
 
 
 class WeightPublisher:
-    """Numbers the publications of a run and announces each to the actor pool.
-
-    Every rank of a learner has one and makes the same calls. Rank 0 alone sends; the others give their parts of each
-    tensor. Rank 0 copies the weights, so the optimizer may write to them as soon as `publish` returns.
-    """
+    """Numbers the publications of a run and announces each to the actor pool. Every rank makes the same calls; rank 0
+    alone sends, a copy, so the optimizer may write to the weights as soon as `publish` returns."""
 
     def __init__(
         self,

@@ -1,9 +1,8 @@
 """The weights of a model as every reader wants them: whole matrices under the names of the base model.
 
-Engines, checkpoints and exports know neither adapters nor 4-bit layers nor shards. `publication_tensors` gives them one
-plain tensor at a time: W + (alpha / rank) B A where a layer is adapted, W restored where it is quantised, gathered from
-all ranks where it is sharded, rounded to what the model computes in where training holds it in float32. So no more than
-one tensor exists beside the model, unless the reader keeps it.
+Engines, checkpoints and exports know neither adapters nor 4-bit layers nor shards. They get one plain tensor at a time:
+W + (alpha / rank) B A where a layer is adapted, W restored where it is quantised, gathered from all ranks where it is
+sharded, rounded to what the model computes in where training holds it in float32.
 """
 
 from __future__ import annotations

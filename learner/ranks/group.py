@@ -126,16 +126,11 @@ def open_rendezvous(host: str, size: int, timeout_s: float) -> dist.TCPStore:
 
 
 def join_ranks(rank: int, size: int, meeting: dist.TCPStore | tuple[str, int], timeout_s: float) -> Ranks:
-    """Become one of `size` ranks; returns when all of them are there.
+    """Become one of `size` ranks; returns when all of them are there. Tensors in host memory travel by gloo, those of a
+    GPU by NCCL.
 
-    Tensors in host memory travel by gloo, those of a GPU by NCCL.
-
-    Args:
-        meeting: the store of `open_rendezvous` (rank 0), or its host and port (the others).
-        timeout_s: longest wait for the others, here and in every collective from now on.
-
-    Raises:
-        RankLostError: not all ranks came in time.
+    meeting: the store of `open_rendezvous` (rank 0), or its host and port (the others). timeout_s: longest wait for the
+    others, here (RankLostError: not all came) and in every collective from now on.
     """
     timeout = timedelta(seconds=timeout_s)
     _keep_to_loopback(meeting[0] if isinstance(meeting, tuple) else meeting.host)

@@ -23,11 +23,8 @@ from learner.state_tree.policy import TreePolicy
 
 
 def shard(policy: TreePolicy, ranks: Ranks) -> None:
-    """Share the policy's weights among the ranks, in place; all ranks hold the same weights before.
-
-    Raises:
-        ValueError: the model is quantised, and cannot be cut.
-    """
+    """Share the policy's weights among the ranks, in place; all ranks hold the same weights before. ValueError: the
+    model is quantised, and cannot be cut."""
     if ranks.size == 1:
         return
     for name, parameter in policy.model.named_parameters():
@@ -130,11 +127,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> Opt
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, whole: OptimizerState) -> None:
     """Load what `whole_optimizer_state` gave at rank 0, and every rank has now; each keeps its part. Settings, as betas
-    and weight decay, stay those that the optimizer was made with.
-
-    Raises:
-        ValueError: the state is that of other parameters.
-    """
+    and weight decay, stay those that the optimizer was made with. ValueError: the state is that of other parameters."""
     own_groups: list[dict[str, object]] = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in own_groups] != [group["params"] for group in whole["param_groups"]]:
         raise ValueError("the optimizer's state in the checkpoint is not that of the parameters that are trained now")

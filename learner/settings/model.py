@@ -30,14 +30,14 @@ class ScratchModelSettings(Settings):
     num_layers: PositiveInt = 3
     num_heads: PositiveInt = 4
     num_key_value_heads: PositiveInt | None = Field(
-        default=None, description="heads of keys and values (llama); null = num_heads"
+        None, description="heads of keys and values (llama); null = num_heads"
     )
     intermediate_size: PositiveInt = 256
-    max_positions: PositiveInt = Field(default=128, description="longest text (prompt and answer) in tokens")
-    tie_embeddings: bool = Field(default=True, description="share the rows of the input and the output embedding")
-    initializer_range: PositiveFloat = Field(default=0.02, description="standard deviation of the initial weights")
-    dtype: Dtype = Field(default="float32", description=DTYPE_MEANING)
-    backspace_token: str = Field(default="<backspace>", description="token of the vocabulary that takes a token back")
+    max_positions: PositiveInt = Field(128, description="longest text (prompt and answer) in tokens")
+    tie_embeddings: bool = Field(True, description="share the rows of the input and the output embedding")
+    initializer_range: PositiveFloat = Field(0.02, description="standard deviation of the initial weights")
+    dtype: Dtype = Field("float32", description=DTYPE_MEANING)
+    backspace_token: str = Field("<backspace>", description="token of the vocabulary that takes a token back")
     seed: int = 0
 
     @model_validator(mode="after")
@@ -65,14 +65,14 @@ class AdapterSettings(Settings):
     There is no dropout: values and stored log-probabilities are of the model, not of a random sub-network.
     """
 
-    rank: PositiveInt = Field(default=64, description="columns of B and rows of A")
-    alpha: PositiveFloat = Field(default=16.0, description="the update B A is scaled by alpha / rank")
+    rank: PositiveInt = Field(64, description="columns of B and rows of A")
+    alpha: PositiveFloat = Field(16.0, description="the update B A is scaled by alpha / rank")
     target_modules: tuple[str, ...] = Field(
-        default=(ALL_LINEAR,),
+        (ALL_LINEAR,),
         description="linear layers to adapt: names as `q_proj`, or `all-linear` for all but the unembedding",
     )
     train_unembedding: bool = Field(
-        default=True,
+        True,
         description="train the whole output embedding too, where backspace has its row; where it is tied to the input "
         "embedding, it becomes a matrix of its own",
     )
@@ -99,23 +99,22 @@ class PretrainedModelSettings(Settings):
     name: LocalPath = Field(
         description="Hugging Face name, folder, or `package:PACKAGE/FILE.gguf` in an installed package"
     )
-    revision: str | None = Field(default=None, description="branch, tag or commit on the Hugging Face hub")
-    dtype: Dtype = Field(default="bfloat16", description=DTYPE_MEANING)
+    revision: str | None = Field(None, description="branch, tag or commit on the Hugging Face hub")
+    dtype: Dtype = Field("bfloat16", description=DTYPE_MEANING)
     backspace_token: str = Field(
-        default="<backspace>",
+        "<backspace>",
         description="what takes a token back: a reserved token of the vocabulary, or the name of a new one",
     )
     add_backspace_row: bool = Field(
-        default=True, description="add a row to the embeddings if the vocabulary does not hold backspace_token"
+        True, description="add a row to the embeddings if the vocabulary does not hold backspace_token"
     )
     adapter: AdapterSettings | None = Field(
-        default=None, description="train low-rank adapters on the frozen model; null = train every weight"
+        None, description="train low-rank adapters on the frozen model; null = train every weight"
     )
     quantization: Quantization | None = Field(
-        default=None,
-        description="hold the frozen linear layers in 4 bits (QLoRA; needs the extra `qlora`); null = as `dtype`",
+        None, description="hold the frozen linear layers in 4 bits (QLoRA; needs the extra `qlora`); null = as `dtype`"
     )
-    seed: int = Field(default=0, description="seed of the noise on the backspace row, and of the adapters")
+    seed: int = Field(0, description="seed of the noise on the backspace row, and of the adapters")
 
     @model_validator(mode="after")
     def _check(self) -> PretrainedModelSettings:

@@ -55,7 +55,7 @@ class UnlikelihoodSettings(BaseObjectiveSettings):
     """Likelihood, and the unlikelihood of tokens that the context holds already (arXiv 1908.04319)."""
 
     name: Literal["unlikelihood"]
-    weight: float = Field(default=1.0, gt=0.0, description="of -log(1 - q(c)) over context tokens c")
+    weight: float = Field(1.0, gt=0.0, description="of -log(1 - q(c)) over context tokens c")
 
 
 class EmoSettings(BaseObjectiveSettings):
@@ -63,18 +63,18 @@ class EmoSettings(BaseObjectiveSettings):
 
     name: Literal["emo"]
     mode: Literal[1, 2] = Field(
-        default=1,
+        1,
         description="1: half likelihood, half distance, scaled to the likelihood; 2: the distance, and likelihood "
         "scaled to it",
     )
     ratio_cap: float | None = Field(
-        default=None,
+        None,
         gt=0.0,
         description="bound on the ratio that scales one loss to the other; null = none, as the paper prints it; the "
         "authors' package has 3 in mode 1",
     )
     cost_model: LocalPath | None = Field(
-        default=None,
+        None,
         min_length=1,
         description="Hugging Face name or folder of a model with the same vocabulary whose output embedding gives the "
         "costs; null = the trained model's own, as it is at the start of the stage",
@@ -89,10 +89,10 @@ class ScheduledSamplingSettings(BaseObjectiveSettings):
 
     name: Literal["scheduled_sampling"]
     schedule: Literal["linear", "exponential", "inverse_sigmoid"] = "inverse_sigmoid"
-    k: float = Field(default=100.0, gt=0.0, description="constant of the schedule: at most 1, below 1, at least 1")
-    slope: float = Field(default=0.0, ge=0.0, description="decrease of the share per step; linear only")
-    least_truth_share: float = Field(default=0.0, ge=0.0, le=1.0, description="where the decrease ends; linear only")
-    seed: int = Field(default=0, description="of what is replaced, and by what")
+    k: float = Field(100.0, gt=0.0, description="constant of the schedule: at most 1, below 1, at least 1")
+    slope: float = Field(0.0, ge=0.0, description="decrease of the share per step; linear only")
+    least_truth_share: float = Field(0.0, ge=0.0, le=1.0, description="where the decrease ends; linear only")
+    seed: int = Field(0, description="of what is replaced, and by what")
 
     @model_validator(mode="after")
     def _check(self) -> ScheduledSamplingSettings:
@@ -113,22 +113,22 @@ class DiscriminatorSettings(Settings):
     """What tells texts of the data from texts of the policy."""
 
     body: Literal["policy", "own"] = Field(
-        default="policy",
+        "policy",
         description="what reads the texts under its head. `policy`: the policy, which gets no gradient from that; "
         "`own`: a copy of the policy's body as it is at the start of the stage, trained with the head",
     )
-    learning_rate: float = Field(default=1e-3, gt=0.0, description="of Adam, the same at every step")
+    learning_rate: float = Field(1e-3, gt=0.0, description="of Adam, the same at every step")
     prior: float | None = Field(
-        default=None,
+        None,
         gt=0.0,
         lt=1.0,
         description="share of real examples in its loss; null = pi (1/2 where pi is 1). Its optimum is the same "
         "log-ratio at each",
     )
     warmup_steps: NonNegativeInt = Field(
-        default=50, description="first steps of the stage, in which the discriminator alone learns"
+        50, description="first steps of the stage, in which the discriminator alone learns"
     )
-    seed: int = Field(default=0, description="of the head's first weights")
+    seed: int = Field(0, description="of the head's first weights")
 
 
 class AdversarialJsSettings(BaseObjectiveSettings):
@@ -137,7 +137,7 @@ class AdversarialJsSettings(BaseObjectiveSettings):
     needs_rollouts: ClassVar[bool] = True
     name: Literal["adversarial_js"]
     pi: float = Field(
-        default=0.5,
+        0.5,
         ge=0.0,
         le=1.0,
         description="share of the data in the mixture that data and policy are compared with: near 0 the method is "
@@ -168,37 +168,37 @@ class SequenceMatchSettings(BaseObjectiveSettings):
     uses_noise: ClassVar[bool] = True
     name: Literal["sequencematch"] = "sequencematch"
     divergence: Literal["chi2_mixture", "chi2", "kl", "reverse_kl", "js", "hellinger", "mle"] = Field(
-        default="chi2_mixture",
+        "chi2_mixture",
         description="between the occupancy measures of data and model; `chi2_mixture`: of data and the half-half "
         "mixture, the method of the paper; `mle`: no penalty, the control",
     )
     estimator: Literal["collapsed", "printed", "uniform"] = Field(
-        default="collapsed",
+        "collapsed",
         description="`collapsed`: value terms telescoped (least variance); `printed`: the sums of the paper; "
         "`uniform`: those sums with every discount gamma^t put to 1, as in IQ-Learn (denser signal, biased)",
     )
-    alpha: float = Field(default=0.03, gt=0.0, description="weight of the penalty, a squared soft-Bellman residual")
-    gamma: float = Field(default=0.998, gt=0.0, lt=1.0, description="discount per action")
+    alpha: float = Field(0.03, gt=0.0, description="weight of the penalty, a squared soft-Bellman residual")
+    gamma: float = Field(0.998, gt=0.0, lt=1.0, description="discount per action")
     mixture_coefficient: float | None = Field(
-        default=None,
+        None,
         gt=0.0,
         description="weight of E_model[(alpha r)^2]; null = 1/(4 alpha), the balanced mixture; 1 = the paper read "
         "literally",
     )
     domain_policy: Literal["project", "stop"] | None = Field(
-        default=None,
+        None,
         description="where alpha r leaves the domain of kl, js or hellinger: `project` goes on by the tangent, `stop` "
         "ends training; null = project",
     )
     domain_margin: float | None = Field(
-        default=None,
+        None,
         gt=0.0,
         lt=0.5,
         description="the domain of kl, js or hellinger counts as left this far above its end; null = 0.1",
     )
-    beta_start: float = Field(default=1.0, ge=0.0, le=1.0, description="weight of behaviour cloning at step 0")
-    beta_end: float = Field(default=0.2, ge=0.0, le=1.0, description="weight of behaviour cloning from beta_steps on")
-    beta_steps: PositiveInt = Field(default=150, description="steps of the linear change from beta_start to beta_end")
+    beta_start: float = Field(1.0, ge=0.0, le=1.0, description="weight of behaviour cloning at step 0")
+    beta_end: float = Field(0.2, ge=0.0, le=1.0, description="weight of behaviour cloning from beta_steps on")
+    beta_steps: PositiveInt = Field(150, description="steps of the linear change from beta_start to beta_end")
 
     @property
     def needs_rollouts(self) -> bool:
@@ -259,7 +259,7 @@ class KlControlSettings(ScoreFunctionSettings):
     needs_base_model: ClassVar[bool] = True
     needs_reward: ClassVar[bool] = True
     name: Literal["kl_control"]
-    beta: float = Field(default=0.1, gt=0.0, description="price of a nat of KL(policy || start), in units of reward")
+    beta: float = Field(0.1, gt=0.0, description="price of a nat of KL(policy || start), in units of reward")
 
 
 class ConstraintSettings(Settings):
@@ -267,7 +267,7 @@ class ConstraintSettings(Settings):
 
     feature: str = Field(description="its name in scoring.features")
     target: float | None = Field(
-        default=None, description="its mean over rollouts; null = it is 1 in every rollout (a pointwise constraint)"
+        None, description="its mean over rollouts; null = it is 1 in every rollout (a pointwise constraint)"
     )
 
 
@@ -277,7 +277,7 @@ class TargetSettings(ScoreFunctionSettings):
     needs_base_model: ClassVar[bool] = True
     constraints: tuple[ConstraintSettings, ...] = Field(min_length=1)
     fit_samples: PositiveInt = Field(
-        default=1024,
+        1024,
         description="distinct rollouts on which the weights of constraints with a target are fitted; until they are "
         "there, nothing moves",
     )
@@ -301,7 +301,7 @@ class GdcSettings(TargetSettings):
 
     name: Literal["gdc", "gdc_pp"]
     proposal: Literal["kl_adaptive", "latest"] = Field(
-        default="kl_adaptive",
+        "kl_adaptive",
         description="who makes the rollouts. `kl_adaptive`: the policy of now takes over only when it is nearer to the "
         "target, in KL(target || policy); `latest`: whenever it is published",
     )

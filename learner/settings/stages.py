@@ -22,15 +22,12 @@ class OptimizerSettings(Settings):
     learning_rate: PositiveFloat = 2e-3
     betas: tuple[float, float] = (0.9, 0.98)
     eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(default=0.0, ge=0.0)
+    weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: PositiveFloat = 1.0
-    warmup_steps: int = Field(default=50, ge=0)
+    warmup_steps: int = Field(50, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     final_fraction: float | None = Field(
-        default=None,
-        ge=0.0,
-        le=1.0,
-        description="learning rate at the end, as a share of the peak (cosine; null = 0.05)",
+        None, ge=0.0, le=1.0, description="learning rate at the end, as a share of the peak (cosine; null = 0.05)"
     )
 
     @model_validator(mode="after")
@@ -103,11 +100,8 @@ class LearnerSettings(Settings):
     placement: Literal["pack", "spread"] = Field(
         "pack", description="pack: the ranks on as few nodes as hold them; spread: over as many as there are"
     )
-    rank_timeout_s: float | None = Field(
-        None,
-        gt=0.0,
-        description="longest wait of a rank for the others, beyond waits for rollouts and storage (with several ranks; "
-        "null = 300)",
+    rank_timeout_s: PositiveFloat | None = Field(
+        None, description="longest wait of a rank for the others, beyond rollouts and storage (null = 300)"
     )
     max_nodes_per_batch: PositiveInt = Field(
         2048, description="state-tree nodes per forward pass: bounds the memory of activations, not what is learned"
@@ -164,11 +158,7 @@ class LearnerSettings(Settings):
 
 
 def check_stages(stages: tuple[StageSettings, ...]) -> None:
-    """Check a recipe's list of stages as a whole.
-
-    Raises:
-        ValueError: two stages share a name, or one starts from a stage that does not come before it.
-    """
+    """ValueError: two stages of a recipe share a name, or one starts from a stage that does not come before it."""
     seen: list[str] = []
     for stage in stages:
         if stage.name in seen:
