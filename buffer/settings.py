@@ -13,6 +13,12 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def _refuse_without_effect(self, where: str, *names: str) -> None:
+        """ValueError for a field that is set though it has no effect with `where`."""
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect with {where}; leave it out")
+
 
 ABSOLUTE_PATHS = {"absolute_paths": True}
 """Validation context in which paths become absolute, so that they mean the same from every folder."""

@@ -43,14 +43,11 @@ NAMED_TRAJECTORIES = 20
 
 @dataclass(frozen=True)
 class _Draw:
-    """What one source gave for the step, of all ranks. prioritised: whether its source wants to know priorities.
-    is_rollouts: of the policy, not of the experts.
-    """
+    """What one source gave for the step, of all ranks. is_rollouts: of the policy, not of the experts."""
 
     batch: pa.RecordBatch
     counts: LogCounts
     loss: Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]
-    prioritised: bool = False
     is_rollouts: bool = False
 
 
@@ -154,7 +151,7 @@ class Trainer:
         passes = [(tree, draw) for draw in draws for tree in self._trees_of(draw.batch)]
         missing = self._ranks.maximum(len(passes)) - len(passes)
         if missing:
-            nothing = replace(draws[0], prioritised=False, is_rollouts=False)
+            nothing = replace(draws[0], is_rollouts=False)
             passes += missing * [(self._tree_without_logs(nothing.batch), nothing)]
         return passes
 
@@ -165,8 +162,7 @@ class Trainer:
             draws.append(_Draw(experts, data_counts, partial(self._objective.data_loss, step=self.step)))
         if rollouts is not None:
             loss = partial(self._rollout_loss, data_counts=data_counts, newest=newest_version(rollouts))
-            prioritised = self._report_priorities is not None
-            draws.append(_Draw(rollouts, count_logs(rollouts), loss, prioritised, is_rollouts=True))
+            draws.append(_Draw(rollouts, count_logs(rollouts), loss, is_rollouts=True))
         return draws
 
     def _trees_of(self, batch: pa.RecordBatch) -> list[TreeBatch]:
@@ -195,7 +191,7 @@ class Trainer:
             synchronise_gradients(self._policy, enabled=number == len(passes))
             logs = self._objective.evaluate(self._policy, tree.to(self._policy.device), draw.counts, self.step)
             loss, metrics = draw.loss(logs)
-            if draw.prioritised:
+            if draw.is_rollouts and self._report_priorities is not None:
                 priorities.append((tree.trajectories.ids, self._objective.priorities(logs)))
             loss.backward()
             shares.append(metrics)

@@ -25,9 +25,7 @@ class Watch:
     """Looks at the metrics of every step of a stage.
 
     mismatch_steps: for which engine and learner have to disagree. The learner moves away from the weights that it
-        published, in a steep part of training by more than the bound within one interval; rollouts of new weights then
-        bring the difference back to what the engine computes otherwise. So only a difference that outlasts the arrival
-        of new weights is a fault: see `mismatch_steps`.
+    published; rollouts of new ones bring the difference back. So only one that outlasts their arrival is a fault.
     """
 
     def __init__(self, stage: str, settings: WatchSettings, mismatch_steps: int) -> None:

@@ -70,7 +70,7 @@ class Discriminator:
 
         policy_pairs: what `states_and_tokens` measured of the policy; None exactly with a body of its own.
         """
-        nodes, actions = answer_nodes(tree)
+        nodes, actions = tree.answer_nodes()
         states, pairs = tree.nodes.states, policy_pairs
         if self.network.body is not None:
             assert policy_pairs is None
@@ -128,19 +128,9 @@ class Discriminator:
         self._optimizer.load_state_dict(whole)
 
 
-def answer_nodes(tree: TreeBatch) -> tuple[Tensor, Tensor]:
-    """[K] the nodes of answers, ascending, and [K] an action that wrote each: all that did acted on the same text."""
-    before, after = tree.nodes.states[tree.actions.state], tree.nodes.states[tree.actions.next_state]
-    wrote = (tree.nodes.positions[after] > tree.nodes.positions[before]).nonzero().flatten()
-    writer = torch.full_like(tree.nodes.token_ids, tree.num_actions)
-    writer.scatter_reduce_(0, after[wrote], wrote, "amin")
-    nodes = (writer < tree.num_actions).nonzero().flatten()
-    return nodes, writer[nodes]
-
-
 def states_and_tokens(tree: TreeBatch, logits: StateLogits) -> Tensor:
-    """[K, 2, H] of each of `answer_nodes` the policy's hidden state before it, and its token's row of the output
-    embedding; without gradient."""
-    nodes, actions = answer_nodes(tree)
+    """[K, 2, H] of each answer node the policy's hidden state before it, and its token's row of the output embedding;
+    without gradient."""
+    nodes, actions = tree.answer_nodes()
     hidden = logits.hidden.detach()[tree.actions.state[actions]]
     return torch.stack([hidden, logits.weight.detach()[tree.nodes.token_ids[nodes]].to(hidden.dtype)], dim=1)

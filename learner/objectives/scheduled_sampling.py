@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,12 +46,9 @@ class ScheduledSampling(Objective):
         repeats it."""
         key = "/".join([str(self.settings.seed), str(step), *tree.trajectories.ids])
         generator = torch.Generator(tree.nodes.token_ids.device).manual_seed(zlib.crc32(key.encode()))
-
-        def draw(tree: TreeBatch, logits: StateLogits) -> Tensor:
-            return mixed_tokens(tree, logits, self.truth_share(step), generator)
-
+        mixing = partial(mixed_tokens, truth_share=self.truth_share(step), generator=generator)
         with torch.no_grad():
-            tokens = policy.evaluate(tree, draw).measured
+            tokens = policy.evaluate(tree, mixing).measured
         assert tokens is not None
         mixed = replace(tree, nodes=replace(tree.nodes, token_ids=tokens))
         return EvaluatedLogs(mixed, policy.evaluate(mixed), counts)
@@ -64,15 +62,10 @@ class ScheduledSampling(Objective):
 
 def mixed_tokens(tree: TreeBatch, logits: StateLogits, truth_share: float, generator: torch.Generator) -> Tensor:
     """[N] the tokens of the tree, where those of answers are the model's with probability 1 - truth_share each."""
-    num_nodes, device = tree.num_padded_nodes, tree.nodes.token_ids.device
-    # An action leads to each node of an answer; where several do, they act on the same text, and any one will do.
-    actions = torch.arange(tree.num_actions, device=device)
-    first = torch.full((num_nodes,), tree.num_actions, device=device)
-    first.scatter_reduce_(0, tree.nodes.states[tree.actions.next_state], actions, "amin")
-    node = torch.arange(num_nodes, device=device)
+    nodes, writers = tree.answer_nodes()
     start = tree.nodes.states[tree.trajectories.start][:, None]
-    in_prompt = ((node <= start) & (tree.nodes.subtree_end > start)).any(0)
-    is_model = torch.rand(num_nodes, generator=generator, device=device) >= truth_share
-    replaced = (is_model & ~in_prompt & (first < tree.num_actions)).nonzero().flatten()
-    rows = tree.actions.state[first[replaced]]
-    return tree.nodes.token_ids.index_copy(0, replaced, logits.sample_tokens(rows, generator))
+    in_prompt = ((nodes <= start) & (tree.nodes.subtree_end[nodes] > start)).any(0)
+    is_model = torch.rand(tree.num_padded_nodes, generator=generator, device=nodes.device) >= truth_share
+    replaced = is_model[nodes] & ~in_prompt
+    tokens = logits.sample_tokens(tree.actions.state[writers[replaced]], generator)
+    return tree.nodes.token_ids.index_copy(0, nodes[replaced], tokens)

@@ -46,16 +46,13 @@ class ScratchModelSettings(Settings):
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; change one of them"
             )
-        if self.num_key_value_heads is not None:
-            if self.architecture != "llama":
-                raise ValueError(
-                    f"num_key_value_heads has no effect with architecture={self.architecture}; leave it out"
-                )
-            if self.num_heads % self.num_key_value_heads:
-                raise ValueError(
-                    f"num_heads={self.num_heads} is not a multiple of num_key_value_heads="
-                    f"{self.num_key_value_heads}; change one of them"
-                )
+        if self.architecture != "llama":
+            self._refuse_without_effect(f"architecture={self.architecture}", "num_key_value_heads")
+        if self.num_heads % (self.num_key_value_heads or self.num_heads):
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_key_value_heads}; "
+                "change one of them"
+            )
         return self
 
 

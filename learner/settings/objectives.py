@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from buffer.settings import LocalPath, Settings
 
@@ -63,15 +63,11 @@ class EmoSettings(BaseObjectiveSettings):
 
     name: Literal["emo"]
     mode: Literal[1, 2] = Field(
-        1,
-        description="1: half likelihood, half distance, scaled to the likelihood; 2: the distance, and likelihood "
-        "scaled to it",
+        1, description="1: half likelihood, half distance scaled to it; 2: the distance, and likelihood scaled to it"
     )
-    ratio_cap: float | None = Field(
+    ratio_cap: PositiveFloat | None = Field(
         None,
-        gt=0.0,
-        description="bound on the ratio that scales one loss to the other; null = none, as the paper prints it; the "
-        "authors' package has 3 in mode 1",
+        description="bound on the ratio that scales one loss to the other; null = none, as the paper prints it",
     )
     cost_model: LocalPath | None = Field(
         None,
@@ -101,11 +97,8 @@ class ScheduledSamplingSettings(BaseObjectiveSettings):
         if not low <= self.k <= high or (self.schedule == "exponential" and self.k == high):
             words = {"linear": "at most 1", "exponential": "below 1", "inverse_sigmoid": "at least 1"}[self.schedule]
             raise ValueError(f"k={self.k} must be {words} with schedule={self.schedule}")
-        for field in ("slope", "least_truth_share"):
-            if getattr(self, field) and self.schedule != "linear":
-                raise ValueError(
-                    f"{field} has no effect with schedule={self.schedule}; leave it out or choose schedule=linear"
-                )
+        if self.schedule != "linear":
+            self._refuse_without_effect(f"schedule={self.schedule}", "slope", "least_truth_share")
         return self
 
 
@@ -119,15 +112,9 @@ class DiscriminatorSettings(Settings):
     )
     learning_rate: float = Field(1e-3, gt=0.0, description="of Adam, the same at every step")
     prior: float | None = Field(
-        None,
-        gt=0.0,
-        lt=1.0,
-        description="share of real examples in its loss; null = pi (1/2 where pi is 1). Its optimum is the same "
-        "log-ratio at each",
+        None, gt=0.0, lt=1.0, description="share of real examples in its loss; null = pi (1/2 where pi is 1)"
     )
-    warmup_steps: NonNegativeInt = Field(
-        50, description="first steps of the stage, in which the discriminator alone learns"
-    )
+    warmup_steps: NonNegativeInt = Field(50, description="first steps, in which the discriminator alone learns")
     seed: int = Field(0, description="of the head's first weights")
 
 
@@ -179,11 +166,8 @@ class SequenceMatchSettings(BaseObjectiveSettings):
     )
     alpha: float = Field(0.03, gt=0.0, description="weight of the penalty, a squared soft-Bellman residual")
     gamma: float = Field(0.998, gt=0.0, lt=1.0, description="discount per action")
-    mixture_coefficient: float | None = Field(
-        None,
-        gt=0.0,
-        description="weight of E_model[(alpha r)^2]; null = 1/(4 alpha), the balanced mixture; 1 = the paper read "
-        "literally",
+    mixture_coefficient: PositiveFloat | None = Field(
+        None, description="weight of E_model[(alpha r)^2]; null = 1/(4 alpha), balanced; 1 = the paper read literally"
     )
     domain_policy: Literal["project", "stop"] | None = Field(
         None,
@@ -191,10 +175,7 @@ class SequenceMatchSettings(BaseObjectiveSettings):
         "ends training; null = project",
     )
     domain_margin: float | None = Field(
-        None,
-        gt=0.0,
-        lt=0.5,
-        description="the domain of kl, js or hellinger counts as left this far above its end; null = 0.1",
+        None, gt=0.0, lt=0.5, description="the domain counts as left this far above its end; null = 0.1"
     )
     beta_start: float = Field(1.0, ge=0.0, le=1.0, description="weight of behaviour cloning at step 0")
     beta_end: float = Field(0.2, ge=0.0, le=1.0, description="weight of behaviour cloning from beta_steps on")
@@ -210,27 +191,18 @@ class SequenceMatchSettings(BaseObjectiveSettings):
     def _refuse_total_variation(cls, divergence: object) -> object:
         if divergence == "tv":
             raise ValueError(
-                "divergence=tv is not offered: total variation bounds |alpha r| by 1/2 on data and on model samples; "
-                "while that bound is inactive its loss is exactly maximum likelihood (choose divergence=mle), and "
-                "clipping alpha r on the data alone makes training collapse. For another bounded divergence choose "
-                "hellinger or js"
+                "divergence=tv is not offered: while its bound on |alpha r| is inactive the loss is exactly maximum "
+                "likelihood (choose divergence=mle), and clipping alpha r on the data alone makes training collapse. "
+                "For another bounded divergence choose hellinger or js"
             )
         return divergence
 
     @model_validator(mode="after")
     def _check(self) -> SequenceMatchSettings:
-        if self.mixture_coefficient is not None and self.divergence != "chi2_mixture":
-            raise ValueError(
-                f"mixture_coefficient has no effect with divergence={self.divergence}; leave it out or "
-                "choose divergence=chi2_mixture"
-            )
+        if self.divergence != "chi2_mixture":
+            self._refuse_without_effect(f"divergence={self.divergence}", "mixture_coefficient")
         if self.divergence not in DIVERGENCES_WITH_DOMAIN:
-            for name in ("domain_policy", "domain_margin"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} has no effect with divergence={self.divergence}, which is defined for every number; "
-                        f"leave it out or choose one of {', '.join(DIVERGENCES_WITH_DOMAIN)}"
-                    )
+            self._refuse_without_effect(f"divergence={self.divergence}", "domain_policy", "domain_margin")
         if self.divergence == "mle" and self.estimator == "uniform":
             raise ValueError(
                 "divergence=mle has no penalty that bounds V, and the value terms of estimator=uniform do not "
@@ -277,9 +249,7 @@ class TargetSettings(ScoreFunctionSettings):
     needs_base_model: ClassVar[bool] = True
     constraints: tuple[ConstraintSettings, ...] = Field(min_length=1)
     fit_samples: PositiveInt = Field(
-        1024,
-        description="distinct rollouts on which the weights of constraints with a target are fitted; until they are "
-        "there, nothing moves",
+        1024, description="distinct rollouts on which the weights of constraints with a target are fitted first"
     )
 
     @model_validator(mode="after")

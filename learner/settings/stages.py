@@ -32,8 +32,8 @@ class OptimizerSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerSettings:
-        if self.final_fraction is not None and self.schedule != "cosine":
-            raise ValueError("final_fraction has no effect with schedule=constant; leave it out")
+        if self.schedule != "cosine":
+            self._refuse_without_effect(f"schedule={self.schedule}", "final_fraction")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must lie in [0, 1)")
         return self
@@ -54,9 +54,7 @@ class StageSettings(Settings):
     publish_every_steps: PositiveInt = Field(
         10, description="weights are pushed to the actors each time this many steps are done (with rollouts)"
     )
-    num_threads: PositiveInt = Field(
-        1, description="CPU threads of the learner; more than one only where the actors idle"
-    )
+    num_threads: PositiveInt = Field(1, description="CPU threads of the learner; more only where the actors idle")
 
 
 class WatchSettings(Settings):
@@ -66,16 +64,14 @@ class WatchSettings(Settings):
         0.35,
         gt=0.0,
         lt=0.5,
-        description="share of backspaces among the rollouts' actions; more than 0.5 there cannot be, since each takes "
-        "back what was typed before. A policy beyond the bound types and deletes without end",
+        description="share of backspaces among the rollouts' actions, at most 0.5. A policy beyond the bound types and "
+        "deletes without end",
     )
-    max_log_prob_mismatch: float = Field(
+    max_log_prob_mismatch: PositiveFloat = Field(
         2.0,
-        gt=0.0,
         description="mean difference, in nats, between the log-probabilities stored with actions of the newest weights "
-        "and the learner's own. The learner's steps since it published them make up to 3 of it (10 steps at learning "
-        "rate 2e-3), until rollouts of new weights arrive; it is an alarm where it stays beyond the bound for two "
-        "intervals of publish_every_steps: weights do not arrive, or an engine computes something else",
+        "and the learner's own; an alarm where it stays beyond the bound for two intervals of publish_every_steps, so "
+        "that weights do not arrive or an engine computes something else",
     )
     max_unsatisfied_share: float = Field(
         0.99,
@@ -133,13 +129,9 @@ class LearnerSettings(Settings):
         description="folder or fsspec URL (s3://BUCKET/PATH, ...) below which checkpoints are kept, in a folder that "
         "RUN/run_id names; null = in the run folder",
     )
-    checkpoint_timeout_s: float = Field(
-        600.0, gt=0.0, description="longest wait for a checkpoint to be written before the run is ended"
-    )
-    data_timeout_s: float = Field(300.0, gt=0.0, description="longest wait for rollouts before the run is ended")
-    health_timeout_s: float = Field(
-        300.0, gt=0.0, description="silence of the learner's process after which the run is ended"
-    )
+    checkpoint_timeout_s: PositiveFloat = Field(600.0, description="longest wait for a checkpoint to be written")
+    data_timeout_s: PositiveFloat = Field(300.0, description="longest wait for rollouts before the run is ended")
+    health_timeout_s: PositiveFloat = Field(300.0, description="silence of the learner after which the run is ended")
     watch: WatchSettings = WatchSettings()
 
     @property
@@ -150,8 +142,8 @@ class LearnerSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> LearnerSettings:
-        if self.rank_timeout_s is not None and self.num_ranks == 1:
-            raise ValueError("rank_timeout_s has no effect with num_ranks=1; leave it out")
+        if self.num_ranks == 1:
+            self._refuse_without_effect("num_ranks=1", "rank_timeout_s")
         if self.num_ranks > 1 and self.num_gpus % 1.0:
             raise ValueError(f"num_gpus={self.num_gpus}: several ranks cannot share a GPU; give each a whole one")
         return self

@@ -5,11 +5,8 @@ other actions only; so it does everywhere in a log whose sampler never offered b
 no actions anywhere. `log_prob = q - v` then is the log-probability under the policy that acted.
 
 A tensor of tokens x vocabulary is never held: logits are made in chunks, folded into a running log-sum-exp, and but for
-the first few made again in the backward pass.
-
-All that a loss is made of comes from one function of states and output embedding, Q, V and sums over the vocabulary
-alike. So its gradient is put together at the logits, in float32, and rounded once where these are of half precision:
-parts that nearly cancel, as those of a probability near 1 do, are not rounded before they are added.
+the first few made again in the backward pass. Q, V and sums over the vocabulary come from one function of states and
+output embedding, so parts of the gradient that nearly cancel are added at the logits in float32, before any rounding.
 """
 
 from __future__ import annotations

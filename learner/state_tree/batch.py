@@ -148,6 +148,15 @@ class TreeBatch:
         node = torch.arange(self.num_padded_nodes, device=self.nodes.token_ids.device)
         return (node <= node[:, None]) & (self.nodes.subtree_end > node[:, None])
 
+    def answer_nodes(self) -> tuple[Tensor, Tensor]:
+        """[K] nodes of answers, ascending, and [K] an action that wrote each: all that did acted on the same text."""
+        before, after = self.nodes.states[self.actions.state], self.nodes.states[self.actions.next_state]
+        wrote = (self.nodes.positions[after] > self.nodes.positions[before]).nonzero().flatten()
+        writer = torch.full_like(self.nodes.token_ids, self.num_actions)
+        writer.scatter_reduce_(0, after[wrote], wrote, "amin")
+        nodes = (writer < self.num_actions).nonzero().flatten()
+        return nodes, writer[nodes]
+
     def to(self, device: torch.device | str) -> TreeBatch:
         """The same batch with its tensors on `device`."""
         parts = self.nodes.to(device), self.actions.to(device), self.trajectories.to(device)
