@@ -40,7 +40,7 @@ from learner.metrics.log import MetricsLog
 from learner.metrics.trackers import Int64, check_trackers
 from learner.metrics.watch import Watch, mismatch_steps
 from learner.model.activation_checkpointing import checkpoint_activations
-from learner.model.policy import load_policy
+from learner.model.policy import Policy, load_policy
 from learner.objectives.base import OutsideDomainError
 from learner.objectives.registry import make_objective
 from learner.publication.publisher import WeightPublisher, make_probe
@@ -70,7 +70,6 @@ class LearnerWorker:
         self._policy: TreePolicy
         self._task: Task
         self._contract: TokenContract
-        self._probe: tuple[int, ...] = ()
         self._buffer: BufferClient | None = None
         self._publisher: WeightPublisher | None = None
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -127,9 +126,7 @@ class LearnerWorker:
         self._status = replace(self._status, notes=policy.notes)
         if self._spec.settings.activation_checkpointing:
             checkpoint_activations(policy.model)
-        self._policy = TreePolicy(policy.model, policy.backspace_id, self._contract.ids_without_token)
-        shard(self._policy, self._ranks)  # before it goes to the device, which need not hold all of it
-        self._policy.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._policy = self._placed(policy)
         self._is_row_new = policy.is_row_new
         self._trees = TreeSettings(
             backspace_id=self._contract.backspace_id,
@@ -139,15 +136,10 @@ class LearnerWorker:
             offers_backspace=self._spec.offers_backspace,
             other_eos_ids=self._contract.other_eos_ids,
         )
-        self._probe = make_probe(self._contract, self._spec.seed)
         if not self._ranks.leads:
             return None
-        return PreparedRun(
-            config_json=policy.model.config.to_json_string(use_diff=False),
-            contract=self._contract,
-            task=self._task,
-            max_length=max_length,
-        )
+        config_json = policy.model.config.to_json_string(use_diff=False)
+        return PreparedRun(config_json, self._contract, self._task, max_length)
 
     def connect(self, shards: Sequence[Shard], pool: ActorHandle, first_version: int) -> None:
         """Publish the initial weights to `pool`, so that every actor proves its engine early.
@@ -156,15 +148,15 @@ class LearnerWorker:
         """
         if self._ranks.leads:
             self._buffer = BufferClient(shards)
-        self._publisher = WeightPublisher(pool, self._probe, first_version, self._spec.settings.publish, self._ranks)
+        probe = make_probe(self._contract, self._spec.seed)
+        self._publisher = WeightPublisher(pool, probe, first_version, self._spec.settings.publish, self._ranks)
         self._publish()
 
     def run_stage(self, stage: StageSettings, introduces_backspace: bool = False) -> StageResult | None:
-        """Train one stage to its end, or until a stop is requested; goes on from its newest checkpoint.
+        """Train one stage to its end, or until a stop is requested; goes on from its newest checkpoint. Gives None at
+        ranks other than 0.
 
         introduces_backspace: it is the first that shows any, so that a new row for it is fitted to them before.
-
-        Gives None at ranks other than 0.
 
         Raises:
             TimeoutError: no rollouts came in time, or a checkpoint was not written in time. CheckpointWriteError: it
@@ -294,14 +286,8 @@ class LearnerWorker:
         if not self._ranks.leads:
             return None
         assert self._buffer is not None, "connect() comes before a stage that needs the buffer"
-        return BufferSource(
-            self._buffer,
-            stage.name,
-            source,
-            self._spec.settings.data_timeout_s,
-            self._newest_version,
-            self._stop.is_set,
-        )
+        timeout_s = self._spec.settings.data_timeout_s
+        return BufferSource(self._buffer, stage.name, source, timeout_s, self._newest_version, self._stop.is_set)
 
     def _priority_report(self, rollouts: BufferSource | None) -> Callable[[Float32], None] | None:
         """Takes the priorities of a step, if the buffer draws by them; drops them at ranks other than 0."""
@@ -329,7 +315,7 @@ class LearnerWorker:
     def _restore(
         self, stage: StageSettings, store: CheckpointStore, trainer: Trainer, stream: ExpertStream | None
     ) -> Progress | None:
-        """Weights of the stage's own newest checkpoint (then its progress), or else of the stage it starts from."""
+        """Load the stage's newest checkpoint and give its progress, or else the weights of the stage it starts from."""
         if store.steps():
             folder = self._newest_checkpoint(store)
             load_weights(self._policy.model, folder)
@@ -356,9 +342,13 @@ class LearnerWorker:
         if stage.start_from is not None:
             load_weights(made.model, self._newest_checkpoint(self._checkpoints(stage.start_from)))
         made.model.requires_grad_(False)
-        policy = TreePolicy(made.model, made.backspace_id, self._contract.ids_without_token)
+        return self._placed(made)
+
+    def _placed(self, loaded: Policy) -> TreePolicy:
+        """On the device, and shared among the ranks before: the device need not hold all of it."""
+        policy = TreePolicy(loaded.model, loaded.backspace_id, self._contract.ids_without_token)
         shard(policy, self._ranks)
-        policy.to(self._policy.device)
+        policy.to("cuda" if torch.cuda.is_available() else "cpu")
         return policy
 
     def _checkpoints(self, stage: str) -> CheckpointStore:

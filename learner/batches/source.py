@@ -75,8 +75,7 @@ class BufferSource:
         """Wait for `count` trajectories.
 
         Raises:
-            TimeoutError: the buffer could not give them in time; its message says what it holds, or which shard is
-                silent.
+            TimeoutError: the buffer could not give them in time; says what it holds, or which shard is silent.
             StopRequestedError: the run is to stop. BufferLostError: a shard died and did not come back.
         """
         key = DrawKey(self._stage, self._step, self._source)

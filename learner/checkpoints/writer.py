@@ -25,9 +25,7 @@ class CheckpointWriter:
     def __init__(
         self, store: CheckpointStore, settings: LearnerSettings, on_durable: Callable[[Progress], None]
     ) -> None:
-        """on_durable: called by `poll`, `submit` or `wait`, in the thread that calls them, once for each finished
-        write.
-        """
+        """on_durable: called in the thread of `poll`, `submit` or `wait`, once for each finished write."""
         self._store = store
         self._settings = settings
         self._on_durable = on_durable
@@ -107,9 +105,9 @@ class MetricMeans:
     def add(self, metrics: Mapping[str, float]) -> None:
         """One step. ValueError: it lacks the metric that is needed."""
         if self._needed is not None and self._needed not in metrics:
+            names = ", ".join(sorted(metrics))
             raise ValueError(
-                f"learner.checkpoint_best_metric={self._needed} is no metric of this stage; it has: "
-                f"{', '.join(sorted(metrics))}"
+                f"learner.checkpoint_best_metric={self._needed} is no metric of this stage; it has: {names}"
             )
         self._steps += 1
         for name, value in metrics.items():

@@ -35,11 +35,8 @@ PACKAGE_PREFIX = "package:"
 
 @dataclass(frozen=True)
 class Policy:
-    """A model that can take tokens back, its tokenizer, and the two ids that end and undo.
-
-    is_row_new: the model was trained, but never with this backspace: its row says nothing yet.
-    notes: sentences for the user about what was changed in the model's configs. other_eos_ids: ids that end a text too.
-    """
+    """is_row_new: the model was trained, but never with this backspace: its row says nothing yet. notes: sentences for
+    the user about what was changed in the model's configs. other_eos_ids: ids that end a text too."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -222,9 +219,8 @@ def _make_model(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config: LlamaConfig | GPT2Config
     if settings.architecture == "llama":
-        config = LlamaConfig(
+        config: LlamaConfig | GPT2Config = LlamaConfig(
             hidden_size=settings.hidden_size,
             intermediate_size=settings.intermediate_size,
             num_hidden_layers=settings.num_layers,

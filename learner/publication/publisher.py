@@ -42,11 +42,8 @@ class WeightPublisher:
         mode: PublishMode = "full",
         ranks: Ranks | None = None,
     ) -> None:
-        """Args:
-        probe_token_ids: [P] fixed sequence whose log-probabilities every engine must reproduce.
-        first_version: version of the next publication (beyond 0 when a run resumes).
-        mode: `full`: every tensor each time. `adapter`: frozen tensors once, then only those that training changes.
-        """
+        """probe_token_ids: [P] fixed sequence whose log-probabilities every engine must reproduce. first_version: that
+        of the next publication (beyond 0 when a run resumes). mode: see `learner.publish`."""
         self._pool = pool
         self._probe_token_ids = probe_token_ids
         self._next_version = first_version

@@ -91,13 +91,9 @@ class Ranks:
 
     @contextmanager
     def exchange(self, what: str) -> Iterator[None]:
-        """Around collectives: an error of the process group becomes one that says whose and during what.
+        """Around collectives: with several ranks, RankLostError instead of an error of the process group.
 
-        NCCL's errors have a type. gloo's are plain RuntimeErrors, as are some of torch's own; one of those at this rank
-        is told in the same way, since no other rank can know better.
-
-        Raises:
-            RankLostError: instead of such an error, where there are several ranks.
+        NCCL's errors have a type. gloo's are plain RuntimeErrors, as are some of torch's own.
         """
         try:
             yield
