@@ -30,11 +30,6 @@ def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch
     )
 
 
-def learning_rate_at(step: int, settings: OptimizerSettings, steps: int) -> float:
-    """Learning rate of `step` (from 0) of `steps`."""
-    return settings.learning_rate * learning_rate_factor(step, settings, steps)
-
-
 def learning_rate_factor(step: int, settings: OptimizerSettings, steps: int) -> float:
     """Share of the peak learning rate at `step` (from 0) of `steps`: linear warm-up, then constant or a cosine down to
     `final_fraction` of the peak at the last step.

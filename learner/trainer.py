@@ -24,7 +24,7 @@ from learner.batches.source import BatchSource, Float32, priorities_of_draw
 from learner.checkpoints.checkpoint import TrainingState
 from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics, is_finite
-from learner.optimizer import learning_rate_at, make_optimizer
+from learner.optimizer import learning_rate_factor, make_optimizer
 from learner.ranks.group import Ranks
 from learner.ranks.sharding import (
     OptimizerState,
@@ -257,4 +257,5 @@ class Trainer:
 
     def _learning_rate(self) -> float:
         """Of the next step."""
-        return learning_rate_at(self.step, self._stage.optimizer, self._stage.steps)
+        optimizer = self._stage.optimizer
+        return optimizer.learning_rate * learning_rate_factor(self.step, optimizer, self._stage.steps)

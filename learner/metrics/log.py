@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from learner.metrics.trackers import Int64, TrackerName, make_trackers
+from learner.metrics.trackers import Int64, OnlineTracker, TensorBoardTracker, Tracker, TrackerName, check_trackers
 
 
 class MetricsLog:
@@ -21,7 +21,11 @@ class MetricsLog:
 
     def __init__(self, run_folder: Path, trackers: Sequence[TrackerName] = ("tensorboard",)) -> None:
         """Raises as `check_trackers`."""
-        self._trackers = make_trackers(trackers, run_folder)
+        check_trackers(trackers)
+        self._trackers: list[Tracker] = [
+            TensorBoardTracker(run_folder) if name == "tensorboard" else OnlineTracker(name, run_folder)
+            for name in trackers
+        ]
         self._path = run_folder / "metrics.jsonl"
         _drop_unfinished_line(self._path)
         self._file = self._path.open("ab", buffering=0)  # so nothing is left to be written by `close`

@@ -37,14 +37,6 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
             )
 
 
-def make_trackers(names: Sequence[TrackerName], run_folder: Path) -> list[Tracker]:
-    """The trackers of a run, which is called as its folder; raises as `check_trackers`."""
-    check_trackers(names)
-    return [
-        TensorBoardTracker(run_folder) if name == "tensorboard" else OnlineTracker(name, run_folder) for name in names
-    ]
-
-
 class TensorBoardTracker:
     """Event files in `tensorboard/` of the run folder; the stage is the first part of a scalar's name."""
 

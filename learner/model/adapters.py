@@ -37,6 +37,7 @@ def add_adapters(
         ValueError: `target_modules` names no layer of the model, or one that has no plain matrix.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
     model.requires_grad_(False)
     if settings.train_unembedding:
@@ -49,7 +50,7 @@ def add_adapters(
         target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else list(targets),
         base_model_name_or_path=base_name,
         revision=revision,
-        fan_in_fan_out=_stores_transposed(model),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),  # GPT-2 keeps [in, out]
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
@@ -125,10 +126,3 @@ def trained_unembedding(model: PreTrainedModel) -> str | None:
         return None
     name: str = next(name for name, module in model.named_modules() if module is head)
     return name
-
-
-def _stores_transposed(model: PreTrainedModel) -> bool:
-    """Whether the model's layers keep their weight as [in, out], as GPT-2 does."""
-    from transformers.pytorch_utils import Conv1D
-
-    return any(isinstance(layer, Conv1D) for layer in model.modules())

@@ -133,7 +133,13 @@ def _load_pretrained(settings: PretrainedModelSettings, dtype: torch.dtype) -> P
         "trust_remote_code": False,  # said wherever we load: left out, transformers asks at a terminal
     }
     if source.gguf_file is None:
-        _check_no_pickle(Path(source.name))
+        folder = Path(source.name)
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        if pickles and not any(folder.glob("*.safetensors")):  # transformers would say that it lacks another file
+            raise ValueError(
+                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read: save the "
+                "model as safetensors where you trust it, e.g. with transformers' save_pretrained"
+            )
         arguments["use_safetensors"] = True  # of a name on the hub, too
     else:
         # Dequantised on load: a quantised model can neither be trained nor saved in the usual format.
@@ -143,16 +149,6 @@ def _load_pretrained(settings: PretrainedModelSettings, dtype: torch.dtype) -> P
         model.config.quantization_config = None
         del model.config.quantization_config
     return model
-
-
-def _check_no_pickle(folder: Path) -> None:
-    """Name the file, before transformers says that it lacks another one."""
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    if pickles and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read: save the "
-            "model as safetensors where you trust it, e.g. with transformers' save_pretrained"
-        )
 
 
 def load_tokenizer(settings: PretrainedModelSettings) -> PreTrainedTokenizerBase:

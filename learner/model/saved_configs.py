@@ -7,7 +7,6 @@ tokenizer, which may not be among them. transformers also loads configs that it 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -66,8 +65,9 @@ def mend_configs(model: PreTrainedModel, contract: TokenContract) -> tuple[str, 
     generation.suppress_tokens = sorted(never.union(generation.suppress_tokens or ()))
     model.generation_config, left_out = _savable(generation)
     if left_out:
+        words = ", ".join(f"{name}={value!r}" for name, value in left_out.items())
         notes += (
-            f"checkpoints and exports leave {_words(left_out)} out of generation_config.json: transformers refuses to "
+            f"checkpoints and exports leave {words} out of generation_config.json: transformers refuses to "
             "save that beside the other values there",
         )
     return notes
@@ -93,10 +93,6 @@ def _savable(config: GenerationConfig) -> tuple[GenerationConfig, dict[str, obje
                 kept, progress = trial, True
                 pending.remove(name)
     return kept, {name: getattr(config, name) for name in pending}
-
-
-def _words(fields: Mapping[str, object]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in fields.items())
 
 
 def _can_be_saved(config: GenerationConfig) -> bool:

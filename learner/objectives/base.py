@@ -10,7 +10,7 @@ sequence is not a proper scoring rule, and with global counts the gradients of m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -159,8 +159,8 @@ def combine_metrics(shares: Iterable[Mapping[str, Tensor]]) -> Metrics:
 
 def is_finite(logs: EvaluatedLogs, loss: Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]) -> bool:
     """Whether `loss` and its gradient by the values are; the values may come from an evaluation without gradient."""
-    given = {each.name: getattr(logs.values, each.name) for each in fields(ActionValues)}
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in given.items() if value is not None}
+    given = {name: value for name, value in vars(logs.values).items() if value is not None}
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in given.items()}
     share, _ = loss(replace(logs, values=ActionValues(**leaves)))
     share.backward()
     gradients = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]

@@ -112,10 +112,14 @@ def _joint_fit(features: Tensor, log_weight: Tensor, goal: Tensor) -> Tensor | N
 def _fit_over_prompts(
     weight: Tensor, features: Tensor, log_weight: Tensor, context: Tensor, goal: Tensor
 ) -> Tensor | None:
-    """[F] lambda that gives the mean over prompts, from the joint one; None where it is not found."""
+    """[F] lambda that gives the mean over prompts, as often as the samples have each, from the joint one; None where it
+    is not found."""
 
     def gap(weight: Tensor) -> Tensor:
-        return goal - _mean_over_prompts(weight, features, log_weight, context)
+        log_ratio = log_weight + features @ weight
+        ratio = (log_ratio - log_ratio.detach().max()).exp()
+        counts = ratio * prompt_weights(*PartitionFunction().leave_one_out(context, ratio))
+        return goal - counts @ features / counts.sum()
 
     def look(weight: Tensor) -> tuple[Tensor, Tensor]:
         found = gap(weight)
@@ -127,11 +131,8 @@ def _fit_over_prompts(
 def _newton(
     weight: Tensor, look: Callable[[Tensor], tuple[Tensor, Tensor]], slope: Callable[[Tensor], Tensor]
 ) -> Tensor | None:
-    """[F] where the gap is nearly 0; None where it is not found.
-
-    Args:
-        look: what has to fall, and the gap [F]. slope: [F, F] by how much the gap falls.
-    """
+    """[F] where the gap is nearly 0; None where it is not found. look: what has to fall, and the gap [F]. slope: [F, F]
+    by how much the gap falls."""
     for _ in range(MAX_ITERATIONS):
         value, gap = look(weight)
         if float(gap.abs().max()) < TOLERANCE:
@@ -142,11 +143,3 @@ def _newton(
             step = step / 2
         weight = weight + step
     return None
-
-
-def _mean_over_prompts(weight: Tensor, features: Tensor, log_weight: Tensor, context: Tensor) -> Tensor:
-    """[F] mean of E_{p_c}[phi] over the prompts c, as often as the samples have each."""
-    log_ratio = log_weight + features @ weight
-    ratio = (log_ratio - log_ratio.detach().max()).exp()
-    counts = ratio * prompt_weights(*PartitionFunction().leave_one_out(context, ratio))
-    return counts @ features / counts.sum()

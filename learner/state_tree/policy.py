@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import fields
 from types import MappingProxyType
 
 import numpy as np
@@ -79,7 +78,7 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
                 measurement=measurement,
                 summation=summation,
             )
-        return tuple(getattr(values, field.name) for field in fields(values))
+        return tuple(vars(values).values())
 
     def sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """See the function, for the weights as they are published; with several ranks, all call this together."""

@@ -33,15 +33,12 @@ class VocabularySum(Protocol):
     @property
     def ids(self) -> Tensor | None:
         """[U] ascending ids that have terms; None = all that have a token."""
-        ...
 
     def terms(self, q: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
         """[K, a] sums over `ids` [w] alone. q: [a, w]. actions: [a] indexes of actions of the tree."""
-        ...
 
     def gradient(self, q: Tensor, sums: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
         """[a, w] derivative of the first sum by the logits of `ids`, that through V included. sums: [K, a] over all."""
-        ...
 
 
 Summation = Callable[[TreeBatch, Tensor], VocabularySum]

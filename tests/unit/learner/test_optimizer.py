@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.optimizer import DEFAULT_FINAL_FRACTION, learning_rate_at, learning_rate_factor, make_optimizer
+from learner.optimizer import DEFAULT_FINAL_FRACTION, learning_rate_factor, make_optimizer
 from learner.settings.stages import OptimizerSettings
 from tests.tiny_models import tiny_model
 
@@ -46,11 +46,6 @@ def test_constant_after_warmup():
 )
 def test_short_stages(steps, warmup, expected):
     assert factors(steps, warmup_steps=warmup)[:steps] == pytest.approx(expected)
-
-
-def test_the_learning_rate_is_a_share_of_the_peak():
-    settings = OptimizerSettings(learning_rate=0.1, warmup_steps=2)
-    assert [learning_rate_at(step, settings, 5) for step in range(5)] == pytest.approx([0.05, 0.1, 0.1, 0.0525, 0.005])
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("gpt2", True)])
