@@ -39,8 +39,7 @@ from learner.metrics.behaviour import distribution_metrics
 from learner.metrics.log import MetricsLog
 from learner.metrics.trackers import Int64, check_trackers
 from learner.metrics.watch import Watch, mismatch_steps
-from learner.model.activation_checkpointing import checkpoint_activations
-from learner.model.policy import Policy, load_policy
+from learner.model.policy import Policy, checkpoint_activations, load_policy
 from learner.objectives.base import OutsideDomainError
 from learner.objectives.registry import make_objective
 from learner.publication.publisher import WeightPublisher, make_probe

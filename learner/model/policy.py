@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,6 +30,7 @@ from learner.model.quantization import quantise_linear_layers
 from learner.model.saved_configs import align_eos, mend_configs
 from learner.model.support import check_supported
 from learner.precision import hold_trained_parameters
+from learner.ranks.sharding import decoder_layers
 from learner.settings.model import Dtype, PretrainedModelSettings, ScratchModelSettings
 
 PACKAGE_PREFIX = "package:"
@@ -260,3 +263,12 @@ def locate_model(settings: PretrainedModelSettings) -> ModelSource:
         found = sorted(str(other.relative_to(path.parent)) for other in path.parent.glob("*.gguf"))
         raise ValueError(f"model {settings.name!r}: no such GGUF file in package {package!r}; it holds {found}")
     return ModelSource(str(path.parent), path.name, None)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep the inputs of the decoder layers only, and run each layer again in the backward pass; in place, before the
+    model is shared among ranks. Names of parameters stay, and gradients are the same bit for bit."""
+    # The library's own checkpointing works in training mode only, and the policy is trained in evaluation mode.
+    for layer in decoder_layers(model):
+        # No random numbers are drawn in evaluation mode, so their state needs no restoring.
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

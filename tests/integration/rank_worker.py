@@ -27,9 +27,9 @@ from buffer.weights.format import WeightManifest, fingerprint, pack_tensors, unp
 from learner.batches.demonstrations import Demonstrations
 from learner.batches.micro_batches import build_micro_batches
 from learner.batches.source import Float32, SharedBatchSource, StopRequestedError
-from learner.model.activation_checkpointing import checkpoint_activations
 from learner.model.adapters import add_adapters
 from learner.model.backspace_row import fit_backspace_row
+from learner.model.policy import checkpoint_activations
 from learner.objectives.registry import make_objective
 from learner.precision import hold_trained_parameters
 from learner.publication.tensors import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
