@@ -1,9 +1,8 @@
 """The two number formats of a model in training.
 
 It computes in `model.dtype`, which its config keeps, and is published and saved in it. `learner.param_dtype` is the
-format of its trained parameters and, with them, of the optimizer's moments. bfloat16 has eight bits: the steps of a
-usual learning rate are less than half of the last one, so a weight in bfloat16 mostly stays as it is. Float32 keeps
-them, and each forward pass rounds.
+format of its trained parameters and of the optimizer's moments: most steps of a usual learning rate are too small to
+change a weight in bfloat16.
 """
 
 from __future__ import annotations

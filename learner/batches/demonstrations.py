@@ -38,18 +38,21 @@ _SEED_OFFSET = 1  # from the seed of a stage's own stream, whose examples are no
 
 @dataclass(frozen=True)
 class TaughtRow:
-    """num_logs: demonstrations that the row was fitted to. nats: of a choice for or against backspace in NUM_UNSEEN
-    others, with the row as it is now; nan where there is none.
-    """
+    """num_logs: demonstrations that the row was fitted to. The rest: `BackspaceEvidence.odds` on NUM_UNSEEN others."""
 
     num_logs: int
+    after_mistake: float
+    after_right: float
     nats: float
 
     def __str__(self) -> str:
-        judged = f"it costs {self.nats:.2f} nats per action for backspace or not"
+        after = {"after a mistake": self.after_mistake, "after a right token": self.after_right}
+        # Targets of one token have no right token that could be taken back, and few demonstrations maybe no mistake.
+        found = [f"{value:.2f} {where}" for where, value in after.items() if not math.isnan(value)]
+        judged = f"its probability is {' and '.join(found)}, {self.nats:.2f} nats per action for backspace or not"
         return (
             f"the model has never seen backspace: its row is fitted to {self.num_logs} demonstrations; on {NUM_UNSEEN} "
-            f"others {'backspace could never be taken' if math.isnan(self.nats) else judged}"
+            f"others {judged if found else 'backspace could never be taken'}"
         )
 
 
@@ -122,4 +125,4 @@ def teach_backspace_row(
         return None
     row = fit_backspace_row(policy, build_micro_batches(pa.concat_batches(batches), settings))
     unseen = gather_evidence(policy, build_micro_batches(demonstrations.draw(NUM_UNSEEN), settings))
-    return TaughtRow(len(batches) * _LOGS_PER_DRAW, unseen.nats(row))
+    return TaughtRow(len(batches) * _LOGS_PER_DRAW, *unseen.odds(row))

@@ -24,9 +24,8 @@ def count_logs(batch: pa.RecordBatch) -> LogCounts:
 def share_of_rank(batch: pa.RecordBatch, rank: int, size: int, backspace_id: int) -> pa.RecordBatch:
     """The rows of `batch` that `rank` of `size` evaluates, in their order; each row goes to exactly one rank.
 
-    Logs of one prompt stay together, since they share its nodes. Groups are dealt out from the largest to the
-    smallest, each to the rank that has the fewest nodes so far (longest processing time first: at worst 4/3 of the
-    best balance). Shares may be empty.
+    Logs of one prompt stay together, since they share its nodes. The largest group goes first, each to the rank that
+    has the fewest nodes so far (at worst 4/3 of the best balance). Shares may be empty.
     """
     if size == 1:
         return batch

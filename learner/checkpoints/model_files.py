@@ -124,8 +124,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     to be the one that the checkpoint was trained on.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor of the model, holds one that the model does not have or has in another
-            shape, or holds two different tensors that the model ties; or its adapters belong to another base model.
+        ValueError: the tensors of the checkpoint are not those of the model, or its adapters belong to another base.
     """
     if is_adapted(model):
         _load_adapters(model, checkpoint)

@@ -64,11 +64,8 @@ def remove_superseded(store: CheckpointStore, keep: int, best_metric: str | None
 
 
 class LocalCheckpoints:
-    """Checkpoints in a folder, `step-<n>` each; see `CheckpointStore`.
-
-    A folder without `.tmp` in its name is complete: folders are filled and emptied under a `.tmp` name only. Where a
-    step is written again, what it replaces stays as `step-<n>.replaced` until the new one is in place.
-    """
+    """Checkpoints in a folder, `step-<n>` each. Folders are filled and emptied under a `.tmp` name only. Where a step
+    is written again, what it replaces stays as `step-<n>.replaced` until the new one is in place."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,8 +1,7 @@
 """Rollouts as the policy that acted saw them, against what the learner says of them now.
 
-For actions of the newest weights the difference of log-probabilities has two parts: what the engine computes otherwise
-than the learner (number format, kernels, weights that did not arrive), and the steps that the learner took since it
-published them. For older ones it is mostly the distance that the policy went.
+For actions of the newest weights the difference of log-probabilities is what the engine computes otherwise than the
+learner, and the steps that the learner took since. For older ones it is mostly the distance that the policy went.
 """
 
 from __future__ import annotations

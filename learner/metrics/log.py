@@ -13,7 +13,7 @@ from learner.metrics.trackers import Int64, OnlineTracker, TensorBoardTracker, T
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` (flushed every line, so that a killed run keeps its curve) and to the trackers.
+    """Appends to `metrics.jsonl` (every line at once, so that a killed run keeps its curve) and to the trackers.
 
     Numbers that are not finite are null in the file, since JSON has none. A run that resumes writes the steps after
     its checkpoint again: of two lines of one stage and step the later one counts.

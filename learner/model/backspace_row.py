@@ -59,9 +59,11 @@ class BackspaceEvidence:
         logit = self.logit(row)
         return torch.nn.functional.softplus(logit).sum() - self.taken @ logit
 
-    def nats(self, row: Tensor) -> float:
-        """Of one choice; nan where there is none."""
-        return float(self.misfit(row) / len(self.taken))
+    def odds(self, row: Tensor) -> tuple[float, float, float]:
+        """Mean probability of backspace where it is shown, and where it could be taken and is not; nats of one choice
+        for or against it. nan where there is no such state."""
+        share, shown = torch.sigmoid(self.logit(row)), self.taken.bool()
+        return float(share[shown].mean()), float(share[~shown].mean()), float(self.misfit(row) / len(self.taken))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -20,10 +20,8 @@ def align_eos(
     """Make config and generation config of `model` (in place) name the `<eos>` ids that end a text in training.
 
     The tokenizer's `<eos>` is the first. Where a config lists several, as those of chat models do, each of them ends a
-    text; a single other one is of another tokenizer and goes.
-
-    Returns:
-        The ids beside the tokenizer's, ascending; and a sentence for the user where a config named something else.
+    text; a single other one is of another tokenizer and goes. Gives the ids beside the tokenizer's, ascending, and a
+    sentence for the user where a config named something else.
     """
     eos_id = int(tokenizer.eos_token_id)
     text_config, generation = model.config.get_text_config(), model.generation_config

@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 def publication_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter and persistent buffer; of tied ones only the first.
 
-    The names are those of the base model's `state_dict`. A tensor that is not adapted, quantised, sharded or rounded is
-    the model's own memory: copy it before the next optimizer step.
-
-    A sharded model (FSDP2) is gathered tensor by tensor, so all its ranks must iterate to the end, in step.
+    Names are those of the base model's `state_dict`. A tensor may be the model's own memory: copy it before the next
+    optimizer step. All ranks of a sharded model must iterate to the end, in step.
     """
     with torch.no_grad():
         for source in _sources(model):
@@ -61,10 +59,7 @@ def frozen_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def trained_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of what training changes: A and B of each adapter, and other trained tensors. All ranks iterate.
-
-    Whoever has these and the `frozen_tensors` merges them as `low_rank_updates` says.
-    """
+    """(name, tensor) of what training changes: A and B of each adapter, other trained tensors. All ranks iterate."""
     with torch.no_grad():
         for source in _sources(model):
             if source.adapter is not None:

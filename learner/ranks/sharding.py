@@ -1,10 +1,7 @@
 """Sharing the weights, gradients and optimizer state among the ranks (FSDP2): each holds its part of every tensor.
 
-A decoder layer is gathered when it runs and let go after; what lies outside the layers (embeddings, also where they are
-tied, and the last norm) belongs to the root and stays gathered from the forward to the end of the backward pass.
-
-Losses are normalised by global counts, so gradients are *summed* over the ranks, in float32. Nothing here does anything
-to a policy that is not sharded.
+What lies outside the decoder layers belongs to the root and stays gathered from the forward to the end of the backward
+pass. Losses are normalised by global counts, so gradients are *summed* over the ranks, in float32.
 """
 
 from __future__ import annotations

@@ -102,10 +102,7 @@ def sequence_logprobs(
     model: PreTrainedModel, token_ids: tuple[int, ...], replaced: Mapping[str, Tensor] = MappingProxyType({})
 ) -> npt.NDArray[np.float32]:
     """[P-1] float32 log-probability of each token after the first given those before it, over all rows of the output
-    embedding: what an engine's probe computes, which masks nothing either.
-
-    replaced: tensors in place of the parameters of these names.
-    """
+    embedding, as an engine's probe. replaced: tensors in place of the parameters of these names."""
     ids = torch.tensor([token_ids], device=model.device)
     with torch.no_grad():
         logits = functional_call(model, dict(replaced), kwargs={"input_ids": ids}).logits

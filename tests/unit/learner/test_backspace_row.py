@@ -103,7 +103,7 @@ def test_a_pretrained_model_takes_back_about_as_often_as_it_is_shown(
     nats = []
     for _ in range(2):
         row = loaded.model.get_output_embeddings().weight[loaded.backspace_id].detach().double()
-        nats.append(unseen.nats(row))
+        nats.append(unseen.odds(row)[2])
         taught = teach_backspace_row(policy, TASK, noise, contract, settings, Ranks(), seed=0)
     assert nats[1] < nats[0]
     share = torch.sigmoid(unseen.logit(row)).mean()
@@ -123,7 +123,8 @@ def test_what_a_fit_says_of_itself() -> None:
     found = BackspaceEvidence(
         hidden, torch.zeros(4), torch.tensor([1.0, 1, 0, 0]).double(), found.mean, found.deviation
     )
-    nats = found.nats(torch.eye(HIDDEN, dtype=torch.float64)[0])
+    after_mistake, after_right, nats = found.odds(torch.eye(HIDDEN, dtype=torch.float64)[0])
+    assert (after_mistake, after_right) == pytest.approx((0.8, 0.3))
     assert nats == pytest.approx(-math.log(0.9 * 0.7 * 0.8 * 0.6) / 4)
 
 
@@ -184,7 +185,14 @@ def test_the_evidence_is_that_of_the_model_itself(pretrained: PretrainedModelSet
 
 
 @pytest.mark.parametrize(
-    ("nats", "judged"), [(0.5, "it costs 0.50 nats per action"), (math.nan, "backspace could never be taken")]
+    ("odds", "judged"),
+    [
+        ((0.4, 0.1, 0.5), "its probability is 0.40 after a mistake and 0.10 after a right token, 0.50 nats per action"),
+        ((0.4, math.nan, 0.5), "its probability is 0.40 after a mistake, 0.50 nats per action"),  # of one token each
+        ((math.nan, math.nan, math.nan), "backspace could never be taken"),
+    ],
 )
-def test_a_row_is_judged_by_the_states_that_there_are(nats: float, judged: str) -> None:
-    assert f"on 64 others {judged}" in str(TaughtRow(100, nats))
+def test_a_row_is_judged_by_the_states_that_there_are(odds: tuple[float, float, float], judged: str) -> None:
+    text = str(TaughtRow(100, *odds))
+    assert f"on 64 others {judged}" in text
+    assert "nan " not in text
