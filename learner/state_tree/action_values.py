@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -142,19 +143,17 @@ def action_values(
         sums = None
         if summation is not None:
             summed = summation(tree, weight.detach())
-            sums = ActionSums(
-                summed, actions.state, actions.backspace_masked, backspace_id, ids_without_token, chunk_elements
-            )
-        v_floor, q_backspace, q, measured = chunked_values(
-            states,
-            weight,
-            actions.state,
-            actions.label,
+            sums = ActionSums(summed, actions, backspace_id, ids_without_token, chunk_elements)
+        values_of = partial(
+            chunked_values,
+            weight=weight,
+            rows=actions.state,
+            actions=actions.label,
             backspace_id=backspace_id,
             ids_without_token=ids_without_token,
             chunk_elements=chunk_elements,
-            sums=sums,
         )
+        v_floor, q_backspace, q, measured = values_of(states, sums=sums)
         logits = StateLogits(states, weight, v_floor, q_backspace, backspace_id, ids_without_token)
         if measurement is not None:
             with torch.no_grad():
@@ -164,9 +163,12 @@ def action_values(
         with torch.no_grad():
             log_prob_backspace = (q_backspace[actions.state] - v).masked_fill(actions.backspace_masked, -torch.inf)
             log_prob_at_temperature = q - v
-            for temperature in actions.temperatures:
-                tempered = _log_prob_at(temperature, logits, tree, chunk_elements)
+            for temperature in actions.temperatures:  # logits / temperature are those of states / temperature
+                scaled = (states.float() if states.dtype.itemsize < 4 else states) / temperature
+                v_scaled, backspace_scaled, q_scaled, _ = values_of(scaled)
+                of_scaled = replace(logits, v_floor=v_scaled, q_backspace=backspace_scaled)
                 drawn = actions.behavior_temperature == temperature
+                tempered = q_scaled - of_scaled.v_of_actions(tree)
                 log_prob_at_temperature = torch.where(drawn, tempered, log_prob_at_temperature)
         return ActionValues(
             q=q,
@@ -184,21 +186,6 @@ def _as_computed(tensor: Tensor) -> Tensor:
     """In the format of products under autocast, which does not reach into `chunked_values`."""
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
-
-
-def _log_prob_at(temperature: float, logits: StateLogits, tree: TreeBatch, chunk_elements: int) -> Tensor:
-    """[A] log-probability of the labels under logits / temperature, which are those of states / temperature."""
-    states = logits.hidden
-    v_floor, q_backspace, q, _ = chunked_values(
-        states.float() / temperature if states.dtype.itemsize < 4 else states / temperature,
-        logits.weight,
-        tree.actions.state,
-        tree.actions.label,
-        backspace_id=logits.backspace_id,
-        ids_without_token=logits.ids_without_token,
-        chunk_elements=chunk_elements,
-    )
-    return q - replace(logits, v_floor=v_floor, q_backspace=q_backspace).v_of_actions(tree)
 
 
 def chunked_values(

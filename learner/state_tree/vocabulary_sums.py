@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from buffer.trajectory.schema import IdRanges
-from learner.state_tree.batch import TreeBatch
+from learner.state_tree.batch import Actions, TreeBatch
 from learner.state_tree.products import VOCABULARY_CHUNK, fill_ids, matmul, matmul_operand
 
 TENSORS_PER_CHUNK = 4
@@ -47,21 +47,19 @@ forward pass, where the ranks have the output embedding whole."""
 
 
 class ActionSums:
-    """A `VocabularySum` for all actions of a tree, as the chunks of states x vocabulary of the values need it.
-    rows: [A] state of each action. backspace_masked: [A] whether backspace is no action there."""
+    """A `VocabularySum` for all actions of a tree, as the chunks of states x vocabulary of the values need it."""
 
     def __init__(
         self,
         summed: VocabularySum,
-        rows: Tensor,
-        backspace_masked: Tensor,
+        actions: Actions,
         backspace_id: int,
         ids_without_token: IdRanges,
         chunk_elements: int,
     ) -> None:
         self._summed = summed
-        self._rows = rows
-        self._backspace_masked = backspace_masked
+        self._rows = actions.state
+        self._backspace_masked = actions.backspace_masked
         self._backspace_id = backspace_id
         self._ids_without_token = ids_without_token
         self._elements = max(1, chunk_elements // TENSORS_PER_CHUNK)
