@@ -17,24 +17,33 @@ OVERRIDES = (
     *TINY,
     "stages.trunk.steps=2",
     "stages.sequencematch.objective={name: reinforce}",
-    "learner.data_timeout_s=40",
     "scoring.timeout_s=1",
     "actors.max_restarts=1",
 )
 
 
 @pytest.mark.parametrize(
-    ("function", "what", "why"),
+    ("function", "data_timeout_s", "what", "why"),
     [
-        ("always_raises", "the actors dropped ", " raised RuntimeError: no connection to the judge"),
-        ("never_returns", "actor-0 failed 2 times in a row", " did not return within scoring.timeout_s=1"),
+        ("always_raises", 40, "the actors dropped ", " raised RuntimeError: no connection to the judge"),
+        # An actor has to start twice before the learner ceases to wait.
+        (
+            "never_returns",
+            RUN_TIMEOUT_S,
+            "actor-0 failed 2 times in a row",
+            " did not return within scoring.timeout_s=1",
+        ),
     ],
 )
 def test_the_scorer_that_keeps_rollouts_from_the_buffer_is_named(
-    tmp_path: Path, function: str, what: str, why: str
+    tmp_path: Path, function: str, data_timeout_s: float, what: str, why: str
 ) -> None:
     name = f"{failing_scores.__name__}:{function}"
-    overrides = (*OVERRIDES, f"scoring.reward={{kind: function, function: {name}}}")
+    overrides = (
+        *OVERRIDES,
+        f"learner.data_timeout_s={data_timeout_s}",
+        f"scoring.reward={{kind: function, function: {name}}}",
+    )
     environment = os.environ | {"SEQUENCEMATCH_TRUSTED_MODULES": failing_scores.__name__, "PYTHONPATH": str(ROOT)}
     with TrainProcess(tmp_path, ARITHMETIC, "--no-evaluate", *overrides, environment=environment) as process:
         assert process.wait(RUN_TIMEOUT_S) == 1, process.printed()
