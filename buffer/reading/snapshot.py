@@ -34,6 +34,7 @@ from buffer.store.catalog import (
     read_batches,
     read_events,
     read_meta,
+    read_segments,
     segment_path,
 )
 from buffer.trajectory.schema import ROW, SOURCES, TokenContract, stored_schema
@@ -217,11 +218,12 @@ def _is_held(catalog: sqlite3.Connection) -> bool:
 
 def _read(folder: Path, catalog: sqlite3.Connection) -> ShardSnapshot:
     path = folder / CATALOG_NAME
+    # First of all, before the shard deletes one of them.
+    contents = {entry.number: _mapped(segment_path(folder, entry.number)) for entry in read_segments(catalog, path)}
     meta = read_meta(catalog, path)
     metadata: dict[str, str] = json.loads(meta["contract"])
     contract = TokenContract.from_metadata({name.encode(): value.encode() for name, value in metadata.items()})
     batches, events = read_batches(catalog, path), list(read_events(catalog, path))
-    contents = {number: _mapped(segment_path(folder, number)) for number in {batch.segment for batch in batches}}
     schema = stored_schema(contract)
     stored = pa.Table.from_batches([_batch(folder, each, contents[each.segment], schema) for each in batches], schema)
     rows = np.concatenate([np.empty(0, np.int64), *(batch.row_numbers for batch in batches)])

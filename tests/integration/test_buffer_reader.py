@@ -21,7 +21,7 @@ from tests.integration.buffer_writer import (
 )
 
 LIMITS = DrawLimits(MAX_TIMES_SAMPLED, MAX_STALENESS)
-NUM_INSERTS = 300
+NUM_INSERTS = 900
 MOST_INSERTED = 4
 """Rows of the largest insert of the writer."""
 
@@ -68,7 +68,7 @@ def test_every_snapshot_of_a_shard_under_writing_is_consistent(tmp_path):
         finally:
             writer.kill()
     assert (writer.returncode, errors) == (0, "")
-    assert len(seen) > 20  # snapshots of different moments, while it was written
+    assert len(seen) > 10  # snapshots of different moments, while it was written
     # What the reader had to live with really happened.
     assert int(output) > 10
     assert max(int(path.stem.rpartition("-")[2]) for path in folder.glob("segment-*")) > 20
