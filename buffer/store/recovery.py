@@ -28,7 +28,7 @@ from buffer.store.files import ShardFiles
 from buffer.store.known_ids import REMEMBERED_ROWS, KnownIds, hash_ids
 from buffer.store.quarantine import set_bytes_aside
 from buffer.store.results import DrawKey, SourceCounters
-from buffer.store.segments import create_segment, holds_message, message_checksum, scan_tail, written_bytes
+from buffer.store.segments import create_segment, holds_message, message_checksum, read_tail, scan_tail, written_bytes
 from buffer.store.table import NO_ROWS, NOT_STORED, ReplayTable, row_facts
 from buffer.trajectory.schema import SOURCES, TokenContract, rows_of
 from buffer.trajectory.staleness import NO_VERSION, VersionRange
@@ -256,14 +256,16 @@ class _Recovery:
         files, path = self.state.files, segment_path(self._folder, number)
         if not path.exists():
             create_segment(path, files.header, 0)
-        for found in scan_tail(content, start, files.schema):
+        tail, taken = read_tail(path, start), 0
+        for found in scan_tail(tail, files.schema):
             rows = rows_of(found.batch)
             if not np.array_equal(rows, np.arange(files.next_row, files.next_row + len(rows))):
                 break
-            self._adopt(number, found.batch, found.offset, content.slice(found.offset, found.length))
-            start = found.offset + found.length
-        num_bytes = written_bytes(content, start) if content.size > start else 0
-        if num_bytes and holds_message(content, start + 1, files.schema):
+            self._adopt(number, found.batch, start + found.offset, tail.slice(found.offset, found.length))
+            taken = found.offset + found.length
+        num_bytes = written_bytes(tail, taken) if tail.size > taken else 0
+        if num_bytes and holds_message(tail, taken + 1, files.schema):
+            start += taken
             set_bytes_aside(path, content, start, start + num_bytes, "lost with it: rows that nobody had sampled yet")
         elif num_bytes:
             logger.warning("%s: cut %d bytes of an unfinished insert off its end", path, num_bytes)

@@ -66,34 +66,45 @@ def message_checksum(message: pa.Buffer | memoryview) -> bytes:
 
 @dataclass(frozen=True)
 class FoundBatch:
-    """A complete batch of a segment that is not in the catalog; it takes the bytes [offset, offset + length)."""
+    """A complete batch of a tail; it takes the bytes [offset, offset + length) of it."""
 
     batch: pa.RecordBatch
     offset: int
     length: int
 
 
-def scan_tail(content: pa.Buffer, start: int, schema: pa.Schema) -> Iterator[FoundBatch]:
-    """The complete batches from byte `start` on, up to the first bytes that are none."""
-    while (found := _read_message(content, start, schema)) is not None:
+def read_tail(path: Path, start: int) -> pa.Buffer:
+    """A segment from byte `start` on: what is written there, and zeros.
+
+    It is read, not mapped: a mapped hole takes a page of memory on a tmpfs, which a full one does not have (SIGBUS).
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        return pa.py_buffer(file.read())
+
+
+def scan_tail(tail: pa.Buffer, schema: pa.Schema) -> Iterator[FoundBatch]:
+    """The complete batches that a tail begins with, up to the first bytes that are none."""
+    start = 0
+    while (found := _read_message(tail, start, schema)) is not None:
         yield found
         start += found.length
 
 
-def holds_message(content: pa.Buffer, start: int, schema: pa.Schema) -> bool:
-    """Whether a complete batch begins at `start` or anywhere behind it."""
-    raw = memoryview(content)[start:].tobytes().rstrip(b"\0")
+def holds_message(tail: pa.Buffer, start: int, schema: pa.Schema) -> bool:
+    """Whether a complete batch begins at byte `start` of a tail or anywhere behind it."""
+    raw = memoryview(tail)[start:].tobytes().rstrip(b"\0")
     at = raw.find(_MESSAGE_START)
     while at >= 0:
-        if (start + at) % _MESSAGE_ALIGNMENT == 0 and _read_message(content, start + at, schema) is not None:
+        if (start + at) % _MESSAGE_ALIGNMENT == 0 and _read_message(tail, start + at, schema) is not None:
             return True
         at = raw.find(_MESSAGE_START, at + 1)
     return False
 
 
-def written_bytes(content: pa.Buffer, start: int) -> int:
+def written_bytes(tail: pa.Buffer, start: int) -> int:
     """How many bytes from `start` on are not the zeros of the end."""
-    return len(memoryview(content)[start:].tobytes().rstrip(b"\0"))
+    return len(memoryview(tail)[start:].tobytes().rstrip(b"\0"))
 
 
 def _read_message(content: pa.Buffer, start: int, schema: pa.Schema) -> FoundBatch | None:

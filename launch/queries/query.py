@@ -4,7 +4,7 @@
     draws          one line per drawn row: when, for which step of which stage
     removals       one line per row that ceased to be live, with the reason
     rejections     one line per trajectory refused at the door
-    events         the consumption log as it is, which the three before are made of
+    events         what happened, as the catalog has it; the three before are made of it
 
 A query cannot write: it is one SELECT, and DuckDB may open no file once the tables are there. Stored rows stay in the
 mapped files; DuckDB reads the columns that a query asks for. Text is decoded for the rows that are left after the
