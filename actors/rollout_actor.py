@@ -44,8 +44,7 @@ from buffer.service.shard import Shard, nearest
 from buffer.settings import NoiseSettings
 from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
-from buffer.weights.format import WeightManifest
-from buffer.weights.object_store import WeightHandle
+from buffer.weights import WeightHandle, WeightManifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

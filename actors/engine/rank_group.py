@@ -25,8 +25,7 @@ from actors.engine.weights import WeightIntake
 from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall
 from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
-from buffer.weights.format import WeightManifest, WeightMismatchError
-from buffer.weights.object_store import WeightHandle
+from buffer.weights import WeightHandle, WeightManifest, WeightMismatchError
 
 if TYPE_CHECKING:
     from actors.engine.rank_executor import RankPlace

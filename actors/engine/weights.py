@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from buffer.weights.format import WeightManifest, WeightMismatchError, unpack, verify_fingerprint
-from buffer.weights.object_store import WeightHandle, WeightReceiver
+from buffer.weights import WeightHandle, WeightManifest, WeightMismatchError, WeightReceiver, unpack, verify_fingerprint
 
 if TYPE_CHECKING:
     from actors.engine.engine import BackspaceEngine

@@ -25,8 +25,7 @@ from actors.status import ActorStatus, PoolEvent, PoolEventKind, PoolStatus
 from buffer.remote_call import RemoteCall
 from buffer.service.shard import Shard
 from buffer.stop_signals import ignore_stop_signals
-from buffer.weights.format import WeightManifest
-from buffer.weights.object_store import WeightHandle
+from buffer.weights import WeightHandle, WeightManifest
 
 MAX_EVENTS = 200
 STATUS_TIMEOUT_S = 5.0

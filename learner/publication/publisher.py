@@ -12,15 +12,15 @@ from torch import Tensor
 
 from buffer.remote_call import RemoteCall
 from buffer.trajectory.schema import TokenContract
-from buffer.weights.format import (
+from buffer.weights import (
     TensorEntry,
     WeightManifest,
     WeightPayload,
+    WeightSender,
     combined_fingerprint,
     digest_tensors,
     pack_tensors,
 )
-from buffer.weights.object_store import WeightSender
 from learner.publication.tensors import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
 from learner.ranks.group import Ranks
 from learner.settings.stages import PublishMode

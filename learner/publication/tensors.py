@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from buffer.weights.format import LowRankUpdate, merge_low_rank
+from buffer.weights import LowRankUpdate, merge_low_rank
 from learner.model.adapters import ADAPTER_NAME, adapted_layers
 from learner.model.quantization import dequantise, is_quantised
 from learner.precision import published_dtype

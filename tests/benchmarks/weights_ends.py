@@ -16,8 +16,7 @@ import numpy as np
 
 from actors.engine.weights import prove
 from buffer.trajectory.schema import TokenContract
-from buffer.weights.format import WeightManifest, pack_tensors, unpack, verify_fingerprint
-from buffer.weights.object_store import WeightHandle, WeightReceiver
+from buffer.weights import WeightHandle, WeightManifest, WeightReceiver, pack_tensors, unpack, verify_fingerprint
 
 if TYPE_CHECKING:
     import ray

@@ -13,8 +13,7 @@ from actors.engine.rank_group import EngineRankError, RankGroup
 from actors.engine.settings import EngineSettings
 from actors.engine.weights import WeightIntake
 from buffer.trajectory.schema import TokenContract
-from buffer.weights.format import WeightManifest
-from buffer.weights.object_store import WeightHandle
+from buffer.weights import WeightHandle, WeightManifest
 from tests.integration.traffic import Request
 
 Publication = tuple[WeightManifest, WeightHandle]

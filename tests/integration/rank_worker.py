@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from buffer.experts.stream import ExpertStream
 from buffer.settings import NoiseSettings
-from buffer.weights.format import WeightManifest, fingerprint, pack_tensors, unpack
+from buffer.weights import WeightManifest, fingerprint, pack_tensors, unpack
 from learner.batches.demonstrations import Demonstrations
 from learner.batches.micro_batches import build_micro_batches
 from learner.batches.source import Float32, SharedBatchSource, StopRequestedError

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.engine.action_log import FinishedLog
 from actors.engine.settings import EngineSettings
-from buffer.weights.format import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack
+from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack
 from launch.export.model import export
 from learner.model.policy import Policy, load_policy
 from learner.publication.tensors import frozen_tensors, low_rank_updates, trained_tensors

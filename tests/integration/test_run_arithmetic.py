@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from buffer.experts.tasks import load_task
 from buffer.trajectory.schema import TokenContract
 from buffer.trajectory.validation import validate
-from buffer.weights.format import fingerprint, pack_tensors
+from buffer.weights import fingerprint, pack_tensors
 from launch.monitoring.run_log import LOG_FILE
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings

@@ -15,7 +15,7 @@ from actors.engine.action_log import Float32
 from actors.engine.settings import EngineSettings
 from actors.engine.weights import NOISE_MARGIN, Proof, prove
 from buffer.trajectory.schema import TokenContract
-from buffer.weights.format import TensorEntry, WeightManifest, WeightMismatchError
+from buffer.weights import TensorEntry, WeightManifest, WeightMismatchError
 from learner.publication.publisher import make_probe
 from learner.state_tree.policy import sequence_logprobs
 from tests.integration.engine_worker import fresh_engine, in_engine_process

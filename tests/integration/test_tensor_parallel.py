@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from transformers import PreTrainedModel
 
 from actors.engine.settings import EngineSettings, SamplingSettings, engine_environment
-from buffer.weights.object_store import WeightSender
+from buffer.weights import WeightSender
 from tests.integration.local_ray import ROOT, local_ray
 from tests.integration.rank_group_worker import Publication, RankGroupWorker
 from tests.integration.reference import compare

@@ -32,8 +32,15 @@ from buffer.service.service import ReplayBufferService
 from buffer.service.shard import Shard
 from buffer.settings import BufferSettings, NoiseSettings
 from buffer.store.results import DrawKey
-from buffer.weights.format import WeightManifest, WeightPayload, fingerprint, pack_tensors
-from buffer.weights.object_store import WeightHandle, WeightReceiver, WeightSender
+from buffer.weights import (
+    WeightHandle,
+    WeightManifest,
+    WeightPayload,
+    WeightReceiver,
+    WeightSender,
+    fingerprint,
+    pack_tensors,
+)
 from learner.model.adapters import add_adapters
 from learner.publication.publisher import WeightPublisher, make_probe
 from learner.publication.tensors import publication_tensors

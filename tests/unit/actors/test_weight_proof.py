@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from actors.engine.weights import NOISE_MARGIN, Proof, prove
-from buffer.weights.format import TensorEntry, WeightManifest, WeightMismatchError
+from buffer.weights import TensorEntry, WeightManifest, WeightMismatchError
 
 TOKENS = 16
 RANDOM = np.random.default_rng(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import subprocess
 import sys
 import warnings
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.weights.format import (
+from buffer.weights import (
     TensorEntry,
     WeightManifest,
     WeightMismatchError,
@@ -48,7 +47,6 @@ def test_round_trip_is_exact_for_every_dtype():
     for name, tensor in unpack(payload, manifest):
         assert tensor.dtype == state[name].dtype
         assert torch.equal(tensor, state[name])
-    assert manifest.size_bytes == sum(array.nbytes for array in payload.values())
 
 
 def test_tensors_made_on_the_fly_are_kept_apart():
@@ -80,13 +78,6 @@ def test_unpacked_tensors_are_views_of_the_payload():
             assert tensor.data_ptr() == payload[name].ctypes.data, name
 
 
-def test_parameters_travel_without_their_gradient_graph():
-    weight = torch.nn.Parameter(torch.ones(2))
-    payload, manifest = publish({"w": weight})
-    ((_, tensor),) = unpack(payload, manifest)
-    assert not tensor.requires_grad
-
-
 def test_read_only_arrays_load_without_a_warning():
     payload, manifest = publish(state_dict())
     for array in payload.values():
@@ -96,27 +87,13 @@ def test_read_only_arrays_load_without_a_warning():
         assert len(list(unpack(payload, manifest))) == 5
 
 
-def test_buffers_travel_out_of_band():
-    payload, _ = publish(state_dict())
-    buffers: list[pickle.PickleBuffer] = []
-    body = pickle.dumps(payload, protocol=5, buffer_callback=buffers.append)
-    restored = pickle.loads(body, buffers=buffers)
-    assert len(buffers) == len(payload)
-    # Only a 0-d array does not own a buffer worth sharing; the rest are the same memory.
-    assert restored["embed.weight"].ctypes.data == payload["embed.weight"].ctypes.data
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.pop("layer.weight"), "lack tensor layer.weight"),
-        (lambda p: (p.pop("layer.weight"), p.pop("empty")), r"lack tensor layer.weight \(and 1 more\)"),
-        (lambda p: p.update(other=np.zeros(1)), "hold other"),
-        (
-            lambda p: p.update({"embed.weight": np.zeros((4, 7), np.float32)}),
-            r"embed.weight .* shape \(4, 7\)",
-        ),
-        (lambda p: p.update({"layer.weight": np.zeros((4, 4), np.float16)}), "layer.weight .* float16"),
+        (lambda p: p.pop("layer.weight"), "layer.weight arrived as nothing"),
+        (lambda p: p.update(other=np.zeros(1)), "tensor other .* the manifest says nothing"),
+        (lambda p: p.update({"embed.weight": np.zeros((4, 7), np.float32)}), r"embed.weight .*\(4, 7\)"),
+        (lambda p: p.update({"layer.weight": np.zeros((4, 4), np.float16)}), "layer.weight .*float16"),
     ],
 )
 def test_incomplete_payload_is_refused_before_anything_is_loaded(change, message):
@@ -165,7 +142,7 @@ def test_manifest_refuses_nonsense():
 
 def test_buffer_imports_no_heavy_library():
     code = (
-        "import sys, buffer.weights.format, buffer.weights.object_store, buffer.service.service\n"
+        "import sys, buffer.weights, buffer.service.service\n"
         "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

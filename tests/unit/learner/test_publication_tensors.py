@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from buffer.weights.format import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack, verify_fingerprint
+from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack, verify_fingerprint
 from learner.model.adapters import adapter_tensors, add_adapters
 from learner.publication.tensors import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
 from learner.settings.model import AdapterSettings

@@ -1,8 +1,10 @@
-"""The weight format: what the learner publishes and every actor loads.
+"""The weights on their way from the learner to the actors, through the memory of Ray's object store.
 
 One publication is a `WeightManifest` (small, sent to everyone) and a `WeightPayload` (large, stored once per node as
 one object of plain arrays, so that readers map it without a copy). The fingerprint proves that the bytes arrived. The
 probe proves that the *engine* computes with them, which bytes alone cannot (engines repack and tie weights).
+
+An actor fetches the payload when it wants it, so the learner never waits for an actor.
 """
 
 from __future__ import annotations
@@ -15,24 +17,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from buffer.remote_call import RemoteCall
+
 if TYPE_CHECKING:
+    import ray
     import torch
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 WeightPayload = dict[str, Array]
 """Tensor name -> C-contiguous array. Types that numpy lacks travel as unsigned integers of the same width."""
 
-_CARRIER_DTYPES: dict[str, str] = {
-    "float32": "float32",
-    "float16": "float16",
-    "float64": "float64",
+_CARRIER_DTYPES = {
+    **{name: name for name in ("float32", "float16", "float64", "int64", "int32", "uint8", "bool")},
     "bfloat16": "uint16",
-    "int64": "int64",
-    "int32": "int32",
-    "uint8": "uint8",
-    "bool": "bool",
 }
 """torch dtype name -> numpy dtype that carries its bytes."""
+
+FETCH_TIMEOUT_S = 60.0
 
 
 class WeightMismatchError(RuntimeError):
@@ -46,11 +47,6 @@ class TensorEntry:
     name: str
     dtype: str
     shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, name: str, dtype: torch.dtype, shape: Iterable[int]) -> TensorEntry:
-        """With torch's own dtype."""
-        return cls(name, str(dtype).removeprefix("torch."), tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -97,18 +93,8 @@ class WeightManifest:
                 f"not {len(self.probe_logprobs)}"
             )
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the payload."""
-        return sum(
-            np.dtype(_CARRIER_DTYPES[entry.dtype]).itemsize * int(np.prod(entry.shape, dtype=np.int64))
-            for entry in self.tensors
-        )
 
-
-def pack_tensors(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-) -> tuple[WeightPayload, tuple[TensorEntry, ...]]:
+def pack_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[WeightPayload, tuple[TensorEntry, ...]]:
     """View named tensors as arrays, one after the other; tied ones must come under one name only.
 
     Contiguous tensors in host memory are *not* copied: put the payload in the object store (which copies)
@@ -118,16 +104,18 @@ def pack_tensors(
     Raises:
         ValueError: a name comes twice, or a tensor has a dtype that the format does not carry.
     """
+    import torch
+
     payload: WeightPayload = {}
     entries: list[TensorEntry] = []
     for name, parameter in tensors:
         if name in payload:
             raise ValueError(f"tensor {name} came twice; every tensor is published under one name")
-        entry = TensorEntry.of(name, parameter.dtype, parameter.shape)
-        if entry.dtype not in _CARRIER_DTYPES:
+        entry = TensorEntry(name, str(parameter.dtype).removeprefix("torch."), tuple(parameter.shape))
+        if (carrier := _CARRIER_DTYPES.get(entry.dtype)) is None:
             raise ValueError(f"tensor {name} is {entry.dtype}; weights travel as one of {', '.join(_CARRIER_DTYPES)}")
         entries.append(entry)
-        payload[name] = _to_array(parameter.detach().cpu().contiguous(), entry.dtype)
+        payload[name] = np.asarray(parameter.detach().cpu().contiguous().view(getattr(torch, carrier)).numpy())
     return payload, tuple(entries)
 
 
@@ -199,12 +187,6 @@ def merge_low_rank(
     return (weight.to(update.dtype) + update).to(weight.dtype)
 
 
-def _to_array(tensor: torch.Tensor, dtype: str) -> Array:
-    import torch
-
-    return np.asarray(tensor.view(getattr(torch, _CARRIER_DTYPES[dtype])).numpy())
-
-
 def _merged(tensors: dict[str, torch.Tensor], updates: tuple[LowRankUpdate, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     by_weight = {update.weight: update for update in updates}
     factors = {name for update in updates for name in (update.a, update.b)}
@@ -217,25 +199,72 @@ def _merged(tensors: dict[str, torch.Tensor], updates: tuple[LowRankUpdate, ...]
 
 
 def _check_complete(payload: WeightPayload, manifest: WeightManifest) -> None:
-    names = [entry.name for entry in manifest.tensors]
-    version = manifest.version
-    if missing := [name for name in names if name not in payload]:
-        raise WeightMismatchError(f"weights of version {version} lack tensor {_first(missing)}")
-    if extra := sorted(payload.keys() - set(names)):
-        raise WeightMismatchError(f"weights of version {version} hold {_first(extra)}, not in the manifest")
-    for entry in manifest.tensors:
-        array = payload[entry.name]
-        if array.shape != entry.shape:
-            raise WeightMismatchError(
-                f"tensor {entry.name} of version {version} has shape {array.shape}, the manifest says {entry.shape}"
-            )
-        carrier = _CARRIER_DTYPES.get(entry.dtype)
-        if array.dtype.name != carrier:
-            raise WeightMismatchError(
-                f"tensor {entry.name} of version {version} arrived as {array.dtype.name}, "
-                f"the manifest says {entry.dtype} (carried as {carrier})"
-            )
+    expected = {entry.name: (_CARRIER_DTYPES.get(entry.dtype), entry.shape) for entry in manifest.tensors}
+    found = {name: (array.dtype.name, array.shape) for name, array in payload.items()}
+    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if wrong:
+        first = wrong[0]
+        raise WeightMismatchError(
+            f"weights of version {manifest.version}: tensor {first} arrived as {found.get(first, 'nothing')}, and the "
+            f"manifest says {expected.get(first, 'nothing')}; {len(wrong)} of {len(expected)} tensors are wrong"
+        )
 
 
-def _first(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+@dataclass(frozen=True)
+class WeightHandle:
+    """Where a publication lies in Ray's object store. The references are fetched only by an actor that needs them.
+
+    static: tensors that are the same in every publication of this sender, if there are any. changed: all others.
+    """
+
+    static: ray.ObjectRef[WeightPayload] | None
+    changed: ray.ObjectRef[WeightPayload]
+
+
+class WeightSender:
+    """The learner's end. It copies into the shared memory of its node; Ray copies that to another node once, when an
+    actor there asks. The newest publication is kept alive here for actors that start later.
+    """
+
+    def __init__(self) -> None:
+        self._static: ray.ObjectRef[WeightPayload] | None = None
+        self._newest: WeightHandle | None = None
+
+    def set_static(self, tensors: WeightPayload) -> None:
+        """Make `tensors` part of every later publication; they travel once."""
+        import ray
+
+        self._static = ray.put(tensors)
+
+    def publish(self, tensors: WeightPayload) -> WeightHandle:
+        """Copy `tensors`, which may be written to as soon as this returns. Any number of actors can fetch the copy."""
+        import ray
+
+        self._newest = WeightHandle(self._static, ray.put(tensors))
+        return self._newest
+
+
+class WeightReceiver:
+    """An actor's end. It maps the arrays where they lie in this node's shared memory, without a copy."""
+
+    def __init__(self, timeout_s: float = FETCH_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._static: tuple[ray.ObjectRef[WeightPayload], WeightPayload] | None = None
+
+    def fetch(self, handle: WeightHandle) -> WeightPayload:
+        """What was published, read-only. Static tensors stay mapped, so this node never has to fetch them again.
+
+        Raises:
+            TimeoutError: it did not arrive in time. ProcessLostError: it was lost with the learner.
+        """
+        if handle.static is None:
+            self._static = None
+            return self._get(handle.changed)
+        if self._static is None or self._static[0] != handle.static:
+            self._static = (handle.static, self._get(handle.static))
+        return self._static[1] | self._get(handle.changed)
+
+    def _get(self, reference: ray.ObjectRef[WeightPayload]) -> WeightPayload:
+        return RemoteCall("the learner", reference, "give its weights through Ray's object store").result(
+            self._timeout_s
+        )
