@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from buffer.full_disk import is_disk_full
-from launch.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR, RunFailedError, UserError
+from launch.errors import EXIT_RUN_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RunFailedError, UserError
 from launch.stop_signals import stop_exit_code, stop_signals_interrupt
 
 
@@ -25,7 +25,8 @@ def reported_errors() -> Iterator[None]:
     except UserError as error:
         _end(str(error), EXIT_USER_ERROR)
     except RunFailedError as error:
-        _end(str(error), EXIT_RUN_FAILED)
+        # A job system that stops the run may end Ray's own processes first.
+        _end(str(error), EXIT_STOPPED if stop_exit_code() == EXIT_STOPPED else EXIT_RUN_FAILED)
     except Exception as error:
         if not is_disk_full(error):
             raise

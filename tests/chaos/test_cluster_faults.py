@@ -47,14 +47,15 @@ OVERRIDES = (
 @contextmanager
 def run_on(head: RayHead, tmp_path: Path, *overrides: str, with_cluster: bool = False) -> Iterator[TrainProcess]:
     """A run on that cluster, as far as steps with rollouts; afterwards all its processes get SIGTERM at once, and
-    nothing of it is left. with_cluster: Ray's own processes get SIGTERM too, and do not come back.
+    nothing of it is left. with_cluster: Ray's own processes get SIGTERM too, and do not come back. Without it none of
+    them may get one, its agents included: a node ends with its agents, and takes the learner with it.
     """
     environment = {**head.environment, "RAY_ADDRESS": head.gcs_address}
     arguments = (ARITHMETIC, "--no-evaluate", *OVERRIDES, *overrides)
     with TrainProcess(tmp_path / "runs", *arguments, environment=environment) as process:
         process.wait_until(lambda: process.step("sequencematch") >= 5, START_TIMEOUT_S, "steps with rollouts")
         yield process
-        for each in head.processes("" if with_cluster else "ray::"):
+        for each in head.processes() if with_cluster else head.workers():
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.terminate()
         process.terminate()

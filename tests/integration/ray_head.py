@@ -115,6 +115,10 @@ class RayHead:
                 continue
         return found
 
+    def workers(self) -> list[psutil.Process]:
+        """What Ray has started for actors and tasks, idle or not; without the agents of its nodes."""
+        return [each for each in self.processes("ray::") if (name := name_of(each)) and name not in AGENTS]
+
     def add_node(self, node: str, num_cpus: int, resources: Mapping[str, float], within: Sequence[str] = ()) -> None:
         """Start one more node, with the address `node`; returns when the head knows of it.
 
@@ -138,7 +142,7 @@ class RayHead:
     def assert_idle(self) -> None:
         """No worker holds an actor or a task any more, after a moment; idle ones stay with their node."""
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        while busy := [each for each in self.processes("ray::") if _is_at_work(name_of(each))]:
+        while busy := [each for each in self.workers() if "IDLE" not in name_of(each)]:
             assert time.monotonic() < deadline, f"still at work: {busy}"
             time.sleep(POLL_S)
 
@@ -193,11 +197,6 @@ class RayHead:
         while not set(nodes) <= (live := self.live_nodes()):
             assert time.monotonic() < deadline, f"the nodes did not come, there are {live or 'none'}"
             time.sleep(POLL_S)
-
-
-def _is_at_work(name: str) -> bool:
-    """By the name of a process that Ray's nodes have started; empty where it has ended."""
-    return bool(name) and "IDLE" not in name and name not in AGENTS
 
 
 def _free_port() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 
 import pytest
 import typer
@@ -30,6 +31,17 @@ def test_exit_codes(error: BaseException, code: int, line: str, capsys: pytest.C
         raise error
     assert ended.value.exit_code == code
     assert capsys.readouterr().err == line
+
+
+def test_a_run_that_loses_processes_to_the_signal_that_stops_it_was_stopped() -> None:
+    def stop_and_fail() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RunFailedError("the learner died")
+
+    with pytest.raises(typer.Exit) as ended, reported_errors():
+        stop_and_fail()
+    assert ended.value.exit_code == 75
 
 
 @pytest.mark.parametrize("defect", [ValueError("defect"), OSError(errno.EIO, "defect")])
