@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from launch import command_options as options
-from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
+from launch import commands as options
+from launch.commands import reported_errors, stdout_kept_clean
 from launch.compare.command import compare
-from launch.errors import UserError
+from launch.errors import UserError, setting_up
 from launch.evaluation.command import evaluate
 from launch.queries.command import audit, query
 from launch.report.command import report

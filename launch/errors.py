@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from buffer.full_disk import is_disk_full
 from buffer.remote_call import NoAnswerError, ProcessLostError
 
 EXIT_RUN_FAILED = 1
@@ -24,12 +25,23 @@ class RunFailedError(Exception):
 
 
 @contextmanager
-def lost_processes_reported() -> Iterator[None]:
-    """Around calls to the processes of a run.
+def setting_up() -> Iterator[None]:
+    """Around what meets the user's files, models and values: ValueError, OSError and ImportError become UserError.
 
     Raises:
-        RunFailedError: in place of NoAnswerError and ProcessLostError, which name the process.
+        UserError: see above. OSError: a disk is full, see `launch.commands.reported_errors`.
     """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(str(error)) from None
+
+
+@contextmanager
+def lost_processes_reported() -> Iterator[None]:
+    """Around calls to the processes of a run: NoAnswerError and ProcessLostError become RunFailedError."""
     try:
         yield
     except (NoAnswerError, ProcessLostError) as error:

@@ -25,9 +25,16 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import launch
-from launch.command_errors import setting_up
-from launch.command_options import path
-from launch.errors import EXIT_INTERRUPTED, EXIT_RUN_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RunFailedError, UserError
+from launch.commands import path
+from launch.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_RUN_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    RunFailedError,
+    UserError,
+    setting_up,
+)
 from launch.run_folder.folder import check_outlives_job, check_run_name, new_run_name
 from launch.settings.recipe import read_recipe, write_recipe
 from launch.settings.run import RunSettings

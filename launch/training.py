@@ -14,8 +14,7 @@ from rich.console import Console
 from actors.engine.machine import check_machine
 from buffer.full_disk import is_disk_full
 from launch.cluster.connection import cluster_to_join
-from launch.command_errors import setting_up
-from launch.errors import RunFailedError, UserError
+from launch.errors import RunFailedError, UserError, setting_up
 from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
 from launch.evaluation.results import Target
 from launch.evaluation.run import check_evaluation, evaluate

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson, path
-from launch.errors import RunFailedError, UserError
+from launch.commands import AsJson, path, reported_errors, stdout_kept_clean
+from launch.errors import RunFailedError, UserError, setting_up
 from launch.stop_signals import stop_exit_code
 
 if TYPE_CHECKING:

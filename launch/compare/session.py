@@ -12,11 +12,11 @@ from rich.markup import escape
 from launch.compare.folder import ComparisonFolder
 from launch.compare.plan import COMPARED_STAGE
 from launch.compare.results import Comparison, Key, MeasuredRun, read_measured, stage_cost
-from launch.durations import clock
 from launch.errors import RunFailedError
 from launch.evaluation.report import EVALUATION_FILE, write_evaluation
 from launch.evaluation.results import Target
 from launch.evaluation.run import check_evaluation, evaluate
+from launch.monitoring.live_view import clock
 from launch.report.command import write_report
 from launch.run.driver import train
 from launch.run_folder.checkpoints import final_checkpoint

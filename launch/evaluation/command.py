@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from launch.command_errors import provide_folder, reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson, path
+from launch.commands import AsJson, path, provide_folder, reported_errors, stdout_kept_clean
+from launch.errors import setting_up
 
 if TYPE_CHECKING:
     from launch.settings.evaluation import EvaluationSettings

@@ -15,7 +15,6 @@ from rich.text import Text
 
 from actors.status import PoolStatus
 from buffer.service.status import BufferStatus
-from launch.durations import clock
 from launch.run_folder.folder import TOKEN_FILE, TOKEN_VARIABLE
 from learner.messages import LearnerStatus, StageResult
 from learner.settings.stages import StageSettings
@@ -147,6 +146,13 @@ def shard_table(buffer: BufferStatus) -> Table:
             f"{shard.store.size_bytes / 2**20:,.1f} MiB",
         )
     return table
+
+
+def clock(seconds: float) -> str:
+    """`1:23`, in minutes and seconds; from an hour on `2:05:09`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _stage_table(view: RunView) -> Table:

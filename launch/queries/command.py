@@ -16,9 +16,8 @@ from typing import IO, TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.command_options import AsJson, path
-from launch.errors import UserError
+from launch.commands import AsJson, path, reported_errors, stdout_kept_clean
+from launch.errors import UserError, setting_up
 
 if TYPE_CHECKING:
     from launch.queries.query import BufferDatabase

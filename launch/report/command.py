@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from buffer.full_disk import is_disk_full, writing_to
-from launch.command_errors import provide_folder, reported_errors
-from launch.command_options import path
+from launch.commands import path, provide_folder, reported_errors
 from launch.errors import UserError
 
 REPORT_FILE = "report.html"

@@ -15,7 +15,7 @@ from importlib import resources
 import jinja2
 from markupsafe import Markup
 
-from launch.durations import clock
+from launch.monitoring.live_view import clock
 from launch.report.evaluation import MetricInfo
 from launch.statistics import Interval
 

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 from pydantic import TypeAdapter
 
-from launch.durations import clock
+from launch.monitoring.live_view import clock
 from launch.report.document import render_document
 from launch.report.evaluation import GROUPS, change_outcome
 from launch.report.gather import RUN_STATES, Report, StageMetrics

@@ -9,8 +9,7 @@ import pyarrow.compute as pc
 
 from actors.settings import check_division
 from buffer.experts.tasks import Task
-from launch.command_errors import setting_up
-from launch.errors import UserError
+from launch.errors import UserError, setting_up
 from launch.settings.run import RunSettings
 from learner.messages import PreparedRun
 from learner.publication.publisher import PROBE_TOKENS

@@ -28,8 +28,7 @@ from buffer.remote_call import NoAnswerError, RemoteCall, end_actor
 from buffer.service.client import BufferClient
 from launch.cluster.capacity import RunCapacity
 from launch.cluster.connection import run_cluster
-from launch.command_errors import setting_up
-from launch.errors import RunFailedError, UserError, lost_processes_reported
+from launch.errors import RunFailedError, UserError, lost_processes_reported, setting_up
 from launch.monitoring.live_view import LiveView, RunView
 from launch.monitoring.metrics import MetricExporter
 from launch.monitoring.run_log import RunLog

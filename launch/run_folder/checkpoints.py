@@ -9,8 +9,7 @@ from pathlib import Path
 
 from buffer.run_identity import run_id
 from buffer.trajectory.schema import TokenContract
-from launch.command_errors import setting_up
-from launch.errors import UserError
+from launch.errors import UserError, setting_up
 from launch.run_folder.folder import is_run_folder, logged_stages, open_run_folder
 from launch.settings.run import RunSettings
 from learner.checkpoints.progress import check_contract, durable_steps

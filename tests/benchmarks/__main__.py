@@ -15,7 +15,7 @@ from typing import ParamSpec
 
 import typer
 
-from launch.command_errors import reported_errors, stdout_kept_clean
+from launch.commands import reported_errors, stdout_kept_clean
 from launch.errors import EXIT_USER_ERROR
 from tests.benchmarks.table import Table, print_table
 

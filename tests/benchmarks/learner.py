@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from launch.command_errors import setting_up
-from launch.errors import UserError
+from launch.errors import UserError, setting_up
 from learner.settings.stages import LearnerSettings
 from tests.benchmarks.backend import Clock, Results, Timed, circumstances, measure_in_turn
 from tests.benchmarks.learner_load import make_load

@@ -21,7 +21,7 @@ from actors.engine.action_log import FinishedLog, Int32
 from actors.engine.machine import check_machine
 from actors.engine.settings import EngineSettings, SamplingSettings, engine_environment
 from buffer.trajectory.schema import TokenContract
-from launch.command_errors import setting_up
+from launch.errors import setting_up
 from tests.benchmarks.backend import Timed, circumstances, measure_in_turn, ray_of_its_own
 from tests.benchmarks.table import Table
 from tests.benchmarks.tiny_llama import FIRST_TEXT_ID, TINY_CONTRACT, write_tiny_llama

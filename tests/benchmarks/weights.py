@@ -16,7 +16,7 @@ import typer
 
 from actors.engine.machine import check_machine
 from actors.engine.settings import EngineSettings, engine_environment
-from launch.command_errors import setting_up
+from launch.errors import setting_up
 from tests.benchmarks.backend import Backend, Timed, circumstances, measure_in_turn, ray_of_its_own
 from tests.benchmarks.table import Table
 from tests.benchmarks.weights_ends import PublishingLearner, Relay, TakingActor

@@ -10,8 +10,7 @@ from rich.console import Console
 from actors.status import ActorStatus, MemberStatus, PoolEvent, PoolStatus
 from buffer.service.status import BufferStatus, ShardStatus
 from buffer.store.results import SourceCounters, StoreStatus
-from launch.durations import clock
-from launch.monitoring.live_view import LiveView, RunView, plain_line, render
+from launch.monitoring.live_view import LiveView, RunView, clock, plain_line, render
 from launch.settings.recipe import read_recipe
 from learner.messages import LearnerStatus, StageResult
 

@@ -9,8 +9,8 @@ import signal
 import pytest
 import typer
 
-from launch.command_errors import reported_errors, setting_up, stdout_kept_clean
-from launch.errors import RunFailedError, UserError
+from launch.commands import reported_errors, stdout_kept_clean
+from launch.errors import RunFailedError, UserError, setting_up
 
 
 @pytest.mark.parametrize(
