@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from buffer.full_disk import is_disk_full
+from buffer.disk import is_disk_full
 from launch.errors import EXIT_RUN_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RunFailedError, UserError
 from launch.stop_signals import stop_exit_code, stop_signals_interrupt
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from buffer.full_disk import is_disk_full
+from buffer.disk import is_disk_full
 from buffer.remote_call import NoAnswerError, ProcessLostError
 
 EXIT_RUN_FAILED = 1

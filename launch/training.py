@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from actors.engine.machine import check_machine
-from buffer.full_disk import is_disk_full
+from buffer.disk import is_disk_full
 from launch.cluster.connection import cluster_to_join
 from launch.errors import RunFailedError, UserError, setting_up
 from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from buffer.disk import is_shared, sync_later
 from buffer.store.catalog import (
     CATALOG_NAME,
     FORMAT,
@@ -37,13 +38,7 @@ from buffer.store.catalog import (
     read_segments,
     row_checksum,
 )
-from buffer.store.segments import sync_later
 from buffer.trajectory.schema import TokenContract
-
-LOCAL_FILE_SYSTEMS = frozenset(
-    {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
-)
-"""Types of file systems that only one host mounts; all others count as shared."""
 
 WAL_BYTES = 2**20
 """The write-ahead log is cut to this size when SQLite has copied it into the database (every 1,000 pages)."""
@@ -249,21 +244,6 @@ class CatalogWriter:
     def _os_error(self, error: sqlite3.Error) -> OSError:
         number = _REFUSED.get(_code(error), errno.EIO)
         return OSError(number, f"{os.strerror(number)} ({error})", str(self.path))
-
-
-def is_shared(folder: Path) -> bool:
-    """Whether other hosts may have the file system of `folder` mounted, too; so it is taken where nobody knows."""
-    place, found, depth = folder.resolve(), "unknown", -1
-    try:
-        mounts = Path("/proc/mounts").read_text().splitlines()
-    except OSError:
-        return True
-    for line in mounts:
-        _, point, kind, *_ = line.split(" ")
-        mounted = Path(point.replace("\\040", " "))
-        if place.is_relative_to(mounted) and len(mounted.parts) >= depth:  # a later mount hides an earlier one
-            found, depth = kind, len(mounted.parts)
-    return found not in LOCAL_FILE_SYSTEMS
 
 
 def _code(error: sqlite3.Error) -> int:

@@ -21,10 +21,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from buffer.disk import sync_folder
 from buffer.store.archive import Archive
 from buffer.store.catalog import BatchEntry, EventEntry, segment_path
 from buffer.store.gather import mark_null_items
-from buffer.store.segments import MessageEncoder, message_checksum, sync_folder
+from buffer.store.segments import MessageEncoder, message_checksum
 from buffer.trajectory.schema import ROW, SOURCES, rows_of
 from buffer.trajectory.staleness import VersionRange
 

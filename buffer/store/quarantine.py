@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from buffer.store.segments import sync_folder
+from buffer.disk import sync_folder
 
 logger = logging.getLogger(__name__)
 

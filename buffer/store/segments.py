@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from buffer.disk import sync_folder, sync_later
 from buffer.store.catalog import segment_path
 
 MOST_BYTES = 2**31 - 1
@@ -178,27 +179,6 @@ def create_segment(path: Path, header: pa.Buffer, room: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync_folder(path.parent)
-
-
-def sync_later(descriptor: int) -> Callable[[], None]:
-    """A function that makes durable what is in a file, and closes the descriptor; it may run in any thread."""
-
-    def sync() -> None:
-        try:
-            os.fdatasync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    return sync
-
-
-def sync_folder(folder: Path) -> None:
-    """Make new names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class SegmentMaps:

@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from buffer.disk import FolderLock
 from buffer.settings import BufferSettings
 from buffer.store.archive import Archive
 from buffer.store.catalog import EventEntry
 from buffer.store.draws import NotedDraw
-from buffer.store.folder_lock import FolderLock
 from buffer.store.known_ids import UInt64, hash_ids
 from buffer.store.quarantine import quarantined
 from buffer.store.recovery import open_shard

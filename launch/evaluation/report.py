@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from buffer.full_disk import writing_to
+from buffer.disk import writing_to
 from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, Metrics
 from launch.generation import rollout_text
 from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED

@@ -18,7 +18,7 @@ import xxhash
 from rich.console import Console
 
 from actors.generator import Generator
-from buffer.full_disk import writing_to
+from buffer.disk import writing_to
 from buffer.trajectory.schema import TokenContract
 from launch.errors import UserError
 from launch.evaluation.rollout_groups import RolloutGroup

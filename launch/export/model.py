@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from buffer.full_disk import writing_to
+from buffer.disk import writing_to
 from launch.errors import UserError
 from launch.evaluation.task import run_of
 from launch.export.card import card_facts

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from buffer.full_disk import is_disk_full, writing_to
+from buffer.disk import is_disk_full, writing_to
 from launch.commands import path, provide_folder, reported_errors
 from launch.errors import UserError
 

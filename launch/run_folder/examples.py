@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from buffer.full_disk import writing_to
+from buffer.disk import writing_to
 from launch.errors import UserError
 from launch.run_folder.folder import has_begun
 

@@ -25,9 +25,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from buffer.full_disk import writing_to
+from buffer.disk import FolderLock, writing_to
 from buffer.run_identity import RUN_ID_FILE
-from buffer.store.folder_lock import FolderLock
 from launch.errors import UserError
 from launch.settings.recipe import read_recipe, with_absolute_paths, write_recipe
 from launch.settings.run import RunSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from buffer.full_disk import writing_to
+from buffer.disk import writing_to
 from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:

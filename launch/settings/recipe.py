@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from buffer.full_disk import writing_to
+from buffer.disk import writing_to
 from buffer.settings import ABSOLUTE_PATHS
 from launch.errors import UserError
 from launch.settings.files import parse_yaml, read_yaml

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from buffer.full_disk import is_disk_full
+from buffer.disk import is_disk_full
 from buffer.trajectory.schema import TokenContract
 from learner.checkpoints.model_card import CardFacts, model_card
 from learner.checkpoints.model_files import ModelSnapshot, host_copy, snapshot_model, snapshot_without_weights

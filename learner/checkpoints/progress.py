@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from buffer.full_disk import writing_to
+from buffer.disk import writing_to
 from buffer.trajectory.schema import TokenContract
 
 PROGRESS_FILE = "progress.json"

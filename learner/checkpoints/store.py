@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from buffer.full_disk import is_disk_full
+from buffer.disk import is_disk_full
 from learner.checkpoints.progress import Progress, read_progress
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})(?:\.replaced)?")

@@ -8,9 +8,9 @@ import stat
 import pytest
 from pyarrow import flight
 
+from buffer import disk
 from buffer.reading.snapshot import read_shard
 from buffer.service.flight import FlightEndpoint
-from buffer.store import catalog_writer
 from launch.run_folder.folder import TOKEN_FILE, TOKEN_VARIABLE, flight_token
 from tests.stores import draw, open_store
 from tests.trajectories import CONTRACT, batch_of, expert_row, ids_of, numbered
@@ -60,7 +60,7 @@ def test_live_rows_of_sealed_and_open_segments_while_the_store_goes_on(store, en
 
 
 def test_rows_where_the_store_keeps_its_catalog_to_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(catalog_writer, "LOCAL_FILE_SYSTEMS", frozenset())
+    monkeypatch.setattr(disk, "LOCAL_FILE_SYSTEMS", frozenset())
     store = open_store(tmp_path)
     store.insert(numbered(0, 5))
     with pytest.raises(OSError, match="on a shared file system a shard keeps its catalog to itself"):

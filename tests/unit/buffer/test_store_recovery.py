@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from buffer import disk
 from buffer.settings import BufferSettings
-from buffer.store import catalog_writer
 from buffer.store.catalog import CorruptStoreError, read_batches, read_events, row_checksum
 from buffer.store.results import DrawKey
 from buffer.store.store import ReplayStore
@@ -227,8 +227,8 @@ def test_one_process_at_a_time_and_one_contract(tmp_path):
 
 def test_other_hosts_get_an_image_of_the_catalog(tmp_path, monkeypatch):
     """On a file system that hosts share the store holds the catalog alone: nobody else can open it."""
-    assert not catalog_writer.is_shared(Path("/dev/shm")), "a tmpfs is the memory of one host"
-    monkeypatch.setattr(catalog_writer, "LOCAL_FILE_SYSTEMS", frozenset())
+    assert not disk.is_shared(Path("/dev/shm")), "a tmpfs is the memory of one host"
+    monkeypatch.setattr(disk, "LOCAL_FILE_SYSTEMS", frozenset())
     store = open_store(tmp_path / "b")
     store.insert(numbered(0, 5))
     assert draw(store, 2, 0) is not None

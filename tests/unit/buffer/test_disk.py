@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from buffer.full_disk import is_disk_full, writing_to
+from buffer.disk import is_disk_full, writing_to
 
 FULL = Path("/dev/full")
 
