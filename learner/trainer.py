@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from buffer.trajectory.behavior import newest_version
+from buffer.trajectory.staleness import VersionRange
 from learner.batches.micro_batches import build_micro_batches
 from learner.batches.rank_shares import count_logs, share_of_rank
 from learner.batches.source import BatchSource, Float32, priorities_of_draw
@@ -161,7 +161,8 @@ class Trainer:
             data_counts = count_logs(experts)
             draws.append(_Draw(experts, data_counts, partial(self._objective.data_loss, step=self.step)))
         if rollouts is not None:
-            loss = partial(self._rollout_loss, data_counts=data_counts, newest=newest_version(rollouts))
+            newest = int(VersionRange.from_batch(rollouts).newest.max())
+            loss = partial(self._rollout_loss, data_counts=data_counts, newest=newest)
             draws.append(_Draw(rollouts, count_logs(rollouts), loss, is_rollouts=True))
         return draws
 

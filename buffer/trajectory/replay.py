@@ -48,20 +48,15 @@ class ActionLogs:
     @classmethod
     def from_batch(cls, batch: pa.RecordBatch) -> ActionLogs:
         """View the list columns of a trajectory batch; copies only where `realised` differs from `actions`."""
-        actions_column = batch.column("actions")
-        offsets, actions = _flatten(actions_column)
+        offsets, actions = _flatten(batch.column("actions"))
         realised = actions
-        realised_column = batch.column("realised")
-        if realised_column.null_count < len(realised_column):
-            realised = actions.copy()
-            present = realised_column.is_valid().to_numpy(zero_copy_only=False)
-            values = realised_column.flatten()
-            where_action = np.repeat(present, np.diff(offsets))
-            noisy = values.is_valid().to_numpy(zero_copy_only=False)
-            targets = np.flatnonzero(where_action)[noisy]
-            realised[targets] = values.drop_null().to_numpy()
-        prompt_offsets, prompt_ids = _flatten(batch.column("prompt_ids"))
-        return cls(offsets, actions, realised, prompt_offsets, prompt_ids)
+        column = batch.column("realised")
+        if column.null_count < len(column):
+            realised, values = actions.copy(), column.flatten()
+            present = np.repeat(column.is_valid().to_numpy(zero_copy_only=False), np.diff(offsets))
+            noisy = np.flatnonzero(present)[values.is_valid().to_numpy(zero_copy_only=False)]
+            realised[noisy] = values.drop_null().to_numpy()
+        return cls(offsets, actions, realised, *_flatten(batch.column("prompt_ids")))
 
 
 def _flatten(column: pa.ListArray) -> tuple[Int64, Int32]:
@@ -99,26 +94,18 @@ def replay(logs: ActionLogs, backspace_id: int) -> Replay:
     running = np.cumsum(np.where(is_append, 1, -1))
     before_log = np.concatenate([[0], running])[logs.offsets[:-1]]
     depth = running - before_log[log]
-    if num_actions and depth.min() < 0:
+    if depth.min(initial=0) < 0:
         bad = int(log[np.argmin(depth)])
         raise ValueError(f"log {bad} takes a token back at the floor (the end of its prompt)")
     # Sorted by (log, depth, time), the state after an action at depth d is the newest append to depth d so far.
     order = np.lexsort((time, depth, log))
-    appended = np.where(is_append[order], np.arange(num_actions), -1)
-    newest = np.maximum.accumulate(appended) if num_actions else appended
+    newest = np.maximum.accumulate(np.where(is_append[order], np.arange(num_actions), -1))
     next_state = np.empty(num_actions, dtype=np.int64)
-    next_state[order] = order[newest] if num_actions else newest
+    next_state[order] = order[newest]
     next_state[depth == 0] = FLOOR
     state = np.concatenate([[FLOOR], next_state[:-1]])[:num_actions]
     state[time == 0] = FLOOR
     return Replay(log=log, time=time, depth=depth, state=state, next_state=next_state)
-
-
-def parent_events(logs: ActionLogs, played: Replay, backspace_id: int) -> Int64:
-    """[A] event that made the token before the one appended by each event (FLOOR at depth 1; -2 for backspaces)."""
-    parents = played.state.copy()
-    parents[logs.realised == backspace_id] = -2
-    return parents
 
 
 def final_token_ids(logs: ActionLogs, played: Replay, backspace_id: int) -> tuple[Int64, Int32]:
@@ -135,10 +122,7 @@ def surviving_events(logs: ActionLogs, played: Replay, backspace_id: int) -> npt
     An append that reached depth d survives iff every later depth of its log is >= d: compare with the reversed
     running minimum, restarted per log by an offset that no depth reaches.
     """
-    num_actions = len(logs.actions)
-    if num_actions == 0:
-        return np.zeros(0, dtype=np.bool_)
-    span = int(played.depth.max()) + 2
+    span = int(played.depth.max(initial=0)) + 2
     shifted = played.depth + played.log * span
     later_minimum = np.minimum.accumulate(shifted[::-1])[::-1]
     survives: npt.NDArray[np.bool_] = (logs.realised != backspace_id) & (later_minimum >= shifted)

@@ -12,29 +12,31 @@ insert by `buffer.trajectory.validation`:
 - replay is defined at every step: no backspace at the floor (the end of the prompt), and none at all where
   `sampling.floor_mask` says that it was never offered.
 
-Version 2 is version 1 and, in stored rows, the number of the row.
+Stored rows also have the number of the row.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-SCHEMA_VERSION = 2
+from buffer.trajectory.staleness import NO_VERSION, Int64
+
+Float32 = npt.NDArray[np.float32]
+
+SCHEMA_VERSION = 3
 
 ROW = "row"
 """Name of the column that only stored rows have: the number of the row in its shard."""
 
-_WITHOUT_TOKEN = b"ids_without_token"
-_OTHER_EOS = b"other_eos_ids"
-
 SOURCES = ("expert", "policy")
 FINISH_REASONS = ("eos", "max_length", "max_actions", "aborted")
-
 
 IdRanges = tuple[tuple[int, int], ...]
 """Ids as ascending, disjoint ranges [begin, end)."""
@@ -84,17 +86,8 @@ class TokenContract:
         return has_token
 
     def to_metadata(self) -> dict[bytes, bytes]:
-        """Schema metadata, with the schema version; without the keys of fields that are empty."""
-        ranges = " ".join(f"{begin}:{end}" for begin, end in self.ids_without_token)
-        return {
-            b"schema_version": str(SCHEMA_VERSION).encode(),
-            b"vocab_size": str(self.vocab_size).encode(),
-            b"backspace_id": str(self.backspace_id).encode(),
-            b"eos_id": str(self.eos_id).encode(),
-            b"tokenizer_hash": self.tokenizer_hash.encode(),
-            **({_WITHOUT_TOKEN: ranges.encode()} if ranges else {}),
-            **({_OTHER_EOS: " ".join(map(str, self.other_eos_ids)).encode()} if self.other_eos_ids else {}),
-        }
+        """Schema metadata: the schema version, and the fields as JSON."""
+        return {b"schema_version": str(SCHEMA_VERSION).encode(), b"contract": json.dumps(asdict(self)).encode()}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> TokenContract:
@@ -109,48 +102,10 @@ class TokenContract:
             raise ValueError(
                 f"trajectory schema version {version} cannot be read; this program reads version {SCHEMA_VERSION}"
             )
-        return cls(
-            vocab_size=_read_int(metadata, "vocab_size"),
-            backspace_id=_read_int(metadata, "backspace_id"),
-            eos_id=_read_int(metadata, "eos_id"),
-            tokenizer_hash=_read(metadata, "tokenizer_hash"),
-            ids_without_token=_read_ranges(metadata),
-            other_eos_ids=_read_ids(metadata, _OTHER_EOS),
-        )
-
-
-def _read(metadata: Mapping[bytes, bytes], name: str) -> str:
-    value = metadata.get(name.encode())
-    if value is None:
-        raise ValueError(f"trajectory schema metadata lacks {name}")
-    return value.decode()
-
-
-def _read_int(metadata: Mapping[bytes, bytes], name: str) -> int:
-    value = _read(metadata, name)
-    try:
-        return int(value)
-    except ValueError:
-        raise ValueError(f"trajectory schema metadata holds {name}={value!r}, which is not a number") from None
-
-
-def _read_ids(metadata: Mapping[bytes, bytes], name: bytes) -> tuple[int, ...]:
-    text = metadata.get(name, b"").decode()
-    try:
-        return tuple(int(part) for part in text.split())
-    except ValueError:
-        raise ValueError(f"trajectory schema metadata holds {name.decode()}={text!r}, which are no ids") from None
-
-
-def _read_ranges(metadata: Mapping[bytes, bytes]) -> IdRanges:
-    text = metadata.get(_WITHOUT_TOKEN, b"").decode()
-    try:
-        pairs = [each.split(":") for each in text.split()]
-        return tuple((int(begin), int(end)) for begin, end in pairs)
-    except ValueError:
-        raise ValueError(
-            f"trajectory schema metadata holds {_WITHOUT_TOKEN.decode()}={text!r}, which are no ranges"
-        ) from None
+        try:
+            return cls(**json.loads(metadata.get(b"contract", b"{}")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the metadata of the trajectory schema hold no token contract: {error}") from None
 
 
 SAMPLING_TYPE = pa.struct(
@@ -183,8 +138,6 @@ _FIELDS = [
     pa.field("actor", pa.string(), nullable=False),
     pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
 ]
-
-
 _ROW_FIELD = pa.field(ROW, pa.int64(), nullable=False)
 
 
@@ -207,12 +160,48 @@ def with_rows(batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> pa.RecordBa
     return batch.append_column(_ROW_FIELD, pa.array(rows))
 
 
-def without_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A stored batch as it was handed in. No column is copied."""
-    return batch.drop_columns([ROW])
-
-
 def rows_of(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
     """[n] row numbers of a stored batch."""
     rows: npt.NDArray[np.int64] = batch.column(ROW).to_numpy()
     return rows
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What the policy that acted says of each of A actions, in the order of `ActionLogs`.
+
+    An action's stored log-probability is that of the distribution it was drawn from: logits over a temperature, cut to
+    a nucleus (top-p), without backspace at the floor or anywhere. All of that but the nucleus can be repeated from
+    logits alone.
+
+    log_prob: [A] as stored; 0 where none is (experts). version: [A] of the weights; NO_VERSION for experts.
+    temperature: [A] that log_prob can be repeated at; 0 where it cannot be (none stored, or drawn from a nucleus).
+    offers_backspace: [L] whether a row's actions were drawn with backspace among them; True for experts.
+    """
+
+    log_prob: Float32
+    version: Int64
+    temperature: Float32
+    offers_backspace: npt.NDArray[np.bool_]
+
+    @classmethod
+    def from_batch(cls, batch: pa.RecordBatch) -> Behaviour:
+        """Of each row of a validated trajectory batch."""
+        lengths = batch.column("actions").value_lengths().to_numpy(zero_copy_only=False)
+        log_prob = np.zeros(int(lengths.sum()), dtype=np.float32)
+        version = np.full(len(log_prob), NO_VERSION, dtype=np.int64)
+        has_log_prob = _spread(batch.column("logprobs"), lengths, log_prob)
+        _spread(batch.column("policy_version"), lengths, version)
+        sampling = batch.column("sampling")
+        whole = pc.equal(pc.struct_field(sampling, "top_p"), 1.0).fill_null(False)
+        of_row = pc.if_else(whole, pc.struct_field(sampling, "temperature"), 0.0).fill_null(0.0)
+        temperature = np.repeat(of_row.to_numpy(zero_copy_only=False).astype(np.float32), lengths)
+        offers_backspace = pc.struct_field(sampling, "floor_mask").fill_null(True).to_numpy(zero_copy_only=False)
+        return cls(log_prob, version, np.where(has_log_prob, temperature, np.float32(0.0)), offers_backspace)
+
+
+def _spread(column: pa.ListArray, lengths: Int64, target: Float32 | Int64) -> npt.NDArray[np.bool_]:
+    """Write a list column, null for some rows, to the places of the actions of the others; [A] which those are."""
+    present: npt.NDArray[np.bool_] = np.repeat(column.is_valid().to_numpy(zero_copy_only=False), lengths)
+    target[present] = column.flatten().to_numpy(zero_copy_only=False)
+    return present

@@ -35,22 +35,15 @@ class VersionRange:
     def from_batch(cls, batch: pa.RecordBatch) -> VersionRange:
         """Of each row of a validated trajectory batch."""
         column = batch.column("policy_version")
-        num_rows = len(column)
-        if column.null_count == 0:
-            offsets = column.offsets.to_numpy()
-            starts, versions = offsets[:-1], column.values.slice(0, offsets[-1]).to_numpy()
-            if num_rows and (starts < offsets[1:]).all():  # as actors send them
-                return cls(np.minimum.reduceat(versions, starts), np.maximum.reduceat(versions, starts))
-            filled = np.flatnonzero(starts < offsets[1:])
-        else:
-            lengths = column.value_lengths().fill_null(0).to_numpy()
-            starts, versions = np.cumsum(lengths) - lengths, column.flatten().to_numpy()
-            filled = np.flatnonzero(lengths)
-        oldest = np.full(num_rows, NO_VERSION, dtype=np.int32)
+        lengths = column.value_lengths()
+        lengths = (lengths.fill_null(0) if column.null_count else lengths).to_numpy()
+        filled = np.flatnonzero(lengths)
+        oldest = np.full(len(column), NO_VERSION, dtype=np.int32)
         newest = oldest.copy()
         if len(filled):
-            oldest[filled] = np.minimum.reduceat(versions, starts[filled])
-            newest[filled] = np.maximum.reduceat(versions, starts[filled])
+            versions, starts = column.flatten().to_numpy(), (np.cumsum(lengths) - lengths)[filled]
+            oldest[filled] = np.minimum.reduceat(versions, starts)
+            newest[filled] = np.maximum.reduceat(versions, starts)
         return cls(oldest, newest)
 
 

@@ -1,7 +1,9 @@
-"""The door of the buffer: every invariant of `buffer.trajectory.schema`, checked for a whole batch at once.
+"""Validation on insert: every invariant of `buffer.trajectory.schema`, checked for a whole batch at once.
 
 A row that breaks an invariant is refused with the reason; the other rows are kept. What concerns the batch as
 a whole (columns, types, token contract, broken buffers) is a `ValueError`, because then no row can be trusted.
+Nothing may follow an offset of a batch before `_sound_buffers` looked at it: Arrow trusts what it is given, and a wild
+offset reads foreign memory or ends the process.
 
 Batches are small and nearly always good, so each check first asks a question about the whole batch (a count of
 nulls, a smallest and a largest value) and looks for rows only if the answer is not the expected one.
@@ -10,16 +12,15 @@ nulls, a smallest and a largest value) and looks for rows only if the answer is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.trajectory.conformity import conform, sound_buffers
 from buffer.trajectory.replay import ActionLogs
-from buffer.trajectory.schema import FINISH_REASONS, SOURCES, TokenContract
+from buffer.trajectory.schema import FINISH_REASONS, SOURCES, TokenContract, trajectory_schema
 
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
@@ -63,10 +64,10 @@ class ValidatedBatch:
 
 
 class _Findings:
-    """First reason per row: rows already refused are not looked at again."""
+    """First reason per row."""
 
     def __init__(self, num_rows: int) -> None:
-        self.bad: Bool = np.zeros(num_rows, dtype=np.bool_)
+        self._num_rows = num_rows
         self.reasons: dict[int, str] = {}
 
     def refuse(self, mask: Bool, reason: str) -> None:
@@ -74,47 +75,38 @@ class _Findings:
             self.refuse_rows(np.flatnonzero(mask), reason)
 
     def refuse_rows(self, rows: Int64, reason: str) -> None:
-        if len(rows) == 0:
-            return
-        for row in rows[~self.bad[rows]].tolist():
-            self.reasons[row] = reason
-        self.bad[rows] = True
+        for row in rows.tolist():
+            self.reasons.setdefault(row, reason)
+
+    def good_rows(self) -> Int64:
+        """Those that no check has refused so far, ascending."""
+        good = np.ones(self._num_rows, dtype=np.bool_)
+        good[list(self.reasons)] = False
+        return np.flatnonzero(good)
 
 
 class _Lists:
-    """A list column. offsets: [n+1] list i owns elements offsets[i]:offsets[i+1], a null list none; null: [n], None
-    where no list is null; is_absent: all are.
+    """A list column. offsets: [n+1] list i owns elements offsets[i]:offsets[i+1], a null list none; lengths: [n];
+    null: [n], None where no list is null; is_absent: all are.
     """
 
     def __init__(self, column: pa.ListArray) -> None:
         num_null = column.null_count
         self.is_absent = num_null == len(column) > 0
+        self.null: Bool | None = None
         if num_null == 0:
             offsets = column.offsets.to_numpy()
-            self.offsets: Int64 = offsets.astype(np.int64)
-            self.elements = column.values
-            if (first := offsets[0]) or offsets[-1] != len(self.elements):
-                self.offsets -= first
-                self.elements = self.elements.slice(first, self.offsets[-1])
-            self.null: Bool | None = None
-        elif num_null == len(column):
+            self.offsets: Int64 = offsets.astype(np.int64) - offsets[0]
+            self.elements = column.values.slice(offsets[0], offsets[-1] - offsets[0])
+        elif self.is_absent:
             self.offsets = np.zeros(num_null + 1, dtype=np.int64)
             self.elements = column.values.slice(0, 0)
             self.null = np.ones(num_null, dtype=np.bool_)
         else:
-            self.offsets = np.zeros(len(column) + 1, dtype=np.int64)
-            np.cumsum(column.value_lengths().fill_null(0).to_numpy(), out=self.offsets[1:])
+            self.offsets = np.concatenate([[0], np.cumsum(column.value_lengths().fill_null(0).to_numpy())])
             self.elements = column.flatten()
             self.null = column.is_null().to_numpy(zero_copy_only=False)
-
-    @cached_property
-    def lengths(self) -> Int64:
-        """[n] elements of each list."""
-        return self.offsets[1:] - self.offsets[:-1]
-
-    def is_divided_as(self, other: _Lists) -> bool:
-        """Whether each list is there and as long as the one of `other`."""
-        return self.null is None and np.array_equal(self.offsets, other.offsets)
+        self.lengths = self.offsets[1:] - self.offsets[:-1]
 
     def owners(self, mask: Bool) -> Int64:
         """Lists that own the elements where `mask` is True."""
@@ -140,22 +132,19 @@ def validate(batch: pa.RecordBatch, contract: TokenContract) -> ValidatedBatch:
             another type or one too many, or its buffers are broken.
     """
     findings = _Findings(batch.num_rows)
-    batch, no_text = sound_buffers(conform(batch, contract))
-    for name, broken in no_text.items():
-        findings.refuse(broken, f"{name} is no UTF-8 text")
+    batch = _sound_buffers(_conform(batch, contract), findings)
     columns = _Columns(batch)
     _check_texts(columns, findings)
     _check_structure(columns, findings)
-    sound = np.arange(batch.num_rows)
+    sound = findings.good_rows()
     if findings.reasons:
-        sound = np.flatnonzero(~findings.bad)
-        columns = _Columns(_take(batch, sound))
+        columns = _Columns(batch.take(pa.array(sound)))
     _check_values(columns, sound, contract, findings)
     if not findings.reasons:
         return ValidatedBatch(batch, ())
     ids = batch.column("id")
     rejections = tuple(Rejection(row, ids[row].as_py(), reason) for row, reason in sorted(findings.reasons.items()))
-    return ValidatedBatch(_take(batch, np.flatnonzero(~findings.bad)), rejections)
+    return ValidatedBatch(batch.take(pa.array(findings.good_rows())), rejections)
 
 
 def source_codes(sources: pa.StringArray) -> Int32:
@@ -165,8 +154,62 @@ def source_codes(sources: pa.StringArray) -> Int32:
     return _codes(sources, _SOURCES)
 
 
-def _take(batch: pa.RecordBatch, rows: Int64) -> pa.RecordBatch:
-    return batch if len(rows) == batch.num_rows else batch.take(pa.array(rows))
+_schema_of = lru_cache(maxsize=8)(trajectory_schema)
+
+
+def _conform(batch: pa.RecordBatch, contract: TokenContract) -> pa.RecordBatch:
+    """The batch with exactly the contract's schema, columns in its order, nothing copied."""
+    schema = _schema_of(contract)
+    if batch.schema.equals(schema, check_metadata=True):
+        return batch
+    theirs = TokenContract.from_metadata(batch.schema.metadata)
+    for name, value in vars(contract).items():
+        if getattr(theirs, name) != value:
+            raise ValueError(
+                f"trajectories with {name} {getattr(theirs, name)} do not belong into a buffer with {name} {value}: "
+                "their ids mean other tokens"
+            )
+    if sorted(batch.schema.names) != sorted(schema.names):
+        raise ValueError(f"the batch has columns {', '.join(batch.schema.names)}; needed: {', '.join(schema.names)}")
+    for field in schema:
+        found = batch.schema.field(field.name).type
+        if found != field.type:
+            raise ValueError(f"column {field.name} is {found}, the schema says {field.type}")
+    return pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=schema)
+
+
+def _sound_buffers(batch: pa.RecordBatch, findings: _Findings) -> pa.RecordBatch:
+    """The batch, once offsets, sizes and text are checked; text that is no UTF-8 is refused, and null stands there."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:
+        for index, field in enumerate(batch.schema):
+            column = batch.column(index)
+            error = _contradiction(column)
+            if error is not None and field.type == pa.string() and _contradiction(column.view(pa.binary())) is None:
+                as_bytes = column.view(pa.binary())
+                broken = np.array([not _is_utf8(text) for text in as_bytes.to_pylist()], dtype=np.bool_)
+                findings.refuse(broken, f"{field.name} is no UTF-8 text")
+                column = pc.if_else(pa.array(broken), pa.scalar(None, pa.binary()), as_bytes)
+                batch = batch.set_column(index, field, column.cast(pa.string()))
+            elif error is not None:
+                raise ValueError(f"column {field.name} is broken ({error}): no row of the batch can be read") from None
+    return batch
+
+
+def _contradiction(column: pa.Array) -> str | None:
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        return str(error)
+    return None
+
+
+def _is_utf8(text: bytes | None) -> bool:
+    try:
+        return text is None or text.decode() is not None
+    except UnicodeDecodeError:
+        return False
 
 
 def _check_texts(columns: _Columns, findings: _Findings) -> None:
@@ -183,7 +226,9 @@ def _check_texts(columns: _Columns, findings: _Findings) -> None:
     ids = by_name["id"].to_pylist()
     if len(set(ids)) < len(ids) or "" in ids:
         findings.refuse(np.array([id_ == "" for id_ in ids]), "id is empty")
-        findings.refuse(_repeated(by_name["id"]), "id appears earlier in the same batch")
+        first = {id_: row for row, id_ in reversed(list(enumerate(ids)))}
+        repeated = [id_ is not None and first[id_] < row for row, id_ in enumerate(ids)]
+        findings.refuse(np.array(repeated), "id appears earlier in the same batch")
     findings.refuse(columns.sources < 0, f"source is none of {', '.join(SOURCES)}")
     findings.refuse(columns.finishes < 0, f"finish_reason is none of {', '.join(FINISH_REASONS)}")
 
@@ -210,15 +255,16 @@ def _check_structure(columns: _Columns, findings: _Findings) -> None:
     from_policy = columns.sources == _POLICY
     all_from_policy = bool(from_policy.all())
     for name in ("logprobs", "policy_version", "realised"):
-        null = lists[name].null
-        may_be_absent = name == "realised"
-        if (lists[name].is_absent and may_be_absent) or (all_from_policy and lists[name].is_divided_as(actions)):
+        of_name, may_be_absent = lists[name], name == "realised"
+        if of_name.is_absent and may_be_absent:
+            continue
+        if all_from_policy and of_name.null is None and np.array_equal(of_name.offsets, actions.offsets):
             continue  # as actors send them
-        present = np.True_ if null is None else ~null
+        present = np.True_ if of_name.null is None else ~of_name.null
         if not may_be_absent and np.any(present != from_policy):
             findings.refuse(from_policy & ~present, f"a policy trajectory without {name}")
             findings.refuse(~from_policy & present, f"an expert trajectory with {name}")
-        findings.refuse((lists[name].lengths != num_actions) & present, f"{name} is not as long as actions")
+        findings.refuse((of_name.lengths != num_actions) & present, f"{name} is not as long as actions")
 
 
 def _check_values(columns: _Columns, rows: Int64, contract: TokenContract, findings: _Findings) -> None:
@@ -338,11 +384,3 @@ def _codes(column: pa.StringArray, allowed: pc.SetLookupOptions) -> Int32:
     codes = pc.call_function("index_in", [column], allowed)
     values: Int32 = (codes.fill_null(-1) if codes.null_count else codes).to_numpy()
     return values
-
-
-def _repeated(ids: pa.StringArray) -> Bool:
-    """[n] True where the id stands in an earlier row; null ids do not count."""
-    codes = ids.dictionary_encode().indices.fill_null(-1).to_numpy()
-    repeated: Bool = codes >= 0
-    repeated[np.unique(codes, return_index=True)[1]] = False
-    return repeated

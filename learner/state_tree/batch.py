@@ -23,8 +23,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from buffer.trajectory.behavior import Behaviour
 from buffer.trajectory.replay import FLOOR, ActionLogs, Int64, Replay, replay
+from buffer.trajectory.schema import Behaviour
 from learner.state_tree.trie import Bool, build_trie, preorder
 
 NODE_ALIGNMENT = 8

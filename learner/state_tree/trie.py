@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from buffer.trajectory.replay import FLOOR, ActionLogs, Int64, Replay, parent_events
+from buffer.trajectory.replay import FLOOR, ActionLogs, Int64, Replay
 
 UInt64 = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]
@@ -59,7 +59,7 @@ def build_trie(logs: ActionLogs, played: Replay, backspace_id: int) -> Trie:
     append_log = played.log[appends]
     append_depth = prompt_lengths[append_log] + played.depth[appends] - 1
 
-    before = parent_events(logs, played, backspace_id)[appends]
+    before = played.state[appends]
     num_prompt_tokens = len(logs.prompt_ids)
     parent = np.concatenate(
         [

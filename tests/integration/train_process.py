@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from buffer.reading.snapshot import read_shard
 from buffer.service.shard import present_shards
-from buffer.trajectory.schema import without_rows
+from buffer.trajectory.schema import ROW
 from launch.run_folder.folder import BUFFER_FOLDER, CLUSTER_FILE
 
 ROOT = Path(__file__).parents[2]
@@ -211,4 +211,4 @@ def metrics_of(folder: Path, stage: str | None = None) -> list[dict[str, float]]
 def trajectories_of(folder: Path) -> list[pa.RecordBatch]:
     """Every batch in the segment files of a run, of all shards, as it was handed in."""
     shards = [read_shard(shard) for shard in present_shards(folder / BUFFER_FOLDER)]
-    return [without_rows(batch) for shard in shards for batch in shard.stored.to_batches()]
+    return [batch.drop_columns([ROW]) for shard in shards for batch in shard.stored.to_batches()]

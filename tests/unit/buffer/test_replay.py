@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buffer.trajectory.replay import FLOOR, ActionLogs, final_token_ids, parent_events, replay, surviving_events
+from buffer.trajectory.replay import FLOOR, ActionLogs, final_token_ids, replay, surviving_events
 from buffer.trajectory.schema import TokenContract, trajectory_schema
 from tests.oracle import Log
 
@@ -51,9 +51,7 @@ def check_against_a_stack(batch: pa.RecordBatch, logs: list[Log]) -> None:
     np.testing.assert_array_equal(found.prompt_ids, [token for log in logs for token in log.prompt])
     np.testing.assert_array_equal(np.diff(found.prompt_offsets), [len(log.prompt) for log in logs])
 
-    expected: dict[str, list[int]] = {
-        name: [] for name in ("log", "time", "depth", "state", "next_state", "realised", "parent")
-    }
+    expected: dict[str, list[int]] = {name: [] for name in ("log", "time", "depth", "state", "next_state", "realised")}
     survivors: list[int] = []
     answers: list[list[int]] = []
     event = 0
@@ -67,8 +65,7 @@ def check_against_a_stack(batch: pa.RecordBatch, logs: list[Log]) -> None:
             else:
                 stack.append((event, token))
             after = stack[-1][0] if stack else FLOOR
-            parent = -2 if token == BACKSPACE else before
-            for name, value in zip(expected, (i, t, len(stack), before, after, token, parent), strict=True):
+            for name, value in zip(expected, (i, t, len(stack), before, after, token), strict=True):
                 expected[name].append(value)
             event += 1
         survivors += [index for index, _ in stack]
@@ -79,7 +76,6 @@ def check_against_a_stack(batch: pa.RecordBatch, logs: list[Log]) -> None:
         np.testing.assert_array_equal(getattr(played, name), expected[name], err_msg=name)
         assert getattr(played, name).dtype == np.int64
     np.testing.assert_array_equal(found.realised, expected["realised"])
-    np.testing.assert_array_equal(parent_events(found, played, BACKSPACE), expected["parent"])
     survives = surviving_events(found, played, BACKSPACE)
     assert survives.dtype == np.bool_
     np.testing.assert_array_equal(np.flatnonzero(survives), survivors)

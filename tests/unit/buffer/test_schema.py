@@ -11,6 +11,7 @@ import pytest
 
 from buffer.trajectory.schema import (
     FINISH_REASONS,
+    ROW,
     SCHEMA_VERSION,
     SOURCES,
     TokenContract,
@@ -18,7 +19,6 @@ from buffer.trajectory.schema import (
     stored_schema,
     trajectory_schema,
     with_rows,
-    without_rows,
 )
 
 CONTRACT = TokenContract(vocab_size=300, backspace_id=3, eos_id=2, tokenizer_hash="äß0123")
@@ -70,11 +70,6 @@ def test_ids_without_a_token_are_ascending_ranges_of_the_vocabulary(ranges):
         replace(CONTRACT, ids_without_token=ranges)
 
 
-def test_metadata_that_hold_no_ranges_are_refused():
-    with pytest.raises(ValueError, match="ids_without_token='4-7', which are no ranges"):
-        TokenContract.from_metadata(CONTRACT.to_metadata() | {b"ids_without_token": b"4-7"})
-
-
 def test_schemas_of_other_tokens_differ_in_metadata_only():
     other = trajectory_schema(TokenContract(300, 3, 2, "another"))
     assert other.equals(trajectory_schema(CONTRACT))
@@ -85,8 +80,6 @@ def test_several_eos_are_kept_in_the_metadata():
     contract = replace(CONTRACT, other_eos_ids=[9, 5])
     assert contract.eos_ids == (2, 9, 5)
     assert TokenContract.from_metadata(trajectory_schema(contract).metadata) == contract
-    with pytest.raises(ValueError, match="other_eos_ids='9 x', which are no ids"):
-        TokenContract.from_metadata(contract.to_metadata() | {b"other_eos_ids": b"9 x"})
 
 
 @pytest.mark.parametrize("changes", [{"other_eos_ids": (3,)}, {"other_eos_ids": (300,)}, {"backspace_id": 2}])
@@ -100,19 +93,18 @@ def test_metadata_of_others_is_no_obstacle():
     assert TokenContract.from_metadata(metadata) == CONTRACT
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "backspace_id", "eos_id", "tokenizer_hash"])
-def test_a_missing_key_is_named(name):
-    metadata = CONTRACT.to_metadata()
-    del metadata[name.encode()]
-    with pytest.raises(ValueError, match=f"metadata lacks {name}$"):
-        TokenContract.from_metadata(metadata)
-
-
-@pytest.mark.parametrize("name", ["vocab_size", "backspace_id", "eos_id"])
-def test_a_value_that_is_no_number_is_named(name):
-    metadata = CONTRACT.to_metadata() | {name.encode(): b"three"}
-    with pytest.raises(ValueError, match=f"metadata holds {name}='three', which is not a number"):
-        TokenContract.from_metadata(metadata)
+@pytest.mark.parametrize(
+    ("contract", "named"),
+    [
+        (b'{"vocab_size": 300, "backspace_id": 3, "eos_id": 2}', "tokenizer_hash"),
+        (b'{"vocab_size": "three", "backspace_id": 3, "eos_id": 2, "tokenizer_hash": ""}', "str"),
+        (b"{}", "vocab_size"),
+        (b"[", "no token contract"),
+    ],
+)
+def test_metadata_that_hold_no_contract_are_refused(contract, named):
+    with pytest.raises(ValueError, match=named):
+        TokenContract.from_metadata(CONTRACT.to_metadata() | {b"contract": contract})
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {b"vocab_size": b"300"}])
@@ -143,10 +135,9 @@ def test_ids_are_32_bits_and_what_experts_lack_is_nullable():
     }
 
 
-def test_stored_rows_carry_their_number_and_lose_it_on_the_way_out():
+def test_stored_rows_carry_their_number():
     batch = pa.RecordBatch.from_pylist([row(), row(id="b")], schema=trajectory_schema(CONTRACT))
     stored = with_rows(batch, np.array([4, 9]))
     assert stored.schema.equals(stored_schema(CONTRACT), check_metadata=True)
     assert rows_of(stored).tolist() == [4, 9]
-    assert without_rows(stored).equals(batch)
-    assert without_rows(stored).schema.equals(batch.schema, check_metadata=True)
+    assert stored.drop_columns([ROW]).equals(batch)

@@ -233,11 +233,11 @@ def test_a_batch_of_another_schema_is_refused_as_a_whole():
         validate(batch.replace_schema_metadata(None), CONTRACT)
     with pytest.raises(ValueError, match="schema version 99"):
         validate(batch.replace_schema_metadata({**batch.schema.metadata, b"schema_version": b"99"}), CONTRACT)
-    with pytest.raises(ValueError, match="lacks column logprobs"):
+    with pytest.raises(ValueError, match=r"batch has columns .*; needed: .*logprobs"):
         validate(batch.drop_columns(["logprobs"]), CONTRACT)
-    with pytest.raises(ValueError, match="a column too many: extra"):
+    with pytest.raises(ValueError, match=r"columns .*extra; needed"):
         validate(batch.append_column("extra", pa.array([1])), CONTRACT)
-    with pytest.raises(ValueError, match="a column too many: one appears twice"):
+    with pytest.raises(ValueError, match=r"columns .*, id; needed"):
         validate(batch.append_column("id", pa.array(["x"])), CONTRACT)
     index = batch.schema.get_field_index("actions")
     wide = batch.set_column(index, "actions", batch.column("actions").cast(pa.list_(pa.int64())))

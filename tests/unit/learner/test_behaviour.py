@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from buffer.trajectory.behavior import Behaviour, newest_version
+from buffer.trajectory.schema import Behaviour
 from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
 from learner.objectives.base import EvaluatedLogs, combine_metrics
 from learner.state_tree.action_values import action_values
@@ -71,12 +71,6 @@ def test_the_columns_are_flat_like_the_actions(rows):
 def test_an_action_without_a_stored_log_prob_is_not_compared():
     log = Log([1], [5, 6], finish_reason="max_actions", source="policy", versions=[1, 1], temperature=1.0)
     assert Behaviour.from_batch(to_batch([log])).temperature.tolist() == [0.0, 0.0]
-
-
-def test_the_newest_version_of_a_batch():
-    assert newest_version(to_batch(LOGS)) == 4
-    assert newest_version(to_batch(LOGS).slice(3, 1)) == 2
-    assert newest_version(to_batch([LOGS[1]])) == -1
 
 
 def test_the_tree_carries_them_and_the_names_of_the_logs():
