@@ -9,8 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learner.checkpoints.checkpoint import take_snapshot
 from learner.checkpoints.model_files import snapshot_model
-from learner.checkpoints.progress import Progress
-from learner.checkpoints.store import CheckpointStore
+from learner.checkpoints.store import CheckpointStore, Progress
 from learner.checkpoints.writer import CheckpointWriter, MetricMeans
 from learner.ranks.group import Ranks
 from learner.ranks.sharding import all_finite

@@ -31,9 +31,14 @@ from learner.batches.demonstrations import teach_backspace_row
 from learner.batches.source import BufferSource, Float32, SharedBatchSource, StopRequestedError
 from learner.checkpoints.checkpoint import check_can_be_saved, read_training_state
 from learner.checkpoints.model_files import load_weights
-from learner.checkpoints.progress import Progress, note_durable, read_progress
-from learner.checkpoints.remote import check_writable, open_checkpoints
-from learner.checkpoints.store import CheckpointStore
+from learner.checkpoints.store import (
+    CheckpointStore,
+    Progress,
+    check_writable,
+    note_durable,
+    open_checkpoints,
+    read_progress,
+)
 from learner.messages import LearnerSpec, LearnerStatus, PreparedRun, StageResult
 from learner.metrics.behaviour import distribution_metrics
 from learner.metrics.log import MetricsLog

@@ -10,8 +10,7 @@ from buffer.trajectory.schema import TokenContract
 from launch.run_folder.checkpoints import stage_checkpoints
 from launch.settings.run import RunSettings
 from learner.checkpoints.checkpoint import TrainingState, take_snapshot
-from learner.checkpoints.progress import PROGRESS_FILE, Progress
-from learner.checkpoints.store import LocalCheckpoints, remove_superseded
+from learner.checkpoints.store import PROGRESS_FILE, LocalCheckpoints, Progress, remove_superseded
 
 CONTRACT = TokenContract(vocab_size=16, backspace_id=3, eos_id=2, tokenizer_hash="abc")
 
@@ -53,3 +52,9 @@ def save_checkpoint(
     store.write(progress.step, take_snapshot(model, tokenizer, progress, state).write)
     remove_superseded(store, keep, best_metric)
     return store.folder(progress.step)
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Complete checkpoints in a stage's folder, oldest first."""
+    local = LocalCheckpoints(folder)
+    return [local.folder(step) for step in local.steps()]

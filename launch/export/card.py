@@ -18,7 +18,7 @@ from learner.settings.stages import StageSettings, stages_before
 
 if TYPE_CHECKING:
     from learner.checkpoints.model_card import CardFacts
-    from learner.checkpoints.progress import Progress
+    from learner.checkpoints.store import Progress
 
 
 _CARD_METRICS = ("accuracy", "recovery", "mauve", "perplexity", "diversity", "backspace_rate")

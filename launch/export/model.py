@@ -53,7 +53,7 @@ def export(
 
     from learner.checkpoints.model_card import adapter_card, model_card
     from learner.checkpoints.model_files import ADAPTER_FOLDER, CONFIGURATION_FILES, WEIGHTS_FILE
-    from learner.checkpoints.progress import read_progress
+    from learner.checkpoints.store import read_progress
 
     progress = read_progress(checkpoint)
     if adapter_only and not (checkpoint / ADAPTER_FOLDER).is_dir():

@@ -12,9 +12,7 @@ from buffer.trajectory.schema import TokenContract
 from launch.errors import UserError, setting_up
 from launch.run_folder.folder import is_run_folder, logged_stages, open_run_folder
 from launch.settings.run import RunSettings
-from learner.checkpoints.progress import check_contract, durable_steps
-from learner.checkpoints.remote import open_checkpoints
-from learner.checkpoints.store import CheckpointStore
+from learner.checkpoints.store import CheckpointStore, check_contract, durable_steps, open_checkpoints
 from learner.messages import StageResult
 
 

@@ -25,7 +25,7 @@ from buffer.disk import is_disk_full
 from buffer.trajectory.schema import TokenContract
 from learner.checkpoints.model_card import CardFacts, model_card
 from learner.checkpoints.model_files import ModelSnapshot, host_copy, snapshot_model, snapshot_without_weights
-from learner.checkpoints.progress import PROGRESS_FILE, Progress
+from learner.checkpoints.store import PROGRESS_FILE, Progress
 
 TRAINING_STATE_FILE = "training_state.pt"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from learner.checkpoints.progress import Progress
+from learner.checkpoints.store import Progress
 
 GENERATION_LOOP = """\
 import torch

@@ -9,8 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from learner.checkpoints.checkpoint import CheckpointSnapshot
-from learner.checkpoints.progress import Progress
-from learner.checkpoints.store import CheckpointStore, remove_superseded, step_name
+from learner.checkpoints.store import CheckpointStore, Progress, remove_superseded, step_name
 from learner.settings.stages import LearnerSettings
 
 

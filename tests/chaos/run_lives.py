@@ -10,8 +10,8 @@ from pathlib import Path
 
 from launch.monitoring.run_log import LOG_FILE
 from launch.run_folder.folder import CLUSTER_FILE, CONFIG_FILE
-from learner.checkpoints.progress import read_progress
-from learner.checkpoints.store import checkpoints_of
+from learner.checkpoints.store import read_progress
+from tests.checkpoints import checkpoints_of
 from tests.integration.train_process import ROOT, TrainProcess, metrics_of
 
 STAGE = "sequencematch"

@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from launch.run_folder.folder import CLUSTER_FILE
-from learner.checkpoints.progress import read_progress
-from learner.checkpoints.store import checkpoints_of
+from learner.checkpoints.store import read_progress
 from tests.chaos.run_lives import START_TIMEOUT_S, assert_audit_is_clean, newest_step, pool_events, wait_for_steps
 from tests.chaos.two_hosts import FAR, NEAR, TwoHosts
+from tests.checkpoints import checkpoints_of
 from tests.integration.ray_head import RayHead
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
 

@@ -34,8 +34,7 @@ from learner import trainer as trainer_module
 from learner.checkpoints import checkpoint as checkpoint_module
 from learner.checkpoints.checkpoint import read_training_state
 from learner.checkpoints.model_files import load_weights
-from learner.checkpoints.progress import Progress, read_progress
-from learner.checkpoints.store import LocalCheckpoints
+from learner.checkpoints.store import LocalCheckpoints, Progress, read_progress
 from learner.model.policy import load_policy
 from learner.objectives.registry import make_objective
 from learner.ranks.group import Ranks

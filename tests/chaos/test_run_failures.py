@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.checkpoints.progress import read_progress
-from learner.checkpoints.store import checkpoints_of
+from learner.checkpoints.store import read_progress
+from tests.checkpoints import checkpoints_of
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, refusal_of
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.checkpoints.progress import read_progress
-from learner.checkpoints.store import checkpoints_of
+from learner.checkpoints.store import read_progress
 from tests.chaos.run_lives import (
     LONG,
     STAGE,
@@ -31,6 +30,7 @@ from tests.chaos.run_lives import (
     steps_lost,
     wait_for_steps,
 )
+from tests.checkpoints import checkpoints_of
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a test has up to three lives to wait for

@@ -18,8 +18,7 @@ from buffer.trajectory.staleness import VersionRange
 from launch.run.buffer_shards import MAX_RESTARTS
 from launch.run_folder.folder import BUFFER_FOLDER, CONFIG_FILE
 from launch.settings.recipe import read_recipe
-from learner.checkpoints.progress import read_progress
-from learner.checkpoints.store import checkpoints_of
+from learner.checkpoints.store import read_progress
 from tests.chaos.run_lives import (
     LONG,
     STAGE,
@@ -33,6 +32,7 @@ from tests.chaos.run_lives import (
     steps_lost,
     wait_for_steps,
 )
+from tests.checkpoints import checkpoints_of
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
 
 pytestmark = pytest.mark.slow

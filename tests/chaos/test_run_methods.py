@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from buffer.experts.tasks import load_task
 from launch.monitoring.run_log import LOG_FILE
 from launch.settings.recipe import read_recipe
-from learner.checkpoints.store import checkpoints_of
+from tests.checkpoints import checkpoints_of
 from tests.integration import failing_scores
 from tests.integration.test_run_arithmetic import FinishedRun, recompute
 from tests.integration.train_process import ROOT, TINY, TrainProcess, metrics_of, trajectories_of

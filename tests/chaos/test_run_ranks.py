@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from launch.run_folder.folder import CONFIG_FILE
-from learner.checkpoints.progress import read_progress
-from learner.checkpoints.store import checkpoints_of
+from learner.checkpoints.store import read_progress
+from tests.checkpoints import checkpoints_of
 from tests.integration.train_process import TrainProcess, metrics_of
 
 pytestmark = pytest.mark.slow

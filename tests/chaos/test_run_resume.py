@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch.run_folder.folder import CONFIG_FILE
-from learner.checkpoints.progress import read_progress
-from learner.checkpoints.store import checkpoints_of
+from learner.checkpoints.store import read_progress
+from tests.checkpoints import checkpoints_of
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, refusal_of
 
 pytestmark = pytest.mark.slow

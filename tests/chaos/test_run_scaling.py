@@ -15,7 +15,7 @@ from buffer.experts.tasks import load_task
 from buffer.trajectory.validation import validate
 from launch.run.control import run_status, scale_run
 from launch.settings.recipe import read_recipe
-from learner.checkpoints.store import checkpoints_of
+from tests.checkpoints import checkpoints_of
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
 
 pytestmark = pytest.mark.slow

@@ -23,12 +23,12 @@ from buffer.service.service import ReplayBufferService
 from buffer.service.shard import Shard
 from buffer.service.status import ShardStatus
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
-from learner.checkpoints.store import checkpoints_of
 from learner.messages import LearnerSpec
 from learner.settings.model import ScratchModelSettings
 from learner.settings.objectives import SequenceMatchSettings
 from learner.settings.stages import LearnerSettings, StageSettings
 from learner.worker import LearnerWorker
+from tests.checkpoints import checkpoints_of
 from tests.integration.local_ray import local_ray
 from tests.integration.train_process import metrics_of
 from tests.rollouts import rollouts

@@ -25,9 +25,9 @@ from buffer.weights import fingerprint, pack_tensors
 from launch.monitoring.run_log import LOG_FILE
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
-from learner.checkpoints.progress import read_progress
-from learner.checkpoints.store import checkpoints_of
+from learner.checkpoints.store import read_progress
 from learner.publication.tensors import publication_tensors
+from tests.checkpoints import checkpoints_of
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
 
 STEPS = {"trunk": 20, "sequencematch": 40, "mle_control": 5}

@@ -13,7 +13,7 @@ from launch.errors import UserError
 from launch.run_folder.checkpoints import final_checkpoint, finished_stages, newest_published
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
-from learner.checkpoints.progress import PROGRESS_FILE
+from learner.checkpoints.store import PROGRESS_FILE
 from tests.checkpoints import CONTRACT, progress_at, write_progress
 
 RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")

@@ -22,7 +22,7 @@ from launch.run_folder.folder import (
 )
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
-from learner.checkpoints.progress import note_durable
+from learner.checkpoints.store import note_durable
 from tests.checkpoints import progress_at, write_progress
 from tests.run_folders import write_metrics
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from buffer.experts.tasks import Task
 from learner.checkpoints.checkpoint import read_training_state
 from learner.checkpoints.model_files import load_weights
-from learner.checkpoints.progress import read_progress
+from learner.checkpoints.store import read_progress
 from learner.model.policy import checkpoint_activations
 from learner.state_tree.policy import TreePolicy
 from tests.checkpoints import progress_at, save_checkpoint

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from buffer.experts.tokenizer import character_tokenizer
 from learner.checkpoints.checkpoint import read_training_state, take_snapshot
 from learner.checkpoints.model_files import load_weights
-from learner.checkpoints.progress import check_contract, read_progress
-from learner.checkpoints.store import LocalCheckpoints
+from learner.checkpoints.store import LocalCheckpoints, check_contract, read_progress
 from learner.model.policy import load_policy
 from learner.settings.model import ScratchModelSettings
 from tests.checkpoints import CONTRACT, progress_at, save_checkpoint

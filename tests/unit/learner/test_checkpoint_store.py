@@ -9,9 +9,14 @@ import fsspec
 import pytest
 
 from learner.checkpoints import store as store_module
-from learner.checkpoints.progress import PROGRESS_FILE
-from learner.checkpoints.remote import RemoteCheckpoints, open_checkpoints
-from learner.checkpoints.store import CheckpointStore, LocalCheckpoints, remove_superseded
+from learner.checkpoints.store import (
+    PROGRESS_FILE,
+    CheckpointStore,
+    LocalCheckpoints,
+    RemoteCheckpoints,
+    open_checkpoints,
+    remove_superseded,
+)
 from tests.checkpoints import progress_at
 
 FILES = ("a.txt", "adapter/b.txt", "c.txt")
@@ -60,13 +65,6 @@ def test_checkpoints_are_written_listed_read_and_removed(opened):
     assert [mark_of(again, step) for step in again.steps()] == [7, 999_999, 1_000_000]
     again.remove(999_999)
     assert opened().steps() == [7, 1_000_000]
-
-
-def test_a_step_that_is_written_again_is_replaced(opened):
-    opened().write(7, filler(7, 1))
-    opened().write(7, filler(7, 2))
-    assert opened().steps() == [7]
-    assert mark_of(opened(), 7) == 2
 
 
 def test_the_newest_and_the_best_are_kept(opened):
@@ -129,7 +127,6 @@ LOCAL_MOMENTS = [
     (store_module.os, "fsync", 4),
     (store_module.Path, "rename", 0),
     (store_module.Path, "rename", 1),
-    (store_module.Path, "rename", 2),
     (store_module.shutil, "rmtree", 0),
     (store_module.os, "rmdir", 0),
     (store_module.os, "unlink", 2),
@@ -140,71 +137,67 @@ REMOTE_MOMENTS = [
     (MEMORY, "put_file", 3),
     (MEMORY, "pipe_file", 0),
     (MEMORY, "rm_file", 0),
-    (MEMORY, "rm_file", 2),
     (MEMORY, "rm", 0),
+    (store_module.Path, "rename", 0),
+    (store_module.shutil, "rmtree", 0),
 ]
 
 
-def check_kill(opened, monkeypatch, moment, again) -> None:
+def check_kill(opened, monkeypatch, moment) -> None:
     """Kill the second of two writes, with keep=1; then a third process writes one more."""
-    opened().write(7, filler(7, 3))
-    step = 7 if again else 8
+
+    def write(step: int, mark: int) -> None:
+        store = opened()
+        store.write(step, filler(step, mark))
+        remove_superseded(store, keep=1, best_metric=None)
+
+    write(7, 3)
     with monkeypatch.context() as patch:
         die_at(patch, *moment)
-        try:
-            store = opened()
-            store.write(step, filler(step, 4))
-            remove_superseded(store, keep=1, best_metric=None)
-        except KilledError:
-            killed = True
-        else:
-            killed = False
+        with pytest.raises(KilledError):
+            write(8, 4)
     store = opened()
     assert store.steps(), "no checkpoint is left"
     for found in store.steps():
-        assert mark_of(store, found) in (3, 4)
-    assert killed or mark_of(store, store.steps()[-1]) == 4
+        assert mark_of(store, found) == (4 if found == 8 else 3)
 
-    # The process that comes after it ends with one checkpoint and nothing half-written.
-    store = opened()
-    store.write(8, filler(8, 5))
-    remove_superseded(store, keep=1, best_metric=None)
-    assert store.steps() == [8]
-    assert mark_of(store, 8) == 5
+    # The process that comes after it goes on from the newest, and ends with one checkpoint and nothing half-written.
+    step = store.steps()[-1] + 1
+    write(step, 5)
+    assert store.steps() == [step]
+    assert mark_of(store, step) == 5
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
 @pytest.mark.parametrize("moment", LOCAL_MOMENTS, ids=lambda moment: f"{moment[1]}-{moment[2]}")
-def test_a_kill_at_any_moment_leaves_a_complete_newest_checkpoint(tmp_path, monkeypatch, moment, again):
-    check_kill(lambda: LocalCheckpoints(tmp_path), monkeypatch, moment, again)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000008"]
+def test_a_kill_at_any_moment_leaves_a_complete_newest_checkpoint(tmp_path, monkeypatch, moment):
+    check_kill(lambda: LocalCheckpoints(tmp_path), monkeypatch, moment)
+    assert [path.name for path in tmp_path.iterdir()] in (["step-000008"], ["step-000009"])
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
 @pytest.mark.parametrize("moment", REMOTE_MOMENTS, ids=lambda moment: f"{moment[1]}-{moment[2]}")
-def test_a_kill_at_any_moment_leaves_a_complete_newest_checkpoint_in_storage(tmp_path, monkeypatch, moment, again):
+def test_a_kill_at_any_moment_leaves_a_complete_newest_checkpoint_in_storage(tmp_path, monkeypatch, moment):
     storage = fsspec.filesystem("memory")
     if storage.exists("/bucket"):
         storage.rm("/bucket", recursive=True)
-    check_kill(lambda: RemoteCheckpoints(f"{URL}/run/trunk", tmp_path), monkeypatch, moment, again)
+    check_kill(lambda: RemoteCheckpoints(f"{URL}/run/trunk", tmp_path), monkeypatch, moment)
     (name,) = {path.split("/")[5] for path in storage.find("/bucket")}
-    assert name.startswith("step-000008.")
+    assert name in ("step-000008", "step-000009")
 
 
 def test_another_machine_fetches_what_was_uploaded(tmp_path):
     RemoteCheckpoints(f"{URL}/fetched", tmp_path / "a").write(7, filler(7, 1))
     other = RemoteCheckpoints(f"{URL}/fetched", tmp_path / "b")
     assert mark_of(other, 7) == 1
-    # A copy from before the step was written again is not taken for it.
-    RemoteCheckpoints(f"{URL}/fetched", tmp_path / "a").write(7, filler(7, 2))
-    assert mark_of(RemoteCheckpoints(f"{URL}/fetched", tmp_path / "b"), 7) == 2
+    # A copy whose own upload was killed is not taken for it.
+    LocalCheckpoints(tmp_path / "c").write(7, filler(7, 2))
+    assert mark_of(RemoteCheckpoints(f"{URL}/fetched", tmp_path / "c"), 7) == 1
 
 
 def test_a_truncated_file_in_storage_is_named(tmp_path):
     RemoteCheckpoints(f"{URL}/cut", tmp_path / "a").write(7, filler(7, 12345))
     storage = fsspec.filesystem("memory")
-    storage.pipe_file("/bucket/runs/cut/step-000007.1/c.txt", b"12")
+    storage.pipe_file("/bucket/runs/cut/step-000007/c.txt", b"12")
     other = RemoteCheckpoints(f"{URL}/cut", tmp_path / "b")
-    with pytest.raises(OSError, match=r"step-000007\.1/c\.txt has 2 bytes instead of 5"):
+    with pytest.raises(OSError, match=r"step-000007/c\.txt has 2 bytes instead of 5"):
         other.folder(7)
     assert not list((tmp_path / "b").glob("step-000007")), "nothing half-fetched looks complete"

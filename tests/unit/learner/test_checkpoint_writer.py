@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.checkpoints.progress import PROGRESS_FILE, Progress
-from learner.checkpoints.store import LocalCheckpoints
+from learner.checkpoints.store import PROGRESS_FILE, LocalCheckpoints, Progress
 from learner.checkpoints.writer import CheckpointWriteError, CheckpointWriter, MetricMeans
 from learner.settings.stages import LearnerSettings
 from tests.checkpoints import progress_at

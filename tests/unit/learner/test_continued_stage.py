@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from learner.checkpoints.progress import PROGRESS_FILE, read_progress
-from learner.checkpoints.store import checkpoints_of
+from learner.checkpoints.store import PROGRESS_FILE, read_progress
 from learner.messages import StageResult
+from tests.checkpoints import checkpoints_of
 from tests.unit.learner.test_diverging_stage import stage_of, worker_in
 
 

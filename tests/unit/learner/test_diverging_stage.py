@@ -9,12 +9,12 @@ import pytest
 
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
 from learner.checkpoints.checkpoint import read_training_state
-from learner.checkpoints.progress import read_progress
-from learner.checkpoints.store import checkpoints_of
+from learner.checkpoints.store import read_progress
 from learner.messages import LearnerSpec
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import LearnerSettings, StageSettings
 from learner.worker import LearnerWorker
+from tests.checkpoints import checkpoints_of
 
 TASK = ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questions=4)
 MODEL = ScratchModelSettings(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32, max_positions=40)

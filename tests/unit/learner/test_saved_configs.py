@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from learner.checkpoints.checkpoint import check_can_be_saved
-from learner.checkpoints.remote import check_writable
+from learner.checkpoints.store import check_writable
 from learner.model.policy import load_policy
 from learner.settings.model import PretrainedModelSettings
 from tests.checkpoints import CONTRACT, progress_at, save_checkpoint
