@@ -29,8 +29,7 @@ from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
 from learner.batches.demonstrations import teach_backspace_row
 from learner.batches.source import BufferSource, Float32, SharedBatchSource, StopRequestedError
-from learner.checkpoints.checkpoint import check_can_be_saved, read_training_state
-from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.checkpoint import check_can_be_saved, load_weights, read_training_state
 from learner.checkpoints.store import (
     CheckpointStore,
     Progress,
@@ -39,6 +38,7 @@ from learner.checkpoints.store import (
     open_checkpoints,
     read_progress,
 )
+from learner.checkpoints.writer import StageCheckpoints
 from learner.messages import LearnerSpec, LearnerStatus, PreparedRun, StageResult
 from learner.metrics.behaviour import distribution_metrics
 from learner.metrics.log import MetricsLog
@@ -52,7 +52,6 @@ from learner.ranks.group import Ranks, join_ranks, open_rendezvous
 from learner.ranks.sharding import shard
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import StageSettings
-from learner.stage_checkpoints import StageCheckpoints
 from learner.state_tree.batch import TreeSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
@@ -213,14 +212,13 @@ class LearnerWorker:
                 self._policy.model,
                 self._task.tokenizer,
                 self._release_draws,
-                None if resumed is None else resumed.step,
             ) as checkpoints,
         ):
             while not trainer.finished:
                 try:
                     metrics = trainer.train_step()
                 except (FloatingPointError, OutsideDomainError):  # at every rank; the weights are of the last good step
-                    checkpoints.save(trainer, position, self._newest_version())
+                    checkpoints.save(trainer.step, trainer.state, position, self._newest_version())
                     raise
                 except StopRequestedError:
                     break  # maybe after the expert part of a step that is not done: `position` is from before it
@@ -233,8 +231,8 @@ class LearnerWorker:
                 if uses_actors and trainer.step % stage.publish_every_steps == 0 and objective.renews_proposal():
                     self._publish()
                 if trainer.step % self._spec.settings.checkpoint_every_steps == 0 and not trainer.finished:
-                    checkpoints.save(trainer, position, self._newest_version())
-            checkpoints.save(trainer, position, self._newest_version())
+                    checkpoints.save(trainer.step, trainer.state, position, self._newest_version())
+            checkpoints.save(trainer.step, trainer.state, position, self._newest_version())
             checkpoints.wait()
         if not self._ranks.leads:
             return None

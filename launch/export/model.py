@@ -51,8 +51,8 @@ def export(
     run = run_of(source)
     from transformers import AutoTokenizer
 
+    from learner.checkpoints.checkpoint import ADAPTER_FOLDER, CONFIGURATION_FILES, WEIGHTS_FILE
     from learner.checkpoints.model_card import adapter_card, model_card
-    from learner.checkpoints.model_files import ADAPTER_FOLDER, CONFIGURATION_FILES, WEIGHTS_FILE
     from learner.checkpoints.store import read_progress
 
     progress = read_progress(checkpoint)

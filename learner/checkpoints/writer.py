@@ -1,15 +1,22 @@
-"""Writing checkpoints beside training: one at a time, with errors that come to light at the next step."""
+"""Writing the checkpoints of the stage under way beside training, one at a time; an error comes to light at the next
+step. All ranks take part in a snapshot, rank 0 writes it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from learner.checkpoints.checkpoint import CheckpointSnapshot
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from learner.checkpoints.checkpoint import Snapshot, TrainingState, take_snapshot
 from learner.checkpoints.store import CheckpointStore, Progress, remove_superseded, step_name
+from learner.ranks.group import Ranks
+from learner.ranks.sharding import all_finite
 from learner.settings.stages import LearnerSettings
 
 
@@ -32,7 +39,7 @@ class CheckpointWriter:
         self._newest_step = max(store.steps(), default=None)
         self._under_way: tuple[Progress, Future[None]] | None = None
 
-    def submit(self, snapshot: CheckpointSnapshot) -> None:
+    def submit(self, snapshot: Snapshot) -> None:
         """Begin to write `snapshot`, after the write before has ended; raises as `wait`."""
         self.wait()
         self._under_way = snapshot.progress, self._thread.submit(self._write, snapshot)
@@ -64,7 +71,7 @@ class CheckpointWriter:
                 error.add_note(f"checkpoint {self._place()} could not be written either: {future.exception()}")
         self._thread.shutdown(wait=False)
 
-    def _write(self, snapshot: CheckpointSnapshot) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
         self._store.write(snapshot.progress.step, snapshot.write)
         remove_superseded(self._store, self._settings.keep_checkpoints, self._settings.checkpoint_best_metric)
 
@@ -92,28 +99,71 @@ class CheckpointWriter:
         return self._store.location(self._under_way[0].step)
 
 
-class MetricMeans:
-    """Mean of each metric over the steps since the last checkpoint."""
+class StageCheckpoints(CheckpointWriter):
+    """Saves one stage; every rank calls the same methods in the same order. Ranks other than 0 write nothing."""
 
-    def __init__(self, needed: str | None) -> None:
-        """needed: a metric that every step must have."""
-        self._needed = needed
-        self._sums: dict[str, float] = {}
-        self._steps = 0
+    def __init__(
+        self,
+        ranks: Ranks,
+        store: CheckpointStore,
+        settings: LearnerSettings,
+        start: Progress,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        on_durable: Callable[[Progress], None],
+    ) -> None:
+        """start: of the stage; each checkpoint has its own step, versions, metrics and expert position. on_durable: see
+        `CheckpointWriter`; called at rank 0."""
+        super().__init__(store, settings, on_durable)
+        self._ranks = ranks
+        self._start = start
+        self._model = model
+        self._tokenizer = tokenizer
+        self._saved_step = self._newest_step  # where the stage goes on
+        self._steps = 0  # since the checkpoint before
+        self._metric_sums: dict[str, float] = {}
 
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """One step. ValueError: it lacks the metric that is needed."""
-        if self._needed is not None and self._needed not in metrics:
+    def after_step(self, metrics: Mapping[str, float]) -> None:
+        """Take note of a step, and of a write that has ended. ValueError: the step lacks the metric that says which
+        checkpoint is best. Else it raises as `poll`."""
+        best = self._settings.checkpoint_best_metric
+        if best is not None and best not in metrics:
             names = ", ".join(sorted(metrics))
-            raise ValueError(
-                f"learner.checkpoint_best_metric={self._needed} is no metric of this stage; it has: {names}"
-            )
+            raise ValueError(f"learner.checkpoint_best_metric={best} is no metric of this stage; it has: {names}")
         self._steps += 1
         for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._metric_sums[name] = self._metric_sums.get(name, 0.0) + value
+        self.poll()
 
-    def take(self) -> dict[str, float]:
-        """The means, finite ones only; the next ones start from here."""
-        means = {name: total / self._steps for name, total in self._sums.items() if math.isfinite(total)}
-        self._sums, self._steps = {}, 0
-        return means
+    def save(
+        self, step: int, state: Callable[[], TrainingState], expert_position: dict[str, int], policy_version: int
+    ) -> None:
+        """Begin to write a checkpoint of now, unless there is one of this step already; waits for the one before.
+
+        state: gives what the next step depends on besides the weights; called at every rank.
+
+        Raises:
+            FloatingPointError: the weights are not finite, so the checkpoint before is the last good one. Else see
+                `CheckpointWriter.wait`.
+        """
+        if self._saved_step == step:
+            return
+        if not all_finite(self._model, self._ranks):
+            raise FloatingPointError(
+                f"step {step}: training has diverged; the weights are not finite and are not saved. Lower "
+                f"stages.{self._start.stage}.optimizer.learning_rate, then resume the run from the checkpoint before"
+            )
+        self._saved_step = step
+        training_state = state()
+        self.wait()  # before the copy: no more than one snapshot is in memory
+        progress = replace(
+            self._start,
+            step=step,
+            policy_version=policy_version,
+            expert_stream=expert_position,
+            metrics={name: total / self._steps for name, total in self._metric_sums.items() if math.isfinite(total)},
+        )
+        self._steps, self._metric_sums = 0, {}
+        snapshot = take_snapshot(self._model, self._tokenizer, progress, training_state, keep=self._ranks.leads)
+        if self._ranks.leads:
+            self.submit(snapshot)

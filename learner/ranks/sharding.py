@@ -91,9 +91,8 @@ def overwrite_row(own: Tensor, index: int, row: Tensor) -> None:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def load_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+def load_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Overwrite parameters and buffers with whole tensors of the same shape, by name; names that are absent stay."""
-    own = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         own[name].copy_(part_like(tensor, own[name]))
 

@@ -32,16 +32,15 @@ from buffer.store.results import DrawKey
 from buffer.store.store import ReplayStore
 from learner import trainer as trainer_module
 from learner.checkpoints import checkpoint as checkpoint_module
-from learner.checkpoints.checkpoint import read_training_state
-from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.checkpoint import load_weights, read_training_state
 from learner.checkpoints.store import LocalCheckpoints, Progress, read_progress
+from learner.checkpoints.writer import StageCheckpoints
 from learner.model.policy import load_policy
 from learner.objectives.registry import make_objective
 from learner.ranks.group import Ranks
 from learner.settings.model import ScratchModelSettings
 from learner.settings.objectives import SequenceMatchSettings
 from learner.settings.stages import LearnerSettings, OptimizerSettings, StageSettings
-from learner.stage_checkpoints import StageCheckpoints
 from learner.state_tree.batch import TreeSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
@@ -119,11 +118,15 @@ def live(task: Task, folder: Path) -> None:
 
     start = Progress(STAGE.name, 0, STAGE.steps, -1, 0, {}, contract)
     with StageCheckpoints(Ranks(), store, SETTINGS, start, policy.model, task.tokenizer, release) as checkpoints:
+
+        def save() -> None:
+            checkpoints.save(trainer.step, trainer.state, stream.state(), trainer.step // STEPS_PER_VERSION)
+
         while not trainer.finished:
             checkpoints.after_step(trainer.train_step())
             if trainer.step % SETTINGS.checkpoint_every_steps == 0:
-                checkpoints.save(trainer, stream.state(), policy_version=trainer.step // STEPS_PER_VERSION)
-        checkpoints.save(trainer, stream.state(), policy_version=trainer.step // STEPS_PER_VERSION)
+                save()
+        save()
         checkpoints.wait()
     loop.run_until_complete(service.close())
 

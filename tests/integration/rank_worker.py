@@ -239,7 +239,7 @@ def own_mistakes(ranks: Ranks, policy: TreePolicy) -> Tensor:
 def more_steps(ranks: Ranks, case: Case, saved: dict[str, object], count: int) -> dict[str, object]:
     """`count` further steps from what `first_steps` gave, perhaps with another number of ranks."""
     policy, trainer = make_trainer(case, ranks, drawn=saved["state"]["step"])
-    load_tensors(policy.model, saved["weights"])
+    load_tensors(policy.model.state_dict(keep_vars=True), saved["weights"])
     trainer.load_state(saved["state"])
     metrics = [trainer.train_step() for _ in range(count)]
     return {"metrics": metrics, "weights": weights(policy), "state": trainer.state()}

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from learner.checkpoints.checkpoint import read_training_state
-from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.checkpoint import load_weights, read_training_state
 from learner.model.adapters import adapter_tensors, add_adapters
 from learner.model.quantization import quantise_linear_layers
 from learner.objectives.registry import make_objective

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from learner.checkpoints.model_files import ADAPTER_FOLDER, load_weights, snapshot_model
+from buffer.experts.tokenizer import character_tokenizer
+from learner.checkpoints.checkpoint import ADAPTER_FOLDER, load_weights, take_snapshot
 from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters
 from learner.model.policy import load_policy
 from learner.optimizer import make_optimizer
@@ -20,6 +21,7 @@ from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from learner.settings.stages import OptimizerSettings
 from learner.state_tree.action_values import chunked_values
 from learner.state_tree.policy import TreePolicy
+from tests.checkpoints import progress_at
 from tests.tiny_models import BACKSPACE_ID, tiny_model
 from tests.unit.learner.test_model import saved, word_tokenizer
 
@@ -204,7 +206,7 @@ def test_training_moves_adapters_and_unembedding_only():
 
 def write(folder: Path, model: PreTrainedModel) -> Path:
     folder.mkdir()
-    snapshot_model(model).write(folder)
+    take_snapshot(model, character_tokenizer("0123456789"), progress_at(7), {}).write(folder)
     return folder
 
 

@@ -11,8 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from buffer.experts.tasks import Task
-from learner.checkpoints.checkpoint import read_training_state
-from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.checkpoint import load_weights, read_training_state
 from learner.checkpoints.store import read_progress
 from learner.model.policy import checkpoint_activations
 from learner.state_tree.policy import TreePolicy

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from buffer.experts.tokenizer import character_tokenizer
-from learner.checkpoints.checkpoint import read_training_state, take_snapshot
-from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.checkpoint import load_weights, read_training_state, take_snapshot
 from learner.checkpoints.store import LocalCheckpoints, check_contract, read_progress
 from learner.model.policy import load_policy
 from learner.settings.model import ScratchModelSettings

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from buffer.experts.tokenizer import character_tokenizer
 from learner.checkpoints.store import PROGRESS_FILE, LocalCheckpoints, Progress
-from learner.checkpoints.writer import CheckpointWriteError, CheckpointWriter, MetricMeans
+from learner.checkpoints.writer import CheckpointWriteError, CheckpointWriter, StageCheckpoints
+from learner.model.policy import load_policy
+from learner.ranks.group import Ranks
+from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import LearnerSettings
 from tests.checkpoints import progress_at
 
@@ -141,16 +145,39 @@ def test_an_error_of_the_stage_is_not_hidden_by_one_of_its_checkpoint(tmp_path):
     assert "step-000001 could not be written either: [Errno 28]" in caught.value.__notes__[0]
 
 
-def test_means_are_over_the_steps_since_the_last_checkpoint():
-    means = MetricMeans("loss")
-    means.add({"loss": 1.0, "other": float("inf")})
-    means.add({"loss": 2.0, "other": 1.0})
-    assert means.take() == {"loss": 1.5}
-    means.add({"loss": 5.0, "other": 3.0})
-    assert means.take() == {"loss": 5.0, "other": 3.0}
-    assert means.take() == {}
+@pytest.fixture
+def stage(tmp_path) -> Callable[[], StageCheckpoints]:
+    """Opens the checkpoints of a stage of a small model, as one process after the other does."""
+    tokenizer = character_tokenizer("0123456789")
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16, "max_positions": 16}
+    model = load_policy(ScratchModelSettings(**sizes), tokenizer).model
+    settings = LearnerSettings(checkpoint_best_metric="loss", keep_checkpoints=9)
+    arguments = (LocalCheckpoints(tmp_path), settings, progress_at(0), model, tokenizer, lambda _: None)
+    return lambda: StageCheckpoints(Ranks(), *arguments)
 
 
-def test_a_metric_that_a_stage_lacks_is_refused_at_its_first_step():
-    with pytest.raises(ValueError, match=r"checkpoint_best_metric=los is no metric .* it has: loss, step_s"):
-        MetricMeans("los").add({"step_s": 1.0, "loss": 2.0})
+def test_a_checkpoint_has_the_means_since_the_one_before_and_is_written_once(stage, tmp_path):
+    with stage() as checkpoints:
+        checkpoints.after_step({"loss": 1.0, "other": float("inf")})
+        checkpoints.after_step({"loss": 2.0, "other": 1.0})
+        checkpoints.save(2, dict, {}, 0)
+        checkpoints.after_step({"loss": 5.0, "other": 3.0})
+        checkpoints.save(3, dict, {"rows": 9}, 1)
+        checkpoints.wait()
+    with stage() as checkpoints:
+        checkpoints.save(3, dict, {}, 7)
+        checkpoints.wait()
+    found = {step: LocalCheckpoints(tmp_path).progress(step) for step in (2, 3)}
+    assert {step: progress.metrics for step, progress in found.items()} == {
+        2: {"loss": 1.5},
+        3: {"loss": 5.0, "other": 3.0},
+    }
+    assert (found[3].expert_stream, found[3].policy_version) == ({"rows": 9}, 1)
+
+
+def test_a_metric_that_a_stage_lacks_is_refused_at_its_first_step(stage):
+    with (
+        stage() as checkpoints,
+        pytest.raises(ValueError, match=r"metric=loss is no metric .* accuracy, los$"),
+    ):
+        checkpoints.after_step({"los": 1.0, "accuracy": 2.0})

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from launch.settings.run import RunSettings
 from learner.batches.micro_batches import build_micro_batches
-from learner.checkpoints.checkpoint import read_training_state
-from learner.checkpoints.model_files import TRAINED_FOLDER, WEIGHTS_FILE, load_weights
+from learner.checkpoints.checkpoint import TRAINED_FOLDER, WEIGHTS_FILE, load_weights, read_training_state
 from learner.model.policy import checkpoint_activations, load_policy
 from learner.objectives.discriminator import Discriminator
 from learner.publication.tensors import publication_tensors

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.checkpoint import load_weights
 from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters
 from learner.model.policy import load_policy
 from learner.model.quantization import is_quantised, quantise_linear_layers

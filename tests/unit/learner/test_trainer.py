@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from learner.batches.micro_batches import build_micro_batches
-from learner.checkpoints.checkpoint import read_training_state
-from learner.checkpoints.model_files import load_weights
+from learner.checkpoints.checkpoint import load_weights, read_training_state
 from learner.checkpoints.store import read_progress
 from learner.objectives.base import (
     EvaluatedLogs,
