@@ -83,7 +83,7 @@ def is_shared(folder: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names in `folder` durable."""
+    """Make new names in `folder` durable; of a file, its content."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

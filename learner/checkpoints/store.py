@@ -8,7 +8,6 @@ written once, since training goes on from the newest checkpoint.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import fsspec
 
-from buffer.disk import is_disk_full, writing_to
+from buffer.disk import is_disk_full, sync_folder, writing_to
 from buffer.run_identity import run_id
 from buffer.trajectory.schema import TokenContract
 
@@ -137,13 +136,13 @@ class LocalCheckpoints:
         try:
             fill(temporary)
             for path in (*temporary.rglob("*"), temporary):
-                _fsync(path)
+                sync_folder(path)
         except Exception as error:
             if is_disk_full(error):  # the log of the run and the buffer need room to end well
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         temporary.rename(self.folder(step))
-        _fsync(self._folder)
+        sync_folder(self._folder)
 
     def remove(self, step: int) -> None:
         """Delete a checkpoint; renamed first, since a folder that is being emptied must not look complete."""
@@ -271,11 +270,3 @@ def remove_superseded(store: CheckpointStore, keep: int, best_metric: str | None
 
 def _steps_of(names: Iterable[str]) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name)))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from learner.checkpoints import store as store_module
 from learner.checkpoints.store import (
     PROGRESS_FILE,
     CheckpointStore,
@@ -122,14 +123,14 @@ def die_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int)
 
 
 LOCAL_MOMENTS = [
-    (store_module.Path, "mkdir", 1),
-    (store_module.os, "fsync", 0),
-    (store_module.os, "fsync", 4),
-    (store_module.Path, "rename", 0),
-    (store_module.Path, "rename", 1),
-    (store_module.shutil, "rmtree", 0),
-    (store_module.os, "rmdir", 0),
-    (store_module.os, "unlink", 2),
+    (Path, "mkdir", 1),
+    (os, "fsync", 0),
+    (os, "fsync", 4),
+    (Path, "rename", 0),
+    (Path, "rename", 1),
+    (shutil, "rmtree", 0),
+    (os, "rmdir", 0),
+    (os, "unlink", 2),
 ]
 MEMORY = type(fsspec.filesystem("memory"))
 REMOTE_MOMENTS = [
@@ -138,8 +139,8 @@ REMOTE_MOMENTS = [
     (MEMORY, "pipe_file", 0),
     (MEMORY, "rm_file", 0),
     (MEMORY, "rm", 0),
-    (store_module.Path, "rename", 0),
-    (store_module.shutil, "rmtree", 0),
+    (Path, "rename", 0),
+    (shutil, "rmtree", 0),
 ]
 
 
