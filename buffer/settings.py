@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from typing import Annotated, Literal, Self
 
@@ -12,6 +13,18 @@ class Settings(BaseModel):
     """Base of every settings class: frozen; an unknown key is an error, and so is a number that is not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suggest_keys(cls, given: object) -> object:
+        for key in given if isinstance(given, dict) else ():
+            if key not in cls.model_fields:
+                nearest = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                hint = (
+                    f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(cls.model_fields))}"
+                )
+                raise ValueError(f"unknown key {key!r}; {hint}")
+        return given
 
     def _refuse_without_effect(self, where: str, *names: str) -> None:
         """ValueError for a field that is set though it has no effect with `where`."""

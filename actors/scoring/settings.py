@@ -79,7 +79,7 @@ class FunctionSettings(Settings):
     """A function of your own, `score(prompts, answers)`: two lists of texts, to as many numbers.
 
     It runs in the rollout actors. So that no recipe of a stranger runs code unnoticed, its module has to be named
-    outside of the recipe too (see `launch.settings.trusted_code`).
+    outside of the recipe too (see `launch.settings.run`).
     """
 
     kind: Literal["function"]

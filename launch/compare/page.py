@@ -14,7 +14,7 @@ from launch.report.document import render_document
 from launch.report.evaluation import GROUPS, METRICS, MetricInfo, change_outcome
 from launch.report.plots import COLORS, Plot, Series
 from launch.run_folder.folder import shown_path
-from launch.settings.decodings import SAMPLED
+from launch.settings.evaluation import SAMPLED
 from launch.statistics import MIN_SEEDS
 
 _OVER_TEMPERATURE = ("accuracy", "mauve", "diversity")

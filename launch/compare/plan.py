@@ -16,10 +16,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, Validation
 
 from buffer.settings import Settings
 from launch.errors import UserError
-from launch.settings.files import read_yaml
-from launch.settings.recipe import Tree, apply_override, explain, settings_from
-from launch.settings.run import RunSettings, needs_actors
-from launch.settings.trusted_code import check_trusted
+from launch.settings.recipe import Tree, apply_override, explain, read_yaml, settings_from
+from launch.settings.run import RunSettings, check_trusted, needs_actors
 from learner.settings.objectives import ObjectiveSettings
 from learner.settings.stages import StageSettings, stages_before
 
@@ -48,14 +46,13 @@ class ComparedObjective(Settings):
         overrides = tree.pop("recipe", [])
         if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
             raise UserError(f"{where}: recipe is no list of overrides, as in `recipe: [noise.rate=0.1]`")
-        schema = _OBJECTIVE.json_schema()
-        name, known = str(tree.get("name")), sorted(schema["discriminator"]["mapping"])
+        name, known = str(tree.get("name")), sorted(_OBJECTIVE.json_schema()["discriminator"]["mapping"])
         if name not in known:
             raise UserError(f"unknown objective {name!r}; {_nearest(name, known)}")
         try:
             return cls(objective=_OBJECTIVE.validate_python(tree), recipe=tuple(overrides))
         except ValidationError as error:
-            raise UserError(f"{where}: {explain(error, schema)}") from None
+            raise UserError(f"{where}: {explain(error, tree)}") from None
 
 
 class ComparisonPlan(Settings):

@@ -100,8 +100,7 @@ def _changed(
     mauve_clusters: int | None,
 ) -> EvaluationSettings:
     """The recipe's settings with those of the command line; raises ValueError where they are not accepted."""
-    from launch.settings.decodings import check_decodings
-    from launch.settings.evaluation import MauveSettings
+    from launch.settings.evaluation import MauveSettings, check_decodings
 
     names = None if decoding is None else tuple(name.strip() for name in decoding.split(","))
     check_decodings(names or ())

@@ -15,7 +15,7 @@ from rich.text import Text
 from buffer.disk import writing_to
 from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, Metrics
 from launch.generation import rollout_text
-from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED
+from launch.settings.evaluation import GREEDY, RECOVERY, SAMPLED
 from launch.statistics import Difference, Estimate
 
 EVALUATION_FILE = "evaluation.json"

@@ -18,8 +18,15 @@ from actors.settings import RolloutSettings
 from buffer.experts.noise import Float64, NoiseCandidates
 from buffer.experts.ragged import Int32, Int64, Ragged
 from buffer.trajectory.schema import TokenContract
-from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, Decoding, check_planting
-from launch.settings.evaluation import EvaluationSettings
+from launch.settings.evaluation import (
+    GREEDY,
+    RECOVERY,
+    SAMPLED,
+    ContrastiveSearch,
+    Decoding,
+    EvaluationSettings,
+    check_planting,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset

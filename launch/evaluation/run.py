@@ -18,7 +18,7 @@ from launch.evaluation.rollout_metrics import ReplayedRollouts, answer_metrics, 
 from launch.evaluation.rollouts import KeptRollouts, load_for_evaluation, make_rollouts
 from launch.generation import Checkpoint, open_checkpoint, progress_bar
 from launch.rollout_view import view_rollout
-from launch.settings.decodings import RECOVERY, SAMPLED
+from launch.settings.evaluation import RECOVERY, SAMPLED
 from launch.settings.run import RunSettings
 
 if TYPE_CHECKING:

@@ -40,8 +40,7 @@ from launch.run_folder.checkpoints import check_checkpoints, finished_stages, ne
 from launch.run_folder.examples import check_examples
 from launch.run_folder.folder import BUFFER_FOLDER
 from launch.run_folder.tokenizer import save_run_tokenizer
-from launch.settings.run import RunSettings, introduces_backspace, needs_actors
-from launch.settings.trusted_code import check_trusted
+from launch.settings.run import RunSettings, check_trusted, introduces_backspace, needs_actors
 from learner.messages import LearnerSpec, PreparedRun, StageResult
 from learner.settings.stages import StageSettings, with_explicit_starts
 

@@ -1,15 +1,99 @@
-"""What an evaluation generates and measures: a part of the recipe."""
+"""What an evaluation generates and measures, a part of the recipe, with the ways to decode that it can ask for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from buffer.settings import Settings
-from launch.settings.decodings import Decoding, check_decodings, parse_decoding
 
 TEXTS_PER_CLUSTER = 10
+
+GREEDY, SAMPLED, RECOVERY, CONTRASTIVE = "greedy", "sampled", "recovery", "contrastive"
+
+_KNOWN = "ancestral, greedy, top_p=0.95, temperature=0.7, contrastive, contrastive=5:0.6, recovery=2"
+
+
+@dataclass(frozen=True)
+class ContrastiveSearch:
+    """num_candidates: k most likely tokens that are compared. penalty: alpha, the weight of the largest cosine
+    similarity of a candidate's hidden state with those before it; 1 - alpha is that of its probability.
+    """
+
+    num_candidates: int = 5
+    penalty: float = 0.6
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How continuations are chosen. name: of the group of rollouts.
+
+    temperature: 0 is greedy. contrastive: not sampled, but searched for. num_planted: wrong tokens that an
+    answer, or a text, is made to begin with; texts are then sampled at temperature 1 in any case.
+    """
+
+    name: str
+    temperature: float = 1.0
+    top_p: float = 1.0
+    contrastive: ContrastiveSearch | None = None
+    num_planted: int = 0
+
+
+def check_decodings(texts: Sequence[str]) -> None:
+    """Raises ValueError where a name is not known (`parse_decoding`), or given twice."""
+    names = [parse_decoding(text).name for text in texts]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a decoding is named twice: {', '.join(texts)}")
+
+
+def check_planting(decodings: Sequence[Decoding], max_new_tokens: int) -> None:
+    """Raises ValueError where wrong tokens are to be planted, and an answer has no room for them."""
+    for decoding in decodings:
+        if decoding.num_planted >= max_new_tokens:
+            raise ValueError(
+                f"decoding {decoding.name} leaves no room for an answer: plant fewer tokens than "
+                f"actors.rollout.max_new_tokens={max_new_tokens}"
+            )
+
+
+def parse_decoding(text: str) -> Decoding:
+    """A decoding from its name, such as `top_p=0.95`.
+
+    Raises:
+        ValueError: there is none of that name, or its number is out of range.
+    """
+    kind, has_value, value = text.partition("=")
+    if not has_value:
+        plain = {
+            "ancestral": Decoding(SAMPLED),
+            GREEDY: Decoding(GREEDY, temperature=0.0),
+            CONTRASTIVE: Decoding(CONTRASTIVE, temperature=0.0, contrastive=ContrastiveSearch()),
+        }
+        if kind in plain:
+            return plain[kind]
+    try:
+        if kind == "top_p" and 0.0 < (top_p := float(value)) < 1.0:
+            return Decoding(f"top_p={top_p:g}", top_p=top_p)
+        if kind == "temperature" and 0.0 < (temperature := float(value)) <= 10.0 and temperature != 1.0:
+            return Decoding(f"temperature={temperature:g}", temperature=temperature)
+        if kind == CONTRASTIVE and has_value:
+            candidates, _, penalty = value.partition(":")
+            search = ContrastiveSearch(int(candidates), float(penalty))
+            if search.num_candidates >= 2 and 0.0 <= search.penalty <= 1.0:
+                name = f"{CONTRASTIVE}={search.num_candidates}:{search.penalty:g}"
+                return Decoding(name, temperature=0.0, contrastive=search)
+        if kind == RECOVERY and has_value and (num_planted := int(value)) >= 2:
+            return Decoding(f"{RECOVERY}={num_planted}", temperature=0.0, num_planted=num_planted)
+    except ValueError:
+        pass  # not a number: the message below says what is
+    raise ValueError(
+        f"no decoding {text!r}: choose from {_KNOWN} (top_p between 0 and 1; temperature above 0 and other than 1, "
+        "which is ancestral; contrastive=K:ALPHA with K from 2 on and ALPHA from 0 to 1; recovery=K with K from 2 on, "
+        "since one planted token is always measured)"
+    )
 
 
 class MauveSettings(Settings):

@@ -1,8 +1,7 @@
-"""Reading a recipe: YAML, dotted overrides, and errors that say what to write instead."""
+"""Reading a recipe: YAML with dotted overrides, and errors that name the file, the key and what to write instead."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ from pydantic import ValidationError
 from buffer.disk import writing_to
 from buffer.settings import ABSOLUTE_PATHS
 from launch.errors import UserError
-from launch.settings.files import parse_yaml, read_yaml
 from launch.settings.run import RunSettings
 
 Tree = dict[str, object]
-JsonSchema = dict[str, Any]
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
@@ -26,8 +23,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     A stage is addressed by its name or its index; values are YAML.
 
     Raises:
-        UserError: see `read_yaml`; or the file holds no mapping, an override is malformed, or a key or value is not
-            accepted.
+        UserError: the file holds no mapping, an override is malformed, or a key or value is not accepted.
     """
     tree = read_yaml(path, "recipe", "the packaged ones are in launch/recipes/")
     if not isinstance(tree, dict):
@@ -38,15 +34,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
 
 
 def settings_from(tree: Tree, where: str) -> RunSettings:
-    """Settings of a recipe's content. where: begins the error message.
-
-    Raises:
-        UserError: a key or value is not accepted.
-    """
+    """Settings of a recipe's content; UserError, which begins with `where`, if a key or value is not accepted."""
     try:
         return RunSettings.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {explain(error, RunSettings.model_json_schema())}") from None
+        raise UserError(f"{where}: {explain(error, tree)}") from None
 
 
 def with_absolute_paths(settings: RunSettings) -> RunSettings:
@@ -66,111 +58,101 @@ def to_yaml(settings: RunSettings) -> str:
 
 
 def apply_override(tree: Tree, override: str) -> None:
-    """Set `KEY=VALUE`, in place.
-
-    Raises:
-        UserError: it is malformed, or has no place in the tree.
-    """
+    """Set `KEY=VALUE` in the tree; UserError if it is malformed, or has no place there."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} is not of the form key=value, e.g. actors.count=2")
     try:
-        value = parse_yaml(text)
+        value = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
     except ValueError as error:
         raise UserError(f"override {override!r}: {error}") from None
     *parents, last = key.split(".")
-    node: object = tree
+    node: Any = tree
     for part in parents:
-        node = _child(node, part, override)
-    if isinstance(node, list):
-        node[_index(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"override {override!r}: nothing lies below {'.'.join(parents)}")
+        place = _place(node, part, override)
+        if isinstance(node, dict) and node.get(place) is None:
+            node[place] = {}
+        node = node[place]
+    node[_place(node, last, override)] = value
 
 
-def _child(node: object, part: str, override: str) -> object:
-    if isinstance(node, list):
-        return node[_index(node, part, override)]
-    if isinstance(node, dict):
-        if node.get(part) is None:
-            node[part] = {}
-        return node[part]
-    raise UserError(f"override {override!r}: nothing lies below {part!r}")
-
-
-def _index(items: list[object], part: str, override: str) -> int:
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    if part in names:
-        return names.index(part)
-    if part.isdigit() and int(part) < len(items):
-        return int(part)
-    known = ", ".join(str(name) for name in names)
-    raise UserError(f"override {override!r}: no entry {part!r} (entries: {known})")
-
-
-def explain(error: ValidationError, schema: JsonSchema) -> str:
-    """What is wrong with settings, and what to write instead. schema: that of the settings, from pydantic."""
+def explain(error: ValidationError, tree: object) -> str:
+    """What is wrong with settings, and where. tree: what they were made of."""
     explanations = []
     for detail in error.errors():
-        location = _keys_of(schema, detail["loc"])
-        where = ".".join(str(part) for part in location) or "recipe"
-        if detail["type"] == "extra_forbidden":
-            explanations.append(_unknown_key(schema, where, location, detail["loc"]))
-        else:
-            message = detail["msg"].removeprefix("Value error, ")
-            explanations.append(f"{where}: {message}")
+        node, keys = tree, []
+        loc: tuple[Any, ...] = detail["loc"]
+        for number, part in enumerate(loc, 1):
+            if (isinstance(node, list) and isinstance(part, int)) or (isinstance(node, dict) and part in node):
+                node = node[part]
+            elif detail["type"] != "missing" or number < len(loc):
+                continue  # pydantic also names the chosen member of a tagged union
+            keys.append(str(part))
+        explanations.append(": ".join(filter(None, (".".join(keys), detail["msg"].removeprefix("Value error, ")))))
     return "; ".join(explanations)
 
 
-def _unknown_key(schema: JsonSchema, where: str, location: list[int | str], raw: tuple[int | str, ...]) -> str:
-    known = sorted(_known_keys(schema, raw[:-1]))
-    nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
-    return f"unknown key {where!r}; {hint}"
+def read_text(path: Path, what: str, where: str = "") -> str:
+    """The text of a file that a person wrote. For the messages, what: the file is to be; where: such files are.
+
+    Raises:
+        UserError: the file is absent, a folder, not readable, or not in UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no {what} at {path}{where and f'; {where}'}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: name the file of the {what} in it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not in UTF-8 ({error}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _keys_of(schema: JsonSchema, path: Sequence[int | str]) -> list[int | str]:
-    """An error's location as users wrote it: pydantic also names the chosen member of a tagged union in it."""
-    node, keys = schema, []
-    for part in path:
-        node, is_key = _step(schema, node, part)
-        if is_key:
-            keys.append(part)
-    return keys
+def read_yaml(path: Path, what: str, where: str = "") -> object:
+    """The content of a YAML file, as `read_text`; UserError also if it is not YAML, or has a key twice."""
+    text = read_text(path, what, where)
+    try:
+        return yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
-def _step(schema: JsonSchema, node: JsonSchema, part: int | str) -> tuple[JsonSchema, bool]:
-    """The schema of a part of `node` (empty where it is unknown), and whether the part is a key and no tag."""
-    node = _resolve(schema, node)
-    if isinstance(part, int):
-        return node.get("items", {}), True
-    if part in node.get("properties", {}):
-        return node["properties"][part], True
-    if part in node.get("discriminator", {}).get("mapping", {}):
-        return {"$ref": node["discriminator"]["mapping"][part]}, False
-    of_any_key = node.get("additionalProperties")  # in a mapping whose keys are the user's
-    return of_any_key if isinstance(of_any_key, dict) else {}, True
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML takes the last of several values of a key, which the YAML specification (3.2.1.3) forbids."""
 
+    def compose_mapping_node(self, anchor: dict[object, yaml.Node]) -> yaml.MappingNode:  # as typed by types-PyYAML
+        """A mapping, before its merges (`<<`) are made, which may bring a key that stands in it too.
 
-def _known_keys(schema: JsonSchema, path: Sequence[int | str]) -> set[str]:
-    """Keys that the settings class at `path` accepts."""
-    node = schema
-    for part in path:
-        node, _ = _step(schema, node, part)
-    node = _resolve(schema, node)
-    options = [_resolve(schema, option) for option in node.get("oneOf", [])]
-    return {key for option in [node, *options] for key in option.get("properties", {})}
-
-
-def _resolve(schema: JsonSchema, node: JsonSchema) -> JsonSchema:
-    for option in node.get("anyOf", []):  # settings that may be left out: a class (or one of several) or null
-        if "$ref" in option or "discriminator" in option:
-            node = option
-    if "$ref" not in node:
+        Raises:
+            ValueError: a key stands in it twice.
+        """
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            before = first.setdefault((key.tag, str(key.value)), key)
+            if before is not key:
+                lines = sorted({before.start_mark.line + 1, key.start_mark.line + 1})
+                where = " and ".join(f"line {line}" for line in lines)
+                raise ValueError(f"key {key.value!r} stands twice, in {where}: leave one of them out")
         return node
-    definition: JsonSchema = schema["$defs"][str(node["$ref"]).rsplit("/", 1)[-1]]
-    return definition
+
+
+def _place(node: object, part: str, override: str) -> str | int:
+    """What a part of a key is in a section, or in a list whose entries go by their names or numbers."""
+    if isinstance(node, dict):
+        return part
+    if not isinstance(node, list):
+        raise UserError(f"override {override!r}: nothing lies below what comes before {part!r}")
+    names = [item.get("name") if isinstance(item, dict) else None for item in node]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(node):
+        return int(part)
+    known = ", ".join(str(name) for name in names)
+    raise UserError(f"override {override!r}: no entry {part!r} (entries: {known})")

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from actors.scoring.settings import ExactAnswerSettings, ScorerSettings, ScoringSettings, is_binary
+from actors.scoring.settings import (
+    ExactAnswerSettings,
+    FunctionSettings,
+    ScorerSettings,
+    ScoringSettings,
+    is_binary,
+)
 from actors.settings import ActorsSettings, check_division
 from buffer.settings import BufferSettings, NoiseSettings, OutputPath, Settings, TaskSettings
 from buffer.store.limiter import Limiter
-from launch.settings.decodings import check_planting
-from launch.settings.evaluation import EvaluationSettings
+from launch.errors import UserError
+from launch.settings.evaluation import EvaluationSettings, check_planting
 from learner.metrics.trackers import TrackerName
 from learner.settings.model import ModelSettings, PretrainedModelSettings, ScratchModelSettings
 from learner.settings.objectives import AdversarialJsSettings, ConstraintSettings, ScoreFunctionSettings, TargetSettings
 from learner.settings.stages import LearnerSettings, StageSettings, check_stages, stages_before
+
+TRUSTED_MODULES = "SEQUENCEMATCH_TRUSTED_MODULES"
+"""Environment variable with the names of modules, separated by commas."""
 
 
 class ClusterSettings(Settings):
@@ -66,6 +76,11 @@ class RunSettings(Settings):
         description="where metrics are shown beside metrics.jsonl: tensorboard, wandb, trackio (two extras)",
     )
 
+    @property
+    def result_stage(self) -> str:
+        """Name of the stage whose model the run is for."""
+        return self.stages[-1].name if self.result is None else self.result
+
     @model_validator(mode="after")
     def _check(self) -> RunSettings:
         check_stages(self.stages)
@@ -76,11 +91,22 @@ class RunSettings(Settings):
             raise ValueError(f"evaluation.stages names {unknown[0]!r}, the stages are: {', '.join(names)}")
         if self.result_stage not in names:
             raise ValueError(f"result names {self.result!r}, the stages are: {', '.join(names)}")
-        needy = [stage.name for stage in self.stages if needs_actors(stage, self.noise)]
-        if needy and self.actors.count == 0:
-            raise ValueError(f"stage {needy[0]!r} needs rollouts, but actors.count is 0: set actors.count to 1 or more")
+        self._check_rollouts()
+        self._check_evaluation()
+        self._check_model()
+        for stage in self.stages:
+            self._check_stage(stage)
+        return self
+
+    def _check_rollouts(self) -> None:
+        """Actors, buffer and scoring against what the stages do with rollouts."""
+        having = [stage.name for stage in self.stages if needs_actors(stage, self.noise)]
+        if having and self.actors.count == 0:
+            raise ValueError(
+                f"stage {having[0]!r} needs rollouts, but actors.count is 0: set actors.count to 1 or more"
+            )
         largest = max(stage.rollout_batch_size for stage in self.stages)
-        if needy and self.buffer.capacity < largest * self.buffer.shards:
+        if having and self.buffer.capacity < largest * self.buffer.shards:
             shards = "" if self.buffer.shards == 1 else f" times the {self.buffer.shards} shards"
             raise ValueError(
                 f"buffer.capacity={self.buffer.capacity} is smaller than a stage's rollout_batch_size={largest}"
@@ -94,45 +120,14 @@ class RunSettings(Settings):
                 "buffer.sampler=prioritised goes by the soft-Bellman residuals of rollouts that were trained on, and "
                 f"no stage draws any ({', '.join(stage.name for stage in self.stages)}): choose another sampler"
             )
-        self._check_evaluation()
-        self._check_scoring(bool(needy))
-        self._check_backspace()
-        self._check_publishing()
-        if self.learner.param_dtype == "bfloat16" and self.model.dtype == "float32":
-            raise ValueError(
-                "learner.param_dtype=bfloat16 is for a model that computes in bfloat16, and model.dtype is float32: "
-                "leave param_dtype out, or set model.dtype=bfloat16"
-            )
-        if isinstance(self.model, ScratchModelSettings):  # of another one the config is not here yet
-            self._check_division(self.model)
-        for stage in self.stages:
-            if isinstance(stage.objective, ScoreFunctionSettings):
-                self._check_score_function(stage.name, stage.objective)
-            if isinstance(stage.objective, AdversarialJsSettings):
-                self._check_adversarial(stage, stage.objective)
-        return self
-
-    def _check_backspace(self) -> None:
-        teaching = [stage for stage in self.stages if stage.objective.uses_noise]
-        if teaching and self.noise.kind != "none" and not self.actors.rollout.backspace:
-            raise ValueError(
-                f"stage {teaching[0].name!r}: objective {teaching[0].objective.name} teaches to take noise back, and "
-                "actors.rollout.backspace is off: leave that out, set noise.kind=none, or choose an objective without "
-                "noise (mle, kl_control, ...)"
-            )
-
-    @property
-    def result_stage(self) -> str:
-        """Name of the stage whose model the run is for."""
-        return self.stages[-1].name if self.result is None else self.result
-
-    def _check_publishing(self) -> None:
-        adapted = isinstance(self.model, PretrainedModelSettings) and self.model.adapter is not None
-        if self.learner.publish == "adapter" and not adapted:
-            raise ValueError(
-                "learner.publish=adapter pushes the adapters alone, and the model has none: set model.adapter, or "
-                "leave publish out"
-            )
+        if self.scoring.scorers and not having:
+            raise ValueError("scoring has no effect: no stage makes rollouts; leave it out")
+        for name, scorer in self.scoring.scorers.items():
+            if isinstance(scorer, ExactAnswerSettings) and self.task.name == "text":
+                raise ValueError(
+                    f"scoring: {name} is exact_answer, but task text has no right answers; choose another kind, or a "
+                    "task with right answers (arithmetic)"
+                )
 
     def _check_evaluation(self) -> None:
         if self.evaluation.mauve is not None and self.task.name != "text":
@@ -142,57 +137,70 @@ class RunSettings(Settings):
             )
         check_planting(self.evaluation.decodings, self.actors.rollout.max_new_tokens)
 
-    def _check_division(self, model: ScratchModelSettings) -> None:
-        heads = {"num_attention_heads": model.num_heads, "num_key_value_heads": model.num_key_value_heads}
-        check_division(self.actors.tensor_parallel_size, {**heads, "intermediate_size": model.intermediate_size})
+    def _check_model(self) -> None:
+        model = self.model
+        if self.learner.publish == "adapter" and (isinstance(model, ScratchModelSettings) or model.adapter is None):
+            raise ValueError(
+                "learner.publish=adapter pushes the adapters alone, and the model has none: set model.adapter, or "
+                "leave publish out"
+            )
+        if self.learner.param_dtype == "bfloat16" and model.dtype == "float32":
+            raise ValueError(
+                "learner.param_dtype=bfloat16 is for a model that computes in bfloat16, and model.dtype is float32: "
+                "leave param_dtype out, or set model.dtype=bfloat16"
+            )
+        if isinstance(model, ScratchModelSettings):  # of another one the config is not here yet
+            heads = {"num_attention_heads": model.num_heads, "num_key_value_heads": model.num_key_value_heads}
+            check_division(self.actors.tensor_parallel_size, {**heads, "intermediate_size": model.intermediate_size})
 
-    def _check_scoring(self, has_rollouts: bool) -> None:
-        scorers = self.scoring.scorers
-        if scorers and not has_rollouts:
-            raise ValueError("scoring has no effect: no stage makes rollouts; leave it out")
-        for name, scorer in scorers.items():
-            if isinstance(scorer, ExactAnswerSettings) and self.task.name == "text":
-                raise ValueError(
-                    f"scoring: {name} is exact_answer, but task text has no right answers; choose another kind, or a "
-                    "task with right answers (arithmetic)"
-                )
+    def _check_stage(self, stage: StageSettings) -> None:
+        where, objective = f"stage {stage.name!r}: objective {stage.objective.name}", stage.objective
+        if objective.uses_noise and self.noise.kind != "none" and not self.actors.rollout.backspace:
+            raise ValueError(
+                f"{where} teaches to take noise back, and actors.rollout.backspace is off: leave that out, set "
+                "noise.kind=none, or choose an objective without noise (mle, kl_control, ...)"
+            )
+        if isinstance(objective, ScoreFunctionSettings):
+            self._check_score_function(where, objective)
+        if isinstance(objective, AdversarialJsSettings):
+            self._check_adversarial(where, stage, objective)
 
-    def _check_score_function(self, stage: str, objective: ScoreFunctionSettings) -> None:
+    def _check_score_function(self, where: str, objective: ScoreFunctionSettings) -> None:
         if objective.needs_reward and self.scoring.reward is None:
             raise ValueError(
-                f"stage {stage!r}: objective {objective.name} raises a reward, and the recipe has none: set "
-                "scoring.reward, e.g. to {kind: exact_answer} (docs/scoring.md)"
+                f"{where} raises a reward, and the recipe has none: set scoring.reward, e.g. to {{kind: exact_answer}} "
+                "(docs/scoring.md)"
             )
-        self._check_rollouts_as_drawn(stage, objective.name)
+        self._check_rollouts_as_drawn(where)
         if isinstance(objective, TargetSettings):
             features = self.scoring.features
             for each in objective.constraints:
                 if each.feature not in features:
                     raise ValueError(
-                        f"stage {stage!r} constrains feature {each.feature!r}, which scoring.features does not have "
-                        f"(it has: {', '.join(features) or 'none'})"
+                        f"{where} constrains feature {each.feature!r}, which scoring.features does not have (it has: "
+                        f"{', '.join(features) or 'none'})"
                     )
                 _check_constraint(each, features[each.feature])
 
-    def _check_rollouts_as_drawn(self, stage: str, objective: str) -> None:
+    def _check_rollouts_as_drawn(self, where: str) -> None:
         if self.actors.rollout.top_p < 1.0:
             raise ValueError(
-                f"stage {stage!r}: objective {objective} weighs rollouts by policy over sampler, and with "
-                f"actors.rollout.top_p={self.actors.rollout.top_p:g} the sampler never makes most of them: set it to 1"
+                f"{where} weighs rollouts by policy over sampler, and with actors.rollout.top_p="
+                f"{self.actors.rollout.top_p:g} the sampler never makes most of them: set it to 1"
             )
         if self.buffer.sampler == "prioritised":
             raise ValueError(
-                f"stage {stage!r}: objective {objective} is an expectation over rollouts, which "
-                "buffer.sampler=prioritised would not draw as they come: choose another sampler"
+                f"{where} is an expectation over rollouts, which buffer.sampler=prioritised would not draw as they "
+                "come: choose another sampler"
             )
 
-    def _check_adversarial(self, stage: StageSettings, objective: AdversarialJsSettings) -> None:
-        self._check_rollouts_as_drawn(stage.name, objective.name)
-        where, discriminator = f"stage {stage.name!r}: objective {objective.name}", objective.discriminator
+    def _check_adversarial(self, where: str, stage: StageSettings, objective: AdversarialJsSettings) -> None:
+        self._check_rollouts_as_drawn(where)
         if stage.rollout_batch_size < 2:
             raise ValueError(
                 f"{where} compares each rollout with the others of its step: set rollout_batch_size to 2 or more"
             )
+        discriminator = objective.discriminator
         if discriminator.warmup_steps >= stage.steps:
             raise ValueError(
                 f"{where} with discriminator.warmup_steps={discriminator.warmup_steps} would never train the policy, "
@@ -239,3 +247,14 @@ def introduces_backspace(settings: RunSettings, stage: StageSettings) -> bool:
 def needs_actors(stage: StageSettings, noise: NoiseSettings) -> bool:
     """Whether the stage needs rollout actors: for rollouts, or for noise drawn from the policy."""
     return stage.objective.needs_rollouts or (stage.objective.uses_noise and noise.kind == "policy")
+
+
+def check_trusted(scoring: ScoringSettings) -> None:
+    """Raise UserError for a scorer that runs code of a module that whoever runs the recipe has not named outside it."""
+    trusted = {name.strip() for name in os.environ.get(TRUSTED_MODULES, "").split(",")}
+    for name, settings in scoring.scorers.items():
+        if isinstance(settings, FunctionSettings) and (module := settings.function.partition(":")[0]) not in trusted:
+            raise UserError(
+                f"{name} of the recipe runs code, function {settings.function}. Read it, and if you trust it say so "
+                f"with {TRUSTED_MODULES}={module} in the environment (`submit`: --env {TRUSTED_MODULES}={module})"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from actors.settings import ActorsSettings
 from buffer.settings import BufferSettings, Settings
 from launch.errors import UserError
-from launch.settings.files import read_json
+from launch.settings.recipe import explain, read_text
 from launch.settings.run import RunSettings
 from learner.settings.stages import LearnerSettings, StageSettings
 
@@ -120,16 +121,12 @@ def make_plan(
 
 
 def read_times(path: Path) -> StepTimes:
-    """Times from a JSON file; what it leaves out has its default.
-
-    Raises:
-        UserError: see `read_json`; or the file holds something else.
-    """
-    tree = read_json(path, "file of times")
+    """Times from a JSON file; what it leaves out has its default. UserError if it holds something else."""
+    try:
+        tree = json.loads(read_text(path, "file of times"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     try:
         return StepTimes.model_validate(tree)
     except ValidationError as error:
-        detail = error.errors()[0]
-        where = ".".join(str(part) for part in detail["loc"])
-        known = f" (known: {', '.join(StepTimes.model_fields)})" if detail["type"] == "extra_forbidden" else ""
-        raise UserError(f"{path}: {where + ': ' if where else ''}{detail['msg']}{known}") from None
+        raise UserError(f"{path}: {explain(error, tree)}") from None

@@ -24,7 +24,7 @@ from launch.evaluation.rollouts import KeptRollouts
 from launch.evaluation.run import evaluate
 from launch.evaluation.task import labelled, settings_for
 from launch.generation import encode_prompt, generate, open_checkpoint, rollout_to_json
-from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED
+from launch.settings.evaluation import GREEDY, RECOVERY, SAMPLED
 from launch.settings.recipe import read_recipe, write_recipe
 from launch.settings.run import RunSettings
 from learner.model.policy import load_policy

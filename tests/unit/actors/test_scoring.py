@@ -17,7 +17,7 @@ from buffer.trajectory.schema import trajectory_schema
 from buffer.trajectory.validation import validate
 from launch.errors import UserError
 from launch.settings.recipe import read_recipe
-from launch.settings.trusted_code import check_trusted
+from launch.settings.run import check_trusted
 from tests.training import HandMadeRollouts
 
 ARITHMETIC = Path("launch/recipes/arithmetic_cpu.yaml")
@@ -179,7 +179,7 @@ def test_a_recipe_runs_no_code_that_is_not_trusted_by_name(monkeypatch):
     ("overrides", "message"),
     [
         (["scoring.reward={kind: word}"], "scoring.reward.word: Field required"),
-        (["scoring.features.f={kind: word, wrod: x}"], "unknown key 'scoring.features.f.wrod'; did you mean 'word'?"),
+        (["scoring.features.f={kind: word, wrod: x}"], "scoring.features.f: unknown key 'wrod'; did you mean 'word'?"),
         (["scoring.reward={kind: pattern, pattern: 'a('}"], "'a(' is not a regular expression"),
         (["scoring.reward={kind: length, at_least: 3, at_most: 2}"], "no length is at_least=3 and at_most=2"),
         (["scoring.reward={kind: function, function: os.system}"], "scoring.reward.function: String should match"),

@@ -9,13 +9,13 @@ import pytest
 
 from launch.errors import UserError
 from launch.settings.changes import changes_between, check_changes, why_fixed
-from launch.settings.recipe import JsonSchema, read_recipe
+from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
 
 RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
 
 
-def setting_keys(schema: JsonSchema, node: JsonSchema, key: str) -> Iterator[str]:
+def setting_keys(schema: dict, node: dict, key: str) -> Iterator[str]:
     """Every key that a recipe can have; `x` stands for the name of a stage or a feature."""
     if "$ref" in node:
         node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]

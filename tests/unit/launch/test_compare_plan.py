@@ -189,7 +189,7 @@ def test_an_objective_of_a_file_changes_the_recipe_for_itself(tmp_path: Path) ->
         ("stages.sequencematch.objective.alpha=0.5", "would change what all objectives have in common"),
         ("stages.sequencematch.objective={name: emo}", "would change what all objectives have in common"),
         ("noises=3", "would change what all objectives have in common"),
-        ("noise.rat=3", "objective noisy: unknown key 'noise.rat'"),
+        ("noise.rat=3", "objective noisy: noise: unknown key 'rat'"),
         ("noise.rate", "not of the form key=value"),
     ],
 )

@@ -16,7 +16,7 @@ from launch.evaluation.contrastive import contrastive_rollouts
 from launch.evaluation.held_out import held_out_metrics
 from launch.evaluation.mauve_score import model_features
 from launch.evaluation.rollout_groups import RolloutGroup
-from launch.settings.decodings import ContrastiveSearch
+from launch.settings.evaluation import ContrastiveSearch
 from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, IDS_WITHOUT_TOKEN, VOCAB_SIZE, tiny_model
 
 CONTRACT = TokenContract(VOCAB_SIZE, BACKSPACE_ID, EOS_ID, "hash", IDS_WITHOUT_TOKEN)

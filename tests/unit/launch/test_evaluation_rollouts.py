@@ -21,8 +21,16 @@ from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, Ta
 from launch.evaluation.rollout_groups import RolloutGroup, plan_groups, recovery_obstacle
 from launch.evaluation.rollouts import KeptRollouts, rollouts_key, weights_digest
 from launch.evaluation.run import check_evaluation, evaluate
-from launch.settings.decodings import GREEDY, RECOVERY, SAMPLED, ContrastiveSearch, Decoding, parse_decoding
-from launch.settings.evaluation import EvaluationSettings, MauveSettings
+from launch.settings.evaluation import (
+    GREEDY,
+    RECOVERY,
+    SAMPLED,
+    ContrastiveSearch,
+    Decoding,
+    EvaluationSettings,
+    MauveSettings,
+    parse_decoding,
+)
 from launch.settings.recipe import read_recipe
 from launch.statistics import Estimate
 

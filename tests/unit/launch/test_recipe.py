@@ -80,13 +80,13 @@ def test_an_override_reaches_a_section_that_the_recipe_leaves_out() -> None:
     ("override", "parts"),
     [
         ("actor.count=2", ["unknown key 'actor'", "did you mean 'actors'?"]),
-        ("actors.cuont=2", ["unknown key 'actors.cuont'", "did you mean 'count'?"]),
+        ("actors.cuont=2", ["actors: unknown key 'cuont'", "did you mean 'count'?"]),
         ("stages.trunk.optimizer.lerning_rate=1", ["did you mean 'learning_rate'?"]),
         ("stages.sequencematch.objective.alhpa=1", ["did you mean 'alpha'?"]),
-        ("stages.trunk.objective.alpha=1", ["unknown key 'stages.0.objective.alpha'", "known keys: name"]),
-        ("task.digits=2", ["unknown key 'task.digits'", "did you mean 'max_digits'?"]),
-        ("model.hidden=2", ["unknown key 'model.hidden'", "did you mean 'hidden_size'?"]),
-        ("actors.zzz=2", ["unknown key 'actors.zzz'", "known keys: autoscale, count"]),
+        ("stages.trunk.objective.alpha=1", ["stages.0.objective: unknown key 'alpha'", "known keys: name"]),
+        ("task.digits=2", ["task: unknown key 'digits'", "did you mean 'max_digits'?"]),
+        ("model.hidden=2", ["model: unknown key 'hidden'", "did you mean 'hidden_size'?"]),
+        ("actors.zzz=2", ["actors: unknown key 'zzz'", "known keys: autoscale, count"]),
     ],
 )
 def test_unknown_keys_suggest_the_nearest(override: str, parts: list[str]) -> None:
@@ -166,8 +166,8 @@ def test_rollouts_are_not_needed_without_a_stage_that_draws_them() -> None:
 
 def test_keys_of_settings_that_may_be_left_out() -> None:
     path = Path("launch/recipes/text_lora_cpu.yaml")
-    assert "unknown key 'model.adapter.rnak'; did you mean 'rank'?" in error_of("model.adapter.rnak=3", path=path)
-    assert "unknown key 'model.adaptre'; did you mean 'adapter'?" in error_of("model.adaptre={}", path=path)
+    assert "model.adapter: unknown key 'rnak'; did you mean 'rank'?" in error_of("model.adapter.rnak=3", path=path)
+    assert "model: unknown key 'adaptre'; did you mean 'adapter'?" in error_of("model.adaptre={}", path=path)
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from launch.compare.results import Comparison, MeasuredRun, read_measured
 from launch.evaluation.report import EVALUATION_FILE, render_evaluation, write_evaluation
 from launch.evaluation.results import CheckpointResult, Evaluation
 from launch.report.evaluation import change_outcome, read_evaluation
-from launch.settings.decodings import GREEDY
+from launch.settings.evaluation import GREEDY
 from launch.statistics import (
     BySeed,
     Difference,
