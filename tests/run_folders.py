@@ -19,7 +19,7 @@ from launch.monitoring.run_log import RunLog
 from launch.report.gather import Report, gather
 from launch.report.rollouts import Action, Rollout
 from launch.run_folder.folder import BUFFER_FOLDER, CONFIG_FILE
-from launch.run_folder.tokenizer import save_run_tokenizer
+from launch.run_folder.task import save_run_tokenizer
 from launch.settings.recipe import read_recipe, write_recipe
 from learner.messages import LearnerStatus
 from learner.metrics.log import MetricsLog

@@ -114,7 +114,7 @@ def _database(run: Path) -> Iterator[BufferDatabase]:
     from launch.queries.query import BufferDatabase
     from launch.queries.text_columns import TextColumns
     from launch.run_folder.folder import BUFFER_FOLDER, run_config
-    from launch.run_folder.tokenizer import load_run_tokenizer
+    from launch.run_folder.task import load_run_tokenizer
 
     folder = run_config(run).parent
     snapshot = read_buffer(folder / BUFFER_FOLDER, partial(_image, folder))

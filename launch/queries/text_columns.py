@@ -47,7 +47,7 @@ class TextColumns:
         """[n] prompts.
 
         Raises:
-            ValueError, OSError: there is no tokenizer (see `launch.run_folder.tokenizer`); this holds for every column.
+            ValueError, OSError: there is no tokenizer (see `launch.run_folder.task`); this holds for every column.
         """
         return pa.array(self._decode_all(prompt_ids.to_pylist()), pa.string())
 

@@ -23,7 +23,7 @@ from launch.monitoring.run_log import LOG_FILE
 from launch.report.evaluation import EvaluationTable, read_evaluation
 from launch.report.rollouts import Rollout, sample_rollouts
 from launch.run_folder.folder import BUFFER_FOLDER, ENVIRONMENT_FILE, METRICS_FILE, run_config
-from launch.run_folder.tokenizer import load_run_tokenizer
+from launch.run_folder.task import load_run_tokenizer
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
 

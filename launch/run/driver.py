@@ -37,9 +37,8 @@ from launch.run.buffer_shards import ShardWatch, check_buffer, start_buffer
 from launch.run.checks import check_prepared, engine_length
 from launch.run.learner_group import LearnerFailedError, LearnerGroup, learner_status
 from launch.run_folder.checkpoints import check_checkpoints, finished_stages, newest_published
-from launch.run_folder.examples import check_examples
 from launch.run_folder.folder import BUFFER_FOLDER
-from launch.run_folder.tokenizer import save_run_tokenizer
+from launch.run_folder.task import check_examples, save_run_tokenizer
 from launch.settings.run import RunSettings, check_trusted, introduces_backspace, needs_actors
 from learner.messages import LearnerSpec, PreparedRun, StageResult
 from learner.settings.stages import StageSettings, with_explicit_starts

@@ -86,7 +86,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rollouts(run: Path) -> list[Rollout]:
     """What the page has to show."""
-    from launch.run_folder.tokenizer import load_run_tokenizer
+    from launch.run_folder.task import load_run_tokenizer
 
     snapshot = read_buffer(run / "buffer")
     return sample_rollouts(snapshot, load_run_tokenizer(run, snapshot.contract))

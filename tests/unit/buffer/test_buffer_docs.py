@@ -13,7 +13,7 @@ from buffer.experts.tokenizer import character_tokenizer, token_contract
 from buffer.settings import BufferSettings
 from buffer.store.store import ReplayStore
 from launch.cli import app
-from launch.run_folder.tokenizer import save_run_tokenizer
+from launch.run_folder.task import save_run_tokenizer
 from launch.settings.recipe import read_recipe, write_recipe
 from tests.trajectories import batch_of, fresh_key, row
 

@@ -10,7 +10,7 @@ import pytest
 from buffer.experts.tasks import load_task
 from buffer.settings import ArithmeticTaskSettings, TextTaskSettings
 from launch.errors import UserError
-from launch.run_folder.examples import EXAMPLES_FILE, check_examples
+from launch.run_folder.task import EXAMPLES_FILE, check_examples
 from tests.run_folders import write_metrics
 
 

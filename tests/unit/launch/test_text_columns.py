@@ -13,7 +13,7 @@ from buffer.reading.snapshot import EVENT_SCHEMA, BufferSnapshot
 from buffer.trajectory.schema import TokenContract
 from launch.queries.query import BufferDatabase
 from launch.queries.text_columns import TextColumns
-from launch.run_folder.tokenizer import load_run_tokenizer, save_run_tokenizer
+from launch.run_folder.task import load_run_tokenizer, save_run_tokenizer
 from tests.trajectories import batch_of, row
 
 TOKENIZER = character_tokenizer("0123456789? \n\x1b")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.errors import UserError
-from launch.settings.changes import changes_between, check_changes, why_fixed
+from launch.run_folder.resuming import changes_between, check_changes, why_fixed
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
 
@@ -44,7 +44,7 @@ def test_every_setting_is_decided() -> None:
             why_fixed(key)
         except KeyError:
             undecided.append(key)
-    assert undecided == [], "decide in launch/settings/changes.py whether these may change when a run is resumed"
+    assert undecided == [], "decide in launch/run_folder/resuming.py whether these may change when a run is resumed"
 
 
 BEGUN = {"trunk": 600}
