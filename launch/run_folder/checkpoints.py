@@ -30,8 +30,8 @@ def check_checkpoints(settings: RunSettings, folder: Path) -> None:
     durable = durable_steps(folder)
     for name, store in stage_checkpoints(settings, folder).items():
         with setting_up():
-            missing = name in durable and not store.steps()
-        if missing:
+            if name not in durable or store.steps():
+                continue
             raise UserError(
                 f"stage {name} has written checkpoints up to step {durable[name]}, and none is found: it would begin "
                 f"again. The last one was looked for at {store.location(durable[name])}: put the checkpoints back, or "
@@ -60,9 +60,7 @@ def finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResul
 
 
 def newest_published(settings: RunSettings, folder: Path, contract: TokenContract) -> int:
-    """Newest weights version that a checkpoint of the run knows of, -1 without one; UserError where the tokens of a
-    checkpoint are not those of `contract`.
-    """
+    """Newest weights version of any checkpoint of the run, else -1; UserError if one has other tokens than these."""
     newest = -1
     with setting_up():
         for store in stage_checkpoints(settings, folder).values():
@@ -85,8 +83,8 @@ def checkpoint_of(source: Path, stage: str | None = None) -> Path:
     any other path as it is.
 
     Raises:
-        UserError: the run has no such stage, or no checkpoint of it; or `stage` is given without a run. ValueError,
-            OSError: the checkpoint cannot be fetched.
+        UserError: the run has no such stage, or no checkpoint of it; or `stage` is given without a run.
+        ValueError, OSError: the checkpoint cannot be fetched.
     """
     if not is_run_folder(source):
         if stage is not None:

@@ -61,7 +61,7 @@ def create_run_folder(settings: RunSettings, name: str | None = None) -> Path:
     name: of the folder; by default a free one, `<settings.name>-<date>-<time>`.
 
     Raises:
-        UserError: a run of that name exists, or the folder would be lost with the job that this process is.
+        UserError: the place is taken, or the folder would be lost with the job that this process is.
     """
     if RAY_JOB_VARIABLE in os.environ:
         check_outlives_job(settings)
@@ -76,18 +76,14 @@ def create_run_folder(settings: RunSettings, name: str | None = None) -> Path:
             for config in (CONFIG_FILE, f"{USED_CONFIGS_FOLDER}/001.yaml"):
                 write_recipe(settings, draft / config)
             (draft / RUN_ID_FILE).write_text(f"{chosen}-{secrets.token_hex(4)}\n", encoding="utf-8")
-            (draft / ENVIRONMENT_FILE).write_text(describe_environment(), encoding="utf-8")
+            (draft / ENVIRONMENT_FILE).write_text(_describe_environment(), encoding="utf-8")
         suffix = 1
         while not _take(draft, folder):
             if name is not None:
-                if is_run_folder(folder):
-                    raise UserError(
-                        f"there is a run {folder} already: go on with it by `--resume {folder}` (or with the same "
-                        "command and --resume-if-exists), or choose another --name"
-                    )
+                what = "a run" if is_run_folder(folder) else f"no run (it has no {CONFIG_FILE})"
                 raise UserError(
-                    f"{folder} is there already and is no run (it has no {CONFIG_FILE}): choose another --name, or "
-                    "remove it"
+                    f"{folder} is there already and is {what}: choose another --name, or go on with a run by `--resume "
+                    f"{folder}` (or with the same command and --resume-if-exists)"
                 )
             suffix += 1
             folder = folder.with_name(f"{chosen}-{suffix}")
@@ -95,6 +91,17 @@ def create_run_folder(settings: RunSettings, name: str | None = None) -> Path:
         shutil.rmtree(draft)
         raise
     return folder.resolve()
+
+
+def _take(draft: Path, folder: Path) -> bool:
+    """Make a draft the run folder in one step, which leaves no half of a run; False where a folder with content is."""
+    try:
+        draft.rename(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return False
+        raise
+    return True
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -114,17 +121,6 @@ def logged_stages(folder: Path) -> set[str]:
         return set()
     with (folder / METRICS_FILE).open(encoding="utf-8") as lines:
         return {json.loads(line)["stage"] for line in lines if line.endswith("\n")}  # the last one may be torn
-
-
-def _take(draft: Path, folder: Path) -> bool:
-    """Make a draft the run folder in one step, which leaves no half of a run; False where a folder with content is."""
-    try:
-        draft.rename(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            return False
-        raise
-    return True
 
 
 def new_run_name(settings: RunSettings) -> str:
@@ -168,8 +164,7 @@ def run_config(path: Path) -> Path:
 
 @contextmanager
 def sole_driver(folder: Path) -> Iterator[None]:
-    """Hold a run: two drivers would write the same files. The kernel lets go of it however this process ends, so that a
-    driver that was killed is never taken for a live one, whatever process has its number by now.
+    """Hold a run: two drivers would write the same files. The kernel lets go of it however this process ends.
 
     Raises:
         UserError: another process holds it, or the file system has no locks.
@@ -190,7 +185,7 @@ def sole_driver(folder: Path) -> Iterator[None]:
 
 
 def write_cluster(folder: Path, cluster: LiveCluster) -> None:
-    """State for other shells where the run is reached, until it ends. OSError names the file that a disk refused."""
+    """State for other shells where the run is reached, until it ends."""
     temporary = folder / f"{CLUSTER_FILE}.tmp"
     with writing_to(temporary):
         temporary.write_text(json.dumps(asdict(cluster)), encoding="utf-8")
@@ -212,9 +207,7 @@ def remove_cluster(folder: Path) -> None:
 
 
 def flight_token(run_folder: Path) -> str:
-    """The token of a run's Arrow Flight endpoints: that in `SEQUENCEMATCH_FLIGHT_TOKEN`, else a new one, written to
-    `RUN/flight_token` for its owner alone to read.
-    """
+    """The token of a run's Arrow Flight endpoints: `TOKEN_VARIABLE`, else a new one in a file for its owner alone."""
     if given := os.environ.get(TOKEN_VARIABLE):
         return given
     token = secrets.token_urlsafe(32)
@@ -224,17 +217,6 @@ def flight_token(run_folder: Path) -> str:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(token)
     return token
-
-
-def describe_environment() -> str:
-    """Command, machine and versions, as text."""
-    machine = [
-        f"command: {' '.join(sys.argv)}",
-        f"python: {platform.python_version()}",
-        f"system: {platform.platform()}",
-        f"processor: {_processor()}, {os.cpu_count()} cores",
-    ]
-    return "\n".join([*machine, *installed_versions(), ""])
 
 
 def shown_path(folder: Path) -> Path:
@@ -264,8 +246,15 @@ def read_versions(folder: Path) -> tuple[str, ...]:
     return tuple(line for line in lines if line.partition(" ")[0] in _DISTRIBUTIONS)
 
 
-def _processor() -> str:
+def _describe_environment() -> str:
+    """Command, machine and versions, as text."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or "unknown")
+    processors = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    machine = [
+        f"command: {' '.join(sys.argv)}",
+        f"python: {platform.python_version()}",
+        f"system: {platform.platform()}",
+        f"processor: {next(iter(processors), platform.processor() or 'unknown')}, {os.cpu_count()} cores",
+    ]
+    return "\n".join([*machine, *installed_versions(), ""])
