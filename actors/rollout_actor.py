@@ -39,8 +39,7 @@ from actors.status import (
     ActorStatus,
 )
 from buffer.experts.stream import ExpertStream, PromptStream
-from buffer.service.client import BufferClient
-from buffer.service.shard import Shard, nearest
+from buffer.service.client import BufferClient, Shard, nearest
 from buffer.settings import NoiseSettings
 from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract

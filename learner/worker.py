@@ -22,8 +22,7 @@ from ray.actor import ActorHandle
 
 from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task, load_task
-from buffer.service.client import BufferClient
-from buffer.service.shard import Shard
+from buffer.service.client import BufferClient, Shard
 from buffer.settings import NoiseSettings
 from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract

@@ -23,7 +23,7 @@ from actors.pool.controller import ActorState, Failure, PoolController
 from actors.rollout_actor import RolloutActor, RolloutSpec
 from actors.status import ActorStatus, PoolEvent, PoolEventKind, PoolStatus
 from buffer.remote_call import RemoteCall
-from buffer.service.shard import Shard
+from buffer.service.client import Shard
 from buffer.stop_signals import ignore_stop_signals
 from buffer.weights import WeightHandle, WeightManifest
 

@@ -20,21 +20,29 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall, end_actor, ended_calls
-from buffer.service.router import DrawRequest, draw_from_shards
-from buffer.service.service import InsertReply
-from buffer.service.shard import ANSWER_TIMEOUT_S, Shard
-from buffer.service.status import BufferStatus, ShardStatus
+from buffer.service.shard import BufferStatus, DrawRequest, InsertReply, Offer, ShardStatus, plan_parts
 from buffer.store.results import DrawResult
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from buffer.service.service import ReplayBufferService
+
+ANSWER_TIMEOUT_S = 120.0
+"""Beyond the time that a call itself may wait: a shard that died needs some to come back, more with a large folder."""
 
 DEMAND_POLL_S = 10.0
 """Longest wait in a shard for demand; then it is asked again."""
+
+WAIT_SLICE_S = 1.0
+"""Longest wait in a shard for news; a wait that nobody needs any more ends by itself after so long."""
 
 MAX_BYTES_IN_FLIGHT = 16 * 2**20
 MAX_INSERTS_IN_FLIGHT = 4
@@ -51,6 +59,46 @@ T = TypeVar("T")
 
 class BufferLostError(RuntimeError):
     """The process of a shard is gone for good."""
+
+
+class DrawTimeoutError(TimeoutError):
+    """The buffer could not serve a draw in time; the message says what it lacked and whom it waited for."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard: handle of its actor, a `ReplayBufferService`, and the node it was placed on.
+
+    Its methods are those of the service, called from another process; they raise as `RemoteCall.answer`, too.
+    """
+
+    index: int
+    handle: ActorHandle
+    node_id: str = ""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"shard {self.index} of the replay buffer"
+
+    async def offer(self, request: DrawRequest) -> Offer:
+        """See `ReplayBufferService.offer`."""
+        return await RemoteCall[Offer](self.name, self.handle.offer.remote(request)).answer(ANSWER_TIMEOUT_S)
+
+    async def take(self, request: DrawRequest, part: int) -> DrawResult | None:
+        """See `ReplayBufferService.take`."""
+        reference = self.handle.take.remote(request, part)
+        return await RemoteCall[DrawResult | None](self.name, reference).answer(ANSWER_TIMEOUT_S)
+
+    async def wait_for_rows(self, inserts: int, timeout_s: float) -> bool:
+        """See `ReplayBufferService.wait_for_rows`."""
+        reference = self.handle.wait_for_rows.remote(inserts, timeout_s)
+        return await RemoteCall[bool](self.name, reference).answer(timeout_s + ANSWER_TIMEOUT_S)
+
+
+def nearest(shards: Sequence[Shard], node_id: str) -> list[Shard]:
+    """The shards on a node; all of them where it has none."""
+    return [shard for shard in shards if shard.node_id == node_id] or list(shards)
 
 
 @dataclass(frozen=True)
@@ -156,7 +204,7 @@ class BufferClient:
         while_waiting: called every `STOP_POLL_S`; an error that it raises ends the wait.
 
         Raises:
-            DrawTimeoutError, ValueError: see `buffer.service.router.draw_from_shards`. OSError: the disk refused.
+            DrawTimeoutError, ValueError: see `draw_from_shards`. OSError: the disk refused.
         """
         with _losses():
             return asyncio.run(self._draw(request, timeout_s, while_waiting))
@@ -254,3 +302,59 @@ def _losses() -> Iterator[None]:
         yield
     except ProcessLostError as error:
         raise BufferLostError(f"{error}; what it accepted is on disk: resume the run") from None
+
+
+async def draw_from_shards(
+    shards: Sequence[Shard | ReplayBufferService], request: DrawRequest, timeout_s: float
+) -> tuple[DrawResult | None, ...]:
+    """One draw from all shards, the same again when it is repeated: the part of each, None where it has none.
+
+    The shards are asked in two rounds: `offer` says what each has logged for this draw and could add, and changes
+    nothing; `take` logs a part and answers it. A part is logged under the draw's key before it is answered, so a lost
+    answer is asked for again. A draw that an interruption left with some of its parts logged is completed: the parts
+    that are there stay, the rest is divided anew. A shard whose offer no longer holds (its rows went stale in between)
+    leaves the draw in just that state. So no shard that lacks rows holds up a draw that others can serve.
+
+    Raises:
+        DrawTimeoutError: too few rows came in time; the message says what each shard lacks.
+        ValueError: the draw can never be served, or had another size before.
+    """
+    if len(shards) == 1 and (drawn := await shards[0].take(request, request.count)) is not None:
+        return (drawn,)  # in one call, where nothing is to be divided
+    deadline = time.monotonic() + timeout_s
+    while True:
+        offers = await asyncio.gather(*(shard.offer(request) for shard in shards))
+        parts = plan_parts(request.count, offers)
+        if parts is not None:
+            taken = await asyncio.gather(*map(_take, shards, [request] * len(shards), parts))
+            if sum(0 if drawn is None else drawn.batch.num_rows for drawn in taken) == request.count:
+                return tuple(taken)
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            lacks = "; ".join(f"shard {index}: {offer.shortage}" for index, offer in enumerate(offers))
+            where = f" from {len(offers)} shards: {lacks}" if len(offers) > 1 else f": {offers[0].shortage}"
+            raise DrawTimeoutError(
+                f"waited {timeout_s:g} s for {request.count} {request.key.source} trajectories{where}"
+            )
+        if parts is None:
+            await _wait_for_news(shards, offers, min(left_s, WAIT_SLICE_S))
+
+
+async def _take(shard: Shard | ReplayBufferService, request: DrawRequest, part: int) -> DrawResult | None:
+    return await shard.take(request, part) if part else None
+
+
+async def _wait_for_news(
+    shards: Sequence[Shard | ReplayBufferService], offers: Sequence[Offer], timeout_s: float
+) -> None:
+    """Until one shard has taken rows since its offer."""
+    waits = [
+        asyncio.ensure_future(shard.wait_for_rows(offer.inserts, timeout_s))
+        for shard, offer in zip(shards, offers, strict=True)
+    ]
+    try:
+        for wait in (await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED))[0]:
+            wait.result()
+    finally:
+        for wait in waits:
+            wait.cancel()

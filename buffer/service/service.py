@@ -8,18 +8,18 @@ loop, so the store needs no lock. Actors and learner are coupled in both directi
 
 A waiting draw always lifts the pause, so the two never wait for each other. Whatever the process is killed at, its
 calls can be asked for again at the one that Ray starts in its place: ids of trajectories and keys of draws say what was
-done already. What takes long (syncs on a timer, rewriting segments) is done in threads by
-`buffer.service.shard_upkeep`.
+done already. What takes long (syncs on a timer, rewriting segments) is done in threads by `ShardUpkeep`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,34 +28,25 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.service.router import DrawRequest, Offer
-from buffer.service.shard_upkeep import ShardUpkeep
-from buffer.service.status import ShardStatus
+from buffer.service.shard import DrawRequest, InsertReply, Offer, ShardStatus
 from buffer.settings import BufferSettings
 from buffer.stop_signals import ignore_stop_signals
 from buffer.store.limiter import Limiter, Traffic
 from buffer.store.results import DrawResult
 from buffer.store.store import ReplayStore
 from buffer.trajectory.schema import TokenContract
-from buffer.trajectory.validation import Rejection
 
 if TYPE_CHECKING:
     from buffer.service.flight import FlightEndpoint
 
-MAX_RECENT_REJECTIONS = 8
+DEFAULT_SYNC_INTERVAL_S = 1.0
+UPKEEP_INTERVAL_S = 2.0
+STOP_TIMEOUT_S = 60.0
+
+logger = logging.getLogger(__name__)
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class InsertReply:
-    """accepted: rows that are stored, those of an earlier insert that is repeated included; rejections: the others,
-    with reasons; pause: call `wait_for_demand` before going on."""
-
-    accepted: int
-    rejections: tuple[Rejection, ...]
-    pause: bool
 
 
 class ReplayBufferService:
@@ -91,7 +82,7 @@ class ReplayBufferService:
         self._inserts = 0
         self._waiting_draws = 0
         self._last_insert_s: dict[str, float] = {}
-        self._recent_rejections: tuple[Rejection, ...] = ()
+        self._last_rejection = ""
         self._flight: FlightEndpoint | None = None
         if settings.flight.enabled:
             from buffer.service.flight import FlightEndpoint
@@ -108,7 +99,8 @@ class ReplayBufferService:
         """
         self._upkeep.ensure()
         result = self._store.insert(batch)
-        self._recent_rejections = (*self._recent_rejections, *result.rejections)[-MAX_RECENT_REJECTIONS:]
+        if result.rejections:
+            self._last_rejection = result.rejections[-1].reason
         if result.accepted:
             now_s = asyncio.get_running_loop().time()
             for actor in pc.unique(batch.column("actor")).to_pylist():
@@ -205,7 +197,6 @@ class ReplayBufferService:
             capacity=self._settings.capacity,
             actors_paused=not self._demand(),
             waiting_draws=self._waiting_draws,
-            recent_rejections=self._recent_rejections,
             pid=os.getpid(),
             host=socket.gethostname(),
             up_s=time.monotonic() - self._started_s,
@@ -235,8 +226,8 @@ class ReplayBufferService:
             )
         if counters.dropped_stale:
             message += f"{counters.dropped_stale} were dropped as stale; "
-        if self._recent_rejections:
-            message += f"{status.rejected} were rejected, the last because: {self._recent_rejections[-1].reason}; "
+        if self._last_rejection:
+            message += f"{status.rejected} were rejected, the last because: {self._last_rejection}; "
         if not self._last_insert_s:
             return message + "no actor has inserted anything since the buffer started"
         now_s = asyncio.get_running_loop().time()
@@ -261,3 +252,59 @@ class ReplayBufferService:
         except TimeoutError:
             return False
         return True
+
+
+class ShardUpkeep:
+    """What a shard does beside inserts and draws: syncs on a timer, eviction by age, rewriting of segments.
+
+    The store plans and commits on the event loop, in moments; what reads and writes files runs in a thread meanwhile.
+    """
+
+    def __init__(self, store: ReplayStore, settings: BufferSettings, interval_s: float = UPKEEP_INTERVAL_S) -> None:
+        """interval_s: between two looks at what is to be done."""
+        self._store = store
+        self._loops = [(interval_s, self._tidy)]
+        if settings.fsync == "interval":
+            self._loops.append((settings.fsync_interval_s or DEFAULT_SYNC_INTERVAL_S, self._sync))
+        self._stopping = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def ensure(self) -> None:
+        """Begin, where it has not begun: nobody else starts it in a process that was restarted.
+
+        Raises:
+            OSError: a sync on the timer failed, so what was acknowledged may not be durable; no call is served then.
+        """
+        if not self._tasks and not self._stopping.is_set():
+            self._tasks = [asyncio.create_task(self._repeat(*loop)) for loop in self._loops]
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    async def stop(self) -> None:
+        """End it; a rewriting under way is finished first, since another process may take the folder over."""
+        self._stopping.set()
+        if self._tasks and (await asyncio.wait(self._tasks, timeout=STOP_TIMEOUT_S))[1]:
+            logger.warning("the upkeep of the replay buffer did not end within %.0f s", STOP_TIMEOUT_S)
+
+    async def _repeat(self, interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), interval_s)
+                return
+            await work()
+
+    async def _sync(self) -> None:
+        await asyncio.to_thread(self._store.prepare_sync())
+
+    async def _tidy(self) -> None:
+        try:
+            plan = self._store.upkeep.plan()
+            if plan is None:
+                return
+            try:
+                self._store.upkeep.finish(await asyncio.to_thread(plan.run))
+            except OSError as error:
+                self._store.upkeep.fail(error)
+        except OSError as error:  # the disk is full, say: inserts will raise it, and this is tried again
+            logger.warning("the upkeep of the replay buffer failed: %s", error)

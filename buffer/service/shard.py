@@ -1,4 +1,4 @@
-"""The shards of a run's buffer as other processes see them: where they lie, what each holds, which one is near.
+"""The shards of a run's buffer as other processes see them: where they lie, and what passes between them and a client.
 
     RUN/buffer/shard-000/  shard-001/  ...      one folder per shard, also where there is one only
 
@@ -8,55 +8,18 @@ the same with any number of shards.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from buffer.remote_call import RemoteCall
-from buffer.service.router import DrawRequest, Offer
-from buffer.store.results import DrawResult
-
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
-
-    from buffer.settings import BufferSettings
-
-ANSWER_TIMEOUT_S = 120.0
-"""Beyond the time that a call itself may wait: a shard that died needs some to come back, more with a large folder."""
+from buffer.settings import BufferSettings
+from buffer.store.results import DrawKey, SourceCounters, StoreStatus
+from buffer.trajectory.schema import SOURCES
+from buffer.trajectory.validation import Rejection
 
 _FOLDER_PREFIX = "shard-"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard. handle: of its actor (`buffer.service.service.ReplayBufferService`); node_id: where it was placed.
-
-    Its methods are those of the service, called from another process; they raise as `RemoteCall.answer`, too.
-    """
-
-    index: int
-    handle: ActorHandle
-    node_id: str = ""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return f"shard {self.index} of the replay buffer"
-
-    async def offer(self, request: DrawRequest) -> Offer:
-        """See `ReplayBufferService.offer`."""
-        return await RemoteCall[Offer](self.name, self.handle.offer.remote(request)).answer(ANSWER_TIMEOUT_S)
-
-    async def take(self, request: DrawRequest, part: int) -> DrawResult | None:
-        """See `ReplayBufferService.take`."""
-        reference = self.handle.take.remote(request, part)
-        return await RemoteCall[DrawResult | None](self.name, reference).answer(ANSWER_TIMEOUT_S)
-
-    async def wait_for_rows(self, inserts: int, timeout_s: float) -> bool:
-        """See `ReplayBufferService.wait_for_rows`."""
-        reference = self.handle.wait_for_rows.remote(inserts, timeout_s)
-        return await RemoteCall[bool](self.name, reference).answer(timeout_s + ANSWER_TIMEOUT_S)
 
 
 def shard_folder(buffer_folder: Path, index: int) -> Path:
@@ -87,6 +50,170 @@ def shard_seed(seed: int, index: int) -> int:
     return seed + (index << 32)
 
 
-def nearest(shards: Sequence[Shard], node_id: str) -> list[Shard]:
-    """The shards on a node; all of them where it has none."""
-    return [shard for shard in shards if shard.node_id == node_id] or list(shards)
+@dataclass(frozen=True)
+class InsertReply:
+    """accepted: rows that are stored, those of an earlier insert that is repeated included; rejections: the others,
+    with reasons; pause: call `wait_for_demand` before going on."""
+
+    accepted: int
+    rejections: tuple[Rejection, ...]
+    pause: bool
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """A draw that is asked for.
+
+    count: rows, of all shards together. policy_version: newest version that the learner has published.
+    first_version: of the weights that the stage's rollouts started with; older rows are of another stage.
+    """
+
+    key: DrawKey
+    count: int
+    policy_version: int
+    first_version: int = 0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one shard can give to one draw.
+
+    logged: rows that it gave to this draw before, by its catalog. live: live rows of the draw's source.
+    available: rows that it could add now; at most those live rows that it has not logged, fewer where its limiter
+        says so.
+    inserts: inserts that it has taken; to be told when there are more (`wait_for_rows`).
+    shortage: why it cannot give all of the draw, for people.
+    """
+
+    logged: int
+    live: int
+    available: int
+    inserts: int
+    shortage: str = ""
+
+
+def plan_parts(count: int, offers: Sequence[Offer]) -> list[int] | None:
+    """Rows that each shard gives to a draw of `count`, those that it has logged included; None while they lack rows.
+
+    What is logged stays: a draw that was given completely before is given so again, and one that an interruption left
+    with some of its parts is completed by all shards.
+    """
+    missing = count - sum(offer.logged for offer in offers)
+    assert missing >= 0, "a shard refuses a draw that had another size before"
+    added = split(missing, [offer.live for offer in offers], [offer.available for offer in offers])
+    return None if added is None else [offer.logged + part for offer, part in zip(offers, added, strict=True)]
+
+
+def split(count: int, weights: Sequence[int], limits: Sequence[int]) -> list[int] | None:
+    """Divide `count` in proportion to `weights`, no part beyond its limit; None where the limits do not allow it.
+
+    In whole numbers, so that equal input gives equal parts everywhere. What a limited part cannot take is divided among
+    the others in the same way.
+    """
+    assert all(limit <= weight for limit, weight in zip(limits, weights, strict=True)), "no part without weight"
+    if sum(limits) < count:
+        return None
+    parts = [0] * len(weights)
+    free = [index for index, limit in enumerate(limits) if limit > 0]
+    while True:
+        missing, total = count - sum(parts), sum(weights[index] for index in free)
+        full = [index for index in free if missing * weights[index] > limits[index] * total]
+        if not full:
+            break
+        for index in full:
+            parts[index] = limits[index]
+        free = [index for index in free if index not in full]
+    # The rounded ends of the parts side by side: each part is its exact size, rounded up or down.
+    ends = [missing * weight // total for weight in accumulate(weights[index] for index in free)]
+    for index, (begin, end) in zip(free, pairwise([0, *ends]), strict=True):
+        parts[index] = end - begin
+    return parts
+
+
+@dataclass(frozen=True)
+class ShardStatus:
+    """State of one shard.
+
+    capacity: live rows per source, at most. actors_paused: they are ahead of the draws. waiting_draws: of the learner.
+    pid, host: of its process; up_s: seconds since that one started. flight: address of its Arrow Flight endpoint.
+    """
+
+    store: StoreStatus
+    capacity: int
+    actors_paused: bool
+    waiting_draws: int
+    pid: int
+    host: str
+    up_s: float
+    flight: str | None = None
+
+    @property
+    def state(self) -> str:
+        """One word or two for people."""
+        if self.waiting_draws:
+            return "awaiting rows"
+        return "ahead of the learner" if self.actors_paused else "serving"
+
+    @property
+    def troubles(self) -> list[str]:
+        """What somebody should know of its folder."""
+        parts = [] if self.store.upkeep_error is None else [self.store.upkeep_error]
+        if self.store.quarantined:
+            parts.append(f"damaged and put aside: {', '.join(self.store.quarantined)}")
+        return parts
+
+
+@dataclass(frozen=True)
+class BufferStatus:
+    """State of the whole buffer. shards: None for one that did not answer: it is starting, or being restarted."""
+
+    shards: tuple[ShardStatus | None, ...]
+
+    @property
+    def answering(self) -> list[ShardStatus]:
+        """Status of the shards that answered."""
+        return [shard for shard in self.shards if shard is not None]
+
+    @property
+    def sources(self) -> dict[str, SourceCounters]:
+        """Counters by source, summed over the shards that answered; the newest draw is that of the first of them."""
+        stores = [shard.store for shard in self.answering]
+        return {source: _total([store.sources[source] for store in stores]) for source in SOURCES} if stores else {}
+
+    @property
+    def waiting_draws(self) -> int:
+        """Draws that wait in some shard."""
+        return max((shard.waiting_draws for shard in self.answering), default=0)
+
+    def summary(self) -> str:
+        """One line for people."""
+        parts = []
+        for source, counters in self.sources.items():
+            if counters.inserted == 0:
+                continue
+            line = f"{counters.live:,} {source} trajectories live of {counters.inserted:,}, {counters.drawn:,} drawn"
+            if counters.replayed:
+                line += f", {counters.replayed:,} drawn again"
+            if counters.dropped_stale:
+                line += f", {counters.dropped_stale:,} stale"
+            if source == "policy" and counters.last_draw is not None:
+                line += f", staleness {counters.last_draw.staleness_mean:.1f}"
+            parts.append(line)
+        if rejected := sum(shard.store.rejected for shard in self.answering):
+            parts.append(f"{rejected:,} rejected")
+        for index, shard in enumerate(self.shards):
+            troubles = ["does not answer"] if shard is None else shard.troubles
+            parts += [f"shard {index}: {trouble}" for trouble in troubles]
+        return "buffer: " + ("; ".join(parts) or "empty")
+
+
+def _total(counters: list[SourceCounters]) -> SourceCounters:
+    return SourceCounters(
+        inserted=sum(each.inserted for each in counters),
+        live=sum(each.live for each in counters),
+        removed=dict(sum((Counter(each.removed) for each in counters), Counter())),
+        draws=max(each.draws for each in counters),
+        drawn=sum(each.drawn for each in counters),
+        replayed=sum(each.replayed for each in counters),
+        last_draw=next((each.last_draw for each in counters if each.last_draw is not None), None),
+    )

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.status import PoolStatus
-from buffer.service.status import BufferStatus
+from buffer.service.shard import BufferStatus
 from launch.run_folder.folder import TOKEN_FILE, TOKEN_VARIABLE
 from learner.messages import LearnerStatus, StageResult
 from learner.settings.stages import StageSettings

@@ -15,7 +15,7 @@ from types import MappingProxyType, TracebackType
 from typing import Literal, NamedTuple
 
 from actors.status import MemberStatus, PoolEventKind, PoolStatus
-from buffer.service.status import ShardStatus
+from buffer.service.shard import ShardStatus
 from launch.errors import RunFailedError
 from launch.monitoring.live_view import RunView
 from learner.messages import LearnerStatus

@@ -23,10 +23,9 @@ from ray._private.state import actors as actor_info
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.pool.ray_pool import at_best_on
-from buffer.service.client import BufferClient
+from buffer.service.client import BufferClient, Shard
 from buffer.service.service import ReplayBufferService
-from buffer.service.shard import Shard, present_shards, shard_folder, shard_seed, shard_settings
-from buffer.service.status import BufferStatus
+from buffer.service.shard import BufferStatus, present_shards, shard_folder, shard_seed, shard_settings
 from buffer.settings import BufferSettings
 from buffer.store.store import ReplayStore
 from buffer.trajectory.schema import TokenContract

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from buffer.service.client import BufferClient
-from buffer.service.router import DrawRequest
+from buffer.service.shard import DrawRequest
 from buffer.store.results import DrawKey, DrawResult
 from buffer.trajectory.staleness import VersionRange, staleness
 from learner.ranks.group import RankLostError, Ranks

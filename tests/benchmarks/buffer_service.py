@@ -7,10 +7,9 @@ from pathlib import Path
 
 from ray.actor import ActorHandle
 
-from buffer.service.client import BufferClient
-from buffer.service.router import DrawRequest
+from buffer.service.client import BufferClient, Shard
 from buffer.service.service import ReplayBufferService
-from buffer.service.shard import Shard
+from buffer.service.shard import DrawRequest
 from buffer.settings import BufferSettings
 from buffer.store.results import DrawKey
 from tests.benchmarks.backend import ray_of_its_own

@@ -15,7 +15,7 @@ import numpy as np
 import simpy
 
 from actors.pool.autoscaler import Autoscaler, Observation
-from buffer.service.router import DrawTimeoutError
+from buffer.service.client import DrawTimeoutError
 from buffer.store.limiter import Limiter, Traffic
 from buffer.trajectory.staleness import Bool, Int32, Int64, stale_rows, staleness
 from tests.benchmarks.scaling_plan import Plan

@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file
 
 from buffer.experts.tasks import Task, load_task
-from buffer.service.router import DrawRequest, draw_from_shards
+from buffer.service.client import draw_from_shards
 from buffer.service.service import ReplayBufferService
+from buffer.service.shard import DrawRequest
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
 from buffer.store import segments
 from buffer.store.catalog_writer import CatalogWriter

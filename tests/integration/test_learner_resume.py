@@ -19,9 +19,9 @@ from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings
 from buffer.experts.tasks import Task, load_task
 from buffer.reading.snapshot import read_shard
+from buffer.service.client import Shard
 from buffer.service.service import ReplayBufferService
-from buffer.service.shard import Shard
-from buffer.service.status import ShardStatus
+from buffer.service.shard import ShardStatus
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
 from learner.messages import LearnerSpec
 from learner.settings.model import ScratchModelSettings

@@ -26,10 +26,9 @@ from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings, RolloutSettings
 from actors.status import PoolStatus
 from buffer.reading.snapshot import read_shard
-from buffer.service.client import BufferClient
-from buffer.service.router import DrawRequest
+from buffer.service.client import BufferClient, Shard
 from buffer.service.service import ReplayBufferService
-from buffer.service.shard import Shard
+from buffer.service.shard import DrawRequest
 from buffer.settings import BufferSettings, NoiseSettings
 from buffer.store.results import DrawKey
 from buffer.weights import (

@@ -7,9 +7,9 @@ import asyncio
 import numpy as np
 import pytest
 
-from buffer.service.router import DrawRequest, DrawTimeoutError, draw_from_shards
+from buffer.service.client import DrawTimeoutError, draw_from_shards
 from buffer.service.service import ReplayBufferService
-from buffer.service.status import BufferStatus
+from buffer.service.shard import BufferStatus, DrawRequest
 from buffer.settings import BufferSettings
 from buffer.store.results import DrawKey
 from tests.trajectories import CONTRACT, batch_of, expert_row, fresh_key, ids_of, numbered, row

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from buffer.service.router import DrawRequest, DrawTimeoutError, draw_from_shards
+from buffer.service.client import DrawTimeoutError, draw_from_shards
 from buffer.service.service import ReplayBufferService
-from buffer.service.shard import shard_folder, shard_seed, shard_settings
+from buffer.service.shard import DrawRequest, shard_folder, shard_seed, shard_settings
 from buffer.settings import BufferSettings
 from buffer.store.results import DrawKey
 from tests.trajectories import CONTRACT, ids_of, numbered

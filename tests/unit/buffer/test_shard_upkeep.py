@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from buffer.service.router import DrawRequest
-from buffer.service.service import ReplayBufferService
-from buffer.service.shard_upkeep import ShardUpkeep
+from buffer.service.service import ReplayBufferService, ShardUpkeep
+from buffer.service.shard import DrawRequest
 from buffer.settings import BufferSettings
 from buffer.store.compaction import RewritePlan
 from buffer.store.store import ReplayStore

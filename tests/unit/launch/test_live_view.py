@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from actors.status import ActorStatus, MemberStatus, PoolEvent, PoolStatus
-from buffer.service.status import BufferStatus, ShardStatus
+from buffer.service.shard import BufferStatus, ShardStatus
 from buffer.store.results import SourceCounters, StoreStatus
 from launch.monitoring.live_view import LiveView, RunView, clock, plain_line, render
 from launch.settings.recipe import read_recipe
@@ -110,7 +110,7 @@ def shard_of(live: int, **changes: object) -> ShardStatus:
     sources = {"expert": SourceCounters(0, 0, {}, 0, 0, 0, None)}
     sources["policy"] = SourceCounters(123_456, live, {"stale": 123_456 - live}, 3, 234_567, 0, None)
     store = StoreStatus(sources, 0, 4, 5, 123_456_789, (), **changes)
-    return ShardStatus(store, 16_384, True, 0, (), 1, "host", 3.0, flight="grpc+tcp://127.0.0.1:40123")
+    return ShardStatus(store, 16_384, True, 0, 1, "host", 3.0, flight="grpc+tcp://127.0.0.1:40123")
 
 
 def test_shards_are_shown_with_fill_and_state_within_80_columns() -> None:

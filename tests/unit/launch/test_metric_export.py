@@ -6,7 +6,7 @@ import json
 import re
 
 from actors.status import ActorStatus, MemberStatus, PoolStatus
-from buffer.service.status import BufferStatus, ShardStatus
+from buffer.service.shard import BufferStatus, ShardStatus
 from buffer.store.results import DrawStatistics, SourceCounters, StoreStatus
 from launch.monitoring.live_view import RunView
 from launch.monitoring.metrics import METRICS, growth, samples
@@ -27,7 +27,7 @@ def full_view(actions: int = 20_000) -> RunView:
         [],
         learner=LearnerStatus("sequencematch", 100, 400, 0.125, 11, "training", {"loss": 0.5}),
         pool=PoolStatus(2, 11, (MemberStatus("actor-0", "running", 1, status, join_s=9.5),)),
-        buffer=BufferStatus((ShardStatus(store, 16_384, True, 1, (), 1, "host", 3.0), None)),
+        buffer=BufferStatus((ShardStatus(store, 16_384, True, 1, 1, "host", 3.0), None)),
     )
 
 

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 from actors.status import ActorStatus, MemberStatus, PoolEvent, PoolEventKind, PoolStatus
-from buffer.service.status import BufferStatus
+from buffer.service.shard import BufferStatus
 from launch.errors import RunFailedError
 from launch.monitoring.live_view import RunView
 from launch.monitoring.run_log import LOG_FILE, RunEvent, RunLog

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from buffer.service.shard import Shard
-from buffer.service.status import BufferStatus
+from buffer.service.client import Shard
+from buffer.service.shard import BufferStatus
 from launch.errors import RunFailedError
 from launch.run import buffer_shards
 from launch.run.buffer_shards import ShardWatch
