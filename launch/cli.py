@@ -20,7 +20,8 @@ from launch.commands import reported_errors, stdout_kept_clean
 from launch.compare.command import compare
 from launch.errors import UserError, setting_up
 from launch.evaluation.command import evaluate
-from launch.queries.command import audit, query
+from launch.queries.audit import audit
+from launch.queries.query import query
 from launch.report.command import report
 from launch.surroundings import tolerate_terminal, use_utf8
 

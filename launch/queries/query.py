@@ -1,158 +1,189 @@
-"""SQL over the replay buffer of a run, live or finished: a snapshot of its shards as tables of an in-memory DuckDB.
-
-    trajectories   every stored row, with `shard`, `live`, `times_sampled`, `staleness` and columns of text
-    draws          one line per drawn row: when, for which step of which stage
-    removals       one line per row that ceased to be live, with the reason
-    rejections     one line per trajectory refused at the door
-    events         what happened, as the catalog has it; the three before are made of it
-
-A query cannot write: it is one SELECT, and DuckDB may open no file once the tables are there. Stored rows stay in the
-mapped files; DuckDB reads the columns that a query asks for. Text is decoded for the rows that are left after the
-conditions on other columns.
-"""
+"""`sequencematch query`: the result of one SELECT over a run's replay buffer, as a table or for programs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+import csv
+import io
+import json
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import date, datetime
+from decimal import Decimal
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
 
-import duckdb
-import pyarrow as pa
-from duckdb.func import FunctionNullHandling, PythonUDFType
+import typer
+from rich.console import Console
+from rich.text import Text
 
-from buffer.reading.snapshot import BufferSnapshot
-from launch.queries.text_columns import TEXT_INPUTS, TextColumns
+from launch.commands import path, reported_errors, stdout_kept_clean
+from launch.errors import UserError, setting_up
 
-TABLES = ("trajectories", "draws", "removals", "rejections", "events")
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-POLL_S = 0.1
-"""How soon a query notices Ctrl-C."""
+SHOWN_ROWS = 50
+"""Rows of a table for people; the other formats hold all."""
 
-T = TypeVar("T")
-
-_STORED = "stored_trajectories"  # DuckDB's own views of the Arrow tables; `trajectories` and `events` are made of them
-_LOGGED = "logged_events"
-_SQL_TYPES = {"prompt_ids": "INTEGER[]", "actions": "INTEGER[]", "realised": "INTEGER[]", "finish_reason": "VARCHAR"}
-_EVENT_VIEWS = """
-    CREATE VIEW events AS SELECT * RENAME ("at" AS logged_at) FROM logged_events;
-    CREATE VIEW draws AS
-        SELECT shard, logged_at, stage, step, source, policy_version, unnest("rows") AS "row"
-        FROM events WHERE event = 'draw';
-    CREATE VIEW removals AS
-        SELECT shard, logged_at, source, policy_version, reason, unnest("rows") AS "row", unnest(ids) AS id
-        FROM events WHERE event = 'remove';
-    CREATE VIEW rejections AS
-        SELECT shard, logged_at, source, reason, unnest(ids) AS id FROM events WHERE event = 'reject';
-"""
-_LOCKED = """
-    SET TimeZone = 'UTC';
-    SET temp_directory = '';
-    SET python_enable_replacements = false;
-    SET enable_external_access = false;
-    SET lock_configuration = true;
-"""
+_SPOOL_BYTES = 64 * 2**20  # of a result, kept in memory until it goes to stdout as a whole
 
 
-@dataclass(frozen=True)
-class TableDescription:
-    """What a query may ask of one table. columns: names with their SQL types."""
+class QueryFormat(StrEnum):
+    """A table for people; JSON (an array of objects), CSV and Arrow (an IPC stream) for programs."""
 
-    name: str
-    columns: tuple[tuple[str, str], ...]
-    num_rows: int
-
-
-class BufferDatabase:
-    """A snapshot of a buffer as tables of SQL."""
-
-    def __init__(self, snapshot: BufferSnapshot, texts: TextColumns) -> None:
-        """Make the tables; nothing is read from the files yet but what the snapshot has read."""
-        self._connection = duckdb.connect(
-            config={"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
-        )
-        self._texts = texts
-        self._connection.register(_STORED, snapshot.trajectories)
-        self._connection.register(_LOGGED, snapshot.events)
-        self._create_text_functions()
-        behind = f"greatest({snapshot.newest_version} - list_min(policy_version), 0)"
-        texts_called = ", ".join(f"_{name}({', '.join(inputs)}) AS {name}" for name, inputs in TEXT_INPUTS.items())
-        self._connection.execute(
-            f"CREATE VIEW trajectories AS SELECT *, CASE WHEN policy_version IS NOT NULL THEN {behind} END "
-            f"AS staleness, {texts_called} FROM {_STORED}"
-        )
-        self._connection.execute(_EVENT_VIEWS)
-        self._connection.execute(_LOCKED)
-
-    def select(self, sql: str) -> duckdb.DuckDBPyRelation:
-        """The result of one SELECT (or EXPLAIN, DESCRIBE, SUMMARIZE), computed as it is read: do that inside `run`.
-
-        Raises:
-            ValueError: the query is none, or more than one, or does something else than read. duckdb.Error: DuckDB
-                refuses it, here or where the result is read.
-        """
-        statements = self._connection.extract_statements(sql)
-        if len(statements) != 1:
-            raise ValueError(f'give one query, not {len(statements)}, e.g. "select count(*) from trajectories"')
-        readers = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
-        if statements[0].type not in readers:
-            raise ValueError(f"a query only reads: give a SELECT, not {statements[0].type.name}")
-        return self._connection.sql(sql)
-
-    def run(self, work: Callable[[], T]) -> T:
-        """What `work` gives, which asks this database. Ctrl-C ends it; DuckDB by itself would not notice.
-
-        Raises:
-            ValueError: in place of DuckDB's errors, its first line; or why there is no text.
-            KeyboardInterrupt, and what `work` raises.
-        """
-        with ThreadPoolExecutor(max_workers=1) as executor, self._reported():
-            future = executor.submit(work)
-            try:
-                while not wait([future], timeout=POLL_S).done:
-                    pass
-            except KeyboardInterrupt:
-                while not wait([future], timeout=POLL_S).done:  # again and again: it may be between two queries
-                    self._connection.interrupt()
-                raise
-            return future.result()
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except (duckdb.Error, pa.ArrowException) as error:
-            # DuckDB buries what a function of ours raises in a message of its own.
-            raise ValueError(str(self._texts.load_error or _first_line(error))) from None
-
-    def describe(self) -> list[TableDescription]:
-        """All tables, in the order of `TABLES`."""
-        return [self._describe(name) for name in TABLES]
-
-    def close(self) -> None:
-        """Let go of the tables."""
-        self._connection.close()
-
-    def _describe(self, name: str) -> TableDescription:
-        columns = self._connection.execute(f"DESCRIBE {name}").fetchall()
-        (num_rows,) = self._connection.execute(f"SELECT count(*) FROM {name}").fetchall()[0]
-        return TableDescription(name, tuple((column[0], column[1]) for column in columns), num_rows)
-
-    def _create_text_functions(self) -> None:
-        for name, inputs in TEXT_INPUTS.items():
-            self._connection.create_function(
-                f"_{name}",
-                getattr(self._texts, name),
-                [_SQL_TYPES[column] for column in inputs],
-                "VARCHAR",
-                type=PythonUDFType.ARROW,
-                null_handling=FunctionNullHandling.SPECIAL,
-            )
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+    ARROW = "arrow"
 
 
-def _first_line(error: Exception) -> str:
-    """What DuckDB says, without its drawing of where in the query; its suggestion, on the second line, is kept."""
-    lines = [line.strip() for line in str(error).split("\n\nLINE ")[0].splitlines()]
-    return " ".join(line for line in lines if line)
+RunFolder = Annotated[Path, typer.Argument(parser=path, help="Run folder, of a live run or a finished one.")]
+
+
+def query(
+    run: RunFolder,
+    sql: Annotated[
+        str | None, typer.Argument(help="One SELECT in DuckDB's SQL; without it, tables and columns are listed.")
+    ] = None,
+    form: Annotated[QueryFormat, typer.Option("--format", help="How the result is written.")] = QueryFormat.TABLE,
+    output: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="Where to; by default stdout.")
+    ] = None,
+) -> None:
+    """Ask the replay buffer of a run in SQL, also while the run goes on.
+
+    [dim]Examples:[/dim]
+
+    sequencematch query RUN
+
+    sequencematch query RUN "select source, live, count(*) from trajectories group by all"
+
+    sequencematch query RUN "select marked_text from trajectories order by created_at desc limit 5"
+
+    sequencematch query RUN "select reason, count(*) from removals group by reason" --format json
+
+    sequencematch query RUN "from trajectories where live" --format arrow --output live.arrows
+    """
+    with reported_errors(), tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool:
+        with setting_up():
+            if form is not QueryFormat.TABLE:
+                with stdout_kept_clean(active=True), _file_to_write(output, spool) as sink:
+                    _write(run, sql, form, sink)
+            elif output is None:
+                _show(run, sql)
+            else:
+                raise UserError("a table is for the terminal: write a file with --format json, csv or arrow")
+        spool.seek(0)
+        shutil.copyfileobj(spool, sys.stdout.buffer)
+
+
+def catalog_image(run: Path, shard: Path) -> bytes:
+    """The catalog of a shard that keeps the file to itself; Ray is imported for it alone."""
+    from launch.run import control
+
+    return control.catalog_image(run, shard)
+
+
+@contextmanager
+def _file_to_write(path: Path | None, spool: IO[bytes]) -> Iterator[IO[bytes]]:
+    """The file that becomes `path` when all is written, so that an error leaves no half of it; else the spool."""
+    if path is None:
+        yield spool
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(run: Path, sql: str | None, form: QueryFormat, sink: IO[bytes]) -> None:
+    from launch.queries.database import open_database
+
+    with closing(open_database(run)) as database:
+        if sql is not None:
+            write = {QueryFormat.JSON: _write_json, QueryFormat.CSV: _write_csv, QueryFormat.ARROW: _write_arrow}[form]
+            database.run(lambda: write(database.select(sql).to_arrow_reader(), sink))
+        elif form is QueryFormat.JSON:
+            tables = database.describe().items()
+            listed = {name: {"rows": num_rows, "columns": columns} for name, (num_rows, columns) in tables}
+            sink.write(f"{json.dumps(listed)}\n".encode())
+        else:
+            raise UserError(f"--format {form} writes the result of a query: give one, or list the tables with json")
+
+
+def _show(run: Path, sql: str | None) -> None:
+    """A result, or what there is to ask, and how."""
+    from launch.queries.database import open_database
+
+    console = Console()
+    with closing(open_database(run)) as database:
+        if sql is not None:
+            database.run(lambda: database.select(sql).show(max_width=console.width, max_rows=SHOWN_ROWS))
+            return
+        for name, (num_rows, columns) in database.describe().items():
+            console.print(Text.assemble((name, "bold"), (f"  {num_rows:,} rows", "dim")))
+            shown = [Text.assemble(column, " ", (_short_type(kind), "dim")) for column, kind in columns.items()]
+            console.print(Text(", ").join(shown), "\n")
+    example = "select task, count(*), avg(reward) from trajectories where live group by task"
+    console.print(Text.assemble(("Example: ", "dim"), f'sequencematch query {run} "{example}"'), soft_wrap=True)
+
+
+def _short_type(kind: str) -> str:
+    return kind.partition("(")[0].lower().replace("timestamp with time zone", "timestamptz")
+
+
+def _write_arrow(rows: pa.RecordBatchReader, sink: IO[bytes]) -> None:
+    import pyarrow as pa
+
+    with pa.ipc.new_stream(sink, rows.schema) as writer:
+        for batch in rows:
+            writer.write_batch(batch)
+
+
+def _write_json(rows: pa.RecordBatchReader, sink: IO[bytes]) -> None:
+    """One array of objects."""
+    separator = "[\n"
+    for batch in rows:
+        for row in batch.to_pylist():
+            sink.write(f"{separator}{json.dumps(_plain(row), ensure_ascii=False)}".encode())
+            separator = ",\n"
+    sink.write(b"[]\n" if separator == "[\n" else b"\n]\n")
+
+
+def _write_csv(rows: pa.RecordBatchReader, sink: IO[bytes]) -> None:
+    """Lists and structs as JSON; null is an empty field."""
+    text = io.TextIOWrapper(sink, encoding="utf-8", newline="", write_through=True)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows.schema.names)
+    for batch in rows:
+        columns = [[_csv_field(value) for value in column.to_pylist()] for column in batch.columns]
+        writer.writerows(zip(*columns, strict=True))
+    text.detach()
+
+
+def _csv_field(value: object) -> object:
+    plain = _plain(value)
+    return json.dumps(plain, ensure_ascii=False) if isinstance(plain, list | dict) else plain
+
+
+def _plain(value: object) -> object:
+    """A value of Arrow as one of JSON: times in ISO 8601, no NaN or infinity, which JSON lacks."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Decimal):
+        value = int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, datetime | date):
+        return value.isoformat()
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -11,8 +11,7 @@ import pytest
 from buffer.experts.tokenizer import character_tokenizer, token_contract
 from buffer.reading.snapshot import EVENT_SCHEMA, BufferSnapshot
 from buffer.trajectory.schema import TokenContract
-from launch.queries.query import BufferDatabase
-from launch.queries.text_columns import TextColumns
+from launch.queries.database import BufferDatabase, TextColumns
 from launch.run_folder.task import load_run_tokenizer, save_run_tokenizer
 from tests.trajectories import batch_of, row
 
