@@ -18,7 +18,7 @@ from actors.engine.action_log import FinishedLog, Int32, logs_to_batch
 from buffer.trajectory.schema import TokenContract
 from launch.evaluation.rollout_groups import RolloutGroup
 from launch.settings.evaluation import ContrastiveSearch
-from learner.state_tree.products import fill_ids
+from learner.state_tree.vocabulary import fill_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,9 +21,8 @@ from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import TokenContract
 from launch.statistics import Estimate, Float64
 from learner.batches.micro_batches import build_micro_batches
-from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch, TreeSettings
-from learner.state_tree.policy import TreePolicy
+from learner.state_tree.policy import StateLogits, TreePolicy
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -19,9 +19,8 @@ from buffer.trajectory.schema import TokenContract
 from learner.batches.micro_batches import build_micro_batches
 from learner.model.backspace_row import fit_backspace_row, gather_evidence
 from learner.ranks.group import Ranks
-from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch, TreeSettings
-from learner.state_tree.policy import TreePolicy
+from learner.state_tree.policy import StateLogits, TreePolicy
 
 NUM_BACKSPACES = 256
 """Backspaces that a row is fitted to; of a row's hundreds of coordinates the prior knows the rest."""

@@ -23,10 +23,9 @@ from transformers import PreTrainedModel
 
 from buffer.trajectory.schema import IdRanges
 from learner.ranks.sharding import overwrite_row
-from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch
-from learner.state_tree.policy import TreePolicy
-from learner.state_tree.products import fill_ids
+from learner.state_tree.policy import StateLogits, TreePolicy
+from learner.state_tree.vocabulary import fill_ids
 
 BACKSPACE_ROW_NOISE = 0.1
 """Noise on a new backspace row, as a share of the standard deviation over the rows."""

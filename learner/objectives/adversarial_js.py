@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -73,7 +72,7 @@ class AdversarialJs(Objective):
         with torch.set_grad_enabled(torch.is_grad_enabled() and moves_policy):
             values = policy.evaluate(tree, states_and_tokens if self._reads_policy else None)
         scores = self._discriminator_of(policy).log_ratio(tree, values.measured)
-        return EvaluatedLogs(tree, replace(values, measured=scores), counts)
+        return EvaluatedLogs(tree, values._replace(measured=scores), counts)
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """What the discriminator loses on real examples."""

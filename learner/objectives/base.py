@@ -17,10 +17,8 @@ from torch import Tensor
 
 from learner.ranks.group import Ranks
 from learner.settings.objectives import BaseObjectiveSettings
-from learner.state_tree.action_values import ActionValues
 from learner.state_tree.batch import TreeBatch
-from learner.state_tree.policy import TreePolicy
-from learner.state_tree.vocabulary_sums import Summation
+from learner.state_tree.policy import ActionValues, Summation, TreePolicy
 
 
 class OutsideDomainError(ArithmeticError):
@@ -159,7 +157,7 @@ def combine_metrics(shares: Iterable[Mapping[str, Tensor]]) -> Metrics:
 
 def is_finite(logs: EvaluatedLogs, loss: Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]) -> bool:
     """Whether `loss` and its gradient by the values are; the values may come from an evaluation without gradient."""
-    given = {name: value for name, value in vars(logs.values).items() if value is not None}
+    given = {name: value for name, value in logs.values._asdict().items() if value is not None}
     leaves = {name: value.detach().clone().requires_grad_() for name, value in given.items()}
     share, _ = loss(replace(logs, values=ActionValues(**leaves)))
     share.backward()

@@ -21,11 +21,10 @@ from transformers import PreTrainedModel
 
 from learner.ranks.group import Ranks
 from learner.settings.objectives import DiscriminatorSettings
-from learner.state_tree.action_values import StateLogits
 from learner.state_tree.attention import evaluate_nodes
 from learner.state_tree.batch import TreeBatch
-from learner.state_tree.policy import TreePolicy
-from learner.state_tree.products import accumulation_dtype
+from learner.state_tree.policy import StateLogits, TreePolicy
+from learner.state_tree.vocabulary import accumulation_dtype
 
 MAX_GRADIENT_NORM = 1.0
 

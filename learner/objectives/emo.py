@@ -29,7 +29,7 @@ from learner.objectives.base import EvaluatedLogs, Metrics, Objective
 from learner.objectives.likelihood import data_metrics
 from learner.settings.objectives import EmoSettings
 from learner.state_tree.batch import TreeBatch
-from learner.state_tree.products import CHUNK_ELEMENTS
+from learner.state_tree.vocabulary import CHUNK_ELEMENTS
 
 EPSILON = 1e-10
 """Keeps the ratio of the two losses defined."""

@@ -21,9 +21,8 @@ from torch import Tensor
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective
 from learner.objectives.likelihood import cross_entropy, data_metrics
 from learner.settings.objectives import ScheduledSamplingSettings
-from learner.state_tree.action_values import StateLogits
 from learner.state_tree.batch import TreeBatch
-from learner.state_tree.policy import TreePolicy
+from learner.state_tree.policy import StateLogits, TreePolicy
 
 
 class ScheduledSampling(Objective):

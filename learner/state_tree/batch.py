@@ -192,19 +192,16 @@ def build_tree_batch(batch: pa.RecordBatch, settings: TreeSettings) -> TreeBatch
     logs, played, truncated = checked_logs(batch, settings)
     trie = build_trie(logs, played, settings.backspace_id)
     number, subtree_end = preorder(trie)
-    node_of_element = number[trie.node]
     width = -(-trie.num_nodes // NODE_ALIGNMENT) * NODE_ALIGNMENT
-    floor_node = node_of_element[logs.prompt_offsets[1:] - 1]
-    num_prompt_tokens = len(logs.prompt_ids)
+    floor_node, appended_node = number[trie.prompt_node], number[trie.node_of_event]
 
-    def by_number(per_element: Int64) -> Tensor:
+    def by_number(per_node: Int64) -> Tensor:
         padded = np.zeros(width, dtype=np.int64)
-        padded[number] = per_element[trie.first]
+        padded[number] = per_node
         return torch.from_numpy(padded)
 
     def nodes_of(events: Int64) -> Int64:
-        appended = node_of_element[num_prompt_tokens + trie.append_of_event[events]]
-        return np.where(events == FLOOR, floor_node[played.log], appended)
+        return np.where(events == FLOOR, floor_node[played.log], appended_node[events])
 
     state, next_state = nodes_of(played.state), nodes_of(played.next_state)
     final, final_at_floor = floor_node.copy(), np.ones(logs.num_logs, dtype=np.bool_)
@@ -296,21 +293,16 @@ def checked_logs(batch: pa.RecordBatch, settings: TreeSettings) -> tuple[ActionL
             f"log {int(np.argmax(longest))} has a text of {int(longest.max())} tokens, more than the "
             f"{settings.max_positions} positions of the model; lower the prompt or answer length"
         )
-    at_floor = (logs.actions == settings.backspace_id) & (played.state == FLOOR)
-    if at_floor.any():
-        raise ValueError(
-            f"log {int(played.log[at_floor][0])} has a backspace label at the floor (the end of its prompt)"
-        )
-    ends = np.zeros(logs.num_logs, dtype=np.bool_)
-    last = np.flatnonzero(logs.lengths)
     is_eos = np.isin(logs.realised, (settings.eos_id, *settings.other_eos_ids))
-    ends[last] = is_eos[logs.offsets[1:][last] - 1]
-    num_eos = np.bincount(played.log[is_eos], minlength=logs.num_logs)
-    bad = (num_eos != ends) | (ends == truncated)
+    is_last = played.time == logs.lengths[played.log] - 1
+    at_floor = (logs.actions == settings.backspace_id) & (played.state == FLOOR)
+    num_wrong = np.bincount(played.log[at_floor | (is_eos & ~is_last)], minlength=logs.num_logs)
+    ends = np.bincount(played.log[is_eos & is_last], minlength=logs.num_logs)
+    bad = (num_wrong > 0) | (ends == truncated)
     if bad.any():
         raise ValueError(
-            f"log {int(np.argmax(bad))}: <eos> must be the last action where finish_reason is `eos`, and "
-            "absent elsewhere"
+            f"log {int(np.argmax(bad))} takes a token back at the floor (the end of its prompt), or `<eos>` is not the "
+            "last action exactly where finish_reason is `eos`"
         )
     return logs, played, truncated
 

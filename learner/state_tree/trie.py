@@ -24,20 +24,20 @@ ROOT = -1
 
 @dataclass(frozen=True)
 class Trie:
-    """Elements are the P prompt tokens of all logs, then their E appends, in order; a node is a distinct text.
+    """The K distinct texts of a batch, as nodes in the order of their keys.
 
-    depth, token, node: [P + E] of each element.
-    append_of_event: [A] index among the appends of each action (meaningless for backspaces).
-    first: [K] first element of each node. parent: [K] node of the text before, or ROOT.
+    token, depth: [K] last token of the text and its position, from 0. parent: [K] text before that token, or ROOT.
+    first: [K] where the text occurs first, counting the prompts' tokens of all logs, then their appends.
+    prompt_node: [L] of each log's prompt. node_of_event: [A] text after each append (meaningless for a backspace).
     pair_log, pair_node: distinct (log, node) pairs, ascending.
     """
 
-    depth: Int64
     token: Int64
-    node: Int64
-    append_of_event: Int64
-    first: Int64
+    depth: Int64
     parent: Int64
+    first: Int64
+    prompt_node: Int64
+    node_of_event: Int64
     pair_log: Int64
     pair_node: Int64
 
@@ -48,30 +48,28 @@ class Trie:
 
 
 def build_trie(logs: ActionLogs, played: Replay, backspace_id: int) -> Trie:
-    """Name the text that each prompt token and each append completes."""
+    """The distinct texts that the prompts and the appends of all logs complete."""
     prompt_lengths = np.diff(logs.prompt_offsets)
     prompt_log = np.repeat(np.arange(logs.num_logs), prompt_lengths)
-    prompt_depth = np.arange(len(logs.prompt_ids)) - logs.prompt_offsets[:-1][prompt_log]
+    num_prompt_tokens = len(logs.prompt_ids)
+    prompt_depth = np.arange(num_prompt_tokens) - logs.prompt_offsets[:-1][prompt_log]
+    prompt_end = logs.prompt_offsets[1:] - 1
 
     is_append = logs.realised != backspace_id
-    append_of_event = np.cumsum(is_append) - 1
     appends = np.flatnonzero(is_append)
     append_log = played.log[appends]
-    append_depth = prompt_lengths[append_log] + played.depth[appends] - 1
-
+    # Elements are the prompt tokens of all logs, then their appends.
+    element_of_event = num_prompt_tokens + np.cumsum(is_append) - 1
     before = played.state[appends]
-    num_prompt_tokens = len(logs.prompt_ids)
+    log = np.concatenate([prompt_log, append_log])
+    depth = np.concatenate([prompt_depth, prompt_lengths[append_log] + played.depth[appends] - 1])
+    token = np.concatenate([logs.prompt_ids, logs.realised[appends]]).astype(np.int64)
     parent = np.concatenate(
         [
             np.where(prompt_depth == 0, ROOT, np.arange(num_prompt_tokens) - 1),
-            np.where(
-                before == FLOOR, logs.prompt_offsets[1:][append_log] - 1, num_prompt_tokens + append_of_event[before]
-            ),
+            np.where(before == FLOOR, prompt_end[append_log], element_of_event[before]),
         ]
     )
-    log = np.concatenate([prompt_log, append_log])
-    depth = np.concatenate([prompt_depth, append_depth])
-    token = np.concatenate([logs.prompt_ids, logs.realised[appends]]).astype(np.int64)
 
     numbers = _pair_numbers(depth, token)
     event_number = np.zeros(len(logs.actions), dtype=np.uint64)
@@ -81,8 +79,8 @@ def build_trie(logs: ActionLogs, played: Replay, backspace_id: int) -> Trie:
     prompt_sums = _wrapping_cumsum(numbers[:num_prompt_tokens])
     event_sums = _wrapping_cumsum(event_number)
     prompt_keys = prompt_sums[1:] - prompt_sums[logs.prompt_offsets[:-1]][prompt_log]
-    floor_keys = prompt_keys[logs.prompt_offsets[1:] - 1]
-    append_keys = event_sums[1:][appends] - event_sums[logs.offsets[:-1]][append_log] + floor_keys[append_log]
+    append_keys = event_sums[1:][appends] - event_sums[logs.offsets[:-1]][append_log]
+    append_keys += prompt_keys[prompt_end][append_log]
     keys, first, node = np.unique(np.concatenate([prompt_keys, append_keys]), return_index=True, return_inverse=True)
     node_of_parent = np.where(parent == ROOT, ROOT, node[parent])
     # By induction over the depth: equal parents and equal tokens for equal keys is equality of the texts.
@@ -91,12 +89,12 @@ def build_trie(logs: ActionLogs, played: Replay, backspace_id: int) -> Trie:
 
     pairs = np.unique(log * len(keys) + node)
     return Trie(
-        depth=depth,
-        token=token,
-        node=node,
-        append_of_event=append_of_event,
-        first=first,
+        token=token[first],
+        depth=depth[first],
         parent=node_of_parent[first],
+        first=first,
+        prompt_node=node[prompt_end],
+        node_of_event=node[element_of_event],
         pair_log=pairs // len(keys),
         pair_node=pairs % len(keys),
     )
@@ -105,48 +103,31 @@ def build_trie(logs: ActionLogs, played: Replay, backspace_id: int) -> Trie:
 def preorder(trie: Trie) -> tuple[Int64, Int64]:
     """[K] preorder number of each node, over all trees; [K] by number: one beyond the node's last descendant.
 
-    Trees, and children of a node, come in the order of their first elements.
+    Trees, and children of a node, come in the order of their first elements. Sums over subtrees and over paths are
+    found by pointer doubling: after i rounds a node knows of the relatives nearer than 2^i.
     """
-    above = np.append(np.where(trie.parent == ROOT, trie.num_nodes, trie.parent), trie.num_nodes)
-    sizes = _subtree_sizes(above)
+    outside = trie.num_nodes  # stands above the roots, and above itself
+    above = np.append(np.where(trie.parent == ROOT, outside, trie.parent), outside)
+    jumps = [above]
+    while (jumps[-1][:-1] != outside).any():
+        jumps.append(jumps[-1][jumps[-1]])
+    sizes = np.ones(outside + 1, dtype=np.int64)
+    for jump in jumps[:-1]:
+        sizes += np.bincount(jump[:-1], weights=sizes[:-1], minlength=outside + 1).astype(np.int64)
     # Nodes of the earlier siblings' subtrees: a running sum over siblings side by side.
     by_family = np.lexsort((trie.first, above[:-1]))
     family, family_sizes = above[by_family], sizes[by_family]
     before = np.cumsum(family_sizes) - family_sizes
     starts = np.flatnonzero(np.diff(family, prepend=-1))
     before -= np.repeat(before[starts], np.diff(starts, append=len(family)))
-    steps = np.zeros(trie.num_nodes + 1, dtype=np.int64)
+    steps = np.zeros(outside + 1, dtype=np.int64)
     steps[by_family] = 1 + before
-    number = _path_sums(steps, above)[:-1] - 1
+    for jump in jumps[:-1]:
+        steps = steps + steps[jump]
+    number = steps[:-1] - 1
     subtree_end = np.empty_like(number)
-    subtree_end[number] = number + sizes
+    subtree_end[number] = number + sizes[:-1]
     return number, subtree_end
-
-
-def _subtree_sizes(above: Int64) -> Int64:
-    """[K] nodes in each subtree. above: [K + 1] parent of each node; K stands above the roots and itself.
-
-    Pointer doubling: after i rounds a node has counted its descendants nearer than 2^i, and those at a distance of
-    exactly 2^i have counted theirs.
-    """
-    outside = len(above) - 1
-    sizes = np.ones(len(above), dtype=np.int64)
-    jump = above
-    while (jump[:-1] != outside).any():
-        sizes += np.bincount(jump[:-1], weights=sizes[:-1], minlength=len(above)).astype(np.int64)
-        jump = jump[jump]
-    return sizes[:-1]
-
-
-def _path_sums(steps: Int64, above: Int64) -> Int64:
-    """[K + 1] sum of `steps` over each node and its ancestors, by pointer doubling. steps, above: [K + 1]."""
-    outside = len(above) - 1
-    sums = steps
-    jump = above
-    while (jump[:-1] != outside).any():
-        sums = sums + sums[jump]
-        jump = jump[jump]
-    return sums
 
 
 def _pair_numbers(depth: Int64, token: Int64) -> UInt64:

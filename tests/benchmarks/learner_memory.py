@@ -59,7 +59,7 @@ def measure_here(side: Side, num_nodes: int, vocab_size: int, hidden_size: int) 
     import torch
     from torch.nn.functional import cross_entropy
 
-    from learner.state_tree.action_values import chunked_values
+    from learner.state_tree.vocabulary import chunked_values
 
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_nodes, hidden_size, generator=generator).requires_grad_()

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner.state_tree import action_values as action_values_module
-from learner.state_tree.action_values import action_values
+from learner.state_tree import vocabulary
+from learner.state_tree.policy import TreePolicy
 from tests.oracle import states
 from tests.unit.learner.test_state_tree import BACKSPACE, HARD, NEVER_OFFERED, build, text_of, tiny
 
 
 def chunked_values(*args, **kwargs):
     """Without the sums over the vocabulary, which are asked for in none of these."""
-    *values, sums = action_values_module.chunked_values(*args, **kwargs)
+    *values, sums = vocabulary.chunked_values(*args, **kwargs)
     assert sums is None
     return tuple(values)
 
@@ -173,19 +173,13 @@ def test_no_tensor_of_tokens_times_vocabulary():
     assert largest.elements == num_states * vocab_size  # the recorder does see such a tensor
 
 
-def test_chunk_elements_must_be_positive():
-    hidden, weight, rows, actions = example()
-    with pytest.raises(ValueError, match="at least 1"):
-        chunked_values(hidden, weight, rows, actions, backspace_id=3, chunk_elements=0)
-
-
 @pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("gpt2", True)])
 @torch.no_grad()
 def test_action_values_against_each_text_alone(kind, tied):
     model = tiny(kind, tied).double()
     logs = [*HARD, NEVER_OFFERED]
     tree = build(logs)
-    values = action_values(model, tree, BACKSPACE)
+    values = TreePolicy(model, BACKSPACE).evaluate(tree)
     flat = 0
     for i, log in enumerate(logs):
         texts = states(log, BACKSPACE)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from learner.model.policy import checkpoint_activations
-from learner.state_tree.action_values import action_values
+from learner.state_tree.policy import TreePolicy
 from tests.unit.learner.test_state_tree import BACKSPACE, HARD, SIZES, build, tiny
 from tests.unit.learner.test_tree_attention import KINDS, grown_logs
 
@@ -27,7 +27,7 @@ class MatrixProducts(TorchDispatchMode):
 
 
 def backward(model, tree) -> tuple[torch.Tensor, ...]:
-    values = action_values(model, tree, BACKSPACE)
+    values = TreePolicy(model, BACKSPACE).evaluate(tree)
     (values.log_prob.sum() + values.v.square().sum()).backward()
     return values.log_prob, values.v
 

@@ -19,8 +19,8 @@ from learner.optimizer import make_optimizer
 from learner.publication.tensors import publication_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from learner.settings.stages import OptimizerSettings
-from learner.state_tree.action_values import chunked_values
 from learner.state_tree.policy import TreePolicy
+from learner.state_tree.vocabulary import chunked_values
 from tests.checkpoints import progress_at
 from tests.tiny_models import BACKSPACE_ID, tiny_model
 from tests.unit.learner.test_model import saved, word_tokenizer

@@ -146,7 +146,7 @@ def judged(objective: AdversarialJs, model: PreTrainedModel, logs: list[Log], lo
     policy, tree = TreePolicy(model, BACKSPACE), build(logs)
     rollouts = objective.evaluate(policy, tree, counts_of(tree), 0)
     objective._reward_mean = float(mixture_reward(log_ratio, objective.settings.pi).mean())
-    return replace(rollouts, values=replace(rollouts.values, measured=log_ratio.clone().requires_grad_()))
+    return replace(rollouts, values=rollouts.values._replace(measured=log_ratio.clone().requires_grad_()))
 
 
 def test_the_enumeration_is_of_everything_that_can_happen(smallest):
@@ -230,7 +230,7 @@ def test_the_discriminator_is_best_at_the_log_ratio_whatever_its_prior(smallest,
 
 
 def replace_scores(logs: EvaluatedLogs, scores: Tensor) -> EvaluatedLogs:
-    return replace(logs, values=replace(logs.values, measured=scores))
+    return replace(logs, values=logs.values._replace(measured=scores))
 
 
 def test_a_constant_reward_has_no_gradient_at_all():

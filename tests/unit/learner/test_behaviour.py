@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import torch
 from buffer.trajectory.schema import Behaviour
 from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
 from learner.objectives.base import EvaluatedLogs, combine_metrics
-from learner.state_tree.action_values import action_values
+from learner.state_tree import policy as policy_module
+from learner.state_tree.policy import TreePolicy
+from learner.state_tree.vocabulary import chunked_values
 from tests.objectives import counts_of
 from tests.oracle import Log, states, to_batch
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, build, tiny
@@ -82,9 +85,10 @@ def test_the_tree_carries_them_and_the_names_of_the_logs():
 
 
 @pytest.mark.parametrize("chunk_elements", [2**22, 24])
-def test_the_learner_repeats_the_temperature_of_the_sampler(model, chunk_elements):
+def test_the_learner_repeats_the_temperature_of_the_sampler(model, chunk_elements, monkeypatch):
+    monkeypatch.setattr(policy_module, "chunked_values", partial(chunked_values, chunk_elements=chunk_elements))
     tree = build(LOGS)
-    values = action_values(model, tree, BACKSPACE, chunk_elements=chunk_elements)
+    values = TreePolicy(model, BACKSPACE).evaluate(tree)
     expected = [
         expected_log_prob(model, log, t, log.temperature if log.temperature and log.top_p == 1 else 1.0)
         for log in LOGS
@@ -100,7 +104,9 @@ def test_the_mismatch_is_that_of_the_compared_actions(model):
     parts = []
     for part in (rollouts[:2], rollouts[2:]):
         tree = build(part)
-        parts.append(behaviour_metrics(EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), whole), BACKSPACE, 4))
+        parts.append(
+            behaviour_metrics(EvaluatedLogs(tree, TreePolicy(model, BACKSPACE).evaluate(tree), whole), BACKSPACE, 4)
+        )
     metrics = finish_behaviour_metrics({name: float(value) for name, value in combine_metrics(parts).items()})
     differences: dict[bool, list[float]] = {True: [], False: []}
     for log in rollouts:
@@ -122,7 +128,7 @@ def test_an_engine_that_agrees_has_no_mismatch_and_one_that_does_not_is_seen(mod
     means = []
     for shift in (0.0, 0.5):
         tree = build([dataclasses.replace(log, logprobs=[value - shift for value in true])])
-        evaluated = EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts_of(tree))
+        evaluated = EvaluatedLogs(tree, TreePolicy(model, BACKSPACE).evaluate(tree), counts_of(tree))
         metrics = finish_behaviour_metrics(
             {name: float(value) for name, value in behaviour_metrics(evaluated, BACKSPACE, 0).items()}
         )
@@ -134,7 +140,7 @@ def test_an_engine_that_agrees_has_no_mismatch_and_one_that_does_not_is_seen(mod
 
 def test_without_anything_to_compare_the_mismatch_is_zero(model):
     tree = build([policy_log([5, 5], [1, 1], top_p=0.5)])
-    evaluated = EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts_of(tree))
+    evaluated = EvaluatedLogs(tree, TreePolicy(model, BACKSPACE).evaluate(tree), counts_of(tree))
     metrics = finish_behaviour_metrics(
         {name: float(value) for name, value in behaviour_metrics(evaluated, BACKSPACE, 1).items()}
     )

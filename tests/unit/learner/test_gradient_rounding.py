@@ -18,7 +18,7 @@ from learner.objectives.registry import make_objective
 from learner.objectives.unlikelihood import Unlikelihood
 from learner.ranks.group import Ranks
 from learner.settings.objectives import ObjectiveSettings, UnlikelihoodSettings
-from learner.state_tree import action_values as action_values_module
+from learner.state_tree import policy as policy_module
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
 from tests.objectives import EXPERT_LOGS, OBJECTIVES, ROLLOUT_LOGS, counts_of
@@ -65,7 +65,7 @@ class Gradients:
             each.model.get_output_embeddings().weight = torch.nn.Parameter(weight.to(dtype))
         self.states: dict[tuple[bool, tuple[str, ...]], Tensor] = {}
         monkeypatch.setattr(
-            action_values_module,
+            policy_module,
             "evaluate_nodes",
             lambda model, tree: self.states[model is self.base.model, tree.trajectories.ids],
         )

@@ -36,8 +36,8 @@ from learner.model.backspace_row import initialise_backspace_row
 from learner.model.policy import load_policy
 from learner.model.support import check_supported
 from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
-from learner.state_tree.action_values import action_values
 from learner.state_tree.batch import TreeSettings, build_tree_batch
+from learner.state_tree.policy import TreePolicy
 from tests.oracle import Log, to_batch
 
 SIZES = {
@@ -334,7 +334,7 @@ def test_a_real_model_from_a_package(tmp_path):
     log = Log(prompt, [wrong, 16, right, policy.eos_id])
     tree = build_tree_batch(to_batch([log]), TreeSettings(16, policy.eos_id, 10_000, 64))
     with torch.no_grad():
-        values = action_values(model, tree, policy.backspace_id)
+        values = TreePolicy(model, policy.backspace_id).evaluate(tree)
         alone = model(input_ids=torch.tensor([prompt])).logits[0, -1]
     alone[16] = -torch.inf
     torch.testing.assert_close(values.log_prob[[0, 2]], alone.log_softmax(-1)[[wrong, right]], rtol=1e-4, atol=1e-4)

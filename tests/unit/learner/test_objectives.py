@@ -15,7 +15,7 @@ from learner.settings.objectives import (
     LikelihoodSettings,
     SequenceMatchSettings,
 )
-from learner.state_tree.action_values import ActionValues, action_values
+from learner.state_tree.policy import ActionValues, TreePolicy
 from tests import oracle
 from tests.objectives import counts_of
 from tests.oracle import Log, walk
@@ -44,7 +44,7 @@ def walks(model):
 
 def evaluate(model, logs, counts=None) -> EvaluatedLogs:
     tree = build(logs)
-    return EvaluatedLogs(tree, action_values(model, tree, BACKSPACE), counts or counts_of(tree))
+    return EvaluatedLogs(tree, TreePolicy(model, BACKSPACE).evaluate(tree), counts or counts_of(tree))
 
 
 def total_loss(objective, data, rollouts, step):
@@ -197,7 +197,7 @@ def test_mixture_penalty_is_a_squared_bellman_residual(model):
 def test_value_at_eos_is_trained(model):
     """An ordinary language model never trains it; here the `<eos>` state of a data log gets a gradient."""
     tree = build([HARD[0]])
-    values = action_values(model, tree, BACKSPACE)
+    values = TreePolicy(model, BACKSPACE).evaluate(tree)
     values.v_final.retain_grad()
     data = EvaluatedLogs(tree, values, counts_of(tree))
     loss, _ = total_loss(make_objective(settings(divergence="chi2")), data, None, step=0)

@@ -15,7 +15,6 @@ from learner.objectives.base import EvaluatedLogs
 from learner.objectives.registry import make_objective
 from learner.ranks.group import Ranks
 from learner.settings.stages import StageSettings
-from learner.state_tree.action_values import action_values
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.random_logs import CLONING, MATCHING, TREES, random_logs
@@ -37,7 +36,7 @@ def residual_means(model, batch, gamma):
     means = []
     for index in range(batch.num_rows):
         (tree,) = build_micro_batches(batch.slice(index, 1), replace(TREES, max_nodes_per_batch=10_000))
-        values = action_values(model, tree, BACKSPACE)
+        values = TreePolicy(model, BACKSPACE).evaluate(tree)
         residuals = [
             abs(float(q) - gamma * float(v)) for q, v in zip(values.q.detach(), values.v_next.detach(), strict=True)
         ]
@@ -52,7 +51,7 @@ def test_the_objective_averages_residuals_over_each_log():
     (tree,) = build_micro_batches(batch, replace(TREES, max_nodes_per_batch=10_000))
     model = tiny_model()
     for each, rows in ((tree, batch), (tree.without_trajectories(), batch.slice(0, 0))):
-        logs = EvaluatedLogs(each, action_values(model, each, BACKSPACE), count_logs(batch))
+        logs = EvaluatedLogs(each, TreePolicy(model, BACKSPACE).evaluate(each), count_logs(batch))
         expected = residual_means(model, rows, objective.settings.gamma)
         np.testing.assert_allclose(objective.priorities(logs).numpy(), expected, rtol=1e-5)
 
@@ -97,6 +96,6 @@ def test_a_trajectory_that_was_drawn_from_two_shards_has_its_priority_twice():
 def test_an_objective_without_rollouts_has_no_priorities():
     batch = random_logs("expert", 2, seed=1)
     tree = build_micro_batches(batch, TREES)[0]
-    logs = EvaluatedLogs(tree, action_values(tiny_model(), tree, BACKSPACE), count_logs(batch))
+    logs = EvaluatedLogs(tree, TreePolicy(tiny_model(), BACKSPACE).evaluate(tree), count_logs(batch))
     with pytest.raises(ValueError, match="behaviour_cloning takes no prioritised draws"):
         make_objective(stage_of(CLONING).objective).priorities(logs)

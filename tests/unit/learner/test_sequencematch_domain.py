@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ from learner.objectives.sequencematch import DEFAULT_DOMAIN_MARGIN
 from learner.settings.objectives import (
     DIVERGENCES_WITH_DOMAIN,
 )
-from learner.state_tree.action_values import action_values
+from learner.state_tree.policy import TreePolicy
 from tests import oracle
 from tests.objectives import counts_of
 from tests.oracle import Log, walk
@@ -51,20 +49,20 @@ def test_the_share_outside_the_domain_is_counted_and_stops_a_run_that_asks(model
 def test_a_tail_outside_the_domain_counts(model):
     """A value at `<eos>` far below zero: alpha (1 - gamma) V leaves the domain where no action does."""
     tree = build([Log([1], [EOS])])
-    values = action_values(model, tree, BACKSPACE)
-    down = dataclasses.replace(values, q=values.q - 40.0, v_next=values.v_next - 40.0, v_final=values.v_final - 40.0)
+    values = TreePolicy(model, BACKSPACE).evaluate(tree)
+    down = values._replace(q=values.q - 40.0, v_next=values.v_next - 40.0, v_final=values.v_final - 40.0)
     objective = make_objective(settings(divergence="kl"))
     _, metrics = objective.data_loss(EvaluatedLogs(tree, down, counts_of(tree)), step=0)
     assert float(metrics["phi_outside_share"]) == 1.0  # r = q - 0.9 v_next fell by 4, alpha r by 1.2; the tail as well
-    up = dataclasses.replace(down, q=down.q + 40.0)
+    up = down._replace(q=down.q + 40.0)
     _, metrics = objective.data_loss(EvaluatedLogs(tree, up, counts_of(tree)), step=0)
     assert float(metrics["phi_outside_share"]) == 0.5
 
 
 def test_the_tail_of_a_truncated_log_is_no_argument_of_phi(model):
     tree = build([Log([1], [], finish_reason="aborted"), Log([1], [5], finish_reason="max_actions")])
-    values = action_values(model, tree, BACKSPACE)
-    down = dataclasses.replace(values, q=values.q + 9.0, v_final=values.v_final - 1000.0)
+    values = TreePolicy(model, BACKSPACE).evaluate(tree)
+    down = values._replace(q=values.q + 9.0, v_final=values.v_final - 1000.0)
     objective = make_objective(settings(divergence="kl"))
     _, metrics = objective.data_loss(EvaluatedLogs(tree, down, counts_of(tree)), step=0)
     assert float(metrics["phi_outside_share"]) == 0.0

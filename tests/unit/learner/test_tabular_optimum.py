@@ -12,7 +12,7 @@ from learner.objectives.base import EvaluatedLogs
 from learner.objectives.divergences import DIVERGENCES
 from learner.objectives.registry import make_objective
 from learner.settings.objectives import SequenceMatchSettings
-from learner.state_tree.action_values import ActionValues
+from learner.state_tree.policy import ActionValues
 from tests.objectives import counts_of
 from tests.oracle import Log
 from tests.tabular import BACKSPACE, EOS, LETTERS, Occupancy, Table

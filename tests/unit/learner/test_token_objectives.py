@@ -18,10 +18,10 @@ from learner.objectives.registry import make_objective
 from learner.objectives.scheduled_sampling import ScheduledSampling
 from learner.objectives.unlikelihood import Unlikelihood
 from learner.settings.objectives import EmoSettings, ScheduledSamplingSettings, UnlikelihoodSettings
-from learner.state_tree import action_values as action_values_module
 from learner.state_tree import policy as policy_module
-from learner.state_tree.action_values import StateLogits, action_values, chunked_values
-from learner.state_tree.policy import TreePolicy
+from learner.state_tree import vocabulary as vocabulary_module
+from learner.state_tree.policy import StateLogits, TreePolicy
+from learner.state_tree.vocabulary import chunked_values
 from learner.trainer import Trainer
 from tests.objectives import counts_of, objective_of
 from tests.oracle import Log, states
@@ -87,12 +87,12 @@ def assert_same_loss_and_gradient(loss: Tensor, expected: Tensor, model) -> None
 def chunks(request, monkeypatch):
     """Chunks of a few columns and a few rows, which divide neither the vocabulary nor the states; none are kept."""
     if request.param is not None:
-        few = partial(action_values, chunk_elements=request.param)
-        monkeypatch.setattr(policy_module, "action_values", few)
-        monkeypatch.setattr(action_values_module, "chunked_values", partial(chunked_values, kept_elements=0))
+        few = partial(chunked_values, chunk_elements=request.param, kept_elements=0)
+        monkeypatch.setattr(policy_module, "chunked_values", few)
         monkeypatch.setattr(emo_module, "CHUNK_ELEMENTS", request.param)
-        monkeypatch.setattr(action_values_module, "CHUNK_ELEMENTS", request.param)
-        monkeypatch.setattr(action_values_module, "VOCABULARY_CHUNK", 3)
+        monkeypatch.setattr(policy_module, "CHUNK_ELEMENTS", request.param)
+        for module in (policy_module, vocabulary_module):
+            monkeypatch.setattr(module, "VOCABULARY_CHUNK", 3)
 
 
 def test_unlikelihood_against_the_oracle(model, chunks):

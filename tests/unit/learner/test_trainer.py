@@ -22,7 +22,6 @@ from learner.objectives.base import (
 from learner.objectives.registry import make_objective
 from learner.optimizer import learning_rate_factor
 from learner.settings.stages import OptimizerSettings
-from learner.state_tree.action_values import action_values
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.checkpoints import progress_at, save_checkpoint
@@ -307,7 +306,7 @@ def test_rollouts_reach_an_objective_that_needs_them(task):
     with torch.no_grad():
         for batch in (make_stream(task).draw(8), HandMadeRollouts(task).draw(5)):
             (tree,) = build_micro_batches(batch, replace(trees, max_nodes_per_batch=10_000))
-            evaluated.append(EvaluatedLogs(tree, action_values(model, tree, task.backspace_id), counts_of(tree)))
+            evaluated.append(EvaluatedLogs(tree, TreePolicy(model, task.backspace_id).evaluate(tree), counts_of(tree)))
         experts, policy = evaluated
         expected = objective.data_loss(experts, 0)[0] + objective.rollout_loss(policy, experts.counts, 0)[0]
     metrics = make_trainer(task, model, stage, rollouts=rollouts).train_step()

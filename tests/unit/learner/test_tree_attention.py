@@ -12,8 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from learner.state_tree import attention as tree_attention
-from learner.state_tree.attention import block_mask, evaluate_nodes
-from learner.state_tree.tiles import TILE_SIZES, tile_tree
+from learner.state_tree.attention import TILE_SIZES, block_mask, evaluate_nodes, tile_tree
 from tests.oracle import Log
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, SIZES, VOCAB, TreeBatch, build, text_of, tiny
 
