@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
@@ -36,7 +37,6 @@ class Interval:
 
     @property
     def half_width(self) -> float | None:
-        """Half of its length."""
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
@@ -46,14 +46,16 @@ class Estimate:
 
     influence: [N] by how much each held-out example moves the value (the linear part, summing to 0), where the value is
         one of examples. resampled: [R] the value on bootstrap samples of the examples, where it is one of all examples
-        at once; the samples are the same for every number over as many examples with the same seed.
+        at once; the samples are the same for every number over as many examples with the same seed. No file has either.
     """
+
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
 
     value: float | None
     standard_error: float | None
-    count: int
-    influence: Float64 | None = field(default=None, compare=False, repr=False)
-    resampled: Float64 | None = field(default=None, compare=False, repr=False)
+    count: Annotated[int, Field(alias="n")]
+    influence: Annotated[Float64 | None, Field(exclude=True)] = field(default=None, compare=False, repr=False)
+    resampled: Annotated[Float64 | None, Field(exclude=True)] = field(default=None, compare=False, repr=False)
 
     @classmethod
     def fraction(cls, cases: Bool, example: Int64 | None = None, num_examples: int = 0) -> Estimate:

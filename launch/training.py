@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -15,8 +14,8 @@ from actors.engine.machine import check_machine
 from buffer.disk import is_disk_full
 from launch.cluster.connection import cluster_to_join
 from launch.errors import RunFailedError, UserError, setting_up
-from launch.evaluation.report import EVALUATION_FILE, SAMPLES_FOLDER, show_evaluation, write_evaluation
-from launch.evaluation.results import Target
+from launch.evaluation.report import SAMPLES_FOLDER, show_evaluation, write_evaluation
+from launch.evaluation.results import EVALUATION_FILE, Target, read_evaluation
 from launch.evaluation.run import check_evaluation, evaluate
 from launch.evaluation.task import EVALUATION_FOLDER
 from launch.monitoring.run_log import RunLog
@@ -156,11 +155,8 @@ def _targets(settings: RunSettings, folder: Path) -> list[Target]:
 
 def _is_evaluated(settings: RunSettings, folder: Path) -> bool:
     """Whether the run folder holds an evaluation of the final checkpoints, wherever the folder lay at that time."""
-    file = folder / EVALUATION_FILE
-    if not file.is_file():
-        return False
-    measured = json.loads(file.read_text(encoding="utf-8"))["checkpoints"]
-    found = [(each["label"], Path(each["checkpoint"]).name) for each in measured]
+    evaluation = read_evaluation(folder)
+    found = [(each.label, each.checkpoint.name) for each in evaluation.checkpoints] if evaluation else []
     return found == [(target.label, target.checkpoint.name) for target in _targets(settings, folder)]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.compare.folder import ComparisonFolder
 from launch.compare.plan import make_plan, parse_objectives
-from launch.compare.results import Comparison, Key, MeasuredRun
+from launch.compare.results import Comparison, Key
+from launch.compare.runs import ComparisonFolder
+from launch.evaluation.results import CheckpointResult
 from launch.settings.recipe import read_recipe
 from launch.statistics import Estimate
 
@@ -18,10 +19,16 @@ COST = {"steps": 400, "actions": 100_000, "seconds": 12.0}
 
 
 def comparison_of(estimates: dict[Key, dict[str, Estimate]], **failures: str) -> Comparison:
-    """Of these numbers of each run."""
+    """Of these numbers of each run, `group.name`."""
     labels, seeds = (tuple(dict.fromkeys(key)) for key in zip(*estimates, strict=True))
-    runs = {key: MeasuredRun(COST, numbers, {}) for key, numbers in estimates.items()}
-    return Comparison("arithmetic", 400, labels, seeds, runs, failures)
+    runs = {}
+    for (label, seed), numbers in estimates.items():
+        metrics: dict[str, dict[str, Estimate]] = {}
+        for name, number in numbers.items():
+            group, _, metric = name.rpartition(".")
+            metrics.setdefault(group, {})[metric] = number
+        runs[label, seed] = CheckpointResult(label, Path(label), metrics)
+    return Comparison("arithmetic", 400, labels, seeds, runs, dict.fromkeys(runs, COST), failures)
 
 
 def estimates_of(num_seeds: int, labels: tuple[str, ...] = LABELS) -> dict[Key, dict[str, Estimate]]:

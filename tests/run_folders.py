@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from buffer.service.shard import shard_folder
 from buffer.settings import BufferSettings
 from buffer.store.results import DrawKey
 from buffer.store.store import ReplayStore
+from launch.evaluation.report import write_evaluation
+from launch.evaluation.results import CheckpointResult, Evaluation
 from launch.monitoring.live_view import RunView
 from launch.monitoring.run_log import RunLog
 from launch.report.gather import Report, gather
@@ -21,6 +22,7 @@ from launch.report.rollouts import Action, Rollout
 from launch.run_folder.folder import BUFFER_FOLDER, CONFIG_FILE
 from launch.run_folder.task import save_run_tokenizer
 from launch.settings.recipe import read_recipe, write_recipe
+from launch.statistics import Estimate
 from learner.messages import LearnerStatus
 from learner.metrics.log import MetricsLog
 from tests.rollouts import rollouts
@@ -105,17 +107,16 @@ def write_evaluation_file(run: Path) -> None:
         evaluated("sequencematch", accuracy=(0.90, 500), recovery=(0.75, 500), of_tomorrow=(3.5, 500)),
         evaluated("mle_control", accuracy=(0.89, 500), recovery=(0.0, 500), of_tomorrow=(2.5, 500)),
     ]
-    evaluation = {"task": "arithmetic", "num_examples": 500, "seed": 0, "checkpoints": checkpoints, "new": {}}
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    write_evaluation(Evaluation.of("arithmetic", 500, 0, checkpoints, {}, {}), run)
 
 
-def evaluated(label: str, **shares: tuple[float, int]) -> dict[str, object]:
-    """A checkpoint in the form of `evaluation.json`; shares: value and number of cases, in one group of rollouts."""
+def evaluated(label: str, **shares: tuple[float, int]) -> CheckpointResult:
+    """A checkpoint's result; shares: value and number of cases, in one group of rollouts."""
     numbers = {
-        name: {"value": value, "standard_error": (abs(value * (1 - value)) / count) ** 0.5, "n": count}
+        name: Estimate(value, (abs(value * (1 - value)) / count) ** 0.5, count)
         for name, (value, count) in shares.items()
     }
-    return {"label": label, "checkpoint": f"checkpoints/{label}", "metrics": {"greedy": numbers}}
+    return CheckpointResult(label, Path("checkpoints") / label, {"greedy": numbers})
 
 
 def finished_run(folder: Path, task: Task) -> Path:
@@ -125,7 +126,6 @@ def finished_run(folder: Path, task: Task) -> Path:
     write_log(run)
     write_buffer(run, task)
     write_evaluation_file(run)
-    (run / "samples").mkdir()
     (run / "samples" / "mle_control.txt").write_text("> 1 + 1\n3   (wrong)\n")
     return run
 
@@ -139,7 +139,6 @@ def hostile_report(folder: Path) -> Report:
     write_metrics(run)
     write_log(run)
     write_evaluation_file(run)
-    (run / "samples").mkdir()
     (run / "samples" / "sequencematch.txt").write_text(HOSTILE)
     report = gather(run)
     report.notes.append(HOSTILE)

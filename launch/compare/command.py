@@ -15,9 +15,10 @@ from launch.errors import RunFailedError, UserError, setting_up
 from launch.stop_signals import stop_exit_code
 
 if TYPE_CHECKING:
-    from launch.compare.folder import ComparisonFolder
+    from launch.compare.runs import ComparisonFolder
 
 DEFAULT_SEEDS = 3
+PAGE_FILE, COMPARISON_FILE = "compare.html", "compare.json"
 
 
 def compare(
@@ -52,7 +53,6 @@ def compare(
     with reported_errors(), stdout_kept_clean(as_json):
         if (recipe is None) == (resume is None):
             raise UserError("give either a recipe, e.g. launch/recipes/arithmetic_cpu.yaml, or --resume FOLDER")
-        from launch.compare.folder import JSON_FILE, ComparisonFolder
         from launch.compare.plan import compared_stage, make_plan, parse_objectives, read_objectives, read_plan
         from launch.settings.recipe import read_recipe
 
@@ -62,7 +62,7 @@ def compare(
             given |= {"--stage": stage, "--name": name}
             if fixed := [option for option, value in given.items() if value is not None]:
                 raise UserError(f"{fixed[0]} is for a new comparison; {resume} goes on as it was begun")
-            folder = ComparisonFolder(resume.resolve(), read_plan(resume, seeds))
+            plan = read_plan(resume, seeds)
         else:
             with setting_up():
                 settings = read_recipe(recipe, overrides or [])
@@ -73,13 +73,16 @@ def compare(
                 else:
                     raise UserError("say what to compare: --objectives mle,sequencematch, or --objectives-file FILE")
                 plan = make_plan(settings, compared, seeds or DEFAULT_SEEDS, stage, steps)
-                if dry_run:
-                    typer.echo(plan.to_yaml(), nl=False)
-                    return
-                folder = ComparisonFolder.create(plan, name)
+            if dry_run:
+                typer.echo(plan.to_yaml(), nl=False)
+                return
+        from launch.compare.runs import ComparisonFolder
+
+        with setting_up():
+            folder = ComparisonFolder(resume.resolve(), plan) if resume else ComparisonFolder.create(plan, name)
         failures = _run(folder, Console(stderr=as_json))
     if as_json:
-        typer.echo((folder.path / JSON_FILE).read_text(encoding="utf-8"), nl=False)
+        typer.echo((folder.path / COMPARISON_FILE).read_text(encoding="utf-8"), nl=False)
     if failures:
         raise typer.Exit(1)
 
@@ -89,10 +92,8 @@ def _run(folder: ComparisonFolder, console: Console) -> Mapping[str, str]:
 
     Returns the runs that failed, and why.
     """
-    from launch.compare.folder import HTML_FILE, JSON_FILE
-    from launch.compare.page import render_page
-    from launch.compare.session import ComparisonSession
-    from launch.compare.table import render_comparison
+    from launch.compare.runs import ComparisonSession
+    from launch.compare.show import render_comparison, render_page
     from launch.run_folder.folder import shown_path, sole_driver
 
     say = partial(console.print, highlight=False, soft_wrap=True)
@@ -108,11 +109,11 @@ def _run(folder: ComparisonFolder, console: Console) -> Mapping[str, str]:
         except (UserError, RunFailedError):
             say(f"the comparison has stopped; {how_to_resume}")
             raise
-        (folder.path / JSON_FILE).write_text(comparison.to_json(), encoding="utf-8")
-        (folder.path / HTML_FILE).write_text(render_page(comparison, folder), encoding="utf-8")
+        (folder.path / COMPARISON_FILE).write_text(comparison.to_json(), encoding="utf-8")
+        (folder.path / PAGE_FILE).write_text(render_page(comparison, folder), encoding="utf-8")
     console.print()
     console.print(render_comparison(comparison))
-    say(f"\ncomparison: {shown}/{HTML_FILE}")
+    say(f"\ncomparison: {shown}/{PAGE_FILE}")
     if comparison.failures:
         say(f"runs failed; {how_to_resume}")
     return comparison.failures

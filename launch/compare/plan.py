@@ -6,9 +6,8 @@ are the same.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -16,6 +15,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, Validation
 
 from buffer.settings import Settings
 from launch.errors import UserError
+from launch.run_folder.folder import check_run_name
 from launch.settings.recipe import Tree, apply_override, explain, read_yaml, settings_from
 from launch.settings.run import RunSettings, check_trusted, needs_actors
 from learner.settings.objectives import ObjectiveSettings
@@ -28,7 +28,6 @@ CHANGEABLE = ("noise", "actors", "buffer")
 FIXED_IN_STAGE = ("objective", "steps", "name", "start_from")
 """What the compared stage of an objective has from the comparison."""
 
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _BETWEEN_OBJECTIVES = re.compile(r"\s*,[\s,]*(?=[^,=]*(?:[:,]|$))")
 """Commas before KEY= stand between the settings of one objective."""
 _OBJECTIVE: TypeAdapter[ObjectiveSettings] = TypeAdapter(ObjectiveSettings)
@@ -46,9 +45,9 @@ class ComparedObjective(Settings):
         overrides = tree.pop("recipe", [])
         if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
             raise UserError(f"{where}: recipe is no list of overrides, as in `recipe: [noise.rate=0.1]`")
-        name, known = str(tree.get("name")), sorted(_OBJECTIVE.json_schema()["discriminator"]["mapping"])
-        if name not in known:
-            raise UserError(f"unknown objective {name!r}; {_nearest(name, known)}")
+        known = _OBJECTIVE.json_schema()["discriminator"]["mapping"]
+        if tree.get("name") not in known:
+            raise UserError(f"{where}: unknown objective {tree.get('name')!r}; known: {', '.join(known)}")
         try:
             return cls(objective=_OBJECTIVE.validate_python(tree), recipe=tuple(overrides))
         except ValidationError as error:
@@ -89,8 +88,8 @@ class ComparisonPlan(Settings):
         stage = f"stages.{self.stage}"
         for override in self.objectives[label].recipe:
             key, own = f"{override.partition('=')[0]}.", [*CHANGEABLE, stage]
-            is_fixed = key == f"{stage}." or any(key.startswith(f"{stage}.{fixed}.") for fixed in FIXED_IN_STAGE)
-            if is_fixed or not any(key.startswith(f"{part}.") for part in own):
+            is_fixed = key.startswith(tuple(f"{stage}.{part}." for part in FIXED_IN_STAGE)) or key == f"{stage}."
+            if is_fixed or not key.startswith(tuple(f"{part}." for part in own)):
                 raise UserError(
                     f"objective {label}: {override!r} would change what all objectives have in common; an objective "
                     f"may have its own {', '.join(own)}, the last without its {', '.join(FIXED_IN_STAGE)}"
@@ -120,10 +119,8 @@ def parse_objectives(text: str, stages: tuple[StageSettings, ...]) -> dict[str, 
     found: dict[str, ComparedObjective] = {}
     for spec in _BETWEEN_OBJECTIVES.split(text.strip(" ,")):
         name, colon, settings = spec.partition(":")
-        if "=" in name:
-            raise UserError(f"--objectives: a setting in {spec} follows no objective; write NAME:KEY=VALUE")
-        if colon and not settings:
-            raise UserError(f"--objectives {spec}: no setting after the colon; write {name}, or {name}:key=value")
+        if "=" in name or (colon and not settings):
+            raise UserError(f"--objectives {spec} is no objective: write NAME, or NAME:KEY=VALUE")
         of_recipe = (each.objective.model_dump(mode="json") for each in stages if each.objective.name == name)
         tree: Tree = next(of_recipe, {"name": name})
         for override in settings.split(",") if settings else []:
@@ -138,15 +135,15 @@ def parse_objectives(text: str, stages: tuple[StageSettings, ...]) -> dict[str, 
 def read_objectives(path: Path) -> dict[str, ComparedObjective]:
     """Objectives of a YAML file, by label, as a stage of a recipe has them; `recipe` lists overrides for one alone.
 
-    Raises UserError where the file holds no such mapping.
+    Raises UserError where the file holds no such mapping, or a label cannot be in the name of a run.
     """
     tree = read_yaml(path, "file of objectives")
     if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
         raise UserError(f"{path} is no mapping from labels to objectives, as in `cautious: {{name: emo, mode: 2}}`")
-    for label in tree:
-        if not _LABEL.fullmatch(str(label)):
-            raise UserError(f"{path}: label {label!r} is to name a folder: use letters, digits, '_', '.' and '-'")
-    return {str(label): ComparedObjective.from_tree(value, f"{path}: {label}") for label, value in tree.items()}
+    return {
+        check_run_name(str(label)): ComparedObjective.from_tree(value, f"{path}: {label}")
+        for label, value in tree.items()
+    }
 
 
 def make_plan(
@@ -196,13 +193,8 @@ def compared_stage(recipe: RunSettings, name: str | None) -> StageSettings:
         return next((stage for stage in recipe.stages if stage.objective.needs_rollouts), recipe.stages[-1])
     stages = {stage.name: stage for stage in recipe.stages}
     if name not in stages:
-        raise UserError(f"the recipe has no stage {name!r}; {_nearest(name, stages)}")
+        raise UserError(f"the recipe has no stage {name!r}; it has {', '.join(stages)}")
     return stages[name]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
 
 
 def _seeds(recipe: RunSettings, count: int) -> tuple[int, ...]:

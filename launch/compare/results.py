@@ -8,22 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.compare.plan import COMPARED_STAGE
+from launch.evaluation.results import CheckpointResult
 from launch.run_folder.folder import METRICS_FILE
 from launch.statistics import CONFIDENCE, Difference, Estimate, Spread, differences_to, spread
 
 Key = tuple[str, int]
 """Label of an objective, and seed."""
-Numbers = Mapping[str, Estimate]
-"""`group.name` -> number."""
-
-
-@dataclass(frozen=True)
-class MeasuredRun:
-    """A run that is done. cost: see `stage_cost`. changes: differences to the reference, example by example."""
-
-    cost: Mapping[str, float]
-    estimates: Numbers
-    changes: Numbers
 
 
 @dataclass(frozen=True)
@@ -46,13 +36,17 @@ class ComparedMetric:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finished comparison. objectives: labels; the first is the reference. failures: of runs, by their names."""
+    """A finished comparison. objectives: labels; the first is the reference. failures: of runs, by their names.
+
+    runs: those that were evaluated. costs: of the same runs, see `stage_cost`.
+    """
 
     task: str
     steps: int
     objectives: tuple[str, ...]
     seeds: tuple[int, ...]
-    runs: Mapping[Key, MeasuredRun]
+    runs: Mapping[Key, CheckpointResult]
+    costs: Mapping[Key, Mapping[str, float]]
     failures: Mapping[str, str]
 
     @property
@@ -63,17 +57,18 @@ class Comparison:
     def metrics(self) -> list[ComparedMetric]:
         """Every number that an objective has, in the order of the evaluation."""
         found = []
-        for name in dict.fromkeys(name for run in self.runs.values() for name in run.estimates):
+        names = ((group, name) for run in self.runs.values() for group, names in run.metrics.items() for name in names)
+        for group, name in dict.fromkeys(names):
             numbers: dict[str, dict[int, Estimate]] = {label: {} for label in self.objectives}
             changes: dict[str, dict[int, Estimate]] = {label: {} for label in self.objectives}
             for (label, seed), run in self.runs.items():
-                for side, of_run in ((numbers, run.estimates), (changes, run.changes)):
-                    if name in of_run:
-                        side[label][seed] = of_run[name]
+                if (number := run.metrics.get(group, {}).get(name)) is not None:
+                    numbers[label][seed] = number
+                if (change := run.differences.get(group, {}).get(name)) is not None:
+                    changes[label][seed] = change
             spreads = {label: each for label, by_seed in numbers.items() if (each := spread(by_seed)) is not None}
-            group, _, metric = name.rpartition(".")
             differences = differences_to(self.reference, numbers, changes)
-            found.append(ComparedMetric(group, metric, spreads, differences))
+            found.append(ComparedMetric(group, name, spreads, differences))
         return found
 
     def to_json(self) -> str:
@@ -97,8 +92,12 @@ class Comparison:
                 {
                     "arm": label,
                     "seed": seed,
-                    **run.cost,
-                    "metrics": {name: number.to_json() for name, number in run.estimates.items()},
+                    **self.costs[label, seed],
+                    "metrics": {
+                        f"{group}.{name}": number.to_json()
+                        for group, numbers in run.metrics.items()
+                        for name, number in numbers.items()
+                    },
                 }
                 for (label, seed), run in self.runs.items()
             ],
@@ -115,20 +114,3 @@ def stage_cost(run: Path) -> dict[str, float]:
     rows = {row["step"]: row for row in map(json.loads, lines) if row["stage"] == COMPARED_STAGE}.values()
     actions = round(sum(row["actions_per_s"] * row["step_s"] for row in rows))
     return {"steps": len(rows), "actions": actions, "seconds": sum(row["step_s"] for row in rows)}
-
-
-def read_measured(evaluation_file: Path, reference: str) -> dict[str, tuple[Numbers, Numbers]]:
-    """The numbers of an evaluation, and the differences to the reference if that is its baseline, by label."""
-    tree = json.loads(evaluation_file.read_text(encoding="utf-8"))
-    return {
-        each["label"]: (_flat(each["metrics"]), _flat(each["differences"]) if tree["baseline"] == reference else {})
-        for each in tree["checkpoints"]
-    }
-
-
-def _flat(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Numbers:
-    return {
-        f"{group}.{name}": Estimate(number["value"], number["standard_error"], int(number["n"]))
-        for group, numbers in groups.items()
-        for name, number in numbers.items()
-    }

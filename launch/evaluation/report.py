@@ -13,12 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from buffer.disk import writing_to
-from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, Metrics
+from launch.evaluation.results import EVALUATION_FILE, HELD_OUT, Change, CheckpointResult, Evaluation, Metrics
 from launch.generation import rollout_text
 from launch.settings.evaluation import GREEDY, RECOVERY, SAMPLED
-from launch.statistics import Difference, Estimate
+from launch.statistics import Estimate
 
-EVALUATION_FILE = "evaluation.json"
 SAMPLES_FOLDER = "samples"
 
 _ENDLESS = 1_000_000  # columns of a file, whose lines are not wrapped
@@ -123,11 +122,11 @@ def render_evaluation(evaluation: Evaluation) -> RenderableType:
     title = f"{evaluation.num_examples} held-out examples of {evaluation.task}"
     tables = _ANSWER_TABLES if evaluation.has_answers else _TEXT_TABLES
     usual = {SAMPLED, GREEDY, RECOVERY}
-    if evaluation.has_answers and all(result.metrics.keys() <= usual for result in evaluation.results):
+    if evaluation.has_answers and all(result.metrics.keys() <= usual for result in evaluation.checkpoints):
         tables = tables[:1]
     parts: list[RenderableType] = [Text(title, "bold")]
     for each in tables:
-        rows = list(_rows(evaluation.results, each.by_decoding))
+        rows = list(_rows(evaluation.checkpoints, each.by_decoding))
         columns = [
             column for column in each.columns if any(_number(column, metrics, group) for _, metrics, group in rows)
         ]
@@ -137,8 +136,16 @@ def render_evaluation(evaluation: Evaluation) -> RenderableType:
             cells = [_text(*pair) for pair in zip(numbers, columns, strict=True)]
             table.add_row(label, *(cells if metrics else []))
         parts += [table, Text(f"{each.caption}\n", "dim")]
-    if len(evaluation.results) > 1:
-        parts += _differences(evaluation)
+    if len(evaluation.checkpoints) > 1:
+        columns = list(_DIFFERENCES[evaluation.has_answers])
+        table = _table(f"minus {evaluation.baseline}", columns)
+        for result in evaluation.checkpoints[1:]:
+            changes = (result.differences.get(column.group or SAMPLED, {}).get(column.metric) for column in columns)
+            table.add_row(Text(result.label, "bold"), *map(_change_text, changes, columns))
+        caption = (
+            f"differences to {evaluation.baseline} on the same examples; ~ within noise (the 95 % interval holds 0)"
+        )
+        parts += [table, Text(caption, "dim")]
     parts += [Text(f"left out: {what} ({why})", "dim") for what, why in evaluation.left_out.items()]
     return Group(*parts)
 
@@ -158,24 +165,11 @@ def _number(column: _Column, metrics: Metrics, group: str) -> Estimate | None:
     return metrics.get(column.group or group, {}).get(column.metric)
 
 
-def _differences(evaluation: Evaluation) -> list[RenderableType]:
-    """Each checkpoint minus the first, in the numbers of examples that matter most."""
-    baseline, columns = evaluation.results[0], _DIFFERENCES[evaluation.has_answers]
-    table = _table(f"minus {baseline.label}", columns)
-    for result in evaluation.results[1:]:
-        found = result.differences(baseline)
-        numbers = (found.get(column.group or SAMPLED, {}).get(column.metric) for column in columns)
-        table.add_row(Text(result.label, "bold"), *map(_change_text, numbers, columns))
-    caption = f"differences to {baseline.label} on the same examples; ~ within noise (the 95 % interval holds 0)"
-    return [table, Text(caption, "dim")]
-
-
-def _change_text(found: tuple[Estimate, Difference] | None, column: _Column) -> Text:
-    if found is None:
+def _change_text(change: Change | None, column: _Column) -> Text:
+    if change is None or change.value is None:
         return Text("-")
-    change, verdict = found
-    mark = {True: "~ ", False: "", None: "? "}[verdict.within_noise]
-    return Text(f"{mark}{'+' if verdict.value > 0 else ''}{_text(change, column)}", "dim" if mark else "")
+    mark = {True: "~ ", False: "", None: "? "}[change.within_noise]
+    return Text(f"{mark}{'+' if change.value > 0 else ''}{_text(change, column)}", "dim" if mark else "")
 
 
 def _text(number: Estimate | None, column: _Column) -> str:
@@ -198,7 +192,7 @@ def _table(first: str, columns: Sequence[_Column]) -> Table:
 def show_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print the tables, then the rollouts."""
     console.print(render_evaluation(evaluation))
-    for result in evaluation.results:
+    for result in evaluation.checkpoints:
         _show_rollouts(result, console)
 
 
@@ -209,7 +203,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
         (folder / EVALUATION_FILE).write_text(f"{text}\n", encoding="utf-8")
         samples = folder / SAMPLES_FOLDER
         samples.mkdir(exist_ok=True)
-        for result in evaluation.results:
+        for result in evaluation.checkpoints:
             name = result.label.replace("/", "-")  # of a stage and a step
             with (samples / f"{name}.txt").open("w", encoding="utf-8") as file:
                 file.write(f"checkpoint: {result.checkpoint}\n[-x-] was taken back, {{x}} was forced, … was cut off\n")

@@ -90,17 +90,9 @@ def evaluate(
     conditions: dict[str, object] = {name: getattr(rollout, name) for name in ("max_new_tokens", "max_actions")}
     if (mauve := settings.evaluation.mauve) is not None:
         conditions["mauve"] = {**mauve.model_dump(), "kmeans_starts": KMEANS_STARTS, "resamples": RESAMPLES}
-    return Evaluation(
-        task.name,
-        task.is_correct is not None,
-        len(examples),
-        settings.seed,
-        tuple(
-            CheckpointResult(each.label, each.checkpoint, numbers[each.label], shown[each.label]) for each in targets
-        ),
-        conditions,
-        _left_out(settings, task, obstacle),
-    )
+    results = [CheckpointResult(*target, numbers[target.label], shown[target.label]) for target in targets]
+    left_out = _left_out(settings, task, obstacle)
+    return Evaluation.of(task.name, len(examples), settings.seed, results, conditions, left_out)
 
 
 def _measure_texts(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from yaml import YAMLError
 
 from buffer.settings import Settings
-from launch.evaluation.report import EVALUATION_FILE
+from launch.evaluation.results import read_evaluation
 from launch.run_folder.folder import open_run_folder, read_versions
 from launch.settings.run import RunSettings
+from launch.statistics import Estimate
 from learner.settings.model import PretrainedModelSettings
 from learner.settings.stages import StageSettings, stages_before
 
@@ -109,22 +109,21 @@ def _shows_backspace(settings: RunSettings, stage_name: str) -> bool:
 
 def _measured(run: Path, checkpoint: Path, stage: str) -> dict[str, str]:
     """What the evaluation of a run says of one of its checkpoints, label -> words; nothing if it was not measured."""
-    file = run / EVALUATION_FILE
-    measured = json.loads(file.read_text(encoding="utf-8"))["checkpoints"] if file.is_file() else []
-    for each in measured:
-        if each["label"] == stage and Path(each["checkpoint"]).name == checkpoint.name:
+    evaluation = read_evaluation(run)
+    for each in evaluation.checkpoints if evaluation else ():
+        if each.label == stage and each.checkpoint.name == checkpoint.name:
             return {
-                f"{name}, {group}": _number(number)
+                f"{name}, {group}": _number_words(numbers[name])
                 for name in _CARD_METRICS
-                for group, numbers in each["metrics"].items()
-                if (number := numbers.get(name)) is not None and number["value"] is not None
+                for group, numbers in each.metrics.items()
+                if name in numbers and numbers[name].value is not None
             }
     return {}
 
 
-def _number(number: Mapping[str, float | None]) -> str:
-    error = number["standard_error"]
-    return f"{number['value']:.4g}" + ("" if error is None else f" ± {error:.2g} (standard error)")
+def _number_words(number: Estimate) -> str:
+    error = number.standard_error
+    return f"{number.value:.4g}" + ("" if error is None else f" ± {error:.2g} (standard error)")
 
 
 def _lineage(stages: tuple[StageSettings, ...], name: str) -> list[StageSettings]:

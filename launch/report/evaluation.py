@@ -1,19 +1,13 @@
-"""The numbers of `evaluation.json` with their intervals, and what they say about editing.
-
-The file is read by its own description, which leaves out what it does not know: a report of an older run, or of a newer
-one, shows what it understands.
-"""
+"""The numbers of an evaluation with their intervals, and what they say about editing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError
-
-from launch.evaluation.report import EVALUATION_FILE
+from launch.evaluation.results import CheckpointResult, Evaluation, read_evaluation
 from launch.statistics import Difference, Estimate, difference
 
 Direction = Literal["higher", "lower", "neither"]
@@ -55,6 +49,12 @@ METRICS = {
 }
 """What is known of a metric of `launch.evaluation`; others are shown by their name, as plain numbers."""
 
+
+def metric_info(name: str) -> MetricInfo:
+    """What is known of a metric."""
+    return METRICS.get(name, MetricInfo(name.replace("_", " ")))
+
+
 GROUPS = {
     "greedy": "greedy",
     "sampled": "sampled",
@@ -64,8 +64,7 @@ GROUPS = {
 """Titles of the groups that the verdict is made of; others are further ways of decoding."""
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One checkpoint's number. change: against the baseline, None for itself and where nothing was measured."""
 
     number: Estimate | None
@@ -82,45 +81,14 @@ class Measure:
     cells: tuple[Cell, ...]
 
 
-class _Number(BaseModel):
-    value: float | None
-    standard_error: float | None = None
-    n: int | None = None
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate(self.value, self.standard_error, self.n or 0)
-
-
-class _Checkpoint(BaseModel):
-    label: str
-    metrics: dict[str, dict[str, _Number]]
-    differences: dict[str, dict[str, _Number]] = {}
-
-
-class EvaluationFile(BaseModel):
-    """What a report reads of `evaluation.json`. baseline: the label that `differences` are against."""
-
-    task: str
-    num_examples: int
-    seed: int
-    checkpoints: list[_Checkpoint] = Field(min_length=1)
-    baseline: str | None = None
-    left_out: dict[str, str] = {}
-
-
 @dataclass(frozen=True)
 class EvaluationTable:
-    """baseline: index of the checkpoint that the others are set against."""
+    """labels: of the checkpoints, in the order of the cells. baseline: index of what the others are set against."""
 
-    file: EvaluationFile
+    evaluation: Evaluation
+    labels: list[str]
     baseline: int
-    measures: tuple[Measure, ...]
-
-    @property
-    def labels(self) -> list[str]:
-        """Of the checkpoints, in the order of the cells."""
-        return [checkpoint.label for checkpoint in self.file.checkpoints]
+    measures: list[Measure]
 
     @property
     def findings(self) -> list[tuple[str, Measure, Cell]]:
@@ -134,33 +102,26 @@ class EvaluationTable:
         ]
 
 
-def read_evaluation(run: Path, is_baseline: Callable[[str], bool]) -> EvaluationTable | None:
-    """The evaluation of a run, None where there is none.
+def evaluation_table(run: Path, is_baseline: Callable[[str], bool]) -> EvaluationTable | None:
+    """The evaluation of a run as a table, None where there is none.
 
     is_baseline: whether a checkpoint of that label is what editing is compared with; the last such one is. Where there
-        is none, it is the baseline of the file itself, or the last checkpoint.
+        is none, it is the baseline of the file itself.
 
     Raises:
         ValueError: the file is no evaluation. OSError: it cannot be read.
     """
-    path = run / EVALUATION_FILE
-    if not path.is_file():
+    evaluation = read_evaluation(run)
+    if evaluation is None:
         return None
-    try:
-        file = EvaluationFile.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} is no evaluation that this version can show: {where}: {first['msg']}") from None
-    labels = [checkpoint.label for checkpoint in file.checkpoints]
-    candidates = [index for index, label in enumerate(labels) if is_baseline(label)]
-    named = [index for index, label in enumerate(labels) if label == file.baseline]
-    baseline = [len(labels) - 1, *named, *candidates][-1]
+    labels = [checkpoint.label for checkpoint in evaluation.checkpoints]
+    baseline = labels.index([evaluation.baseline, *filter(is_baseline, labels)][-1])
     found = dict.fromkeys(
-        (group, name) for each in file.checkpoints for group, names in each.metrics.items() for name in names
+        (group, name) for each in evaluation.checkpoints for group, names in each.metrics.items() for name in names
     )
     keys = sorted(found, key=lambda key: (_place(key[0], [*GROUPS]), _place(key[1], [*METRICS])))
-    return EvaluationTable(file, baseline, tuple(_measure(file, baseline, *key) for key in keys))
+    measures = [_measure(evaluation, evaluation.checkpoints[baseline], *key) for key in keys]
+    return EvaluationTable(evaluation, labels, baseline, measures)
 
 
 def change_outcome(change: Difference | None, info: MetricInfo) -> Outcome | None:
@@ -174,26 +135,20 @@ def _place(name: str, known: list[str]) -> int:
     return known.index(name) if name in known else len(known)
 
 
-def _measure(file: EvaluationFile, baseline: int, group: str, name: str) -> Measure:
-    numbers = [checkpoint.metrics.get(group, {}).get(name) for checkpoint in file.checkpoints]
-    against = numbers[baseline]
+def _measure(evaluation: Evaluation, baseline: CheckpointResult, group: str, name: str) -> Measure:
+    against = baseline.metrics.get(group, {}).get(name)
     cells = []
-    for index, number in enumerate(numbers):
-        change = None
-        if index != baseline and number is not None and against is not None:
-            paired = _paired(file, index, baseline, group, name)
-            change = difference(number.estimate, against.estimate, paired)
-        cells.append(Cell(None if number is None else number.estimate, change))
-    return Measure(group, name, METRICS.get(name, MetricInfo(name.replace("_", " "))), tuple(cells))
+    for result in evaluation.checkpoints:
+        number, change = result.metrics.get(group, {}).get(name), None
+        if result is not baseline and number is not None and against is not None:
+            change = difference(number, against, _paired(evaluation.baseline, result, baseline, group, name))
+        cells.append(Cell(number, change))
+    return Measure(group, name, metric_info(name), tuple(cells))
 
 
-def _paired(file: EvaluationFile, index: int, baseline: int, group: str, name: str) -> Estimate | None:
-    """The difference that was measured example by example, where the file has it: it knows what the two share."""
-    ours, others = file.checkpoints[index], file.checkpoints[baseline]
-    if file.baseline not in (ours.label, others.label):
-        return None
-    sign, holder = (1.0, ours) if others.label == file.baseline else (-1.0, others)
-    number = holder.differences.get(group, {}).get(name)
-    if number is None or number.value is None:
-        return None
-    return Estimate(sign * number.value, number.standard_error, number.n or 0)
+def _paired(reference: str, ours: CheckpointResult, other: CheckpointResult, group: str, name: str) -> Estimate | None:
+    """`ours` - `other` as it was measured example by example, where one of them is the file's reference."""
+    if other.label == reference:
+        return ours.differences.get(group, {}).get(name)
+    found = other.differences.get(group, {}).get(name) if ours.label == reference else None
+    return None if found is None or found.value is None else replace(found, value=-found.value)

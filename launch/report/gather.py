@@ -20,7 +20,7 @@ from buffer.reading.snapshot import BufferSnapshot, read_buffer
 from launch.errors import UserError
 from launch.evaluation.report import SAMPLES_FOLDER
 from launch.monitoring.run_log import LOG_FILE
-from launch.report.evaluation import EvaluationTable, read_evaluation
+from launch.report.evaluation import EvaluationTable, evaluation_table
 from launch.report.rollouts import Rollout, sample_rollouts
 from launch.run_folder.folder import BUFFER_FOLDER, ENVIRONMENT_FILE, METRICS_FILE, run_config
 from launch.run_folder.task import load_run_tokenizer
@@ -129,7 +129,7 @@ def gather(run: Path) -> Report:
         samples={path.stem: path.read_text(encoding="utf-8") for path in sorted((run / SAMPLES_FOLDER).glob("*.txt"))},
     )
     from_data = {stage.name for stage in settings.stages if not stage.objective.needs_rollouts}
-    report.evaluation = _noted(report, "evaluation", lambda: read_evaluation(run, from_data.__contains__))
+    report.evaluation = _noted(report, "evaluation", lambda: evaluation_table(run, from_data.__contains__))
     if (run / BUFFER_FOLDER).is_dir():
         snapshot = _noted(report, "replay buffer", lambda: read_buffer(run / BUFFER_FOLDER))
         if snapshot is not None and snapshot.trajectories.num_rows > 0:

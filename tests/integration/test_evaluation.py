@@ -125,7 +125,7 @@ def evaluation(run: Path, settings: RunSettings) -> Evaluation:
 
 def test_numbers_of_known_policies(evaluation: Evaluation) -> None:
     assert (evaluation.task, evaluation.num_examples, evaluation.has_answers) == ("arithmetic", NUM_EXAMPLES, True)
-    ender, hesitant = evaluation.results
+    ender, hesitant = evaluation.checkpoints
     assert (ender.label, hesitant.label) == ("ender", "hesitant")
     # Greedily it ends at once, so that no answer is right, and a planted token stays.
     assert ender.metrics[GREEDY]["empty_rate"].value == 1.0
@@ -135,7 +135,7 @@ def test_numbers_of_known_policies(evaluation: Evaluation) -> None:
     # The other takes what was planted back, each time, and nothing that was taken back is offered again.
     assert hesitant.metrics[RECOVERY]["planted_taken_back"].value == 1.0
     assert hesitant.metrics[SAMPLED]["backspace_rate"].value > 0.2
-    for result in evaluation.results:
+    for result in evaluation.checkpoints:
         for numbers in result.metrics.values():
             assert all(number.count > 0 or number.value is None for number in numbers.values())
         assert result.metrics[GREEDY]["accuracy"].count == NUM_EXAMPLES
@@ -145,8 +145,8 @@ def test_weights_are_replaced_between_checkpoints_and_order_does_not_matter(
     evaluation: Evaluation, run: Path, settings: RunSettings
 ) -> None:
     other = in_engine_process_for(120.0, evaluate_in_engine_process, run, ["hesitant", "ender"], settings)
-    assert {result.label: result.metrics for result in other.results} == {
-        result.label: result.metrics for result in evaluation.results
+    assert {result.label: result.metrics for result in other.checkpoints} == {
+        result.label: result.metrics for result in evaluation.checkpoints
     }
 
 

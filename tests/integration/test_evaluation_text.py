@@ -75,7 +75,7 @@ def evaluate_in_engine_process(target: Target, settings: RunSettings) -> Evaluat
 
 def test_every_way_to_decode_a_policy_that_takes_everything_back(settings: RunSettings, hesitant: Target) -> None:
     evaluation = in_engine_process_for(180.0, evaluate_in_engine_process, hesitant, settings)
-    metrics = evaluation.results[0].metrics
+    metrics = evaluation.checkpoints[0].metrics
     assert list(metrics) == [
         "sampled", "greedy", "top_p=0.9", "contrastive=3:0.5", "recovery",
         "sampled, banned", "greedy, allowed", "top_p=0.9, banned", "recovery, banned", "held_out",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.compare.page import render_page, temperature_of, temperature_plot
+from launch.compare.show import render_page, temperature_of, temperature_plot
 from launch.statistics import Estimate
 from tests.comparisons import (
     LABELS,

@@ -5,21 +5,19 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.compare.folder import ComparisonFolder
-from launch.compare.page import render_page
 from launch.compare.plan import read_plan
-from launch.compare.results import Comparison, read_measured, stage_cost
-from launch.compare.table import render_comparison
+from launch.compare.results import Comparison, stage_cost
+from launch.compare.runs import ComparisonFolder
+from launch.compare.show import render_comparison, render_page
 from launch.errors import UserError
 from launch.evaluation.report import write_evaluation
-from launch.evaluation.results import CheckpointResult, Evaluation
+from launch.evaluation.results import CheckpointResult, Evaluation, read_evaluation
 from launch.settings.recipe import read_recipe
 from launch.statistics import Estimate
 from tests.comparisons import COST, LABELS, OBJECTIVES, comparison_of, estimates_of, new_comparison
@@ -127,15 +125,20 @@ def test_what_an_evaluation_wrote_is_read_back(tmp_path: Path) -> None:
     nothing = Estimate(None, None, 0)
     results = [
         CheckpointResult(
-            "mle", Path("a"), {"greedy": {"accuracy": Estimate.fraction(cases)}, "recovery": {"r": nothing}}, ()
+            label, Path("a"), {"greedy": {"accuracy": Estimate.fraction(cases)}, "recovery": {"r": nothing}}
         )
-        for cases in (np.array([True, False, False, True]), np.array([True, False, True, True]))
+        for label, cases in (
+            ("mle", np.array([True, False, False, True])),
+            ("emo", np.array([True, False, True, True])),
+        )
     ]
-    evaluation = Evaluation("arithmetic", True, 4, 0, (results[0], replace(results[1], label="emo")))
-    write_evaluation(evaluation, tmp_path)
-    found = read_measured(tmp_path / "evaluation.json", "mle")
-    assert found["mle"] == ({"greedy.accuracy": Estimate(0.5, 0.25, 4), "recovery.r": nothing}, {})
-    change = found["emo"][1]["greedy.accuracy"]
+    written = Evaluation.of("arithmetic", 4, 0, results, {"max_actions": 9}, {"mauve": "not asked for"})
+    write_evaluation(written, tmp_path)
+    found = read_evaluation(tmp_path)
+    assert found == written
+    assert found is not None
+    first, second = found.checkpoints
+    assert (first.metrics["recovery"]["r"], first.differences) == (nothing, {})
+    change = second.differences["greedy"]["accuracy"]
     # One of four answers differs, so the differences are 0, 0, 1, 0: their deviation 1/2, over the root of 4.
-    assert (change.value, change.standard_error) == (0.25, pytest.approx(0.25))
-    assert read_measured(tmp_path / "evaluation.json", "emo")["emo"][1] == {}, "of another baseline"
+    assert (change.value, change.standard_error, change.within_noise) == (0.25, pytest.approx(0.25), True)

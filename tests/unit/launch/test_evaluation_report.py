@@ -31,8 +31,8 @@ def answers_of(labels: Sequence[str], value: float) -> Evaluation:
     """Of so many checkpoints, all of whose numbers are the same."""
     names = ("accuracy", "recovery", "backspace_rate", "wrong_taken_back", "right_taken_back", "actions_per_answer")
     numbers = {group: dict.fromkeys(names, Estimate(value, 0.021, 500)) for group in ("sampled", "greedy", "recovery")}
-    results = tuple(CheckpointResult(label, Path("step"), numbers, ()) for label in labels)
-    return Evaluation("arithmetic", True, 500, 0, results)
+    results = tuple(CheckpointResult(label, Path("step"), numbers) for label in labels)
+    return Evaluation.of("arithmetic", 500, 0, results, {}, {})
 
 
 @pytest.mark.parametrize("value", [0.05, 0.888, 1.0])
@@ -70,7 +70,7 @@ def text_evaluation() -> Evaluation:
         )
         for label, shift in zip(LABELS, (0.0, 0.3), strict=True)
     )
-    return Evaluation("text", False, 200, 7, results, {"max_actions": 9}, {"accuracy": "task text has no answers"})
+    return Evaluation.of("text", 200, 7, results, {"max_actions": 9}, {"accuracy": "task text has no answers"})
 
 
 def test_texts_by_decoding(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,8 +86,8 @@ def test_texts_by_decoding(capsys: pytest.CaptureFixture[str]) -> None:
 def test_further_decodings_of_answers(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("accuracy", "recovery", "backspace_rate", "wrong_taken_back", "right_taken_back", "actions_per_answer")
     arms = ("sampled", "greedy", "recovery", "temperature=0.7", "recovery, allowed")
-    results = tuple(CheckpointResult(label, Path("step"), numbers_of(0.1, arms, names), ()) for label in LABELS)
-    lines = printed(Evaluation("arithmetic", True, 200, 0, results), capsys)
+    results = tuple(CheckpointResult(label, Path("step"), numbers_of(0.1, arms, names)) for label in LABELS)
+    lines = printed(Evaluation.of("arithmetic", 200, 0, results, {}, {}), capsys)
     assert sum(line.startswith("  recovery, allowed") for line in lines) == 2
     assert any(line.startswith("behaviour_cloning") and line.count("~") == 3 for line in lines)  # the same numbers
 

@@ -155,10 +155,11 @@ def test_recovery_is_left_out_where_every_text_begins_with_the_same_token(tmp_pa
 @pytest.mark.parametrize("has_answers", [True, False])
 def test_tables_do_without_the_recovery_that_was_left_out(has_answers: bool) -> None:
     number = Estimate(0.5, 0.1, 8)
-    groups = {name: {"accuracy": number, "perplexity": number} for name in (SAMPLED, GREEDY, HELD_OUT)}
-    results = tuple(CheckpointResult(label, Path(label), groups, ()) for label in ("a", "b"))
+    names = ("accuracy", "backspace_rate") if has_answers else ("perplexity",)
+    groups = {group: dict.fromkeys(names, number) for group in (SAMPLED, GREEDY, HELD_OUT)}
+    results = [CheckpointResult(label, Path(label), groups) for label in ("a", "b")]
     console = Console(file=io.StringIO(), width=80, record=True)
-    show_evaluation(Evaluation("t", has_answers, 8, 0, results, left_out={"recovery": "no wrong token"}), console)
+    show_evaluation(Evaluation.of("t", 8, 0, results, {}, {"recovery": "no wrong token"}), console)
     assert "left out: recovery (no wrong token)" in console.export_text()
 
 

@@ -17,11 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from typer.testing import CliRunner
 
 from launch.cli import app
+from launch.evaluation.report import write_evaluation
+from launch.evaluation.results import CheckpointResult, Evaluation
 from launch.evaluation.task import settings_for
 from launch.export.model import export
 from launch.run_folder.checkpoints import checkpoint_of, stage_checkpoints
 from launch.run_folder.folder import create_run_folder
 from launch.settings.recipe import read_recipe
+from launch.statistics import Estimate
 from learner.checkpoints.checkpoint import take_snapshot
 from learner.model.policy import Policy, load_policy
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
@@ -197,12 +200,9 @@ def test_a_run_is_exported_by_its_result_and_the_card_tells_what_that_is(base, t
         save_checkpoint(
             run / "checkpoints" / name, policy.model, policy.tokenizer, replace(PROGRESS, stage=name), STATE
         )
-    number = {"value": 0.725, "standard_error": 0.02, "n": 500}
-    measured = [
-        {"label": name, "checkpoint": f"/elsewhere/{name}/step-000040", "metrics": {"recovery": {"recovery": number}}}
-        for name in ("sequencematch", "trunk")
-    ]
-    (run / "evaluation.json").write_text(json.dumps({"checkpoints": measured}))
+    numbers = {"recovery": {"recovery": Estimate(0.725, 0.02, 500)}}
+    measured = [CheckpointResult(name, Path("/elsewhere/step-000040"), numbers) for name in ("sequencematch", "trunk")]
+    write_evaluation(Evaluation.of("arithmetic", 500, 0, measured, {}, {}), run)
 
     result, control = export(run, tmp_path / "result"), export(run, tmp_path / "control", stage="mle_control")
     assert (result.checkpoint.parent.name, control.checkpoint.parent.name) == ("sequencematch", "mle_control")

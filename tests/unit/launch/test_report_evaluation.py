@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch.report.evaluation import EvaluationTable, change_outcome, read_evaluation
+from launch.evaluation.report import write_evaluation
+from launch.evaluation.results import Change, CheckpointResult, Evaluation
+from launch.report.evaluation import EvaluationTable, change_outcome, evaluation_table
 from tests.run_folders import evaluated, write_evaluation_file
 
 
-def table_of(run: Path, *checkpoints: dict[str, object], control: str = "mle", **rest: object) -> EvaluationTable:
-    file = {"task": "t", "num_examples": 9, "seed": 0, "checkpoints": checkpoints} | rest
-    (run / "evaluation.json").write_text(json.dumps(file))
-    table = read_evaluation(run, lambda label: label == control)
+def table_of(run: Path, *results: CheckpointResult, baseline: str = "", control: str = "mle") -> EvaluationTable:
+    evaluation = Evaluation("t", 9, 0, {}, {}, baseline or results[0].label, results)
+    write_evaluation(evaluation, run)
+    table = evaluation_table(run, lambda label: label == control)
     assert table is not None
     return table
 
@@ -25,7 +27,7 @@ def outcomes(table: EvaluationTable) -> list[str | None]:
 
 def test_a_difference_is_a_finding_only_where_its_interval_leaves_out_0(tmp_path: Path) -> None:
     write_evaluation_file(tmp_path)
-    table = read_evaluation(tmp_path, lambda label: label == "mle_control")
+    table = evaluation_table(tmp_path, lambda label: label == "mle_control")
     assert table is not None
     assert table.labels[table.baseline] == "mle_control"
     assert [measure.name for _, measure, _ in table.findings] == ["accuracy", "recovery"]
@@ -51,22 +53,24 @@ def test_one_checkpoint_is_compared_with_nothing_and_a_missing_number_with_none(
 
 
 def test_differences_that_were_measured_pairwise_go_before_our_own_and_may_point_the_other_way(tmp_path: Path) -> None:
-    paired = {"differences": {"greedy": {"accuracy": {"value": -0.1, "standard_error": 0.01}}}}
-    arms = [evaluated("sm", accuracy=(0.6, 50)), evaluated("mle", accuracy=(0.5, 50)) | paired]
-    for baseline, outcome in (("sm", "better"), ("elsewhere", None)):
-        table = table_of(tmp_path, *arms, baseline=baseline, left_out={"mauve": "too few texts"})
-        assert outcomes(table) == [outcome]
+    paired = {"greedy": {"accuracy": Change(-0.1, 0.01, 50)}}
+    sm, mle, other = (
+        evaluated(label, accuracy=(value, 50)) for label, value in (("sm", 0.6), ("mle", 0.5), ("x", 0.5))
+    )
+    mle = replace(mle, differences=paired)
+    for baseline, outcome in (("sm", "better"), ("x", None)):
+        table = table_of(tmp_path, sm, mle, other, baseline=baseline)
+        assert outcomes(table)[0] == outcome
         change = table.findings[0][2].change
         assert change is not None
         assert change.value == pytest.approx(0.1)
-        assert table.file.left_out == {"mauve": "too few texts"}
-    table = table_of(tmp_path, *arms, baseline="sm", control="none")
+    table = table_of(tmp_path, sm, mle, baseline="sm", control="none")
     assert table.labels[table.baseline] == "sm"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"task": "t", "num_examples": 1, "seed": 0, "checkpoints": []}'])
 def test_a_file_of_another_form_is_named(tmp_path: Path, text: str) -> None:
-    assert read_evaluation(tmp_path, lambda label: True) is None
+    assert evaluation_table(tmp_path, lambda label: True) is None
     (tmp_path / "evaluation.json").write_text(text)
     with pytest.raises(ValueError, match=r"evaluation\.json is no evaluation that this version can show"):
-        read_evaluation(tmp_path, lambda label: True)
+        evaluation_table(tmp_path, lambda label: True)

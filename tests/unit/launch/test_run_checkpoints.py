@@ -62,7 +62,7 @@ def test_a_place_that_cannot_be_reached_is_refused(tmp_path):
 def test_they_are_looked_at_without_a_wait_for_torch() -> None:
     """As by commands that train nothing: a comparison that is reported again."""
     program = (
-        "import sys, launch.compare.table, launch.run_folder.checkpoints\n"
+        "import sys, launch.compare.results, launch.run_folder.checkpoints\n"
         "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

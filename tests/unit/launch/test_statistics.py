@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.compare.results import Comparison, MeasuredRun, read_measured
-from launch.evaluation.report import EVALUATION_FILE, render_evaluation, write_evaluation
-from launch.evaluation.results import CheckpointResult, Evaluation
-from launch.report.evaluation import change_outcome, read_evaluation
+from launch.compare.results import Comparison
+from launch.evaluation.report import render_evaluation, write_evaluation
+from launch.evaluation.results import EVALUATION_FILE, CheckpointResult, Evaluation
+from launch.report.evaluation import change_outcome, evaluation_table
 from launch.settings.evaluation import GREEDY
 from launch.statistics import (
     BySeed,
@@ -230,18 +230,17 @@ def test_terminal_page_and_comparison_give_the_same_verdict(ours: int, theirs: i
     apart = answers | {"b": Estimate(answers["b"].value, answers["b"].standard_error, 20)}
     for index, numbers in enumerate((answers, apart)):
         metrics = {label: {GREEDY: {"accuracy": each}} for label, each in numbers.items()}
-        results = tuple(CheckpointResult(label, tmp_path, found, ()) for label, found in metrics.items())
-        evaluation = Evaluation("arithmetic", True, 20, 0, results)
+        results = [CheckpointResult(label, tmp_path, found) for label, found in metrics.items()]
+        evaluation = Evaluation.of("arithmetic", 20, 0, results, {}, {})
         run = tmp_path / str(index)
         run.mkdir()
         write_evaluation(evaluation, run)
-        table = read_evaluation(run, lambda label: label == "a")
+        table = evaluation_table(run, lambda label: label == "a")
         assert table is not None
         cell = table.measures[0].cells[1]
         assert cell.change is not None
-        measured = read_measured(run / EVALUATION_FILE, "a")
-        runs = {(label, 0): MeasuredRun({}, *each) for label, each in measured.items()}
-        compared = Comparison("arithmetic", 1, ("a", "b"), (0,), runs, {}).metrics()[0]
+        runs = {(each.label, 0): each for each in table.evaluation.checkpoints}
+        compared = Comparison("arithmetic", 1, ("a", "b"), (0,), runs, {}, {}).metrics()[0]
         within_noise = compared.differences["b"].within_noise
         assert within_noise is not None
         assert cell.change.within_noise == within_noise

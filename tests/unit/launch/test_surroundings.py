@@ -135,7 +135,7 @@ shown = tuple(ShownRollout(group, rollout, right) for group in ("sampled", "reco
 results = tuple(CheckpointResult(label, Path(label), numbers, shown) for label in ("a", "b"))
 for terminal in (False, True):
     console = Console(force_terminal=terminal, width=80)
-    show_evaluation(Evaluation("t", True, 8, 0, results), console)
+    show_evaluation(Evaluation.of("t", 8, 0, results, {}, {}), console)
     with LiveView(console, view_of_a_running_stage()) as live:
         live.refresh()
         live.say("\\u2713")

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from launch.cli import app
-from launch.evaluation.report import EVALUATION_FILE
+from launch.evaluation.report import write_evaluation
+from launch.evaluation.results import CheckpointResult, Evaluation
 from launch.monitoring.run_log import LOG_FILE
 from launch.report.command import REPORT_FILE
 from launch.run_folder.checkpoints import stage_checkpoints
@@ -78,8 +79,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     last = settings.stages[-1]
     labels = settings.evaluation.stages or (last.name,)
     steps = {stage.name: stage.steps for stage in settings.stages}
-    checkpoints = [{"label": name, "checkpoint": f"elsewhere/step-{steps[name]:06d}"} for name in labels]
-    (folder / EVALUATION_FILE).write_text(json.dumps({"checkpoints": checkpoints}))
+    results = [CheckpointResult(name, Path(f"elsewhere/step-{steps[name]:06d}"), {}) for name in labels]
+    write_evaluation(Evaluation.of("arithmetic", 0, 0, results, {}, {}), folder)
     for command in (["--name", "mine", REFUSED, "--resume-if-exists"], ["--resume", str(folder)]):
         result = CliRunner().invoke(app, ["train", *command]) if "--resume" in command else train(tmp_path, *command)
         assert (result.exit_code, result.stderr) == (0, "")
