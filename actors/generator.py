@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from actors.engine.action_log import FinishedLog, Int32, logs_to_batch
-from actors.engine.settings import EngineSettings, SamplingSettings
+from actors.engine.interface import EngineSettings, FinishedLog, Int32, SamplingSettings, logs_to_batch
 from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import ray
 
-from actors.engine.action_log import FinishedLog, logs_to_batch
+from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings, logs_to_batch
 from actors.engine.rank_group import RankGroup
-from actors.engine.settings import EngineSettings, SamplingSettings
 from actors.engine.weights import WeightIntake
 from actors.scoring.rollout_scores import RolloutScoring
 from actors.scoring.settings import ScoringSettings
@@ -305,9 +305,9 @@ class RolloutActor:
         self._buffer.insert(rollouts)
         if self._experts is not None:
             plan = self._experts.plan(rollouts.num_rows)
-            tokens, _ = self._engine.draw_next_tokens(plan.prefixes().rows())
+            drawn = self._engine.draw_next_tokens(plan.prefixes().rows())
             self._prove_ranks()
-            self._buffer.insert(self._experts.realise(plan, tokens))
+            self._buffer.insert(self._experts.realise(plan, np.concatenate([log.actions for log in drawn])))
 
     def _prove_ranks(self) -> None:
         """Nothing leaves this actor that the processes of a divided engine have not all drawn."""

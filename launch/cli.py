@@ -129,7 +129,7 @@ def generate(
     [dim]Example:[/dim] sequencematch generate runs/RUN --prompt "What is 12 + 9?"
     """
     with reported_errors(), stdout_kept_clean(as_json):
-        from actors.engine.machine import check_machine
+        from actors.engine.checks import check_machine
         from launch.generation import encode_prompt, open_checkpoint, rollout_text, rollout_to_json
         from launch.generation import generate as generate_rollouts
         from launch.run_folder.checkpoints import checkpoint_of

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from rich.text import Text
 
-from actors.engine.settings import EngineSettings, SamplingSettings, engine_environment
+from actors.engine.interface import EngineSettings, SamplingSettings, engine_environment
 from actors.generator import Generator, PromptGroup
 from buffer.trajectory.schema import TokenContract
 from launch.rollout_view import FLOOR_MARK, RolloutView, view_rollout

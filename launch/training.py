@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from actors.engine.machine import check_machine
+from actors.engine.checks import check_machine
 from buffer.disk import is_disk_full
 from launch.cluster.connection import cluster_to_join
 from launch.errors import RunFailedError, UserError, setting_up

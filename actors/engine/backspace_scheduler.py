@@ -10,17 +10,80 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+from vllm import SamplingParams
 from vllm.v1.core.sched.request_queue import RequestQueue, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.request import Request, RequestStatus
 
-from actors.engine.action_log import STOP_MAX_ACTIONS
 from actors.engine.checks import check_kv_cache, check_vllm_config
-from actors.engine.decoding_state import DecodingState, decoding_state
+
+EXTRA_ARGS_KEY = "sequencematch"
+"""Key of a request's `DecodingState` in `SamplingParams.extra_args`."""
+
+STOP_MAX_ACTIONS = "max_actions"
+"""vLLM's stop reason for the action limit; its finish reason is that of the length limit."""
+
+
+@dataclass(slots=True)
+class DecodingState:
+    """What scheduler and logits processor know of one request beyond its text.
+
+    Both see the same object, which travels in the request's sampling parameters inside one process. So it survives a
+    preemption, after which vLLM rebuilds everything else about a request from its reduced text.
+
+    planted: ids forced as the first actions, in order. Counted by actions: once deleted they stay deleted.
+    always_masked: ids that are never sampled.
+    num_cacheable_tokens: leading tokens whose key-value blocks may be shared; None where nothing is ever
+        rewritten.
+    banned: banned[d] holds the ids deleted at the current text's prefix of d generated tokens. A stack is
+        enough: a text that was taken back can't come back, because its last token is banned from then on.
+    """
+
+    backspace_id: int
+    allow_backspace: bool
+    max_actions: int
+    planted: tuple[int, ...] = ()
+    always_masked: tuple[int, ...] = ()
+    ban_deleted: bool = False
+    num_cacheable_tokens: int | None = None
+    num_actions: int = 0
+    banned: list[list[int]] = field(default_factory=lambda: [[]])
+
+    @property
+    def forced_token(self) -> int | None:
+        """The planted id that the next action must be, if any is left."""
+        return self.planted[self.num_actions] if self.num_actions < len(self.planted) else None
+
+    def is_backspace(self, token_id: int) -> bool:
+        """True where this id takes a token back instead of being appended."""
+        return self.allow_backspace and token_id == self.backspace_id
+
+    def record_append(self) -> None:
+        """Count an appended token."""
+        self.num_actions += 1
+        if self.ban_deleted:
+            self.banned.append([])
+
+    def record_deletion(self, deleted_id: int) -> None:
+        """Count a backspace that took `deleted_id` back."""
+        self.num_actions += 1
+        if self.ban_deleted:
+            self.banned.pop()
+            self.banned[-1].append(deleted_id)
+
+
+def decoding_state(params: SamplingParams | None) -> DecodingState | None:
+    """The state in a request's sampling parameters; None for requests without one (probes)."""
+    if params is None or params.extra_args is None:
+        return None
+    state = params.extra_args.get(EXTRA_ARGS_KEY)
+    assert state is None or isinstance(state, DecodingState)
+    return state
 
 
 class BackspaceScheduler(Scheduler):  # type: ignore[misc]  # vLLM ships no types
@@ -31,7 +94,16 @@ class BackspaceScheduler(Scheduler):  # type: ignore[misc]  # vLLM ships no type
         check_vllm_config(self.vllm_config)
         check_kv_cache(self.kv_cache_config)
         coordinator = self.kv_cache_manager.coordinator
-        coordinator.cache_blocks = _limited_to_private_blocks(coordinator.cache_blocks)
+        cache_blocks = coordinator.cache_blocks
+
+        def cache_private_blocks(request: Request, num_computed_tokens: int) -> None:
+            """Stop the prefix cache at the last block that a request can't rewrite any more."""
+            state = decoding_state(request.sampling_params)
+            if state is not None and state.num_cacheable_tokens is not None:
+                num_computed_tokens = min(num_computed_tokens, state.num_cacheable_tokens)
+            cache_blocks(request, num_computed_tokens)
+
+        coordinator.cache_blocks = cache_private_blocks
 
     def add_request(self, request: Request) -> None:
         """Queue a request; one with backspace keeps its generated blocks private."""
@@ -62,7 +134,11 @@ class BackspaceScheduler(Scheduler):  # type: ignore[misc]  # vLLM ships no type
         token_id = new_token_ids[0]
         stopped = False
         if state.is_backspace(token_id):
-            _take_back(request, state)
+            assert request._output_token_ids, "backspace at the floor: the logits processor must mask it"
+            state.record_deletion(request._output_token_ids.pop())
+            request._all_token_ids.pop()
+            # The last remaining token is computed again: its logits are those of the shorter text.
+            request.num_computed_tokens = request.num_tokens - 1
         else:
             request.append_output_token_ids(token_id)
             state.record_append()
@@ -89,26 +165,3 @@ class BackspaceScheduler(Scheduler):  # type: ignore[misc]  # vLLM ships no type
         finally:
             assert not self.waiting
             self.waiting = held
-
-
-def _take_back(request: Request, state: DecodingState) -> None:
-    assert request._output_token_ids, "backspace at the floor: the logits processor must mask it"
-    deleted_id = request._output_token_ids.pop()
-    request._all_token_ids.pop()
-    # The last remaining token is computed again: its logits are those of the shorter text.
-    request.num_computed_tokens = request.num_tokens - 1
-    state.record_deletion(deleted_id)
-
-
-def _limited_to_private_blocks(
-    cache_blocks: Callable[[Request, int], None],
-) -> Callable[[Request, int], None]:
-    """Stop the prefix cache at the last block that a request can't rewrite any more."""
-
-    def limited(request: Request, num_computed_tokens: int) -> None:
-        state = decoding_state(request.sampling_params)
-        if state is not None and state.num_cacheable_tokens is not None:
-            num_computed_tokens = min(num_computed_tokens, state.num_cacheable_tokens)
-        cache_blocks(request, num_computed_tokens)
-
-    return limited

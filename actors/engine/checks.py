@@ -1,18 +1,83 @@
-"""Refusals at the start of an engine: features of vLLM with which taking tokens back would be wrong or
-unproved.
-
-Pure functions over vLLM's own configuration objects.
+"""Refusals before an engine starts: a machine or an environment that lacks something, and features of vLLM with which
+taking tokens back would be wrong or unproved. Imports nothing heavy: commands call `check_machine` first.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib.metadata
 import math
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vllm.config import VllmConfig
-from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from actors.engine.interface import REQUIRED_ENVIRONMENT
 
-from actors.engine.rank_executor import RankExecutor
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+KERNEL_LIBRARIES = {"libnuma.so.1": "libnuma1"}
+"""Shared libraries of vLLM's CPU kernels, with the Debian packages that hold them."""
+
+
+def check_machine(enforce_eager: bool) -> None:
+    """Refuse a machine on which an engine cannot start or would fail at its first step.
+
+    The CPU build of vLLM compiles only where it is asked to (`enforce_eager=False`), with a C++ compiler; on GPUs
+    Triton compiles the launchers of kernels in any case, with a C compiler. Both include Python's headers.
+
+    Raises:
+        ValueError: names all that is missing, and the Debian packages that bring it.
+    """
+    on_cpu = _is_cpu_build()
+    missing = {name: package for name, package in KERNEL_LIBRARIES.items() if on_cpu and not _loads(name)}
+    reason = ""
+    if not (on_cpu and enforce_eager):
+        reason = " (actors.enforce_eager=false compiles the model)" if on_cpu else " (Triton compiles kernels)"
+        usual = ["g++"] if on_cpu else ["gcc", "clang"]
+        given = os.environ.get("CXX" if on_cpu else "CC")
+        if not any(map(shutil.which, [given] if given else usual)):
+            missing[f"a compiler ({given or usual[0]})"] = usual[0]
+        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+            missing["Python's headers (Python.h)"] = "python3-dev"
+    if missing:
+        raise ValueError(
+            f"vLLM needs {' and '.join(missing)} on this machine{reason}: `apt-get install "
+            f"{' '.join(missing.values())}` brings {'them' if len(missing) > 1 else 'it'} (Debian, Ubuntu)"
+        )
+
+
+def _is_cpu_build() -> bool:
+    """As vLLM itself tells it: by the name or the version of its package."""
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def check_environment() -> None:
+    """Refuse an environment in which backspace would be wrong.
+
+    Raises:
+        RuntimeError: names the variable and the value it needs.
+    """
+    for name, value in REQUIRED_ENVIRONMENT.items():
+        if os.environ.get(name) != value:
+            raise RuntimeError(
+                f"environment variable {name} is {os.environ.get(name)!r}, the engine needs {value!r}: set "
+                "what engine_environment() returns before the process imports vLLM"
+            )
 
 
 def check_vllm_config(config: VllmConfig) -> None:
@@ -21,6 +86,7 @@ def check_vllm_config(config: VllmConfig) -> None:
     Raises:
         ValueError: names the setting to change and why.
     """
+    parallel = config.parallel_config
     problems = {
         "async_scheduling must be False: the next step is launched before the scheduler sees a backspace": (
             config.scheduler_config.async_scheduling
@@ -31,13 +97,13 @@ def check_vllm_config(config: VllmConfig) -> None:
             config.speculative_config is not None
         ),
         "pipeline_parallel_size must be 1: later stages keep their own copy of the tokens": (
-            config.parallel_config.pipeline_parallel_size > 1
+            parallel.pipeline_parallel_size > 1
         ),
-        "data_parallel_size must be 1: actors share the work": config.parallel_config.data_parallel_size > 1,
+        "data_parallel_size must be 1: actors share the work": parallel.data_parallel_size > 1,
+        # vLLM's own executors go by names; a class is `RankExecutor`.
         "tensor_parallel_size must be 1 unless each rank is an engine of its own (RankedEngine): planted and banned "
         "tokens live in the engine's own process": (
-            config.parallel_config.tensor_parallel_size > 1
-            and config.parallel_config.distributed_executor_backend is not RankExecutor
+            parallel.tensor_parallel_size > 1 and not isinstance(parallel.distributed_executor_backend, type)
         ),
         "kv_transfer_config must be unset: a KV connector would ship blocks that are still rewritten": (
             config.kv_transfer_config is not None
@@ -54,6 +120,8 @@ def check_fit(config: VllmConfig, kv_cache_bytes: int) -> None:
     Raises:
         ValueError: not one text of full length fits into the key-value cache, or the CPU kernels lack the head size.
     """
+    from vllm.platforms import current_platform
+
     model, parallel = config.model_config, config.parallel_config
     head_size = model.get_head_size()
     if current_platform.is_cpu():
@@ -79,19 +147,20 @@ def check_fit(config: VllmConfig, kv_cache_bytes: int) -> None:
 
 
 def check_kv_cache(kv_cache: KVCacheConfig) -> None:
-    """Refuse models whose cache can't go one token back: sliding windows free old blocks, recurrent state is
-    lossy.
+    """Refuse models whose cache can't go one token back: sliding windows free old blocks, recurrent state is lossy.
 
     Raises:
         ValueError: names the layers and their cache.
     """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
     for group in kv_cache.kv_cache_groups:
         spec = group.kv_cache_spec
         windowed = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
         if type(spec) is not FullAttentionSpec or windowed:
             window = f" with a window of {windowed} tokens" if windowed else ""
             raise ValueError(
-                f"layers {', '.join(group.layer_names[:3])}... keep their state in a {type(spec).__name__}"
-                f"{window}: only plain full attention can be rolled back; choose a model without sliding "
-                "windows, chunked or recurrent layers"
+                f"layers {', '.join(group.layer_names[:3])}... keep their state in a {type(spec).__name__}{window}: "
+                "only plain full attention can be rolled back; choose a model without sliding windows, chunked or "
+                "recurrent layers"
             )

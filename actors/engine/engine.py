@@ -15,26 +15,23 @@ Set `engine_environment(settings)` before the process imports vLLM.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from vllm import EngineArgs, SamplingParams
-from vllm.outputs import RequestOutput
+from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine import FinishReason
+from vllm.v1.engine import FinishReason as StopReason
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from actors.engine.action_log import FinishedLog, Float32, Int32, finished_log
-from actors.engine.checks import check_fit, check_vllm_config
-from actors.engine.decoding_state import EXTRA_ARGS_KEY, DecodingState
+from actors.engine.backspace_scheduler import EXTRA_ARGS_KEY, STOP_MAX_ACTIONS, DecodingState
+from actors.engine.checks import check_environment, check_fit, check_machine, check_vllm_config
+from actors.engine.interface import EngineSettings, FinishedLog, FinishReason, Float32, Int32, SamplingSettings
 from actors.engine.logits_processor import IDS_WITHOUT_TOKEN
-from actors.engine.machine import check_machine
-from actors.engine.settings import EngineSettings, SamplingSettings, check_environment
-from actors.engine.weight_loading import ExpectedTensors, Shape, load_in_place
+from actors.engine.weights import ExpectedTensors, load_in_place
 from buffer.trajectory.schema import TokenContract
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer]
@@ -42,12 +39,8 @@ TokenIds = Sequence[int] | npt.NDArray[np.integer]
 UNLOADED = -1
 """Version of weights that were never loaded (`load_format="dummy"`)."""
 
-
-@dataclass(frozen=True)
-class _Unfinished:
-    internal_id: str
-    prompt_ids: Int32
-    num_planted: int
+_FINISH_REASONS: dict[str, FinishReason] = {"stop": "eos", "length": "max_length", "abort": "aborted"}
+"""By vLLM's names."""
 
 
 def compile_nothing(enforce_eager: bool) -> None:
@@ -94,7 +87,7 @@ class BackspaceEngine:
         self._expected = ExpectedTensors.of_model(settings.model_dir)
         self._llm = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         self._core = self._llm.engine_core.engine_core
-        self._unfinished: dict[str, _Unfinished] = {}
+        self._unfinished: dict[str, tuple[str, Int32]] = {}  # request id -> vLLM's id, prompt
         self._ready: list[FinishedLog] = []  # finished inside a blocking call, handed out by the next step()
         self._failure: str | None = None
         self._set_version(UNLOADED if settings.load_format == "dummy" else version)
@@ -138,11 +131,6 @@ class BackspaceEngine:
     def dtype(self) -> str:
         """Number format that it computes in, e.g. `bfloat16`."""
         return str(self._llm.model_config.dtype).removeprefix("torch.")
-
-    @property
-    def expected_tensors(self) -> Mapping[str, Shape]:
-        """Name -> shape of every tensor that `load_weights` must receive."""
-        return self._expected.required
 
     def add(self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, planted: TokenIds = ()) -> None:
         """Queue a request.
@@ -193,7 +181,7 @@ class BackspaceEngine:
             extra_args={EXTRA_ARGS_KEY: state},
         )
         internal_id = self._llm.add_request(request_id, {"prompt_token_ids": prompt.tolist()}, params)
-        self._unfinished[request_id] = _Unfinished(internal_id, prompt, len(forced))
+        self._unfinished[request_id] = internal_id, prompt
 
     def step(self) -> list[FinishedLog]:
         """Run one engine step (one action for every running request) and return the requests that ended.
@@ -209,43 +197,38 @@ class BackspaceEngine:
         """End requests now and return what they did so far; ids that are not unfinished are ignored."""
         logs = []
         for request_id in request_ids:
-            request = self._unfinished.pop(request_id, None)
-            if request is None:
-                continue
-            state = self._llm.output_processor.request_states[request.internal_id]
-            output = state.make_request_output([], None, FinishReason.ABORT, None)
-            logs.append(finished_log(request_id, request.prompt_ids, request.num_planted, output.outputs[0]))
-            self._llm.abort_request([request.internal_id], internal=True)
+            if request_id in self._unfinished:
+                internal_id, _ = self._unfinished[request_id]
+                state = self._llm.output_processor.request_states[internal_id]
+                output = state.make_request_output([], None, StopReason.ABORT, None)
+                logs.append(self._finish(request_id, output.outputs[0]))
+                self._llm.abort_request([internal_id], internal=True)
         return logs
 
-    def draw_next_tokens(self, prefixes: Sequence[TokenIds], temperature: float = 1.0) -> tuple[Int32, Float32]:
+    def draw_next_tokens(self, prefixes: Sequence[TokenIds]) -> list[FinishedLog]:
         """Sample one next token for each prefix from the current policy, backspace excluded.
 
         Other requests advance meanwhile; those that end are returned by the next `step`.
 
         Returns:
-            ids [N] and their log-probabilities [N] under the renormalised distribution.
+            A log of one action for each prefix, in their order.
         """
-        sampling = SamplingSettings(max_new_tokens=1, max_actions=1, temperature=temperature, backspace=False)
-        names = {f"draw-{index}": index for index in range(len(prefixes))}
-        added: list[str] = []
-        ids = np.empty(len(prefixes), dtype=np.int32)
-        logprobs = np.empty(len(prefixes), dtype=np.float32)
+        sampling = SamplingSettings(max_new_tokens=1, max_actions=1, backspace=False)
+        names = dict.fromkeys(f"draw-{index}" for index in range(len(prefixes)))
+        drawn: dict[str, FinishedLog] = {}
         try:
             for name, prefix in zip(names, prefixes, strict=True):
                 self.add(name, prefix, sampling)
-                added.append(name)
-            while any(name in self._unfinished for name in added):
+            while len(drawn) < len(names):
                 for log in self._step():
                     if log.request_id in names:
-                        index = names[log.request_id]
-                        ids[index], logprobs[index] = log.actions[0], log.logprobs[0]
+                        drawn[log.request_id] = log
                     else:
                         self._ready.append(log)
         except BaseException:
-            self.abort(added)
+            self.abort(names)
             raise
-        return ids, logprobs
+        return [drawn[name] for name in names]
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace all weights in place; later actions carry `version`.
@@ -320,12 +303,26 @@ class BackspaceEngine:
         compile_nothing(False)
 
     def _step(self) -> list[FinishedLog]:
-        logs = []
-        for output in self._llm.step():
-            assert isinstance(output, RequestOutput)
-            request = self._unfinished.pop(output.request_id)
-            logs.append(finished_log(output.request_id, request.prompt_ids, request.num_planted, output.outputs[0]))
-        return logs
+        return [self._finish(output.request_id, output.outputs[0]) for output in self._llm.step()]
+
+    def _finish(self, request_id: str, completion: CompletionOutput) -> FinishedLog:
+        """Translate what vLLM returns of a request, sampled with `logprobs=0` and `flat_logprobs=True`."""
+        _, prompt_ids = self._unfinished.pop(request_id)
+        reason = _FINISH_REASONS.get(completion.finish_reason)
+        if reason is None:
+            raise RuntimeError(f"the engine ended a request with {completion.finish_reason!r}")
+        actions = np.asarray(completion.token_ids, dtype=np.int32)
+        versions = np.empty(len(actions), dtype=np.int32)
+        for span in completion.weight_versions or ():
+            versions[span.start : span.end] = int(span.version)
+        return FinishedLog(
+            request_id=request_id,
+            prompt_ids=prompt_ids,
+            actions=actions,
+            logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
+            policy_version=versions,
+            finish_reason="max_actions" if completion.stop_reason == STOP_MAX_ACTIONS else reason,
+        )
 
     def _set_version(self, version: int) -> None:
         self._version = version

@@ -11,7 +11,7 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from actors.engine.decoding_state import DecodingState, decoding_state
+from actors.engine.backspace_scheduler import DecodingState, decoding_state
 from buffer.trajectory.schema import IdRanges
 
 NEGATIVE_INFINITY = float("-inf")

@@ -20,7 +20,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.engine.settings import EngineSettings
+from actors.engine.interface import EngineSettings
 from actors.engine.weights import WeightIntake
 from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall
 from buffer.stop_signals import ignore_stop_signals

@@ -11,10 +11,9 @@ from operator import methodcaller
 import torch
 from vllm import EngineArgs
 
-from actors.engine.action_log import FinishedLog
 from actors.engine.engine import BackspaceEngine, TokenIds
+from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings
 from actors.engine.rank_executor import RankExecutor, RankPlace, join_ranks
-from actors.engine.settings import EngineSettings, SamplingSettings
 from buffer.trajectory.schema import TokenContract
 
 EngineCall = Callable[["RankedEngine"], object]

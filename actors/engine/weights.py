@@ -1,11 +1,15 @@
-"""Loads published weights into an engine and proves that it computes with them, by the log-probabilities of a sequence.
+"""New weights into a running engine: every tensor in its place, and a proof that the engine computes with them.
 
-That fixed sequence is the probe. Learner and engine never agree exactly on it: they round at different places. How far
-they are apart with the first weights of an engine is the noise of this pair; in half precision it grows with the
-logits. Later weights are taken for loaded where the engine is no farther from the learner's probe of them than noise
-explains, and nearer to it than to the probe of the weights that the engine had before. A tensor that was left out shows
-as soon as it moves the probe by more than the noise. Where new and previous weights differ by less, the probe proves
-nothing, and the fingerprint alone does.
+On CPU vLLM packs each linear layer into a GEMM handle and drops the plain weight; its layerwise reload restores the
+plain layout, loads, and packs again. It misses a language model head that is tied to the embedding, which keeps its own
+packed copy of the *old* weights. The bytes that were sent show nothing of this; only log-probabilities do.
+
+So each publication carries a probe: a fixed sequence, and the learner's log-probabilities of it. Learner and engine
+never agree exactly: they round at different places. How far they are apart with the first weights of an engine is the
+noise of this pair; in half precision it grows with the logits. Later weights are taken for loaded where the engine is
+no farther from the learner's probe of them than noise explains, and nearer to it than to the probe of the weights that
+the engine had before. A tensor that was left out shows as soon as it moves the probe by more than the noise. Where new
+and previous weights differ by less, the probe proves nothing, and the fingerprint alone does.
 
 With its first weights an engine has no noise yet: there a bound by number format stands, far below what an engine shows
 that has missed any of the weights it was built without.
@@ -13,6 +17,7 @@ that has missed any of the weights it was built without.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +27,9 @@ import numpy.typing as npt
 from buffer.weights import WeightHandle, WeightManifest, WeightMismatchError, WeightReceiver, unpack, verify_fingerprint
 
 if TYPE_CHECKING:
+    import torch
+    from vllm.config import ModelConfig
+
     from actors.engine.engine import BackspaceEngine
 
 NOISE_MARGIN = 4.0
@@ -39,6 +47,80 @@ _LEAST_FRACTION_HALF = 0.04
 """Of the spread of the learner's log-probabilities. Half precision rounds in proportion to the logits, and these grow:
 a model from scratch shows a noise of 0.001 nats untrained and of 0.05 trained. Measured: 0.005 to 0.02 of the spread.
 """
+
+
+@dataclass(frozen=True)
+class ExpectedTensors:
+    """Tensors of a checkpoint in Hugging Face naming.
+
+    required: name -> shape of every parameter. optional: names that may come along because they repeat a
+        required one (tied weights) or are buffers.
+    """
+
+    required: Mapping[str, tuple[int, ...]]
+    optional: frozenset[str]
+
+    @classmethod
+    def of_model(cls, model_dir: str) -> ExpectedTensors:
+        """Read the names from config.json alone: the model is built without storage."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=False))
+        # A tied pair is one parameter; the first name stands for it, as in the model's own checkpoints.
+        required = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        every |= {name for name, _ in model.named_buffers()}
+        return cls(required, frozenset(every - required.keys()))
+
+    def check(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Refuse an incomplete or foreign set of tensors.
+
+        Raises:
+            ValueError: names the tensor that is missing, unknown, repeated or of the wrong shape.
+        """
+        received: set[str] = set()
+        for name, tensor in tensors:
+            if name in received:
+                raise ValueError(f"tensor {name} came twice in one update")
+            if name not in self.required and name not in self.optional:
+                raise ValueError(f"tensor {name} does not belong to this model")
+            received.add(name)
+            shape = tuple(tensor.shape)
+            if self.required.get(name, shape) != shape:
+                raise ValueError(f"tensor {name} has shape {shape}, the model needs {self.required[name]}")
+        missing = sorted(self.required.keys() - received)
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ValueError(
+                f"the update lacks {', '.join(missing[:3])}{more}: an engine must receive every tensor of a version"
+            )
+
+
+def load_in_place(model: torch.nn.Module, config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Replace all weights of vLLM's `model` by `tensors` (Hugging Face names, checked by `ExpectedTensors`).
+
+    The tensors are only read and not kept. If this raises, the model is half new: don't use it any more.
+
+    Raises:
+        RuntimeError: vLLM left a parameter of the model unloaded.
+    """
+    import torch
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    with torch.no_grad():
+        parameters = {name for name, _ in model.named_parameters()}
+        initialize_layerwise_reload(model)
+        loaded: set[str] | None = model.load_weights(tensors)
+        finalize_layerwise_reload(model, config)
+        head = getattr(model, "lm_head", None)
+        # Only a head that shares the embedding still has its plain weight after packing.
+        if head is not None and hasattr(head, "cpu_linear") and head.weight.numel() > 0:
+            head.quant_method.process_weights_after_loading(head)
+    unloaded = parameters - loaded if loaded is not None else set()
+    if unloaded:
+        raise RuntimeError(f"vLLM did not load {', '.join(sorted(unloaded)[:3])} of the update")
 
 
 @dataclass(frozen=True)
@@ -77,14 +159,12 @@ class WeightIntake:
     def note(self) -> str | None:
         """What people should know of the proof: the noise of this engine, and where it hides what a push changes."""
         proof = self.proof
-        if proof is None:
-            return None
-        if proof.change is None:
+        if proof is not None and proof.change is None:
             return (
                 f"engine and learner differ by {proof.error:.2g} nats with the same weights: up to "
                 f"{proof.margin:.2g} counts as noise of this engine"
             )
-        if proof.by_fingerprint_alone:
+        if proof is not None and proof.by_fingerprint_alone:
             return (
                 f"the newest weights change the probe by less than the noise of this engine ({proof.margin:.2g} nats): "
                 "the fingerprint alone proves them"
@@ -129,7 +209,7 @@ def prove(
         is_half = bool(_HALF & {engine_dtype, *(entry.dtype for entry in manifest.tensors)})
         limit = _FIRST_LIMIT_HALF if is_half else _FIRST_LIMIT
         if not error <= limit:  # also of what is not a number
-            raise WeightMismatchError(_refusal(manifest, found, new, f"at most {limit:g} with its first weights"))
+            raise _mismatch(manifest, found, new, f"at most {limit:g} with its first weights")
         return Proof(manifest.probe_logprobs, error, error, _margin(error, new, engine_dtype))
     previous = np.asarray(before.probe_logprobs, dtype=np.float64)
     margin = _margin(before.noise, new, engine_dtype)
@@ -137,7 +217,7 @@ def prove(
     to_previous = _distance(found, previous)
     if not error <= proof.margin or (error >= to_previous and not proof.by_fingerprint_alone):
         known = f"{margin:.3g} is noise of this engine; it is {to_previous:.3g} from the weights it had before"
-        raise WeightMismatchError(_refusal(manifest, found, new, known))
+        raise _mismatch(manifest, found, new, known)
     return proof
 
 
@@ -153,10 +233,12 @@ def _distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
     return float(np.sqrt(np.mean((a - b) ** 2))) if a.size else 0.0
 
 
-def _refusal(manifest: WeightManifest, found: npt.NDArray[np.float64], new: npt.NDArray[np.float64], known: str) -> str:
+def _mismatch(
+    manifest: WeightManifest, found: npt.NDArray[np.float64], new: npt.NDArray[np.float64], known: str
+) -> WeightMismatchError:
     errors = np.abs(found - new)
     worst = int(np.argmax(np.where(np.isnan(errors), np.inf, errors)))
-    return (
+    return WeightMismatchError(
         f"probe of weights version {manifest.version}: the engine is {_distance(found, new):.3g} nats from the learner "
         f"({known}), most at token {worst + 1} (engine {found[worst]:.6g}, learner {new[worst]:.6g}): the engine does "
         "not compute with the published weights"

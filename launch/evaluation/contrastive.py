@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.engine.action_log import FinishedLog, Int32, logs_to_batch
+from actors.engine.interface import FinishedLog, Int32, logs_to_batch
 from buffer.trajectory.schema import TokenContract
 from launch.evaluation.rollout_groups import RolloutGroup
 from launch.settings.evaluation import ContrastiveSearch

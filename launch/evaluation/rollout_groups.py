@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actors.engine.settings import SamplingSettings
+from actors.engine.interface import SamplingSettings
 from actors.generator import PromptGroup
 from actors.settings import RolloutSettings
 from buffer.experts.noise import Float64, NoiseCandidates

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.console import Console
 
-from actors.engine.machine import check_machine
+from actors.engine.checks import check_machine
 from launch.errors import UserError
 from launch.evaluation.mauve_score import KMEANS_STARTS, RESAMPLES, MauveReference, check_mauve
 from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, Metrics, ShownRollout, Target

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.markup import escape
 
-from actors.engine.settings import engine_environment
+from actors.engine.interface import engine_environment
 from actors.pool.autoscaler import Autoscaler, Observation
 from actors.pool.ray_pool import ActorPool
 from actors.rollout_actor import RolloutSpec

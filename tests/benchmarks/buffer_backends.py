@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from actors.engine.action_log import FinishedLog
+from actors.engine.interface import FinishedLog
 from buffer.settings import BufferSettings
 from buffer.store.results import DrawKey
 from buffer.store.store import ReplayStore

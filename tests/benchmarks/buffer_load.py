@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actors.engine.action_log import FinishedLog, logs_to_batch
-from actors.engine.settings import SamplingSettings
+from actors.engine.interface import FinishedLog, SamplingSettings, logs_to_batch
 from actors.settings import ActorsSettings
 from buffer.trajectory.schema import TokenContract
 

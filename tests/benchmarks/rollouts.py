@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import numpy as np
 import typer
 
-from actors.engine.action_log import FinishedLog, Int32
-from actors.engine.machine import check_machine
-from actors.engine.settings import EngineSettings, SamplingSettings, engine_environment
+from actors.engine.checks import check_machine
+from actors.engine.interface import EngineSettings, FinishedLog, Int32, SamplingSettings, engine_environment
 from buffer.trajectory.schema import TokenContract
 from launch.errors import setting_up
 from tests.benchmarks.backend import Timed, circumstances, measure_in_turn, ray_of_its_own

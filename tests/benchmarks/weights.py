@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from actors.engine.machine import check_machine
-from actors.engine.settings import EngineSettings, engine_environment
+from actors.engine.checks import check_machine
+from actors.engine.interface import EngineSettings, engine_environment
 from launch.errors import setting_up
 from tests.benchmarks.backend import Backend, Timed, circumstances, measure_in_turn, ray_of_its_own
 from tests.benchmarks.table import Table

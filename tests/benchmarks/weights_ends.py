@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from transformers import LlamaConfig
 
-    from actors.engine.settings import EngineSettings
+    from actors.engine.interface import EngineSettings
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from typing import ClassVar
 import torch
 from vllm.v1.request import Request
 
-from actors.engine.backspace_scheduler import BackspaceScheduler
-from actors.engine.decoding_state import decoding_state
+from actors.engine.backspace_scheduler import BackspaceScheduler, decoding_state
 from actors.engine.engine import BackspaceEngine
 from actors.engine.logits_processor import BackspaceLogitsProcessor
 

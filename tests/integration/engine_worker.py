@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from actors.engine.settings import EngineSettings, engine_environment
+from actors.engine.interface import EngineSettings, engine_environment
 from buffer.trajectory.schema import TokenContract
 from tests.tiny_models import CONTRACT
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from actors.engine.action_log import FinishedLog
+from actors.engine.interface import EngineSettings, FinishedLog
 from actors.engine.rank_group import EngineRankError, RankGroup
-from actors.engine.settings import EngineSettings
 from actors.engine.weights import WeightIntake
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import WeightHandle, WeightManifest
@@ -49,15 +48,15 @@ class RankGroupWorker:
     def generate(
         self,
         requests: Sequence[Request],
-        planted: Sequence[Sequence[int]],
+        planted: Mapping[str, Sequence[int]],
         abort_every: int,
         update_at: int,
         publication: Publication,
     ) -> list[FinishedLog]:
         """Answer the requests; abort one of those under way now and then, and load new weights at a step."""
         engine, logs = self._group.engine, []
-        for request, forced in zip(requests, planted, strict=True):
-            engine.add(request.request_id, request.prompt_ids, request.sampling, forced)
+        for request in requests:
+            engine.add(request.request_id, request.prompt_ids, request.sampling, planted[request.request_id])
         running = [request.request_id for request in requests]
         num_steps = 0
         while engine.num_unfinished:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from transformers import PreTrainedModel
 
-from actors.engine.action_log import FinishedLog
-from actors.engine.settings import SamplingSettings
+from actors.engine.interface import FinishedLog, SamplingSettings
 from buffer.trajectory.schema import IdRanges
 from tests.tiny_models import BACKSPACE_ID, EOS_ID
 
@@ -55,8 +55,12 @@ def compare(
     models: Mapping[int, PreTrainedModel],
     block_size: int = 32,
     ids_without_token: IdRanges = (),
+    planted: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> Comparison:
-    """Compare every action of every log with the model of its policy version."""
+    """Compare every action of every log with the model of its policy version.
+
+    planted: ids that were forced as the first actions, by request.
+    """
     without_token = [token_id for begin, end in ids_without_token for token_id in range(begin, end)]
     result = Comparison()
     distributions = {version: Distributions(model) for version, model in models.items()}
@@ -79,7 +83,7 @@ def compare(
             if len(text) < prompt_length + (action == BACKSPACE_ID):
                 result.errors.append(f"{log.request_id} action {index}: backspace at the floor")
                 break
-            if index < log.num_planted:
+            if index < len(planted.get(log.request_id, ())):
                 if recorded != 0.0:
                     result.errors.append(f"{log.request_id} action {index}: planted with {recorded}")
                 continue

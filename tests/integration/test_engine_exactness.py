@@ -13,8 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from actors.engine.action_log import FinishedLog
-from actors.engine.settings import EngineSettings, SamplingSettings
+from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings
 from tests.integration.engine_worker import in_engine_process, in_engine_process_for, shared_engine
 from tests.integration.reference import compare, texts_of
 from tests.integration.traffic import Request, rollouts, shared_prompts

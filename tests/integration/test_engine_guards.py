@@ -12,8 +12,7 @@ from unittest import mock
 import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
-from actors.engine.action_log import FinishedLog
-from actors.engine.settings import EngineSettings, SamplingSettings
+from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings
 from tests.integration.engine_worker import EngineProcessFailed, fresh_engine, in_engine_process
 from tests.integration.reference import compare
 from tests.integration.traffic import Request, rollouts

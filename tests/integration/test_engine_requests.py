@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
-from actors.engine.action_log import FinishedLog, Float32, Int32
-from actors.engine.settings import EngineSettings, SamplingSettings
+from actors.engine.interface import EngineSettings, FinishedLog, Int32, SamplingSettings
 from buffer.trajectory.schema import TokenContract
 from tests.integration.engine_worker import in_engine_process, shared_engine
 from tests.integration.reference import compare, texts_of
@@ -56,8 +55,10 @@ def generate(
     return logs
 
 
-def _assert_exact(logs: list[FinishedLog], requests: list[Request], model: PreTrainedModel) -> None:
-    result = compare(logs, {request.request_id: request.sampling for request in requests}, {0: model})
+def _assert_exact(
+    logs: list[FinishedLog], requests: list[Request], model: PreTrainedModel, **planted: list[int]
+) -> None:
+    result = compare(logs, {each.request_id: each.sampling for each in requests}, {0: model}, planted=planted)
     assert not result.errors, "\n".join(result.errors[:10])
 
 
@@ -114,11 +115,10 @@ def test_planted_tokens_are_forced_once(backspace: bool, settings: EngineSetting
     for log in logs:
         forced = planted[log.request_id]
         assert log.actions[: len(forced)].tolist() == forced
-        assert log.num_planted == len(forced)
         floor = len(log.prompt_ids)
         num_deleted += sum(len(text) == floor for text in texts_of(log)[1:])
     assert (num_deleted > 5) == backspace  # some logs took all of their planted tokens back and went on
-    _assert_exact(logs, requests, model)
+    _assert_exact(logs, requests, model, **planted)
 
 
 def test_without_backspace_the_id_never_comes(settings: EngineSettings, model: PreTrainedModel) -> None:
@@ -151,39 +151,31 @@ def test_each_eos_of_several_ends_a_rollout(settings: EngineSettings, model: Pre
 
 def draw_while_running(
     settings: EngineSettings, requests: list[Request], prefixes: list[Int32]
-) -> tuple[Int32, Float32, list[FinishedLog], int]:
+) -> tuple[list[FinishedLog], list[FinishedLog], int]:
     engine = shared_engine(settings)
     for request in requests:
         engine.add(request.request_id, request.prompt_ids, request.sampling)
     engine.step()
-    ids, logprobs = engine.draw_next_tokens(prefixes)
+    drawn = engine.draw_next_tokens(prefixes)
     unfinished = engine.num_unfinished
     logs = []
     while engine.num_unfinished:
         logs += engine.step()
-    return ids, logprobs, logs, unfinished
+    return drawn, logs, unfinished
 
 
 def test_draws_of_next_tokens_beside_running_requests(settings: EngineSettings, model: PreTrainedModel) -> None:
     requests = rollouts(20, seed=5, max_new_tokens=20, max_actions=30)
     prefixes = [prompt[: 5 + i] for i, prompt in enumerate(shared_prompts(40, 60, seed=6))]
-    ids, logprobs, logs, unfinished = in_engine_process(draw_while_running, settings, requests, prefixes)
+    drawn, logs, unfinished = in_engine_process(draw_while_running, settings, requests, prefixes)
     assert unfinished == len(requests), "a request that ended during the draws must come out of a later step"
     _assert_exact(logs, requests, model)
-    assert not np.isin(ids, [BACKSPACE_ID]).any()
+    for prefix, log in zip(prefixes, drawn, strict=True):
+        assert log.prompt_ids.tolist() == prefix.tolist()
+        assert len(log.actions) == 1
+        assert log.actions[0] != BACKSPACE_ID
     # <eos> has its share of the probability: a policy that would end there makes no mistake, so such a draw is void.
     sampling = SamplingSettings(max_new_tokens=1, max_actions=1, backspace=False)
-    drawn = [
-        FinishedLog(
-            str(index),
-            prefix,
-            ids[index : index + 1],
-            logprobs[index : index + 1],
-            np.zeros(1, dtype=np.int32),
-            "max_length",
-        )
-        for index, prefix in enumerate(prefixes)
-    ]
     result = compare(drawn, {log.request_id: sampling for log in drawn}, {0: model})
     assert not result.errors, "\n".join(result.errors)
     assert result.num_actions == 40

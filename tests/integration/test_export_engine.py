@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from actors.engine.action_log import FinishedLog
-from actors.engine.settings import EngineSettings
+from actors.engine.interface import EngineSettings, FinishedLog
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack
 from launch.export.model import export
 from learner.model.policy import Policy, load_policy

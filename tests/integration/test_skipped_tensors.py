@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from actors.engine.action_log import Float32
-from actors.engine.settings import EngineSettings
+from actors.engine.interface import EngineSettings, Float32
 from actors.engine.weights import NOISE_MARGIN, Proof, prove
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import TensorEntry, WeightManifest, WeightMismatchError

@@ -19,8 +19,7 @@ import ray
 import torch
 from transformers import PreTrainedModel
 
-from actors.engine.action_log import FinishedLog
-from actors.engine.settings import SamplingSettings, engine_environment
+from actors.engine.interface import FinishedLog, SamplingSettings, engine_environment
 from actors.pool.ray_pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings, RolloutSettings

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.engine.action_log import Int32
-from actors.engine.settings import SamplingSettings
+from actors.engine.interface import Int32, SamplingSettings
 from tests.tiny_models import BOS_ID, FIRST_TEXT_ID, IDS_WITHOUT_TOKEN, VOCAB_SIZE
 
 EDGE_LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 128)

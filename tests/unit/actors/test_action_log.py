@@ -7,8 +7,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pyarrow as pa
 
-from actors.engine.action_log import FinishedLog, logs_to_batch
-from actors.engine.settings import SamplingSettings
+from actors.engine.interface import FinishedLog, SamplingSettings, logs_to_batch
 from buffer.trajectory.schema import TokenContract, trajectory_schema
 
 CONTRACT = TokenContract(vocab_size=256, backspace_id=3, eos_id=2, tokenizer_hash="abc")

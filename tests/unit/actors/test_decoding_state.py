@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.engine.decoding_state import DecodingState
+from actors.engine.backspace_scheduler import DecodingState
 
 BACKSPACE_ID = 3
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from actors.engine.settings import SamplingSettings
+from actors.engine.interface import SamplingSettings
 from tests.integration.reference import allowed_logprobs
 
 NUCLEUS = SamplingSettings(max_new_tokens=8, max_actions=8, top_p=0.9)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from actors.engine import machine
-from actors.engine.machine import check_machine
+from actors.engine import checks
+from actors.engine.checks import check_machine
 from launch.cli import app
 
 RECIPE = "launch/recipes/arithmetic_cpu.yaml"
@@ -22,7 +22,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "KERNEL_LIBRARIES", {"libnowhere.so.7": "libnowhere7"})
+    monkeypatch.setattr(checks, "KERNEL_LIBRARIES", {"libnowhere.so.7": "libnowhere7"})
 
 
 def test_a_library_that_does_not_load_is_named_with_its_package(no_library: None) -> None:

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from actors.engine.settings import SamplingSettings
+from actors.engine.interface import SamplingSettings
 from actors.generator import PromptGroup
 from buffer.experts.ragged import Ragged
 from buffer.trajectory.schema import TokenContract

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from actors.engine.weight_loading import ExpectedTensors
+from actors.engine.weights import ExpectedTensors
 from launch.errors import UserError
 from launch.generation import open_checkpoint
 from launch.settings.recipe import read_recipe
