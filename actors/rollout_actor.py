@@ -24,20 +24,9 @@ import ray
 
 from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings, logs_to_batch
 from actors.engine.rank_group import RankGroup
-from actors.engine.weights import WeightIntake
 from actors.scoring.rollout_scores import RolloutScoring
 from actors.scoring.settings import ScoringSettings
-from actors.settings import ActorsSettings, WeightUpdate
-from actors.status import (
-    DRAINING,
-    FINISHING,
-    GENERATING,
-    HELD_BACK,
-    PAUSED,
-    STARTING,
-    WAITING_FOR_WEIGHTS,
-    ActorStatus,
-)
+from actors.settings import ActorsSettings
 from buffer.experts.stream import ExpertStream, PromptStream
 from buffer.service.client import BufferClient, Shard, nearest
 from buffer.settings import NoiseSettings
@@ -48,10 +37,44 @@ from buffer.weights import WeightHandle, WeightManifest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RATE_WINDOW_S = 5.0
+STARTING = "starting"
+WAITING_FOR_WEIGHTS = "waiting for weights"
+DRAINING = "draining"
+PAUSED = "paused"
+FINISHING = "finishing rollouts before new weights"
+HELD_BACK = "ahead of the learner"
+GENERATING = "generating"
+
+NUM_RATE_SAMPLES = 10
+"""The pool asks for the status twice a second, so the rate of actions is that of the last 5 s."""
 
 IDLE_WAIT_S = 0.2
 """An actor without work asks again after this time whether it may go on."""
+
+
+@dataclass(frozen=True)
+class ActorStatus:
+    """One rollout actor's counters, since its start.
+
+    policy_version: of the loaded weights; -1 before the first ones. actions_per_s: over the last seconds.
+    trajectories: finished and sent to the buffer. rejected: refused by the buffer.
+    activity: what it does now: `GENERATING`, "loading weights 3", ...
+    dropped: rollouts without a finite reward or feature. drop_reason: of the newest of them.
+    weights_note: how the newest weights were proven, where there is something to say of it.
+    """
+
+    name: str
+    policy_version: int
+    actions: int
+    actions_per_s: float
+    backspaces: int
+    trajectories: int
+    rejected: int
+    in_flight: int
+    activity: str
+    dropped: int = 0
+    drop_reason: str | None = None
+    weights_note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,9 +124,6 @@ class RolloutActor:
             an engine that is divided did not come, or failed.
         """
         ignore_stop_signals()
-        # Here, not at the top: pool and driver know this class too, and should not load vLLM for it.
-        from actors.engine.engine import BackspaceEngine
-
         self._name = name
         self._spec = spec
         # A respawned actor must repeat neither the random draws nor the trajectory ids of its predecessor.
@@ -129,37 +149,29 @@ class RolloutActor:
             self._scoring = RolloutScoring(spec.scoring, spec.tokenizer, spec.contract, examples)
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(spec.config_json, encoding="utf-8")
-            settings = spec.engine_settings(folder, seed=life_number)
-            self._ranks: RankGroup | None = None
-            self._engine: BackspaceEngine
-            if spec.settings.tensor_parallel_size == 1:
-                self._engine = BackspaceEngine(settings, spec.contract)
-            else:
-                self._ranks = RankGroup(
-                    name,
-                    settings,
-                    spec.contract,
-                    spec.settings.tensor_parallel_size,
-                    start_timeout_s=spec.settings.start_timeout_s,
-                    step_timeout_s=spec.settings.health_timeout_s,
-                )
-                self._engine = self._ranks.engine
+            self._ranks = RankGroup(
+                name,
+                spec.engine_settings(folder, seed=life_number),
+                spec.contract,
+                spec.settings.tensor_parallel_size,
+                start_timeout_s=spec.settings.start_timeout_s,
+                step_timeout_s=spec.settings.health_timeout_s,
+            )
+        self._engine = self._ranks.engine
         self._sampling = SamplingSettings(**spec.settings.rollout.model_dump())
         self._commands = threading.Condition()  # guards what the control methods set for `run`
-        self._intake = WeightIntake(self._engine)
         self._newest: tuple[WeightManifest, WeightHandle] | None = None
         self._paused = False
         self._first_version = 0
         self._draining = False
         self._fingerprint: str | None = None
-        self._version = -1
         self._finished: list[FinishedLog] = []
         node_id = ray.get_runtime_context().get_node_id()
         self._buffer = BufferClient(nearest(shards, node_id), first=number)
         self._num_requests = 0
         self._actions = self._backspaces = self._trajectories = self._dropped = 0
         self._drop_reason: str | None = None
-        self._rate = ActionRate(RATE_WINDOW_S)
+        self._rate_samples: deque[tuple[float, int]] = deque(maxlen=NUM_RATE_SAMPLES)  # time, actions until then
         self._activity = STARTING
 
     # Control group ------------------------------------------------------------
@@ -190,11 +202,14 @@ class RolloutActor:
 
     def status(self) -> ActorStatus:
         """Counters since the actor started."""
+        now_s, actions = time.monotonic(), self._actions
+        self._rate_samples.append((now_s, actions))
+        start_s, before = self._rate_samples[0]
         return ActorStatus(
             name=self._name,
-            policy_version=self._version,
-            actions=self._actions,
-            actions_per_s=self._rate.per_s(time.monotonic(), self._actions),
+            policy_version=self._engine.version,
+            actions=actions,
+            actions_per_s=(actions - before) / max(now_s - start_s, 1e-9),
             backspaces=self._backspaces,
             trajectories=self._trajectories,
             rejected=self._buffer.rejected,
@@ -202,7 +217,7 @@ class RolloutActor:
             activity=self._activity,
             dropped=self._dropped,
             drop_reason=self._drop_reason,
-            weights_note=self._intake.note,
+            weights_note=self._ranks.intake.note,
         )
 
     # Generation group ------------------------------------------------------------
@@ -226,7 +241,8 @@ class RolloutActor:
             elif self._draining:
                 break
             elif not admitting:
-                self._wait_for_command()
+                with self._commands:
+                    self._commands.wait(timeout=IDLE_WAIT_S)
             if len(self._finished) >= self._spec.settings.insert_rows or not self._engine.num_unfinished:
                 self._flush()
         self._flush()
@@ -237,31 +253,22 @@ class RolloutActor:
         """Load the newest announced weights, if there are any; gives whether rollouts are to be finished before."""
         with self._commands:
             newest = self._newest
-        if newest is None or newest[0].version == self._version:
+        if newest is None or newest[0].version == self._engine.version:
             return False
-        num_unfinished = self._engine.num_unfinished
-        if finishes_first(self._spec.settings.weight_update, newest[0].version, self._version, num_unfinished):
+        if self._spec.settings.weight_update == "drain" and self._engine.num_unfinished:
             return True
         self._flush()  # what finished with the present weights carries their fingerprint
         manifest, handle = newest
         self._activity = f"loading weights {manifest.version}"
-        if self._ranks is None:
-            self._intake.take(manifest, handle)
-        else:
-            self._ranks.take_weights(self._intake, manifest, handle)
-        self._version = manifest.version
+        self._ranks.take_weights(manifest, handle)
         self._fingerprint = manifest.fingerprint
         return False
 
     def _admits_rollouts(self, finishing: bool) -> bool:
         self._activity = rollout_activity(
-            self._version, self._first_version, self._draining, self._paused, self._buffer.held_back, finishing
+            self._engine.version, self._first_version, self._draining, self._paused, self._buffer.held_back, finishing
         )
         return self._activity == GENERATING
-
-    def _wait_for_command(self) -> None:
-        with self._commands:
-            self._commands.wait(timeout=IDLE_WAIT_S)
 
     def _fill_engine(self) -> None:
         missing = self._spec.settings.max_concurrent - self._engine.num_unfinished
@@ -276,14 +283,12 @@ class RolloutActor:
             self._actions += len(log.actions)
             self._backspaces += int((log.actions == self._spec.contract.backspace_id).sum())
         self._finished += logs
-        if logs:
-            self._rate.add(time.monotonic(), self._actions)
 
     def _flush(self) -> None:
         """Send finished rollouts to the buffer, and as many expert trajectories where their noise is the policy's."""
         if not self._finished:
             return
-        self._prove_ranks()
+        self._ranks.settle()  # nothing leaves this actor that its ranks have not all drawn
         rollouts = logs_to_batch(
             self._finished,
             self._spec.contract,
@@ -306,21 +311,8 @@ class RolloutActor:
         if self._experts is not None:
             plan = self._experts.plan(rollouts.num_rows)
             drawn = self._engine.draw_next_tokens(plan.prefixes().rows())
-            self._prove_ranks()
-            self._buffer.insert(self._experts.realise(plan, np.concatenate([log.actions for log in drawn])))
-
-    def _prove_ranks(self) -> None:
-        """Nothing leaves this actor that the processes of a divided engine have not all drawn."""
-        if self._ranks is not None:
             self._ranks.settle()
-
-
-def finishes_first(weight_update: WeightUpdate, newest_version: int, version: int, num_unfinished: int) -> bool:
-    """Whether rollouts that are under way keep the weights that they were started with; the new ones wait.
-
-    newest_version: of the announced weights, version: of the loaded ones.
-    """
-    return weight_update == "drain" and newest_version > version and num_unfinished > 0
+            self._buffer.insert(self._experts.realise(plan, np.concatenate([log.actions for log in drawn])))
 
 
 def rollout_activity(
@@ -334,7 +326,7 @@ def rollout_activity(
     """What an actor does between two engine steps; new rollouts are started with `GENERATING` only.
 
     version: of the loaded weights. first_version: that the present stage asks for. held_back: whether every shard asked
-        for a pause; it is not called where another reason suffices. finishing: see `finishes_first`.
+        for a pause; it is not called where another reason suffices. finishing: rollouts under way keep their weights.
     """
     if finishing:
         return FINISHING
@@ -345,27 +337,3 @@ def rollout_activity(
     if paused:
         return PAUSED
     return HELD_BACK if held_back() else GENERATING
-
-
-class ActionRate:
-    """The mean over the last seconds; safe to call from several threads."""
-
-    def __init__(self, window_s: float) -> None:
-        self._window_s = window_s
-        self._counts: deque[tuple[float, int]] = deque()
-        self._lock = threading.Lock()
-
-    def add(self, now_s: float, actions: int) -> None:
-        """Rollouts have ended. actions: since the actor's start."""
-        with self._lock:
-            self._counts.append((now_s, actions))
-
-    def per_s(self, now_s: float, actions: int) -> float:
-        """Since the oldest count in the window, or the newest one where all are older. actions: see `add`."""
-        with self._lock:
-            while len(self._counts) > 1 and now_s - self._counts[0][0] > self._window_s:
-                self._counts.popleft()
-            if not self._counts:
-                return 0.0
-            start_s, before = self._counts[0]
-        return (actions - before) / max(now_s - start_s, 1e-9)

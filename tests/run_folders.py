@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.status import ActorStatus, MemberStatus, PoolStatus
+from actors.pool.controller import MemberStatus, PoolStatus
+from actors.rollout_actor import ActorStatus
 from buffer.experts.tasks import Task
 from buffer.service.shard import shard_folder
 from buffer.settings import BufferSettings

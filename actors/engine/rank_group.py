@@ -1,9 +1,10 @@
-"""The ranks of one actor's engine, where a model is divided over several processes (`actors.tensor_parallel_size`).
+"""The engine of one actor, and the other processes over which a large model is divided
+(`actors.tensor_parallel_size`).
 
 The actor is rank 0. It makes the others as Ray actors of its own, so that they end with it, on its node, with the
 resources that Ray has set aside for it. They repeat each call of its engine; Ray keeps the order. None is waited for:
 they keep step by exchanging tensors. What they answer, a digest of all that they drew, is compared with the actor's own
-behind its back, and before rollouts leave it.
+after later steps, and before rollouts leave it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,8 @@ from buffer.trajectory.schema import TokenContract
 from buffer.weights import WeightHandle, WeightManifest, WeightMismatchError
 
 if TYPE_CHECKING:
-    from actors.engine.rank_executor import RankPlace
-    from actors.engine.ranked_engine import EngineCall, LeadingEngine, RankedEngine
+    from actors.engine.engine import BackspaceEngine
+    from actors.engine.ranked_engine import EngineCall, LeadingEngine, RankedEngine, RankPlace
 
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
@@ -39,13 +39,15 @@ NUM_UNANSWERED = 8
 BLAME_TIMEOUT_S = 5.0
 """Ray tells of a dead process later than its broken connections do."""
 
+Publication = tuple[WeightManifest, WeightHandle]
+
 
 class EngineRankError(RuntimeError):
     """A rank died, failed, fell silent, or draws other tokens than the rest: the actor is of no more use."""
 
 
 class EngineRank:
-    """A Ray actor that holds one of the other ranks."""
+    """A Ray actor that holds one of the other ranks. Its calls give the digest of the engine."""
 
     def __init__(self, visible_gpus: str | None) -> None:
         """Load vLLM. visible_gpus: CUDA's, of rank 0; Ray shows none to an actor that asks for none."""
@@ -57,41 +59,39 @@ class EngineRank:
         self._engine: RankedEngine
         self._intake: WeightIntake
 
-    def ready(self) -> None:
+    def ready(self) -> int:
         """Returns once vLLM is loaded."""
+        return 0
 
     def build(self, settings: EngineSettings, contract: TokenContract, place: RankPlace) -> int:
-        """Build the engine together with the other ranks; gives its digest, as all calls do."""
+        """Build the engine together with the other ranks."""
         from actors.engine.ranked_engine import RankedEngine
 
         self._engine = RankedEngine(settings, contract, place)
         self._intake = WeightIntake(self._engine)
         return self._engine.digest
 
-    def repeat(self, calls: Sequence[EngineCall]) -> int:
-        """See `RankedEngine.repeat`."""
-        self._engine.repeat(calls)
+    def repeat(self, calls: Sequence[EngineCall], publication: Publication | None) -> int:
+        """Make the calls that rank 0 made, then load the publication that it loads."""
+        for call in calls:
+            call(self._engine)
+        if publication is not None:
+            self._intake.take(*publication)
         return self._engine.digest
-
-    def take_weights(self, manifest: WeightManifest, handle: WeightHandle) -> int:
-        """See `actors.engine.weights`."""
-        self._intake.take(manifest, handle)
-        return self._engine.digest
-
-
-@dataclass(frozen=True)
-class _Broadcast:
-    """One call to all other ranks. digest: of rank 0 when it had made the call itself."""
-
-    calls: list[RemoteCall[int]]
-    digest: int
-
-    def answered(self) -> bool:
-        return all(call.done() for call in self.calls)
 
 
 class RankGroup:
-    """Rank 0's engine, and the other ranks as Ray actors."""
+    """Rank 0's engine, the weights that come into it, and the other ranks; with `size` 1 there are none.
+
+    Args:
+        name: of the actor.
+        settings: of each rank; the folder of the model may be gone once this returns.
+        start_timeout_s: longest wait for the processes to start. step_timeout_s: for any of them from then on.
+
+    Raises:
+        ValueError: the engine cannot be built.
+        EngineRankError: a rank did not come, or failed.
+    """
 
     def __init__(
         self,
@@ -102,46 +102,53 @@ class RankGroup:
         start_timeout_s: float,
         step_timeout_s: float,
     ) -> None:
-        """Start the other ranks and build the engine of all.
-
-        Args:
-            name: of the actor.
-            settings: of each rank; the folder of the model may be gone once this returns.
-            start_timeout_s: longest wait for the processes to start. step_timeout_s: for any of them from then on.
-
-        Raises:
-            ValueError: the engine cannot be built.
-            EngineRankError: a rank did not come, or failed.
-        """
         self._name = name
         self._timeout_s = step_timeout_s
-        self._pending: deque[_Broadcast] = deque()
+        self._others: list[ActorHandle] = []
+        self._unsent: list[EngineCall] = []
+        # Calls to all other ranks, and the digest of rank 0 when it had made the same call itself.
+        self._pending: deque[tuple[list[RemoteCall[int]], int]] = deque()
+        self._leader: LeadingEngine | None = None
+        self.engine: BackspaceEngine
+        if size > 1:
+            self.engine = self._leader = self._divided(settings, contract, size, start_timeout_s)
+            self.settle()
+        else:
+            # Here, not at the top: whoever only names these classes should not load vLLM for it.
+            from actors.engine.engine import BackspaceEngine
+
+            self.engine = BackspaceEngine(settings, contract)
+        self.intake = WeightIntake(self.engine)
+
+    def _divided(
+        self, settings: EngineSettings, contract: TokenContract, size: int, start_timeout_s: float
+    ) -> LeadingEngine:
         node_id = ray.get_runtime_context().get_node_id()
         process = ray.remote(EngineRank).options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
         )
-        self._others: list[ActorHandle] = [process.remote(os.environ.get(VISIBLE_GPUS)) for _ in range(1, size)]
-        ready = [rank.ready.remote() for rank in self._others]
-        # Here, not at the top: whoever only names these classes should not load vLLM for it.
-        from actors.engine.rank_executor import RankPlace
-        from actors.engine.ranked_engine import LeadingEngine
+        self._others = [process.remote(os.environ.get(VISIBLE_GPUS)) for _ in range(1, size)]
+        ready = self._calls([rank.ready.remote() for rank in self._others])
+        from actors.engine.ranked_engine import LeadingEngine, RankPlace
 
-        _results(self._calls(ready), start_timeout_s)
+        for call in ready:
+            _answer(call, start_timeout_s)
         rendezvous_file = str(Path(settings.model_dir, "rendezvous"))
-        places = [RankPlace(rank, size, rendezvous_file, step_timeout_s) for rank in range(size)]
+        places = [RankPlace(rank, size, rendezvous_file, self._timeout_s) for rank in range(size)]
         building = [
             rank.build.remote(settings, contract, place) for rank, place in zip(self._others, places[1:], strict=True)
         ]
         with self._together(building):
-            self.engine: LeadingEngine = LeadingEngine(settings, contract, places[0], self._broadcast)
-        self.settle()
+            self._leader = LeadingEngine(settings, contract, places[0], self._unsent, self._repeated)
+        return self._leader
 
-    def take_weights(self, intake: WeightIntake, manifest: WeightManifest, handle: WeightHandle) -> None:
-        """Load a publication into the engines of all ranks; each takes it itself. intake: of the engine of this one."""
-        self.engine.flush()
-        taking = [rank.take_weights.remote(manifest, handle) for rank in self._others]
-        with self._together(taking):
-            intake.take(manifest, handle)
+    def take_weights(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+        """Load a publication into the engines of all ranks; each takes it itself. Raises as `WeightIntake.take`."""
+        if self._leader is None:
+            self.intake.take(manifest, handle)
+            return
+        with self._repeated(publication=(manifest, handle)):
+            self.intake.take(manifest, handle)
 
     def settle(self) -> None:
         """Wait until all ranks have made the calls of rank 0, and have drawn the same tokens.
@@ -152,14 +159,19 @@ class RankGroup:
         while self._pending:
             self._check_oldest()
 
-    def _broadcast(self, calls: Sequence[EngineCall]) -> AbstractContextManager[None]:
-        return self._together([rank.repeat.remote(calls) for rank in self._others])
+    def _repeated(self, *calls: EngineCall, publication: Publication | None = None) -> AbstractContextManager[None]:
+        """As long as rank 0 makes these calls, which are sent to the others here."""
+        sent = [*self._unsent, *calls]
+        self._unsent.clear()
+        return self._together([rank.repeat.remote(sent, publication) for rank in self._others])
 
     @contextmanager
     def _together(self, answers: list[ray.ObjectRef]) -> Iterator[None]:
         """While rank 0 makes the call that the others will have answered by `answers`."""
         # Those of the last step are hardly here yet, and asking costs as much as the answer.
-        while len(self._pending) > 1 and (len(self._pending) > NUM_UNANSWERED or self._pending[0].answered()):
+        while len(self._pending) > 1 and (
+            len(self._pending) > NUM_UNANSWERED or all(call.done() for call in self._pending[0][0])
+        ):
             self._check_oldest()
         calls = self._calls(answers)
         try:
@@ -172,12 +184,13 @@ class RankGroup:
             together = f"{len(answers) + 1} ranks of {self._name} failed together"
             _, reason = min(filter(None, (_failure(call, 0.0) for call in calls)), default=(0, together))
             raise EngineRankError(f"{reason}: {_first_line(error)}") from error
-        self._pending.append(_Broadcast(calls, self.engine.digest))
+        assert self._leader is not None
+        self._pending.append((calls, self._leader.digest))
 
     def _check_oldest(self) -> None:
-        oldest = self._pending.popleft()
-        for call, digest in zip(oldest.calls, _results(oldest.calls, self._timeout_s), strict=True):
-            if digest != oldest.digest:
+        calls, digest = self._pending.popleft()
+        for call in calls:
+            if _answer(call, self._timeout_s) != digest:
                 raise EngineRankError(
                     f"{call.who} has drawn other tokens than rank 0; the rollouts since the last hand-over are "
                     "dropped. If it happens again, set actors.tensor_parallel_size=1"
@@ -188,12 +201,11 @@ class RankGroup:
         return [RemoteCall(f"rank {rank} of {self._name}", answer) for rank, answer in enumerate(answers, start=1)]
 
 
-def _results(calls: Sequence[RemoteCall[int]], timeout_s: float) -> list[int]:
-    for call in calls:
-        failure = _failure(call, timeout_s)
-        if failure is not None:
-            raise EngineRankError(failure[1])
-    return [call.result(timeout_s) for call in calls]
+def _answer(call: RemoteCall[int], timeout_s: float) -> int:
+    failure = _failure(call, timeout_s)
+    if failure is not None:
+        raise EngineRankError(failure[1])
+    return call.result(timeout_s)
 
 
 def _failure(call: RemoteCall[int], timeout_s: float) -> tuple[int, str] | None:

@@ -1,23 +1,73 @@
-"""Engines that are ranks of one model: rank 0, a `LeadingEngine`, is used like any engine, and sends its calls to the
-others, which repeat them.
+"""Engines that are ranks of one model: each holds a part of every layer. All make the same calls in the same order, so
+that they schedule and draw alike; the logits are gathered by all of them, bit for bit the same. Rank 0, a
+`LeadingEngine`, is used like any engine, and its calls are sent to the others, which repeat them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+import socket
+import zlib
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
 from operator import methodcaller
 
 import torch
+import torch.distributed as dist
 from vllm import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.core.sched.output import GrammarOutput
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.outputs import ModelRunnerOutput
 
 from actors.engine.engine import BackspaceEngine, TokenIds
 from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings
-from actors.engine.rank_executor import RankExecutor, RankPlace, join_ranks
 from buffer.trajectory.schema import TokenContract
 
 EngineCall = Callable[["RankedEngine"], object]
 """A call of a method, which each rank makes on its own engine: by `operator.methodcaller`, which can be sent."""
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Of an engine among the `size` ranks of a model, all on one machine; rank 0 leads.
+
+    rendezvous_file: path that all of them name, in a folder of their own; not needed once they are connected.
+    timeout_s: longest wait for the others, when they connect and in every collective.
+    """
+
+    rank: int
+    size: int
+    rendezvous_file: str
+    timeout_s: float
+
+
+class RankExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM ships no types
+    """vLLM's executor in the engine's own process, as one rank of the process group that the engine has joined.
+
+    vLLM's `external_launcher` is nearly that, but gives all ranks of one machine, of whatever engine, the same name in
+    shared memory.
+    """
+
+    digest: int = 0
+    """Of all tokens drawn so far and their log-probabilities: the same on all ranks, or they have parted."""
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        rank = dist.get_rank()
+        # On CPU vLLM would let ranks of one name exchange tensors in shared memory, where they wait for each other in
+        # a loop that neither a rank's death nor a time-out ends. By names that differ they use the process group.
+        return f"rank-{rank}", rank, rank
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None, non_block: bool = False) -> ModelRunnerOutput:
+        """Draw a token for each row of the batch."""
+        assert not non_block, "needs batches in flight, of pipeline parallelism"
+        output: ModelRunnerOutput = super().sample_tokens(grammar_output)
+        if output.logprobs is not None:  # a probe alone draws nothing
+            for drawn in (output.logprobs.logprob_token_ids, output.logprobs.logprobs):
+                self.digest = zlib.crc32(drawn.tobytes(), self.digest)
+        return output
 
 
 class RankedEngine(BackspaceEngine):
@@ -30,16 +80,20 @@ class RankedEngine(BackspaceEngine):
         RuntimeError: the other ranks were not there in time, here or in any later step.
     """
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        contract: TokenContract,
-        place: RankPlace,
-        version: int = 0,
-    ) -> None:
+    def __init__(self, settings: EngineSettings, contract: TokenContract, place: RankPlace) -> None:
         self._place = place
-        join_ranks(place)
-        super().__init__(settings, contract, version)
+        loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}  # Linux, macOS
+        for library in ("GLOO", "NCCL") if loopback else ():
+            # They would listen where the machine's name leads.
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", min(loopback))
+        dist.init_process_group(
+            current_platform.dist_backend,
+            store=dist.FileStore(place.rendezvous_file, place.size),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=place.timeout_s),
+        )
+        super().__init__(settings, contract)
         torch.manual_seed(settings.seed)  # building may have taken numbers, another amount on each rank
 
     def _engine_args(self, settings: EngineSettings) -> EngineArgs:
@@ -57,18 +111,13 @@ class RankedEngine(BackspaceEngine):
         assert isinstance(executor, RankExecutor)
         return executor.digest
 
-    def repeat(self, calls: Sequence[EngineCall]) -> None:
-        """Make the calls that the leader made."""
-        for call in calls:
-            call(self)
-
 
 class LeadingEngine(RankedEngine):
     """Rank 0. `load_weights` and `probe` are left to the owner: each rank has to be brought to them with its own data.
 
     Args (beside those of `RankedEngine`):
-        broadcast: sends calls to all other ranks, in order, without waiting for them, and lasts as long as this rank
-            makes them itself.
+        unsent: gains the calls that the other ranks have to make before the next step.
+        together: sends a call to all other ranks, after those unsent, and lasts as long as this rank makes it itself.
     """
 
     def __init__(
@@ -76,12 +125,12 @@ class LeadingEngine(RankedEngine):
         settings: EngineSettings,
         contract: TokenContract,
         place: RankPlace,
-        broadcast: Callable[[Sequence[EngineCall]], AbstractContextManager[None]],
-        version: int = 0,
+        unsent: list[EngineCall],
+        together: Callable[[EngineCall], AbstractContextManager[None]],
     ) -> None:
-        self._broadcast = broadcast
-        self._unsent: list[EngineCall] = []  # until the next step
-        super().__init__(settings, contract, place, version)
+        self._unsent = unsent
+        self._together = together
+        super().__init__(settings, contract, place)
 
     def add(self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, planted: TokenIds = ()) -> None:
         """See `BackspaceEngine.add`."""
@@ -94,15 +143,6 @@ class LeadingEngine(RankedEngine):
         self._unsent.append(methodcaller("abort", ended))
         return super().abort(ended)
 
-    def flush(self) -> None:
-        """Send the other ranks the calls that were not sent yet: needed before any other call to them."""
-        if self._unsent:
-            calls, self._unsent = self._unsent, []
-            with self._broadcast(calls):
-                pass  # made already
-
     def _step(self) -> list[FinishedLog]:
-        calls: list[EngineCall] = [*self._unsent, methodcaller("_step")]
-        self._unsent = []
-        with self._broadcast(calls):
+        with self._together(methodcaller("_step")):
             return super()._step()

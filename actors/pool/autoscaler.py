@@ -17,8 +17,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from actors.pool.controller import PoolStatus
+from actors.rollout_actor import HELD_BACK, PAUSED, STARTING, WAITING_FOR_WEIGHTS
 from actors.settings import AutoscaleSettings
-from actors.status import HELD_BACK, PAUSED, STARTING, WAITING_FOR_WEIGHTS, PoolStatus
 
 _ROUNDING = 1e-9
 

@@ -16,10 +16,71 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from actors.rollout_actor import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS, ActorStatus
 from actors.settings import ActorsSettings
-from actors.status import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS, ActorStatus, MemberStatus, PoolEventKind
 
 MAX_BACKOFF_S = 30.0
+
+PoolEventKind = Literal[
+    "pool_scaled",
+    "actor_starting",
+    "actor_ready",
+    "actor_joined",
+    "actor_draining",
+    "actor_left",
+    "actor_ended",
+    "actor_failed",
+    "actor_given_up",
+]
+
+
+@dataclass(frozen=True)
+class MemberStatus:
+    """An actor as its pool sees it.
+
+    state: "starting", "running", "draining". status: None until it has answered once.
+    join_s: from its creation to its first rollouts; None before, or where it was made to wait.
+    """
+
+    name: str
+    state: str
+    restarts: int
+    status: ActorStatus | None
+    join_s: float | None = None
+
+
+@dataclass(frozen=True)
+class PoolEvent:
+    """Something that the pool did or saw. number: counts the events of a pool. actor: its name, empty for the pool."""
+
+    number: int
+    kind: PoolEventKind
+    actor: str
+    message: str
+
+
+@dataclass(frozen=True)
+class PoolStatus:
+    """The pool of rollout actors. events: newest last. failure: why the pool has given up. refused: it gave up because
+    the settings cannot be met, and no restart would help.
+    """
+
+    desired: int
+    newest_version: int
+    members: tuple[MemberStatus, ...]
+    events: tuple[PoolEvent, ...] = ()
+    failure: str | None = None
+    refused: bool = False
+
+    def losses(self) -> str:
+        """What kept rollouts from the buffer, for people; empty where nothing did."""
+        losing = [member.status for member in self.members if member.status is not None and member.status.dropped]
+        texts = []
+        if losing:
+            dropped = sum(status.dropped for status in losing)
+            texts.append(f"the actors dropped {dropped:,} rollouts, the last one because {losing[-1].drop_reason}")
+        texts += [event.message for event in self.events if event.kind == "actor_failed"][-1:]
+        return "; ".join(texts)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.rank_group import EngineRankError
-from actors.pool.controller import ActorState, Failure, PoolController
-from actors.rollout_actor import RolloutActor, RolloutSpec
-from actors.status import ActorStatus, PoolEvent, PoolEventKind, PoolStatus
+from actors.pool.controller import ActorState, Failure, PoolController, PoolEvent, PoolEventKind, PoolStatus
+from actors.rollout_actor import ActorStatus, RolloutActor, RolloutSpec
 from buffer.remote_call import RemoteCall
 from buffer.service.client import Shard
 from buffer.stop_signals import ignore_stop_signals

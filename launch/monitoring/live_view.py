@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from actors.status import PoolStatus
+from actors.pool.controller import PoolStatus
 from buffer.service.shard import BufferStatus
 from launch.run_folder.folder import TOKEN_FILE, TOKEN_VARIABLE
 from learner.messages import LearnerStatus, StageResult

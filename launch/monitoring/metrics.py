@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from ray.util.metrics import Counter, Gauge
 
-from actors.status import PoolStatus
+from actors.pool.controller import PoolStatus
 from buffer.service.shard import ShardStatus
 from launch.monitoring.live_view import RunView
 from learner.messages import LearnerStatus

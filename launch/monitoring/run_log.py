@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Literal, NamedTuple
 
-from actors.status import MemberStatus, PoolEventKind, PoolStatus
+from actors.pool.controller import MemberStatus, PoolEventKind, PoolStatus
 from buffer.service.shard import ShardStatus
 from launch.errors import RunFailedError
 from launch.monitoring.live_view import RunView

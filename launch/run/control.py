@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorHandle
 from rich.console import Group, RenderableType
 
-from actors.status import PoolStatus
+from actors.pool.controller import PoolStatus
 from buffer.remote_call import RemoteCall
 from launch.cluster.capacity import check_possible
 from launch.cluster.connection import join_live_run

@@ -20,9 +20,9 @@ from rich.markup import escape
 
 from actors.engine.interface import engine_environment
 from actors.pool.autoscaler import Autoscaler, Observation
+from actors.pool.controller import PoolStatus
 from actors.pool.ray_pool import ActorPool
 from actors.rollout_actor import RolloutSpec
-from actors.status import PoolStatus
 from buffer.experts.tasks import Task
 from buffer.remote_call import NoAnswerError, RemoteCall, end_actor
 from buffer.service.client import BufferClient

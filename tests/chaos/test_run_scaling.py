@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from transformers import AutoConfig
 
-from actors.status import PoolStatus
+from actors.pool.controller import PoolStatus
 from buffer.experts.tasks import load_task
 from buffer.trajectory.validation import validate
 from launch.run.control import run_status, scale_run

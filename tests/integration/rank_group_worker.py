@@ -10,7 +10,6 @@ import torch
 
 from actors.engine.interface import EngineSettings, FinishedLog
 from actors.engine.rank_group import EngineRankError, RankGroup
-from actors.engine.weights import WeightIntake
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import WeightHandle, WeightManifest
 from tests.integration.traffic import Request
@@ -34,7 +33,6 @@ class RankGroupWorker:
                 load_format="dummy",
             )
             self._group = RankGroup("the actor", settings, contract, size, start_timeout_s=240.0, step_timeout_s=60.0)
-        self._intake = WeightIntake(self._group.engine)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the parameters that rank 0 holds, in vLLM's names."""
@@ -43,7 +41,7 @@ class RankGroupWorker:
 
     def load(self, publication: Publication) -> None:
         """Bring all ranks to these weights."""
-        self._group.take_weights(self._intake, *publication)
+        self._group.take_weights(*publication)
 
     def generate(
         self,

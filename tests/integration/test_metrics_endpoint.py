@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import ray
 
-from actors.status import PoolStatus
+from actors.pool.controller import PoolStatus
 from launch.monitoring.live_view import RunView
 from launch.monitoring.metrics import METRICS, MetricExporter
 from tests.unit.launch.test_metric_export import full_view

@@ -20,10 +20,10 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.engine.interface import FinishedLog, SamplingSettings, engine_environment
+from actors.pool.controller import PoolStatus
 from actors.pool.ray_pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from actors.settings import ActorsSettings, RolloutSettings
-from actors.status import PoolStatus
 from buffer.reading.snapshot import read_shard
 from buffer.service.client import BufferClient, Shard
 from buffer.service.service import ReplayBufferService

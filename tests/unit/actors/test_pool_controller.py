@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.pool.controller import MAX_BACKOFF_S, Failure, PoolController
+from actors.rollout_actor import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS, ActorStatus
 from actors.settings import ActorsSettings
-from actors.status import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS, ActorStatus
 
 SETTINGS = ActorsSettings(max_restarts=2, start_timeout_s=100.0, health_timeout_s=10.0, drain_timeout_s=20.0)
 

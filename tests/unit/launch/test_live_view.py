@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from actors.status import ActorStatus, MemberStatus, PoolEvent, PoolStatus
+from actors.pool.controller import MemberStatus, PoolEvent, PoolStatus
+from actors.rollout_actor import ActorStatus
 from buffer.service.shard import BufferStatus, ShardStatus
 from buffer.store.results import SourceCounters, StoreStatus
 from launch.monitoring.live_view import LiveView, RunView, clock, plain_line, render

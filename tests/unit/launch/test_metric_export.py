@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 
-from actors.status import ActorStatus, MemberStatus, PoolStatus
+from actors.pool.controller import MemberStatus, PoolStatus
+from actors.rollout_actor import ActorStatus
 from buffer.service.shard import BufferStatus, ShardStatus
 from buffer.store.results import DrawStatistics, SourceCounters, StoreStatus
 from launch.monitoring.live_view import RunView

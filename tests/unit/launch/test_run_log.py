@@ -9,7 +9,8 @@ from typing import get_args
 
 import pytest
 
-from actors.status import ActorStatus, MemberStatus, PoolEvent, PoolEventKind, PoolStatus
+from actors.pool.controller import MemberStatus, PoolEvent, PoolEventKind, PoolStatus
+from actors.rollout_actor import ActorStatus
 from buffer.service.shard import BufferStatus
 from launch.errors import RunFailedError
 from launch.monitoring.live_view import RunView
