@@ -24,9 +24,8 @@ import ray
 
 from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings, logs_to_batch
 from actors.engine.rank_group import RankGroup
-from actors.scoring.rollout_scores import RolloutScoring
-from actors.scoring.settings import ScoringSettings
-from actors.settings import ActorsSettings
+from actors.scoring import RolloutScoring
+from actors.settings import ActorsSettings, ScoringSettings
 from buffer.experts.stream import ExpertStream, PromptStream
 from buffer.service.client import BufferClient, Shard, nearest
 from buffer.settings import NoiseSettings
@@ -300,10 +299,9 @@ class RolloutActor:
         self._finished = []
         num_finished = rollouts.num_rows
         if self._scoring is not None:
-            scored = self._scoring.score(rollouts)
-            rollouts = scored.rollouts
-            self._dropped += len(scored.dropped)
-            self._drop_reason = next(reversed(scored.dropped.values()), self._drop_reason)
+            rollouts, dropped = self._scoring.score(rollouts)
+            self._dropped += len(dropped)
+            self._drop_reason = next(reversed(dropped.values()), self._drop_reason)
         self._trajectories += num_finished  # now, so that an actor whose scorer never returns does not look healthy
         if rollouts.num_rows == 0:
             return

@@ -7,14 +7,15 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from actors.scoring.settings import (
+from actors.settings import (
+    ActorsSettings,
     ExactAnswerSettings,
     FunctionSettings,
     ScorerSettings,
     ScoringSettings,
+    check_division,
     is_binary,
 )
-from actors.settings import ActorsSettings, check_division
 from buffer.settings import BufferSettings, NoiseSettings, OutputPath, Settings, TaskSettings
 from buffer.store.limiter import Limiter
 from launch.errors import UserError

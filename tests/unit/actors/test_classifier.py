@@ -12,8 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-from actors.scoring.scorers import Answer, make_scorer
-from actors.scoring.settings import ClassifierSettings
+from actors.scoring import Answer, make_scorer
+from actors.settings import ClassifierSettings
 
 WORDS = ("pad", "unk", "good", "bad", "so", "much", "work")
 TEXTS = ("good", "bad bad work", "so much good work so much", "", "unheard")

@@ -10,9 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from actors.scoring.rollout_scores import RolloutScoring, ScorerTimeoutError
-from actors.scoring.scorers import Answer, make_scorer
-from actors.scoring.settings import FunctionSettings, LengthSettings, PatternSettings, ScoringSettings, WordSettings
+from actors.scoring import Answer, RolloutScoring, ScorerTimeoutError, make_scorer
+from actors.settings import FunctionSettings, LengthSettings, PatternSettings, ScoringSettings, WordSettings
 from buffer.trajectory.schema import trajectory_schema
 from buffer.trajectory.validation import validate
 from launch.errors import UserError
@@ -85,12 +84,12 @@ def test_rows_get_reward_and_features_in_the_order_of_the_recipe(task):
         {"reward": {"kind": "length"}, "features": {"z": {"kind": "word", "word": "13"}, "a": {"kind": "length"}}}
     )
     rollouts = HandMadeRollouts(task).draw(3)  # 13, 7 and 6, all with <eos>
-    scored = RolloutScoring(settings, task.tokenizer, task.contract(), task.example_table()).score(rollouts)
-    assert scored.dropped == {}
-    assert scored.rollouts.schema.equals(trajectory_schema(task.contract()), check_metadata=True)
-    assert validate(scored.rollouts, task.contract()).rejections == ()
-    assert scored.rollouts.column("reward").to_pylist() == [2, 1, 1]
-    assert scored.rollouts.column("features").to_pylist() == [[1, 2], [0, 1], [0, 1]]
+    scored, dropped = RolloutScoring(settings, task.tokenizer, task.contract(), task.example_table()).score(rollouts)
+    assert dropped == {}
+    assert scored.schema.equals(trajectory_schema(task.contract()), check_metadata=True)
+    assert validate(scored, task.contract()).rejections == ()
+    assert scored.column("reward").to_pylist() == [2, 1, 1]
+    assert scored.column("features").to_pylist() == [[1, 2], [0, 1], [0, 1]]
 
 
 def test_an_exact_answer_is_what_evaluation_calls_right(task):
@@ -108,8 +107,8 @@ def test_an_exact_answer_is_what_evaluation_calls_right(task):
         row |= {"actions": actions, "logprobs": [-1.0] * len(actions), "policy_version": [0] * len(actions)}
     rows[1]["finish_reason"] = "max_length"
     batch = pa.RecordBatch.from_pylist(rows, schema=trajectory_schema(task.contract()))
-    rewards = scoring.score(batch).rollouts.column("reward").to_pylist()
-    assert rewards == [1, 0, float(task.train[0]["answer"] == task.train[2]["answer"])]
+    scored, _ = scoring.score(batch)
+    assert scored.column("reward").to_pylist() == [1, 0, float(task.train[0]["answer"] == task.train[2]["answer"])]
 
 
 @pytest.mark.parametrize(
@@ -124,24 +123,24 @@ def test_an_exact_answer_is_what_evaluation_calls_right(task):
 def test_rollouts_that_have_no_number_are_dropped_with_the_reason(task, function, kept, reason):
     settings = ScoringSettings(reward=FunctionSettings(kind="function", function=f"{__name__}:{function}"))
     scoring = RolloutScoring(settings, task.tokenizer, task.contract(), task.example_table())
-    scored = scoring.score(HandMadeRollouts(task).draw(3))
-    assert scored.rollouts.column("id").to_pylist() == kept
-    assert scored.dropped["a/1"] == reason
-    assert len(scored.dropped) + len(kept) == 3
+    scored, dropped = scoring.score(HandMadeRollouts(task).draw(3))
+    assert scored.column("id").to_pylist() == kept
+    assert dropped["a/1"] == reason
+    assert len(dropped) + len(kept) == 3
 
 
 def test_a_number_that_is_none_and_a_wrong_count(task):
     rollouts = HandMadeRollouts(task, answers=("46", "1")).draw(2)
     contract, examples = task.contract(), task.example_table()
-    scored = RolloutScoring(ScoringSettings(reward=PICKY), task.tokenizer, contract, examples).score(rollouts)
-    assert (scored.dropped, scored.rollouts.column("reward").to_pylist()) == (
+    scored, dropped = RolloutScoring(ScoringSettings(reward=PICKY), task.tokenizer, contract, examples).score(rollouts)
+    assert (dropped, scored.column("reward").to_pylist()) == (
         {"a/0": f"reward ({PICKY.function}) is nan"},
         [1],
     )
     counted = FunctionSettings(kind="function", function=f"{__name__}:short")
     settings = ScoringSettings(features={"f": counted})  # right for one answer, so asked one by one it is
-    scored = RolloutScoring(settings, task.tokenizer, contract, examples).score(rollouts)
-    assert scored.rollouts.column("features").to_pylist() == [[1], [1]]
+    scored, _ = RolloutScoring(settings, task.tokenizer, contract, examples).score(rollouts)
+    assert scored.column("features").to_pylist() == [[1], [1]]
 
 
 def test_a_scorer_that_does_not_return_is_named_and_not_asked_again(task):
