@@ -59,7 +59,6 @@ class BackspaceEngine:
         settings: see `EngineSettings`.
         contract: what the ids mean. Backspace is never part of the model's input; an `<eos>` can't be taken back; ids
             without a token are never sampled, and no prompt may hold one.
-        version: policy version of the weights that `model_dir` holds (ignored with `load_format="dummy"`).
 
     Raises:
         ValueError: vLLM was configured, or the model is built, in a way that can't be rolled back; or the machine
@@ -70,7 +69,7 @@ class BackspaceEngine:
     scheduler_cls: ClassVar[str] = "actors.engine.backspace_scheduler.BackspaceScheduler"
     logits_processors: ClassVar[tuple[str, ...]] = ("actors.engine.logits_processor:BackspaceLogitsProcessor",)
 
-    def __init__(self, settings: EngineSettings, contract: TokenContract, version: int = 0) -> None:
+    def __init__(self, settings: EngineSettings, contract: TokenContract) -> None:
         check_environment()
         check_machine(settings.enforce_eager)
         compile_nothing(settings.enforce_eager)
@@ -81,16 +80,18 @@ class BackspaceEngine:
         config.cache_config.kv_cache_memory_bytes = settings.kv_cache_bytes
         check_vllm_config(config)
         check_fit(config, settings.kv_cache_bytes)
-        self.vocab_size: int = config.model_config.get_vocab_size()
-        if contract.vocab_size != self.vocab_size:
-            raise ValueError(f"the contract has {contract.vocab_size} ids, the model {self.vocab_size}")
+        vocab_size = config.model_config.get_vocab_size()
+        if contract.vocab_size != vocab_size:
+            raise ValueError(f"the contract has {contract.vocab_size} ids, the model {vocab_size}")
         self._expected = ExpectedTensors.of_model(settings.model_dir)
         self._llm = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         self._core = self._llm.engine_core.engine_core
         self._unfinished: dict[str, tuple[str, Int32]] = {}  # request id -> vLLM's id, prompt
         self._ready: list[FinishedLog] = []  # finished inside a blocking call, handed out by the next step()
         self._failure: str | None = None
-        self._set_version(UNLOADED if settings.load_format == "dummy" else version)
+        self.version: int
+        """Of the policy behind the next action: 0 of the weights in `model_dir`, `UNLOADED` without any."""
+        self._set_version(UNLOADED if settings.load_format == "dummy" else 0)
 
     def _engine_args(self, settings: EngineSettings) -> EngineArgs:
         return EngineArgs(
@@ -123,11 +124,6 @@ class BackspaceEngine:
         return len(self._unfinished) + len(self._ready)
 
     @property
-    def version(self) -> int:
-        """Policy version behind the next action; `UNLOADED` before the first load."""
-        return self._version
-
-    @property
     def dtype(self) -> str:
         """Number format that it computes in, e.g. `bfloat16`."""
         return str(self._llm.model_config.dtype).removeprefix("torch.")
@@ -138,7 +134,6 @@ class BackspaceEngine:
         Args:
             request_id: unique among the unfinished requests.
             prompt_ids: [P], P >= 1. The floor is its end.
-            sampling: see `SamplingSettings`.
             planted: ids that are forced as the first actions. The model may take them back afterwards.
 
         Raises:
@@ -148,8 +143,8 @@ class BackspaceEngine:
         self._check_usable()
         if request_id in self._unfinished:
             raise ValueError(f"request id {request_id!r} is already in use")
-        prompt = self._token_ids(prompt_ids, "prompt_ids", forbidden={self.contract.backspace_id})
-        forced = self._token_ids(planted, "planted", forbidden={self.contract.backspace_id, *self.contract.eos_ids})
+        prompt = self._token_ids(prompt_ids, "prompt_ids", self.contract.backspace_id)
+        forced = self._token_ids(planted, "planted", self.contract.backspace_id, *self.contract.eos_ids)
         if not 1 <= len(prompt) < self.settings.max_length:
             raise ValueError(
                 f"a prompt needs 1 to {self.settings.max_length - 1} tokens, because max_length="
@@ -184,11 +179,7 @@ class BackspaceEngine:
         self._unfinished[request_id] = internal_id, prompt
 
     def step(self) -> list[FinishedLog]:
-        """Run one engine step (one action for every running request) and return the requests that ended.
-
-        Raises:
-            RuntimeError: an earlier failure fenced this engine.
-        """
+        """Run one engine step (one action for every running request) and return the requests that ended."""
         self._check_usable()
         finished, self._ready = self._ready, []
         return finished + (self._step() if self._unfinished else [])
@@ -246,8 +237,8 @@ class BackspaceEngine:
             changed. RuntimeError: loading failed half-way; this engine refuses all further work.
         """
         self._check_not_fenced()
-        if version < self._version:
-            raise ValueError(f"weights of version {version} are older than the engine's version {self._version}")
+        if version < self.version:
+            raise ValueError(f"weights of version {version} are older than the engine's version {self.version}")
         update = list(tensors)
         self._expected.check(update)
         self._failure = f"loading the weights of version {version} failed half-way"
@@ -258,21 +249,17 @@ class BackspaceEngine:
         self._set_version(version)
 
     def probe(self, token_ids: TokenIds) -> Float32:
-        """Log-probabilities of a fixed sequence under the current weights, computed by the engine's own
-        kernels.
+        """Log-probabilities of a fixed sequence [N] under the current weights, by the engine's own kernels.
 
         Unfinished requests wait meanwhile: they neither advance nor lose their place, and the noise they will
         be sampled with does not change.
-
-        Args:
-            token_ids: [N], 2 <= N < max_length.
 
         Returns:
             [N-1]: log p(token_ids[i+1] | token_ids[:i+1]) over the whole vocabulary: backspace is included, and so are
             ids without a token.
         """
         self._check_usable()
-        ids = self._token_ids(token_ids, "token_ids", forbidden=set())
+        ids = self._token_ids(token_ids, "token_ids")
         if not 2 <= len(ids) < self.settings.max_length:
             raise ValueError(f"a probe needs 2 to {self.settings.max_length - 1} tokens, this one has {len(ids)}")
         params = SamplingParams(
@@ -325,7 +312,7 @@ class BackspaceEngine:
         )
 
     def _set_version(self, version: int) -> None:
-        self._version = version
+        self.version = version
         self._core.set_weight_version(str(version))
 
     def _check_not_fenced(self) -> None:
@@ -334,19 +321,18 @@ class BackspaceEngine:
 
     def _check_usable(self) -> None:
         self._check_not_fenced()
-        if self._version == UNLOADED:
+        if self.version == UNLOADED:
             raise RuntimeError(
                 "this engine was started with load_format='dummy' and holds random numbers: call load_weights first"
             )
 
-    def _token_ids(self, values: TokenIds, name: str, forbidden: set[int]) -> Int32:
+    def _token_ids(self, values: TokenIds, name: str, *forbidden: int) -> Int32:
         ids = np.asarray(values, dtype=np.int32).reshape(-1)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise ValueError(f"{name} holds ids outside of the vocabulary of {self.vocab_size}")
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.contract.vocab_size:
+            raise ValueError(f"{name} holds ids outside of the vocabulary of {self.contract.vocab_size}")
         for begin, end in self.contract.ids_without_token:
             if ((ids >= begin) & (ids < end)).any():
                 raise ValueError(f"{name} holds an id that has no token (ids {begin} to {end - 1} have none)")
-        for token_id in forbidden:
-            if (ids == token_id).any():
-                raise ValueError(f"{name} holds id {token_id}, the backspace or eos action: give the text they lead to")
+        if len(found := ids[np.isin(ids, forbidden)]):
+            raise ValueError(f"{name} holds id {found[0]}, the backspace or eos action: give the text they lead to")
         return ids
