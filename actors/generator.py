@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 class PromptGroup:
     """Prompts that are sampled alike.
 
-    prompts: token ids, one array [P] per request. planted: per prompt, ids that are forced as its first actions;
-        None plants nothing.
+    prompts: token ids, one array [P] per request. planted: per prompt, ids that are forced as its first actions.
     """
 
     prompts: Sequence[Int32]
@@ -79,7 +78,7 @@ class Generator:
 
         Args:
             groups: by name. task: written into the trajectories.
-            on_finished: told after each engine step how many requests it ended.
+            on_finished: called after each engine step with the number of requests that it ended.
 
         Returns:
             The trajectories of each group, in the order of its prompts.

@@ -119,8 +119,8 @@ class RolloutActor:
         shards: of the replay buffer. number: of this actor in its pool; each number begins with another shard.
 
         Raises:
-            ValueError: the engine cannot be built, or a scorer cannot be imported. EngineRankError: a process of
-            an engine that is divided did not come, or failed.
+            ValueError: the engine cannot be built, or a scorer cannot be imported.
+            EngineRankError: a process of a divided engine did not come, or failed.
         """
         ignore_stop_signals()
         self._name = name
@@ -130,8 +130,9 @@ class RolloutActor:
         self._id_prefix = f"{name}-{life.hex[:8]}"
         life_number = life.int % 2**31
         self._prompts = PromptStream(examples, life_number)
-        self._experts = (
-            ExpertStream(
+        self._experts = None
+        if spec.noise.kind == "policy":
+            self._experts = ExpertStream(
                 examples,
                 task=spec.task,
                 noise=spec.noise,
@@ -139,9 +140,6 @@ class RolloutActor:
                 seed=life_number,
                 actor=self._id_prefix,
             )
-            if spec.noise.kind == "policy"
-            else None
-        )
         self._scoring = None
         if spec.scoring is not None:
             assert spec.tokenizer is not None, "scorers read texts"
@@ -152,9 +150,7 @@ class RolloutActor:
                 name,
                 spec.engine_settings(folder, seed=life_number),
                 spec.contract,
-                spec.settings.tensor_parallel_size,
-                start_timeout_s=spec.settings.start_timeout_s,
-                step_timeout_s=spec.settings.health_timeout_s,
+                spec.settings,
             )
         self._engine = self._ranks.engine
         self._sampling = SamplingSettings(**spec.settings.rollout.model_dump())
@@ -165,8 +161,7 @@ class RolloutActor:
         self._draining = False
         self._fingerprint: str | None = None
         self._finished: list[FinishedLog] = []
-        node_id = ray.get_runtime_context().get_node_id()
-        self._buffer = BufferClient(nearest(shards, node_id), first=number)
+        self._buffer = BufferClient(nearest(shards, ray.get_runtime_context().get_node_id()), first=number)
         self._num_requests = 0
         self._actions = self._backspaces = self._trajectories = self._dropped = 0
         self._drop_reason: str | None = None
@@ -232,14 +227,21 @@ class RolloutActor:
         """
         while True:
             finishing = self._take_newest_weights()
-            admitting = self._admits_rollouts(finishing)
-            if admitting:
+            self._activity = rollout_activity(
+                self._engine.version,
+                self._first_version,
+                self._draining,
+                self._paused,
+                self._buffer.held_back,
+                finishing,
+            )
+            if self._activity == GENERATING:
                 self._fill_engine()
             if self._engine.num_unfinished:
                 self._collect(self._engine.step())
             elif self._draining:
                 break
-            elif not admitting:
+            elif self._activity != GENERATING:
                 with self._commands:
                     self._commands.wait(timeout=IDLE_WAIT_S)
             if len(self._finished) >= self._spec.settings.insert_rows or not self._engine.num_unfinished:
@@ -262,12 +264,6 @@ class RolloutActor:
         self._ranks.take_weights(manifest, handle)
         self._fingerprint = manifest.fingerprint
         return False
-
-    def _admits_rollouts(self, finishing: bool) -> bool:
-        self._activity = rollout_activity(
-            self._engine.version, self._first_version, self._draining, self._paused, self._buffer.held_back, finishing
-        )
-        return self._activity == GENERATING
 
     def _fill_engine(self) -> None:
         missing = self._spec.settings.max_concurrent - self._engine.num_unfinished

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.interface import EngineSettings
 from actors.engine.weights import WeightIntake
+from actors.settings import ActorsSettings
 from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall
 from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
@@ -81,37 +82,30 @@ class EngineRank:
 
 
 class RankGroup:
-    """Rank 0's engine, the weights that come into it, and the other ranks; with `size` 1 there are none.
+    """Rank 0's engine, the weights that come into it, and the other ranks, if there are any.
 
     Args:
         name: of the actor.
         settings: of each rank; the folder of the model may be gone once this returns.
-        start_timeout_s: longest wait for the processes to start. step_timeout_s: for any of them from then on.
+        actors: how many ranks there are. `start_timeout_s` bounds the wait for them to start, `health_timeout_s` any
+            later one.
 
     Raises:
         ValueError: the engine cannot be built.
         EngineRankError: a rank did not come, or failed.
     """
 
-    def __init__(
-        self,
-        name: str,
-        settings: EngineSettings,
-        contract: TokenContract,
-        size: int,
-        start_timeout_s: float,
-        step_timeout_s: float,
-    ) -> None:
+    def __init__(self, name: str, settings: EngineSettings, contract: TokenContract, actors: ActorsSettings) -> None:
         self._name = name
-        self._timeout_s = step_timeout_s
+        self._timeout_s = actors.health_timeout_s
         self._others: list[ActorHandle] = []
         self._unsent: list[EngineCall] = []
         # Calls to all other ranks, and the digest of rank 0 when it had made the same call itself.
         self._pending: deque[tuple[list[RemoteCall[int]], int]] = deque()
         self._leader: LeadingEngine | None = None
         self.engine: BackspaceEngine
-        if size > 1:
-            self.engine = self._leader = self._divided(settings, contract, size, start_timeout_s)
+        if actors.tensor_parallel_size > 1:
+            self.engine = self._divided(settings, contract, actors.tensor_parallel_size, actors.start_timeout_s)
             self.settle()
         else:
             # Here, not at the top: whoever only names these classes should not load vLLM for it.

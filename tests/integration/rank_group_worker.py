@@ -10,6 +10,7 @@ import torch
 
 from actors.engine.interface import EngineSettings, FinishedLog
 from actors.engine.rank_group import EngineRankError, RankGroup
+from actors.settings import ActorsSettings
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import WeightHandle, WeightManifest
 from tests.integration.traffic import Request
@@ -32,7 +33,8 @@ class RankGroupWorker:
                 kv_cache_bytes=1 << 25,
                 load_format="dummy",
             )
-            self._group = RankGroup("the actor", settings, contract, size, start_timeout_s=240.0, step_timeout_s=60.0)
+            actors = ActorsSettings(tensor_parallel_size=size, start_timeout_s=240.0)
+            self._group = RankGroup("the actor", settings, contract, actors)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the parameters that rank 0 holds, in vLLM's names."""
