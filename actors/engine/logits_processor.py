@@ -7,7 +7,6 @@ distribution.
 from __future__ import annotations
 
 import torch
-from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
@@ -26,10 +25,6 @@ class BackspaceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM s
     In a step of ordinary rollouts the work is one scan for empty outputs; tensors of masked cells are built
     when the set of masked rows changes, not per step.
     """
-
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Accept everything: requests without a state are left alone."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._device = device

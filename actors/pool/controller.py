@@ -12,7 +12,7 @@ without waiting.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -20,6 +20,7 @@ from actors.rollout_actor import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS, ActorSt
 from actors.settings import ActorsSettings
 
 MAX_BACKOFF_S = 30.0
+MAX_EVENTS = 200
 
 PoolEventKind = Literal[
     "pool_scaled",
@@ -132,23 +133,18 @@ class _Member:
     waited: bool = False  # for a stage, for weights or for the learner, before its first rollouts
 
 
-OnEvent = Callable[[PoolEventKind, str, str], None]
-"""Is called with each event: kind, name of the actor (empty for the pool), a sentence for people."""
-
-
 class PoolController:
     """Keeps `desired` actors in the pool. Times are seconds on one clock that never goes back."""
 
-    def __init__(self, desired: int, settings: ActorsSettings, processes: ActorProcesses, on_event: OnEvent) -> None:
+    def __init__(self, desired: int, settings: ActorsSettings, processes: ActorProcesses) -> None:
         self.desired = desired
         """Actors that there should be; fewer than were asked for where the controller gave up on some."""
-        self.failure: str | None = None
-        """Set when the pool has given up."""
-        self.refused = False
-        """It gave up because the settings that all actors get are wrong."""
+        self._failure: str | None = None
+        self._refused = False
         self._settings = settings
         self._processes = processes
-        self._on_event = on_event
+        self._events: deque[PoolEvent] = deque(maxlen=MAX_EVENTS)
+        self._num_events = 0
         self._members: dict[str, _Member] = {}
         self._failures: dict[str, int] = {}  # in a row, by name
         self._retry_at_s: dict[str, float] = {}
@@ -159,11 +155,14 @@ class PoolController:
         """Of all actors, oldest first."""
         return list(self._members)
 
-    def members(self) -> tuple[MemberStatus, ...]:
-        """All actors, oldest first, with their last answers."""
-        return tuple(
+    def status(self, newest_version: int) -> PoolStatus:
+        """All actors, oldest first, with their last answers. newest_version: of the announced weights."""
+        members = (
             MemberStatus(member.name, member.state, self._failures.get(member.name, 0), member.status, member.join_s)
             for member in self._members.values()
+        )
+        return PoolStatus(
+            self.desired, newest_version, tuple(members), tuple(self._events), self._failure, self._refused
         )
 
     def scale(self, desired: int) -> None:
@@ -174,7 +173,7 @@ class PoolController:
         """
         if desired < 0:
             raise ValueError(f"the number of actors cannot be negative, got {desired}")
-        self._on_event("pool_scaled", "", f"scale {self.desired} -> {desired}")
+        self._note("pool_scaled", "", f"scale {self.desired} -> {desired}")
         self.desired = desired
 
     def close(self) -> None:
@@ -200,14 +199,18 @@ class PoolController:
         staying = [member for member in self._members.values() if member.state != "draining"]
         for member in staying[self.desired :]:
             self._drain(member, now_s)
-        if self.failure is None and not self._closed:
+        if self._failure is None and not self._closed:
             self._fill(now_s, self.desired - len(staying))
 
     def end(self, name: str, kind: PoolEventKind, message: str) -> None:
         """End an actor by force."""
         del self._members[name]
         self._processes.remove_actor(name)
-        self._on_event(kind, name, message)
+        self._note(kind, name, message)
+
+    def _note(self, kind: PoolEventKind, actor: str, message: str) -> None:
+        self._events.append(PoolEvent(self._num_events, kind, actor, message))
+        self._num_events += 1
 
     def _update(self, member: _Member, state: ActorState, now_s: float) -> None:
         settings = self._settings
@@ -221,7 +224,7 @@ class PoolController:
                 self._processes.start_actor(member.name)
                 member.state = "running"
                 member.last_answer_at_s = now_s
-                self._on_event("actor_ready", member.name, f"{member.name} ready after {waited_s:.1f} s")
+                self._note("actor_ready", member.name, f"{member.name} ready after {waited_s:.1f} s")
             elif waited_s > settings.start_timeout_s:
                 self._fail(member, Failure(f"its engine did not start within {settings.start_timeout_s:.0f} s"), now_s)
         elif now_s - member.last_answer_at_s > settings.health_timeout_s:
@@ -237,7 +240,7 @@ class PoolController:
         if status.trajectories > 0:
             member.join_s = now_s - member.created_at_s
             message = f"{member.name} joined: first rollouts after {member.join_s:.1f} s"
-            self._on_event("actor_joined", member.name, message)
+            self._note("actor_joined", member.name, message)
         else:
             member.waited = status.activity in (WAITING_FOR_WEIGHTS, PAUSED, HELD_BACK)
 
@@ -248,7 +251,7 @@ class PoolController:
         member.state = "draining"
         member.drain_started_at_s = now_s
         self._processes.drain_actor(member.name)
-        self._on_event("actor_draining", member.name, f"{member.name} draining")
+        self._note("actor_draining", member.name, f"{member.name} draining")
 
     def _fill(self, now_s: float, missing: int) -> None:
         number = 0
@@ -259,7 +262,7 @@ class PoolController:
                 if now_s >= self._retry_at_s.get(name, 0.0):
                     self._processes.create_actor(name, number)
                     self._members[name] = _Member(name, created_at_s=now_s)
-                    self._on_event("actor_starting", name, f"{name} starting")
+                    self._note("actor_starting", name, f"{name} starting")
             number += 1
 
     def _fail(self, member: _Member, failure: Failure, now_s: float) -> None:
@@ -275,8 +278,8 @@ class PoolController:
         if any(other.state == "running" for other in self._members.values()):
             self.desired -= 1
             message = f"gave up on {name}; the run goes on with {self.desired} actors"
-            self._on_event("actor_given_up", name, message)
+            self._note("actor_given_up", name, message)
         else:
-            self.refused = failure.in_vain
+            self._refused = failure.in_vain
             times = "" if failure.in_vain else f" {failures} times in a row, the last time"
-            self.failure = f"{name} failed{times}: {failure}"
+            self._failure = f"{name} failed{times}: {failure}"

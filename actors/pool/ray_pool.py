@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,14 +18,13 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.rank_group import EngineRankError
-from actors.pool.controller import ActorState, Failure, PoolController, PoolEvent, PoolEventKind, PoolStatus
+from actors.pool.controller import ActorState, Failure, PoolController, PoolStatus
 from actors.rollout_actor import ActorStatus, RolloutActor, RolloutSpec
 from buffer.remote_call import RemoteCall
 from buffer.service.client import Shard
 from buffer.stop_signals import ignore_stop_signals
 from buffer.weights import WeightHandle, WeightManifest
 
-MAX_EVENTS = 200
 STATUS_TIMEOUT_S = 5.0
 SUPERVISION_INTERVAL_S = 0.5
 TRACEBACK_CHARACTERS = 1500
@@ -68,9 +66,7 @@ class ActorPool:
         self._newest: tuple[WeightManifest, WeightHandle] | None = None
         self._paused = False
         self._first_version = 0
-        self._events: deque[PoolEvent] = deque(maxlen=MAX_EVENTS)
-        self._num_events = 0
-        self._controller = PoolController(desired, spec.settings, self, self._note)
+        self._controller = PoolController(desired, spec.settings, self)
         self._stopping = False
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -113,14 +109,7 @@ class ActorPool:
         """Counts and the last known status of every actor."""
         if self._supervisor is not None and self._supervisor.done() and not self._stopping:
             self._supervisor.result()  # a defect in supervision must not look like a quiet pool
-        return PoolStatus(
-            desired=self._controller.desired,
-            newest_version=self._newest_version,
-            members=self._controller.members(),
-            events=tuple(self._events),
-            failure=self._controller.failure,
-            refused=self._controller.refused,
-        )
+        return self._controller.status(self._newest_version)
 
     async def stop(self, timeout_s: float) -> None:
         """Drain every actor for at most `timeout_s` seconds, then end what is left."""
@@ -189,10 +178,6 @@ class ActorPool:
                     self._controller.heard_from(name, answer, time.monotonic())
             self._controller.reconcile(time.monotonic())
             await asyncio.sleep(SUPERVISION_INTERVAL_S)
-
-    def _note(self, kind: PoolEventKind, actor: str, message: str) -> None:
-        self._events.append(PoolEvent(self._num_events, kind, actor, message))
-        self._num_events += 1
 
     @property
     def _newest_version(self) -> int:

@@ -49,14 +49,19 @@ class ScriptedProcesses:
 class Pool:
     def __init__(self, desired, **changes):
         self.processes = ScriptedProcesses()
-        self.events = []
-        self.controller = PoolController(
-            desired, SETTINGS.model_copy(update=changes), self.processes, lambda *event: self.events.append(event[-1])
-        )
+        self.controller = PoolController(desired, SETTINGS.model_copy(update=changes), self.processes)
+
+    @property
+    def status(self):
+        return self.controller.status(newest_version=3)
+
+    @property
+    def events(self):
+        return [event.message for event in self.status.events]
 
     @property
     def states(self):
-        return {member.name: member.state for member in self.controller.members()}
+        return {member.name: member.state for member in self.status.members}
 
     def start_all(self, now_s=0.0):
         self.controller.reconcile(now_s)
@@ -137,7 +142,7 @@ def test_back_off_doubles_and_the_pool_gives_up_when_nobody_is_left():
     pool = Pool(1, max_restarts=7)
     births = []
     now_s = 0.0
-    while pool.controller.failure is None:
+    while pool.status.failure is None:
         pool.controller.reconcile(now_s)
         if pool.processes.seen:
             births.append(now_s)
@@ -145,8 +150,8 @@ def test_back_off_doubles_and_the_pool_gives_up_when_nobody_is_left():
         now_s += 0.5
     waits = [later - earlier for earlier, later in itertools.pairwise(births)]
     assert waits == [1.5, 2.5, 4.5, 8.5, 16.5, MAX_BACKOFF_S + 0.5, MAX_BACKOFF_S + 0.5]
-    assert pool.controller.failure == "actor-0 failed 8 times in a row, the last time: no memory"
-    assert not pool.controller.refused
+    assert pool.status.failure == "actor-0 failed 8 times in a row, the last time: no memory"
+    assert not pool.status.refused
 
 
 def test_a_trajectory_ends_the_row_of_failures():
@@ -156,7 +161,7 @@ def test_a_trajectory_ends_the_row_of_failures():
         pool.controller.heard_from("actor-0", status("actor-0", trajectories=1), 100.0 * round_)
         pool.processes.seen["actor-0"] = Failure("lost")
         pool.controller.reconcile(100.0 * round_ + 1)
-    assert pool.controller.failure is None
+    assert pool.status.failure is None
 
 
 def test_the_run_goes_on_with_those_that_work():
@@ -168,7 +173,7 @@ def test_the_run_goes_on_with_those_that_work():
         assert len(pool.states) == 2
         pool.processes.seen["actor-1"] = Failure("its GPU fell off")
         pool.controller.reconcile(now_s)
-    assert pool.controller.desired == 1
+    assert pool.status.desired == 1
     assert pool.events[-1] == "gave up on actor-1; the run goes on with 1 actors"
     pool.controller.heard_from("actor-0", status("actor-0"), 200.0)
     pool.controller.reconcile(200.0)
@@ -181,8 +186,8 @@ def test_what_would_fail_again_is_not_tried_again():
     pool.processes.seen["actor-0"] = Failure("ValueError: no such model", in_vain=True)
     pool.controller.reconcile(1.0)
     pool.controller.reconcile(500.0)
-    assert pool.controller.refused
-    assert pool.controller.failure == "actor-0 failed: ValueError: no such model"
+    assert pool.status.refused
+    assert pool.status.failure == "actor-0 failed: ValueError: no such model"
     assert pool.states == {}
 
 
@@ -193,7 +198,7 @@ def test_the_last_traceback_stands_in_event_and_failure():
     pool.controller.reconcile(1.0)
     told = "KeyError: 'x'; its traceback ends with\n  File 'a'\nKeyError: 'x'"
     assert f"actor-0 failed: {told}" in pool.events
-    assert pool.controller.failure == f"actor-0 failed 1 times in a row, the last time: {told}"
+    assert pool.status.failure == f"actor-0 failed 1 times in a row, the last time: {told}"
 
 
 def test_a_closed_pool_makes_nobody():
@@ -214,12 +219,12 @@ def test_the_time_to_join_is_that_to_the_first_rollouts_of_each_life():
     pool.controller.reconcile(15.0)
     for now_s, trajectories in ((16.0, 0), (18.5, 4), (30.0, 9)):
         pool.controller.heard_from("actor-0", status("actor-0", trajectories), now_s)
-    assert [member.join_s for member in pool.controller.members()] == [8.5]
+    assert [member.join_s for member in pool.status.members] == [8.5]
     assert pool.events[-1] == "actor-0 joined: first rollouts after 8.5 s"
     pool.processes.seen["actor-0"] = Failure("lost")
     pool.controller.reconcile(31.0)
     pool.controller.reconcile(40.0)
-    assert [member.join_s for member in pool.controller.members()] == [None], "a successor joins anew"
+    assert [member.join_s for member in pool.status.members] == [None], "a successor joins anew"
 
 
 @pytest.mark.parametrize("activity", [WAITING_FOR_WEIGHTS, PAUSED, HELD_BACK])
@@ -228,7 +233,7 @@ def test_who_is_made_to_wait_has_no_time_to_join(activity):
     pool.start_all()
     pool.controller.heard_from("actor-0", replace(status("actor-0"), activity=activity), 1.0)
     pool.controller.heard_from("actor-0", status("actor-0", trajectories=4), 2.0)
-    assert [member.join_s for member in pool.controller.members()] == [None]
+    assert [member.join_s for member in pool.status.members] == [None]
     assert "actor-0 joined" not in "\n".join(pool.events)
 
 
