@@ -1,11 +1,9 @@
 """Generation outside of training: one engine that answers groups of prompts with the weights of a checkpoint.
 
-    os.environ.update(engine_environment(settings))  # before vLLM is imported
-    generator = Generator(settings, contract)
-    generator.load(checkpoint)
-    batches = generator.generate({"greedy": PromptGroup(prompts, SamplingSettings(32, 64, temperature=0.0))}, "text")
-
-Importing this module is cheap; creating a `Generator` imports vLLM.
+os.environ.update(engine_environment(settings))  # before vLLM is imported, which creating a `Generator` does
+generator = Generator(settings, contract)
+generator.load(checkpoint)
+batches = generator.generate({"greedy": PromptGroup(prompts, SamplingSettings(32, 64, temperature=0.0))}, "text")
 """
 
 from __future__ import annotations
@@ -13,15 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from actors.engine.interface import EngineSettings, FinishedLog, Int32, SamplingSettings, logs_to_batch
 from buffer.trajectory.schema import TokenContract
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +44,6 @@ class Generator:
     def __init__(self, settings: EngineSettings, contract: TokenContract) -> None:
         from actors.engine.engine import BackspaceEngine
 
-        self._contract = contract
-        self._seed = settings.seed
         self._engine = BackspaceEngine(settings, contract)
 
     def load(self, checkpoint: Path) -> None:
@@ -64,9 +56,14 @@ class Generator:
             ValueError: the folder holds no safetensors file, or tensors of another model.
         """
         import torch
+        from safetensors.torch import load_file
 
-        self._engine.load_weights(_read_tensors(checkpoint), self._engine.version + 1)
-        torch.manual_seed(self._seed)
+        files = sorted(checkpoint.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{checkpoint} holds no weights: it has no *.safetensors file")
+        tensors = (entry for file in files for entry in load_file(file).items())
+        self._engine.load_weights(tensors, self._engine.version + 1)
+        torch.manual_seed(self._engine.settings.seed)
 
     def generate(
         self,
@@ -74,14 +71,10 @@ class Generator:
         task: str,
         on_finished: Callable[[int], None] | None = None,
     ) -> dict[str, pa.RecordBatch]:
-        """Answer every prompt of every group; the engine stays full across groups.
+        """Answer every prompt of every group; gives the trajectories of each group, in the order of its prompts.
 
-        Args:
-            groups: by name. task: written into the trajectories.
-            on_finished: called after each engine step with the number of requests that it ended.
-
-        Returns:
-            The trajectories of each group, in the order of its prompts.
+        task: written into the trajectories. on_finished: called after each engine step with the number of requests
+            that it ended.
 
         Raises:
             ValueError: a prompt does not fit into the engine's `max_length`.
@@ -99,7 +92,7 @@ class Generator:
         return {
             name: logs_to_batch(
                 [logs[f"{name}/{index}"] for index in range(len(group.prompts))],
-                self._contract,
+                self._engine.contract,
                 task=task,
                 actor="generator",
                 sampling=group.sampling,
@@ -111,12 +104,3 @@ class Generator:
     def close(self) -> None:
         """End the engine."""
         self._engine.shutdown()
-
-
-def _read_tensors(checkpoint: Path) -> list[tuple[str, torch.Tensor]]:
-    from safetensors.torch import load_file
-
-    files = sorted(checkpoint.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{checkpoint} holds no weights: it has no *.safetensors file")
-    return [entry for file in files for entry in load_file(file).items()]

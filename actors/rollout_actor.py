@@ -116,7 +116,7 @@ class RolloutActor:
         """Build the engine; the first rollouts wait for the first weights.
 
         examples: `prompt_ids` and `target_ids` of the task's training examples.
-        shards: of the replay buffer. number: of this actor in its pool; each number begins with another shard.
+        number: of this actor in its pool; each number begins with another shard.
 
         Raises:
             ValueError: the engine cannot be built, or a scorer cannot be imported.

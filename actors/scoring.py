@@ -62,6 +62,9 @@ class ScorerTimeoutError(TimeoutError):
 class RolloutScoring:
     """The reward and the features of one run.
 
+    settings: at least one scorer. tokenizer: of the task. examples: `prompt_ids` and `target_ids` of those that
+        prompts come from.
+
     Raises (on creation):
         ValueError: a function cannot be imported, or a classifier not loaded.
     """
@@ -73,9 +76,6 @@ class RolloutScoring:
         contract: TokenContract,
         examples: pa.Table,
     ) -> None:
-        """settings: at least one scorer. tokenizer: of the task. examples: `prompt_ids` and `target_ids` of those that
-        prompts come from.
-        """
         assert settings.scorers
         self._settings = settings
         self._scorers = {_title(name, each): make_scorer(each) for name, each in settings.scorers.items()}
@@ -88,8 +88,7 @@ class RolloutScoring:
     def score(self, rollouts: pa.RecordBatch) -> tuple[pa.RecordBatch, dict[str, str]]:
         """Fill the columns `reward` and `features` of a batch of the trajectory schema.
 
-        Returns:
-            The rollouts that were scored, in their order; and for the ids of the others why they were not.
+        Gives the rollouts that were scored, in their order; and for the ids of the others why they were not.
 
         Raises:
             ScorerTimeoutError: a scorer did not return in time. Its thread goes on: the process is of no more use.
@@ -188,11 +187,7 @@ def _with_column(batch: pa.RecordBatch, name: str, column: pa.Array) -> pa.Recor
 
 
 def make_scorer(settings: ScorerSettings) -> Scorer:
-    """The scorer that `settings` describe.
-
-    Raises:
-        ValueError: a function of the user's own cannot be imported, or a classifier not loaded.
-    """
+    """The scorer that `settings` describe; a ValueError if its function cannot be imported, or its model not loaded."""
     if isinstance(settings, PatternSettings):
         return _matches(settings.pattern, settings.ignore_case)
     if isinstance(settings, WordSettings):
@@ -281,10 +276,7 @@ class Classifier:
         self._max_length = min(self._tokenizer.model_max_length, config.max_position_embeddings)
 
     def __call__(self, answers: Sequence[Answer]) -> Float32:
-        """[n] numbers of n answers; nan where the tokenizer makes no token of a text.
-
-        Texts beyond the model's context are cut off at their end.
-        """
+        """[n] numbers of n texts, cut off at the model's context; nan where the tokenizer makes no token of a text."""
         import torch
 
         texts = [answer.prompt + answer.text if self._settings.with_prompt else answer.text for answer in answers]

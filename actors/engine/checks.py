@@ -67,11 +67,7 @@ def _loads(library: str) -> bool:
 
 
 def check_environment() -> None:
-    """Refuse an environment in which backspace would be wrong.
-
-    Raises:
-        RuntimeError: names the variable and the value it needs.
-    """
+    """Raise a RuntimeError where a variable of the environment has another value than backspace needs."""
     for name, value in REQUIRED_ENVIRONMENT.items():
         if os.environ.get(name) != value:
             raise RuntimeError(
@@ -81,11 +77,7 @@ def check_environment() -> None:
 
 
 def check_vllm_config(config: VllmConfig) -> None:
-    """Refuse a configuration whose scheduler or runner can't roll a request back.
-
-    Raises:
-        ValueError: names the setting to change and why.
-    """
+    """Raise a ValueError where scheduler or runner can't roll a request back; it names the settings and why."""
     parallel = config.parallel_config
     problems = {
         "async_scheduling must be False: the next step is launched before the scheduler sees a backspace": (
@@ -115,10 +107,8 @@ def check_vllm_config(config: VllmConfig) -> None:
 
 
 def check_fit(config: VllmConfig, kv_cache_bytes: int) -> None:
-    """Refuse what vLLM would find out only when the engine takes its first step, or say in terms of the GPU.
-
-    Raises:
-        ValueError: not one text of full length fits into the key-value cache, or the CPU kernels lack the head size.
+    """Raise a ValueError where not one text of full length fits into the key-value cache, or the CPU kernels lack the
+    head size. vLLM would find out only when the engine takes its first step, or say it in terms of the GPU.
     """
     from vllm.platforms import current_platform
 
@@ -147,11 +137,7 @@ def check_fit(config: VllmConfig, kv_cache_bytes: int) -> None:
 
 
 def check_kv_cache(kv_cache: KVCacheConfig) -> None:
-    """Refuse models whose cache can't go one token back: sliding windows free old blocks, recurrent state is lossy.
-
-    Raises:
-        ValueError: names the layers and their cache.
-    """
+    """Raise a ValueError where a cache can't go one token back: a window frees blocks, recurrent state is lossy."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     for group in kv_cache.kv_cache_groups:

@@ -5,11 +5,9 @@
     while engine.num_unfinished:
         logs += engine.step()
 
-The engine lives in the process that creates it (no helper processes), one per process, and everything happens
-between two calls of `step`: weights are replaced, requests aborted, probes computed. It seeds torch's global
-random generator and takes its sampling noise from there.
-
-Set `engine_environment(settings)` before the process imports vLLM.
+The engine lives in the process that creates it, one per process, and everything happens between two calls of `step`:
+weights are replaced, requests aborted, probes computed. It seeds torch's global random generator and takes its sampling
+noise from there. Set `engine_environment(settings)` before the process imports vLLM.
 """
 
 from __future__ import annotations
@@ -55,10 +53,8 @@ def compile_nothing(enforce_eager: bool) -> None:
 class BackspaceEngine:
     """One engine. Not thread-safe; every method returns between two engine steps.
 
-    Args:
-        settings: see `EngineSettings`.
-        contract: what the ids mean. Backspace is never part of the model's input; an `<eos>` can't be taken back; ids
-            without a token are never sampled, and no prompt may hold one.
+    contract: what the ids mean. Backspace is never part of the model's input; an `<eos>` can't be taken back; ids
+        without a token are never sampled, and no prompt may hold one.
 
     Raises:
         ValueError: vLLM was configured, or the model is built, in a way that can't be rolled back; or the machine
@@ -131,10 +127,8 @@ class BackspaceEngine:
     def add(self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, planted: TokenIds = ()) -> None:
         """Queue a request.
 
-        Args:
-            request_id: unique among the unfinished requests.
-            prompt_ids: [P], P >= 1. The floor is its end.
-            planted: ids that are forced as the first actions. The model may take them back afterwards.
+        request_id: unique among the unfinished requests. prompt_ids: [P], P >= 1; the floor is its end.
+        planted: ids that are forced as the first actions. The model may take them back afterwards.
 
         Raises:
             ValueError: ids, lengths or limits don't fit; the message says which.
@@ -197,12 +191,9 @@ class BackspaceEngine:
         return logs
 
     def draw_next_tokens(self, prefixes: Sequence[TokenIds]) -> list[FinishedLog]:
-        """Sample one next token for each prefix from the current policy, backspace excluded.
+        """Sample one next token for each prefix, backspace excluded; gives logs of one action, in their order.
 
         Other requests advance meanwhile; those that end are returned by the next `step`.
-
-        Returns:
-            A log of one action for each prefix, in their order.
         """
         sampling = SamplingSettings(max_new_tokens=1, max_actions=1, backspace=False)
         names = dict.fromkeys(f"draw-{index}" for index in range(len(prefixes)))
@@ -227,14 +218,12 @@ class BackspaceEngine:
         Unfinished requests go on from their current text, whose key-value cache is computed again with the
         new weights, so every later action is one of the new policy alone.
 
-        Args:
-            tensors: Hugging Face name and tensor of every parameter, read during the call only. A tied pair
-                counts as one and may come under both names.
-            version: at least the current version.
+        tensors: Hugging Face name and tensor of every parameter, read during the call only. A tied pair counts as one
+            and may come under both names.
 
         Raises:
-            ValueError: a tensor is missing, unknown or misshapen, or the version goes back; nothing was
-            changed. RuntimeError: loading failed half-way; this engine refuses all further work.
+            ValueError: a tensor is missing, unknown or misshapen, or the version goes back; nothing was changed.
+            RuntimeError: loading failed half-way; this engine refuses all further work.
         """
         self._check_not_fenced()
         if version < self.version:
@@ -254,9 +243,8 @@ class BackspaceEngine:
         Unfinished requests wait meanwhile: they neither advance nor lose their place, and the noise they will
         be sampled with does not change.
 
-        Returns:
-            [N-1]: log p(token_ids[i+1] | token_ids[:i+1]) over the whole vocabulary: backspace is included, and so are
-            ids without a token.
+        Gives [N-1]: log p(token_ids[i+1] | token_ids[:i+1]) over the whole vocabulary, backspace and ids without a
+        token included.
         """
         self._check_usable()
         ids = self._token_ids(token_ids, "token_ids")
@@ -274,10 +262,8 @@ class BackspaceEngine:
         with self._core.scheduler.others_held_back():
             internal_id = self._llm.add_request("probe", {"prompt_token_ids": ids.tolist()}, params)
             for _ in range(math.ceil(len(ids) / budget) + 1):
-                outputs = self._llm.step()
-                if outputs:
-                    (output,) = outputs
-                    return np.asarray(output.prompt_logprobs.logprobs, dtype=np.float32)
+                if outputs := self._llm.step():
+                    return np.asarray(outputs[0].prompt_logprobs.logprobs, dtype=np.float32)
             self._llm.abort_request([internal_id], internal=True)
         raise RuntimeError(f"the engine did not finish a probe of {len(ids)} tokens")
 

@@ -87,8 +87,8 @@ class SamplingSettings:
     """How one request is sampled.
 
     temperature: 0 is greedy. top_p: 1 keeps every token.
-    max_new_tokens: bound on the generated text *after deletions*. max_actions: bound on the actions,
-        deletions included; always finite, because a policy can append and take back for ever.
+    max_new_tokens: bound on the generated text *after deletions*. max_actions: bound on the actions, deletions
+        included; always finite, because a policy can append and take back for ever.
     backspace: the model may take tokens back; without it the backspace id is never sampled.
     ban_deleted: a token that was deleted at a state is not offered there again. Inference only: the sampled
         distribution is then not a function of the text, which training assumes.
@@ -145,9 +145,8 @@ def logs_to_batch(
 ) -> pa.RecordBatch:
     """Rows of the trajectory schema, one per log, without Python work per token.
 
-    Args:
-        logs: finished requests of one `sampling`; their request ids become trajectory ids.
-        weights_fingerprint: of the newest version in the logs.
+    logs: finished requests of one `sampling`; their request ids become trajectory ids.
+    weights_fingerprint: of the newest version in the logs.
     """
     count = len(logs)
     schema = _schema_of(contract)

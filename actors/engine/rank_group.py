@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,9 +57,6 @@ class EngineRank:
             os.environ[VISIBLE_GPUS] = visible_gpus
         import actors.engine.ranked_engine  # noqa: F401  # takes seconds, for which nobody is to wait in the group
 
-        self._engine: RankedEngine
-        self._intake: WeightIntake
-
     def ready(self) -> int:
         """Returns once vLLM is loaded."""
         return 0
@@ -68,7 +65,7 @@ class EngineRank:
         """Build the engine together with the other ranks."""
         from actors.engine.ranked_engine import RankedEngine
 
-        self._engine = RankedEngine(settings, contract, place)
+        self._engine: RankedEngine = RankedEngine(settings, contract, place)
         self._intake = WeightIntake(self._engine)
         return self._engine.digest
 
@@ -84,13 +81,10 @@ class EngineRank:
 class RankGroup:
     """Rank 0's engine, the weights that come into it, and the other ranks, if there are any.
 
-    Args:
-        name: of the actor.
-        settings: of each rank; the folder of the model may be gone once this returns.
-        actors: how many ranks there are. `start_timeout_s` bounds the wait for them to start, `health_timeout_s` any
-            later one.
+    settings: of each rank; the folder of the model may be gone once this returns.
+    actors: how many ranks there are. `start_timeout_s` bounds the wait for their start, `health_timeout_s` later ones.
 
-    Raises:
+    Raises (on creation):
         ValueError: the engine cannot be built.
         EngineRankError: a rank did not come, or failed.
     """
@@ -138,18 +132,12 @@ class RankGroup:
 
     def take_weights(self, manifest: WeightManifest, handle: WeightHandle) -> None:
         """Load a publication into the engines of all ranks; each takes it itself. Raises as `WeightIntake.take`."""
-        if self._leader is None:
-            self.intake.take(manifest, handle)
-            return
-        with self._repeated(publication=(manifest, handle)):
+        alone = self._leader is None
+        with nullcontext() if alone else self._repeated(publication=(manifest, handle)):
             self.intake.take(manifest, handle)
 
     def settle(self) -> None:
-        """Wait until all ranks have made the calls of rank 0, and have drawn the same tokens.
-
-        Raises:
-            EngineRankError: they have not.
-        """
+        """Wait until all ranks have made the calls of rank 0; an EngineRankError where they drew other tokens."""
         while self._pending:
             self._check_oldest()
 

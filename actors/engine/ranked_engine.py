@@ -73,11 +73,8 @@ class RankExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM ships no type
 class RankedEngine(BackspaceEngine):
     """An engine that holds a part of each layer. It works only while the other ranks make the same calls.
 
-    Args (beside those of `BackspaceEngine`):
-        place: of this engine among the ranks. The constructors of all of them return together.
-
-    Raises (beside what `BackspaceEngine` does):
-        RuntimeError: the other ranks were not there in time, here or in any later step.
+    The constructors of all ranks return together. A RuntimeError is raised where the others were not there in time,
+    here or in any later step.
     """
 
     def __init__(self, settings: EngineSettings, contract: TokenContract, place: RankPlace) -> None:
@@ -115,9 +112,8 @@ class RankedEngine(BackspaceEngine):
 class LeadingEngine(RankedEngine):
     """Rank 0. `load_weights` and `probe` are left to the owner: each rank has to be brought to them with its own data.
 
-    Args (beside those of `RankedEngine`):
-        unsent: gains the calls that the other ranks have to make before the next step.
-        together: sends a call to all other ranks, after those unsent, and lasts as long as this rank makes it itself.
+    unsent: gains the calls that the other ranks have to make before the next step.
+    together: sends a call to all other ranks, after those unsent, and lasts as long as this rank makes it itself.
     """
 
     def __init__(

@@ -75,11 +75,7 @@ class ExpectedTensors:
         return cls(required, frozenset(every - required.keys()))
 
     def check(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Refuse an incomplete or foreign set of tensors.
-
-        Raises:
-            ValueError: names the tensor that is missing, unknown, repeated or of the wrong shape.
-        """
+        """Raise a ValueError that names the tensor that is missing, unknown, repeated or of the wrong shape."""
         received: set[str] = set()
         for name, tensor in tensors:
             if name in received:
@@ -101,10 +97,8 @@ class ExpectedTensors:
 def load_in_place(model: torch.nn.Module, config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Replace all weights of vLLM's `model` by `tensors` (Hugging Face names, checked by `ExpectedTensors`).
 
-    The tensors are only read and not kept. If this raises, the model is half new: don't use it any more.
-
-    Raises:
-        RuntimeError: vLLM left a parameter of the model unloaded.
+    The tensors are only read and not kept. Where it raises, e.g. because vLLM left a parameter of the model unloaded,
+    the model is half new: don't use it any more.
     """
     import torch
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -145,20 +139,17 @@ class Proof:
 
 
 class WeightIntake:
-    """Loads publications into one engine, between two of its steps.
-
-    proof: of the weights that the engine has; None before the first ones.
-    """
+    """Loads publications into one engine, between two of its steps."""
 
     def __init__(self, engine: BackspaceEngine) -> None:
         self._engine = engine
         self._receiver = WeightReceiver()
-        self.proof: Proof | None = None
+        self._proof: Proof | None = None
 
     @property
     def note(self) -> str | None:
         """What people should know of the proof: the noise of this engine, and where it hides what a push changes."""
-        proof = self.proof
+        proof = self._proof
         if proof is not None and proof.change is None:
             return (
                 f"engine and learner differ by {proof.error:.2g} nats with the same weights: up to "
@@ -182,7 +173,7 @@ class WeightIntake:
         verify_fingerprint(payload, manifest)
         self._engine.load_weights(unpack(payload, manifest), manifest.version)
         logprobs = self._engine.probe(manifest.probe_token_ids)
-        self.proof = prove(manifest, logprobs, self.proof, self._engine.dtype)
+        self._proof = prove(manifest, logprobs, self._proof, self._engine.dtype)
 
 
 def prove(

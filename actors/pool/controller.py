@@ -62,9 +62,7 @@ class PoolEvent:
 
 @dataclass(frozen=True)
 class PoolStatus:
-    """The pool of rollout actors. events: newest last. failure: why the pool has given up. refused: it gave up because
-    the settings cannot be met, and no restart would help.
-    """
+    """events: newest last. failure: why the pool has given up. refused: because the settings cannot be met."""
 
     desired: int
     newest_version: int
@@ -86,9 +84,7 @@ class PoolStatus:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an actor cannot go on. in_vain: a successor would fail in the same way. traceback: the end of it, where the
-    reason does not say what to do.
-    """
+    """Why an actor cannot go on. in_vain: a successor would too. traceback: its end, where reason is too little."""
 
     reason: str
     in_vain: bool = False
@@ -166,11 +162,7 @@ class PoolController:
         )
 
     def scale(self, desired: int) -> None:
-        """Change the number of actors; takes effect at the next `reconcile`.
-
-        Raises:
-            ValueError: the number is negative.
-        """
+        """Change the number of actors from the next `reconcile` on; a ValueError if it is negative."""
         if desired < 0:
             raise ValueError(f"the number of actors cannot be negative, got {desired}")
         self._note("pool_scaled", "", f"scale {self.desired} -> {desired}")
@@ -234,7 +226,7 @@ class PoolController:
             self.end(member.name, "actor_ended", message)
 
     def _measure_join(self, member: _Member, status: ActorStatus, now_s: float) -> None:
-        """Take the time to the first rollouts; of an actor that had to wait it would say nothing about joining."""
+        """Take the time to the first rollouts, unless the actor had to wait: that would say nothing about joining."""
         if member.join_s is not None or member.waited:
             return
         if status.trajectories > 0:

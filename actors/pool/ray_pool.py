@@ -40,9 +40,10 @@ class _Process:
 
 
 class ActorPool:
-    """Keeps `desired` rollout actors alive and hands each the newest weights.
+    """Keeps `desired` rollout actors alive and hands each the newest weights; to its controller it is `ActorProcesses`.
 
-    The methods that end in `_actor` or begin with it are the `ActorProcesses` that its controller calls.
+    prompts: list with one reference to the Arrow table of training examples (kept in the object store).
+    shards: of the replay buffer. environment: variables of the actor processes. desired: actors to start with.
     """
 
     def __init__(
@@ -53,9 +54,6 @@ class ActorPool:
         environment: dict[str, str],
         desired: int,
     ) -> None:
-        """prompts: list with one reference to the Arrow table of training examples (kept in the object store).
-        shards: of the replay buffer. environment: variables of the actor processes. desired: actors to start with.
-        """
         ignore_stop_signals()
         self._spec = spec
         self._prompts = prompts
@@ -71,10 +69,7 @@ class ActorPool:
         self._supervisor: asyncio.Task[None] | None = None
 
     async def start(self, nodes: Sequence[str] = ()) -> None:
-        """Begin supervision; returns before the first actor is ready.
-
-        nodes: id of the node planned for each actor, by its number. Ray chooses the node of an actor without one.
-        """
+        """Begin supervision. nodes: ids of those planned for the actors, by their number; Ray chooses the others."""
         self._nodes = nodes
         if self._supervisor is None:
             self._supervisor = asyncio.create_task(self._supervise())
@@ -85,11 +80,7 @@ class ActorPool:
         return await self.status()
 
     async def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
-        """Tell every running actor of new weights; only the newest announcement is kept for late joiners.
-
-        Raises:
-            ValueError: they are not newer than those before.
-        """
+        """Tell every running actor of new weights, and later joiners of the newest; a ValueError if they are older."""
         if manifest.version <= self._newest_version:
             raise ValueError(f"weights version {manifest.version} announced after version {self._newest_version}")
         self._newest = (manifest, handle)
@@ -204,9 +195,7 @@ def _control(method: ray.actor.ActorMethod, *arguments: object) -> ray.ObjectRef
 
 
 def failure_of(error: BaseException, starting: bool) -> Failure:
-    """The error a call ended with, and the end of its traceback. An actor whose constructor raised will raise the next
-    time, too.
-    """
+    """Of the error that a call ended with. An actor whose constructor raised will raise the next time, too."""
     text = ANSI_COLOR.sub("", str(error)).strip()
     if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
         reason = text.splitlines()[-1]  # the rest is the traceback of the constructor

@@ -157,7 +157,6 @@ def as_log(row: dict[str, object]) -> FinishedLog:
         logprobs=np.array(row["logprobs"], dtype=np.float32),
         policy_version=np.array(row["policy_version"], dtype=np.int32),
         finish_reason=str(row["finish_reason"]),
-        num_planted=0,
     )
 
 
