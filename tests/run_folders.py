@@ -12,7 +12,7 @@ from actors.rollout_actor import ActorStatus
 from buffer.experts.tasks import Task
 from buffer.service.shard import shard_folder
 from buffer.settings import BufferSettings
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
 from launch.evaluation.report import write_evaluation
 from launch.evaluation.results import CheckpointResult, Evaluation

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from buffer.settings import BufferSettings
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
 from tests.stores import events, live_ids, stored_rows
 from tests.trajectories import CONTRACT, ids_of, numbered
@@ -63,8 +63,8 @@ def write(folder: Path, fsync: str, tell: Callable[[str], None]) -> None:
         if first % 13 == 0:
             tell(f"checkpoint {first}")  # before: the learner has it, whether or not the store hears of it
             store.checkpointed("s", first)
-        if (plan := store.upkeep.plan()) is not None:
-            store.upkeep.finish(plan.run())
+        if (plan := store.maintenance.plan()) is not None:
+            store.maintenance.finish(plan.run())
 
 
 def live(folder: Path, fsync: str, num_lines: int, acknowledged: Acknowledged) -> None:
@@ -108,7 +108,7 @@ def check_kills(folder: Path, fsync: str, kills: int, seed: int) -> None:
         live_rows = sorted(map(int, live_ids(store)))
         assert live_rows == list(range(live_rows[0], store.next_row)), "the newest rows, without a gap, each once"
         counters = store.status().sources["policy"]
-        assert counters.inserted == store.next_row == counters.live + counters.evicted + counters.dropped_stale
+        assert counters.inserted == store.next_row == counters.live + sum(counters.removed.values())
         deleted = [row for event in events(folder, "delete") for row in event.row_numbers.tolist()]
         assert sorted([*stored_rows(folder), *deleted]) == list(range(store.next_row))
         store.close()

@@ -37,7 +37,7 @@ def draw(store: ReplayStore, count: int, version: int, source: str = "policy") -
 def live_ids(store: ReplayStore, source: str = "policy") -> set[str]:
     """All live rows, without a draw, which would change them."""
     rows = store._shard.table.live_rows(source)
-    return set(ids_of(store._shard.files.gather.take(rows))) if len(rows) else set()
+    return set(ids_of(store._shard.gather.take(rows))) if len(rows) else set()
 
 
 def events(folder: Path, kind: str | None = None) -> list[EventEntry]:

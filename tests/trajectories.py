@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pyarrow as pa
 
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from buffer.trajectory.schema import TokenContract, trajectory_schema
 
 BACKSPACE, EOS, VOCAB = 1, 2, 32

@@ -277,9 +277,10 @@ def _counts(rows: Int64, named: Int64) -> Int32:
 
 def _events_table(events: Sequence[EventEntry], stored: pa.Table) -> pa.Table:
     """Events as one table (`EVENT_SCHEMA`)."""
+    names = {"at": "at_us", "event": "kind", "policy_version": "version"}
     scalars = [
-        pa.array([getattr(event, name) for event in events], field.type)
-        for name, field in zip(EventEntry._fields[:-3], EVENT_SCHEMA, strict=False)
+        pa.array([getattr(event, names.get(field.name, field.name)) for event in events], field.type)
+        for field in list(EVENT_SCHEMA)[:-3]
     ]
     rows = _lists([event.rows for event in events], np.int64)
     ids = pa.array([_ids_of(event) for event in events], pa.list_(pa.string()))

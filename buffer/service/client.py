@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall, end_actor, ended_calls
 from buffer.service.shard import BufferStatus, DrawRequest, InsertReply, Offer, ShardStatus, plan_parts
-from buffer.store.results import DrawResult
+from buffer.store.shard import DrawResult
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle

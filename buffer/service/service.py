@@ -32,7 +32,7 @@ from buffer.service.shard import DrawRequest, InsertReply, Offer, ShardStatus
 from buffer.settings import BufferSettings
 from buffer.stop_signals import ignore_stop_signals
 from buffer.store.limiter import Limiter, Traffic
-from buffer.store.results import DrawResult
+from buffer.store.shard import DrawResult
 from buffer.store.store import ReplayStore
 from buffer.trajectory.schema import TokenContract
 
@@ -299,12 +299,12 @@ class ShardUpkeep:
 
     async def _tidy(self) -> None:
         try:
-            plan = self._store.upkeep.plan()
+            plan = self._store.maintenance.plan()
             if plan is None:
                 return
             try:
-                self._store.upkeep.finish(await asyncio.to_thread(plan.run))
+                self._store.maintenance.finish(await asyncio.to_thread(plan.run))
             except OSError as error:
-                self._store.upkeep.fail(error)
+                self._store.maintenance.fail(error)
         except OSError as error:  # the disk is full, say: inserts will raise it, and this is tried again
             logger.warning("the upkeep of the replay buffer failed: %s", error)

@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from buffer.settings import BufferSettings
-from buffer.store.results import DrawKey, SourceCounters, StoreStatus
+from buffer.store.shard import DrawKey, SourceCounters, StoreStatus
 from buffer.trajectory.schema import SOURCES
 from buffer.trajectory.validation import Rejection
 

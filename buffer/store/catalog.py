@@ -1,77 +1,35 @@
-"""The catalog of a shard: one SQLite file that says where rows are stored and what happened to them.
+"""The catalog of a shard: one SQLite file that says where rows are stored and what happened to them, event by event.
+docs/buffer.md describes its tables, and what follows from them.
 
-    RUN/buffer/shard-000/
-        catalog.db                SQLite, write-ahead log (`catalog.db-wal`, `catalog.db-shm` while it is open)
-        segment-000001.arrows     Arrow IPC stream of stored rows (`stored_schema`); see `buffer.store.segments`
-        quarantine/               damaged bytes, each with a text that says what they were
-
-Row numbers count the insertions into the shard over all sources: 0, 1, 2, ...; no number is given twice. Blobs of row
-numbers are little-endian int64, without a gap between two numbers. Each table has a column `checksum` over the other
-columns of its row (`row_checksum`), because SQLite keeps none.
-
-segments: the files that count. A file that is not listed is deleted when the shard is opened.
-    number      in the name of the file
-    size        bytes of a sealed file, which never changes again; null for the one that takes inserts: its committed
-                bytes end with its last batch (with its header where it has none), and what follows (zeros, or a batch
-                whose commit is under way) is not committed
-
-batches: one row per stored Arrow message. An insert adds one; a compaction replaces those of the old segments.
-    first_row, num_rows     smallest row number, and how many rows; batches do not overlap
-    segment, offset, length     where the message lies
-    newest_version          newest policy version in it, -1 where no row has one
-    message_checksum        xxh3-128 of the message's bytes
-    rows                    blob of its row numbers, ascending; null = first_row, first_row + 1, ...
-    facts                   blob of `FACTS`, one per row, in the same order
-
-events: what happened, in order. seq counts 1, 2, ... without a gap; at_us is in microseconds since the epoch; next_row
-is the number of rows inserted before the event. An event never changes, and none is ever deleted.
-    kind        says that                                           and fills
-    draw        a training step was given rows                      stage, step, source, version, rows, whole
-    checkpoint  the learner has a durable checkpoint                stage, step
-    stage       rows of older weights are of an earlier stage       version (the first one that counts)
-    version     a newer version was published                       version
-    remove      rows ceased to be live                              source, reason, version, rows
-    delete      the stored bytes of rows are gone                   source, rows, ids (null: they were unreadable)
-    forget      a draw lost rows to damage: it is not repeated      stage, step, source
-    reject      trajectories were refused on insert                 reason, ids
-    priorities  the learner changed how likely rows are             source, rows, priorities
-version is the newest policy version known (except in `stage`). rows keeps the order of a draw; in a `priorities` it is
-in any order, and elsewhere it ascends. whole is the number of rows of the draw over all shards. ids is a JSON list: as
-long as `rows` in a `delete`, with a null for a rejected trajectory without an id in a `reject`. priorities is a blob of
-little-endian float32, one per row.
-
-meta: JSON values: `contract` (the token contract as schema metadata), `next_row` (as of the last deletion; the next
-row to be inserted has this number or the one after the last batch, whichever is larger), `format` (of this schema).
-
-What follows from it:
-
-    stored      rows of batches
-    live        stored rows without those of `remove`
-    inserted    rows below next_row; each is stored or in one `delete`, so per source: facts of batches + `delete`
-    removed     each inserted row that is not live is in exactly one `remove`, whose reason is one of REASONS
-    draws       a row was drawn once per `draw` that names it. A second `draw` of one key completes a part that an
-                interruption left; rows of draws before a `forget` of their key do not count for the later ones
-    pinned      rows of draws that no later `checkpoint` of their stage (with a larger step) or of another stage covers,
-                and no `forget`: they are stored even when they are not live
+What changes together is one transaction of `CatalogWriter`. Readers need shared memory with the writer, so they have to
+be on its host. On a file system that several hosts share SQLite cannot offer that: there the writer holds the file
+alone (`locking_mode=EXCLUSIVE`), and readers get `CatalogWriter.image`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from buffer.disk import is_shared, sync_later
+from buffer.trajectory.schema import TokenContract
+
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 CATALOG_NAME = "catalog.db"
-FORMAT = 3
+FORMAT = 4
 
 EventKind = Literal["draw", "checkpoint", "stage", "version", "remove", "delete", "forget", "reject", "priorities"]
 RemovalReason = Literal["capacity", "age", "sampled", "stale", "stage", "quarantine"]
@@ -79,11 +37,23 @@ RemovalReason = Literal["capacity", "age", "sampled", "stale", "stage", "quarant
 EVICTED = ("capacity", "age", "sampled")
 """Reasons to remove a row that could have been drawn: too many rows, too old, drawn `max_times_sampled` times."""
 
-DROPPED = ("stale", "stage", "quarantine")
-"""Reasons to remove a row that must not or cannot be drawn: `max_staleness`, of an earlier stage, damaged."""
+REASONS = (*EVICTED, "stale", "stage", "quarantine")
+"""Why a row ceases to be live; the others must not or cannot be drawn: `max_staleness`, an earlier stage, damage."""
 
-REASONS = (*EVICTED, *DROPPED)
-"""Why a row ceases to be live."""
+WAL_BYTES = 2**20
+"""The write-ahead log is cut to this size when SQLite has copied it into the database (every 1,000 pages)."""
+
+_REFUSED = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_BUSY: errno.EBUSY,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+}
+"""SQLite's codes of errors that are no damage of the file."""
+
+_JOURNAL_MODE = slice(18, 20)
+"""Bytes of a database's header: 2 with a write-ahead log, which a database in memory cannot have, else 1."""
 
 FACTS = np.dtype(
     [
@@ -104,8 +74,8 @@ create table if not exists batches(
     length integer not null, newest_version integer not null, message_checksum blob not null, rows blob,
     facts blob not null, checksum blob not null);
 create table if not exists events(
-    seq integer primary key, at_us integer not null, kind text not null, stage text, step integer, source text,
-    reason text, version integer, whole integer, next_row integer not null, rows blob, ids text, priorities blob,
+    kind text not null, stage text, step integer, source text, reason text, version integer, whole integer, rows blob,
+    ids text, priorities blob, seq integer primary key, at_us integer not null, next_row integer not null,
     checksum blob not null);
 create view if not exists draws as
     select seq, at_us, stage, step, source, version, whole, rows from events where kind = 'draw';
@@ -121,14 +91,14 @@ class CorruptStoreError(ValueError):
 
 
 class SegmentEntry(NamedTuple):
-    """A row of `segments`; see the module for the columns."""
+    """A row of `segments`; see docs/buffer.md for the columns."""
 
     number: int
     size: int | None
 
 
 class BatchEntry(NamedTuple):
-    """A row of `batches`; see the module for the columns."""
+    """A row of `batches`; see docs/buffer.md for the columns."""
 
     first_row: int
     num_rows: int
@@ -154,57 +124,37 @@ class BatchEntry(NamedTuple):
 
 
 class EventEntry(NamedTuple):
-    """A row of `events`; see the module for the columns."""
+    """A row of `events`; see docs/buffer.md for the columns. The last three come with the commit."""
 
-    seq: int
-    at_us: int
     kind: EventKind
-    stage: str | None
-    step: int | None
-    source: str | None
-    reason: str | None
-    version: int | None
-    whole: int | None
-    next_row: int
-    rows: bytes | None
-    ids: str | None
-    priorities: bytes | None
+    stage: str | None = None
+    step: int | None = None
+    source: str | None = None
+    reason: str | None = None
+    version: int | None = None
+    whole: int | None = None
+    rows: bytes | None = None
+    ids: str | None = None
+    priorities: bytes | None = None
+    seq: int = 0
+    at_us: int = 0
+    next_row: int = 0
 
     @property
     def row_numbers(self) -> Int64:
         """[n] rows that the event names; none where it has no such column."""
         return np.frombuffer(self.rows or b"", np.int64)
 
-    @classmethod
-    def new(
-        cls,
-        kind: EventKind,
-        stage: str | None = None,
-        step: int | None = None,
-        source: str | None = None,
-        reason: str | None = None,
-        version: int | None = None,
-        whole: int | None = None,
-        rows: Int64 | None = None,
-        ids: Sequence[str | None] | None = None,
-        priorities: Float32 | None = None,
-    ) -> EventEntry:
-        """An event that is to be written: its number, its time and `next_row` come with the commit."""
-        return cls(
-            0,
-            0,
-            kind,
-            stage,
-            step,
-            source,
-            reason,
-            version,
-            whole,
-            0,
-            None if rows is None else rows.astype("<i8").tobytes(),
-            None if ids is None else json.dumps(ids),
-            None if priorities is None else priorities.astype("<f4").tobytes(),
-        )
+
+class Deletion(NamedTuple):
+    """Batches (by first row) and segments (by number) that count no longer."""
+
+    batches: Sequence[int]
+    segments: Sequence[int] = ()
+
+
+Change = BatchEntry | SegmentEntry | EventEntry | Deletion
+_Statement = tuple[str, tuple[object, ...]]
 
 
 def segment_path(folder: Path, number: int) -> Path:
@@ -223,29 +173,17 @@ def row_checksum(values: tuple[object, ...]) -> bytes:
 
 
 def read_segments(connection: sqlite3.Connection, path: Path) -> list[SegmentEntry]:
-    """The files that count, by number.
-
-    Raises:
-        CorruptStoreError: a row of the catalog in `path` is damaged.
-    """
+    """The files that count, by number. A damaged row is a `CorruptStoreError` here and below."""
     return [SegmentEntry(*row) for row in _checked(connection, path, "segments", "number")]
 
 
 def read_batches(connection: sqlite3.Connection, path: Path) -> list[BatchEntry]:
-    """Where rows are stored, by row number.
-
-    Raises:
-        CorruptStoreError: a row of the catalog in `path` is damaged.
-    """
+    """Where rows are stored, by row number."""
     return [BatchEntry(*row) for row in _checked(connection, path, "batches", "first_row")]
 
 
 def read_events(connection: sqlite3.Connection, path: Path) -> Iterator[EventEntry]:
-    """What happened, in order.
-
-    Raises:
-        CorruptStoreError: a row of the catalog in `path` is damaged or missing.
-    """
+    """What happened, in order; a missing event is a `CorruptStoreError`, too."""
     for number, row in enumerate(_checked(connection, path, "events", "seq"), start=1):
         event = EventEntry(*row)
         if event.seq != number:
@@ -254,11 +192,7 @@ def read_events(connection: sqlite3.Connection, path: Path) -> Iterator[EventEnt
 
 
 def read_meta(connection: sqlite3.Connection, path: Path) -> dict[str, str]:
-    """The JSON texts of `meta`.
-
-    Raises:
-        CorruptStoreError: a row of the catalog in `path` is damaged.
-    """
+    """The JSON texts of `meta`."""
     return dict(_checked(connection, path, "meta", "key"))
 
 
@@ -272,8 +206,183 @@ def corrupt(path: Path, what: str) -> CorruptStoreError:
 
 def _checked(connection: sqlite3.Connection, path: Path, table: str, key: str) -> Iterator[tuple[Any, ...]]:
     """The rows of a table without their checksums, in the order of `key`."""
-    for *values, checksum in connection.execute(f"select * from {table} order by {key}"):
+    for name, *values, checksum in connection.execute(f"select {key}, * from {table} order by {key}"):
         row = tuple(values)
         if row_checksum(row) != checksum:
-            raise corrupt(path, f"the row of {table} with {key} {row[0]!r} does not agree with its checksum")
+            raise corrupt(path, f"the row of {table} with {key} {name!r} does not agree with its checksum")
         yield row
+
+
+class CatalogWriter:
+    """The catalog of a shard whose folder is locked. Not thread-safe.
+
+    In SQLite's write-ahead mode a commit survives the death of the process in any case. It survives a loss of power
+    when it is synced (`synchronous=FULL`), or a later one is.
+    """
+
+    def __init__(self, folder: Path, contract: TokenContract, sync: bool, clock: Callable[[], float]) -> None:
+        """Open the catalog, or create it. sync: whether durable commits survive a loss of power. clock: seconds since
+        the epoch.
+
+        Raises:
+            CorruptStoreError: it is damaged, or missing beside segments.
+            ValueError: the rows follow another token contract, or another version of this program wrote them.
+            OSError: the disk refused, or another program has the catalog locked.
+        """
+        self.path = folder / CATALOG_NAME
+        self.next_row = 0
+        """Number of the next row to be inserted."""
+        self._sync = sync
+        self._clock = clock
+        self._num_events = 0
+        self._is_full_sync = False  # of the next commit
+        self._lock = Lock()  # held while a transaction is under way
+        if not self.path.exists() and (segments := sorted(folder.glob("segment-*.arrows"))):
+            raise CorruptStoreError(
+                f"{folder} holds {segments[0].name} but no {CATALOG_NAME}: restore it from a copy, or move the folder "
+                "away to begin with an empty buffer"
+            )
+        self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        try:
+            with self._reading():
+                if is_shared(folder):
+                    self._connection.execute("pragma locking_mode=exclusive")
+                for pragma in ("journal_mode=wal", f"journal_size_limit={WAL_BYTES}", "synchronous=normal"):
+                    self._connection.execute(f"pragma {pragma}")
+                self._check(contract)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def read(self) -> tuple[list[SegmentEntry], list[BatchEntry]]:
+        """Everything but the events. CorruptStoreError: a row is damaged. OSError: the disk refused."""
+        with self._reading():
+            meta = read_meta(self._connection, self.path)
+            segments = read_segments(self._connection, self.path)
+            batches = read_batches(self._connection, self.path)
+        end_row = int(batches[-1].row_numbers[-1]) + 1 if batches else 0
+        self.next_row = max(json.loads(meta.get("next_row", "0")), end_row)
+        return segments, batches
+
+    def events(self) -> Iterator[EventEntry]:
+        """What happened, in order; raises as `read`."""
+        with self._reading():
+            for event in read_events(self._connection, self.path):
+                self._num_events = event.seq
+                yield event
+
+    def commit(self, changes: Sequence[Change], durable: bool = True) -> None:
+        """Write these changes, all or none.
+
+        durable: whether they survive a loss of power (where the shard asks for that at all), not only the death of the
+        process. Changes of segments always do: a file is deleted after them.
+
+        Raises:
+            OSError: the disk refused; nothing has changed.
+        """
+        num_events, next_row, at_us = self._num_events, self.next_row, int(self._clock() * 1e6)
+        statements: list[_Statement] = []
+        for change in changes:
+            match change:
+                case EventEntry():
+                    num_events += 1
+                    entry = change._replace(seq=num_events, at_us=at_us, next_row=self.next_row)
+                    statements.append(_insert("events", entry))
+                case BatchEntry():
+                    statements.append(_insert("batches", change))
+                    next_row = max(next_row, change.first_row + change.num_rows)
+                case SegmentEntry():
+                    statements.append(_insert("segments", change))
+                case Deletion():
+                    statements.append(_insert("meta", ("next_row", json.dumps(self.next_row))))
+                    statements += [("delete from batches where first_row = ?", (row,)) for row in change.batches]
+                    statements += [("delete from segments where number = ?", (number,)) for number in change.segments]
+        files_change = any(isinstance(change, Deletion | SegmentEntry) for change in changes)
+        self._write(statements, full_sync=files_change or (durable and self._sync))
+        self._num_events, self.next_row = num_events, next_row
+
+    def prepare_sync(self) -> Callable[[], None]:
+        """A function that makes every commit until now durable; it may run in any thread, also after `close`."""
+        return sync_later(os.open(f"{self.path}-wal", os.O_RDONLY))
+
+    def image(self) -> bytes:
+        """The catalog of now as a database of its own, for `sqlite3.Connection.deserialize`, or as a file. May be
+        called in any thread.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        with self._lock, self._reading():
+            content = bytearray(self._connection.serialize())
+        content[_JOURNAL_MODE] = b"\1\1"
+        return bytes(content)
+
+    def close(self) -> None:
+        """Copy the write-ahead log into the database, where no reader prevents it, and let go of the file."""
+        self._connection.close()
+
+    def _check(self, contract: TokenContract) -> None:
+        (found,) = self._connection.execute("pragma quick_check(1)").fetchone()
+        if found != "ok":
+            raise corrupt(self.path, found)
+        self._connection.executescript(TABLES)
+        meta = read_meta(self._connection, self.path)
+        own = {name.decode(): value.decode() for name, value in contract.to_metadata().items()}
+        if not meta:
+            new = {"contract": own, "format": FORMAT}
+            self._write([_insert("meta", (key, json.dumps(value))) for key, value in new.items()], full_sync=True)
+        elif (number := json.loads(meta["format"])) != FORMAT:
+            raise ValueError(
+                f"{self.path} has format {number}; this program reads {FORMAT}: use the version of the program that "
+                "wrote it, or another run folder"
+            )
+        elif json.loads(meta["contract"]) != own:
+            raise ValueError(
+                f"{self.path.parent} holds trajectories of another tokenizer ({meta['contract']}, this run has "
+                f"{json.dumps(own)}): use another run folder"
+            )
+
+    def _write(self, statements: Sequence[_Statement], full_sync: bool) -> None:
+        run = self._connection.execute
+        with self._lock:
+            try:
+                if full_sync != self._is_full_sync:
+                    run(f"pragma synchronous={'full' if full_sync else 'normal'}")
+                    self._is_full_sync = full_sync
+                if len(statements) == 1:  # is a transaction of its own
+                    run(*statements[0])
+                    return
+                run("begin immediate")
+                for statement in statements:
+                    run(*statement)
+                run("commit")
+            except sqlite3.Error as error:
+                if self._connection.in_transaction:
+                    run("rollback")
+                raise self._os_error(error) from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            if _code(error) in _REFUSED:
+                raise self._os_error(error) from error
+            raise corrupt(self.path, str(error)) from error
+        except UnicodeDecodeError as error:  # of the names that an error of SQLite quotes
+            raise corrupt(self.path, str(error)) from error
+
+    def _os_error(self, error: sqlite3.Error) -> OSError:
+        number = _REFUSED.get(_code(error), errno.EIO)
+        return OSError(number, f"{os.strerror(number)} ({error})", str(self.path))
+
+
+def _code(error: sqlite3.Error) -> int:
+    """SQLite's primary result code; -1 where the error is not SQLite's own."""
+    code: int = getattr(error, "sqlite_errorcode", -1)
+    return code & 0xFF if code >= 0 else code
+
+
+def _insert(table: str, row: tuple[object, ...]) -> _Statement:
+    places = ", ".join("?" * (len(row) + 1))
+    return f"insert or replace into {table} values({places})", (*row, row_checksum(row))

@@ -11,21 +11,24 @@ that has mapped an old file keeps it until it lets go.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.disk import sync_folder
-from buffer.store.archive import Archive
+from buffer.run_identity import run_id
 from buffer.store.catalog import BatchEntry, EventEntry, segment_path
 from buffer.store.gather import mark_null_items
-from buffer.store.segments import MessageEncoder, message_checksum
+from buffer.store.segments import MessageEncoder, StoredMessage, message_checksum
 from buffer.trajectory.schema import ROW, SOURCES, rows_of
 from buffer.trajectory.staleness import VersionRange
 
@@ -39,8 +42,7 @@ SMALL_FRACTION = 0.25
 """A segment below this fraction of `segment_bytes` joins its neighbors in a rewriting."""
 
 
-@dataclass(frozen=True)
-class SegmentUse:
+class SegmentUse(NamedTuple):
     """A sealed segment. num_needed: rows of it that are live or pinned."""
 
     number: int
@@ -73,14 +75,53 @@ def worth_rewriting(segments: Sequence[SegmentUse], below_fraction: float, segme
     return best
 
 
-@dataclass(frozen=True)
-class StoredMessage:
-    """A message of rows in a segment, at the bytes [offset, offset + length)."""
+class ArchiveError(OSError):
+    """The archive did not take a file; nothing was deleted."""
 
-    first_row: int
-    num_rows: int
-    offset: int
-    length: int
+
+class Archive:
+    """Rows that leave the disk of a shard, kept at any fsspec URL (s3://, gs://, file://, ...); used in any thread.
+
+        <url>/<run_id>/<buffer>/<shard>/segment-000003.arrows    the rows that left with segment 3, as a segment
+
+    A row is written when the file that holds it is about to go, so each one stands there once: rows that stay move on
+    to another file, with which they leave one day. An upload that is repeated writes the same name again.
+    """
+
+    def __init__(self, url: str, folder: Path) -> None:
+        """folder: of the shard, in that of the buffer, in that of the run.
+
+        Raises:
+            ValueError: no file system goes by the URL's protocol, or the package for it is missing.
+        """
+        try:
+            self._files, root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"buffer.archive={url}: {error}") from None
+        buffer, shard = folder.resolve().parts[-2:]
+        self._folder = "/".join([root.rstrip("/"), run_id(folder.resolve().parents[1]), buffer, shard])
+
+    def write(self, number: int, batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> None:
+        """Keep rows that leave with segment `number`.
+
+        Raises:
+            ArchiveError: it could not be done.
+        """
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        target = f"{self._folder}/{segment_path(Path(), number).name}"
+        try:
+            self._files.makedirs(self._folder, exist_ok=True)
+            # Object storage shows a file when it is complete; a folder does as soon as the file has its name.
+            in_folder = "file" in self._files.protocol
+            written = f"{target}.tmp" if in_folder else target
+            self._files.pipe_file(written, sink.getvalue().to_pybytes())
+            if in_folder:
+                self._files.mv(written, target)
+        except Exception as error:  # each file system raises the errors of its own client library
+            raise ArchiveError(f"the archive did not take {target}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -106,23 +147,19 @@ class RewritePlan:
         """
         kept: list[pa.RecordBatch] = []
         leaving: list[pa.RecordBatch] = []
-        for number in self.messages:
+        for number, (content, messages) in self.messages.items():
             own: list[pa.RecordBatch] = []
-            for batch in self._batches(number):
+            for each in messages:
+                batch = pa.ipc.read_record_batch(content.slice(each.offset, each.length), self.schema)
                 mask = np.isin(rows_of(batch), self.kept_rows, assume_unique=True)
                 kept += _filtered(batch, mask)
                 own += _filtered(batch, ~mask)
             if self.archive is not None and own:
                 self.archive.write(number, own, self.schema)
             leaving += [batch.select([ROW, "id", "source"]) for batch in own]
-        return Rewrite(self, self._write(kept) if kept else (), _deletions(leaving))
+        return Rewrite(self, self._write(kept) if kept else [], _deletions(leaving))
 
-    def _batches(self, number: int) -> Iterator[pa.RecordBatch]:
-        content, messages = self.messages[number]
-        for each in messages:
-            yield pa.ipc.read_record_batch(content.slice(each.offset, each.length), self.schema)
-
-    def _write(self, kept: Sequence[pa.RecordBatch]) -> tuple[BatchEntry, ...]:
+    def _write(self, kept: Sequence[pa.RecordBatch]) -> list[BatchEntry]:
         encoder, header = MessageEncoder(self.schema), self.schema.serialize()
         written, path, offset = [], segment_path(self.folder, self.number), header.size
         with path.open("wb") as file:
@@ -148,7 +185,7 @@ class RewritePlan:
             file.flush()
             os.fsync(file.fileno())
         sync_folder(self.folder)
-        return tuple(written)
+        return written
 
 
 @dataclass(frozen=True)
@@ -160,8 +197,8 @@ class Rewrite:
     """
 
     plan: RewritePlan
-    written: tuple[BatchEntry, ...]
-    deletions: tuple[EventEntry, ...]
+    written: list[BatchEntry]
+    deletions: list[EventEntry]
 
 
 def _filtered(batch: pa.RecordBatch, mask: npt.NDArray[np.bool_]) -> list[pa.RecordBatch]:
@@ -170,17 +207,16 @@ def _filtered(batch: pa.RecordBatch, mask: npt.NDArray[np.bool_]) -> list[pa.Rec
     return [batch.filter(pa.array(mask))] if mask.any() else []
 
 
-def _deletions(batches: Sequence[pa.RecordBatch]) -> tuple[EventEntry, ...]:
-    found = []
-    if batches:
-        rows = pa.concat_batches(batches)
-        for source in SOURCES:
-            own = rows.filter(pc.equal(rows.column("source"), source))
-            if own.num_rows:
-                found.append(
-                    EventEntry.new("delete", source=source, rows=rows_of(own), ids=own.column("id").to_pylist())
-                )
-    return tuple(found)
+def _deletions(batches: Sequence[pa.RecordBatch]) -> list[EventEntry]:
+    if not batches:
+        return []
+    found, rows = [], pa.concat_batches(batches)
+    for source in SOURCES:
+        own = rows.filter(pc.equal(rows.column("source"), source))
+        if own.num_rows:
+            ids = json.dumps(own.column("id").to_pylist())
+            found.append(EventEntry("delete", source=source, rows=rows_of(own).tobytes(), ids=ids))
+    return found
 
 
 def _merged(batches: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.store.segments import SegmentMaps
-from buffer.store.table import NOT_STORED, RUNS, ReplayTable
+from buffer.store.table import RUNS, ReplayTable
 from buffer.trajectory.schema import ROW, rows_of
 
 Bool = npt.NDArray[np.bool_]
@@ -73,9 +73,9 @@ class Gather:
         """A batch that is stored in these bytes; what is to be known of it is read when the next rows are taken."""
         self._pending[segment, offset] = length
 
-    def forget(self, segment: int, offset: int) -> None:
-        """No row of this batch is taken any more."""
-        self._pending.pop((segment, offset), None)
+    def forget(self, segment: int) -> None:
+        """No row of this segment is taken any more."""
+        self._pending = {place: length for place, length in self._pending.items() if place[0] != segment}
 
     def tasks(self, rows: Int64) -> Int32:
         """[n] codes of the tasks of rows; equal ones mean the same task."""
@@ -224,7 +224,7 @@ class Gather:
         """Keep those that a stored row has."""
         assert self._contexts is not None, "there are more than a few"
         table = self._table
-        stored = np.flatnonzero(table.segment[table.filled] != NOT_STORED)
+        stored = np.flatnonzero(table.is_stored)
         used, table.context[stored] = np.unique(table.context[stored], return_inverse=True)
         self._contexts, self._repeated = self._contexts.take(pa.array(used)), None
         keys = list(self._codes)

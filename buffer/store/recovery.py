@@ -3,6 +3,11 @@
 What the catalog says is what happened. The segments are checked against it: a batch whose bytes changed is put into
 quarantine, and its live rows are removed for that reason. Complete batches behind the last one of the catalog are
 adopted, since an insert syncs its segment alone; the bytes of an unfinished insert are cut off.
+
+    quarantine/segment-000003.arrows.1024-2048        damaged bytes of the segment
+    quarantine/segment-000003.arrows.1024-2048.txt    what was wrong, and which rows were lost
+
+What lies there is never read again; it is kept for whoever wants to rescue rows by hand.
 """
 
 from __future__ import annotations
@@ -11,135 +16,112 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from buffer.disk import sync_folder
 from buffer.settings import BufferSettings
-from buffer.store.catalog import FACTS, REASONS, BatchEntry, EventEntry, SegmentEntry, corrupt, segment_path
-from buffer.store.catalog_writer import CatalogWriter, Change, Deletion
-from buffer.store.draws import NotedDraw, RepeatableDraws
-from buffer.store.files import ShardFiles
-from buffer.store.known_ids import REMEMBERED_ROWS, KnownIds, hash_ids
-from buffer.store.quarantine import set_bytes_aside
-from buffer.store.results import DrawKey, SourceCounters
-from buffer.store.segments import create_segment, holds_message, message_checksum, read_tail, scan_tail, written_bytes
-from buffer.store.table import NO_ROWS, NOT_STORED, ReplayTable, row_facts
+from buffer.store.catalog import BatchEntry, Change, Deletion, EventEntry, SegmentEntry, corrupt, segment_path
+from buffer.store.segments import create_segment, message_checksum, read_message
+from buffer.store.shard import Shard
+from buffer.store.table import NO_ROWS, NOT_STORED, REMEMBERED_ROWS, KnownIds, hash_ids
 from buffer.trajectory.schema import SOURCES, TokenContract, rows_of
-from buffer.trajectory.staleness import NO_VERSION, VersionRange
+from buffer.trajectory.staleness import NO_VERSION
 
 Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
-T = TypeVar("T")
+
+QUARANTINE = "quarantine"
+
+_MESSAGE_START = b"\xff\xff\xff\xff"
+_MESSAGE_ALIGNMENT = 8
 
 logger = logging.getLogger(__name__)
 
 
-def _no_counts() -> dict[str, SourceCounters]:
-    return {source: SourceCounters(removed=dict.fromkeys(REASONS, 0)) for source in SOURCES}
-
-
-@dataclass
-class ShardState:
-    """A shard that is open. counts: by source. first_version: of the stage."""
-
-    catalog: CatalogWriter
-    table: ReplayTable
-    files: ShardFiles
-    known: KnownIds
-    draws: RepeatableDraws = field(default_factory=RepeatableDraws)
-    counts: dict[str, SourceCounters] = field(default_factory=_no_counts)
-    newest_version: int = NO_VERSION
-    first_version: int = 0
-    rejected: int = 0
-
-
-def open_shard(
-    folder: Path, contract: TokenContract, settings: BufferSettings, clock: Callable[[], float]
-) -> ShardState:
+def open_shard(folder: Path, contract: TokenContract, settings: BufferSettings, clock: Callable[[], float]) -> Shard:
     """Open the files in `folder`, which is locked, or make them.
 
     Raises:
         CorruptStoreError: the catalog is damaged. OSError: the disk refused.
         ValueError: an earlier version of this program wrote the folder, or the rows follow another token contract.
     """
-    _refuse_earlier_layout(folder)
-    catalog = CatalogWriter(folder, contract, settings.fsync == "batch", clock)
-    try:
-        return _Recovery(folder, contract, settings, catalog).run()
-    except BaseException:
-        catalog.close()
-        raise
-
-
-def _refuse_earlier_layout(folder: Path) -> None:
     for pattern in ("manifest.json", "consumption-*.arrows*", "segment-*.arrows.open"):
         if found := sorted(folder.glob(pattern)):
             raise ValueError(
                 f"{folder} holds {found[0].name}, which an earlier version of this program wrote and this one does not "
                 "read: use another run folder"
             )
+    shard = Shard(folder, contract, settings, clock)
+    try:
+        _Recovery(shard).run()
+    except BaseException:
+        shard.catalog.close()
+        raise
+    return shard
+
+
+def quarantined(folder: Path) -> tuple[str, ...]:
+    """Names of what was put aside since the folder exists."""
+    return tuple(sorted(path.name.removesuffix(".txt") for path in (folder / QUARANTINE).glob("*.txt")))
 
 
 class _Recovery:
     """One opening of a shard."""
 
-    def __init__(self, folder: Path, contract: TokenContract, settings: BufferSettings, catalog: CatalogWriter) -> None:
-        self._folder = folder
-        self._settings = settings
-        self._contents = catalog.read()
-        table = ReplayTable()
-        files = ShardFiles(folder, contract, settings, catalog, table)
-        files.next_row = self._contents.next_row
-        self._deleted: list[tuple[int, str]] = []  # rows and ids of events
-        self.state = ShardState(catalog, table, files, KnownIds(table.stored_hashes, np.empty(0, np.uint64)))
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._segments, self._batches = shard.catalog.read()
+        self._contents: dict[int, pa.Buffer] = {}  # of the segments
 
-    def run(self) -> ShardState:
-        """All of it."""
-        state, files = self.state, self.state.files
+    def run(self) -> None:
+        shard = self._shard
         self._delete_unlisted()
-        contents = {entry.number: self._map(entry) for entry in self._contents.segments}
-        self._add_batches()
-        num_deleted = self._replay(state.catalog.events())
-        if (num_found := len(np.flatnonzero(state.table.segment[state.table.filled] != NOT_STORED)) + num_deleted) != (
-            files.next_row
-        ):
-            raise corrupt(state.catalog.path, f"it accounts for {num_found} rows of {files.next_row}")
-        ends = {segment.number: files.end_of(segment) for segment in files.segments.values()}
-        damaged = [entry for entry in self._contents.batches if not _is_sound(contents[entry.segment], entry)]
+        self._contents = {entry.number: self._map(entry) for entry in self._segments}
+        if self._batches:
+            rows = np.concatenate([entry.row_numbers for entry in self._batches])
+            if (np.diff(rows) <= 0).any() or len(rows) != sum(entry.num_rows for entry in self._batches):
+                raise corrupt(shard.catalog.path, "the row numbers of its batches do not ascend")
+            shard.add_rows(self._batches)
+        deleted = self._replay()
+        num_found = np.count_nonzero(shard.table.is_stored) + sum(len(event.row_numbers) for event in deleted)
+        if num_found != shard.next_row:
+            raise corrupt(shard.catalog.path, f"it accounts for {num_found} rows of {shard.next_row}")
+        damaged = [entry for entry in self._batches if not self._is_sound(entry)]
         if damaged:
-            self._quarantine(damaged, contents)
-        for entry in self._contents.segments:
-            if entry.size is None:
-                self._finish_tail(entry.number, contents[entry.number], ends[entry.number])
-        files.begin_inserts()
-        state.known = KnownIds(state.table.stored_hashes, self._deleted_hashes())
-        return state
-
-    # Files and batches
+            self._quarantine(damaged)
+        lost = {entry.first_row for entry in damaged}
+        for entry in self._batches:
+            if entry.first_row not in lost:
+                shard.add_message(entry)
+        for segment in self._segments:
+            if segment.size is None:
+                self._finish_tail(segment.number)
+        shard.segments.begin_inserts()
+        shard.known = KnownIds(shard.table, _hashes(deleted))
 
     def _delete_unlisted(self) -> None:
         """What a crash left behind: a new file before its commit, an old one after it."""
-        listed = {segment_path(self._folder, entry.number) for entry in self._contents.segments}
-        for path in set(self._folder.glob("segment-*")) - listed:
+        folder = self._shard.folder
+        listed = {segment_path(folder, entry.number) for entry in self._segments}
+        for path in set(folder.glob("segment-*")) - listed:
             path.unlink()
 
     def _map(self, entry: SegmentEntry) -> pa.Buffer:
-        path = segment_path(self._folder, entry.number)
+        path = segment_path(self._shard.folder, entry.number)
         if entry.size is not None and path.exists() and path.stat().st_size > entry.size:
             os.truncate(path, entry.size)
         if path.exists():
             self._mend_header(path)
-        return self.state.files.add(entry)
+        return self._shard.segments.add(entry)
 
     def _mend_header(self, path: Path) -> None:
         """The schema is known: who reads the file with Arrow needs it, and it costs no row."""
-        header = self.state.files.header.to_pybytes()
+        header = self._shard.segments.header.to_pybytes()
         with path.open("r+b") as file:
             found = file.read(len(header))
             if len(found) == len(header) and found != header:
@@ -147,165 +129,130 @@ class _Recovery:
                 file.seek(0)
                 file.write(header)
 
-    def _add_batches(self) -> None:
-        batches = self._contents.batches
-        if not batches:
-            return
-        rows = np.concatenate([entry.row_numbers for entry in batches])
-        if (np.diff(rows) <= 0).any() or len(rows) != sum(entry.num_rows for entry in batches):
-            raise corrupt(self.state.catalog.path, "the row numbers of its batches do not ascend")
-        facts = np.frombuffer(b"".join(entry.facts for entry in batches), FACTS)
-        segments = np.repeat([entry.segment for entry in batches], [entry.num_rows for entry in batches])
-        self.state.table.add(rows, facts, segments.astype(np.int32))
-        for entry in batches:
-            self.state.files.add_batch(entry)
-        self.state.newest_version = max(entry.newest_version for entry in batches)
-        for source, count in _by_source(facts["source"]):
-            self.state.counts[source].inserted += count
-
-    # Events
-
-    def _replay(self, events: Iterable[EventEntry]) -> int:
-        """What is not live any more, how often rows were drawn, which draws may be repeated; gives how many rows were
-        deleted."""
-        state, table = self.state, self.state.table
-        drawn, removed, num_deleted = [NO_ROWS], [NO_ROWS], 0
-        for event in events:
-            rows = event.row_numbers
-            if event.kind != "stage":
-                state.newest_version = max(state.newest_version, _given(event.version, NO_VERSION))
+    def _replay(self) -> list[EventEntry]:
+        """Apply what happened; gives the deletions."""
+        shard, removed, deleted = self._shard, [NO_ROWS], []
+        for event in shard.catalog.events():
+            source, rows = event.source or "", event.row_numbers
             match event.kind:
-                case "draw":
-                    drawn.append(rows)
-                    self._add_draw(event, rows)
-                case "remove":
-                    removed.append(rows)
-                    state.counts[_given(event.source, "")].removed[_given(event.reason, "")] += len(rows)
                 case "delete":
-                    num_deleted += len(rows)
-                    state.counts[_given(event.source, "")].inserted += len(rows)
-                    if event.ids is not None:
-                        self._deleted.append((len(rows), event.ids))
-                case "checkpoint":
-                    state.draws.release(_given(event.stage, ""), _given(event.step, 0))
-                case "forget":
-                    state.draws.forget(_key(event))
-                case "stage":
-                    state.first_version = _given(event.version, 0)
-                case "reject":
-                    state.rejected += len(json.loads(_given(event.ids, "[]")))
-                case "priorities":
-                    known = np.isin(rows, table.known(rows))
-                    values = np.frombuffer(_given(event.priorities, b""), np.float32)
-                    table.priority[table.slots(rows[known])] = values[known]
-                case "version":
-                    pass  # the version of every event is taken above
-        gone = table.known(np.concatenate(removed))
-        table.remove(gone[table.is_live(gone)])
-        np.add.at(table.times_sampled, table.slots(table.known(np.concatenate(drawn))), 1)
-        return num_deleted
-
-    def _add_draw(self, event: EventEntry, rows: Int64) -> None:
-        key, counts = _key(event), self.state.counts[_given(event.source, "")]
-        counts.draws += self.state.draws.find(key) is None
-        counts.drawn += len(rows)
-        self.state.draws.add(key, NotedDraw(rows, _given(event.version, NO_VERSION), _given(event.whole, 0)))
-
-    def _deleted_hashes(self) -> UInt64:
-        """Of the ids of the rows that were deleted last."""
-        num_rows, texts = 0, []
-        for count, ids in reversed(self._deleted):
-            texts.append(ids)
-            if (num_rows := num_rows + count) >= REMEMBERED_ROWS:
-                break
-        hashes = [hash_ids(pa.array(json.loads(ids), pa.string())) for ids in reversed(texts)]
-        return np.concatenate([np.empty(0, np.uint64), *hashes])
+                    shard.counts[source].inserted += len(rows)
+                    deleted.append(event)
+                case "remove":  # all at once, since there may be very many
+                    shard.counts[source].removed[event.reason or ""] += len(rows)
+                    version = NO_VERSION if event.version is None else event.version
+                    shard.newest_version = max(shard.newest_version, version)
+                    removed.append(rows)
+                case _:
+                    shard.apply(event)
+        gone = np.concatenate(removed)
+        shard.table.remove(gone[shard.table.is_live(gone)])
+        return deleted
 
     # What is not as the catalog says
 
-    def _quarantine(self, damaged: Sequence[BatchEntry], contents: dict[int, pa.Buffer]) -> None:
+    def _is_sound(self, entry: BatchEntry) -> bool:
+        message = memoryview(self._contents[entry.segment])[entry.offset : entry.offset + entry.length]
+        return message_checksum(message) == entry.message_checksum
+
+    def _quarantine(self, damaged: Sequence[BatchEntry]) -> None:
         """Put the bytes of these batches aside, and go on without their rows."""
-        state, table = self.state, self.state.table
+        shard, table = self._shard, self._shard.table
         lost = np.concatenate([entry.row_numbers for entry in damaged])
         for segment, entries in groupby(damaged, key=lambda entry: entry.segment):
-            for start, end, rows in _ranges(list(entries)):
+            for start, end, rows in _ranges(entries):
                 told = f"lost with it: those of its {len(rows)} rows ({rows[0]} to {rows[-1]}) still live"
-                set_bytes_aside(segment_path(self._folder, segment), contents[segment], start, end, told)
-        changes: list[Change] = [Deletion([entry.first_row for entry in damaged])]
+                self._set_aside(segment, start, end, told)
+        events: list[EventEntry] = []
         for index, source in enumerate(SOURCES):
             own = lost[table.source[table.slots(lost)] == index]
             live = own[table.is_live(own)]
-            version = state.newest_version
             if len(live):
-                changes.append(EventEntry.new("remove", source=source, reason="quarantine", version=version, rows=live))
-                state.counts[source].removed["quarantine"] += len(live)
+                version = shard.newest_version
+                events.append(
+                    EventEntry("remove", source=source, reason="quarantine", version=version, rows=live.tobytes())
+                )
             if len(own):
-                changes.append(EventEntry.new("delete", source=source, rows=own))
-        for key, draw in state.draws:
+                events.append(EventEntry("delete", source=source, rows=own.tobytes()))
+        for key, draw in shard.draws.items():
             if np.isin(draw.rows, lost).any():
-                logger.warning("%s: rows of %s are lost; on resume that step draws others", self._folder, key)
-                changes.append(EventEntry.new("forget", stage=key.stage, step=key.step, source=key.source))
-                state.draws.forget(key)
-        state.catalog.commit(changes, state.files.next_row)
-        state.files.drop_batches(damaged)
-        table.remove(lost[table.is_live(lost)])
+                logger.warning("%s: rows of %s are lost; on resume that step draws others", shard.folder, key)
+                events.append(EventEntry("forget", stage=key.stage, step=key.step, source=key.source))
+        changes: list[Change] = [Deletion([entry.first_row for entry in damaged]), *events]
+        shard.catalog.commit(changes)
+        for event in events:
+            shard.apply(event)
         table.move(lost, NOT_STORED)
 
-    def _finish_tail(self, number: int, content: pa.Buffer, start: int) -> None:
-        """Of the segment that takes inserts: adopt what is complete from byte `start` on, cut off the rest."""
-        files, path = self.state.files, segment_path(self._folder, number)
+    def _set_aside(self, segment: int, start: int, end: int, lost: str) -> None:
+        """Keep a copy of the damaged bytes [start, end) of a segment, which may be shorter, or missing. lost: what is
+        lost with them."""
+        path, content = segment_path(self._shard.folder, segment), self._contents[segment]
+        folder = path.parent / QUARANTINE
+        folder.mkdir(exist_ok=True)
+        target, number = folder / f"{path.name}.{start}-{end}", 1
+        while target.with_name(f"{target.name}.txt").exists():
+            number += 1
+            target = folder / f"{path.name}.{start}-{end}.{number}"
+        reason = f"{path} is damaged from byte {start} to byte {end}" if content.size else f"{path} is missing"
+        logger.warning("%s: %s; what is left of it is in %s", reason, lost, target)
+        for name, written in (
+            (f"{target.name}.txt", f"{reason}: {lost}\n".encode()),
+            (target.name, memoryview(content)[start:end]),
+        ):
+            with (folder / name).open("wb") as file:
+                file.write(written)
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(folder)
+
+    def _finish_tail(self, number: int) -> None:
+        """Of the segment that takes inserts: adopt what is complete behind the catalog's last batch, cut off the rest.
+
+        It is read, not mapped: a mapped hole takes a page of memory on a tmpfs, which a full one does not have
+        (SIGBUS).
+        """
+        shard, segments, path = self._shard, self._shard.segments, segment_path(self._shard.folder, number)
         if not path.exists():
-            create_segment(path, files.header, 0)
-        tail, taken = read_tail(path, start), 0
-        for found in scan_tail(tail, files.schema):
-            rows = rows_of(found.batch)
-            if not np.array_equal(rows, np.arange(files.next_row, files.next_row + len(rows))):
+            create_segment(path, segments.header, 0)
+        ends = (entry.offset + entry.length for entry in self._batches if entry.segment == number)
+        start = max(ends, default=segments.header.size)
+        with path.open("rb") as file:
+            file.seek(start)
+            tail = pa.py_buffer(file.read())
+        taken = 0
+        while (found := read_message(tail, taken, segments.schema)) is not None:
+            batch, end = found
+            rows = np.arange(shard.next_row, shard.next_row + batch.num_rows)
+            if not np.array_equal(rows_of(batch), rows):
                 break
-            self._adopt(number, found.batch, start + found.offset, tail.slice(found.offset, found.length))
-            taken = found.offset + found.length
-        num_bytes = written_bytes(tail, taken) if tail.size > taken else 0
-        if num_bytes and holds_message(tail, taken + 1, files.schema):
-            start += taken
-            set_bytes_aside(path, content, start, start + num_bytes, "lost with it: rows that nobody had sampled yet")
-        elif num_bytes:
-            logger.warning("%s: cut %d bytes of an unfinished insert off its end", path, num_bytes)
-        end = files.end_of(files.segments[number])
+            message = memoryview(tail)[taken:end]
+            shard.add(batch, hash_ids(batch.column("id")), number, start + taken, message)
+            taken = end
+        rest = memoryview(tail)[taken:].tobytes().rstrip(b"\0")
+        if rest and self._holds_message(tail, taken, rest):
+            lost = "lost with it: rows that nobody had sampled yet"
+            self._set_aside(number, start + taken, start + taken + len(rest), lost)
+        elif rest:
+            logger.warning("%s: cut %d bytes of an unfinished insert off its end", path, len(rest))
+        end = segments.end_of(number)
         os.truncate(path, end)  # what follows is zeros then
-        os.truncate(path, max(end, files.room))
-        files.maps.map(number)
+        os.truncate(path, max(end, segments.room))
+        segments.maps.map(number)
 
-    def _adopt(self, segment: int, batch: pa.RecordBatch, offset: int, message: pa.Buffer) -> None:
-        """A complete batch that is not in the catalog."""
-        state, table = self.state, self.state.table
-        versions = VersionRange.from_batch(batch)
-        priorities = {source: table.largest_priority(source) for source in SOURCES}
-        facts = row_facts(batch, hash_ids(batch.column("id")), versions, priorities)
-        newest_version = int(versions.newest.max())
-        state.files.commit_batch(
-            BatchEntry(
-                first_row=state.files.next_row,
-                num_rows=batch.num_rows,
-                segment=segment,
-                offset=offset,
-                length=message.size,
-                newest_version=newest_version,
-                message_checksum=message_checksum(message),
-                rows=None,
-                facts=facts.tobytes(),
-            ),
-            facts,
-        )
-        state.newest_version = max(state.newest_version, newest_version)
-        for source, count in _by_source(facts["source"]):
-            state.counts[source].inserted += count
+    def _holds_message(self, tail: pa.Buffer, start: int, rest: bytes) -> bool:
+        """Whether a complete batch begins in `rest`, which is what a tail holds from byte `start` on, behind its first
+        byte."""
+        at = rest.find(_MESSAGE_START, 1)
+        while at >= 0:
+            place = start + at
+            if place % _MESSAGE_ALIGNMENT == 0 and read_message(tail, place, self._shard.segments.schema) is not None:
+                return True
+            at = rest.find(_MESSAGE_START, at + 1)
+        return False
 
 
-def _is_sound(content: pa.Buffer, entry: BatchEntry) -> bool:
-    message = memoryview(content)[entry.offset : entry.offset + entry.length]
-    return message_checksum(message) == entry.message_checksum
-
-
-def _ranges(entries: Sequence[BatchEntry]) -> list[tuple[int, int, Int64]]:
+def _ranges(entries: Iterable[BatchEntry]) -> list[tuple[int, int, Int64]]:
     """Bytes [start, end) of batches of one segment, and their rows; batches that follow each other as one."""
     ranges: list[tuple[int, int, Int64]] = []
     for entry in entries:
@@ -316,13 +263,12 @@ def _ranges(entries: Sequence[BatchEntry]) -> list[tuple[int, int, Int64]]:
     return ranges
 
 
-def _by_source(codes: npt.NDArray[np.uint8]) -> list[tuple[str, int]]:
-    return list(zip(SOURCES, np.bincount(codes, minlength=len(SOURCES)).tolist(), strict=True))
-
-
-def _key(event: EventEntry) -> DrawKey:
-    return DrawKey(_given(event.stage, ""), _given(event.step, 0), _given(event.source, ""))
-
-
-def _given(value: T | None, default: T) -> T:
-    return default if value is None else value
+def _hashes(deletions: Sequence[EventEntry]) -> UInt64:
+    """Of the ids of the rows that were deleted last, as far as they are known."""
+    num_rows, hashes = 0, [np.empty(0, np.uint64)]
+    for event in reversed(deletions):
+        if event.ids is not None:
+            hashes.append(hash_ids(pa.array(json.loads(event.ids), pa.string())))
+            if (num_rows := num_rows + len(hashes[-1])) >= REMEMBERED_ROWS:
+                break
+    return np.concatenate(hashes[::-1])

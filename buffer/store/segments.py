@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
 from buffer.disk import sync_folder, sync_later
-from buffer.store.catalog import segment_path
+from buffer.settings import BufferSettings
+from buffer.store.catalog import BatchEntry, CatalogWriter, SegmentEntry, segment_path
 
 MOST_BYTES = 2**31 - 1
 """Of a segment: a view of a row (see `buffer.store.gather`) holds its place in 32 bits."""
 
-_MESSAGE_START = b"\xff\xff\xff\xff"
-_MESSAGE_ALIGNMENT = 8
 _MORE_BYTES = 512  # more than the metadata take
 
 # The checksum stands in the message that it covers: it is computed with zeros in its place.
@@ -60,125 +60,28 @@ class MessageEncoder:
         return message
 
 
-def message_checksum(message: pa.Buffer | memoryview) -> bytes:
-    """xxh3-128 of the bytes of a message as they are stored: what the catalog holds."""
-    return xxhash.xxh3_128(message).digest()
-
-
-@dataclass(frozen=True)
-class FoundBatch:
-    """A complete batch of a tail; it takes the bytes [offset, offset + length) of it."""
-
-    batch: pa.RecordBatch
-    offset: int
-    length: int
-
-
-def read_tail(path: Path, start: int) -> pa.Buffer:
-    """A segment from byte `start` on: what is written there, and zeros.
-
-    It is read, not mapped: a mapped hole takes a page of memory on a tmpfs, which a full one does not have (SIGBUS).
-    """
-    with path.open("rb") as file:
-        file.seek(start)
-        return pa.py_buffer(file.read())
-
-
-def scan_tail(tail: pa.Buffer, schema: pa.Schema) -> Iterator[FoundBatch]:
-    """The complete batches that a tail begins with, up to the first bytes that are none."""
-    start = 0
-    while (found := _read_message(tail, start, schema)) is not None:
-        yield found
-        start += found.length
-
-
-def holds_message(tail: pa.Buffer, start: int, schema: pa.Schema) -> bool:
-    """Whether a complete batch begins at byte `start` of a tail or anywhere behind it."""
-    raw = memoryview(tail)[start:].tobytes().rstrip(b"\0")
-    at = raw.find(_MESSAGE_START)
-    while at >= 0:
-        if (start + at) % _MESSAGE_ALIGNMENT == 0 and _read_message(tail, start + at, schema) is not None:
-            return True
-        at = raw.find(_MESSAGE_START, at + 1)
-    return False
-
-
-def written_bytes(tail: pa.Buffer, start: int) -> int:
-    """How many bytes from `start` on are not the zeros of the end."""
-    return len(memoryview(tail)[start:].tobytes().rstrip(b"\0"))
-
-
-def _read_message(content: pa.Buffer, start: int, schema: pa.Schema) -> FoundBatch | None:
+def read_message(content: pa.Buffer, start: int, schema: pa.Schema) -> tuple[pa.RecordBatch, int] | None:
+    """The batch that begins at byte `start`, and where it ends; None where no complete one does."""
     source = pa.BufferReader(content.slice(start))
     try:
         message = pa.ipc.read_message(source)
     except (pa.ArrowException, EOFError, OSError):
         return None
-    length = source.tell()
-    raw = bytearray(memoryview(content)[start : start + length])
-    found = _CHECKSUM.search(raw, 0, length - (message.body.size if message.body else 0))
+    end = start + source.tell()
+    raw = bytearray(memoryview(content)[start:end])
+    found = _CHECKSUM.search(raw, 0, len(raw) - (message.body.size if message.body else 0))
     if found is None:
         return None
     checksum = bytes(found.group(1))  # before its place changes
     raw[slice(*found.span(1))] = _CHECKSUM_ZEROS
     if xxhash.xxh3_128(raw).hexdigest().encode() != checksum:
         return None
-    return FoundBatch(pa.ipc.read_record_batch(message, schema), start, length)
+    return pa.ipc.read_record_batch(message, schema), end
 
 
-class OpenSegment:
-    """The segment that takes inserts. Not thread-safe."""
-
-    def __init__(self, path: Path, end: int, sync_each_batch: bool) -> None:
-        """Go on at byte `end`. sync_each_batch: whether `write` returns only when the bytes would survive a loss of
-        power; without, they survive the death of the process."""
-        self.path = path
-        self.end = end
-        self._sync_each_batch = sync_each_batch
-        self._descriptor = os.open(path, os.O_RDWR)
-        self.room = os.fstat(self._descriptor).st_size
-        """Bytes of the file."""
-
-    def grow(self, room: int) -> None:
-        """Give the file so many bytes; the new ones are zeros."""
-        os.ftruncate(self._descriptor, room)
-        self.room = room
-
-    def write(self, message: memoryview) -> None:
-        """Put bytes at the end; they count when `end` is moved behind them.
-
-        Raises:
-            OSError: the disk refused.
-        """
-        at = self.end
-        try:
-            while message:
-                written = os.pwrite(self._descriptor, message, at)
-                message, at = message[written:], at + written
-            if self._sync_each_batch:
-                os.fdatasync(self._descriptor)
-        except OSError as error:
-            error.filename = str(self.path)  # a descriptor says nothing to whoever has to make room
-            raise
-
-    def prepare_sync(self) -> Callable[[], None]:
-        """A function that makes every batch until now durable; it may run in any thread, also after `close`."""
-        return sync_later(os.dup(self._descriptor))
-
-    def close(self) -> None:
-        """Make every batch durable and let go of the file."""
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
-
-
-def create_segment(path: Path, header: pa.Buffer, room: int) -> None:
-    """A new segment of `room` bytes, durable with its name."""
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(max(room, header.size))
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
+def message_checksum(message: pa.Buffer | memoryview) -> bytes:
+    """xxh3-128 of the bytes of a message as they are stored: what the catalog holds."""
+    return xxhash.xxh3_128(message).digest()
 
 
 class SegmentMaps:
@@ -216,3 +119,175 @@ class SegmentMaps:
     def content(self, number: int) -> pa.Buffer:
         """Of a mapped segment."""
         return self.buffers[self._places[number]]
+
+
+class StoredMessage(NamedTuple):
+    """A message of rows in a segment, at the bytes [offset, offset + length)."""
+
+    first_row: int
+    num_rows: int
+    offset: int
+    length: int
+
+
+@dataclass
+class Segment:
+    """size: of a sealed file, None while it takes inserts; messages: by row."""
+
+    number: int
+    size: int | None
+    messages: list[StoredMessage] = field(default_factory=list)
+
+
+class Segments:
+    """Which segments an open shard has, where each batch lies, and the file that takes inserts. Not thread-safe."""
+
+    def __init__(self, folder: Path, schema: pa.Schema, settings: BufferSettings, catalog: CatalogWriter) -> None:
+        """schema: of stored rows. Before the first `write` come `add`, `add_message` and `begin_inserts`."""
+        self.folder = folder
+        self.schema = schema
+        self.header = schema.serialize()
+        self.maps = SegmentMaps(folder)
+        self.stored: dict[int, Segment] = {}
+        self.room = min(settings.segment_bytes, MOST_BYTES)
+        """Bytes that a new file has."""
+        self._catalog = catalog
+        self._syncs_each_batch = settings.fsync == "batch"
+        self._encoder = MessageEncoder(schema)
+        self._next_number = 1  # of a new file
+        self._number = 0  # of the file that takes inserts
+        self._descriptor = -1
+
+    def add(self, entry: SegmentEntry) -> pa.Buffer:
+        """A segment of the catalog; gives its content."""
+        self.stored[entry.number] = Segment(entry.number, entry.size)
+        self._next_number = max(self._next_number, entry.number + 1)
+        return self.maps.map(entry.number)
+
+    def add_message(self, entry: BatchEntry) -> None:
+        """A batch of the catalog."""
+        message = StoredMessage(entry.first_row, entry.num_rows, entry.offset, entry.length)
+        self.stored[entry.segment].messages.append(message)
+
+    def remove(self, number: int) -> None:
+        """The catalog holds this segment no longer."""
+        del self.stored[number]
+        self.maps.unmap(number)
+        segment_path(self.folder, number).unlink(missing_ok=True)
+
+    def take_number(self) -> int:
+        """Of a new file."""
+        self._next_number += 1
+        return self._next_number - 1
+
+    def end_of(self, number: int) -> int:
+        """Where the committed bytes of a segment end."""
+        segment = self.stored[number]
+        if segment.size is not None:
+            return segment.size
+        header_bytes: int = self.header.size
+        return max([header_bytes, *(each.offset + each.length for each in segment.messages[-1:])])
+
+    @property
+    def size_bytes(self) -> int:
+        """Committed bytes of all segments."""
+        return sum(map(self.end_of, self.stored))
+
+    def begin_inserts(self) -> None:
+        """Go on with the segment that takes inserts, or begin the first one."""
+        unsealed = [each.number for each in self.stored.values() if each.size is None]
+        if unsealed:
+            (number,) = unsealed
+            self._open(number)
+        else:
+            self._begin(0)
+
+    def write(self, batch: pa.RecordBatch) -> tuple[int, int, memoryview]:
+        """Put a batch behind the committed bytes, where it counts with its commit; until then the next one takes its
+        place. Gives segment, offset and message, which is good until the next call.
+
+        Raises:
+            ValueError: the batch is too large for a file. OSError: the disk refused.
+        """
+        message = self._encoder.encode(batch)
+        self._make_room(len(message))
+        rest = message
+        at = offset = self.end_of(self._number)
+        try:
+            while rest:
+                written = os.pwrite(self._descriptor, rest, at)
+                rest, at = rest[written:], at + written
+            if self._syncs_each_batch:
+                os.fdatasync(self._descriptor)
+        except OSError as error:
+            # A descriptor says nothing to whoever has to make room.
+            error.filename = str(segment_path(self.folder, self._number))
+            raise
+        return self._number, offset, message
+
+    def prepare_sync(self) -> Callable[[], None]:
+        """A function that makes every batch until now durable; it may run in any thread, also after `close`."""
+        return sync_later(os.dup(self._descriptor))
+
+    def close(self) -> None:
+        """Make every batch durable; the segment that takes inserts gives back the room that it has left."""
+        self._let_go(self._descriptor, self.end_of(self._number))
+
+    def _make_room(self, num_bytes: int) -> None:
+        """For a message in the segment that takes inserts, which may be a new one then."""
+        room, begin = os.fstat(self._descriptor).st_size, self.end_of(self._number)
+        if begin + num_bytes > room and begin > self.header.size:
+            self._seal(num_bytes)
+            room, begin = os.fstat(self._descriptor).st_size, self.header.size
+        end = begin + num_bytes
+        if end > MOST_BYTES:
+            raise ValueError(f"a batch of {num_bytes:,} bytes is too large for a segment: insert fewer rows at once")
+        if end > room:  # a batch larger than a segment
+            os.ftruncate(self._descriptor, end)
+            self.maps.map(self._number)
+
+    def _seal(self, num_bytes: int) -> None:
+        """The next segment, with room for so many bytes at least, takes inserts from now on.
+
+        Raises:
+            OSError: the disk refused; the segment stays as it is.
+        """
+        number, descriptor, end = self._number, self._descriptor, self.end_of(self._number)
+        if not self._syncs_each_batch:
+            os.fdatasync(descriptor)
+        self._begin(num_bytes, SegmentEntry(number, end))
+        self.stored[number].size = end
+        self._let_go(descriptor, end)
+        self.maps.map(number)
+
+    def _begin(self, num_bytes: int, *sealed: SegmentEntry) -> None:
+        """A new segment takes inserts, with room for so many bytes at least."""
+        new = SegmentEntry(self.take_number(), None)
+        path = segment_path(self.folder, new.number)
+        try:
+            create_segment(path, self.header, max(self.room, self.header.size + num_bytes))
+            self._catalog.commit([*sealed, new])
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        self.add(new)
+        self._open(new.number)
+
+    def _open(self, number: int) -> None:
+        self._number, self._descriptor = number, os.open(segment_path(self.folder, number), os.O_RDWR)
+
+    @staticmethod
+    def _let_go(descriptor: int, end: int) -> None:
+        os.ftruncate(descriptor, end)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def create_segment(path: Path, header: pa.Buffer, room: int) -> None:
+    """A new segment of `room` bytes, durable with its name."""
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(max(room, header.size))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)

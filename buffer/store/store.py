@@ -10,9 +10,11 @@ are no longer live stay on disk as long as a draw pins them, then leave with the
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +23,14 @@ import pyarrow as pa
 
 from buffer.disk import FolderLock
 from buffer.settings import BufferSettings
-from buffer.store.archive import Archive
 from buffer.store.catalog import EventEntry
-from buffer.store.draws import NotedDraw
-from buffer.store.known_ids import UInt64, hash_ids
-from buffer.store.quarantine import quarantined
-from buffer.store.recovery import open_shard
-from buffer.store.removals import Removals
-from buffer.store.results import DrawKey, DrawResult, InsertResult, LastDraw, SourceCounters, StoreStatus
+from buffer.store.compaction import Archive
+from buffer.store.maintenance import Maintenance
+from buffer.store.recovery import open_shard, quarantined
 from buffer.store.sampling import choose, draw_generator
-from buffer.store.table import FIRST_PRIORITY, row_facts
-from buffer.store.upkeep import Upkeep
-from buffer.trajectory.schema import SOURCES, TokenContract, with_rows
-from buffer.trajectory.staleness import VersionRange
+from buffer.store.shard import DrawKey, DrawResult, DrawStatistics, InsertResult, NotedDraw, SourceCounters, StoreStatus
+from buffer.store.table import hash_ids
+from buffer.trajectory.schema import SOURCES, TokenContract
 from buffer.trajectory.validation import Rejection, validate
 
 Float32 = npt.NDArray[np.float32]
@@ -43,7 +40,7 @@ Int64 = npt.NDArray[np.int64]
 class ReplayStore:
     """The trajectories of one folder. One process at a time, not thread-safe.
 
-    upkeep: what takes long, beside the work of the store.
+    maintenance: what takes long, beside the work of the store.
     """
 
     def __init__(
@@ -69,18 +66,17 @@ class ReplayStore:
         self._settings = settings
         self._seed = seed
         self._clock = clock
-        self._last_draw: dict[str, LastDraw | None] = dict.fromkeys(SOURCES)
+        self._statistics: dict[str, Callable[[], DrawStatistics]] = {}  # of the last draw, by source
         folder.mkdir(parents=True, exist_ok=True)
         archive = None if settings.archive is None else Archive(settings.archive, folder)
         self._lock = FolderLock(folder)
         try:
             self._shard = open_shard(folder, contract, settings, clock)
-            self._removals = Removals(settings, self._shard, clock)
-            self.upkeep = Upkeep(self._shard, self._removals, archive)
+            self.maintenance = Maintenance(settings, self._shard, archive, clock)
             self._quarantined = quarantined(folder)
-            self._removals.evict_oversampled()
-            self._removals.evict()
-            self.upkeep.delete_unneeded()
+            self.maintenance.evict_oversampled()
+            self.maintenance.evict()
+            self.maintenance.delete_unneeded()
         except BaseException:
             self._lock.release()
             raise
@@ -93,7 +89,7 @@ class ReplayStore:
     @property
     def next_row(self) -> int:
         """Rows inserted since the folder exists."""
-        return self._shard.files.next_row
+        return self._shard.next_row
 
     def num_live(self, source: str) -> int:
         """Live rows of `source`."""
@@ -125,12 +121,11 @@ class ReplayStore:
             good, hashes = good.filter(pa.array(~known)), hashes[~known]
         rejected = _rejections(checked.rejections)
         if good.num_rows:
-            self._store(good, hashes, rejected)
+            self._shard.append(good, hashes, rejected)
         elif rejected:
-            self._commit(rejected)
-        self._shard.rejected += len(checked.rejections)
-        self._removals.evict()
-        self.upkeep.delete_unneeded()
+            self._shard.record(*rejected)
+        self.maintenance.evict()
+        self.maintenance.delete_unneeded()
         return InsertResult(good.num_rows, checked.rejections, int(known.sum()))
 
     def draw(self, key: DrawKey, count: int, policy_version: int, whole: int | None = None) -> DrawResult | None:
@@ -163,16 +158,16 @@ class ReplayStore:
         self._prepare_draw(policy_version)
         rows = self._choose(key, count, noted)
         if rows is None:
-            self.upkeep.delete_unneeded()
+            self.maintenance.delete_unneeded()
             return None
-        drawn = self._note(key, rows, whole)
-        result = self._answer(key, drawn, repeated=False)
-        self.upkeep.delete_unneeded()
+        self._note(key, rows, whole)
+        result = self._answer(key, self._shard.draws[key], repeated=False)
+        self.maintenance.delete_unneeded()
         return result
 
     def num_logged(self, key: DrawKey) -> int:
         """Rows that this shard gave to the draw before."""
-        noted = self._shard.draws.find(key)
+        noted = self._shard.draws.get(key)
         return 0 if noted is None else len(noted.rows)
 
     def num_available(self, key: DrawKey, whole: int, policy_version: int) -> int:
@@ -202,10 +197,8 @@ class ReplayStore:
             raise ValueError(f"{len(priorities)} priorities for {len(rows)} rows: each row needs one")
         if not np.all(np.isfinite(priorities) & (priorities >= 0.0)):
             raise ValueError("a priority is a finite number, not negative")
-        self._commit([EventEntry.new("priorities", source=source, rows=rows, priorities=priorities)])
-        table = self._shard.table
-        is_live = table.is_live(rows)
-        table.priority[table.slots(rows[is_live])] = priorities[is_live]
+        blob = priorities.astype("<f4").tobytes()
+        self._shard.record(EventEntry("priorities", source=source, rows=rows.astype("<i8").tobytes(), priorities=blob))
 
     def checkpointed(self, stage: str, step: int) -> None:
         """The learner has a durable checkpoint of `stage` after `step` steps: no draw before it will be repeated.
@@ -213,9 +206,8 @@ class ReplayStore:
         Raises:
             OSError: the disk refused.
         """
-        self._commit([EventEntry.new("checkpoint", stage=stage, step=step)])
-        self._shard.draws.release(stage, step)
-        self.upkeep.delete_unneeded()
+        self._shard.record(EventEntry("checkpoint", stage=stage, step=step))
+        self.maintenance.delete_unneeded()
 
     def begin_stage(self, first_version: int) -> None:
         """From now on no policy row with an action older than `first_version` is drawn, nor one that still comes in.
@@ -224,8 +216,7 @@ class ReplayStore:
             OSError: the disk refused.
         """
         if first_version != self._shard.first_version:
-            self._commit([EventEntry.new("stage", version=first_version)])
-            self._shard.first_version = first_version
+            self._shard.record(EventEntry("stage", version=first_version))
 
     def status(self) -> StoreStatus:
         """Counters of now."""
@@ -234,11 +225,10 @@ class ReplayStore:
             sources={source: self._counters(source) for source in SOURCES},
             rejected=shard.rejected,
             newest_version=shard.newest_version,
-            sealed_segments=len(shard.files.segments) - 1,
-            size_bytes=shard.files.size_bytes,
+            sealed_segments=len(shard.segments.stored) - 1,
+            size_bytes=shard.segments.size_bytes,
             quarantined=self._quarantined,
-            unarchived_segments=self.upkeep.num_unarchived,
-            upkeep_error=self.upkeep.error,
+            upkeep_error=self.maintenance.error,
         )
 
     def catalog_image(self) -> bytes:
@@ -253,7 +243,7 @@ class ReplayStore:
     def prepare_sync(self) -> Callable[[], None]:
         """What `fsync_interval_s` asks for, as a function that may run in any thread, also while the store works."""
         # Rows before what is said of them.
-        syncs = (self._shard.files.prepare_sync(), self._shard.catalog.prepare_sync())
+        syncs = (self._shard.segments.prepare_sync(), self._shard.catalog.prepare_sync())
 
         def sync() -> None:
             for each in syncs:
@@ -263,35 +253,12 @@ class ReplayStore:
 
     def close(self) -> None:
         """Make everything durable and let go of the folder; the store is of no use afterwards."""
-        self._shard.files.close()
+        self._shard.segments.close()
         self._shard.catalog.close()
         self._lock.release()
 
-    # Inserting
-
-    def _store(self, good: pa.RecordBatch, hashes: UInt64, rejected: Sequence[EventEntry]) -> None:
-        """Rows that were validated: into the segment, then live for now. hashes: of their ids."""
-        shard = self._shard
-        versions = VersionRange.from_batch(good)
-        newest_version = int(versions.newest.max())
-        facts = row_facts(good, hashes, versions, self._first_priorities())
-        rows = np.arange(self.next_row, self.next_row + good.num_rows)
-        shard.files.append(with_rows(good, rows), facts, newest_version, rejected)
-        shard.known.add(hashes)
-        shard.newest_version = max(shard.newest_version, newest_version)
-        for index, count in enumerate(np.bincount(facts["source"], minlength=len(SOURCES)).tolist()):
-            shard.counts[SOURCES[index]].inserted += count
-
-    def _first_priorities(self) -> dict[str, float]:
-        """Of new rows, by source."""
-        if self._settings.sampler != "prioritised":
-            return dict.fromkeys(SOURCES, FIRST_PRIORITY)
-        return {source: self._shard.table.largest_priority(source) for source in SOURCES}
-
-    # Drawing
-
     def _noted(self, key: DrawKey, whole: int) -> NotedDraw | None:
-        noted = self._shard.draws.find(key)
+        noted = self._shard.draws.get(key)
         if noted is not None and noted.whole != whole:
             raise ValueError(_other_size(key, noted.whole, whole))
         return noted
@@ -299,9 +266,8 @@ class ReplayStore:
     def _prepare_draw(self, policy_version: int) -> None:
         """A row of a newer version proves its publication, so staleness counts from the newest version known."""
         if policy_version > self._shard.newest_version:
-            self._commit([EventEntry.new("version", version=policy_version)], durable=False)
-            self._shard.newest_version = policy_version
-        self._removals.drop_stale()
+            self._shard.record(EventEntry("version", version=policy_version), durable=False)
+        self.maintenance.drop_stale()
 
     def _choose(self, key: DrawKey, count: int, noted: NotedDraw | None) -> Int64 | None:
         """Live rows for a new draw, or for the rest of one; None where there are too few."""
@@ -324,43 +290,38 @@ class ReplayStore:
             missing,
             generator,
             priorities=lambda: table.priority[table.slots(live)],
-            tasks=lambda: shard.files.gather.tasks(live),
+            tasks=lambda: shard.gather.tasks(live),
         )
         return live[places]
 
-    def _note(self, key: DrawKey, rows: Int64, whole: int) -> NotedDraw:
-        """These live rows are given to a draw; gives all that it was given."""
+    def _note(self, key: DrawKey, rows: Int64, whole: int) -> None:
+        """These live rows are given to a draw."""
         shard, table = self._shard, self._shard.table
-        slots, version = table.slots(rows), shard.newest_version
-        draw = EventEntry.new(
-            "draw", stage=key.stage, step=key.step, source=key.source, version=version, whole=whole, rows=rows
+        draw = EventEntry(
+            "draw",
+            stage=key.stage,
+            step=key.step,
+            source=key.source,
+            version=shard.newest_version,
+            whole=whole,
+            rows=rows.tobytes(),
         )
-        exhausted = self._removals.exhausted(rows, table.times_sampled[slots] + 1)
-        removal = [self._removals.event(key.source, "sampled", exhausted)] if len(exhausted) else []
-        self._commit([draw, *removal])
-        table.times_sampled[slots] += 1
-        counts = shard.counts[key.source]
-        counts.draws += shard.draws.find(key) is None
-        counts.drawn += len(rows)
-        self._removals.forget(key.source, "sampled", exhausted)
-        return shard.draws.add(key, NotedDraw(rows, version, whole))
+        exhausted = self.maintenance.exhausted(rows, table.times_sampled[table.slots(rows)] + 1)
+        shard.record(draw, *self.maintenance.removal(key.source, "sampled", exhausted))
 
     def _answer(self, key: DrawKey, draw: NotedDraw, repeated: bool) -> DrawResult:
-        table = self._shard.table
+        shard, table = self._shard, self._shard.table
         slots = table.slots(draw.rows)
-        self._last_draw[key.source] = LastDraw(
-            table.oldest_version[slots], table.created_us[slots], draw.policy_version, self._clock()
+        self._statistics[key.source] = partial(
+            DrawStatistics.of, table.oldest_version[slots], table.created_us[slots], draw.policy_version, self._clock()
         )
-        return DrawResult(self._shard.files.gather.take(draw.rows), draw.rows, draw.policy_version, repeated)
-
-    def _commit(self, events: Sequence[EventEntry], durable: bool = True) -> None:
-        self._shard.catalog.commit(events, self.next_row, durable)
+        return DrawResult(shard.gather.take(draw.rows), draw.rows, draw.policy_version, repeated)
 
     def _counters(self, source: str) -> SourceCounters:
-        counts, last_draw = self._shard.counts[source], self._last_draw[source]
+        counts, statistics = self._shard.counts[source], self._statistics.get(source)
         removed = {reason: count for reason, count in sorted(counts.removed.items()) if count}
-        statistics = None if last_draw is None else last_draw.statistics()
-        return replace(counts, live=self.num_live(source), removed=removed, last_draw=statistics)
+        last_draw = None if statistics is None else statistics()
+        return replace(counts, live=self.num_live(source), removed=removed, last_draw=last_draw)
 
 
 def _check_source(source: str) -> None:
@@ -373,7 +334,7 @@ def _rejections(rejections: Sequence[Rejection]) -> list[EventEntry]:
     by_reason: dict[str, list[str | None]] = {}
     for rejection in rejections:
         by_reason.setdefault(rejection.reason, []).append(rejection.id)
-    return [EventEntry.new("reject", reason=reason, ids=ids) for reason, ids in by_reason.items()]
+    return [EventEntry("reject", reason=reason, ids=json.dumps(ids)) for reason, ids in by_reason.items()]
 
 
 def _other_size(key: DrawKey, before: int, now: int) -> str:

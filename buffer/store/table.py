@@ -1,4 +1,4 @@
-"""What is kept in memory of each row of a shard: a slot per row number, numpy columns over the slots."""
+"""What is kept in memory of the rows of a shard: numpy columns with a slot per row number, and which ids are known."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import xxhash
 
 from buffer.store.catalog import FACTS
 from buffer.trajectory.schema import SOURCES
-from buffer.trajectory.staleness import VersionRange
-from buffer.trajectory.validation import source_codes
 
 Bool = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]
@@ -30,19 +29,11 @@ FIRST_PRIORITY = 1.0
 NOT_STORED = -1
 """In the place of a segment's number."""
 
+REMEMBERED_ROWS = 65_536
+"""Deleted rows whose ids are still known."""
+
 _FEWEST_SLOTS = 1024
-
-
-def row_facts(
-    batch: pa.RecordBatch, hashes: UInt64, versions: VersionRange, priorities: dict[str, float]
-) -> npt.NDArray[np.void]:
-    """[n] of `FACTS`. hashes: of the ids; versions: of the batch; priorities: of a new row, by source."""
-    facts = np.empty(batch.num_rows, FACTS)
-    facts["hash"], facts["oldest_version"] = hashes, versions.oldest
-    facts["created_us"] = batch.column("created_at").view(pa.int64()).to_numpy()
-    facts["source"] = sources = source_codes(batch.column("source"))
-    facts["priority"] = np.array([priorities[source] for source in SOURCES], np.float32)[sources]
-    return facts
+_MOST_RECENT_IDS = 65_536
 
 
 class ReplayTable:
@@ -88,13 +79,20 @@ class ReplayTable:
         """The slots in use."""
         return slice(0, self._size)
 
+    @property
+    def is_stored(self) -> Bool:
+        """[n] of each slot in use, whether the bytes of its row are there."""
+        stored: Bool = self.segment[self.filled] != NOT_STORED
+        return stored
+
     def slots(self, rows: Int64) -> Int64:
         """[n] slots of rows that the table knows."""
         return rows - self.base
 
-    def known(self, rows: Int64) -> Int64:
-        """Those of these rows that the table has a slot for."""
-        return rows[(rows >= self.base) & (rows < self.base + self._size)]
+    def is_known(self, rows: Int64) -> Bool:
+        """[n] whether the table has a slot for each of these rows."""
+        known: Bool = (rows >= self.base) & (rows < self.base + self._size)
+        return known
 
     def add(self, rows: Int64, facts: npt.NDArray[np.void], segments: Int32 | int) -> None:
         """Rows are stored and live from now on. rows: [n] ascending, above all before; facts: [n] of `FACTS`; segments:
@@ -133,15 +131,9 @@ class ReplayTable:
 
     def is_live(self, rows: Int64) -> Bool:
         """[n] whether each row is live."""
-        found: Bool = np.zeros(len(rows), np.bool_)
-        is_known = (rows >= self.base) & (rows < self.base + self._size)
-        found[is_known] = self.live[self.slots(rows[is_known])]
+        found = self.is_known(rows)
+        found[found] = self.live[self.slots(rows[found])]
         return found
-
-    def is_stored(self, rows: Int64) -> bool:
-        """Whether the bytes of all these rows are there."""
-        known = self.known(rows)
-        return len(known) == len(rows) and bool((self.segment[self.slots(known)] != NOT_STORED).all())
 
     def largest_priority(self, source: str) -> float:
         """Of the live rows of `source`; FIRST_PRIORITY where there is none."""
@@ -164,11 +156,6 @@ class ReplayTable:
         if segment == NOT_STORED:
             self._trim()
 
-    def stored_hashes(self) -> UInt64:
-        """[n] of all rows whose bytes are there."""
-        hashes: UInt64 = self.hash[self.filled][self.segment[self.filled] != NOT_STORED]
-        return hashes
-
     def _count(self, slots: Int64, sign: int) -> None:
         """These slots became live, or ceased to be."""
         self._live_rows.clear()
@@ -186,7 +173,7 @@ class ReplayTable:
 
     def _trim(self) -> None:
         """Forget the rows at the front whose bytes are gone, once they are half of all."""
-        is_stored = self.segment[self.filled] != NOT_STORED
+        is_stored = self.is_stored
         front = int(is_stored.argmax()) if is_stored.any() else self._size
         if front > max(self._size // 2, _FEWEST_SLOTS):
             self._copy(front, max(_FEWEST_SLOTS, 2 * (self._size - front)))
@@ -198,3 +185,49 @@ class ReplayTable:
             column = np.zeros((num_slots, *shape), kind)
             column[: self._size - front] = getattr(self, name)[front : self._size]
             setattr(self, name, column)
+
+
+class KnownIds:
+    """Which ids a shard has seen: those of stored rows, and of the rows that were deleted last.
+
+    An insert whose answer was lost is repeated, and its rows may have been removed and deleted meanwhile; they are
+    remembered for a while so that they are not taken for new ones. What is kept of an id is a 64-bit hash. Two ids
+    share one in some 3 of 10^8 cases for a million ids: the one that comes later is then taken for present.
+    """
+
+    def __init__(self, table: ReplayTable, deleted: UInt64) -> None:
+        """table: of the stored rows. deleted: [n] hashes of deleted ones, the last one last."""
+        self._table = table
+        self._deleted = deleted[-REMEMBERED_ROWS:]
+        self._merge()
+
+    def add(self, hashes: UInt64) -> None:
+        """Ids of rows that are stored from now on."""
+        self._recent.update(hashes.tolist())
+
+    def delete(self, hashes: UInt64) -> None:
+        """Ids of rows that are stored no longer."""
+        self._deleted = np.concatenate([self._deleted, hashes])[-REMEMBERED_ROWS:]
+
+    def knows(self, hashes: UInt64) -> Bool:
+        """[n] whether each id is known; of all deleted ones, those deleted last are, and older ones may be."""
+        if len(self._recent) > _MOST_RECENT_IDS:
+            self._merge()
+        known: Bool = np.zeros(len(hashes), np.bool_)
+        if len(self._sorted):
+            places = np.minimum(np.searchsorted(self._sorted, hashes), len(self._sorted) - 1)
+            known = self._sorted[places] == hashes
+        if not self._recent.isdisjoint(hashes.tolist()):
+            known |= np.fromiter((each in self._recent for each in hashes.tolist()), np.bool_, len(hashes))
+        return known
+
+    def _merge(self) -> None:
+        stored = self._table.hash[self._table.filled][self._table.is_stored]
+        self._sorted = np.sort(np.concatenate([stored, self._deleted]))
+        self._recent: set[int] = set()
+
+
+def hash_ids(ids: pa.StringArray) -> UInt64:
+    """[n] xxh3-64 of each id."""
+    digest = xxhash.xxh3_64_intdigest
+    return np.fromiter((digest(id_) for id_ in ids.view(pa.binary()).to_pylist()), np.uint64, len(ids))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from buffer.service.client import BufferClient
 from buffer.service.shard import DrawRequest
-from buffer.store.results import DrawKey, DrawResult
+from buffer.store.shard import DrawKey, DrawResult
 from buffer.trajectory.staleness import VersionRange, staleness
 from learner.ranks.group import RankLostError, Ranks
 

@@ -10,7 +10,7 @@ adapter/adapter_config.json, adapter_model.safetensors  where adapters were trai
 training_state.pt, progress.json                        optimizer and random numbers; see `learner.checkpoints.store`
 
 The position in the buffer is the step: a draw is named by stage and step, and the buffer's catalog gives the
-steps after the checkpoint the rows that they were given before (see buffer.store.draws).
+steps after the checkpoint the rows that they were given before (see buffer.store.shard).
 """
 
 from __future__ import annotations

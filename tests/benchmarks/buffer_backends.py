@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from actors.engine.interface import FinishedLog
 from buffer.settings import BufferSettings
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
 from tests.benchmarks.backend import Stopwatch, Timed
 from tests.benchmarks.buffer_load import (

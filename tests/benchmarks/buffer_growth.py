@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from buffer.settings import BufferSettings
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
 from tests.benchmarks.backend import run_module
 from tests.benchmarks.buffer_load import ACTIONS, CONTRACT, PROMPT_TOKENS, SENT_ROWS, as_arrow, make_rollouts

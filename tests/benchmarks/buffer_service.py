@@ -11,7 +11,7 @@ from buffer.service.client import BufferClient, Shard
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import DrawRequest
 from buffer.settings import BufferSettings
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from tests.benchmarks.backend import ray_of_its_own
 from tests.benchmarks.buffer_load import ACTIONS, CONTRACT, PROMPT_TOKENS, SENT_ROWS, as_arrow, make_rollouts
 

@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 
 from buffer.settings import BufferSettings
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
 from tests.benchmarks.buffer_load import CONTRACT, as_arrow, make_rollouts
 

@@ -27,9 +27,9 @@ from buffer.service.service import ReplayBufferService
 from buffer.service.shard import DrawRequest
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
 from buffer.store import segments
-from buffer.store.catalog_writer import CatalogWriter
+from buffer.store.catalog import CatalogWriter
 from buffer.store.gather import Gather
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
 from learner import trainer as trainer_module
 from learner.checkpoints import checkpoint as checkpoint_module

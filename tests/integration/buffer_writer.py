@@ -11,7 +11,7 @@ import struct
 import sys
 from pathlib import Path
 
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from tests.stores import open_store
 from tests.trajectories import batch_of, expert_row, row
 
@@ -58,8 +58,8 @@ def main(folder: Path, num_inserts: int) -> None:
             store.draw(DrawKey("stage", step, source), 3, version)
         if step % 7 == 0:
             store.checkpointed("stage", step + 1)
-        if (plan := store.upkeep.plan()) is not None:
-            store.upkeep.finish(plan.run())
+        if (plan := store.maintenance.plan()) is not None:
+            store.maintenance.finish(plan.run())
             compactions += 1
     store.close()
     print(compactions)

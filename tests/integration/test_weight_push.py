@@ -29,7 +29,7 @@ from buffer.service.client import BufferClient, Shard
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import DrawRequest
 from buffer.settings import BufferSettings, NoiseSettings
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from buffer.weights import (
     WeightHandle,
     WeightManifest,

@@ -11,7 +11,7 @@ from buffer.service.client import DrawTimeoutError, draw_from_shards
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import BufferStatus, DrawRequest
 from buffer.settings import BufferSettings
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from tests.trajectories import CONTRACT, batch_of, expert_row, fresh_key, ids_of, numbered, row
 
 

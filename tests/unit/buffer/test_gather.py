@@ -57,7 +57,7 @@ def test_any_kinds_of_rows_in_any_batches_of_small_segments(tmp_path_factory, ba
 
 def check(store, plain, data):
     rows = np.array(data.draw(st.lists(st.integers(0, plain.num_rows - 1), min_size=1, max_size=12)))
-    taken = store._shard.files.gather.take(rows)
+    taken = store._shard.gather.take(rows)
     taken.validate(full=True)
     expected = plain.take(pa.array(rows))
     assert taken.schema.equals(expected.schema, check_metadata=True)
@@ -72,7 +72,7 @@ def test_what_stands_under_a_null_list_is_not_gathered(tmp_path):
     store = open_store(tmp_path / "b")
     batch = batch.set_column(index, batch.schema.field(index), hidden.cast(batch.schema.field(index).type))
     assert store.insert(batch).accepted == 2
-    column = store._shard.files.gather.take(np.array([1, 0])).column("policy_version")
+    column = store._shard.gather.take(np.array([1, 0])).column("policy_version")
     assert column.to_pylist() == [[0], None]
     assert len(column.values) == 1
     store.close()
@@ -82,7 +82,7 @@ def test_more_elements_than_a_batch_can_count_are_refused(tmp_path):
     """Five lists of 2^29 - 1 numbers each, whose bytes nobody looks at."""
     store = open_store(tmp_path / "b")
     store.insert(numbered(0, 5))
-    taken = store._shard.files.gather
+    taken = store._shard.gather
     taken.take(np.arange(5))
     store._shard.table.views[:5, 2, 0] = 2**31 - 4
     with pytest.raises(ValueError, match="5 rows with 2684354555 elements are too many"):

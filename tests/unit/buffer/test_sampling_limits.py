@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from tests.stores import crash, open_store
 from tests.trajectories import ids_of, numbered
 

@@ -11,7 +11,7 @@ from buffer.service.client import DrawTimeoutError, draw_from_shards
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import DrawRequest, shard_folder, shard_seed, shard_settings
 from buffer.settings import BufferSettings
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from tests.trajectories import CONTRACT, ids_of, numbered
 
 KEY = DrawKey("s", 0, "policy")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from buffer.settings import BufferSettings
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
 from tests.stores import SMALL, crash, draw, live_ids, open_store, stored_rows
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, numbered, policy_batch, row
@@ -58,7 +58,7 @@ def test_capacity_evicts_the_oldest_of_the_same_source(tmp_path):
     store.insert(batch_of([expert_row(f"f{index}") for index in range(6)]))
     assert live_ids(store, "expert") == {"e2", "e3", "e4", "e5", *(f"f{index}" for index in range(6))}
     counters = store.status().sources["policy"]
-    assert (counters.inserted, counters.live, counters.evicted) == (25, 10, 15)
+    assert (counters.inserted, counters.live, counters.removed) == (25, 10, {"capacity": 15})
     store.close()
 
 
@@ -70,7 +70,7 @@ def test_no_drawn_row_is_too_stale_and_drops_are_for_good(tmp_path):
     assert live_ids(store) == {"1-1", "1-2", "1-3", "2-2", "2-3", "3-3"}, "version 3 was seen, so 0 is too old"
     assert set(ids_of(draw(store, 3, 4))) == {"2-2", "2-3", "3-3"}
     counters = store.status().sources["policy"]
-    assert (counters.live, counters.dropped_stale, counters.evicted) == (3, 7, 0)
+    assert (counters.live, counters.removed) == (3, {"stale": 7})
     # A caller that knows less than the buffer does not bring rows back.
     store.insert(batch_of([row("late", [5], policy_version=[1])]))
     assert draw(store, 4, 0) is None

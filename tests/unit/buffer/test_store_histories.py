@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from buffer.reading.audit import DrawLimits, audit_buffer
 from buffer.settings import BufferSettings
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
 from tests.stores import crash, events, stored_rows
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, row
@@ -208,7 +208,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def plan_upkeep(self):
-        plan = self.store.upkeep.plan()
+        plan = self.store.maintenance.plan()
         self.evict()
         if plan is not None:
             assert self.rewrite is None
@@ -217,7 +217,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.rewrite is not None)
     @rule()
     def finish_upkeep(self):
-        self.store.upkeep.finish(self.rewrite)
+        self.store.maintenance.finish(self.rewrite)
         self.rewrite = None
 
     @precondition(lambda self: self.num_crashes < 6)
@@ -258,7 +258,7 @@ class StoreMachine(RuleBasedStateMachine):
             fates = Counter(each.fate for each in own)
             assert counters.live == fates.pop("live", 0)
             assert counters.removed == fates
-            assert counters.inserted == len(own) == counters.live + counters.evicted + counters.dropped
+            assert counters.inserted == len(own) == counters.live + sum(counters.removed.values())
             assert (counters.draws, counters.drawn) == (self.num_draws[source], self.num_drawn[source])
         assert all(self.store.num_logged(key) for key in self.drawn)
 

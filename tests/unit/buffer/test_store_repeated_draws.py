@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from tests.stores import SMALL, crash, live_ids, open_store
 from tests.trajectories import batch_of, expert_row, ids_of, numbered
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from buffer.reading.audit import DrawLimits, audit_buffer
 from buffer.store.catalog import CATALOG_NAME, EventEntry, row_checksum
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from launch.cli import app
 from launch.settings.recipe import read_recipe, write_recipe
 from tests.stores import SMALL, open_store

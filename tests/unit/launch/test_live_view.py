@@ -10,7 +10,7 @@ from rich.console import Console
 from actors.pool.controller import MemberStatus, PoolEvent, PoolStatus
 from actors.rollout_actor import ActorStatus
 from buffer.service.shard import BufferStatus, ShardStatus
-from buffer.store.results import SourceCounters, StoreStatus
+from buffer.store.shard import SourceCounters, StoreStatus
 from launch.monitoring.live_view import LiveView, RunView, clock, plain_line, render
 from launch.settings.recipe import read_recipe
 from learner.messages import LearnerStatus, StageResult

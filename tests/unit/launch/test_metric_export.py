@@ -8,7 +8,7 @@ import re
 from actors.pool.controller import MemberStatus, PoolStatus
 from actors.rollout_actor import ActorStatus
 from buffer.service.shard import BufferStatus, ShardStatus
-from buffer.store.results import DrawStatistics, SourceCounters, StoreStatus
+from buffer.store.shard import DrawStatistics, SourceCounters, StoreStatus
 from launch.monitoring.live_view import RunView
 from launch.monitoring.metrics import METRICS, growth, samples
 from learner.messages import LearnerStatus

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner, Result
 
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from launch.cli import app
 from tests.stores import open_store
 from tests.trajectories import BORN, batch_of, expert_row, row

@@ -8,7 +8,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from buffer.store.results import DrawKey
+from buffer.store.shard import DrawKey
 from learner.objectives.registry import make_objective
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer

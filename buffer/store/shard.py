@@ -1,0 +1,298 @@
+"""An open shard: its files, its catalog and what both mean in memory; what it answers, and what it tells of itself.
+
+Whatever happens is committed to the catalog first and takes effect in memory then, so that a full disk changes nothing.
+An opening applies the same events again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from buffer.settings import BufferSettings
+from buffer.store.catalog import FACTS, REASONS, BatchEntry, CatalogWriter, EventEntry
+from buffer.store.gather import Gather, mark_null_items
+from buffer.store.segments import Segments, message_checksum
+from buffer.store.table import FIRST_PRIORITY, NO_ROWS, KnownIds, ReplayTable
+from buffer.trajectory.schema import SOURCES, TokenContract, stored_schema, with_rows
+from buffer.trajectory.staleness import NO_VERSION, VersionRange, staleness
+from buffer.trajectory.validation import Rejection, source_codes
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class DrawKey:
+    """Names one draw of a run. step: steps of the stage that were done before it."""
+
+    stage: str
+    step: int
+    source: str
+
+
+@dataclass(frozen=True)
+class InsertResult:
+    """accepted: rows stored by this insert (see `fsync` of the settings); present: rows that were stored already, as
+    when an insert is repeated after a lost answer; rejections: the others, with reasons."""
+
+    accepted: int
+    rejections: tuple[Rejection, ...]
+    present: int = 0
+
+
+@dataclass(frozen=True)
+class DrawResult:
+    """The rows of a draw. rows: their numbers in the shard, in the same order; policy_version: newest one known when
+    they were drawn first; repeated: that was before."""
+
+    batch: pa.RecordBatch
+    rows: Int64
+    policy_version: int
+    repeated: bool
+
+
+@dataclass(frozen=True)
+class DrawStatistics:
+    """Of the rows of one draw. Staleness in published versions, age in seconds since creation."""
+
+    staleness_mean: float
+    staleness_max: int
+    age_mean_s: float
+    age_max_s: float
+
+    @classmethod
+    def of(cls, oldest_version: Int32, created_us: Int64, policy_version: int, at_s: float) -> DrawStatistics:
+        """oldest_version: [n] of each row, NO_VERSION where it has none. created_us: [n]. policy_version: newest one
+        known at the draw. at_s: time of the draw, in seconds since the epoch."""
+        behind = staleness(policy_version, oldest_version)
+        ages_s = np.maximum(at_s - created_us / 1e6, 0.0)
+        return cls(float(behind.mean()), int(behind.max()), float(ages_s.mean()), float(ages_s.max()))
+
+
+@dataclass
+class SourceCounters:
+    """Rows of one source: inserted = live + removed.
+
+    inserted, drawn (a row counts each time), removed (by reason, see `buffer.store.catalog`), draws: since the folder
+    exists, without repeated draws; replayed (rows given again to a learner that repeats steps after a restart): since
+    this process opened it. live, last_draw: as of the status.
+    """
+
+    inserted: int = 0
+    live: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
+    draws: int = 0
+    drawn: int = 0
+    replayed: int = 0
+    last_draw: DrawStatistics | None = None
+
+    @property
+    def dropped_stale(self) -> int:
+        """Rows that were dropped because the weights behind them are too old: by versions, or of an earlier stage."""
+        return self.removed.get("stale", 0) + self.removed.get("stage", 0)
+
+
+@dataclass(frozen=True)
+class StoreStatus:
+    """Counters of a store.
+
+    rejected: rows refused since the folder exists. size_bytes: of the segments, as far as they are filled.
+    quarantined: names of the damaged bytes that were put aside since the folder exists. upkeep_error: why files could
+    not be rewritten or archived last.
+    """
+
+    sources: dict[str, SourceCounters]
+    rejected: int
+    newest_version: int
+    sealed_segments: int
+    size_bytes: int
+    quarantined: tuple[str, ...]
+    upkeep_error: str | None = None
+
+
+@dataclass(frozen=True)
+class NotedDraw:
+    """What this shard gave to a draw: row numbers, in order. policy_version: newest version known then; whole: rows of
+    the draw over all shards."""
+
+    rows: Int64
+    policy_version: int
+    whole: int
+
+
+class RepeatableDraws(dict[DrawKey, NotedDraw]):
+    """Draws that no checkpoint covers yet: a learner that goes on from a checkpoint is given the same rows again.
+
+    Rows of these draws are pinned: they may cease to be live, but their bytes are kept. Versions go on over a restart:
+    weights that are published again on the way get new numbers, and a draw is repeated without a look at staleness,
+    since its rows were fresh when they were first drawn. New draws count staleness from the new numbers. They exceed
+    the old ones by the publications that a restart adds or repeats, so a bound on staleness is then kept more strictly,
+    never less.
+    """
+
+    _pinned: Int64 | None = None  # computed when it is asked for
+
+    def note(self, key: DrawKey, draw: NotedDraw) -> None:
+        """A draw, or more rows of one that an interruption left incomplete."""
+        if key in self:
+            draw = NotedDraw(np.concatenate([self[key].rows, draw.rows]), draw.policy_version, draw.whole)
+        self[key] = draw
+        self._pinned = None
+
+    def forget(self, keys: Sequence[DrawKey]) -> None:
+        """These draws are not repeated."""
+        for key in keys:
+            self.pop(key, None)
+        self._pinned = None
+
+    @property
+    def pinned_rows(self) -> Int64:
+        """[n] rows whose bytes must be kept, ascending, without repetition."""
+        if self._pinned is None:
+            self._pinned = np.unique(np.concatenate([NO_ROWS, *(draw.rows for draw in self.values())]))
+        return self._pinned
+
+
+class Shard:
+    """One shard whose folder is locked. counts: by source. first_version: of the stage. Not thread-safe."""
+
+    def __init__(
+        self, folder: Path, contract: TokenContract, settings: BufferSettings, clock: Callable[[], float]
+    ) -> None:
+        """Open the catalog; `buffer.store.recovery` fills the rest with what the folder holds. Raises as
+        `CatalogWriter`."""
+        self.folder = folder
+        self.catalog = CatalogWriter(folder, contract, settings.fsync == "batch", clock)
+        self.table = ReplayTable()
+        self.segments = Segments(folder, stored_schema(contract), settings, self.catalog)
+        self.gather = Gather(self.segments.schema, self.table, self.segments.maps)
+        self.known = KnownIds(self.table, np.empty(0, np.uint64))
+        self.draws = RepeatableDraws()
+        self.counts = {source: SourceCounters(removed=dict.fromkeys(REASONS, 0)) for source in SOURCES}
+        self.newest_version = NO_VERSION
+        self.first_version = 0
+        self.rejected = 0
+        self._keeps_priorities = settings.sampler == "prioritised"
+
+    @property
+    def next_row(self) -> int:
+        """Rows inserted since the folder exists."""
+        return self.catalog.next_row
+
+    def append(self, batch: pa.RecordBatch, hashes: UInt64, events: Sequence[EventEntry] = ()) -> None:
+        """Store validated rows, which are live then. hashes: of their ids. events: committed with them.
+
+        Raises:
+            ValueError: the batch is too large for a file. OSError: the disk refused; the rows are not stored, unless
+                the process dies before the next insert: then they may be.
+        """
+        rows = np.arange(self.next_row, self.next_row + batch.num_rows)
+        segment, offset, message = self.segments.write(mark_null_items(with_rows(batch, rows)))
+        self.add(batch, hashes, segment, offset, message, events)
+
+    def add(
+        self,
+        batch: pa.RecordBatch,
+        hashes: UInt64,
+        segment: int,
+        offset: int,
+        message: memoryview,
+        events: Sequence[EventEntry] = (),
+    ) -> None:
+        """A batch whose message is in its segment counts from now on; see `append`.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        versions = VersionRange.from_batch(batch)
+        facts = np.empty(batch.num_rows, FACTS)
+        facts["hash"], facts["oldest_version"] = hashes, versions.oldest
+        facts["created_us"] = batch.column("created_at").view(pa.int64()).to_numpy()
+        facts["source"] = codes = source_codes(batch.column("source"))
+        facts["priority"] = np.array([self._first_priority(source) for source in SOURCES], np.float32)[codes]
+        entry = BatchEntry(
+            first_row=self.next_row,
+            num_rows=batch.num_rows,
+            segment=segment,
+            offset=offset,
+            length=len(message),
+            newest_version=int(versions.newest.max()),
+            message_checksum=message_checksum(message),
+            rows=None,
+            facts=facts.tobytes(),
+        )
+        # Without a sync: a batch that is in the segment, but not in the catalog, is adopted when the shard is opened.
+        self.catalog.commit([entry, *events], durable=bool(events))
+        self.add_rows([entry])
+        self.add_message(entry)
+        self.known.add(hashes)
+        for event in events:
+            self.apply(event)
+
+    def add_rows(self, entries: Sequence[BatchEntry]) -> None:
+        """Batches of the catalog, at least one, above all before: their rows are live."""
+        facts = np.frombuffer(b"".join([entry.facts for entry in entries]), FACTS)
+        rows = np.concatenate([entry.row_numbers for entry in entries])
+        segments = np.repeat([entry.segment for entry in entries], [entry.num_rows for entry in entries])
+        self.table.add(rows, facts, segments)
+        self.newest_version = max(self.newest_version, *(entry.newest_version for entry in entries))
+        for source, count in zip(SOURCES, np.bincount(facts["source"], minlength=len(SOURCES)).tolist(), strict=True):
+            self.counts[source].inserted += count
+
+    def add_message(self, entry: BatchEntry) -> None:
+        """The bytes of a batch are where the catalog says."""
+        self.segments.add_message(entry)
+        self.gather.add(entry.segment, entry.offset, entry.length)
+
+    def record(self, *events: EventEntry, durable: bool = True) -> None:
+        """Commit these events and apply them. durable: see `CatalogWriter.commit`.
+
+        Raises:
+            OSError: the disk refused; nothing has changed.
+        """
+        self.catalog.commit(events, durable)
+        for event in events:
+            self.apply(event)
+
+    def apply(self, event: EventEntry) -> None:
+        """An event of the catalog takes effect, except on stored bytes (`delete`)."""
+        rows, table = event.row_numbers, self.table
+        source, step, version = event.source or "", event.step or 0, event.version
+        key = DrawKey(event.stage or "", step, source)
+        if event.kind == "stage":
+            self.first_version = version or 0
+        elif version is not None:
+            self.newest_version = max(self.newest_version, version)
+        match event.kind:
+            case "draw":
+                counts = self.counts[source]
+                counts.draws += key not in self.draws
+                counts.drawn += len(rows)
+                table.times_sampled[table.slots(rows[table.is_known(rows)])] += 1
+                self.draws.note(key, NotedDraw(rows, NO_VERSION if version is None else version, event.whole or 0))
+            case "remove":
+                self.counts[source].removed[event.reason or ""] += len(rows)
+                table.remove(rows[table.is_live(rows)])
+            case "checkpoint":
+                # Stages follow one another, so no other one goes on.
+                covered = [each for each in self.draws if each.stage != key.stage or each.step < step]
+                self.draws.forget(covered)
+            case "forget":
+                self.draws.forget([key])
+            case "reject":
+                self.rejected += len(json.loads(event.ids or "[]"))
+            case "priorities":
+                is_known = table.is_known(rows)
+                values = np.frombuffer(event.priorities or b"", np.float32)
+                table.priority[table.slots(rows[is_known])] = values[is_known]
+
+    def _first_priority(self, source: str) -> float:
+        return self.table.largest_priority(source) if self._keeps_priorities else FIRST_PRIORITY
