@@ -46,7 +46,7 @@ from learner.metrics.watch import Watch, mismatch_steps
 from learner.model.policy import Policy, checkpoint_activations, load_policy
 from learner.objectives.base import OutsideDomainError
 from learner.objectives.registry import make_objective
-from learner.publication.publisher import WeightPublisher, make_probe
+from learner.publication import WeightPublisher, make_probe
 from learner.ranks.group import Ranks, join_ranks, open_rendezvous
 from learner.ranks.sharding import shard
 from learner.settings.model import ScratchModelSettings

@@ -12,7 +12,7 @@ from buffer.experts.tasks import Task
 from launch.errors import UserError, setting_up
 from launch.settings.run import RunSettings
 from learner.messages import PreparedRun
-from learner.publication.publisher import PROBE_TOKENS
+from learner.publication import PROBE_TOKENS
 from learner.settings.objectives import EmoSettings
 from learner.settings.stages import StageSettings
 

@@ -37,7 +37,7 @@ from learner.checkpoints.model_card import CardFacts, model_card
 from learner.checkpoints.store import PROGRESS_FILE, Progress
 from learner.model.adapters import adapter_config, adapter_tensors, is_adapted
 from learner.precision import compute_dtype, published_dtype
-from learner.publication.tensors import publication_tensors
+from learner.publication import publication_tensors
 from learner.ranks.sharding import gathered, load_tensors
 
 if TYPE_CHECKING:  # peft takes seconds to import, and most runs train without it

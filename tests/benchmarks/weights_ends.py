@@ -45,7 +45,7 @@ class PublishingLearner:
         import torch
         from transformers import LlamaForCausalLM
 
-        from learner.publication.publisher import WeightPublisher, make_probe
+        from learner.publication import WeightPublisher, make_probe
         from learner.state_tree.policy import TreePolicy
 
         torch.set_num_threads(1)

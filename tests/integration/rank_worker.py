@@ -32,7 +32,7 @@ from learner.model.backspace_row import fit_backspace_row
 from learner.model.policy import checkpoint_activations
 from learner.objectives.registry import make_objective
 from learner.precision import hold_trained_parameters
-from learner.publication.tensors import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
+from learner.publication import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
 from learner.ranks.group import Ranks, join_ranks, leave_ranks, open_rendezvous
 from learner.ranks.sharding import gathered, load_tensors, shard
 from learner.settings.model import AdapterSettings

@@ -14,7 +14,7 @@ from actors.engine.interface import EngineSettings, FinishedLog
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack
 from launch.export.model import export
 from learner.model.policy import Policy, load_policy
-from learner.publication.tensors import frozen_tensors, low_rank_updates, trained_tensors
+from learner.publication import frozen_tensors, low_rank_updates, trained_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from learner.state_tree.policy import TreePolicy
 from tests.checkpoints import progress_at, save_checkpoint

@@ -26,7 +26,7 @@ from launch.monitoring.run_log import LOG_FILE
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
 from learner.checkpoints.store import read_progress
-from learner.publication.tensors import publication_tensors
+from learner.publication import publication_tensors
 from tests.checkpoints import checkpoints_of
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
 

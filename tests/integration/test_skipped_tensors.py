@@ -15,7 +15,7 @@ from actors.engine.interface import EngineSettings, Float32
 from actors.engine.weights import NOISE_MARGIN, Proof, prove
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import TensorEntry, WeightManifest, WeightMismatchError
-from learner.publication.publisher import make_probe
+from learner.publication import make_probe
 from learner.state_tree.policy import sequence_logprobs
 from tests.integration.engine_worker import fresh_engine, in_engine_process
 from tests.tiny_models import BACKSPACE_ID, EOS_ID, VOCAB_SIZE, perturbed, save_tiny_model, tiny_model

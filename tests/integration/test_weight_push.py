@@ -40,8 +40,7 @@ from buffer.weights import (
     pack_tensors,
 )
 from learner.model.adapters import add_adapters
-from learner.publication.publisher import WeightPublisher, make_probe
-from learner.publication.tensors import publication_tensors
+from learner.publication import WeightPublisher, make_probe, publication_tensors
 from learner.settings.model import AdapterSettings
 from learner.settings.stages import PublishMode
 from learner.state_tree.policy import TreePolicy, sequence_logprobs

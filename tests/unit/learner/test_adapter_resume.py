@@ -13,7 +13,7 @@ from learner.checkpoints.checkpoint import load_weights, read_training_state
 from learner.model.adapters import adapter_tensors, add_adapters
 from learner.model.quantization import quantise_linear_layers
 from learner.objectives.registry import make_objective
-from learner.publication.tensors import publication_tensors
+from learner.publication import publication_tensors
 from learner.settings.model import AdapterSettings
 from learner.settings.stages import StageSettings
 from learner.state_tree.policy import TreePolicy

@@ -16,7 +16,7 @@ from learner.checkpoints.checkpoint import ADAPTER_FOLDER, load_weights, take_sn
 from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters
 from learner.model.policy import load_policy
 from learner.optimizer import make_optimizer
-from learner.publication.tensors import publication_tensors
+from learner.publication import publication_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from learner.settings.stages import OptimizerSettings
 from learner.state_tree.policy import TreePolicy

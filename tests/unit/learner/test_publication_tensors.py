@@ -7,7 +7,7 @@ import torch
 
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack, verify_fingerprint
 from learner.model.adapters import adapter_tensors, add_adapters
-from learner.publication.tensors import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
+from learner.publication import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
 from learner.settings.model import AdapterSettings
 from tests.tiny_models import tiny_model
 from tests.unit.learner.test_adapters import KINDS, adapted, train_a_little

@@ -13,7 +13,7 @@ from learner.checkpoints.checkpoint import load_weights
 from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters
 from learner.model.policy import load_policy
 from learner.model.quantization import is_quantised, quantise_linear_layers
-from learner.publication.tensors import publication_tensors
+from learner.publication import publication_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from tests.tiny_models import tiny_model
 from tests.unit.learner.test_adapters import PROBE, logits, plain_model_of, train_a_little, write

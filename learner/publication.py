@@ -1,30 +1,47 @@
-"""Publishing weights: one snapshot, one announcement, no waiting for actors."""
+"""Publishing the weights of the moment: one announcement, no waiting for actors.
+
+Engines, checkpoints and exports know neither adapters nor 4-bit layers nor shards. They get one plain tensor at a time
+under the names of the base model: W + (alpha / rank) B A where a layer is adapted, W restored where it is quantised,
+gathered from all ranks where it is sharded, rounded to what the model computes in where training holds it in float32.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from ray.actor import ActorHandle
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from buffer.remote_call import RemoteCall
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import (
+    LowRankUpdate,
     TensorEntry,
     WeightManifest,
     WeightPayload,
     WeightSender,
     combined_fingerprint,
     digest_tensors,
+    merge_low_rank,
     pack_tensors,
 )
-from learner.publication.tensors import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
+from learner.model.adapters import ADAPTER_NAME, adapted_layers
+from learner.model.quantization import dequantise, is_quantised
+from learner.precision import published_dtype
 from learner.ranks.group import Ranks
+from learner.ranks.sharding import gathered
 from learner.settings.stages import PublishMode
 from learner.state_tree.policy import TreePolicy
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 PROBE_TOKENS = 16
 ANNOUNCE_TIMEOUT_S = 60.0
@@ -85,7 +102,10 @@ class WeightPublisher:
         started = time.perf_counter()
         alone = self._mode == "adapter"
         if self._static_entries is None:
-            self._set_static(frozen_tensors(policy.model) if alone else ())
+            static, self._static_entries = self._pack(frozen_tensors(policy.model) if alone else ())
+            self._static_digests = digest_tensors(self._static_entries, static)
+            if static:
+                self._sender.set_static(static)
         payload, entries = self._pack(trained_tensors(policy.model) if alone else publication_tensors(policy.model))
         packed = time.perf_counter()
         with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter to the probe's forward pass
@@ -99,7 +119,7 @@ class WeightPublisher:
         manifest = WeightManifest(
             version=self._next_version,
             fingerprint=combined_fingerprint(digests),
-            tensors=(*(self._static_entries or ()), *entries),
+            tensors=(*self._static_entries, *entries),
             probe_token_ids=self._probe_token_ids,
             probe_logprobs=probe_logprobs,
             updates=low_rank_updates(policy.model) if alone else (),
@@ -108,12 +128,6 @@ class WeightPublisher:
         self._announced = RemoteCall("the actor pool", announced, f"take weights version {manifest.version}")
         times = (packed - started, probed - packed, hashed - probed, time.perf_counter() - hashed)
         self.newest_times = dict(zip(("pack", "learner_probe", "fingerprint", "offer"), times, strict=True))
-
-    def _set_static(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        payload, self._static_entries = self._pack(tensors)
-        self._static_digests = digest_tensors(self._static_entries, payload)
-        if payload:
-            self._sender.set_static(payload)
 
     def _pack(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[WeightPayload, tuple[TensorEntry, ...]]:
         """At ranks other than 0 nothing is kept, but every tensor is gathered in the same order."""
@@ -128,3 +142,87 @@ def make_probe(contract: TokenContract, seed: int) -> tuple[int, ...]:
     """A fixed pseudo-random sequence of PROBE_TOKENS ids of a text: of tokens, neither backspace nor `<eos>`."""
     candidates = np.setdiff1d(np.flatnonzero(contract.has_token()), [contract.backspace_id, contract.eos_id])
     return tuple(np.random.default_rng(seed).choice(candidates, size=PROBE_TOKENS).tolist())
+
+
+def publication_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter and persistent buffer; of tied ones only the first.
+
+    Names are those of the base model's `state_dict`. A tensor may be the model's own memory: copy it before the next
+    optimizer step. All ranks of a sharded model must iterate to the end, in step.
+    """
+    for source in _sources(model):
+        yield source.name, source.merged()
+
+
+def low_rank_updates(model: PreTrainedModel) -> tuple[LowRankUpdate, ...]:
+    """What is to be merged when frozen and trained tensors travel apart."""
+    updates = []
+    for source in _sources(model):
+        if source.adapter is not None:
+            a, b = source.factors()
+            scaling, transposed = source.adapter.scaling[ADAPTER_NAME], source.adapter.fan_in_fan_out
+            updates.append(LowRankUpdate(source.name, a, b, scaling, transposed))
+    return tuple(updates)
+
+
+def frozen_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of what training does not change, without adapters: it has to travel once. All ranks iterate."""
+    for source in _sources(model):
+        if not source.tensor.requires_grad:
+            yield source.name, source.base()
+
+
+def trained_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of what training changes: A and B of each adapter, other trained tensors. All ranks iterate."""
+    for source in _sources(model):
+        yield from ((name, gathered(factor)) for name, factor in source.factors().items())
+        if source.tensor.requires_grad:
+            yield source.name, source.base()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One tensor of the base model, not yet as it is published. adapter: what training adds to it, if anything."""
+
+    name: str
+    tensor: Tensor
+    dtype: torch.dtype
+    adapter: LoraLayer | None
+
+    def base(self) -> Tensor:
+        """Without the adapter."""
+        return dequantise(self.tensor) if is_quantised(self.tensor) else gathered(self.tensor).to(self.dtype)
+
+    def factors(self) -> dict[str, Tensor]:
+        """A and B of the adapter by the names under which they travel, as this rank holds them."""
+        if self.adapter is None:
+            return {}
+        layers = {"lora_A": self.adapter.lora_A, "lora_B": self.adapter.lora_B}
+        return {f"{self.name}.{part}": layer[ADAPTER_NAME].weight for part, layer in layers.items()}
+
+    def merged(self) -> Tensor:
+        """W, or W + (alpha / rank) B A in a new tensor."""
+        if self.adapter is None:
+            return self.base()
+        a, b = (gathered(factor) for factor in self.factors().values())
+        return merge_low_rank(self.base(), a, b, self.adapter.scaling[ADAPTER_NAME], self.adapter.fan_in_fan_out)
+
+
+def _sources(model: PreTrainedModel) -> Iterator[_Source]:
+    adapters = dict(adapted_layers(model))
+    factors = {
+        factor for layer in adapters.values() for part in (layer.lora_A, layer.lora_B) for factor in part.values()
+    }
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # of tied ones the first
+        path, _, own_name = name.rpartition(".")
+        module = model.get_submodule(path)
+        if module in factors or own_name in module._non_persistent_buffers_set:
+            continue
+        layer = path.removesuffix(".base_layer")  # where an adapter keeps what it adapts
+        adapter = adapters.get(layer)
+        yield _Source(
+            name if adapter is None else f"{layer}.{own_name}",
+            tensor,
+            published_dtype(model, tensor),
+            adapter if own_name == "weight" else None,
+        )
