@@ -35,8 +35,7 @@ from buffer.weights import (
 from learner.model.adapters import ADAPTER_NAME, adapted_layers
 from learner.model.quantization import dequantise, is_quantised
 from learner.precision import published_dtype
-from learner.ranks.group import Ranks
-from learner.ranks.sharding import gathered
+from learner.ranks import Ranks, gathered
 from learner.settings.stages import PublishMode
 from learner.state_tree.policy import TreePolicy
 

@@ -1,8 +1,11 @@
-"""The training loop of one stage: draw trajectories, one forward pass per tree batch, one optimizer step.
+"""The training loop of one stage: draw trajectories, one forward pass per tree batch, one step of AdamW.
 
 The loop knows neither Ray nor the disk: data, publication, metrics and checkpoints come in as seams, so that it runs
 alone in a test. `learner.worker` wires it to a run. With several ranks every one of them runs this loop, on the same
 batches; each evaluates its share, and what is decided on (loss, gradient norm) is the same everywhere.
+
+The learning rate of a step is a function of the settings and the number of the step, so a checkpoint holds no schedule,
+and a run that is resumed with other settings follows those.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from functools import partial
 import pyarrow as pa
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from buffer.trajectory.staleness import VersionRange
 from learner.batches.micro_batches import build_micro_batches
@@ -24,21 +28,18 @@ from learner.batches.source import BatchSource, Float32, priorities_of_draw
 from learner.checkpoints.checkpoint import TrainingState
 from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics, is_finite
-from learner.optimizer import learning_rate_factor, make_optimizer
-from learner.ranks.group import Ranks
-from learner.ranks.sharding import (
-    OptimizerState,
-    clip_gradients,
-    load_optimizer_state,
-    synchronise_gradients,
-    whole_optimizer_state,
-)
-from learner.settings.stages import StageSettings
+from learner.ranks import Ranks, clip_gradients, load_optimizer_state, synchronise_gradients, whole_optimizer_state
+from learner.settings.stages import OptimizerSettings, StageSettings
 from learner.state_tree.batch import TreeBatch, TreeSettings
 from learner.state_tree.policy import TreePolicy
 
+DEFAULT_FINAL_FRACTION = 0.05
+
 NAMED_TRAJECTORIES = 20
 """Ids in an error message, at most."""
+
+_SIZES = ("num_actions", "num_nodes", "num_nodes_unshared", "num_padded_nodes")
+"""Of tree batches, summed over a step for its metrics."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,6 @@ class Trainer:
         self._ranks = ranks or Ranks()
         self._report_priorities = report_priorities
         self._optimizer = make_optimizer(policy.model, stage.optimizer)
-        policy.eval()
 
     @property
     def finished(self) -> bool:
@@ -101,20 +101,20 @@ class Trainer:
             RankLostError: another rank failed.
         """
         started = time.perf_counter()
-        experts = self._experts.draw(self._stage.batch_size) if self._objective.settings.needs_experts else None
-        rollouts = None if self._rollouts is None else self._rollouts.draw(self._stage.rollout_batch_size)
+        draws = self._draw()
         drawn = time.perf_counter()
-        passes = self._passes(experts, rollouts)
+        rollouts = next((draw for draw in draws if draw.is_rollouts), None)
+        passes = self._passes(draws)
         with self._ranks.exchange(f"step {self.step}"):
             if rollouts is not None:
                 trees = [tree for tree, draw in passes if draw.is_rollouts]
-                self._objective.prepare(self._policy, trees, count_logs(rollouts), self.step)
+                self._objective.prepare(self._policy, trees, rollouts.counts, self.step)
             combined, gradient_norm, priorities = self._accumulate(passes)
         loss = float(combined["loss"])
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise FloatingPointError(
                 f"step {self.step}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}; "
-                f"lower the learning rate or alpha. {self._blame(self._draws(experts, rollouts))}"
+                f"lower the learning rate or alpha. {self._blame(draws)}"
             )
         self._objective.check(combined, self.step)
         self._objective.advance()
@@ -125,13 +125,8 @@ class Trainer:
         self.step += 1
         if self._report_priorities is not None:
             assert rollouts is not None, "priorities are those of rollouts"
-            self._report_priorities(priorities_of_draw(rollouts, priorities, self._ranks))
-        sizes = [
-            (tree.num_actions, tree.num_nodes, tree.num_nodes_unshared, tree.num_padded_nodes) for tree, _ in passes
-        ]
-        num_actions, num_nodes, num_nodes_unshared, num_padded_nodes = self._ranks.sum(
-            [sum(of_passes) for of_passes in zip(*sizes, strict=True)]
-        )
+            self._report_priorities(priorities_of_draw(rollouts.batch, priorities, self._ranks))
+        sizes = {name: int(combined.pop(name)) for name in _SIZES}
         seconds = time.perf_counter() - started
         return {
             **finish_behaviour_metrics({name: float(value) for name, value in combined.items()}),
@@ -139,32 +134,33 @@ class Trainer:
             "learning_rate": learning_rate,
             "step_s": seconds,
             "data_wait_s": drawn - started,
-            "actions_per_s": num_actions / seconds,
-            "nodes_per_s": num_nodes / seconds,
-            "sharing_ratio": num_nodes_unshared / num_nodes,
-            "padding_share": 1.0 - num_nodes / num_padded_nodes,
+            "actions_per_s": sizes["num_actions"] / seconds,
+            "nodes_per_s": sizes["num_nodes"] / seconds,
+            "sharing_ratio": sizes["num_nodes_unshared"] / sizes["num_nodes"],
+            "padding_share": 1.0 - sizes["num_nodes"] / sizes["num_padded_nodes"],
         }
 
-    def _passes(self, experts: pa.RecordBatch | None, rollouts: pa.RecordBatch | None) -> list[_Pass]:
+    def _draw(self) -> list[_Draw]:
+        draws, data_counts = [], LogCounts(0, 0, 0)
+        if self._objective.settings.needs_experts:
+            experts = self._experts.draw(self._stage.batch_size)
+            data_counts = count_logs(experts)
+            draws.append(_Draw(experts, data_counts, partial(self._objective.data_loss, step=self.step)))
+        if self._rollouts is not None:
+            rollouts = self._rollouts.draw(self._stage.rollout_batch_size)
+            newest = int(VersionRange.from_batch(rollouts).newest.max())
+            loss = partial(self._rollout_loss, data_counts=data_counts, newest=newest)
+            draws.append(_Draw(rollouts, count_logs(rollouts), loss, is_rollouts=True))
+        return draws
+
+    def _passes(self, draws: list[_Draw]) -> list[_Pass]:
         """This rank's passes over its shares of the draws: as many at every rank, since FSDP gathers in each."""
-        draws = self._draws(experts, rollouts)
         passes = [(tree, draw) for draw in draws for tree in self._trees_of(draw.batch)]
         missing = self._ranks.maximum(len(passes)) - len(passes)
         if missing:
             nothing = replace(draws[0], is_rollouts=False)
             passes += missing * [(self._tree_without_logs(nothing.batch), nothing)]
         return passes
-
-    def _draws(self, experts: pa.RecordBatch | None, rollouts: pa.RecordBatch | None) -> list[_Draw]:
-        draws, data_counts = [], LogCounts(0, 0, 0)
-        if experts is not None:
-            data_counts = count_logs(experts)
-            draws.append(_Draw(experts, data_counts, partial(self._objective.data_loss, step=self.step)))
-        if rollouts is not None:
-            newest = int(VersionRange.from_batch(rollouts).newest.max())
-            loss = partial(self._rollout_loss, data_counts=data_counts, newest=newest)
-            draws.append(_Draw(rollouts, count_logs(rollouts), loss, is_rollouts=True))
-        return draws
 
     def _trees_of(self, batch: pa.RecordBatch) -> list[TreeBatch]:
         """State trees of this rank's share; a tree without logs where there is none, so that metrics exist."""
@@ -181,11 +177,8 @@ class Trainer:
         return loss, metrics | behaviour_metrics(logs, self._trees.backspace_id, newest)
 
     def _accumulate(self, passes: list[_Pass]) -> tuple[Metrics, float, list[tuple[tuple[str, ...], Tensor]]]:
-        """Gradients of the step, summed over passes and ranks and clipped.
-
-        Returns:
-            Metrics; norm before clipping; ids and priorities of each prioritised pass of this rank.
-        """
+        """Gradients of the step, summed over passes and ranks and clipped. Gives metrics and sizes; the norm before
+        clipping; ids and priorities of each prioritised pass of this rank."""
         self._optimizer.zero_grad(set_to_none=True)
         shares, priorities = [], []
         for number, (tree, draw) in enumerate(passes, start=1):
@@ -196,6 +189,7 @@ class Trainer:
                 priorities.append((tree.trajectories.ids, self._objective.priorities(logs)))
             loss.backward()
             shares.append(metrics)
+        shares.append({name: torch.tensor(sum(getattr(tree, name) for tree, _ in passes)) for name in _SIZES})
         metrics = combine_metrics(self._ranks.gather_scalars(combine_metrics(shares)))
         gradient_norm = float(clip_gradients(self._policy, self._stage.optimizer.max_grad_norm))
         return metrics, gradient_norm, priorities
@@ -237,17 +231,10 @@ class Trainer:
         The settings of the optimizer and the number of steps are those of now. Gives what people should know of that:
         how far the learning rate jumps, None where it does not.
         """
-        step = state["step"]
-        assert isinstance(step, int)
-        self.step = step
-        optimizer = state["optimizer"]
-        assert isinstance(optimizer, dict)
-        whole = OptimizerState(state=optimizer["state"], param_groups=optimizer["param_groups"])
-        load_optimizer_state(self._optimizer, whole)
+        self.step = state["step"]
+        load_optimizer_state(self._optimizer, state["optimizer"])
         torch.set_rng_state(state["random_state"])
-        remembered = state["objective"]
-        assert isinstance(remembered, dict)
-        self._objective.load_state(remembered)
+        self._objective.load_state(state["objective"])
         before, now = state["learning_rate"], self._learning_rate()
         if now == before:
             return None
@@ -260,3 +247,30 @@ class Trainer:
         """Of the next step."""
         optimizer = self._stage.optimizer
         return optimizer.learning_rate * learning_rate_factor(self.step, optimizer, self._stage.steps)
+
+
+def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over all trainable parameters; weight decay spares vectors (norms, biases)."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if parameter.dim() > 1]
+    vectors = [parameter for parameter in trainable if parameter.dim() <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+def learning_rate_factor(step: int, settings: OptimizerSettings, steps: int) -> float:
+    """Share of the peak learning rate at `step` (from 0) of `steps`: linear warm-up, then constant or a cosine down to
+    `final_fraction` of the peak at the last step.
+    """
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
+    final = DEFAULT_FINAL_FRACTION if settings.final_fraction is None else settings.final_fraction
+    done = (step - settings.warmup_steps) / max(steps - 1 - settings.warmup_steps, 1)
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))

@@ -1,6 +1,6 @@
 """The learner: Ray actors that share the model and train it stage by stage, one actor a rank.
 
-All ranks get the same calls. Rank 0 leads (see `learner.ranks.group`): it alone draws, publishes, logs and writes;
+All ranks get the same calls. Rank 0 leads (see `learner.ranks`): it alone draws, publishes, logs and writes;
 where its work needs the parts of the model that the others hold, they take part.
 """
 
@@ -47,8 +47,7 @@ from learner.model.policy import Policy, checkpoint_activations, load_policy
 from learner.objectives.base import OutsideDomainError
 from learner.objectives.registry import make_objective
 from learner.publication import WeightPublisher, make_probe
-from learner.ranks.group import Ranks, join_ranks, open_rendezvous
-from learner.ranks.sharding import shard
+from learner.ranks import Ranks, join_ranks, open_rendezvous, shard
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import StageSettings
 from learner.state_tree.batch import TreeSettings

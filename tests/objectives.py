@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from learner.objectives.base import LogCounts, Objective
 from learner.objectives.registry import make_objective
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.settings.objectives import ObjectiveSettings
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy

@@ -20,7 +20,7 @@ from buffer.disk import is_disk_full
 from buffer.remote_call import POLL_S, NoAnswerError, ProcessLostError, RemoteCall, ended_calls
 from launch.errors import RunFailedError
 from learner.messages import LearnerSpec, LearnerStatus
-from learner.ranks.group import RankLostError
+from learner.ranks import RankLostError
 from learner.worker import LearnerWorker
 
 LEARNER_NAME = "learner"

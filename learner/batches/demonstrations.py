@@ -18,7 +18,7 @@ from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import TokenContract
 from learner.batches.micro_batches import build_micro_batches
 from learner.model.backspace_row import fit_backspace_row, gather_evidence
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.state_tree.batch import TreeBatch, TreeSettings
 from learner.state_tree.policy import StateLogits, TreePolicy
 

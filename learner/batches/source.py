@@ -19,7 +19,7 @@ from buffer.service.client import BufferClient
 from buffer.service.shard import DrawRequest
 from buffer.store.shard import DrawKey, DrawResult
 from buffer.trajectory.staleness import VersionRange, staleness
-from learner.ranks.group import RankLostError, Ranks
+from learner.ranks import RankLostError, Ranks
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]

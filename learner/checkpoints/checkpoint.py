@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -38,7 +38,7 @@ from learner.checkpoints.store import PROGRESS_FILE, Progress
 from learner.model.adapters import adapter_config, adapter_tensors, is_adapted
 from learner.precision import compute_dtype, published_dtype
 from learner.publication import publication_tensors
-from learner.ranks.sharding import gathered, load_tensors
+from learner.ranks import OptimizerState, gathered, load_tensors
 
 if TYPE_CHECKING:  # peft takes seconds to import, and most runs train without it
     from peft import LoraConfig
@@ -50,8 +50,16 @@ ADAPTER_FOLDER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
 TRAINING_STATE_FILE = "training_state.pt"
 
-TrainingState = dict[str, object]
-"""State dict of the optimizer, learning rate, RNG state: tensors, numbers and strings only (loaded without pickle)."""
+
+class TrainingState(TypedDict, total=False):
+    """What the next step depends on besides weights and data: tensors, numbers and strings only, to be read without
+    pickle."""
+
+    step: int
+    optimizer: OptimizerState
+    learning_rate: float
+    random_state: Tensor
+    objective: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Snapshot:
     adapter_config: LoraConfig | None
     tokenizer: PreTrainedTokenizerBase
     progress: Progress
-    training_state: TrainingState = field(default_factory=dict)
+    training_state: TrainingState = field(default_factory=TrainingState)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
     adapter: dict[str, Tensor] = field(default_factory=dict)
@@ -129,7 +137,7 @@ def take_snapshot(
 
     return replace(
         _without_weights(model, tokenizer, progress),
-        training_state=tree_map_only(Tensor, _host_copy, training_state) if keep else {},
+        training_state=tree_map_only(Tensor, _host_copy, training_state) if keep else TrainingState(),
         tensors=copies(publication_tensors(model)),
         trained=copies(_unrounded(model).items()),
         adapter=copies(adapter_tensors(model).items()) if is_adapted(model) else {},

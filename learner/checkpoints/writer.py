@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learner.checkpoints.checkpoint import Snapshot, TrainingState, take_snapshot
 from learner.checkpoints.store import CheckpointStore, Progress, remove_superseded, step_name
-from learner.ranks.group import Ranks
-from learner.ranks.sharding import all_finite
+from learner.ranks import Ranks, all_finite
 from learner.settings.stages import LearnerSettings
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from buffer.trajectory.schema import IdRanges
-from learner.ranks.sharding import overwrite_row
+from learner.ranks import gathered, load_tensors
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import StateLogits, TreePolicy
 from learner.state_tree.vocabulary import fill_ids
@@ -86,7 +86,10 @@ def fit_backspace_row(policy: TreePolicy, trees: Iterable[TreeBatch]) -> Tensor:
     trees: of demonstrations; with several ranks the same ones at each, in the same order.
     """
     row = most_probable_row(gather_evidence(policy, trees))
-    overwrite_row(policy.model.get_output_embeddings().weight, policy.backspace_id, row)
+    weight = policy.model.get_output_embeddings().weight
+    whole = gathered(weight)
+    whole[policy.backspace_id] = row.to(whole.dtype)
+    load_tensors({"weight": weight}, {"weight": whole})
     return row
 
 

@@ -30,7 +30,7 @@ from learner.model.quantization import quantise_linear_layers
 from learner.model.saved_configs import align_eos, mend_configs
 from learner.model.support import check_supported
 from learner.precision import hold_trained_parameters
-from learner.ranks.sharding import decoder_layers
+from learner.ranks import decoder_layers
 from learner.settings.model import Dtype, PretrainedModelSettings, ScratchModelSettings
 
 PACKAGE_PREFIX = "package:"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.settings.objectives import BaseObjectiveSettings
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import ActionValues, Summation, TreePolicy

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.settings.objectives import DiscriminatorSettings
 from learner.state_tree.attention import evaluate_nodes
 from learner.state_tree.batch import TreeBatch

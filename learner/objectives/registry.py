@@ -13,7 +13,7 @@ from learner.objectives.score_function import RewardAscent
 from learner.objectives.sequencematch import SequenceMatch
 from learner.objectives.target_rules import TargetAscent
 from learner.objectives.unlikelihood import Unlikelihood
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.settings.objectives import ObjectiveSettings
 from learner.state_tree.policy import TreePolicy
 

@@ -219,7 +219,7 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
         return logprobs
 
     def gathered_sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """A forward pass to FSDP (`learner.ranks.sharding` registers it): call `sequence_logprobs`."""
+        """A forward pass to FSDP (`learner.ranks` registers it): call `sequence_logprobs`."""
         if isinstance(self, FSDPModule):  # it has gathered parameters that are rounded already
             with self.autocast():
                 return sequence_logprobs(self.model, token_ids)

@@ -38,7 +38,7 @@ from learner.checkpoints.store import LocalCheckpoints, Progress, read_progress
 from learner.checkpoints.writer import StageCheckpoints
 from learner.model.policy import load_policy
 from learner.objectives.registry import make_objective
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.settings.model import ScratchModelSettings
 from learner.settings.objectives import SequenceMatchSettings
 from learner.settings.stages import LearnerSettings, OptimizerSettings, StageSettings

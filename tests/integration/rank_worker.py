@@ -17,6 +17,7 @@ from queue import Empty
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -33,8 +34,7 @@ from learner.model.policy import checkpoint_activations
 from learner.objectives.registry import make_objective
 from learner.precision import hold_trained_parameters
 from learner.publication import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
-from learner.ranks.group import Ranks, join_ranks, leave_ranks, open_rendezvous
-from learner.ranks.sharding import gathered, load_tensors, shard
+from learner.ranks import Ranks, gathered, join_ranks, load_tensors, open_rendezvous, shard
 from learner.settings.model import AdapterSettings
 from learner.settings.stages import StageSettings
 from learner.state_tree.policy import TreePolicy
@@ -232,7 +232,7 @@ def own_mistakes(ranks: Ranks, policy: TreePolicy) -> Tensor:
     stream = ExpertStream(examples, task="random", noise=noise, contract=CONTRACT, seed=0)
     batch = Demonstrations(policy, stream, TREES, ranks, seed=ranks.rank).draw(FITTED_LOGS)
     drawn = zlib.crc32(repr(batch.column("realised").to_pylist()).encode())
-    assert ranks.sum([drawn]) == [ranks.size * drawn], "ranks hold other demonstrations"
+    assert ranks.sum_vector(torch.tensor([drawn])).tolist() == [ranks.size * drawn], "ranks hold other demonstrations"
     return torch.tensor(batch.column("actions").flatten().to_pylist())
 
 
@@ -288,7 +288,7 @@ def _be_rank(
         except Empty:
             raise TimeoutError("rank 0 did not open a meeting point") from None
     work(ranks, folder)
-    leave_ranks()
+    dist.destroy_process_group()
 
 
 def run_cases(ranks: Ranks, folder: Path) -> None:

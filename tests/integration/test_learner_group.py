@@ -10,7 +10,7 @@ import ray
 
 from buffer.remote_call import NoAnswerError, RemoteCall
 from launch.run.learner_group import LearnerCall, LearnerFailedError
-from learner.ranks.group import RankLostError
+from learner.ranks import RankLostError
 from tests.integration.local_ray import local_ray
 
 TIMEOUT_S = 60.0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from tests.integration.rank_worker import (
     CASES,
     RESUMED,

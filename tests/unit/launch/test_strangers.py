@@ -19,7 +19,7 @@ from launch.settings.recipe import read_recipe
 from learner.checkpoints.checkpoint import TRAINING_STATE_FILE, read_training_state
 from learner.model.policy import load_policy
 from learner.objectives.registry import make_objective
-from learner.ranks.group import open_rendezvous
+from learner.ranks import open_rendezvous
 from learner.settings.model import PretrainedModelSettings
 from learner.settings.objectives import EmoSettings
 from tests.tiny_models import BACKSPACE_ID, save_tiny_model, tiny_model

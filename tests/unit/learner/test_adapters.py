@@ -15,12 +15,12 @@ from buffer.experts.tokenizer import character_tokenizer
 from learner.checkpoints.checkpoint import ADAPTER_FOLDER, load_weights, take_snapshot
 from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters
 from learner.model.policy import load_policy
-from learner.optimizer import make_optimizer
 from learner.publication import publication_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from learner.settings.stages import OptimizerSettings
 from learner.state_tree.policy import TreePolicy
 from learner.state_tree.vocabulary import chunked_values
+from learner.trainer import make_optimizer
 from tests.checkpoints import progress_at
 from tests.tiny_models import BACKSPACE_ID, tiny_model
 from tests.unit.learner.test_model import saved, word_tokenizer

@@ -21,7 +21,7 @@ from learner.objectives.adversarial_js import (
     mixture_reward,
 )
 from learner.objectives.base import EvaluatedLogs, LogCounts
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.settings.objectives import AdversarialJsSettings, DiscriminatorSettings
 from learner.state_tree.policy import TreePolicy
 from tests.objectives import counts_of

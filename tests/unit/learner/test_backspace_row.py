@@ -17,7 +17,7 @@ from learner.batches.demonstrations import Demonstrations, TaughtRow, teach_back
 from learner.batches.micro_batches import build_micro_batches
 from learner.model.backspace_row import BackspaceEvidence, gather_evidence, most_probable_row
 from learner.model.policy import load_policy
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
 from learner.state_tree.batch import TreeSettings
 from learner.state_tree.policy import TreePolicy

@@ -13,7 +13,7 @@ from buffer.experts.tokenizer import character_tokenizer
 from learner.checkpoints.store import PROGRESS_FILE, LocalCheckpoints, Progress
 from learner.checkpoints.writer import CheckpointWriteError, CheckpointWriter, StageCheckpoints
 from learner.model.policy import load_policy
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import LearnerSettings
 from tests.checkpoints import progress_at

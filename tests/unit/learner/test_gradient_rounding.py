@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from learner.objectives.registry import make_objective
 from learner.objectives.unlikelihood import Unlikelihood
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.settings.objectives import ObjectiveSettings, UnlikelihoodSettings
 from learner.state_tree import policy as policy_module
 from learner.state_tree.batch import TreeBatch

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.optimizer import DEFAULT_FINAL_FRACTION, learning_rate_factor, make_optimizer
 from learner.settings.stages import OptimizerSettings
+from learner.trainer import DEFAULT_FINAL_FRACTION, learning_rate_factor, make_optimizer
 from tests.tiny_models import tiny_model
 
 

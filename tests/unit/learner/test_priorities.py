@@ -13,7 +13,7 @@ from learner.batches.rank_shares import count_logs
 from learner.batches.source import priorities_of_draw
 from learner.objectives.base import EvaluatedLogs
 from learner.objectives.registry import make_objective
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.settings.stages import StageSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer

@@ -16,7 +16,7 @@ from buffer.experts.tasks import Task
 from learner.objectives.base import LogCounts
 from learner.objectives.registry import make_objective
 from learner.objectives.score_function import RewardAscent, Rollouts, ScoreFunction, leave_one_out_mean
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.settings.objectives import KlControlSettings, ReinforceSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer

@@ -18,7 +18,7 @@ from learner.objectives.partition_function import PartitionFunction
 from learner.objectives.registry import make_objective
 from learner.objectives.score_function import Rollouts, Weighed
 from learner.objectives.target_rules import F_SLOPES, Densities, TargetAscent, advantages
-from learner.ranks.group import Ranks
+from learner.ranks import Ranks
 from learner.settings.objectives import FDivergence
 from learner.settings.stages import WatchSettings
 from learner.state_tree.policy import TreePolicy

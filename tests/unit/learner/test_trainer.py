@@ -20,10 +20,9 @@ from learner.objectives.base import (
     OutsideDomainError,
 )
 from learner.objectives.registry import make_objective
-from learner.optimizer import learning_rate_factor
 from learner.settings.stages import OptimizerSettings
 from learner.state_tree.policy import TreePolicy
-from learner.trainer import Trainer
+from learner.trainer import Trainer, learning_rate_factor
 from tests.checkpoints import progress_at, save_checkpoint
 from tests.objectives import counts_of, objective_settings
 from tests.training import (
