@@ -281,7 +281,7 @@ app.command()(report)
 
 
 def _print_yaml(settings: RunSettings) -> None:
-    from launch.cluster.placement import plan_lines
+    from launch.cluster.capacity import plan_lines
     from launch.settings.recipe import to_yaml
 
     plan = "".join(f"# {line}\n" for line in plan_lines(settings))

@@ -21,7 +21,7 @@ from ray._private import ray_constants
 from rich.console import Console
 
 from launch import RAY_START_VARIABLES
-from launch.cluster.placement import planned_roles, total
+from launch.cluster.capacity import planned_roles, total
 from launch.errors import EXIT_RUN_FAILED, RunFailedError, UserError
 from launch.run_folder.folder import CLUSTER_FILE, LiveCluster, remove_cluster, write_cluster
 from launch.settings.run import ClusterSettings, RunSettings

@@ -74,7 +74,7 @@ def test_a_cluster_grows_and_shrinks_with_a_run(tmp_path: Path) -> None:
             assert process.wait(END_TIMEOUT_S) == 2, process.printed()
             assert (
                 f"error: waited {GROW_TIMEOUT_S} s (cluster.grow_timeout_s) for Ray's autoscaler to add nodes: the "
-                "plan needs 2 of the custom resource 'tpu' (2 for actors), the cluster has 0 free"
+                "plan needs 2 tpu (2 for actors), the cluster has 0 free"
             ) in " ".join(process.stderr.split())
         wait_for_nodes(head, 1)
 

@@ -17,8 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.pool.ray_pool import at_best_on
 from buffer.settings import BufferSettings
-from launch.cluster.capacity import RunCapacity, check_possible, live_nodes
-from launch.cluster.placement import Node
+from launch.cluster.capacity import Node, RunCapacity, check_possible, live_nodes
 from launch.errors import UserError
 from launch.run.buffer_shards import start_buffer
 from launch.settings.recipe import read_recipe

@@ -36,8 +36,9 @@ def test_unreachable_cluster(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_resources_that_no_node_offers(cluster: str, tmp_path: Path) -> None:
     error = refusal_of(tmp_path, ARITHMETIC, cluster, "actors.resources.rollouts=2", "actors.count=2")
-    assert "the plan needs 4 of the custom resource 'rollouts' (4 for actors), the cluster has 0 free" in error
-    assert "--resources '{\"rollouts\": 4.0}'" in error
+    assert "the plan needs 4 rollouts (4 for actors), the cluster has 0 free" in error
+    assert "actors.resources" in error
+    assert "--resources" in error
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from actors.pool.autoscaler import Autoscaler, Observation
 from actors.pool.controller import MemberStatus, PoolStatus
 from actors.rollout_actor import ActorStatus
 from actors.settings import ActorsSettings, AutoscaleSettings
-from launch.cluster.placement import planned_roles, total
+from launch.cluster.capacity import planned_roles, total
 from launch.settings.recipe import read_recipe
 from tests.benchmarks.scaling_plan import TIMED_RECIPE
 

@@ -18,7 +18,7 @@ import yaml
 from typer.main import get_command
 
 from launch.cli import app
-from launch.cluster.placement import planned_roles, total
+from launch.cluster.capacity import planned_roles, total
 from launch.settings.recipe import read_recipe
 from tests.dockerfiles import CPU, CUDA, ROOT, ignored, read_stages, without_mounts
 
