@@ -193,13 +193,15 @@ def status(run: options.Run, as_json: options.AsJson = False) -> None:
         from launch.run_folder.folder import read_cluster
 
         read_cluster(run)  # a run that is not live is told so before Ray is imported
-        from launch.run.control import run_status
+        from launch.monitoring.live_view import render
+        from launch.run.control import run_status, status_to_json
 
-        found = run_status(run)
+        view = run_status(run)
+        found = status_to_json(run, view)
+        if not as_json:
+            Console().print(render(view))
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
-    else:
-        Console().print(found.render())
+        typer.echo(json.dumps(found))
 
 
 @app.command()

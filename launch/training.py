@@ -20,7 +20,6 @@ from launch.evaluation.run import check_evaluation, evaluate
 from launch.evaluation.task import EVALUATION_FOLDER
 from launch.monitoring.run_log import RunLog
 from launch.report.command import REPORT_FILE, write_report
-from launch.run.driver import RunOutcome
 from launch.run.driver import train as run_stages
 from launch.run_folder.checkpoints import final_checkpoint, finished_stages
 from launch.run_folder.folder import (
@@ -85,9 +84,8 @@ def resume_run(
                     for change in changes:
                         message = f"resumed with another setting: {change}"
                         log.write("info", "driver", "setting_changed", message, {"setting": change.key})
-            finished = finished_stages(wanted, folder)
-            if all(stage.name in finished for stage in wanted.stages):
-                last = wanted.stages[-1]
+            last = wanted.stages[-1]
+            if finished_stages(wanted, folder).keys() == {stage.name for stage in wanted.stages}:
                 _say(
                     console,
                     f"run {folder.name} is finished: no stage is left to train (stages.{last.name}.steps is "
@@ -95,7 +93,7 @@ def resume_run(
                 )
                 is_asked_for = any(change.key.startswith("evaluation.") for change in changes)
                 if evaluate_after and (is_asked_for or not _is_evaluated(wanted, folder)):
-                    _finish(RunOutcome(folder, finished, finished=True), wanted, console, evaluate_after)
+                    _finish(folder, wanted, console, evaluate_after)
                 return
             _run_and_report(wanted, folder, console, evaluate_after)
 
@@ -109,21 +107,21 @@ def _run_and_report(settings: RunSettings, folder: Path, console: Console, evalu
     shown = shown_path(folder)
     try:
         check_task = partial(check_evaluation, settings) if evaluate_after else None
-        outcome = run_stages(settings, folder, console, check_task)
+        finished = run_stages(settings, folder, console, check_task)
     except KeyboardInterrupt:
         _say_how_to_resume(console, shown, "interrupted")
         raise typer.Exit(stop_exit_code()) from None
     except RunFailedError:
         _say_how_to_resume(console, shown, "the run failed; what it saved is there")
         raise
-    if not outcome.finished:
+    if not finished:
         _say_how_to_resume(console, shown, "interrupted")
         raise typer.Exit(stop_exit_code())
-    _finish(outcome, settings, console, evaluate_after)
+    _finish(folder, settings, console, evaluate_after)
 
 
-def _finish(outcome: RunOutcome, settings: RunSettings, console: Console, evaluate_after: bool) -> None:
-    folder, shown = outcome.folder, shown_path(outcome.folder)
+def _finish(folder: Path, settings: RunSettings, console: Console, evaluate_after: bool) -> None:
+    shown = shown_path(folder)
     is_evaluated = not evaluate_after
     try:
         if evaluate_after:

@@ -153,7 +153,7 @@ class ComparisonSession:
         begun = time.monotonic()
         try:
             with sole_driver(run):
-                finished = train(here, run, self._console, partial(check_evaluation, settings)).finished
+                finished = train(here, run, self._console, partial(check_evaluation, settings))
         except RunFailedError as error:
             self._fail(run, str(error))
             return

@@ -34,6 +34,7 @@ class RunView:
     learner: LearnerStatus | None = None
     pool: PoolStatus | None = None
     buffer: BufferStatus | None = None
+    elapsed_s: float = 0.0
 
     def seconds_left(self) -> float | None:
         """Estimate from the seconds per step of the running stage; of later stages nothing better is known."""
@@ -44,14 +45,6 @@ class RunView:
         done = learner.step if learner.stage in left else 0
         return (sum(left.values()) - done) * learner.seconds_per_step
 
-    def buffer_line(self) -> str:
-        """The buffer in a line, with the backspaces per action over all actors; empty without a buffer."""
-        statuses = [member.status for member in self.pool.members if member.status] if self.pool else []
-        actions = sum(status.actions for status in statuses)
-        rate = sum(status.backspaces for status in statuses) / max(1, actions)
-        summary = self.buffer.summary() if self.buffer else ""
-        return f"{summary} | backspace rate {100 * rate:.1f} %" if actions else summary
-
 
 class LiveView:
     """Shows a `RunView`; a context manager, so that the terminal is given back whatever happens."""
@@ -61,6 +54,7 @@ class LiveView:
         self._console = console
         self._started_at = time.monotonic()
         self._printed_at = -PLAIN_INTERVAL_S
+        self._notes = self._warnings = 0
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> LiveView:
@@ -76,50 +70,49 @@ class LiveView:
             self._live.stop()
 
     def refresh(self) -> None:
-        """Draw the view as it is now."""
-        elapsed = time.monotonic() - self._started_at
+        """Draw the view as it is now, below what the learner has said since the last time."""
+        if (learner := self.view.learner) is not None:
+            for note in learner.notes[self._notes :]:
+                self.say(note)
+            for warning in learner.warnings[self._warnings :]:
+                self.say(warning, "yellow")
+            self._notes, self._warnings = len(learner.notes), len(learner.warnings)
+        self.view.elapsed_s = time.monotonic() - self._started_at
         if self._live is not None:
-            self._live.update(render(self.view, elapsed), refresh=True)
+            self._live.update(render(self.view), refresh=True)
         elif time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S:
             self._printed_at = time.monotonic()
-            self._console.print(plain_line(self.view, elapsed), highlight=False, soft_wrap=True)
+            self._console.print(plain_line(self.view), markup=False, highlight=False, soft_wrap=True)
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, style: str | None = None) -> None:
         """A line that stays."""
-        self._console.print(message, highlight=False)
+        self._console.print(message, style=style, markup=False, highlight=False)
 
 
-def render(view: RunView, elapsed_s: float) -> RenderableType:
+def render(view: RunView) -> RenderableType:
     """The whole display."""
     left = view.seconds_left()
     time_left = "" if left is None else f"   about {clock(left)} left"
-    head = Text.assemble((view.title, "bold"), f"   elapsed {clock(elapsed_s)}{time_left}")
+    head = Text.assemble((view.title, "bold"), f"   elapsed {clock(view.elapsed_s)}{time_left}")
     parts: list[RenderableType] = [head, _stage_table(view)]
     if view.pool is not None:
         parts.append(_actor_table(view.pool))
     if view.buffer is not None:
-        if len(view.buffer.shards) > 1:
-            parts.append(shard_table(view.buffer))
-        parts += [Text(view.buffer_line(), "cyan"), *(Text(line, "dim") for line in _flight_lines(view.buffer))]
+        parts += [_shard_table(view.buffer), Text(view.buffer.summary(), "cyan"), *_flight_lines(view.buffer)]
     if view.note:
         parts.append(Text(view.note, "yellow"))
     return Group(*parts)
 
 
-def plain_line(view: RunView, elapsed_s: float) -> str:
-    """The display in one line, for logs."""
-    parts = [f"[{clock(elapsed_s)}]"]
+def plain_line(view: RunView) -> str:
+    """The display in one line, for logs; the actors are summed."""
+    parts = [f"[{clock(view.elapsed_s)}]"]
     if (learner := view.learner) is not None and learner.stage:
         parts.append(f"{learner.stage} {learner.step}/{learner.stage_steps} {_loss(learner)}")
-    for member in view.pool.members if view.pool else ():
-        text, status = f"{member.name} {member.state}", member.status
-        if status is not None:
-            weights = "no weights yet" if status.policy_version < 0 else f"v{status.policy_version}"
-            dropped = f", {status.dropped:,} dropped ({status.drop_reason})" if status.dropped else ""
-            text = f"{member.name} {weights} {status.actions_per_s:,.0f} actions/s{dropped}"
-        parts.append(text)
+    if view.pool is not None:
+        parts.append(_actors_line(view.pool))
     if view.buffer is not None:
-        parts.append(view.buffer_line())
+        parts.append(view.buffer.summary())
     if view.note:
         parts.append(view.note)
     if (left := view.seconds_left()) is not None:
@@ -127,8 +120,21 @@ def plain_line(view: RunView, elapsed_s: float) -> str:
     return " | ".join(parts)
 
 
-def shard_table(buffer: BufferStatus) -> Table:
-    """One row for each shard: what it does, and how full it is, by source."""
+def _actors_line(pool: PoolStatus) -> str:
+    statuses = [member.status for member in pool.members if member.status is not None]
+    parts = [f"{len(statuses)} of {pool.desired} actors"]
+    if statuses:
+        version = min(status.policy_version for status in statuses)
+        rate = sum(status.backspaces for status in statuses) / max(1, sum(status.actions for status in statuses))
+        parts.append("no weights yet" if version < 0 else f"v{version}")
+        parts.append(f"{sum(status.actions_per_s for status in statuses):,.0f} actions/s")
+        parts.append(f"{100 * rate:.1f} % backspaces")
+    if any(status.dropped for status in statuses):
+        parts.append(pool.losses())
+    return ", ".join(parts)
+
+
+def _shard_table(buffer: BufferStatus) -> Table:
     table = _table(("shard", "state"), ("live", "fill", "inserted", "drawn", "experts", "on disk"))
     for index, shard in enumerate(buffer.shards):
         if shard is None:
@@ -201,11 +207,12 @@ def _loss(learner: LearnerStatus) -> str:
     return f"loss {learner.metrics.get('loss', float('nan')):.4f}"
 
 
-def _flight_lines(buffer: BufferStatus) -> list[str]:
+def _flight_lines(buffer: BufferStatus) -> list[Text]:
     """Where other programs can read the live rows, one line for each shard that has an endpoint."""
-    locations = [
+    lines = [
         f"shard {index} over Arrow Flight: {shard.flight}"
         for index, shard in enumerate(buffer.shards)
         if shard is not None and shard.flight is not None
     ]
-    return [*locations, f"with the token in {TOKEN_FILE} of the run folder, or {TOKEN_VARIABLE}"] if locations else []
+    token = [f"with the token in {TOKEN_FILE} of the run folder, or {TOKEN_VARIABLE}"] if lines else []
+    return [Text(line, "dim") for line in (*lines, *token)]

@@ -5,21 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import ray
 from ray.actor import ActorHandle
-from rich.console import Group, RenderableType
 
 from actors.pool.controller import PoolStatus
 from buffer.remote_call import RemoteCall
 from launch.cluster.capacity import check_possible
 from launch.cluster.connection import join_live_run
 from launch.errors import UserError, lost_processes_reported
-from launch.monitoring.live_view import RunView, render, shard_table
+from launch.monitoring.live_view import RunView
 from launch.run.buffer_shards import STATUS_TIMEOUT_S, find_buffer
-from launch.run.driver import POOL, POOL_NAME
+from launch.run.driver import POOL, POOL_NAME, pool_status
 from launch.run.learner_group import LEARNER_NAME, learner_status
 from launch.run_folder.checkpoints import finished_stages
 from launch.run_folder.folder import CLUSTER_FILE, open_run_folder, read_cluster
@@ -27,52 +26,36 @@ from launch.run_folder.folder import CLUSTER_FILE, open_run_folder, read_cluster
 ANSWER_TIMEOUT_S = 15.0
 
 
-@dataclass(frozen=True)
-class RunStatus:
-    """What the processes of a live run say. The view has no pool and no buffer where the run has no actors (yet)."""
-
-    folder: Path
-    elapsed_s: float
-    view: RunView
-
-    def to_json(self) -> dict[str, object]:
-        """All counters."""
-        view = self.view
-        return {
-            "run": str(self.folder),
-            "elapsed_s": round(self.elapsed_s, 1),
-            "finished_stages": list(view.results),
-            "learner": view.learner and asdict(view.learner),
-            "pool": view.pool and asdict(view.pool),
-            "buffer": view.buffer and asdict(view.buffer),
-        }
-
-    def render(self) -> RenderableType:
-        """As the run itself shows it."""
-        shown = render(self.view, self.elapsed_s)
-        if self.view.buffer is None or len(self.view.buffer.shards) > 1:  # then the display shows the shards itself
-            return shown
-        return Group(shown, shard_table(self.view.buffer))
-
-
-def run_status(path: Path) -> RunStatus:
-    """Ask the processes of a live run how they are.
+def run_status(path: Path) -> RunView:
+    """Ask the processes of a live run how they are; without pool and buffer where the run has no actors (yet).
 
     Raises:
         UserError: `path` is no run, or the run is not live. RunFailedError: a process does not answer.
     """
     folder, settings = open_run_folder(path)
     cluster_file = folder / CLUSTER_FILE
-    elapsed_s = time.time() - cluster_file.stat().st_mtime if cluster_file.is_file() else 0.0
     view = RunView(folder.name, settings.stages, results=finished_stages(settings, folder))
+    view.elapsed_s = time.time() - cluster_file.stat().st_mtime if cluster_file.is_file() else 0.0
     with _live_run(folder) as leader:
         view.learner = learner_status(leader).result(ANSWER_TIMEOUT_S)
         view.note = "" if view.learner.stage else view.learner.activity
         if (pool := _find(POOL_NAME)) is not None:
-            view.pool = RemoteCall[PoolStatus](POOL, pool.status.remote()).result(ANSWER_TIMEOUT_S)
+            view.pool = pool_status(pool).result(ANSWER_TIMEOUT_S)
         if (buffer := find_buffer(settings.buffer.shards)) is not None:
             view.buffer = buffer.status(STATUS_TIMEOUT_S)
-    return RunStatus(folder, elapsed_s, view)
+    return view
+
+
+def status_to_json(path: Path, view: RunView) -> dict[str, object]:
+    """All counters of a run's status."""
+    return {
+        "run": str(path.resolve()),
+        "elapsed_s": round(view.elapsed_s, 1),
+        "finished_stages": list(view.results),
+        "learner": view.learner and asdict(view.learner),
+        "pool": view.pool and asdict(view.pool),
+        "buffer": view.buffer and asdict(view.buffer),
+    }
 
 
 def scale_run(path: Path, count: int) -> PoolStatus:
@@ -111,17 +94,17 @@ def catalog_image(path: Path, shard: Path) -> bytes:
 def _live_run(folder: Path) -> Iterator[ActorHandle]:
     """Connect to a live run; gives its learner, which every run has from its first moment."""
     cluster = read_cluster(folder)
-    remedy = (
-        f"If its driver (process {cluster.driver_pid}) ended without cleaning up, go on with `sequencematch train "
-        f"--resume {folder}`, or delete {folder / CLUSTER_FILE}"
-    )
     with lost_processes_reported(), ExitStack() as stack:
         try:
             stack.enter_context(join_live_run(cluster))
             if (learner := _find(LEARNER_NAME)) is None:
                 raise UserError(f"the Ray at {cluster.address} has no learner of this run")
         except UserError as error:
-            raise UserError(f"run {folder.name} cannot be reached: {error}. {remedy}") from None
+            raise UserError(
+                f"run {folder.name} cannot be reached: {error}. If its driver (process {cluster.driver_pid}) ended "
+                f"without cleaning up, go on with `sequencematch train --resume {folder}`, or delete "
+                f"{folder / CLUSTER_FILE}"
+            ) from None
         yield learner
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +15,6 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
-from rich.markup import escape
 
 from actors.engine.interface import engine_environment
 from actors.pool.autoscaler import Autoscaler, Observation
@@ -60,21 +58,13 @@ POOL_NAME = "pool"
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class RunOutcome:
-    """What a run left. finished: False where it was stopped on request; it can be resumed."""
-
-    folder: Path
-    results: dict[str, StageResult]
-    finished: bool
-
-
 def train(
     settings: RunSettings, folder: Path, console: Console, check_task: Callable[[Task], None] | None = None
-) -> RunOutcome:
+) -> bool:
     """Run every stage that is not done yet. Ctrl-C ends the run after the current step, with a checkpoint.
 
-    check_task: refuses, by a ValueError or an ImportError, a task that does not suit what is to follow.
+    Gives whether the run is finished; else it was stopped on request and can be resumed. check_task: refuses, by a
+    ValueError or an ImportError, a task that does not suit what is to follow.
 
     Raises:
         UserError: the settings cannot be met (model, task, cluster), or run code that nobody vouched for.
@@ -93,14 +83,13 @@ def train(
                 processes.run(check_task)
             finally:
                 processes.stop()
-            finished = all(
-                stage.name in view.results and view.results[stage.name].finished for stage in settings.stages
-            )
+            results = [view.results.get(stage.name) for stage in settings.stages]
+            finished = all(result is not None and result.finished for result in results)
             if finished:
                 log.write("info", "driver", "run_finished", "the run is finished")
             else:
                 log.write("info", "driver", "run_stopped", "the run was stopped")
-            return RunOutcome(folder, dict(view.results), finished)
+            return finished
 
 
 class RunProcesses:
@@ -121,7 +110,6 @@ class RunProcesses:
         autoscale = settings.actors.autoscale
         self._autoscaler = None if autoscale is None else Autoscaler(autoscale)
         self._silent_since: dict[str, float] = {}
-        self._notes_shown = self._warnings_shown = 0
         self._stopping_since: float | None = None
 
     def run(self, check_task: Callable[[Task], None] | None) -> None:
@@ -257,21 +245,15 @@ class RunProcesses:
         """Ask all processes how they are; who is too busy to answer is shown as last seen, for a while.
 
         Raises:
-            RunFailedError: a process died, or has been silent for too long. UserError: no actor can work with the
-            settings.
+            RunFailedError: a process died, or has been silent for too long.
+            UserError: no actor can work with the settings.
         """
         view = self._view
         assert self._learner is not None
         health_timeout_s = self._settings.learner.health_timeout_s
         view.learner = self._ask(learner_status(self._learner.leader), view.learner, health_timeout_s)
-        if view.learner is not None:  # the log takes notes and warnings from the status
-            for note in view.learner.notes[self._notes_shown :]:
-                self._live.say(escape(note))
-            for warning in view.learner.warnings[self._warnings_shown :]:
-                self._show_warning(warning)
-            self._notes_shown, self._warnings_shown = len(view.learner.notes), len(view.learner.warnings)
         if self._pool is not None and self._buffer is not None and self._shard_watch is not None:
-            view.pool = self._ask(RemoteCall[PoolStatus](POOL, self._pool.status.remote()), view.pool)
+            view.pool = self._ask(pool_status(self._pool), view.pool)
             view.buffer = self._buffer.status(SHARD_TIMEOUT_S)
             for line in self._shard_watch.look(view.buffer):
                 self._warn(line)
@@ -299,9 +281,7 @@ class RunProcesses:
             view.pool = self._ask(RemoteCall[PoolStatus](POOL, pool.scale.remote(wanted)), view.pool)
 
     def _ask(self, call: RemoteCall[T], last: T | None, health_timeout_s: float = HEALTH_TIMEOUT_S) -> T | None:
-        """The answer, or the last one where none comes in time: a process that hangs is told from a busy one by how
-        long it has been silent.
-        """
+        """The answer, or the last one where none comes in time. RunFailedError: none has come for too long."""
         asked_at = time.monotonic()
         try:
             answer = call.result(min(STATUS_TIMEOUT_S, health_timeout_s))
@@ -323,7 +303,9 @@ class RunProcesses:
 
     def _warn(self, warning: str) -> None:
         self._log.write("warning", "driver", "process_warning", warning)
-        self._show_warning(warning)
+        self._live.say(warning, "yellow")
 
-    def _show_warning(self, warning: str) -> None:
-        self._live.say(f"[yellow]{escape(warning)}[/yellow]")
+
+def pool_status(pool: ActorHandle) -> RemoteCall[PoolStatus]:
+    """Ask the pool of actors how they are."""
+    return RemoteCall(POOL, pool.status.remote())

@@ -1,9 +1,6 @@
 """The learner's processes as the driver sees them: one call goes to all ranks, and one error comes back.
 
-These are plain Ray actors in one placement group, not a Ray Train worker group (tried with Ray 2.60): Ray Train owns
-the main function of its workers, so that they would have to fetch stages and stops instead of being called; its
-clean-up asks the dashboard, which a Ray that is started for one run does not have; and with its controller and three
-helpers the start of a single worker took 21 s, where such an actor took 3 s.
+These are plain Ray actors in one placement group, not a Ray Train worker group: docs/ranks.md says why.
 """
 
 from __future__ import annotations
@@ -44,10 +41,8 @@ class LearnerCall:
 
     def __init__(self, calls: Sequence[RemoteCall[object]]) -> None:
         """calls: one to each rank."""
-        self._pending = dict(enumerate(calls))
-        self._result: object = None
-        self._errors: dict[int, LearnerFailedError] = {}
-        self._failed_at = 0.0
+        self._calls = list(calls)
+        self._failed_at: float | None = None
 
     def wait(self, timeout_s: float, while_waiting: Callable[[], None]) -> object:
         """What rank 0 gives, once all ranks are done. May be called again after an error of `while_waiting`.
@@ -59,38 +54,40 @@ class LearnerCall:
             NoAnswerError: they are not done within `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
-        while self._pending:
-            ended = ended_calls(list(self._pending.values()), POLL_S)
-            for rank in [rank for rank, call in self._pending.items() if call in ended]:
-                self._finish(rank, self._pending[rank])
-            self._raise_cause()
+        while True:
+            ended = ended_calls(self._calls, POLL_S)
+            pending = [call for call in self._calls if call not in ended]
+            self._raise_failure(ended, someone_works=bool(pending))
             while_waiting()
-            if self._pending and time.monotonic() > deadline:
-                raise next(iter(self._pending.values())).silence(timeout_s)
-        return self._result
+            if not pending:
+                return self._calls[0].result(ANSWER_TIMEOUT_S)
+            if time.monotonic() > deadline:
+                raise pending[0].silence(timeout_s)
 
-    def _finish(self, rank: int, call: RemoteCall[object]) -> None:
-        try:
-            value = call.result(ANSWER_TIMEOUT_S)
-            self._result = value if rank == 0 else self._result
-        except ray.exceptions.RayTaskError as error:
-            remedy = "; make room there, then resume the run" if is_disk_full(error.cause) else ""
-            message = f"{call.who} failed: {type(error.cause).__name__}: {error.cause}{remedy}"
-            self._errors[rank] = LearnerFailedError(message, error.cause)
-            self._errors[rank].__cause__ = error  # its traceback
-        except (ProcessLostError, NoAnswerError) as error:
-            self._errors[rank] = LearnerFailedError(str(error))
-        del self._pending[rank]  # last: Ctrl-C may interrupt this, and the wait goes on
-        if self._errors:
-            self._failed_at = self._failed_at or time.monotonic()
-
-    def _raise_cause(self) -> None:
+    def _raise_failure(self, ended: Sequence[RemoteCall[object]], *, someone_works: bool) -> None:
         """Raise the error of the rank that failed first in truth; return where there is none, or none is known yet."""
-        causes = [rank for rank, error in self._errors.items() if not isinstance(error.cause, RankLostError)]
-        if causes:
-            raise self._errors[min(causes)]
-        if self._errors and not (self._pending and time.monotonic() - self._failed_at < CAUSE_TIMEOUT_S):
-            raise self._errors[min(self._errors)]
+        errors = [error for call in ended if (error := _error_of(call)) is not None]
+        for error in errors:
+            if not isinstance(error.cause, RankLostError):
+                raise error
+        if errors:
+            self._failed_at = self._failed_at or time.monotonic()
+            if not someone_works or time.monotonic() - self._failed_at >= CAUSE_TIMEOUT_S:
+                raise errors[0]
+
+
+def _error_of(call: RemoteCall[object]) -> LearnerFailedError | None:
+    try:
+        call.result(ANSWER_TIMEOUT_S)
+    except ray.exceptions.RayTaskError as error:
+        remedy = "; make room there, then resume the run" if is_disk_full(error.cause) else ""
+        message = f"{call.who} failed: {type(error.cause).__name__}: {error.cause}{remedy}"
+        failure = LearnerFailedError(message, error.cause)
+        failure.__cause__ = error  # its traceback
+        return failure
+    except (ProcessLostError, NoAnswerError) as error:
+        return LearnerFailedError(str(error))
+    return None
 
 
 class LearnerGroup:

@@ -33,7 +33,7 @@ def test_a_run_with_actors_listens_on_loopback_only(tmp_path: Path) -> None:
             if connection.status == psutil.CONN_LISTEN and not _is_loopback(connection.laddr.ip)
         }
         assert open_to_all == set()
-        status = run_status(run.folder).view  # from another process of this machine all of it is within reach
+        status = run_status(run.folder)  # from another process of this machine all of it is within reach
         assert status.learner.stage == "sequencematch"
         assert status.pool is not None
         assert status.buffer is not None

@@ -42,7 +42,7 @@ def test_the_number_of_actors_follows_the_learner(
         process.wait_until(lambda: process.step(STAGE) >= 2, START_TIMEOUT_S, "steps with rollouts")
 
         def reached() -> bool:
-            pool = run_status(process.folder).view.pool
+            pool = run_status(process.folder).pool
             return pool is not None and {member.name: member.state for member in pool.members} == wanted
 
         process.wait_until(reached, SCALE_TIMEOUT_S, f"the actors {', '.join(wanted)}")

@@ -60,7 +60,7 @@ class Watched:
         self._process.wait_until(lambda: self._process.step(STAGE) >= goal, SCALE_TIMEOUT_S, f"{count} more steps")
 
     def ask(self) -> None:
-        status = run_status(self._process.folder).view
+        status = run_status(self._process.folder)
         assert status.pool is not None
         assert status.buffer is not None
         self.pool = status.pool
