@@ -84,16 +84,14 @@ class ClusterAddress:
 
 
 def cluster_to_join(settings: ClusterSettings) -> ClusterAddress | None:
-    """The cluster that a run joins; None where it starts a Ray of its own, for which Ray's word is `local`.
-
-    Ray's job server, KubeRay's pods and people's shells name their cluster in RAY_ADDRESS; the recipe goes first.
-    """
+    """The cluster that a run joins, of the recipe before that of RAY_ADDRESS; None where it starts a Ray of its own."""
     for address, source, otherwise in (
         (settings.address, "cluster.address", "set cluster.address=local"),
         (os.environ.get(RAY_ADDRESS_VARIABLE), RAY_ADDRESS_VARIABLE, f"unset {RAY_ADDRESS_VARIABLE}"),
     ):
         if address:
-            mend = f"start one with `ray start --head`, or {otherwise} to start Ray for this run"
+            start = "start one with `ray start --head`, raise cluster.connect_timeout_s if it is slow"
+            mend = f"{start}, or {otherwise} to start Ray for this run"
             return None if address == LOCAL else ClusterAddress(address, source, mend)
     return None
 
@@ -131,8 +129,8 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
 
 
 def _silence_ray() -> None:
-    """End the thread that prints what Ray's processes report, such as "Task draw failed. There are infinite retries
-    remaining", over the run's own display; the run says itself who failed. `log_to_driver=False` leaves it running.
+    """End the thread that prints what Ray's processes report over the run's own display: `log_to_driver=False` leaves
+    it running, and the run says itself who failed.
     """
     worker = ray._private.worker.global_worker
     if hasattr(worker, "listener_thread"):  # a client of Ray's (ray://) has none
@@ -182,45 +180,26 @@ def _for_this_machine_alone() -> Iterator[None]:
 
 
 def _join(cluster: ClusterAddress, namespace: str, timeout_s: float) -> None:
-    if cluster.address != "auto":
-        _check_reachable(cluster, timeout_s)
+    """Join a cluster; probes it before Ray does, which would try an address that is dead or hung for minutes."""
+    address, mend = cluster.address, cluster.mend
     try:
-        _init_ray(address=cluster.address, namespace=namespace)
+        if address.startswith(("http://", "https://")):
+            mend = f"it is a job server: send it the run with `sequencematch submit --address {address}`; {mend}"
+            raise ConnectionError(f"{address} is no HOST:PORT")
+        if address != "auto":
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            if not host or not port.isdigit():
+                raise ConnectionError("it is neither `auto`, `local` nor HOST:PORT")
+            _check_alive(f"{host}:{port}", timeout_s)
+        _init_ray(address=address, namespace=namespace)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RpcError) as error:
-        reason = _sentence(str(error).splitlines()[0], cluster.mend)
-        raise UserError(
-            f"cannot join the Ray cluster at {cluster.address!r}, which {cluster.source} names: {reason}"
-        ) from None
-
-
-def _check_reachable(cluster: ClusterAddress, timeout_s: float) -> None:
-    """Probe before Ray does, which would try an address that is dead, dying or hung for minutes."""
-    address = cluster.address
-    if address.startswith(("http://", "https://")):
-        raise UserError(
-            f"{address}, which {cluster.source} names, is the address of a job server: send it the run with "
-            f"`sequencematch submit --address {address}`; {cluster.mend}"
-        )
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"{cluster.source}={address!r} is neither `auto`, `local` nor HOST:PORT")
-    try:
-        _check_alive(f"{host}:{port}", timeout_s)
-    except ConnectionError as error:
-        reason = _sentence(str(error), cluster.mend and f"raise cluster.connect_timeout_s, {cluster.mend}")
-        raise UserError(f"no Ray cluster answers at {address}, which {cluster.source} names: {reason}") from None
-
-
-def _sentence(*parts: str) -> str:
-    return "; ".join(filter(None, parts))
+        reason = "; ".join(filter(None, (str(error).splitlines()[0], mend)))
+        problem = "no Ray cluster answers" if isinstance(error, ConnectionError) else "Ray cannot join the cluster"
+        raise UserError(f"{problem} at {address}, which {cluster.source} names: {reason}") from None
 
 
 def _check_alive(target: str, timeout_s: float) -> None:
-    """Ask the server there how it is, as gRPC has it; any answer will do, also that a token is missing.
-
-    Raises:
-        ConnectionError: none came in time.
-    """
+    """ConnectionError if no server there answers in time; any answer will do, also that a token is missing."""
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=timeout_s)

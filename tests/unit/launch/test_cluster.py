@@ -32,8 +32,8 @@ def silent_server() -> Iterator[str]:
 def test_a_cluster_that_hangs_is_not_waited_for(silent_server: str, tmp_path: Path) -> None:
     settings = read_recipe(RECIPE, [f"cluster.address={silent_server}", "cluster.connect_timeout_s=1"])
     message = (
-        rf"no Ray cluster answers at {silent_server}, which cluster.address names: .* no answer within 1 s; raise "
-        r"cluster.connect_timeout_s, .* or set cluster.address=local to start Ray for this run"
+        rf"no Ray cluster answers at {silent_server}, which cluster.address names: .* no answer within 1 s; .* raise "
+        r"cluster.connect_timeout_s .* or set cluster.address=local to start Ray for this run"
     )
     with pytest.raises(UserError, match=message), run_cluster(settings, tmp_path):
         raise AssertionError("joined something")
@@ -47,8 +47,8 @@ def test_a_cluster_that_hangs_is_not_waited_for(silent_server: str, tmp_path: Pa
     ("address", "problem"),
     [
         ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1, which RAY_ADDRESS names: .*; "),
-        ("http://127.0.0.1:1", "which RAY_ADDRESS names, is the address of a job server: .*; "),
-        ("nowhere", "^RAY_ADDRESS='nowhere' is neither `auto`, `local` nor HOST:PORT$"),
+        ("http://127.0.0.1:1", "which RAY_ADDRESS names: .* `sequencematch submit --address http://127.0.0.1:1`; "),
+        ("nowhere", "which RAY_ADDRESS names: it is neither `auto`, `local` nor HOST:PORT; "),
     ],
 )
 def test_a_useless_ray_address_is_blamed_by_its_name(
@@ -58,7 +58,7 @@ def test_a_useless_ray_address_is_blamed_by_its_name(
     with pytest.raises(UserError, match=problem) as caught, run_cluster(read_recipe(RECIPE), tmp_path):
         raise AssertionError("joined something")
     assert "cluster.address" not in str(caught.value)
-    assert str(caught.value).endswith(("or unset RAY_ADDRESS to start Ray for this run", "HOST:PORT"))
+    assert str(caught.value).endswith("or unset RAY_ADDRESS to start Ray for this run")
 
 
 @pytest.mark.parametrize(("variable", "overrides"), [("local", []), ("127.0.0.1:1", ["cluster.address=local"])])
