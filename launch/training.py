@@ -15,9 +15,8 @@ from buffer.disk import is_disk_full
 from launch.cluster.connection import cluster_to_join
 from launch.errors import RunFailedError, UserError, setting_up
 from launch.evaluation.report import SAMPLES_FOLDER, show_evaluation, write_evaluation
-from launch.evaluation.results import EVALUATION_FILE, Target, read_evaluation
+from launch.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER, Target, read_evaluation
 from launch.evaluation.run import check_evaluation, evaluate
-from launch.evaluation.task import EVALUATION_FOLDER
 from launch.monitoring.run_log import RunLog
 from launch.report.command import REPORT_FILE, write_report
 from launch.run.driver import train as run_stages

@@ -25,11 +25,10 @@ from launch.errors import RunFailedError, UserError
 from launch.evaluation.report import write_evaluation
 from launch.evaluation.results import CheckpointResult, Target, read_evaluation
 from launch.evaluation.run import check_evaluation, evaluate
-from launch.evaluation.task import CHECKPOINTS_FOLDER
 from launch.monitoring.live_view import clock
 from launch.report.command import write_report
 from launch.run.driver import train
-from launch.run_folder.checkpoints import final_checkpoint, finished_stages
+from launch.run_folder.checkpoints import CHECKPOINTS_FOLDER, final_checkpoint, finished_stages
 from launch.run_folder.folder import (
     ENVIRONMENT_FILE,
     RAY_JOB_VARIABLE,

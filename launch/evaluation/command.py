@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,10 +11,12 @@ import typer
 from rich.console import Console
 
 from launch.commands import AsJson, path, provide_folder, reported_errors, stdout_kept_clean
-from launch.errors import setting_up
+from launch.errors import UserError, setting_up
 
 if TYPE_CHECKING:
+    from launch.evaluation.results import Target
     from launch.settings.evaluation import EvaluationSettings
+    from launch.settings.run import RunSettings
 
 
 def evaluate(
@@ -61,13 +64,14 @@ def evaluate(
     """
     with reported_errors(), stdout_kept_clean(as_json):
         from launch.evaluation.report import show_evaluation, write_evaluation
+        from launch.evaluation.results import EVALUATION_FOLDER
         from launch.evaluation.rollouts import ROLLOUTS_FOLDER
         from launch.evaluation.run import evaluate as evaluate_targets
-        from launch.evaluation.task import kept_folder, labelled, settings_for
-        from launch.run_folder.checkpoints import checkpoint_of
+        from launch.run_folder.checkpoints import checkpoint_of, run_of
 
         with setting_up():
-            settings, keep_in = settings_for(checkpoints[0], task_from), output or kept_folder(checkpoints[0])
+            settings, run = settings_for(checkpoints[0], task_from), run_of(checkpoints[0])
+            keep_in = output or (run and run / EVALUATION_FOLDER)
             checkpoints = [checkpoint_of(each) for each in checkpoints]
             against = None if against is None else checkpoint_of(against)
             chosen = _changed(settings.evaluation, examples, decoding, ban_deleted, mauve, mauve_clusters)
@@ -114,3 +118,39 @@ def _changed(
 
 def _given(**options: object) -> dict[str, object]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def settings_for(checkpoint: Path, task_from: Path | None) -> RunSettings:
+    """Settings of a run folder or a recipe; by default of the run that the checkpoint lies in, else UserError."""
+    from launch.run_folder.checkpoints import run_of
+    from launch.run_folder.folder import open_run_folder
+    from launch.settings.recipe import read_recipe
+
+    if task_from is not None:
+        return open_run_folder(task_from)[1] if task_from.is_dir() else read_recipe(task_from)
+    if not checkpoint.is_dir():
+        raise UserError(f"no checkpoint at {checkpoint}")
+    run = run_of(checkpoint)
+    if run is None:
+        raise UserError(f"{checkpoint} does not lie in a run folder: name its task with --task-from RUN or RECIPE")
+    return open_run_folder(run)[1]
+
+
+def labelled(checkpoints: Sequence[Path]) -> list[Target]:
+    """Targets with labels as short as tells them apart: of stage, step and run as few as that takes, or whole paths.
+
+    Raises UserError where one is named twice.
+    """
+    from launch.evaluation.results import Target
+    from launch.run_folder.checkpoints import CHECKPOINTS_FOLDER
+
+    folders = [checkpoint.resolve() for checkpoint in checkpoints]
+    names = []
+    for folder in folders:
+        *_, run, kind, stage, step = ("", "", "", *folder.parts)
+        names.append((run, stage, step) if kind == CHECKPOINTS_FOLDER else ("", step, step))
+    for template in ("{1}", "{1}/{2}", "{0}", "{0}/{1}", "{0}/{1}/{2}", "{3}"):
+        labels = [template.format(*each, folder) for each, folder in zip(names, folders, strict=True)]
+        if len(set(labels)) == len(labels):
+            return [Target(*pair) for pair in zip(labels, checkpoints, strict=True)]
+    raise UserError("the same checkpoint is named twice")

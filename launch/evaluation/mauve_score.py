@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buffer.experts.ragged import Ragged, index_ranges
-from launch.evaluation.rollout_groups import references
+from launch.evaluation.rollouts import references
 from launch.generation import library_chatter_held
 from launch.settings.evaluation import TEXTS_PER_CLUSTER, MauveSettings
 from launch.statistics import Estimate
@@ -61,40 +60,24 @@ def check_mauve(settings: MauveSettings | None, task: Task, num_texts: int) -> N
         )
 
 
-@dataclass(frozen=True)
-class MauveReference:
-    """The held-out continuations, cut to the length that rollouts may have, as features."""
+def mauve_scorer(
+    examples: Dataset, task: Task, settings: MauveSettings, max_tokens: int, seed: int, model: PreTrainedModel
+) -> Callable[[Ragged], Estimate]:
+    """MAUVE of generated texts against the held-out continuations, cut to the length that rollouts may have.
 
-    features: Float32
-    features_of: Callable[[Ragged], Float32]
-    clusters: int
-    seed: int
+    model: whose hidden states are the features, if the settings want no encoder.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        examples: Dataset,
-        task: Task,
-        settings: MauveSettings,
-        max_tokens: int,
-        seed: int,
-        model: PreTrainedModel | None,
-    ) -> MauveReference:
-        """model: whose hidden states are the features; None = those of the encoder."""
+    def features_of(texts: Ragged) -> Float32:
+        if settings.features == "model":
+            return model_features(model, texts, task.eos_id)
+        return encoder_features(task.tokenizer.batch_decode([ids.tolist() for ids in texts.rows()]))
 
-        def features_of(texts: Ragged) -> Float32:
-            if model is not None:
-                return model_features(model, texts, task.eos_id)
-            return encoder_features(task.tokenizer.batch_decode([ids.tolist() for ids in texts.rows()]))
-
-        targets = references(examples)
-        lengths = np.minimum(targets.lengths - (targets.last_values == task.eos_id), max_tokens)
-        ids = targets.values[index_ranges(targets.offsets[:-1], lengths)]
-        return cls(features_of(Ragged.from_lengths(lengths, ids)), features_of, settings.clusters, seed)
-
-    def score(self, texts: Ragged) -> Estimate:
-        """MAUVE of generated texts."""
-        return mauve_score(self.features, self.features_of(texts), self.clusters, self.seed)
+    targets = references(examples)
+    lengths = np.minimum(targets.lengths - (targets.last_values == task.eos_id), max_tokens)
+    ids = targets.values[index_ranges(targets.offsets[:-1], lengths)]
+    reference = features_of(Ragged.from_lengths(lengths, ids))
+    return lambda texts: mauve_score(reference, features_of(texts), settings.clusters, seed)
 
 
 def mauve_score(reference: Float32, generated: Float32, clusters: int, seed: int) -> Estimate:

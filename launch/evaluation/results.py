@@ -13,6 +13,8 @@ from launch.rollout_view import RolloutView
 from launch.statistics import Estimate, change_by_example, difference
 
 EVALUATION_FILE = "evaluation.json"
+EVALUATION_FOLDER = "evaluation"
+"""Of a run: where evaluations of its checkpoints keep their rollouts."""
 HELD_OUT = "held_out"
 """The group of numbers that are of the held-out texts themselves, not of rollouts."""
 

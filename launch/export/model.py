@@ -12,9 +12,8 @@ from pathlib import Path
 
 from buffer.disk import writing_to
 from launch.errors import UserError
-from launch.evaluation.task import run_of
 from launch.export.card import card_facts
-from launch.run_folder.checkpoints import checkpoint_of
+from launch.run_folder.checkpoints import checkpoint_of, run_of
 from launch.run_folder.folder import CONFIG_FILE
 
 

@@ -15,6 +15,8 @@ from launch.settings.run import RunSettings
 from learner.checkpoints.store import CheckpointStore, check_contract, durable_steps, open_checkpoints
 from learner.messages import StageResult
 
+CHECKPOINTS_FOLDER = "checkpoints"
+
 
 def stage_checkpoints(settings: RunSettings, folder: Path) -> dict[str, CheckpointStore]:
     """Where each stage's checkpoints are, by the name of the stage."""
@@ -104,3 +106,11 @@ def checkpoint_of(source: Path, stage: str | None = None) -> Path:
             f"with it{hint}"
         )
     return stores[wanted].folder(steps[wanted][-1])
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in, or that `checkpoint` is, if any."""
+    if is_run_folder(checkpoint):
+        return checkpoint.resolve()
+    folders = [each for each in checkpoint.resolve().parents if each.name == CHECKPOINTS_FOLDER]
+    return next((each.parent for each in folders if is_run_folder(each.parent)), None)

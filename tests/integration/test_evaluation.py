@@ -18,11 +18,11 @@ from rich.console import Console
 
 from buffer.experts.tasks import load_task
 from launch.errors import UserError
+from launch.evaluation.command import labelled, settings_for
 from launch.evaluation.report import show_evaluation, write_evaluation
 from launch.evaluation.results import Evaluation, Target
 from launch.evaluation.rollouts import KeptRollouts
 from launch.evaluation.run import evaluate
-from launch.evaluation.task import labelled, settings_for
 from launch.generation import encode_prompt, generate, open_checkpoint, rollout_to_json
 from launch.settings.evaluation import GREEDY, RECOVERY, SAMPLED
 from launch.settings.recipe import read_recipe, write_recipe

@@ -17,8 +17,8 @@ from buffer.experts.noise import NoiseCandidates
 from buffer.experts.tasks import load_task
 from buffer.settings import ArithmeticTaskSettings
 from buffer.trajectory.schema import trajectory_schema
-from launch.evaluation.rollout_groups import recovery_obstacle, wrong_tokens
 from launch.evaluation.rollout_metrics import ReplayedRollouts, answer_metrics
+from launch.evaluation.rollouts import recovery_obstacle, wrong_tokens
 from launch.statistics import Estimate
 
 TASK = load_task(ArithmeticTaskSettings(bases=(2, 10), max_digits=2, train_questions=40, held_out_questions=60))

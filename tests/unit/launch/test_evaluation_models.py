@@ -9,13 +9,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from actors.engine.interface import SamplingSettings
-from actors.generator import PromptGroup
 from buffer.experts.ragged import Ragged
 from buffer.trajectory.schema import TokenContract
-from launch.evaluation.contrastive import contrastive_rollouts
-from launch.evaluation.held_out import held_out_metrics
+from launch.evaluation.learner_model import contrastive_rollouts, held_out_metrics
 from launch.evaluation.mauve_score import model_features
-from launch.evaluation.rollout_groups import RolloutGroup
+from launch.evaluation.rollouts import RolloutGroup
 from launch.settings.evaluation import ContrastiveSearch
 from tests.tiny_models import BACKSPACE_ID, EOS_ID, FIRST_TEXT_ID, IDS_WITHOUT_TOKEN, VOCAB_SIZE, tiny_model
 
@@ -90,7 +88,7 @@ def test_contrastive_search_equals_a_loop_without_cache(model: PreTrainedModel) 
     rng = np.random.default_rng(2)
     prompts = [np.array(random_ids(rng, length), dtype=np.int32) for length in (4, 6, 4, 4)]
     sampling = SamplingSettings(max_new_tokens=6, max_actions=20, temperature=0.0, backspace=False)
-    group = RolloutGroup("contrastive", PromptGroup(prompts, sampling), ContrastiveSearch(4, 0.6))
+    group = RolloutGroup(prompts, sampling, name="contrastive", contrastive=ContrastiveSearch(4, 0.6))
     finished: list[int] = []
     batch = contrastive_rollouts(model, group, CONTRACT, 11, "text", finished.append)
     room = [6, 5, 6, 6]  # the second prompt reaches the longest text first
@@ -111,7 +109,7 @@ def test_contrastive_search_ends_at_eos(model: PreTrainedModel) -> None:
         ender.get_output_embeddings().weight[EOS_ID] += 20 * ender.get_output_embeddings().weight[BACKSPACE_ID]
     prompt = np.array([7, 8, 9], dtype=np.int32)
     sampling = SamplingSettings(max_new_tokens=6, max_actions=20, temperature=0.0, backspace=False)
-    group = RolloutGroup("contrastive", PromptGroup([prompt, prompt], sampling), ContrastiveSearch(2, 0.0))
+    group = RolloutGroup([prompt, prompt], sampling, name="contrastive", contrastive=ContrastiveSearch(2, 0.0))
     batch = contrastive_rollouts(ender, group, CONTRACT, 20, "text", lambda _: None)
     first, second = batch.column("actions").to_pylist()
     assert first == second

@@ -18,8 +18,14 @@ from buffer.settings import ArithmeticTaskSettings, TextTaskSettings
 from launch.errors import UserError
 from launch.evaluation.report import show_evaluation
 from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, Target
-from launch.evaluation.rollout_groups import RolloutGroup, plan_groups, recovery_obstacle
-from launch.evaluation.rollouts import KeptRollouts, rollouts_key, weights_digest
+from launch.evaluation.rollouts import (
+    KeptRollouts,
+    RolloutGroup,
+    plan_groups,
+    recovery_obstacle,
+    rollouts_key,
+    weights_digest,
+)
 from launch.evaluation.run import check_evaluation, evaluate
 from launch.settings.evaluation import (
     GREEDY,
@@ -81,7 +87,7 @@ def test_mistakes_of_several_tokens_are_planted_where_that_makes_sense() -> None
         3,
         3,
     ]
-    one, three = (groups[name].group.planted for name in (RECOVERY, "recovery=3"))
+    one, three = (groups[name].planted for name in (RECOVERY, "recovery=3"))
     assert one is not None
     assert three is not None
     assert [tokens[0] for tokens in three] == [token for (token,) in one], "the same mistake, and more of it"
@@ -121,11 +127,11 @@ def test_groups_of_answers_and_of_texts() -> None:
     asked = groups_of(texts, decoding=("ancestral", "greedy", "top_p=0.9", "contrastive", "recovery=2"))
     assert [each.name for each in asked] == [SAMPLED, GREEDY, "top_p=0.9", "contrastive", "recovery=2", RECOVERY]
     # A wrong answer is one that is likely no more; a text is like others, and only if it is sampled.
-    assert [each.group.sampling.temperature for each in asked[-2:]] == [1.0, 1.0]
-    assert [each.group.sampling.temperature for each in groups_of(decoding=("recovery=2",))[-2:]] == [0.0, 0.0]
+    assert [each.sampling.temperature for each in asked[-2:]] == [1.0, 1.0]
+    assert [each.sampling.temperature for each in groups_of(decoding=("recovery=2",))[-2:]] == [0.0, 0.0]
     search = asked[3]
     assert search.contrastive is not None
-    assert not search.group.sampling.backspace
+    assert not search.sampling.backspace
 
 
 def texts_of_one_token(folder: Path, letters: str) -> Task:
@@ -178,13 +184,13 @@ def test_twins_differ_in_the_ban_alone() -> None:
         SAMPLED, GREEDY, RECOVERY, "contrastive", "sampled, banned", "greedy, allowed", "recovery, allowed"
     }  # fmt: skip
     for name, twin in ((GREEDY, "greedy, allowed"), (RECOVERY, "recovery, allowed"), (SAMPLED, "sampled, banned")):
-        sampling, other = groups[name].group.sampling, groups[twin].group.sampling
+        sampling, other = groups[name].sampling, groups[twin].sampling
         assert sampling.ban_deleted != other.ban_deleted
         assert dataclasses.replace(sampling, ban_deleted=other.ban_deleted) == other
-    assert groups["recovery, allowed"].group.planted == groups[RECOVERY].group.planted
+    assert groups["recovery, allowed"].planted == groups[RECOVERY].planted
     without = groups_of(rollout=RolloutSettings(backspace=False), ban_deleted="both")
     assert [each.name for each in without] == [SAMPLED, GREEDY, RECOVERY]
-    assert not any(each.group.sampling.backspace or each.group.sampling.ban_deleted for each in without)
+    assert not any(each.sampling.backspace or each.sampling.ban_deleted for each in without)
 
 
 def batch_of(text: str) -> pa.RecordBatch:
@@ -192,8 +198,8 @@ def batch_of(text: str) -> pa.RecordBatch:
 
 
 def test_kept_rollouts_come_back_and_damaged_ones_do_not(tmp_path: Path) -> None:
-    damaged: list[Path] = []
-    kept = KeptRollouts(tmp_path, damaged.append)
+    console = Console(file=io.StringIO(), width=80, record=True)
+    kept = KeptRollouts(tmp_path, console)
     assert kept.find("a") is None
     for key in "abc":
         kept.keep(key, batch_of(key))
@@ -205,7 +211,7 @@ def test_kept_rollouts_come_back_and_damaged_ones_do_not(tmp_path: Path) -> None
     assert kept.find("a") == batch_of("a")
     assert kept.find("b") is None
     assert kept.find("c") is None
-    assert damaged == [flipped, short]
+    assert console.export_text().count("are damaged: they are made anew") == 2
     assert not flipped.exists()
     kept.keep("b", batch_of("again"))
     assert kept.find("b") == batch_of("again")

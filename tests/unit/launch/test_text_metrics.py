@@ -11,8 +11,15 @@ import pytest
 
 from buffer.experts.ragged import Ragged
 from buffer.trajectory.schema import TokenContract
-from launch.evaluation.rollout_metrics import ReplayedRollouts, rewrites, text_metrics
-from launch.evaluation.text_statistics import distinct_ngrams, diversity, ngram_entropy, self_bleu
+from launch.evaluation.rollout_metrics import (
+    ReplayedRollouts,
+    distinct_ngrams,
+    diversity,
+    ngram_entropy,
+    rewrites,
+    self_bleu,
+    text_metrics,
+)
 
 CONTRACT = TokenContract(vocab_size=16, backspace_id=3, eos_id=2, tokenizer_hash="")
 
