@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 from buffer.service.shard import DrawRequest, InsertReply, Offer, ShardStatus
 from buffer.settings import BufferSettings
 from buffer.stop_signals import ignore_stop_signals
-from buffer.store.limiter import Limiter, Traffic
+from buffer.store.limiter import Limiter
 from buffer.store.shard import DrawResult
 from buffer.store.store import ReplayStore
 from buffer.trajectory.schema import TokenContract
@@ -127,10 +127,10 @@ class ReplayBufferService:
         store.begin_stage(request.first_version)
         available = store.num_available(key, request.count, request.policy_version)
         live, logged = store.num_live(key.source), store.num_logged(key)
-        if store.num_drawn(key.source) == 0 and live < self._settings.min_size:
+        if store.counters(key.source).drawn == 0 and live < self._settings.min_size:
             available = 0
         if key.source == "policy":
-            available = min(available, self._limiter.allowance(self._traffic()))
+            available = min(available, self._limiter.allowance(self._store.counters("policy")))
         shortage = "" if logged + available >= request.count else self._shortage(request)
         return Offer(logged, live, available, self._inserts, shortage)
 
@@ -145,7 +145,7 @@ class ReplayBufferService:
         key, store = request.key, self._store
         store.begin_stage(request.first_version)
         added = part - store.num_logged(key)
-        if key.source == "policy" and added > self._limiter.allowance(self._traffic()):
+        if key.source == "policy" and added > self._limiter.allowance(self._store.counters("policy")):
             return None
         result = store.draw(key, part, request.policy_version, whole=request.count)
         if result is not None:
@@ -219,7 +219,7 @@ class ReplayBufferService:
         if counters.live < needed:
             message = f"{counters.live} are live and {needed} are needed; "
         else:
-            more = self._limiter.inserts_needed(count, self._traffic())
+            more = self._limiter.inserts_needed(count, self._store.counters("policy"))
             message = (
                 f"{counters.drawn} were drawn of {counters.inserted} inserted, and samples_per_insert="
                 f"{self._settings.samples_per_insert} asks for {more} more inserts first; "
@@ -234,12 +234,8 @@ class ReplayBufferService:
         last = [f"{actor} {now_s - when_s:.0f} s ago" for actor, when_s in sorted(self._last_insert_s.items())]
         return message + f"last inserts: {', '.join(last)}"
 
-    def _traffic(self) -> Traffic:
-        store = self._store
-        return Traffic(store.num_inserted("policy"), store.num_drawn("policy"), store.num_live("policy"))
-
     def _demand(self) -> bool:
-        return self._waiting_draws > 0 or self._limiter.wants_inserts(self._traffic())
+        return self._waiting_draws > 0 or self._limiter.wants_inserts(self._store.counters("policy"))
 
     async def _notify(self) -> None:
         async with self._changed:

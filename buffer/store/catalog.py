@@ -24,9 +24,7 @@ import xxhash
 
 from buffer.disk import is_shared, sync_later
 from buffer.trajectory.schema import TokenContract
-
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
+from buffer.trajectory.staleness import Int64
 
 CATALOG_NAME = "catalog.db"
 FORMAT = 4

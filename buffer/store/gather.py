@@ -10,17 +10,13 @@ Other columns have few distinct values: each combination of them (a context) is 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.store.segments import SegmentMaps
+from buffer.store.segments import Segments
 from buffer.store.table import RUNS, ReplayTable
 from buffer.trajectory.schema import ROW, rows_of
-
-Bool = npt.NDArray[np.bool_]
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
+from buffer.trajectory.staleness import Bool, Int32, Int64
 
 CONTEXT = ("source", "task", "weights_fingerprint", "finish_reason", "sampling", "actor")
 """Columns of few distinct values."""
@@ -54,12 +50,10 @@ def mark_null_items(batch: pa.RecordBatch) -> pa.RecordBatch:
 class Gather:
     """Rows of a table by their numbers. Not thread-safe."""
 
-    def __init__(self, schema: pa.Schema, table: ReplayTable, maps: SegmentMaps) -> None:
-        """schema: of stored rows."""
-        self._stored_schema = schema
-        self._schema = schema.remove(schema.get_field_index(ROW))
+    def __init__(self, table: ReplayTable, segments: Segments) -> None:
+        self._schema = segments.schema.remove(segments.schema.get_field_index(ROW))
         self._table = table
-        self._maps = maps
+        self._segments = segments
         self._pending: dict[tuple[int, int], int] = {}  # length by segment and offset
         self._codes: dict[str, int] = {}  # of contexts
         self._contexts: pa.RecordBatch | None = None  # by their codes
@@ -102,7 +96,7 @@ class Gather:
         if (most := int(ends[:, -1].max())) > _MOST_ITEMS:
             raise ValueError(f"{count} rows with {most} elements are too many for a batch: draw fewer at once")
         described = pa.Array.from_buffers(
-            pa.binary_view(), len(runs) * count, [None, pa.py_buffer(views), *self._maps.buffers], null_count=0
+            pa.binary_view(), len(runs) * count, [None, pa.py_buffer(views), *self._segments.buffers], null_count=0
         )
         content = pc.call_function("cast", [described], _LARGE_BINARY).buffers()[2]
         offsets = pa.py_buffer(ends.astype(np.int32))
@@ -164,9 +158,9 @@ class Gather:
                 self._forget_contexts()
             few = []
             for (segment, offset), length in pending[first : first + _DESCRIBED_TOGETHER]:
-                content = self._maps.content(segment)
-                batch = pa.ipc.read_record_batch(content.slice(offset, length), self._stored_schema)
-                views = self._views(batch, content, offset + length, self._maps.place(segment))
+                content = self._segments.content(segment)
+                batch = pa.ipc.read_record_batch(content.slice(offset, length), self._segments.schema)
+                views = self._views(batch, content, offset + length, self._segments.stored[segment].place)
                 self._table.views[self._table.slots(rows_of(batch))] = views
                 few.append(batch.select(_FEW))
             joined = pa.concat_batches(few)

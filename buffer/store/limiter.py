@@ -18,25 +18,19 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from buffer.settings import BufferSettings
+
+if TYPE_CHECKING:
+    from buffer.store.shard import SourceCounters
 
 _ROUNDING = 1e-9
 """In draws: the ratio need not be a binary fraction."""
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Policy rows of one store. inserted, drawn: since the folder exists (drawn counts a row each time); live: now."""
-
-    inserted: int
-    drawn: int
-    live: int
-
-
 class Limiter:
-    """Says who has to wait. It keeps no state: what it goes by are the counters of the store."""
+    """Says who has to wait. It keeps no state: what it goes by are the counters of the store, of policy rows."""
 
     def __init__(self, settings: BufferSettings) -> None:
         self._settings = settings
@@ -45,21 +39,21 @@ class Limiter:
         self._low = offset - settings.tolerance
         self._high = offset + settings.tolerance
 
-    def allowance(self, traffic: Traffic) -> int:
+    def allowance(self, policy: SourceCounters) -> int:
         """Rows that may be drawn now; `sys.maxsize` without a ratio."""
         if self._settings.samples_per_insert is None:
             return sys.maxsize
-        return max(math.floor(self._ratio * traffic.inserted - traffic.drawn - self._low + _ROUNDING), 0)
+        return max(math.floor(self._ratio * policy.inserted - policy.drawn - self._low + _ROUNDING), 0)
 
-    def inserts_needed(self, count: int, traffic: Traffic) -> int:
+    def inserts_needed(self, count: int, policy: SourceCounters) -> int:
         """How many more rows have to come before `count` rows may be drawn."""
-        if self.allowance(traffic) >= count:
+        if self.allowance(policy) >= count:
             return 0
-        return math.ceil((self._low + traffic.drawn + count - _ROUNDING) / self._ratio) - traffic.inserted
+        return math.ceil((self._low + policy.drawn + count - _ROUNDING) / self._ratio) - policy.inserted
 
-    def wants_inserts(self, traffic: Traffic) -> bool:
+    def wants_inserts(self, policy: SourceCounters) -> bool:
         """Whether one more row is welcome; if not, actors are to pause (unless a draw waits)."""
-        offered = min(self._ratio * traffic.inserted - traffic.drawn, self._ratio * traffic.live)
+        offered = min(self._ratio * policy.inserted - policy.drawn, self._ratio * policy.live)
         return offered + self._ratio <= self._high + _ROUNDING
 
     def check(self, count: int) -> None:

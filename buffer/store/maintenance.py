@@ -1,30 +1,225 @@
-"""What leaves a shard: rows that cease to be live, and segments that nobody needs or that are worth a rewriting."""
+"""What leaves a shard: rows that cease to be live, and sealed segments that nobody needs or that are worth a rewriting
+without the rows that nobody needs any longer, beside the work of the store.
+
+    plan     what to rewrite, decided by the store                                  quick
+    run      archive what leaves, write the new file; reads files that never        slow, in any thread
+             change, so the store goes on meanwhile
+    finish   one transaction of the catalog, then the old files go                  quick
+
+Rows that cease to be needed while it runs are in the new file all the same, and leave with a later rewriting. A reader
+that has mapped an old file keeps it until it lets go.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
+import fsspec
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from buffer.disk import sync_folder
+from buffer.run_identity import run_id
 from buffer.settings import BufferSettings
-from buffer.store.catalog import FACTS, Deletion, EventEntry, RemovalReason, SegmentEntry
-from buffer.store.compaction import Archive, Rewrite, RewritePlan, SegmentUse, worth_rewriting
+from buffer.store.catalog import FACTS, BatchEntry, Deletion, EventEntry, RemovalReason, SegmentEntry, segment_path
+from buffer.store.gather import mark_null_items
+from buffer.store.segments import MessageEncoder, StoredMessage, message_checksum
 from buffer.store.shard import Shard
 from buffer.store.table import NO_ROWS, NOT_STORED
-from buffer.trajectory.schema import SOURCES
-from buffer.trajectory.staleness import stale_rows
+from buffer.trajectory.schema import ROW, SOURCES, rows_of
+from buffer.trajectory.staleness import Int32, Int64, VersionRange, stale_rows
 
-Int64 = npt.NDArray[np.int64]
+BATCH_ROWS = 2**12
+BATCH_BYTES = 2**22
+"""Rows are written in batches of about these sizes, however few are left of those that they come from."""
+
+SMALL_FRACTION = 0.25
+"""A segment below this fraction of `segment_bytes` joins its neighbors in a rewriting."""
 
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
 """Pauses after a rewriting that failed, each twice as long as the one before."""
 
 logger = logging.getLogger(__name__)
+
+
+class SegmentUse(NamedTuple):
+    """A sealed segment. num_needed: rows of it that are live or pinned."""
+
+    number: int
+    size: int
+    num_rows: int
+    num_needed: int
+
+
+def worth_rewriting(segments: Sequence[SegmentUse], below_fraction: float, segment_bytes: int) -> list[int]:
+    """Numbers of neighbors whose needed rows fit into one segment; none where a rewriting would gain little.
+
+    A run of them holds at least one segment of which less than `below_fraction` is needed, or as many small ones as
+    make a large one. Small neighbors join, so that compaction does not leave ever more small files behind.
+    """
+    best: list[int] = []
+    run: list[int] = []
+    run_bytes, has_sparse = 0.0, False
+    for segment in segments:
+        needed = segment.num_needed / max(segment.num_rows, 1)
+        is_sparse = needed < below_fraction
+        joins = is_sparse or segment.size < SMALL_FRACTION * segment_bytes
+        if not joins or run_bytes + needed * segment.size > segment_bytes:
+            run, run_bytes, has_sparse = [], 0.0, False
+        if joins:
+            run = [*run, segment.number]
+            run_bytes += needed * segment.size
+            has_sparse |= is_sparse
+            if (has_sparse or len(run) * SMALL_FRACTION >= 1) and len(run) > len(best):
+                best = run
+    return best
+
+
+class ArchiveError(OSError):
+    """The archive did not take a file; nothing was deleted."""
+
+
+class Archive:
+    """Rows that leave the disk of a shard, kept at any fsspec URL (s3://, gs://, file://, ...); used in any thread.
+
+        <url>/<run_id>/<buffer>/<shard>/segment-000003.arrows    the rows that left with segment 3, as a segment
+
+    A row is written when the file that holds it is about to go, so each one stands there once: rows that stay move on
+    to another file, with which they leave one day. An upload that is repeated writes the same name again.
+    """
+
+    def __init__(self, url: str, folder: Path) -> None:
+        """folder: of the shard, in that of the buffer, in that of the run.
+
+        Raises:
+            ValueError: no file system goes by the URL's protocol, or the package for it is missing.
+        """
+        try:
+            self._files, root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"buffer.archive={url}: {error}") from None
+        buffer, shard = folder.resolve().parts[-2:]
+        self._folder = "/".join([root.rstrip("/"), run_id(folder.resolve().parents[1]), buffer, shard])
+
+    def write(self, number: int, rows: pa.Table) -> None:
+        """Keep rows that leave with segment `number`.
+
+        Raises:
+            ArchiveError: it could not be done.
+        """
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_table(rows)
+        target = f"{self._folder}/{segment_path(Path(), number).name}"
+        try:
+            self._files.makedirs(self._folder, exist_ok=True)
+            # Object storage shows a file when it is complete; a folder does as soon as the file has its name.
+            in_folder = "file" in self._files.protocol
+            written = f"{target}.tmp" if in_folder else target
+            self._files.pipe_file(written, sink.getvalue().to_pybytes())
+            if in_folder:
+                self._files.mv(written, target)
+        except Exception as error:  # each file system raises the errors of its own client library
+            raise ArchiveError(f"the archive did not take {target}: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class RewritePlan:
+    """Neighboring segments, and which rows of them stay.
+
+    messages: of each segment, with its content. kept_rows: ascending. number: of the new file. archive: where the other
+    rows go, None = nowhere.
+    """
+
+    folder: Path
+    schema: pa.Schema
+    messages: dict[int, tuple[pa.Buffer, tuple[StoredMessage, ...]]]
+    kept_rows: Int64
+    number: int
+    archive: Archive | None
+
+    def run(self) -> Rewrite:
+        """Do it, except for what `finish` does.
+
+        Raises:
+            OSError: the disk refused, or the archive (`ArchiveError`); nothing has changed.
+        """
+        kept: list[pa.Table] = []
+        leaving: list[pa.Table] = []
+        for number, (content, messages) in self.messages.items():
+            parts = (content.slice(each.offset, each.length) for each in messages)
+            stored = pa.Table.from_batches((pa.ipc.read_record_batch(each, self.schema) for each in parts), self.schema)
+            is_kept = pa.array(np.isin(stored.column(ROW).to_numpy(), self.kept_rows, assume_unique=True))
+            kept.append(stored.filter(is_kept))
+            gone = stored.filter(pc.invert(is_kept))
+            if self.archive is not None and gone.num_rows:
+                self.archive.write(number, gone)
+            leaving.append(gone.select([ROW, "id", "source"]))
+        return Rewrite(self, self._write(pa.concat_tables(kept)), _deletions(pa.concat_tables(leaving)))
+
+    def _write(self, kept: pa.Table) -> list[BatchEntry]:
+        written: list[BatchEntry] = []
+        if not kept.num_rows:
+            return written
+        kept = kept.combine_chunks()
+        batch_rows = min(BATCH_ROWS, max(1, kept.num_rows * BATCH_BYTES // kept.nbytes))
+        encoder, header = MessageEncoder(self.schema), self.schema.serialize()
+        with segment_path(self.folder, self.number).open("wb") as file:
+            file.write(header)
+            for batch in kept.to_batches(batch_rows):
+                message = encoder.encode(mark_null_items(batch))  # a filter leaves anything under a null
+                rows, versions = rows_of(batch), VersionRange.from_batch(batch)
+                written.append(
+                    BatchEntry(
+                        first_row=int(rows[0]),
+                        num_rows=len(rows),
+                        segment=self.number,
+                        offset=file.tell(),
+                        length=len(message),
+                        newest_version=int(versions.newest.max()),
+                        message_checksum=message_checksum(message),
+                        rows=rows.tobytes(),
+                        facts=b"",
+                    )
+                )
+                file.write(message)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(self.folder)
+        return written
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A rewriting that waits for its transaction.
+
+    written: batches of the new segment, none where no row stays; without `facts`. deletions: events of the rows that
+    leave.
+    """
+
+    plan: RewritePlan
+    written: list[BatchEntry]
+    deletions: list[EventEntry]
+
+
+def _deletions(leaving: pa.Table) -> list[EventEntry]:
+    found = []
+    for source in SOURCES:
+        own = leaving.filter(pc.field("source") == source)
+        if own.num_rows:
+            rows, ids = own.column(ROW).to_numpy().tobytes(), json.dumps(own.column("id").to_pylist())
+            found.append(EventEntry("delete", source=source, rows=rows, ids=ids))
+    return found
 
 
 class Maintenance:
@@ -82,7 +277,7 @@ class Maintenance:
             self._remove("policy", reason, rows[stale_rows(oldest, oldest_allowed)])
         self._swept = state
 
-    def exhausted(self, rows: Int64, times_sampled: npt.NDArray[np.int32]) -> Int64:
+    def exhausted(self, rows: Int64, times_sampled: Int32) -> Int64:
         """[k] those of these rows that were drawn `max_times_sampled` times or more, ascending."""
         limit = self._settings.max_times_sampled
         return NO_ROWS if limit is None else np.sort(rows[times_sampled >= limit])
@@ -146,13 +341,13 @@ class Maintenance:
         dead = [each.number for each in sealed if not table.live_in[each.number]]
         if not dead:
             return []
-        pinned = set(table.segment[table.slots(shard.draws.pinned_rows)].tolist())
+        pinned = np.unique(table.segment[table.slots(shard.pinned_rows)])
         return [number for number in dead if number not in pinned]
 
     def _sparse(self) -> list[int]:
         """Sealed segments that are worth a rewriting."""
         shard, table = self._shard, self._shard.table
-        pinned = shard.draws.pinned_rows
+        pinned = shard.pinned_rows
         dead = pinned[~table.is_live(pinned)]
         num_pinned = Counter(table.segment[table.slots(dead)].tolist())
         uses = [
@@ -168,11 +363,11 @@ class Maintenance:
         return worth_rewriting(uses, self._settings.compact_below, shard.segments.room)
 
     def _plan(self, numbers: Sequence[int]) -> RewritePlan:
-        table, segments, pinned = self._shard.table, self._shard.segments, self._shard.draws.pinned_rows
+        table, segments, pinned = self._shard.table, self._shard.segments, self._shard.pinned_rows
         is_kept = table.live[table.filled].copy()
         is_kept[table.slots(pinned)] = True
         is_kept &= np.isin(table.segment[table.filled], numbers)
-        messages = {each: (segments.maps.content(each), tuple(segments.stored[each].messages)) for each in numbers}
+        messages = {each: (segments.content(each), tuple(segments.stored[each].messages)) for each in numbers}
         kept_rows = np.flatnonzero(is_kept) + table.base
         return RewritePlan(segments.folder, segments.schema, messages, kept_rows, segments.take_number(), self._archive)
 

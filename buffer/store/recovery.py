@@ -20,7 +20,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.disk import sync_folder
@@ -28,12 +27,9 @@ from buffer.settings import BufferSettings
 from buffer.store.catalog import BatchEntry, Change, Deletion, EventEntry, SegmentEntry, corrupt, segment_path
 from buffer.store.segments import create_segment, message_checksum, read_message
 from buffer.store.shard import Shard
-from buffer.store.table import NO_ROWS, NOT_STORED, REMEMBERED_ROWS, KnownIds, hash_ids
+from buffer.store.table import NO_ROWS, NOT_STORED, REMEMBERED_ROWS, KnownIds, UInt64, hash_ids
 from buffer.trajectory.schema import SOURCES, TokenContract, rows_of
-from buffer.trajectory.staleness import NO_VERSION
-
-Int64 = npt.NDArray[np.int64]
-UInt64 = npt.NDArray[np.uint64]
+from buffer.trajectory.staleness import NO_VERSION, Int64
 
 QUARANTINE = "quarantine"
 
@@ -48,14 +44,8 @@ def open_shard(folder: Path, contract: TokenContract, settings: BufferSettings, 
 
     Raises:
         CorruptStoreError: the catalog is damaged. OSError: the disk refused.
-        ValueError: an earlier version of this program wrote the folder, or the rows follow another token contract.
+        ValueError: another version of this program wrote the folder, or the rows follow another token contract.
     """
-    for pattern in ("manifest.json", "consumption-*.arrows*", "segment-*.arrows.open"):
-        if found := sorted(folder.glob(pattern)):
-            raise ValueError(
-                f"{folder} holds {found[0].name}, which an earlier version of this program wrote and this one does not "
-                "read: use another run folder"
-            )
     shard = Shard(folder, contract, settings, clock)
     try:
         _Recovery(shard).run()
@@ -238,7 +228,7 @@ class _Recovery:
         end = segments.end_of(number)
         os.truncate(path, end)  # what follows is zeros then
         os.truncate(path, max(end, segments.room))
-        segments.maps.map(number)
+        segments.map(number)
 
     def _holds_message(self, tail: pa.Buffer, start: int, rest: bytes) -> bool:
         """Whether a complete batch begins in `rest`, which is what a tail holds from byte `start` on, behind its first

@@ -14,11 +14,10 @@ import numpy.typing as npt
 import xxhash
 
 from buffer.settings import BufferSettings
+from buffer.store.table import Float32
+from buffer.trajectory.staleness import Int32, Int64
 
 Float64 = npt.NDArray[np.float64]
-Float32 = npt.NDArray[np.float32]
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
 
 SMALLEST_PRIORITY = 1e-6
 """A lower priority counts as this one, so that every live row can be drawn."""

@@ -84,43 +84,6 @@ def message_checksum(message: pa.Buffer | memoryview) -> bytes:
     return xxhash.xxh3_128(message).digest()
 
 
-class SegmentMaps:
-    """The segments of a folder, mapped into memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.buffers: list[pa.Buffer] = []
-        """What is mapped, by place; empty where nothing is. A segment keeps its place as long as it is mapped."""
-        self._places: dict[int, int] = {}
-        self._free: list[int] = []
-
-    def map(self, number: int) -> pa.Buffer:
-        """Map a segment as it is now; gives its content, which is empty where the file is missing."""
-        if number not in self._places:
-            self._places[number] = self._free.pop() if self._free else len(self.buffers)
-        place = self._places[number]
-        if place == len(self.buffers):
-            self.buffers.append(pa.py_buffer(b""))
-        path = segment_path(self._folder, number)
-        has_bytes = path.exists() and path.stat().st_size > 0
-        self.buffers[place] = pa.memory_map(str(path)).read_buffer() if has_bytes else pa.py_buffer(b"")
-        return self.buffers[place]
-
-    def unmap(self, number: int) -> None:
-        """Let go of a segment; who still holds a part of it keeps the file mapped."""
-        place = self._places.pop(number)
-        self.buffers[place] = pa.py_buffer(b"")
-        self._free.append(place)
-
-    def place(self, number: int) -> int:
-        """Of a mapped segment in `buffers`."""
-        return self._places[number]
-
-    def content(self, number: int) -> pa.Buffer:
-        """Of a mapped segment."""
-        return self.buffers[self._places[number]]
-
-
 class StoredMessage(NamedTuple):
     """A message of rows in a segment, at the bytes [offset, offset + length)."""
 
@@ -132,10 +95,12 @@ class StoredMessage(NamedTuple):
 
 @dataclass
 class Segment:
-    """size: of a sealed file, None while it takes inserts; messages: by row."""
+    """size: of a sealed file, None while it takes inserts; place: of its content in `Segments.buffers`; messages: by
+    row."""
 
     number: int
     size: int | None
+    place: int
     messages: list[StoredMessage] = field(default_factory=list)
 
 
@@ -147,22 +112,39 @@ class Segments:
         self.folder = folder
         self.schema = schema
         self.header = schema.serialize()
-        self.maps = SegmentMaps(folder)
         self.stored: dict[int, Segment] = {}
+        self.buffers: list[pa.Buffer] = []
+        """What is mapped into memory, by place; empty where nothing is."""
         self.room = min(settings.segment_bytes, MOST_BYTES)
         """Bytes that a new file has."""
         self._catalog = catalog
         self._syncs_each_batch = settings.fsync == "batch"
         self._encoder = MessageEncoder(schema)
+        self._free_places: list[int] = []
         self._next_number = 1  # of a new file
         self._number = 0  # of the file that takes inserts
         self._descriptor = -1
 
     def add(self, entry: SegmentEntry) -> pa.Buffer:
         """A segment of the catalog; gives its content."""
-        self.stored[entry.number] = Segment(entry.number, entry.size)
+        if not self._free_places:
+            self._free_places.append(len(self.buffers))
+            self.buffers.append(pa.py_buffer(b""))
+        self.stored[entry.number] = Segment(entry.number, entry.size, self._free_places.pop())
         self._next_number = max(self._next_number, entry.number + 1)
-        return self.maps.map(entry.number)
+        return self.map(entry.number)
+
+    def map(self, number: int) -> pa.Buffer:
+        """Map a segment as it is now; gives its content, which is empty where the file is missing."""
+        path = segment_path(self.folder, number)
+        has_bytes = path.exists() and path.stat().st_size > 0
+        content = pa.memory_map(str(path)).read_buffer() if has_bytes else pa.py_buffer(b"")
+        self.buffers[self.stored[number].place] = content
+        return content
+
+    def content(self, number: int) -> pa.Buffer:
+        """Of a segment."""
+        return self.buffers[self.stored[number].place]
 
     def add_message(self, entry: BatchEntry) -> None:
         """A batch of the catalog."""
@@ -170,9 +152,10 @@ class Segments:
         self.stored[entry.segment].messages.append(message)
 
     def remove(self, number: int) -> None:
-        """The catalog holds this segment no longer."""
-        del self.stored[number]
-        self.maps.unmap(number)
+        """The catalog holds this segment no longer; who still holds a part of its content keeps the file mapped."""
+        place = self.stored.pop(number).place
+        self.buffers[place] = pa.py_buffer(b"")
+        self._free_places.append(place)
         segment_path(self.folder, number).unlink(missing_ok=True)
 
     def take_number(self) -> int:
@@ -244,7 +227,7 @@ class Segments:
             raise ValueError(f"a batch of {num_bytes:,} bytes is too large for a segment: insert fewer rows at once")
         if end > room:  # a batch larger than a segment
             os.ftruncate(self._descriptor, end)
-            self.maps.map(self._number)
+            self.map(self._number)
 
     def _seal(self, num_bytes: int) -> None:
         """The next segment, with room for so many bytes at least, takes inserts from now on.
@@ -258,7 +241,7 @@ class Segments:
         self._begin(num_bytes, SegmentEntry(number, end))
         self.stored[number].size = end
         self._let_go(descriptor, end)
-        self.maps.map(number)
+        self.map(number)
 
     def _begin(self, num_bytes: int, *sealed: SegmentEntry) -> None:
         """A new segment takes inserts, with room for so many bytes at least."""

@@ -12,21 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.settings import BufferSettings
 from buffer.store.catalog import FACTS, REASONS, BatchEntry, CatalogWriter, EventEntry
 from buffer.store.gather import Gather, mark_null_items
 from buffer.store.segments import Segments, message_checksum
-from buffer.store.table import FIRST_PRIORITY, NO_ROWS, KnownIds, ReplayTable
+from buffer.store.table import FIRST_PRIORITY, NO_ROWS, KnownIds, ReplayTable, UInt64
 from buffer.trajectory.schema import SOURCES, TokenContract, stored_schema, with_rows
-from buffer.trajectory.staleness import NO_VERSION, VersionRange, staleness
+from buffer.trajectory.staleness import NO_VERSION, Int32, Int64, VersionRange, staleness
 from buffer.trajectory.validation import Rejection, source_codes
-
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
-UInt64 = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -121,44 +116,17 @@ class StoreStatus:
 @dataclass(frozen=True)
 class NotedDraw:
     """What this shard gave to a draw: row numbers, in order. policy_version: newest version known then; whole: rows of
-    the draw over all shards."""
+    the draw over all shards.
+
+    Versions go on over a restart: weights that are published again on the way get new numbers, and a draw is repeated
+    without a look at staleness, since its rows were fresh when they were first drawn. New draws count staleness from
+    the new numbers. They exceed the old ones by the publications that a restart adds or repeats, so a bound on
+    staleness is then kept more strictly, never less.
+    """
 
     rows: Int64
     policy_version: int
     whole: int
-
-
-class RepeatableDraws(dict[DrawKey, NotedDraw]):
-    """Draws that no checkpoint covers yet: a learner that goes on from a checkpoint is given the same rows again.
-
-    Rows of these draws are pinned: they may cease to be live, but their bytes are kept. Versions go on over a restart:
-    weights that are published again on the way get new numbers, and a draw is repeated without a look at staleness,
-    since its rows were fresh when they were first drawn. New draws count staleness from the new numbers. They exceed
-    the old ones by the publications that a restart adds or repeats, so a bound on staleness is then kept more strictly,
-    never less.
-    """
-
-    _pinned: Int64 | None = None  # computed when it is asked for
-
-    def note(self, key: DrawKey, draw: NotedDraw) -> None:
-        """A draw, or more rows of one that an interruption left incomplete."""
-        if key in self:
-            draw = NotedDraw(np.concatenate([self[key].rows, draw.rows]), draw.policy_version, draw.whole)
-        self[key] = draw
-        self._pinned = None
-
-    def forget(self, keys: Sequence[DrawKey]) -> None:
-        """These draws are not repeated."""
-        for key in keys:
-            self.pop(key, None)
-        self._pinned = None
-
-    @property
-    def pinned_rows(self) -> Int64:
-        """[n] rows whose bytes must be kept, ascending, without repetition."""
-        if self._pinned is None:
-            self._pinned = np.unique(np.concatenate([NO_ROWS, *(draw.rows for draw in self.values())]))
-        return self._pinned
 
 
 class Shard:
@@ -173,9 +141,10 @@ class Shard:
         self.catalog = CatalogWriter(folder, contract, settings.fsync == "batch", clock)
         self.table = ReplayTable()
         self.segments = Segments(folder, stored_schema(contract), settings, self.catalog)
-        self.gather = Gather(self.segments.schema, self.table, self.segments.maps)
+        self.gather = Gather(self.table, self.segments)
         self.known = KnownIds(self.table, np.empty(0, np.uint64))
-        self.draws = RepeatableDraws()
+        self.draws: dict[DrawKey, NotedDraw] = {}
+        """Those that no checkpoint covers yet: a learner that goes on from one is given the same rows again."""
         self.counts = {source: SourceCounters(removed=dict.fromkeys(REASONS, 0)) for source in SOURCES}
         self.newest_version = NO_VERSION
         self.first_version = 0
@@ -186,6 +155,11 @@ class Shard:
     def next_row(self) -> int:
         """Rows inserted since the folder exists."""
         return self.catalog.next_row
+
+    @property
+    def pinned_rows(self) -> Int64:
+        """[n] rows of draws that may be repeated, so that their bytes are kept though they may cease to be live."""
+        return np.unique(np.concatenate([NO_ROWS, *(draw.rows for draw in self.draws.values())]))
 
     def append(self, batch: pa.RecordBatch, hashes: UInt64, events: Sequence[EventEntry] = ()) -> None:
         """Store validated rows, which are live then. hashes: of their ids. events: committed with them.
@@ -277,16 +251,19 @@ class Shard:
                 counts.draws += key not in self.draws
                 counts.drawn += len(rows)
                 table.times_sampled[table.slots(rows[table.is_known(rows)])] += 1
-                self.draws.note(key, NotedDraw(rows, NO_VERSION if version is None else version, event.whole or 0))
+                if key in self.draws:  # an interruption left it incomplete
+                    rows = np.concatenate([self.draws[key].rows, rows])
+                self.draws[key] = NotedDraw(rows, NO_VERSION if version is None else version, event.whole or 0)
             case "remove":
                 self.counts[source].removed[event.reason or ""] += len(rows)
                 table.remove(rows[table.is_live(rows)])
             case "checkpoint":
                 # Stages follow one another, so no other one goes on.
-                covered = [each for each in self.draws if each.stage != key.stage or each.step < step]
-                self.draws.forget(covered)
+                self.draws = {
+                    each: draw for each, draw in self.draws.items() if each.stage == key.stage and each.step >= step
+                }
             case "forget":
-                self.draws.forget([key])
+                self.draws.pop(key, None)
             case "reject":
                 self.rejected += len(json.loads(event.ids or "[]"))
             case "priorities":

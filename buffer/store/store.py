@@ -18,23 +18,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.disk import FolderLock
 from buffer.settings import BufferSettings
 from buffer.store.catalog import EventEntry
-from buffer.store.compaction import Archive
-from buffer.store.maintenance import Maintenance
+from buffer.store.maintenance import Archive, Maintenance
 from buffer.store.recovery import open_shard, quarantined
 from buffer.store.sampling import choose, draw_generator
 from buffer.store.shard import DrawKey, DrawResult, DrawStatistics, InsertResult, NotedDraw, SourceCounters, StoreStatus
-from buffer.store.table import hash_ids
+from buffer.store.table import Float32, hash_ids
 from buffer.trajectory.schema import SOURCES, TokenContract
+from buffer.trajectory.staleness import Int64
 from buffer.trajectory.validation import Rejection, validate
-
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
 
 
 class ReplayStore:
@@ -96,13 +92,11 @@ class ReplayStore:
         _check_source(source)
         return self._shard.table.num_live(source)
 
-    def num_inserted(self, source: str) -> int:
-        """Rows of `source` inserted since the folder exists."""
-        return self._shard.counts[source].inserted
-
-    def num_drawn(self, source: str) -> int:
-        """Rows of `source` drawn since the folder exists, each counted every time, repeated draws once."""
-        return self._shard.counts[source].drawn
+    def counters(self, source: str) -> SourceCounters:
+        """Of now, but for the statistics of the last draw."""
+        counts = self._shard.counts[source]
+        counts.live = self._shard.table.num_live(source)
+        return counts
 
     def insert(self, batch: pa.RecordBatch) -> InsertResult:
         """Validate and store a batch; on return the accepted rows are in the segment and in the catalog.
@@ -222,7 +216,7 @@ class ReplayStore:
         """Counters of now."""
         shard = self._shard
         return StoreStatus(
-            sources={source: self._counters(source) for source in SOURCES},
+            sources={source: self._status_of(source) for source in SOURCES},
             rejected=shard.rejected,
             newest_version=shard.newest_version,
             sealed_segments=len(shard.segments.stored) - 1,
@@ -317,11 +311,10 @@ class ReplayStore:
         )
         return DrawResult(shard.gather.take(draw.rows), draw.rows, draw.policy_version, repeated)
 
-    def _counters(self, source: str) -> SourceCounters:
-        counts, statistics = self._shard.counts[source], self._statistics.get(source)
-        removed = {reason: count for reason, count in sorted(counts.removed.items()) if count}
-        last_draw = None if statistics is None else statistics()
-        return replace(counts, live=self.num_live(source), removed=removed, last_draw=last_draw)
+    def _status_of(self, source: str) -> SourceCounters:
+        counters, statistics = self.counters(source), self._statistics.get(source)
+        removed = {reason: count for reason, count in sorted(counters.removed.items()) if count}
+        return replace(counters, removed=removed, last_draw=None if statistics is None else statistics())
 
 
 def _check_source(source: str) -> None:

@@ -11,11 +11,9 @@ import xxhash
 
 from buffer.store.catalog import FACTS
 from buffer.trajectory.schema import SOURCES
+from buffer.trajectory.staleness import Bool, Int32, Int64
 
-Bool = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
 
 NO_ROWS: Int64 = np.empty(0, np.int64)

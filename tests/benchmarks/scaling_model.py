@@ -16,7 +16,8 @@ import simpy
 
 from actors.pool.autoscaler import Autoscaler, Observation
 from buffer.service.client import DrawTimeoutError
-from buffer.store.limiter import Limiter, Traffic
+from buffer.store.limiter import Limiter
+from buffer.store.shard import SourceCounters
 from buffer.trajectory.staleness import Bool, Int32, Int64, stale_rows, staleness
 from tests.benchmarks.scaling_plan import Plan
 
@@ -137,8 +138,8 @@ class _Buffer:
             self._counts[reason] += int(gone.sum())
             self._rows = self._rows[~gone]
 
-    def _traffic(self) -> Traffic:
-        return Traffic(int(self._counts["inserted"]), int(self._counts["drawn"]), self.num_live)
+    def _traffic(self) -> SourceCounters:
+        return SourceCounters(int(self._counts["inserted"]), self.num_live, drawn=int(self._counts["drawn"]))
 
     def _has_demand(self) -> bool:
         return self.waiting_draws > 0 or self._limiter.wants_inserts(self._traffic())

@@ -7,9 +7,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from buffer.settings import BufferSettings
-from buffer.store.limiter import Limiter, Traffic
+from buffer.store.limiter import Limiter
+from buffer.store.shard import SourceCounters
 
 LARGE = 10_000
+
+
+def rows(inserted, drawn, live):
+    return SourceCounters(inserted=inserted, drawn=drawn, live=live)
 
 
 def limiter(**changes):
@@ -30,7 +35,7 @@ def test_bounds_hold_and_one_side_can_always_go_on(ratio, min_size, count, spare
     chosen.check(count)
     inserted = drawn = 0
     for actors_turn in turns:
-        traffic = Traffic(inserted, drawn, live=inserted)
+        traffic = rows(inserted, drawn, live=inserted)
         can_insert, can_draw = chosen.wants_inserts(traffic), chosen.allowance(traffic) >= count
         assert can_insert or can_draw
         assert can_insert or inserted >= min_size, "the first draw is not kept from its rows"
@@ -51,10 +56,10 @@ def test_bounds_hold_and_one_side_can_always_go_on(ratio, min_size, count, spare
 )
 def test_as_many_inserts_as_it_says_are_needed(ratio, count, inserted, drawn):
     chosen = limiter(samples_per_insert=ratio, samples_per_insert_tolerance=30.0, min_size=5)
-    needed = chosen.inserts_needed(count, Traffic(inserted, drawn, inserted))
-    assert chosen.allowance(Traffic(inserted + needed, drawn, inserted)) >= count
+    needed = chosen.inserts_needed(count, rows(inserted, drawn, inserted))
+    assert chosen.allowance(rows(inserted + needed, drawn, inserted)) >= count
     assume(needed)
-    assert chosen.allowance(Traffic(inserted + needed - 1, drawn, inserted)) < count
+    assert chosen.allowance(rows(inserted + needed - 1, drawn, inserted)) < count
 
 
 def test_a_tolerance_with_no_room_for_a_draw_is_refused_with_the_smallest_that_has():
@@ -73,24 +78,24 @@ def test_a_tolerance_with_no_room_for_a_draw_is_refused_with_the_smallest_that_h
 
 def test_the_default_tolerance_never_draws_more_than_the_ratio_allows_of_what_was_inserted():
     chosen = limiter(samples_per_insert=2.0, min_size=10)
-    assert chosen.allowance(Traffic(10, 0, 10)) == 20
-    assert chosen.allowance(Traffic(10, 30, 10)) == 0
-    assert chosen.wants_inserts(Traffic(19, 0, 19))
-    assert not chosen.wants_inserts(Traffic(20, 0, 20))
+    assert chosen.allowance(rows(10, 0, 10)) == 20
+    assert chosen.allowance(rows(10, 30, 10)) == 0
+    assert chosen.wants_inserts(rows(19, 0, 19))
+    assert not chosen.wants_inserts(rows(20, 0, 20))
 
 
 def test_without_a_ratio_actors_pause_when_the_buffer_is_full_of_what_was_never_drawn():
     chosen = limiter(capacity=100, min_size=10)
-    assert chosen.allowance(Traffic(50, 10_000, 50)) >= 50
-    assert chosen.wants_inserts(Traffic(99, 0, 99))
-    assert not chosen.wants_inserts(Traffic(150, 50, 100))
-    assert chosen.wants_inserts(Traffic(150, 51, 100))
+    assert chosen.allowance(rows(50, 10_000, 50)) >= 50
+    assert chosen.wants_inserts(rows(99, 0, 99))
+    assert not chosen.wants_inserts(rows(150, 50, 100))
+    assert chosen.wants_inserts(rows(150, 51, 100))
 
 
 def test_what_left_the_buffer_unused_does_not_keep_actors_paused():
     chosen = limiter(samples_per_insert=1.0, min_size=10)
-    assert not chosen.wants_inserts(Traffic(500, 400, 30))
-    assert chosen.wants_inserts(Traffic(500, 400, 19)), "the others were dropped as stale"
+    assert not chosen.wants_inserts(rows(500, 400, 30))
+    assert chosen.wants_inserts(rows(500, 400, 19)), "the others were dropped as stale"
 
 
 def test_settings_that_contradict_the_ratio_are_errors():

@@ -12,7 +12,7 @@ import pytest
 from buffer.service.service import ReplayBufferService, ShardUpkeep
 from buffer.service.shard import DrawRequest
 from buffer.settings import BufferSettings
-from buffer.store.compaction import RewritePlan
+from buffer.store.maintenance import RewritePlan
 from buffer.store.store import ReplayStore
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 

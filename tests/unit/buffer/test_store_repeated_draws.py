@@ -188,7 +188,7 @@ def test_the_part_of_a_shard_is_completed_after_an_interruption(tmp_path):
             each.draw(KEY, 7, 0, whole=13)
         with pytest.raises(ValueError, match=r"drew 7 policy trajectories .* asks for 5 now"):
             each.draw(KEY, 5, 0, whole=12)
-        assert each.status().sources["policy"].drawn == each.num_drawn("policy")
+        assert each.status().sources["policy"].drawn == each.counters("policy").drawn
         each.close()
     assert parts[0] == parts[1]
     store = open_store(folder)

@@ -13,7 +13,7 @@ import pytest
 from buffer.settings import BufferSettings
 from buffer.store import maintenance
 from buffer.store.catalog import segment_path
-from buffer.store.compaction import SegmentUse, worth_rewriting
+from buffer.store.maintenance import SegmentUse, worth_rewriting
 from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
 from tests.stores import SMALL, crash, events, live_ids, open_store, stored_rows
