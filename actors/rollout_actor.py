@@ -269,7 +269,7 @@ class RolloutActor:
         missing = self._spec.settings.max_concurrent - self._engine.num_unfinished
         if missing <= 0:
             return
-        for prompt_ids in self._prompts.draw(missing).prompts.rows():
+        for prompt_ids in self._prompts.draw(missing).rows():
             self._engine.add(f"{self._id_prefix}-{self._num_requests}", prompt_ids, self._sampling)
             self._num_requests += 1
 

@@ -5,11 +5,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from buffer.experts.noise import NoiseCandidates
+from buffer.experts.tokenizer import prompt_prefix
 from buffer.settings import ArithmeticTaskSettings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 DIGITS = "0123456789abcdef"
 ALPHABET = "".join(sorted(set(DIGITS + "In base 16, what is 1 + 2? -")))
@@ -25,11 +33,6 @@ class Question:
     base: int
 
 
-def count_questions(settings: ArithmeticTaskSettings) -> int:
-    """Number of different questions the settings allow: two operations on pairs of operands, per base."""
-    return sum(2 * base ** (2 * settings.max_digits) for base in settings.bases)
-
-
 def generate_questions(settings: ArithmeticTaskSettings) -> list[Question]:
     """`train_questions + held_out_questions` different questions in a random order fixed by the seed.
 
@@ -39,7 +42,7 @@ def generate_questions(settings: ArithmeticTaskSettings) -> list[Question]:
         ValueError: the settings allow too few different questions.
     """
     wanted = settings.train_questions + settings.held_out_questions
-    possible = count_questions(settings)
+    possible = sum(2 * base ** (2 * settings.max_digits) for base in settings.bases)
     if wanted > 0.9 * possible:  # the last ones are found by ever more attempts
         raise ValueError(
             f"arithmetic: {wanted} questions asked for, but bases {list(settings.bases)} with at most "
@@ -51,11 +54,55 @@ def generate_questions(settings: ArithmeticTaskSettings) -> list[Question]:
     while len(found) < wanted:
         base, sign = source.choice(settings.bases), source.choice("+-")
         left, right = (source.randrange(base**settings.max_digits) for _ in range(2))
-        text = f"In base {base}, what is {spell(left, base)} {sign} {spell(right, base)}?"
-        found.setdefault(text, Question(text, spell(left + right if sign == "+" else left - right, base), base))
+        text = f"In base {base}, what is {_spell(left, base)} {sign} {_spell(right, base)}?"
+        found.setdefault(text, Question(text, _spell(left + right if sign == "+" else left - right, base), base))
     return list(found.values())
 
 
-def spell(number: int, base: int) -> str:
-    """A number in a base, a negative one with its sign."""
+def _spell(number: int, base: int) -> str:
     return np.base_repr(number, base).lower()
+
+
+def question_examples(settings: ArithmeticTaskSettings, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The questions, those to train on first. Raises as `generate_questions`."""
+    from datasets import Dataset, Features, List, Value
+
+    questions = generate_questions(settings)
+    bases = sorted(set(settings.bases))
+    prompts = tokenizer([q.question for q in questions], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([q.answer for q in questions], add_special_tokens=False)["input_ids"]
+    prefix = prompt_prefix(tokenizer)
+    columns = {
+        "question": [q.question for q in questions],
+        "answer": [q.answer for q in questions],
+        "prompt_ids": [prefix + ids for ids in prompts],
+        "target_ids": [[*ids, tokenizer.eos_token_id] for ids in answers],
+        "noise_group": [bases.index(q.base) for q in questions],
+    }
+    text, ids, number = Value("string"), List(Value("int32")), Value("int32")
+    features = Features(question=text, answer=text, prompt_ids=ids, target_ids=ids, noise_group=number)
+    return Dataset.from_dict(columns, features=features)
+
+
+def digit_candidates(settings: ArithmeticTaskSettings, tokenizer: PreTrainedTokenizerBase) -> NoiseCandidates:
+    """The digits of each base, equally likely.
+
+    Raises:
+        ValueError: the tokenizer has no token for a digit.
+    """
+    bases = sorted(set(settings.bases))
+    digits: list[int] = []
+    for digit in DIGITS[: bases[-1]]:
+        # Some tokenizers put a word-start token before the first character, so only the last id is looked at.
+        digits.append(tokenizer(digit, add_special_tokens=False)["input_ids"][-1])
+        if tokenizer.decode(digits[-1:]).strip() != digit:
+            raise ValueError(
+                f"the tokenizer has no token for the digit {digit!r}, so plausible wrong digits cannot be drawn; "
+                "use a model that spells numbers digit by digit"
+            )
+    return NoiseCandidates.uniform([np.array(digits[:base], dtype=np.int32) for base in bases])
+
+
+def answers_question(answer_text: str, example: Mapping[str, object]) -> bool:
+    """Whether a text is the answer of an example."""
+    return answer_text.strip() == example["answer"]

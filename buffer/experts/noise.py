@@ -1,5 +1,4 @@
-"""Backspace demonstrations: clean targets become action logs with planted mistakes that are taken back at
-once.
+"""Backspace demonstrations: clean targets become action logs with planted mistakes that are taken back at once.
 
 With probability `rate` per target position, ... x_i, x_{i+1} ... becomes ... x_i, n, <backspace>, x_{i+1} ...
 The noise token n is the environment's doing: the action at x_i keeps its label x_{i+1}, and n is stored as
@@ -24,15 +23,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.experts.ragged import Int32, Int64, Ragged, index_ranges
+from buffer.experts.ragged import Int32, Int64, Ragged
 
 Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class NoiseCandidates:
-    """What noise tokens are drawn from: one distribution over ids per group of examples (say, per number
-    base).
+    """What noise tokens are drawn from: one distribution over ids per group of examples (say, per number base).
 
     token_ids: [C] ids of all groups, group after group. cumulative: [C] g + cumulative probability within
     group g, so that one sorted search serves every group. group_offsets: [G+1].
@@ -80,79 +78,29 @@ class NoiseCandidates:
         return self.token_ids[members][allowed], weights[allowed] / max(weights[allowed].sum(), np.finfo(float).tiny)
 
 
-@dataclass(frozen=True)
-class NoisyLogs:
-    """Action logs with planted mistakes. A actions over all rows, K of them with a noise token in their
-    place.
-
-    actions: labels. noise_events: [K] flat indexes into the actions. noise_tokens: [K]. num_void: draws that
-    a label, `<eos>` or backspace made void.
-    """
-
-    actions: Ragged
-    noise_events: Int64
-    noise_tokens: Int32
-    num_void: int
-
-    def realised_column(self) -> pa.ListArray:
-        """The schema's `realised`: null where equal to the action, and a null list where the whole row is."""
-        lengths = self.actions.lengths
-        row = np.searchsorted(self.actions.offsets, self.noise_events, side="right") - 1
-        noisy_row = np.zeros(len(lengths), dtype=np.bool_)
-        noisy_row[row] = True
-        where_kept = np.repeat(noisy_row, lengths)
-        tokens = np.zeros(len(self.actions.values), dtype=np.int32)
-        tokens[self.noise_events] = self.noise_tokens
-        absent = np.ones(len(tokens), dtype=np.bool_)
-        absent[self.noise_events] = False
-        values = pa.array(tokens[where_kept], pa.int32(), mask=absent[where_kept])
-        offsets = np.concatenate([[0], np.cumsum(lengths * noisy_row)])
-        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=pa.array(~noisy_row))
-
-
-def choose_noise_positions(num_positions: int, rate: float, rng: np.random.Generator) -> Int64:
-    """Ascending flat indexes of the target positions that get a draw; takes `num_positions` doubles."""
-    return np.flatnonzero(rng.random(num_positions) < rate)
-
-
-def prefixes_at(prompts: Ragged, targets: Ragged, positions: Int64) -> Ragged:
-    """The text before each target position: what a policy must continue by one token to make the noise
-    itself.
-
-    prompts, targets: R rows each. positions: [K] flat indexes into the targets. Returns K rows: prompt and
-    target so far.
-    """
-    row = np.searchsorted(targets.offsets, positions, side="right") - 1
-    prompt_lengths = prompts.lengths[row]
-    answer_lengths = positions - targets.offsets[row]
-    prefixes = Ragged.from_lengths(
-        prompt_lengths + answer_lengths,
-        np.empty(int(prompt_lengths.sum() + answer_lengths.sum()), dtype=np.int32),
-    )
-    prompt_slots = index_ranges(prefixes.offsets[:-1], prompt_lengths)
-    answer_slots = index_ranges(prefixes.offsets[:-1] + prompt_lengths, answer_lengths)
-    prefixes.values[prompt_slots] = prompts.values[index_ranges(prompts.offsets[:-1][row], prompt_lengths)]
-    prefixes.values[answer_slots] = targets.values[index_ranges(targets.offsets[:-1][row], answer_lengths)]
-    return prefixes
-
-
 def insert_noise(
     targets: Ragged, positions: Int64, tokens: Int32, backspace_id: int, eos_ids: Sequence[int]
-) -> NoisyLogs:
-    """Plant `tokens` [K] before the target positions [K] (ascending, at most one each); void draws are left
-    out.
+) -> tuple[Ragged, pa.ListArray]:
+    """Plant `tokens` [K] before the target positions [K] (ascending, at most one each); void draws are left out.
 
-    Raises:
-        ValueError: the numbers of positions and tokens differ.
+    Gives the schema's `actions` and `realised` of each row. `realised` is null where it is equal to the action, and a
+    null list where the whole row is.
     """
-    if len(positions) != len(tokens):
-        raise ValueError(f"{len(positions)} noise positions need as many tokens, not {len(tokens)}")
+    assert len(positions) == len(tokens), "one noise token for each position"
     void = (tokens == targets.values[positions]) | np.isin(tokens, [*eos_ids, backspace_id])
-    positions, tokens = positions[~void], tokens[~void].astype(np.int32, copy=False)
+    positions = positions[~void]
     width = np.ones(len(targets.values), dtype=np.int64)
     width[positions] = 3
     ends = np.concatenate([[0], np.cumsum(width)])
-    actions = np.repeat(targets.values, width)
-    noise_events = ends[positions]
-    actions[noise_events + 1] = backspace_id
-    return NoisyLogs(Ragged(ends[targets.offsets], actions), noise_events, tokens, int(void.sum()))
+    actions = Ragged(ends[targets.offsets], np.repeat(targets.values, width))
+    events = ends[positions]
+    actions.values[events + 1] = backspace_id
+
+    noisy_row = np.zeros(actions.num_rows, dtype=np.bool_)
+    noisy_row[np.searchsorted(targets.offsets, positions, side="right") - 1] = True
+    in_noisy_row = np.repeat(noisy_row, actions.lengths)
+    realised, absent = np.zeros_like(actions.values), np.ones(len(actions.values), dtype=np.bool_)
+    realised[events], absent[events] = tokens[~void], False
+    values = pa.array(realised[in_noisy_row], pa.int32(), mask=absent[in_noisy_row])
+    offsets = pa.array(np.concatenate([[0], np.cumsum(actions.lengths * noisy_row)]), pa.int32())
+    return actions, pa.ListArray.from_arrays(offsets, values, mask=pa.array(~noisy_row))

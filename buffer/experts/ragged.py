@@ -25,8 +25,7 @@ class Ragged:
         if isinstance(column, pa.ChunkedArray):
             column = column.combine_chunks()
         offsets = column.offsets.to_numpy().astype(np.int64)
-        values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
-        return cls(offsets - offsets[0], values)
+        return cls(offsets - offsets[0], column.flatten().to_numpy().astype(np.int32, copy=False))
 
     @classmethod
     def from_lengths(cls, lengths: Int64, values: Int32) -> Ragged:

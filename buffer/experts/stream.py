@@ -7,7 +7,7 @@ if it had never stopped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -16,14 +16,48 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.experts.noise import NoiseCandidates, choose_noise_positions, insert_noise, prefixes_at
-from buffer.experts.order import CountedUniforms, EpochOrder, read_counters
-from buffer.experts.ragged import Int32, Int64, Ragged
+from buffer.experts.noise import NoiseCandidates, insert_noise
+from buffer.experts.ragged import Int32, Int64, Ragged, index_ranges
 from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import TokenContract, trajectory_schema
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+class _Examples:
+    """Rows of one epoch after the other, each epoch in an order of its own."""
+
+    def __init__(self, examples: Dataset | pa.Table, columns: list[str], seed: tuple[int, ...]) -> None:
+        from datasets import Dataset
+
+        if len(examples) < 1:
+            raise ValueError("a stream needs at least one example")
+        # Its row look-up copies nothing but the rows asked for; a table's `take` joins all chunks of a column first.
+        rows = Dataset(examples) if isinstance(examples, pa.Table) else examples
+        self._rows = rows.select_columns(columns).with_format("arrow")
+        self._seed = seed
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, first: int, count: int) -> pa.Table:
+        """The rows that come as number `first` and after it; may run over the end of an epoch."""
+        epochs, places = np.divmod(np.arange(first, first + count), len(self))
+        rows = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._order = np.random.default_rng([*self._seed, epoch]).permutation(len(self))
+            rows[epochs == epoch] = self._order[places[epochs == epoch]]
+        return self._rows[rows]
+
+
+def _uniforms(seed: tuple[int, ...], used: int) -> np.random.Generator:
+    """The seeded generator of doubles, after the first `used` ones."""
+    return np.random.Generator(np.random.PCG64(seed).advance(used))
 
 
 @dataclass(frozen=True)
@@ -41,13 +75,17 @@ class NoisePlan:
     positions: Int64
 
     @property
-    def position_groups(self) -> Int64:
-        """[K] noise group of each position."""
-        return self.groups[np.searchsorted(self.targets.offsets, self.positions, side="right") - 1]
+    def position_rows(self) -> Int64:
+        """[K] row of each position."""
+        return np.searchsorted(self.targets.offsets, self.positions, side="right") - 1
 
     def prefixes(self) -> Ragged:
         """K rows: the text (prompt and answer so far) that each noise token continues."""
-        return prefixes_at(self.prompts, self.targets, self.positions)
+        row, answers_begin = self.position_rows, len(self.prompts.values)
+        starts = np.stack([self.prompts.offsets[row], answers_begin + self.targets.offsets[row]], axis=1)
+        lengths = np.stack([self.prompts.lengths[row], self.positions - self.targets.offsets[row]], axis=1)
+        values = np.concatenate([self.prompts.values, self.targets.values])
+        return Ragged.from_lengths(lengths.sum(axis=1), values[index_ranges(starts.ravel(), lengths.ravel())])
 
 
 class ExpertStream:
@@ -59,11 +97,7 @@ class ExpertStream:
 
     Args:
         examples: columns `prompt_ids`, `target_ids` (not empty), and `noise_group` where there are candidates.
-        task: its name.
-        noise: kind and rate.
-        contract: of the run's trajectories.
-        seed: of order and noise.
-        candidates: what noise of kind `random` or `task` is drawn from (`Task.noise_candidates`).
+        candidates: what noise of kind `random` or `task` is drawn from.
         actor: who draws; with the task and the seed it makes the trajectory ids, so that each run of an actor
             process needs its own.
 
@@ -92,17 +126,10 @@ class ExpertStream:
         self._schema = trajectory_schema(contract)
         self._id_prefix = f"{actor}/{task}/{seed}/"
         self._actor = actor
-        self._order = EpochOrder(len(examples), (seed, 0))
-        self._choices = CountedUniforms((seed, 1))
-        self._tokens = CountedUniforms((seed, 2))
-        self._serial = 0
+        self._seed = seed
         groups = [] if candidates is None else ["noise_group"]
-        self._examples = _arrow_rows(examples, ["prompt_ids", "target_ids", *groups])
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the next row."""
-        return self._order.epoch
+        self._examples = _Examples(examples, ["prompt_ids", "target_ids", *groups], (seed, 0))
+        self._num_rows = self._num_choices = self._num_tokens = 0
 
     @property
     def needs_policy(self) -> bool:
@@ -111,33 +138,33 @@ class ExpertStream:
 
     def plan(self, count: int) -> NoisePlan:
         """The next `count` examples with the positions that get a noise token."""
-        rows = self._examples[self._order.draw(count)]
+        rows = self._examples.take(self._num_rows, count)
         targets = Ragged.from_arrow(rows.column("target_ids"))
-        has_groups = self._candidates is not None
+        chances = _uniforms((self._seed, 1), self._num_choices).random(len(targets.values))
         plan = NoisePlan(
-            serial=self._serial,
+            serial=self._num_rows,
             prompts=Ragged.from_arrow(rows.column("prompt_ids")),
             targets=targets,
-            groups=rows.column("noise_group").to_numpy() if has_groups else np.zeros(count, dtype=np.int64),
-            positions=choose_noise_positions(len(targets.values), self._rate, self._choices.rng),
+            groups=np.zeros(count, np.int64) if self._candidates is None else rows.column("noise_group").to_numpy(),
+            positions=np.flatnonzero(chances < self._rate),
         )
-        self._choices.count += len(targets.values)
-        self._serial += count
+        self._num_choices += len(targets.values)
+        self._num_rows += count
         return plan
 
     def realise(self, plan: NoisePlan, tokens: Int32) -> pa.RecordBatch:
         """Expert trajectories of a plan with its noise tokens [K]; void ones are left out (buffer.experts.noise)."""
-        logs = insert_noise(plan.targets, plan.positions, tokens, self._contract.backspace_id, self._contract.eos_ids)
-        count = plan.targets.num_rows
+        contract, targets, count = self._contract, plan.targets, plan.targets.num_rows
+        actions, realised = insert_noise(targets, plan.positions, tokens, contract.backspace_id, contract.eos_ids)
         serials = pa.array(np.arange(plan.serial, plan.serial + count)).cast(pa.string())
-        ends_in_eos = plan.targets.last_values == self._contract.eos_id
+        ends_in_eos = targets.last_values == contract.eos_id
         columns = {
             "id": pc.binary_join_element_wise(self._id_prefix, serials, ""),
             "source": pa.repeat("expert", count),
             "task": pa.repeat(self._task, count),
             "prompt_ids": plan.prompts.to_arrow(),
-            "actions": logs.actions.to_arrow(),
-            "realised": logs.realised_column(),
+            "actions": actions.to_arrow(),
+            "realised": realised,
             "finish_reason": pc.if_else(pa.array(ends_in_eos), "eos", "max_length"),
             "actor": pa.repeat(self._actor, count),
             "created_at": pa.repeat(pa.scalar(datetime.now(UTC), pa.timestamp("us", tz="UTC")), count),
@@ -156,14 +183,19 @@ class ExpertStream:
         plan = self.plan(count)
         if self._candidates is None:
             return self.realise(plan, np.empty(0, dtype=np.int32))
-        tokens = self._candidates.draw(plan.position_groups, self._tokens.rng)
-        self._tokens.count += len(tokens)
+        generator = _uniforms((self._seed, 2), self._num_tokens)
+        tokens = self._candidates.draw(plan.groups[plan.position_rows], generator)
+        self._num_tokens += len(tokens)
         return self.realise(plan, tokens)
 
     def state(self) -> dict[str, int]:
         """Counters for `load_state`; goes into a checkpoint."""
-        counters = {"rows": self._serial, "choices": self._choices.count, "tokens": self._tokens.count}
-        return {**self._order.state(), **counters}
+        return {
+            "examples": len(self._examples),
+            "rows": self._num_rows,
+            "choices": self._num_choices,
+            "tokens": self._num_tokens,
+        }
 
     def load_state(self, state: Mapping[str, int]) -> None:
         """Go on where `state` was taken from a stream with the same task, noise and seed.
@@ -171,55 +203,24 @@ class ExpertStream:
         Raises:
             ValueError: the state is not one of such a stream.
         """
-        rows, choices, tokens = read_counters(state, ("rows", "choices", "tokens"))
-        self._order.load_state(state)
-        self._serial = rows
-        self._choices.load_count(choices)
-        self._tokens.load_count(tokens)
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """Prompts for rollouts; iterates over the prompts, one array of ids each.
-
-    example_index: [R] rows of the examples they come from. prompts: R rows.
-    """
-
-    example_index: Int64
-    prompts: Ragged
-
-    def __len__(self) -> int:
-        return self.prompts.num_rows
-
-    def __iter__(self) -> Iterator[Int32]:
-        return iter(self.prompts.rows())
+        own = self.state()
+        if state.keys() != own.keys() or state["examples"] != own["examples"]:
+            raise ValueError(
+                f"the state {dict(state)} is not one of a stream over {own['examples']} examples; resume with the task "
+                "settings of the run"
+            )
+        self._num_rows, self._num_choices, self._num_tokens = state["rows"], state["choices"], state["tokens"]
 
 
 class PromptStream:
     """Prompts of a task's examples, in an order of the seed; every actor has a seed of its own."""
 
     def __init__(self, examples: Dataset | pa.Table, seed: int) -> None:
-        self._order = EpochOrder(len(examples), (seed, 3))
-        self._prompts = _arrow_rows(examples, ["prompt_ids"])
+        self._examples = _Examples(examples, ["prompt_ids"], (seed, 3))
+        self._num_rows = 0
 
-    def draw(self, count: int) -> PromptBatch:
+    def draw(self, count: int) -> Ragged:
         """The next `count` prompts."""
-        rows = self._order.draw(count)
-        return PromptBatch(rows, Ragged.from_arrow(self._prompts[rows].column("prompt_ids")))
-
-    def state(self) -> dict[str, int]:
-        """Counters for `load_state`."""
-        return self._order.state()
-
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on where `state` was taken."""
-        self._order.load_state(state)
-
-
-def _arrow_rows(examples: Dataset | pa.Table, columns: list[str]) -> Dataset:
-    """The columns as a data set that gives Arrow tables: its row look-up copies nothing but the rows asked for."""
-    from datasets import Dataset
-
-    # A table's own `take` joins all chunks of a column first.
-    rows = Dataset(examples) if isinstance(examples, pa.Table) else examples
-    return rows.select_columns(columns).with_format("arrow")
+        rows = self._examples.take(self._num_rows, count)
+        self._num_rows += count
+        return Ragged.from_arrow(rows.column("prompt_ids"))

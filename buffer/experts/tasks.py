@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from buffer.experts import text
-from buffer.experts.arithmetic import ALPHABET, DIGITS, Question, generate_questions
-from buffer.experts.documents import load_documents
+from buffer.experts import arithmetic, text
 from buffer.experts.noise import NoiseCandidates
 from buffer.experts.ragged import Ragged
 from buffer.experts.stream import ExpertStream
 from buffer.experts.tokenizer import backspace_token_id, character_tokenizer, prompt_prefix, token_contract
-from buffer.settings import ArithmeticTaskSettings, NoiseKind, NoiseSettings, TaskSettings, TextTaskSettings
+from buffer.settings import NoiseSettings, TaskSettings, TextTaskSettings
 from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:
@@ -49,10 +47,6 @@ class Task:
         """The contract of this task's trajectories for a model of `vocab_size` (default: the tokenizer's)."""
         return token_contract(self.tokenizer, self.backspace_id, vocab_size, other_eos_ids)
 
-    def noise_candidates(self, kind: NoiseKind) -> NoiseCandidates | None:
-        """What noise of this kind is drawn from; None where nothing is (`none`) or the policy is (`policy`)."""
-        return {"task": self.task_noise, "random": self.random_noise}.get(kind)
-
     def expert_stream(self, noise: NoiseSettings, contract: TokenContract, seed: int) -> ExpertStream:
         """Expert trajectories of the training examples.
 
@@ -68,7 +62,7 @@ class Task:
             noise=noise,
             contract=contract,
             seed=seed,
-            candidates=self.noise_candidates(noise.kind),
+            candidates={"task": self.task_noise, "random": self.random_noise}.get(noise.kind),
         )
 
     def example_table(self) -> pa.Table:
@@ -100,13 +94,41 @@ def load_task(
         prefix = 0 if tokenizer is None else len(prompt_prefix(tokenizer))
         length = prefix + settings.prompt_tokens + settings.target_tokens
         _check_length(length, max_length, f"a prompt and its target (prompt_tokens + target_tokens{' + bos' * prefix})")
-        return _text_task(settings, tokenizer, backspace_id)
-    task = _arithmetic_task(settings, tokenizer, backspace_id)
-    for split in (task.train, task.held_out):
-        columns = split.with_format("arrow")[:]
+        documents = text.load_documents(settings)
+        tokenizer = character_tokenizer(set().union(*documents["text"])) if tokenizer is None else tokenizer
+    elif tokenizer is None:
+        tokenizer = character_tokenizer(arithmetic.ALPHABET)
+    backspace_id = backspace_token_id(tokenizer) if backspace_id is None else backspace_id
+    token_contract(tokenizer, backspace_id)  # says what the tokenizer lacks
+    if isinstance(settings, TextTaskSettings):
+        train, held_out = (
+            text.cut_examples(part, settings, tokenizer, backspace_id)
+            for part in text.split_documents(documents, settings)
+        )
+        if settings.max_examples is not None and settings.max_examples < len(train):
+            train = train.shuffle(seed=settings.seed).select(range(settings.max_examples))
+        task_noise = text.unigram_candidates(train, tokenizer)
+    else:
+        examples = arithmetic.question_examples(settings, tokenizer)
+        columns = examples.with_format("arrow")[:]
         lengths = sum(Ragged.from_arrow(columns.column(name)).lengths for name in ("prompt_ids", "target_ids"))
         _check_length(int(np.max(lengths)), max_length, "the longest question with its answer")
-    return task
+        train = examples.select(range(settings.train_questions))
+        held_out = examples.select(range(settings.train_questions, len(examples)))
+        task_noise = arithmetic.digit_candidates(settings, tokenizer)
+    special = {*tokenizer.all_special_ids, backspace_id}
+    ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
+    return Task(
+        name=settings.name,
+        train=train,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        backspace_id=backspace_id,
+        eos_id=tokenizer.eos_token_id,
+        task_noise=task_noise,
+        random_noise=NoiseCandidates.uniform([np.array(ordinary, dtype=np.int32)]),
+        is_correct=None if isinstance(settings, TextTaskSettings) else arithmetic.answers_question,
+    )
 
 
 def _check_length(length: int, max_length: int | None, what: str) -> None:
@@ -115,97 +137,3 @@ def _check_length(length: int, max_length: int | None, what: str) -> None:
             f"{what} takes {length} tokens, but the model takes {max_length} at most; "
             "shorten the task's texts or raise the model's maximum length"
         )
-
-
-def _arithmetic_task(
-    settings: ArithmeticTaskSettings, tokenizer: PreTrainedTokenizerBase | None, backspace_id: int | None
-) -> Task:
-    questions = generate_questions(settings)
-    tokenizer = character_tokenizer(ALPHABET) if tokenizer is None else tokenizer
-    backspace_id = backspace_token_id(tokenizer) if backspace_id is None else backspace_id
-    contract = token_contract(tokenizer, backspace_id)
-    bases = sorted(set(settings.bases))
-    examples = _question_examples(questions, tokenizer, contract.eos_id, bases)
-    digits = np.array([_digit_id(tokenizer, digit) for digit in DIGITS[: max(bases)]], dtype=np.int32)
-    return Task(
-        name=settings.name,
-        train=examples.select(range(settings.train_questions)),
-        held_out=examples.select(range(settings.train_questions, len(examples))),
-        tokenizer=tokenizer,
-        backspace_id=backspace_id,
-        eos_id=contract.eos_id,
-        task_noise=NoiseCandidates.uniform([digits[:base] for base in bases]),
-        random_noise=_ordinary_tokens(tokenizer, backspace_id),
-        is_correct=_answers_question,
-    )
-
-
-def _text_task(settings: TextTaskSettings, tokenizer: PreTrainedTokenizerBase | None, backspace_id: int | None) -> Task:
-    documents = load_documents(settings)
-    if tokenizer is None:
-        tokenizer = character_tokenizer(set().union(*documents["text"]))
-    backspace_id = backspace_token_id(tokenizer) if backspace_id is None else backspace_id
-    contract = token_contract(tokenizer, backspace_id)
-    train, held_out = (
-        text.cut_examples(part, settings, tokenizer, backspace_id) for part in text.split_documents(documents, settings)
-    )
-    if settings.max_examples is not None and settings.max_examples < len(train):
-        train = train.shuffle(seed=settings.seed).select(range(settings.max_examples))
-    return Task(
-        name=settings.name,
-        train=train,
-        held_out=held_out,
-        tokenizer=tokenizer,
-        backspace_id=backspace_id,
-        eos_id=contract.eos_id,
-        task_noise=text.unigram_candidates(train, tokenizer),
-        random_noise=_ordinary_tokens(tokenizer, backspace_id),
-        is_correct=None,
-    )
-
-
-def _question_examples(
-    questions: list[Question], tokenizer: PreTrainedTokenizerBase, eos_id: int, bases: list[int]
-) -> Dataset:
-    from datasets import Dataset, Features, List, Value
-
-    prompts = tokenizer([q.question for q in questions], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([q.answer for q in questions], add_special_tokens=False)["input_ids"]
-    prefix = prompt_prefix(tokenizer)
-    columns = {
-        "question": [q.question for q in questions],
-        "answer": [q.answer for q in questions],
-        "prompt_ids": [prefix + ids for ids in prompts],
-        "target_ids": [[*ids, eos_id] for ids in answers],
-        "noise_group": [bases.index(q.base) for q in questions],
-    }
-    ids = List(Value("int32"))
-    features = Features(
-        question=Value("string"),
-        answer=Value("string"),
-        prompt_ids=ids,
-        target_ids=ids,
-        noise_group=Value("int32"),
-    )
-    return Dataset.from_dict(columns, features=features)
-
-
-def _answers_question(answer_text: str, example: Mapping[str, object]) -> bool:
-    return answer_text.strip() == example["answer"]
-
-
-def _digit_id(tokenizer: PreTrainedTokenizerBase, digit: str) -> int:
-    # Some tokenizers put a word-start token before the first character, so only the last id is looked at.
-    token_id: int = tokenizer(digit, add_special_tokens=False)["input_ids"][-1]
-    if tokenizer.decode([token_id]).strip() != digit:
-        raise ValueError(
-            f"the tokenizer has no token for the digit {digit!r}, so plausible wrong digits cannot be drawn; "
-            "use a model that spells numbers digit by digit"
-        )
-    return token_id
-
-
-def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase, backspace_id: int) -> NoiseCandidates:
-    special = {*tokenizer.all_special_ids, backspace_id}
-    ids = np.array(sorted(set(tokenizer.get_vocab().values()) - special), dtype=np.int32)
-    return NoiseCandidates.uniform([ids])

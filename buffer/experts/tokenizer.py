@@ -7,16 +7,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from buffer.trajectory.schema import IdRanges, TokenContract
+from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BOS, EOS, BACKSPACE = "<pad>", "<bos>", "<eos>", "<backspace>"
-SPECIAL_TOKENS = (PAD, BOS, EOS, BACKSPACE)
 
 
 def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -34,7 +32,7 @@ def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:
     characters = sorted(set(alphabet))
     if not characters or any(len(character) != 1 for character in characters):
         raise ValueError(f"the alphabet must be a non-empty collection of single characters, not {characters!r}")
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *characters])}
+    vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, BACKSPACE, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     # `.` would leave line breaks out.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -50,9 +48,7 @@ def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """32 hexadecimal digits over the vocabulary and the special tokens: equal in every process and on every
-    host.
-    """
+    """32 hexadecimal digits over the vocabulary and the special tokens: equal in every process and on every host."""
     description = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special_ids": sorted(tokenizer.all_special_ids),
@@ -74,29 +70,23 @@ def token_contract(
     Raises:
         ValueError: the tokenizer has no end-of-text token, or an id lies outside the vocabulary.
     """
-    size = max(tokenizer.get_vocab().values()) + 1 if vocab_size is None else vocab_size
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token; set tokenizer.eos_token")
-    ids = np.array([*tokenizer.get_vocab().values(), backspace_id], dtype=np.int64)
-    if size <= (largest := int(ids[:-1].max())):
+    ids = np.array(list(tokenizer.get_vocab().values()), dtype=np.int64)
+    largest = int(ids.max())
+    size = largest + 1 if vocab_size is None else vocab_size
+    if size <= largest:
         raise ValueError(f"the model's vocabulary ({size} ids) is smaller than the tokenizer's ({largest + 1} ids)")
-    if not 0 <= backspace_id < size or backspace_id == tokenizer.eos_token_id:
-        raise ValueError(f"backspace id {backspace_id} must differ from eos and lie in [0, {size})")
+    bounds = np.unique(np.concatenate([[-1, backspace_id, size], ids]))
+    gaps = np.flatnonzero(np.diff(bounds) > 1)
     return TokenContract(
         vocab_size=size,
         backspace_id=backspace_id,
         eos_id=tokenizer.eos_token_id,
         tokenizer_hash=tokenizer_hash(tokenizer),
-        ids_without_token=_absent_ids(ids, size),
+        ids_without_token=tuple((int(bounds[gap]) + 1, int(bounds[gap + 1])) for gap in gaps),
         other_eos_ids=other_eos_ids,
     )
-
-
-def _absent_ids(ids: npt.NDArray[np.int64], size: int) -> IdRanges:
-    """The ranges of [0, size) in which none of `ids` lies."""
-    bounds = np.unique(np.concatenate([[-1], ids, [size]]))
-    gaps = np.flatnonzero(np.diff(bounds) > 1)
-    return tuple((int(bounds[gap]) + 1, int(bounds[gap + 1])) for gap in gaps)
 
 
 def backspace_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

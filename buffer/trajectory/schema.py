@@ -59,19 +59,19 @@ class TokenContract:
     other_eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        ranges = tuple((int(begin), int(end)) for begin, end in self.ids_without_token)  # JSON gives lists
-        edges = [edge for both in ranges for edge in both]
-        if edges != sorted(set(edges)) or not all(0 <= edge <= self.vocab_size for edge in edges):
-            raise ValueError(f"ids_without_token={ranges} are no ascending ranges in [0, {self.vocab_size})")
+        # JSON gives lists.
+        object.__setattr__(self, "other_eos_ids", tuple(int(token_id) for token_id in self.other_eos_ids))
+        ranges = tuple((int(begin), int(end)) for begin, end in self.ids_without_token)
         object.__setattr__(self, "ids_without_token", ranges)
-        others = tuple(int(token_id) for token_id in self.other_eos_ids)
-        object.__setattr__(self, "other_eos_ids", others)
         special = {self.backspace_id, *self.eos_ids}
-        if len(special) != 2 + len(others) or not 0 <= min(special) <= max(special) < self.vocab_size:
+        if len(special) != 1 + len(self.eos_ids) or not 0 <= min(special) <= max(special) < self.vocab_size:
             raise ValueError(
                 f"backspace {self.backspace_id} and the <eos> ids {self.eos_ids} must differ and lie in "
                 f"[0, {self.vocab_size})"
             )
+        edges = [edge for both in ranges for edge in both]
+        if edges != sorted(set(edges)) or not all(0 <= edge <= self.vocab_size for edge in edges):
+            raise ValueError(f"ids_without_token={ranges} are no ascending ranges in [0, {self.vocab_size})")
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

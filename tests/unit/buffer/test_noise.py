@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.experts.noise import NoiseCandidates, choose_noise_positions, insert_noise, prefixes_at
+from buffer.experts.noise import NoiseCandidates, insert_noise
 from buffer.experts.ragged import Ragged
 from buffer.trajectory.replay import ActionLogs, final_token_ids, replay
 
@@ -51,19 +51,17 @@ def test_insert_noise_equals_the_oracle_and_replays_to_the_clean_answer(examples
     # The last position of a complete answer is the one before <eos>; a truncated answer has none.
     rows = [[label for label, _ in answer] + ([EOS] if complete else []) for answer, _, complete in examples]
     draws = [[drawn for _, drawn in answer] + ([last] if complete else []) for answer, last, complete in examples]
-    logs = noisy_rows(rows, draws)
+    noisy, realised = noisy_rows(rows, draws)
     expected = [oracle(row, drawn) for row, drawn in zip(rows, draws, strict=True)]
-    assert logs.actions.to_arrow().to_pylist() == [actions for actions, _ in expected]
-    assert logs.realised_column().to_pylist() == [
-        realised if any(token is not None for token in realised) else None for _, realised in expected
+    assert noisy.to_arrow().to_pylist() == [actions for actions, _ in expected]
+    assert realised.to_pylist() == [
+        tokens if any(token is not None for token in tokens) else None for _, tokens in expected
     ]
-    planted = sum(token is not None for _, realised in expected for token in realised)
-    assert logs.num_void == sum(token is not None for row in draws for token in row) - planted
 
     batch = pa.record_batch(
         {
-            "actions": logs.actions.to_arrow(),
-            "realised": logs.realised_column(),
+            "actions": noisy.to_arrow(),
+            "realised": realised,
             "prompt_ids": pa.array([[5]] * len(rows), pa.list_(pa.int32())),
         }
     )
@@ -72,49 +70,25 @@ def test_insert_noise_equals_the_oracle_and_replays_to_the_clean_answer(examples
     assert Ragged(offsets, ids).to_arrow().to_pylist() == rows
 
 
-def test_noise_before_eos_keeps_eos_as_the_label() -> None:
-    logs = noisy_rows([[7, EOS]], [[None, 8]])
-    assert logs.actions.values.tolist() == [7, EOS, BACKSPACE, EOS]
-    assert logs.realised_column().to_pylist() == [[None, 8, None, None]]
-
-
-@pytest.mark.parametrize("void", [7, EOS, BACKSPACE])
-def test_void_draws_leave_no_trace(void: int) -> None:
-    logs = noisy_rows([[7, EOS]], [[void, None]])
-    assert logs.actions.values.tolist() == [7, EOS]
-    assert logs.realised_column().to_pylist() == [None]
-    assert logs.num_void == 1
+@pytest.mark.parametrize(
+    ("row", "draws", "actions", "realised"),
+    [
+        ([7, EOS], [None, 8], [7, EOS, BACKSPACE, EOS], [None, 8, None, None]),  # <eos> stays the label
+        ([EOS], [9], [EOS, BACKSPACE, EOS], [9, None, None]),
+        ([7, EOS], [7, None], [7, EOS], None),  # void: the label, <eos> and backspace are no mistakes
+        ([7, EOS], [EOS, None], [7, EOS], None),
+        ([7, EOS], [BACKSPACE, None], [7, EOS], None),
+    ],
+)
+def test_known_rows(row, draws, actions, realised) -> None:
+    found, column = noisy_rows([row], [draws])
+    assert (found.values.tolist(), column.to_pylist()) == (actions, [realised])
 
 
 def test_no_eos_of_several_becomes_noise() -> None:
     tokens = np.array([EOS, 9, 4], dtype=np.int32)
-    logs = insert_noise(ragged([[7, 8, 6, EOS]]), np.array([0, 1, 2]), tokens, BACKSPACE, [EOS, 9])
-    assert (logs.noise_tokens.tolist(), logs.num_void) == ([4], 2)
-
-
-def test_an_empty_answer_gets_noise_only_before_its_eos() -> None:
-    logs = noisy_rows([[EOS]], [[9]])
-    assert logs.actions.values.tolist() == [EOS, BACKSPACE, EOS]
-
-
-def test_positions_and_tokens_must_agree() -> None:
-    with pytest.raises(ValueError, match="2 noise positions need as many tokens, not 1"):
-        insert_noise(ragged([[7, 8]]), np.array([0, 1]), np.array([4], dtype=np.int32), BACKSPACE, [EOS])
-
-
-def test_prefixes_are_prompt_and_answer_so_far() -> None:
-    prompts, targets = ragged([[10, 11], [], [12]]), ragged([[4, 5, EOS], [6], [7, 8]])
-    prefixes = prefixes_at(prompts, targets, np.array([0, 2, 3, 5]))
-    assert prefixes.to_arrow().to_pylist() == [[10, 11], [10, 11, 4, 5], [], [12, 7]]
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.3, 0.999])
-def test_share_of_chosen_positions_is_the_rate(rate: float) -> None:
-    num_positions = 200_000
-    chosen = choose_noise_positions(num_positions, rate, np.random.default_rng(0))
-    standard_error = np.sqrt(rate * (1 - rate) / num_positions)
-    assert abs(len(chosen) / num_positions - rate) <= 5 * standard_error
-    assert (np.diff(chosen) > 0).all()
+    _, realised = insert_noise(ragged([[7, 8, 6, EOS]]), np.array([0, 1, 2]), tokens, BACKSPACE, [EOS, 9])
+    assert realised.to_pylist() == [[None, None, 4, None, None, None]]
 
 
 def test_candidates_are_drawn_with_their_chances_within_their_group() -> None:
