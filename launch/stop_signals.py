@@ -20,9 +20,8 @@ _received: list[int] = []
 def stop_signals_interrupt() -> Iterator[None]:
     """While active, a stop signal raises KeyboardInterrupt in the main thread, which must be the caller.
 
-    A job system may send several signals, from several places: after the first one only Ctrl-C raises again. Whoever
-    wants more than an orderly end sends SIGKILL. The handlers are set explicitly, because a process that a script
-    starts in the background inherits an ignored SIGINT.
+    A job system may send several signals, from several places: after the first one only Ctrl-C raises again. The
+    handlers are set explicitly, because a process that a script starts in the background inherits an ignored SIGINT.
     """
     _received.clear()
     before = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS}
@@ -35,12 +34,10 @@ def stop_signals_interrupt() -> Iterator[None]:
 
 @contextmanager
 def stop_handlers_kept() -> Iterator[None]:
-    """Around `ray.init`, which sets a SIGTERM handler of its own that ends the driver at once, and around
-    `ray.shutdown`, which sets the default one.
+    """Around `ray.init` and `ray.shutdown`, which set SIGTERM handlers of their own.
 
-    Processes that Ray starts meanwhile never receive the signals of job systems, see `stop_signals_blocked`. Ctrl-C
-    waits until the body is done, since an interrupted `ray.init` leaves a client whose threads crash the process at its
-    end; only a second Ctrl-C interrupts the body.
+    Processes that Ray starts meanwhile never receive the signals of job systems. Ctrl-C waits until the body is done,
+    since an interrupted `ray.init` leaves threads that crash the process at its end; a second one does not wait.
     """
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     on_interrupt, num_interrupts = before[signal.SIGINT], 0

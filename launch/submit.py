@@ -78,8 +78,8 @@ def submit_run(
     Gives the exit code of the command. The other arguments are the options of `sequencematch submit`.
 
     Raises:
-        UserError: the run is refused here; no job server answers; or it refuses the job. RunFailedError: the log is
-            lost.
+        UserError: the run is refused here; no job server answers; or it refuses the job.
+        RunFailedError: the log is lost.
     """
     settings = None  # of a run to resume: the cluster has them
     if resume is not None:
@@ -102,18 +102,15 @@ def submit_run(
         submission_id = choose_submission_id(before, run, address, resuming=resume is not None or resume_if_exists)
         with setting_up():
             write_job_tree(Path(folder), settings)
-        try:
-            client.submit_job(
-                entrypoint=shlex.join(["python", "-m", "launch.cli", "train", *arguments]),
-                submission_id=submission_id,
-                runtime_env={
-                    "working_dir": folder,
-                    "env_vars": {**environment, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_TIMEOUT_S)},
-                },
-                metadata={_RUN_KEY: run},
-            )
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"the job server at {address} refused {run}: {error}") from None
+        client.submit_job(
+            entrypoint=shlex.join(["python", "-m", "launch.cli", "train", *arguments]),
+            submission_id=submission_id,
+            runtime_env={
+                "working_dir": folder,
+                "env_vars": {**environment, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_TIMEOUT_S)},
+            },
+            metadata={_RUN_KEY: run},
+        )
     typer.echo(f"submitted {run} to {address}: job {submission_id}", err=True)
     how_to_look = _how_to_look(submission_id, address)
     if not wait:
@@ -150,10 +147,7 @@ def find_job(jobs: Sequence[JobDetails], run: str) -> JobDetails | None:
 def choose_submission_id(before: JobDetails | None, run: str, address: str, *, resuming: bool) -> str:
     """What the cluster will know the submission by: the name of the run, or where it has had that, with the time.
 
-    before: the newest job of the run.
-
-    Raises:
-        UserError: the run is on the cluster now; or it has been there, and this is no resumption.
+    before: the newest job of the run. UserError: that one goes on, or it has been there, and this is no resumption.
     """
     if before is None and not resuming:
         return run
@@ -204,13 +198,7 @@ def _connect(address: str) -> JobSubmissionClient:
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ[_ADDRESS_VARIABLE] = address  # Ray lets this and RAY_ADDRESS override the address given to its client
-    try:
-        return _ImpatientClient(address)
-    except (RuntimeError, ValueError, KeyError, requests.HTTPError) as error:
-        raise UserError(
-            f"what answers at {address} is no Ray job server ({error}): give the address of the head node's "
-            "dashboard, http://HEAD:8265"
-        ) from None
+    return _ImpatientClient(address)
 
 
 @contextmanager
@@ -219,14 +207,20 @@ def _server_errors(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        given = "refuses the token given" if "failed" in str(error).splitlines()[0] else "asks for a token"
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"the job server at {address} {given}: put the cluster's into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            f"the job server at {address} wants another token ({reason}): put the cluster's into ~/.ray/auth_token or "
+            "RAY_AUTH_TOKEN"
         ) from None
     except (ConnectionError, requests.ConnectionError, requests.Timeout):
         raise UserError(
             f"no Ray job server answers at {address} (within {REQUEST_TIMEOUT_S:.0f} s): check --address or "
             f"{_ADDRESS_VARIABLE} (the head node's dashboard, http://HEAD:8265), and that the dashboard runs there"
+        ) from None
+    except (RuntimeError, ValueError, KeyError, requests.HTTPError) as error:
+        raise UserError(
+            f"the job server at {address} refused the run ({error}); --address is that of the head node's dashboard, "
+            "http://HEAD:8265"
         ) from None
 
 
@@ -234,7 +228,7 @@ def _follow(client: JobSubmissionClient, submission_id: str, address: str) -> Jo
     """Print what the job prints, from its beginning, until it ends; gives the job as it ended.
 
     Raises:
-        RunFailedError: the connection to the cluster is lost, or the news of the end does not come. The job may go on.
+        RunFailedError: the cluster is lost, or the news of the end does not come. The job may go on.
     """
     try:
         asyncio.run(_print_log(client, submission_id))

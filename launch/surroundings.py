@@ -1,10 +1,5 @@
-"""What a process expects of the machine it runs on, and containers, clusters and plain terminals may not offer.
-
-A home folder and a user's name: containers run as numbers that no file knows. Libraries then fail one after the other,
-each with an error of its own: Ray's token, the caches of Hugging Face, of Triton, of torch.
-A short folder for sockets: the path of a Unix socket has at most 107 bytes, and Ray puts its own below TMPDIR.
-Characters: on a terminal without UTF-8, printing a mark such as `✓` would end the command; and where the locale has
-another encoding, libraries (torch among them) read their own files in that one.
+"""What a process expects of the machine it runs on, and containers, clusters and plain terminals may not offer: a home
+folder and a user's name, which many libraries need, a short path for Ray's sockets, and UTF-8.
 """
 
 from __future__ import annotations
@@ -28,9 +23,7 @@ _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # Ray makes a folder of its o
 
 
 def provide_home() -> None:
-    """Where the user has no home folder that can be written, make a private folder one, for this process and those that
-    it starts; and give a user without a name one.
-    """
+    """Give a user without a home folder that can be written, or without a name, one for this process and its own."""
     home = os.path.expanduser("~")
     if not os.access(home, os.W_OK | os.X_OK):  # as also `~`, where nobody knows better
         os.environ["HOME"] = str(_private_folder())
@@ -61,8 +54,8 @@ def provide_socket_folder() -> None:
 
 
 def use_utf8() -> None:
-    """Where files would be read in another encoding, begin this process anew in Python's UTF-8 mode: it is too late
-    to turn on now. What the terminal shows stays in its own encoding.
+    """Where files would be read in another encoding, begin this process anew in Python's UTF-8 mode; the terminal keeps
+    its own.
     """
     if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return

@@ -167,9 +167,9 @@ def _leave() -> None:
 def _for_this_machine_alone() -> Iterator[None]:
     """What Ray starts here listens on 127.0.0.1 only, and what it joins here is there.
 
-    An explicit `_node_ip_address="127.0.0.1"` is replaced by the machine's outer address, with every server open to
-    the network. Ray's own switch (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, the default on macOS) is read when Ray is
-    imported, and would also keep this process from joining clusters, so it is turned for one start or joining alone.
+    Ray replaces `_node_ip_address="127.0.0.1"` by the machine's outer address. Its own switch
+    (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, the default on macOS) would also keep this process from joining clusters, so
+    it is turned for one start or joining alone.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -212,10 +212,9 @@ def _check_alive(target: str, timeout_s: float) -> None:
 
 @contextlib.contextmanager
 def _head_watched(address: str, clean_up: Callable[[], None]) -> Iterator[None]:
-    """While active, a head that stays silent ends the process with one sentence. clean_up: called before that.
+    """While active, a head that stays silent ends the process with one sentence: without it Ray's calls block.
 
-    Without its head Ray's client cannot disconnect: its calls block, and after a minute it ends the process itself,
-    with a message about gRPC.
+    clean_up: called before that.
     """
     done = threading.Event()
     thread = threading.Thread(target=_watch, args=(address, clean_up, done), name="head-watch", daemon=True)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,11 +14,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from actors.pool.controller import PoolStatus
 from buffer.service.shard import BufferStatus
 from launch.run_folder.folder import TOKEN_FILE, TOKEN_VARIABLE
 from learner.messages import LearnerStatus, StageResult
 from learner.settings.stages import StageSettings
+
+if TYPE_CHECKING:  # imports Ray
+    from actors.pool.controller import PoolStatus
 
 PLAIN_INTERVAL_S = 10.0
 BAR_WIDTH = 14

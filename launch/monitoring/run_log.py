@@ -12,13 +12,15 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from actors.pool.controller import MemberStatus, PoolEventKind, PoolStatus
 from buffer.service.shard import ShardStatus
 from launch.errors import RunFailedError
 from launch.monitoring.live_view import RunView
 from learner.messages import LearnerStatus
+
+if TYPE_CHECKING:  # imports Ray
+    from actors.pool.controller import MemberStatus, PoolEventKind, PoolStatus
 
 LOG_FILE = "logs/run.jsonl"
 
@@ -32,13 +34,12 @@ _ActorEvent = Literal["actor_state", "actor_gone", "rollouts_dropped"]
 _WeightsEvent = Literal["weights_awaited", "weights_loaded", "weights_verified"]
 _ShardEvent = Literal["shard_silent", "shard_damaged", "shard_serving"]
 RunEvent = Literal[_RunStateEvent, _DriverEvent, _LearnerEvent, _ActorEvent, _WeightsEvent, _ShardEvent]
-Event = RunEvent | PoolEventKind
 
 
 class _Fact(NamedTuple):
     """What is told of a process once for each new `key`, by default for each new message."""
 
-    event: Event
+    event: RunEvent
     message: str
     values: Mapping[str, Value] = MappingProxyType({})
     level: Level = "info"
@@ -61,7 +62,7 @@ class RunLog:
         self._learner: LearnerStatus | None = None
         self._members: dict[str, MemberStatus] = {}
         self._newest_event = -1
-        self._told: dict[tuple[Role, int], dict[Event, str]] = {}
+        self._told: dict[tuple[Role, int], dict[RunEvent, str]] = {}
 
     def __enter__(self) -> RunLog:
         return self
@@ -78,15 +79,15 @@ class RunLog:
         self,
         level: Level,
         role: Role,
-        event: Event,
+        event: RunEvent | PoolEventKind,
         message: str,
         values: Mapping[str, Value] = MappingProxyType({}),
         index: int = 0,
     ) -> None:
-        """One line. values: fields of the event, and the `version` of an actor's weights; other lines have the newest
-        published one. index: number of the process among those of its role.
+        """One line. values: fields of the event, and the `version` of an actor's weights, else the newest published.
 
-        A refusal of the disk is raised by the next `follow`, so that it never hinders a run that is ending.
+        index: number of the process among those of its role. A refusal of the disk is raised by the next `follow`, so
+        that it never hinders a run that is ending.
         """
         learner = self._learner
         published = None if learner is None or learner.policy_version < 0 else learner.policy_version
@@ -106,11 +107,7 @@ class RunLog:
         self._append(json.dumps(line, ensure_ascii=False) + "\n")
 
     def follow(self, view: RunView) -> None:
-        """Write down what is new in the view.
-
-        Raises:
-            RunFailedError: the disk has refused a line.
-        """
+        """Write down what is new in the view; RunFailedError if the disk has refused a line."""
         if view.learner is not None:
             self._follow_learner(view.learner)
         if view.pool is not None:

@@ -1,12 +1,8 @@
 """The replay buffer of a run: one Ray actor for each shard, over `RUN/buffer/shard-KKK`.
 
-Ray restarts a shard whose process dies; it opens its folder again and goes on with everything that it acknowledged, and
-Ray repeats the calls that were not answered (each can be repeated without harm). A shard is placed on a node of its own
-as far as there are so many, and goes back to its node; where that one is gone, to another, since the folder lies in the
-run folder, which all nodes that hold shards have to see.
-
-Ray takes an actor for alive as long as its process is there, and its way to end one is to ask it to. A shard whose
-process hangs is therefore ended here, and Ray restarts it as after a death.
+Ray restarts a shard whose process dies, at best on its node: it opens its folder again, and Ray repeats the calls that
+were not answered, which does no harm. Ray takes an actor for alive as long as its process is there, so a shard whose
+process hangs is ended here, and Ray restarts it as after a death.
 """
 
 from __future__ import annotations
@@ -34,12 +30,10 @@ from launch.errors import RunFailedError, UserError
 from launch.run_folder.folder import flight_token
 
 MAX_RESTARTS = 4
-"""Deaths of one shard that a run survives; the next one ends it, since somebody has to look for the cause."""
+"""Deaths of one shard that a run survives; somebody has to look for the cause of more."""
 
 PLACED_BYTES = 1
-"""Of memory, which a shard has Ray set aside: a process that asks for nothing at all Ray puts on a node by chance,
-whatever its scheduling strategy says, unless that is bound to the node for good.
-"""
+"""Of memory: Ray puts a process that asks for nothing at all on a node by chance, whatever its scheduling strategy."""
 
 STATUS_TIMEOUT_S = 3.0
 """A shard that is restarted answers later; it is shown as silent meanwhile."""
@@ -106,7 +100,7 @@ class ShardWatch:
         self._shards = shards
         self._health_timeout_s = health_timeout_s
         self._pids: dict[int, int] = {}
-        self._silent_since: dict[int, float] = {}  # seconds on a clock that never goes back
+        self._silent_since: dict[int, float] = {}
         self._ended: dict[int, int] = {}
 
     def look(self, status: BufferStatus) -> list[str]:
@@ -129,24 +123,22 @@ class ShardWatch:
         return lines
 
     def _end_if_hung(self, shard: Shard) -> list[str]:
-        now = time.monotonic()
-        silent_since = self._silent_since.setdefault(shard.index, now)
-        if now - silent_since < self._health_timeout_s:
+        now, silence = time.monotonic(), f"{self._health_timeout_s:.0f} s (buffer.health_timeout_s)"
+        if now - self._silent_since.setdefault(shard.index, now) < self._health_timeout_s:
             return []
-        info = actor_info(shard.handle._actor_id.hex())
         self._silent_since[shard.index] = now
+        info = actor_info(shard.handle._actor_id.hex())
         if info.get("State") != "ALIVE":  # it is being restarted
             return []
         pid = info["Pid"]
         if self._ended.get(shard.index) == pid:
             raise RunFailedError(
-                f"{shard.name} has been silent for {2 * self._health_timeout_s:.0f} s (twice buffer.health_timeout_s): "
-                f"its process {pid} hangs and could not be ended, or its node is out of reach"
+                f"{shard.name} has been silent for twice {silence}: its process {pid} hangs and could not be ended, or "
+                "its node is out of reach"
             )
         self._ended[shard.index] = pid
         end_process(info["Address"]["NodeID"], pid)
-        silence = f"{shard.name} was silent for {self._health_timeout_s:.0f} s (buffer.health_timeout_s)"
-        return [f"{silence}: its process {pid} is ended"]
+        return [f"{shard.name} was silent for {silence}: its process {pid} is ended"]
 
 
 def end_process(node_id: str, pid: int) -> None:

@@ -190,7 +190,7 @@ def test_variables_of_the_job_reach_the_run(head: RayHead, elsewhere: Path) -> N
 
 def test_a_command_without_token_or_with_another_one_is_told_so(head: RayHead, elsewhere: Path) -> None:
     home = {"HOME": str(elsewhere)}  # a token of the user's would lie there
-    for token, message in (({}, "asks for a token"), ({"RAY_AUTH_TOKEN": "another"}, "refuses the token given")):
+    for token in ({}, {"RAY_AUTH_TOKEN": "another"}):
         environment = {key: value for key, value in head.environment.items() if not key.startswith("RAY_AUTH")}
         done = subprocess.run(
             [str(BIN / "sequencematch"), "submit", "short.yaml", "--address", head.address],
@@ -202,7 +202,7 @@ def test_a_command_without_token_or_with_another_one_is_told_so(head: RayHead, e
             check=False,
         )
         assert (done.returncode, done.stdout) == (2, "")
-        assert message in done.stderr
+        assert "wants another token" in done.stderr
     assert not (elsewhere.parent / "runs").exists()
 
 

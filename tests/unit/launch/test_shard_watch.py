@@ -75,6 +75,6 @@ def test_who_cannot_be_ended_ends_the_run(watch, script):
     silent_at(watch, script, 0.0)
     silent_at(watch, script, 10.0)
     assert silent_at(watch, script, 19.0) == []
-    with pytest.raises(RunFailedError, match=r"silent for 20 s .* process 7 hangs and could not be ended"):
+    with pytest.raises(RunFailedError, match=r"silent for twice 10 s .* process 7 hangs and could not be ended"):
         silent_at(watch, script, 20.0)
     assert len(script.ended) == 1
