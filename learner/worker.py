@@ -44,8 +44,8 @@ from learner.metrics.log import MetricsLog
 from learner.metrics.trackers import Int64, check_trackers
 from learner.metrics.watch import Watch, mismatch_steps
 from learner.model.policy import Policy, checkpoint_activations, load_policy
+from learner.objectives import make_objective
 from learner.objectives.base import OutsideDomainError
-from learner.objectives.registry import make_objective
 from learner.publication import WeightPublisher, make_probe
 from learner.ranks import Ranks, join_ranks, open_rendezvous, shard
 from learner.settings.model import ScratchModelSettings

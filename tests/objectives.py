@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pydantic import TypeAdapter
 
+from learner.objectives import make_objective
 from learner.objectives.base import LogCounts, Objective
-from learner.objectives.registry import make_objective
 from learner.ranks import Ranks
 from learner.settings.objectives import ObjectiveSettings
 from learner.state_tree.batch import TreeBatch

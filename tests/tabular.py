@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.objectives.divergences import Divergence
+from learner.objectives.sequencematch import Divergence
 
 LETTERS = "ab"
 EOS, BACKSPACE = 2, 3

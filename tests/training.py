@@ -18,7 +18,7 @@ from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import trajectory_schema
 from learner.batches.source import BatchSource
 from learner.model.policy import load_policy
-from learner.objectives.registry import make_objective
+from learner.objectives import make_objective
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import StageSettings
 from learner.state_tree.batch import TreeSettings

@@ -1,3 +1,45 @@
-"""Objectives, one file per family. A loss is a pure function of the values of actions, and the settings state what an
-objective needs. The registry maps names to classes.
-"""
+"""Objectives: functions from evaluated trajectories to a loss and its metrics. Each is built from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from learner.objectives.adversarial_js import AdversarialJs
+from learner.objectives.base import Objective
+from learner.objectives.score_function import RewardAscent
+from learner.objectives.sequencematch import SequenceMatch
+from learner.objectives.target_rules import TargetAscent
+from learner.objectives.token_objectives import Emo, Likelihood, ScheduledSampling, Unlikelihood
+from learner.ranks import Ranks
+from learner.settings.objectives import ObjectiveSettings
+from learner.state_tree.policy import TreePolicy
+
+OBJECTIVES: Mapping[str, type[Objective]] = {
+    "mle": Likelihood,
+    "behaviour_cloning": Likelihood,
+    "unlikelihood": Unlikelihood,
+    "emo": Emo,
+    "scheduled_sampling": ScheduledSampling,
+    "sequencematch": SequenceMatch,
+    "adversarial_js": AdversarialJs,
+    **dict.fromkeys(("reinforce", "kl_control"), RewardAscent),
+    **dict.fromkeys(("dpg", "gdc", "gdc_pp", "f_dpg"), TargetAscent),
+}
+
+
+def make_objective(
+    settings: ObjectiveSettings,
+    ranks: Ranks | None = None,
+    load_base: Callable[[], TreePolicy] | None = None,
+    features: Sequence[str] = (),
+) -> Objective:
+    """The objective that `settings` describe. ValueError: the model that they name cannot be loaded.
+
+    ranks, features: see `Objective`. load_base: gives the policy as it is at the start of the stage, frozen; called
+    where it is needed.
+    """
+    base = None
+    if settings.needs_base_model:
+        assert load_base is not None, f"{settings.name} compares with the policy at the start of the stage"
+        base = load_base()
+    return OBJECTIVES[settings.name](settings, ranks or Ranks(), base, tuple(features))

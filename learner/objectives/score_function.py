@@ -26,13 +26,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor
 
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective
-from learner.objectives.likelihood import rollout_metrics
+from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, rollout_metrics
 from learner.settings.objectives import KlControlSettings, ReinforceSettings
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
@@ -69,8 +69,7 @@ class Rollouts:
         return replace(self, **{name: values[rows] for name, values in vars(self).items()})
 
 
-@dataclass(frozen=True)
-class Weighed:
+class Weighed(NamedTuple):
     """coefficients: [N] c of each rollout. metrics: of the whole step."""
 
     coefficients: Tensor
@@ -106,9 +105,7 @@ class ScoreFunction(Objective, ABC):
         coefficients = torch.full_like(log_pi, torch.nan).masked_fill(~log_pi.isfinite(), 1.0)
         self._rollouts, self._metrics = gathered[sound], {}
         if sound.any():
-            weighed = self.weigh(self._rollouts)
-            coefficients[sound] = weighed.coefficients
-            self._metrics = weighed.metrics
+            coefficients[sound], self._metrics = self.weigh(self._rollouts)
         self._coefficient = dict(zip(key.long().tolist(), coefficients.tolist(), strict=True))
 
     def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:

@@ -27,23 +27,101 @@ loop of weight 1 has no sum. So it is the printed one in the limit gamma -> 1 at
 
 J is a mean over logs; it is scaled by data logs / data actions of the global batch, a constant of the batch,
 so that its scale is per action, as that of behaviour cloning is.
+
+Divergence = sup_r E_data[phi(r)] - E_model[r] (as in IQ-Learn). Every concave phi here has phi(0) = 0 and phi'(0) = 1,
+so it is written as phi(x) = x - penalty(x) with a convex penalty that vanishes to second order at 0: the linear part
+turns into log-likelihood, the penalty is what the divergence adds to it. Total variation is not among them. Its phi is
+r where |r| <= 1/2 on data *and* model samples, a bound and not a penalty: while the bound is inactive the loss is
+exactly maximum likelihood, and clipping on the data alone collapses.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, OutsideDomainError
-from learner.objectives.divergences import DIVERGENCES
-from learner.objectives.likelihood import cross_entropy, data_metrics, rollout_metrics
+from learner.objectives.base import (
+    EvaluatedLogs,
+    LogCounts,
+    Metrics,
+    Objective,
+    OutsideDomainError,
+    cross_entropy,
+    data_metrics,
+    rollout_metrics,
+)
 from learner.settings.objectives import SequenceMatchSettings
 
-DEFAULT_DOMAIN_MARGIN = 0.1
-"""Bounds the slope of phi by about 10 (kl, js) or 100 (hellinger)."""
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence by the penalty of its phi.
+
+    penalty_inside: x - phi(x) where phi is defined, elementwise, without that difference where it would cancel.
+    low, penalty_slope: phi is defined for x > low only; derivative of the penalty at a number there.
+    penalises_rollouts: the reference is the half-half mixture of data and model, so that the squared residual of the
+        rollouts is penalised too.
+
+    From low + margin downwards phi goes on by its tangent: that keeps it concave and keeps a gradient back into the
+    domain, which clamping would lose for ever. Which of the two holds is chosen element by element, so that the
+    tangent, whose slope grows as margin^-2, has no part in a value or a gradient inside.
+
+    Values are computed in float64, whatever the type of x: float32 cannot tell low + margin from low at a margin of
+    1e-8, and loses the digits of 2 - exp(-x) near the end of the domain of js. There are as many as actions.
+    """
+
+    penalty_inside: Callable[[Tensor], Tensor]
+    low: float = -math.inf
+    penalty_slope: Callable[[float], float] | None = None
+    penalises_rollouts: bool = False
+
+    def penalty(self, x: Tensor, margin: float) -> Tensor:
+        """x - phi(x), elementwise; by the tangent below low + margin."""
+        return self._penalty(x.double(), margin).to(x.dtype)
+
+    def phi(self, x: Tensor, margin: float) -> Tensor:
+        """phi(x), elementwise; by the tangent below low + margin."""
+        return (x.double() - self._penalty(x.double(), margin)).to(x.dtype)
+
+    def outside(self, x: Tensor, margin: float) -> Tensor:
+        """Where the tangent is in force: x < low + margin."""
+        return x.double() < self.low + margin
+
+    def _penalty(self, x: Tensor, margin: float) -> Tensor:
+        if self.penalty_slope is None:
+            return self.penalty_inside(x)
+        joint = self.low + margin
+        is_outside = self.outside(x, margin)
+        inside = self.penalty_inside(torch.where(is_outside, joint, x))
+        return torch.where(is_outside, inside + self.penalty_slope(joint) * (x - joint), inside)
+
+
+DIVERGENCES = {
+    # phi(x) = x - x^2 / 4, all x: E_data[(rho_model / rho_data - 1)^2]
+    "chi2_mixture": Divergence(lambda x: x.square() / 4, penalises_rollouts=True),
+    "chi2": Divergence(lambda x: x.square() / 4),
+    # phi(x) = log(1 + x), x > -1: KL(data || model). The textbook 1 + log x is the same shifted, but not defined at
+    # ordinary initial logits.
+    "kl": Divergence(lambda x: x - torch.log1p(x), -1.0, lambda x: x / (1.0 + x)),
+    # phi(x) = 1 - exp(-x), all x: KL(model || data)
+    "reverse_kl": Divergence(lambda x: torch.expm1(-x) + x),
+    # phi(x) = log(2 - exp(-x)), x > -log 2: 2 JS(data, model), JS being the mean of both KL to the half-half mixture
+    "js": Divergence(
+        lambda x: x - torch.log1p(-torch.expm1(-x)),
+        -math.log(2.0),
+        lambda x: 1.0 - math.exp(-x) / (2.0 - math.exp(-x)),
+    ),
+    # phi(x) = x / (1 + x), x > -1: squared Hellinger, sum (sqrt rho_data - sqrt rho_model)^2
+    "hellinger": Divergence(lambda x: x.square() / (1.0 + x), -1.0, lambda x: 1.0 - 1.0 / (1.0 + x) ** 2),
+    # phi(x) = x, all x: the collapsed loss is discounted maximum likelihood
+    "mle": Divergence(torch.zeros_like),
+}
+"""By the name that `SequenceMatchSettings.divergence` gives."""
 
 
 class SequenceMatch(Objective):
@@ -54,8 +132,8 @@ class SequenceMatch(Objective):
     def __post_init__(self) -> None:
         settings = self.settings
         self.divergence = DIVERGENCES[settings.divergence]
+        self.margin = settings.domain_margin
         self.mixture_coefficient = settings.mixture_coefficient or 1.0 / (4.0 * settings.alpha)
-        self.domain_margin = settings.domain_margin or DEFAULT_DOMAIN_MARGIN
 
     def beta(self, step: int) -> float:
         """Weight of behaviour cloning at optimizer step `step` of this objective."""
@@ -65,7 +143,7 @@ class SequenceMatch(Objective):
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         """beta * cross-entropy + (1 - beta) * the terms of -J that stand under E_data."""
         per_action = data.counts.logs_per_action
-        penalised = partial(self.divergence.penalty, margin=self.domain_margin)
+        penalised = partial(self.divergence.penalty, margin=self.margin)
         penalty = data.mean_over_logs(self._penalty_sum(data, penalised)) / self.settings.alpha * per_action
         if self.settings.estimator == "collapsed":
             weight = self._weight(data.tree.actions.time, data)
@@ -84,7 +162,7 @@ class SequenceMatch(Objective):
             beta=loss.new_tensor(beta * data.share),
             **self._residual_metrics(data, ""),
         )
-        if self.divergence.domain is not None:
+        if self.divergence.penalty_slope is not None:
             metrics["phi_outside_share"] = self._outside_share(data)
         return loss, metrics
 
@@ -118,15 +196,15 @@ class SequenceMatch(Objective):
 
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
         """With `domain_policy=stop`, raise OutsideDomainError once alpha r left the domain of phi."""
-        domain = self.divergence.domain
-        if self.settings.domain_policy != "stop" or domain is None:
+        if self.settings.domain_policy != "stop":
             return
         share = float(metrics["phi_outside_share"])
         if share > 0.0:
+            low = self.divergence.low
             raise OutsideDomainError(
                 f"step {step}: {100 * share:.2g} % of alpha r on the expert batch left the domain of divergence "
-                f"{self.settings.divergence} (below {domain.low + self.domain_margin:.3g}; phi ends at "
-                f"{domain.low:.3g}). Lower alpha, clone behaviour for longer before this stage, choose a divergence "
+                f"{self.settings.divergence} (below {low + self.margin:.3g}; phi ends at "
+                f"{low:.3g}). Lower alpha, clone behaviour for longer before this stage, choose a divergence "
                 "that has none (chi2_mixture, chi2, reverse_kl), or set domain_policy=project to go on by the tangent"
             )
 
@@ -153,7 +231,7 @@ class SequenceMatch(Objective):
     def _phi_sum(self, logs: EvaluatedLogs) -> Tensor:
         """[A + L] terms of sum_t gamma^t phi(alpha r_t) / alpha and of its tail."""
         alpha, values = self.settings.alpha, logs.values
-        observed, absorbed = (self.divergence.phi(each, self.domain_margin) for each in self._arguments(logs))
+        observed, absorbed = (self.divergence.phi(each, self.margin) for each in self._arguments(logs))
         absorbed = absorbed / (alpha * (1.0 - self.settings.gamma))
         tail = torch.where(logs.tree.trajectories.truncated, values.v_final, absorbed)
         return self._discounted(logs, observed / alpha, tail)
@@ -171,7 +249,7 @@ class SequenceMatch(Objective):
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _outside_share(self, logs: EvaluatedLogs) -> Tensor:
         """This call's share of the arguments of phi (of every action, and of `<eos>`) that left its domain."""
-        observed, absorbed = (self.divergence.outside(each, self.domain_margin) for each in self._arguments(logs))
+        observed, absorbed = (self.divergence.outside(each, self.margin) for each in self._arguments(logs))
         num_outside = (observed.sum() + (absorbed & ~logs.tree.trajectories.truncated).sum()).to(logs.values.q.dtype)
         counts = logs.counts
         return num_outside / max(counts.actions + counts.logs - counts.truncated_logs, 1)

@@ -10,9 +10,9 @@ dpg, gdc   E_mu[(P / mu) (Z / Z_c) grad log pi]
 gdc_pp     E_mu[((P / mu) (Z / Z_c) - Z pi / mu) grad log pi]: a baseline of Z alone would be biased with stale actors
 f_dpg      -E_mu[(pi / mu) (f'(pi / p_c) - B) grad log pi], B the mean of the other rollouts
 
-With one prompt Z / Z_c is 1. How Z_c is estimated, and its bias: `learner.objectives.partition_function`.
-They agree for any mu. `dpg` and `gdc` differ in who acts: with a KL-adaptive proposal the actors keep the policy that
-they have until that of now is nearer to the target.
+With one prompt Z / Z_c is 1. How Z_c and lambda are estimated: `learner.objectives.target_estimates`. `dpg` and `gdc`
+agree for any mu and differ in who acts: with a KL-adaptive proposal the actors keep the policy that they have until
+that of now is nearer to the target.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.objectives.moment_fit import fit_moments
-from learner.objectives.partition_function import PartitionFunction, prompt_weights
 from learner.objectives.score_function import (
     Rollouts,
     ScoreFunction,
@@ -34,6 +32,7 @@ from learner.objectives.score_function import (
     weight_metrics,
     weighted_mean,
 )
+from learner.objectives.target_estimates import PartitionFunction, fit_moments, prompt_weights
 from learner.settings.objectives import ConstraintSettings, FDivergence, FDpgSettings, GdcSettings, TargetSettings
 
 

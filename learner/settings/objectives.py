@@ -169,14 +169,12 @@ class SequenceMatchSettings(BaseObjectiveSettings):
     mixture_coefficient: PositiveFloat | None = Field(
         None, description="weight of E_model[(alpha r)^2]; null = 1/(4 alpha), balanced; 1 = the paper read literally"
     )
-    domain_policy: Literal["project", "stop"] | None = Field(
-        None,
+    domain_policy: Literal["project", "stop"] = Field(
+        "project",
         description="where alpha r leaves the domain of kl, js or hellinger: `project` goes on by the tangent, `stop` "
-        "ends training; null = project",
+        "ends training",
     )
-    domain_margin: float | None = Field(
-        None, gt=0.0, lt=0.5, description="the domain counts as left this far above its end; null = 0.1"
-    )
+    domain_margin: float = Field(0.1, gt=0.0, lt=0.5, description="the domain counts as left this far above its end")
     beta_start: float = Field(1.0, ge=0.0, le=1.0, description="weight of behaviour cloning at step 0")
     beta_end: float = Field(0.2, ge=0.0, le=1.0, description="weight of behaviour cloning from beta_steps on")
     beta_steps: PositiveInt = Field(150, description="steps of the linear change from beta_start to beta_end")

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers import Trainer as HuggingFaceTrainer
 
-from learner.objectives.registry import make_objective
+from learner.objectives import make_objective
 from learner.settings.objectives import LikelihoodSettings
 from learner.settings.stages import OptimizerSettings, StageSettings
 from learner.state_tree.batch import TreeSettings

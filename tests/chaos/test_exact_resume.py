@@ -37,7 +37,7 @@ from learner.checkpoints.checkpoint import load_weights, read_training_state
 from learner.checkpoints.store import LocalCheckpoints, Progress, read_progress
 from learner.checkpoints.writer import StageCheckpoints
 from learner.model.policy import load_policy
-from learner.objectives.registry import make_objective
+from learner.objectives import make_objective
 from learner.ranks import Ranks
 from learner.settings.model import ScratchModelSettings
 from learner.settings.objectives import SequenceMatchSettings

@@ -31,7 +31,7 @@ from learner.batches.source import Float32, SharedBatchSource, StopRequestedErro
 from learner.model.adapters import add_adapters
 from learner.model.backspace_row import fit_backspace_row
 from learner.model.policy import checkpoint_activations
-from learner.objectives.registry import make_objective
+from learner.objectives import make_objective
 from learner.precision import hold_trained_parameters
 from learner.publication import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors
 from learner.ranks import Ranks, gathered, join_ranks, load_tensors, open_rendezvous, shard

@@ -18,7 +18,7 @@ from launch.generation import open_checkpoint
 from launch.settings.recipe import read_recipe
 from learner.checkpoints.checkpoint import TRAINING_STATE_FILE, read_training_state
 from learner.model.policy import load_policy
-from learner.objectives.registry import make_objective
+from learner.objectives import make_objective
 from learner.ranks import open_rendezvous
 from learner.settings.model import PretrainedModelSettings
 from learner.settings.objectives import EmoSettings

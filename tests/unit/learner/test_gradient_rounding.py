@@ -14,8 +14,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from learner.objectives.registry import make_objective
-from learner.objectives.unlikelihood import Unlikelihood
+from learner.objectives import make_objective
+from learner.objectives.token_objectives import Unlikelihood
 from learner.ranks import Ranks
 from learner.settings.objectives import ObjectiveSettings, UnlikelihoodSettings
 from learner.state_tree import policy as policy_module

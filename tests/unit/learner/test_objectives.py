@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 
+from learner.objectives import make_objective
 from learner.objectives.base import EvaluatedLogs, combine_metrics
-from learner.objectives.divergences import DIVERGENCES
-from learner.objectives.registry import make_objective
-from learner.objectives.sequencematch import DEFAULT_DOMAIN_MARGIN
+from learner.objectives.sequencematch import DIVERGENCES
 from learner.settings.objectives import (
     LikelihoodSettings,
     SequenceMatchSettings,
@@ -113,7 +112,7 @@ def test_sequencematch_against_the_oracle(model, walks, divergence, estimator, c
     rollouts = evaluate(model, MODEL) if objective.settings.needs_rollouts else None
     loss, _ = total_loss(objective, data, rollouts, step=0)
     expected = oracle.sequencematch_loss(
-        oracle.Terms(divergence, ALPHA, GAMMA, DEFAULT_DOMAIN_MARGIN, uniform=estimator == "uniform"),
+        oracle.Terms(divergence, ALPHA, GAMMA, SequenceMatchSettings().domain_margin, uniform=estimator == "uniform"),
         [walks[id(log)] for log in data_logs],
         [walks[id(log)] for log in MODEL],
         mixture_coefficient=default if coefficient is None else coefficient,

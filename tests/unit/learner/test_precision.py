@@ -14,7 +14,7 @@ from launch.settings.run import RunSettings
 from learner.batches.micro_batches import build_micro_batches
 from learner.checkpoints.checkpoint import TRAINED_FOLDER, WEIGHTS_FILE, load_weights, read_training_state
 from learner.model.policy import checkpoint_activations, load_policy
-from learner.objectives.discriminator import Discriminator
+from learner.objectives.adversarial_js import Discriminator
 from learner.publication import publication_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from learner.settings.objectives import DiscriminatorSettings

@@ -11,8 +11,8 @@ import torch
 from learner.batches.micro_batches import build_micro_batches
 from learner.batches.rank_shares import count_logs
 from learner.batches.source import priorities_of_draw
+from learner.objectives import make_objective
 from learner.objectives.base import EvaluatedLogs
-from learner.objectives.registry import make_objective
 from learner.ranks import Ranks
 from learner.settings.stages import StageSettings
 from learner.state_tree.policy import TreePolicy

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from buffer.store.shard import DrawKey
-from learner.objectives.registry import make_objective
+from learner.objectives import make_objective
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.random_logs import MATCHING, TREES, random_logs

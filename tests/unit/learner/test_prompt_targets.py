@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.objectives.moment_fit import fit_moments
-from learner.objectives.partition_function import PartitionFunction
+from learner.objectives import target_estimates
 from learner.objectives.score_function import Rollouts
+from learner.objectives.target_estimates import PartitionFunction, fit_moments
 from learner.objectives.target_rules import Densities, TargetAscent
 from tests.unit.learner.test_target_objectives import advantages_of, target_of
 
@@ -181,13 +181,14 @@ def test_z_of_a_prompt_is_found_from_a_rollout_a_step():
     assert (mean / found).tolist() == pytest.approx((truth.mean() / truth).tolist(), rel=0.05)
 
 
-def test_contexts_that_were_not_seen_for_long_are_forgotten():
-    z = PartitionFunction(max_contexts=3)
+def test_contexts_that_were_not_seen_for_long_are_forgotten(monkeypatch):
+    monkeypatch.setattr(target_estimates, "MAX_CONTEXTS", 3)
+    z = PartitionFunction()
     for context in (1, 2, 3, 1, 4):
         z.add(torch.tensor([context]), torch.tensor([float(context)], dtype=torch.float64))
     assert z.state()["z_context"].tolist() == [1, 3, 4]
     assert z.state()["z_total"].tolist() == [2.0, 3.0, 4.0]
-    again = PartitionFunction(max_contexts=3)
+    again = PartitionFunction()
     again.load_state(z.state())
     again.add(torch.tensor([5]), torch.ones(1, dtype=torch.float64))
     assert again.state()["z_context"].tolist() == [1, 4, 5]

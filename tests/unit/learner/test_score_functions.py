@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from buffer.experts.tasks import Task
+from learner.objectives import make_objective
 from learner.objectives.base import LogCounts
-from learner.objectives.registry import make_objective
 from learner.objectives.score_function import RewardAscent, Rollouts, ScoreFunction, leave_one_out_mean
 from learner.ranks import Ranks
 from learner.settings.objectives import KlControlSettings, ReinforceSettings

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from learner.objectives import make_objective
 from learner.objectives.base import EvaluatedLogs, OutsideDomainError, combine_metrics
-from learner.objectives.registry import make_objective
-from learner.objectives.sequencematch import DEFAULT_DOMAIN_MARGIN
 from learner.settings.objectives import (
     DIVERGENCES_WITH_DOMAIN,
+    SequenceMatchSettings,
 )
 from learner.state_tree.policy import TreePolicy
 from tests import oracle
@@ -17,6 +17,8 @@ from tests.objectives import counts_of
 from tests.oracle import Log, walk
 from tests.unit.learner.test_objectives import ALPHA, DATA, GAMMA, evaluate, settings
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, build, tiny
+
+MARGIN = SequenceMatchSettings().domain_margin
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +29,14 @@ def model():
 @pytest.mark.parametrize("divergence", DIVERGENCES_WITH_DOMAIN)
 def test_the_share_outside_the_domain_is_counted_and_stops_a_run_that_asks(model, divergence):
     walks = {id(log): walk(model, log, BACKSPACE) for log in DATA}
-    terms = oracle.Terms(divergence, ALPHA, GAMMA, DEFAULT_DOMAIN_MARGIN)
+    terms = oracle.Terms(divergence, ALPHA, GAMMA, MARGIN)
     arguments = [ALPHA * r.item() for log in DATA for r in terms.residuals(walks[id(log)])]
     arguments += [ALPHA * (1 - GAMMA) * w.v[-1].item() for log in DATA if not (w := walks[id(log)]).truncated]
-    low = oracle.PHI[divergence][1] + DEFAULT_DOMAIN_MARGIN
+    low = oracle.PHI[divergence][1] + MARGIN
     share = sum(x < low for x in arguments) / len(arguments)
     assert 0 < share < 1  # both branches of phi were tested
     parts = [evaluate(model, logs, counts_of(build(DATA))) for logs in (DATA[:3], DATA[3:])]
-    for policy in (None, "project", "stop"):
+    for policy in ("project", "stop"):
         objective = make_objective(settings(divergence=divergence, domain_policy=policy))
         metrics = combine_metrics(objective.data_loss(part, step=7)[1] for part in parts)
         assert float(metrics["phi_outside_share"]) == pytest.approx(share)

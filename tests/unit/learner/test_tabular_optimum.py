@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner.objectives import make_objective
 from learner.objectives.base import EvaluatedLogs
-from learner.objectives.divergences import DIVERGENCES
-from learner.objectives.registry import make_objective
+from learner.objectives.sequencematch import DIVERGENCES
 from learner.settings.objectives import SequenceMatchSettings
 from learner.state_tree.policy import ActionValues
 from tests.objectives import counts_of

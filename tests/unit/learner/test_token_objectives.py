@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from learner.objectives import emo as emo_module
+from learner.objectives import make_objective, token_objectives
 from learner.objectives.base import EvaluatedLogs
-from learner.objectives.emo import Emo, emo_loss
-from learner.objectives.registry import make_objective
-from learner.objectives.scheduled_sampling import ScheduledSampling
-from learner.objectives.unlikelihood import Unlikelihood
+from learner.objectives.token_objectives import Emo, ScheduledSampling, Unlikelihood, emo_loss
 from learner.settings.objectives import EmoSettings, ScheduledSamplingSettings, UnlikelihoodSettings
 from learner.state_tree import policy as policy_module
 from learner.state_tree import vocabulary as vocabulary_module
@@ -89,7 +86,7 @@ def chunks(request, monkeypatch):
     if request.param is not None:
         few = partial(chunked_values, chunk_elements=request.param, kept_elements=0)
         monkeypatch.setattr(policy_module, "chunked_values", few)
-        monkeypatch.setattr(emo_module, "CHUNK_ELEMENTS", request.param)
+        monkeypatch.setattr(token_objectives, "CHUNK_ELEMENTS", request.param)
         monkeypatch.setattr(policy_module, "CHUNK_ELEMENTS", request.param)
         for module in (policy_module, vocabulary_module):
             monkeypatch.setattr(module, "VOCABULARY_CHUNK", 3)

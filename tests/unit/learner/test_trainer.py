@@ -13,13 +13,13 @@ from torch import Tensor
 from learner.batches.micro_batches import build_micro_batches
 from learner.checkpoints.checkpoint import load_weights, read_training_state
 from learner.checkpoints.store import read_progress
+from learner.objectives import make_objective
 from learner.objectives.base import (
     EvaluatedLogs,
     Metrics,
     Objective,
     OutsideDomainError,
 )
-from learner.objectives.registry import make_objective
 from learner.settings.stages import OptimizerSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer, learning_rate_factor
