@@ -5,6 +5,7 @@ kill -9 of the other one again and again; two Ctrl-C at once; and the rest, in w
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from tests.chaos.run_lives import (
     wait_for_steps,
 )
 from tests.checkpoints import checkpoints_of
-from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, refusal_of
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +112,20 @@ def test_a_second_ctrl_c_ends_the_run_which_can_be_resumed(interrupted_twice: Li
     assert interrupted_twice.checkpoint <= interrupted_twice.step
 
 
+def test_a_damaged_catalog_is_named(interrupted_twice: Life, tmp_path: Path) -> None:
+    """Runs before the last life, on a copy."""
+    folder = tmp_path / "copy"
+    shutil.copytree(interrupted_twice.folder, folder)
+    catalog = shard_folder(folder / BUFFER_FOLDER, 0) / "catalog.db"
+    content = bytearray(catalog.read_bytes())
+    page = slice(len(content) // 2, len(content) // 2 + 4096)
+    content[page] = bytes(byte ^ 0xFF for byte in content[page])
+    catalog.write_bytes(content)
+    error = refusal_of(tmp_path, "--resume", str(folder))
+    assert str(catalog) in error
+    assert "restore it from a copy" in error
+
+
 def test_the_last_life_does_what_is_left_and_all_lives_took_the_same_steps(
     killed_learner: Life, killed_buffer: Life, interrupted_twice: Life, tmp_path: Path
 ) -> None:
@@ -125,7 +140,9 @@ def test_the_last_life_does_what_is_left_and_all_lives_took_the_same_steps(
         process.wait(START_TIMEOUT_S)
         assert ended(process, folder).code == 0, process.printed()
     assert_same_steps(folder, total, steps_lost(killed_learner, killed_buffer, interrupted_twice))
-    for stage in (STAGE, "mle_control"):
+    for stage, steps in (("trunk", 5), ("mle_control", 2)):
+        assert [row["step"] for row in metrics_of(folder, stage)] == list(range(1, steps + 1))
+    for stage in ("trunk", STAGE, "mle_control"):
         assert read_progress(checkpoints_of(folder / "checkpoints" / stage)[-1]).finished
     assert_every_draw_keeps_the_rules(folder)
 

@@ -1,11 +1,15 @@
-"""Actors come, go and die while the learner trains. Noise is the policy's own, so they make expert rows too."""
+"""Actors come, go and die while the learner trains, and nothing of the run listens beyond this machine. Noise is the
+policy's own, so actors make expert rows too.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 from transformers import AutoConfig
@@ -13,7 +17,8 @@ from transformers import AutoConfig
 from actors.pool.controller import PoolStatus
 from buffer.experts.tasks import load_task
 from buffer.trajectory.validation import validate
-from launch.run.control import run_status, scale_run
+from launch.run.control import catalog_image, run_status, scale_run
+from launch.run_folder.folder import BUFFER_FOLDER
 from launch.settings.recipe import read_recipe
 from tests.checkpoints import checkpoints_of
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
@@ -32,6 +37,7 @@ OVERRIDES = (
     "noise.kind=policy",
     "actors.num_cpus=0.5",
     "buffer.max_staleness=10",
+    "buffer.flight.enabled=true",
     # Slow enough for the learner to be still at work after two engine starts.
     "buffer.samples_per_insert=1",
 )
@@ -72,6 +78,9 @@ def test_actors_come_go_and_die_while_the_learner_trains(tmp_path: Path) -> None
         process.wait_until(lambda: process.step(STAGE) >= 5, START_TIMEOUT_S, "steps with rollouts")
         run = Watched(process)
         run.wait_for_pool({"actor-0": "running"}, "the first actor")
+        assert open_to_others(process) == set()
+        image = catalog_image(process.folder, process.folder / BUFFER_FOLDER / "shard-000")
+        assert image.startswith(b"SQLite format 3\0"), "other processes of this machine reach all of it"
 
         before = process.step(STAGE)
         assert scale_run(process.folder, 2).desired == 2
@@ -120,6 +129,23 @@ def test_actors_come_go_and_die_while_the_learner_trains(tmp_path: Path) -> None
         process.assert_nothing_left()
         folder = process.folder
     check_what_it_left(folder)
+
+
+def open_to_others(process: TrainProcess) -> set[tuple[str, str]]:
+    """Names and addresses of what listens on other addresses than loopback: of Ray, the learner, the buffer with its
+    Flight endpoint, and the engine.
+    """
+    return {
+        (each.name(), connection.laddr.ip)
+        for each in process.processes()
+        for connection in each.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN and not is_loopback(connection.laddr.ip)
+    }
+
+
+def is_loopback(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def asked(run: Watched) -> PoolStatus:

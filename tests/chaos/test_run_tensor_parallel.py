@@ -1,5 +1,5 @@
 """A run whose engines are divided over two processes: the second one hangs, then that of the successor is killed, in
-mid-rollout; each time the pool replaces the actor, and the run goes on to its end.
+mid-rollout; each time the pool replaces the actor, and the run goes on.
 """
 
 from __future__ import annotations
@@ -8,18 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.run_lives import STAGE, START_TIMEOUT_S, assert_audit_is_clean, ended, pool_events
-from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, refusal_of
+from tests.chaos.run_lives import LONG, STAGE, START_TIMEOUT_S, assert_audit_is_clean, ended, pool_events
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SILENCE_S = 15
-STEPS = 400
 OVERRIDES = (
     *TINY,
-    f"stages.{STAGE}.steps={STEPS}",
+    *LONG,
     "stages.trunk.steps=5",
-    "stages.mle_control.steps=2",
     "actors.tensor_parallel_size=2",
     f"actors.health_timeout_s={SILENCE_S}",
 )
@@ -38,18 +36,12 @@ def test_an_actor_goes_with_any_of_its_processes_and_the_run_goes_on(tmp_path: P
         lost.kill()
         process.wait_until(lambda: len(failures(folder)) == 2, START_TIMEOUT_S, "the pool to know")
         wait_for_more_rollouts(process)
-        assert process.wait(START_TIMEOUT_S) == 0, process.printed()
-        life = ended(process, folder)
-    assert life.step == STEPS
+        process.terminate()
+        assert ended(process, folder).code == 75, process.printed()
     hanging, dead = failures(folder)
     assert "EngineRankError: rank 1 of actor-0 is silent: " in hanging
     assert "EngineRankError: rank 1 of actor-0 died" in dead
     assert_audit_is_clean(folder)
-
-
-def test_heads_that_cannot_be_divided_are_told_before_anything_starts(tmp_path: Path) -> None:
-    told = refusal_of(tmp_path, ARITHMETIC, "--no-evaluate", "actors.tensor_parallel_size=2")
-    assert "actors.tensor_parallel_size=2 does not divide the model's 3 attention heads" in told
 
 
 def wait_for_more_rollouts(process: TrainProcess) -> None:

@@ -1,5 +1,5 @@
-"""The whole job, with engines, on a Ray cluster of three nodes: learner and actors live apart from the driver; and a
-cluster that dies under a run.
+"""The whole job, with engines, on a Ray cluster of three nodes: learner and actors live apart from the driver; and that
+cluster dies under a run.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import contextlib
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,33 +21,41 @@ from tests.integration.train_process import ARITHMETIC, ROOT, TINY, metrics_of, 
 
 TIMEOUT_S = 900.0
 
+pytestmark = pytest.mark.timeout(1200)
 
-@pytest.mark.timeout(1200)
-def test_a_submitted_run_trains_with_actors_on_other_nodes_and_leaves_nothing(tmp_path: Path) -> None:
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    """The last test ends all of it."""
+    with RayHead(num_cpus=0, workers=(1, 1)) as started:
+        yield started
+
+
+def submit(head: RayHead, runs: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
+    words = (str(ROOT / ARITHMETIC), *TINY, *arguments, f"runs_folder={runs}", "--name", name, "--no-evaluate")
+    return subprocess.Popen(
+        [str(BIN / "sequencematch"), "submit", *words, "--address", head.address],
+        cwd=runs.parent,
+        env=head.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_submitted_run_trains_with_actors_on_other_nodes_and_leaves_nothing(head: RayHead, tmp_path: Path) -> None:
     """Without the evaluation, which would work in a folder that is gone: nodes on one machine share the place where Ray
     unpacks a job, and one of them unpacks it again below the driver.
     """
-    runs = tmp_path / "runs"
-    with RayHead(num_cpus=0, workers=(1, 1)) as head:
-        before = {process.pid for process in head.processes("ray::")}
-        done = subprocess.run(
-            [
-                *(str(BIN / "sequencematch"), "submit", str(ROOT / ARITHMETIC), *TINY, f"runs_folder={runs}"),
-                *("--name", "whole", "--no-evaluate", "--address", head.address),
-            ],
-            cwd=tmp_path,
-            env=head.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        left = [process for process in head.processes("ray::") if process.pid not in before]
-        assert not [process for process in left if "IDLE" not in process.name()], left
-        assert not head.processes("launch.cli")
-    folder = runs / "whole"
+    before = {process.pid for process in head.processes("ray::")}
+    follower = submit(head, tmp_path / "runs", "whole")
+    out, err = follower.communicate(timeout=TIMEOUT_S)
+    assert follower.returncode == 0, out + err
+    left = [process for process in head.processes("ray::") if process.pid not in before]
+    assert not [process for process in left if "IDLE" not in process.name()], left
+    assert not head.processes("launch.cli")
+    folder = tmp_path / "runs" / "whole"
     assert max(row["step"] for row in metrics_of(folder, "sequencematch")) == 40
     assert sum(batch.num_rows for batch in trajectories_of(folder)) > 0
     assert not (folder / CLUSTER_FILE).exists()
@@ -54,32 +63,18 @@ def test_a_submitted_run_trains_with_actors_on_other_nodes_and_leaves_nothing(tm
     assert re.search(f"the plan: learner on {where}; actors on {where}", (folder / LOG_FILE).read_text())
 
 
-@pytest.mark.timeout(600)
-def test_who_follows_a_run_is_told_when_its_cluster_dies(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "orphan"
-    with RayHead(num_cpus=2) as head:
-        follower = subprocess.Popen(
-            [
-                *(str(BIN / "sequencematch"), "submit", str(ROOT / ARITHMETIC), *TINY, "stages.trunk.steps=1000000"),
-                *(f"runs_folder={folder.parent}", "--name", "orphan", "--address", head.address),
-            ],
-            cwd=tmp_path,
-            env=head.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        deadline = time.monotonic() + TIMEOUT_S / 2
-        while not metrics_of(folder):
-            assert follower.poll() is None, follower.communicate()
-            assert time.monotonic() < deadline, "the run took no step"
-            time.sleep(0.3)
-        for process in head.processes():
-            if process.pid != follower.pid:
-                with contextlib.suppress(psutil.NoSuchProcess):  # the death of one ends others
-                    process.kill()
-        _, err = follower.communicate(timeout=TIMEOUT_S / 4)
+def test_who_follows_a_run_is_told_when_its_cluster_dies(head: RayHead, tmp_path: Path) -> None:
+    follower = submit(head, tmp_path / "runs", "orphan", "stages.trunk.steps=1000000")
+    deadline = time.monotonic() + TIMEOUT_S / 2
+    while not metrics_of(tmp_path / "runs" / "orphan"):
+        assert follower.poll() is None, follower.communicate()
+        assert time.monotonic() < deadline, "the run took no step"
+        time.sleep(0.3)
+    for process in head.processes():
+        if process.pid != follower.pid:
+            with contextlib.suppress(psutil.NoSuchProcess):  # the death of one ends others
+                process.kill()
+    _, err = follower.communicate(timeout=TIMEOUT_S / 4)
     assert follower.returncode == 1, err
     assert "error: lost the log of run orphan" in err
     assert "Traceback" not in err

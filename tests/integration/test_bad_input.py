@@ -14,6 +14,8 @@ from tests.integration.local_ray import cluster_to_join
 from tests.integration.train_process import ARITHMETIC, TINY, refusal_of
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_model
 
+pytestmark = pytest.mark.slow
+
 TEXT = "launch/recipes/text_cpu.yaml"
 
 
@@ -23,31 +25,11 @@ def cluster() -> Iterator[str]:
         yield address
 
 
-def test_unknown_key(tmp_path: Path) -> None:
-    assert "did you mean" in refusal_of(tmp_path, ARITHMETIC, "actors.cuont=2")
-
-
-def test_unreachable_cluster(tmp_path: Path) -> None:
-    error = refusal_of(tmp_path, ARITHMETIC, "cluster.address=127.0.0.1:1")
-    assert "no Ray cluster answers at 127.0.0.1:1" in error
-    assert "cluster.address" in error
-
-
-@pytest.mark.slow
-def test_resources_that_no_node_offers(cluster: str, tmp_path: Path) -> None:
-    error = refusal_of(tmp_path, ARITHMETIC, cluster, "actors.resources.rollouts=2", "actors.count=2")
-    assert "the plan needs 4 rollouts (4 for actors), the cluster has 0 free" in error
-    assert "actors.resources" in error
-    assert "--resources" in error
-
-
-@pytest.mark.slow
 def test_missing_model_folder(cluster: str, tmp_path: Path) -> None:
     missing = tmp_path / "models" / "nothing-here"
     assert str(missing) in refusal_of(tmp_path / "runs", TEXT, cluster, f"model.name={missing}")
 
 
-@pytest.mark.slow
 def test_answers_longer_than_the_context(cluster: str, tmp_path: Path) -> None:
     overrides = [override for override in TINY if not override.startswith("cluster.")]
     error = refusal_of(tmp_path, ARITHMETIC, *overrides, cluster, "actors.rollout.max_new_tokens=60")
@@ -55,7 +37,6 @@ def test_answers_longer_than_the_context(cluster: str, tmp_path: Path) -> None:
     assert "context of 64 tokens" in error
 
 
-@pytest.mark.slow
 def test_vocabulary_without_room_for_backspace(cluster: str, tmp_path: Path) -> None:
     """The recipe's token is not in the vocabulary, and no row may be added."""
     folder = save_tiny_model(tmp_path / "model", tiny_model())
