@@ -1,7 +1,7 @@
 """Run one benchmark: `python -m tests.benchmarks NAME [OPTIONS] [--json]`, from the root of the repository.
 
-Each is a module of this package with two functions: `bench` measures and returns a JSON object, its parameters are the
-options; `table` shows that object to people. With `--json` the object is printed on stdout, and nothing else.
+Each is a module of this package: `bench` measures and returns a JSON object, its parameters are the options; `SHOWN`
+says what of that object people see. With `--json` the object is printed on stdout, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 
 from launch.commands import reported_errors, stdout_kept_clean
 from launch.errors import EXIT_USER_ERROR
-from tests.benchmarks.table import Table, print_table
+from tests.benchmarks.table import Shown, print_result
 
 NAMES = ("rollouts", "buffer", "learner", "learner_memory", "weights", "scaling")
 
@@ -33,13 +33,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(EXIT_USER_ERROR)
     module = importlib.import_module(f"tests.benchmarks.{name}")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(_reporting(module.bench, module.table, as_json))
+    app.command()(_reporting(module.bench, module.SHOWN, as_json))
     app(options, prog_name=f"python -m tests.benchmarks {name}")
 
 
-def _reporting(
-    bench: Callable[P, dict[str, object]], table: Callable[[dict[str, object]], Table], as_json: bool
-) -> Callable[P, None]:
+def _reporting(bench: Callable[P, dict[str, object]], shown: Shown, as_json: bool) -> Callable[P, None]:
     @functools.wraps(bench)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         with reported_errors(), stdout_kept_clean(as_json):
@@ -47,7 +45,7 @@ def _reporting(
         if as_json:
             typer.echo(json.dumps(found))
         else:
-            print_table(table(found), found)
+            print_result(found, shown)
 
     return run
 

@@ -1,4 +1,6 @@
-"""What every benchmark shares: one side of a comparison, the runner that lets the sides take turns, and clocks."""
+"""What every benchmark shares: options, clocks, one side of a comparison, and the runner that lets the sides take
+turns.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
+
+import psutil
+import typer
+
+Seed = Annotated[int, typer.Option(min=0)]
+Repetitions = Annotated[int, typer.Option(min=1, help="Measurements of each side, which take turns.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Model in Hugging Face format; by default a small random one.", show_default=False)
+]
 
 Clock = Literal["wall_s", "cpu_s"]
 """cpu_s is the time of the measuring process, which a busy machine disturbs less."""
@@ -74,13 +85,9 @@ class Results:
         """Amount per second, of each repetition."""
         return [each[work].rate(clock) for each in self.found[backend]]
 
-    def rate(self, backend: str, work: str, clock: Clock = "wall_s") -> float:
-        """Median amount per second."""
-        return median(self.rates(backend, work, clock))
-
-    def seconds(self, backend: str, work: str) -> list[float]:
-        """Wall-clock time of each repetition."""
-        return [each[work].wall_s for each in self.found[backend]]
+    def medians(self, work: str, clock: Clock = "wall_s") -> dict[str, float]:
+        """Median amount per second of each backend."""
+        return {backend: median(self.rates(backend, work, clock)) for backend in self.found}
 
     def ratios(self, ours: str, theirs: str, work: str, clock: Clock = "wall_s") -> list[float]:
         """Rate of `ours` over that of `theirs`, of each repetition."""
@@ -140,29 +147,13 @@ def ray_of_its_own(num_cpus: int, **options: object) -> Iterator[None]:
         ray.shutdown()
 
 
-def circumstances(*, repetitions: int | None = None, seed: int | None = None) -> dict[str, object]:
-    """What every result says of itself; `repetitions` and `seeds` only where there are some."""
-    said: dict[str, object] = {} if repetitions is None else {"repetitions": repetitions}
-    return (
-        said
-        | ({} if seed is None else {"seeds": [seed]})
-        | {
-            "hardware": hardware(),
-            "command": " ".join(["python -m tests.benchmarks", *sys.argv[1:]]),
-        }
-    )
-
-
-def hardware() -> dict[str, str | int]:
-    """Processor model, cores this process may use, memory in GiB."""
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": _cpu_model(), "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory_bytes / 2**30)}
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def circumstances(**known: object) -> dict[str, object]:
+    """What every result says of itself, beside what is `known` of its measurement."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    hardware = {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+    }
+    return {**known, "hardware": hardware, "command": " ".join(["python -m tests.benchmarks", *sys.argv[1:]])}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,38 +18,34 @@ SAMPLING = SamplingSettings(max_new_tokens=512, max_actions=512)
 FIRST_TEXT_ID = 4
 BACKSPACE_RATE = 0.1
 ACTIONS, PROMPT_TOKENS = (50, 500), (16, 64)
+"""Fewest and most; stores of fixed-size rows reserve room for the most."""
 SENT_ROWS: int = ActorsSettings().insert_rows
 """Rows per insert that rates are told of: what an actor sends."""
-
 NUM_DISTINCT = 1024
 """Rollouts that are made; a store of more rows holds each of them several times, under ids of their own."""
 
+Rollouts = tuple[FinishedLog, ...]
 Padded = dict[str, npt.NDArray[np.generic]]
 
-
-@dataclass(frozen=True)
-class RolloutLoad:
-    """Rollouts as an actor has them when they are finished: one array per column and rollout.
-
-    longest_prompt, longest_log: the widths that stores of fixed-size rows reserve.
-    """
-
-    logs: tuple[FinishedLog, ...]
-    longest_prompt: int
-    longest_log: int
-
-    def rollouts(self, first: int, count: int) -> list[FinishedLog]:
-        """The rollouts numbered first, first + 1, ...; each number has an id of its own."""
-        return [
-            replace(self.logs[number % len(self.logs)], request_id=f"bench-{number:012d}-0123456789abcdef")
-            for number in range(first, first + count)
-        ]
+LISTS = {"prompt_ids": "int32", "actions": "int32", "logprobs": "float32", "policy_version": "int32"}
+SCALARS = {
+    **dict.fromkeys(("prompt_length", "length", "task", "actor"), "int32"),
+    **dict.fromkeys(("number", "created_at"), "int64"),
+    **dict.fromkeys(("source", "finish_reason"), "uint8"),
+    **dict.fromkeys(("temperature", "top_p", "reward"), "float32"),
+    "floor_mask": "bool",
+}
 
 
-def make_rollouts(actions: tuple[int, int], prompt: tuple[int, int], seed: int) -> RolloutLoad:
-    """Rollouts with `actions` and `prompt` tokens (fewest, most), all lengths equally likely."""
+def width(column: str) -> int:
+    """Numbers that a row of fixed size has in a column of `LISTS`."""
+    return (PROMPT_TOKENS if column == "prompt_ids" else ACTIONS)[1]
+
+
+def make_rollouts(seed: int, actions: tuple[int, int] = ACTIONS, prompt: tuple[int, int] = PROMPT_TOKENS) -> Rollouts:
+    """Rollouts as an actor has them when they are finished, all lengths within the bounds equally likely."""
     generator = np.random.default_rng(seed)
-    logs = []
+    made = []
     for number in range(NUM_DISTINCT):
         length = int(generator.integers(actions[0], actions[1] + 1))
         ids = generator.integers(FIRST_TEXT_ID, CONTRACT.vocab_size, length, dtype=np.int32)
@@ -57,19 +53,26 @@ def make_rollouts(actions: tuple[int, int], prompt: tuple[int, int], seed: int) 
         backspace[0] = False
         backspace[1:] &= ~backspace[:-1]  # each takes back the token before it
         ids[backspace] = CONTRACT.backspace_id
-        logs.append(
+        prompt_length = generator.integers(prompt[0], prompt[1] + 1)
+        made.append(
             FinishedLog(
                 request_id="",
-                prompt_ids=generator.integers(
-                    FIRST_TEXT_ID, CONTRACT.vocab_size, generator.integers(prompt[0], prompt[1] + 1), dtype=np.int32
-                ),
+                prompt_ids=generator.integers(FIRST_TEXT_ID, CONTRACT.vocab_size, prompt_length, dtype=np.int32),
                 actions=ids,
                 logprobs=-generator.random(length, dtype=np.float32),
                 policy_version=np.sort(generator.integers(number // 100, number // 100 + 2, length, dtype=np.int32)),
                 finish_reason="max_actions",
             )
         )
-    return RolloutLoad(tuple(logs), prompt[1], actions[1])
+    return tuple(made)
+
+
+def take(rollouts: Rollouts, first: int, count: int) -> list[FinishedLog]:
+    """The rollouts numbered first, first + 1, ...; each number has an id of its own."""
+    return [
+        replace(rollouts[number % len(rollouts)], request_id=f"bench-{number:012d}-0123456789abcdef")
+        for number in range(first, first + count)
+    ]
 
 
 def as_arrow(logs: Sequence[FinishedLog]) -> pa.RecordBatch:
@@ -77,19 +80,12 @@ def as_arrow(logs: Sequence[FinishedLog]) -> pa.RecordBatch:
     return logs_to_batch(logs, CONTRACT, task="bench", actor="actor-0", sampling=SAMPLING, weights_fingerprint="0" * 32)
 
 
-def as_padded(logs: Sequence[FinishedLog], load: RolloutLoad) -> Padded:
-    """As stores of fixed-size rows take them: every column of numbers, padded to the longest.
-
-    Text (ids, task, actor, fingerprint), which our store keeps too, is left out: numbers stand for it. So are columns
-    that are null in a rollout without noise. Padding is done in the quickest way that numpy has.
+def as_padded(logs: Sequence[FinishedLog]) -> Padded:
+    """As stores of fixed-size rows take them: every column of numbers, padded to the longest in the quickest way that
+    numpy has. Text, which our store keeps too, is left out: numbers stand for it. So are columns that are null in a
+    rollout without noise.
     """
-    count = len(logs)
-    padded: Padded = {
-        "prompt_ids": np.zeros((count, load.longest_prompt), np.int32),
-        "actions": np.zeros((count, load.longest_log), np.int32),
-        "logprobs": np.zeros((count, load.longest_log), np.float32),
-        "policy_version": np.zeros((count, load.longest_log), np.int32),
-    }
+    padded: Padded = {name: np.zeros((len(logs), width(name)), number) for name, number in LISTS.items()}
     for row, log in enumerate(logs):
         padded["prompt_ids"][row, : len(log.prompt_ids)] = log.prompt_ids
         padded["actions"][row, : len(log.actions)] = log.actions
@@ -101,25 +97,7 @@ def as_padded(logs: Sequence[FinishedLog], load: RolloutLoad) -> Padded:
 def scalars(logs: Sequence[FinishedLog]) -> Padded:
     """The columns of one number per rollout."""
     count = len(logs)
-    columns: Padded = {name: np.zeros(count, number_type) for name, number_type in SCALARS.items()}
+    columns: Padded = {name: np.zeros(count, number) for name, number in SCALARS.items()}
     columns["prompt_length"] = np.fromiter((len(log.prompt_ids) for log in logs), np.int32, count)
     columns["length"] = np.fromiter((len(log.actions) for log in logs), np.int32, count)
     return columns
-
-
-LISTS = ("prompt_ids", "actions", "logprobs", "policy_version")
-
-SCALARS: dict[str, type[np.generic]] = {
-    "prompt_length": np.int32,
-    "length": np.int32,
-    "number": np.int64,
-    "source": np.uint8,
-    "task": np.int32,
-    "finish_reason": np.uint8,
-    "temperature": np.float32,
-    "top_p": np.float32,
-    "floor_mask": np.bool_,
-    "reward": np.float32,
-    "actor": np.int32,
-    "created_at": np.int64,
-}

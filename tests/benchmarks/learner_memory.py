@@ -14,44 +14,30 @@ from typing import Annotated, Literal, cast, get_args
 import typer
 
 from tests.benchmarks.backend import circumstances, run_module
-from tests.benchmarks.table import Table
 
 Side = Literal["ours", "plain"]
+SHOWN = {"extra_peak_mib": "", "ratio_to_plain_loss": "", "num_nodes": "", "vocab_size": ""}
 
 
 def bench(
-    num_nodes: Annotated[int, typer.Option("--nodes", min=1, help="States with a value.")] = 4096,
-    vocab_size: Annotated[int, typer.Option("--vocabulary", min=8, help="Rows of the output embedding.")] = 49_152,
-    hidden_size: Annotated[int, typer.Option("--width", min=1, help="Width of the states.")] = 576,
-    timeout_s: Annotated[float, typer.Option("--timeout", help="Longest wait for one measurement.")] = 600.0,
+    nodes: Annotated[int, typer.Option(min=1, help="States with a value.")] = 4096,
+    vocabulary: Annotated[int, typer.Option(min=8, help="Rows of the output embedding.")] = 49_152,
+    width: Annotated[int, typer.Option(min=1, help="Width of the states.")] = 576,
+    timeout: Annotated[float, typer.Option(help="Longest wait for one measurement, in seconds.")] = 600.0,
 ) -> dict[str, object]:
     """Compare the memory of action values with that of the plain loss, forward and backward.
 
     In the result, `ratio_to_plain_loss` is our extra peak over that of the plain loss.
     """
     extra = {
-        side: cast(int, run_module("learner_memory", side, num_nodes, vocab_size, hidden_size, timeout_s=timeout_s))
+        side: cast(int, run_module("learner_memory", side, nodes, vocabulary, width, timeout_s=timeout))
         for side in get_args(Side)
     }
     return {
         "ratio_to_plain_loss": extra["ours"] / extra["plain"],
         "extra_peak_mib": {side: round(size / 2**20, 1) for side, size in extra.items()},
-        "num_nodes": num_nodes,
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "dtype": "float32",
-        **circumstances(),
+        **circumstances(num_nodes=nodes, vocab_size=vocabulary, hidden_size=width, dtype="float32"),
     }
-
-
-def table(found: dict[str, object]) -> Table:
-    """The extra peak of both."""
-    extra = cast(dict[str, float], found["extra_peak_mib"])
-    return Table(
-        (f"{found['num_nodes']:,} states x {found['vocab_size']:,} actions", "extra peak, MiB"),
-        [("Q and V", f"{extra['ours']:,.0f}"), ("plain loss", f"{extra['plain']:,.0f}")],
-        [f"ratio {cast(float, found['ratio_to_plain_loss']):.3f}"],
-    )
 
 
 def measure_here(side: Side, num_nodes: int, vocab_size: int, hidden_size: int) -> int:

@@ -5,9 +5,8 @@ Hardware of its own for each process is assumed; `tests.benchmarks.scaling_plan`
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,7 +16,19 @@ from launch.settings.recipe import read_recipe
 from tests.benchmarks.backend import circumstances
 from tests.benchmarks.scaling_model import Point, simulate
 from tests.benchmarks.scaling_plan import TIMED_RECIPE, StepTimes, make_plan, read_times
-from tests.benchmarks.table import Table
+
+COLUMNS = (
+    "ranks,actors,steps_per_s=steps_/s,actions_per_s=actions_/s,samples_per_s=samples_/s,samples_per_insert=ratio,"
+    "staleness_mean=stale,dropped_share=drop,actors_held_back=held,learner_waiting=wait,buffer_busy=busy,"
+    "saturated=limit,failure=the run_would_end"
+)
+SHOWN = {
+    f"points[{COLUMNS}]": "simulated; ratio: samples per insert; stale: mean staleness; drop: share of stale rollouts; "
+    "held, wait, busy: share of time that actors are held back, the learner waits, the busiest shard works",
+    "stage": "",
+    "steps": "",
+    "warmup": "",
+}
 
 
 def bench(
@@ -45,9 +56,8 @@ def bench(
     In the result, `points` are what `tests.benchmarks.scaling_model.simulate` returns, and what is `saturated`: actors,
     learner, buffer, or push.
     """
-    settings = read_recipe(recipe, overrides or [])
     step_times = StepTimes() if times is None else read_times(times)
-    plan = make_plan(settings, stage, step_times, steps, warmup)
+    plan = make_plan(read_recipe(recipe, overrides or []), stage, step_times, steps, warmup)
     all_actors, all_ranks = _numbers("--actors", actors), _numbers("--ranks", ranks)
     points: list[Point] = []
     with Console(stderr=True).status("simulating") as progress:
@@ -79,55 +89,14 @@ def _numbers(option: str, text: str) -> list[int]:
 
 def saturated(point: Point) -> str:
     """What has the least time to spare; of the actors' and the learner's, the larger of work and weights counts."""
-    actors_busy = point["actors_generating"] + point["actors_loading"]
-    learner_busy = point["learner_training"] + point["learner_publishing"]
-    busiest = max(actors_busy, learner_busy, point["buffer_busy"])
-    if busiest == point["buffer_busy"]:
-        return "buffer"
-    if busiest == learner_busy:
-        return "learner" if point["learner_training"] >= point["learner_publishing"] else "push"
-    return "actors" if point["actors_generating"] >= point["actors_loading"] else "push"
-
-
-def table(found: dict[str, object]) -> Table:
-    """A row for each point, then where each number of ranks saturates."""
-    points = cast(list[Point], found["points"])
-    notes = [
-        f"{ranks} learner ranks: {_limits(list(of_ranks))}"
-        for ranks, of_ranks in groupby(points, key=lambda point: point["ranks"])
-    ]
-    notes += [
-        f"{point['actors']} actors, {point['ranks']} ranks: the run would end: {point['failure']}"
-        for point in points
-        if point["failure"] is not None
-    ]
-    notes += [
-        "actions/s: of all engines; samples/s: rollouts drawn; ratio: samples per inserted rollout",
-        "stale: mean and largest staleness; drop: share of rollouts dropped as stale",
-        "share of time: held: actors are held back; wait: the learner waits; busy: the busiest shard works",
-        f"stage {found['stage']}, {found['steps']} steps after {found['warmup']}, simulated",
-    ]
-    columns = "ranks actors steps/s actions/s samples/s ratio stale drop held wait busy limit"
-    return Table(columns.split(), [_cells(point) for point in points], notes)
-
-
-def _cells(point: Point) -> list[str]:
-    ratio = point["samples_per_insert"]
-    shares = ("dropped_share", "actors_held_back", "learner_waiting", "buffer_busy")
-    return [
-        str(point["ranks"]),
-        str(point["actors"]),
-        f"{point['steps_per_s']:,.2f}",
-        f"{point['actions_per_s']:,.0f}",
-        f"{point['samples_per_s']:,.0f}",
-        "-" if ratio is None else f"{ratio:.2f}",
-        f"{point['staleness_mean']:.1f} {point['staleness_max']}",
-        *(f"{point[share]:.0%}" for share in shares),
-        "fails" if point["failure"] is not None else point["saturated"],
-    ]
-
-
-def _limits(points: list[Point]) -> str:
-    """What limits them, from which number of actors on."""
-    limits = groupby(points, key=lambda point: point["saturated"])
-    return ", ".join(f"{resource} from {next(group)['actors']} actors" for resource, group in limits)
+    busy = {
+        "buffer": point["buffer_busy"],
+        "learner": point["learner_training"] + point["learner_publishing"],
+        "actors": point["actors_generating"] + point["actors_loading"],
+    }
+    busiest = max(busy, key=lambda name: busy[name])
+    pushing = {
+        "learner": point["learner_publishing"] > point["learner_training"],
+        "actors": point["actors_loading"] > point["actors_generating"],
+    }
+    return "push" if pushing.get(busiest) else busiest

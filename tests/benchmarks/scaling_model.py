@@ -32,6 +32,7 @@ ROW = [("oldest", np.int32), ("times_drawn", np.int32), ("created_s", np.float64
 """oldest: version of the weights behind a rollout's first action."""
 
 REMOVED = ("capacity", "age", "sampled", "stale")
+LEARNER_PARTS = ("training", "publishing", "waiting")
 
 T = TypeVar("T")
 Process: TypeAlias = Generator[simpy.Event, Any, T]
@@ -152,10 +153,14 @@ class _Buffer:
             self.demand = self._env.event()
 
     def _work(self, shard: int, seconds: float) -> Process[None]:
-        with self._shards[shard].request() as turn:
-            yield turn
-            yield self._env.timeout(seconds)
-            self._counts[f"shard {shard}"] += seconds
+        yield from _hold(self._env, self._shards[shard], seconds)
+        self._counts[f"shard {shard}"] += seconds
+
+
+def _hold(env: simpy.Environment, resource: simpy.Resource, seconds: float) -> Process[None]:
+    with resource.request() as turn:
+        yield turn
+        yield env.timeout(seconds)
 
 
 class _Actor:
@@ -240,7 +245,6 @@ class _Run:
         self._staleness: list[Int64] = []
 
     def point(self) -> Point:
-        """Simulate."""
         self._scale(self._num_actors)
         if self.plan.actors.autoscale is not None:
             self.env.process(self._autoscale(Autoscaler(self.plan.actors.autoscale)))
@@ -251,13 +255,9 @@ class _Run:
     def sent(self, version: int, node: int) -> simpy.Event:
         """When the weights are on a node: one node after the other, once for all its actors."""
         if (version, node) not in self._sent:
-            self._sent[version, node] = self.env.process(self._send())
+            sending = _hold(self.env, self._link, self.plan.times.send_weights_s)
+            self._sent[version, node] = self.env.process(sending)
         return self._sent[version, node]
-
-    def _send(self) -> Process[None]:
-        with self._link.request() as turn:
-            yield turn
-            yield self.env.timeout(self.plan.times.send_weights_s)
 
     def _join(self) -> Process[float]:
         while any(actor.activity == STARTING for actor in self._actors):
@@ -318,13 +318,8 @@ class _Run:
         (begin_s, before), (end_s, after) = self._begin, self._end
         elapsed_s = end_s - begin_s
         count: Counts = defaultdict(float, {name: after[name] - before[name] for name in after})
-        learner = {part: count[f"learner {part}"] / elapsed_s for part in ("training", "publishing", "waiting")}
-        actors_s = sum(count[activity] for activity in (GENERATING, LOADING, HELD_BACK, INSERTING, WAITING))
-        actors = {
-            activity: count[activity] / actors_s if actors_s else 0.0
-            for activity in (GENERATING, LOADING, HELD_BACK, INSERTING)
-        }
-        buffer_busy = max(count[f"shard {shard}"] for shard in range(self.plan.buffer.shards)) / elapsed_s
+        working = (GENERATING, LOADING, HELD_BACK, INSERTING)
+        actors_s = sum(count[activity] for activity in (*working, WAITING)) or 1.0
         behind = np.concatenate([np.zeros(0, np.int64), *self._staleness])
         return {
             "actors": self._num_actors,
@@ -338,9 +333,9 @@ class _Run:
             "staleness_mean": float(behind.mean()) if len(behind) else 0.0,
             "staleness_max": int(behind.max(initial=0)),
             "dropped_share": count["stale"] / count["inserted"] if count["inserted"] else 0.0,
-            **{f"actors_{activity}": share for activity, share in actors.items()},
-            **{f"learner_{part}": share for part, share in learner.items()},
-            "buffer_busy": buffer_busy,
+            **{f"actors_{activity}": count[activity] / actors_s for activity in working},
+            **{f"learner_{part}": count[f"learner {part}"] / elapsed_s for part in LEARNER_PARTS},
+            "buffer_busy": max(count[f"shard {shard}"] for shard in range(self.plan.buffer.shards)) / elapsed_s,
             "join_s": join_s,
             "actors_at_end": len(self._actors),
             "inserted": int(self.counts["inserted"]),

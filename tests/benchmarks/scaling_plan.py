@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from actors.settings import ActorsSettings
 from buffer.settings import BufferSettings, Settings
@@ -26,31 +26,22 @@ class StepTimes(Settings):
     The defaults are those of `TIMED_RECIPE` with a core for each process; docs/results/cpu.md tells their origin.
     """
 
-    decode_step_s: dict[PositiveInt, PositiveFloat] = Field(
-        {1: 0.0044, 8: 0.0044, 64: 0.0082},
-        min_length=1,
-        description="one engine step, by the number of rollouts in it; between two numbers linear, below as the least",
-    )
-    prefill_s: float = Field(0.00015, ge=0.0, description="added to a step for each rollout that begins in it")
-    actions_per_rollout: tuple[PositiveInt, ...] = Field(
-        (4, 5, 5, 5), min_length=1, description="lengths of rollouts, all equally likely"
-    )
-    start_actor_s: float = Field(12.0, ge=0.0, description="from the pool's decision until an engine stands")
-    load_weights_s: float = Field(0.01, ge=0.0, description="an actor stands still to take and check new weights")
-    send_weights_s: float = Field(
-        0.002, ge=0.0, description="weights travel to one node, one node after the other, once for its actors"
-    )
-    actors_per_node: PositiveInt = Field(8, description="actors that share what was sent to their node")
-    publish_s: float = Field(0.01, ge=0.0, description="the learner stands still to publish")
-    learner_step_s: float = Field(0.01, gt=0.0, description="of a learner step, whatever the batch and the ranks")
-    learner_trajectory_s: float = Field(
-        0.0007, ge=0.0, description="of a learner step for each trajectory, divided by the ranks"
-    )
-    insert_s: float = Field(0.003, ge=0.0, description="a shard is busy with an insert")
-    insert_row_s: float = Field(0.0001, ge=0.0, description="... and as long for each of its trajectories")
-    draw_s: float = Field(0.003, ge=0.0, description="a shard is busy with its part of a draw")
-    draw_row_s: float = Field(0.00003, ge=0.0, description="... and as long for each of its trajectories")
-    call_s: float = Field(0.001, ge=0.0, description="a call to another process and back, beside the work")
+    # One engine step, by the number of rollouts in it; between two numbers linear, below as the least.
+    decode_step_s: dict[PositiveInt, PositiveFloat] = Field({1: 0.0044, 8: 0.0044, 64: 0.0082}, min_length=1)
+    prefill_s: NonNegativeFloat = 0.00015  # added to a step for each rollout that begins in it
+    actions_per_rollout: tuple[PositiveInt, ...] = Field((4, 5, 5, 5), min_length=1)  # lengths, all equally likely
+    start_actor_s: NonNegativeFloat = 12.0  # from the pool's decision until an engine stands
+    load_weights_s: NonNegativeFloat = 0.01  # an actor stands still to take and check new weights
+    send_weights_s: NonNegativeFloat = 0.002  # weights travel to one node after the other, once for its actors
+    actors_per_node: PositiveInt = 8  # actors that share what was sent to their node
+    publish_s: NonNegativeFloat = 0.01  # the learner stands still to publish
+    learner_step_s: PositiveFloat = 0.01  # of a learner step, whatever the batch and the ranks
+    learner_trajectory_s: NonNegativeFloat = 0.0007  # ... and for each trajectory, divided by the ranks
+    insert_s: NonNegativeFloat = 0.003  # a shard is busy with an insert
+    insert_row_s: NonNegativeFloat = 0.0001  # ... and as long for each of its trajectories
+    draw_s: NonNegativeFloat = 0.003  # a shard is busy with its part of a draw
+    draw_row_s: NonNegativeFloat = 0.00003  # ... and as long for each of its trajectories
+    call_s: NonNegativeFloat = 0.001  # a call to another process and back, beside the work
 
     def decode_s(self, num_rollouts: int, num_new: int) -> float:
         """Of an engine step with `num_rollouts` under way, of which `num_new` begin."""
@@ -97,27 +88,25 @@ def make_plan(
         UserError: there is no such stage, or the simulation cannot do what the recipe asks for.
     """
     stages = {stage.name: stage for stage in settings.stages if stage.objective.needs_rollouts}
-    if not stages:
-        raise UserError(f"no stage of {settings.name!r} draws rollouts, so there is nothing to simulate")
-    stage = stages.get(stage_name or next(iter(stages)))
+    stage = next(iter(stages.values()), None) if stage_name is None else stages.get(stage_name)
     if stage is None:
-        raise UserError(f"{stage_name!r} is no stage that draws rollouts; those are: {', '.join(stages)}")
+        raise UserError(f"stage {stage_name or ''} draws no rollouts; those that do are: {', '.join(stages) or 'none'}")
     if settings.noise.kind == "policy" and stage.objective.uses_noise:
         raise UserError("simulated actors make no expert trajectories: choose another noise.kind than policy")
-    largest = max(times.decode_step_s)
-    if settings.actors.max_concurrent > largest:
+    actors, largest = settings.actors, max(times.decode_step_s)
+    if actors.max_concurrent > largest:
         raise UserError(
-            f"actors.max_concurrent={settings.actors.max_concurrent}, but the times tell decode_step_s for {largest} "
-            "rollouts at most: measure it for as many, or lower actors.max_concurrent"
+            f"the times tell decode_step_s for {largest} rollouts at most: measure it for actors.max_concurrent="
+            f"{actors.max_concurrent}, or lower that"
         )
-    if times.start_actor_s > settings.actors.start_timeout_s:
+    if times.start_actor_s > actors.start_timeout_s:
         raise UserError(
-            f"start_actor_s={times.start_actor_s:g} is more than actors.start_timeout_s="
-            f"{settings.actors.start_timeout_s:g}: no engine would start; raise the latter"
+            f"start_actor_s={times.start_actor_s:g} is more than actors.start_timeout_s={actors.start_timeout_s:g}: no "
+            "engine would start; raise the latter"
         )
     if warmup is None:
         warmup = 2 * -(-settings.buffer.capacity // stage.rollout_batch_size)
-    return Plan(settings.actors, settings.buffer, stage, settings.learner, times, steps, warmup, settings.seed)
+    return Plan(actors, settings.buffer, stage, settings.learner, times, steps, warmup, settings.seed)
 
 
 def read_times(path: Path) -> StepTimes:

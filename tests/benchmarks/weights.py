@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from actors.engine.checks import check_machine
 from actors.engine.interface import EngineSettings, engine_environment
 from launch.errors import setting_up
-from tests.benchmarks.backend import Backend, Timed, circumstances, measure_in_turn, ray_of_its_own
-from tests.benchmarks.table import Table
+from tests.benchmarks.backend import Backend, Repetitions, Seed, Timed, circumstances, measure_in_turn, ray_of_its_own
+from tests.benchmarks.models import llama_config
 from tests.benchmarks.weights_ends import PublishingLearner, Relay, TakingActor
 
 if TYPE_CHECKING:
@@ -29,38 +28,29 @@ ANSWER_TIMEOUT_S = 120.0
 WARM_UPS = 3
 """Publications before those that count: the first ones meet shared memory that the system has yet to provide."""
 PAUSE_S = 0.2
+SHOWN = {
+    "one_actor_s": "",
+    "three_actors_s": "",
+    "ratio_to_memcpy": "at most 3",
+    "ratio_to_memcpy_3": "",
+    "load_ratio_to_memcpy": "",
+    "push_ratio_to_memcpy": "",
+    "ratio_to_fresh_memcpy": "",
+    "model": "",
+    "size_bytes": "",
+}
 
 Parts = dict[str, list[float]]
 
-ModelShape = Literal["smollm2-135m", "tiny"]
-SHAPES: dict[ModelShape, dict[str, int]] = {
-    "smollm2-135m": {
-        "vocab_size": 49_152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-    },
-}
-
 
 def bench(
-    shape: Annotated[ModelShape, typer.Option("--model", help="Shape of the random model.")] = "smollm2-135m",
-    repetitions: Annotated[int, typer.Option(min=1, help="Publications that count; medians count.")] = 7,
+    model: Annotated[Literal["smollm2-135m", "tiny"], typer.Option(help="Shape of the random model.")] = "smollm2-135m",
+    repetitions: Repetitions = 7,
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Number format of weights and engine.")
     ] = "float32",
-    with_engine: Annotated[bool, typer.Option("--engine/--no-engine", help="Load into a real engine, too.")] = True,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    engine: Annotated[bool, typer.Option(help="Load into a real engine, too.")] = True,
+    seed: Seed = 0,
 ) -> dict[str, object]:
     """Push weights to one actor and to three, against a memory copy of the same bytes (docs/weights.md).
 
@@ -69,52 +59,29 @@ def bench(
     of three actors, which only take the bytes; `load_ratio_to_memcpy`: the engine's loading; `push_ratio_to_memcpy`:
     the learner's call until the actor can generate, everything included.
     """
-    if with_engine:
+    if engine:
         with setting_up():
             check_machine(enforce_eager=True)
-    config = _config(shape)
+    config = llama_config(model, max_length=2048, tied=True)
     size_bytes = _num_parameters(config) * (4 if dtype == "float32" else 2)
-    push_to = partial(_push_to, config=config, dtype=dtype, seed=seed, repetitions=repetitions)
     with ray_of_its_own(2, object_store_memory=max(4 * size_bytes, 1 << 28)):
-        one = push_to(1, with_engine)
-        three = push_to(3, with_engine=False)
+        one, three = (
+            _push_to(actors, with_engine, config, dtype, seed, repetitions)
+            for actors, with_engine in ((1, engine), (3, False))
+        )
     copy_s = median(one["memcpy"])
     return {
         "ratio_to_memcpy": median(one["channel"]) / copy_s,
         "ratio_to_memcpy_3": median(three["channel"]) / median(three["memcpy"]),
-        "load_ratio_to_memcpy": median(one["load"]) / copy_s if with_engine else None,
-        "push_ratio_to_memcpy": median(one["push"]) / copy_s if with_engine else None,
+        "load_ratio_to_memcpy": median(one["load"]) / copy_s if engine else None,
+        "push_ratio_to_memcpy": median(one["push"]) / copy_s if engine else None,
         "ratio_to_fresh_memcpy": median(one["channel"]) / median(one["fresh_memcpy"]),
         "size_bytes": size_bytes,
         "one_actor_s": _report(one),
         "three_actors_s": _report(three),
-        "model": shape,
-        "dtype": dtype,
         "transport": "object_store",
-        **circumstances(repetitions=repetitions, seed=seed),
+        **circumstances(model=model, dtype=dtype, repetitions=repetitions, seeds=[seed]),
     }
-
-
-def table(found: dict[str, object]) -> Table:
-    """Every part in milliseconds, for one actor and for three, and the ratios."""
-    one, three = (cast(dict[str, dict[str, float]], found[name]) for name in ("one_actor_s", "three_actors_s"))
-    ratios = {name: cast(float, found[name]) for name in found if "ratio" in name and found[name] is not None}
-    size_gb = cast(int, found["size_bytes"]) / 1e9
-    return Table(
-        ("", "one actor, ms", "three actors, ms"),
-        [(part.replace("_", " "), *(_span(each.get(part)) for each in (one, three))) for part in one],
-        [
-            ", ".join(f"{name.replace('_', ' ')} {ratio:.2f}" for name, ratio in ratios.items()),
-            f"model: {found['model']}, {found['dtype']}, {size_gb:.2f} GB",
-        ],
-    )
-
-
-def _span(seconds: Mapping[str, float] | None) -> str:
-    if seconds is None:
-        return "-"
-    middle, least, largest = (1e3 * seconds[name] for name in ("median", "least", "largest"))
-    return f"{middle:,.1f} ({least:,.1f}-{largest:,.1f})"
 
 
 def _report(seconds: Parts) -> dict[str, dict[str, float]]:
@@ -141,29 +108,18 @@ def _push_to(num_actors: int, with_engine: bool, config: LlamaConfig, dtype: str
         return {part: Timed(learner.size_bytes, seconds) for part, seconds in parts_s.items()}
 
     backends: dict[str, Backend] = {
-        "memcpy": lambda: {"copy": Timed(learner.size_bytes, learner.copy_s())},
-        "fresh_memcpy": lambda: {"copy": Timed(learner.size_bytes, learner.fresh_copy_s())},
+        "memcpy": lambda: {"memcpy": Timed(learner.size_bytes, learner.copy_s())},
+        "fresh_memcpy": lambda: {"fresh_memcpy": Timed(learner.size_bytes, learner.fresh_copy_s())},
         "push": push,
     }
-    results = measure_in_turn(backends, repetitions, WARM_UPS)
+    found = measure_in_turn(backends, repetitions, WARM_UPS).found
     for actor in (*actors, relay):
         ray.kill(actor)
-    parts_s = {part: results.seconds("push", part) for part in results.found["push"][0]}
-    return parts_s | {name: results.seconds(name, "copy") for name in ("memcpy", "fresh_memcpy")}
-
-
-def _config(shape: ModelShape) -> LlamaConfig:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        **SHAPES[shape],
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        architectures=["LlamaForCausalLM"],
-    )
+    return {
+        part: [each[part].wall_s for each in found[backend]]
+        for backend in ("push", "memcpy", "fresh_memcpy")
+        for part in found[backend][0]
+    }
 
 
 def _num_parameters(config: LlamaConfig) -> int:

@@ -8,25 +8,23 @@ import pytest
 
 from tests.benchmarks import buffer, learner, learner_memory, rollouts, weights
 from tests.benchmarks.backend import run_module
-from tests.benchmarks.buffer_backends import StoreBackend, disk_bytes, drop_page_cache
-from tests.benchmarks.buffer_load import ACTIONS, PROMPT_TOKENS, make_rollouts
-from tests.benchmarks.table import print_table
-
-CIRCUMSTANCES = {"hardware", "command"}
+from tests.benchmarks.buffer_load import make_rollouts, take, width
+from tests.benchmarks.buffer_stores import disk_bytes, drop_page_cache, open_store
+from tests.benchmarks.table import print_result
 
 
 def check(module, found, fields):
     """All fields, as JSON, and a table that shows them."""
     json.dumps(found)
-    assert found.keys() >= set(fields.split()) | CIRCUMSTANCES
-    print_table(module.table(found), found)
+    assert found.keys() >= {*fields.split(), "hardware", "command"}
+    print_result(found, module.SHOWN)
 
 
 @pytest.mark.slow
 def test_buffer(capsys):
     pytest.importorskip("torchrl", reason="TorchRL, of the extra `bench`, is not installed")
     pytest.importorskip("cpprb", reason="cpprb, of the extra `bench`, is not installed")
-    found = buffer.bench(600, repetitions=1, scales=[512, 2048], grow_gib=2**-8, with_service=True)
+    found = buffer.bench(600, repetitions=1, scale=[512, 2048], grow_gib=2**-8, service=True)
     check(
         buffer,
         found,
@@ -34,7 +32,7 @@ def test_buffer(capsys):
         "disk_bytes_per_drawn_row cold_major_faults sampling memory_while_growing service_rows_per_s sent_rows "
         "actions_per_rollout insert_rows drawn_rows page_cache repetitions seeds load_average versions",
     )
-    assert "ours, fsync=batch" in capsys.readouterr().out
+    assert "ours_fsync_batch" in capsys.readouterr().out
     for clock in (found, found["by_cpu_time"]):
         for rival in ("torchrl", "torchrl_hand_padded", "cpprb"):
             for measure in ("insert", "insert_packed", "insert_4_writers", "sample", "sample_cold", "disk"):
@@ -56,24 +54,24 @@ def test_buffer(capsys):
 def test_a_store_gives_back_what_it_took_also_when_its_pages_are_gone(name, tmp_path):
     pytest.importorskip("torchrl", reason="TorchRL, of the extra `bench`, is not installed")
     pytest.importorskip("cpprb", reason="cpprb, of the extra `bench`, is not installed")
-    load = make_rollouts(ACTIONS, PROMPT_TOKENS, seed=0)
-    store = StoreBackend(name, tmp_path, 300, load).open()
+    rollouts, folder = make_rollouts(seed=0), tmp_path / "store"
+    store = open_store(name, folder, 300)
     for first in range(0, 300, 50):
-        store.insert(store.pack(load.rollouts(first, 50)))
-    row_bytes = 12 * (275 if name.startswith("ours") else load.longest_log)
+        store.insert(store.pack(take(rollouts, first, 50)))
+    row_bytes = 12 * (275 if name.startswith("ours") else width("actions"))
     for _ in range(2):
         drawn = store.sample(128)
         columns = [drawn] if name.startswith("ours") else drawn.values()
         assert sum(column.nbytes for column in columns) / 128 == pytest.approx(row_bytes, rel=0.25)
-        drop_page_cache(store.folder)
+        drop_page_cache(folder)
     store.close()
-    assert disk_bytes(store.folder) > 300 * 3000
+    assert disk_bytes(folder) > 300 * 3000
 
 
 def test_a_measuring_process_that_fails_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RuntimeError, match=r"buffer_growth .* failed: "):
-        run_module("buffer_growth", tmp_path / "file", 2**20, timeout_s=100.0)
+    with pytest.raises(RuntimeError, match=r"buffer_costs .* failed: "):
+        run_module("buffer_costs", tmp_path / "file", 2**20, timeout_s=100.0)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -102,7 +100,7 @@ def test_learner(monkeypatch):
 
 @pytest.mark.slow
 def test_memory_is_measured_in_fresh_processes():
-    found = learner_memory.bench(num_nodes=512, vocab_size=65_536, hidden_size=32, timeout_s=100.0)
+    found = learner_memory.bench(nodes=512, vocabulary=65_536, width=32, timeout=100.0)
     check(learner_memory, found, "ratio_to_plain_loss extra_peak_mib num_nodes vocab_size hidden_size dtype")
     extra = found["extra_peak_mib"]
     assert 128 <= extra["ours"] < extra["plain"]  # what is kept
@@ -112,7 +110,7 @@ def test_memory_is_measured_in_fresh_processes():
 
 @pytest.mark.slow
 def test_rollouts():
-    found = rollouts.bench(batch=8, num_actions=64, repetitions=2, rates=[0.05, 0.3], timeout_s=120.0)
+    found = rollouts.bench(batch=8, actions=64, repetitions=2, rate=[0.05, 0.3], timeout=120.0)
     check(
         rollouts,
         found,

@@ -9,11 +9,11 @@ import pytest
 
 from buffer.trajectory.validation import validate
 from launch.errors import UserError
-from tests.benchmarks.backend import Stopwatch, Timed, measure_in_turn
-from tests.benchmarks.buffer_load import ACTIONS, CONTRACT, LISTS, PROMPT_TOKENS, as_arrow, as_padded, make_rollouts
-from tests.benchmarks.learner_load import LoadSource, make_load
+from tests.benchmarks.backend import Timed, measure_in_turn
+from tests.benchmarks.buffer_load import CONTRACT, LISTS, as_arrow, as_padded, make_rollouts, take
+from tests.benchmarks.learner_backends import LoadSource, make_load
 
-SIZES = {"batch": 16, "length": 12, "vocab_size": 64, "steps": 2, "seed": 0}
+SIZES = {"batch": 16, "length": 12, "vocab_size": 64, "steps": 1, "seed": 0, "prompt_length": 6, "texts_per_prompt": 8}
 
 
 def test_backends_take_turns_and_who_goes_first_alternates():
@@ -25,37 +25,18 @@ def test_backends_take_turns_and_who_goes_first_alternates():
 
     results = measure_in_turn({"a": partial(work, "a"), "b": partial(work, "b")}, repetitions=3, warm_ups=1)
     assert log == ["b", "a", "a", "b", "b", "a", "a", "b"]
-    assert results.seconds("a", "work") == [3.0, 6.0, 7.0]
     assert results.rates("b", "work") == [10 / 4, 10 / 5, 10 / 8]
-    assert results.rate("a", "work") == 10 / 6
+    assert results.medians("work") == {"a": 10 / 6, "b": 10 / 5}
     assert results.ratios("a", "b", "work") == pytest.approx([4 / 3, 5 / 6, 8 / 7])
 
 
-def test_a_stopwatch_adds_up_what_has_one_name():
-    watch = Stopwatch()
-    for amount in (2, 3):
-        with watch.time("pack", amount):
-            sum(range(10_000))
-    timed = watch.timed["pack"]
-    assert timed.amount == 5
-    assert timed.cpu_s > 0
-    assert timed.rate("wall_s") == 5 / timed.wall_s
-
-
-def test_rollouts_are_valid_and_of_all_lengths():
-    batch = as_arrow(make_rollouts(ACTIONS, PROMPT_TOKENS, seed=0).rollouts(0, 2000))
+def test_rollouts_are_valid_and_padded_rows_hold_what_arrow_rows_hold():
+    logs = take(make_rollouts(seed=0), 10, 2000)
+    batch, padded = as_arrow(logs), as_padded(logs)
     assert validate(batch, CONTRACT).rejections == ()
-    lengths = batch.column("actions").value_lengths().to_numpy()
-    assert 50 <= lengths.min() < 55
-    assert 495 < lengths.max() <= 500
-    actions = batch.column("actions").flatten().to_numpy()
-    assert 0.05 < (actions == CONTRACT.backspace_id).mean() < 0.15
-
-
-def test_padded_rows_hold_what_arrow_rows_hold():
-    load = make_rollouts(ACTIONS, PROMPT_TOKENS, seed=0)
-    logs = load.rollouts(10, 20)
-    batch, padded = as_arrow(logs), as_padded(logs, load)
+    actions = batch.column("actions")
+    assert set(actions.value_lengths().to_pylist()) >= {55, 495}
+    assert 0.05 < (actions.flatten().to_numpy() == CONTRACT.backspace_id).mean() < 0.15
     for name in LISTS:
         lengths = padded["prompt_length" if name == "prompt_ids" else "length"]
         unpadded = [row[:length].tolist() for row, length in zip(padded[name], lengths, strict=True)]
@@ -64,11 +45,11 @@ def test_padded_rows_hold_what_arrow_rows_hold():
 
 
 def test_all_trainers_get_the_same_tokens_and_prompts_are_shared():
-    load = make_load(**SIZES, prompt_length=6, logs_per_prompt=8)
+    load = make_load(**SIZES)
     source = LoadSource(load.trajectories(64))
-    for step in range(3):
+    for step in range(2):
         texts = [row["prompt_ids"] + row["actions"] for row in source.draw(16).to_pylist()]
-        assert texts == load.ids.reshape(2, 16, 12)[step % 2].tolist()
+        assert texts == load.ids.reshape(2, 16, 12)[step].tolist()
     assert len({tuple(text[:6]) for text in load.ids}) == 4
     assert len({tuple(text) for text in load.ids}) == 32
     assert (load.labels[:, :6] == -100).all()
@@ -78,4 +59,4 @@ def test_all_trainers_get_the_same_tokens_and_prompts_are_shared():
 @pytest.mark.parametrize("change", [{"batch": 12}, {"prompt_length": 12}, {"prompt_length": 0}])
 def test_sizes_that_do_not_fit(change):
     with pytest.raises(UserError, match="choose other sizes"):
-        make_load(**SIZES | {"prompt_length": 6, "logs_per_prompt": 8} | change)
+        make_load(**SIZES | change)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -149,18 +150,10 @@ def test_a_run_that_would_end_says_why():
     assert starving["failure"] == "waited 3 s for 8 policy trajectories: 0 are live and 16 are needed"
 
 
-def test_times_between_two_batches_are_between_theirs():
-    times = StepTimes(decode_step_s={8: 0.2, 1: 0.1}, prefill_s=0.01)
-    assert times.decode_s(1, 0) == pytest.approx(0.1)
-    assert times.decode_s(4, 0) == pytest.approx(0.1 + 0.1 * 3 / 7)
-    assert times.decode_s(8, 3) == pytest.approx(0.23)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"decode_s": 1}', "unknown key 'decode_s'; did you mean 'decode_step_s'"),
-        ('{"learner_step_s": 0}', "learner_step_s: Input should be greater than 0"),
         ("{", "is not valid JSON"),
     ],
 )
@@ -177,7 +170,7 @@ def test_bad_times_are_named(tmp_path, text, message):
         ("actors.max_concurrent=65", None, "decode_step_s for 64 rollouts at most"),
         ("noise.kind=policy", None, "choose another noise.kind"),
         ("actors.start_timeout_s=2", None, "no engine would start"),
-        ("seed=1", "trunk", "those are: sequencematch"),
+        ("seed=1", "trunk", "those that do are: sequencematch"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(override, stage, message):
@@ -197,8 +190,7 @@ def test_the_command_prints_one_object_or_a_table(tmp_path):
     found = json.loads(run_command(*arguments, "--json").stdout)
     assert [(point["actors"], point["ranks"]) for point in found["points"]] == [(1, 1), (2, 1)]
     assert found["times"]["learner_step_s"] == 0.5
-    fields = "simulated stage steps warmup batch_per_rank times points"
-    assert found.keys() >= set(fields.split())
+    assert found.keys() >= {"simulated", "stage", "steps", "warmup", "batch_per_rank", "times", "points"}
     fields = (
         "actors ranks virtual_s steps_per_s actions_per_s inserts_per_s samples_per_s samples_per_insert "
         "staleness_mean staleness_max dropped_share actors_generating actors_loading actors_held_back actors_inserting "
@@ -206,7 +198,7 @@ def test_the_command_prints_one_object_or_a_table(tmp_path):
         "live removed failure"
     )
     assert found["points"][0].keys() == set(fields.split())
-    assert "1 learner ranks: learner from 1 actors" in run_command(*arguments).stdout
+    assert re.search(r" 1 +1 .* learner *\n +1 +2 .* learner *\n", run_command(*arguments).stdout)
 
 
 @pytest.mark.parametrize(
