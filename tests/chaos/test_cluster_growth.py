@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +14,12 @@ from launch.monitoring.run_log import LOG_FILE
 from tests.chaos.run_lives import START_TIMEOUT_S, assert_audit_is_clean, newest_step, pool_events, wait_for_steps
 from tests.integration.ray_head import BIN, RayHead
 from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
+from tests.processes import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 END_TIMEOUT_S = 120.0
 GROW_TIMEOUT_S = 6
-POLL_S = 0.5
 OVERRIDES = (
     *TINY,
     "stages.trunk.steps=5",
@@ -112,7 +111,4 @@ def states(folder: Path) -> list[str]:
 
 
 def wait_for_nodes(head: RayHead, count: int) -> None:
-    deadline = time.monotonic() + END_TIMEOUT_S
-    while len(head.raylets()) != count:
-        assert time.monotonic() < deadline, f"the cluster keeps {len(head.raylets())} nodes"
-        time.sleep(POLL_S)
+    wait_until(lambda: len(head.raylets()) == count, END_TIMEOUT_S, f"the cluster to have {count} nodes")

@@ -34,10 +34,10 @@ def test_the_number_of_actors_follows_the_learner(tmp_path: Path) -> None:
     with TrainProcess(tmp_path, ARITHMETIC, "--no-evaluate", *OVERRIDES) as process:
         process.wait_until(lambda: process.step(STAGE) >= 2, TIMEOUT_S, "steps with rollouts")
         folder = process.folder
-        wait_for_actors(process, "actor-0", "actor-1")
+        process.wait_until(lambda: both_work(process), TIMEOUT_S, "the second actor")
         (learner,) = process.processes("ray::LearnerWorker")
         learner.suspend()  # the actors come to the limit of the ratio, and the limiter holds them back
-        wait_for_actors(process, "actor-0")
+        process.wait_until(lambda: bool(logged(folder, "actor_left")), TIMEOUT_S, "the end of the second actor")
         learner.resume()
         wait_for_steps(process, folder, beyond=process.step(STAGE))
 
@@ -46,17 +46,16 @@ def test_the_number_of_actors_follows_the_learner(tmp_path: Path) -> None:
         assert life.code == 130, process.printed()
         assert f"go on with: sequencematch train --resume {folder}" in " ".join(process.stdout.split())
         assert life.checkpoint == life.step, "the checkpoint is of the last step that was taken"
-        lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    decisions = [(line["before"], line["wanted"]) for line in lines if line["event"] == "autoscaled"]
+    decisions = [(line["before"], line["wanted"]) for line in logged(folder, "autoscaled")]
     assert decisions[:2] == [(1, 2), (2, 1)]
 
 
-def wait_for_actors(process: TrainProcess, *names: str) -> None:
-    """Until these are at work, and no others."""
+def both_work(process: TrainProcess) -> bool:
+    pool = run_status(process.folder).pool
+    return pool is not None and [member.state for member in pool.members] == ["running", "running"]
 
-    def reached() -> bool:
-        pool = run_status(process.folder).pool
-        states = {} if pool is None else {member.name: member.state for member in pool.members}
-        return states == dict.fromkeys(names, "running")
 
-    process.wait_until(reached, TIMEOUT_S, f"the actors {', '.join(names)}")
+def logged(folder: Path, event: str) -> list[dict[str, object]]:
+    """Complete lines of the run's log that tell of such an event."""
+    lines = (folder / LOG_FILE).read_text().rpartition("\n")[0].splitlines()
+    return [line for line in map(json.loads, lines) if line["event"] == event]

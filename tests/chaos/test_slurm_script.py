@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import psutil
 import pytest
 
 from tests.dockerfiles import ROOT
+from tests.processes import find_processes, in_session_of, send_to_all, wait_until
 
 TIMEOUT_S = 240.0
 pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
@@ -113,27 +112,15 @@ class Allocation:
 
     def left(self) -> list[psutil.Process]:
         """Processes of its session."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                continue
-        return found
+        return find_processes(in_session_of(self.process.pid))
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        wait_until(lambda: condition() or self.process.poll() is not None, TIMEOUT_S, what)
+        assert self.process.poll() is None, self.end()
 
     def kill(self) -> None:
-        for process in self.left():
-            with contextlib.suppress(psutil.NoSuchProcess):  # the death of one ends others
-                process.kill()
+        send_to_all(self.left())
         self.ray_folder.cleanup()
-
-
-def none_left(allocation: Allocation) -> bool:
-    deadline = time.monotonic() + 30.0
-    while allocation.left() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return not allocation.left()
 
 
 @pytest.mark.parametrize(
@@ -159,14 +146,13 @@ def test_a_run_gets_a_cluster_with_a_token_and_its_exit_code_is_the_jobs(
         seconds_left=60 if how == "the time is up" else 10**6,
     )
     try:
-        wait_until(allocation, lambda: catches(allocation.process.pid, signal.SIGUSR1), "the script to begin")
+        allocation.wait_until(lambda: catches(allocation.process.pid, signal.SIGUSR1), "the script to begin")
         if how == "it fails":
             allocation.process.send_signal(signal.SIGUSR1)
         else:
-            wait_until(allocation, allocation.seen.is_file, "the run to begin")
+            allocation.wait_until(allocation.seen.is_file, "the run to begin")
         if how == "all are told":
-            for process in allocation.left():
-                process.send_signal(signal.SIGTERM)
+            send_to_all(allocation.left(), signal.SIGTERM)
         found, output = allocation.end()
         assert found == code, output
         assert allocation.requeued.is_file() == requeued
@@ -175,17 +161,9 @@ def test_a_run_gets_a_cluster_with_a_token_and_its_exit_code_is_the_jobs(
         assert seen["arguments"][-3:] == ["--name", "slurm-1", "--resume-if-exists"]
         assert seen["resources"]["training"] == 8.0
         assert seen["token"] == 64
-        assert none_left(allocation), allocation.left()
+        wait_until(lambda: not allocation.left(), 30.0, lambda: f"the end of {allocation.left()}")
     finally:
         allocation.kill()
-
-
-def wait_until(allocation: Allocation, condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {TIMEOUT_S:.0f} s for {what}"
-        assert allocation.process.poll() is None, allocation.end()
-        time.sleep(0.1)
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
@@ -201,6 +179,6 @@ def test_without_a_recipe_nothing_starts(tmp_path: Path) -> None:
         code, output = allocation.end()
         assert code == 2
         assert "give what `sequencematch train` takes" in output
-        assert none_left(allocation)
+        wait_until(lambda: not allocation.left(), 30.0, lambda: f"the end of {allocation.left()}")
     finally:
         allocation.kill()

@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,9 @@ import yaml
 from launch.run_folder.folder import CLUSTER_FILE, RAY_JOB_VARIABLE
 from tests.integration.ray_head import BIN, RayHead
 from tests.integration.train_process import ARITHMETIC, ROOT, metrics_of
+from tests.processes import wait_until
 
 TIMEOUT_S = 240.0
-POLL_S = 0.3
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -83,13 +82,6 @@ def ray_job(head: RayHead, *arguments: str) -> str:
     return out + err
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {TIMEOUT_S:.0f} s for {what}"
-        time.sleep(POLL_S)
-
-
 def command_output(head: RayHead, *arguments: str) -> str:
     """Of a command that is not about the job server, on a node of the cluster."""
     command = [str(BIN / "sequencematch"), *arguments]
@@ -130,7 +122,7 @@ def test_ctrl_c_ends_the_following_and_stop_ends_the_run_which_can_be_resumed(he
     # The address that is given goes before that of the environment, other than in Ray's own client.
     job = (*long, "--name", "endless", "--env", "COLUMNS=77")
     follower = start(head, elsewhere, *job, RAY_ADDRESS="http://127.0.0.1:1")
-    wait_until(lambda: len(metrics_of(folder)) > 0, "the run to take steps")
+    wait_until(lambda: len(metrics_of(folder)) > 0, TIMEOUT_S, "the run to take steps")
     (driver, *_) = head.processes("recipe.yaml --name endless")
     assert driver.environ()["COLUMNS"] == "77"
     assert RAY_JOB_VARIABLE in driver.environ()
@@ -154,7 +146,7 @@ def test_ctrl_c_ends_the_following_and_stop_ends_the_run_which_can_be_resumed(he
     stopped_at = int(checkpoint.name.removeprefix("step-"))
 
     assert run(head, elsewhere, "--resume", str(folder), "--no-wait")[0] == 0
-    wait_until(lambda: metrics_of(folder)[-1]["step"] > stopped_at, "the resumed run to take steps")
+    wait_until(lambda: metrics_of(folder)[-1]["step"] > stopped_at, TIMEOUT_S, "the resumed run to take steps")
     (again,) = {name for name in ray_job(head, "list").split("'") if name.startswith("endless-")}
     ray_job(head, "stop", again)
     assert "stopped" in ray_job(head, "status", again)

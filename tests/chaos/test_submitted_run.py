@@ -4,20 +4,18 @@ cluster dies under a run.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from launch.monitoring.run_log import LOG_FILE
 from launch.run_folder.folder import CLUSTER_FILE
 from tests.integration.ray_head import BIN, RayHead
 from tests.integration.train_process import ARITHMETIC, ROOT, TINY, metrics_of, trajectories_of
+from tests.processes import send_to_all, wait_until
 
 TIMEOUT_S = 900.0
 
@@ -65,15 +63,10 @@ def test_a_submitted_run_trains_with_actors_on_other_nodes_and_leaves_nothing(he
 
 def test_who_follows_a_run_is_told_when_its_cluster_dies(head: RayHead, tmp_path: Path) -> None:
     follower = submit(head, tmp_path / "runs", "orphan", "stages.trunk.steps=1000000")
-    deadline = time.monotonic() + TIMEOUT_S / 2
-    while not metrics_of(tmp_path / "runs" / "orphan"):
-        assert follower.poll() is None, follower.communicate()
-        assert time.monotonic() < deadline, "the run took no step"
-        time.sleep(0.3)
-    for process in head.processes():
-        if process.pid != follower.pid:
-            with contextlib.suppress(psutil.NoSuchProcess):  # the death of one ends others
-                process.kill()
+    folder = tmp_path / "runs" / "orphan"
+    wait_until(lambda: metrics_of(folder) or follower.poll() is not None, TIMEOUT_S / 2, "a step of the run")
+    assert follower.poll() is None, follower.communicate()
+    send_to_all(process for process in head.processes() if process.pid != follower.pid)
     _, err = follower.communicate(timeout=TIMEOUT_S / 4)
     assert follower.returncode == 1, err
     assert "error: lost the log of run orphan" in err

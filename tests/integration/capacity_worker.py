@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +20,10 @@ from launch.cluster.capacity import Node, RunCapacity, check_possible, live_node
 from launch.errors import UserError
 from launch.run.buffer_shards import start_buffer
 from launch.settings.recipe import read_recipe
+from tests.processes import wait_until
 from tests.trajectories import CONTRACT
 
 TIMEOUT_S = 120.0
-POLL_S = 0.1
 
 
 @ray.remote(num_cpus=1)
@@ -131,10 +130,10 @@ def end(actors: list[ray.actor.ActorHandle]) -> None:
 
 
 def wait_until_free() -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while any(node.free.get("CPU") != node.total["CPU"] for node in live_nodes()):
-        assert time.monotonic() < deadline, f"not free again: {live_nodes()}"
-        time.sleep(POLL_S)
+    def is_free() -> bool:
+        return all(node.free.get("CPU") == node.total["CPU"] for node in live_nodes())
+
+    wait_until(is_free, TIMEOUT_S, lambda: f"free nodes: {live_nodes()}")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,10 +19,10 @@ import requests
 from launch import RAY_START_TIMEOUT_S, RAY_START_VARIABLES
 from tests.integration.fake_provider import HEAD_ENVIRONMENT, autoscaling_config
 from tests.integration.train_process import name_of
+from tests.processes import find_processes, send_to_all, wait_until
 
 START_TIMEOUT_S = RAY_START_TIMEOUT_S + 60.0
 STOP_TIMEOUT_S = 30.0
-POLL_S = 0.2
 BIN = Path(sys.executable).parent
 
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
@@ -105,15 +103,11 @@ class RayHead:
 
     def processes(self, title: str = "") -> list[psutil.Process]:
         """Everything that lives by the token of this cluster, commands of tests included, by its command line."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                theirs = process.environ().get("RAY_AUTH_TOKEN") == self.token
-                if theirs and process.pid != os.getpid() and title in " ".join(process.cmdline()):
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
+
+        def belongs(process: psutil.Process) -> bool:
+            return process.pid != os.getpid() and process.environ().get("RAY_AUTH_TOKEN") == self.token
+
+        return find_processes(belongs, title)
 
     def workers(self) -> list[psutil.Process]:
         """What Ray has started for actors and tasks, idle or not; without the agents of its nodes."""
@@ -141,22 +135,20 @@ class RayHead:
 
     def assert_idle(self) -> None:
         """No worker holds an actor or a task any more, after a moment; idle ones stay with their node."""
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        while busy := [each for each in self.workers() if "IDLE" not in name_of(each)]:
-            assert time.monotonic() < deadline, f"still at work: {busy}"
-            time.sleep(POLL_S)
+
+        def busy() -> list[psutil.Process]:
+            return [each for each in self.workers() if "IDLE" not in name_of(each)]
+
+        wait_until(lambda: not busy(), STOP_TIMEOUT_S, lambda: f"the end of {busy()}")
 
     def stop(self) -> None:
         """End every process of the cluster, whatever it does, and remove its folder."""
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        while left := self.processes():
-            assert time.monotonic() < deadline, f"the cluster does not end: {left}"
-            for process in left:
-                try:
-                    process.send_signal(signal.SIGKILL)
-                except psutil.NoSuchProcess:
-                    continue
-            psutil.wait_procs(left, timeout=POLL_S)
+
+        def ended() -> bool:
+            send_to_all(left := self.processes())
+            return not left
+
+        wait_until(ended, STOP_TIMEOUT_S, lambda: f"the end of {self.processes()}")
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(
@@ -193,10 +185,7 @@ class RayHead:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def _wait_for_nodes(self, *nodes: str) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not set(nodes) <= (live := self.live_nodes()):
-            assert time.monotonic() < deadline, f"the nodes did not come, there are {live or 'none'}"
-            time.sleep(POLL_S)
+        wait_until(lambda: set(nodes) <= self.live_nodes(), START_TIMEOUT_S, f"the nodes {', '.join(nodes)}")
 
 
 def _free_port() -> int:

@@ -28,6 +28,7 @@ from launch.run.buffer_shards import STATUS_TIMEOUT_S, ShardWatch, check_buffer,
 from launch.run_folder.folder import TOKEN_FILE, TOKEN_VARIABLE
 from learner.batches.source import BufferSource, StopRequestedError
 from tests.integration.local_ray import local_ray
+from tests.processes import wait_until
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
 TIMEOUT_S = 60.0
@@ -125,9 +126,7 @@ def test_rows_travel_both_ways_and_a_draw_waits_in_the_shard(start):
         drawing = threads.submit(source_of(buffer.shards).draw, 400)
         writer.insert(batch)
         writer.settle()
-        deadline = time.monotonic() + TIMEOUT_S
-        while statuses(buffer).waiting_draws != 1:
-            assert time.monotonic() < deadline, "the draw does not wait"
+        wait_until(lambda: statuses(buffer).waiting_draws == 1, TIMEOUT_S, "the draw to wait")
         writer.insert(numbered(300, 400).slice(0, 100))
         drawn = drawing.result(timeout=TIMEOUT_S)
     assert sorted(map(int, ids_of(drawn))) == list(range(400))
@@ -207,9 +206,7 @@ def test_shards_that_pause_are_passed_over_and_all_of_them_hold_the_writer_back(
     assert writer.held_back()
     assert sum(live_after(40, 2)) == 22, "what is finished has to go somewhere"
     source_of(buffer.shards).draw(14)
-    deadline = time.monotonic() + TIMEOUT_S
-    while writer.held_back():
-        assert time.monotonic() < deadline, "the draw lifts the pause"
+    wait_until(lambda: not writer.held_back(), TIMEOUT_S, "the draw to lift the pause")
 
 
 @ray.remote(num_cpus=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +30,7 @@ from learner.worker import LearnerWorker
 from tests.checkpoints import checkpoints_of
 from tests.integration.local_ray import local_ray
 from tests.integration.train_process import metrics_of
+from tests.processes import wait_until
 from tests.rollouts import rollouts
 
 pytestmark = pytest.mark.slow
@@ -105,10 +105,7 @@ def learn(
 
 
 def call_when_waiting(buffer: ActorHandle, worker: LearnerWorker, then: Callable[[LearnerWorker], object]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while status(buffer).waiting_draws == 0:
-        assert time.monotonic() < deadline, f"the learner did not wait for rollouts within {TIMEOUT_S:.0f} s"
-        time.sleep(0.02)
+    wait_until(lambda: status(buffer).waiting_draws, TIMEOUT_S, "the learner to wait for rollouts")
     then(worker)
 
 

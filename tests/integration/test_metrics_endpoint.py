@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ import ray
 from actors.pool.controller import PoolStatus
 from launch.monitoring.live_view import RunView
 from launch.monitoring.metrics import METRICS, MetricExporter
+from tests.processes import wait_until
 from tests.unit.launch.test_metric_export import full_view
 
 TIMEOUT_S = 120.0
@@ -49,14 +49,14 @@ def values_at(endpoint: str) -> dict[tuple[str, str], float]:
 
 
 def wait_for(endpoint: str, name: str, label: str, value: float) -> dict[tuple[str, str], float]:
-    deadline = time.monotonic() + TIMEOUT_S
     seen: dict[tuple[str, str], float] = {}
-    while time.monotonic() < deadline:
-        seen = values_at(endpoint)
-        if seen.get((name, label)) == value:
-            return seen
-        time.sleep(0.5)
-    raise AssertionError(f"waited {TIMEOUT_S:.0f} s for {name} {value} of {label}; there is {seen}")
+
+    def is_there() -> bool:
+        seen.update(values_at(endpoint))
+        return seen.get((name, label)) == value
+
+    wait_until(is_there, TIMEOUT_S, lambda: f"{name} {value} of {label}; there is {seen}")
+    return seen
 
 
 def test_values_appear_on_the_endpoint_and_go_on(endpoint: str) -> None:

@@ -46,13 +46,13 @@ from learner.settings.stages import PublishMode
 from learner.state_tree.policy import TreePolicy, sequence_logprobs
 from tests.integration.local_ray import local_ray
 from tests.integration.reference import compare
+from tests.processes import wait_until
 from tests.tiny_models import BACKSPACE_ID, CONTRACT, FIRST_TEXT_ID, VOCAB_SIZE, perturbed, tiny_model
 from tests.unit.learner.test_adapters import train_a_little
 
 ROOT = Path(__file__).parents[2]
 ANSWER_TIMEOUT_S = 60.0
 START_TIMEOUT_S = 180.0
-POLL_S = 0.1
 ROWS = 24
 PROBE = make_probe(CONTRACT, seed=0)
 SETTINGS = ActorsSettings(
@@ -112,10 +112,7 @@ class Push:
     def wait_until(
         self, condition: Callable[[PoolStatus], bool], what: str, timeout_s: float = START_TIMEOUT_S
     ) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition(status := self.status()):
-            assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}; the pool: {status}"
-            time.sleep(POLL_S)
+        wait_until(lambda: condition(self.status()), timeout_s, lambda: f"{what}; the pool: {self.status()}")
 
     def draw(self, count: int, version: int) -> list[dict[str, object]]:
         """`count` rows, drawn anew."""
@@ -128,13 +125,13 @@ class Push:
 
     def rollouts_of(self, version: int, count: int) -> list[FinishedLog]:
         """`count` rollouts whose last action is of `version`, as the buffer holds them."""
-        deadline = time.monotonic() + START_TIMEOUT_S
         found: dict[str, dict[str, object]] = {}
-        while len(found) < count:
-            assert time.monotonic() < deadline, f"no rollouts with version {version}; the pool: {self.status()}"
-            for row in self.draw(count, version):
-                if row["policy_version"][-1] == version:
-                    found[row["id"]] = row
+
+        def are_there(status: PoolStatus) -> bool:
+            found.update((row["id"], row) for row in self.draw(count, version) if row["policy_version"][-1] == version)
+            return len(found) >= count
+
+        self.wait_until(are_there, f"rollouts of version {version}")
         return [as_log(row) for row in found.values()]
 
     def versions_of_all(self) -> list[set[int]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,10 +17,10 @@ from buffer.reading.snapshot import read_shard
 from buffer.service.shard import present_shards
 from buffer.trajectory.schema import ROW
 from launch.run_folder.folder import BUFFER_FOLDER, CLUSTER_FILE
+from tests.processes import find_processes, in_session_of, send_to_all, wait_until
 
 ROOT = Path(__file__).parents[2]
 ARITHMETIC = "launch/recipes/arithmetic_cpu.yaml"
-POLL_S = 0.1
 LEFTOVER_TIMEOUT_S = 30.0
 REFUSAL_TIMEOUT_S = 120.0
 
@@ -88,9 +86,7 @@ class TrainProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):  # the death of one ends others
-                process.kill()
+        send_to_all(self.processes())
         self._process.wait(timeout=LEFTOVER_TIMEOUT_S)
 
     @property
@@ -111,16 +107,7 @@ class TrainProcess:
 
     def processes(self, title: str = "") -> list[psutil.Process]:
         """Processes of the run, the command itself included, whose command line contains `title`."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) != self._process.pid or process.status() == psutil.STATUS_ZOMBIE:
-                    continue
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                continue
-        return found
+        return find_processes(in_session_of(self._process.pid), title)
 
     def interrupt(self) -> None:
         """Ctrl-C: SIGINT to the whole foreground process group."""
@@ -132,9 +119,7 @@ class TrainProcess:
 
     def terminate_all(self) -> None:
         """What systemd and `scancel` send to every process at once."""
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
+        send_to_all(self.processes(), signal.SIGTERM)
 
     def kill(self) -> None:
         """kill -9 of the command alone: it can end nothing that it started."""
@@ -151,21 +136,25 @@ class TrainProcess:
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Wait for something the run does; fails at once where the run ends before."""
-        deadline = time.monotonic() + timeout_s
-        while not condition():
+
+        def reached() -> bool:
+            if condition():
+                return True
             assert self._process.poll() is None, f"the run ended while the test waited for {what}\n{self.printed()}"
-            assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}\n{self.printed()}"
-            time.sleep(POLL_S)
+            return False
+
+        wait_until(reached, timeout_s, lambda: f"{what}\n{self.printed()}")
 
     def assert_nothing_left(self, besides: Sequence[str] = (), timeout_s: float = LEFTOVER_TIMEOUT_S) -> None:
         """Every process of the run ends; the last ones see the end of the others and need a moment.
 
         besides: names of those that may take longer.
         """
-        deadline = time.monotonic() + timeout_s
-        while left := [process for process in self.processes() if name_of(process) not in besides]:
-            assert time.monotonic() < deadline, f"still running {timeout_s:.0f} s after the run: {left}"
-            time.sleep(POLL_S)
+
+        def left() -> list[psutil.Process]:
+            return [process for process in self.processes() if name_of(process) not in besides]
+
+        wait_until(lambda: not left(), timeout_s, lambda: f"the end of {left()}")
 
     def printed(self) -> str:
         """Both outputs, for messages."""
