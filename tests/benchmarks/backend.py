@@ -43,13 +43,11 @@ class Timed:
     cpu_s: float = float("nan")
 
     def __add__(self, other: Timed) -> Timed:
-        """The work of both, one after the other."""
         return Timed(self.amount + other.amount, self.wall_s + other.wall_s, self.cpu_s + other.cpu_s)
 
     def rate(self, clock: Clock = "wall_s") -> float:
         """Amount per second."""
-        seconds: float = getattr(self, clock)
-        return self.amount / seconds
+        return self.amount / (self.wall_s if clock == "wall_s" else self.cpu_s)
 
 
 @dataclass

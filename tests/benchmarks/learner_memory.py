@@ -67,8 +67,7 @@ def measure_here(side: Side, num_nodes: int, vocab_size: int, hidden_size: int) 
 
 def _peak_bytes() -> int:
     """Of this process alone: what `getrusage` tells contains the parent's memory at the time of the fork."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.engine.weights import prove
-from buffer.trajectory.schema import TokenContract
 from buffer.weights import WeightHandle, WeightManifest, WeightReceiver, pack_tensors, unpack, verify_fingerprint
+from tests.benchmarks.models import BACKSPACE_ID, contract_of
 
 if TYPE_CHECKING:
     import ray
@@ -38,10 +38,9 @@ class Taken:
 
 
 class PublishingLearner:
-    """Holds a random model and publishes it as the learner does."""
+    """Holds a random model and publishes it as the learner does. relay: the Ray actor of a `Relay`."""
 
     def __init__(self, config: LlamaConfig, dtype: str, relay: ActorHandle, seed: int) -> None:
-        """relay: the Ray actor of a `Relay`."""
         import torch
         from transformers import LlamaForCausalLM
 
@@ -51,9 +50,9 @@ class PublishingLearner:
         torch.set_num_threads(1)
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).to(getattr(torch, dtype)).requires_grad_(False)
-        self._policy = TreePolicy(model, backspace_id=3)
+        self._policy = TreePolicy(model, BACKSPACE_ID)
         self._relay = relay
-        self._publisher = WeightPublisher(relay, make_probe(TokenContract(config.vocab_size, 3, 2, "random"), seed))
+        self._publisher = WeightPublisher(relay, make_probe(contract_of(config.vocab_size), seed))
         self._copy = {name: np.zeros(tensor.nbytes, np.uint8) for name, tensor in model.named_parameters()}
         self.size_bytes = sum(array.nbytes for array in self._copy.values())
 
@@ -77,13 +76,9 @@ class PublishingLearner:
     def push(self, timeout_s: float) -> dict[str, float]:
         """Move the weights a little, publish them, and wait until the actors have them.
 
-        Returns:
-            Seconds of the learner's parts, and of those of the actors, each at the one that took longest for it;
-            `channel`: until the last actor has the right bytes, the probe's computation aside; `push`: until the last
-            one can generate, with engines only.
-
-        Raises:
-            ray.exceptions.GetTimeoutError: an actor did not take them in time.
+        Gives seconds of the learner's parts, and of those of the actors, each at the one that took longest for it;
+        `channel`: until the last actor has the right bytes, the probe's computation aside; `push`: until the last one
+        can generate, with engines only.
         """
         import ray
         import torch
@@ -103,10 +98,11 @@ class PublishingLearner:
 
 
 class TakingActor:
-    """Takes weights as a rollout actor does, and notes when."""
+    """Takes weights as a rollout actor does, and notes when. settings: of an engine that loads them; None = the bytes
+    are taken and verified only.
+    """
 
     def __init__(self, config: LlamaConfig, settings: EngineSettings | None) -> None:
-        """settings: of an engine that loads them; None = the bytes are taken and verified only."""
         self._receiver = WeightReceiver()
         self._engine = None
         if settings is not None:
@@ -114,9 +110,7 @@ class TakingActor:
 
             with tempfile.TemporaryDirectory() as folder:
                 config.save_pretrained(folder)
-                self._engine = BackspaceEngine(
-                    replace(settings, model_dir=folder), TokenContract(config.vocab_size, 3, 2, "random")
-                )
+                self._engine = BackspaceEngine(replace(settings, model_dir=folder), contract_of(config.vocab_size))
 
     def ready(self) -> int:
         """Process id, once the engine stands."""
@@ -146,7 +140,6 @@ class Relay:
         self._taken: list[ray.ObjectRef[Taken]] = []
 
     def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
-        """Pass a publication on without waiting."""
         self._taken = [actor.take.remote(manifest, handle) for actor in self._actors]
 
     def newest(self) -> list[ray.ObjectRef[Taken]]:

@@ -169,16 +169,10 @@ def actor_processes() -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_pushes_of_tied_weights_reach_the_engine(tmp_path: Path) -> None:
-    models = successive_models(tied=True)
-    push = Push(tmp_path, models[0])
-    push_good_weights(push, models)
-    push.stop()
-
-
-@pytest.mark.slow
 def test_pushes_reach_the_engine_and_wrong_ones_fence_the_actor(tmp_path: Path) -> None:
-    models = successive_models(tied=False)
+    models = {0: tiny_model()}
+    for version in (1, 2):
+        models[version] = perturbed(models[version - 1], seed=version)
     push = Push(tmp_path, models[0])
     push_good_weights(push, models)
     push_wrong_weights(push, models[2])
@@ -221,13 +215,6 @@ def test_adapters_travel_alone_to_actors_that_drain_join_late_hang_and_die(tmp_p
 
 def policy_of(model: PreTrainedModel) -> TreePolicy:
     return TreePolicy(model, BACKSPACE_ID)
-
-
-def successive_models(tied: bool) -> dict[int, PreTrainedModel]:
-    models = {0: tiny_model(tied=tied)}
-    for version in (1, 2):
-        models[version] = perturbed(models[version - 1], seed=version)
-    return models
 
 
 def push_good_weights(push: Push, models: dict[int, PreTrainedModel]) -> None:
