@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -24,9 +24,6 @@ from launch.queries.audit import audit
 from launch.queries.query import query
 from launch.report.command import report
 from launch.surroundings import tolerate_terminal, use_utf8
-
-if TYPE_CHECKING:
-    from launch.settings.run import RunSettings
 
 app = typer.Typer(
     name="sequencematch",
@@ -98,7 +95,11 @@ def train(
         with setting_up():
             settings = read_recipe(options.path(recipe), changed)
         if dry_run:
-            _print_yaml(settings)
+            from launch.cluster.capacity import plan_lines
+            from launch.settings.recipe import to_yaml
+
+            plan = "".join(f"# {line}\n" for line in plan_lines(settings))
+            typer.echo(f"{to_yaml(settings)}\n# What Ray sets aside for the processes of the run:\n{plan}", nl=False)
             return
         from launch.run_folder.folder import check_run_name, is_run_folder
         from launch.training import resume_run, start_run
@@ -280,14 +281,6 @@ app.command()(audit)
 app.command()(compare)
 app.command()(query)
 app.command()(report)
-
-
-def _print_yaml(settings: RunSettings) -> None:
-    from launch.cluster.capacity import plan_lines
-    from launch.settings.recipe import to_yaml
-
-    plan = "".join(f"# {line}\n" for line in plan_lines(settings))
-    typer.echo(f"{to_yaml(settings)}\n# What Ray sets aside for the processes of the run:\n{plan}", nl=False)
 
 
 if __name__ == "__main__":

@@ -37,13 +37,12 @@ RunEvent = Literal[_RunStateEvent, _DriverEvent, _LearnerEvent, _ActorEvent, _We
 
 
 class _Fact(NamedTuple):
-    """What is told of a process once for each new `key`, by default for each new message."""
+    """What is told of a process once for each new message."""
 
     event: RunEvent
     message: str
     values: Mapping[str, Value] = MappingProxyType({})
     level: Level = "info"
-    key: str = ""
 
 
 class RunLog:
@@ -155,12 +154,12 @@ class RunLog:
         self._members = members
 
     def _tell(self, role: Role, index: int, *facts: _Fact) -> None:
-        """Write down the facts that the process did not have before, or with another key."""
+        """Write down the facts that the process did not have before, or with another message."""
         before = self._told.get((role, index), {})
         for fact in facts:
-            if before.get(fact.event) != (fact.key or fact.message):
+            if before.get(fact.event) != fact.message:
                 self.write(fact.level, role, fact.event, fact.message, fact.values, index)
-        self._told[role, index] = {fact.event: fact.key or fact.message for fact in facts}
+        self._told[role, index] = {fact.event: fact.message for fact in facts}
 
 
 def _index(actor: str) -> int:
@@ -185,9 +184,8 @@ def _actor_facts(member: MemberStatus) -> Iterator[_Fact]:
     else:
         yield _Fact("weights_loaded", f"has weights v{status.policy_version}", counters)
     if (reason := status.drop_reason) is not None:
-        message = f"dropped {status.dropped} rollouts so far, the last one because {reason}"
         values: dict[str, Value] = {**counters, "dropped": status.dropped, "reason": reason}
-        yield _Fact("rollouts_dropped", message, values, "warning", key=reason)
+        yield _Fact("rollouts_dropped", f"drops rollouts, the last one because {reason}", values, "warning")
     if (note := status.weights_note) is not None:
         yield _Fact("weights_verified", note, counters)
 

@@ -18,22 +18,19 @@ from learner.messages import StageResult
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
+@setting_up()
 def stage_checkpoints(settings: RunSettings, folder: Path) -> dict[str, CheckpointStore]:
     """Where each stage's checkpoints are, by the name of the stage."""
-    with setting_up():
-        return {
-            stage.name: open_checkpoints(settings.learner.checkpoint_dir, folder, stage.name)
-            for stage in settings.stages
-        }
+    place = settings.learner.checkpoint_dir
+    return {stage.name: open_checkpoints(place, folder, stage.name) for stage in settings.stages}
 
 
+@setting_up()
 def check_checkpoints(settings: RunSettings, folder: Path) -> None:
     """Raise UserError where a stage has written checkpoints, and none of them is where they are looked for."""
     durable = durable_steps(folder)
     for name, store in stage_checkpoints(settings, folder).items():
-        with setting_up():
-            if name not in durable or store.steps():
-                continue
+        if name in durable and not store.steps():
             raise UserError(
                 f"stage {name} has written checkpoints up to step {durable[name]}, and none is found: it would begin "
                 f"again. The last one was looked for at {store.location(durable[name])}: put the checkpoints back, or "
@@ -41,52 +38,49 @@ def check_checkpoints(settings: RunSettings, folder: Path) -> None:
             )
 
 
+@setting_up()
 def steps_taken(settings: RunSettings, folder: Path) -> dict[str, int]:
     """Step of the newest checkpoint of each stage that has begun; 0 of one that has none yet."""
-    with setting_up():
-        steps = {name: store.steps() for name, store in stage_checkpoints(settings, folder).items()}
     begun = logged_stages(folder)
+    steps = {name: store.steps() for name, store in stage_checkpoints(settings, folder).items()}
     return {name: max(found, default=0) for name, found in steps.items() if found or name in begun}
 
 
+@setting_up()
 def finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResult]:
     """The stages of a run that are done, by name: they have a checkpoint of as many steps as the settings want."""
-    results = {}
-    wanted = {stage.name: stage.steps for stage in settings.stages}
-    with setting_up():
-        for name, store in stage_checkpoints(settings, folder).items():
-            steps = store.steps()
-            if steps and store.progress(steps[-1]).step >= wanted[name]:
-                results[name] = StageResult(name, steps[-1], True, store.location(steps[-1]), 0.0)
+    results, stores = {}, stage_checkpoints(settings, folder)
+    for stage in settings.stages:
+        store = stores[stage.name]
+        steps = store.steps()
+        if steps and store.progress(steps[-1]).step >= stage.steps:
+            results[stage.name] = StageResult(stage.name, steps[-1], True, store.location(steps[-1]), 0.0)
     return results
 
 
+@setting_up()
 def newest_published(settings: RunSettings, folder: Path, contract: TokenContract) -> int:
     """Newest weights version of any checkpoint of the run, else -1; UserError if one has other tokens than these."""
     newest = -1
-    with setting_up():
-        for store in stage_checkpoints(settings, folder).values():
-            for step in store.steps():
-                progress = store.progress(step)
-                check_contract(progress, contract, store.location(step))
-                newest = max(newest, progress.policy_version)
+    for store in stage_checkpoints(settings, folder).values():
+        for step in store.steps():
+            progress = store.progress(step)
+            check_contract(progress, contract, store.location(step))
+            newest = max(newest, progress.policy_version)
     return newest
 
 
+@setting_up()
 def final_checkpoint(settings: RunSettings, folder: Path, stage: str) -> Path:
     """A local folder with the newest checkpoint of a stage that has one, fetched if need be."""
     store = stage_checkpoints(settings, folder)[stage]
-    with setting_up():
-        return store.folder(store.steps()[-1])
+    return store.folder(store.steps()[-1])
 
 
+@setting_up()
 def checkpoint_of(source: Path, stage: str | None = None) -> Path:
     """Of a run folder the newest checkpoint of `stage` (default: the recipe's `result`), fetched if it lies elsewhere;
-    any other path as it is.
-
-    Raises:
-        UserError: the run has no such stage, or no checkpoint of it; or `stage` is given without a run.
-        ValueError, OSError: the checkpoint cannot be fetched.
+    any other path as it is. UserError if `stage` is given without a run, or the run has no such stage or checkpoint.
     """
     if not is_run_folder(source):
         if stage is not None:
@@ -99,11 +93,10 @@ def checkpoint_of(source: Path, stage: str | None = None) -> Path:
         raise UserError(f"run {source} has no stage {wanted!r}; its stages are: {', '.join(stores)}")
     steps = {name: store.steps() for name, store in stores.items()}
     if not steps[wanted]:
-        others = ", ".join(name for name, found in steps.items() if found)
-        hint = f", or choose a stage that has one with --stage ({others})" if others else ""
+        others = ", ".join(name for name, found in steps.items() if found) or "none"
         raise UserError(
             f"run {source} has no checkpoint of stage {wanted!r} yet: `sequencematch train --resume {source}` goes on "
-            f"with it{hint}"
+            f"with it, and --stage chooses another (with checkpoints: {others})"
         )
     return stores[wanted].folder(steps[wanted][-1])
 
