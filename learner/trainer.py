@@ -22,9 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from buffer.trajectory.staleness import VersionRange
-from learner.batches.micro_batches import build_micro_batches
-from learner.batches.rank_shares import count_logs, share_of_rank
-from learner.batches.source import BatchSource, Float32, priorities_of_draw
+from learner.batches import BatchSource, Float32, build_micro_batches, count_logs, priorities_of_draw, share_of_rank
 from learner.checkpoints.checkpoint import TrainingState
 from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics, is_finite

@@ -26,8 +26,7 @@ from buffer.service.client import BufferClient, Shard
 from buffer.settings import NoiseSettings
 from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
-from learner.batches.demonstrations import teach_backspace_row
-from learner.batches.source import BufferSource, Float32, SharedBatchSource, StopRequestedError
+from learner.batches import BufferSource, Float32, SharedBatchSource, StopRequestedError
 from learner.checkpoints.checkpoint import check_can_be_saved, load_weights, read_training_state
 from learner.checkpoints.store import (
     CheckpointStore,
@@ -38,6 +37,7 @@ from learner.checkpoints.store import (
     read_progress,
 )
 from learner.checkpoints.writer import StageCheckpoints
+from learner.demonstrations import teach_backspace_row
 from learner.messages import LearnerSpec, LearnerStatus, PreparedRun, StageResult
 from learner.metrics.behaviour import distribution_metrics
 from learner.metrics.log import MetricsLog

@@ -16,7 +16,7 @@ from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task
 from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import trajectory_schema
-from learner.batches.source import BatchSource
+from learner.batches import BatchSource
 from learner.model.policy import load_policy
 from learner.objectives import make_objective
 from learner.settings.model import ScratchModelSettings

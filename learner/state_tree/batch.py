@@ -171,7 +171,7 @@ class TreeBatch:
 class TreeSettings:
     """How trajectories become state trees.
 
-    max_nodes_per_batch: see `learner.batches.micro_batches`. max_positions: longest text, in tokens.
+    max_nodes_per_batch: see `learner.batches`. max_positions: longest text, in tokens.
     offers_backspace: False = backspace is no action in any state, whatever a trajectory says of itself.
     """
 

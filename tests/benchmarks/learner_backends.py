@@ -102,7 +102,7 @@ def make_load(
 
 
 class LoadSource:
-    """A `learner.batches.source.BatchSource` that gives trajectories in order, from `next` on."""
+    """A `learner.batches.BatchSource` that gives trajectories in order, from `next` on."""
 
     def __init__(self, trajectories: pa.RecordBatch) -> None:
         self._trajectories = trajectories

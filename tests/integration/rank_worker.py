@@ -25,9 +25,8 @@ from transformers import PreTrainedModel
 from buffer.experts.stream import ExpertStream
 from buffer.settings import NoiseSettings
 from buffer.weights import WeightManifest, fingerprint, pack_tensors, unpack
-from learner.batches.demonstrations import Demonstrations
-from learner.batches.micro_batches import build_micro_batches
-from learner.batches.source import Float32, SharedBatchSource, StopRequestedError
+from learner.batches import Float32, SharedBatchSource, StopRequestedError, build_micro_batches
+from learner.demonstrations import Demonstrations
 from learner.model.adapters import add_adapters
 from learner.model.backspace_row import fit_backspace_row
 from learner.model.policy import checkpoint_activations

@@ -26,7 +26,7 @@ from buffer.store.store import ReplayStore
 from launch.errors import UserError
 from launch.run.buffer_shards import STATUS_TIMEOUT_S, ShardWatch, check_buffer, find_buffer, start_buffer
 from launch.run_folder.folder import TOKEN_FILE, TOKEN_VARIABLE
-from learner.batches.source import BufferSource, StopRequestedError
+from learner.batches import BufferSource, StopRequestedError
 from tests.integration.local_ray import local_ray
 from tests.processes import wait_until
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered

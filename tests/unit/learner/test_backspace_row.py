@@ -13,8 +13,8 @@ from torch.distributions import Bernoulli, Normal
 
 from buffer.experts.tasks import load_task
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
-from learner.batches.demonstrations import Demonstrations, TaughtRow, teach_backspace_row
-from learner.batches.micro_batches import build_micro_batches
+from learner.batches import build_micro_batches
+from learner.demonstrations import Demonstrations, TaughtRow, teach_backspace_row
 from learner.model.backspace_row import BackspaceEvidence, gather_evidence, most_probable_row
 from learner.model.policy import load_policy
 from learner.ranks import Ranks

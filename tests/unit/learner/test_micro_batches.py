@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.batches.micro_batches import build_micro_batches
+from learner.batches import build_micro_batches
 from learner.state_tree.batch import TreeBatch, TreeSettings
 from tests.oracle import Log, states, to_batch
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, random_logs, text_of

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from launch.settings.run import RunSettings
-from learner.batches.micro_batches import build_micro_batches
+from learner.batches import build_micro_batches
 from learner.checkpoints.checkpoint import TRAINED_FOLDER, WEIGHTS_FILE, load_weights, read_training_state
 from learner.model.policy import checkpoint_activations, load_policy
 from learner.objectives.adversarial_js import Discriminator

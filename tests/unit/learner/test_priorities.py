@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.batches.micro_batches import build_micro_batches
-from learner.batches.rank_shares import count_logs
-from learner.batches.source import priorities_of_draw
+from learner.batches import build_micro_batches, count_logs, priorities_of_draw
 from learner.objectives import make_objective
 from learner.objectives.base import EvaluatedLogs
 from learner.ranks import Ranks

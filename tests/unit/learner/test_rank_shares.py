@@ -7,8 +7,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.batches.micro_batches import build_micro_batches
-from learner.batches.rank_shares import count_logs, share_of_rank
+from learner.batches import build_micro_batches, count_logs, share_of_rank
 from tests.objectives import counts_of
 from tests.random_logs import TREES, random_logs
 from tests.trajectories import BACKSPACE, EOS, batch_of, expert_row, ids_of, row

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.batches.micro_batches import build_micro_batches
+from learner.batches import build_micro_batches
 from learner.checkpoints.checkpoint import load_weights, read_training_state
 from learner.checkpoints.store import read_progress
 from learner.objectives import make_objective

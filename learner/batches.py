@@ -1,6 +1,8 @@
-"""Where the learner's trajectories come from: the seam between the training loop and the data.
+"""From the replay buffer to the state trees of a rank.
 
-Rank 0 alone draws. `SharedBatchSource` gives what it drew to all ranks, and lets them stop together.
+Rank 0 alone draws: `SharedBatchSource` gives what it drew to all ranks, and lets them stop together. Which part of a
+batch a rank evaluates is a pure function of the batch, so that the ranks need not talk. Its rows are cut into
+micro-batches, whose state trees are evaluated and freed one after another; priorities go back.
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ from torch import Tensor
 from buffer.service.client import BufferClient
 from buffer.service.shard import DrawRequest
 from buffer.store.shard import DrawKey, DrawResult
+from buffer.trajectory.replay import ActionLogs, Int64
 from buffer.trajectory.staleness import VersionRange, staleness
+from learner.objectives.base import LogCounts
 from learner.ranks import RankLostError, Ranks
+from learner.state_tree.batch import TreeBatch, TreeSettings, build_tree_batch, checked_logs
+from learner.state_tree.trie import Trie, build_trie
 
-Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 
-_BATCH, _STOP, _FAILURE = range(3)
+_STOP, _FAILURE = -1, -2
+"""Announced in place of a batch's size."""
 
 
 class StopRequestedError(Exception):
@@ -50,8 +56,8 @@ class BufferSource:
         newest_version: Callable[[], int],
         stop_requested: Callable[[], bool],
     ) -> None:
-        """stage: each of its steps makes one draw. source: "policy" or "expert". newest_version: published at the time
-        of a draw; staleness counts from it. stop_requested: asked while waiting."""
+        """source: "policy" or "expert". newest_version: published at the time of a draw; staleness counts from it.
+        stop_requested: asked while waiting."""
         self._buffer = buffer
         self._stage = stage
         self._source = source
@@ -126,19 +132,19 @@ class SharedBatchSource:
             return self._receive()
         if self._ranks.size == 1:
             return self._draw(self._source, count)
-        announcement, size_bytes = _FAILURE, 0
+        announcement = _FAILURE
         try:
             batch = self._draw(self._source, count)
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, batch.schema) as stream:
                 stream.write_batch(batch)
             payload = sink.getvalue()
-            announcement, size_bytes = _BATCH, payload.size
+            announcement = payload.size
         except StopRequestedError:
             announcement = _STOP
             raise
         finally:  # also where the draw fails: the others wait for this
-            self._ranks.broadcast_numbers([announcement, size_bytes])
+            self._ranks.broadcast_numbers([announcement])
         # A copy: torch takes no read-only memory.
         self._ranks.broadcast_bytes(torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy()))
         return batch
@@ -149,14 +155,47 @@ class SharedBatchSource:
         return source.draw(count)
 
     def _receive(self) -> pa.RecordBatch:
-        announcement, size_bytes = self._ranks.broadcast_numbers([_FAILURE, 0])
+        (announcement,) = self._ranks.broadcast_numbers([_FAILURE])
         if announcement == _STOP:
             raise StopRequestedError
         if announcement == _FAILURE:
             raise RankLostError(f"learner rank {self._ranks.rank}: rank 0 could not draw a batch")
-        payload = self._ranks.broadcast_bytes(torch.empty(size_bytes, dtype=torch.uint8))
+        payload = self._ranks.broadcast_bytes(torch.empty(announcement, dtype=torch.uint8))
         with pa.ipc.open_stream(pa.py_buffer(payload.numpy())) as stream:
             return stream.read_next_batch()
+
+
+def count_logs(batch: pa.RecordBatch) -> LogCounts:
+    """Counts of the whole batch, whatever share of it is evaluated here."""
+    ended = batch.column("finish_reason").to_numpy(zero_copy_only=False) == "eos"
+    return LogCounts(
+        logs=batch.num_rows,
+        actions=int(ActionLogs.from_batch(batch).lengths.sum()),
+        truncated_logs=batch.num_rows - int(np.count_nonzero(ended)),
+    )
+
+
+def share_of_rank(batch: pa.RecordBatch, rank: int, size: int, backspace_id: int) -> pa.RecordBatch:
+    """The rows of `batch` that `rank` of `size` evaluates, in their order; each row goes to exactly one rank.
+
+    Logs of one prompt stay together, since they share its nodes. The largest group goes first, each to the rank that
+    has the fewest nodes so far (at worst 4/3 of the best balance). Shares may be empty.
+    """
+    if size == 1:
+        return batch
+    logs = ActionLogs.from_batch(batch)
+    _, first, group = np.unique(_prompts(logs), return_index=True, return_inverse=True)
+    group = np.argsort(np.argsort(first))[group]  # counted in the order of first appearance
+    appended = np.concatenate([[0], np.cumsum(logs.realised != backspace_id)])
+    num_answer_nodes = appended[logs.offsets[1:]] - appended[logs.offsets[:-1]]
+    nodes = np.bincount(group, weights=num_answer_nodes).astype(np.int64)
+    nodes[group] += np.diff(logs.prompt_offsets)  # not `np.add.at`: the prompt counts once per group
+    load = np.zeros(size, dtype=np.int64)
+    rank_of_group = np.empty(len(nodes), dtype=np.int64)
+    for index in np.argsort(-nodes, kind="stable"):
+        rank_of_group[index] = np.argmin(load)
+        load[rank_of_group[index]] += nodes[index]
+    return batch.take(pa.array(np.flatnonzero(rank_of_group[group] == rank)))
 
 
 def priorities_of_draw(
@@ -172,3 +211,62 @@ def priorities_of_draw(
     of_rows = np.where(place >= 0, np.append(own, np.float32(0.0))[place], np.float32(0.0))
     summed: Float32 = ranks.sum_vector(torch.from_numpy(of_rows)).numpy()
     return summed
+
+
+def build_micro_batches(batch: pa.RecordBatch, settings: TreeSettings) -> list[TreeBatch]:
+    """State trees of a batch of trajectories; each log is in exactly one of them.
+
+    Logs whose prompts begin alike are kept together, so that they share nodes. A tree batch holds at most
+    `max_nodes_per_batch` nodes, but at least one log; they are about equally large. Raises as `build_tree_batch`.
+    """
+    parts = [batch]
+    num_elements = len(batch.column("actions").flatten()) + len(batch.column("prompt_ids").flatten())
+    if num_elements > settings.max_nodes_per_batch:
+        logs, played, _ = checked_logs(batch, settings)
+        members = _split(logs, build_trie(logs, played, settings.backspace_id), settings.max_nodes_per_batch)
+        parts = [batch.take(pa.array(rows)) for rows in members]
+    return [build_tree_batch(part, settings) for part in parts]
+
+
+def _split(logs: ActionLogs, trie: Trie, max_nodes: int) -> list[Int64]:
+    """Logs of each tree batch, ascending; those at hand in lexicographic order of the prompts go together."""
+    order = np.argsort(_prompts(logs), kind="stable")
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    pair_rank = rank[trie.pair_log]
+    # For every node of every log: the last log before it in the order that holds the node too.
+    by_node = np.lexsort((pair_rank, trie.pair_node))
+    node, node_rank = trie.pair_node[by_node], pair_rank[by_node]
+    previous = np.full(len(node), -1)
+    previous[1:] = np.where(node[1:] == node[:-1], node_rank[:-1], -1)
+    by_rank = np.argsort(node_rank, kind="stable")
+    bounds = np.searchsorted(node_rank[by_rank], np.arange(len(order) + 1))
+    previous_by_rank = np.split(previous[by_rank], bounds[1:-1])
+
+    begins = _fill(previous_by_rank, max_nodes)
+    # The same number of batches, but the last one not a remainder.
+    evener = _fill(previous_by_rank, min(max_nodes, -(-trie.num_nodes // len(begins)) + int(np.diff(bounds).max())))
+    if len(evener) <= len(begins):
+        begins = evener
+    return [np.sort(members) for members in np.split(order, begins[1:])]
+
+
+def _fill(previous_by_rank: list[Int64], max_nodes: int) -> list[int]:
+    """Rank of the first log of each tree batch, a new batch where the next log would not fit."""
+    begins, num_nodes = [0], 0
+    for rank, previous in enumerate(previous_by_rank):
+        new = int(np.count_nonzero(previous < begins[-1]))
+        if num_nodes + new > max_nodes and rank > begins[-1]:
+            begins.append(rank)
+            num_nodes, new = 0, len(previous)
+        num_nodes += new
+    return begins
+
+
+def _prompts(logs: ActionLogs) -> npt.NDArray[np.bytes_]:
+    """[L] prompts as fixed-width big-endian byte strings, which sort as the prompts do."""
+    lengths = np.diff(logs.prompt_offsets)
+    width = int(lengths.max())
+    padded = np.zeros((logs.num_logs, width), dtype=">u4")
+    padded[np.arange(width) < lengths[:, None]] = logs.prompt_ids.astype(np.uint32) + 1  # 0 is the end
+    return padded.view(f"S{4 * width}").ravel()

@@ -16,7 +16,7 @@ from buffer.experts.stream import ExpertStream, NoisePlan
 from buffer.experts.tasks import Task
 from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import TokenContract
-from learner.batches.micro_batches import build_micro_batches
+from learner.batches import build_micro_batches
 from learner.model.backspace_row import fit_backspace_row, gather_evidence
 from learner.ranks import Ranks
 from learner.state_tree.batch import TreeBatch, TreeSettings
