@@ -27,9 +27,9 @@ from actors.engine.rank_group import RankGroup
 from actors.scoring import RolloutScoring
 from actors.settings import ActorsSettings, ScoringSettings
 from buffer.experts.stream import ExpertStream, PromptStream
+from buffer.processes import ignore_stop_signals
 from buffer.service.client import BufferClient, Shard, nearest
 from buffer.settings import NoiseSettings
-from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import WeightHandle, WeightManifest
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from buffer.remote_call import RemoteCall
+from buffer.processes import RemoteCall
 
 if TYPE_CHECKING:
     import ray

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from buffer.disk import is_disk_full
-from buffer.remote_call import NoAnswerError, ProcessLostError
+from buffer.processes import NoAnswerError, ProcessLostError
 
 EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2

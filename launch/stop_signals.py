@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from buffer.stop_signals import JOB_SIGNALS, stop_signals_blocked
+from buffer.processes import JOB_SIGNALS
 from launch.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 STOP_SIGNALS = (signal.SIGINT, *JOB_SIGNALS)
@@ -30,6 +30,18 @@ def stop_signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Around the start of processes, in the main thread: they never receive the signals of job systems, nor do the
+    processes that those start. A signal mask is inherited, and neither Ray's servers nor Python reset it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from buffer.remote_call import RemoteCall
+from buffer.processes import RemoteCall
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import (
     LowRankUpdate,

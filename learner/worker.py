@@ -22,9 +22,9 @@ from ray.actor import ActorHandle
 
 from buffer.experts.stream import ExpertStream
 from buffer.experts.tasks import Task, load_task
+from buffer.processes import ignore_stop_signals
 from buffer.service.client import BufferClient, Shard
 from buffer.settings import NoiseSettings
-from buffer.stop_signals import ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
 from learner.batches import BufferSource, Float32, SharedBatchSource, StopRequestedError
 from learner.checkpoints.checkpoint import check_can_be_saved, load_weights, read_training_state

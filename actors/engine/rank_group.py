@@ -23,8 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.engine.interface import EngineSettings
 from actors.engine.weights import WeightIntake
 from actors.settings import ActorsSettings
-from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall
-from buffer.stop_signals import ignore_stop_signals
+from buffer.processes import NoAnswerError, ProcessLostError, RemoteCall, ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import WeightHandle, WeightManifest, WeightMismatchError
 

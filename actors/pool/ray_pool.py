@@ -20,9 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.engine.rank_group import EngineRankError
 from actors.pool.controller import ActorState, Failure, PoolController, PoolStatus
 from actors.rollout_actor import ActorStatus, RolloutActor, RolloutSpec
-from buffer.remote_call import RemoteCall
+from buffer.processes import RemoteCall, ignore_stop_signals
 from buffer.service.client import Shard
-from buffer.stop_signals import ignore_stop_signals
 from buffer.weights import WeightHandle, WeightManifest
 
 STATUS_TIMEOUT_S = 5.0

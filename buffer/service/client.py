@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall, end_actor, ended_calls
+from buffer.processes import NoAnswerError, ProcessLostError, RemoteCall, end_actor, ended_calls
 from buffer.service.shard import BufferStatus, DrawRequest, InsertReply, Offer, ShardStatus, plan_parts
 from buffer.store.shard import DrawResult
 

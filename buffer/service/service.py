@@ -28,9 +28,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from buffer.processes import ignore_stop_signals
 from buffer.service.shard import DrawRequest, InsertReply, Offer, ShardStatus
 from buffer.settings import BufferSettings
-from buffer.stop_signals import ignore_stop_signals
 from buffer.store.limiter import Limiter
 from buffer.store.shard import DrawResult
 from buffer.store.store import ReplayStore

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.disk import sync_folder
-from buffer.run_identity import run_id
+from buffer.processes import run_id
 from buffer.settings import BufferSettings
 from buffer.store.catalog import FACTS, BatchEntry, Deletion, EventEntry, RemovalReason, SegmentEntry, segment_path
 from buffer.store.gather import mark_null_items

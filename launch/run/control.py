@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.pool.controller import PoolStatus
-from buffer.remote_call import RemoteCall
+from buffer.processes import RemoteCall
 from launch.cluster.capacity import check_possible
 from launch.cluster.connection import join_live_run
 from launch.errors import UserError, lost_processes_reported

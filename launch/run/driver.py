@@ -22,7 +22,7 @@ from actors.pool.controller import PoolStatus
 from actors.pool.ray_pool import ActorPool
 from actors.rollout_actor import RolloutSpec
 from buffer.experts.tasks import Task
-from buffer.remote_call import NoAnswerError, RemoteCall, end_actor
+from buffer.processes import NoAnswerError, RemoteCall, end_actor
 from buffer.service.client import BufferClient
 from launch.cluster.capacity import RunCapacity
 from launch.cluster.connection import run_cluster

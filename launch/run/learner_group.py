@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from buffer.disk import is_disk_full
-from buffer.remote_call import POLL_S, NoAnswerError, ProcessLostError, RemoteCall, ended_calls
+from buffer.processes import POLL_S, NoAnswerError, ProcessLostError, RemoteCall, ended_calls
 from launch.errors import RunFailedError
 from learner.messages import LearnerSpec, LearnerStatus
 from learner.ranks import RankLostError

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from buffer.run_identity import run_id
+from buffer.processes import run_id
 from buffer.trajectory.schema import TokenContract
 from launch.errors import UserError, setting_up
 from launch.run_folder.folder import is_run_folder, logged_stages, open_run_folder

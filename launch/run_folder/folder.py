@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from buffer.disk import FolderLock, writing_to
-from buffer.run_identity import RUN_ID_FILE
+from buffer.processes import RUN_ID_FILE
 from launch.errors import UserError
 from launch.settings.recipe import read_recipe, with_absolute_paths, write_recipe
 from launch.settings.run import RunSettings

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from buffer.run_identity import RUN_ID_FILE
+from buffer.processes import RUN_ID_FILE
 from launch.errors import UserError
 from launch.run_folder.checkpoints import check_checkpoints, steps_taken
 from launch.run_folder.folder import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, USED_CONFIGS_FOLDER, has_begun

@@ -18,7 +18,7 @@ from pathlib import Path
 import fsspec
 
 from buffer.disk import is_disk_full, sync_folder, writing_to
-from buffer.run_identity import run_id
+from buffer.processes import run_id
 from buffer.trajectory.schema import TokenContract
 
 PROGRESS_FILE = "progress.json"

@@ -19,7 +19,7 @@ import typer
 
 from actors.engine.checks import check_machine
 from actors.engine.interface import EngineSettings, FinishedLog, Int32, engine_environment
-from buffer.remote_call import RemoteCall
+from buffer.processes import RemoteCall
 from buffer.trajectory.schema import TokenContract
 from launch.errors import setting_up
 from tests.benchmarks.backend import (

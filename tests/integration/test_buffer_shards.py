@@ -16,12 +16,11 @@ import pytest
 import ray
 from pyarrow import flight
 
-from buffer.remote_call import ProcessLostError
+from buffer.processes import JOB_SIGNALS, ProcessLostError
 from buffer.service.client import BufferClient, BufferLostError
 from buffer.service.service import ReplayBufferService
 from buffer.service.shard import shard_folder, shard_settings
 from buffer.settings import BufferSettings
-from buffer.stop_signals import JOB_SIGNALS
 from buffer.store.store import ReplayStore
 from launch.errors import UserError
 from launch.run.buffer_shards import STATUS_TIMEOUT_S, ShardWatch, check_buffer, find_buffer, start_buffer

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from buffer.remote_call import NoAnswerError, RemoteCall
+from buffer.processes import NoAnswerError, RemoteCall
 from launch.run.learner_group import LearnerCall, LearnerFailedError
 from learner.ranks import RankLostError
 from tests.integration.local_ray import local_ray

@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
-from buffer.remote_call import NoAnswerError, ProcessLostError, RemoteCall, end_actor
+from buffer.processes import NoAnswerError, ProcessLostError, RemoteCall, end_actor
 from tests.integration.local_ray import local_ray
 
 TIMEOUT_S = 60.0

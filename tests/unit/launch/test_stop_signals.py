@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from buffer.stop_signals import JOB_SIGNALS
+from buffer.processes import JOB_SIGNALS
 from launch.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from launch.stop_signals import (
     STOP_SIGNALS,
@@ -106,7 +106,7 @@ def test_rays_handler_does_not_end_the_command() -> None:
 def test_a_process_without_ray_starts_none_to_ignore_signals() -> None:
     """As that of a test that makes the service of a shard without Ray."""
     program = (
-        "import ray\nfrom buffer.stop_signals import ignore_stop_signals\nignore_stop_signals()\n"
+        "import ray\nfrom buffer.processes import ignore_stop_signals\nignore_stop_signals()\n"
         "print(ray.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)

@@ -1,15 +1,19 @@
-"""One call to another process: its value, or an error that names who did not answer or died.
+"""The processes of a run: how one calls another, which signals they pass over, and the name of the run.
 
-`RemoteCall` stands in the place of `ray.get` everywhere, so that no wait is endless and no error is anonymous.
+`RemoteCall` stands in the place of `ray.get` everywhere: it gives the value, or an error that names who did not answer
+or died. So no wait is endless and no error is anonymous.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -18,6 +22,11 @@ if TYPE_CHECKING:
 
 POLL_S = 0.25
 """Between two calls of `while_waiting`."""
+
+JOB_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""systemd, Kubernetes and `scancel` send SIGTERM, a closed terminal SIGHUP, `sbatch --signal=USR1@N` SIGUSR1."""
+
+RUN_ID_FILE = "run_id"
 
 T = TypeVar("T")
 
@@ -89,13 +98,15 @@ class RemoteCall(Generic[T]):
             raise  # before the others: it is an instance of what the call raised
         except ray.exceptions.GetTimeoutError:
             raise self.silence(timeout_s) from None
-        except ray.exceptions.RayActorError as error:
+        except (
+            ray.exceptions.RayActorError,
+            ray.exceptions.ObjectLostError,
+            ray.exceptions.WorkerCrashedError,
+        ) as error:
             lines = str(error).strip().splitlines()
-            if error.actor_init_failed:  # all but the last line is the traceback of the constructor
+            if getattr(error, "actor_init_failed", False):  # all but the last line is the constructor's traceback
                 raise ProcessLostError(f"{self.who} could not start: {lines[-1]}") from None
             raise ProcessLostError(f"{self.who} died: {lines[0]}") from None
-        except (ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError) as error:
-            raise ProcessLostError(f"{self.who} died: {str(error).strip().splitlines()[0]}") from None
 
 
 def ended_calls(calls: Sequence[RemoteCall[T]], timeout_s: float = 0.0) -> list[RemoteCall[T]]:
@@ -120,3 +131,29 @@ def end_actor(actor: ActorHandle, goodbye: RemoteCall[None], timeout_s: float) -
         failure = f"{goodbye.who} did not end by itself: {error.cause}"
     ray.kill(actor)
     return failure
+
+
+def ignore_stop_signals() -> None:
+    """Called by the constructor of each Ray actor of a run: from now on the driver alone decides when the run stops.
+
+    Job systems signal all processes of a job at once. Ray's own handler would end the learner before its checkpoint.
+    Ray still ends the process: it follows up with SIGKILL. Outside of a Ray worker process nothing changes.
+    """
+    import ray  # the command line imports this module and must start without Ray
+
+    # Asked first, because the runtime context starts a Ray where there is none.
+    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return
+    # Not `signal.signal`: Ray constructs asyncio actors outside of the main thread.
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes, set_handler.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    for number in JOB_SIGNALS:
+        set_handler(number, int(signal.SIG_IGN))
+
+
+def run_id(run_folder: Path) -> str:
+    """The name that the run was given when it began, however its folder is called by now: no two runs share it. The
+    name of the folder, where a run was made without one.
+    """
+    file = run_folder / RUN_ID_FILE
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else run_folder.resolve().name
