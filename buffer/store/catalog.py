@@ -203,7 +203,6 @@ def corrupt(path: Path, what: str) -> CorruptStoreError:
 
 
 def _checked(connection: sqlite3.Connection, path: Path, table: str, key: str) -> Iterator[tuple[Any, ...]]:
-    """The rows of a table without their checksums, in the order of `key`."""
     for name, *values, checksum in connection.execute(f"select {key}, * from {table} order by {key}"):
         row = tuple(values)
         if row_checksum(row) != checksum:
@@ -215,7 +214,8 @@ class CatalogWriter:
     """The catalog of a shard whose folder is locked. Not thread-safe.
 
     In SQLite's write-ahead mode a commit survives the death of the process in any case. It survives a loss of power
-    when it is synced (`synchronous=FULL`), or a later one is.
+    when it is synced (`synchronous=FULL`), or a later one is. An OSError of any method says that the disk refused, and
+    nothing has changed.
     """
 
     def __init__(self, folder: Path, contract: TokenContract, sync: bool, clock: Callable[[], float]) -> None:
@@ -225,7 +225,6 @@ class CatalogWriter:
         Raises:
             CorruptStoreError: it is damaged, or missing beside segments.
             ValueError: the rows follow another token contract, or another version of this program wrote them.
-            OSError: the disk refused, or another program has the catalog locked.
         """
         self.path = folder / CATALOG_NAME
         self.next_row = 0
@@ -253,7 +252,7 @@ class CatalogWriter:
             raise
 
     def read(self) -> tuple[list[SegmentEntry], list[BatchEntry]]:
-        """Everything but the events. CorruptStoreError: a row is damaged. OSError: the disk refused."""
+        """Everything but the events. A damaged row is a `CorruptStoreError`, as in `events`."""
         with self._reading():
             meta = read_meta(self._connection, self.path)
             segments = read_segments(self._connection, self.path)
@@ -263,7 +262,7 @@ class CatalogWriter:
         return segments, batches
 
     def events(self) -> Iterator[EventEntry]:
-        """What happened, in order; raises as `read`."""
+        """What happened, in order."""
         with self._reading():
             for event in read_events(self._connection, self.path):
                 self._num_events = event.seq
@@ -274,9 +273,6 @@ class CatalogWriter:
 
         durable: whether they survive a loss of power (where the shard asks for that at all), not only the death of the
         process. Changes of segments always do: a file is deleted after them.
-
-        Raises:
-            OSError: the disk refused; nothing has changed.
         """
         num_events, next_row, at_us = self._num_events, self.next_row, int(self._clock() * 1e6)
         statements: list[_Statement] = []
@@ -304,12 +300,8 @@ class CatalogWriter:
         return sync_later(os.open(f"{self.path}-wal", os.O_RDONLY))
 
     def image(self) -> bytes:
-        """The catalog of now as a database of its own, for `sqlite3.Connection.deserialize`, or as a file. May be
-        called in any thread.
-
-        Raises:
-            OSError: the disk refused.
-        """
+        """The catalog of now as a database of its own, for `sqlite3.Connection.deserialize`, or as a file; called in
+        any thread."""
         with self._lock, self._reading():
             content = bytearray(self._connection.serialize())
         content[_JOURNAL_MODE] = b"\1\1"
@@ -376,8 +368,7 @@ class CatalogWriter:
 
 
 def _code(error: sqlite3.Error) -> int:
-    """SQLite's primary result code; -1 where the error is not SQLite's own."""
-    code: int = getattr(error, "sqlite_errorcode", -1)
+    code: int = getattr(error, "sqlite_errorcode", -1)  # without one where the error is not SQLite's own
     return code & 0xFF if code >= 0 else code
 
 

@@ -111,7 +111,6 @@ class Gather:
         return pa.RecordBatch.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
 
     def _run(self, run: int, values: pa.Buffer, offsets: pa.Buffer, views: Int32) -> pa.Array:
-        """A column of texts or lists. views: [n, 4]."""
         kind, validity, count = self._schema.field(RUNS[run]).type, None, len(views)
         if self._has_nulls[run]:
             validity = _bits((views[:, 0] != 0) | (views[:, 1] != _NULL_RUN))
@@ -142,7 +141,7 @@ class Gather:
         return found
 
     def _one_context(self, count: int) -> pa.RecordBatch:
-        """The only context there is, [count] times; kept, since most draws are as large as the one before."""
+        # It is kept, since most draws are as large as the one before.
         if self._repeated is None or self._repeated.num_rows != count:
             assert self._contexts is not None, "there is one"
             self._repeated = self._contexts.take(pa.array(np.zeros(count, np.int64)))
@@ -228,18 +227,15 @@ class Gather:
 
 def _distinct(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, Int64]:
     """The distinct rows of a batch, and [n] which of them each row is."""
-    codes, num_codes = np.zeros(batch.num_rows, np.int64), 1
+    codes = np.zeros(batch.num_rows, np.int64)
     for column in batch.columns:
         for leaf in column.flatten() if pa.types.is_struct(column.type) else [column]:
             # As bits: 0.0 equals -0.0, yet is another value.
             values = leaf.view(pa.int32()) if pa.types.is_float32(leaf.type) else leaf
             encoded = values.dictionary_encode("encode")
             if (size := len(encoded.dictionary)) > 1:
-                codes, num_codes = codes * size + encoded.indices.to_numpy(), num_codes * size
-                if num_codes > _MOST_ITEMS:
-                    _, codes = np.unique(codes, return_inverse=True)
-                    num_codes = int(codes.max()) + 1
-    if num_codes == 1:
+                _, codes = np.unique(codes * size + encoded.indices.to_numpy(), return_inverse=True)
+    if not codes.any():
         return batch.slice(0, 1), codes
     _, firsts, inverse = np.unique(codes, return_index=True, return_inverse=True)
     return batch.take(pa.array(firsts)), inverse

@@ -32,7 +32,7 @@ from buffer.processes import run_id
 from buffer.settings import BufferSettings
 from buffer.store.catalog import FACTS, BatchEntry, Deletion, EventEntry, RemovalReason, SegmentEntry, segment_path
 from buffer.store.gather import mark_null_items
-from buffer.store.segments import MessageEncoder, StoredMessage, message_checksum
+from buffer.store.segments import MessageEncoder, message_checksum
 from buffer.store.shard import Shard
 from buffer.store.table import NO_ROWS, NOT_STORED
 from buffer.trajectory.schema import ROW, SOURCES, rows_of
@@ -53,12 +53,11 @@ logger = logging.getLogger(__name__)
 
 
 class SegmentUse(NamedTuple):
-    """A sealed segment. num_needed: rows of it that are live or pinned."""
+    """A sealed segment. needed: fraction of its rows that are live or pinned."""
 
     number: int
     size: int
-    num_rows: int
-    num_needed: int
+    needed: float
 
 
 def worth_rewriting(segments: Sequence[SegmentUse], below_fraction: float, segment_bytes: int) -> list[int]:
@@ -71,14 +70,14 @@ def worth_rewriting(segments: Sequence[SegmentUse], below_fraction: float, segme
     run: list[int] = []
     run_bytes, has_sparse = 0.0, False
     for segment in segments:
-        needed = segment.num_needed / max(segment.num_rows, 1)
-        is_sparse = needed < below_fraction
+        needed_bytes = segment.needed * segment.size
+        is_sparse = segment.needed < below_fraction
         joins = is_sparse or segment.size < SMALL_FRACTION * segment_bytes
-        if not joins or run_bytes + needed * segment.size > segment_bytes:
+        if not joins or run_bytes + needed_bytes > segment_bytes:
             run, run_bytes, has_sparse = [], 0.0, False
         if joins:
             run = [*run, segment.number]
-            run_bytes += needed * segment.size
+            run_bytes += needed_bytes
             has_sparse |= is_sparse
             if (has_sparse or len(run) * SMALL_FRACTION >= 1) and len(run) > len(best):
                 best = run
@@ -137,13 +136,13 @@ class Archive:
 class RewritePlan:
     """Neighboring segments, and which rows of them stay.
 
-    messages: of each segment, with its content. kept_rows: ascending. number: of the new file. archive: where the other
+    batches: of each segment, with its content. kept_rows: ascending. number: of the new file. archive: where the other
     rows go, None = nowhere.
     """
 
     folder: Path
     schema: pa.Schema
-    messages: dict[int, tuple[pa.Buffer, tuple[StoredMessage, ...]]]
+    batches: dict[int, tuple[pa.Buffer, tuple[BatchEntry, ...]]]
     kept_rows: Int64
     number: int
     archive: Archive | None
@@ -156,15 +155,16 @@ class RewritePlan:
         """
         kept: list[pa.Table] = []
         leaving: list[pa.Table] = []
-        for number, (content, messages) in self.messages.items():
-            parts = (content.slice(each.offset, each.length) for each in messages)
+        facts = [ROW, "id", "source"]
+        for number, (content, batches) in self.batches.items():
+            parts = (content.slice(each.offset, each.length) for each in batches)
             stored = pa.Table.from_batches((pa.ipc.read_record_batch(each, self.schema) for each in parts), self.schema)
             is_kept = pa.array(np.isin(stored.column(ROW).to_numpy(), self.kept_rows, assume_unique=True))
             kept.append(stored.filter(is_kept))
-            gone = stored.filter(pc.invert(is_kept))
+            gone = stored.select(self.schema.names if self.archive else facts).filter(pc.invert(is_kept))
             if self.archive is not None and gone.num_rows:
                 self.archive.write(number, gone)
-            leaving.append(gone.select([ROW, "id", "source"]))
+            leaving.append(gone.select(facts))
         return Rewrite(self, self._write(pa.concat_tables(kept)), _deletions(pa.concat_tables(leaving)))
 
     def _write(self, kept: pa.Table) -> list[BatchEntry]:
@@ -335,7 +335,6 @@ class Maintenance:
         self._retry_s = min(2 * self._retry_s, LONGEST_RETRY_S)
 
     def _unneeded(self) -> list[int]:
-        """Sealed segments of which no row is live or pinned."""
         shard, table = self._shard, self._shard.table
         sealed = (each for each in shard.segments.stored.values() if each.size is not None)
         dead = [each.number for each in sealed if not table.live_in[each.number]]
@@ -345,21 +344,15 @@ class Maintenance:
         return [number for number in dead if number not in pinned]
 
     def _sparse(self) -> list[int]:
-        """Sealed segments that are worth a rewriting."""
         shard, table = self._shard, self._shard.table
         pinned = shard.pinned_rows
         dead = pinned[~table.is_live(pinned)]
-        num_pinned = Counter(table.segment[table.slots(dead)].tolist())
-        uses = [
-            SegmentUse(
-                number=each.number,
-                size=each.size,
-                num_rows=sum(message.num_rows for message in each.messages),
-                num_needed=table.live_in[each.number] + num_pinned[each.number],
-            )
-            for each in sorted(shard.segments.stored.values(), key=lambda each: each.messages[:1])
-            if each.size is not None
-        ]
+        num_needed = table.live_in + Counter(table.segment[table.slots(dead)].tolist())
+        uses = []
+        for each in sorted(shard.segments.stored.values(), key=lambda each: each.batches[:1]):
+            if each.size is not None:
+                num_rows = sum(batch.num_rows for batch in each.batches)
+                uses.append(SegmentUse(each.number, each.size, num_needed[each.number] / max(num_rows, 1)))
         return worth_rewriting(uses, self._settings.compact_below, shard.segments.room)
 
     def _plan(self, numbers: Sequence[int]) -> RewritePlan:
@@ -367,14 +360,13 @@ class Maintenance:
         is_kept = table.live[table.filled].copy()
         is_kept[table.slots(pinned)] = True
         is_kept &= np.isin(table.segment[table.filled], numbers)
-        messages = {each: (segments.content(each), tuple(segments.stored[each].messages)) for each in numbers}
+        batches = {each: (segments.content(each), tuple(segments.stored[each].batches)) for each in numbers}
         kept_rows = np.flatnonzero(is_kept) + table.base
-        return RewritePlan(segments.folder, segments.schema, messages, kept_rows, segments.take_number(), self._archive)
+        return RewritePlan(segments.folder, segments.schema, batches, kept_rows, segments.take_number(), self._archive)
 
     def _replace(self, rewrite: Rewrite) -> None:
-        """Put a rewriting in the place of its segments."""
-        shard, table, old, new = self._shard, self._shard.table, list(rewrite.plan.messages), rewrite.plan.number
-        firsts = [message.first_row for _, messages in rewrite.plan.messages.values() for message in messages]
+        shard, table, old, new = self._shard, self._shard.table, list(rewrite.plan.batches), rewrite.plan.number
+        firsts = [entry.first_row for _, entries in rewrite.plan.batches.values() for entry in entries]
         entries = [entry._replace(facts=self._facts(entry.row_numbers)) for entry in rewrite.written]
         written = [SegmentEntry(new, entries[-1].offset + entries[-1].length)] if entries else []
         shard.catalog.commit([Deletion(firsts, old), *written, *entries, *rewrite.deletions])
@@ -392,7 +384,6 @@ class Maintenance:
             shard.segments.remove(number)
 
     def _facts(self, rows: Int64) -> bytes:
-        """What the catalog holds of stored rows."""
         facts = np.empty(len(rows), FACTS)
         for name in FACTS.names or ():
             facts[name] = getattr(self._shard.table, name)[self._shard.table.slots(rows)]

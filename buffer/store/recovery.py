@@ -61,8 +61,6 @@ def quarantined(folder: Path) -> tuple[str, ...]:
 
 
 class _Recovery:
-    """One opening of a shard."""
-
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
         self._segments, self._batches = shard.catalog.read()
@@ -95,7 +93,7 @@ class _Recovery:
         shard.known = KnownIds(shard.table, _hashes(deleted))
 
     def _delete_unlisted(self) -> None:
-        """What a crash left behind: a new file before its commit, an old one after it."""
+        # A crash left a new file before its commit, or an old one after it.
         folder = self._shard.folder
         listed = {segment_path(folder, entry.number) for entry in self._segments}
         for path in set(folder.glob("segment-*")) - listed:
@@ -146,7 +144,6 @@ class _Recovery:
         return message_checksum(message) == entry.message_checksum
 
     def _quarantine(self, damaged: Sequence[BatchEntry]) -> None:
-        """Put the bytes of these batches aside, and go on without their rows."""
         shard, table = self._shard, self._shard.table
         lost = np.concatenate([entry.row_numbers for entry in damaged])
         for segment, entries in groupby(damaged, key=lambda entry: entry.segment):

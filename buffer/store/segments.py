@@ -15,13 +15,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from buffer.disk import sync_folder, sync_later
+from buffer.disk import sync_folder, sync_later, writing_to
 from buffer.settings import BufferSettings
 from buffer.store.catalog import BatchEntry, CatalogWriter, SegmentEntry, segment_path
 
@@ -84,24 +83,15 @@ def message_checksum(message: pa.Buffer | memoryview) -> bytes:
     return xxhash.xxh3_128(message).digest()
 
 
-class StoredMessage(NamedTuple):
-    """A message of rows in a segment, at the bytes [offset, offset + length)."""
-
-    first_row: int
-    num_rows: int
-    offset: int
-    length: int
-
-
 @dataclass
 class Segment:
-    """size: of a sealed file, None while it takes inserts; place: of its content in `Segments.buffers`; messages: by
-    row."""
+    """size: of a sealed file, None while it takes inserts; place: of its content in `Segments.buffers`; batches: by
+    row, without `facts`."""
 
     number: int
     size: int | None
     place: int
-    messages: list[StoredMessage] = field(default_factory=list)
+    batches: list[BatchEntry] = field(default_factory=list)
 
 
 class Segments:
@@ -148,8 +138,7 @@ class Segments:
 
     def add_message(self, entry: BatchEntry) -> None:
         """A batch of the catalog."""
-        message = StoredMessage(entry.first_row, entry.num_rows, entry.offset, entry.length)
-        self.stored[entry.segment].messages.append(message)
+        self.stored[entry.segment].batches.append(entry._replace(facts=b""))
 
     def remove(self, number: int) -> None:
         """The catalog holds this segment no longer; who still holds a part of its content keeps the file mapped."""
@@ -169,7 +158,7 @@ class Segments:
         if segment.size is not None:
             return segment.size
         header_bytes: int = self.header.size
-        return max([header_bytes, *(each.offset + each.length for each in segment.messages[-1:])])
+        return max([header_bytes, *(each.offset + each.length for each in segment.batches[-1:])])
 
     @property
     def size_bytes(self) -> int:
@@ -180,8 +169,8 @@ class Segments:
         """Go on with the segment that takes inserts, or begin the first one."""
         unsealed = [each.number for each in self.stored.values() if each.size is None]
         if unsealed:
-            (number,) = unsealed
-            self._open(number)
+            (self._number,) = unsealed
+            self._descriptor = os.open(segment_path(self.folder, self._number), os.O_RDWR)
         else:
             self._begin(0)
 
@@ -196,16 +185,12 @@ class Segments:
         self._make_room(len(message))
         rest = message
         at = offset = self.end_of(self._number)
-        try:
+        with writing_to(segment_path(self.folder, self._number)):
             while rest:
                 written = os.pwrite(self._descriptor, rest, at)
                 rest, at = rest[written:], at + written
             if self._syncs_each_batch:
                 os.fdatasync(self._descriptor)
-        except OSError as error:
-            # A descriptor says nothing to whoever has to make room.
-            error.filename = str(segment_path(self.folder, self._number))
-            raise
         return self._number, offset, message
 
     def prepare_sync(self) -> Callable[[], None]:
@@ -217,7 +202,6 @@ class Segments:
         self._let_go(self._descriptor, self.end_of(self._number))
 
     def _make_room(self, num_bytes: int) -> None:
-        """For a message in the segment that takes inserts, which may be a new one then."""
         room, begin = os.fstat(self._descriptor).st_size, self.end_of(self._number)
         if begin + num_bytes > room and begin > self.header.size:
             self._seal(num_bytes)
@@ -230,11 +214,6 @@ class Segments:
             self.map(self._number)
 
     def _seal(self, num_bytes: int) -> None:
-        """The next segment, with room for so many bytes at least, takes inserts from now on.
-
-        Raises:
-            OSError: the disk refused; the segment stays as it is.
-        """
         number, descriptor, end = self._number, self._descriptor, self.end_of(self._number)
         if not self._syncs_each_batch:
             os.fdatasync(descriptor)
@@ -254,10 +233,7 @@ class Segments:
             path.unlink(missing_ok=True)
             raise
         self.add(new)
-        self._open(new.number)
-
-    def _open(self, number: int) -> None:
-        self._number, self._descriptor = number, os.open(segment_path(self.folder, number), os.O_RDWR)
+        self._number, self._descriptor = new.number, os.open(path, os.O_RDWR)
 
     @staticmethod
     def _let_go(descriptor: int, end: int) -> None:

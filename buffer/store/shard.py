@@ -130,7 +130,10 @@ class NotedDraw:
 
 
 class Shard:
-    """One shard whose folder is locked. counts: by source. first_version: of the stage. Not thread-safe."""
+    """One shard whose folder is locked. counts: by source. first_version: of the stage. Not thread-safe.
+
+    An OSError of any method says that the disk refused, and nothing has changed.
+    """
 
     def __init__(
         self, folder: Path, contract: TokenContract, settings: BufferSettings, clock: Callable[[], float]
@@ -162,11 +165,11 @@ class Shard:
         return np.unique(np.concatenate([NO_ROWS, *(draw.rows for draw in self.draws.values())]))
 
     def append(self, batch: pa.RecordBatch, hashes: UInt64, events: Sequence[EventEntry] = ()) -> None:
-        """Store validated rows, which are live then. hashes: of their ids. events: committed with them.
+        """Store validated rows, which are live then. hashes: of their ids. events: committed with them. After an
+        OSError they are not stored, unless the process dies before the next insert: then they may be.
 
         Raises:
-            ValueError: the batch is too large for a file. OSError: the disk refused; the rows are not stored, unless
-                the process dies before the next insert: then they may be.
+            ValueError: the batch is too large for a file.
         """
         rows = np.arange(self.next_row, self.next_row + batch.num_rows)
         segment, offset, message = self.segments.write(mark_null_items(with_rows(batch, rows)))
@@ -181,17 +184,15 @@ class Shard:
         message: memoryview,
         events: Sequence[EventEntry] = (),
     ) -> None:
-        """A batch whose message is in its segment counts from now on; see `append`.
-
-        Raises:
-            OSError: the disk refused.
-        """
+        """A batch whose message is in its segment counts from now on; see `append`."""
         versions = VersionRange.from_batch(batch)
         facts = np.empty(batch.num_rows, FACTS)
         facts["hash"], facts["oldest_version"] = hashes, versions.oldest
         facts["created_us"] = batch.column("created_at").view(pa.int64()).to_numpy()
         facts["source"] = codes = source_codes(batch.column("source"))
-        facts["priority"] = np.array([self._first_priority(source) for source in SOURCES], np.float32)[codes]
+        facts["priority"] = FIRST_PRIORITY
+        if self._keeps_priorities:
+            facts["priority"] = np.array([self.table.largest_priority(source) for source in SOURCES])[codes]
         entry = BatchEntry(
             first_row=self.next_row,
             num_rows=batch.num_rows,
@@ -227,11 +228,7 @@ class Shard:
         self.gather.add(entry.segment, entry.offset, entry.length)
 
     def record(self, *events: EventEntry, durable: bool = True) -> None:
-        """Commit these events and apply them. durable: see `CatalogWriter.commit`.
-
-        Raises:
-            OSError: the disk refused; nothing has changed.
-        """
+        """Commit these events and apply them. durable: see `CatalogWriter.commit`."""
         self.catalog.commit(events, durable)
         for event in events:
             self.apply(event)
@@ -270,6 +267,3 @@ class Shard:
                 is_known = table.is_known(rows)
                 values = np.frombuffer(event.priorities or b"", np.float32)
                 table.priority[table.slots(rows[is_known])] = values[is_known]
-
-    def _first_priority(self, source: str) -> float:
-        return self.table.largest_priority(source) if self._keeps_priorities else FIRST_PRIORITY

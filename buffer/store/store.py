@@ -36,7 +36,8 @@ from buffer.trajectory.validation import Rejection, validate
 class ReplayStore:
     """The trajectories of one folder. One process at a time, not thread-safe.
 
-    maintenance: what takes long, beside the work of the store.
+    maintenance: what takes long, beside the work of the store. An OSError of any method says that the disk refused;
+    the call may be repeated, and finds what was stored or drawn all the same.
     """
 
     def __init__(
@@ -55,7 +56,6 @@ class ReplayStore:
             ValueError: another process has the folder open, an earlier version of this program wrote it, its rows
                 follow another token contract, or the archive's URL names no file system.
             CorruptStoreError: the catalog is damaged.
-            OSError: the disk refused.
         """
         self._folder = folder
         self._contract = contract
@@ -106,7 +106,6 @@ class ReplayStore:
 
         Raises:
             ValueError: the batch as a whole does not fit (see `buffer.trajectory.validation.validate`).
-            OSError: the disk refused. A repeated insert counts the rows that were stored all the same as present.
         """
         checked = validate(batch, self._contract)
         good, hashes = checked.good, hash_ids(checked.good.column("id"))
@@ -134,7 +133,6 @@ class ReplayStore:
         Raises:
             ValueError: `count` is not in 1..capacity (of a new draw), the source is unknown, or the draw had another
                 size before.
-            OSError: the disk refused; asking again gives the rows that were drawn all the same.
         """
         _check_source(key.source)
         whole = count if whole is None else whole
@@ -168,7 +166,7 @@ class ReplayStore:
         """Rows that this shard could add to a draw of `whole` rows now, `min_size` aside; drops what must not be drawn.
 
         Raises:
-            ValueError: the draw had another size before. OSError: the disk refused.
+            ValueError: the draw had another size before.
         """
         noted, table = self._noted(key, whole), self._shard.table
         self._prepare_draw(policy_version)
@@ -183,7 +181,6 @@ class ReplayStore:
 
         Raises:
             ValueError: the sampler goes by no priorities, or they are not what they should be.
-            OSError: the disk refused; nothing has changed.
         """
         if self._settings.sampler != "prioritised":
             raise ValueError(f"priorities have no effect with buffer.sampler={self._settings.sampler}")
@@ -195,20 +192,12 @@ class ReplayStore:
         self._shard.record(EventEntry("priorities", source=source, rows=rows.astype("<i8").tobytes(), priorities=blob))
 
     def checkpointed(self, stage: str, step: int) -> None:
-        """The learner has a durable checkpoint of `stage` after `step` steps: no draw before it will be repeated.
-
-        Raises:
-            OSError: the disk refused.
-        """
+        """The learner has a durable checkpoint of `stage` after `step` steps: no draw before it will be repeated."""
         self._shard.record(EventEntry("checkpoint", stage=stage, step=step))
         self.maintenance.delete_unneeded()
 
     def begin_stage(self, first_version: int) -> None:
-        """From now on no policy row with an action older than `first_version` is drawn, nor one that still comes in.
-
-        Raises:
-            OSError: the disk refused.
-        """
+        """From now on no policy row with an action older than `first_version` is drawn, nor one that still comes in."""
         if first_version != self._shard.first_version:
             self._shard.record(EventEntry("stage", version=first_version))
 
@@ -227,11 +216,7 @@ class ReplayStore:
 
     def catalog_image(self) -> bytes:
         """The catalog of now as an SQLite database of its own, for readers that cannot open the file: those on other
-        hosts, where the folder lies on a file system that hosts share (see `sqlite3.Connection.deserialize`).
-
-        Raises:
-            OSError: the disk refused.
-        """
+        hosts, where the folder lies on a file system that hosts share (see `sqlite3.Connection.deserialize`)."""
         return self._shard.catalog.image()
 
     def prepare_sync(self) -> Callable[[], None]:
@@ -258,7 +243,7 @@ class ReplayStore:
         return noted
 
     def _prepare_draw(self, policy_version: int) -> None:
-        """A row of a newer version proves its publication, so staleness counts from the newest version known."""
+        # A row of a newer version proves its publication, so staleness counts from the newest version known.
         if policy_version > self._shard.newest_version:
             self._shard.record(EventEntry("version", version=policy_version), durable=False)
         self.maintenance.drop_stale()
@@ -289,7 +274,6 @@ class ReplayStore:
         return live[places]
 
     def _note(self, key: DrawKey, rows: Int64, whole: int) -> None:
-        """These live rows are given to a draw."""
         shard, table = self._shard, self._shard.table
         draw = EventEntry(
             "draw",
@@ -323,7 +307,6 @@ def _check_source(source: str) -> None:
 
 
 def _rejections(rejections: Sequence[Rejection]) -> list[EventEntry]:
-    """For the catalog, one event per reason."""
     by_reason: dict[str, list[str | None]] = {}
     for rejection in rejections:
         by_reason.setdefault(rejection.reason, []).append(rejection.id)

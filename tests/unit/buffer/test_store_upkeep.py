@@ -186,7 +186,7 @@ def test_an_archive_that_is_none_is_refused(tmp_path):
 def test_what_is_worth_rewriting(sizes, live, expected):
     """Neighbours that fit into one segment of 100 bytes; needed by less than half, or small."""
     segments = [
-        SegmentUse(number, size, 100, count) for number, (size, count) in enumerate(zip(sizes, live, strict=True))
+        SegmentUse(number, size, percent / 100) for number, (size, percent) in enumerate(zip(sizes, live, strict=True))
     ]
     assert worth_rewriting(segments, 0.5, 100) == expected
 
