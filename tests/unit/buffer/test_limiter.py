@@ -96,10 +96,3 @@ def test_what_left_the_buffer_unused_does_not_keep_actors_paused():
     chosen = limiter(samples_per_insert=1.0, min_size=10)
     assert not chosen.wants_inserts(rows(500, 400, 30))
     assert chosen.wants_inserts(rows(500, 400, 19)), "the others were dropped as stale"
-
-
-def test_settings_that_contradict_the_ratio_are_errors():
-    with pytest.raises(ValueError, match="lower it to 90 at most, or raise capacity"):
-        limiter(capacity=100, min_size=10, samples_per_insert=1.0, samples_per_insert_tolerance=91.0)
-    with pytest.raises(ValueError, match="samples_per_insert=3 is never reached with max_times_sampled=2"):
-        limiter(samples_per_insert=3.0, max_times_sampled=2)

@@ -168,7 +168,7 @@ def test_a_damaged_header_costs_nothing(tmp_path, caplog):
     assert [id_ for batch in batches for id_ in ids_of(batch)] == [str(number) for number in range(12)]
 
 
-def test_a_torn_write_is_cut_off_wherever_it_is_torn(tmp_path):
+def test_a_torn_write_is_cut_off_and_reported_wherever_it_is_torn(tmp_path, caplog):
     """Of the last of three batches, which the catalog does not name: the others are there, nothing is put aside."""
     store = open_store(tmp_path / "b")
     for first in (0, 3):
@@ -181,8 +181,12 @@ def test_a_torn_write_is_cut_off_wherever_it_is_torn(tmp_path):
     for size in sorted({*range(begin, end, 211), begin + 1, end - 1, end}):
         folder = crash(found, tmp_path / str(size))
         (folder / SEALED).write_bytes(content[:size].ljust(len(content), b"\0"))
+        caplog.clear()
         store = open_store(folder)
         num_rows = 6 if any(content[size:end]) else 9
+        is_torn = num_rows == 6 and size > begin
+        assert ("bytes of an unfinished insert off its end" in caplog.text) == is_torn
         assert live_ids(store) == {str(number) for number in range(num_rows)}
         assert store.status().quarantined == ()
+        assert store.insert(numbered(6, 3)).accepted == 9 - num_rows
         store.close()

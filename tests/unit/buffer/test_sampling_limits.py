@@ -47,12 +47,3 @@ def test_no_row_is_drawn_more_often_than_it_may_be(tmp_path, sampler):
     counters = store.status().sources["policy"]
     assert counters.live < 4, "the rest is too little for another draw"
     assert counters.removed == {"sampled": 20 - counters.live}
-
-
-def test_a_limit_that_was_lowered_counts_for_earlier_draws(tmp_path):
-    store = open_store(tmp_path / "b", max_times_sampled=None)
-    store.insert(numbered(0, 4))
-    times = Counter(name for step in range(5) for name in drawn_ids(store, step, 2))
-    store.close()
-    store = open_store(tmp_path / "b", max_times_sampled=2)
-    assert store.num_live("policy") == sum(count < 2 for count in times.values()) + (4 - len(times))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from buffer.settings import BufferSettings
-from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
-from tests.stores import SMALL, crash, draw, live_ids, open_store, stored_rows
+from tests.stores import SMALL, draw, live_ids, open_store
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, numbered, policy_batch, row
 
 
@@ -35,33 +34,6 @@ def test_draws_have_no_repetition_and_wait_for_enough(tmp_path):
     store.close()
 
 
-def test_same_seed_same_samples(tmp_path):
-    drawn = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        store = open_store(tmp_path / name, seed, segment_bytes=SMALL, sampler="recency", recency_exponent=0.5)
-        ids = []
-        for step in range(12):
-            store.insert(numbered(5 * step, 5))
-            ids.append(ids_of(store.draw(DrawKey("s", step, "policy"), 4, 0).batch))
-        drawn.append(ids)
-        store.close()
-    assert drawn[0] == drawn[1]
-    assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))
-
-
-def test_capacity_evicts_the_oldest_of_the_same_source(tmp_path):
-    store = open_store(tmp_path / "b", capacity=10)
-    store.insert(batch_of([expert_row(f"e{index}") for index in range(6)]))
-    store.insert(numbered(0, 25))
-    assert live_ids(store) == {str(number) for number in range(15, 25)}
-    assert store.num_live("expert") == 6
-    store.insert(batch_of([expert_row(f"f{index}") for index in range(6)]))
-    assert live_ids(store, "expert") == {"e2", "e3", "e4", "e5", *(f"f{index}" for index in range(6))}
-    counters = store.status().sources["policy"]
-    assert (counters.inserted, counters.live, counters.removed) == (25, 10, {"capacity": 15})
-    store.close()
-
-
 def test_no_drawn_row_is_too_stale_and_drops_are_for_good(tmp_path):
     store = open_store(tmp_path / "b", max_staleness=2)
     rows = [row(f"{low}-{high}", [5, 6], policy_version=[high, low]) for low in range(4) for high in range(low, 4)]
@@ -75,13 +47,6 @@ def test_no_drawn_row_is_too_stale_and_drops_are_for_good(tmp_path):
     store.insert(batch_of([row("late", [5], policy_version=[1])]))
     assert draw(store, 4, 0) is None
     assert store.status().sources["policy"].dropped_stale == 8
-    store.close()
-
-
-def test_experts_are_never_stale(tmp_path):
-    store = open_store(tmp_path / "b", max_staleness=0)
-    store.insert(batch_of([expert_row("e")]))
-    assert draw(store, 1, 1000, "expert").num_rows == 1
     store.close()
 
 
@@ -107,23 +72,6 @@ def test_rejections_name_rows_of_the_batch_as_sent_and_leave_out_what_is_stored(
     store.close()
 
 
-def test_full_segments_are_sealed_mapped_and_deleted_once_dead(tmp_path):
-    folder = tmp_path / "b"
-    store = open_store(folder, segment_bytes=SMALL)
-    most = 0
-    for step in range(60):
-        store.insert(numbered(5 * step, 5))
-        most = max(most, len(list(folder.glob("segment-*"))))
-        assert draw(store, 20 if step >= 3 else 5 * (step + 1), 0) is not None
-    assert most <= 4
-    status = store.status()
-    assert status.sources["policy"].inserted == 300
-    assert status.size_bytes < 5 * SMALL
-    assert len(list(folder.glob("segment-*.arrows"))) == status.sealed_segments + 1
-    assert stored_rows(folder)[-20:] == list(range(280, 300))
-    store.close()
-
-
 def test_a_drawn_batch_outlives_the_deletion_of_its_segment(tmp_path):
     store = open_store(tmp_path / "b", segment_bytes=SMALL)
     store.insert(numbered(0, 20))
@@ -132,19 +80,4 @@ def test_a_drawn_batch_outlives_the_deletion_of_its_segment(tmp_path):
     for step in range(1, 20):
         store.insert(numbered(20 * step, 20))
     assert drawn.to_pylist() == before
-    store.close()
-
-
-def test_rows_of_another_stage_are_not_drawn_not_even_those_that_come_in_late(tmp_path):
-    store = open_store(tmp_path / "b", max_staleness=None)
-    store.insert(numbered(0, 3, version=4))
-    store.begin_stage(5)
-    store.insert(numbered(3, 2, version=4))
-    assert draw(store, 1, 5) is None
-    store.insert(numbered(5, 2, version=5))
-    batch = draw(store, 2, 5)
-    assert {versions[0] for versions in batch.column("policy_version").to_pylist()} == {5}
-    copy = open_store(crash(tmp_path / "b", tmp_path / "c"), max_staleness=None)
-    assert copy.num_live("policy") == 2
-    copy.close()
     store.close()

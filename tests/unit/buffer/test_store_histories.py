@@ -248,8 +248,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def counters_agree(self):
-        if not hasattr(self, "store"):
-            return
         status = self.store.status()
         assert (self.store.newest_version, self.store.next_row) == (self.newest, len(self.rows))
         assert (status.rejected, status.quarantined) == (0, ())
@@ -264,8 +262,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def rows_agree(self):
-        if not hasattr(self, "store"):
-            return
         table = self.store._shard.table
         for source in SOURCES:
             rows = table.live_rows(source)
@@ -275,8 +271,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_catalog_accounts_for_every_row(self):
-        if not hasattr(self, "store"):
-            return
         found = events(self.folder)
         removed = {
             number: (event.reason, event.source)
@@ -300,8 +294,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_row_is_on_disk_or_in_the_archive(self):
-        if not hasattr(self, "store"):
-            return
+        files = list(self.folder.glob("segment-*"))
+        assert len(files) == self.store.status().sealed_segments + 1 + (
+            self.rewrite is not None and bool(self.rewrite.written)
+        )
         stored = stored_rows(self.folder)
         needed = {number for number, each in enumerate(self.rows) if each.fate == "live"}
         assert needed | {number for rows in self.drawn.values() for number in rows} <= set(stored)

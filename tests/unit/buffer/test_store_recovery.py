@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -18,94 +17,9 @@ from buffer.store.catalog import CorruptStoreError, read_batches, read_events, r
 from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
 from tests.stores import SMALL, crash, draw, live_ids, open_store, stored_rows
-from tests.trajectories import CONTRACT, numbered, policy_batch
+from tests.trajectories import CONTRACT, numbered
 
 SEGMENT = "segment-000001.arrows"
-
-
-def test_an_insert_repeated_after_a_crash_is_stored_once(tmp_path):
-    store = open_store(tmp_path / "b")
-    store.insert(policy_batch(["a", "b"]))
-    copy = open_store(crash(tmp_path / "b", tmp_path / "c"))
-    assert copy.insert(policy_batch(["a", "b"])).accepted == 0
-    assert copy.num_live("policy") == 2
-    copy.close()
-    store.close()
-
-
-def test_a_larger_capacity_brings_no_evicted_row_back(tmp_path):
-    store = open_store(tmp_path / "b", capacity=10)
-    store.insert(numbered(0, 25))
-    folder = crash(tmp_path / "b", tmp_path / "c")
-    store.close()
-    for expected in (range(15, 30), range(15, 35)):
-        store = open_store(folder, capacity=100)
-        store.insert(numbered(expected[-1] - 4, 5))
-        assert live_ids(store) == {str(number) for number in expected}
-        # A crash: the next opening must know the new capacity, although nothing was sealed since.
-        folder = crash(folder, tmp_path / f"d{expected[-1]}")
-        store.close()
-    store = open_store(folder, capacity=3)
-    assert live_ids(store) == {"32", "33", "34"}
-    store.close()
-
-
-def test_stale_rows_stay_dropped_and_versions_never_go_back(tmp_path):
-    store = open_store(tmp_path / "b", max_staleness=1)
-    store.insert(numbered(0, 3, version=4))
-    store.insert(numbered(3, 2, version=8))
-    assert draw(store, 2, 9) is not None
-    draw(store, 1, 10)  # drops everything that was left
-    copy = open_store(crash(tmp_path / "b", tmp_path / "c"), max_staleness=None)
-    assert copy.newest_version == 10
-    assert copy.num_live("policy") == 0
-    assert copy.status().sources["policy"].dropped_stale == 5
-    copy.close()
-    store.close()
-
-
-def test_a_crash_between_any_two_steps_of_sealing_loses_nothing(tmp_path):
-    """Sealing: next file, catalog, then the old file gives back its room. Each state is mixed from two folders."""
-    before, after = tmp_path / "before", tmp_path / "after"
-    store = open_store(after, capacity=1000, segment_bytes=SMALL)
-    inserted = 0
-    while store.status().sealed_segments < 1:
-        shutil.rmtree(before, ignore_errors=True)
-        crash(after, before)
-        store.insert(numbered(inserted, 1))
-        inserted += 1
-    crashed = crash(after, tmp_path / "crashed")
-    store.close()
-    old, new = "segment-000001.arrows", "segment-000002.arrows"
-    everything = {str(number) for number in range(inserted)}
-    states = {
-        "next file": (before, lambda folder: shutil.copy(crashed / new, folder), {str(inserted - 1)}),
-        "next file without its header": (before, lambda folder: (folder / new).touch(), {str(inserted - 1)}),
-        "catalog": (crashed, lambda folder: os.truncate(folder / old, SMALL), set()),
-        "old file": (crashed, lambda folder: None, set()),
-    }
-    for name, (base, prepare, missing) in states.items():
-        folder = crash(base, tmp_path / name)
-        prepare(folder)
-        store = open_store(folder, capacity=1000, segment_bytes=SMALL)
-        assert live_ids(store) == everything - missing, name
-        store.insert(numbered(10_000, 1))
-        assert "10000" in live_ids(store)
-        assert stored_rows(folder) == list(range(store.next_row))
-        store.close()
-
-
-def test_a_torn_insert_is_cut_off_and_reported(tmp_path, caplog):
-    folder = torn_folder(tmp_path, lambda message: message[: len(message) // 2])
-    store = open_store(folder)
-    assert "bytes of an unfinished insert off its end" in caplog.text
-    assert live_ids(store) == {"0", "1", "2"}
-    assert store.status().quarantined == ()
-    assert store.insert(numbered(3, 3)).accepted == 3
-    store.close()
-    store = open_store(folder)
-    assert live_ids(store) == {str(number) for number in range(6)}
-    store.close()
 
 
 def test_complete_batches_behind_the_catalog_are_adopted(tmp_path):

@@ -13,24 +13,6 @@ from tests.trajectories import batch_of, expert_row, ids_of, numbered
 KEY = DrawKey("stage", 0, "policy")
 
 
-def test_a_draw_is_repeated_after_its_rows_were_evicted_and_their_segments_left_the_live_set(tmp_path):
-    store = open_store(tmp_path / "b", segment_bytes=SMALL)
-    store.insert(numbered(0, 20))
-    drawn = store.draw(KEY, 6, 0)
-    assert not drawn.repeated
-    for first in range(20, 200, 10):
-        store.insert(numbered(first, 10))
-    copy = open_store(crash(tmp_path / "b", tmp_path / "c"), segment_bytes=SMALL)
-    for each in (store, copy):
-        again = each.draw(KEY, 6, 0)
-        assert again.repeated
-        assert again.batch.equals(drawn.batch)
-        live = ids_of(each.draw(DrawKey("all", 0, "policy"), 20, 0).batch)
-        assert sorted(live) == [str(number) for number in range(180, 200)], "pinned rows are not live"
-        assert each.status().sources["policy"].replayed == 6
-        each.close()
-
-
 def test_pinned_segments_are_deleted_after_the_checkpoint(tmp_path):
     store = open_store(tmp_path / "b", segment_bytes=SMALL)
     store.insert(numbered(0, 20))
@@ -98,17 +80,6 @@ def test_a_logged_draw_is_repeated_whatever_the_capacity_is_now(tmp_path):
     assert store.draw(KEY, 6, 0).batch.equals(drawn.batch)
     with pytest.raises(ValueError, match="a draw of 6 trajectories can never be served: the buffer holds 4"):
         store.draw(DrawKey("stage", 1, "policy"), 6, 0)
-    store.close()
-
-
-def test_another_batch_size_is_refused_in_words(tmp_path):
-    store = open_store(tmp_path / "b")
-    store.insert(numbered(0, 20))
-    store.draw(KEY, 6, 0)
-    with pytest.raises(
-        ValueError, match=r"step 0 of stage 'stage' drew 6 policy trajectories .* asks for 4 now: resume with the batch"
-    ):
-        store.draw(KEY, 4, 0)
     store.close()
 
 

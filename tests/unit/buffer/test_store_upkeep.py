@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from buffer.settings import BufferSettings
 from buffer.store import maintenance
-from buffer.store.catalog import segment_path
 from buffer.store.maintenance import SegmentUse, worth_rewriting
 from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
-from tests.stores import SMALL, crash, events, live_ids, open_store, stored_rows
-from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, numbered, row
+from tests.stores import SMALL, crash, live_ids, open_store, stored_rows
+from tests.trajectories import batch_of, expert_row, numbered, row
 
 KEY = DrawKey("stage", 0, "policy")
 
@@ -65,41 +62,6 @@ def test_compaction_keeps_what_is_live_or_pinned_and_disturbs_nobody(tmp_path):
     assert all(reader[path].to_pybytes() == seen[path] for path in gone), "a reader keeps the files that it has mapped"
 
 
-def test_the_store_works_on_while_a_rewriting_runs(tmp_path):
-    folder = tmp_path / "b"
-    store = sparse_store(folder)
-    plan = store.maintenance.plan()
-    assert store.maintenance.plan() is None, "one at a time"
-    rewrite = plan.run()
-    store.checkpointed("stage", 1)
-    sealed = store.status().sealed_segments
-    while store.status().sealed_segments <= sealed + 1:
-        store.insert(batch_of([expert_row(f"f{store.next_row}"), *(row(f"q{store.next_row + n}") for n in range(5))]))
-    assert store.draw(DrawKey("stage", 1, "expert"), 10, 0) is not None
-    expected = {source: live_ids(store, source) for source in ("policy", "expert")}
-    store.maintenance.finish(rewrite)
-    for each in (store, open_store(crash(folder, tmp_path / "c"), capacity=20, segment_bytes=SMALL)):
-        assert {source: live_ids(each, source) for source in expected} == expected
-        rows = stored_rows(each._folder)
-        assert rows == sorted(set(rows))
-        each.close()
-
-
-def test_a_rewriting_that_was_not_finished_leaves_nothing_behind(tmp_path):
-    store = sparse_store(tmp_path / "b")
-    expected = live_ids(store, "expert")
-    rewrite = store.maintenance.plan().run()
-    folder = crash(tmp_path / "b", tmp_path / "c")
-    store.close()
-    new = segment_path(folder, rewrite.plan.number)
-    assert new.exists()
-    store = open_store(folder, capacity=20, segment_bytes=SMALL)
-    assert not new.exists()
-    assert live_ids(store, "expert") == expected
-    assert upkeep_all(store) >= 1
-    store.close()
-
-
 def archived(folder: Path) -> dict[int, str]:
     """Ids by row; each row stands there once."""
     found: dict[int, str] = {}
@@ -110,25 +72,6 @@ def archived(folder: Path) -> dict[int, str]:
                 assert each["row"] not in found
                 found[each["row"]] = each["id"]
     return found
-
-
-def test_rows_that_leave_the_disk_are_in_the_archive(tmp_path):
-    folder = tmp_path / "run" / "buffer" / "shard-000"
-    store = sparse_store(folder, archive=str(tmp_path / "archive"))
-    assert upkeep_all(store) >= 1
-    store.checkpointed("stage", 1)
-    for step in range(20, 30):
-        store.insert(batch_of([expert_row(f"e{step}"), *(row(f"p{12 * step + number}") for number in range(12))]))
-        upkeep_all(store)
-    found = archived(tmp_path / "archive")
-    assert {
-        path.parent.relative_to(tmp_path / "archive").as_posix() for path in (tmp_path / "archive").rglob("*.arrows")
-    } == {"run/buffer/shard-000"}
-    assert sorted([*stored_rows(folder), *found]) == list(range(store.next_row)), (
-        "on disk or in the archive, never in both"
-    )
-    assert not {*live_ids(store), *live_ids(store, "expert")} & set(found.values())
-    store.close()
 
 
 def test_an_archive_that_cannot_be_reached_blocks_deletion_only(tmp_path, caplog, monkeypatch):
@@ -191,41 +134,6 @@ def test_what_is_worth_rewriting(sizes, live, expected):
     assert worth_rewriting(segments, 0.5, 100) == expected
 
 
-def test_an_insert_is_known_when_it_is_repeated_after_its_rows_were_removed(tmp_path):
-    store = open_store(tmp_path / "b", segment_bytes=SMALL)
-    first = numbered(0, 5)
-    store.insert(first)
-    for step in range(1, 20):
-        store.insert(numbered(10 * step, 10))
-    folder = crash(tmp_path / "b", tmp_path / "c")
-    copy = open_store(folder, segment_bytes=SMALL)
-    for each in (store, copy):
-        result = each.insert(first)
-        assert (result.accepted, result.present) == (0, 5)
-    assert events(folder, "delete"), "also those whose segment is gone"
-    copy.close()
-    store.close()
-
-
-def test_rows_that_are_too_old_are_evicted(tmp_path):
-    now_s = BORN.timestamp() + 50.0
-    store = ReplayStore(
-        tmp_path / "b", CONTRACT, BufferSettings(min_size=1, max_age_s=100.0), seed=0, clock=lambda: now_s
-    )
-    late = BORN + timedelta(seconds=30)
-    store.insert(batch_of([row("late", created_at=late), row("early"), expert_row("expert")]))
-    now_s += 60.0
-    assert ids_of(store.draw(KEY, 1, 0).batch) == ["late"]
-    assert store.draw(DrawKey("stage", 1, "policy"), 2, 0) is None
-    now_s += 30.0
-    assert store.maintenance.plan() is None
-    assert {source: each.removed for source, each in store.status().sources.items()} == {
-        "policy": {"age": 2},
-        "expert": {"age": 1},
-    }
-    store.close()
-
-
 @pytest.mark.parametrize(("fsync", "per_insert", "draws"), [("batch", 1, 2), ("interval", 0, 1), ("none", 0, 1)])
 def test_what_is_made_durable_when(tmp_path, monkeypatch, fsync, per_insert, draws):
     """An insert syncs its segment; SQLite syncs the commit of a draw by itself where it is told so (2 = FULL)."""
@@ -277,9 +185,3 @@ def test_rows_of_sealed_segments_take_no_heap(tmp_path):
     assert most > 6
     assert pa.total_allocated_bytes() - before < 100_000 < batch_bytes / 4
     store.close()
-
-
-def test_settings_that_have_no_effect_are_refused():
-    with pytest.raises(ValueError, match="fsync_interval_s has no effect with fsync=batch"):
-        BufferSettings(fsync_interval_s=0.5)
-    assert BufferSettings(fsync="interval", fsync_interval_s=0.5).fsync_interval_s == 0.5
