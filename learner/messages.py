@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from buffer.experts.tasks import Task
 from buffer.settings import NoiseSettings, TaskSettings
 from buffer.trajectory.schema import TokenContract
-from learner.metrics.trackers import TrackerName
+from learner.metrics.log import TrackerName
 from learner.settings.model import ModelSettings
 from learner.settings.stages import LearnerSettings
 

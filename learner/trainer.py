@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from buffer.trajectory.staleness import VersionRange
 from learner.batches import BatchSource, Float32, build_micro_batches, count_logs, priorities_of_draw, share_of_rank
 from learner.checkpoints.checkpoint import TrainingState
-from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
+from learner.metrics.watch import behaviour_metrics, finish_behaviour_metrics
 from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics, is_finite
 from learner.ranks import Ranks, clip_gradients, load_optimizer_state, synchronise_gradients, whole_optimizer_state
 from learner.settings.stages import OptimizerSettings, StageSettings

@@ -39,10 +39,8 @@ from learner.checkpoints.store import (
 from learner.checkpoints.writer import StageCheckpoints
 from learner.demonstrations import teach_backspace_row
 from learner.messages import LearnerSpec, LearnerStatus, PreparedRun, StageResult
-from learner.metrics.behaviour import distribution_metrics
-from learner.metrics.log import MetricsLog
-from learner.metrics.trackers import Int64, check_trackers
-from learner.metrics.watch import Watch, mismatch_steps
+from learner.metrics.log import Int64, MetricsLog, check_trackers, distribution_metrics
+from learner.metrics.watch import Watch
 from learner.model.policy import Policy, checkpoint_activations, load_policy
 from learner.objectives import make_objective
 from learner.objectives.base import OutsideDomainError
@@ -197,7 +195,7 @@ class LearnerWorker:
             if isinstance(source, BufferSource):
                 source.seek(trainer.step, first_version)
         position = {} if stream is None else stream.state()
-        watch = Watch(stage.name, self._spec.settings.watch, mismatch_steps(stage))
+        watch = Watch(stage, self._spec.settings.watch)
         self._step_seconds.clear()
         with (
             self._ranks.exchange(f"stage {stage.name}"),

@@ -20,7 +20,7 @@ from buffer.settings import BufferSettings, NoiseSettings, OutputPath, Settings,
 from buffer.store.limiter import Limiter
 from launch.errors import UserError
 from launch.settings.evaluation import EvaluationSettings, check_planting
-from learner.metrics.trackers import TrackerName
+from learner.metrics.log import TrackerName
 from learner.settings.model import ModelSettings, PretrainedModelSettings, ScratchModelSettings
 from learner.settings.objectives import AdversarialJsSettings, ConstraintSettings, ScoreFunctionSettings, TargetSettings
 from learner.settings.stages import LearnerSettings, StageSettings, check_stages, stages_before

@@ -1,4 +1,9 @@
-"""Alarms: metrics that say, in time, that a run goes wrong in a way that its loss does not show."""
+"""What shows that a run goes wrong in a way that its loss does not: rollouts as the policy that acted saw them, against
+what the learner says of them now, and alarms.
+
+For actions of the newest weights the difference of log-probabilities is what the engine computes otherwise than the
+learner, and the steps that the learner took since. For older ones it is mostly the distance that the policy went.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,39 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
+from learner.objectives.base import EvaluatedLogs, Metrics
 from learner.settings.stages import StageSettings, WatchSettings
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def behaviour_metrics(rollouts: EvaluatedLogs, backspace_id: int, newest_version: int) -> Metrics:
+    """This call's shares; `finish_behaviour_metrics` makes means of them once those of all calls are combined.
+
+    newest_version: of all actions of the step's rollouts.
+    """
+    tree, values = rollouts.tree, rollouts.values
+    metrics = {"backspace_rate": rollouts.mean_over_actions((tree.actions.label == backspace_id).to(values.v.dtype))}
+    difference = (values.log_prob_at_temperature - tree.actions.behavior_log_prob).abs()
+    compared = tree.actions.behavior_temperature > 0.0
+    newest = tree.actions.behavior_version == newest_version
+    for suffix, chosen in (("", compared & newest), ("_stale", compared & ~newest)):
+        kept = difference.masked_fill(~chosen, 0.0)
+        metrics[f"log_prob_mismatch{suffix}_mean"] = rollouts.mean_over_actions(kept)
+        metrics[f"log_prob_mismatch{suffix}_max_abs"] = torch.cat([kept, kept.new_zeros(1)]).max()
+        metrics[f"log_prob_compared{suffix}_share"] = rollouts.mean_over_actions(chosen.to(values.v.dtype))
+    return metrics
+
+
+def finish_behaviour_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """From combined shares to means over the compared actions; 0 where none was compared, as their share then says."""
+    finished = dict(metrics)
+    for suffix in ("", "_stale"):
+        share = finished.get(f"log_prob_compared{suffix}_share", 0.0)
+        if share > 0.0:
+            finished[f"log_prob_mismatch{suffix}_mean"] /= share
+    return finished
 
 
 @dataclass(frozen=True)
@@ -24,12 +61,13 @@ class _Alarm:
 class Watch:
     """Looks at the metrics of every step of a stage.
 
-    mismatch_steps: for which engine and learner have to disagree. The learner moves away from the weights that it
-    published; rollouts of new ones bring the difference back. So only one that outlasts their arrival is a fault.
+    The learner moves away from the weights that it published; rollouts of new ones bring the difference back. So engine
+    and learner have to disagree for two intervals between publications before that is a fault: the first may pass
+    before rollouts of its weights arrive.
     """
 
-    def __init__(self, stage: str, settings: WatchSettings, mismatch_steps: int) -> None:
-        self._stage = stage
+    def __init__(self, stage: StageSettings, settings: WatchSettings) -> None:
+        self._stage = stage.name
         self._raised: set[str] = set()
         self._beyond: Counter[str] = Counter()
         self._alarms = (
@@ -45,7 +83,7 @@ class Watch:
                 settings.max_log_prob_mismatch,
                 "rollouts do not come from the learner's policy: publish more often, lower the learning rate, or see "
                 "whether the engine's number format is too coarse",
-                mismatch_steps,
+                min(2 * stage.publish_every_steps, stage.steps),
             ),
             _Alarm(
                 "unsatisfied_share",
@@ -75,8 +113,3 @@ class Watch:
                     f"{alarm.advice}"
                 )
         return found, warnings
-
-
-def mismatch_steps(stage: StageSettings) -> int:
-    """Two intervals between publications: the first may pass before rollouts of its weights arrive."""
-    return min(2 * stage.publish_every_steps, stage.steps)

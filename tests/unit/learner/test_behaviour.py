@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from buffer.trajectory.schema import Behaviour
-from learner.metrics.behaviour import behaviour_metrics, finish_behaviour_metrics
+from learner.metrics.watch import behaviour_metrics, finish_behaviour_metrics
 from learner.objectives.base import EvaluatedLogs, combine_metrics
 from learner.state_tree import policy as policy_module
 from learner.state_tree.policy import TreePolicy

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from buffer.experts.tasks import Task
-from learner.metrics.behaviour import distribution_metrics
+from learner.metrics.log import distribution_metrics
 from learner.metrics.watch import Watch
 from learner.settings.stages import WatchSettings
 from tests.rollouts import rollouts
@@ -44,13 +44,13 @@ def test_the_table_names_every_metric_once(task):
     for objective in objectives:
         trainer = make_trainer(task, make_model(task), make_stage(objective), rollouts=_rollouts_for(objective, task))
         metrics = trainer.train_step()
-        alarms, _ = Watch("s", WatchSettings(), mismatch_steps=1).look(1, metrics)
+        alarms, _ = Watch(make_stage(MATCHING), WatchSettings()).look(1, metrics)
         found |= metrics.keys() | alarms.keys()
     for objective in (REINFORCE, KL_CONTROL):
         trainer = make_score_trainer(task, make_model(task), objective, ScoredRollouts(task))
         found |= trainer.train_step().keys()
     metrics = make_target_trainer(task, make_model(task), CASES["gdc_pp"]).train_step()
-    alarms, _ = Watch("s", WatchSettings(), mismatch_steps=1).look(1, metrics)
+    alarms, _ = Watch(make_stage(MATCHING), WatchSettings()).look(1, metrics)
     found |= metrics.keys() | alarms.keys()
     found |= distribution_metrics("staleness", np.zeros(1, dtype=np.int64)).keys() | {"policy_version"}
     names = documented()

@@ -221,7 +221,7 @@ def test_a_pointwise_constraint_that_nothing_meets_changes_nothing_and_is_said(d
         assert all(math.isfinite(value) for value in weighed.metrics.values())
         rule.learn(rollouts)
         assert rule.weigh(rollouts).coefficients.tolist() == [0.0] * 4
-    alarms, warnings = Watch("s", WatchSettings(), mismatch_steps=1).look(3, weighed.metrics)
+    alarms, warnings = Watch(make_stage(CASES["gdc_pp"]), WatchSettings()).look(3, weighed.metrics)
     assert alarms["alarm_unsatisfied"] == 1
     assert "unsatisfied_share 1 is beyond 0.99; hardly a rollout meets the pointwise constraints" in warnings[0]
 

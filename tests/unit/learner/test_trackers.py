@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from learner.metrics.log import MetricsLog
-from learner.metrics.trackers import TensorBoardTracker, check_trackers
+from learner.metrics.log import MetricsLog, TensorBoardTracker, check_trackers
 
 
 def needs(name: str) -> pytest.MarkDecorator:
@@ -49,7 +48,7 @@ TWO_STAGES = """
 
 
 def test_a_tracker_that_is_not_installed_is_named_with_its_extra(monkeypatch, tmp_path):
-    monkeypatch.setattr("learner.metrics.trackers.find_spec", lambda name: None if name == "wandb" else object())
+    monkeypatch.setattr("learner.metrics.log.find_spec", lambda name: None if name == "wandb" else object())
     check_trackers(["tensorboard", "trackio"])
     for refuse in (lambda: check_trackers(["wandb"]), lambda: MetricsLog(tmp_path, ["tensorboard", "wandb"])):
         with pytest.raises(

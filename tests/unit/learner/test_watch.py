@@ -10,13 +10,18 @@ import pytest
 from pydantic import ValidationError
 
 from launch.settings.recipe import read_recipe
-from learner.metrics.behaviour import distribution_metrics
-from learner.metrics.watch import Watch, mismatch_steps
+from learner.metrics.log import distribution_metrics
+from learner.metrics.watch import Watch
 from learner.settings.stages import WatchSettings
+from tests.training import CLONING, make_stage
+
+
+def watch_of(**bounds: float) -> Watch:
+    return Watch(make_stage(CLONING, steps=1, name="arm"), WatchSettings(**bounds))
 
 
 def test_an_alarm_is_told_once_and_kept_as_a_metric():
-    watch = Watch("arm", WatchSettings(max_backspace_rate=0.3), mismatch_steps=1)
+    watch = watch_of(max_backspace_rate=0.3)
     assert watch.look(1, {"loss": 9.0, "backspace_rate": 0.3}) == ({"alarm_backspace_rate": 0.0}, [])
     found, warnings = watch.look(2, {"backspace_rate": 0.31})
     assert found == {"alarm_backspace_rate": 1.0}
@@ -26,24 +31,15 @@ def test_an_alarm_is_told_once_and_kept_as_a_metric():
     ]
     assert watch.look(3, {"backspace_rate": 0.2}) == ({"alarm_backspace_rate": 0.0}, [])
     assert watch.look(4, {"backspace_rate": 0.4}) == ({"alarm_backspace_rate": 1.0}, [])
-    assert Watch("next", WatchSettings(), mismatch_steps=1).look(1, {"backspace_rate": 0.4})[
-        1
-    ]  # a new stage tells again
 
 
-def test_each_metric_has_its_own_alarm():
-    watch = Watch("arm", WatchSettings(max_log_prob_mismatch=0.5), mismatch_steps=1)
-    found, warnings = watch.look(7, {"backspace_rate": 0.1, "log_prob_mismatch_mean": 0.75})
+def test_each_metric_has_its_own_alarm_and_a_number_that_is_none_raises_it():
+    watch = watch_of(max_log_prob_mismatch=0.5)
+    assert watch.look(2, {"loss": 1.0}) == ({}, [])
+    found, warnings = watch.look(7, {"backspace_rate": 0.1, "log_prob_mismatch_mean": math.nan})
     assert found == {"alarm_backspace_rate": 0.0, "alarm_log_prob_mismatch": 1.0}
     (warning,) = warnings
-    assert warning.startswith("stage arm, step 7: log_prob_mismatch_mean 0.75 is beyond 0.5; rollouts do not come from")
-
-
-def test_a_number_that_is_none_is_an_alarm_and_an_absent_one_is_not():
-    watch = Watch("arm", WatchSettings(), mismatch_steps=1)
-    found, warnings = watch.look(1, {"log_prob_mismatch_mean": math.nan})
-    assert (found, len(warnings)) == ({"alarm_log_prob_mismatch": 1.0}, 1)
-    assert watch.look(2, {"loss": 1.0}) == ({}, [])
+    assert warning.startswith("stage arm, step 7: log_prob_mismatch_mean nan is beyond 0.5; rollouts do not come from")
 
 
 # The first steps of the stage of launch/recipes/arithmetic_cpu.yaml that has rollouts, as a run had them: the learning
@@ -57,9 +53,9 @@ HEALTHY = [
 # fmt: on
 
 
-def warnings_of(mismatches: list[float]) -> list[str]:
-    stage = read_recipe(Path("launch/recipes/arithmetic_cpu.yaml")).stages[1]
-    watch = Watch(stage.name, WatchSettings(), mismatch_steps(stage))
+def warnings_of(mismatches: list[float], *overrides: str) -> list[str]:
+    stage = read_recipe(Path("launch/recipes/arithmetic_cpu.yaml"), overrides).stages[1]
+    watch = Watch(stage, WatchSettings())
     looked = [watch.look(step, {"log_prob_mismatch_mean": value}) for step, value in enumerate(mismatches, 1)]
     return [warning for _, warnings in looked for warning in warnings]
 
@@ -79,8 +75,8 @@ def test_an_engine_that_computes_something_else_or_gets_no_weights_is_one(arrive
 
 
 def test_a_stage_of_few_steps_is_watched_to_its_end() -> None:
-    stage = read_recipe(Path("launch/recipes/arithmetic_cpu.yaml"), ["stages.sequencematch.steps=7"]).stages[1]
-    assert mismatch_steps(stage) == 7
+    assert warnings_of(6 * [3.0], "stages.sequencematch.steps=7") == []
+    assert len(warnings_of(7 * [3.0], "stages.sequencematch.steps=7")) == 1
 
 
 def test_a_bound_that_no_policy_can_reach_is_refused():
