@@ -84,10 +84,6 @@ def worth_rewriting(segments: Sequence[SegmentUse], below_fraction: float, segme
     return best
 
 
-class ArchiveError(OSError):
-    """The archive did not take a file; nothing was deleted."""
-
-
 class Archive:
     """Rows that leave the disk of a shard, kept at any fsspec URL (s3://, gs://, file://, ...); used in any thread.
 
@@ -114,7 +110,7 @@ class Archive:
         """Keep rows that leave with segment `number`.
 
         Raises:
-            ArchiveError: it could not be done.
+            OSError: it could not be done.
         """
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, rows.schema) as writer:
@@ -129,7 +125,7 @@ class Archive:
             if in_folder:
                 self._files.mv(written, target)
         except Exception as error:  # each file system raises the errors of its own client library
-            raise ArchiveError(f"the archive did not take {target}: {type(error).__name__}: {error}") from error
+            raise OSError(f"the archive did not take {target}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ class RewritePlan:
         """Do it, except for what `finish` does.
 
         Raises:
-            OSError: the disk refused, or the archive (`ArchiveError`); nothing has changed.
+            OSError: the disk refused, or the archive; nothing has changed.
         """
         kept: list[pa.Table] = []
         leaving: list[pa.Table] = []

@@ -100,22 +100,18 @@ class _Recovery:
             path.unlink()
 
     def _map(self, entry: SegmentEntry) -> pa.Buffer:
-        path = segment_path(self._shard.folder, entry.number)
-        if entry.size is not None and path.exists() and path.stat().st_size > entry.size:
-            os.truncate(path, entry.size)
+        path, header = segment_path(self._shard.folder, entry.number), self._shard.segments.header.to_pybytes()
         if path.exists():
-            self._mend_header(path)
+            if entry.size is not None and path.stat().st_size > entry.size:
+                os.truncate(path, entry.size)
+            with path.open("r+b") as file:
+                found = file.read(len(header))
+                if len(found) == len(header) and found != header:
+                    # It is known, and costs no row; who reads the file with Arrow needs it.
+                    logger.warning("%s: the schema at its begin was damaged, and is written anew", path)
+                    file.seek(0)
+                    file.write(header)
         return self._shard.segments.add(entry)
-
-    def _mend_header(self, path: Path) -> None:
-        """The schema is known: who reads the file with Arrow needs it, and it costs no row."""
-        header = self._shard.segments.header.to_pybytes()
-        with path.open("r+b") as file:
-            found = file.read(len(header))
-            if len(found) == len(header) and found != header:
-                logger.warning("%s: the schema at its begin was damaged, and is written anew", path)
-                file.seek(0)
-                file.write(header)
 
     def _replay(self) -> list[EventEntry]:
         """Apply what happened; gives the deletions."""

@@ -56,20 +56,17 @@ class DrawResult:
 
 @dataclass(frozen=True)
 class DrawStatistics:
-    """Of the rows of one draw. Staleness in published versions, age in seconds since creation."""
+    """Means over the rows of one draw. Staleness in published versions, age in seconds since creation."""
 
     staleness_mean: float
-    staleness_max: int
     age_mean_s: float
-    age_max_s: float
 
     @classmethod
     def of(cls, oldest_version: Int32, created_us: Int64, policy_version: int, at_s: float) -> DrawStatistics:
         """oldest_version: [n] of each row, NO_VERSION where it has none. created_us: [n]. policy_version: newest one
         known at the draw. at_s: time of the draw, in seconds since the epoch."""
-        behind = staleness(policy_version, oldest_version)
         ages_s = np.maximum(at_s - created_us / 1e6, 0.0)
-        return cls(float(behind.mean()), int(behind.max()), float(ages_s.mean()), float(ages_s.max()))
+        return cls(float(staleness(policy_version, oldest_version).mean()), float(ages_s.mean()))
 
 
 @dataclass
@@ -106,7 +103,6 @@ class StoreStatus:
 
     sources: dict[str, SourceCounters]
     rejected: int
-    newest_version: int
     sealed_segments: int
     size_bytes: int
     quarantined: tuple[str, ...]

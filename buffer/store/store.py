@@ -207,7 +207,6 @@ class ReplayStore:
         return StoreStatus(
             sources={source: self._status_of(source) for source in SOURCES},
             rejected=shard.rejected,
-            newest_version=shard.newest_version,
             sealed_segments=len(shard.segments.stored) - 1,
             size_bytes=shard.segments.size_bytes,
             quarantined=self._quarantined,

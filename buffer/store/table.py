@@ -30,6 +30,7 @@ NOT_STORED = -1
 REMEMBERED_ROWS = 65_536
 """Deleted rows whose ids are still known."""
 
+_COLUMNS = (*(FACTS.names or ()), "segment", "live", "times_sampled", "context", "reward", "views")
 _FEWEST_SLOTS = 1024
 _MOST_RECENT_IDS = 65_536
 
@@ -42,31 +43,20 @@ class ReplayTable:
     fills the others: views, of each run four numbers; context, reward.
     """
 
-    hash: UInt64
-    created_us: Int64
-    oldest_version: Int32
-    priority: Float32
-    source: npt.NDArray[np.uint8]
-    segment: Int32
-    live: Bool
-    times_sampled: Int32
-    context: Int32
-    reward: Float32
-    views: Int32
-
     def __init__(self) -> None:
         self.base = 0
         self._size = 0
-        self._columns = {name: (FACTS[name], ()) for name in FACTS.names or ()} | {
-            "segment": (np.dtype(np.int32), ()),
-            "live": (np.dtype(np.bool_), ()),
-            "times_sampled": (np.dtype(np.int32), ()),
-            "context": (np.dtype(np.int32), ()),
-            "reward": (np.dtype(np.float32), ()),
-            "views": (np.dtype(np.int32), (len(RUNS), 4)),
-        }
-        for name, (kind, shape) in self._columns.items():
-            setattr(self, name, np.zeros((_FEWEST_SLOTS, *shape), kind))
+        self.hash: UInt64 = np.zeros(_FEWEST_SLOTS, np.uint64)
+        self.created_us: Int64 = np.zeros(_FEWEST_SLOTS, np.int64)
+        self.oldest_version: Int32 = np.zeros(_FEWEST_SLOTS, np.int32)
+        self.priority: Float32 = np.zeros(_FEWEST_SLOTS, np.float32)
+        self.source: npt.NDArray[np.uint8] = np.zeros(_FEWEST_SLOTS, np.uint8)
+        self.segment: Int32 = np.zeros(_FEWEST_SLOTS, np.int32)
+        self.live: Bool = np.zeros(_FEWEST_SLOTS, np.bool_)
+        self.times_sampled: Int32 = np.zeros(_FEWEST_SLOTS, np.int32)
+        self.context: Int32 = np.zeros(_FEWEST_SLOTS, np.int32)
+        self.reward: Float32 = np.zeros(_FEWEST_SLOTS, np.float32)
+        self.views: Int32 = np.zeros((_FEWEST_SLOTS, len(RUNS), 4), np.int32)
         self._num_live = [0] * len(SOURCES)
         self._live_rows: dict[str, Int64] = {}
         self.live_in: Counter[int] = Counter()
@@ -179,9 +169,10 @@ class ReplayTable:
 
     def _copy(self, front: int, num_slots: int) -> None:
         """Into new columns, without the first slots."""
-        for name, (kind, shape) in self._columns.items():
-            column = np.zeros((num_slots, *shape), kind)
-            column[: self._size - front] = getattr(self, name)[front : self._size]
+        for name in _COLUMNS:
+            old = getattr(self, name)
+            column = np.zeros((num_slots, *old.shape[1:]), old.dtype)
+            column[: self._size - front] = old[front : self._size]
             setattr(self, name, column)
 
 
@@ -211,17 +202,15 @@ class KnownIds:
         """[n] whether each id is known; of all deleted ones, those deleted last are, and older ones may be."""
         if len(self._recent) > _MOST_RECENT_IDS:
             self._merge()
-        known: Bool = np.zeros(len(hashes), np.bool_)
-        if len(self._sorted):
-            places = np.minimum(np.searchsorted(self._sorted, hashes), len(self._sorted) - 1)
-            known = self._sorted[places] == hashes
+        known: Bool = self._sorted[np.searchsorted(self._sorted, hashes)] == hashes
         if not self._recent.isdisjoint(hashes.tolist()):
             known |= np.fromiter((each in self._recent for each in hashes.tolist()), np.bool_, len(hashes))
         return known
 
     def _merge(self) -> None:
         stored = self._table.hash[self._table.filled][self._table.is_stored]
-        self._sorted = np.sort(np.concatenate([stored, self._deleted]))
+        last = np.array([np.iinfo(np.uint64).max], np.uint64)  # so that each hash has a place
+        self._sorted = np.sort(np.concatenate([stored, self._deleted, last]))
         self._recent: set[int] = set()
 
 

@@ -43,7 +43,7 @@ def test_a_repeated_draw_asks_neither_for_freshness_nor_for_a_minimal_size(tmp_p
     assert again.policy_version == 4, "staleness is what it was when the rows were drawn"
     found = store.status().sources["policy"]
     assert (found.drawn, found.replayed, found.dropped_stale) == (4, 4, 8)
-    assert found.last_draw.staleness_max == 1
+    assert found.last_draw.staleness_mean == 1.0
     assert store.newest_version == 90, "a repeated draw tells nothing about versions"
     store.close()
 

@@ -106,7 +106,7 @@ def test_without_a_terminal_lines_come_at_intervals_not_at_every_refresh(capsys:
 def shard_of(live: int, **changes: object) -> ShardStatus:
     sources = {"expert": SourceCounters(0, 0, {}, 0, 0, 0, None)}
     sources["policy"] = SourceCounters(123_456, live, {"stale": 123_456 - live}, 3, 234_567, 0, None)
-    store = StoreStatus(sources, 0, 4, 5, 123_456_789, (), **changes)
+    store = StoreStatus(sources, 0, 5, 123_456_789, (), **changes)
     return ShardStatus(store, 16_384, True, 0, 1, "host", 3.0, flight="grpc+tcp://127.0.0.1:40123")
 
 

@@ -20,8 +20,8 @@ TABLE = ROOT / "docs" / "monitoring.md"
 
 def full_view(actions: int = 20_000) -> RunView:
     """Of a run in which everything has a value. actions: of the actor, since its birth."""
-    counters = SourceCounters(500, 400, {"capacity": 90, "stale": 10}, 7, 700, 0, DrawStatistics(1.5, 3, 20.0, 60.0))
-    store = StoreStatus({"policy": counters}, 2, 11, 3, 4096, ("segment-000001.arrows",))
+    counters = SourceCounters(500, 400, {"capacity": 90, "stale": 10}, 7, 700, 0, DrawStatistics(1.5, 20.0))
+    store = StoreStatus({"policy": counters}, 2, 3, 4096, ("segment-000001.arrows",))
     status = ActorStatus("actor-0", 10, actions, 4213.0, 2_000, 5_000, 1, 64, "generating", dropped=3)
     return RunView(
         "run",
