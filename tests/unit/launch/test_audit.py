@@ -141,9 +141,7 @@ def test_a_flipped_bit_is_found_and_the_other_shards_are_checked_all_the_same(ru
     store.close()
     path = shard(run) / name
     content = bytearray(path.read_bytes())
-    content[
-        content.index(b"p3" if name == "segment-000002.arrows" else b"p1" if name != CATALOG_NAME else b"tune")
-    ] ^= 4
+    content[content.index(near)] ^= 4
     path.write_bytes(content)
     report = audit_buffer(run / "buffer", LIMITS)
     assert [finding.shard for finding in report.findings] == [0]

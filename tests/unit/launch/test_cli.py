@@ -19,17 +19,8 @@ from launch.settings.recipe import read_recipe
 RECIPE = "launch/recipes/arithmetic_cpu.yaml"
 HEAVY = ("torch", "ray", "vllm", "transformers", "datasets")
 COMMANDS = (
-    ["train"],
-    ["evaluate"],
-    ["compare"],
-    ["generate"],
-    ["export"],
-    ["status"],
-    ["scale"],
-    ["audit"],
-    ["query"],
-    ["report"],
-    ["submit"],
+    *("train", "evaluate", "compare", "generate", "export", "report"),
+    *("status", "scale", "audit", "query", "submit"),
 )
 
 
@@ -52,25 +43,20 @@ def run_folder(tmp_path: Path) -> Path:
     return create_run_folder(read_recipe(Path(RECIPE), [f"runs_folder={tmp_path}/runs"]))
 
 
-@pytest.mark.parametrize("command", [[], *COMMANDS, ["train", RECIPE, "--dry-run"]], ids=" ".join)
-def test_help_and_dry_run_import_nothing_heavy(command: list[str]) -> None:
-    arguments = command if "--dry-run" in command else [*command, "--help"]
+def test_help_and_dry_run_import_nothing_heavy_and_every_command_shows_an_example() -> None:
     program = f"""
 import sys
 from launch.cli import app
-app({arguments!r}, standalone_mode=False)
-assert not [name for name in {HEAVY!r} if name in sys.modules], sys.modules.keys()
+for command in {COMMANDS}:
+    app([command, "--help"], standalone_mode=False)
+app(["train", "{RECIPE}", "--dry-run"], standalone_mode=False)
+print([name for name in {HEAVY!r} if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_help_of_every_command_shows_an_example(command: list[str]) -> None:
-    result = invoke(*command, "--help")
-    assert result.exit_code == 0
-    assert f"sequencematch {' '.join(command)}" in " ".join(result.stdout.split())
+    assert done.stdout.endswith("[]\n")
+    shown = " ".join(done.stdout.split())
+    assert [command for command in COMMANDS if f" sequencematch {command} " not in shown] == []
 
 
 def test_version() -> None:
@@ -101,6 +87,7 @@ def test_train_needs_exactly_one_of_recipe_and_resume(run_folder: Path) -> None:
         ([RECIPE, "actors.count"], "key=value"),
         (["launch/recipes"], "launch/recipes is a folder: name the file of the recipe in it"),
         (["--resume", "nowhere"], "nowhere is not a run folder"),
+        ([RECIPE, "runs_folder=README.md"], "README.md"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -124,11 +111,6 @@ def test_a_tilde_is_the_home_folder(arguments: list[str], tmp_path: Path, monkey
     """Shells do not expand it behind `=`, nor in quotes."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert f"{tmp_path}/nothing" in fails_with(2, *arguments)
-
-
-def test_train_refuses_a_runs_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in fails_with(2, "train", RECIPE, f"runs_folder={tmp_path}/file")
 
 
 def test_resuming_a_live_run_is_refused(run_folder: Path) -> None:
@@ -161,21 +143,11 @@ def test_a_driver_that_was_killed_holds_its_run_no_more(run_folder: Path) -> Non
 def test_a_run_that_is_not_live_says_how_to_go_on(command: list[str], run_folder: Path, tmp_path: Path) -> None:
     assert f"--resume {run_folder}" in fails_with(2, *command, str(run_folder))
     assert "not a run folder" in fails_with(2, *command, str(tmp_path))
-
-
-@pytest.mark.parametrize("command", [["status"], ["scale", "--actors", "2"]], ids=" ".join)
-def test_a_run_that_died_without_cleaning_up(command: list[str], run_folder: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait(timeout=30)
-    write_cluster(run_folder, LiveCluster("127.0.0.1:1", run_folder.name, ended.pid))
+    write_cluster(run_folder, LiveCluster("127.0.0.1:1", run_folder.name, 12345))  # by a driver that was killed
     line = fails_with(2, *command, str(run_folder))
     assert "no Ray cluster answers at 127.0.0.1:1" in line
-    assert f"process {ended.pid}" in line
+    assert "process 12345" in line
     assert "--resume" in line
-
-
-def test_scale_refuses_a_negative_number(run_folder: Path) -> None:
-    assert invoke("scale", str(run_folder), "--actors", "-1").exit_code == 2
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["generate", "--prompt", "1"]], ids=" ".join)

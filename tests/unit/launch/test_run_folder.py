@@ -29,15 +29,12 @@ def settings(tmp_path: Path) -> RunSettings:
 
 
 def test_a_run_folder_gives_its_settings_back(settings: RunSettings) -> None:
-    folder = create_run_folder(settings)
-    assert open_run_folder(folder) == (folder, settings)
-    assert "python: 3" in (folder / "environment.txt").read_text()
-
-
-def test_runs_of_the_same_second_get_folders_of_their_own(settings: RunSettings) -> None:
-    folders = {create_run_folder(settings) for _ in range(4)}
-    assert len(folders) == 4
-    assert all(folder.name.startswith("arithmetic-") for folder in folders)
+    folders = {create_run_folder(settings) for _ in range(3)}  # of the same second
+    assert len(folders) == 3
+    for folder in folders:
+        assert folder.name.startswith("arithmetic-")
+        assert open_run_folder(folder) == (folder, settings)
+        assert "python: 3" in (folder / "environment.txt").read_text()
 
 
 def test_a_live_run_is_found_until_it_ends(settings: RunSettings) -> None:
@@ -64,6 +61,8 @@ def test_a_run_folder_appears_whole_and_takes_no_place_that_is_taken(settings: R
     runs = Path(settings.runs_folder)
     (runs / "empty").mkdir(parents=True)
     assert {path.name for path in create_run_folder(settings, "empty").iterdir()} == NEW_RUN
+    with pytest.raises(UserError, match=f"empty is there already and is a run: .* `--resume {runs}/empty`"):
+        create_run_folder(settings, "empty")
     (runs / "notes").mkdir()
     (runs / "notes" / "mine.txt").write_text("")
     (runs / "file").write_text("")

@@ -86,29 +86,18 @@ def test_changes_are_told_once_as_they_come(tmp_path: Path) -> None:
     ]
 
 
-def test_why_rollouts_are_dropped_is_told_when_it_changes(tmp_path: Path) -> None:
+def test_what_an_actor_says_is_told_when_it_changes(tmp_path: Path) -> None:
     with RunLog(tmp_path) as log:
         view = RunView(tmp_path.name, [])
         for dropped, reason in ((0, None), (2, "reward is nan"), (5, "reward is nan"), (6, "reward raised E: x")):
-            view.pool = pool(
-                MemberStatus("actor-3", "running", 0, replace(WORKING, dropped=dropped, drop_reason=reason))
-            )
+            status = replace(WORKING, dropped=dropped, drop_reason=reason, weights_note=reason and "noise of 0.01 nats")
+            view.pool = pool(MemberStatus("actor-3", "running", 0, status))
             log.follow(view)
-    dropped = lines_of(tmp_path)[2:]
+    lines = lines_of(tmp_path)[2:]
+    assert [line["message"] for line in lines if line["event"] == "weights_verified"] == ["noise of 0.01 nats"]
+    dropped = [line for line in lines if line["event"] != "weights_verified"]
     assert {(line["level"], line["event"]) for line in dropped} == {("warning", "rollouts_dropped")}
     assert [(line["dropped"], line["reason"]) for line in dropped] == [(2, "reward is nan"), (6, "reward raised E: x")]
-
-
-def test_how_weights_were_proven_is_told_when_it_changes(tmp_path: Path) -> None:
-    with RunLog(tmp_path) as log:
-        view = RunView(tmp_path.name, [])
-        for note in (None, "noise of 0.01 nats", "noise of 0.01 nats", None, "the fingerprint alone proves them"):
-            view.pool = pool(MemberStatus("actor-3", "running", 0, replace(WORKING, weights_note=note)))
-            log.follow(view)
-    assert [(line["event"], line["message"]) for line in lines_of(tmp_path)[2:]] == [
-        ("weights_verified", "noise of 0.01 nats"),
-        ("weights_verified", "the fingerprint alone proves them"),
-    ]
 
 
 def test_a_resumed_run_goes_on_behind_a_torn_line_and_says_how_it_ended(tmp_path: Path) -> None:

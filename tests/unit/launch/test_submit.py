@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import ray
 from ray.job_submission import JobDetails, JobStatus
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.cluster.connection import run_cluster
 from launch.errors import UserError
 from launch.run_folder.folder import RAY_JOB_VARIABLE, check_run_name, create_run_folder
 from launch.settings.recipe import read_recipe
@@ -69,11 +67,6 @@ def test_a_job_tree_holds_our_packages_and_the_resolved_recipe_and_runs_by_itsel
     assert read_recipe(tree / RECIPE_FILE) == settings
 
 
-def test_the_tree_of_a_resumed_run_brings_no_recipe(tmp_path: Path) -> None:
-    write_job_tree(tmp_path, None)
-    assert {path.name for path in tmp_path.iterdir()} == set(PACKAGES)
-
-
 @pytest.mark.parametrize(
     ("state", "exit_code", "command_exit_code"),
     [
@@ -110,6 +103,7 @@ def test_rays_reason_is_shown_where_the_run_could_not_say_one() -> None:
         ([str(RECIPE), "runs_folder=/r", "--resume-if-exists"], "give --name NAME too"),
         ([str(RECIPE), "runs_folder=/r", "--env", "SURELY_NOT_SET"], "SURELY_NOT_SET"),
         ([str(RECIPE), "runs_folder=/r"], "no Ray job server answers at http://127.0.0.1:1"),
+        ([str(RECIPE), "runs_folder=/r", "--address", "10.0.0.1:6379"], "http://HEAD:8265"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -140,17 +134,6 @@ def test_a_name_is_submitted_again_only_to_resume_its_run_or_after_a_refusal() -
         choose_submission_id(job("RUNNING"), "run", NOBODY, resuming=True)
 
 
-def test_submit_to_an_address_that_is_none_of_a_job_server() -> None:
-    assert "http://HEAD:8265" in refused("submit", "--address", "10.0.0.1:6379", str(RECIPE), "runs_folder=/r")
-
-
-def test_a_run_gets_the_name_it_is_given_once(tmp_path: Path) -> None:
-    settings = read_recipe(RECIPE, [f"runs_folder={tmp_path}"])
-    assert create_run_folder(settings, "mine") == tmp_path / "mine"
-    with pytest.raises(UserError, match=r"--resume .*mine"):
-        create_run_folder(settings, "mine")
-
-
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", "a b"])
 def test_names_that_are_no_folders_or_jobs_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="cannot name a run"):
@@ -164,21 +147,3 @@ def test_in_a_job_a_run_has_to_lie_outside_the_jobs_folder(tmp_path: Path, monke
     with pytest.raises(UserError, match="runs_folder=runs would be lost"):
         create_run_folder(settings)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        ("http://127.0.0.1:1", "sequencematch submit --address http://127.0.0.1:1"),
-        ("127.0.0.1:1", "no Ray cluster answers"),
-    ],
-)
-def test_a_run_joins_the_cluster_of_the_environment_and_starts_no_ray_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, message: str
-) -> None:
-    folder = create_run_folder(read_recipe(RECIPE, [f"runs_folder={tmp_path}"]))
-    settings = read_recipe(folder / "config.yaml")
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(UserError, match=message), run_cluster(settings, folder):
-        raise AssertionError("joined something")
-    assert not ray.is_initialized()

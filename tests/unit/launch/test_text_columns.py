@@ -94,6 +94,8 @@ def test_text_is_decoded_only_for_a_query_that_names_it():
 def test_a_run_without_the_right_tokenizer_says_so(tmp_path):
     with pytest.raises(ValueError, match="holds no tokenizer, neither in tokenizer/ nor in a checkpoint"):
         load_run_tokenizer(tmp_path, CONTRACT)
+    TOKENIZER.save_pretrained(tmp_path / "checkpoints" / "trunk" / "step-000010")
+    assert load_run_tokenizer(tmp_path, CONTRACT).get_vocab() == TOKENIZER.get_vocab()
     save_run_tokenizer(TOKENIZER, tmp_path)
     assert load_run_tokenizer(tmp_path, CONTRACT).get_vocab() == TOKENIZER.get_vocab()
     other = TokenContract(CONTRACT.vocab_size, BACKSPACE, EOS, tokenizer_hash="other")
@@ -107,11 +109,6 @@ def test_a_run_without_the_right_tokenizer_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"^no tokenizer here$"):
         asked.run(lambda: asked.select("select marked_text from trajectories").to_arrow_table())
     asked.close()
-
-
-def test_a_checkpoint_lends_its_tokenizer_to_a_run_that_saved_none(tmp_path):
-    TOKENIZER.save_pretrained(tmp_path / "checkpoints" / "trunk" / "step-000010")
-    assert load_run_tokenizer(tmp_path, CONTRACT).get_vocab() == TOKENIZER.get_vocab()
 
 
 def test_ctrl_c_ends_a_query_that_would_take_for_ever():
