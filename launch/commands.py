@@ -60,11 +60,8 @@ EvaluateAfter = Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="M
 def recipe_or_resume(
     recipe: str | None, overrides: Sequence[str], resume: Path | None, name: str | None, resume_if_exists: bool
 ) -> tuple[str | None, Sequence[str]]:
-    """The recipe and the overrides of `RECIPE [KEY=VALUE ...]` or `--resume RUN [KEY=VALUE ...]`, where the first word
-    stands for the recipe, whatever it is.
-
-    Raises:
-        UserError: these options do not go together.
+    """Recipe and overrides: `RECIPE [KEY=VALUE ...]` or `--resume RUN [KEY=VALUE ...]`; the first word stands for
+    the recipe, whatever it is. UserError if the options do not go together.
     """
     if resume is not None and recipe is not None and "=" in recipe:
         overrides, recipe = [recipe, *overrides], None
@@ -116,13 +113,7 @@ def stdout_kept_clean(active: bool) -> Iterator[None]:
 
 
 def provide_folder(folder: Path, elsewhere: str) -> None:
-    """Make a folder and try to write there, before anything is computed for it.
-
-    elsewhere: how the person can name another one.
-
-    Raises:
-        UserError: it cannot be made or written.
-    """
+    """Make a folder and try to write there; UserError if not. elsewhere: how the person can name another one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

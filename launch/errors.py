@@ -26,10 +26,8 @@ class RunFailedError(Exception):
 
 @contextmanager
 def setting_up() -> Iterator[None]:
-    """Around what meets the user's files, models and values: ValueError, OSError and ImportError become UserError.
-
-    Raises:
-        UserError: see above. OSError: a disk is full, see `launch.commands.reported_errors`.
+    """Around what meets the user's files, models and values: ValueError, OSError and ImportError become UserError, all
+    but a full disk, see `launch.commands.reported_errors`.
     """
     try:
         yield

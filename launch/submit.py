@@ -126,10 +126,7 @@ def submit_run(
 
 
 def write_job_tree(folder: Path, settings: RunSettings | None) -> None:
-    """Fill an empty folder with our packages as they are installed here, from a checkout or an installation alike.
-
-    settings: become the tree's `recipe.yaml`; None where the job goes on with a run that has its own.
-    """
+    """Fill an empty folder with our packages as installed here, and a `recipe.yaml` of the settings, if any."""
     source = Path(launch.__file__).parents[1]
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
@@ -225,11 +222,7 @@ def _server_errors(address: str) -> Iterator[None]:
 
 
 def _follow(client: JobSubmissionClient, submission_id: str, address: str) -> JobDetails:
-    """Print what the job prints, from its beginning, until it ends; gives the job as it ended.
-
-    Raises:
-        RunFailedError: the cluster is lost, or the news of the end does not come. The job may go on.
-    """
+    """Print what the job prints until it ends; gives the job as it ended. RunFailedError if the cluster is lost."""
     try:
         asyncio.run(_print_log(client, submission_id))
         deadline = time.monotonic() + ENDING_TIMEOUT_S

@@ -35,11 +35,7 @@ def provide_home() -> None:
 
 
 def provide_socket_folder() -> None:
-    """Where the path of TMPDIR is too long for Ray's sockets, let Ray work elsewhere.
-
-    Raises:
-        UserError: there is no other folder that can be written, or the path of RAY_TMPDIR is too long.
-    """
+    """Where the path of TMPDIR is too long for Ray's sockets, let Ray work elsewhere; UserError if it cannot."""
     variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     wanted = os.environ.get(variable, "")
     if len(os.fsencode(wanted)) <= MAX_SOCKET_FOLDER_BYTES:
@@ -54,9 +50,7 @@ def provide_socket_folder() -> None:
 
 
 def use_utf8() -> None:
-    """Where files would be read in another encoding, begin this process anew in Python's UTF-8 mode; the terminal keeps
-    its own.
-    """
+    """Where files would be read in another encoding, begin this process anew in UTF-8 mode; the terminal stays."""
     if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return
     os.environ["PYTHONUTF8"] = "1"

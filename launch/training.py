@@ -39,8 +39,8 @@ def start_run(settings: RunSettings, name: str | None, console: Console, evaluat
     """Train a new run and evaluate it. A run that is refused before its first step leaves no folder.
 
     Raises:
-        UserError: the run cannot be had as the settings ask. RunFailedError: see `launch.run.driver.train`. typer.Exit:
-            where it was asked to stop, see `launch.stop_signals.stop_exit_code`.
+        UserError: the run cannot be had as the settings ask. RunFailedError: see `launch.run.driver.train`.
+        typer.Exit: it was asked to stop, see `launch.stop_signals.stop_exit_code`.
     """
     with setting_up():
         folder, settings = open_run_folder(create_run_folder(settings, name))
@@ -63,10 +63,7 @@ def resume_run(
     """Train all stages of a run that are not done, and evaluate it; of a finished run only say that it is.
 
     Settings that have changed are named. overrides: of the run's own settings. recipe: what they are to be instead.
-
-    Raises:
-        UserError: `path` is not a run folder, another process drives the run, or a setting may not change any more; and
-            as `start_run`.
+    Raises as `start_run`.
     """
     run_config(path)
     folder = path.resolve()

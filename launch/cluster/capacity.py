@@ -82,10 +82,8 @@ class RunCapacity:
     def reserve(self, while_waiting: Callable[[str], None]) -> str:
         """Reserve a place for each process of the plan, as soon as the cluster has the capacity.
 
-        Gives in one line which nodes have how many processes. while_waiting: called with what is missing.
-
-        Raises:
-            UserError: the cluster lacks the capacity, or lacks it for too long; says what is missing and where.
+        Gives in one line which nodes have how many processes. while_waiting: called with what is missing. UserError if
+        the cluster lacks it, or for too long.
         """
         from ray.util.placement_group import placement_group
 
@@ -116,9 +114,7 @@ class RunCapacity:
         )
 
     def release_actors(self) -> list[str]:
-        """Give back what was reserved for the actors, so that the actors themselves can take it; gives the id of the
-        node of each actor, by its number.
-        """
+        """Give what was reserved for the actors back to them; gives the id of the node of each actor, by its number."""
         node_ids = [each for role in self._roles if role.name == ACTORS for each in self._nodes(role)]
         if node_ids:
             self._release(ACTORS)

@@ -1,3 +1,1 @@
-"""A run made visible while it goes on. The live view is for the terminal, the run log has an event per line. One table
-of metrics feeds Prometheus and its documentation.
-"""
+"""A run made visible while it goes on: on the terminal, as a log of events, and for Prometheus."""

@@ -1,8 +1,4 @@
-"""What the driver knows of a run, as Ray metrics: each node's agent offers them to Prometheus.
-
-The driver asks everyone for their status anyway, so the numbers leave from one place, its own node, and a process that
-hangs is seen as such.
-"""
+"""What the driver knows of a run, as Ray metrics: the agent of its node offers them to Prometheus."""
 
 from __future__ import annotations
 

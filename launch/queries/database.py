@@ -118,11 +118,10 @@ class BufferDatabase:
         return self._connection.sql(sql)
 
     def run(self, work: Callable[[], T]) -> T:
-        """What `work` gives, which asks this database. Ctrl-C ends it; DuckDB by itself would not notice.
+        """What `work` gives, which asks this database; Ctrl-C ends it, which DuckDB by itself would not notice.
 
         Raises:
             ValueError: in place of DuckDB's errors, its first line; or why there is no text.
-            KeyboardInterrupt, and what `work` raises.
         """
         with ThreadPoolExecutor(max_workers=1) as executor, self._reported():
             future = executor.submit(work)

@@ -59,10 +59,7 @@ def check_buffer(folder: Path, contract: TokenContract, settings: BufferSettings
 
 
 def start_buffer(folder: Path, contract: TokenContract, settings: BufferSettings, seed: int) -> BufferClient:
-    """Start the shards of a run; they are ready when the first call is answered.
-
-    folder: of the whole buffer, in the run folder. seed: of the run.
-    """
+    """Start the shards of a run in its folder `folder`; they are ready when the first call is answered."""
     folder.mkdir(parents=True, exist_ok=True)
     nodes = [node.node_id for node in live_nodes()]
     token = flight_token(folder.parent) if settings.flight.enabled else None
@@ -104,11 +101,7 @@ class ShardWatch:
         self._ended: dict[int, int] = {}
 
     def look(self, status: BufferStatus) -> list[str]:
-        """Heed who has answered and who has not; gives a line for people on each shard that came back or is ended.
-
-        Raises:
-            RunFailedError: a shard hangs, and nothing can end it.
-        """
+        """A line on each shard that came back or is ended; RunFailedError if one hangs and cannot be ended."""
         lines = []
         for shard, answer in zip(self._shards, status.shards, strict=True):
             if answer is None:

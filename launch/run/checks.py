@@ -18,13 +18,7 @@ from learner.settings.stages import StageSettings
 
 
 def check_prepared(settings: RunSettings, run: PreparedRun, check_task: Callable[[Task], None] | None) -> None:
-    """Refuse model, task and settings that do not suit each other.
-
-    check_task: see `launch.run.driver.train`.
-
-    Raises:
-        UserError: they do not; says which setting to change.
-    """
+    """UserError for model, task and settings that do not suit each other. check_task: see `launch.run.driver.train`."""
     rollout = settings.actors.rollout
     prompt: int = pc.max(pc.list_value_length(run.task.example_table()["prompt_ids"])).as_py()
     if prompt + rollout.max_new_tokens > run.max_length:
@@ -49,13 +43,7 @@ def engine_length(settings: RunSettings, run: PreparedRun) -> int:
 
 
 def check_cost_models(stages: Sequence[StageSettings], vocab_size: int) -> None:
-    """Read the configuration of every model that gives a stage its costs (`emo`).
-
-    vocab_size: of the model that is trained.
-
-    Raises:
-        UserError: there is none, or it has another vocabulary.
-    """
+    """UserError for a model that gives a stage its costs (`emo`) and is not there, or has another vocabulary."""
     for stage in stages:
         if not isinstance(stage.objective, EmoSettings) or stage.objective.cost_model is None:
             continue

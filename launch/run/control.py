@@ -1,4 +1,7 @@
-"""Looking at and steering a live run from another shell: `sequencematch status` and `sequencematch scale`."""
+"""Looking at and steering a live run from another shell: `sequencematch status` and `sequencematch scale`.
+
+Every function raises UserError where the run is not live, and RunFailedError where a process does not answer.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,7 @@ ANSWER_TIMEOUT_S = 15.0
 
 
 def run_status(path: Path) -> RunView:
-    """Ask the processes of a live run how they are; without pool and buffer where the run has no actors (yet).
-
-    Raises:
-        UserError: `path` is no run, or the run is not live. RunFailedError: a process does not answer.
-    """
+    """Ask the processes of a live run how they are; without pool and buffer where the run has no actors (yet)."""
     folder, settings = open_run_folder(path)
     cluster_file = folder / CLUSTER_FILE
     view = RunView(folder.name, settings.stages, results=finished_stages(settings, folder))
@@ -59,12 +58,7 @@ def status_to_json(path: Path, view: RunView) -> dict[str, object]:
 
 
 def scale_run(path: Path, count: int) -> PoolStatus:
-    """Set the number of rollout actors of a live run; returns before they have come or gone.
-
-    Raises:
-        UserError: `path` is no live run, it has no actor pool, or the cluster has no room for so many.
-        RunFailedError: the pool does not answer.
-    """
+    """Set the number of rollout actors of a live run, for which there must be room; returns before they come or go."""
     folder, settings = open_run_folder(path)
     with _live_run(folder):
         pool = _find(POOL_NAME)
@@ -77,11 +71,7 @@ def scale_run(path: Path, count: int) -> PoolStatus:
 
 
 def catalog_image(path: Path, shard: Path) -> bytes:
-    """The catalog of the shard in a folder, asked of the live run: see `buffer.reading.snapshot.read_shard`.
-
-    Raises:
-        UserError: the run is not live. RunFailedError: the shard does not answer.
-    """
+    """The catalog of the shard in a folder, asked of the live run: see `buffer.reading.snapshot.read_shard`."""
     folder, settings = open_run_folder(path)
     with _live_run(folder):
         if (buffer := find_buffer(settings.buffer.shards)) is None:

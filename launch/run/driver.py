@@ -242,12 +242,7 @@ class RunProcesses:
                 learner.request_stop()
 
     def _refresh(self) -> None:
-        """Ask all processes how they are; who is too busy to answer is shown as last seen, for a while.
-
-        Raises:
-            RunFailedError: a process died, or has been silent for too long.
-            UserError: no actor can work with the settings.
-        """
+        """Ask all processes how they are; who is too busy to answer is shown as last seen, for a while."""
         view = self._view
         assert self._learner is not None
         health_timeout_s = self._settings.learner.health_timeout_s

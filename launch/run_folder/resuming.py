@@ -74,10 +74,7 @@ def resumed_settings(folder: Path, wanted: RunSettings) -> Iterator[list[Change]
     """Let a run go on with `wanted`; gives what has changed since its newest settings, by whatever way.
 
     The settings are written down, so that the next resumption has them; unless the body raises UserError before it has
-    taken a step.
-
-    Raises:
-        UserError: a change is refused, or checkpoints are missing.
+    taken a step. UserError if a change is refused, or checkpoints are missing.
     """
     used = sorted((folder / USED_CONFIGS_FOLDER).iterdir())
     before = read_recipe(used[-1])
@@ -128,12 +125,9 @@ def changes_between(before: RunSettings, after: RunSettings) -> list[Change]:
 
 
 def check_changes(changes: Sequence[Change], after: RunSettings, steps_taken: Mapping[str, int]) -> None:
-    """Refuse what may not change in a run that has taken steps.
+    """UserError, with all of them, for changes that cannot take effect, or would make another run of this one.
 
     after: with the changes. steps_taken: by each stage that has begun, as far as its newest checkpoint knows.
-
-    Raises:
-        UserError: a change cannot take effect, or would make another run of this one; it names every one of them.
     """
     found = [(change, _refusal(change, after, steps_taken)) for change in changes]
     refused = [f"{change} ({why})" for change, why in found if why]

@@ -1,3 +1,1 @@
-"""What a recipe says. The settings of all rooms are one pydantic tree, read from YAML with dotted overrides. What
-cannot have an effect is refused before anything starts, and one table says what may change on a resume.
-"""
+"""What a recipe says: the settings of all rooms as one tree, which refuses what cannot have an effect."""

@@ -60,11 +60,7 @@ def check_planting(decodings: Sequence[Decoding], max_new_tokens: int) -> None:
 
 
 def parse_decoding(text: str) -> Decoding:
-    """A decoding from its name, such as `top_p=0.95`.
-
-    Raises:
-        ValueError: there is none of that name, or its number is out of range.
-    """
+    """A decoding from its name, such as `top_p=0.95`; ValueError if there is none, or its number is out of range."""
     kind, has_value, value = text.partition("=")
     if not has_value:
         plain = {

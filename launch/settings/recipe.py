@@ -95,10 +95,9 @@ def explain(error: ValidationError, tree: object) -> str:
 
 
 def read_text(path: Path, what: str, where: str = "") -> str:
-    """The text of a file that a person wrote. For the messages, what: the file is to be; where: such files are.
+    """The text of a file that a person wrote; UserError if there is none that can be read.
 
-    Raises:
-        UserError: the file is absent, a folder, not readable, or not in UTF-8.
+    For the messages, what: the file is to be, as `recipe`; where: such files are.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -127,11 +126,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML takes the last of several values of a key, which the YAML specification (3.2.1.3) forbids."""
 
     def compose_mapping_node(self, anchor: dict[object, yaml.Node]) -> yaml.MappingNode:  # as typed by types-PyYAML
-        """A mapping, before its merges (`<<`) are made, which may bring a key that stands in it too.
-
-        Raises:
-            ValueError: a key stands in it twice.
-        """
+        """A mapping before its merges (`<<`), which may bring a key that it has; ValueError for a key twice."""
         node = super().compose_mapping_node(anchor)
         first: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value:
