@@ -174,7 +174,7 @@ def export(
     [dim]Example:[/dim] sequencematch export runs/RUN exported/my-model
     """
     with reported_errors(), setting_up():
-        from launch.export.model import export as export_model
+        from launch.export import export as export_model
 
         exported = export_model(source, out, stage=stage, adapter_only=adapter_only, license_id=license_id)
     typer.echo(f"exported {exported.checkpoint} to {exported.out}")

@@ -18,8 +18,7 @@ from launch.evaluation.report import write_evaluation
 from launch.evaluation.results import CheckpointResult, Evaluation
 from launch.monitoring.live_view import RunView
 from launch.monitoring.run_log import RunLog
-from launch.report.gather import Report, gather
-from launch.report.rollouts import Action, Rollout
+from launch.report.gather import Action, Report, Rollout, gather
 from launch.run_folder.folder import BUFFER_FOLDER, CONFIG_FILE
 from launch.run_folder.task import save_run_tokenizer
 from launch.settings.recipe import read_recipe, write_recipe

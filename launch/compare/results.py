@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch.compare.plan import COMPARED_STAGE
 from launch.evaluation.results import CheckpointResult
-from launch.run_folder.folder import METRICS_FILE
+from launch.report.gather import read_metrics
 from launch.statistics import CONFIDENCE, Difference, Estimate, Spread, differences_to, spread
 
 Key = tuple[str, int]
@@ -108,9 +108,9 @@ class Comparison:
 
 def stage_cost(run: Path) -> dict[str, float]:
     """Steps of the compared stage, actions that they were trained on, of experts and rollouts, and seconds that they
-    took, with waits for data. Of a step that was repeated the later line counts.
+    took, with waits for data.
     """
-    lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    rows = {row["step"]: row for row in map(json.loads, lines) if row["stage"] == COMPARED_STAGE}.values()
-    actions = round(sum(row["actions_per_s"] * row["step_s"] for row in rows))
-    return {"steps": len(rows), "actions": actions, "seconds": sum(row["step_s"] for row in rows)}
+    stage = read_metrics(run)[COMPARED_STAGE]
+    seconds = stage.values["step_s"]
+    actions = round(float((stage.values["actions_per_s"] * seconds).sum()))
+    return {"steps": len(stage.steps), "actions": actions, "seconds": float(seconds.sum())}

@@ -14,9 +14,8 @@ from rich.text import Text
 
 from launch.compare.results import ComparedMetric, Comparison
 from launch.report.command import REPORT_FILE
-from launch.report.document import render_document
+from launch.report.document import COLORS, Plot, Series, render_document
 from launch.report.evaluation import GROUPS, METRICS, change_outcome, metric_info
-from launch.report.plots import COLORS, Plot, Series
 from launch.run_folder.folder import shown_path
 from launch.settings.evaluation import SAMPLED
 from launch.statistics import MIN_SEEDS, Difference, Spread

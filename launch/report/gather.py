@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +17,20 @@ import pyarrow.json
 from pydantic import BaseModel, ValidationError
 
 from buffer.reading.snapshot import BufferSnapshot, read_buffer
+from buffer.trajectory.replay import ActionLogs
+from buffer.trajectory.schema import TokenContract
 from launch.errors import UserError
 from launch.evaluation.report import SAMPLES_FOLDER
 from launch.monitoring.run_log import LOG_FILE
 from launch.report.evaluation import EvaluationTable, evaluation_table
-from launch.report.rollouts import Rollout, sample_rollouts
+from launch.rollout_view import continuation, decode
 from launch.run_folder.folder import BUFFER_FOLDER, ENVIRONMENT_FILE, METRICS_FILE, run_config
 from launch.run_folder.task import load_run_tokenizer
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -39,6 +44,38 @@ RUN_STATES = {
 }
 """What a run is after these events; a run that is not finished may be under way or killed."""
 _KEYS = pa.schema([("time", pa.float64()), ("stage", pa.string()), ("step", pa.int64())])
+
+MAX_ROLLOUTS = 24
+MAX_ACTIONS = 6000
+"""Of all shown rollouts together: what bounds the size of the page."""
+CONTEXT_TOKENS = 8
+"""Tokens before an action that its text is decoded behind; what a tokenizer does to a token looks no further back."""
+
+ActionKind = Literal["write", "backspace", "end"]
+
+
+class Action(NamedTuple):
+    """One action. text: of the token that was written. noise: the environment wrote another token than the policy
+    chose. logprob: in nats, as the actor stored it.
+    """
+
+    kind: ActionKind
+    text: str
+    noise: bool
+    logprob: float
+    version: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A stored rollout. reward: None where nothing scored it."""
+
+    actor: str
+    created_at: float
+    prompt: str
+    finish_reason: str
+    reward: float | None
+    actions: tuple[Action, ...]
 
 
 @dataclass(frozen=True)
@@ -131,9 +168,7 @@ def gather(run: Path) -> Report:
     from_data = {stage.name for stage in settings.stages if not stage.objective.needs_rollouts}
     report.evaluation = _noted(report, "evaluation", lambda: evaluation_table(run, from_data.__contains__))
     if (run / BUFFER_FOLDER).is_dir():
-        snapshot = _noted(report, "replay buffer", lambda: read_buffer(run / BUFFER_FOLDER))
-        if snapshot is not None and snapshot.trajectories.num_rows > 0:
-            report.rollouts = _noted(report, "rollouts", lambda: _rollouts(run, snapshot)) or []
+        report.rollouts = _noted(report, "replay buffer", lambda: _rollouts(run)) or []
     return report
 
 
@@ -184,10 +219,6 @@ def _read_log(path: Path) -> Iterator[LogLine]:
                 continue
 
 
-def _rollouts(run: Path, snapshot: BufferSnapshot) -> list[Rollout]:
-    return sample_rollouts(snapshot, load_run_tokenizer(run, snapshot.contract))
-
-
 def _noted(report: Report, what: str, read: Callable[[], T]) -> T | None:
     """What `read` returns; where a part of the folder cannot be read, the page shows the rest and names the part."""
     try:
@@ -195,3 +226,60 @@ def _noted(report: Report, what: str, read: Callable[[], T]) -> T | None:
     except (ValueError, OSError) as error:
         report.notes.append(f"The {what} cannot be shown: {error}")
         return None
+
+
+def _rollouts(run: Path) -> list[Rollout]:
+    snapshot = read_buffer(run / BUFFER_FOLDER)
+    if snapshot.trajectories.num_rows == 0:
+        return []
+    return sample_rollouts(snapshot, load_run_tokenizer(run, snapshot.contract))
+
+
+def sample_rollouts(snapshot: BufferSnapshot, tokenizer: PreTrainedTokenizerBase) -> list[Rollout]:
+    """Rollouts spread evenly over the stored ones, oldest first: of as many stretches of equal length, the first that
+    takes a token back, or the first of all where none does.
+    """
+    stored = snapshot.trajectories
+    ours = np.flatnonzero(pc.equal(stored.column("source"), "policy").to_numpy())
+    ours = ours[np.argsort(stored.column("created_at").cast(pa.int64()).to_numpy()[ours], kind="stable")]
+    # File by file, since the actions of all may be many.
+    chunks = [np.zeros(0, dtype=np.bool_)]
+    for actions in stored.column("actions").chunks:
+        is_backspace = pc.list_flatten(actions).to_numpy() == snapshot.contract.backspace_id
+        chunks.append(np.isin(np.arange(len(actions)), pc.list_parent_indices(actions).to_numpy()[is_backspace]))
+    deletes = np.concatenate(chunks)
+    chosen: list[Rollout] = []
+    num_actions = 0
+    for stretch in np.array_split(ours, min(MAX_ROLLOUTS, len(ours))) if len(ours) else ():
+        index = int(stretch[np.argmax(deletes[stretch])])
+        row = stored.slice(index, 1).combine_chunks().to_batches()[0]
+        num_actions += len(row.column("actions")[0])
+        if chosen and num_actions > MAX_ACTIONS:
+            break
+        chosen.append(read_rollout(row, tokenizer, snapshot.contract))
+    return chosen
+
+
+def read_rollout(row: pa.RecordBatch, tokenizer: PreTrainedTokenizerBase, contract: TokenContract) -> Rollout:
+    """The trajectory of a batch of one policy row, which the buffer has validated."""
+    log, values = ActionLogs.from_batch(row), row.to_pylist()[0]
+    text, actions = list(values["prompt_ids"]), []
+    columns = (values["actions"], log.realised.tolist(), values["logprobs"], values["policy_version"])
+    special: dict[int, ActionKind] = dict.fromkeys(contract.eos_ids, "end")
+    special[contract.backspace_id] = "backspace"
+    for action, written, logprob, version in zip(*columns, strict=True):
+        kind, shown = special.get(written, "write"), ""
+        if kind == "write":
+            shown = continuation(tokenizer, text[-CONTEXT_TOKENS:], [written])
+            text.append(written)
+        elif kind == "backspace":
+            text.pop()
+        actions.append(Action(kind, shown, written != action, float(f"{logprob:.4g}"), version))
+    return Rollout(
+        values["actor"],
+        values["created_at"].timestamp(),
+        decode(tokenizer, values["prompt_ids"]),
+        values["finish_reason"],
+        values["reward"],
+        tuple(actions),
+    )

@@ -11,10 +11,9 @@ import yaml
 from pydantic import TypeAdapter
 
 from launch.monitoring.live_view import clock
-from launch.report.document import render_document
+from launch.report.document import MAX_POINTS, Plot, Series, render_document, thin
 from launch.report.evaluation import GROUPS, change_outcome
 from launch.report.gather import RUN_STATES, Report, StageMetrics
-from launch.report.plots import MAX_POINTS, Plot, Series, thin
 from launch.settings.recipe import to_yaml
 from launch.settings.run import RunSettings
 

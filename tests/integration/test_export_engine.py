@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.engine.interface import EngineSettings, FinishedLog
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack
-from launch.export.model import export
+from launch.export import export
 from learner.model.policy import Policy, load_policy
 from learner.publication import frozen_tensors, low_rank_updates, trained_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings

@@ -22,8 +22,8 @@ from buffer.settings import ArithmeticTaskSettings
 from launch.compare.show import render_page
 from launch.report.command import write_report
 from launch.report.document import MINUS
+from launch.report.gather import Rollout, sample_rollouts
 from launch.report.page import render
-from launch.report.rollouts import Rollout, sample_rollouts
 from tests.comparisons import OBJECTIVES, comparison_over_temperature, new_comparison
 from tests.run_folders import finished_run, hostile_report
 

@@ -114,7 +114,7 @@ def test_a_comparison_is_not_begun_twice(tmp_path: Path) -> None:
 def test_the_cost_of_a_stage_counts_repeated_steps_once(tmp_path: Path) -> None:
     rows = [("trunk", 1, 9.0), ("compared", 1, 2.0), ("compared", 2, 2.0), ("compared", 2, 0.5), ("compared", 3, 1.0)]
     lines = [
-        json.dumps({"stage": stage, "step": step, "step_s": seconds, "actions_per_s": 100 / seconds})
+        json.dumps({"time": 0.0, "stage": stage, "step": step, "step_s": seconds, "actions_per_s": 100 / seconds})
         for stage, step, seconds in rows
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

