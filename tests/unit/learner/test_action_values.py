@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from learner.state_tree import vocabulary
 from learner.state_tree.policy import TreePolicy
 from tests.oracle import states
-from tests.unit.learner.test_state_tree import BACKSPACE, HARD, NEVER_OFFERED, build, text_of, tiny
+from tests.unit.learner.test_state_tree import BACKSPACE, HARD, NEVER_OFFERED, build, tiny
 
 
 def chunked_values(*args, **kwargs):
@@ -82,16 +82,6 @@ def test_ids_without_a_token_are_no_actions(chunk_elements, kept_elements, range
     assert (mine[1][no_token] == 0).all()
 
 
-@pytest.mark.parametrize("chunk_elements", [30, 1000])
-def test_gradcheck(chunk_elements):
-    hidden, weight, rows, actions = example()
-
-    def function(hidden, weight):
-        return chunked_values(hidden, weight, rows, actions, backspace_id=3, chunk_elements=chunk_elements)
-
-    assert torch.autograd.gradcheck(function, (hidden, weight))
-
-
 @pytest.mark.parametrize("kept_elements", [0, 1000])
 def test_a_frozen_output_embedding_gets_no_gradient(kept_elements):
     hidden, weight, rows, actions = example()
@@ -101,27 +91,6 @@ def test_a_frozen_output_embedding_gets_no_gradient(kept_elements):
         hidden, weight, rows, actions, backspace_id=3, chunk_elements=30, kept_elements=kept_elements
     )
     torch.testing.assert_close(torch.autograd.grad(weighted_sum(outputs), hidden), expected, rtol=1e-10, atol=1e-10)
-
-
-def saved_elements(kept_elements: int) -> int:
-    """Elements held from the forward to the backward pass."""
-    hidden, weight, rows, actions = example(64, 300, 16, 20, torch.float32)
-    total = 0
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal total
-        total += tensor.numel()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        chunked_values(hidden, weight, rows, actions, backspace_id=3, chunk_elements=3000, kept_elements=kept_elements)
-    return total
-
-
-def test_no_more_logits_are_kept_than_allowed():
-    least = saved_elements(0)
-    assert saved_elements(7000) - least == 6000 + 20  # two chunks of 10 states, and a peak of each state
-    assert saved_elements(10**6) - least == 64 * 300 + 64
 
 
 def test_half_precision_accumulates_in_float32():
@@ -198,11 +167,3 @@ def test_action_values_against_each_text_alone(kind, tied):
             flat += 1
         torch.testing.assert_close(values.v_start[i], v[0])
         torch.testing.assert_close(values.v_final[i], v[-1])
-
-
-def test_values_are_computed_at_states_only():
-    tree = build(HARD)
-    # [1, 4] is the prompt of three logs and [1] that of one: both are states. [1, 4, 5] is one; padding is none.
-    texts = {tuple(text_of(tree, node)) for node in tree.nodes.states.tolist()}
-    assert texts == {tuple(text) for log in HARD for text in states(log, BACKSPACE)}
-    assert len(tree.nodes.states) == len(texts)

@@ -11,16 +11,15 @@ import torch
 from transformers import PreTrainedModel
 
 from buffer.experts.tasks import Task
-from learner.checkpoints.checkpoint import load_weights, read_training_state
-from learner.checkpoints.store import read_progress
 from learner.model.policy import checkpoint_activations
 from learner.state_tree.policy import TreePolicy
-from tests.checkpoints import progress_at, save_checkpoint
+from learner.trainer import Trainer
 from tests.objectives import counts_of
 from tests.oracle import states
 from tests.training import (
     HandMadeRollouts,
     assert_bit_identical,
+    check_resume,
     make_model,
     make_stage,
     make_stream,
@@ -108,33 +107,15 @@ def test_a_discriminator_without_a_finite_gradient_stops_before_anything_moves(t
 
 @pytest.mark.parametrize("body", ["policy", "own"])
 def test_stopping_and_going_on_changes_nothing(task, tmp_path, body):
-    """5 steps == 2 steps, a checkpoint on disk, fresh objects, and 3 steps; without the discriminator's state, not."""
     stage = make_stage({"name": "adversarial_js", "pi": 0.8, "discriminator": {"body": body, "warmup_steps": 1}}, 5)
-    straight = make_model(task, seed=3)
-    expected = [row["loss"] for row in train(make_trainer(task, straight, stage), 5)]
 
-    first, stream = make_model(task, seed=3), make_stream(task)
-    trainer = make_trainer(task, first, stage, stream)
-    losses = [row["loss"] for row in train(trainer, 2)]
-    progress = progress_at(2, stage_steps=5, expert_stream=stream.state())
-    path = save_checkpoint(tmp_path, first, task.tokenizer, progress, trainer.state(), keep=1)
+    def make(model: PreTrainedModel, step: int) -> Trainer:
+        stream = make_stream(task)
+        stream.draw(step * stage.batch_size)
+        rollouts = HandMadeRollouts(task, next_row=step * stage.rollout_batch_size)
+        return make_trainer(task, model, stage, stream, rollouts)
 
-    ends = []
-    for forgets in (False, True):
-        second, stream = make_model(task, seed=4), make_stream(task)
-        rollouts = HandMadeRollouts(task, next_row=2 * stage.rollout_batch_size)
-        trainer = make_trainer(task, second, stage, stream, rollouts)
-        load_weights(second, path)
-        state = read_training_state(path)
-        trainer.load_state(state | ({"objective": {}} if forgets else {}))
-        stream.load_state(read_progress(path).expert_stream)
-        if not forgets:  # a stage that is stopped again before its first step
-            assert_bit_identical(trainer.state()["objective"], state["objective"])
-        rest = train(trainer, 3)
-        ends.append(([*losses, *(row["loss"] for row in rest)], weights_of(second)))
-    assert ends[0][0] == expected
-    assert_bit_identical(ends[0][1], weights_of(straight))
-    assert any(not torch.equal(ends[1][1][name], tensor) for name, tensor in ends[0][1].items())
+    check_resume(task, make, 5, [2], tmp_path)
 
 
 @dataclass

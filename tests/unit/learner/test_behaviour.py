@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 
 import numpy as np
@@ -71,11 +70,6 @@ def test_the_columns_are_flat_like_the_actions(rows):
     ]
 
 
-def test_an_action_without_a_stored_log_prob_is_not_compared():
-    log = Log([1], [5, 6], finish_reason="max_actions", source="policy", versions=[1, 1], temperature=1.0)
-    assert Behaviour.from_batch(to_batch([log])).temperature.tolist() == [0.0, 0.0]
-
-
 def test_the_tree_carries_them_and_the_names_of_the_logs():
     tree = build(LOGS)
     assert tree.trajectories.ids == ("a", "expert", "empty", "cool", "nucleus", "warm")
@@ -120,22 +114,6 @@ def test_the_mismatch_is_that_of_the_compared_actions(model):
         assert metrics[f"log_prob_mismatch{suffix}_max_abs"] == pytest.approx(max(differences[newest]))
         assert metrics[f"log_prob_compared{suffix}_share"] == pytest.approx(4 / 11)
     assert metrics["backspace_rate"] == pytest.approx(2 / 11)
-
-
-def test_an_engine_that_agrees_has_no_mismatch_and_one_that_does_not_is_seen(model):
-    log = policy_log([5, BACKSPACE, 6, EOS], [0, 0, 0, 0])
-    true = [expected_log_prob(model, log, t, 1.0) for t in range(4)]
-    means = []
-    for shift in (0.0, 0.5):
-        tree = build([dataclasses.replace(log, logprobs=[value - shift for value in true])])
-        evaluated = EvaluatedLogs(tree, TreePolicy(model, BACKSPACE).evaluate(tree), counts_of(tree))
-        metrics = finish_behaviour_metrics(
-            {name: float(value) for name, value in behaviour_metrics(evaluated, BACKSPACE, 0).items()}
-        )
-        means.append(metrics["log_prob_mismatch_mean"])
-        assert metrics["log_prob_compared_stale_share"] == 0.0
-        assert metrics["log_prob_mismatch_stale_mean"] == 0.0
-    assert means == [pytest.approx(0.0, abs=1e-6), pytest.approx(0.5, abs=1e-6)]
 
 
 def test_without_anything_to_compare_the_mismatch_is_zero(model):

@@ -16,10 +16,6 @@ MARGIN = 0.1
 NAMES = sorted(DIVERGENCES)
 
 
-def joint_of(name: str) -> float:
-    return DIVERGENCES[name].low + MARGIN
-
-
 def test_the_settings_know_which_divergences_have_a_domain():
     assert {name for name in NAMES if DIVERGENCES[name].penalty_slope is not None} == set(DIVERGENCES_WITH_DOMAIN)
 
@@ -34,44 +30,6 @@ def test_phi_is_normalised_and_concave(name):
     assert float(slope) == pytest.approx(1.0)
     x = torch.linspace(-8, 8, 1601, dtype=torch.float64)
     assert (phi(x, MARGIN).diff().diff() <= 1e-12).all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_phi_is_that_of_the_table_and_its_tangent(name):
-    x = torch.linspace(-3, 5, 161, dtype=torch.float64)
-    expected = torch.stack([oracle.phi(name, one, MARGIN) for one in x])
-    torch.testing.assert_close(DIVERGENCES[name].phi(x, MARGIN), expected)
-    torch.testing.assert_close(DIVERGENCES[name].penalty(x, MARGIN), x - expected)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_gradient_of_phi(name):
-    x = torch.tensor([-4.0, -0.95, -0.65, -0.3, 0.0, 0.2, 3.0], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: DIVERGENCES[name].phi(x, MARGIN), x)
-    assert torch.autograd.gradcheck(lambda x: DIVERGENCES[name].penalty(x, MARGIN), x)
-
-
-@pytest.mark.parametrize("name", DIVERGENCES_WITH_DOMAIN)
-def test_value_and_slope_are_continuous_where_the_tangent_begins(name):
-    joint, step = joint_of(name), 1e-7
-    x = torch.tensor([joint - step, joint, joint + step], dtype=torch.float64, requires_grad=True)
-    phi = DIVERGENCES[name].phi(x, MARGIN)
-    (slope,) = torch.autograd.grad(phi.sum(), x)
-    torch.testing.assert_close(phi, phi[1].expand(3), rtol=0.0, atol=1e-4)
-    torch.testing.assert_close(slope, slope[1].expand(3), rtol=1e-4, atol=0.0)
-    assert torch.autograd.gradcheck(lambda x: DIVERGENCES[name].phi(x, MARGIN), x, eps=1e-8, atol=1e-3)
-    assert slope[0] > 2  # far more than the 1 at zero: it pulls back into the domain
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_outside_is_where_the_tangent_is_in_force(name):
-    x = torch.linspace(-3, 3, 61, dtype=torch.float64)
-    outside = DIVERGENCES[name].outside(x, MARGIN)
-    if name in DIVERGENCES_WITH_DOMAIN:
-        assert torch.equal(outside, x < joint_of(name))
-        assert outside.any()
-    else:
-        assert not outside.any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,8 +59,7 @@ def test_float32_has_the_value_and_gradient_of_float64_at_any_margin(name, margi
         torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-6)
         (found_gradient,) = torch.autograd.grad((found + 0 * x).sum(), x)  # the penalty of mle is constant
         torch.testing.assert_close(found_gradient.double(), gradient, rtol=1e-5, atol=1e-6)
-    if low > -math.inf:
-        assert torch.equal(DIVERGENCES[name].outside(x, margin), exact < low + margin)
+    assert torch.equal(DIVERGENCES[name].outside(x, margin), exact < low + margin)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -138,23 +95,3 @@ def test_the_conjugate_of_phi_is_the_divergence(name, seed):
     found = -closure().item()
     assert found == pytest.approx(DEFINITIONS[name](data, model).item(), rel=1e-6)
     assert found > 0.01
-
-
-def test_the_mixture_bounds_the_optimal_residual():
-    """chi2 to the half-half mixture: the optimum is r = 2 (data - model) / (data + model), within |r| <= 2, and the
-    value is the squared difference over the sum (Al-Hafez et al., LS-IQ, arXiv 2303.00599)."""
-    data = torch.tensor([0.7, 0.2999, 0.0001], dtype=torch.float64)
-    model = torch.tensor([0.1, 0.0001, 0.8999], dtype=torch.float64)
-    r = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([r], max_iter=300, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        reward = (data * DIVERGENCES["chi2_mixture"].phi(r, MARGIN)).sum()
-        loss = (model * r).sum() - reward + (model * r.square()).sum() / 4
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    torch.testing.assert_close(r.detach(), 2 * (data - model) / (data + model), rtol=1e-5, atol=1e-6)
-    assert -closure().item() == pytest.approx(((data - model) ** 2 / (data + model)).sum().item())

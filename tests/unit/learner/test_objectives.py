@@ -14,11 +14,11 @@ from learner.settings.objectives import (
     LikelihoodSettings,
     SequenceMatchSettings,
 )
-from learner.state_tree.policy import ActionValues, TreePolicy
+from learner.state_tree.policy import TreePolicy
 from tests import oracle
 from tests.objectives import counts_of
 from tests.oracle import Log, walk
-from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, text_of, tiny
+from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, build, tiny
 
 ALPHA, GAMMA = 0.3, 0.9
 DATA = HARD
@@ -142,68 +142,6 @@ def test_printed_equals_collapsed_with_a_shared_start(model, divergence):
     )
 
 
-def test_collapsed_mle_is_discounted_maximum_likelihood(model, walks):
-    loss, _ = total_loss(make_objective(settings(divergence="mle")), evaluate(model, DATA), None, step=0)
-    log_probs = [GAMMA**t * (q - walks[id(log)].v[t]) for log in DATA for t, q in enumerate(walks[id(log)].q)]
-    torch.testing.assert_close(loss, -torch.stack(log_probs).sum() / len(log_probs))
-
-
-@pytest.mark.parametrize("divergence", ["chi2_mixture", "kl"])
-def test_the_uniform_estimator_nears_the_printed_one_as_gamma_nears_one(model, divergence):
-    """Its weights are those of the limit; what is left is of the order of (1 - gamma) times the length."""
-    data, sampled = evaluate(model, DATA), evaluate(model, MODEL)
-    gaps = []
-    for distance in (1e-2, 1e-3):
-        printed, uniform = (
-            total_loss(
-                make_objective(settings(divergence=divergence, estimator=estimator, gamma=1 - distance)),
-                data,
-                sampled,
-                step=0,
-            )[0]
-            for estimator in ("printed", "uniform")
-        )
-        gaps.append(abs(float((printed - uniform).detach())))
-    assert gaps[0] > 1e-4
-    assert gaps[1] == pytest.approx(gaps[0] / 10, rel=0.15)
-
-
-def test_other_start_states_leave_a_residue(model):
-    """The reason for the shared start: the printed form is another number without it."""
-    data, sampled = evaluate(model, HARD[:3]), evaluate(model, MODEL)
-    printed, _ = total_loss(make_objective(settings(divergence="chi2", estimator="printed")), data, sampled, step=0)
-    collapsed, _ = total_loss(make_objective(settings(divergence="chi2")), data, None, step=0)
-    start = [walk(model, log, BACKSPACE).v[0] for log in HARD[:3]], [walk(model, log, BACKSPACE).v[0] for log in MODEL]
-    residue = (torch.stack(start[1]).mean() - torch.stack(start[0]).mean()) / 2
-    actions = sum(len(log.actions) for log in HARD[:3])
-    torch.testing.assert_close(printed - collapsed, residue * 3 / actions)
-    assert abs(residue) > 1e-3
-
-
-def test_mixture_penalty_is_a_squared_bellman_residual(model):
-    """(alpha/4) (E[sum gamma^t r^2] + E[gamma^M (1-gamma) V^2]), scaled to data actions."""
-    _, metrics = total_loss(make_objective(settings()), evaluate(model, DATA), evaluate(model, MODEL), step=0)
-    total = 0.0
-    for log in MODEL:
-        w = walk(model, log, BACKSPACE)
-        total += sum(GAMMA**t * (q - GAMMA * w.v[t + 1]).item() ** 2 for t, q in enumerate(w.q))
-        if log.finish_reason == "eos":
-            total += GAMMA ** len(w.q) * (1 - GAMMA) * w.v[-1].item() ** 2
-    per_action = len(DATA) / sum(len(log.actions) for log in DATA)
-    assert float(metrics["penalty_model"]) == pytest.approx(ALPHA / 4 * total / len(MODEL) * per_action)
-
-
-def test_value_at_eos_is_trained(model):
-    """An ordinary language model never trains it; here the `<eos>` state of a data log gets a gradient."""
-    tree = build([HARD[0]])
-    values = TreePolicy(model, BACKSPACE).evaluate(tree)
-    values.v_final.retain_grad()
-    data = EvaluatedLogs(tree, values, counts_of(tree))
-    loss, _ = total_loss(make_objective(settings(divergence="chi2")), data, None, step=0)
-    loss.backward()
-    assert float(values.v_final.grad.abs().sum()) > 0
-
-
 def test_beta_is_annealed_linearly(model):
     changes = {"beta_start": 0.8, "beta_end": 0.2, "beta_steps": 10}
     objective = make_objective(settings(**changes))
@@ -241,80 +179,8 @@ def test_metrics_say_what_they_are_named(model):
     assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
 
 
-def test_backspace_probability_is_that_of_the_policy(model):
-    logs = [HARD[0]]  # three states before an action; the first is the floor, where it is 0
-    _, metrics = total_loss(make_objective(LikelihoodSettings(name="mle")), evaluate(model, logs), None, step=0)
-    probabilities = [
-        model(input_ids=torch.tensor([text])).logits[0, -1].softmax(-1)[BACKSPACE] for text in ([1, 4, 5], [1, 4, 5, 6])
-    ]
-    assert float(metrics["backspace_prob"]) == pytest.approx(sum(probabilities).item() / 3)
-
-
 def test_a_batch_of_empty_logs_has_a_finite_loss(model):
     empty = [Log([9], [], finish_reason="aborted", source="policy")]
     loss, metrics = total_loss(make_objective(settings()), evaluate(model, empty), evaluate(model, empty), step=0)
     assert math.isfinite(float(loss.detach()))
     assert all(math.isfinite(float(value)) for value in metrics.values())
-
-
-def test_truncated_logs_have_no_reason_to_lift_a_value(model):
-    """Dropping the phi tail alone would leave a term linear in V(s_N); the tangent cancels it."""
-    log = Log([9], [], finish_reason="max_actions")
-    loss, _ = total_loss(make_objective(settings(divergence="chi2")), evaluate(model, [log, HARD[2]]), None, step=0)
-    only, _ = total_loss(make_objective(settings(divergence="chi2")), evaluate(model, [HARD[2]]), None, step=0)
-    torch.testing.assert_close(loss, only)
-
-
-@pytest.mark.parametrize(("divergence", "estimator"), [(d, e) for d in DIVERGENCES for e in estimators(d)])
-def test_rollouts_are_needed_where_a_term_is_made_of_them(model, divergence, estimator):
-    chosen = settings(divergence=divergence, estimator=estimator)
-    objective = make_objective(chosen)
-    assert objective.settings.needs_rollouts == (divergence == "chi2_mixture" or estimator != "collapsed")
-    assert objective.settings.needs_rollouts == chosen.needs_rollouts
-    if not objective.settings.needs_rollouts:
-        with pytest.raises(ValueError, match="takes no rollouts"):
-            total_loss(objective, evaluate(model, DATA), evaluate(model, MODEL), step=0)
-
-
-@pytest.mark.parametrize("divergence", ["chi2", "chi2_mixture"])
-def test_the_optimum_is_the_data_policy(divergence):
-    """Two letters, two deep, a free logit per state and action. At the optimum the model's logs are the
-    data's."""
-    a, b = 5, 6
-    counts = {(a, a): 4, (a, b): 3, (b, a): 2, (b, b): 1}
-    logs = [Log([1], [*string, EOS]) for string, count in counts.items() for _ in range(count)]
-    tree = build(logs)
-    texts = [tuple(text_of(tree, node)) for node in tree.nodes.states.tolist()]
-    entries = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # rows may repeat a text
-    entry = torch.tensor([entries[text] for text in texts])
-    table = torch.zeros(len(entries), VOCAB, dtype=torch.float64, requires_grad=True)
-    objective = make_objective(settings(divergence=divergence, alpha=0.03, gamma=0.998))
-    optimizer = torch.optim.LBFGS([table], max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-12)
-    others = torch.arange(VOCAB) != BACKSPACE
-    floor = entries[(1,)]
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        v = table.logsumexp(1)
-        v = torch.where(torch.arange(len(table)) == floor, table[:, others].logsumexp(1), v)[entry]
-        values = ActionValues(
-            q=table[entry[tree.actions.state], tree.actions.label],
-            v=v[tree.actions.state],
-            v_next=v[tree.actions.next_state],
-            v_start=v[tree.trajectories.start],
-            v_final=v[tree.trajectories.final],
-            log_prob_backspace=torch.zeros(tree.num_actions),
-            log_prob_at_temperature=torch.zeros(tree.num_actions),
-        )
-        evaluated = EvaluatedLogs(tree, values, counts_of(tree))
-        loss, _ = total_loss(objective, evaluated, evaluated if objective.settings.needs_rollouts else None, step=0)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    policy = table.detach().softmax(1)
-    first = table.detach()[floor, others].softmax(0)[a - 1]  # backspace, an id below, is left out
-    after_a = entries[(1, a)]
-    assert float(first) == pytest.approx(0.7, abs=0.01)
-    assert float(policy[after_a, a]) == pytest.approx(4 / 7, abs=0.01)
-    assert float(policy[after_a, BACKSPACE]) < 0.01

@@ -91,9 +91,7 @@ def test_lambda_is_that_of_the_joint_law_with_one_prompt_or_a_rollout_of_each():
 def test_a_mean_that_the_prompts_do_not_allow_is_refused():
     """One prompt always shows the feature and one never does: their mean is a half under any policy that a can be."""
     rollouts = rollouts_of(torch.tensor([0.0, 1.0], dtype=torch.float64), RATES)
-    message = (
-        r"mean of feature f over prompts lies between 0\.5 and 0\.5 in the 2,000 rollouts .* a mean of 0\.7 has no"
-    )
+    message = r"mean of feature f over prompts lies between 0\.5 and 0\.5 in the 2,000 rollouts .* a mean of 0\.7: "
     with pytest.raises(ValueError, match=message):
         fit_moments(rollouts.features, torch.zeros(len(rollouts)).double(), rollouts.context, GOAL, ["f"])
 
@@ -148,26 +146,6 @@ def test_the_adaptive_proposal_is_judged_by_the_mean_over_prompts():
         rule.renews_proposal()
         rule.learn(rollouts_of(RATES, policy))
         assert rule.renews_proposal() is is_nearer
-
-
-def test_with_one_prompt_nothing_changes():
-    """The formulas of the methods without prompts, with Z of the other rollouts."""
-    given = rollouts_of(RATES, OPTIMUM, copies=10)
-    rollouts = replace(given, context=torch.zeros_like(given.context))
-    ratio = (rollouts.log_base + 0.8 * rollouts.features[:, 0] - rollouts.log_mu).exp()
-    past = torch.tensor([2.0, 5.0], dtype=torch.float64)
-    z = PartitionFunction()
-    z.add(torch.zeros(2, dtype=torch.int64), past)
-    others = (ratio.sum() + past.sum() - ratio) / (len(ratio) + 1)
-    kl = (ratio * (ratio * rollouts.log_mu.exp() / rollouts.log_pi.exp()).log()).mean() / ratio.mean()
-    for name, expected in (("dpg", ratio), ("gdc_pp", ratio - others * rollouts.weight)):
-        rule = target_of(name, GIVEN, features=("f",))
-        nothing = torch.zeros(1, dtype=torch.float64)
-        weight = torch.tensor([0.8], dtype=torch.float64)
-        rule.load_state({"lambda": weight, "samples": torch.zeros(0, 4), "gain": nothing, **z.state()})
-        weighed = rule.weigh(rollouts)
-        torch.testing.assert_close(weighed.coefficients, expected, rtol=1e-12, atol=1e-12)
-        assert weighed.metrics["kl_target"] == pytest.approx(float(kl - ratio.mean().log()), abs=1e-12)
 
 
 def test_z_of_a_prompt_is_found_from_a_rollout_a_step():

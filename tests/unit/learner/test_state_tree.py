@@ -97,13 +97,6 @@ def test_backspace_is_no_action_where_the_run_has_none():
     check_against_replay(tree, [dataclasses.replace(log, offers_backspace=False) for log in logs])
 
 
-def test_the_dense_mask():
-    tree = build(HARD)
-    for node, sees in enumerate(tree.attention_mask):
-        seen = sees.nonzero().flatten()
-        assert seen.tolist() == [n for n in range(node + 1) if tree.nodes.subtree_end[n] > node]
-
-
 def test_every_text_is_one_node():
     tree = build(HARD)
     prefixes = {tuple(text[:d]) for log in HARD for text in states(log, BACKSPACE) for d in range(1, len(text) + 1)}
@@ -125,18 +118,6 @@ def check_preorder(tree: TreeBatch) -> None:
         below = next((n for n in range(node + 1, tree.num_nodes) if positions[n] <= positions[node]), tree.num_nodes)
         assert end[node] == below
     assert end[tree.num_nodes :] == list(range(tree.num_nodes + 1, len(end) + 1))
-
-
-def test_nodes_are_in_preorder():
-    logs = [
-        Log([1, 4], [5, 6, BACKSPACE, BACKSPACE, 7, BACKSPACE, 5, 8, EOS]),  # goes back below 5 after 7
-        Log([1, 4], [7, 9, EOS]),
-        Log([1], [EOS]),
-    ]
-    tree = build(logs)
-    check_preorder(tree)
-    assert tree.nodes.token_ids[: tree.num_nodes].tolist() == [1, 4, 5, 6, 8, EOS, 7, 9, EOS, EOS]  # by hand
-    assert tree.nodes.subtree_end[: tree.num_nodes].tolist() == [10, 9, 6, 4, 6, 6, 9, 9, 9, 10]
 
 
 def test_a_long_text_and_a_wide_tree():
