@@ -1,9 +1,9 @@
 """Generation outside of training: one engine that answers groups of prompts with the weights of a checkpoint.
 
-os.environ.update(engine_environment(settings))  # before vLLM is imported, which creating a `Generator` does
+os.environ.update(engine_environment())  # before vLLM is imported, which creating a `Generator` does
 generator = Generator(settings, contract)
 generator.load(checkpoint)
-batches = generator.generate({"greedy": PromptGroup(prompts, SamplingSettings(32, 64, temperature=0.0))}, "text")
+batches = generator.generate({"greedy": PromptGroup(prompts, SamplingSettings(temperature=0.0))}, "text")
 """
 
 from __future__ import annotations

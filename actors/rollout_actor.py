@@ -94,20 +94,6 @@ class RolloutSpec:
     scoring: ScoringSettings | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
-    def engine_settings(self, model_dir: str, seed: int) -> EngineSettings:
-        """Settings of one actor's engine, which starts without weights."""
-        return EngineSettings(
-            model_dir=model_dir,
-            dtype=self.settings.dtype,
-            max_length=self.max_length,
-            max_concurrent=self.settings.max_concurrent,
-            kv_cache_bytes=int(self.settings.kv_cache_gib * 2**30),
-            enforce_eager=self.settings.enforce_eager,
-            num_threads=self.settings.num_threads,
-            load_format="dummy",
-            seed=seed,
-        )
-
 
 class RolloutActor:
     """A Ray actor with two concurrency groups: `generation` (one thread: `run`) and `control`."""
@@ -146,12 +132,8 @@ class RolloutActor:
             self._scoring = RolloutScoring(spec.scoring, spec.tokenizer, spec.contract, examples)
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(spec.config_json, encoding="utf-8")
-            self._ranks = RankGroup(
-                name,
-                spec.engine_settings(folder, seed=life_number),
-                spec.contract,
-                spec.settings,
-            )
+            settings = EngineSettings(folder, spec.max_length, spec.settings, seed=life_number, load_format="dummy")
+            self._ranks = RankGroup(name, settings, spec.contract)
         self._engine = self._ranks.engine
         self._sampling = SamplingSettings(**spec.settings.rollout.model_dump())
         self._commands = threading.Condition()  # guards what the control methods set for `run`

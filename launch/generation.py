@@ -22,14 +22,14 @@ from rich.text import Text
 
 from actors.engine.interface import EngineSettings, SamplingSettings, engine_environment
 from actors.generator import Generator, PromptGroup
+from actors.settings import ActorsSettings
 from buffer.trajectory.schema import TokenContract
 from launch.rollout_view import FLOOR_MARK, RolloutView, view_rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KV_CACHE_BYTES = 1 << 29
-MAX_CONCURRENT = 64
+ENGINE = ActorsSettings(dtype="float32", max_concurrent=64, kv_cache_gib=0.5)
 ACTIONS_PER_NEW_TOKEN = 4
 """Bound on the actions of `sequencematch generate`, per token that may remain: generous, but finite."""
 
@@ -82,16 +82,9 @@ def running_generator(checkpoint: Checkpoint, max_length: int, seed: int) -> Ite
 
     max_length: longest text, prompt included, in tokens.
     """
-    settings = EngineSettings(
-        str(checkpoint.folder),
-        dtype="float32",
-        max_length=min(max_length, checkpoint.max_length),
-        max_concurrent=MAX_CONCURRENT,
-        seed=seed,
-        kv_cache_bytes=KV_CACHE_BYTES,
-        load_format="dummy",
-    )
-    os.environ.update(engine_environment(settings))
+    length = min(max_length, checkpoint.max_length)
+    settings = EngineSettings(str(checkpoint.folder), length, ENGINE, seed=seed, load_format="dummy")
+    os.environ.update(engine_environment())
     with library_chatter_held():
         generator = Generator(settings, checkpoint.contract)
     try:

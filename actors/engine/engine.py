@@ -7,7 +7,7 @@
 
 The engine lives in the process that creates it, one per process, and everything happens between two calls of `step`:
 weights are replaced, requests aborted, probes computed. It seeds torch's global random generator and takes its sampling
-noise from there. Set `engine_environment(settings)` before the process imports vLLM.
+noise from there. Set `engine_environment()` before the process imports vLLM.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class BackspaceEngine:
 
     def __init__(self, settings: EngineSettings, contract: TokenContract) -> None:
         check_environment()
-        check_machine(settings.enforce_eager)
-        compile_nothing(settings.enforce_eager)
+        check_machine(settings.actors.enforce_eager)
+        compile_nothing(settings.actors.enforce_eager)
         self.settings = settings
         self.contract = contract
         config = self._engine_args(settings).create_engine_config()
@@ -92,17 +92,17 @@ class BackspaceEngine:
     def _engine_args(self, settings: EngineSettings) -> EngineArgs:
         return EngineArgs(
             model=settings.model_dir,
-            dtype=settings.dtype,
+            dtype=settings.actors.dtype,
             load_format=settings.load_format,
             trust_remote_code=False,
             seed=settings.seed,
             max_model_len=settings.max_length,
-            max_num_seqs=settings.max_concurrent,
+            max_num_seqs=settings.actors.max_concurrent,
             max_num_batched_tokens=settings.max_batched_tokens,
             block_size=settings.block_size,
             num_gpu_blocks_override=settings.num_kv_blocks,
             enable_prefix_caching=settings.enable_prefix_caching,
-            enforce_eager=settings.enforce_eager,
+            enforce_eager=settings.actors.enforce_eager,
             async_scheduling=False,
             skip_tokenizer_init=True,
             generation_config="vllm",  # a folder's sampling defaults must not reach our requests

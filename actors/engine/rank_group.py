@@ -22,7 +22,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.interface import EngineSettings
 from actors.engine.weights import WeightIntake
-from actors.settings import ActorsSettings
 from buffer.processes import NoAnswerError, ProcessLostError, RemoteCall, ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import WeightHandle, WeightManifest, WeightMismatchError
@@ -80,25 +79,25 @@ class EngineRank:
 class RankGroup:
     """Rank 0's engine, the weights that come into it, and the other ranks, if there are any.
 
-    settings: of each rank; the folder of the model may be gone once this returns.
-    actors: how many ranks there are. `start_timeout_s` bounds the wait for their start, `health_timeout_s` later ones.
+    settings: of each rank; the folder of the model may be gone once this returns. `actors` says how many ranks there
+        are; its `start_timeout_s` bounds the wait for their start, its `health_timeout_s` later ones.
 
     Raises (on creation):
         ValueError: the engine cannot be built.
         EngineRankError: a rank did not come, or failed.
     """
 
-    def __init__(self, name: str, settings: EngineSettings, contract: TokenContract, actors: ActorsSettings) -> None:
+    def __init__(self, name: str, settings: EngineSettings, contract: TokenContract) -> None:
         self._name = name
-        self._timeout_s = actors.health_timeout_s
+        self._timeout_s = settings.actors.health_timeout_s
         self._others: list[ActorHandle] = []
         self._unsent: list[EngineCall] = []
         # Calls to all other ranks, and the digest of rank 0 when it had made the same call itself.
         self._pending: deque[tuple[list[RemoteCall[int]], int]] = deque()
         self._leader: LeadingEngine | None = None
         self.engine: BackspaceEngine
-        if actors.tensor_parallel_size > 1:
-            self.engine = self._divided(settings, contract, actors.tensor_parallel_size, actors.start_timeout_s)
+        if settings.actors.tensor_parallel_size > 1:
+            self.engine = self._divided(settings, contract)
             self.settle()
         else:
             # Here, not at the top: whoever only names these classes should not load vLLM for it.
@@ -107,9 +106,8 @@ class RankGroup:
             self.engine = BackspaceEngine(settings, contract)
         self.intake = WeightIntake(self.engine)
 
-    def _divided(
-        self, settings: EngineSettings, contract: TokenContract, size: int, start_timeout_s: float
-    ) -> LeadingEngine:
+    def _divided(self, settings: EngineSettings, contract: TokenContract) -> LeadingEngine:
+        size = settings.actors.tensor_parallel_size
         node_id = ray.get_runtime_context().get_node_id()
         process = ray.remote(EngineRank).options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -119,7 +117,7 @@ class RankGroup:
         from actors.engine.ranked_engine import LeadingEngine, RankPlace
 
         for call in ready:
-            _answer(call, start_timeout_s)
+            _answer(call, settings.actors.start_timeout_s)
         rendezvous_file = str(Path(settings.model_dir, "rendezvous"))
         places = [RankPlace(rank, size, rendezvous_file, self._timeout_s) for rank in range(size)]
         building = [

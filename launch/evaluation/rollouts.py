@@ -111,7 +111,7 @@ def plan_groups(
     if evaluation.ban_deleted == "both":
         for each in [each for each in groups if each.sampling.backspace]:
             is_banned = each.sampling.ban_deleted
-            sampling = replace(each.sampling, ban_deleted=not is_banned)
+            sampling = each.sampling.model_copy(update={"ban_deleted": not is_banned})
             groups.append(replace(each, name=each.name + (", allowed" if is_banned else ", banned"), sampling=sampling))
     return groups
 
@@ -266,7 +266,7 @@ def rollouts_key(weights: str, group: RolloutGroup, contract: TokenContract, max
         "contract": asdict(contract),
         "prompts": [prompt.tolist() for prompt in group.prompts],
         "planted": None if group.planted is None else [list(ids) for ids in group.planted],
-        "sampling": asdict(group.sampling),
+        "sampling": group.sampling.model_dump(),
         "contrastive": None if group.contrastive is None else asdict(group.contrastive),
         "max_length": max_length,
         "seed": seed,

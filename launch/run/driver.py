@@ -205,7 +205,7 @@ class RunProcesses:
         )
         # Not on a node that only holds actors: it would be lost with that node, and the run with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        environment = engine_environment(spec.engine_settings("", seed=0))
+        environment = engine_environment(settings.actors.num_threads)
         self._pool = (
             ray.remote(ActorPool)
             .options(name=POOL_NAME, num_cpus=0, scheduling_strategy=here)

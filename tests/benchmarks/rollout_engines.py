@@ -117,17 +117,17 @@ def _backspace_engine(load: Load) -> Callable[[], Measurement]:
 def _plain_engine(load: Load) -> Callable[[], Measurement]:
     """Stock vLLM with the same settings: its own scheduler, and no logits processor but the benchmark's."""
     settings = load.settings
-    compile_nothing(settings.enforce_eager)
+    compile_nothing(settings.actors.enforce_eager)
     config = EngineArgs(
         model=settings.model_dir,
-        dtype=settings.dtype,
+        dtype=settings.actors.dtype,
         seed=settings.seed,
         max_model_len=settings.max_length,
-        max_num_seqs=settings.max_concurrent,
+        max_num_seqs=settings.actors.max_concurrent,
         max_num_batched_tokens=settings.max_batched_tokens,
         block_size=settings.block_size,
         enable_prefix_caching=settings.enable_prefix_caching,
-        enforce_eager=settings.enforce_eager,
+        enforce_eager=settings.actors.enforce_eager,
         skip_tokenizer_init=True,
         generation_config="vllm",
         distributed_executor_backend="uni",

@@ -19,6 +19,7 @@ import typer
 
 from actors.engine.checks import check_machine
 from actors.engine.interface import EngineSettings, FinishedLog, Int32, engine_environment
+from actors.settings import ActorsSettings
 from buffer.processes import RemoteCall
 from buffer.trajectory.schema import TokenContract
 from launch.errors import setting_up
@@ -116,19 +117,17 @@ def bench(
         path = str(checkpoint or write_small_llama(Path(folder), max_length))
         settings = EngineSettings(
             path,
-            dtype=dtype,
-            max_length=max_length,
-            max_concurrent=batch,
+            max_length,
+            ActorsSettings.model_validate({"dtype": dtype, "max_concurrent": batch, "kv_cache_gib": kv_cache_gib}),
             max_batched_tokens=max(2048, batch),
             seed=seed,
-            kv_cache_bytes=int(kv_cache_gib * 2**30),
         )
         shape = (-(-batch // ROLLOUTS_PER_PROMPT), PROMPT_LENGTH)
         distinct = np.random.default_rng(seed).integers(FIRST_TEXT_ID, 512, shape, dtype=np.int32)
         prompts = [distinct[index // ROLLOUTS_PER_PROMPT] for index in range(batch)]
         load = Load(settings, contract, actions, prompts)
         with ray_of_its_own(1, object_store_memory=1 << 28):
-            actor = ray.remote(Engine).options(num_cpus=0, runtime_env={"env_vars": engine_environment(settings)})
+            actor = ray.remote(Engine).options(num_cpus=0, runtime_env={"env_vars": engine_environment()})
             engines = {kind: actor.remote(kind, load) for kind in KINDS}
             backends = {
                 f"{kind} {each:.2f}": RolloutBackend(kind, engine, each, timeout)

@@ -15,6 +15,7 @@ import typer
 
 from actors.engine.checks import check_machine
 from actors.engine.interface import EngineSettings, engine_environment
+from actors.settings import ActorsSettings
 from launch.errors import setting_up
 from tests.benchmarks.backend import Backend, Repetitions, Seed, Timed, circumstances, measure_in_turn, ray_of_its_own
 from tests.benchmarks.models import llama_config
@@ -95,11 +96,12 @@ def _push_to(num_actors: int, with_engine: bool, config: LlamaConfig, dtype: str
     """Seconds of each part of a push, and of the copies, in each repetition."""
     import ray
 
-    settings = EngineSettings("", dtype=dtype, max_length=64, kv_cache_bytes=1 << 26, load_format="dummy", seed=seed)
-    taking = ray.remote(TakingActor).options(num_cpus=0, runtime_env={"env_vars": engine_environment(settings)})
-    actors = [taking.remote(config, settings if with_engine else None) for _ in range(num_actors)]
-    ray.get([actor.ready.remote() for actor in actors], timeout=START_TIMEOUT_S)
-    relay = ray.remote(Relay).options(num_cpus=0).remote(actors)
+    actors = ActorsSettings.model_validate({"dtype": dtype, "kv_cache_gib": 1 / 16})
+    settings = EngineSettings("", 64, actors, load_format="dummy", seed=seed)
+    taking = ray.remote(TakingActor).options(num_cpus=0, runtime_env={"env_vars": engine_environment()})
+    takers = [taking.remote(config, settings if with_engine else None) for _ in range(num_actors)]
+    ray.get([actor.ready.remote() for actor in takers], timeout=START_TIMEOUT_S)
+    relay = ray.remote(Relay).options(num_cpus=0).remote(takers)
     learner = PublishingLearner(config, dtype, relay, seed)
 
     def push() -> Mapping[str, Timed]:

@@ -85,7 +85,7 @@ def _stop() -> None:
 
 
 def _serve(connection: multiprocessing.connection.Connection) -> None:
-    os.environ.update(engine_environment(EngineSettings("unused")))
+    os.environ.update(engine_environment())
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     while True:
         try:

@@ -26,15 +26,14 @@ class RankGroupWorker:
             Path(folder, "config.json").write_text(config_json)
             settings = EngineSettings(
                 folder,
-                dtype="float32",
                 max_length=256,
-                max_concurrent=16,
+                actors=ActorsSettings(
+                    tensor_parallel_size=size, max_concurrent=16, kv_cache_gib=1 / 32, start_timeout_s=240.0
+                ),
                 max_batched_tokens=48,
-                kv_cache_bytes=1 << 25,
                 load_format="dummy",
             )
-            actors = ActorsSettings(tensor_parallel_size=size, start_timeout_s=240.0)
-            self._group = RankGroup("the actor", settings, contract, actors)
+            self._group = RankGroup("the actor", settings, contract)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the parameters that rank 0 holds, in vLLM's names."""

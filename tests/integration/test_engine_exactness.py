@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings
+from actors.settings import ActorsSettings
 from tests.integration.engine_worker import in_engine_process, in_engine_process_for, shared_engine
 from tests.integration.reference import compare, texts_of
 from tests.integration.traffic import Request, rollouts, shared_prompts
@@ -45,14 +46,14 @@ def model_dir(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def _settings(model_dir: Path, **changes: object) -> EngineSettings:
-    base: dict[str, object] = {
-        "dtype": "float32",
-        "max_length": 256,
-        "max_concurrent": 16,
-        "max_batched_tokens": 48,
-        "kv_cache_bytes": 1 << 25,
-    }
-    return EngineSettings(str(model_dir), **{**base, **changes})  # type: ignore[arg-type]
+    """changes: of the engine, or of the actors' settings in it."""
+    actors = {name: changes.pop(name) for name in ("max_concurrent", "kv_cache_gib") if name in changes}
+    return EngineSettings(
+        str(model_dir),
+        max_length=256,
+        actors=ActorsSettings.model_validate({"max_concurrent": 16, "kv_cache_gib": 1 / 32, **actors}),
+        **{"max_batched_tokens": 48, **changes},
+    )
 
 
 def generate(
@@ -78,7 +79,7 @@ def generate(
         running: list[str] = []
         num_steps = 0
         while waiting or engine.num_unfinished:
-            while waiting and engine.num_unfinished < settings.max_concurrent + 4:
+            while waiting and engine.num_unfinished < settings.actors.max_concurrent + 4:
                 request = waiting.pop()
                 running.append(request.request_id)
                 engine.add(request.request_id, request.prompt_ids, request.sampling)
@@ -218,7 +219,7 @@ def test_draws_after_a_roll_back_are_independent(model_dir: Path) -> None:
     [
         {"enable_prefix_caching": False},
         {"max_batched_tokens": 1024},
-        {"block_size": 128, "kv_cache_bytes": 1 << 26},
+        {"block_size": 128, "kv_cache_gib": 1 / 16},
         {"num_kv_blocks": 16, "max_batched_tokens": 17},
         {"max_concurrent": 1, "max_batched_tokens": 32},
         {"num_kv_blocks": 24, "enable_prefix_caching": False, "seed": 7},

@@ -13,6 +13,7 @@ import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
 from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings
+from actors.settings import ActorsSettings
 from tests.integration.engine_worker import EngineProcessFailed, fresh_engine, in_engine_process
 from tests.integration.reference import compare
 from tests.integration.traffic import Request, rollouts
@@ -20,7 +21,7 @@ from tests.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_model
 
 
 def _settings(folder: Path) -> EngineSettings:
-    return EngineSettings(str(folder), dtype="float32", max_length=256, kv_cache_bytes=1 << 25)
+    return EngineSettings(str(folder), max_length=256, actors=ActorsSettings(kv_cache_gib=1 / 32))
 
 
 def config_refusals(folder: str) -> dict[str, str]:

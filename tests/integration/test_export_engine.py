@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from actors.engine.interface import EngineSettings, FinishedLog
+from actors.settings import ActorsSettings
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack
 from launch.export import export
 from learner.model.policy import Policy, load_policy
@@ -57,9 +58,7 @@ def policy(tmp_path: Path) -> Policy:
 
 
 def generate(folder: str, requests: list[Request], manifest: WeightManifest, payload: WeightPayload) -> Outcome:
-    engine = fresh_engine(
-        EngineSettings(folder, dtype="float32", max_length=256, max_concurrent=16, kv_cache_bytes=1 << 25)
-    )
+    engine = fresh_engine(EngineSettings(folder, 256, ActorsSettings(max_concurrent=16, kv_cache_gib=1 / 32)))
 
     def run() -> list[FinishedLog]:
         for request in requests:

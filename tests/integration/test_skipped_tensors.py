@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from actors.engine.interface import EngineSettings, Float32
 from actors.engine.weights import NOISE_MARGIN, Proof, prove
+from actors.settings import ActorsSettings
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import TensorEntry, WeightManifest, WeightMismatchError
 from learner.publication import make_probe
@@ -84,9 +84,7 @@ def test_every_kind_of_tensor_is_missed_or_below_the_noise(kind: str, tmp_path: 
     """
     first = MODELS[kind]()
     names = one_of_each_kind(first)
-    settings = EngineSettings(
-        str(save_tiny_model(tmp_path, first)), max_length=64, max_concurrent=4, kv_cache_bytes=1 << 24
-    )
+    folder = str(save_tiny_model(tmp_path, first))
     for engine_dtype, learner_dtypes in {"float32": ("float32", "bfloat16"), "bfloat16": ("bfloat16",)}.items():
         formats = [getattr(torch, name) for name in learner_dtypes]
         learners = [[m.to(each).float() for m in (MODELS[kind](), perturbed(first, seed=1))] for each in formats]
@@ -94,7 +92,8 @@ def test_every_kind_of_tensor_is_missed_or_below_the_noise(kind: str, tmp_path: 
             tuple({name: tensor.to(each) for name, tensor in parameters(m).items()} for m in models)
             for each, models in zip(formats, learners, strict=True)
         ]
-        seen = in_engine_process(probes, replace(settings, dtype=engine_dtype), pairs, names)
+        actors = ActorsSettings(dtype=engine_dtype, max_concurrent=4, kv_cache_gib=1 / 64)
+        seen = in_engine_process(probes, EngineSettings(folder, 64, actors), pairs, names)
         for (old, new), dtype, (at_old, at_new, *left_out) in zip(learners, learner_dtypes, seen, strict=True):
             expected = sequence_logprobs(new, PROBE)
             manifest = publication(expected, dtype)

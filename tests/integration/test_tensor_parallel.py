@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from transformers import PreTrainedModel
 
-from actors.engine.interface import EngineSettings, SamplingSettings, engine_environment
+from actors.engine.interface import SamplingSettings, engine_environment
 from buffer.weights import WeightSender
 from tests.integration.local_ray import ROOT, local_ray
 from tests.integration.rank_group_worker import Publication, RankGroupWorker
@@ -36,7 +36,7 @@ def models() -> dict[int, PreTrainedModel]:
 
 @pytest.fixture(scope="module")
 def worker(models: dict[int, PreTrainedModel]) -> Iterator[ActorHandle]:
-    environment = engine_environment(EngineSettings("unused")) | {"PYTHONPATH": str(ROOT)}
+    environment = engine_environment() | {"PYTHONPATH": str(ROOT)}
     process = ray.remote(RankGroupWorker).options(num_cpus=SIZE, runtime_env={"env_vars": environment})
     with local_ray(num_cpus=2 * SIZE):
         yield process.remote(models[0].config.to_json_string(use_diff=False), CONTRACT, SIZE)
@@ -58,7 +58,8 @@ def test_the_layers_are_divided_and_every_action_is_that_of_the_whole_model(
     requests, planted = [], {}
     for request in rollouts(60, seed=3, share_plain=0.1):
         banning = request.sampling.backspace and random_state.random() < 0.3
-        requests.append(replace(request, sampling=replace(request.sampling, ban_deleted=banning)))
+        sampling = request.sampling.model_copy(update={"ban_deleted": banning})
+        requests.append(replace(request, sampling=sampling))
         forced = random_state.randrange(4) if random_state.random() < 0.3 else 0
         planted[request.request_id] = [random_state.randrange(FIRST_TEXT_ID, VOCAB_SIZE) for _ in range(forced)]
     call = worker.generate.remote(requests, planted, 13, 60, offered(senders[1], models[1], 1))

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.engine.interface import EngineSettings, FinishedLog, Float32, Int32
+from actors.settings import ActorsSettings
 from tests.integration.engine_worker import EngineProcessFailed, fresh_engine, in_engine_process
 from tests.integration.reference import compare, sequence_logprobs
 from tests.integration.traffic import Request, rollouts, shared_prompts
@@ -24,11 +25,9 @@ Tensors = dict[str, torch.Tensor]
 def _settings(folder: Path) -> EngineSettings:
     return EngineSettings(
         str(folder),
-        dtype="float32",
         max_length=256,
-        max_concurrent=16,
+        actors=ActorsSettings(max_concurrent=16, kv_cache_gib=1 / 32),
         max_batched_tokens=48,
-        kv_cache_bytes=1 << 25,
     )
 
 

@@ -99,7 +99,7 @@ class Push:
             noise=NoiseSettings(kind="none", rate=0.0),
             max_length=64,
         )
-        environment = engine_environment(spec.engine_settings("", seed=0)) | {"PYTHONPATH": str(ROOT)}
+        environment = engine_environment() | {"PYTHONPATH": str(ROOT)}
         self.pool = ray.remote(ActorPool).options(num_cpus=0).remote(spec, [ray.put(examples)], shards, environment, 1)
         ray.get(self.pool.start.remote(), timeout=ANSWER_TIMEOUT_S)
         self.publisher = WeightPublisher(self.pool, PROBE, mode=mode)

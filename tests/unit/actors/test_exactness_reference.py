@@ -40,7 +40,7 @@ def test_of_two_equally_probable_tokens_either_may_be_the_last() -> None:
 
 
 def test_without_a_nucleus_every_action_has_one_log_probability() -> None:
-    for sampling in (SamplingSettings(8, 8, temperature=0.5), SamplingSettings(8, 8, temperature=0.0, top_p=0.9)):
+    for sampling in (SamplingSettings(temperature=0.5), SamplingSettings(temperature=0.0, top_p=0.9)):
         scale = sampling.temperature or 1.0
         expected = (torch.tensor([0.5, 0.3, 0.2]).log() / scale).log_softmax(-1)
         found = [allowed_logprobs(torch.tensor([0.5, 0.3, 0.2]).log(), sampling, action) for action in range(3)]

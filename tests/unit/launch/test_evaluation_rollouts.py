@@ -186,7 +186,7 @@ def test_twins_differ_in_the_ban_alone() -> None:
     for name, twin in ((GREEDY, "greedy, allowed"), (RECOVERY, "recovery, allowed"), (SAMPLED, "sampled, banned")):
         sampling, other = groups[name].sampling, groups[twin].sampling
         assert sampling.ban_deleted != other.ban_deleted
-        assert dataclasses.replace(sampling, ban_deleted=other.ban_deleted) == other
+        assert sampling.model_copy(update={"ban_deleted": other.ban_deleted}) == other
     assert groups["recovery, allowed"].planted == groups[RECOVERY].planted
     without = groups_of(rollout=RolloutSettings(backspace=False), ban_deleted="both")
     assert [each.name for each in without] == [SAMPLED, GREEDY, RECOVERY]
