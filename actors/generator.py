@@ -1,9 +1,5 @@
-"""Generation outside of training: one engine that answers groups of prompts with the weights of a checkpoint.
-
-os.environ.update(engine_environment())  # before vLLM is imported, which creating a `Generator` does
-generator = Generator(settings, contract)
-generator.load(checkpoint)
-batches = generator.generate({"greedy": PromptGroup(prompts, SamplingSettings(temperature=0.0))}, "text")
+"""Generation outside of training: one engine that answers groups of prompts with the weights of a checkpoint. Creating
+a `Generator` imports vLLM, before which the process needs `engine_environment`.
 """
 
 from __future__ import annotations
@@ -28,10 +24,6 @@ class PromptGroup:
     prompts: Sequence[Int32]
     sampling: SamplingSettings
     planted: Sequence[Sequence[int]] | None = None
-
-    def __post_init__(self) -> None:
-        if self.planted is not None and len(self.planted) != len(self.prompts):
-            raise ValueError(f"{len(self.planted)} planted answers for {len(self.prompts)} prompts")
 
 
 class Generator:
@@ -80,9 +72,9 @@ class Generator:
             ValueError: a prompt does not fit into the engine's `max_length`.
         """
         for name, group in groups.items():
-            for index, prompt in enumerate(group.prompts):
-                planted = () if group.planted is None else group.planted[index]
-                self._engine.add(f"{name}/{index}", prompt, group.sampling, planted)
+            planted = [()] * len(group.prompts) if group.planted is None else group.planted
+            for index, (prompt, forced) in enumerate(zip(group.prompts, planted, strict=True)):
+                self._engine.add(f"{name}/{index}", prompt, group.sampling, forced)
         logs: dict[str, FinishedLog] = {}
         while self._engine.num_unfinished:
             finished = self._engine.step()

@@ -203,30 +203,29 @@ class RolloutActor:
 
         Raises:
             WeightMismatchError: the engine does not compute with the published weights; the actor is fenced, its
-                unfinished rollouts are dropped, and its pool replaces it. EngineRankError: so it is, too, when a
-                process of its engine is lost, or has parted from the others.
+                unfinished rollouts are dropped, and its pool replaces it.
+            EngineRankError: a process of its engine is lost, or has parted from the others.
             TimeoutError: a shard of the buffer did not take a batch in time. BufferLostError: it is gone for good.
         """
+        engine, backspace_id = self._engine, self._spec.contract.backspace_id
         while True:
             finishing = self._take_newest_weights()
             self._activity = rollout_activity(
-                self._engine.version,
-                self._first_version,
-                self._draining,
-                self._paused,
-                self._buffer.held_back,
-                finishing,
+                engine.version, self._first_version, self._draining, self._paused, self._buffer.held_back, finishing
             )
             if self._activity == GENERATING:
                 self._fill_engine()
-            if self._engine.num_unfinished:
-                self._collect(self._engine.step())
+            if engine.num_unfinished:
+                logs = engine.step()
+                self._finished += logs
+                self._actions += sum(len(log.actions) for log in logs)
+                self._backspaces += sum(int((log.actions == backspace_id).sum()) for log in logs)
             elif self._draining:
                 break
             elif self._activity != GENERATING:
                 with self._commands:
                     self._commands.wait(timeout=IDLE_WAIT_S)
-            if len(self._finished) >= self._spec.settings.insert_rows or not self._engine.num_unfinished:
+            if len(self._finished) >= self._spec.settings.insert_rows or not engine.num_unfinished:
                 self._flush()
         self._flush()
         self._buffer.settle()
@@ -254,12 +253,6 @@ class RolloutActor:
         for prompt_ids in self._prompts.draw(missing).rows():
             self._engine.add(f"{self._id_prefix}-{self._num_requests}", prompt_ids, self._sampling)
             self._num_requests += 1
-
-    def _collect(self, logs: list[FinishedLog]) -> None:
-        for log in logs:
-            self._actions += len(log.actions)
-            self._backspaces += int((log.actions == self._spec.contract.backspace_id).sum())
-        self._finished += logs
 
     def _flush(self) -> None:
         """Send finished rollouts to the buffer, and as many expert trajectories where their noise is the policy's."""

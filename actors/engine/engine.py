@@ -213,10 +213,8 @@ class BackspaceEngine:
         return [drawn[name] for name in names]
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replace all weights in place; later actions carry `version`.
-
-        Unfinished requests go on from their current text, whose key-value cache is computed again with the
-        new weights, so every later action is one of the new policy alone.
+        """Replace all weights in place. Unfinished requests go on from their current text, whose key-value cache is
+        computed again, so every later action is one of the new policy alone, and carries `version`.
 
         tensors: Hugging Face name and tensor of every parameter, read during the call only. A tied pair counts as one
             and may come under both names.

@@ -5,14 +5,10 @@ plain layout, loads, and packs again. It misses a language model head that is ti
 packed copy of the *old* weights. The bytes that were sent show nothing of this; only log-probabilities do.
 
 So each publication carries a probe: a fixed sequence, and the learner's log-probabilities of it. Learner and engine
-never agree exactly: they round at different places. How far they are apart with the first weights of an engine is the
-noise of this pair; in half precision it grows with the logits. Later weights are taken for loaded where the engine is
-no farther from the learner's probe of them than noise explains, and nearer to it than to the probe of the weights that
-the engine had before. A tensor that was left out shows as soon as it moves the probe by more than the noise. Where new
-and previous weights differ by less, the probe proves nothing, and the fingerprint alone does.
-
-With its first weights an engine has no noise yet: there a bound by number format stands, far below what an engine shows
-that has missed any of the weights it was built without.
+round at different places. How far they are apart with the first weights of an engine is the noise of this pair; for
+these a bound by number format stands, far below what missing weights show. Later weights are taken for loaded where the
+engine is no farther from the learner's probe of them than noise explains, and nearer to it than to the probe of the
+weights before. Where new and previous weights differ by less than the noise, the fingerprint alone proves them.
 """
 
 from __future__ import annotations
