@@ -12,12 +12,15 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from actors.engine.interface import EngineSettings, engine_environment
+from actors.engine.interface import EngineSettings, FinishedLog, engine_environment
+from actors.settings import ActorsSettings
 from buffer.trajectory.schema import TokenContract
+from tests.integration.traffic import Request
 from tests.tiny_models import CONTRACT
 
 if TYPE_CHECKING:
@@ -97,6 +100,36 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
         except Exception:  # noqa: BLE001  # whatever happened belongs to the test on the other side
             close_engine()
             connection.send((False, traceback.format_exc()))
+
+
+def small_engine(folder: Path | str, **changes: object) -> EngineSettings:
+    """For the tiny models. changes: of the engine's settings, or of the actors' settings in it."""
+    actors = {name: changes.pop(name) for name in ActorsSettings.model_fields if name in changes}
+    return EngineSettings(
+        str(folder),
+        max_length=256,
+        actors=ActorsSettings.model_validate({"max_concurrent": 16, "kv_cache_gib": 1 / 32, **actors}),
+        **{"max_batched_tokens": 48, **changes},
+    )
+
+
+def answer(engine: BackspaceEngine, requests: Sequence[Request] = ()) -> list[FinishedLog]:
+    """What the engine makes of these requests, and of those that it has already."""
+    for request in requests:
+        engine.add(request.request_id, request.prompt_ids, request.sampling)
+    logs = []
+    while engine.num_unfinished:
+        logs += engine.step()
+    return logs
+
+
+def message_of(attempt: Callable[[], object]) -> str:
+    """The error that it raises."""
+    try:
+        attempt()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
 
 
 _engine: BackspaceEngine | None = None

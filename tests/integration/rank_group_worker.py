@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from actors.engine.interface import EngineSettings, FinishedLog
+from actors.engine.interface import FinishedLog
 from actors.engine.rank_group import EngineRankError, RankGroup
-from actors.settings import ActorsSettings
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import WeightHandle, WeightManifest
+from tests.integration.engine_worker import small_engine
 from tests.integration.traffic import Request
 
 Publication = tuple[WeightManifest, WeightHandle]
@@ -24,15 +24,7 @@ class RankGroupWorker:
     def __init__(self, config_json: str, contract: TokenContract, size: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(config_json)
-            settings = EngineSettings(
-                folder,
-                max_length=256,
-                actors=ActorsSettings(
-                    tensor_parallel_size=size, max_concurrent=16, kv_cache_gib=1 / 32, start_timeout_s=240.0
-                ),
-                max_batched_tokens=48,
-                load_format="dummy",
-            )
+            settings = small_engine(folder, tensor_parallel_size=size, start_timeout_s=240.0, load_format="dummy")
             self._group = RankGroup("the actor", settings, contract)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

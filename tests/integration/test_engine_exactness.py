@@ -14,8 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings
-from actors.settings import ActorsSettings
-from tests.integration.engine_worker import in_engine_process, in_engine_process_for, shared_engine
+from tests.integration.engine_worker import in_engine_process, in_engine_process_for, shared_engine, small_engine
 from tests.integration.reference import compare, texts_of
 from tests.integration.traffic import Request, rollouts, shared_prompts
 from tests.tiny_models import BACKSPACE_ID, CONTRACT, EOS_ID, IDS_WITHOUT_TOKEN, save_tiny_model, tiny_model
@@ -43,17 +42,6 @@ def model() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def model_dir(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"), model)
-
-
-def _settings(model_dir: Path, **changes: object) -> EngineSettings:
-    """changes: of the engine, or of the actors' settings in it."""
-    actors = {name: changes.pop(name) for name in ("max_concurrent", "kv_cache_gib") if name in changes}
-    return EngineSettings(
-        str(model_dir),
-        max_length=256,
-        actors=ActorsSettings.model_validate({"max_concurrent": 16, "kv_cache_gib": 1 / 32, **actors}),
-        **{"max_batched_tokens": 48, **changes},
-    )
 
 
 def generate(
@@ -144,19 +132,19 @@ def _check_limits(log: FinishedLog, sampling: SamplingSettings, max_length: int 
 
 def test_chunked_prefill_with_prefix_cache(model: PreTrainedModel, model_dir: Path) -> None:
     requests = rollouts(60, seed=1)
-    _check(in_engine_process(generate, _settings(model_dir), requests), requests, model)
+    _check(in_engine_process(generate, small_engine(model_dir), requests), requests, model)
 
 
 def test_few_blocks_force_preemption(model: PreTrainedModel, model_dir: Path) -> None:
     requests = rollouts(50, seed=2)
-    outcome = in_engine_process(generate, _settings(model_dir, num_kv_blocks=11), requests)
+    outcome = in_engine_process(generate, small_engine(model_dir, num_kv_blocks=11), requests)
     assert outcome.num_preemptions > 1
     _check(outcome, requests, model)
 
 
 def test_mixed_traffic_with_aborts_and_forced_preemption(model: PreTrainedModel, model_dir: Path) -> None:
     requests = rollouts(60, seed=3, share_plain=0.4)
-    outcome = in_engine_process(generate, _settings(model_dir), requests, reset_every=40, abort_every=17)
+    outcome = in_engine_process(generate, small_engine(model_dir), requests, reset_every=40, abort_every=17)
     assert sum(log.finish_reason == "aborted" for log in outcome.logs) > 3
     assert outcome.num_preemptions > 20
     _check(outcome, requests, model)
@@ -164,7 +152,7 @@ def test_mixed_traffic_with_aborts_and_forced_preemption(model: PreTrainedModel,
 
 def test_next_turns_share_blocks_with_earlier_outputs(model: PreTrainedModel, model_dir: Path) -> None:
     """Prompts that continue earlier texts may hit cached blocks; only true ones may be there to hit."""
-    settings = _settings(model_dir)
+    settings = small_engine(model_dir)
     first = rollouts(30, seed=4, max_new_tokens=80, max_actions=160)
     outcome = in_engine_process(generate, settings, first)
     texts = [[text for text in texts_of(log) if len(text) < 200] for log in outcome.logs]
@@ -185,7 +173,7 @@ def test_length_limit_counts_prompt_and_text(model: PreTrainedModel, model_dir: 
     sampling = SamplingSettings(max_new_tokens=400, max_actions=800, ban_eos=True)
     prompts = shared_prompts(4, 230, seed=5)
     requests = [Request(f"r{i}", prompts[i % 4][: 200 + i], sampling) for i in range(12)]
-    outcome = in_engine_process(generate, _settings(model_dir), requests)
+    outcome = in_engine_process(generate, small_engine(model_dir), requests)
     assert {log.finish_reason for log in outcome.logs} == {"max_length"}
     _check(outcome, requests, model, min_returns_to_floor=0)  # texts of 200 tokens rarely go all the way back
 
@@ -195,7 +183,7 @@ def test_draws_after_a_roll_back_are_independent(model_dir: Path) -> None:
     sampling = SamplingSettings(max_new_tokens=60, max_actions=200, temperature=0.6, ban_eos=True)
     prompts = shared_prompts(4, 20, seed=6)
     requests = [Request(f"r{i}", prompts[i % 4], sampling) for i in range(64)]
-    outcome = in_engine_process(generate, _settings(model_dir, max_batched_tokens=512), requests)
+    outcome = in_engine_process(generate, small_engine(model_dir, max_batched_tokens=512), requests)
     expected = observed = variance = 0.0
     num_trials = 0
     for log in outcome.logs:
@@ -229,7 +217,7 @@ def test_draws_after_a_roll_back_are_independent(model_dir: Path) -> None:
 def test_sweep(changes: dict[str, object], model: PreTrainedModel, model_dir: Path) -> None:
     requests = rollouts(120, seed=8, longest_prompt=130, share_plain=0.2, max_new_tokens=90, max_actions=150)
     outcome = in_engine_process_for(
-        240.0, generate, _settings(model_dir, **changes), requests, reset_every=150, abort_every=61
+        240.0, generate, small_engine(model_dir, **changes), requests, reset_every=150, abort_every=61
     )
     block_size = changes.get("block_size", 32)
     assert isinstance(block_size, int)
@@ -242,5 +230,5 @@ def test_tied_embeddings(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = tiny_model(kind, tied=True, backspace_rate=0.25)  # type: ignore[arg-type]
     requests = rollouts(60, seed=9)
-    outcome = in_engine_process(generate, _settings(save_tiny_model(tmp_path, model)), requests)
+    outcome = in_engine_process(generate, small_engine(save_tiny_model(tmp_path, model)), requests)
     _check(outcome, requests, model)

@@ -13,15 +13,17 @@ import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
 from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings
-from actors.settings import ActorsSettings
-from tests.integration.engine_worker import EngineProcessFailed, fresh_engine, in_engine_process
+from tests.integration.engine_worker import (
+    EngineProcessFailed,
+    answer,
+    fresh_engine,
+    in_engine_process,
+    message_of,
+    small_engine,
+)
 from tests.integration.reference import compare
 from tests.integration.traffic import Request, rollouts
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_model
-
-
-def _settings(folder: Path) -> EngineSettings:
-    return EngineSettings(str(folder), max_length=256, actors=ActorsSettings(kv_cache_gib=1 / 32))
 
 
 def config_refusals(folder: str) -> dict[str, str]:
@@ -44,30 +46,22 @@ def config_refusals(folder: str) -> dict[str, str]:
     configs["async"].scheduler_config.async_scheduling = True  # CPU turns it off by itself, a GPU does not
     messages = {}
     for name, config in configs.items():
-        messages[name] = _message(lambda config=config: check_vllm_config(config))
+        messages[name] = message_of(lambda config=config: check_vllm_config(config))
     plain = EngineArgs(**fine).create_engine_config()
     # Without Triton vLLM would not build this configuration, and it reads the variable only until the first engine.
     with mock.patch.object(type(plain), "use_v2_model_runner", True):
-        messages["v2 runner"] = _message(lambda: check_vllm_config(plain))
+        messages["v2 runner"] = message_of(lambda: check_vllm_config(plain))
     token_bytes = 2 * 2 * 1 * 32 * 4  # keys and values, layers, heads, head size, float32
     check_fit(plain, 128 * token_bytes)
-    messages["cache"] = _message(lambda: check_fit(plain, 128 * token_bytes - 1))
+    messages["cache"] = message_of(lambda: check_fit(plain, 128 * token_bytes - 1))
     with mock.patch.object(type(plain.model_config), "get_head_size", return_value=24):
-        messages["head size"] = _message(lambda: check_fit(plain, 1 << 30))
+        messages["head size"] = message_of(lambda: check_fit(plain, 1 << 30))
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     try:
-        messages["environment"] = _message(lambda: fresh_engine(EngineSettings(folder)))
+        messages["environment"] = message_of(lambda: fresh_engine(EngineSettings(folder)))
     finally:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     return messages
-
-
-def _message(attempt: Callable[[], object]) -> str:
-    try:
-        attempt()
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "accepted"
 
 
 def test_unsupported_configurations_are_refused(tmp_path: Path) -> None:
@@ -113,7 +107,7 @@ def cache_refusals() -> dict[str, str]:
     full = KVCacheGroupSpec(["layers.0"], specs["full"])
     return {
         # Among plain layers, as in hybrid models.
-        name: _message(
+        name: message_of(
             lambda spec=spec: check_kv_cache(
                 KVCacheConfig(8, [], [full, KVCacheGroupSpec(["layers.1", "layers.2"], spec)])
             )
@@ -136,7 +130,7 @@ def test_caches_that_can_not_go_back_are_refused() -> None:
 
 
 def refusal_at_start(settings: EngineSettings) -> str:
-    return _message(lambda: fresh_engine(settings))
+    return message_of(lambda: fresh_engine(settings))
 
 
 def test_a_model_with_sliding_windows_does_not_start(tmp_path: Path) -> None:
@@ -152,32 +146,26 @@ def test_a_model_with_sliding_windows_does_not_start(tmp_path: Path) -> None:
         max_position_embeddings=512,
     )
     MistralForCausalLM(config).save_pretrained(tmp_path)
-    message = in_engine_process(refusal_at_start, _settings(tmp_path))
+    message = in_engine_process(refusal_at_start, small_engine(tmp_path))
     assert "window of 32 tokens: only plain full attention can be rolled back" in message
 
 
-def run_broken(engine_name: str, settings: EngineSettings, rounds: list[list[Request]]) -> list[FinishedLog]:
+def run_broken(engine_name: str, settings: EngineSettings, requests: list[Request]) -> list[FinishedLog]:
     from tests.integration import broken_engines
 
     engine = fresh_engine(settings, getattr(broken_engines, engine_name))
-    logs: list[FinishedLog] = []
-    for requests in rounds:
-        for request in requests:
-            engine.add(request.request_id, request.prompt_ids, request.sampling)
-        while engine.num_unfinished:
-            logs += engine.step()
-    return logs
+    return answer(engine, requests)
 
 
 def test_sharing_generated_blocks_would_be_noticed(tmp_path: Path) -> None:
     """Negative control of the exactness test: the engine dies or its log-probabilities are wrong."""
     model = tiny_model(backspace_rate=0.35)
-    settings = _settings(save_tiny_model(tmp_path, model))
+    settings = small_engine(save_tiny_model(tmp_path, model), max_concurrent=64, max_batched_tokens=None)
     requests = rollouts(40, seed=1, longest_prompt=33, max_new_tokens=80, max_actions=240, share_greedy=0.5)
     logs: list[FinishedLog] = []
     failure = ""
     try:
-        logs = in_engine_process(run_broken, "SharedBlocksEngine", settings, [requests])
+        logs = in_engine_process(run_broken, "SharedBlocksEngine", settings, requests)
     except EngineProcessFailed as died:
         failure = str(died)
     result = compare(logs, {request.request_id: request.sampling for request in requests}, {0: model})
@@ -185,9 +173,9 @@ def test_sharing_generated_blocks_would_be_noticed(tmp_path: Path) -> None:
 
 
 def test_a_missing_floor_mask_would_be_noticed(tmp_path: Path) -> None:
-    settings = _settings(save_tiny_model(tmp_path, tiny_model(backspace_rate=0.35)))
+    settings = small_engine(save_tiny_model(tmp_path, tiny_model(backspace_rate=0.35)))
     with pytest.raises(EngineProcessFailed, match="backspace at the floor"):
-        in_engine_process(run_broken, "NoFloorEngine", settings, [rollouts(20)])
+        in_engine_process(run_broken, "NoFloorEngine", settings, rollouts(20))
 
 
 def internals(settings: EngineSettings) -> dict[str, object]:
@@ -230,7 +218,7 @@ def internals(settings: EngineSettings) -> dict[str, object]:
 
 def test_canary_on_vllm_internals(tmp_path: Path) -> None:
     """Fails first, and says where, when a new vLLM moves what `BackspaceScheduler` and the engine rest on."""
-    found = in_engine_process(internals, _settings(save_tiny_model(tmp_path, tiny_model())))
+    found = in_engine_process(internals, small_engine(save_tiny_model(tmp_path, tiny_model())))
     assert found == {
         "update": ["self", "request", "new_token_ids", "is_stale"],
         "add_request": ["self", "request"],

@@ -9,9 +9,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from actors.engine.interface import EngineSettings, FinishedLog, Int32, SamplingSettings
-from actors.settings import ActorsSettings
 from buffer.trajectory.schema import TokenContract
-from tests.integration.engine_worker import in_engine_process, shared_engine
+from tests.integration.engine_worker import answer, in_engine_process, message_of, shared_engine, small_engine
 from tests.integration.reference import compare, texts_of
 from tests.integration.traffic import Request, rollouts, shared_prompts
 from tests.tiny_models import BACKSPACE_ID, CONTRACT, EOS_ID, save_tiny_model, tiny_model
@@ -26,12 +25,7 @@ def model() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def settings(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> EngineSettings:
     folder = save_tiny_model(tmp_path_factory.mktemp("model"), model)
-    return EngineSettings(
-        str(folder),
-        max_length=256,
-        actors=ActorsSettings(max_concurrent=16, kv_cache_gib=1 / 32),
-        max_batched_tokens=64,
-    )
+    return small_engine(folder, max_batched_tokens=64)
 
 
 def generate(
@@ -121,15 +115,6 @@ def test_planted_tokens_are_forced_once(backspace: bool, settings: EngineSetting
     _assert_exact(logs, requests, model, **planted)
 
 
-def test_without_backspace_the_id_never_comes(settings: EngineSettings, model: PreTrainedModel) -> None:
-    sampling = SamplingSettings(max_new_tokens=30, max_actions=1000, backspace=False)
-    requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(shared_prompts(16, 33, seed=4))]
-    logs = in_engine_process(generate, settings, requests, {})
-    assert all((log.actions != BACKSPACE_ID).all() for log in logs)
-    assert {log.finish_reason for log in logs} == {"eos", "max_length"}
-    _assert_exact(logs, requests, model)
-
-
 def test_each_eos_of_several_ends_a_rollout(settings: EngineSettings, model: PreTrainedModel) -> None:
     contract = replace(CONTRACT, other_eos_ids=tuple(range(40, 60)))
     sampling = SamplingSettings(max_new_tokens=30, max_actions=90)
@@ -157,10 +142,7 @@ def draw_while_running(
     engine.step()
     drawn = engine.draw_next_tokens(prefixes)
     unfinished = engine.num_unfinished
-    logs = []
-    while engine.num_unfinished:
-        logs += engine.step()
-    return drawn, logs, unfinished
+    return drawn, answer(engine), unfinished
 
 
 def test_draws_of_next_tokens_beside_running_requests(settings: EngineSettings, model: PreTrainedModel) -> None:
@@ -220,29 +202,16 @@ def refusals(settings: EngineSettings) -> dict[str, str]:
         "planted backspace": ([5], fine, [BACKSPACE_ID]),
         "too much planted": ([5], fine, [7] * 6),
     }
-    messages = {}
-    for name, (prompt, sampling, planted) in attempts.items():
-        try:
-            engine.add(name, prompt, sampling, planted)
-        except ValueError as error:
-            messages[name] = str(error)
+    messages = {
+        name: message_of(lambda request=request: engine.add("refused", *request)) for name, request in attempts.items()
+    }
     engine.add("twice", [5], fine)
-    try:
-        engine.add("twice", [5], fine)
-    except ValueError as error:
-        messages["twice"] = str(error)
-    try:
-        engine.draw_next_tokens([[5], [5, 999]])
-    except ValueError as error:
-        messages["bad draw"] = str(error)
-    for name, ids in (("short probe", [5]), ("long probe", [5] * 256)):
-        try:
-            engine.probe(ids)
-        except ValueError as error:
-            messages[name] = str(error)
+    messages["twice"] = message_of(lambda: engine.add("twice", [5], fine))
+    messages["bad draw"] = message_of(lambda: engine.draw_next_tokens([[5], [5, 999]]))
+    messages["short probe"] = message_of(lambda: engine.probe([5]))
+    messages["long probe"] = message_of(lambda: engine.probe([5] * 256))
     assert engine.num_unfinished == 1, "a refused request must leave nothing behind"
-    while engine.num_unfinished:
-        engine.step()
+    answer(engine)
     return messages
 
 
@@ -267,25 +236,10 @@ def test_bad_requests_are_refused_with_a_reason(settings: EngineSettings) -> Non
         assert text in messages[name]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"temperature": -1.0}, "greater than or equal to 0"),
-        ({"backspace": False, "ban_deleted": True}, "ban_deleted has no effect without backspace"),
-    ],
-)
-def test_sampling_settings_are_checked(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SamplingSettings(**{"max_new_tokens": 5, "max_actions": 5, **changes})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_length": 1}, "max_length must be at least 2"),
-        ({"max_batched_tokens": 7}, "max_batched_tokens=7 must be at least max_concurrent=64"),
-    ],
-)
-def test_engine_settings_are_checked(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        EngineSettings("model", **changes)  # type: ignore[arg-type]
+def test_settings_without_a_meaning_are_refused() -> None:
+    with pytest.raises(ValueError, match="ban_deleted has no effect without backspace"):
+        SamplingSettings(backspace=False, ban_deleted=True)
+    with pytest.raises(ValueError, match="max_length must be at least 2"):
+        EngineSettings("model", max_length=1)
+    with pytest.raises(ValueError, match="max_batched_tokens=7 must be at least max_concurrent=64"):
+        EngineSettings("model", max_batched_tokens=7)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from actors.engine.interface import EngineSettings, FinishedLog
-from actors.settings import ActorsSettings
+from actors.engine.interface import FinishedLog
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack
 from launch.export import export
 from learner.model.policy import Policy, load_policy
@@ -19,7 +18,7 @@ from learner.publication import frozen_tensors, low_rank_updates, trained_tensor
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from learner.state_tree.policy import TreePolicy
 from tests.checkpoints import progress_at, save_checkpoint
-from tests.integration.engine_worker import fresh_engine, in_engine_process_for
+from tests.integration.engine_worker import answer, fresh_engine, in_engine_process_for, small_engine
 from tests.integration.reference import Comparison, compare
 from tests.integration.traffic import Request, rollouts
 from tests.tiny_models import BACKSPACE_ID, FIRST_TEXT_ID, VOCAB_SIZE, tiny_model
@@ -58,19 +57,10 @@ def policy(tmp_path: Path) -> Policy:
 
 
 def generate(folder: str, requests: list[Request], manifest: WeightManifest, payload: WeightPayload) -> Outcome:
-    engine = fresh_engine(EngineSettings(folder, 256, ActorsSettings(max_concurrent=16, kv_cache_gib=1 / 32)))
-
-    def run() -> list[FinishedLog]:
-        for request in requests:
-            engine.add(request.request_id, request.prompt_ids, request.sampling)
-        logs: list[FinishedLog] = []
-        while engine.num_unfinished:
-            logs += engine.step()
-        return logs
-
-    exported = run()
+    engine = fresh_engine(small_engine(folder))
+    exported = answer(engine, requests)
     engine.load_weights(unpack(payload, manifest), manifest.version)
-    return Outcome(exported, run(), engine.probe(PROBE))
+    return Outcome(exported, answer(engine, requests), engine.probe(PROBE))
 
 
 def check(result: Comparison) -> None:

@@ -12,12 +12,11 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from actors.engine.interface import EngineSettings, Float32
 from actors.engine.weights import NOISE_MARGIN, Proof, prove
-from actors.settings import ActorsSettings
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import TensorEntry, WeightManifest, WeightMismatchError
 from learner.publication import make_probe
 from learner.state_tree.policy import sequence_logprobs
-from tests.integration.engine_worker import fresh_engine, in_engine_process
+from tests.integration.engine_worker import fresh_engine, in_engine_process, small_engine
 from tests.tiny_models import BACKSPACE_ID, EOS_ID, VOCAB_SIZE, perturbed, save_tiny_model, tiny_model
 
 CONTRACT = TokenContract(vocab_size=VOCAB_SIZE, backspace_id=BACKSPACE_ID, eos_id=EOS_ID, tokenizer_hash="tiny")
@@ -92,8 +91,7 @@ def test_every_kind_of_tensor_is_missed_or_below_the_noise(kind: str, tmp_path: 
             tuple({name: tensor.to(each) for name, tensor in parameters(m).items()} for m in models)
             for each, models in zip(formats, learners, strict=True)
         ]
-        actors = ActorsSettings(dtype=engine_dtype, max_concurrent=4, kv_cache_gib=1 / 64)
-        seen = in_engine_process(probes, EngineSettings(folder, 64, actors), pairs, names)
+        seen = in_engine_process(probes, small_engine(folder, dtype=engine_dtype), pairs, names)
         for (old, new), dtype, (at_old, at_new, *left_out) in zip(learners, learner_dtypes, seen, strict=True):
             expected = sequence_logprobs(new, PROBE)
             manifest = publication(expected, dtype)

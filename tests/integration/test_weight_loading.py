@@ -11,8 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.engine.interface import EngineSettings, FinishedLog, Float32, Int32
-from actors.settings import ActorsSettings
-from tests.integration.engine_worker import EngineProcessFailed, fresh_engine, in_engine_process
+from tests.integration.engine_worker import answer, fresh_engine, in_engine_process, message_of, small_engine
 from tests.integration.reference import compare, sequence_logprobs
 from tests.integration.traffic import Request, rollouts, shared_prompts
 from tests.tiny_models import perturbed, save_tiny_model, tiny_model
@@ -20,15 +19,6 @@ from tests.tiny_models import perturbed, save_tiny_model, tiny_model
 TOLERANCE = 1e-4
 PROBE = shared_prompts(1, 100, seed=11)[0]
 Tensors = dict[str, torch.Tensor]
-
-
-def _settings(folder: Path) -> EngineSettings:
-    return EngineSettings(
-        str(folder),
-        max_length=256,
-        actors=ActorsSettings(max_concurrent=16, kv_cache_gib=1 / 32),
-        max_batched_tokens=48,
-    )
 
 
 def _parameters(model: PreTrainedModel) -> Tensors:
@@ -110,7 +100,7 @@ def test_updates_in_flight(kind: str, tied: bool, tmp_path: Path) -> None:
     requests = rollouts(40, seed=10, max_new_tokens=50, max_actions=80)
     outcome = in_engine_process(
         update_in_flight,
-        _settings(save_tiny_model(tmp_path, model)),
+        small_engine(save_tiny_model(tmp_path, model)),
         [_parameters(models[1]), _parameters(models[2])],
         requests,
         PROBE,
@@ -135,12 +125,7 @@ def test_updates_in_flight(kind: str, tied: bool, tmp_path: Path) -> None:
 
 def start_without_weights(settings: EngineSettings, tensors: Tensors, probe: Int32) -> tuple[list[str], Float32]:
     engine = fresh_engine(settings)
-    refused = []
-    for attempt in (engine.step, lambda: engine.probe(probe)):
-        try:
-            attempt()
-        except RuntimeError as error:
-            refused.append(str(error))
+    refused = [message_of(engine.step), message_of(lambda: engine.probe(probe))]
     engine.load_weights(tensors.items(), 5)
     assert engine.version == 5
     return refused, engine.probe(probe)
@@ -152,7 +137,7 @@ def start_without_weights(settings: EngineSettings, tensors: Tensors, probe: Int
 def test_an_engine_born_with_config_json_alone_takes_weights(tied: bool, both_names: bool, tmp_path: Path) -> None:
     model = tiny_model(tied=tied)
     model.config.save_pretrained(tmp_path)
-    settings = replace(_settings(tmp_path), load_format="dummy")
+    settings = replace(small_engine(tmp_path), load_format="dummy")
     tensors = dict(model.state_dict()) if both_names else _parameters(model)
     assert ("lm_head.weight" in tensors) == (both_names or not tied)
     refused, values = in_engine_process(start_without_weights, settings, tensors, PROBE)
@@ -170,27 +155,17 @@ def bad_updates(settings: EngineSettings, tensors: Tensors, probe: Int32) -> tup
         "repeated": [*tensors.items(), (first, tensors[first])],
         "misshapen": [(n, t[1:] if n == first else t) for n, t in tensors.items()],
     }
-    messages = {}
-    for name, update in updates.items():
-        try:
-            engine.load_weights(update, 1)
-        except ValueError as error:
-            messages[name] = str(error)
+    messages = {
+        name: message_of(lambda update=update: engine.load_weights(update, 1)) for name, update in updates.items()
+    }
     engine.load_weights(tensors.items(), 3)
-    try:
-        engine.load_weights(tensors.items(), 2)
-    except ValueError as error:
-        messages["older"] = str(error)
+    messages["older"] = message_of(lambda: engine.load_weights(tensors.items(), 2))
     assert engine.version == 3
     values = engine.probe(probe)
     # A load that breaks half-way leaves a model that must not be used again.
-    fenced = []
     broken = [(n, _Unreadable(t) if n == "model.layers.1.mlp.down_proj.weight" else t) for n, t in tensors.items()]
-    for attempt in (lambda: engine.load_weights(broken, 4), engine.step, lambda: engine.probe(probe)):
-        try:
-            attempt()
-        except RuntimeError as error:
-            fenced.append(str(error))
+    attempts = (lambda: engine.load_weights(broken, 4), engine.step, lambda: engine.probe(probe))
+    fenced = [message_of(attempt) for attempt in attempts]
     return messages, values, fenced
 
 
@@ -210,7 +185,7 @@ class _Unreadable(torch.Tensor):
 
 def test_incomplete_or_foreign_updates_are_refused_by_name(tmp_path: Path) -> None:
     model = tiny_model()
-    settings = _settings(save_tiny_model(tmp_path, model))
+    settings = small_engine(save_tiny_model(tmp_path, model))
     messages, values, fenced = in_engine_process(bad_updates, settings, _parameters(model), PROBE)
     assert "lacks model.layers.1.self_attn.k_proj.weight" in messages["missing"]
     assert "model.layers.9.mlp.up_proj.weight does not belong" in messages["unknown"]
@@ -234,10 +209,7 @@ def skip_the_cache_reset(settings: EngineSettings, tensors: Tensors, requests: l
         engine.step()
     load_in_place(engine._core.model_executor.driver_worker.get_model(), engine._llm.model_config, tensors.items())
     engine._set_version(1)
-    logs = []
-    while engine.num_unfinished:
-        logs += engine.step()
-    return logs
+    return answer(engine)
 
 
 def test_the_check_sees_a_stale_cache(tmp_path: Path) -> None:
@@ -245,16 +217,7 @@ def test_the_check_sees_a_stale_cache(tmp_path: Path) -> None:
     moved = perturbed(model, seed=1)
     requests = rollouts(16, seed=12, max_new_tokens=50, max_actions=80)
     logs = in_engine_process(
-        skip_the_cache_reset, _settings(save_tiny_model(tmp_path, model)), _parameters(moved), requests
+        skip_the_cache_reset, small_engine(save_tiny_model(tmp_path, model)), _parameters(moved), requests
     )
     result = compare(logs, {r.request_id: r.sampling for r in requests}, {0: model, 1: moved})
     assert result.worst > 100 * TOLERANCE
-
-
-def raise_in_engine_process() -> None:
-    raise ValueError("from the other side")
-
-
-def test_the_engine_process_reports_failures() -> None:
-    with pytest.raises(EngineProcessFailed, match="from the other side"):
-        in_engine_process(raise_in_engine_process)
