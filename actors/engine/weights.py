@@ -211,13 +211,12 @@ def prove(
 def _margin(noise: float, learner_logprobs: npt.NDArray[np.float64], engine_dtype: str) -> float:
     least = _LEAST_MARGIN
     if engine_dtype in _HALF:
-        spread = float(learner_logprobs.std()) if learner_logprobs.size else 0.0
-        least = max(_LEAST_MARGIN_HALF, _LEAST_FRACTION_HALF * spread)
+        least = max(_LEAST_MARGIN_HALF, _LEAST_FRACTION_HALF * float(learner_logprobs.std()))
     return max(least, NOISE_MARGIN * noise)
 
 
 def _distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
-    return float(np.sqrt(np.mean((a - b) ** 2))) if a.size else 0.0
+    return float(np.sqrt(np.mean((a - b) ** 2)))
 
 
 def _mismatch(

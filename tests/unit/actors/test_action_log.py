@@ -11,7 +11,7 @@ from actors.engine.interface import FinishedLog, SamplingSettings, logs_to_batch
 from buffer.trajectory.schema import TokenContract, trajectory_schema
 
 CONTRACT = TokenContract(vocab_size=256, backspace_id=3, eos_id=2, tokenizer_hash="abc")
-SAMPLING = SamplingSettings(max_new_tokens=8, max_actions=16, temperature=0.5, top_p=0.75)
+SAMPLING = SamplingSettings(max_new_tokens=8, max_actions=16, temperature=0.5, top_p=0.75, backspace=False)
 
 
 def _log(name: str, prompt: list[int], actions: list[int], reason: str = "eos") -> FinishedLog:
@@ -37,20 +37,12 @@ def test_rows_hold_the_logs() -> None:
     assert [row["policy_version"] for row in rows] == [[7] * 4, [], [7]]
     assert [row["finish_reason"] for row in rows] == ["eos", "aborted", "max_length"]
     for row in rows:
-        assert row["sampling"] == {"temperature": 0.5, "top_p": 0.75, "floor_mask": True}
+        assert row["sampling"] == {"temperature": 0.5, "top_p": 0.75, "floor_mask": False}
         assert (row["source"], row["task"], row["actor"]) == ("policy", "t", "actor-0")
         assert row["weights_fingerprint"] == "f"
         assert row["realised"] is row["reward"] is row["features"] is None
         assert abs(row["created_at"] - datetime.now(UTC)) < timedelta(minutes=1)
     batch.validate(full=True)
-
-
-def test_rows_say_where_backspace_was_not_offered() -> None:
-    sampling = SamplingSettings(max_new_tokens=4, max_actions=8, backspace=False)
-    batch = logs_to_batch(
-        [_log("a", [1], [9])], CONTRACT, task="t", actor="a", sampling=sampling, weights_fingerprint=None
-    )
-    assert batch.column("sampling").to_pylist() == [{"temperature": 1.0, "top_p": 1.0, "floor_mask": False}]
 
 
 def test_no_logs_make_an_empty_batch() -> None:

@@ -57,12 +57,6 @@ def test_the_number_follows_who_waits(desired, waited, held_back, wanted):
     assert watch(Autoscaler(SETTINGS), desired, waited, held_back) == wanted
 
 
-def test_nothing_is_decided_before_the_window_is_full():
-    scaler = Autoscaler(SETTINGS)
-    assert watch(scaler, 4, waited=0.5, seconds=9.0) == []
-    assert watch(scaler, 4, waited=0.5, seconds=2.0, start_s=9.1) == [8]
-
-
 @pytest.mark.parametrize("working", [0, 3, 5])
 def test_the_window_begins_when_all_are_at_work(working):
     scaler = Autoscaler(SETTINGS)
@@ -102,14 +96,8 @@ def test_a_steady_need_is_met_and_then_nothing_changes(need, count):
 
 
 def test_what_counts_as_work():
-    activities = [
-        "generating",
-        "ahead of the learner",
-        "loading weights 3",
-        "paused",
-        "waiting for weights",
-        "starting",
-    ]
+    waiting = ["paused", "waiting for weights", "starting"]
+    activities = ["generating", "ahead of the learner", "loading weights 3", *waiting]
     members = [
         MemberStatus(f"actor-{number}", "running", 0, ActorStatus("", 0, 0, 0.0, 0, 0, 0, 0, activity))
         for number, activity in enumerate(activities)

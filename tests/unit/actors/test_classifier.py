@@ -99,7 +99,7 @@ def test_models_that_cannot_score(tmp_path, label, made, message):
         make_scorer(settings)
 
 
-def test_a_folder_that_holds_none(tmp_path):
+def test_a_folder_that_holds_none_and_a_bound_without_a_meaning(tmp_path):
     with pytest.raises(ValueError, match=r"classifier '.*nothing' cannot be loaded"):
         make_scorer(ClassifierSettings(kind="classifier", name=str(tmp_path / "nothing"), label="x"))
     with pytest.raises(ValueError, match=r"at_least=2 is a bound on a probability"):

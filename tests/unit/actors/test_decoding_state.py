@@ -32,19 +32,3 @@ def test_banned_tokens_are_those_deleted_at_this_text(choices: list[int]) -> Non
         num_actions += 1
         assert sorted(state.banned[-1]) == sorted(banned.get(tuple(text), ()))
         assert state.num_actions == num_actions
-
-
-def test_planted_tokens_are_counted_by_actions() -> None:
-    state = DecodingState(BACKSPACE_ID, allow_backspace=True, max_actions=100, planted=(8, 9))
-    assert state.forced_token == 8
-    state.record_append()
-    assert state.forced_token == 9
-    state.record_append()
-    assert state.forced_token is None
-    state.record_deletion(9)
-    assert state.forced_token is None
-
-
-def test_without_backspace_its_id_is_an_ordinary_token() -> None:
-    state = DecodingState(BACKSPACE_ID, allow_backspace=False, max_actions=100)
-    assert not state.is_backspace(BACKSPACE_ID)

@@ -58,6 +58,10 @@ def hanging(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     return [1.0 for _ in answers]
 
 
+def score(task, settings, rollouts):
+    return RolloutScoring(settings, task.tokenizer, task.contract(), task.example_table()).score(rollouts)
+
+
 def answers(*texts: str) -> list[Answer]:
     return [Answer("p", text, len(text.split()), "r", True) for text in texts]
 
@@ -83,8 +87,7 @@ def test_rows_get_reward_and_features_in_the_order_of_the_recipe(task):
     settings = ScoringSettings.model_validate(
         {"reward": {"kind": "length"}, "features": {"z": {"kind": "word", "word": "13"}, "a": {"kind": "length"}}}
     )
-    rollouts = HandMadeRollouts(task).draw(3)  # 13, 7 and 6, all with <eos>
-    scored, dropped = RolloutScoring(settings, task.tokenizer, task.contract(), task.example_table()).score(rollouts)
+    scored, dropped = score(task, settings, HandMadeRollouts(task).draw(3))  # 13, 7 and 6, all with <eos>
     assert dropped == {}
     assert scored.schema.equals(trajectory_schema(task.contract()), check_metadata=True)
     assert validate(scored, task.contract()).rejections == ()
@@ -94,12 +97,6 @@ def test_rows_get_reward_and_features_in_the_order_of_the_recipe(task):
 
 def test_an_exact_answer_is_what_evaluation_calls_right(task):
     """By the task's own check; an answer that was cut off is not right."""
-    scoring = RolloutScoring(
-        ScoringSettings.model_validate({"reward": {"kind": "exact_answer"}}),
-        task.tokenizer,
-        task.contract(),
-        task.example_table(),
-    )
     right = [list(row["target_ids"]) for row in task.train.select(range(3))]
     rows = HandMadeRollouts(task).draw(3).to_pylist()
     logs = [right[0], right[1][:-1], right[0]]  # right, without <eos>, right for another question
@@ -107,7 +104,7 @@ def test_an_exact_answer_is_what_evaluation_calls_right(task):
         row |= {"actions": actions, "logprobs": [-1.0] * len(actions), "policy_version": [0] * len(actions)}
     rows[1]["finish_reason"] = "max_length"
     batch = pa.RecordBatch.from_pylist(rows, schema=trajectory_schema(task.contract()))
-    scored, _ = scoring.score(batch)
+    scored, _ = score(task, ScoringSettings.model_validate({"reward": {"kind": "exact_answer"}}), batch)
     assert scored.column("reward").to_pylist() == [1, 0, float(task.train[0]["answer"] == task.train[2]["answer"])]
 
 
@@ -122,8 +119,7 @@ def test_an_exact_answer_is_what_evaluation_calls_right(task):
 )
 def test_rollouts_that_have_no_number_are_dropped_with_the_reason(task, function, kept, reason):
     settings = ScoringSettings(reward=FunctionSettings(kind="function", function=f"{__name__}:{function}"))
-    scoring = RolloutScoring(settings, task.tokenizer, task.contract(), task.example_table())
-    scored, dropped = scoring.score(HandMadeRollouts(task).draw(3))
+    scored, dropped = score(task, settings, HandMadeRollouts(task).draw(3))
     assert scored.column("id").to_pylist() == kept
     assert dropped["a/1"] == reason
     assert len(dropped) + len(kept) == 3
@@ -131,15 +127,12 @@ def test_rollouts_that_have_no_number_are_dropped_with_the_reason(task, function
 
 def test_a_number_that_is_none_and_a_wrong_count(task):
     rollouts = HandMadeRollouts(task, answers=("46", "1")).draw(2)
-    contract, examples = task.contract(), task.example_table()
-    scored, dropped = RolloutScoring(ScoringSettings(reward=PICKY), task.tokenizer, contract, examples).score(rollouts)
-    assert (dropped, scored.column("reward").to_pylist()) == (
-        {"a/0": f"reward ({PICKY.function}) is nan"},
-        [1],
-    )
+    scored, dropped = score(task, ScoringSettings(reward=PICKY), rollouts)
+    assert dropped == {"a/0": f"reward ({PICKY.function}) is nan"}
+    assert scored.column("reward").to_pylist() == [1]
     counted = FunctionSettings(kind="function", function=f"{__name__}:short")
     settings = ScoringSettings(features={"f": counted})  # right for one answer, so asked one by one it is
-    scored, _ = RolloutScoring(settings, task.tokenizer, contract, examples).score(rollouts)
+    scored, _ = score(task, settings, rollouts)
     assert scored.column("features").to_pylist() == [[1], [1]]
 
 
@@ -147,13 +140,11 @@ def test_a_scorer_that_does_not_return_is_named_and_not_asked_again(task):
     settings = ScoringSettings(
         features={"f": FunctionSettings(kind="function", function=f"{__name__}:hanging")}, timeout_s=0.1
     )
-    scoring = RolloutScoring(settings, task.tokenizer, task.contract(), task.example_table())
     try:
-        with pytest.raises(ScorerTimeoutError) as caught:
-            scoring.score(HandMadeRollouts(task).draw(3))
+        with pytest.raises(ScorerTimeoutError, match=r"feature f \(.*:hanging\) did not return within .*=0\.1 for 3"):
+            score(task, settings, HandMadeRollouts(task).draw(3))
     finally:
         RELEASED.set()
-    assert f"feature f ({__name__}:hanging) did not return within scoring.timeout_s=0.1 for 3" in str(caught.value)
 
 
 @pytest.mark.parametrize(
