@@ -79,7 +79,7 @@ class BackspaceEngine:
         vocab_size = config.model_config.get_vocab_size()
         if contract.vocab_size != vocab_size:
             raise ValueError(f"the contract has {contract.vocab_size} ids, the model {vocab_size}")
-        self._expected = ExpectedTensors.of_model(settings.model_dir)
+        self._expected = ExpectedTensors(settings.model_dir)
         self._llm = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         self._core = self._llm.engine_core.engine_core
         self._unfinished: dict[str, tuple[str, Int32]] = {}  # request id -> vLLM's id, prompt

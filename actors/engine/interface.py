@@ -17,7 +17,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from actors.settings import ActorsSettings, RolloutSettings
-from buffer.trajectory.schema import FINISH_REASONS, SAMPLING_TYPE, TokenContract, trajectory_schema
+from buffer.trajectory.schema import FINISH_REASONS, TokenContract, trajectory_schema
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -66,6 +66,7 @@ class EngineSettings:
 
     @property
     def kv_cache_bytes(self) -> int:
+        """Memory of the key-value cache, allocated at the start."""
         return int(self.actors.kv_cache_gib * 2**30)
 
 
@@ -131,38 +132,37 @@ def logs_to_batch(
     logs: finished requests of one `sampling`; their request ids become trajectory ids.
     weights_fingerprint: of the newest version in the logs.
     """
-    count = len(logs)
     schema = _schema_of(contract)
     by_action = _offsets([log.actions for log in logs])
-    columns = {
+    columns = _equal_columns(contract, len(logs), task, actor, sampling, weights_fingerprint) | {
         "id": pa.array([log.request_id for log in logs], pa.string()),
-        "source": _repeated("policy", count),
-        "task": _repeated(task, count),
         "prompt_ids": _lists([log.prompt_ids for log in logs], pa.int32()),
         "actions": _lists([log.actions for log in logs], pa.int32(), by_action),
-        "realised": pa.nulls(count, schema.field("realised").type),  # nothing was injected
         "logprobs": _lists([log.logprobs for log in logs], pa.float32(), by_action),
         "policy_version": _lists([log.policy_version for log in logs], pa.int32(), by_action),
-        "weights_fingerprint": _repeated(weights_fingerprint, count),
         "finish_reason": pa.array([log.finish_reason for log in logs], pa.string()),
-        "sampling": _repeated_sampling(sampling.temperature, sampling.top_p, sampling.backspace, count),
-        "reward": pa.nulls(count, schema.field("reward").type),
-        "features": pa.nulls(count, schema.field("features").type),
-        "actor": _repeated(actor, count),
-        "created_at": pa.repeat(pa.scalar(datetime.now(UTC), schema.field("created_at").type), count),
+        "created_at": pa.repeat(pa.scalar(datetime.now(UTC), schema.field("created_at").type), len(logs)),
     }
-    return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
+    return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
 @lru_cache(maxsize=64)  # batches of an actor are of the same task and size nearly always
-def _repeated(value: str | None, count: int) -> pa.StringArray:
-    return pa.repeat(pa.scalar(value, pa.string()), count)
-
-
-@lru_cache(maxsize=64)
-def _repeated_sampling(temperature: float, top_p: float, floor_mask: bool, count: int) -> pa.StructArray:
-    value = {"temperature": temperature, "top_p": top_p, "floor_mask": floor_mask}
-    return pa.repeat(pa.scalar(value, SAMPLING_TYPE), count)
+def _equal_columns(
+    contract: TokenContract, count: int, task: str, actor: str, sampling: SamplingSettings, fingerprint: str | None
+) -> dict[str, pa.Array]:
+    """Those whose rows are all equal."""
+    values = {
+        "source": "policy",
+        "task": task,
+        "realised": None,  # nothing was injected
+        "weights_fingerprint": fingerprint,
+        "sampling": {"temperature": sampling.temperature, "top_p": sampling.top_p, "floor_mask": sampling.backspace},
+        "reward": None,
+        "features": None,
+        "actor": actor,
+    }
+    types = {name: _schema_of(contract).field(name).type for name in values}
+    return {name: pa.repeat(pa.scalar(value, types[name]), count) for name, value in values.items()}
 
 
 def _offsets(arrays: Sequence[npt.NDArray[np.generic]]) -> Int32:

@@ -60,9 +60,6 @@ class BackspaceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM s
                 self._rows[target] = moved
             if direction == MoveDirectionality.SWAP and replaced is not None:
                 self._rows[source] = replaced
-        self._sort_rows()
-
-    def _sort_rows(self) -> None:
         rows = self._rows.items()
         self._floor_rows = [(row, s.backspace_id, out) for row, (s, out) in rows if s.allow_backspace]
         self._special_rows = [(row, s) for row, (s, _) in rows if s.ban_deleted or s.planted]

@@ -13,7 +13,7 @@ weights before. Where new and previous weights differ by less than the noise, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,30 +45,20 @@ a model from scratch shows a noise of 0.001 nats untrained and of 0.05 trained. 
 """
 
 
-@dataclass(frozen=True)
 class ExpectedTensors:
-    """Tensors of a checkpoint in Hugging Face naming.
+    """Tensors of a checkpoint in Hugging Face naming, by config.json alone: the model is built without storage."""
 
-    required: name -> shape of every parameter. optional: names that may come along because they repeat a
-        required one (tied weights) or are buffers.
-    """
-
-    required: Mapping[str, tuple[int, ...]]
-    optional: frozenset[str]
-
-    @classmethod
-    def of_model(cls, model_dir: str) -> ExpectedTensors:
-        """Read the names from config.json alone: the model is built without storage."""
+    def __init__(self, model_dir: str) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=False))
         # A tied pair is one parameter; the first name stands for it, as in the model's own checkpoints.
-        required = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        every |= {name for name, _ in model.named_buffers()}
-        return cls(required, frozenset(every - required.keys()))
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        # Others may come along that repeat one (tied weights) or are buffers.
+        self._known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._known |= {name for name, _ in model.named_buffers()}
 
     def check(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Raise a ValueError that names the tensor that is missing, unknown, repeated or of the wrong shape."""
@@ -76,13 +66,13 @@ class ExpectedTensors:
         for name, tensor in tensors:
             if name in received:
                 raise ValueError(f"tensor {name} came twice in one update")
-            if name not in self.required and name not in self.optional:
+            if name not in self._known:
                 raise ValueError(f"tensor {name} does not belong to this model")
             received.add(name)
             shape = tuple(tensor.shape)
-            if self.required.get(name, shape) != shape:
-                raise ValueError(f"tensor {name} has shape {shape}, the model needs {self.required[name]}")
-        missing = sorted(self.required.keys() - received)
+            if self._shapes.get(name, shape) != shape:
+                raise ValueError(f"tensor {name} has shape {shape}, the model needs {self._shapes[name]}")
+        missing = sorted(self._shapes.keys() - received)
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(

@@ -178,11 +178,15 @@ class PoolController:
         member = self._members.get(name)
         if member is None:
             return
-        self._measure_join(member, status, now_s)
         member.status = status
         member.last_answer_at_s = now_s
         if status.trajectories > 0:
             self._failures.pop(name, None)
+        # Of an actor that had to wait, the time to its first rollouts would say nothing about joining.
+        member.waited |= status.trajectories == 0 and status.activity in (WAITING_FOR_WEIGHTS, PAUSED, HELD_BACK)
+        if status.trajectories > 0 and member.join_s is None and not member.waited:
+            member.join_s = now_s - member.created_at_s
+            self._note("actor_joined", name, f"{name} joined: first rollouts after {member.join_s:.1f} s")
 
     def reconcile(self, now_s: float) -> None:
         """Update the state of every actor, then drain or create actors until there are as many as desired."""
@@ -224,17 +228,6 @@ class PoolController:
         elif member.state == "draining" and now_s - member.drain_started_at_s > settings.drain_timeout_s:
             message = f"{member.name} ended by force: not drained in {settings.drain_timeout_s:.0f} s"
             self.end(member.name, "actor_ended", message)
-
-    def _measure_join(self, member: _Member, status: ActorStatus, now_s: float) -> None:
-        """Take the time to the first rollouts, unless the actor had to wait: that would say nothing about joining."""
-        if member.join_s is not None or member.waited:
-            return
-        if status.trajectories > 0:
-            member.join_s = now_s - member.created_at_s
-            message = f"{member.name} joined: first rollouts after {member.join_s:.1f} s"
-            self._note("actor_joined", member.name, message)
-        else:
-            member.waited = status.activity in (WAITING_FOR_WEIGHTS, PAUSED, HELD_BACK)
 
     def _drain(self, member: _Member, now_s: float) -> None:
         if member.state == "starting":

@@ -104,7 +104,7 @@ def read_as_learner(folder: Path) -> None:
 
 
 def read_as_actor(folder: Path) -> None:
-    ExpectedTensors.of_model(str(folder))
+    ExpectedTensors(str(folder))
 
 
 def read_as_cost_model(folder: Path) -> None:
