@@ -55,10 +55,6 @@ Scorer = Callable[[Sequence[Answer]], Sequence[float] | npt.NDArray[np.floating]
 """Gives one number for each answer."""
 
 
-class ScorerTimeoutError(TimeoutError):
-    """A scorer did not return in time."""
-
-
 class RolloutScoring:
     """The reward and the features of one run.
 
@@ -91,7 +87,7 @@ class RolloutScoring:
         Gives the rollouts that were scored, in their order; and for the ids of the others why they were not.
 
         Raises:
-            ScorerTimeoutError: a scorer did not return in time. Its thread goes on: the process is of no more use.
+            TimeoutError: a scorer did not return in time. Its thread goes on: the process is of no more use.
         """
         answers = self._answers(rollouts)
         reasons: dict[int, str] = {}
@@ -166,7 +162,7 @@ class RolloutScoring:
         try:
             return outcome.get(timeout=self._settings.timeout_s)
         except Empty:
-            raise ScorerTimeoutError(
+            raise TimeoutError(
                 f"{title} did not return within scoring.timeout_s={self._settings.timeout_s:g} for {len(answers)} "
                 "answers: raise the time-out, or mend the scorer"
             ) from None

@@ -10,9 +10,6 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from buffer.settings import LocalPath, Settings
 
-WeightUpdate = Literal["in_flight", "drain"]
-"""When an actor loads new weights: see `ActorsSettings.weight_update`."""
-
 VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this."""
 
@@ -78,7 +75,7 @@ class ActorsSettings(Settings):
     )
     num_threads: PositiveInt = Field(1, description="CPU threads per engine; more than one only on idle cores")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="engine's number format")
-    weight_update: WeightUpdate = Field(
+    weight_update: Literal["in_flight", "drain"] = Field(
         "in_flight",
         description="in_flight: new weights are loaded at once, rollouts under way go on with them, each action keeps "
         "its version; drain: rollouts under way are finished first, none are started meanwhile",
@@ -247,14 +244,9 @@ class ScoringSettings(Settings):
 
 
 def check_division(size: int, config: Mapping[str, object]) -> None:
-    """Refuse a number of ranks that vLLM cannot divide this model over.
+    """Raise a ValueError where vLLM cannot divide this model over `size` ranks; it says which sizes are possible.
 
-    Args:
-        size: number of ranks.
-        config: the model's config.json; what it does not name is not checked.
-
-    Raises:
-        ValueError: says what cannot be divided, and which sizes can.
+    config: the model's config.json; what it does not name is not checked.
     """
     reason = _indivisible(size, config)
     if reason is not None:

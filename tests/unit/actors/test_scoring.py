@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from actors.scoring import Answer, RolloutScoring, ScorerTimeoutError, make_scorer
+from actors.scoring import Answer, RolloutScoring, make_scorer
 from actors.settings import FunctionSettings, LengthSettings, PatternSettings, ScoringSettings, WordSettings
 from buffer.trajectory.schema import trajectory_schema
 from buffer.trajectory.validation import validate
@@ -141,7 +141,7 @@ def test_a_scorer_that_does_not_return_is_named_and_not_asked_again(task):
         features={"f": FunctionSettings(kind="function", function=f"{__name__}:hanging")}, timeout_s=0.1
     )
     try:
-        with pytest.raises(ScorerTimeoutError, match=r"feature f \(.*:hanging\) did not return within .*=0\.1 for 3"):
+        with pytest.raises(TimeoutError, match=r"feature f \(.*:hanging\) did not return within .*=0\.1 for 3"):
             score(task, settings, HandMadeRollouts(task).draw(3))
     finally:
         RELEASED.set()
