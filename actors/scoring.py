@@ -297,7 +297,6 @@ class Classifier:
 
 
 def _column_of(config: PretrainedConfig, settings: ClassifierSettings) -> int:
-    """Of the outputs, the one that counts."""
     labels = [config.id2label[index] for index in range(config.num_labels)]
     if settings.label is None and len(labels) > 1:
         raise ValueError(f"classifier {settings.name!r} has several labels, set one: {', '.join(labels)}")

@@ -150,7 +150,6 @@ def logs_to_batch(
 def _equal_columns(
     contract: TokenContract, count: int, task: str, actor: str, sampling: SamplingSettings, fingerprint: str | None
 ) -> dict[str, pa.Array]:
-    """Those whose rows are all equal."""
     values = {
         "source": "policy",
         "task": task,

@@ -176,7 +176,6 @@ class RankGroup:
                 )
 
     def _calls(self, answers: Sequence[ray.ObjectRef]) -> list[RemoteCall[int]]:
-        """answers: of the other ranks, in order."""
         return [RemoteCall(f"rank {rank} of {self._name}", answer) for rank, answer in enumerate(answers, start=1)]
 
 

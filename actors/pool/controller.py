@@ -251,7 +251,6 @@ class PoolController:
             number += 1
 
     def _fail(self, member: _Member, failure: Failure, now_s: float) -> None:
-        """Remove an actor that failed, and plan its successor."""
         name = member.name
         self.end(name, "actor_failed", f"{name} failed: {failure}")
         if member.state == "draining":

@@ -179,7 +179,6 @@ class ActorPool:
             _control(actor.set_paused, paused, self._first_version)
 
     def _staying(self) -> Iterator[ActorHandle]:
-        """Actors that run and do not drain."""
         return (each.actor for each in self._processes.values() if each.run is not None and not each.leaving)
 
 

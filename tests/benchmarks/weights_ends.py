@@ -117,7 +117,7 @@ class TakingActor:
         return os.getpid()
 
     def take(self, manifest: WeightManifest, handle: WeightHandle) -> Taken:
-        """The steps of `actors.engine.weight_intake`, with a look at the clock after each."""
+        """The steps of `actors.engine.weights`, with a look at the clock after each."""
         moments = [time.perf_counter()]
         payload = self._receiver.fetch(handle)
         moments.append(time.perf_counter())
