@@ -14,7 +14,7 @@ a contradiction. Each check is one query over both. Staleness can be checked for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,13 +130,9 @@ _DRAWS = """
     GROUP BY ALL ORDER BY ALL
 """
 
-_ACCOUNTS = """
-    SELECT source, count(*), count(*) FILTER (live) FROM known WHERE shard = $shard GROUP BY source
-"""
-_DRAWN = "SELECT source, count(*) FROM drawn WHERE shard = $shard GROUP BY source"
-_REMOVALS = """
-    SELECT source, reason, count(*) FROM named WHERE shard = $shard AND event = 'remove' GROUP BY source, reason
-"""
+_ROWS = "SELECT shard, source, live, count(*) FROM known GROUP BY ALL"
+_DRAWN = "SELECT shard, source, count(*) FROM drawn GROUP BY ALL"
+_REMOVED = "SELECT shard, source, reason, count(*) FROM named WHERE event = 'remove' GROUP BY ALL"
 
 
 def audit_buffer(buffer: Path, limits: DrawLimits, image: Callable[[Path], bytes] | None = None) -> AuditReport:
@@ -162,10 +158,13 @@ def audit_shards(shards: Mapping[int, ShardSnapshot], limits: DrawLimits) -> Aud
     if not shards:
         return AuditReport((), 0, 0, ())
     with closing(_database(shards)) as database:
-        accounts = [account for index in shards for account in _accounts(database, index)]
+        accounts = list(_accounts(database, shards))
         findings = [finding for check in _CHECKS for finding in _check(database, check, limits)]
         findings.sort(key=lambda finding: finding.shard or 0)
-        findings += [_imbalance(each) for each in accounts if each.inserted != each.live + sum(each.removed.values())]
+        for each in accounts:
+            if each.inserted != each.live + (removed := sum(each.removed.values())):
+                what = f"{each.source}: {each.inserted} inserted, but {each.live} live and {removed} removed"
+                findings.append(Finding(each.shard, what, ()))
         for id_, places in database.execute(_REPEATED_IDS).fetchall():
             findings.append(Finding(None, f"one id for {len(places)} rows: {', '.join(places)}", (id_,)))
         draws = database.execute(_DRAWS).fetchall()
@@ -178,21 +177,10 @@ def audit_shards(shards: Mapping[int, ShardSnapshot], limits: DrawLimits) -> Aud
 
 
 def _database(shards: Mapping[int, ShardSnapshot]) -> duckdb.DuckDBPyConnection:
-    stored = [
-        with_shard(
-            pa.table(
-                {
-                    ROW: shard.stored.column(ROW),
-                    "id": shard.stored.column("id"),
-                    "source": shard.sources,
-                    "oldest": shard.facts["oldest_version"],
-                    "live": shard.live,
-                }
-            ),
-            index,
-        )
-        for index, shard in shards.items()
-    ]
+    stored = []
+    for index, shard in shards.items():
+        table = shard.stored.select([ROW, "id", "source"]).append_column("oldest", pa.array(shard.oldest_version))
+        stored.append(with_shard(table.append_column("live", pa.array(shard.live)), index))
     next_rows = [shard.next_row for shard in shards.values()]
     database = duckdb.connect()
     database.register("stored", pa.concat_tables(stored))
@@ -208,18 +196,14 @@ def _check(database: duckdb.DuckDBPyConnection, check: str, limits: DrawLimits) 
         yield Finding(shard, what, tuple(names))
 
 
-def _accounts(database: duckdb.DuckDBPyConnection, shard: int) -> Iterator[Account]:
-    """Of every source, in the order of SOURCES."""
-    rows = {source: counts for source, *counts in database.execute(_ACCOUNTS, {"shard": shard}).fetchall()}
-    drawn = dict(database.execute(_DRAWN, {"shard": shard}).fetchall())
-    removals = {tuple(key): count for *key, count in database.execute(_REMOVALS, {"shard": shard}).fetchall()}
-    for source in SOURCES:
-        inserted, live = rows.get(source, (0, 0))
-        removed = {reason: removals.get((source, reason), 0) for reason in REASONS}
-        yield Account(shard, source, inserted, live, removed, drawn.get(source, 0))
-
-
-def _imbalance(account: Account) -> Finding:
-    removed = sum(account.removed.values())
-    what = f"{account.source}: {account.inserted} inserted, but {account.live} live and {removed} removed"
-    return Finding(account.shard, what, ())
+def _accounts(database: duckdb.DuckDBPyConnection, shards: Iterable[int]) -> Iterator[Account]:
+    """Of every shard and source."""
+    rows, drawn, removed = (
+        {tuple(key): count for *key, count in database.execute(query).fetchall()} for query in (_ROWS, _DRAWN, _REMOVED)
+    )
+    for shard in shards:
+        for source in SOURCES:
+            live = rows.get((shard, source, True), 0)
+            inserted = live + rows.get((shard, source, False), 0)
+            of_source = {reason: removed.get((shard, source, reason), 0) for reason in REASONS}
+            yield Account(shard, source, inserted, live, of_source, drawn.get((shard, source), 0))

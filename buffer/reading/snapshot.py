@@ -37,7 +37,7 @@ from buffer.store.catalog import (
     read_segments,
     segment_path,
 )
-from buffer.trajectory.schema import ROW, SOURCES, TokenContract, stored_schema
+from buffer.trajectory.schema import ROW, TokenContract, stored_schema
 from buffer.trajectory.staleness import NO_VERSION
 
 Bool = npt.NDArray[np.bool_]
@@ -76,26 +76,20 @@ them.
 class ShardSnapshot:
     """One shard at one moment.
 
-    stored: all rows of its segments (`stored_schema`), n of them, numbers ascending. facts: [n] of `FACTS`. live: [n]
-    whether a draw may give the row; the others wait for their segment to be deleted, or may still be drawn again.
-    times_sampled: [n] draws of the row; a draw that was repeated counts once. next_row: every number below was given to
-    a row. events: what happened (`EVENT_SCHEMA`). newest_version: newest policy version seen, NO_VERSION before any.
+    stored: all rows of its segments (`stored_schema`), n of them, numbers ascending. oldest_version: [n] as the catalog
+    says. live: [n] whether a draw may give the row; the others wait for their segment to be deleted, or may still be
+    drawn again. times_sampled: [n] draws of the row; a draw that was repeated counts once. next_row: every number below
+    was given to a row. events: what happened (`EVENT_SCHEMA`). newest_version: newest policy version seen.
     """
 
-    folder: Path
     contract: TokenContract
     next_row: int
     newest_version: int
     stored: pa.Table
-    facts: npt.NDArray[np.void]
+    oldest_version: Int32
     live: Bool
     times_sampled: Int32
     events: pa.Table
-
-    @property
-    def sources(self) -> pa.StringArray:
-        """[n] of the stored rows."""
-        return pa.array(SOURCES).take(pa.array(self.facts["source"]))
 
 
 @dataclass(frozen=True)
@@ -229,19 +223,20 @@ def _read(folder: Path, catalog: sqlite3.Connection) -> ShardSnapshot:
     rows = np.concatenate([np.empty(0, np.int64), *(batch.row_numbers for batch in batches)])
     if np.any(np.diff(rows) <= 0):
         raise CorruptStoreError(f"{folder}: the row numbers of its batches do not ascend, so two of them share rows")
+    drawn = _rows_of(events, "draw")
+    drawn = drawn[np.isin(drawn, rows)]  # segments of the others are deleted
     versions = [
         *(batch.newest_version for batch in batches),
         *(event.version for event in events if event.kind != "stage" and event.version is not None),
     ]
     return ShardSnapshot(
-        folder=folder,
         contract=contract,
         next_row=max(int(meta.get("next_row", "0")), int(rows[-1]) + 1 if len(rows) else 0),
         newest_version=max(versions, default=NO_VERSION),
         stored=stored,
-        facts=np.concatenate([np.empty(0, FACTS), *(batch.row_facts for batch in batches)]),
+        oldest_version=np.concatenate([np.empty(0, FACTS), *(batch.row_facts for batch in batches)])["oldest_version"],
         live=~np.isin(rows, _rows_of(events, "remove")),
-        times_sampled=_counts(rows, _rows_of(events, "draw")),
+        times_sampled=np.bincount(np.searchsorted(rows, drawn), minlength=len(rows)).astype(np.int32),
         events=_events_table(events, stored),
     )
 
@@ -265,14 +260,6 @@ def _batch(folder: Path, entry: BatchEntry, content: pa.Buffer, schema: pa.Schem
 def _rows_of(events: Sequence[EventEntry], kind: str) -> Int64:
     """[n] row numbers that events of one kind name, in the order of the events."""
     return np.concatenate([np.empty(0, np.int64), *(event.row_numbers for event in events if event.kind == kind)])
-
-
-def _counts(rows: Int64, named: Int64) -> Int32:
-    """[n] how often each of the ascending `rows` stands in `named`."""
-    places = np.searchsorted(rows, named)
-    known = places < len(rows)
-    known[known] = rows[places[known]] == named[known]
-    return np.bincount(places[known], minlength=len(rows)).astype(np.int32)
 
 
 def _events_table(events: Sequence[EventEntry], stored: pa.Table) -> pa.Table:
@@ -313,5 +300,6 @@ def _lists(blobs: Sequence[bytes | None], kind: type[np.int64 | np.float32]) -> 
 
 def _trajectories(shard: ShardSnapshot, index: int) -> pa.Table:
     table = with_shard(shard.stored, index)
-    table = table.append_column(pa.field("live", pa.bool_(), nullable=False), pa.array(shard.live))
-    return table.append_column(pa.field("times_sampled", pa.int32(), nullable=False), pa.array(shard.times_sampled))
+    for name, values in (("live", pa.array(shard.live)), ("times_sampled", pa.array(shard.times_sampled))):
+        table = table.append_column(pa.field(name, values.type, nullable=False), values)
+    return table

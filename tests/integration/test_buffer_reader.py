@@ -43,7 +43,7 @@ def check(snapshot: ShardSnapshot, acknowledged: int) -> None:
     assert named is None or named < snapshot.next_row
     # Each row below next_row is live or was removed once; draws agree with that.
     assert audit_shards({0: snapshot}, LIMITS).findings == ()
-    sources = snapshot.sources.to_numpy(zero_copy_only=False)
+    sources = snapshot.stored.column("source").to_numpy()
     for source in ("expert", "policy"):
         # Rows are stored before those that they push out are removed.
         assert np.count_nonzero(snapshot.live & (sources == source)) <= CAPACITY + MOST_INSERTED
