@@ -5,7 +5,6 @@ turns.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import subprocess
@@ -123,26 +122,6 @@ def run_module(module: str, *arguments: object, timeout_s: float) -> object:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip() or done.returncode}")
     printed: object = json.loads(done.stdout)
     return printed
-
-
-@contextmanager
-def ray_of_its_own(num_cpus: int, **options: object) -> Iterator[None]:
-    """A Ray on this machine for the time of a measurement."""
-    import ray
-
-    ray.init(
-        address="local",  # never somebody else's Ray that happens to run on this machine
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}},
-        **options,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def circumstances(**known: object) -> dict[str, object]:

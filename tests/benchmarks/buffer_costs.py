@@ -17,7 +17,7 @@ import psutil
 from buffer.settings import BufferSettings
 from buffer.store.shard import DrawKey
 from buffer.store.store import ReplayStore
-from tests.benchmarks.backend import ray_of_its_own, run_module
+from tests.benchmarks.backend import run_module
 from tests.benchmarks.buffer_load import CONTRACT, SENT_ROWS, as_arrow, make_rollouts, take
 
 if TYPE_CHECKING:
@@ -121,10 +121,11 @@ def service_rates(folder: Path, num_rows: int) -> dict[str, float]:
     from buffer.service.client import BufferClient, Shard
     from buffer.service.service import ReplayBufferService
     from buffer.service.shard import DrawRequest
+    from tests.integration.local_ray import local_ray
 
     folder.mkdir()
     rates: dict[str, float] = {}
-    with ray_of_its_own(max(WRITERS)):
+    with local_ray(max(WRITERS)):
         for num_writers in WRITERS:
             settings = BufferSettings(capacity=num_rows, min_size=1, fsync="none")
             actor = ray.remote(ReplayBufferService).options(num_cpus=0, max_concurrency=64)

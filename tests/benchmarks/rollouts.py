@@ -30,9 +30,9 @@ from tests.benchmarks.backend import (
     Timed,
     circumstances,
     measure_in_turn,
-    ray_of_its_own,
 )
 from tests.benchmarks.models import FIRST_TEXT_ID, SMALL, contract_of, write_small_llama
+from tests.integration.local_ray import local_ray
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -126,7 +126,7 @@ def bench(
         distinct = np.random.default_rng(seed).integers(FIRST_TEXT_ID, 512, shape, dtype=np.int32)
         prompts = [distinct[index // ROLLOUTS_PER_PROMPT] for index in range(batch)]
         load = Load(settings, contract, actions, prompts)
-        with ray_of_its_own(1, object_store_memory=1 << 28):
+        with local_ray(1):
             actor = ray.remote(Engine).options(num_cpus=0, runtime_env={"env_vars": engine_environment()})
             engines = {kind: actor.remote(kind, load) for kind in KINDS}
             backends = {

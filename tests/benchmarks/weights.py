@@ -17,9 +17,10 @@ from actors.engine.checks import check_machine
 from actors.engine.interface import EngineSettings, engine_environment
 from actors.settings import ActorsSettings
 from launch.errors import setting_up
-from tests.benchmarks.backend import Backend, Repetitions, Seed, Timed, circumstances, measure_in_turn, ray_of_its_own
+from tests.benchmarks.backend import Backend, Repetitions, Seed, Timed, circumstances, measure_in_turn
 from tests.benchmarks.models import llama_config
 from tests.benchmarks.weights_ends import PublishingLearner, Relay, TakingActor
+from tests.integration.local_ray import local_ray
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -65,7 +66,7 @@ def bench(
             check_machine(enforce_eager=True)
     config = llama_config(model, max_length=2048, tied=True)
     size_bytes = _num_parameters(config) * (4 if dtype == "float32" else 2)
-    with ray_of_its_own(2, object_store_memory=max(4 * size_bytes, 1 << 28)):
+    with local_ray(2, object_store_memory=max(4 * size_bytes, 1 << 28)):
         one, three = (
             _push_to(actors, with_engine, config, dtype, seed, repetitions)
             for actors, with_engine in ((1, engine), (3, False))

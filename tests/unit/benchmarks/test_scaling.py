@@ -59,27 +59,24 @@ def point_of(plan, actors, ranks=1):
     return point
 
 
-def test_actors_that_are_too_slow_set_the_pace_and_more_of_them_help():
-    plan = plan_of(learner_s=0.02)  # 400 rows/s
-    for actors in (1, 4):
-        point = point_of(plan, actors)
-        assert saturated(point) == "actors"
-        assert point["samples_per_s"] == pytest.approx(actors * ACTOR_ROWS_PER_S, rel=0.1)
-        assert point["actions_per_s"] == pytest.approx(actors * CONCURRENT / DECODE_S, rel=0.05)
-        assert point["samples_per_insert"] == pytest.approx(1.0, rel=0.1)
-        assert point["actors_generating"] == pytest.approx(1.0, abs=0.05)
-        assert point["learner_waiting"] == pytest.approx(1 - actors * ACTOR_ROWS_PER_S / 400, abs=0.05)
+@pytest.mark.parametrize("actors", [1, 4])
+def test_actors_that_are_too_slow_set_the_pace_and_more_of_them_help(actors):
+    point = point_of(plan_of(learner_s=0.02), actors)  # 400 rows/s
+    assert saturated(point) == "actors"
+    assert point["samples_per_s"] == pytest.approx(actors * ACTOR_ROWS_PER_S, rel=0.1)
+    assert point["actions_per_s"] == pytest.approx(actors * CONCURRENT / DECODE_S, rel=0.05)
+    assert point["samples_per_insert"] == pytest.approx(1.0, rel=0.1)
+    assert point["actors_generating"] == pytest.approx(1.0, abs=0.05)
+    assert point["learner_waiting"] == pytest.approx(1 - actors * ACTOR_ROWS_PER_S / 400, abs=0.05)
 
 
-def test_more_actors_change_nothing_while_the_learner_is_the_bottleneck():
-    plan = plan_of(learner_s=1.0)  # 8 rows/s
-    for actors in (2, 4):
-        point = point_of(plan, actors)
-        assert saturated(point) == "learner"
-        assert point["steps_per_s"] == pytest.approx(1.0, rel=0.02)
-        assert point["learner_waiting"] < 0.02
-        assert point["actors_held_back"] == pytest.approx(1 - 8 / (actors * ACTOR_ROWS_PER_S), abs=0.1)
-        assert point["samples_per_insert"] == pytest.approx(1.0, rel=0.1), "the limiter holds the actors"
+@pytest.mark.parametrize("actors", [2, 4])
+def test_more_actors_change_nothing_while_the_learner_is_the_bottleneck(actors):
+    point = point_of(plan_of(learner_s=1.0), actors)  # 8 rows/s
+    assert saturated(point) == "learner"
+    assert point["steps_per_s"] == pytest.approx(1.0, rel=0.02)
+    assert point["actors_held_back"] == pytest.approx(1 - 8 / (actors * ACTOR_ROWS_PER_S), abs=0.1)
+    assert point["samples_per_insert"] == pytest.approx(1.0, rel=0.1), "the limiter holds the actors"
 
 
 def test_the_limiter_is_the_products(monkeypatch):
@@ -90,12 +87,6 @@ def test_the_limiter_is_the_products(monkeypatch):
     monkeypatch.setattr(scaling_model, "Limiter", Refusing)
     assert scaling_model.Limiter.__mro__[1].__module__.startswith("buffer.")
     assert "more inserts first" in simulate(plan_of(0.1, "learner.data_timeout_s=20"), 1, 1)["failure"]
-
-
-def test_a_draw_without_ratio_does_not_wait_for_inserts():
-    point = point_of(plan_of(0.02, "buffer.samples_per_insert=null"), 1)
-    assert point["samples_per_s"] == pytest.approx(BATCH / 0.02, rel=0.05)
-    assert point["samples_per_insert"] == pytest.approx(BATCH / 0.02 / ACTOR_ROWS_PER_S, rel=0.1)
 
 
 def test_more_ranks_shorten_what_they_share():
@@ -206,7 +197,6 @@ def test_the_command_prints_one_object_or_a_table(tmp_path):
     [
         (["nothing"], "there is no benchmark 'nothing': choose one of rollouts, buffer"),
         (["scaling", "--actors", "1,x"], "--actors '1,x' is no list of positive numbers"),
-        (["scaling", "nowhere.yaml"], "no recipe at nowhere.yaml"),
     ],
 )
 def test_bad_input_ends_with_2(arguments, message):
