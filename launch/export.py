@@ -137,7 +137,7 @@ def base_license(settings: PretrainedModelSettings) -> str | None:
     """
     from huggingface_hub import ModelCard, hf_hub_download
 
-    from learner.model.policy import locate_model
+    from learner.model.loading import locate_model
 
     source = locate_model(settings)
     folder = Path(source.name)

@@ -32,8 +32,7 @@ from buffer.weights import (
     merge_low_rank,
     pack_tensors,
 )
-from learner.model.adapters import ADAPTER_NAME, adapted_layers
-from learner.model.quantization import dequantise, is_quantised
+from learner.model.adapters import ADAPTER_NAME, adapted_layers, dequantise, is_quantised
 from learner.precision import published_dtype
 from learner.ranks import Ranks, gathered
 from learner.settings.stages import PublishMode

@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -41,7 +41,8 @@ from learner.demonstrations import teach_backspace_row
 from learner.messages import LearnerSpec, LearnerStatus, PreparedRun, StageResult
 from learner.metrics.log import Int64, MetricsLog, check_trackers, distribution_metrics
 from learner.metrics.watch import Watch
-from learner.model.policy import Policy, checkpoint_activations, load_policy
+from learner.model.loading import checkpoint_activations
+from learner.model.policy import Policy, load_policy
 from learner.objectives import make_objective
 from learner.objectives.base import OutsideDomainError
 from learner.publication import WeightPublisher, make_probe
@@ -141,10 +142,8 @@ class LearnerWorker:
         return PreparedRun(config_json, self._contract, self._task, max_length)
 
     def connect(self, shards: Sequence[Shard], pool: ActorHandle, first_version: int) -> None:
-        """Publish the initial weights to `pool`, so that every actor proves its engine early.
-
-        shards: of the replay buffer. first_version: of this publication; beyond 0 when a run resumes.
-        """
+        """Publish the initial weights to `pool`, so that every actor proves its engine early. shards: of the replay
+        buffer. first_version: of this publication; beyond 0 when a run resumes."""
         if self._ranks.leads:
             self._buffer = BufferClient(shards)
         probe = make_probe(self._contract, self._spec.seed)
@@ -164,12 +163,13 @@ class LearnerWorker:
         """
         torch.set_num_threads(stage.num_threads)
         started = time.monotonic()
+        needs_rollouts = stage.objective.needs_rollouts
         base = partial(self._frozen_start, stage)
         objective = make_objective(stage.objective, self._ranks, base, self._spec.features)
         noise = self._spec.noise if stage.objective.uses_noise else NoiseSettings(kind="none", rate=0.0)
         stream = self._expert_stream(stage, noise)
         experts = self._buffer_source(stage, "expert") if stream is None else stream
-        rollouts = self._buffer_source(stage, "policy") if stage.objective.needs_rollouts else None
+        rollouts = self._buffer_source(stage, "policy") if needs_rollouts else None
         trainer = Trainer(
             self._policy,
             objective,
@@ -177,9 +177,9 @@ class LearnerWorker:
             self._trees,
             # A stop is asked for before a draw, for all ranks at once, and by rank 0 while it waits for rollouts.
             SharedBatchSource(self._ranks, experts, self._stop.is_set),
-            SharedBatchSource(self._ranks, rollouts, self._stop.is_set) if stage.objective.needs_rollouts else None,
+            SharedBatchSource(self._ranks, rollouts, self._stop.is_set) if needs_rollouts else None,
             self._ranks,
-            self._priority_report(rollouts) if stage.objective.needs_rollouts else None,
+            partial(_report_priorities, rollouts) if self._spec.prioritised_replay and needs_rollouts else None,
         )
         store = self._checkpoints(stage.name)
         resumed = self._restore(stage, store, trainer, stream)
@@ -189,7 +189,7 @@ class LearnerWorker:
                     self._policy, self._task, noise, self._contract, self._trees, self._ranks, self._spec.seed
                 )
             self._note(taught)
-        uses_actors = stage.objective.needs_rollouts or noise.kind == "policy"
+        uses_actors = needs_rollouts or noise.kind == "policy"
         first_version = self._start_rollouts(resumed) if uses_actors else -1
         for source in (experts, rollouts):
             if isinstance(source, BufferSource):
@@ -210,11 +210,15 @@ class LearnerWorker:
                 self._release_draws,
             ) as checkpoints,
         ):
+
+            def save() -> None:
+                checkpoints.save(trainer.step, trainer.state, position, self._newest_version())
+
             while not trainer.finished:
                 try:
                     metrics = trainer.train_step()
                 except (FloatingPointError, OutsideDomainError):  # at every rank; the weights are of the last good step
-                    checkpoints.save(trainer.step, trainer.state, position, self._newest_version())
+                    save()
                     raise
                 except StopRequestedError:
                     break  # maybe after the expert part of a step that is not done: `position` is from before it
@@ -227,8 +231,8 @@ class LearnerWorker:
                 if uses_actors and trainer.step % stage.publish_every_steps == 0 and objective.renews_proposal():
                     self._publish()
                 if trainer.step % self._spec.settings.checkpoint_every_steps == 0 and not trainer.finished:
-                    checkpoints.save(trainer.step, trainer.state, position, self._newest_version())
-            checkpoints.save(trainer.step, trainer.state, position, self._newest_version())
+                    save()
+            save()
             checkpoints.wait()
         if not self._ranks.leads:
             return None
@@ -265,12 +269,10 @@ class LearnerWorker:
         )
 
     def _expert_stream(self, stage: StageSettings, noise: NoiseSettings) -> ExpertStream | None:
-        """Expert trajectories of a stage. None with noise from the policy (then the actors make them), and at ranks
-        other than 0.
-        """
+        """None with noise from the policy (then the actors make the expert trajectories), and at ranks other than 0."""
         if noise.kind == "policy" or not self._ranks.leads:
             return None
-        # Arms that start from the same stage see the same examples in the same order.
+        # Stages that start from the same one see the same examples in the same order.
         seed = (self._spec.seed << 32) + zlib.crc32((stage.start_from or "").encode())
         return self._task.expert_stream(noise, self._contract, seed)
 
@@ -280,35 +282,27 @@ class LearnerWorker:
             self._status = replace(self._status, notes=(*self._status.notes, str(note)))
 
     def _buffer_source(self, stage: StageSettings, source: str) -> BufferSource | None:
-        """Trajectories from the replay buffer; None at ranks other than 0."""
         if not self._ranks.leads:
             return None
         assert self._buffer is not None, "connect() comes before a stage that needs the buffer"
         timeout_s = self._spec.settings.data_timeout_s
         return BufferSource(self._buffer, stage.name, source, timeout_s, self._newest_version, self._stop.is_set)
 
-    def _priority_report(self, rollouts: BufferSource | None) -> Callable[[Float32], None] | None:
-        """Takes the priorities of a step, if the buffer draws by them; drops them at ranks other than 0."""
-        if not self._spec.prioritised_replay:
-            return None
-        return (lambda priorities: None) if rollouts is None else rollouts.report_priorities
-
     def _newest_version(self) -> int:
         return -1 if self._publisher is None else self._publisher.newest_version
 
-    def _publish(self) -> int:
-        """Publish the weights of now; gives their version."""
+    def _publish(self) -> WeightPublisher:
         assert self._publisher is not None, "connect() comes before a stage that needs actors"
-        return self._publisher.publish(self._policy)
+        self._publisher.publish(self._policy)
+        return self._publisher
 
     def _start_rollouts(self, resumed: Progress | None) -> int:
         """Let the actors go on with the weights of now; gives the version that the stage's rollouts started with."""
-        published = self._publish()
-        assert self._publisher is not None
-        self._publisher.resume_rollouts(published)
+        publisher = self._publish()
+        publisher.resume_rollouts(publisher.newest_version)
         # A resumed stage goes on with the rollouts since its start, unless it was finished and is given more steps:
         # others may have been made by another stage.
-        return published if resumed is None or resumed.finished else resumed.first_policy_version
+        return publisher.newest_version if resumed is None or resumed.finished else resumed.first_policy_version
 
     def _restore(
         self, stage: StageSettings, store: CheckpointStore, trainer: Trainer, stream: ExpertStream | None
@@ -322,14 +316,18 @@ class LearnerWorker:
             if stream is not None:
                 stream.load_state(progress.expert_stream)
             return progress
+        self._load_start(self._policy, stage)
+        return None
+
+    def _load_start(self, policy: Policy | TreePolicy, stage: StageSettings) -> None:
+        """Load the final weights of the stage that `stage` starts from, if any."""
         if stage.start_from is not None:
             start = self._checkpoints(stage.start_from)
             if not start.steps():
                 raise ValueError(
                     f"stage {stage.name!r} starts from {stage.start_from!r}, which has no checkpoint in {self._folder}"
                 )
-            load_weights(self._policy.model, self._newest_checkpoint(start))
-        return None
+            load_weights(policy.model, self._newest_checkpoint(start))
 
     def _frozen_start(self, stage: StageSettings) -> TreePolicy:
         """The policy as `stage` finds it, with weights of its own that nothing moves."""
@@ -337,8 +335,7 @@ class LearnerWorker:
         tokenizer = self._task.tokenizer if isinstance(settings, ScratchModelSettings) else None
         with torch.random.fork_rng(devices=[]):
             made = load_policy(settings, tokenizer, self._spec.settings.param_dtype)
-        if stage.start_from is not None:
-            load_weights(made.model, self._newest_checkpoint(self._checkpoints(stage.start_from)))
+        self._load_start(made, stage)
         made.model.requires_grad_(False)
         return self._placed(made)
 
@@ -365,3 +362,9 @@ class LearnerWorker:
         note_durable(self._folder, progress)
         if self._buffer is not None:
             self._buffer.checkpointed(progress.stage, progress.step)
+
+
+def _report_priorities(rollouts: BufferSource | None, priorities: Float32) -> None:
+    """Tell the buffer; at ranks other than 0, which have no source, they are known already."""
+    if rollouts is not None:
+        rollouts.report_priorities(priorities)

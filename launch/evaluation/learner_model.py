@@ -30,7 +30,7 @@ from launch.generation import Checkpoint, library_chatter_held
 from launch.settings.evaluation import ContrastiveSearch
 from launch.statistics import Estimate, Float64
 from learner.batches import build_micro_batches
-from learner.model.policy import load_model
+from learner.model.loading import load_model
 from learner.settings.model import PretrainedModelSettings
 from learner.state_tree.batch import TreeBatch, TreeSettings
 from learner.state_tree.policy import StateLogits, TreePolicy

@@ -1,39 +1,28 @@
 """The policy: a causal language model one of whose ids means `<backspace>`.
 
 The id is kept in the model's `config.backspace_token_id`, which `save_pretrained` writes: a model that carries it is
-taken up as it is. One that does not gets a new row for it (`learner.model.backspace_row`).
+taken up as it is. One that does not gets a new row for it (`learner.model.backspace_row`). The two configs beside the
+weights are made to say what training does, and to be savable: transformers stops generation at each `<eos>` of
+generation_config.json, and demonstrations end with the one of the tokenizer, which may not be among them; and it loads
+configs that it refuses to save.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer.experts.tokenizer import token_contract
-from learner.model.adapters import add_adapters, declare_untied
+from buffer.trajectory.schema import TokenContract
+from learner.model.adapters import add_adapters, declare_untied, quantise_linear_layers
 from learner.model.backspace_row import initialise_backspace_row
-from learner.model.quantization import quantise_linear_layers
-from learner.model.saved_configs import align_eos, mend_configs
-from learner.model.support import check_supported
+from learner.model.loading import check_supported, load_model, load_tokenizer
 from learner.precision import hold_trained_parameters
-from learner.ranks import decoder_layers
 from learner.settings.model import Dtype, PretrainedModelSettings, ScratchModelSettings
-
-PACKAGE_PREFIX = "package:"
 
 
 @dataclass(frozen=True)
@@ -44,19 +33,9 @@ class Policy:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     backspace_id: int
-    eos_id: int
     is_row_new: bool
     notes: tuple[str, ...] = ()
     other_eos_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where transformers finds a model: a hub name or folder, and a file in it if it is GGUF."""
-
-    name: str
-    gguf_file: str | None
-    revision: str | None
 
 
 def load_policy(
@@ -87,16 +66,17 @@ def load_policy(
     # What is held in float32 is not rounded on loading. A weight that is a number of bfloat16 has to move by half a
     # step of that format before its rounded value changes; those of a source in float32 lie anywhere between.
     model = load_model(settings, tokenizer, None if has_frozen else param_dtype)
-    notes = _keep_two_embeddings(model)
+    notes: list[str] = []
+    _keep_two_embeddings(model, notes)
     backspace_id = choose_backspace_id(tokenizer, model, settings)
-    other_eos_ids, of_eos = align_eos(model, tokenizer, backspace_id)
+    other_eos_ids = _align_eos(model, tokenizer, backspace_id, notes)
     vocab_size: int = model.get_input_embeddings().weight.shape[0]
     contract = token_contract(tokenizer, backspace_id, vocab_size, other_eos_ids)
     is_new = getattr(model.config, "backspace_token_id", None) != backspace_id
     if is_new:
         initialise_backspace_row(model, backspace_id, settings.seed, contract.ids_without_token)
         model.config.backspace_token_id = backspace_id
-    notes += of_eos + mend_configs(model, contract)
+    _mend_generation_config(model, contract, notes)
     if isinstance(settings, PretrainedModelSettings):
         if settings.quantization is not None:
             quantise_linear_layers(model)
@@ -106,59 +86,7 @@ def load_policy(
     if param_dtype is not None:
         hold_trained_parameters(model, getattr(torch, param_dtype))
     is_row_new = is_new and isinstance(settings, PretrainedModelSettings)
-    return Policy(model, tokenizer, backspace_id, contract.eos_id, is_row_new, notes, other_eos_ids)
-
-
-def load_model(
-    settings: ScratchModelSettings | PretrainedModelSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    param_dtype: Dtype | None = None,
-) -> PreTrainedModel:
-    """The model in evaluation mode, on the CPU, with torch's own attention, without a backspace action.
-
-    param_dtype: of all its parameters; None = `settings.dtype`, which its config says in any case.
-    """
-    dtype: torch.dtype = getattr(torch, param_dtype or settings.dtype)
-    if isinstance(settings, ScratchModelSettings):
-        model = _make_model(settings, tokenizer, dtype)
-    else:
-        model = _load_pretrained(settings, dtype)
-    model.config.dtype = getattr(torch, settings.dtype)
-    return model
-
-
-def _load_pretrained(settings: PretrainedModelSettings, dtype: torch.dtype) -> PreTrainedModel:
-    source = locate_model(settings)
-    arguments: dict[str, object] = {
-        "dtype": dtype,
-        "attn_implementation": "sdpa",
-        "revision": source.revision,
-        "trust_remote_code": False,  # said wherever we load: left out, transformers asks at a terminal
-    }
-    if source.gguf_file is None:
-        folder = Path(source.name)
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        if pickles and not any(folder.glob("*.safetensors")):  # transformers would say that it lacks another file
-            raise ValueError(
-                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read: save the "
-                "model as safetensors where you trust it, e.g. with transformers' save_pretrained"
-            )
-        arguments["use_safetensors"] = True  # of a name on the hub, too
-    else:
-        # Dequantised on load: a quantised model can neither be trained nor saved in the usual format.
-        arguments |= {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(source.name, **arguments)
-    if source.gguf_file is not None:
-        model.config.quantization_config = None
-        del model.config.quantization_config
-    return model
-
-
-def load_tokenizer(settings: PretrainedModelSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a pretrained model."""
-    source = locate_model(settings)
-    arguments = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-    return AutoTokenizer.from_pretrained(source.name, revision=source.revision, trust_remote_code=False, **arguments)
+    return Policy(model, tokenizer, backspace_id, is_row_new, tuple(notes), other_eos_ids)
 
 
 def choose_backspace_id(
@@ -192,83 +120,95 @@ def choose_backspace_id(
     return backspace_id
 
 
-def _keep_two_embeddings(model: PreTrainedModel) -> tuple[str, ...]:
+def _keep_two_embeddings(model: PreTrainedModel, notes: list[str]) -> None:
     """A file may hold two different matrices though its config ties them. transformers loads both, and would tie them
-    when they are resized for backspace.
-    """
+    when they are resized for backspace. notes: gets a sentence for the user then."""
     head = model.get_output_embeddings()
     is_tied = head is None or head.weight is model.get_input_embeddings().weight
-    if is_tied or not model.config.get_text_config().tie_word_embeddings:
-        return ()
-    declare_untied(model)
-    return (
-        "config.json ties input and output embedding, and the file of the weights holds two different matrices: both "
-        "are kept, and tie_word_embeddings is false from now on",
-    )
-
-
-def _make_model(
-    settings: ScratchModelSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> PreTrainedModel:
-    shared = {
-        "vocab_size": len(tokenizer),
-        "tie_word_embeddings": settings.tie_embeddings,
-        "initializer_range": settings.initializer_range,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    if settings.architecture == "llama":
-        config: LlamaConfig | GPT2Config = LlamaConfig(
-            hidden_size=settings.hidden_size,
-            intermediate_size=settings.intermediate_size,
-            num_hidden_layers=settings.num_layers,
-            num_attention_heads=settings.num_heads,
-            num_key_value_heads=settings.num_key_value_heads or settings.num_heads,
-            max_position_embeddings=settings.max_positions,
-            **shared,
+    if not is_tied and model.config.get_text_config().tie_word_embeddings:
+        declare_untied(model)
+        notes.append(
+            "config.json ties input and output embedding, and the file of the weights holds two different matrices: "
+            "both are kept, and tie_word_embeddings is false from now on"
         )
-    else:
-        config = GPT2Config(
-            n_embd=settings.hidden_size,
-            n_inner=settings.intermediate_size,
-            n_layer=settings.num_layers,
-            n_head=settings.num_heads,
-            n_positions=settings.max_positions,
-            # No dropout: values and stored log-probabilities are of the model, not of a random sub-network.
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            **shared,
+
+
+def _align_eos(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, backspace_id: int, notes: list[str]
+) -> tuple[int, ...]:
+    """Make config and generation config of `model` (in place) name the `<eos>` ids that end a text in training.
+
+    The tokenizer's `<eos>` is the first. Where a config lists several, as those of chat models do, each of them ends a
+    text; a single other one is of another tokenizer and goes. Gives the ids beside the tokenizer's, ascending. notes:
+    gets a sentence where a config named something else.
+    """
+    eos_id = int(tokenizer.eos_token_id)
+    text_config, generation = model.config.get_text_config(), model.generation_config
+    named = {"config.json": text_config.eos_token_id}
+    if generation is not None:
+        named["generation_config.json"] = generation.eos_token_id
+    listed = {token_id for found in named.values() if isinstance(found, list) and len(found) > 1 for token_id in found}
+    others = sorted(listed.intersection(tokenizer.get_vocab().values()) - {eos_id, backspace_id})
+    ids = [eos_id, *others]
+    model.config.eos_token_id = text_config.eos_token_id = ids if others else eos_id
+    if generation is not None:
+        generation.eos_token_id = ids if others else eos_id
+    if wrong := [f"{found} in {file}" for file, found in named.items() if not _names_some_of(found, ids)]:
+        tokens = ", ".join(f"{tokenizer.convert_ids_to_tokens(token_id)} (id {token_id})" for token_id in ids)
+        notes.append(
+            f"a text ends with {tokens} alone, in training as in checkpoints and exports; the model came with "
+            f"{' and '.join(wrong)}"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval()
+    return tuple(others)
 
 
-def locate_model(settings: PretrainedModelSettings) -> ModelSource:
-    """Where `settings.name` leads; files of packages are looked up (ValueError: there is no such package or file), hub
-    names are not."""
-    if not settings.name.startswith(PACKAGE_PREFIX):
-        return ModelSource(settings.name, None, settings.revision)
-    package, _, file = settings.name.removeprefix(PACKAGE_PREFIX).partition("/")
-    spec = importlib.util.find_spec(package) if package else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"model {settings.name!r}: package {package!r} is not installed; install it or name another model"
+def _names_some_of(found: object, ids: list[int]) -> bool:
+    """Whether a config's `<eos>` is the first of `ids`, or a list with it and no other ids than these."""
+    named = found if isinstance(found, list) else [found]
+    return ids[0] in named and set(named) <= set(ids)
+
+
+def _mend_generation_config(model: PreTrainedModel, contract: TokenContract, notes: list[str]) -> None:
+    """Keep backspace, and ids without a token, from generators that do not know the action, and leave out what cannot
+    be saved; in place."""
+    generation = model.generation_config
+    if generation is None:
+        return
+    never = {contract.backspace_id, *np.flatnonzero(~contract.has_token()).tolist()}
+    generation.suppress_tokens = sorted(never.union(generation.suppress_tokens or ()))
+    model.generation_config, left_out = _savable(generation)
+    if left_out:
+        words = ", ".join(f"{name}={value!r}" for name, value in left_out.items())
+        notes.append(
+            f"checkpoints and exports leave {words} out of generation_config.json: transformers refuses to save that "
+            "beside the other values there"
         )
-    path = Path(next(iter(spec.submodule_search_locations))) / file
-    if path.suffix != ".gguf" or not path.is_file():
-        found = sorted(str(other.relative_to(path.parent)) for other in path.parent.glob("*.gguf"))
-        raise ValueError(f"model {settings.name!r}: no such GGUF file in package {package!r}; it holds {found}")
-    return ModelSource(str(path.parent), path.name, None)
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep the inputs of the decoder layers only, and run each layer again in the backward pass; in place, before the
-    model is shared among ranks. Names of parameters stay, and gradients are the same bit for bit."""
-    # The library's own checkpointing works in training mode only, and the policy is trained in evaluation mode.
-    for layer in decoder_layers(model):
-        # No random numbers are drawn in evaluation mode, so their state needs no restoring.
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+def _savable(config: GenerationConfig) -> tuple[GenerationConfig, dict[str, object]]:
+    """`config` without the fields that transformers refuses to save beside the others, and these fields.
+
+    A field is taken over once a config that has it can be saved, until none of the rest is such a field.
+    """
+    if _can_be_saved(config):
+        return config, {}
+    kept = GenerationConfig(eos_token_id=config.eos_token_id, suppress_tokens=config.suppress_tokens)
+    pending = {name: getattr(config, name) for name in config.to_diff_dict() if name != "transformers_version"}
+    while True:
+        for name, value in pending.items():
+            trial = copy.deepcopy(kept)
+            setattr(trial, name, value)
+            if _can_be_saved(trial):
+                kept = trial
+                del pending[name]
+                break
+        else:
+            return kept, pending
+
+
+def _can_be_saved(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True

@@ -153,7 +153,7 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
         """Values along the logs of `tree` (on the model's device), by one forward pass of the model's transformer; at
         most one of `measurement` and `summation` gives `measured`. With several ranks, all call this together.
 
-        The model must pass `learner.model.support.check_supported`: Q is hidden state times row of the output
+        The model must pass `learner.model.loading.check_supported`: Q is hidden state times row of the output
         embedding, nothing else.
         """
         assert measurement is None or summation is None, "there is one field for both"

@@ -29,7 +29,7 @@ from learner.batches import Float32, SharedBatchSource, StopRequestedError, buil
 from learner.demonstrations import Demonstrations
 from learner.model.adapters import add_adapters
 from learner.model.backspace_row import fit_backspace_row
-from learner.model.policy import checkpoint_activations
+from learner.model.loading import checkpoint_activations
 from learner.objectives import make_objective
 from learner.precision import hold_trained_parameters
 from learner.publication import frozen_tensors, low_rank_updates, publication_tensors, trained_tensors

@@ -55,7 +55,7 @@ def make_run(folder: Path) -> Path:
     task = load_task(settings.task, max_length=64)
     for stage, likely in (("ender", "eos"), ("hesitant", "backspace")):
         policy = load_policy(settings.model, task.tokenizer)
-        make_constant(policy.model, policy.eos_id if likely == "eos" else policy.backspace_id)
+        make_constant(policy.model, policy.tokenizer.eos_token_id if likely == "eos" else policy.backspace_id)
         progress = progress_at(1, stage=stage, stage_steps=1)
         save_checkpoint(folder / "checkpoints" / stage, policy.model, policy.tokenizer, progress, {})
     return folder

@@ -124,10 +124,10 @@ def test_generate_of_transformers_stops_where_training_ended_texts(run, base, tm
     policy, ids = trained(base, adapters=False), torch.tensor([[3, 5]])
     with torch.no_grad():  # the most likely first action by far
         hidden = policy.model.base_model(ids).last_hidden_state[0, -1]
-        policy.model.get_output_embeddings().weight[policy.eos_id] = 10 * hidden
+        policy.model.get_output_embeddings().weight[policy.tokenizer.eos_token_id] = 10 * hidden
     checkpoint_in(run, policy)
     model = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / "out").out)
-    assert model.generate(ids, max_new_tokens=24, do_sample=False)[0].tolist() == [3, 5, policy.eos_id]
+    assert model.generate(ids, max_new_tokens=24, do_sample=False)[0].tolist() == [3, 5, policy.tokenizer.eos_token_id]
     with torch.no_grad():
         model.get_output_embeddings().weight[7] = 20 * hidden
     written = model.generate(ids, max_new_tokens=2, do_sample=False)[0, 2:].tolist()

@@ -8,7 +8,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from learner.model.policy import checkpoint_activations
+from learner.model.loading import checkpoint_activations
 from learner.state_tree.policy import TreePolicy
 from tests.unit.learner.test_state_tree import BACKSPACE, HARD, SIZES, build, tiny
 from tests.unit.learner.test_tree_attention import KINDS, grown_logs

@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from learner.checkpoints.checkpoint import load_weights, read_training_state
-from learner.model.adapters import adapter_tensors, add_adapters
-from learner.model.quantization import quantise_linear_layers
+from learner.model.adapters import adapter_tensors, add_adapters, quantise_linear_layers
 from learner.objectives import make_objective
 from learner.publication import publication_tensors
 from learner.settings.model import AdapterSettings

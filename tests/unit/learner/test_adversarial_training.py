@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from buffer.experts.tasks import Task
-from learner.model.policy import checkpoint_activations
+from learner.model.loading import checkpoint_activations
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.objectives import counts_of

@@ -95,7 +95,7 @@ def test_a_pretrained_model_takes_back_about_as_often_as_it_is_shown(
     assert loaded.is_row_new
     policy = TreePolicy(loaded.model, loaded.backspace_id)
     contract = TASK.contract(loaded.model.config.vocab_size)
-    settings = TreeSettings(loaded.backspace_id, loaded.eos_id, 512, 64)
+    settings = TreeSettings(loaded.backspace_id, loaded.tokenizer.eos_token_id, 512, 64)
     stream = TASK.expert_stream(noise, contract, seed=99)
     others = Demonstrations(policy, stream, settings, Ranks(), seed=1)
     unseen = gather_evidence(policy, build_micro_batches(others.draw(200), settings))
@@ -135,7 +135,7 @@ def test_own_mistakes_are_what_the_model_would_write(pretrained: PretrainedModel
         loaded.model.get_output_embeddings().weight.mul_(1e4)
     policy = TreePolicy(loaded.model, loaded.backspace_id)
     contract = TASK.contract(loaded.model.config.vocab_size)
-    settings = TreeSettings(loaded.backspace_id, loaded.eos_id, 48, 64)
+    settings = TreeSettings(loaded.backspace_id, loaded.tokenizer.eos_token_id, 48, 64)
     drawn, plan = (TASK.expert_stream(OWN_NOISE, contract, seed=5) for _ in range(2))
     batch = Demonstrations(policy, drawn, settings, Ranks(), seed=0).draw(50)
     planned = plan.plan(50)
@@ -154,7 +154,7 @@ def test_own_mistakes_are_what_the_model_would_write(pretrained: PretrainedModel
 def test_without_noise_the_row_stays(pretrained: PretrainedModelSettings) -> None:
     loaded = load_policy(pretrained)
     before = loaded.model.get_output_embeddings().weight.detach().clone()
-    settings = TreeSettings(loaded.backspace_id, loaded.eos_id, 512, 64)
+    settings = TreeSettings(loaded.backspace_id, loaded.tokenizer.eos_token_id, 512, 64)
     policy, contract = TreePolicy(loaded.model, loaded.backspace_id), TASK.contract(loaded.model.config.vocab_size)
     none = NoiseSettings(kind="task", rate=0.0)
     assert teach_backspace_row(policy, TASK, none, contract, settings, Ranks(), seed=0) is None
@@ -166,7 +166,7 @@ def test_the_evidence_is_that_of_the_model_itself(pretrained: PretrainedModelSet
     loaded = load_policy(pretrained)
     contract = TASK.contract(loaded.model.config.vocab_size)
     batch = TASK.expert_stream(NOISE, contract, seed=5).draw(1)
-    (tree,) = build_micro_batches(batch, TreeSettings(loaded.backspace_id, loaded.eos_id, 512, 64))
+    (tree,) = build_micro_batches(batch, TreeSettings(loaded.backspace_id, loaded.tokenizer.eos_token_id, 512, 64))
     found = gather_evidence(TreePolicy(loaded.model, loaded.backspace_id), [tree])
     prompt, actions = batch.column("prompt_ids")[0].as_py(), batch.column("actions")[0].as_py()
     text, expected = list(prompt), []

@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from learner.model.backspace_row import initialise_backspace_row
+from learner.model.loading import check_supported
 from learner.model.policy import load_policy
-from learner.model.support import check_supported
 from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
 from learner.state_tree.batch import TreeSettings, build_tree_batch
 from learner.state_tree.policy import TreePolicy
@@ -91,7 +91,7 @@ def test_scratch_models(changes, kind):
     policy = load_policy(scratch(**changes), tokenizer)
     assert torch.equal(torch.get_rng_state(), before), "the global generator moved"
     assert type(policy.model) is kind
-    assert (policy.backspace_id, policy.eos_id) == (3, 2)
+    assert (policy.backspace_id, policy.tokenizer.eos_token_id) == (3, 2)
     assert policy.model.config.vocab_size == len(tokenizer) == 16
     assert policy.model.dtype == getattr(torch, changes.get("dtype", "float32"))
     tied = policy.model.get_input_embeddings().weight is policy.model.get_output_embeddings().weight
@@ -331,8 +331,8 @@ def test_a_real_model_from_a_package(tmp_path):
     model = policy.model.float()
     prompt = policy.tokenizer("The capital of France is").input_ids
     right, wrong = (policy.tokenizer(f" {word}").input_ids[0] for word in ("Paris", "cheese"))
-    log = Log(prompt, [wrong, 16, right, policy.eos_id])
-    tree = build_tree_batch(to_batch([log]), TreeSettings(16, policy.eos_id, 10_000, 64))
+    log = Log(prompt, [wrong, 16, right, policy.tokenizer.eos_token_id])
+    tree = build_tree_batch(to_batch([log]), TreeSettings(16, policy.tokenizer.eos_token_id, 10_000, 64))
     with torch.no_grad():
         values = TreePolicy(model, policy.backspace_id).evaluate(tree)
         alone = model(input_ids=torch.tensor([prompt])).logits[0, -1]

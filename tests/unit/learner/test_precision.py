@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from launch.settings.run import RunSettings
 from learner.batches import build_micro_batches
 from learner.checkpoints.checkpoint import TRAINED_FOLDER, WEIGHTS_FILE, load_weights, read_training_state
-from learner.model.policy import checkpoint_activations, load_policy
+from learner.model.loading import checkpoint_activations
+from learner.model.policy import load_policy
 from learner.objectives.adversarial_js import Discriminator
 from learner.publication import publication_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings

@@ -10,9 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from learner.checkpoints.checkpoint import load_weights
-from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters
+from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters, is_quantised, quantise_linear_layers
 from learner.model.policy import load_policy
-from learner.model.quantization import is_quantised, quantise_linear_layers
 from learner.publication import publication_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
 from tests.tiny_models import tiny_model

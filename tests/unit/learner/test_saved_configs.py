@@ -54,7 +54,7 @@ def test_a_generation_config_that_cannot_be_saved_is_mended(base, tmp_path, writ
     found = GenerationConfig.from_pretrained(path)
     assert {name: getattr(found, name) for name in kept} == kept
     assert policy.backspace_id in found.suppress_tokens
-    assert found.eos_token_id == policy.eos_id
+    assert found.eos_token_id == policy.tokenizer.eos_token_id
 
 
 def test_generators_are_kept_from_ids_without_a_token(base):
@@ -81,10 +81,10 @@ def test_config_and_generation_config_name_what_ends_a_text(base, tmp_path, of_c
     change(base / "config.json", eos_token_id=of_config)
     change(base / "generation_config.json", eos_token_id=of_generation)
     policy = load(base)
-    assert policy.eos_id == 2
+    assert policy.tokenizer.eos_token_id == 2
     assert len(policy.notes) == bool(named)
     assert all(words in note for note in policy.notes for words in [*named, "<eos> (id 2)"])
-    assert [policy.eos_id, *policy.other_eos_ids] == (ends if isinstance(ends, list) else [ends])
+    assert [policy.tokenizer.eos_token_id, *policy.other_eos_ids] == (ends if isinstance(ends, list) else [ends])
     path = save_checkpoint(tmp_path, policy.model, policy.tokenizer, progress_at(7), {})
     assert AutoConfig.from_pretrained(path).eos_token_id == ends
     assert AutoModelForCausalLM.from_pretrained(path).generation_config.eos_token_id == ends
