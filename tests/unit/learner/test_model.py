@@ -329,6 +329,7 @@ def test_a_real_model_from_a_package(tmp_path):
     )
     assert (policy.backspace_id, policy.model.config.vocab_size, policy.model.dtype) == (16, 49152, torch.bfloat16)
     model = policy.model.float()
+    model.config.dtype = torch.float32  # or it would compute in bfloat16
     prompt = policy.tokenizer("The capital of France is").input_ids
     right, wrong = (policy.tokenizer(f" {word}").input_ids[0] for word in ("Paris", "cheese"))
     log = Log(prompt, [wrong, 16, right, policy.tokenizer.eos_token_id])
