@@ -128,13 +128,20 @@ def encode_prompt(checkpoint: Checkpoint, prompt: str) -> list[int]:
     Raises:
         ValueError: the prompt is empty, fills the whole context, or has characters that the tokenizer lacks.
     """
+    from tokenizers.models import WordLevel
+
     from buffer.experts.tokenizer import prompt_prefix
 
     actions = [checkpoint.contract.backspace_id, *checkpoint.contract.eos_ids]
     for token in checkpoint.tokenizer.convert_ids_to_tokens(actions):
         if token in prompt:
             raise ValueError(f"the prompt contains {token!r}, which is an action and no text: leave it out")
-    _check_characters(checkpoint.tokenizer, prompt)
+    model = checkpoint.tokenizer.backend_tokenizer.model if checkpoint.tokenizer.is_fast else None
+    if isinstance(model, WordLevel) and checkpoint.tokenizer.unk_token is None:  # its own error names no character
+        vocabulary = checkpoint.tokenizer.get_vocab()
+        if unknown := sorted(set(prompt) - set(vocabulary)):
+            known = "".join(sorted(token for token in vocabulary if len(token) == 1))
+            raise ValueError(f"the model has no token for {''.join(unknown)!r}; its characters are {known!r}")
     text_ids: list[int] = checkpoint.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = prompt_prefix(checkpoint.tokenizer) + text_ids
     if not ids:
@@ -145,19 +152,6 @@ def encode_prompt(checkpoint: Checkpoint, prompt: str) -> list[int]:
             "shorten the prompt"
         )
     return ids
-
-
-def _check_characters(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
-    """A tokenizer of single characters without an unknown token fails on others with an error that names none."""
-    from tokenizers.models import WordLevel
-
-    model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
-    if not isinstance(model, WordLevel) or tokenizer.unk_token is not None:
-        return
-    vocabulary = tokenizer.get_vocab()
-    if unknown := sorted(set(prompt) - set(vocabulary)):
-        known = "".join(sorted(token for token in vocabulary if len(token) == 1))
-        raise ValueError(f"the model has no token for {''.join(unknown)!r}; its characters are {known!r}")
 
 
 def generate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -230,8 +230,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(each) for each in adjusted]
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """A number of several runs. deviation: standard deviation over seeds, None below `MIN_SEEDS`. standard_error: of
     one run, the root of the mean square over runs; None where a run has none.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.compare.plan import COMPARED_STAGE
@@ -83,7 +83,7 @@ class Comparison:
             "metrics": [
                 {
                     "name": f"{metric.group}.{metric.name}",
-                    "arms": {label: asdict(found) for label, found in metric.spreads.items()},
+                    "arms": {label: found._asdict() for label, found in metric.spreads.items()},
                     "differences": {label: found.to_json() for label, found in metric.differences.items()},
                 }
                 for metric in self.metrics()

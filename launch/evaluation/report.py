@@ -42,6 +42,10 @@ class _Column:
         """Whether it is shown in per cent."""
         return "%" in self.heading
 
+    def number(self, metrics: Metrics, group: str) -> Estimate | None:
+        """Its number in a row of this group."""
+        return metrics.get(self.group or group, {}).get(self.metric)
+
 
 @dataclass(frozen=True)
 class _Table:
@@ -127,13 +131,10 @@ def render_evaluation(evaluation: Evaluation) -> RenderableType:
     parts: list[RenderableType] = [Text(title, "bold")]
     for each in tables:
         rows = list(_rows(evaluation.checkpoints, each.by_decoding))
-        columns = [
-            column for column in each.columns if any(_number(column, metrics, group) for _, metrics, group in rows)
-        ]
+        columns = [column for column in each.columns if any(column.number(*row[1:]) for row in rows)]
         table = _table("stage", columns)
         for label, metrics, group in rows:
-            numbers = (_number(column, metrics, group) for column in columns)
-            cells = [_text(*pair) for pair in zip(numbers, columns, strict=True)]
+            cells = [_text(column.number(metrics, group), column) for column in columns]
             table.add_row(label, *(cells if metrics else []))
         parts += [table, Text(f"{each.caption}\n", "dim")]
     if len(evaluation.checkpoints) > 1:
@@ -159,10 +160,6 @@ def _rows(results: Sequence[CheckpointResult], by_decoding: bool) -> Iterator[tu
             yield Text(result.label, "bold"), {}, ""
         for group in groups:
             yield Text(f"  {group}") if several else Text(result.label, "bold"), result.metrics, group
-
-
-def _number(column: _Column, metrics: Metrics, group: str) -> Estimate | None:
-    return metrics.get(column.group or group, {}).get(column.metric)
 
 
 def _change_text(change: Change | None, column: _Column) -> Text:

@@ -99,7 +99,7 @@ def answer_metrics(
 ) -> dict[str, Estimate]:
     """All numbers of answers, the first `num_forced` tokens of each forced, and the first of those wrong.
 
-    Raises ValueError where the rollouts are not those of the examples, or the task has no right answers.
+    Raises ValueError where the rollouts are not those of the examples.
     """
     correct = Estimate.fraction(_correct(rollouts, examples, task))
     if num_forced:
@@ -137,10 +137,8 @@ def text_metrics(rollouts: ReplayedRollouts, num_forced: int = 0) -> dict[str, E
 
 
 def rewrites(rollouts: ReplayedRollouts) -> tuple[Bool, Int64]:
-    """Backspaces that are followed at once by the token they took back.
-
-    Returns:
-        [A] whether each action is one; [L] longest run of them in each rollout, one every second action.
+    """[A] whether each action is a backspace that is followed at once by the token it took back; [L] longest run of
+    these in each rollout, one every second action.
     """
     tokens, log = rollouts.logs.realised, rollouts.played.log
     rewritten = np.zeros(len(tokens), dtype=np.bool_)
@@ -178,8 +176,7 @@ def _correct(rollouts: ReplayedRollouts, examples: Dataset, task: Task) -> Bool:
     if prompts.to_pylist() != rollouts.batch.column("prompt_ids").to_pylist():
         counts = f"{rollouts.batch.num_rows} rollouts and {len(examples)} examples"
         raise ValueError(f"{counts} do not have the same prompts in the same order")
-    if task.is_correct is None:
-        raise ValueError(f"task {task.name} has no right answers")
+    assert task.is_correct is not None
     rows: list[Mapping[str, object]] = list(examples)
     right = [task.is_correct(text, row) for text, row in zip(rollouts.decoded(task), rows, strict=True)]
     return np.array(right, dtype=np.bool_) & rollouts.ended_by("eos")
@@ -289,7 +286,13 @@ def _block_bleu(texts: Ragged) -> Float64:
     log_precision = np.zeros(texts.num_rows)
     for size in range(1, MAX_SIZE + 1):
         found = Ngrams.of(texts, size)
-        matches = _clipped_matches(found).astype(np.float64)
+        num_grams = int(found.gram.max(initial=-1)) + 1
+        cells = np.bincount(found.text * num_grams + found.gram, minlength=found.num_texts * num_grams)
+        counts = cells.reshape(found.num_texts, num_grams).astype(np.int32)
+        second, largest = np.partition(counts, -2, axis=0)[-2:]
+        # Each n-gram counts as often as another text has it at most: the largest count among the others is the second
+        # largest for the text that has the largest.
+        matches = np.minimum(counts, np.where(counts == largest, second, largest)).sum(axis=1).astype(np.float64)
         matches[matches == 0] = SMOOTHED_MATCHES
         log_precision += np.log(matches / np.maximum(found.per_text, 1)) / MAX_SIZE
     # The reference nearest in length, the shorter of two (Papineni et al., 2002).
@@ -298,16 +301,3 @@ def _block_bleu(texts: Ragged) -> Float64:
     nearest = lengths[np.argmin(others, axis=1)]
     bleu: Float64 = np.exp(log_precision + np.minimum(0.0, 1.0 - nearest / np.maximum(lengths, 1)))
     return bleu
-
-
-def _clipped_matches(found: Ngrams) -> Int64:
-    """[R] n-grams of each text that some other text has too, each as often as the other that has it most often."""
-    if len(found.gram) == 0:
-        return np.zeros(found.num_texts, dtype=np.int64)
-    num_grams = int(found.gram.max()) + 1
-    cells = np.bincount(found.text * num_grams + found.gram, minlength=found.num_texts * num_grams)
-    counts = cells.reshape(found.num_texts, num_grams).astype(np.int32)
-    second, largest = np.partition(counts, -2, axis=0)[-2:]
-    # The largest count among the others: of the text that has it, that is the second largest.
-    matches: Int64 = np.minimum(counts, np.where(counts == largest, second, largest)).sum(axis=1)
-    return matches
