@@ -140,11 +140,7 @@ def fingerprint(entries: Iterable[TensorEntry], payload: WeightPayload) -> str:
 
 
 def verify_fingerprint(payload: WeightPayload, manifest: WeightManifest) -> None:
-    """Check the received bytes.
-
-    Raises:
-        WeightMismatchError: a tensor is missing, extra or mis-shaped, or bytes differ from the published ones.
-    """
+    """WeightMismatchError where a tensor is missing, extra or mis-shaped, or bytes differ from the published ones."""
     _check_complete(payload, manifest)
     found = fingerprint(manifest.tensors, payload)
     if found != manifest.fingerprint:
@@ -157,10 +153,8 @@ def verify_fingerprint(payload: WeightPayload, manifest: WeightManifest) -> None
 def unpack(payload: WeightPayload, manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) pairs as a model's `load_weights` takes them, low-rank updates merged.
 
-    All others are views of the payload: never write to them.
-
-    Raises (at the call, before anything is loaded):
-        WeightMismatchError: a tensor is missing, extra, or of another shape or dtype than the manifest says.
+    All others are views of the payload: never write to them. Raises as `verify_fingerprint`, at the call, before
+    anything is loaded.
     """
     import torch
 
@@ -265,6 +259,6 @@ class WeightReceiver:
         return self._static[1] | self._get(handle.changed)
 
     def _get(self, reference: ray.ObjectRef[WeightPayload]) -> WeightPayload:
-        return RemoteCall("the learner", reference, "give its weights through Ray's object store").result(
-            self._timeout_s
-        )
+        task = "give its weights through Ray's object store"
+        call: RemoteCall[WeightPayload] = RemoteCall("the learner", reference, task)
+        return call.result(self._timeout_s)

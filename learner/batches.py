@@ -71,19 +71,12 @@ class BufferSource:
         """Of each trajectory of the newest draw, in published versions."""
 
     def seek(self, step: int, first_version: int) -> None:
-        """Go on with the draw of a stage that has done `step` steps, and whose rollouts started with `first_version`:
-        no older ones are drawn, since another stage made them.
-        """
+        """Go on with a stage that has done `step` steps, and whose rollouts started with `first_version`."""
         self._step = step
         self._first_version = first_version
 
     def draw(self, count: int) -> pa.RecordBatch:
-        """Wait for `count` trajectories.
-
-        Raises:
-            TimeoutError: the buffer could not give them in time; says what it holds, or which shard is silent.
-            StopRequestedError: the run is to stop. BufferLostError: a shard died and did not come back.
-        """
+        """Wait for `count` trajectories; StopRequestedError where the run is to stop. Raises as `BufferClient.draw`."""
         key = DrawKey(self._stage, self._step, self._source)
         request = DrawRequest(key, count, self._newest_version(), self._first_version)
         self._drawn = self._buffer.draw(request, self._timeout_s, self._check_stop)
@@ -95,10 +88,7 @@ class BufferSource:
         return drawn[0].batch if len(drawn) == 1 else pa.concat_batches([part.batch for part in drawn])
 
     def report_priorities(self, priorities: Float32) -> None:
-        """Tell the buffer how likely the rows of the newest draw are to be drawn again; returns without waiting.
-
-        priorities: [n] in the order of the draw.
-        """
+        """Tell the buffer how likely the rows of the newest draw are to be drawn again: [n], in their order."""
         self._buffer.update_priorities(self._drawn, priorities)
 
     def _check_stop(self) -> None:

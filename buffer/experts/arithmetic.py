@@ -85,11 +85,7 @@ def question_examples(settings: ArithmeticTaskSettings, tokenizer: PreTrainedTok
 
 
 def digit_candidates(settings: ArithmeticTaskSettings, tokenizer: PreTrainedTokenizerBase) -> NoiseCandidates:
-    """The digits of each base, equally likely.
-
-    Raises:
-        ValueError: the tokenizer has no token for a digit.
-    """
+    """The digits of each base, equally likely; ValueError where the tokenizer has no token for one."""
     bases = sorted(set(settings.bases))
     digits: list[int] = []
     for digit in DIGITS[: bases[-1]]:

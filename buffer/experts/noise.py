@@ -32,8 +32,8 @@ Float64 = npt.NDArray[np.float64]
 class NoiseCandidates:
     """What noise tokens are drawn from: one distribution over ids per group of examples (say, per number base).
 
-    token_ids: [C] ids of all groups, group after group. cumulative: [C] g + cumulative probability within
-    group g, so that one sorted search serves every group. group_offsets: [G+1].
+    token_ids: [C] ids of all groups, group after group. cumulative: [C] g + cumulative probability within group g, so
+    that one sorted search serves every group. group_offsets: [G+1].
     """
 
     token_ids: Int32
@@ -47,11 +47,7 @@ class NoiseCandidates:
 
     @classmethod
     def weighted(cls, groups: list[Int32], weights: list[Float64]) -> NoiseCandidates:
-        """Each group's ids with chances proportional to its weights.
-
-        Raises:
-            ValueError: a group has no id of positive weight.
-        """
+        """Each group's ids with chances proportional to its weights; ValueError where all of them are 0."""
         cumulative = []
         for index, (ids, weight) in enumerate(zip(groups, weights, strict=True)):
             if len(ids) != len(weight) or not weight.sum() > 0:

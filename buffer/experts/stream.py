@@ -100,9 +100,6 @@ class ExpertStream:
         candidates: what noise of kind `random` or `task` is drawn from.
         actor: who draws; with the task and the seed it makes the trajectory ids, so that each run of an actor
             process needs its own.
-
-    Raises:
-        ValueError: there are no examples, or the candidates do not go with the kind of noise.
     """
 
     def __init__(
@@ -153,7 +150,7 @@ class ExpertStream:
         return plan
 
     def realise(self, plan: NoisePlan, tokens: Int32) -> pa.RecordBatch:
-        """Expert trajectories of a plan with its noise tokens [K]; void ones are left out (buffer.experts.noise)."""
+        """Expert trajectories of a plan with its noise tokens [K]; void ones are left out."""
         contract, targets, count = self._contract, plan.targets, plan.targets.num_rows
         actions, realised = insert_noise(targets, plan.positions, tokens, contract.backspace_id, contract.eos_ids)
         serials = pa.array(np.arange(plan.serial, plan.serial + count)).cast(pa.string())
@@ -173,11 +170,7 @@ class ExpertStream:
         return pa.RecordBatch.from_pydict({**columns, **absent}, schema=self._schema)
 
     def draw(self, count: int) -> pa.RecordBatch:
-        """The next `count` expert trajectories.
-
-        Raises:
-            ValueError: the noise is the policy's, which only an actor can draw.
-        """
+        """The next `count` expert trajectories; ValueError where the noise is the policy's."""
         if self.needs_policy:
             raise ValueError("noise.kind=policy: the actors draw the tokens; use plan() and realise()")
         plan = self.plan(count)
@@ -190,19 +183,11 @@ class ExpertStream:
 
     def state(self) -> dict[str, int]:
         """Counters for `load_state`; goes into a checkpoint."""
-        return {
-            "examples": len(self._examples),
-            "rows": self._num_rows,
-            "choices": self._num_choices,
-            "tokens": self._num_tokens,
-        }
+        counters = {"rows": self._num_rows, "choices": self._num_choices, "tokens": self._num_tokens}
+        return {"examples": len(self._examples), **counters}
 
     def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on where `state` was taken from a stream with the same task, noise and seed.
-
-        Raises:
-            ValueError: the state is not one of such a stream.
-        """
+        """Go on where `state` was taken from a stream with the same task, noise and seed; ValueError if it was not."""
         own = self.state()
         if state.keys() != own.keys() or state["examples"] != own["examples"]:
             raise ValueError(

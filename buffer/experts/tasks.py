@@ -48,21 +48,13 @@ class Task:
         return token_contract(self.tokenizer, self.backspace_id, vocab_size, other_eos_ids)
 
     def expert_stream(self, noise: NoiseSettings, contract: TokenContract, seed: int) -> ExpertStream:
-        """Expert trajectories of the training examples.
-
-        Raises:
-            ValueError: the contract is of other tokens than the task's.
-        """
+        """Expert trajectories of the training examples; ValueError where the contract is of other tokens."""
         own = self.contract(contract.vocab_size, contract.other_eos_ids)
         if contract != own:
             raise ValueError(f"the run's contract {contract} is not that of the task's tokenizer, {own}")
+        candidates = {"task": self.task_noise, "random": self.random_noise}.get(noise.kind)
         return ExpertStream(
-            self.train,
-            task=self.name,
-            noise=noise,
-            contract=contract,
-            seed=seed,
-            candidates={"task": self.task_noise, "random": self.random_noise}.get(noise.kind),
+            self.train, task=self.name, noise=noise, contract=contract, seed=seed, candidates=candidates
         )
 
     def example_table(self) -> pa.Table:
@@ -79,11 +71,9 @@ def load_task(
 ) -> Task:
     """Load and tokenise a task.
 
-    Args:
-        settings: which task.
-        tokenizer: the model's; None makes a character tokenizer (for models trained from scratch).
-        backspace_id: the model's backspace action; not needed where the tokenizer has a `<backspace>` token.
-        max_length: longest text (prompt and target) the model can take, in tokens; None = not checked.
+    tokenizer: the model's; None makes a character tokenizer (for models trained from scratch). backspace_id: the
+    model's backspace action; not needed where the tokenizer has a `<backspace>` token. max_length: longest text (prompt
+    and target) the model can take, in tokens; None = not checked.
 
     Raises:
         ValueError: the settings cannot be met, or a text would not fit into `max_length`.

@@ -143,11 +143,7 @@ def _count_rows(file: Path, settings: TextTaskSettings) -> int:
 
 
 def split_documents(documents: Dataset, settings: TextTaskSettings) -> tuple[Dataset, Dataset]:
-    """(train, held-out) documents, chosen at random by the seed; at least one in each.
-
-    Raises:
-        ValueError: fewer than two documents.
-    """
+    """(train, held-out) documents, chosen at random by the seed; at least one in each, else a ValueError."""
     count = len(documents)
     if count < 2:
         raise ValueError(
@@ -179,11 +175,7 @@ def cut_examples(
 
 
 def unigram_candidates(examples: Dataset, tokenizer: PreTrainedTokenizerBase) -> NoiseCandidates:
-    """Ids as frequent as in the targets of `examples`, special tokens left out.
-
-    Raises:
-        ValueError: the targets hold nothing but special tokens.
-    """
+    """Ids as frequent as in the targets of `examples`, special tokens left out. ValueError where nothing is left."""
     counts = np.zeros(len(tokenizer), dtype=np.float64)
     for batch in examples.select_columns(["target_ids"]).with_format("arrow").iter(batch_size=10_000):
         counts += np.bincount(Ragged.from_arrow(batch.column("target_ids")).values, minlength=len(counts))
@@ -222,8 +214,7 @@ def _cut_batch(
     if num_special != texts.num_rows:
         raise ValueError(
             f"documents encode to <eos> ({eos_id}) or backspace ({backspace_id}) in the middle of the text "
-            f"{num_special - texts.num_rows} times; remove these from the text or choose "
-            "another backspace token"
+            f"{num_special - texts.num_rows} times; remove these from the text or choose another backspace token"
         )
     document, starts, sizes = _windows(texts, prompt_tokens, prompt_tokens + settings.target_tokens)
     prompts = texts.values[starts[:, None] + np.arange(prompt_tokens)]

@@ -22,9 +22,6 @@ def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:
 
     Encoding adds no special token, decoding gives the text back exactly. Encoding a character outside the
     alphabet raises: there is no unknown token that could hide it.
-
-    Raises:
-        ValueError: the alphabet is empty or holds something that is not one character.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -90,11 +87,7 @@ def token_contract(
 
 
 def backspace_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of `<backspace>` in a tokenizer made by `character_tokenizer`.
-
-    Raises:
-        ValueError: the tokenizer has no such token.
-    """
+    """The id of `<backspace>` in a tokenizer made by `character_tokenizer`; ValueError where it has none."""
     token_id: int | None = tokenizer.get_vocab().get(BACKSPACE)
     if token_id is None:
         raise ValueError(f"the tokenizer has no {BACKSPACE} token; pass the backspace id of the model")

@@ -37,8 +37,8 @@ class DrawLimits:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that must not be. shard: None where it concerns several; what: in words; names: ids of the trajectories
-    concerned, `row N` where nobody knows the id of a row."""
+    """Something that must not be. shard: None where it concerns several; names: ids of the trajectories concerned,
+    `row N` where nobody knows the id of a row."""
 
     shard: int | None
     what: str
@@ -136,12 +136,7 @@ _REMOVED = "SELECT shard, source, reason, count(*) FROM named WHERE event = 'rem
 
 
 def audit_buffer(buffer: Path, limits: DrawLimits, image: Callable[[Path], bytes] | None = None) -> AuditReport:
-    """Check all shards below `buffer`; a shard that cannot be read is a finding. image: see `read_shard`.
-
-    Raises:
-        ValueError: there is no shard, or another version of this program wrote it.
-        TimeoutError, OSError: see `read_shard`.
-    """
+    """Check all shards below `buffer`; a damaged one is a finding. Raises as `read_shard`, which `image` is for."""
     findings: list[Finding] = []
     shards: dict[int, ShardSnapshot] = {}
     for index, folder in shard_folders(buffer).items():

@@ -103,11 +103,7 @@ class BufferSnapshot:
 
 
 def shard_folders(buffer: Path) -> dict[int, Path]:
-    """The folders of the shards below the buffer folder of a run, by their number.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The folders of the shards below the buffer folder of a run, by their number; ValueError where there is none."""
     folders = present_shards(buffer)
     if not folders:
         raise ValueError(
@@ -118,12 +114,7 @@ def shard_folders(buffer: Path) -> dict[int, Path]:
 
 
 def read_buffer(buffer: Path, image: Callable[[Path], bytes] | None = None) -> BufferSnapshot:
-    """A snapshot of every shard below `buffer`, as two tables. image: asks the shard in a folder, see `read_shard`.
-
-    Raises:
-        ValueError: there is no shard, or another version of this program wrote it.
-        CorruptStoreError: a file is damaged. TimeoutError, OSError: see `read_shard`.
-    """
+    """A snapshot of every shard below `buffer`, as two tables. Raises as `read_shard`, which `image` is for."""
     shards = {index: read_shard(folder, image) for index, folder in shard_folders(buffer).items()}
     contracts = {shard.contract for shard in shards.values()}
     if len(contracts) > 1:

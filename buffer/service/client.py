@@ -1,8 +1,7 @@
 """The replay buffer of a run as the other processes use it: actors insert, the learner draws, the driver asks.
 
-Inserts are sent without waiting, in turn to the shards of the client, and answered while the caller works on. Inserts
-that no shard has answered yet are bounded, in number and in bytes: beyond that the caller waits, so neither its memory
-nor the object store nor a shard's queue grows when the buffer is slow.
+Inserts are sent without waiting, in turn to the shards of the client, and answered while the caller works on. Those
+that no shard has answered yet are bounded, in number and in bytes: beyond that the caller waits.
 
 A shard that died is restarted by Ray, which sends the unanswered calls again, each to the shard it was for: a
 trajectory that is stored there already counts as accepted, since its id is known. It is never sent to another shard,
@@ -116,11 +115,8 @@ class BufferClient:
     """
 
     def __init__(self, shards: Sequence[Shard], first: int = 0, max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT) -> None:
-        """Args:
-        shards: all of the buffer for draws; for inserts those to write to, all equally near.
-        first: which of them takes the first insert (modulo their number), so that actors begin with different ones.
-        max_bytes_in_flight: bytes that may be unanswered; a larger batch is sent alone.
-        """
+        """shards: all of the buffer for draws; for inserts those to write to. first: which of them takes the first
+        insert (modulo their number). max_bytes_in_flight: may be unanswered; a larger batch is sent alone."""
         self.shards = tuple(shards)
         self.accepted = 0
         self.rejected = 0
@@ -145,18 +141,15 @@ class BufferClient:
         """
         batch = compact(batch)
         self._heed_answers()
-        while self._inserts and (
-            self.bytes_in_flight + batch.nbytes > self._max_bytes_in_flight
-            or len(self._inserts) >= MAX_INSERTS_IN_FLIGHT
-        ):
+        free_bytes = self._max_bytes_in_flight - batch.nbytes
+        while self._inserts and (self.bytes_in_flight > free_bytes or len(self._inserts) >= MAX_INSERTS_IN_FLIGHT):
             self._finish(self._inserts[0])
         in_turn = [self.shards[(self._turn + offset) % len(self.shards)] for offset in range(len(self.shards))]
         # What is finished has to go somewhere, also where all have asked for a pause.
         shard = next((shard for shard in in_turn if shard.index not in self._demands), in_turn[0])
         self._turn += 1
-        call = RemoteCall[InsertReply](
-            shard.name, shard.handle.insert.remote(batch), f"take a batch of {batch.nbytes:,} bytes"
-        )
+        task = f"take a batch of {batch.nbytes:,} bytes"
+        call = RemoteCall[InsertReply](shard.name, shard.handle.insert.remote(batch), task)
         self._inserts.append(_Insert(shard, call, batch.nbytes))
 
     def held_back(self) -> bool:
@@ -181,7 +174,6 @@ class BufferClient:
             self._finish(insert)
 
     def _finish(self, insert: _Insert) -> None:
-        """Wait for an insert, and heed its answer."""
         reply = _result(insert.call)
         self._inserts.remove(insert)
         self.accepted += reply.accepted
@@ -190,9 +182,7 @@ class BufferClient:
             self._ask_for_demand(insert.shard)
 
     def _ask_for_demand(self, shard: Shard) -> None:
-        self._demands[shard.index] = RemoteCall(
-            shard.name, shard.handle.wait_for_demand.remote(timeout_s=DEMAND_POLL_S)
-        )
+        self._demands[shard.index] = RemoteCall(shard.name, shard.handle.wait_for_demand.remote(DEMAND_POLL_S))
 
     # For the learner
 
@@ -239,30 +229,20 @@ class BufferClient:
             drawing.cancel()
 
     async def _draw_when_told(self, request: DrawRequest, timeout_s: float) -> tuple[DrawResult | None, ...]:
-        """A shard may take calls in another order than they were sent in."""
-        while self._told:
+        while self._told:  # a shard may take calls in another order than they were sent in
             await self._told.pop().answer(ANSWER_TIMEOUT_S)
         return await draw_from_shards(self.shards, request, timeout_s)
 
     # For the driver
 
     def newest_version(self, timeout_s: float, while_waiting: Callable[[], None]) -> int:
-        """Newest policy version that a shard knows of, -1 before any; waits until all shards are open.
-
-        while_waiting: see `RemoteCall.result`.
-
-        Raises:
-            NoAnswerError: a shard did not open within `timeout_s`. ProcessLostError: it could not, or died.
-        """
+        """Newest policy version that a shard knows of, -1 before any; waits until all shards are open. Raises as
+        `RemoteCall.result`, of which `while_waiting` is."""
         calls = [RemoteCall[int](each.name, each.handle.newest_version.remote(), "open") for each in self.shards]
         return max(call.result(timeout_s, while_waiting) for call in calls)
 
     def status(self, timeout_s: float) -> BufferStatus:
-        """The status of every shard; None of each that does not answer within `timeout_s`.
-
-        Raises:
-            ProcessLostError: a shard died and does not come back.
-        """
+        """The status of every shard, None where it is silent. ProcessLostError where one is gone for good."""
         deadline = time.monotonic() + timeout_s
         calls = [RemoteCall[ShardStatus](shard.name, shard.handle.status.remote()) for shard in self.shards]
         return BufferStatus(tuple(_status(call, deadline) for call in calls))

@@ -28,8 +28,6 @@ READING = ("LIST_FLIGHTS", "GET_FLIGHT_INFO", "GET_SCHEMA", "DO_GET", "LIST_ACTI
 """Names of the methods that are served."""
 
 _UNKNOWN_SIZE = -1
-_AUTHORIZATION = "authorization"
-_SCHEME = "Bearer "
 
 
 class FlightEndpoint:
@@ -38,11 +36,7 @@ class FlightEndpoint:
     def __init__(
         self, folder: Path, contract: TokenContract, host: str, port: int, token: str, image: Callable[[], bytes]
     ) -> None:
-        """Begin to listen. port: 0 = any that is free. image: of the catalog, see `buffer.reading.snapshot.read_shard`.
-
-        Raises:
-            ValueError: the address cannot be listened on.
-        """
+        """Begin to listen, or ValueError. port: 0 = any that is free. image: of the catalog, see `read_shard`."""
         assert token, "an endpoint without a token would be open to everybody"
         try:
             self._server = _Server(folder, stored_schema(contract), f"grpc+tcp://{host}:{port}", token, image)
@@ -106,11 +100,11 @@ class _TokenCheck(flight.ServerMiddlewareFactory):  # type: ignore[misc]  # pyar
     """Lets no call pass without the token, and none that does not read."""
 
     def __init__(self, token: str) -> None:
-        self._expected = (_SCHEME + token).encode()
+        self._expected = f"Bearer {token}".encode()
 
     def start_call(self, info: flight.CallInfo, headers: Mapping[str, Sequence[str | bytes]]) -> None:
         """Called before every call is looked at."""
-        sent = [value for name, values in headers.items() if name.lower() == _AUTHORIZATION for value in values]
+        sent = [value for name, values in headers.items() if name.lower() == "authorization" for value in values]
         given = [value.encode() if isinstance(value, str) else value for value in sent]
         if len(given) != 1 or not hmac.compare_digest(given[0], self._expected):
             raise flight.FlightUnauthenticatedError("the header `authorization: Bearer TOKEN` is missing or wrong")

@@ -92,11 +92,8 @@ class ReplayBufferService:
             self._flight = FlightEndpoint(Path(folder), contract, host, port, flight_token, self._store.catalog_image)
 
     async def insert(self, batch: pa.RecordBatch) -> InsertReply:
-        """Store a batch; on return the accepted rows are in the segment file.
-
-        Raises:
-            ValueError: the batch as a whole does not fit. OSError: the disk refused.
-        """
+        """Store a batch; on return the accepted rows are in the segment file. ValueError where it does not fit as a
+        whole, OSError where the disk refuses, here and below."""
         self._upkeep.ensure()
         result = self._store.insert(batch)
         if result.rejections:
@@ -111,11 +108,7 @@ class ReplayBufferService:
 
     async def offer(self, request: DrawRequest) -> Offer:
         """What this shard can give to a draw, of which other shards may give a part. Drops rows that are too stale for
-        it.
-
-        Raises:
-            ValueError: the draw can never be served, or had another size before. OSError: the disk refused.
-        """
+        it. ValueError where the draw can never be served, or had another size before."""
         self._upkeep.ensure()
         key, store = request.key, self._store
         capacity = self._settings.capacity * self._settings.shards
@@ -136,11 +129,7 @@ class ReplayBufferService:
 
     async def take(self, request: DrawRequest, part: int) -> DrawResult | None:
         """This shard's part of a draw: what it has logged for it, and as many more as `part` asks for. None where it
-        cannot give so many, against its offer.
-
-        Raises:
-            ValueError: the draw had another size before. OSError: the disk refused.
-        """
+        cannot give so many, against its offer. ValueError where the draw had another size before."""
         self._upkeep.ensure()
         key, store = request.key, self._store
         store.begin_stage(request.first_version)
@@ -173,11 +162,7 @@ class ReplayBufferService:
         self._store.update_priorities(rows, priorities)
 
     async def checkpointed(self, stage: str, step: int) -> None:
-        """The learner has a durable checkpoint of `stage` after `step` steps: it will repeat no draw before it.
-
-        Raises:
-            OSError: the disk refused.
-        """
+        """The learner has a durable checkpoint of `stage` after `step` steps: it will repeat no draw before it."""
         self._store.checkpointed(stage, step)
 
     async def newest_version(self) -> int:
@@ -185,8 +170,7 @@ class ReplayBufferService:
         return self._store.newest_version
 
     async def catalog_image(self) -> bytes:
-        """The shard's catalog of now as a database of its own, for readers on other hosts than this one's; see
-        `ReplayStore.catalog_image`."""
+        """The shard's catalog of now, for readers on other hosts; see `ReplayStore.catalog_image`."""
         return self._store.catalog_image()
 
     async def status(self) -> ShardStatus:
@@ -259,9 +243,10 @@ class ShardUpkeep:
     def __init__(self, store: ReplayStore, settings: BufferSettings, interval_s: float = UPKEEP_INTERVAL_S) -> None:
         """interval_s: between two looks at what is to be done."""
         self._store = store
-        self._loops = [(interval_s, self._tidy)]
+        self._loops: list[tuple[float, Callable[[], Awaitable[None]]]] = [(interval_s, self._tidy)]
         if settings.fsync == "interval":
-            self._loops.append((settings.fsync_interval_s or DEFAULT_SYNC_INTERVAL_S, self._sync))
+            interval_s = settings.fsync_interval_s or DEFAULT_SYNC_INTERVAL_S
+            self._loops.append((interval_s, lambda: asyncio.to_thread(store.prepare_sync())))
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -289,9 +274,6 @@ class ShardUpkeep:
                 await asyncio.wait_for(self._stopping.wait(), interval_s)
                 return
             await work()
-
-    async def _sync(self) -> None:
-        await asyncio.to_thread(self._store.prepare_sync())
 
     async def _tidy(self) -> None:
         try:

@@ -91,11 +91,7 @@ class TokenContract:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> TokenContract:
-        """Read the contract back from a schema's metadata.
-
-        Raises:
-            ValueError: the metadata is absent, incomplete, malformed, or of another schema version.
-        """
+        """Read the contract back; ValueError where the metadata is absent, malformed, or of another schema version."""
         metadata = metadata or {}
         version = metadata.get(b"schema_version", b"none").decode()
         if version != str(SCHEMA_VERSION):

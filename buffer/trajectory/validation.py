@@ -11,6 +11,7 @@ nulls, a smallest and a largest value) and looks for rows only if the answer is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +26,7 @@ from buffer.trajectory.schema import FINISH_REASONS, SOURCES, TokenContract, tra
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Elements = npt.NDArray[np.float32 | np.int32]
 
 LOGPROB_SLACK = 1e-3
 """nats above 0 that rounding may leave in a log-probability."""
@@ -43,6 +45,15 @@ _SOURCES = pc.SetLookupOptions(value_set=pa.array(SOURCES))
 _FINISH_REASONS = pc.SetLookupOptions(value_set=pa.array(FINISH_REASONS))
 _POLICY, _EOS = SOURCES.index("policy"), FINISH_REASONS.index("eos")
 _ALL_POLICY = pa.repeat("policy", 1024)
+_VALUES: tuple[tuple[str, Callable[[Elements], Bool], str], ...] = (
+    (
+        "logprobs",
+        lambda values: ~((values <= LOGPROB_SLACK) & (values > -np.inf)),
+        "a value that is no finite log-probability",
+    ),
+    ("policy_version", lambda values: values < 0, "a negative version"),
+    ("features", lambda values: ~np.isfinite(values), "a value that is not finite"),
+)
 _LATEST_US = 253_402_300_799_999_999  # the end of the year 9999, beyond which Python has no dates
 
 
@@ -272,18 +283,10 @@ def _check_values(columns: _Columns, rows: Int64, contract: TokenContract, findi
     by_name, lists = columns.by_name, columns.lists
     for name in ("prompt_ids", "actions", "realised"):
         _check_ids(name, lists[name], rows, contract, findings)
-    values = lists["logprobs"].elements.to_numpy()
-    if len(values) and not (values.min() > -np.inf and values.max() <= LOGPROB_SLACK):  # a NaN fails both
-        wrong = ~(np.isfinite(values) & (values <= LOGPROB_SLACK))
-        owners = lists["logprobs"].owners(wrong)
-        findings.refuse_rows(rows[owners], "logprobs holds a value that is no finite log-probability")
-    values = lists["policy_version"].elements.to_numpy()
-    if len(values) and values.min() < 0:
-        owners = lists["policy_version"].owners(values < 0)
-        findings.refuse_rows(rows[owners], "policy_version holds a negative version")
-    values = lists["features"].elements.to_numpy()
-    if len(values) and not (finite := np.isfinite(values)).all():
-        findings.refuse_rows(rows[lists["features"].owners(~finite)], "features holds a value that is not finite")
+    for name, are_wrong, reason in _VALUES:
+        values = lists[name].elements.to_numpy()
+        if len(values) and (wrong := are_wrong(values)).any():
+            findings.refuse_rows(rows[lists[name].owners(wrong)], f"{name} holds {reason}")
     sampling = by_name["sampling"]
     for name, column in (
         ("reward", by_name["reward"]),
@@ -295,9 +298,8 @@ def _check_values(columns: _Columns, rows: Int64, contract: TokenContract, findi
             if not (finite := np.isfinite(values)).all():
                 findings.refuse_rows(rows[~finite], f"{name} is not finite")
     created_us = by_name["created_at"].view(pa.int64()).to_numpy()
-    if len(created_us) and (created_us.min() < 0 or created_us.max() > _LATEST_US):
-        outside = (created_us < 0) | (created_us > _LATEST_US)
-        findings.refuse_rows(rows[outside], "created_at lies outside of the years 1970 to 9999")
+    outside = (created_us < 0) | (created_us > _LATEST_US)
+    findings.refuse_rows(rows[outside], "created_at lies outside of the years 1970 to 9999")
     _check_replay(columns, rows, contract, findings)
 
 
@@ -343,9 +345,8 @@ def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findi
         findings.refuse_rows(rows[log[~is_last]], "an action follows <eos>")
         ends[log[is_last]] = True
     says = columns.finishes == _EOS
-    if (ends != says).any():
-        findings.refuse_rows(rows[says & ~ends], "finish_reason is eos, but the last action is not <eos>")
-        findings.refuse_rows(rows[ends & ~says], "the last action is <eos>, but finish_reason is not eos")
+    findings.refuse_rows(rows[says & ~ends], "finish_reason is eos, but the last action is not <eos>")
+    findings.refuse_rows(rows[ends & ~says], "the last action is <eos>, but finish_reason is not eos")
 
     if len(backspaces := np.flatnonzero(realised == contract.backspace_id)):
         # After t actions, k of them backspaces, the text is t - 2k tokens long: none is left to take back if t <= 2k.
@@ -354,9 +355,8 @@ def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findi
         firsts = np.searchsorted(backspaces, actions.offsets)
         floors = np.repeat(actions.offsets[:-1] - 2 * firsts[:-1], np.diff(firsts))
         at_floor = backspaces - 2 * np.arange(len(backspaces)) <= floors
-        if at_floor.any():
-            log = np.searchsorted(actions.offsets, backspaces[at_floor], side="right") - 1
-            findings.refuse_rows(rows[log], "takes a token back at the floor (the end of its prompt)")
+        log = np.searchsorted(actions.offsets, backspaces[at_floor], side="right") - 1
+        findings.refuse_rows(rows[log], "takes a token back at the floor (the end of its prompt)")
         sampling = columns.by_name["sampling"]
         if sampling.field("floor_mask").false_count:  # also of what stands under a null
             never_offered = ~_mask(pc.struct_field(sampling, "floor_mask").fill_null(True))
@@ -369,18 +369,15 @@ def _longest_text_bytes(column: pa.StringArray) -> int:
     if not len(column):
         return 0
     bounds = np.frombuffer(column.buffers()[1], np.int32, len(column) + 1, 4 * column.offset)
-    longest: int = (bounds[1:] - bounds[:-1]).max()
-    return longest
+    return int((bounds[1:] - bounds[:-1]).max())
 
 
 def _mask(mask: pa.Array) -> Bool:
     """[n] as numpy; null counts as False."""
-    values: Bool = (mask.fill_null(False) if mask.null_count else mask).to_numpy(zero_copy_only=False)
-    return values
+    return np.asarray((mask.fill_null(False) if mask.null_count else mask).to_numpy(zero_copy_only=False))
 
 
 def _codes(column: pa.StringArray, allowed: pc.SetLookupOptions) -> Int32:
     """[n] index of each text in the set `allowed`, -1 where it is none of them."""
     codes = pc.call_function("index_in", [column], allowed)
-    values: Int32 = (codes.fill_null(-1) if codes.null_count else codes).to_numpy()
-    return values
+    return np.asarray((codes.fill_null(-1) if codes.null_count else codes).to_numpy())
