@@ -138,9 +138,8 @@ class RolloutActor:
         self._sampling = SamplingSettings(**spec.settings.rollout.model_dump())
         self._commands = threading.Condition()  # guards what the control methods set for `run`
         self._newest: tuple[WeightManifest, WeightHandle] | None = None
-        self._paused = False
+        self._paused = self._draining = False
         self._first_version = 0
-        self._draining = False
         self._fingerprint: str | None = None
         self._finished: list[FinishedLog] = []
         self._buffer = BufferClient(nearest(shards, ray.get_runtime_context().get_node_id()), first=number)

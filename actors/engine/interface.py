@@ -55,15 +55,6 @@ class EngineSettings:
     block_size: int = 32
     enable_prefix_caching: bool = True
 
-    def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise ValueError("max_length must be at least 2: one prompt token and one generated token")
-        if self.max_batched_tokens is not None and self.max_batched_tokens < self.actors.max_concurrent:
-            raise ValueError(
-                f"max_batched_tokens={self.max_batched_tokens} must be at least max_concurrent="
-                f"{self.actors.max_concurrent}: every running request needs a token of each step's budget"
-            )
-
     @property
     def kv_cache_bytes(self) -> int:
         """Memory of the key-value cache, allocated at the start."""

@@ -27,7 +27,6 @@ class BackspaceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM s
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self._device = device
         self._ids_without_token: IdRanges = vllm_config.additional_config.get(IDS_WITHOUT_TOKEN, ())
         # Row of the batch -> (state, generated text). The list is the runner's own: already cut when apply()
         # runs.

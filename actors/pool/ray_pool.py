@@ -61,8 +61,7 @@ class ActorPool:
         self._nodes: Sequence[str] = ()
         self._processes: dict[str, _Process] = {}
         self._newest: tuple[WeightManifest, WeightHandle] | None = None
-        self._paused = False
-        self._first_version = 0
+        self._paused, self._first_version = False, 0
         self._controller = PoolController(desired, spec.settings, self)
         self._stopping = False
         self._supervisor: asyncio.Task[None] | None = None
@@ -88,12 +87,11 @@ class ActorPool:
 
     async def pause(self) -> None:
         """No new rollouts until `resume`: a stage that needs none leaves the cores to the learner."""
-        self._set_paused(True)
+        self._set_paused(True, self._first_version)
 
     async def resume(self, first_version: int) -> None:
         """Rollouts again, with weights of `first_version` (those the stage starts with) or newer."""
-        self._first_version = first_version
-        self._set_paused(False)
+        self._set_paused(False, first_version)
 
     async def status(self) -> PoolStatus:
         """Counts and the last known status of every actor."""
@@ -173,10 +171,10 @@ class ActorPool:
     def _newest_version(self) -> int:
         return -1 if self._newest is None else self._newest[0].version
 
-    def _set_paused(self, paused: bool) -> None:
-        self._paused = paused
+    def _set_paused(self, paused: bool, first_version: int) -> None:
+        self._paused, self._first_version = paused, first_version
         for actor in self._staying():
-            _control(actor.set_paused, paused, self._first_version)
+            _control(actor.set_paused, paused, first_version)
 
     def _staying(self) -> Iterator[ActorHandle]:
         return (each.actor for each in self._processes.values() if each.run is not None and not each.leaving)
