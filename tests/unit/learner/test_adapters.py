@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
@@ -17,10 +17,7 @@ from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters
 from learner.model.policy import load_policy
 from learner.publication import publication_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
-from learner.settings.stages import OptimizerSettings
 from learner.state_tree.policy import TreePolicy
-from learner.state_tree.vocabulary import chunked_values
-from learner.trainer import make_optimizer
 from tests.checkpoints import progress_at
 from tests.tiny_models import BACKSPACE_ID, tiny_model
 from tests.unit.learner.test_model import saved, word_tokenizer
@@ -80,15 +77,6 @@ def test_at_first_adapters_change_nothing_and_the_rest_is_frozen(kind, tied):
     assert torch.equal(torch.get_rng_state(), after_a_model_alone), "the global generator moved"
 
 
-def test_the_unembedding_gets_a_matrix_of_its_own():
-    model = adapted(tied=True)
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    assert head is not embedding
-    assert head.data_ptr() != embedding.data_ptr()
-    assert (head.requires_grad, embedding.requires_grad) == (True, False)
-    assert model.config.tie_word_embeddings is False
-
-
 def test_the_unembedding_can_stay_frozen_and_tied():
     model = adapted(tied=True, train_unembedding=False)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -99,11 +87,6 @@ def test_the_unembedding_can_stay_frozen_and_tied():
     torch.testing.assert_close(
         logits(plain_model_of(publication_tensors(model), model)), logits(model), atol=1e-5, rtol=0
     )
-
-
-def test_chosen_layers_only():
-    model = adapted(target_modules=("q_proj", "v_proj"))
-    assert {name.rsplit(".", 1)[1] for name, _ in adapted_layers(model)} == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -132,22 +115,6 @@ def test_published_tensors_are_those_of_the_merged_model(kind, tied):
     assert logits(model).sub(logits(tiny_model(kind, tied=tied))).abs().max() > 0.1, "nothing was trained"
     logprobs, expected = (TreePolicy(m, BACKSPACE_ID).sequence_logprobs(PROBE) for m in (model, merged))
     assert abs(logprobs - expected).max() < 1e-5
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_merging_agrees_with_peft(kind):
-    model = train_a_little(adapted(kind))
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", fan_in_fan_out=kind == "gpt2")
-    config.modules_to_save = ["lm_head"]
-    peft_model = get_peft_model(tiny_model(kind), config)
-    own = {f"{name.removesuffix('.weight')}.default.weight": tensor for name, tensor in adapter_tensors(model).items()}
-    head = own.pop("base_model.model.lm_head.default.weight")
-    own["base_model.model.lm_head.modules_to_save.default.weight"] = head
-    _, unexpected = peft_model.load_state_dict(own, strict=False)
-    assert not unexpected
-    theirs = peft_model.merge_and_unload().state_dict()
-    for name, tensor in publication_tensors(model):
-        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-6)
 
 
 def test_a_bfloat16_base_is_rounded_once():
@@ -184,24 +151,6 @@ def test_tied_tensors_are_published_once():
     ]
     names = [name for name, _ in publication_tensors(tiny_model(tied=False))]
     assert names[-1] == "lm_head.weight"
-
-
-def test_training_moves_adapters_and_unembedding_only():
-    model = adapted(tied=True)
-    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-    moving = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(model, OptimizerSettings(learning_rate=1e-2))
-    for _ in range(2):  # A moves in the second step only, since B = 0 in the first
-        optimizer.zero_grad()
-        hidden = model.base_model(torch.tensor([PROBE])).last_hidden_state[0]
-        rows = torch.arange(len(PROBE))
-        weight = model.get_output_embeddings().weight
-        v_floor, _, q, _ = chunked_values(hidden, weight, rows, rows + 30, backspace_id=BACKSPACE_ID)
-        (v_floor - q).sum().backward()
-        optimizer.step()
-    after = dict(model.named_parameters())
-    assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
-    assert not any(torch.equal(after[name], tensor) for name, tensor in moving.items())
 
 
 def write(folder: Path, model: PreTrainedModel) -> Path:

@@ -116,18 +116,6 @@ def test_a_pretrained_model_takes_back_about_as_often_as_it_is_shown(
     assert (changed, rows) == ("lm_head.weight", [loaded.backspace_id])
 
 
-def test_what_a_fit_says_of_itself() -> None:
-    found = evidence(num_states=4, level=0.0)
-    hidden = torch.zeros(4, HIDDEN, dtype=torch.float64)
-    hidden[:, 0] = torch.tensor([0.9, 0.7, 0.2, 0.4]).logit()
-    found = BackspaceEvidence(
-        hidden, torch.zeros(4), torch.tensor([1.0, 1, 0, 0]).double(), found.mean, found.deviation
-    )
-    after_mistake, after_right, nats = found.odds(torch.eye(HIDDEN, dtype=torch.float64)[0])
-    assert (after_mistake, after_right) == pytest.approx((0.8, 0.3))
-    assert nats == pytest.approx(-math.log(0.9 * 0.7 * 0.8 * 0.6) / 4)
-
-
 def test_own_mistakes_are_what_the_model_would_write(pretrained: PretrainedModelSettings) -> None:
     """Of a model that is all but certain everywhere; in several micro-batches that share prompts."""
     loaded = load_policy(pretrained)

@@ -18,6 +18,7 @@ from learner.checkpoints.store import LocalCheckpoints, check_contract, read_pro
 from learner.model.policy import load_policy
 from learner.settings.model import ScratchModelSettings
 from tests.checkpoints import CONTRACT, progress_at, save_checkpoint
+from tests.training import assert_bit_identical, weights_of
 
 TOKENIZER = character_tokenizer("0123456789")
 PROGRESS = progress_at(7, metrics={"loss": 0.5})
@@ -44,22 +45,12 @@ def save(model, tmp_path):
     return save_step
 
 
-def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-
-
 def test_a_checkpoint_is_a_hugging_face_model_with_its_tokenizer(save, model):
     path = save(7)
     assert path.name == "step-000007"
     loaded = AutoModelForCausalLM.from_pretrained(path)
     assert loaded.config.backspace_token_id == model.config.backspace_token_id
-    assert_equal(loaded.state_dict(), model.state_dict())
+    assert_bit_identical(loaded.state_dict(), model.state_dict())
     assert AutoTokenizer.from_pretrained(path).get_vocab() == TOKENIZER.get_vocab()
     card = (path / "README.md").read_text(encoding="utf-8")
     assert "| stage | `trunk`, step 7 of 40 |" in card
@@ -117,7 +108,7 @@ def test_weights_are_loaded_in_place(tmp_path, changes):
     memory = {name: tensor.data_ptr() for name, tensor in target.state_dict().items()}
     parameters = list(target.parameters())
     load_weights(target, path)
-    assert_equal(target.state_dict(), source.state_dict())
+    assert_bit_identical(target.state_dict(), source.state_dict())
     assert {name: tensor.data_ptr() for name, tensor in target.state_dict().items()} == memory
     assert all(a is b for a, b in zip(target.parameters(), parameters, strict=True))  # an optimizer holds them
 
@@ -127,7 +118,7 @@ def test_shards_are_put_together(tmp_path):
     source.save_pretrained(tmp_path, max_shard_size="3KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     load_weights(target, tmp_path)
-    assert_equal(target.state_dict(), source.state_dict())
+    assert_bit_identical(target.state_dict(), source.state_dict())
 
 
 def rewrite(path: Path, change) -> None:
@@ -160,7 +151,7 @@ def test_weights_that_do_not_fit_are_refused_before_any_is_loaded(save, change, 
     before = weights_of(target)
     with pytest.raises(ValueError, match=rf"(?s)step-000007 does not fit the model: .*{message}"):
         load_weights(target, path)
-    assert_equal(target.state_dict(), before)
+    assert_bit_identical(target.state_dict(), before)
 
 
 def test_tied_weights_may_be_stored_twice_if_they_agree(save, model):
@@ -168,25 +159,7 @@ def test_tied_weights_may_be_stored_twice_if_they_agree(save, model):
     rewrite(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     target = make_model(seed=2)
     load_weights(target, path)
-    assert_equal(target.state_dict(), model.state_dict())
-
-
-def test_a_tied_checkpoint_does_not_fit_an_untied_model(save):
-    with pytest.raises(ValueError, match=r"missing \['lm_head.weight'\]"):
-        load_weights(make_model(tie_embeddings=False), save(7))
-
-
-def test_an_untied_checkpoint_does_not_fit_a_tied_model(tmp_path):
-    path = save_checkpoint(tmp_path, make_model(tie_embeddings=False), TOKENIZER, PROGRESS, STATE)
-    with pytest.raises(ValueError, match="the model ties them"):
-        load_weights(make_model(), path)
-
-
-def test_progress_is_readable_json(save):
-    found = json.loads((save(7) / "progress.json").read_text(encoding="utf-8"))
-    assert found["expert_stream"] == {"epoch": 1, "rows": 9}
-    assert found["metrics"] == {"loss": 0.5}
-    assert found["contract"]["backspace_id"] == CONTRACT.backspace_id
+    assert_bit_identical(target.state_dict(), model.state_dict())
 
 
 def test_tokens_that_mean_something_else_are_refused():
@@ -214,7 +187,7 @@ def test_a_snapshot_shares_nothing_with_what_goes_on(tmp_path, changes):
     torch.rand(1)
     model.config.backspace_token_id = 99
     snapshot.write(tmp_path)
-    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path).state_dict(), before)
+    assert_bit_identical(AutoModelForCausalLM.from_pretrained(tmp_path).state_dict(), before)
     assert json.loads((tmp_path / "config.json").read_text())["backspace_token_id"] != 99
     read = read_training_state(tmp_path)
     assert torch.equal(read["optimizer"]["state"][0]["exp_avg"], moment)

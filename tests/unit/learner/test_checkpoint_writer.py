@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from buffer.experts.tokenizer import character_tokenizer
 from learner.checkpoints.store import PROGRESS_FILE, LocalCheckpoints, Progress
 from learner.checkpoints.writer import CheckpointWriteError, CheckpointWriter, StageCheckpoints
-from learner.model.policy import load_policy
 from learner.ranks import Ranks
-from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import LearnerSettings
 from tests.checkpoints import progress_at
+from tests.unit.learner.test_checkpoint import TOKENIZER, make_model
 
 WAIT_S = 20.0
 
@@ -148,11 +146,8 @@ def test_an_error_of_the_stage_is_not_hidden_by_one_of_its_checkpoint(tmp_path):
 @pytest.fixture
 def stage(tmp_path) -> Callable[[], StageCheckpoints]:
     """Opens the checkpoints of a stage of a small model, as one process after the other does."""
-    tokenizer = character_tokenizer("0123456789")
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16, "max_positions": 16}
-    model = load_policy(ScratchModelSettings(**sizes), tokenizer).model
     settings = LearnerSettings(checkpoint_best_metric="loss", keep_checkpoints=9)
-    arguments = (LocalCheckpoints(tmp_path), settings, progress_at(0), model, tokenizer, lambda _: None)
+    arguments = (LocalCheckpoints(tmp_path), settings, progress_at(0), make_model(), TOKENIZER, lambda _: None)
     return lambda: StageCheckpoints(Ranks(), *arguments)
 
 

@@ -32,7 +32,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from learner.model.backspace_row import initialise_backspace_row
 from learner.model.loading import check_supported
 from learner.model.policy import load_policy
 from learner.settings.model import PretrainedModelSettings, ScratchModelSettings
@@ -202,16 +201,6 @@ def test_no_room_for_backspace(tmp_path):
         load_policy(PretrainedModelSettings(name=name, backspace_token="<eos>"))
     with pytest.raises(ValueError, match="brings its own tokenizer"):
         load_policy(PretrainedModelSettings(name=name), word_tokenizer())
-
-
-def test_the_row_is_seeded():
-    rows = []
-    for seed in (0, 0, 1):
-        model = load_policy(scratch(tie_embeddings=False), word_tokenizer("<backspace>")).model
-        initialise_backspace_row(model, 3, seed)
-        rows.append(model.get_output_embeddings().weight[3].detach().clone())
-    assert torch.equal(rows[0], rows[1])
-    assert not torch.equal(rows[0], rows[2])
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,3 @@ def test_only_matrices_decay_and_each_parameter_is_held_once(kind, tied):
     for name, parameter in model.named_parameters():
         decays = parameter is not frozen and parameter.dim() > 1
         torch.testing.assert_close(parameter.detach(), before[name] * (0.95 if decays else 1.0), msg=name)
-
-
-def test_settings_reach_the_optimizer():
-    optimizer = make_optimizer(tiny_model(), OptimizerSettings(learning_rate=0.3, betas=(0.5, 0.6), eps=1e-3))
-    for group in optimizer.param_groups:
-        assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.5, 0.6), 1e-3)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from launch.settings.run import RunSettings
 from learner.batches import build_micro_batches
 from learner.checkpoints.checkpoint import TRAINED_FOLDER, WEIGHTS_FILE, load_weights, read_training_state
-from learner.model.loading import checkpoint_activations
 from learner.model.policy import load_policy
 from learner.objectives.adversarial_js import Discriminator
 from learner.publication import publication_tensors
@@ -159,18 +158,6 @@ def test_a_checkpoint_goes_on_exactly_and_is_read_rounded(task, pretrained, tmp_
 def test_a_model_in_float32_has_no_second_copy_in_its_checkpoint(task, tmp_path):
     folder = save_checkpoint(tmp_path, make_model(task), task.tokenizer, progress_at(1), {})
     assert not (folder / TRAINED_FOLDER).exists()
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_recomputed_activations_give_the_same_gradients(task, pretrained, kind):
-    gradients = []
-    for recomputed in (False, True):
-        model = load(pretrained[kind])
-        if recomputed:
-            checkpoint_activations(model)
-        make_trainer(task, model, make_stage(CLONING, optimizer=SMALL_STEPS)).train_step()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert_bit_identical(*gradients)
 
 
 def test_a_discriminator_with_a_body_of_its_own_is_trained_in_float32(task, pretrained):

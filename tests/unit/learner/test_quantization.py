@@ -61,12 +61,6 @@ def test_published_tensors_are_those_that_the_model_computes_with(targets):
 
 
 @needs_bitsandbytes
-def test_bfloat16_comes_back_as_bfloat16():
-    published = publication_tensors(quantised(dtype=torch.bfloat16))
-    assert {tensor.dtype for _, tensor in published} == {torch.bfloat16}
-
-
-@needs_bitsandbytes
 def test_a_look_without_gradients_does_not_change_the_layers():
     """bitsandbytes repacks weights for CPUs on the first such pass, with rounding and without a backward pass."""
     model = quantised()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,13 +67,6 @@ def test_metrics_describe_the_step(task):
     assert trainer.train_step()["learning_rate"] == pytest.approx(5e-3 * 2 / 3)
 
 
-def test_a_stage_is_finished_after_its_steps(task):
-    trainer = make_trainer(task, make_model(task), make_stage(CLONING, steps=2))
-    assert (trainer.step, trainer.finished) == (0, False)
-    train(trainer, 2)
-    assert (trainer.step, trainer.finished) == (2, True)
-
-
 def test_gradients_are_clipped_to_the_norm(task):
     """Seen in the gradients themselves: Adam's first step is the same at every scale."""
     model = make_model(task)
@@ -83,17 +75,6 @@ def test_gradients_are_clipped_to_the_norm(task):
     left = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]))
     assert metrics["gradient_norm"] > 0.1  # as it was before
     assert float(left) == pytest.approx(1e-3, rel=1e-2)
-
-
-@pytest.mark.parametrize("objective", [CLONING, MATCHING], ids=lambda o: str(o["name"]))
-def test_the_same_seed_gives_the_same_weights_bit_for_bit(task, objective):
-    ends, losses = [], []
-    for _ in range(2):
-        model = make_model(task, seed=3)
-        losses.append([row["loss"] for row in train(make_trainer(task, model, make_stage(objective)), 6)])
-        ends.append(weights_of(model))
-    assert losses[0] == losses[1]
-    assert_bit_identical(*ends)
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 7])
@@ -235,17 +216,6 @@ def test_a_loss_or_gradient_that_is_not_finite_leaves_everything_as_it_was(task,
     assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
 
 
-def test_logits_that_overflow_the_penalty_are_noticed(task):
-    """The same without a stand-in: weights so large that the squared residual has no float32."""
-    model = make_model(task, tie_embeddings=False)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1e25)
-    before = weights_of(model)
-    with pytest.raises(FloatingPointError, match="step 0: loss inf"):
-        make_trainer(task, model, make_stage(MATCHING)).train_step()
-    assert_bit_identical(weights_of(model), before)
-
-
 def test_trajectories_without_a_finite_loss_are_named(task):
     """A token whose embedding is not a number spoils every log of its pass; only those that hold it are named."""
     model, rollouts = make_model(task, tie_embeddings=False), HandMadeRollouts(task, answers=("12<3", "7", "45<<6"))
@@ -312,40 +282,3 @@ def test_rollouts_reach_an_objective_that_needs_them(task):
     assert metrics["loss"] == pytest.approx(float(expected))
     assert metrics["penalty_model"] > 0
     assert rollouts.counts == [5]
-
-
-def test_other_rollouts_give_another_gradient(task):
-    norms = set()
-    for answers in (("12<3", "7"), ("9999<<<<9", "1")):
-        rollouts = HandMadeRollouts(task, answers)
-        metrics = make_trainer(task, make_model(task), make_stage(MATCHING), rollouts=rollouts).train_step()
-        norms.add(metrics["gradient_norm"])
-    assert len(norms) == 2
-
-
-@pytest.mark.parametrize(("objective", "given"), [(CLONING, True), (MATCHING, False)])
-def test_rollouts_are_given_exactly_where_they_are_needed(task, objective, given):
-    stage = make_stage(objective)
-    rollouts = HandMadeRollouts(task) if given else None
-    policy = TreePolicy(make_model(task), task.backspace_id)
-    with pytest.raises(AssertionError):
-        Trainer(policy, make_objective(stage.objective), stage, make_trees(task), make_stream(task), rollouts)
-
-
-def test_a_frozen_part_stays_as_it_is(task):
-    model = make_model(task, tie_embeddings=False)
-    model.get_input_embeddings().weight.requires_grad_(False)
-    before = weights_of(model)
-    train(make_trainer(task, model, make_stage(CLONING)), 2)
-    assert torch.equal(model.get_input_embeddings().weight, before["model.embed_tokens.weight"])
-    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
-
-
-def test_the_state_is_made_of_plain_things(task, tmp_path):
-    """So that a checkpoint is read without pickle."""
-    trainer = make_trainer(task, make_model(task), make_stage(CLONING))
-    train(trainer, 1)
-    torch.save(trainer.state(), Path(tmp_path) / "state.pt")
-    state = torch.load(Path(tmp_path) / "state.pt", weights_only=True)
-    assert state.keys() == {"step", "optimizer", "learning_rate", "random_state", "objective"}
-    assert len(state["optimizer"]["state"]) == len(list(trainer._policy.parameters()))

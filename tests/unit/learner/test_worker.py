@@ -1,4 +1,6 @@
-"""A stage whose training diverges ends with an error that names why, and with the weights of its last good step."""
+"""A stage goes on from its checkpoint, with more steps or not at all; one that diverges ends with an error that names
+why, and with the weights of its last good step.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import pytest
 
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
 from learner.checkpoints.checkpoint import read_training_state
-from learner.checkpoints.store import read_progress
-from learner.messages import LearnerSpec
+from learner.checkpoints.store import PROGRESS_FILE, read_progress
+from learner.messages import LearnerSpec, StageResult
 from learner.settings.model import ScratchModelSettings
 from learner.settings.stages import LearnerSettings, StageSettings
 from learner.worker import LearnerWorker
@@ -65,3 +67,36 @@ def test_leaving_the_domain_of_a_divergence(tmp_path):
     (checkpoint,) = checkpoints_of(tmp_path / "checkpoints" / "only")
     assert read_progress(checkpoint).step == 0
     assert not read_training_state(checkpoint)["optimizer"]["state"]  # no step was taken
+
+
+def learn(folder: Path, steps: int, *, stopped: bool = False, **optimizer: object) -> tuple[StageResult, list[str]]:
+    """One life of a learner; gives how the stage ended, and what people were told."""
+    worker = worker_in(folder)
+    if stopped:
+        worker.request_stop()
+    stage = stage_of({"name": "mle"}, warmup_steps=0, **optimizer).model_copy(update={"steps": steps})
+    result = worker.run_stage(stage)
+    assert result is not None
+    return result, list(worker.status().notes)
+
+
+def test_a_finished_stage_goes_on_where_it_is_given_more_steps(tmp_path):
+    learn(tmp_path, 3)
+    assert learn(tmp_path, 3)[1] == []
+    result, (note,) = learn(tmp_path, 5)
+    assert (result.step, result.finished) == (5, True)
+    assert "stage only goes on after step 3 with learning rate" in note
+    newest = checkpoints_of(tmp_path / "checkpoints" / "only")[-1]
+    assert (read_progress(newest).step, read_progress(newest).stage_steps) == (5, 5)
+
+
+def test_a_stop_before_a_step_leaves_the_checkpoint_as_it_is(tmp_path):
+    """It was written again, without the means of the metrics, by which the best one is kept."""
+    learn(tmp_path, 3)
+    (checkpoint,) = checkpoints_of(tmp_path / "checkpoints" / "only")
+    written = (checkpoint / PROGRESS_FILE).stat()
+    result, _ = learn(tmp_path, 6, stopped=True)
+    assert (result.step, result.finished) == (3, False)
+    (checkpoint,) = checkpoints_of(tmp_path / "checkpoints" / "only")
+    assert read_progress(checkpoint).metrics["loss"] > 0.0
+    assert (checkpoint / PROGRESS_FILE).stat().st_ino == written.st_ino
