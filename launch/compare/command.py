@@ -92,8 +92,8 @@ def _run(folder: ComparisonFolder, console: Console) -> Mapping[str, str]:
 
     Returns the runs that failed, and why.
     """
+    from launch.compare.results import render_comparison, render_page
     from launch.compare.runs import ComparisonSession
-    from launch.compare.show import render_comparison, render_page
     from launch.run_folder.folder import shown_path, sole_driver
 
     say = partial(console.print, highlight=False, soft_wrap=True)

@@ -1,19 +1,44 @@
-"""What a comparison found, and its form in `compare.json`."""
+"""What a comparison found, and its three forms: `compare.json`, a table on the terminal, a page."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from launch.compare.plan import COMPARED_STAGE
 from launch.evaluation.results import CheckpointResult
+from launch.report.command import REPORT_FILE
+from launch.report.document import COLORS, Plot, Series, render_document
+from launch.report.evaluation import GROUPS, METRICS, change_outcome, metric_info
 from launch.report.gather import read_metrics
-from launch.statistics import CONFIDENCE, Difference, Estimate, Spread, differences_to, spread
+from launch.run_folder.folder import shown_path
+from launch.settings.evaluation import SAMPLED
+from launch.statistics import CONFIDENCE, MIN_SEEDS, Difference, Estimate, Spread, differences_to, spread
+
+if TYPE_CHECKING:
+    from launch.compare.runs import ComparisonFolder
 
 Key = tuple[str, int]
 """Label of an objective, and seed."""
+
+_MARKS = {True: "≈", False: "≠", None: "?"}
+_OF_EXAMPLES = "†"
+_VERDICT = (
+    "≈ within noise, ≠ beyond it: p at most 0.05 with Holm's correction for the objectives of a number. Over the "
+    "numbers nothing is corrected: of many, one in twenty stands out by chance."
+)
+_OVER_TEMPERATURE = ("accuracy", "mauve", "diversity")
+_TEMPERATURE = "temperature="
 
 
 @dataclass(frozen=True)
@@ -114,3 +139,120 @@ def stage_cost(run: Path) -> dict[str, float]:
     seconds = stage.values["step_s"]
     actions = round(float((stage.values["actions_per_s"] * seconds).sum()))
     return {"steps": len(stage.steps), "actions": actions, "seconds": float(seconds.sum())}
+
+
+def render_comparison(comparison: Comparison) -> RenderableType:
+    """A block for what the runs took and for each number, with a line for each objective."""
+    count, reference = len(comparison.seeds), comparison.reference
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("", overflow="fold")
+    table.add_column("mean", no_wrap=True)
+    table.add_column(f"minus {reference}", overflow="fold")
+    for name in ("steps", "actions", "seconds"):
+        table.add_row(Text(f"trained.{name}", "bold"))
+        for label in comparison.objectives:
+            if costs := [cost[name] for (each, _), cost in comparison.costs.items() if each == label]:
+                table.add_row(f"  {label}", f"{sum(costs) / len(costs):,.0f}", "")
+    for metric in comparison.metrics():
+        table.add_row(Text(f"{metric.group}.{metric.name}", "bold"))
+        scale = max((abs(found.mean) for found in metric.spreads.values()), default=0.0)
+        for label in comparison.objectives:
+            mean, difference = metric.spreads.get(label), metric.differences.get(label)
+            shown = "-" if mean is None else _spread_text(mean, scale)
+            minus = Text() if difference is None else _difference_text(difference, scale, count)
+            table.add_row(f"  {label}", shown, minus)
+    title = f"{comparison.task}: {count} seed{'s' if count > 1 else ''} of each objective, {comparison.steps:,} steps"
+    failures = [Text(f"{run} failed: {why}", "red") for run, why in comparison.failures.items()]
+    return Group(Text(title, "bold"), table, Text(_caption(count, reference), "dim"), Text(_VERDICT, "dim"), *failures)
+
+
+def _caption(num_seeds: int, reference: str) -> str:
+    if num_seeds < MIN_SEEDS:
+        return (
+            f"Nothing can be said about the spread over seeds: {num_seeds} of the {MIN_SEEDS} that it takes. In "
+            f"brackets: standard error of one run. The difference to {reference} has the 95 % interval that the "
+            "examples alone leave; it is about these very runs, not about the objectives."
+        )
+    return (
+        f"± standard deviation over seeds; in brackets: standard error of one run. The difference to {reference} has "
+        f"its 95 % interval (Student's t, paired by seed; {_OF_EXAMPLES}: from the examples alone, since all seeds "
+        "differ alike or are too few)."
+    )
+
+
+def _spread_text(found: Spread, scale: float) -> str:
+    deviation = "" if found.deviation is None else f" ±{_number(found.deviation, scale)}"
+    error = "" if found.standard_error is None else f" ({_number(found.standard_error, scale)})"
+    return f"{_number(found.mean, scale)}{deviation}{error}"
+
+
+def _difference_text(found: Difference, scale: float, num_seeds: int) -> Text:
+    sign = "-" if found.value < 0 else "+"
+    interval = "" if found.half_width is None else f" ±{_number(found.half_width, scale)}"
+    of_examples = _OF_EXAMPLES if found.basis == "examples" and num_seeds >= MIN_SEEDS else ""
+    text = f"{sign}{_number(abs(found.value), scale)}{interval} {_MARKS[found.within_noise]}{of_examples}"
+    return Text(text, "bold" if found.within_noise is False else "dim")
+
+
+def _number(value: float, scale: float) -> str:
+    """With the decimals that suit a number whose largest mean is `scale`; fractions without the zero at the front."""
+    if scale <= 1.0:
+        text = f"{value:.3f}"
+        return text.removeprefix("0") if value < 1.0 else text
+    return f"{value:.2f}" if scale < 100.0 else f"{value:,.1f}"
+
+
+def render_page(comparison: Comparison, folder: ComparisonFolder) -> str:
+    """The page."""
+    metrics = [metric for metric in comparison.metrics() if metric.spreads]
+    headlines = [metric for metric in metrics if metric_info(metric.name).is_headline and metric.group in GROUPS]
+    return render_document(
+        "launch.compare",
+        "comparison.html.j2",
+        comparison=comparison,
+        name=folder.path.name,
+        folder=shown_path(folder.path),
+        reports=[
+            (label, seed, report.relative_to(folder.path).as_posix())
+            for label, seed in comparison.runs
+            if (report := folder.run(label, seed) / REPORT_FILE).is_file()
+        ],
+        headlines=headlines or metrics[:3],
+        groups=[(name, list(each)) for name, each in groupby(metrics, key=lambda metric: metric.group)],
+        findings=[(metric, metric.beyond_noise) for metric in headlines if metric.beyond_noise],
+        plot=temperature_plot(comparison.objectives, metrics),
+        metric_info=metric_info,
+        outcome=change_outcome,
+        group_titles=GROUPS,
+        min_seeds=MIN_SEEDS,
+    )
+
+
+def temperature_plot(objectives: Sequence[str], metrics: Sequence[ComparedMetric]) -> Plot | None:
+    """The first of accuracy, MAUVE and diversity that was measured at two temperatures, as curves of the objectives.
+
+    A policy that is merely sharper scores like one that is sampled at a lower temperature.
+    """
+    for name in _OVER_TEMPERATURE:
+        at = {_temperature_of(metric.group): metric.spreads for metric in metrics if metric.name == name}
+        temperatures = sorted(temperature for temperature in at if temperature is not None)
+        if len(temperatures) < 2:
+            continue
+        series = []
+        for index, label in enumerate(objectives):
+            if not (x := [temperature for temperature in temperatures if label in at[temperature]]):
+                continue
+            mean = np.array([100 * at[temperature][label].mean for temperature in x])
+            error = np.array([100 * (at[temperature][label].standard_error or 0.0) for temperature in x])
+            band = (mean - error).tolist(), (mean + error).tolist()
+            series.append(Series(label, x, mean.tolist(), *band, color=index, dash=index // COLORS))
+        title = f"{METRICS[name].title} over temperature"
+        return Plot(title, "%", "Bands: one standard error.", "temperature", tuple(series))
+    return None
+
+
+def _temperature_of(group: str) -> float | None:
+    """At which a group of rollouts was sampled; None of greedy and other ones, and of those with the ban changed."""
+    if group == SAMPLED:
+        return 1.0
+    return float(group.removeprefix(_TEMPERATURE)) if group.startswith(_TEMPERATURE) and "," not in group else None

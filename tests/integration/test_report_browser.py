@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from buffer.experts.tasks import load_task
 from buffer.reading.snapshot import read_buffer
 from buffer.settings import ArithmeticTaskSettings
-from launch.compare.show import render_page
+from launch.compare.results import render_page
 from launch.report.command import write_report
 from launch.report.document import MINUS
 from launch.report.gather import Rollout, sample_rollouts
