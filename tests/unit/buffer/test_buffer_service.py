@@ -111,15 +111,6 @@ def test_stale_rows_do_not_serve_a_waiting_draw(tmp_path):
     run_with_service(tmp_path, scenario, max_staleness=2)
 
 
-def test_a_draw_that_can_never_be_served_fails_at_once(tmp_path):
-    async def scenario(service):
-        with pytest.raises(ValueError, match=r"raise buffer\.capacity"):
-            await draw(service, 101, 0, timeout_s=1000)
-        assert (await service.status()).waiting_draws == 0
-
-    run_with_service(tmp_path, scenario)
-
-
 def test_actors_pause_when_ahead_and_go_on_when_drawn_from(tmp_path):
     async def scenario(service):
         assert not (await service.insert(numbered(0, 5))).pause
@@ -153,17 +144,6 @@ def test_a_waiting_draw_lifts_the_pause(tmp_path):
         assert len(ids_of(await task)) == 4
 
     run_with_service(tmp_path, scenario, samples_per_insert_tolerance=4, max_staleness=0)
-
-
-def test_a_draw_of_more_than_the_actors_may_be_ahead_lifts_the_pause(tmp_path):
-    async def scenario(service):
-        assert (await service.insert(numbered(0, 6))).pause
-        task = await started(draw(service, 8, 0, timeout_s=20))
-        assert not (await service.insert(numbered(6, 1))).pause
-        await service.insert(numbered(7, 1))
-        assert len(ids_of(await task)) == 8
-
-    run_with_service(tmp_path, scenario, samples_per_insert_tolerance=4)
 
 
 def test_draws_wait_beyond_the_samples_per_insert(tmp_path):
@@ -234,17 +214,6 @@ def test_a_waiting_draw_that_is_asked_for_twice_is_drawn_once(tmp_path):
     run_with_service(tmp_path, scenario)
 
 
-def test_same_seed_key_and_contents_same_samples(tmp_path):
-    def samples(name, seed):
-        async def scenario(service):
-            await service.insert(numbered(0, 50))
-            return [ids_of(await draw(service, 5, 0, key=DrawKey("s", step, "policy"))) for step in range(3)]
-
-        return run_with_service(tmp_path / name, scenario, seed=seed)
-
-    assert samples("a", 0) == samples("b", 0) != samples("c", 1)
-
-
 def test_summary_is_one_line_for_people(tmp_path):
     async def scenario(service):
         lines = [BufferStatus((await service.status(),)).summary()]
@@ -280,16 +249,6 @@ def test_an_insert_that_is_repeated_counts_as_accepted(tmp_path):
     again = run_with_service(tmp_path, second_life)
     assert first.accepted == again.accepted == 2
     assert [each.id for each in first.rejections] == [each.id for each in again.rejections] == ["bad"]
-
-
-def test_rows_of_an_earlier_stage_are_dropped_at_the_draw_that_says_so(tmp_path):
-    async def scenario(service):
-        await service.insert(numbered(0, 10, version=1))
-        await service.insert(numbered(10, 4, version=2))
-        assert set(ids_of(await draw(service, 4, 2, first_version=2))) == {"10", "11", "12", "13"}
-        assert (await service.status()).store.sources["policy"].removed == {"stage": 10}
-
-    run_with_service(tmp_path, scenario)
 
 
 def test_priorities_reach_the_draws(tmp_path):

@@ -143,19 +143,11 @@ def test_policy_noise_is_planned_here_and_drawn_elsewhere(task: Task) -> None:
 
 
 def test_candidates_go_with_the_kind(task: Task) -> None:
-    def build(kind: str, with_candidates: bool) -> ExpertStream:
-        return ExpertStream(
-            task.train,
-            task=task.name,
-            noise=NoiseSettings(kind=kind),
-            contract=task.contract(),
-            seed=0,
-            candidates=task.random_noise if with_candidates else None,
-        )
-
-    for kind, with_candidates in (("task", False), ("random", False), ("none", True), ("policy", True)):
+    contract, candidates = task.contract(), task.random_noise
+    for kind, of_kind in (("task", None), ("random", None), ("none", candidates), ("policy", candidates)):
+        noise = NoiseSettings(kind=kind)
         with pytest.raises(ValueError, match="candidates"):
-            build(kind, with_candidates)
+            ExpertStream(task.train, task="t", noise=noise, contract=contract, seed=0, candidates=of_kind)
 
 
 def test_states_of_other_streams_are_refused(task: Task) -> None:

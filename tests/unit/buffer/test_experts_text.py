@@ -181,14 +181,6 @@ def test_targets_without_text_are_an_error_that_says_why(tmp_path: Path) -> None
         load_task(settings, TOKENIZER)
 
 
-def test_an_empty_text_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "full").write_text("abc")
-    (tmp_path / "empty").write_text("")
-    files = (str(tmp_path / "full"), str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match=f"text file {tmp_path}/empty is empty"):
-        load_task(TextTaskSettings(dataset="files", files=files), TOKENIZER)
-
-
 def test_a_prompt_longer_than_the_context_is_an_error_before_anything_is_read(tmp_path: Path) -> None:
     settings = TextTaskSettings(dataset="files", files=(str(tmp_path / "absent"),), prompt_tokens=60, target_tokens=5)
     with pytest.raises(ValueError, match="takes 65 tokens, but the model takes 64 at most"):
@@ -197,16 +189,20 @@ def test_a_prompt_longer_than_the_context_is_an_error_before_anything_is_read(tm
         load_task(settings, TOKENIZER, max_length=65)
 
 
-def test_one_document_cannot_be_split(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("abc")
-    with pytest.raises(ValueError, match="has 1 documents; two are needed"):
-        load_task(TextTaskSettings(dataset="files", files=(str(tmp_path / "a"),)), TOKENIZER)
-
-
-def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ValueError, match="a cannot be read as UTF-8"):
-        load_task(TextTaskSettings(dataset="files", files=(str(tmp_path / "a"),)), TOKENIZER)
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ([b"abc", b""], "text file .*/1 is empty"),
+        ([b"abc", b"\xff\xfe\xfa"], "text file .*/1 cannot be read as UTF-8"),
+        ([b"abc"], "has 1 documents; two are needed"),
+    ],
+)
+def test_files_that_are_no_documents_are_named(tmp_path: Path, contents: list[bytes], message: str) -> None:
+    files = tuple(str(tmp_path / str(number)) for number in range(len(contents)))
+    for name, content in zip(files, contents, strict=True):
+        Path(name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_task(TextTaskSettings(dataset="files", files=files), TOKENIZER)
 
 
 @pytest.mark.parametrize(

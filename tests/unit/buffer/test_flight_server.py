@@ -133,12 +133,6 @@ def test_nothing_can_be_written_or_done(store, endpoint):
     assert store.next_row == 0
 
 
-def test_a_closed_endpoint_is_gone(endpoint):
-    endpoint.close()
-    with flight.connect(endpoint.location) as client, pytest.raises(flight.FlightUnavailableError):
-        list(client.list_flights(b"", options()))
-
-
 def test_an_address_that_is_taken_is_named(store, endpoint, tmp_path):
     port = int(endpoint.location.rpartition(":")[2])
     with pytest.raises(ValueError, match=rf"127\.0\.0\.1:{port} .*: choose another buffer\.flight\.port"):

@@ -88,11 +88,6 @@ def test_ids_with_a_meaning_of_their_own_differ_and_lie_in_the_vocabulary(change
         replace(CONTRACT, **changes)
 
 
-def test_metadata_of_others_is_no_obstacle():
-    metadata = trajectory_schema(CONTRACT).metadata | {b"pandas": b"{}"}
-    assert TokenContract.from_metadata(metadata) == CONTRACT
-
-
 @pytest.mark.parametrize(
     ("contract", "named"),
     [
@@ -117,22 +112,6 @@ def test_another_version_is_refused_even_if_it_looks_alike():
     metadata = CONTRACT.to_metadata() | {b"schema_version": str(SCHEMA_VERSION + 1).encode()}
     with pytest.raises(ValueError, match=f"schema version {SCHEMA_VERSION + 1} cannot be read"):
         TokenContract.from_metadata(metadata)
-
-
-def test_ids_are_32_bits_and_what_experts_lack_is_nullable():
-    schema = trajectory_schema(CONTRACT)
-    for name in ("prompt_ids", "actions", "realised", "policy_version"):
-        assert schema.field(name).type == pa.list_(pa.int32())
-    nullable = {field.name for field in schema if field.nullable}
-    assert nullable == {
-        "realised",
-        "logprobs",
-        "policy_version",
-        "weights_fingerprint",
-        "sampling",
-        "reward",
-        "features",
-    }
 
 
 def test_stored_rows_carry_their_number():

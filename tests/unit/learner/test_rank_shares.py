@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from learner.batches import build_micro_batches, count_logs, share_of_rank
 from tests.objectives import counts_of
 from tests.random_logs import TREES, random_logs
-from tests.trajectories import BACKSPACE, EOS, batch_of, expert_row, ids_of, row
+from tests.trajectories import BACKSPACE, batch_of, expert_row, ids_of, row
 
 
 def prompts_of(batch: pa.RecordBatch) -> list[tuple[int, ...]]:
@@ -79,13 +79,3 @@ def test_there_may_be_fewer_prompts_than_ranks():
 def test_counts_are_those_of_the_trees():
     for batch in (random_logs("expert", 9, seed=1), random_logs("policy", 4, seed=2), batch_of([row("a", [])])):
         assert count_logs(batch) == counts_of(*build_micro_batches(batch, TREES))
-
-
-def test_random_logs_reach_what_they_are_for():
-    """Backspace, `<eos>` and truncation, prompts that several share, and more than one micro-batch."""
-    batch = random_logs("policy", 40, seed=1)
-    actions = batch.column("actions").to_pylist()
-    assert any(BACKSPACE in log for log in actions)
-    assert {log[-1] == EOS for log in actions} == {True, False}
-    assert len(set(prompts_of(batch))) < batch.num_rows
-    assert len(build_micro_batches(random_logs("expert", 8, seed=1), TREES)) > 1
