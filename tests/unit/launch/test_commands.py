@@ -50,13 +50,10 @@ def test_a_defect_keeps_its_traceback(defect: Exception) -> None:
         raise defect
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), FileNotFoundError("no"), ImportError("no")])
-def test_what_set_up_meets_is_the_users(error: Exception) -> None:
-    with pytest.raises(UserError, match="no"), setting_up():
-        raise error
-
-
-def test_other_errors_of_set_up_are_defects() -> None:
+def test_what_set_up_meets_is_the_users_but_for_defects() -> None:
+    for error in (ValueError("no"), FileNotFoundError("no"), ImportError("no")):
+        with pytest.raises(UserError, match="no"), setting_up():
+            raise error
     with pytest.raises(ZeroDivisionError), setting_up():
         raise ZeroDivisionError
 

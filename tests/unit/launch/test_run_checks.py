@@ -24,10 +24,7 @@ def test_a_cost_model_has_the_vocabulary_of_the_model(tmp_path: Path) -> None:
     LlamaConfig(vocab_size=40, hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path)
     check_cost_models(stages(tmp_path), 40)
     check_cost_models(stages(None), 41)
-    with pytest.raises(UserError, match=r"'emo': cost_model .* a vocabulary of 40 and the model one of 41: name"):
-        check_cost_models(stages(tmp_path), 41)
-
-
-def test_a_cost_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stage 'emo': cost_model '.*nothing' cannot be loaded"):
         check_cost_models(stages(tmp_path / "nothing"), 40)
+    with pytest.raises(UserError, match=r"'emo': cost_model .* a vocabulary of 40 and the model one of 41: name"):
+        check_cost_models(stages(tmp_path), 41)

@@ -19,7 +19,6 @@ from launch.run_folder.folder import (
     USED_CONFIGS_FOLDER,
     create_run_folder,
     open_run_folder,
-    sole_driver,
 )
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
@@ -101,19 +100,6 @@ def test_an_evaluation_that_fails_loses_nothing_of_the_training(tmp_path: Path) 
         assert f"{folder}/checkpoints/{stage}/step-000400" in output
     assert f"sequencematch train --resume {folder}" in output
     assert (folder / REPORT_FILE).exists()
-
-
-def test_a_run_that_a_driver_has_is_left_to_it(tmp_path: Path) -> None:
-    folder = tmp_path / "mine"
-    begin(folder)
-    with sole_driver(folder):
-        result = train(tmp_path, "--name", "mine", REFUSED, "--resume-if-exists")
-    assert (result.exit_code, "in use by another process" in result.stderr) == (2, True)
-
-
-def test_resume_if_exists_needs_a_name(tmp_path: Path) -> None:
-    result = train(tmp_path, "--resume-if-exists")
-    assert (result.exit_code, "give --name NAME too" in result.stderr) == (2, True)
 
 
 def resume(folder: Path, *overrides: str) -> Result:
@@ -210,6 +196,9 @@ def test_checkpoints_elsewhere_are_found_from_every_folder_and_under_every_name(
     result = resume(folder, "--no-evaluate")
     assert (result.exit_code, "is finished" in result.stdout) == (0, True)
     assert len(list((tmp_path / "kept").glob("mine-*/*/step-*"))) == 3
+    settings = read_recipe(recipe, [f"runs_folder={tmp_path}/others", f"learner.checkpoint_dir={tmp_path}/kept"])
+    other = stage_checkpoints(settings, create_run_folder(settings, "mine"))["trunk"].location(1)
+    assert not Path(other).parents[1].exists(), "a run of the same name below another folder has its own"
 
 
 def test_a_stage_whose_checkpoints_are_out_of_sight_is_not_begun_again(finished: Path) -> None:
@@ -220,13 +209,3 @@ def test_a_stage_whose_checkpoints_are_out_of_sight_is_not_begun_again(finished:
     assert "stage sequencematch has written checkpoints up to step 30, and none is found" in result.stderr
     (finished / "hidden").rename(finished / "checkpoints" / "sequencematch")
     assert resume(finished, "--no-evaluate").exit_code == 0
-
-
-def test_runs_of_one_name_share_no_folder_below_a_common_one(tmp_path: Path) -> None:
-    places = set()
-    for runs in ("a", "b"):
-        overrides = [f"runs_folder={tmp_path}/{runs}", f"learner.checkpoint_dir={tmp_path}/kept"]
-        settings = read_recipe(Path(RECIPE), overrides)
-        folder = create_run_folder(settings, "mine")
-        places.add(stage_checkpoints(settings, folder)["trunk"].location(1))
-    assert len(places) == 2
