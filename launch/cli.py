@@ -191,9 +191,6 @@ def status(run: options.Run, as_json: options.AsJson = False) -> None:
     [dim]Example:[/dim] sequencematch status runs/arithmetic-20260101-120000
     """
     with reported_errors(), stdout_kept_clean(as_json):
-        from launch.run_folder.folder import read_cluster
-
-        read_cluster(run)  # a run that is not live is told so before Ray is imported
         from launch.monitoring.live_view import render
         from launch.run.control import run_status, status_to_json
 
@@ -215,9 +212,6 @@ def scale(
     [dim]Example:[/dim] sequencematch scale runs/arithmetic-20260101-120000 --actors 3
     """
     with reported_errors():
-        from launch.run_folder.folder import read_cluster
-
-        read_cluster(run)
         from launch.run.control import scale_run
 
         pool = scale_run(run, actors)

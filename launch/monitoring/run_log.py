@@ -54,10 +54,11 @@ class RunLog:
         self._path = folder / LOG_FILE
         self._path.parent.mkdir(exist_ok=True)
         self._refusal: OSError | None = None
-        torn = _is_torn(self._path)
-        self._file = self._path.open("ab", buffering=0)  # a reader follows the lines as they come
-        if torn:  # by the death of an earlier driver, or by a full disk
-            self._append("\n")
+        self._file = self._path.open("a+b", buffering=0)  # a reader follows the lines as they come
+        if self._path.is_file() and self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":  # torn by the death of an earlier driver, or by a full disk
+                self._append("\n")
         self._learner: LearnerStatus | None = None
         self._members: dict[str, MemberStatus] = {}
         self._newest_event = -1
@@ -196,12 +197,3 @@ def _shard_fact(shard: ShardStatus | None) -> _Fact:
     if shard.troubles:
         return _Fact("shard_damaged", "; ".join(shard.troubles), level="warning")
     return _Fact("shard_serving", f"serving, process {shard.pid}", {"pid": shard.pid})
-
-
-def _is_torn(path: Path) -> bool:
-    """Whether the file has a last line without an end."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
