@@ -13,9 +13,8 @@ conditions on other columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -123,7 +122,7 @@ class BufferDatabase:
         Raises:
             ValueError: in place of DuckDB's errors, its first line; or why there is no text.
         """
-        with ThreadPoolExecutor(max_workers=1) as executor, self._reported():
+        with ThreadPoolExecutor(max_workers=1) as executor:
             future = executor.submit(work)
             try:
                 while not wait([future], timeout=POLL_S).done:
@@ -132,15 +131,11 @@ class BufferDatabase:
                 while not wait([future], timeout=POLL_S).done:  # again and again: it may be between two queries
                     self._connection.interrupt()
                 raise
-            return future.result()
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except (duckdb.Error, pa.ArrowException) as error:
-            # DuckDB buries what a function of ours raises in a message of its own.
-            raise ValueError(str(self._texts.load_error or _first_line(error))) from None
+            try:
+                return future.result()
+            except (duckdb.Error, pa.ArrowException) as error:
+                # DuckDB buries what a function of ours raises in a message of its own.
+                raise ValueError(str(self._texts.load_error or _first_line(error))) from None
 
     def describe(self) -> dict[str, tuple[int, dict[str, str]]]:
         """The number of rows of each table, and the SQL types of its columns."""
