@@ -7,10 +7,9 @@ from typing import Literal, NamedTuple
 
 from ray.util.metrics import Counter, Gauge
 
-from actors.pool.controller import PoolStatus
+from actors.pool.controller import MemberStatus
 from buffer.service.shard import ShardStatus
 from launch.monitoring.live_view import RunView
-from learner.messages import LearnerStatus
 
 
 class Metric(NamedTuple):
@@ -109,58 +108,72 @@ def growth(before: float, now: float) -> float:
 
 def samples(view: RunView) -> Iterator[Sample]:
     """Every value that the view holds."""
-    if view.learner is not None:
-        yield from _of_learner(view.learner)
+    if (learner := view.learner) is not None:
+        yield from _with_labels((), learner_policy_version=learner.policy_version)
+        if learner.stage:
+            yield from _with_labels(
+                (learner.stage,),
+                learner_step=learner.step,
+                learner_stage_steps=learner.stage_steps,
+                learner_step_seconds=learner.seconds_per_step,
+            )
+            for name, value in learner.metrics.items():
+                yield from _with_labels((learner.stage, name), learner_metric=value)
     if view.pool is not None:
-        yield from _of_pool(view.pool)
+        yield from _with_labels((), actors_desired=view.pool.desired)
+    for member in view.pool.members if view.pool else ():
+        yield from _of_member(member)
     for index, shard in enumerate(view.buffer.shards if view.buffer else ()):
-        yield "buffer_answers", (str(index),), float(shard is not None)
+        yield from _with_labels((str(index),), buffer_answers=shard is not None)
         if shard is not None:
-            yield from _of_shard((str(index),), shard)
+            yield from _of_shard(str(index), shard)
 
 
-def _of_learner(learner: LearnerStatus) -> Iterator[Sample]:
-    yield "learner_policy_version", (), learner.policy_version
-    if learner.stage:
-        stage = (learner.stage,)
-        yield "learner_step", stage, learner.step
-        yield "learner_stage_steps", stage, learner.stage_steps
-        yield "learner_step_seconds", stage, learner.seconds_per_step
-        yield from (("learner_metric", (*stage, name), value) for name, value in learner.metrics.items())
+def _with_labels(labels: tuple[str, ...], **values: float) -> Iterator[Sample]:
+    yield from ((name, labels, float(value)) for name, value in values.items())
 
 
-def _of_pool(pool: PoolStatus) -> Iterator[Sample]:
-    yield "actors_desired", (), pool.desired
-    for member in pool.members:
-        actor, status = (member.name,), member.status
-        yield "actor_running", actor, float(member.state == "running")
-        yield "actor_failures", actor, member.restarts
-        if member.join_s is not None:
-            yield "actor_join_seconds", actor, member.join_s
-        if status is not None:
-            yield "actor_policy_version", actor, status.policy_version
-            yield "actor_actions_per_second", actor, status.actions_per_s
-            yield "actor_in_flight_rollouts", actor, status.in_flight
-            yield "actor_actions", actor, status.actions
-            yield "actor_backspaces", actor, status.backspaces
-            yield "actor_trajectories", actor, status.trajectories
-            yield "actor_rejected", actor, status.rejected
-            yield "actor_dropped", actor, status.dropped
+def _of_member(member: MemberStatus) -> Iterator[Sample]:
+    actor, status = (member.name,), member.status
+    yield from _with_labels(actor, actor_running=member.state == "running", actor_failures=member.restarts)
+    if member.join_s is not None:
+        yield from _with_labels(actor, actor_join_seconds=member.join_s)
+    if status is not None:
+        yield from _with_labels(
+            actor,
+            actor_policy_version=status.policy_version,
+            actor_actions_per_second=status.actions_per_s,
+            actor_in_flight_rollouts=status.in_flight,
+            actor_actions=status.actions,
+            actor_backspaces=status.backspaces,
+            actor_trajectories=status.trajectories,
+            actor_rejected=status.rejected,
+            actor_dropped=status.dropped,
+        )
 
 
-def _of_shard(name: tuple[str], shard: ShardStatus) -> Iterator[Sample]:
-    yield "buffer_capacity_rows", name, shard.capacity
-    yield "buffer_rejected_rows", name, shard.store.rejected
-    yield "buffer_size_bytes", name, shard.store.size_bytes
-    yield "buffer_waiting_draws", name, shard.waiting_draws
-    yield "buffer_actors_paused", name, float(shard.actors_paused)
-    yield "buffer_quarantined_files", name, len(shard.store.quarantined)
+def _of_shard(name: str, shard: ShardStatus) -> Iterator[Sample]:
+    yield from _with_labels(
+        (name,),
+        buffer_capacity_rows=shard.capacity,
+        buffer_rejected_rows=shard.store.rejected,
+        buffer_size_bytes=shard.store.size_bytes,
+        buffer_waiting_draws=shard.waiting_draws,
+        buffer_actors_paused=shard.actors_paused,
+        buffer_quarantined_files=len(shard.store.quarantined),
+    )
     for source, counters in shard.store.sources.items():
-        labels = (*name, source)
-        yield "buffer_live_rows", labels, counters.live
-        yield "buffer_inserted_rows", labels, counters.inserted
-        yield "buffer_drawn_rows", labels, counters.drawn
-        yield from (("buffer_removed_rows", (*labels, reason), count) for reason, count in counters.removed.items())
-        if counters.last_draw is not None:
-            yield "buffer_draw_staleness_versions", labels, counters.last_draw.staleness_mean
-            yield "buffer_draw_age_seconds", labels, counters.last_draw.age_mean_s
+        yield from _with_labels(
+            (name, source),
+            buffer_live_rows=counters.live,
+            buffer_inserted_rows=counters.inserted,
+            buffer_drawn_rows=counters.drawn,
+        )
+        for reason, count in counters.removed.items():
+            yield from _with_labels((name, source, reason), buffer_removed_rows=count)
+        if (last := counters.last_draw) is not None:
+            yield from _with_labels(
+                (name, source),
+                buffer_draw_staleness_versions=last.staleness_mean,
+                buffer_draw_age_seconds=last.age_mean_s,
+            )
