@@ -49,9 +49,8 @@ def export(
 ) -> Export:
     """Export a checkpoint, or the newest one of a run's stage; `out` appears when complete.
 
-    stage: of the run; None takes the recipe's `result`.
-    adapter_only: the adapters and the trained output embedding, for peft; else the whole model.
-    license_id: for the card; None takes that of the base model.
+    stage: of the run; None takes the recipe's `result`. adapter_only: the adapters and the trained output embedding,
+    for peft. license_id: for the card; None takes that of the base model.
 
     Raises:
         UserError: `out` exists, `source` is neither a checkpoint nor a run with one, or adapters are missing.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -102,20 +102,17 @@ class EvaluationTable:
         ]
 
 
-def evaluation_table(run: Path, is_baseline: Callable[[str], bool]) -> EvaluationTable | None:
+def evaluation_table(run: Path, controls: Collection[str]) -> EvaluationTable | None:
     """The evaluation of a run as a table, None where there is none.
 
-    is_baseline: whether a checkpoint of that label is what editing is compared with; the last such one is. Where there
-        is none, it is the baseline of the file itself.
-
-    Raises:
-        ValueError: the file is no evaluation. OSError: it cannot be read.
+    controls: labels of checkpoints that editing may be compared with. The last of them is the baseline; without one it
+    is that of the file. ValueError: the file is no evaluation. OSError: it cannot be read.
     """
     evaluation = read_evaluation(run)
     if evaluation is None:
         return None
     labels = [checkpoint.label for checkpoint in evaluation.checkpoints]
-    baseline = labels.index([evaluation.baseline, *filter(is_baseline, labels)][-1])
+    baseline = labels.index([evaluation.baseline, *filter(controls.__contains__, labels)][-1])
     found = dict.fromkeys(
         (group, name) for each in evaluation.checkpoints for group, names in each.metrics.items() for name in names
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
-T = TypeVar("T")
 
 RUN_STATES = {
     "run_started": "not finished",
@@ -145,11 +145,8 @@ class Report:
 
 
 def gather(run: Path) -> Report:
-    """Read a run.
-
-    Raises:
-        UserError: nothing was trained yet, the metrics are damaged, `run` is no run folder, or another version of this
-            program wrote its settings. OSError: a file cannot be read.
+    """Read a run. UserError: nothing was trained yet, the metrics are damaged, `run` is no run folder, or another
+    version of this program wrote its settings. OSError: a file cannot be read.
     """
     settings = read_recipe(run_config(run))
     metrics = read_metrics(run)
@@ -166,20 +163,21 @@ def gather(run: Path) -> Report:
         samples={path.stem: path.read_text(encoding="utf-8") for path in sorted((run / SAMPLES_FOLDER).glob("*.txt"))},
     )
     from_data = {stage.name for stage in settings.stages if not stage.objective.needs_rollouts}
-    report.evaluation = _noted(report, "evaluation", lambda: evaluation_table(run, from_data.__contains__))
+    with _noted(report, "evaluation"):
+        report.evaluation = evaluation_table(run, from_data)
     if (run / BUFFER_FOLDER).is_dir():
-        report.rollouts = _noted(report, "replay buffer", lambda: _rollouts(run)) or []
+        with _noted(report, "replay buffer"):
+            snapshot = read_buffer(run / BUFFER_FOLDER)
+            if snapshot.trajectories.num_rows > 0:
+                report.rollouts = sample_rollouts(snapshot, load_run_tokenizer(run, snapshot.contract))
     return report
 
 
 def read_metrics(run: Path) -> dict[str, StageMetrics]:
     """The stages of `metrics.jsonl` in the order in which they began; none where there is no line yet.
 
-    Of two lines of one stage and step the later one counts (see `learner.metrics.log`). A run that is being written
-    may end in a part of a line, which is left out.
-
-    Raises:
-        UserError: a complete line is no JSON object. OSError: the file cannot be read.
+    Of two lines of one stage and step the later one counts (see `learner.metrics.log`); half a line at the end is left
+    out. UserError: a complete line is no JSON object.
     """
     path = run / METRICS_FILE
     content = path.read_bytes() if path.is_file() else b""
@@ -219,20 +217,13 @@ def _read_log(path: Path) -> Iterator[LogLine]:
                 continue
 
 
-def _noted(report: Report, what: str, read: Callable[[], T]) -> T | None:
-    """What `read` returns; where a part of the folder cannot be read, the page shows the rest and names the part."""
+@contextmanager
+def _noted(report: Report, what: str) -> Iterator[None]:
+    """Where a part of the folder cannot be read, the page shows the rest and names the part."""
     try:
-        return read()
+        yield
     except (ValueError, OSError) as error:
         report.notes.append(f"The {what} cannot be shown: {error}")
-        return None
-
-
-def _rollouts(run: Path) -> list[Rollout]:
-    snapshot = read_buffer(run / BUFFER_FOLDER)
-    if snapshot.trajectories.num_rows == 0:
-        return []
-    return sample_rollouts(snapshot, load_run_tokenizer(run, snapshot.contract))
 
 
 def sample_rollouts(snapshot: BufferSnapshot, tokenizer: PreTrainedTokenizerBase) -> list[Rollout]:

@@ -16,7 +16,7 @@ from tests.run_folders import evaluated, write_evaluation_file
 def table_of(run: Path, *results: CheckpointResult, baseline: str = "", control: str = "mle") -> EvaluationTable:
     evaluation = Evaluation("t", 9, 0, {}, {}, baseline or results[0].label, results)
     write_evaluation(evaluation, run)
-    table = evaluation_table(run, lambda label: label == control)
+    table = evaluation_table(run, {control})
     assert table is not None
     return table
 
@@ -27,7 +27,7 @@ def outcomes(table: EvaluationTable) -> list[str | None]:
 
 def test_a_difference_is_a_finding_only_where_its_interval_leaves_out_0(tmp_path: Path) -> None:
     write_evaluation_file(tmp_path)
-    table = evaluation_table(tmp_path, lambda label: label == "mle_control")
+    table = evaluation_table(tmp_path, {"mle_control"})
     assert table is not None
     assert table.labels[table.baseline] == "mle_control"
     assert [measure.name for _, measure, _ in table.findings] == ["accuracy", "recovery"]
@@ -70,7 +70,7 @@ def test_differences_that_were_measured_pairwise_go_before_our_own_and_may_point
 
 @pytest.mark.parametrize("text", ["", "[]", '{"task": "t", "num_examples": 1, "seed": 0, "checkpoints": []}'])
 def test_a_file_of_another_form_is_named(tmp_path: Path, text: str) -> None:
-    assert evaluation_table(tmp_path, lambda label: True) is None
+    assert evaluation_table(tmp_path, ()) is None
     (tmp_path / "evaluation.json").write_text(text)
     with pytest.raises(ValueError, match=r"evaluation\.json is no evaluation that this version can show"):
-        evaluation_table(tmp_path, lambda label: True)
+        evaluation_table(tmp_path, ())

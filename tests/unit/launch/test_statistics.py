@@ -235,7 +235,7 @@ def test_terminal_page_and_comparison_give_the_same_verdict(ours: int, theirs: i
         run = tmp_path / str(index)
         run.mkdir()
         write_evaluation(evaluation, run)
-        table = evaluation_table(run, lambda label: label == "a")
+        table = evaluation_table(run, {"a"})
         assert table is not None
         cell = table.measures[0].cells[1]
         assert cell.change is not None
