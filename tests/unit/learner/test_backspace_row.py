@@ -58,13 +58,6 @@ def test_the_row_is_at_the_top_of_the_posterior(level: float) -> None:
     assert slope.abs().max() < 1e-6 * max(1.0, float(at_start.abs().max()))
 
 
-def test_without_demonstrations_of_backspace_it_becomes_rare() -> None:
-    found = evidence(level=0.0)
-    never = BackspaceEvidence(found.hidden, found.log_sum, torch.zeros(400).double(), found.mean, found.deviation)
-    share = torch.sigmoid(found.hidden @ most_probable_row(never) - found.log_sum)
-    assert share.mean() < 0.01
-
-
 def test_a_coordinate_that_no_row_has_stays_nearly_as_it_is() -> None:
     found = evidence()
     deviation = found.deviation.clone()

@@ -9,12 +9,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from learner.checkpoints.checkpoint import load_weights
+from learner.checkpoints.checkpoint import load_weights, read_training_state
 from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters, is_quantised, quantise_linear_layers
 from learner.model.policy import load_policy
 from learner.publication import publication_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
+from tests.checkpoints import progress_at, save_checkpoint
 from tests.tiny_models import tiny_model
+from tests.training import (
+    MATCHING,
+    HandMadeRollouts,
+    assert_bit_identical,
+    make_stage,
+    make_stream,
+    make_trainer,
+    train,
+    weights_of,
+)
 from tests.unit.learner.test_adapters import PROBE, logits, plain_model_of, train_a_little, write
 from tests.unit.learner.test_model import saved, word_tokenizer
 
@@ -83,6 +94,26 @@ def test_a_saved_model_is_an_ordinary_one_and_training_goes_on_from_it(tmp_path)
     resumed = quantised()
     load_weights(resumed, folder)
     torch.testing.assert_close(logits(resumed), logits(model), atol=1e-6, rtol=0)
+
+
+@needs_bitsandbytes
+def test_stopping_and_going_on_changes_nothing(task, tmp_path):
+    steps, stop_at = 6, 4
+    stage = make_stage(MATCHING, steps)
+    straight, first, second = (quantised() for _ in range(3))
+    expected = [row["loss"] for row in train(make_trainer(task, straight, stage), steps)]
+    stream = make_stream(task)
+    trainer = make_trainer(task, first, stage, stream)
+    losses = [row["loss"] for row in train(trainer, stop_at)]
+    path = save_checkpoint(tmp_path, first, task.tokenizer, progress_at(stop_at), trainer.state())
+    rollouts = HandMadeRollouts(task, next_row=stop_at * stage.rollout_batch_size)
+    trainer = make_trainer(task, second, stage, stream, rollouts)
+    load_weights(second, path)
+    trainer.load_state(read_training_state(path))
+    losses += [row["loss"] for row in train(trainer, steps - stop_at)]
+    assert losses == expected
+    assert losses[-1] != losses[0]
+    assert_bit_identical(weights_of(second), weights_of(straight))
 
 
 @needs_bitsandbytes
