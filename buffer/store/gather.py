@@ -127,11 +127,10 @@ class Gather:
     def _few(self, slots: Int64) -> dict[str, pa.Array]:
         """The other columns that are not null in all rows."""
         assert self._contexts is not None, "there are rows"
-        table = self._table
-        if self._contexts.num_rows == 1:
-            contexts = self._one_context(len(slots))
-        else:
-            contexts = self._contexts.take(pa.array(table.context[slots]))
+        table, contexts = self._table, self._repeated
+        # The only one there is, for each row; it is kept, since most draws are as large as the one before.
+        if contexts is None or contexts.num_rows != len(slots) or self._contexts.num_rows > 1:
+            contexts = self._repeated = self._contexts.take(pa.array(table.context[slots]))
         found = dict(zip(CONTEXT, contexts.columns, strict=True))
         created = pa.py_buffer(table.created_us[slots])
         created_type = self._schema.field("created_at").type
@@ -139,13 +138,6 @@ class Gather:
         if self._has_reward:
             found["reward"] = pa.array(table.reward[slots], pa.float32(), from_pandas=True)
         return found
-
-    def _one_context(self, count: int) -> pa.RecordBatch:
-        # It is kept, since most draws are as large as the one before.
-        if self._repeated is None or self._repeated.num_rows != count:
-            assert self._contexts is not None, "there is one"
-            self._repeated = self._contexts.take(pa.array(np.zeros(count, np.int64)))
-        return self._repeated
 
     # What is known of a row
 

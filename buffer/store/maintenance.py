@@ -280,9 +280,10 @@ class Maintenance:
 
     def removal(self, source: str, reason: RemovalReason, rows: Int64) -> list[EventEntry]:
         """The event of a removal; none where there are no rows."""
+        if not len(rows):
+            return []
         version = self._shard.newest_version
-        event = EventEntry("remove", source=source, reason=reason, version=version, rows=rows.tobytes())
-        return [event] if len(rows) else []
+        return [EventEntry("remove", source=source, reason=reason, version=version, rows=rows.tobytes())]
 
     def _evict_aged(self) -> None:
         if self._settings.max_age_s is None:

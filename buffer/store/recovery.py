@@ -74,7 +74,11 @@ class _Recovery:
             rows = np.concatenate([entry.row_numbers for entry in self._batches])
             if (np.diff(rows) <= 0).any() or len(rows) != sum(entry.num_rows for entry in self._batches):
                 raise corrupt(shard.catalog.path, "the row numbers of its batches do not ascend")
-            shard.add_rows(self._batches)
+            facts = np.concatenate([entry.row_facts for entry in self._batches])
+            segments = np.repeat(
+                [entry.segment for entry in self._batches], [entry.num_rows for entry in self._batches]
+            )
+            shard.add_rows(rows, facts, segments, max(entry.newest_version for entry in self._batches))
         deleted = self._replay()
         num_found = np.count_nonzero(shard.table.is_stored) + sum(len(event.row_numbers) for event in deleted)
         if num_found != shard.next_row:

@@ -113,6 +113,7 @@ class Segments:
         self._free_places: list[int] = []
         self._next_number = 1  # of a new file
         self._number = 0  # of the file that takes inserts
+        self._path = folder
         self._descriptor = -1
 
     def add(self, entry: SegmentEntry) -> pa.Buffer:
@@ -169,8 +170,7 @@ class Segments:
         """Go on with the segment that takes inserts, or begin the first one."""
         unsealed = [each.number for each in self.stored.values() if each.size is None]
         if unsealed:
-            (self._number,) = unsealed
-            self._descriptor = os.open(segment_path(self.folder, self._number), os.O_RDWR)
+            self._open(*unsealed)
         else:
             self._begin(0)
 
@@ -185,7 +185,7 @@ class Segments:
         self._make_room(len(message))
         rest = message
         at = offset = self.end_of(self._number)
-        with writing_to(segment_path(self.folder, self._number)):
+        with writing_to(self._path):
             while rest:
                 written = os.pwrite(self._descriptor, rest, at)
                 rest, at = rest[written:], at + written
@@ -233,7 +233,11 @@ class Segments:
             path.unlink(missing_ok=True)
             raise
         self.add(new)
-        self._number, self._descriptor = new.number, os.open(path, os.O_RDWR)
+        self._open(new.number)
+
+    def _open(self, number: int) -> None:
+        self._number, self._path = number, segment_path(self.folder, number)
+        self._descriptor = os.open(self._path, os.O_RDWR)
 
     @staticmethod
     def _let_go(descriptor: int, end: int) -> None:

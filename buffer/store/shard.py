@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.settings import BufferSettings
@@ -202,19 +203,16 @@ class Shard:
         )
         # Without a sync: a batch that is in the segment, but not in the catalog, is adopted when the shard is opened.
         self.catalog.commit([entry, *events], durable=bool(events))
-        self.add_rows([entry])
+        self.add_rows(entry.row_numbers, facts, segment, entry.newest_version)
         self.add_message(entry)
         self.known.add(hashes)
         for event in events:
             self.apply(event)
 
-    def add_rows(self, entries: Sequence[BatchEntry]) -> None:
-        """Batches of the catalog, at least one, above all before: their rows are live."""
-        facts = np.frombuffer(b"".join([entry.facts for entry in entries]), FACTS)
-        rows = np.concatenate([entry.row_numbers for entry in entries])
-        segments = np.repeat([entry.segment for entry in entries], [entry.num_rows for entry in entries])
+    def add_rows(self, rows: Int64, facts: npt.NDArray[np.void], segments: Int64 | int, newest_version: int) -> None:
+        """Rows of the catalog, ascending, above all before, are live. segments: of each."""
         self.table.add(rows, facts, segments)
-        self.newest_version = max(self.newest_version, *(entry.newest_version for entry in entries))
+        self.newest_version = max(self.newest_version, newest_version)
         for source, count in zip(SOURCES, np.bincount(facts["source"], minlength=len(SOURCES)).tolist(), strict=True):
             self.counts[source].inserted += count
 
@@ -249,7 +247,7 @@ class Shard:
                 self.draws[key] = NotedDraw(rows, NO_VERSION if version is None else version, event.whole or 0)
             case "remove":
                 self.counts[source].removed[event.reason or ""] += len(rows)
-                table.remove(rows[table.is_live(rows)])
+                table.remove(rows)
             case "checkpoint":
                 # Stages follow one another, so no other one goes on.
                 self.draws = {

@@ -79,10 +79,10 @@ class ReplayTable:
 
     def is_known(self, rows: Int64) -> Bool:
         """[n] whether the table has a slot for each of these rows."""
-        known: Bool = (rows >= self.base) & (rows < self.base + self._size)
+        known: Bool = self.slots(rows).view(np.uint64) < self._size  # a negative one is too large then
         return known
 
-    def add(self, rows: Int64, facts: npt.NDArray[np.void], segments: Int32 | int) -> None:
+    def add(self, rows: Int64, facts: npt.NDArray[np.void], segments: Int64 | int) -> None:
         """Rows are stored and live from now on. rows: [n] ascending, above all before; facts: [n] of `FACTS`; segments:
         that of each."""
         if not self._size:

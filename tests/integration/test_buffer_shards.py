@@ -31,7 +31,7 @@ from tests.processes import wait_until
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
 TIMEOUT_S = 60.0
-LOST = r"shard 1 of the replay buffer could not start: .*manifest.*; what it accepted is on disk: resume the run"
+LOST = r"shard 1 of the replay buffer could not start: .*catalog.*; what it accepted is on disk: resume the run"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -283,10 +283,9 @@ def test_a_shard_that_cannot_come_back_is_named(start, tmp_path):
     writer = writer_of(buffer.shards[1:])
     writer.insert(numbered(0, 10))
     writer.settle()
-    manifest = shard_folder(tmp_path / "buffer", 1) / "manifest.json"
-    manifest.write_text("not a manifest")
+    (shard_folder(tmp_path / "buffer", 1) / "catalog.db").unlink()
     kill(buffer, 1)
-    with pytest.raises(ProcessLostError, match=r"shard 1 of the replay buffer could not start: .*manifest"):
+    with pytest.raises(ProcessLostError, match=r"shard 1 of the replay buffer could not start: .*catalog"):
         statuses(buffer)
     with pytest.raises(BufferLostError, match=LOST):
         source_of(buffer.shards).draw(4)
@@ -294,7 +293,7 @@ def test_a_shard_that_cannot_come_back_is_named(start, tmp_path):
     with pytest.raises(BufferLostError, match=LOST):
         writer.settle()
     buffer.close()
-    with pytest.raises(UserError, match="manifest"):
+    with pytest.raises(UserError, match="catalog"):
         check_buffer(tmp_path / "buffer", CONTRACT, settings_of())
 
 
