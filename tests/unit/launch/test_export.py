@@ -272,7 +272,7 @@ def test_bad_requests_are_told_in_one_line(run, base, tmp_path):
     checkpoint = checkpoint_in(run, trained(base, adapters=False))
     assert "has no adapters" in fails(checkpoint, out, "--adapter-only")
     assert "has no stage 'sm'; its stages are: behaviour_cloning, sequencematch" in fails(run, out, "--stage", "sm")
-    assert "choose a stage that has one with --stage (sequencematch)" in fails(run, out, "--stage", "behaviour_cloning")
+    assert "chooses another (with checkpoints: sequencematch)" in fails(run, out, "--stage", "behaviour_cloning")
     assert "is not a run folder: leave it out" in fails(checkpoint, out, "--stage", "sequencematch")
     assert "is neither a run folder nor a checkpoint" in fails(tmp_path / "nowhere", out)
     assert "is neither a run folder nor a checkpoint" in fails(tmp_path, out)
