@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.monitoring.run_log import LOG_FILE
 from launch.run_folder.folder import CLUSTER_FILE, CONFIG_FILE
 from learner.checkpoints.store import read_progress
 from tests.checkpoints import checkpoints_of
-from tests.integration.train_process import ROOT, TrainProcess, metrics_of
+from tests.integration.train_process import ROOT, TrainProcess, log_of, metrics_of
 
 STAGE = "sequencematch"
 STEPS = 5000
@@ -87,10 +85,7 @@ def shorten(folder: Path, steps: int) -> None:
 
 def pool_events(folder: Path) -> list[str]:
     """What the actor pool has told since the run began, in all lives."""
-    file = folder / LOG_FILE
-    lines = file.read_text().rpartition("\n")[0].splitlines() if file.is_file() else []
-    told = [json.loads(line) for line in lines]
-    return [line["message"] for line in told if line["role"] == "pool"]
+    return [line["message"] for line in log_of(folder) if line["role"] == "pool"]
 
 
 def assert_same_steps(folder: Path, total: int, lost: set[int]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from launch.monitoring.run_log import LOG_FILE
 from launch.run.control import run_status
 from tests.chaos.run_lives import ended, wait_for_steps
-from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, log_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -37,7 +35,7 @@ def test_the_number_of_actors_follows_the_learner(tmp_path: Path) -> None:
         process.wait_until(lambda: both_work(process), TIMEOUT_S, "the second actor")
         (learner,) = process.processes("ray::LearnerWorker")
         learner.suspend()  # the actors come to the limit of the ratio, and the limiter holds them back
-        process.wait_until(lambda: bool(logged(folder, "actor_left")), TIMEOUT_S, "the end of the second actor")
+        process.wait_until(lambda: bool(log_of(folder, "actor_left")), TIMEOUT_S, "the end of the second actor")
         learner.resume()
         wait_for_steps(process, folder, beyond=process.step(STAGE))
 
@@ -46,16 +44,10 @@ def test_the_number_of_actors_follows_the_learner(tmp_path: Path) -> None:
         assert life.code == 130, process.printed()
         assert f"go on with: sequencematch train --resume {folder}" in " ".join(process.stdout.split())
         assert life.checkpoint == life.step, "the checkpoint is of the last step that was taken"
-    decisions = [(line["before"], line["wanted"]) for line in logged(folder, "autoscaled")]
+    decisions = [(line["before"], line["wanted"]) for line in log_of(folder, "autoscaled")]
     assert decisions[:2] == [(1, 2), (2, 1)]
 
 
 def both_work(process: TrainProcess) -> bool:
     pool = run_status(process.folder).pool
     return pool is not None and [member.state for member in pool.members] == ["running", "running"]
-
-
-def logged(folder: Path, event: str) -> list[dict[str, object]]:
-    """Complete lines of the run's log that tell of such an event."""
-    lines = (folder / LOG_FILE).read_text().rpartition("\n")[0].splitlines()
-    return [line for line in map(json.loads, lines) if line["event"] == event]

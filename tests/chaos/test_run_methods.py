@@ -18,12 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from buffer.experts.tasks import load_task
-from launch.monitoring.run_log import LOG_FILE
 from launch.settings.recipe import read_recipe
 from tests.checkpoints import checkpoints_of
 from tests.integration import failing_scores
 from tests.integration.test_run_arithmetic import FinishedRun, recompute
-from tests.integration.train_process import ROOT, TINY, TrainProcess, metrics_of, trajectories_of
+from tests.integration.train_process import ROOT, TINY, TrainProcess, log_of, metrics_of, trajectories_of
 from tests.unit.actors.test_classifier import save as save_classifier
 
 RECIPE = "launch/recipes/arithmetic_kl_control_cpu.yaml"
@@ -111,7 +110,7 @@ def test_each_method_takes_its_steps(run: FinishedRun, name: str) -> None:
 def test_a_constraint_that_no_rollout_meets_is_said(run: FinishedRun) -> None:
     for row in metrics_of(run.folder, "never"):
         assert (row["loss"], row["gradient_norm"], row["unsatisfied_share"], row["alarm_unsatisfied"]) == (0, 0, 1, 1)
-    assert any("hardly a rollout meets the pointwise constraints" in line["message"] for line in log_of(run))
+    assert any("hardly a rollout meets the pointwise constraints" in line["message"] for line in log_of(run.folder))
 
 
 def test_rollouts_are_those_of_the_policy_without_backspace(run: FinishedRun) -> None:
@@ -136,7 +135,7 @@ def test_rollouts_are_those_of_the_policy_without_backspace(run: FinishedRun) ->
 
 
 def test_rollouts_without_a_number_are_dropped_and_the_run_goes_on(run: FinishedRun) -> None:
-    reasons = [line["message"] for line in log_of(run) if line["event"] == "rollouts_dropped"]
+    reasons = [line["message"] for line in log_of(run.folder) if line["event"] == "rollouts_dropped"]
     assert reasons
     assert all(
         re.search(r" feature small \(\S+:last_digit_is_small\) (raised ValueError: invalid literal|is nan)", reason)
@@ -149,7 +148,3 @@ def test_a_classifier_scores_beside_the_engine(run: FinishedRun) -> None:
     scores = {row["features"][-1] for row in run.rows}
     assert all(0.0 < score < 1.0 for score in scores)
     assert len(scores) > 1
-
-
-def log_of(run: FinishedRun) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (run.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()]

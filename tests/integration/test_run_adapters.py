@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from buffer.experts.tasks import load_task
-from launch.monitoring.run_log import LOG_FILE
 from launch.settings.recipe import read_recipe
 from learner.model.policy import load_policy
 from learner.settings.model import ScratchModelSettings
-from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, log_of, metrics_of, trajectories_of
 
 RUN_TIMEOUT_S = 280.0
 PUBLICATIONS = 4  # in the stage with rollouts, after the two before its first step
@@ -38,9 +36,8 @@ def test_a_run_that_publishes_adapters_alone(tmp_path: Path) -> None:
         version for batch in trajectories_of(folder) for row in batch["policy_version"].to_pylist() for version in row
     }
     assert len(acted) >= 3
-    log = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    assert any(line["event"] == "weights_loaded" for line in log)
-    assert not [line for line in log if line["level"] != "info"]
+    assert log_of(folder, "weights_loaded")
+    assert not [line for line in log_of(folder) if line["level"] != "info"]
 
 
 def recipe_with_adapters(folder: Path) -> Path:

@@ -22,13 +22,12 @@ from buffer.experts.tasks import load_task
 from buffer.trajectory.schema import TokenContract
 from buffer.trajectory.validation import validate
 from buffer.weights import fingerprint, pack_tensors
-from launch.monitoring.run_log import LOG_FILE
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
 from learner.checkpoints.store import read_progress
 from learner.publication import publication_tensors
 from tests.checkpoints import checkpoints_of
-from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, log_of, metrics_of, trajectories_of
 
 STEPS = {"trunk": 20, "sequencematch": 40, "mle_control": 5}
 PUBLISH_EVERY = 10
@@ -201,7 +200,7 @@ def test_the_run_folder_is_that_of_a_run_that_ended(run: FinishedRun) -> None:
 
 
 def test_the_log_tells_the_run_from_beginning_to_end(run: FinishedRun) -> None:
-    lines = [json.loads(line) for line in (run.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+    lines = log_of(run.folder)
     assert {line["run"] for line in lines} == {run.folder.name}
     assert [lines[0]["event"], lines[-1]["event"]] == ["run_started", "run_finished"]
     begun = [line["stage"] for line in lines if line["event"] == "stage_started"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow as pa
 from buffer.reading.snapshot import read_shard
 from buffer.service.shard import present_shards
 from buffer.trajectory.schema import ROW
+from launch.monitoring.run_log import LOG_FILE
 from launch.run_folder.folder import BUFFER_FOLDER, CLUSTER_FILE
 from tests.processes import find_processes, in_session_of, send_to_all, wait_until
 
@@ -189,12 +191,17 @@ def refusal_of(runs_folder: Path, *arguments: str) -> str:
 
 def metrics_of(folder: Path, stage: str | None = None) -> list[dict[str, float]]:
     """Complete lines of a run's metrics, of one stage or of all."""
-    file = folder / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    complete = file.read_text().rpartition("\n")[0].splitlines()
-    rows = [json.loads(line) for line in complete]
-    return [row for row in rows if stage in (None, row["stage"])]
+    return [row for row in _lines(folder / "metrics.jsonl") if stage in (None, row["stage"])]
+
+
+def log_of(folder: Path, event: str | None = None) -> list[dict[str, Any]]:
+    """Complete lines of a run's log, of one kind of event or of all."""
+    return [line for line in _lines(folder / LOG_FILE) if event in (None, line["event"])]
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    complete = file.read_text(encoding="utf-8").rpartition("\n")[0] if file.is_file() else ""
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def trajectories_of(folder: Path) -> list[pa.RecordBatch]:
