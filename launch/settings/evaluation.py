@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,30 +62,27 @@ def check_planting(decodings: Sequence[Decoding], max_new_tokens: int) -> None:
 
 def parse_decoding(text: str) -> Decoding:
     """A decoding from its name, such as `top_p=0.95`; ValueError if there is none, or its number is out of range."""
-    kind, has_value, value = text.partition("=")
-    if not has_value:
-        plain = {
-            "ancestral": Decoding(SAMPLED),
-            GREEDY: Decoding(GREEDY, temperature=0.0),
-            CONTRASTIVE: Decoding(CONTRASTIVE, temperature=0.0, contrastive=ContrastiveSearch()),
-        }
-        if kind in plain:
-            return plain[kind]
-    try:
+    plain = {
+        "ancestral": Decoding(SAMPLED),
+        GREEDY: Decoding(GREEDY, temperature=0.0),
+        CONTRASTIVE: Decoding(CONTRASTIVE, temperature=0.0, contrastive=ContrastiveSearch()),
+    }
+    if text in plain:
+        return plain[text]
+    kind, _, value = text.partition("=")
+    with suppress(ValueError):  # not a number: the message below says what is
         if kind == "top_p" and 0.0 < (top_p := float(value)) < 1.0:
             return Decoding(f"top_p={top_p:g}", top_p=top_p)
         if kind == "temperature" and 0.0 < (temperature := float(value)) <= 10.0 and temperature != 1.0:
             return Decoding(f"temperature={temperature:g}", temperature=temperature)
-        if kind == CONTRASTIVE and has_value:
+        if kind == RECOVERY and (num_planted := int(value)) >= 2:
+            return Decoding(f"{RECOVERY}={num_planted}", temperature=0.0, num_planted=num_planted)
+        if kind == CONTRASTIVE:
             candidates, _, penalty = value.partition(":")
             search = ContrastiveSearch(int(candidates), float(penalty))
             if search.num_candidates >= 2 and 0.0 <= search.penalty <= 1.0:
                 name = f"{CONTRASTIVE}={search.num_candidates}:{search.penalty:g}"
                 return Decoding(name, temperature=0.0, contrastive=search)
-        if kind == RECOVERY and has_value and (num_planted := int(value)) >= 2:
-            return Decoding(f"{RECOVERY}={num_planted}", temperature=0.0, num_planted=num_planted)
-    except ValueError:
-        pass  # not a number: the message below says what is
     raise ValueError(
         f"no decoding {text!r}: choose from {_KNOWN} (top_p between 0 and 1; temperature above 0 and other than 1, "
         "which is ancestral; contrastive=K:ALPHA with K from 2 on and ALPHA from 0 to 1; recovery=K with K from 2 on, "
