@@ -116,7 +116,7 @@ def _push_to(num_actors: int, with_engine: bool, config: LlamaConfig, dtype: str
         "push": push,
     }
     found = measure_in_turn(backends, repetitions, WARM_UPS).found
-    for actor in (*actors, relay):
+    for actor in (*takers, relay):
         ray.kill(actor)
     return {
         part: [each[part].wall_s for each in found[backend]]
