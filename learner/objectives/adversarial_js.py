@@ -50,16 +50,27 @@ MAX_GRADIENT_NORM = 1.0
 _NETWORK, _OPTIMIZER = "network.", "optimizer."
 
 
-class DiscriminatorNetwork(nn.Module):  # type: ignore[misc]
-    """A head of two layers on pairs of states and tokens. body: whose hidden states; None: the policy's."""
+class Discriminator(nn.Module):  # type: ignore[misc]
+    """A head of two layers on pairs of states and tokens, and its optimizer; whole at every rank.
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype, seed: int, body: PreTrainedModel | None) -> None:
+    policy: as it is at the start of the stage; an own body begins as a copy of it.
+    """
+
+    def __init__(self, settings: DiscriminatorSettings, policy: TreePolicy) -> None:
+        assert settings.body == "policy" or not isinstance(policy, FSDPModule), "a part of a body cannot be copied"
         super().__init__()
-        self.body = body
+        model = policy.model
+        weight = model.get_output_embeddings().weight
+        size = weight.shape[1]
+        self.body: PreTrainedModel | None = copy.deepcopy(model.base_model) if settings.body == "own" else None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.head = nn.Sequential(nn.Linear(2 * hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, 1))
-        self.head.to(dtype)
+            torch.manual_seed(settings.seed)
+            self.head = nn.Sequential(nn.Linear(2 * size, size), nn.GELU(), nn.Linear(size, 1))
+        self.head.to(accumulation_dtype(weight, weight))
+        self.to(policy.device)
+        self._autocast = policy.autocast
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.0)
 
     def forward(self, pairs: Tensor) -> Tensor:
         """[K] what each token adds to s, given [K, 2, H] states and embeddings, whose scales do not matter."""
@@ -67,37 +78,21 @@ class DiscriminatorNetwork(nn.Module):  # type: ignore[misc]
         terms: Tensor = self.head(layer_norm(pairs, pairs.shape[-1:]).flatten(1)).squeeze(1)
         return terms
 
-
-class Discriminator:
-    """The network and its optimizer, whole at every rank. policy: as it is at the start of the stage; an own body
-    begins as a copy of it."""
-
-    def __init__(self, settings: DiscriminatorSettings, policy: TreePolicy) -> None:
-        assert settings.body == "policy" or not isinstance(policy, FSDPModule), "a part of a body cannot be copied"
-        model = policy.model
-        body = copy.deepcopy(model.base_model) if settings.body == "own" else None
-        weight = model.get_output_embeddings().weight
-        dtype = accumulation_dtype(weight, weight)
-        self._autocast = policy.autocast
-        self.network = DiscriminatorNetwork(weight.shape[1], dtype, settings.seed, body).to(policy.device)
-        trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.0)
-
-    def log_ratio(self, tree: TreeBatch, policy_pairs: Tensor | None) -> Tensor:
+    def log_ratio(self, tree: TreeBatch, pairs: Tensor | None) -> Tensor:
         """[L] s of the last text of each log; 0 where nothing of an answer is left.
 
-        policy_pairs: what `states_and_tokens` measured of the policy; None exactly with a body of its own.
+        pairs: what `states_and_tokens` measured of the policy; None exactly with a body of its own.
         """
         nodes, actions = tree.answer_nodes()
-        states, pairs = tree.nodes.states, policy_pairs
-        if self.network.body is not None:
-            assert policy_pairs is None
+        states = tree.nodes.states
+        if self.body is not None:
+            assert pairs is None
             with self._autocast():
-                hidden = evaluate_nodes(self.network.body, tree)
-            embedding = self.network.body.get_input_embeddings()(tree.nodes.token_ids[nodes])
+                hidden = evaluate_nodes(self.body, tree)
+            embedding = self.body.get_input_embeddings()(tree.nodes.token_ids[nodes])
             pairs = torch.stack([hidden[states[tree.actions.state[actions]]], embedding.to(hidden.dtype)], dim=1)
         assert pairs is not None
-        terms: Tensor = self.network(pairs)
+        terms = self.forward(pairs)
         final = states[tree.trajectories.final][:, None]
         is_left = (nodes <= final) & (tree.nodes.subtree_end[nodes] > final)
         is_answer = tree.nodes.positions[nodes] > tree.nodes.positions[states[tree.trajectories.start]][:, None]
@@ -106,7 +101,7 @@ class Discriminator:
     def step(self, ranks: Ranks) -> None:
         """Move the weights by what the backward passes of all ranks left; all of them call this together.
         FloatingPointError: the gradient is not finite; nothing has moved."""
-        trained = [parameter for parameter in self.network.parameters() if parameter.grad is not None]
+        trained = [parameter for parameter in self.parameters() if parameter.grad is not None]
         if ranks.size > 1:
             gradients = [parameter.grad for parameter in trained]
             own = parameters_to_vector(gradients)
@@ -119,25 +114,22 @@ class Discriminator:
         self._optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, and moments of the optimizer, by name."""
-        state = {_NETWORK + name: tensor for name, tensor in self.network.state_dict().items()}
-        for name, parameter in self.network.named_parameters():
-            moments = self._optimizer.state.get(parameter, {})
-            state |= {f"{_OPTIMIZER}{name}.{moment}": tensor for moment, tensor in moments.items()}
+        """Weights by name, and moments of the optimizer by number of the parameter."""
+        state = {_NETWORK + name: tensor for name, tensor in self.state_dict().items()}
+        for number, moments in self._optimizer.state_dict()["state"].items():
+            state |= {f"{_OPTIMIZER}{number}.{moment}": tensor for moment, tensor in moments.items()}
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`."""
-
-        def below(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}
-
-        self.network.load_state_dict(below(_NETWORK))
-        whole = self._optimizer.state_dict()
-        trained = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
-        moments = {number: below(f"{_OPTIMIZER}{name}.") for number, name in enumerate(trained)}
-        whole["state"] = {number: found for number, found in moments.items() if found}
-        self._optimizer.load_state_dict(whole)
+        self.load_state_dict(
+            {name.removeprefix(_NETWORK): each for name, each in state.items() if name.startswith(_NETWORK)}
+        )
+        optimizer = self._optimizer.state_dict()
+        for name, tensor in state.items():
+            if name.startswith(_OPTIMIZER):
+                _, number, moment = name.split(".")
+                optimizer["state"].setdefault(int(number), {})[moment] = tensor
+        self._optimizer.load_state_dict(optimizer)
 
 
 def states_and_tokens(tree: TreeBatch, logits: StateLogits) -> Tensor:
@@ -164,7 +156,7 @@ class AdversarialJs(Objective):
 
     def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
         """Find the mean reward of the step's rollouts, with which each of them is compared."""
-        self._discriminator_of(policy).network.zero_grad(set_to_none=True)
+        self._discriminator_of(policy).zero_grad(set_to_none=True)
         total = torch.zeros(1, dtype=torch.float64)
         with torch.no_grad():
             for each in self._of_all_ranks(rollouts):
@@ -186,7 +178,6 @@ class AdversarialJs(Objective):
         return EvaluatedLogs(tree, values._replace(measured=scores), counts)
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
-        """What the discriminator loses on real examples."""
         scores, prior = data.values.measured, self.settings.discriminator_prior
         assert scores is not None
         loss = prior * data.mean_over_logs(-logsigmoid(scores + _logit(prior)))
@@ -227,7 +218,6 @@ class AdversarialJs(Objective):
         )
 
     def advance(self) -> None:
-        """One step of the discriminator; raises as `Discriminator.step`."""
         assert self._discriminator is not None, "advance() comes after prepare()"
         self._discriminator.step(self.ranks)
 

@@ -92,7 +92,6 @@ class ScoreFunction(Objective, ABC):
         """The step is taken: remember what the next ones need."""
 
     def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
-        """The first round: coefficients of all rollouts of the step."""
         table = self._gather(torch.cat([self._look_at(policy, tree) for tree in self._of_all_ranks(rollouts)]))
         if self.base is not None:
             self.base.release()
@@ -117,7 +116,6 @@ class ScoreFunction(Objective, ABC):
         return loss, rollout_metrics(rollouts, loss, **of_step)
 
     def advance(self) -> None:
-        """Remember what the next steps need of this one."""
         assert self._rollouts is not None, "advance() comes after prepare()"
         self.learn(self._rollouts)
 

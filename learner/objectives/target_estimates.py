@@ -71,7 +71,6 @@ class PartitionFunction:
         return z, pooled
 
     def add(self, context: Tensor, ratio: Tensor) -> None:
-        """Take note of [N] rollouts."""
         merged = self._merged(context, ratio)
         if len(merged["z_seen"]) > MAX_CONTEXTS:
             kept = merged["z_seen"].argsort(descending=True, stable=True)[:MAX_CONTEXTS].sort().values
@@ -79,7 +78,6 @@ class PartitionFunction:
         self._columns = merged
 
     def state(self) -> dict[str, Tensor]:
-        """Everything."""
         return dict(self._columns)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -167,7 +167,6 @@ class TargetAscent(ScoreFunction):
         return {**fitted, "samples": self._samples, "gain": self._gain, **self._z.state()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`."""
         self._weight, self._samples, self._gain = state.get("lambda"), state["samples"], state["gain"]
         self._z.load_state(state)
 

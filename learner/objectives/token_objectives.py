@@ -43,7 +43,6 @@ class Likelihood(Objective):
     """
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
-        """Cross-entropy of the labels."""
         loss = cross_entropy(data)
         return loss, data_metrics(data, loss)
 
@@ -61,11 +60,9 @@ class Unlikelihood(Objective):
     settings: UnlikelihoodSettings
 
     def summation(self, tree: TreeBatch, weight: Tensor) -> ContextUnlikelihood:
-        """The unlikelihood of every action."""
         return ContextUnlikelihood(tree)
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
-        """Cross-entropy of the labels, and of not drawing the tokens before them."""
         assert data.values.measured is not None
         unlikelihood = data.mean_over_actions(data.values.measured)
         loss = cross_entropy(data) + self.settings.weight * unlikelihood
@@ -152,7 +149,6 @@ class Emo(Objective):
         return EarthMoverDistance(self._table, tree.actions.label)
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
-        """The mode's loss of the labels."""
         assert data.values.measured is not None
         likelihood, distance = -data.values.log_prob, data.values.measured
         loss = data.mean_over_actions(emo_loss(likelihood, distance, self.settings.mode, self.settings.ratio_cap))
@@ -163,7 +159,6 @@ class Emo(Objective):
         return {} if self._table is None else {"table": self._table}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the table of `state()`."""
         self._table = state.get("table", self._table)
 
 
@@ -255,7 +250,6 @@ class ScheduledSampling(Objective):
         return EvaluatedLogs(mixed, policy.evaluate(mixed), counts)
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
-        """Cross-entropy of the true labels."""
         loss = cross_entropy(data)
         truth_share = loss.new_tensor(self.truth_share(step) * data.share)
         return loss, data_metrics(data, loss, truth_share=truth_share)

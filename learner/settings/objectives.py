@@ -92,11 +92,10 @@ class ScheduledSamplingSettings(BaseObjectiveSettings):
 
     @model_validator(mode="after")
     def _check(self) -> ScheduledSamplingSettings:
-        bounds = {"linear": (0.0, 1.0), "exponential": (0.0, 1.0), "inverse_sigmoid": (1.0, float("inf"))}
-        low, high = bounds[self.schedule]
-        if not low <= self.k <= high or (self.schedule == "exponential" and self.k == high):
-            words = {"linear": "at most 1", "exponential": "below 1", "inverse_sigmoid": "at least 1"}[self.schedule]
-            raise ValueError(f"k={self.k} must be {words} with schedule={self.schedule}")
+        bounds = {"linear": "at most 1", "exponential": "below 1", "inverse_sigmoid": "at least 1"}
+        is_met = {"linear": self.k <= 1, "exponential": self.k < 1, "inverse_sigmoid": self.k >= 1}
+        if not is_met[self.schedule]:
+            raise ValueError(f"k={self.k} must be {bounds[self.schedule]} with schedule={self.schedule}")
         if self.schedule != "linear":
             self._refuse_without_effect(f"schedule={self.schedule}", "slope", "least_truth_share")
         return self

@@ -181,7 +181,7 @@ def test_a_constant_reward_has_no_gradient_at_all():
     counts = counts_of(tree)
     objective.prepare(policy, [tree], counts, 0)
     with torch.no_grad():
-        for parameter in objective._discriminator.network.head[2].parameters():
+        for parameter in objective._discriminator.head[2].parameters():
             parameter.zero_()
     objective.prepare(policy, [tree], counts, 0)
     rollouts = objective.evaluate(policy, tree, counts, 0)

@@ -41,7 +41,7 @@ def test_it_reads_the_last_text_of_each_log(body, logs):
     model = tiny("llama").double()
     policy, tree, objective = TreePolicy(model, BACKSPACE), build(logs), objective_of(body)
     found = objective.evaluate(policy, tree, counts_of(tree), 0).values.measured
-    network = objective._discriminator.network
+    network = objective._discriminator
     reader = model.base_model if body == "policy" else network.body
     table = model.lm_head.weight if body == "policy" else network.body.embed_tokens.weight
     for log, score in zip(logs, found, strict=True):
@@ -66,7 +66,7 @@ def test_at_first_the_discriminator_learns_alone():
         model.zero_grad()
         objective.rollout_loss(objective.evaluate(policy, tree, counts, step), counts, step)[0].backward()
         assert any(bool(parameter.grad.any()) for parameter in model.parameters()) == moves
-        assert all(parameter.grad.any() for parameter in objective._discriminator.network.parameters())
+        assert all(parameter.grad.any() for parameter in objective._discriminator.parameters())
 
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["plain", "activations recomputed"])
@@ -93,7 +93,7 @@ def test_a_discriminator_without_a_finite_gradient_stops_before_anything_moves(t
     model = make_model(task)
     trainer = make_trainer(task, model, make_stage(ADVERSARIAL))
     trainer.train_step()
-    network = trainer._objective._discriminator.network
+    network = trainer._objective._discriminator
     network.head[0].weight.register_hook(lambda gradient: gradient * torch.inf)
     before = weights_of(model), weights_of(network)
     with pytest.raises(

@@ -48,7 +48,7 @@ def gradients_of(objective: Objective, policy: TreePolicy, shares: list[tuple[Te
     """By what is trained; 0 where nothing depends on it."""
     parameters = list(policy.parameters())
     if isinstance(objective, AdversarialJs):
-        parameters += objective._discriminator.network.parameters()
+        parameters += objective._discriminator.parameters()
     loss = torch.stack([loss for loss, _ in shares]).sum()
     return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 

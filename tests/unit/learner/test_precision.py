@@ -163,9 +163,9 @@ def test_a_model_in_float32_has_no_second_copy_in_its_checkpoint(task, tmp_path)
 def test_a_discriminator_with_a_body_of_its_own_is_trained_in_float32(task, pretrained):
     policy = TreePolicy(load(pretrained["llama"]), task.backspace_id)
     discriminator = Discriminator(DiscriminatorSettings(body="own"), policy)
-    assert {parameter.dtype for parameter in discriminator.network.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in discriminator.parameters()} == {torch.float32}
     seen = []
-    layer = discriminator.network.body.layers[0].mlp.up_proj
+    layer = discriminator.body.layers[0].mlp.up_proj
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     (tree,) = build_micro_batches(make_stream(task).draw(4), make_trees(task))
     assert discriminator.log_ratio(tree, None).dtype == torch.float32
