@@ -27,6 +27,8 @@ from buffer.trajectory.schema import TokenContract
 from buffer.trajectory.staleness import Int64
 
 CATALOG_NAME = "catalog.db"
+LAYOUTS = ("segment-*", "consumption-*", "manifest.json")
+"""Files of shards, of earlier versions of this program too: without a catalog nobody knows what they hold."""
 FORMAT = 4
 
 EventKind = Literal["draw", "checkpoint", "stage", "version", "remove", "delete", "forget", "reject", "priorities"]
@@ -234,10 +236,10 @@ class CatalogWriter:
         self._num_events = 0
         self._is_full_sync = False  # of the next commit
         self._lock = Lock()  # held while a transaction is under way
-        if not self.path.exists() and (segments := sorted(folder.glob("segment-*.arrows"))):
+        if not self.path.exists() and (found := sorted(path for each in LAYOUTS for path in folder.glob(each))):
             raise CorruptStoreError(
-                f"{folder} holds {segments[0].name} but no {CATALOG_NAME}: restore it from a copy, or move the folder "
-                "away to begin with an empty buffer"
+                f"{folder} holds {found[0].name} but no {CATALOG_NAME}: an earlier version of this program wrote "
+                "it, or it was lost: restore it from a copy, or use another run folder"
             )
         self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:

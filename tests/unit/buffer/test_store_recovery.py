@@ -113,6 +113,13 @@ def test_damage_of_the_catalog_is_an_error_that_says_what_to_do(tmp_path):
 
 
 def test_another_format_is_refused_in_one_sentence(tmp_path):
+    for name in ("manifest.json", "consumption-000001.arrows.open", "segment-000001.arrows.open"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with pytest.raises(ValueError, match=f"holds {name} but no catalog.db: an earlier version"):
+            open_store(folder)
+        assert sorted(path.name for path in folder.glob("*.*")) == [name], "nothing is deleted"
     open_store(tmp_path / "b").close()
     with closing(sqlite3.connect(tmp_path / "b" / "catalog.db")) as connection:
         row = ("format", "99")
