@@ -35,8 +35,12 @@ class VersionRange:
     def from_batch(cls, batch: pa.RecordBatch) -> VersionRange:
         """Of each row of a validated trajectory batch."""
         column = batch.column("policy_version")
-        lengths = column.value_lengths()
-        lengths = (lengths.fill_null(0) if column.null_count else lengths).to_numpy()
+        if column.null_count == 0 and len(column):
+            offsets = column.offsets.to_numpy()
+            starts, versions = offsets[:-1], column.values.slice(0, offsets[-1]).to_numpy()
+            if (starts < offsets[1:]).all():  # as actors send them
+                return cls(np.minimum.reduceat(versions, starts), np.maximum.reduceat(versions, starts))
+        lengths = column.value_lengths().fill_null(0).to_numpy()
         filled = np.flatnonzero(lengths)
         oldest = np.full(len(column), NO_VERSION, dtype=np.int32)
         newest = oldest.copy()
