@@ -93,6 +93,27 @@ def test_a_frozen_output_embedding_gets_no_gradient(kept_elements):
     torch.testing.assert_close(torch.autograd.grad(weighted_sum(outputs), hidden), expected, rtol=1e-10, atol=1e-10)
 
 
+def saved_elements(kept_elements: int) -> int:
+    """Elements held from the forward to the backward pass."""
+    hidden, weight, rows, actions = example(64, 300, 16, 20, torch.float32)
+    total = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        chunked_values(hidden, weight, rows, actions, backspace_id=3, chunk_elements=3000, kept_elements=kept_elements)
+    return total
+
+
+def test_no_more_logits_are_kept_than_allowed():
+    least = saved_elements(0)
+    assert saved_elements(7000) - least == 6000 + 20  # two chunks of 10 states, and a peak of each state
+    assert saved_elements(10**6) - least == 64 * 300 + 64
+
+
 def test_half_precision_accumulates_in_float32():
     hidden, weight, rows, actions = example(64, 300, 256, 200, torch.bfloat16)
     outputs = chunked_values(hidden, weight, rows, actions, backspace_id=3, chunk_elements=1000)

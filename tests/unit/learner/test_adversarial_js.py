@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -142,6 +143,31 @@ def test_the_gradient_is_that_of_the_divergence_of_texts(smallest, pi):
     assert float(metrics["importance_weight_mean"]) == pytest.approx(1.0)
     data = (everything.target * data_divergence((everything.target / everything.text_probability).log(), pi)).sum()
     assert float(metrics["divergence_js"] + data.detach()) == pytest.approx(float(exact.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("pi", PIS)
+def test_two_stale_rollouts_have_the_gradient_as_their_mean(smallest, pi):
+    """Over all pairs that another policy draws: weights and the baseline leave the estimate without bias."""
+    everything, other = enumerate_logs(smallest), exact_model(2)
+    drawn = [
+        replace(log, temperature=1.0, logprobs=found.tolist())
+        for log, found in zip(everything.logs, log_probs(other, everything.logs), strict=True)
+    ]
+    rollouts = judged(objective_of(pi=pi), smallest, drawn, everything.log_ratio)
+    weight, reward = importance_weights(rollouts), mixture_reward(everything.log_ratio, pi)
+    likely = torch.tensor([sum(log.logprobs) for log in drawn], dtype=torch.float64).exp()
+    assert float(likely.sum()) == pytest.approx(1.0)
+    assert float((weight - 1).abs().max()) > 0.5
+    coefficient = torch.zeros_like(reward)
+    for first, second in np.ndindex(len(drawn), len(drawn)):
+        pair = torch.tensor([first, second])
+        advantage = leave_one_out_advantage(reward[pair], float(reward[pair].mean()), 2)
+        coefficient.index_add_(0, pair, likely[first] * likely[second] * weight[pair] * advantage / 2)
+    parameters = list(smallest.parameters())
+    found = torch.autograd.grad(-(coefficient @ everything.log_q), parameters, retain_graph=True, allow_unused=True)
+    exact = divergence(everything.target, everything.text_probability, pi)
+    for gradient, expected in zip(found, torch.autograd.grad(exact, parameters, allow_unused=True), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("prior", [None, 0.2, 0.8])

@@ -133,6 +133,15 @@ def test_the_expected_update_is_the_gradient_of_the_objective(world, beta, stale
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_without_the_weights_stale_rollouts_would_mislead(world):
+    """Negative control of the test above."""
+    believed = replace(world.rollouts, log_mu=world.rollouts.log_pi)
+    share = world.rollouts.log_mu.exp() * reward_ascent().weigh(believed).coefficients
+    expected = world.gradient((world.log_pi.exp() * world.rollouts.reward).sum())
+    found = world.gradient(share @ world.log_pi)
+    assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) > 1e-2
+
+
 def test_equal_rewards_change_nothing_at_all(world):
     rollouts = replace(world.rollouts, reward=torch.full_like(world.rollouts.reward, 0.3))
     assert not reward_ascent().weigh(rollouts).coefficients.any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from learner.objectives import make_objective
 from learner.objectives.base import EvaluatedLogs, OutsideDomainError, combine_metrics
@@ -78,3 +79,22 @@ def test_inside_the_domain_nothing_stops(model):
         _, metrics = make_objective(other).data_loss(evaluate(model, DATA), step=0)
         assert "phi_outside_share" not in metrics
         make_objective(other).check(metrics, step=0)
+
+
+@pytest.mark.parametrize("margin", [1e-4, 1e-8])
+@pytest.mark.parametrize("estimator", ["collapsed", "printed"])
+@pytest.mark.parametrize("divergence", DIVERGENCES_WITH_DOMAIN)
+def test_the_whole_gradient_in_float32_is_that_of_float64(divergence, estimator, margin):
+    """Inside the domain, where it does not depend on the margin."""
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        policy = tiny("gpt2").to(dtype)
+        objective = make_objective(
+            settings(divergence=divergence, estimator=estimator, alpha=0.01, domain_margin=margin)
+        )
+        loss, metrics = objective.data_loss(evaluate(policy, DATA), step=7)
+        assert float(metrics["phi_outside_share"]) == 0.0
+        loss.backward()
+        gradients.append(torch.cat([each.grad.double().flatten() for each in policy.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 1 - 1e-6
+    assert float(gradients[0].norm() / gradients[1].norm()) == pytest.approx(1.0, abs=1e-4)

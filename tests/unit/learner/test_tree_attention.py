@@ -7,7 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from learner.state_tree import attention as tree_attention
@@ -145,6 +146,16 @@ def test_the_keys_of_a_tile_do_not_grow_with_the_batch():
     assert tile_tree(many).tile_size in TILE_SIZES
 
 
+def test_chains_of_equal_length_are_not_gathered():
+    """As wide as a tile, they are a batch of texts without padding."""
+    generator = np.random.default_rng(0)
+    logs = [Log([i], [*generator.integers(4, VOCAB, 126).tolist(), EOS]) for i in range(1000, 1032)]
+    tree = build(logs, max_positions=128)
+    tiles = tile_tree(tree, 128)
+    assert (tiles.order, tiles.keys) == (None, None)
+    assert [tuple(mask.shape) for mask in tiles.masks] == [(32, 1, 128, 128)]
+
+
 @pytest.mark.parametrize("logs", [HARD, grown_logs()], ids=["hard", "groups"])
 def test_the_block_mask_is_the_dense_mask(logs):
     tree = build(logs)
@@ -160,6 +171,19 @@ def test_blocks_of_other_trees_are_skipped():
     tree = build(grown_logs(num_prompts=8, rollouts=8))
     assert tree.num_padded_nodes > 1280
     assert block_mask(tree).sparsity() > 60  # per cent; a causal mask of that many blocks has about 45
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_flex_attention_over_the_block_mask():
+    tree = build(grown_logs())
+    size = tree.num_padded_nodes
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, size, 16, generator=generator)
+    key, value = (torch.randn(1, 2, size, 16, generator=generator) for _ in range(2))
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=tree.attention_mask, enable_gqa=True)
+    found = flex_attention(query, key, value, block_mask=block_mask(tree), enable_gqa=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_a_model_that_does_not_hand_the_tree_on_is_noticed():
