@@ -14,9 +14,10 @@ conditions on other columns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, TypeVar
 
 import duckdb
@@ -122,20 +123,28 @@ class BufferDatabase:
         Raises:
             ValueError: in place of DuckDB's errors, its first line; or why there is no text.
         """
-        with ThreadPoolExecutor(max_workers=1) as executor:
-            future = executor.submit(work)
-            try:
-                while not wait([future], timeout=POLL_S).done:
-                    pass
-            except KeyboardInterrupt:
-                while not wait([future], timeout=POLL_S).done:  # again and again: it may be between two queries
-                    self._connection.interrupt()
-                raise
-            try:
-                return future.result()
-            except (duckdb.Error, pa.ArrowException) as error:
-                # DuckDB buries what a function of ours raises in a message of its own.
-                raise ValueError(str(self._texts.load_error or _first_line(error))) from None
+        future: Future[T] = Future()
+
+        def compute() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except Exception as error:  # noqa: BLE001 (`result` raises it)
+                    future.set_exception(error)
+
+        try:
+            Thread(target=compute).start()  # no executor: Ctrl-C within its `submit` would leave the query running
+            while not wait([future], timeout=POLL_S).done:
+                pass
+        except KeyboardInterrupt:
+            while not (future.cancel() or wait([future], timeout=POLL_S).done):
+                self._connection.interrupt()  # again and again: it may be between two queries
+            raise
+        try:
+            return future.result()
+        except (duckdb.Error, pa.ArrowException) as error:
+            # DuckDB buries what a function of ours raises in a message of its own.
+            raise ValueError(str(self._texts.load_error or _first_line(error))) from None
 
     def describe(self) -> dict[str, tuple[int, dict[str, str]]]:
         """The number of rows of each table, and the SQL types of its columns."""

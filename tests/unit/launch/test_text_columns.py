@@ -111,15 +111,19 @@ def test_a_run_without_the_right_tokenizer_says_so(tmp_path):
     asked.close()
 
 
+FOR_EVER = (
+    f"select sum(hash({' * '.join(f't{number}.row' for number in range(9))})) "
+    f"from {', '.join(f'trajectories t{number}' for number in range(9))}"
+)
+
+
 def test_ctrl_c_ends_a_query_that_would_take_for_ever():
     asked = database(CountedLoads(), copies=500)
     begun = threading.Event()
 
     def count_for_ever() -> int:
         begun.set()
-        products = " * ".join(f"t{number}.row" for number in range(9))
-        tables = ", ".join(f"trajectories t{number}" for number in range(9))
-        return asked.select(f"select sum(hash({products})) from {tables}").to_arrow_table().num_rows
+        return asked.select(FOR_EVER).to_arrow_table().num_rows
 
     def press_ctrl_c() -> None:
         begun.wait(timeout=60)
@@ -128,4 +132,17 @@ def test_ctrl_c_ends_a_query_that_would_take_for_ever():
     threading.Thread(target=press_ctrl_c).start()
     with pytest.raises(KeyboardInterrupt):
         asked.run(count_for_ever)
+    asked.close()
+
+
+def test_ctrl_c_while_a_query_begins_leaves_nothing_running(monkeypatch):
+    asked, start = database(CountedLoads(), copies=500), threading.Thread.start
+
+    def start_and_press_ctrl_c(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        asked.run(lambda: asked.select(FOR_EVER).to_arrow_table().num_rows)
     asked.close()
