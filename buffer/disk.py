@@ -35,12 +35,8 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 @contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Around whatever writes below `place`.
-
-    Raises:
-        OSError: in place of any error that says that the disk is full; it names a file, or `place`. Python's own names
-            no file that was open already.
-    """
+    """Around whatever writes below `place`. OSError in place of any error that says that the disk is full: it names a
+    file, or `place` (Python's own names no file that was open already)."""
     try:
         yield
     except Exception as error:
@@ -53,11 +49,7 @@ class FolderLock:
     """An exclusive lock on a folder, held until `release` or until the process dies, however it dies."""
 
     def __init__(self, folder: Path) -> None:
-        """Take the lock.
-
-        Raises:
-            ValueError: another process holds it.
-        """
+        """Take the lock; ValueError where another process holds it."""
         self._descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

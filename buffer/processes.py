@@ -152,8 +152,7 @@ def ignore_stop_signals() -> None:
 
 
 def run_id(run_folder: Path) -> str:
-    """The name that the run was given when it began, however its folder is called by now: no two runs share it. The
-    name of the folder, where a run was made without one.
-    """
+    """The name that the run, and no other, was given when it began; where it was made without one, that of its
+    folder."""
     file = run_folder / RUN_ID_FILE
     return file.read_text(encoding="utf-8").strip() if file.is_file() else run_folder.resolve().name

@@ -52,9 +52,7 @@ class TensorEntry:
 @dataclass(frozen=True)
 class LowRankUpdate:
     """A low-rank update (LoRA, arXiv 2106.09685) by the names of its tensors: W [out, in], A [rank, in], B [out, rank].
-
-    transposed: W is stored as [in, out], as GPT-2 does.
-    """
+    transposed: W is stored as [in, out], as GPT-2 does."""
 
     weight: str
     a: str
@@ -151,11 +149,8 @@ def verify_fingerprint(payload: WeightPayload, manifest: WeightManifest) -> None
 
 
 def unpack(payload: WeightPayload, manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) pairs as a model's `load_weights` takes them, low-rank updates merged.
-
-    All others are views of the payload: never write to them. Raises as `verify_fingerprint`, at the call, before
-    anything is loaded.
-    """
+    """(name, tensor) pairs as a model's `load_weights` takes them, low-rank updates merged; all others are views of the
+    payload: never write to them. Raises as `verify_fingerprint`, at the call, before anything is loaded."""
     import torch
 
     _check_complete(payload, manifest)
@@ -206,10 +201,8 @@ def _check_complete(payload: WeightPayload, manifest: WeightManifest) -> None:
 
 @dataclass(frozen=True)
 class WeightHandle:
-    """Where a publication lies in Ray's object store. The references are fetched only by an actor that needs them.
-
-    static: tensors that are the same in every publication of this sender, if there are any. changed: all others.
-    """
+    """Where a publication lies in Ray's object store; only an actor that needs the references fetches them. static:
+    tensors that are the same in every publication of this sender, if there are any. changed: all others."""
 
     static: ray.ObjectRef[WeightPayload] | None
     changed: ray.ObjectRef[WeightPayload]
@@ -247,10 +240,7 @@ class WeightReceiver:
 
     def fetch(self, handle: WeightHandle) -> WeightPayload:
         """What was published, read-only. Static tensors stay mapped, so this node never has to fetch them again.
-
-        Raises:
-            TimeoutError: it did not arrive in time. ProcessLostError: it was lost with the learner.
-        """
+        TimeoutError where it did not arrive in time, ProcessLostError where it was lost with the learner."""
         if handle.static is None:
             self._static = None
             return self._get(handle.changed)

@@ -1,4 +1,2 @@
 """Expert trajectories. A task loads its examples and says how an answer is checked; a stream turns them into
-trajectories, with injected errors that backspace takes back. A stream is a function of its seed, and its state is a few
-counters.
-"""
+trajectories, with injected errors that backspace takes back."""

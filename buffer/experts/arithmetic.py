@@ -34,13 +34,8 @@ class Question:
 
 
 def generate_questions(settings: ArithmeticTaskSettings) -> list[Question]:
-    """`train_questions + held_out_questions` different questions in a random order fixed by the seed.
-
-    Operands are uniform over 0 .. base^max_digits - 1; bases and the two operations are equally likely.
-
-    Raises:
-        ValueError: the settings allow too few different questions.
-    """
+    """`train_questions + held_out_questions` different questions in a random order fixed by the seed: operands uniform
+    over 0 .. base^max_digits - 1, bases and operations equally likely. ValueError where there are too few."""
     wanted = settings.train_questions + settings.held_out_questions
     possible = sum(2 * base ** (2 * settings.max_digits) for base in settings.bases)
     if wanted > 0.9 * possible:  # the last ones are found by ever more attempts

@@ -158,10 +158,7 @@ def cut_examples(
     documents: Dataset, settings: TextTaskSettings, tokenizer: PreTrainedTokenizerBase, backspace_id: int
 ) -> Dataset:
     """Examples of the documents: `prompt_ids`, `target_ids` (at least one id), `noise_group` (0) and `document`.
-
-    Raises:
-        ValueError: no document is longer than a prompt, or a text encodes to `<eos>` or backspace.
-    """
+    ValueError where no document is longer than a prompt, or a text encodes to `<eos>` or backspace."""
     cut = functools.partial(_cut_batch, settings=settings, tokenizer=tokenizer, backspace_id=backspace_id)
     examples = documents.with_format("arrow").map(
         cut, batched=True, with_indices=True, remove_columns=["text"], desc="tokenise"

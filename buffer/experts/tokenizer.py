@@ -18,11 +18,8 @@ PAD, BOS, EOS, BACKSPACE = "<pad>", "<bos>", "<eos>", "<backspace>"
 
 
 def character_tokenizer(alphabet: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character of `alphabet`, and ids 0-3 for the special tokens.
-
-    Encoding adds no special token, decoding gives the text back exactly. Encoding a character outside the
-    alphabet raises: there is no unknown token that could hide it.
-    """
+    """A tokenizer with one token per character of `alphabet`, and ids 0-3 for the special tokens, which encoding never
+    adds. Decoding gives the text back exactly; encoding a character outside the alphabet raises."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,13 +57,9 @@ def token_contract(
     vocab_size: int | None = None,
     other_eos_ids: tuple[int, ...] = (),
 ) -> TokenContract:
-    """The contract of trajectories written with `tokenizer`.
-
-    `vocab_size` is the model's (rows of its embedding, of which some may have no token); by default the tokenizer's.
-
-    Raises:
-        ValueError: the tokenizer has no end-of-text token, or an id lies outside the vocabulary.
-    """
+    """The contract of trajectories written with `tokenizer`. vocab_size: the model's (rows of its embedding, of which
+    some may have no token); by default the tokenizer's. ValueError where the tokenizer has no end-of-text token, or an
+    id lies outside the vocabulary."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token; set tokenizer.eos_token")
     ids = np.array(list(tokenizer.get_vocab().values()), dtype=np.int64)

@@ -66,10 +66,8 @@ class DrawTimeoutError(TimeoutError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: handle of its actor, a `ReplayBufferService`, and the node it was placed on.
-
-    Its methods are those of the service, called from another process; they raise as `RemoteCall.answer`, too.
-    """
+    """One shard: handle of its actor, a `ReplayBufferService`, and the node it was placed on. Its methods are those of
+    the service, called from another process; they raise as `RemoteCall.answer`, too."""
 
     index: int
     handle: ActorHandle
@@ -134,11 +132,8 @@ class BufferClient:
         return sum(insert.size_bytes for insert in self._inserts)
 
     def insert(self, batch: pa.RecordBatch) -> None:
-        """Send a batch; waits while more than the allowed inserts or bytes would be unanswered.
-
-        Raises:
-            ValueError: a shard refuses a batch as a whole. OSError: its disk does.
-        """
+        """Send a batch; waits while more than the allowed inserts or bytes would be unanswered. ValueError where a
+        shard refuses a batch as a whole, OSError where its disk does."""
         batch = compact(batch)
         self._heed_answers()
         free_bytes = self._max_bytes_in_flight - batch.nbytes
@@ -190,20 +185,14 @@ class BufferClient:
         self, request: DrawRequest, timeout_s: float, while_waiting: Callable[[], None] = lambda: None
     ) -> tuple[DrawResult | None, ...]:
         """The part of each shard in a draw, None where it has none; waits up to `timeout_s` for enough rows.
-
-        while_waiting: called every `STOP_POLL_S`; an error that it raises ends the wait.
-
-        Raises:
-            DrawTimeoutError, ValueError: see `draw_from_shards`. OSError: the disk refused.
-        """
+        while_waiting: called every `STOP_POLL_S`; an error that it raises ends the wait. Raises as `draw_from_shards`,
+        and OSError where the disk refused."""
         with _losses():
             return asyncio.run(self._draw(request, timeout_s, while_waiting))
 
     def update_priorities(self, drawn: Sequence[DrawResult | None], priorities: Float32) -> None:
-        """Tell the shards how likely the rows of a draw are to be drawn again; the next draw waits for it.
-
-        drawn: as `draw` gave it. priorities: [n] in the order of the rows.
-        """
+        """Tell the shards how likely the rows of a draw, as `draw` gave it, are to be drawn again; the next draw waits
+        for it. priorities: [n] in the order of the rows."""
         first = 0
         for shard, part in zip(self.shards, drawn, strict=True):
             if part is not None:

@@ -142,10 +142,8 @@ class ReplayBufferService:
         return result
 
     async def wait_for_rows(self, inserts: int, timeout_s: float) -> bool:
-        """Wait until more than `inserts` inserts were taken (see `offer`); False if `timeout_s` passed first.
-
-        Its caller is a draw that waits, so actors are not told to pause meanwhile.
-        """
+        """Wait until more than `inserts` inserts were taken (see `offer`); False if `timeout_s` passed first. Its
+        caller is a draw that waits, so actors are not told to pause meanwhile."""
         self._waiting_draws += 1
         try:
             await self._notify()
@@ -235,10 +233,8 @@ class ReplayBufferService:
 
 
 class ShardUpkeep:
-    """What a shard does beside inserts and draws: syncs on a timer, eviction by age, rewriting of segments.
-
-    The store plans and commits on the event loop, in moments; what reads and writes files runs in a thread meanwhile.
-    """
+    """What a shard does beside inserts and draws: syncs on a timer, eviction by age, rewriting of segments. The store
+    plans and commits on the event loop; what reads and writes files runs in a thread meanwhile."""
 
     def __init__(self, store: ReplayStore, settings: BufferSettings, interval_s: float = UPKEEP_INTERVAL_S) -> None:
         """interval_s: between two looks at what is to be done."""
@@ -251,11 +247,8 @@ class ShardUpkeep:
         self._tasks: list[asyncio.Task[None]] = []
 
     def ensure(self) -> None:
-        """Begin, where it has not begun: nobody else starts it in a process that was restarted.
-
-        Raises:
-            OSError: a sync on the timer failed, so what was acknowledged may not be durable; no call is served then.
-        """
+        """Begin, where it has not begun: nobody else starts it in a process that was restarted. OSError where a sync on
+        the timer failed, so what was acknowledged may not be durable; no call is served then."""
         if not self._tasks and not self._stopping.is_set():
             self._tasks = [asyncio.create_task(self._repeat(*loop)) for loop in self._loops]
         for task in self._tasks:

@@ -93,11 +93,7 @@ class Offer:
 
 
 def plan_parts(count: int, offers: Sequence[Offer]) -> list[int] | None:
-    """Rows that each shard gives to a draw of `count`, those that it has logged included; None while they lack rows.
-
-    What is logged stays: a draw that was given completely before is given so again, and one that an interruption left
-    with some of its parts is completed by all shards.
-    """
+    """Rows that each shard gives to a draw of `count`, those that it has logged included; None while they lack rows."""
     missing = count - sum(offer.logged for offer in offers)
     assert missing >= 0, "a shard refuses a draw that had another size before"
     added = split(missing, [offer.live for offer in offers], [offer.available for offer in offers])
@@ -105,11 +101,8 @@ def plan_parts(count: int, offers: Sequence[Offer]) -> list[int] | None:
 
 
 def split(count: int, weights: Sequence[int], limits: Sequence[int]) -> list[int] | None:
-    """Divide `count` in proportion to `weights`, no part beyond its limit; None where the limits do not allow it.
-
-    In whole numbers, so that equal input gives equal parts everywhere. What a limited part cannot take is divided among
-    the others in the same way.
-    """
+    """Divide `count` in proportion to `weights`, in whole numbers, no part beyond its limit; None where the limits do
+    not allow it. What a limited part cannot take is divided among the others in the same way."""
     assert all(limit <= weight for limit, weight in zip(limits, weights, strict=True)), "no part without weight"
     if sum(limits) < count:
         return None

@@ -271,11 +271,8 @@ class CatalogWriter:
                 yield event
 
     def commit(self, changes: Sequence[Change], durable: bool = True) -> None:
-        """Write these changes, all or none.
-
-        durable: whether they survive a loss of power (where the shard asks for that at all), not only the death of the
-        process. Changes of segments always do: a file is deleted after them.
-        """
+        """Write these changes, all or none. durable: whether they survive a loss of power (where the shard asks for
+        that at all), not only the death of the process. Changes of segments always do: a file is deleted after them."""
         num_events, next_row, at_us = self._num_events, self.next_row, int(self._clock() * 1e6)
         statements: list[_Statement] = []
         for change in changes:

@@ -79,11 +79,8 @@ class Gather:
         return codes[self._table.context[self._table.slots(rows)]]
 
     def take(self, rows: Int64) -> pa.RecordBatch:
-        """Copies of these rows, at least one, in this order, without their numbers.
-
-        Raises:
-            ValueError: they are too many for one batch.
-        """
+        """Copies of these rows, at least one, in this order, without their numbers; ValueError: too many for one
+        batch."""
         self._describe()
         table, count = self._table, len(rows)
         slots = table.slots(rows)

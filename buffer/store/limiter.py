@@ -57,12 +57,8 @@ class Limiter:
         return offered + self._ratio <= self._high + _ROUNDING
 
     def check(self, count: int) -> None:
-        """Refuse draws that the bounds leave no room for.
-
-        Raises:
-            ValueError: between the bounds there is no place for a draw of `count` rows and an insert into each shard,
-                which has its share of the tolerance.
-        """
+        """ValueError where the bounds leave no place for a draw of `count` rows and an insert into each shard, which
+        has its share of the tolerance."""
         if self._settings.samples_per_insert is None:
             return
         smallest = (count + self._settings.shards * self._ratio) / 2

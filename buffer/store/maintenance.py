@@ -94,11 +94,8 @@ class Archive:
     """
 
     def __init__(self, url: str, folder: Path) -> None:
-        """folder: of the shard, in that of the buffer, in that of the run.
-
-        Raises:
-            ValueError: no file system goes by the URL's protocol, or the package for it is missing.
-        """
+        """folder: of the shard, in that of the buffer, in that of the run. ValueError where no file system goes by the
+        URL's protocol, or the package for it is missing."""
         try:
             self._files, root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
@@ -107,11 +104,7 @@ class Archive:
         self._folder = "/".join([root.rstrip("/"), run_id(folder.resolve().parents[1]), buffer, shard])
 
     def write(self, number: int, rows: pa.Table) -> None:
-        """Keep rows that leave with segment `number`.
-
-        Raises:
-            OSError: it could not be done.
-        """
+        """Keep rows that leave with segment `number`; OSError where it could not be done."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, rows.schema) as writer:
             writer.write_table(rows)
@@ -144,11 +137,8 @@ class RewritePlan:
     archive: Archive | None
 
     def run(self) -> Rewrite:
-        """Do it, except for what `finish` does.
-
-        Raises:
-            OSError: the disk refused, or the archive; nothing has changed.
-        """
+        """Do it, except for what `finish` does. OSError where the disk refused, or the archive; nothing has changed
+        then."""
         kept: list[pa.Table] = []
         leaving: list[pa.Table] = []
         facts = [ROW, "id", "source"]
@@ -197,11 +187,8 @@ class RewritePlan:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A rewriting that waits for its transaction.
-
-    written: batches of the new segment, none where no row stays; without `facts`. deletions: events of the rows that
-    leave.
-    """
+    """A rewriting that waits for its transaction. written: batches of the new segment, without `facts`; none where no
+    row stays. deletions: events of the rows that leave."""
 
     plan: RewritePlan
     written: list[BatchEntry]

@@ -195,10 +195,8 @@ class _Recovery:
 
     def _finish_tail(self, number: int) -> None:
         """Of the segment that takes inserts: adopt what is complete behind the catalog's last batch, cut off the rest.
-
         It is read, not mapped: a mapped hole takes a page of memory on a tmpfs, which a full one does not have
-        (SIGBUS).
-        """
+        (SIGBUS)."""
         shard, segments, path = self._shard, self._shard.segments, segment_path(self._shard.folder, number)
         if not path.exists():
             create_segment(path, segments.header, 0)

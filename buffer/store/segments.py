@@ -176,11 +176,8 @@ class Segments:
 
     def write(self, batch: pa.RecordBatch) -> tuple[int, int, memoryview]:
         """Put a batch behind the committed bytes, where it counts with its commit; until then the next one takes its
-        place. Gives segment, offset and message, which is good until the next call.
-
-        Raises:
-            ValueError: the batch is too large for a file. OSError: the disk refused.
-        """
+        place. Gives segment, offset and message, which is good until the next call. ValueError where the batch is too
+        large for a file, OSError where the disk refused."""
         message = self._encoder.encode(batch)
         self._make_room(len(message))
         rest = message

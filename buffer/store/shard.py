@@ -127,10 +127,8 @@ class NotedDraw:
 
 
 class Shard:
-    """One shard whose folder is locked. counts: by source. first_version: of the stage. Not thread-safe.
-
-    An OSError of any method says that the disk refused, and nothing has changed.
-    """
+    """One shard whose folder is locked. counts: by source. first_version: of the stage. Not thread-safe. An OSError of
+    any method says that the disk refused, and nothing has changed."""
 
     def __init__(
         self, folder: Path, contract: TokenContract, settings: BufferSettings, clock: Callable[[], float]
@@ -163,11 +161,8 @@ class Shard:
 
     def append(self, batch: pa.RecordBatch, hashes: UInt64, events: Sequence[EventEntry] = ()) -> None:
         """Store validated rows, which are live then. hashes: of their ids. events: committed with them. After an
-        OSError they are not stored, unless the process dies before the next insert: then they may be.
-
-        Raises:
-            ValueError: the batch is too large for a file.
-        """
+        OSError they are not stored, unless the process dies before the next insert: then they may be. ValueError where
+        the batch is too large for a file."""
         rows = np.arange(self.next_row, self.next_row + batch.num_rows)
         segment, offset, message = self.segments.write(mark_null_items(with_rows(batch, rows)))
         self.add(batch, hashes, segment, offset, message, events)

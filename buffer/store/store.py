@@ -164,10 +164,7 @@ class ReplayStore:
 
     def num_available(self, key: DrawKey, whole: int, policy_version: int) -> int:
         """Rows that this shard could add to a draw of `whole` rows now, `min_size` aside; drops what must not be drawn.
-
-        Raises:
-            ValueError: the draw had another size before.
-        """
+        ValueError where the draw had another size before."""
         noted, table = self._noted(key, whole), self._shard.table
         self._prepare_draw(policy_version)
         num_given = 0 if noted is None else int(np.count_nonzero(table.is_live(noted.rows)))

@@ -1,4 +1,2 @@
 """A trajectory is the contract of all processes: one Arrow row per rollout. Its schema carries the token contract,
-replay says which text its actions make, and validation refuses a row that breaks a rule. Staleness and the behavior's
-probabilities follow from its columns.
-"""
+replay says which text its actions make, and validation refuses a row that breaks a rule."""

@@ -82,11 +82,8 @@ class Replay:
 
 
 def replay(logs: ActionLogs, backspace_id: int) -> Replay:
-    """Replay all logs. Backspace takes the last token back; every other *realised* id is appended.
-
-    Raises:
-        ValueError: a log takes a token back at the floor.
-    """
+    """Replay all logs: backspace takes the last token back, every other *realised* id is appended. ValueError where a
+    log takes a token back at the floor."""
     num_actions = len(logs.actions)
     log = np.repeat(np.arange(logs.num_logs), logs.lengths)
     time = np.arange(num_actions) - logs.offsets[:-1][log]

@@ -52,11 +52,8 @@ class VersionRange:
 
 
 def staleness(policy_version: int | Int64, oldest: Int32) -> Int64:
-    """[n] staleness at `policy_version`, one for all or [n], of rows with the version `oldest`; 0 where they have none.
-
-    A row newer than `policy_version` (an actor may load a publication before the learner's next draw) counts
-    as fresh.
-    """
+    """[n] staleness at `policy_version`, one for all or [n], of rows with the version `oldest`; 0 where they have none,
+    or are newer (an actor may load a publication before the learner's next draw)."""
     behind = policy_version - oldest.astype(np.int64)
     return np.where(oldest == NO_VERSION, 0, np.maximum(behind, 0))
 

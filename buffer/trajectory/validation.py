@@ -138,11 +138,8 @@ class _Columns:
 
 def validate(batch: pa.RecordBatch, contract: TokenContract) -> ValidatedBatch:
     """Split a trajectory batch into rows that hold every invariant of `buffer.trajectory.schema` and rejections.
-
-    Raises:
-        ValueError: the batch follows another schema version or token contract, lacks a column, has one of
-            another type or one too many, or its buffers are broken.
-    """
+    ValueError where the batch follows another schema version or token contract, lacks a column, has one of another type
+    or one too many, or its buffers are broken."""
     findings = _Findings(batch.num_rows)
     batch = _sound_buffers(_conform(batch, contract), findings)
     columns = _Columns(batch)
@@ -330,10 +327,8 @@ def _check_ids(name: str, lists: _Lists, rows: Int64, contract: TokenContract, f
 
 
 def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findings: _Findings) -> None:
-    """The text that results: `<eos>` only as its last token, no backspace at the floor or where none was offered.
-
-    What counts is the realised token: noise may stand in for an `<eos>` that the expert chose.
-    """
+    """The text that results: `<eos>` only as its last token, no backspace at the floor or where none was offered. What
+    counts is the realised token: noise may stand in for an `<eos>` that the expert chose."""
     actions = columns.lists["actions"]
     if not columns.lists["realised"].is_absent and columns.lists["realised"].lengths.any():
         realised = ActionLogs.from_batch(columns.batch).realised
