@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from launch.errors import UserError
@@ -66,9 +65,7 @@ class RunCapacity:
     def __enter__(self) -> RunCapacity:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         import ray
 
         for name in list(self._groups) if ray.is_initialized() else ():
