@@ -33,23 +33,12 @@ def stop_signals_interrupt() -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals_blocked() -> Iterator[None]:
-    """Around the start of processes, in the main thread: they never receive the signals of job systems, nor do the
-    processes that those start. A signal mask is inherited, and neither Ray's servers nor Python reset it.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
 def stop_handlers_kept() -> Iterator[None]:
     """Around `ray.init` and `ray.shutdown`, which set SIGTERM handlers of their own.
 
-    Processes that Ray starts meanwhile never receive the signals of job systems. Ctrl-C waits until the body is done,
-    since an interrupted `ray.init` leaves threads that crash the process at its end; a second one does not wait.
+    Processes that Ray starts meanwhile never receive the signals of job systems: a signal mask is inherited, and
+    neither Ray's servers nor Python reset it. Ctrl-C waits until the body is done, since an interrupted `ray.init`
+    leaves threads that crash the process at its end; a second one does not wait.
     """
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     on_interrupt, num_interrupts = before[signal.SIGINT], 0
@@ -62,15 +51,16 @@ def stop_handlers_kept() -> Iterator[None]:
 
     if callable(on_interrupt):
         signal.signal(signal.SIGINT, defer)
-    with stop_signals_blocked():
-        try:
-            yield
-        except SystemExit:  # by that handler: a thread of a library received the signal
-            _received.append(signal.SIGTERM)
-            raise KeyboardInterrupt from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        yield
+    except SystemExit:  # by that handler: a thread of a library received the signal
+        _received.append(signal.SIGTERM)
+        raise KeyboardInterrupt from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if num_interrupts and callable(on_interrupt):
         on_interrupt(signal.SIGINT, None)
 

@@ -13,8 +13,6 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from actors.engine.backspace_scheduler import DecodingState, decoding_state
 from buffer.trajectory.schema import IdRanges
 
-NEGATIVE_INFINITY = float("-inf")
-
 IDS_WITHOUT_TOKEN = "sequencematch_ids_without_token"
 """Key of these ids in vLLM's `additional_config`; they are the same for every request."""
 
@@ -69,13 +67,13 @@ class BackspaceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM s
         if not self._rows:
             return logits
         for begin, end in self._ids_without_token:
-            logits[:, begin:end] = NEGATIVE_INFINITY
-        self._always_masked.fill(logits, NEGATIVE_INFINITY)
+            logits[:, begin:end] = -torch.inf
+        self._always_masked.fill(logits, -torch.inf)
         self._at_floor.set([(row, backspace_id) for row, backspace_id, out in self._floor_rows if not out])
-        self._at_floor.fill(logits, NEGATIVE_INFINITY)
+        self._at_floor.fill(logits, -torch.inf)
         if self._special_rows:
             self._banned.set([(row, token_id) for row, s in self._special_rows for token_id in s.banned[-1]])
-            self._banned.fill(logits, NEGATIVE_INFINITY)
+            self._banned.fill(logits, -torch.inf)
             forced = ((row, s.forced_token) for row, s in self._special_rows)
             self._forced.set([(row, token_id) for row, token_id in forced if token_id is not None])
             self._forced.keep_only(logits)
@@ -102,5 +100,5 @@ class _Cells:
     def keep_only(self, logits: torch.Tensor) -> None:
         """Give the cells all the probability of their rows."""
         if self._pairs:
-            logits[self._index[0]] = NEGATIVE_INFINITY
+            logits[self._index[0]] = -torch.inf
             self.fill(logits, 0.0)

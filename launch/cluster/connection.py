@@ -128,23 +128,17 @@ def _start_or_join(settings: ClusterSettings, namespace: str, planned_cpus: floa
         ) from None
 
 
-def _silence_ray() -> None:
-    """End the thread that prints what Ray's processes report over the run's own display: `log_to_driver=False` leaves
-    it running, and the run says itself who failed.
-    """
-    worker = ray._private.worker.global_worker
-    if hasattr(worker, "listener_thread"):  # a client of Ray's (ray://) has none
-        worker.threads_stopped.set()
-        worker.gcs_error_subscriber.close()
-        worker.listener_thread.join()
-        worker.threads_stopped.clear()
-
-
 def _init_ray(**arguments: object) -> None:
     """`ray.init`, whole: a stop signal that comes meanwhile is raised once Ray stands."""
     with stop_handlers_kept():
         ray.init(configure_logging=False, log_to_driver=False, **arguments)
-        _silence_ray()
+        worker = ray._private.worker.global_worker
+        # `log_to_driver=False` leaves a thread that prints what Ray's processes report over the run's own display.
+        if hasattr(worker, "listener_thread"):  # a client of Ray's (ray://) has none
+            worker.threads_stopped.set()
+            worker.gcs_error_subscriber.close()
+            worker.listener_thread.join()
+            worker.threads_stopped.clear()
 
 
 def _leave() -> None:

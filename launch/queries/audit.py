@@ -63,8 +63,7 @@ def _show(report: AuditReport, limits: DrawLimits, console: Console) -> None:
     facts = f"{report.num_draws:,} draws, {report.rejected:,} trajectories rejected on insert; limits: {given}"
     console.print(facts, style="dim")
     if not report.findings:
-        clean = "clean: every row is accounted for, no id twice, no draw beyond its limits"
-        console.print(clean, style="green")
+        console.print("clean: every row is accounted for, no id twice, no draw beyond its limits", style="green")
     for finding in report.findings:
         where = "" if finding.shard is None else f"shard {finding.shard}: "
         more = len(finding.names) - SHOWN_NAMES

@@ -92,7 +92,15 @@ class BufferDatabase:
         self._texts = texts
         self._connection.register(_STORED, snapshot.trajectories)
         self._connection.register(_LOGGED, snapshot.events)
-        self._create_text_functions()
+        for name, inputs in TEXT_INPUTS.items():
+            self._connection.create_function(
+                f"_{name}",
+                getattr(texts, name),
+                [_SQL_TYPES[column] for column in inputs],
+                "VARCHAR",
+                type=PythonUDFType.ARROW,
+                null_handling=FunctionNullHandling.SPECIAL,
+            )
         behind = f"greatest({snapshot.newest_version} - list_min(policy_version), 0)"
         texts_called = ", ".join(f"_{name}({', '.join(inputs)}) AS {name}" for name, inputs in TEXT_INPUTS.items())
         self._connection.execute(
@@ -158,17 +166,6 @@ class BufferDatabase:
     def close(self) -> None:
         """Let go of the tables, and of the files behind them."""
         self._connection.close()
-
-    def _create_text_functions(self) -> None:
-        for name, inputs in TEXT_INPUTS.items():
-            self._connection.create_function(
-                f"_{name}",
-                getattr(self._texts, name),
-                [_SQL_TYPES[column] for column in inputs],
-                "VARCHAR",
-                type=PythonUDFType.ARROW,
-                null_handling=FunctionNullHandling.SPECIAL,
-            )
 
 
 def _first_line(error: Exception) -> str:

@@ -38,8 +38,7 @@ class ClusterSettings(Settings):
         "run; null: RAY_ADDRESS names it, and without that Ray starts here",
     )
     num_cpus: PositiveInt | None = Field(
-        None,
-        description="CPUs that a Ray started here offers; null = twice the cores, or more if the plan needs it",
+        None, description="CPUs that a Ray started here offers; null = twice the cores, or more if the plan needs it"
     )
     object_store_gib: float = Field(1.0, gt=0.0, description="shared memory of a Ray started here, in GiB")
     connect_timeout_s: float = Field(10.0, gt=0.0, description="longest wait for the cluster at `address`")
@@ -93,7 +92,12 @@ class RunSettings(Settings):
         if self.result_stage not in names:
             raise ValueError(f"result names {self.result!r}, the stages are: {', '.join(names)}")
         self._check_rollouts()
-        self._check_evaluation()
+        if self.evaluation.mauve is not None and self.task.name != "text":
+            raise ValueError(
+                f"evaluation.mauve compares free texts; answers of task {self.task.name} are right or wrong: leave it "
+                "out"
+            )
+        check_planting(self.evaluation.decodings, self.actors.rollout.max_new_tokens)
         self._check_model()
         for stage in self.stages:
             self._check_stage(stage)
@@ -129,14 +133,6 @@ class RunSettings(Settings):
                     f"scoring: {name} is exact_answer, but task text has no right answers; choose another kind, or a "
                     "task with right answers (arithmetic)"
                 )
-
-    def _check_evaluation(self) -> None:
-        if self.evaluation.mauve is not None and self.task.name != "text":
-            raise ValueError(
-                f"evaluation.mauve compares free texts; answers of task {self.task.name} are right or wrong: leave it "
-                "out"
-            )
-        check_planting(self.evaluation.decodings, self.actors.rollout.max_new_tokens)
 
     def _check_model(self) -> None:
         model = self.model
