@@ -58,10 +58,7 @@ class Generator:
         torch.manual_seed(self._engine.settings.seed)
 
     def generate(
-        self,
-        groups: Mapping[str, PromptGroup],
-        task: str,
-        on_finished: Callable[[int], None] | None = None,
+        self, groups: Mapping[str, PromptGroup], task: str, on_finished: Callable[[int], None] | None = None
     ) -> dict[str, pa.RecordBatch]:
         """Answer every prompt of every group; gives the trajectories of each group, in the order of its prompts.
 

@@ -66,11 +66,7 @@ class RolloutScoring:
     """
 
     def __init__(
-        self,
-        settings: ScoringSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        contract: TokenContract,
-        examples: pa.Table,
+        self, settings: ScoringSettings, tokenizer: PreTrainedTokenizerBase, contract: TokenContract, examples: pa.Table
     ) -> None:
         assert settings.scorers
         self._settings = settings

@@ -203,10 +203,7 @@ def status(run: options.Run, as_json: options.AsJson = False) -> None:
 
 
 @app.command()
-def scale(
-    run: options.Run,
-    actors: Annotated[int, typer.Option(min=0, help="Rollout actors from now on.")],
-) -> None:
+def scale(run: options.Run, actors: Annotated[int, typer.Option(min=0, help="Rollout actors from now on.")]) -> None:
     """Change the number of rollout actors of a live run; the learner goes on undisturbed.
 
     [dim]Example:[/dim] sequencematch scale runs/arithmetic-20260101-120000 --actors 3

@@ -21,14 +21,7 @@ from launch.monitoring.run_log import RunLog
 from launch.report.command import REPORT_FILE, write_report
 from launch.run.driver import train as run_stages
 from launch.run_folder.checkpoints import final_checkpoint, finished_stages
-from launch.run_folder.folder import (
-    create_run_folder,
-    has_begun,
-    open_run_folder,
-    run_config,
-    shown_path,
-    sole_driver,
-)
+from launch.run_folder.folder import create_run_folder, has_begun, open_run_folder, run_config, shown_path, sole_driver
 from launch.run_folder.resuming import resumed_settings
 from launch.settings.recipe import read_recipe, with_absolute_paths
 from launch.settings.run import RunSettings, needs_actors
@@ -54,11 +47,7 @@ def start_run(settings: RunSettings, name: str | None, console: Console, evaluat
 
 
 def resume_run(
-    path: Path,
-    console: Console,
-    evaluate_after: bool,
-    overrides: Sequence[str] = (),
-    recipe: RunSettings | None = None,
+    path: Path, console: Console, evaluate_after: bool, overrides: Sequence[str] = (), recipe: RunSettings | None = None
 ) -> None:
     """Train all stages of a run that are not done, and evaluate it; of a finished run only say that it is.
 
@@ -105,8 +94,7 @@ def _run_and_report(settings: RunSettings, folder: Path, console: Console, evalu
         check_task = partial(check_evaluation, settings) if evaluate_after else None
         finished = run_stages(settings, folder, console, check_task)
     except KeyboardInterrupt:
-        _say_how_to_resume(console, shown, "interrupted")
-        raise typer.Exit(stop_exit_code()) from None
+        finished = False
     except RunFailedError:
         _say_how_to_resume(console, shown, "the run failed; what it saved is there")
         raise
