@@ -152,7 +152,6 @@ def ignore_stop_signals() -> None:
 
 
 def run_id(run_folder: Path) -> str:
-    """The name that the run, and no other, was given when it began; where it was made without one, that of its
-    folder."""
+    """The name that the run, and no other, was given when it began; without one, the name of its folder."""
     file = run_folder / RUN_ID_FILE
     return file.read_text(encoding="utf-8").strip() if file.is_file() else run_folder.resolve().name

@@ -97,10 +97,8 @@ class BufferSource:
 
 
 class SharedBatchSource:
-    """A batch source for every rank, around the one that only rank 0 has.
-
-    Batches travel as Arrow streams; each comes after an announcement of its size, or of why there is none.
-    """
+    """A batch source for every rank, around the one that only rank 0 has. Batches travel as Arrow streams; each comes
+    after an announcement of its size, or of why there is none."""
 
     def __init__(
         self, ranks: Ranks, source: BatchSource | None, stop_requested: Callable[[], bool] = lambda: False
@@ -112,12 +110,8 @@ class SharedBatchSource:
         self._stop_requested = stop_requested
 
     def draw(self, count: int) -> pa.RecordBatch:
-        """Exactly `count` trajectories, the same at every rank.
-
-        Raises:
-            StopRequestedError: the run is to stop; at every rank. RankLostError: rank 0 could not draw (rank 0 raises
-            the reason itself), or cannot be reached.
-        """
+        """Exactly `count` trajectories, the same at every rank. StopRequestedError at every rank where the run is to
+        stop; RankLostError where rank 0 could not draw (it raises the reason itself), or cannot be reached."""
         if self._source is None:
             return self._receive()
         if self._ranks.size == 1:

@@ -108,9 +108,8 @@ def teach_backspace_row(
     ranks: Ranks,
     seed: int,
 ) -> TaughtRow | None:
-    """Fit the backspace row of `policy`, in place, to demonstrations of its own; each rank does the same. Without a
-    backspace in them it stays as it is, and nothing is given.
-    """
+    """Fit the backspace row of `policy`, in place, to demonstrations of its own; each rank does the same. None, and the
+    row as it was, where they hold no backspace."""
     stream = task.expert_stream(noise, contract, (seed << 32) + _SEED_OFFSET)
     demonstrations = Demonstrations(policy, stream, settings, ranks, seed)
     batches: list[pa.RecordBatch] = []

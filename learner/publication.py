@@ -80,10 +80,8 @@ class WeightPublisher:
 
     def publish(self, policy: TreePolicy) -> int:
         """Publish the weights without waiting for any actor; gives their version. All ranks call this together.
-
-        Raises:
-            TimeoutError: the pool has not answered the previous announcement yet. RankLostError: another rank failed.
-        """
+        TimeoutError where the pool has not answered the previous announcement yet, RankLostError where another rank
+        failed."""
         if self._announced is not None:
             self._announced.result(ANNOUNCE_TIMEOUT_S)
         with self._ranks.exchange("a publication"):

@@ -93,10 +93,8 @@ class Ranks:
 
     @contextmanager
     def exchange(self, what: str) -> Iterator[None]:
-        """Around collectives: with several ranks, RankLostError instead of an error of the process group.
-
-        NCCL's errors have a type. gloo's are plain RuntimeErrors, as are some of torch's own.
-        """
+        """Around collectives: with several ranks, RankLostError instead of an error of the process group. NCCL's errors
+        have a type; gloo's are plain RuntimeErrors, as are some of torch's own."""
         try:
             yield
         except RuntimeError as error:
@@ -232,9 +230,7 @@ class OptimizerState(TypedDict):
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> OptimizerState:
     """The optimizer's `state_dict` as one rank alone would have it: whole tensors, in host memory if they were shared.
-
-    All ranks call this together; it is for rank 0, the others get no tensors.
-    """
+    All ranks call this together; it is for rank 0, the others get no tensors."""
     own: OptimizerState = optimizer.state_dict()
     if ranks.size == 1:
         return own

@@ -210,11 +210,8 @@ class Trainer:
         return f"Not finite on {len(blamed)} of {drawn} trajectories: {', '.join(blamed[:NAMED_TRAJECTORIES])}{more}"
 
     def state(self) -> TrainingState:
-        """Everything but the weights that the next step depends on, apart from the data sources.
-
-        It does not depend on the number of ranks. All of them call this together; rank 0 gets the state, the others
-        get one without the optimizer's tensors.
-        """
+        """Everything but the weights that the next step depends on, apart from the data sources, whatever the number of
+        ranks. All of them call this together; those other than 0 get it without the optimizer's tensors."""
         return {
             "step": self.step,
             "optimizer": whole_optimizer_state(self._optimizer, self._ranks),
@@ -224,11 +221,9 @@ class Trainer:
         }
 
     def load_state(self, state: TrainingState) -> str | None:
-        """Go on from `state()` of the same stage, of any number of ranks; every rank gives the whole state.
-
-        The settings of the optimizer and the number of steps are those of now. Gives what people should know of that:
-        how far the learning rate jumps, None where it does not.
-        """
+        """Go on from `state()` of the same stage, of any number of ranks; every rank gives the whole state. Settings
+        and number of steps are those of now. Gives how far that makes the learning rate jump, for people; None where it
+        does not."""
         self.step = state["step"]
         load_optimizer_state(self._optimizer, state["optimizer"])
         torch.set_rng_state(state["random_state"])
@@ -263,8 +258,7 @@ def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch
 
 def learning_rate_factor(step: int, settings: OptimizerSettings, steps: int) -> float:
     """Share of the peak learning rate at `step` (from 0) of `steps`: linear warm-up, then constant or a cosine down to
-    `final_fraction` of the peak at the last step.
-    """
+    `final_fraction` of the peak at the last step."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":

@@ -1,2 +1,1 @@
-"""Read-only views of a live or a finished buffer: snapshots, and an audit that proves that every row is accounted
-for."""
+"""Read-only views of a live or a finished buffer: snapshots, and an audit that accounts for every row."""

@@ -137,8 +137,7 @@ class RewritePlan:
     archive: Archive | None
 
     def run(self) -> Rewrite:
-        """Do it, except for what `finish` does. OSError where the disk refused, or the archive; nothing has changed
-        then."""
+        """Do it, except for what `finish` does. OSError: the disk or the archive refused, and nothing has changed."""
         kept: list[pa.Table] = []
         leaving: list[pa.Table] = []
         facts = [ROW, "id", "source"]

@@ -65,9 +65,7 @@ class TrainingState(TypedDict, total=False):
 @dataclass(frozen=True)
 class Snapshot:
     """All of a checkpoint at one moment, in host memory of its own, so that training may go on while it is written.
-
-    tensors: as they are published. trained: see `_unrounded`. adapter_config, adapter: where adapters are trained.
-    """
+    tensors: as they are published. trained: see `_unrounded`. adapter_config, adapter: where adapters are trained."""
 
     config: PretrainedConfig
     generation_config: GenerationConfig | None
@@ -126,10 +124,8 @@ def take_snapshot(
     training_state: TrainingState,
     keep: bool = True,
 ) -> Snapshot:
-    """Copy everything that the next step changes.
-
-    The ranks of a sharded model call this together. keep: whether this rank wants the copies, or only gives its parts.
-    """
+    """Copy everything that the next step changes. The ranks of a sharded model call this together. keep: whether this
+    rank wants the copies, or only gives its parts."""
 
     def copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         whole = ((name, gathered(tensor)) for name, tensor in tensors)  # one at a time

@@ -138,13 +138,9 @@ class StageCheckpoints(CheckpointWriter):
         self, step: int, state: Callable[[], TrainingState], expert_position: dict[str, int], policy_version: int
     ) -> None:
         """Begin to write a checkpoint of now, unless there is one of this step already; waits for the one before.
-
-        state: gives what the next step depends on besides the weights; called at every rank.
-
-        Raises:
-            FloatingPointError: the weights are not finite, so the checkpoint before is the last good one. Else see
-                `CheckpointWriter.wait`.
-        """
+        state: gives what the next step depends on besides the weights; called at every rank. Raises as
+        `CheckpointWriter.wait`, and FloatingPointError where the weights are not finite, so the checkpoint before is
+        the last good one."""
         if self._saved_step == step:
             return
         if not all_finite(self._model, self._ranks):

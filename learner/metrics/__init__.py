@@ -1,3 +1,1 @@
-"""What is measured of a step. Metrics go to metrics.jsonl and to the trackers; alarms watch for a sampler and a learner
-that disagree. Distributions compare rollouts with the policy that acted.
-"""
+"""What is measured of a step: the log and the trackers, and alarms for a sampler and a learner that disagree."""

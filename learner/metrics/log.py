@@ -1,7 +1,4 @@
-"""Metrics of a run: one JSON line per step, and the trackers that the user chose (names: docs/metrics.md).
-
-TensorBoard, Weights & Biases and trackio are imported when asked for.
-"""
+"""Metrics of a run: one JSON line per step, and the trackers that the user chose (names: docs/metrics.md)."""
 
 from __future__ import annotations
 

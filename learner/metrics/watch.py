@@ -21,9 +21,7 @@ from learner.settings.stages import StageSettings, WatchSettings
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def behaviour_metrics(rollouts: EvaluatedLogs, backspace_id: int, newest_version: int) -> Metrics:
     """This call's shares; `finish_behaviour_metrics` makes means of them once those of all calls are combined.
-
-    newest_version: of all actions of the step's rollouts.
-    """
+    newest_version: of all actions of the step's rollouts."""
     tree, values = rollouts.tree, rollouts.values
     metrics = {"backspace_rate": rollouts.mean_over_actions((tree.actions.label == backspace_id).to(values.v.dtype))}
     difference = (values.log_prob_at_temperature - tree.actions.behavior_log_prob).abs()

@@ -1,3 +1,2 @@
-"""The causal language model that is trained. Loading gives it its backspace action, adapters and 4-bit layers where
-they are asked for. What another architecture lacks is an error that names it.
-"""
+"""The causal language model that is trained, with its backspace action, adapters and 4-bit layers where they are asked
+for. What another architecture lacks is an error that names it."""

@@ -37,12 +37,8 @@ def add_adapters(
     model: PreTrainedModel, settings: AdapterSettings, base_name: str, revision: str | None, seed: int
 ) -> None:
     """Freeze `model` and add trainable adapters (in place), in float32; at first they change nothing, since B = 0.
-
-    base_name, revision: where the base model came from, for `adapter_config.json`. seed: of A.
-
-    Raises:
-        ValueError: `target_modules` names no layer of the model, or one that has no plain matrix.
-    """
+    base_name, revision: where the base model came from, for `adapter_config.json`. seed: of A. ValueError where
+    `target_modules` names no layer of the model, or one that has no plain matrix."""
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
 
@@ -86,8 +82,7 @@ def untie_unembedding(model: PreTrainedModel) -> None:
 
 def declare_untied(model: PreTrainedModel) -> None:
     """Let transformers know (in place) that input and output embedding are two matrices: it would save one of them
-    only, and tie them when they are resized.
-    """
+    only, and tie them when they are resized."""
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False
     model.all_tied_weights_keys = {}

@@ -82,9 +82,7 @@ def initialise_backspace_row(
 
 def fit_backspace_row(policy: TreePolicy, trees: Iterable[TreeBatch]) -> Tensor:
     """Set the backspace row of the output embedding (in place) to the fit of the module's description; gives it, [H].
-
-    trees: of demonstrations; with several ranks the same ones at each, in the same order.
-    """
+    trees: of demonstrations; with several ranks the same ones at each, in the same order."""
     row = most_probable_row(gather_evidence(policy, trees))
     weight = policy.model.get_output_embeddings().weight
     whole = gathered(weight)

@@ -81,10 +81,8 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     param_dtype: Dtype | None = None,
 ) -> PreTrainedModel:
-    """The model in evaluation mode, on the CPU, with torch's own attention, without a backspace action.
-
-    param_dtype: of all its parameters; None = `settings.dtype`, which its config says in any case.
-    """
+    """The model in evaluation mode, on the CPU, with torch's own attention, without a backspace action. param_dtype: of
+    all its parameters; None = `settings.dtype`, which its config says in any case."""
     dtype: torch.dtype = getattr(torch, param_dtype or settings.dtype)
     if isinstance(settings, ScratchModelSettings):
         model = _make_model(settings, tokenizer, dtype)

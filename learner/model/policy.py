@@ -186,10 +186,8 @@ def _mend_generation_config(model: PreTrainedModel, contract: TokenContract, not
 
 
 def _savable(config: GenerationConfig) -> tuple[GenerationConfig, dict[str, object]]:
-    """`config` without the fields that transformers refuses to save beside the others, and these fields.
-
-    A field is taken over once a config that has it can be saved, until none of the rest is such a field.
-    """
+    """`config` without the fields that transformers refuses to save beside the others, and these fields. A field is
+    taken over once a config that has it can be saved, until none of the rest is such a field."""
     if _can_be_saved(config):
         return config, {}
     kept = GenerationConfig(eos_token_id=config.eos_token_id, suppress_tokens=config.suppress_tokens)

@@ -33,11 +33,8 @@ def make_objective(
     load_base: Callable[[], TreePolicy] | None = None,
     features: Sequence[str] = (),
 ) -> Objective:
-    """The objective that `settings` describe. ValueError: the model that they name cannot be loaded.
-
-    ranks, features: see `Objective`. load_base: gives the policy as it is at the start of the stage, frozen; called
-    where it is needed.
-    """
+    """The objective that `settings` describe. ranks, features: see `Objective`. load_base: gives the policy as it is at
+    the start of the stage, frozen; called where it is needed. ValueError: the model that they name cannot be loaded."""
     base = None
     if settings.needs_base_model:
         assert load_base is not None, f"{settings.name} compares with the policy at the start of the stage"

@@ -51,10 +51,8 @@ _NETWORK, _OPTIMIZER = "network.", "optimizer."
 
 
 class Discriminator(nn.Module):  # type: ignore[misc]
-    """A head of two layers on pairs of states and tokens, and its optimizer; whole at every rank.
-
-    policy: as it is at the start of the stage; an own body begins as a copy of it.
-    """
+    """A head of two layers on pairs of states and tokens, and its optimizer; whole at every rank. policy: as it is at
+    the start of the stage; an own body begins as a copy of it."""
 
     def __init__(self, settings: DiscriminatorSettings, policy: TreePolicy) -> None:
         assert settings.body == "policy" or not isinstance(policy, FSDPModule), "a part of a body cannot be copied"
@@ -79,10 +77,8 @@ class Discriminator(nn.Module):  # type: ignore[misc]
         return terms
 
     def log_ratio(self, tree: TreeBatch, pairs: Tensor | None) -> Tensor:
-        """[L] s of the last text of each log; 0 where nothing of an answer is left.
-
-        pairs: what `states_and_tokens` measured of the policy; None exactly with a body of its own.
-        """
+        """[L] s of the last text of each log; 0 where nothing of an answer is left. pairs: what `states_and_tokens`
+        measured of the policy; None exactly with a body of its own."""
         nodes, actions = tree.answer_nodes()
         states = tree.nodes.states
         if self.body is not None:
@@ -168,9 +164,7 @@ class AdversarialJs(Objective):
 
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
         """One forward pass, and one of the discriminator's body if it has its own; `measured` is [L] s of each log.
-
-        Expert logs have no gradient in the policy. Ranks that share it get one of zero: all reduce together.
-        """
+        Expert logs have no gradient in the policy. Ranks that share it get one of zero: all reduce together."""
         moves_policy = not bool(tree.trajectories.is_expert.all()) or isinstance(policy, FSDPModule)
         with torch.set_grad_enabled(torch.is_grad_enabled() and moves_policy):
             values = policy.evaluate(tree, states_and_tokens if self._reads_policy else None)
@@ -244,10 +238,8 @@ class AdversarialJs(Objective):
 
 
 def mixture_reward(log_ratio: Tensor, pi: float) -> Tensor:
-    """log(M/Q) / pi at log P/Q = log_ratio, elementwise: what the policy is rewarded with. pi in (0, 1].
-
-    -E_Q of it is KL(Q || M) / pi, a part of JS_pi / (pi (1 - pi)).
-    """
+    """log(M/Q) / pi at log P/Q = log_ratio, elementwise: what the policy is rewarded with. pi in (0, 1]. -E_Q of it is
+    KL(Q || M) / pi, a part of JS_pi / (pi (1 - pi))."""
     if pi == 1.0:
         return log_ratio
     return (softplus(log_ratio + _logit(pi)) + math.log1p(-pi)) / pi

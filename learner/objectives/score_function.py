@@ -172,10 +172,8 @@ class RewardAscent(ScoreFunction):
 
 
 def leave_one_out_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """[N] for each, the weighted mean of the *others*' values; 0 where they have no weight at all.
-
-    Not as total less own, which would cancel: equal values have exactly themselves as their mean.
-    """
+    """[N] for each, the weighted mean of the *others*' values; 0 where they have no weight at all. Not as total less
+    own, which would cancel: equal values have exactly themselves as their mean."""
     others = weight.expand(len(weight), -1).clone().fill_diagonal_(0.0)
     total = others.sum(1)
     centre = values[:1]  # differences from one of the values: exactly zero where all are equal

@@ -187,10 +187,8 @@ class SequenceMatch(Objective):
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
-        """[L] mean of |r| over the actions of each log, the soft-Bellman residuals; 0 for a log without actions.
-
-        For the TD errors of Q-learning, by which Schaul et al. 2016 (arXiv 1511.05952) prioritise.
-        """
+        """[L] mean of |r| over the actions of each log, the soft-Bellman residuals; 0 for a log without actions. For
+        the TD errors of Q-learning, by which Schaul et al. 2016 (arXiv 1511.05952) prioritise."""
         logs = rollouts.tree.trajectories
         return logs.sum_of_actions(self._residual(rollouts).abs()) / logs.length.clamp(min=1)
 

@@ -99,10 +99,7 @@ class PartitionFunction:
 
 def prompt_weights(z: Tensor, pooled: Tensor) -> Tensor:
     """[N] mean of Z over Z of the rollout's prompt: what its ratio P / mu counts; 1 where nothing is known of either.
-
-    The numerator is the same for all prompts but for the rollout that is left out, so it scales the direction alone;
-    with one prompt it is 1, and the direction is that of the methods without prompts.
-    """
+    The numerator is the same for all prompts but for the rollout that is left out: it scales the direction alone."""
     known = (z > 0) & (pooled > 0)
     return torch.where(known, pooled / torch.where(known, z, 1.0), 1.0)
 

@@ -78,9 +78,7 @@ def advantages(settings: TargetSettings, densities: Densities) -> Tensor:
 
 def kl_to_target(densities: Densities) -> float:
     """Mean over prompts of KL(p_c, pi) = E_{p_c}[log(P / pi)] - log Z_c, by rollouts of mu; 0 where all have P = 0.
-
-    Self-normalized: Z_c is the mean of P / mu over these rollouts, divided by the weight of the prompt.
-    """
+    Self-normalized: Z_c is the mean of P / mu over these rollouts, divided by the weight of the prompt."""
     ratio, weight = densities.ratio, densities.prompt_weight
     z = ratio.mean()
     if not z > 0:

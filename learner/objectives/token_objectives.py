@@ -37,10 +37,8 @@ NEAR = 1e-2
 
 
 class Likelihood(Objective):
-    """-E_data[log p(a|s)], mean over the actions of the global batch.
-
-    `mle` and `behaviour_cloning` differ in the logs they are fed, not in the formula.
-    """
+    """-E_data[log p(a|s)], mean over the actions of the global batch. `mle` and `behaviour_cloning` differ in the logs
+    they are fed, not in the formula."""
 
     def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
         loss = cross_entropy(data)

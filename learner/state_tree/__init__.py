@@ -1,4 +1,2 @@
-"""Trajectories as a tree of distinct texts. One forward pass with attention along the paths of the tree gives the
-values of all actions in it. Sums over the vocabulary are taken piece by piece, so that no logits of the whole tree
-exist.
-"""
+"""Trajectories as a tree of distinct texts: one forward pass with attention along its paths gives the values of all
+actions, and sums over the vocabulary are taken piece by piece."""

@@ -116,10 +116,8 @@ class Trajectories(_Columns):
 
 @dataclass(frozen=True)
 class TreeBatch:
-    """Trajectories packed into trees, in the order of the batch.
-
-    num_nodes: without padding. num_nodes_unshared: nodes if no two trajectories shared any.
-    """
+    """Trajectories packed into trees, in the order of the batch. num_nodes: without padding. num_nodes_unshared: nodes
+    if no two trajectories shared any."""
 
     nodes: Nodes
     actions: Actions
@@ -185,10 +183,7 @@ class TreeSettings:
 
 def build_tree_batch(batch: pa.RecordBatch, settings: TreeSettings) -> TreeBatch:
     """Pack the trajectories of `batch` (schema of `buffer.trajectory.schema`) into one tree per distinct first token.
-
-    Raises:
-        ValueError: see `checked_logs`; or some logs have features that others lack.
-    """
+    Raises as `checked_logs`; ValueError, too, where some logs have features that others lack."""
     logs, played, truncated = checked_logs(batch, settings)
     trie = build_trie(logs, played, settings.backspace_id)
     number, subtree_end = preorder(trie)
@@ -269,12 +264,9 @@ def _context(prompt: npt.NDArray[np.int32]) -> int:
 
 
 def checked_logs(batch: pa.RecordBatch, settings: TreeSettings) -> tuple[ActionLogs, Replay, Bool]:
-    """The logs of a batch, their states, and [L] whether each is truncated (did not end with `<eos>`).
-
-    Raises:
-        ValueError: the batch is empty; a prompt is empty; a text is longer than `max_positions`; a log takes a token
-            back at the floor, or acts after `<eos>`.
-    """
+    """The logs of a batch, their states, and [L] whether each is truncated (did not end with `<eos>`). ValueError: the
+    batch or a prompt is empty, a text is longer than `max_positions`, or a log takes a token back at the floor or acts
+    after `<eos>`."""
     logs = ActionLogs.from_batch(batch)
     if logs.num_logs == 0:
         raise ValueError("cannot build a state tree from a batch without trajectories")

@@ -91,11 +91,9 @@ class StateLogits:
         return torch.where(tree.actions.backspace_masked, self.v_floor[rows], v_all[rows])
 
     def sample_tokens(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """[K] a token drawn after each of the states `rows` [K]; never backspace, which no text holds.
-
-        By the Gumbel-max trick, so that the vocabulary is gone through in chunks: the largest logit - log(exponential
-        noise) is a draw from the softmax.
-        """
+        """[K] a token drawn after each of the states `rows` [K]; never backspace, which no text holds. By the
+        Gumbel-max trick, in chunks of the vocabulary: the largest logit - log(exponential noise) is a draw from the
+        softmax."""
         dtype = accumulation_dtype(self.hidden, self.weight)
         width = min(len(self.weight), VOCABULARY_CHUNK)
         drawn: list[Tensor] = []

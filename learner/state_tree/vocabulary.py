@@ -54,10 +54,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def fill_ids(values: Tensor, ranges: IdRanges, value: float, first_id: int = 0) -> None:
-    """Set (in place) the columns of ids that no token has (`TokenContract.ids_without_token`).
-
-    values: [..., W] whose columns are the ids from `first_id` on.
-    """
+    """Set (in place) the columns of ids that no token has (`TokenContract.ids_without_token`). values: [..., W] whose
+    columns are the ids from `first_id` on."""
     width = values.shape[-1]
     for begin, end in ranges:
         low, high = max(begin - first_id, 0), min(end - first_id, width)
@@ -287,10 +285,8 @@ class _ChunkedValues(torch.autograd.Function):  # type: ignore[misc]
 def _flat_index(
     rows: Tensor, actions: Tensor, states: tuple[int, int], vocabulary: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """[A] index of each (row, action) in the flattened chunk (0 outside of it), and whether it lies inside.
-
-    All A pairs go through every chunk: picking those inside would make the host wait for the device.
-    """
+    """[A] index of each (row, action) in the flattened chunk (0 outside of it), and whether it lies inside. All A pairs
+    go through every chunk: picking those inside would make the host wait for the device."""
     (begin, end), (low, high) = states, vocabulary
     inside = (rows >= begin) & (rows < end) & (actions >= low) & (actions < high)
     return torch.where(inside, (rows - begin) * (high - low) + (actions - low), 0), inside
