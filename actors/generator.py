@@ -27,11 +27,7 @@ class PromptGroup:
 
 
 class Generator:
-    """An engine and the weights it holds; one per process.
-
-    Raises (on creation):
-        ValueError: the engine cannot be built from the model folder; the message says why.
-    """
+    """An engine and the weights it holds; one per process. ValueError: it cannot be built from the model folder."""
 
     def __init__(self, settings: EngineSettings, contract: TokenContract) -> None:
         from actors.engine.engine import BackspaceEngine
@@ -43,9 +39,7 @@ class Generator:
 
         The sampling noise starts anew, so that what a checkpoint generates does not depend on what was generated
         before, and the checkpoints of a comparison meet the same noise.
-
-        Raises:
-            ValueError: the folder holds no safetensors file, or tensors of another model.
+        ValueError: the folder holds no safetensors file, or tensors of another model.
         """
         import torch
         from safetensors.torch import load_file
@@ -63,10 +57,7 @@ class Generator:
         """Answer every prompt of every group; gives the trajectories of each group, in the order of its prompts.
 
         task: written into the trajectories. on_finished: called after each engine step with the number of requests
-            that it ended.
-
-        Raises:
-            ValueError: a prompt does not fit into the engine's `max_length`.
+            that it ended. ValueError: a prompt does not fit into the engine's `max_length`.
         """
         for name, group in groups.items():
             planted = [()] * len(group.prompts) if group.planted is None else group.planted

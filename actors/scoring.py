@@ -59,10 +59,7 @@ class RolloutScoring:
     """The reward and the features of one run.
 
     settings: at least one scorer. tokenizer: of the task. examples: `prompt_ids` and `target_ids` of those that
-        prompts come from.
-
-    Raises (on creation):
-        ValueError: a function cannot be imported, or a classifier not loaded.
+        prompts come from. ValueError: a function cannot be imported, or a classifier not loaded.
     """
 
     def __init__(
@@ -81,9 +78,7 @@ class RolloutScoring:
         """Fill the columns `reward` and `features` of a batch of the trajectory schema.
 
         Gives the rollouts that were scored, in their order; and for the ids of the others why they were not.
-
-        Raises:
-            TimeoutError: a scorer did not return in time. Its thread goes on: the process is of no more use.
+        TimeoutError: a scorer did not return in time. Its thread goes on: the process is of no more use.
         """
         answers = self._answers(rollouts)
         reasons: dict[int, str] = {}
@@ -226,9 +221,7 @@ class Classifier:
     label, or the one number that the model has for it.
 
     It is loaded once per actor and stays on the CPU, beside the engine, with as many threads as that has there.
-
-    Raises (on creation):
-        ValueError: the model cannot be loaded, is no classifier, or has other labels.
+    ValueError: the model cannot be loaded, is no classifier, or has other labels.
     """
 
     def __init__(self, settings: ClassifierSettings) -> None:

@@ -1,11 +1,10 @@
 """Backspace inside vLLM: a scheduler that shortens a request when the model takes a token back.
 
-The scheduler is the only owner of a request's length. Each step it tells the V1 runner how many tokens are
-computed and how many were generated, and the runner cuts its own copy to that. Popping a token here is
-therefore the whole roll-back: the next step runs the last remaining token again (one ordinary decode step)
-and overwrites its key-value entry with the same value. That is safe only in a block nobody else reads, so a
-request with backspace neither shares nor looks up a block that holds its last prompt token or anything after
-it.
+The scheduler is the only owner of a request's length. Each step it tells the V1 runner how many tokens are computed and
+how many were generated, and the runner cuts its own copy to that. Popping a token here is therefore the whole
+roll-back: the next step runs the last remaining token again (one ordinary decode step) and overwrites its key-value
+entry with the same value. That is safe only in a block nobody else reads, so a request with backspace neither shares
+nor looks up a block that holds its last prompt token or anything after it.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ class DecodingState:
 
     planted: ids forced as the first actions, in order. Counted by actions: once deleted they stay deleted.
     always_masked: ids that are never sampled.
-    num_cacheable_tokens: leading tokens whose key-value blocks may be shared; None where nothing is ever
-        rewritten.
+    num_cacheable_tokens: leading tokens whose key-value blocks may be shared; None where nothing is ever rewritten.
     banned: banned[d] holds the ids deleted at the current text's prefix of d generated tokens. A stack is
         enough: a text that was taken back can't come back, because its last token is banned from then on.
     """
@@ -111,8 +109,7 @@ class BackspaceScheduler(Scheduler):  # type: ignore[misc]  # vLLM ships no type
         if state is not None and state.allow_backspace:
             assert not request.resumable
             assert not request.use_structured_output
-            # vLLM itself never reuses the block of the last prompt token, so rollouts of one prompt lose
-            # nothing.
+            # vLLM itself never reuses the block of the last prompt token, so rollouts of one prompt lose nothing.
             state.num_cacheable_tokens = request.num_prompt_tokens - 1
             request._block_hasher = None
             del request.block_hashes[state.num_cacheable_tokens // self.hash_block_size :]

@@ -28,9 +28,7 @@ def check_machine(enforce_eager: bool) -> None:
 
     The CPU build of vLLM compiles only where it is asked to (`enforce_eager=False`), with a C++ compiler; on GPUs
     Triton compiles the launchers of kernels in any case, with a C compiler. Both include Python's headers.
-
-    Raises:
-        ValueError: names all that is missing, and the Debian packages that bring it.
+    The ValueError names all that is missing, and the Debian packages that bring it.
     """
     on_cpu = _is_cpu_build()
     missing = {name: package for name, package in KERNEL_LIBRARIES.items() if on_cpu and not _loads(name)}

@@ -1,7 +1,6 @@
 """Masks of the sampling distribution: ids without a token, backspace at the floor, planted tokens, banned tokens.
 
-They run before temperature and top-p, so the recorded log-probabilities are those of the renormalised
-distribution.
+They run before temperature and top-p, so the recorded log-probabilities are those of the renormalised distribution.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ class BackspaceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM s
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._ids_without_token: IdRanges = vllm_config.additional_config.get(IDS_WITHOUT_TOKEN, ())
-        # Row of the batch -> (state, generated text). The list is the runner's own: already cut when apply()
-        # runs.
+        # Row of the batch -> (state, generated text). The list is the runner's own: already cut when apply() runs.
         self._rows: dict[int, tuple[DecodingState, list[int]]] = {}
         self._floor_rows: list[tuple[int, int, list[int]]] = []
         self._special_rows: list[tuple[int, DecodingState]] = []

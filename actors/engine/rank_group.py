@@ -1,5 +1,4 @@
-"""The engine of one actor, and the other processes over which a large model is divided
-(`actors.tensor_parallel_size`).
+"""The engine of one actor, and the other processes of a large model's engine (`actors.tensor_parallel_size`).
 
 The actor is rank 0. It makes the others as Ray actors of its own, so that they end with it, on its node, with the
 resources that Ray has set aside for it. They repeat each call of its engine; Ray keeps the order. None is waited for:

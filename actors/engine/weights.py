@@ -165,13 +165,10 @@ class WeightIntake:
 def prove(
     manifest: WeightManifest, engine_logprobs: npt.NDArray[np.floating], before: Proof | None, engine_dtype: str
 ) -> Proof:
-    """Judge the engine's log-probabilities [P-1] of the manifest's probe.
+    """Judge the engine's log-probabilities [P-1] of the probe; WeightMismatchError if they are of other weights.
 
     before: of the weights that the engine had, which need not be those of the version before; None of its first ones.
     engine_dtype: the engine's number format, named as in the manifest.
-
-    Raises:
-        WeightMismatchError: the engine does not compute with these weights.
     """
     new = np.asarray(manifest.probe_logprobs, dtype=np.float64)
     found = np.asarray(engine_logprobs, dtype=np.float64)

@@ -42,9 +42,7 @@ PATIENCE_STOPPING_S = 8.0
 @contextlib.contextmanager
 def run_cluster(settings: RunSettings, folder: Path) -> Iterator[LiveCluster]:
     """Ray for the length of a run; its namespace is the run's name. Everything the run created ends with it.
-
-    Raises:
-        UserError: the cluster cannot be reached. RunFailedError: Ray does not start.
+    UserError: the cluster cannot be reached. RunFailedError: Ray does not start.
     """
     try:
         _start_or_join(settings.cluster, folder.name, total(planned_roles(settings))["CPU"])

@@ -41,9 +41,7 @@ STATUS_TIMEOUT_S = 3.0
 
 def check_buffer(folder: Path, contract: TokenContract, settings: BufferSettings) -> None:
     """Open the buffer of a run that resumes once here: a Ray actor whose constructor fails gives only a traceback.
-
-    Raises:
-        UserError: a shard cannot be opened, or the run had more shards than it has now.
+    UserError: a shard cannot be opened, or the run had more shards than it has now.
     """
     present = present_shards(folder)
     if len(present) > settings.shards:

@@ -59,9 +59,7 @@ def create_run_folder(settings: RunSettings, name: str | None = None) -> Path:
     """Make the folder of a new run and write what makes the run reproducible, with paths that hold from every folder.
 
     name: of the folder; by default a free one, `<settings.name>-<date>-<time>`.
-
-    Raises:
-        UserError: the place is taken, or the folder would be lost with the job that this process is.
+    UserError: the place is taken, or the folder would be lost with the job that this process is.
     """
     if RAY_JOB_VARIABLE in os.environ:
         check_outlives_job(settings)
@@ -165,9 +163,7 @@ def run_config(path: Path) -> Path:
 @contextmanager
 def sole_driver(folder: Path) -> Iterator[None]:
     """Hold a run: two drivers would write the same files. The kernel lets go of it however this process ends.
-
-    Raises:
-        UserError: another process holds it, or the file system has no locks.
+    UserError: another process holds it, or the file system has no locks.
     """
     try:
         lock = FolderLock(folder)

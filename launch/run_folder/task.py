@@ -68,9 +68,7 @@ def save_run_tokenizer(tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
 
 def load_run_tokenizer(run: Path, contract: TokenContract) -> PreTrainedTokenizerBase:
     """The tokenizer that the trajectories of `run` were written with; from a checkpoint where the run saved none.
-
-    Raises:
-        ValueError: there is none, or only one whose ids mean other tokens. OSError: it cannot be read.
+    ValueError: there is none, or only one whose ids mean other tokens. OSError: it cannot be read.
     """
     candidates = [run / TOKENIZER_FOLDER, *sorted((run / "checkpoints").glob("*/step-*"))]
     folders = [folder for folder in candidates if (folder / "tokenizer_config.json").is_file()]

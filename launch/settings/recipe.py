@@ -21,9 +21,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
     """Read `path` and apply overrides such as `actors.count=2` or `stages.trunk.steps=100`.
 
     A stage is addressed by its name or its index; values are YAML.
-
-    Raises:
-        UserError: the file holds no mapping, an override is malformed, or a key or value is not accepted.
+    UserError: the file holds no mapping, an override is malformed, or a key or value is not accepted.
     """
     tree = read_yaml(path, "recipe", "the packaged ones are in launch/recipes/")
     if not isinstance(tree, dict):
