@@ -22,14 +22,12 @@ from launch.evaluation.results import read_evaluation
 from launch.run_folder.checkpoints import checkpoint_of, run_of
 from launch.run_folder.folder import CONFIG_FILE, open_run_folder, read_versions
 from launch.settings.run import RunSettings
-from launch.statistics import Estimate
 from learner.settings.model import PretrainedModelSettings
 from learner.settings.stages import StageSettings, stages_before
 
 if TYPE_CHECKING:
     from learner.checkpoints.model_card import CardFacts
     from learner.checkpoints.store import Progress
-
 
 _CARD_METRICS = ("accuracy", "recovery", "mauve", "perplexity", "diversity", "backspace_rate")
 """Of an evaluation, in this order; all of them are in evaluation.json."""
@@ -52,9 +50,8 @@ def export(
     stage: of the run; None takes the recipe's `result`. adapter_only: the adapters and the trained output embedding,
     for peft. license_id: for the card; None takes that of the base model.
 
-    Raises:
-        UserError: `out` exists, `source` is neither a checkpoint nor a run with one, or adapters are missing.
-        ValueError, OSError: a file of the checkpoint cannot be read, or `out` cannot be written.
+    UserError: `out` exists, `source` is neither a checkpoint nor a run with one, or adapters are missing. ValueError,
+    OSError: a file of the checkpoint cannot be read, or `out` cannot be written.
     """
     if out.exists():
         raise UserError(f"{out} exists already: name a folder that does not, or remove it")
@@ -97,19 +94,15 @@ def export(
 
 
 def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_id: str | None) -> CardFacts:
-    """Facts of a checkpoint. run: folder of the run that made it. license_id: None takes the licence of the base model,
-    if that can be found.
+    """Facts of a checkpoint. run: folder of the run that made it. license_id: see `export`.
 
-    Raises:
-        UserError: the run's configuration cannot be read. ValueError: the base model's package is not installed.
+    UserError: the run's configuration cannot be read. ValueError: the base model's package is not installed.
     """
     from learner.checkpoints.model_card import CardFacts
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     settings = None if run is None else open_run_folder(run)[1]
-    base = None
-    if settings is not None and isinstance(settings.model, PretrainedModelSettings):
-        base = settings.model
+    base = settings.model if settings and isinstance(settings.model, PretrainedModelSettings) else None
     if license_id is None and base is not None:
         license_id = base_license(base)
     trained = {} if settings is None else _training_words(settings, progress.stage)
@@ -129,10 +122,8 @@ def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_i
 def base_license(settings: PretrainedModelSettings) -> str | None:
     """SPDX identifier (as the Hugging Face hub writes it) in the base model's card or GGUF file; None if there is none.
 
-    The card of a hub name is asked of the hub; without a connection it counts as not found.
-
-    Raises:
-        ValueError: the model names a package that is not installed.
+    The card of a hub name is asked of the hub; without a connection it counts as not found. ValueError: the model names
+    a package that is not installed.
     """
     from huggingface_hub import ModelCard, hf_hub_download
 
@@ -184,7 +175,7 @@ def _measured(run: Path, checkpoint: Path, stage: str) -> dict[str, str]:
     for each in evaluation.checkpoints if evaluation else ():
         if each.label == stage and each.checkpoint.name == checkpoint.name:
             return {
-                f"{name}, {group}": _number_words(numbers[name])
+                f"{name}, {group}": f"{numbers[name].value:.4g}{_error_words(numbers[name].standard_error)}"
                 for name in _CARD_METRICS
                 for group, numbers in each.metrics.items()
                 if name in numbers and numbers[name].value is not None
@@ -192,9 +183,8 @@ def _measured(run: Path, checkpoint: Path, stage: str) -> dict[str, str]:
     return {}
 
 
-def _number_words(number: Estimate) -> str:
-    error = number.standard_error
-    return f"{number.value:.4g}" + ("" if error is None else f" ± {error:.2g} (standard error)")
+def _error_words(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.2g} (standard error)"
 
 
 def _lineage(stages: tuple[StageSettings, ...], name: str) -> list[StageSettings]:

@@ -74,7 +74,8 @@ def evaluate(
             keep_in = output or (run and run / EVALUATION_FOLDER)
             checkpoints = [checkpoint_of(each) for each in checkpoints]
             against = None if against is None else checkpoint_of(against)
-            chosen = _changed(settings.evaluation, examples, decoding, ban_deleted, mauve, mauve_clusters)
+            others = {"examples": examples, "ban_deleted": ban_deleted}
+            chosen = _changed(settings.evaluation, decoding, mauve, mauve_clusters, **others)
             settings = settings.model_copy(update={"evaluation": chosen})
             if against is not None:
                 baseline = against.resolve()
@@ -96,12 +97,7 @@ def evaluate(
 
 
 def _changed(
-    settings: EvaluationSettings,
-    examples: int | None,
-    decoding: str | None,
-    ban_deleted: str | None,
-    mauve: str | None,
-    mauve_clusters: int | None,
+    settings: EvaluationSettings, decoding: str | None, mauve: str | None, mauve_clusters: int | None, **others: object
 ) -> EvaluationSettings:
     """The recipe's settings with those of the command line; raises ValueError where they are not accepted."""
     from launch.settings.evaluation import MauveSettings, check_decodings
@@ -113,7 +109,7 @@ def _changed(
         if chosen is None and mauve is None:
             raise ValueError("--mauve-clusters goes with --mauve encoder or --mauve model")
         chosen = (chosen or MauveSettings()).model_copy(update=_given(features=mauve, clusters=mauve_clusters))
-    return settings.model_copy(update=_given(examples=examples, decoding=names, ban_deleted=ban_deleted, mauve=chosen))
+    return settings.model_copy(update=_given(decoding=names, mauve=chosen, **others))
 
 
 def _given(**options: object) -> dict[str, object]:

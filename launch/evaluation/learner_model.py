@@ -32,8 +32,8 @@ from launch.statistics import Estimate, Float64
 from learner.batches import build_micro_batches
 from learner.model.loading import load_model
 from learner.settings.model import PretrainedModelSettings
-from learner.state_tree.batch import TreeBatch, TreeSettings
-from learner.state_tree.policy import StateLogits, TreePolicy
+from learner.state_tree.batch import TreeSettings
+from learner.state_tree.policy import TreePolicy
 from learner.state_tree.vocabulary import fill_ids
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def held_out_metrics(
     settings = TreeSettings(*ids, MAX_NODES_PER_BATCH, max_length, other_eos_ids=contract.other_eos_ids)
     totals = np.zeros((5, len(examples)))
     for tree in build_micro_batches(_expert_logs(examples, contract), settings):
-        values = policy.evaluate(tree.to(policy.device), _log_sum_without_backspace)
+        # [A] log-sum-exp of the logits before each action, without backspace's
+        values = policy.evaluate(tree.to(policy.device), lambda at, logits: logits.v_floor[at.actions.state])
         assert values.measured is not None
         text = np.array([int(name.rsplit("/", 1)[1]) for name in tree.trajectories.ids])[
             tree.actions.trajectory.numpy()
@@ -86,11 +87,6 @@ def held_out_metrics(
         "perplexity_without_backspace": _perplexity(loss_without, tokens),
         "backspace_prob": Estimate.ratio(backspace, can_undo),
     }
-
-
-def _log_sum_without_backspace(tree: TreeBatch, logits: StateLogits) -> torch.Tensor:
-    """[A] log-sum-exp of the logits before each action, without backspace's."""
-    return logits.v_floor[tree.actions.state]
 
 
 def _perplexity(loss: Float64, tokens: Float64) -> Estimate:

@@ -110,7 +110,7 @@ def encoder_features(texts: Sequence[str]) -> Float32:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with library_chatter_held():
         model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
-    features = []
+    features: list[Float32] = []
     for begin in range(0, len(texts), BATCH_TEXTS):
         limits = {"padding": True, "truncation": True, "max_length": ENCODER_MAX_TOKENS}
         encoded = tokenizer(list(texts[begin : begin + BATCH_TEXTS]), return_tensors="pt", **limits)
@@ -118,15 +118,14 @@ def encoder_features(texts: Sequence[str]) -> Float32:
         with torch.no_grad():
             states = model(**encoded).last_hidden_state
         features.append(((states * mask).sum(1) / mask.sum(1)).numpy())
-    found: Float32 = np.concatenate(features)
-    return found
+    return np.concatenate(features)
 
 
 def model_features(model: PreTrainedModel, texts: Ragged, eos_id: int) -> Float32:
     """[N, H] last hidden state of the model at the end of each text, which begins a document (follows `<eos>`)."""
     import torch
 
-    features = []
+    features: list[Float32] = []
     rows = texts.rows()
     for begin in range(0, len(rows), BATCH_TEXTS):
         part = rows[begin : begin + BATCH_TEXTS]
@@ -137,8 +136,7 @@ def model_features(model: PreTrainedModel, texts: Ragged, eos_id: int) -> Float3
         with torch.no_grad():  # padding on the right: what follows a token does not reach its state
             states = model.get_decoder()(input_ids=ids.to(model.device)).last_hidden_state
         features.append(states[torch.arange(len(part)), ends].float().cpu().numpy())
-    found: Float32 = np.concatenate(features)
-    return found
+    return np.concatenate(features)
 
 
 def _encoder_folder() -> Path:
