@@ -47,8 +47,7 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read configuration and tokenizer of a checkpoint; no weights yet.
 
-    Raises:
-        ValueError, OSError: the folder is absent, no model, or a model without a backspace action.
+    ValueError, OSError: the folder is absent, no model, or a model without a backspace action.
     """
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -125,8 +124,7 @@ def progress_bar(console: Console, description: str, total: int) -> Iterator[Cal
 def encode_prompt(checkpoint: Checkpoint, prompt: str) -> list[int]:
     """Token ids of a prompt, as the tasks write them.
 
-    Raises:
-        ValueError: the prompt is empty, fills the whole context, or has characters that the tokenizer lacks.
+    ValueError: the prompt is empty, fills the whole context, or has characters that the tokenizer lacks.
     """
     from tokenizers.models import WordLevel
 
@@ -164,10 +162,7 @@ def generate(
     seed: int,
     console: Console,
 ) -> list[RolloutView]:
-    """`count` rollouts from one prompt.
-
-    A rollout ends at `<eos>`, at `max_new_tokens`, or where the model's context is full.
-    """
+    """`count` rollouts; each ends at `<eos>`, at `max_new_tokens`, or where the model's context is full."""
     sampling = SamplingSettings(
         max_new_tokens=max_new_tokens,
         max_actions=ACTIONS_PER_NEW_TOKEN * max_new_tokens,
@@ -192,9 +187,7 @@ def rollout_text(view: RolloutView, console: Console) -> Text:
 
 
 def rollout_to_json(view: RolloutView) -> dict[str, object]:
-    """text: what remains; log: the same with the marks of `RolloutView.plain`; segments: in the order they were
-    written.
-    """
+    """text: what remains; log: the same with the marks of `RolloutView.plain`; segments: as they were written."""
     return {
         "text": "".join(segment.text for segment in view.segments if not segment.deleted),
         "log": view.plain(),

@@ -76,8 +76,7 @@ def view_rollout(
 ) -> RolloutView:
     """The trajectory at `index` of a batch; its first `num_planted` actions were forced.
 
-    Raises:
-        ValueError: the log takes a token back at the floor.
+    ValueError: the log takes a token back at the floor.
     """
     row = batch.slice(index, 1)
     log = ActionLogs.from_batch(row)

@@ -139,9 +139,7 @@ class Difference(Interval):
 
     @property
     def within_noise(self) -> bool | None:
-        """Whether chance explains the difference; None where that is unknown. For one difference alone this is the same
-        as whether the 95 % interval holds 0.
-        """
+        """Whether chance explains it; None where that is unknown. Alone it does where the 95 % interval holds 0."""
         return None if self.adjusted_p_value is None else self.adjusted_p_value > 1.0 - CONFIDENCE
 
     def to_json(self) -> dict[str, object]:

@@ -132,9 +132,7 @@ class Comparison:
 
 
 def stage_cost(run: Path) -> dict[str, float]:
-    """Steps of the compared stage, actions that they were trained on, of experts and rollouts, and seconds that they
-    took, with waits for data.
-    """
+    """Steps of the compared stage, actions of experts and rollouts in them, seconds with the waits for data."""
     stage = read_metrics(run)[COMPARED_STAGE]
     seconds = stage.values["step_s"]
     actions = round(float((stage.values["actions_per_s"] * seconds).sum()))

@@ -114,9 +114,7 @@ def _left_out(settings: RunSettings, task: Task, obstacle: str | None) -> dict[s
 def _shown(
     rollouts: Mapping[str, ReplayedRollouts], examples: Dataset, task: Task, settings: RunSettings
 ) -> tuple[ShownRollout, ...]:
-    """Rollouts as they came, those that take tokens back before the others; right or wrong is no criterion: that would
-    flatter.
-    """
+    """Rollouts as they came, those that take tokens back first; to choose by right or wrong would flatter."""
     count = settings.evaluation.shown_rollouts
     after_mistake = count // 2 if RECOVERY in rollouts else 0
     shown = []

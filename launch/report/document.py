@@ -19,15 +19,13 @@ from importlib import resources
 
 import jinja2
 import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup
 
 from launch.monitoring.live_view import clock
 from launch.report.evaluation import MetricInfo
-from launch.statistics import Interval
+from launch.statistics import Float64, Interval
 
 MINUS = "\N{MINUS SIGN}"
-Float64 = npt.NDArray[np.float64]
 
 MAX_POINTS = 150
 """Points of a series, at most; a plot is a few hundred pixels wide."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
@@ -29,12 +28,10 @@ from launch.run_folder.folder import BUFFER_FOLDER, ENVIRONMENT_FILE, METRICS_FI
 from launch.run_folder.task import load_run_tokenizer
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
+from launch.statistics import Float64, Int64
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 RUN_STATES = {
     "run_started": "not finished",
