@@ -35,7 +35,7 @@ _CARD_METRICS = ("accuracy", "recovery", "mauve", "perplexity", "diversity", "ba
 
 @dataclass(frozen=True)
 class Export:
-    """What was exported. license: as the card states it; None where nothing told it."""
+    """license: as the card states it; None where nothing told it."""
 
     checkpoint: Path
     out: Path
@@ -50,8 +50,8 @@ def export(
     stage: of the run; None takes the recipe's `result`. adapter_only: the adapters and the trained output embedding,
     for peft. license_id: for the card; None takes that of the base model.
 
-    UserError: `out` exists, `source` is neither a checkpoint nor a run with one, or adapters are missing. ValueError,
-    OSError: a file of the checkpoint cannot be read, or `out` cannot be written.
+    UserError: `out` exists, `source` is neither a checkpoint nor a run with one, its configuration cannot be read, or
+    adapters are missing. ValueError, OSError: a file or the base model's package is missing, or `out` not writable.
     """
     if out.exists():
         raise UserError(f"{out} exists already: name a folder that does not, or remove it")
@@ -94,10 +94,7 @@ def export(
 
 
 def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_id: str | None) -> CardFacts:
-    """Facts of a checkpoint. run: folder of the run that made it. license_id: see `export`.
-
-    UserError: the run's configuration cannot be read. ValueError: the base model's package is not installed.
-    """
+    """Facts of a checkpoint, and of the run that made it. UserError, ValueError: see `export`."""
     from learner.checkpoints.model_card import CardFacts
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -120,10 +117,9 @@ def card_facts(checkpoint: Path, run: Path | None, progress: Progress, license_i
 
 
 def base_license(settings: PretrainedModelSettings) -> str | None:
-    """SPDX identifier (as the Hugging Face hub writes it) in the base model's card or GGUF file; None if there is none.
+    """SPDX identifier (as the Hugging Face hub writes it) in the base model's card or GGUF file; None if none is found.
 
-    The card of a hub name is asked of the hub; without a connection it counts as not found. ValueError: the model names
-    a package that is not installed.
+    ValueError: the model names a package that is not installed.
     """
     from huggingface_hub import ModelCard, hf_hub_download
 

@@ -45,10 +45,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read configuration and tokenizer of a checkpoint; no weights yet.
-
-    ValueError, OSError: the folder is absent, no model, or a model without a backspace action.
-    """
+    """What a checkpoint holds beside weights; ValueError or OSError where it is no model with a backspace action."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ValueError(
@@ -77,10 +74,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 @contextmanager
 def running_generator(checkpoint: Checkpoint, max_length: int, seed: int) -> Iterator[Generator]:
-    """An engine for models shaped like `checkpoint`, without weights yet; at most one per process.
-
-    max_length: longest text, prompt included, in tokens.
-    """
+    """An engine without weights yet, one per process. max_length: of the longest text, with its prompt, in tokens."""
     length = min(max_length, checkpoint.max_length)
     settings = EngineSettings(str(checkpoint.folder), length, ENGINE, seed=seed, load_format="dummy")
     os.environ.update(engine_environment())
@@ -122,10 +116,7 @@ def progress_bar(console: Console, description: str, total: int) -> Iterator[Cal
 
 
 def encode_prompt(checkpoint: Checkpoint, prompt: str) -> list[int]:
-    """Token ids of a prompt, as the tasks write them.
-
-    ValueError: the prompt is empty, fills the whole context, or has characters that the tokenizer lacks.
-    """
+    """Token ids; ValueError if there are none, if they fill the whole context, or for characters without a token."""
     from tokenizers.models import WordLevel
 
     from buffer.experts.tokenizer import prompt_prefix

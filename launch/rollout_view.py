@@ -74,10 +74,7 @@ def view_rollout(
     contract: TokenContract,
     num_planted: int = 0,
 ) -> RolloutView:
-    """The trajectory at `index` of a batch; its first `num_planted` actions were forced.
-
-    ValueError: the log takes a token back at the floor.
-    """
+    """The trajectory at `index`, `num_planted` actions of it forced; ValueError where it takes back at the floor."""
     row = batch.slice(index, 1)
     log = ActionLogs.from_batch(row)
     played = replay(log, contract.backspace_id)

@@ -139,7 +139,7 @@ class Difference(Interval):
 
     @property
     def within_noise(self) -> bool | None:
-        """Whether chance explains it; None where that is unknown. Alone it does where the 95 % interval holds 0."""
+        """Whether chance explains it; None if unknown. For one difference alone: whether the interval holds 0."""
         return None if self.adjusted_p_value is None else self.adjusted_p_value > 1.0 - CONFIDENCE
 
     def to_json(self) -> dict[str, object]:
@@ -149,10 +149,7 @@ class Difference(Interval):
 
 
 def change_by_example(number: Estimate, baseline: Estimate) -> Estimate | None:
-    """`number` - `baseline` with the error of the paired difference, in which what an example adds to both cancels.
-
-    None where they are not of the same examples.
-    """
+    """`number` - `baseline` with the error of the paired difference; None where they are not of the same examples."""
     if number.value is None or baseline.value is None:
         return None
     value = number.value - baseline.value
@@ -164,10 +161,7 @@ def change_by_example(number: Estimate, baseline: Estimate) -> Estimate | None:
 
 
 def difference(number: Estimate, reference: Estimate, change: Estimate | None = None) -> Difference | None:
-    """`number` - `reference` of one run each; None where one has no finite value.
-
-    change: the difference measured example by example, if it was (see `change_by_example`).
-    """
+    """`number` - `reference` of a run each; None if one has no finite value. change: see `change_by_example`."""
     return difference_over_seeds({0: number}, {0: reference}, {} if change is None else {0: change})
 
 
@@ -229,9 +223,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 class Spread(NamedTuple):
-    """A number of several runs. deviation: standard deviation over seeds, None below `MIN_SEEDS`. standard_error: of
-    one run, the root of the mean square over runs; None where a run has none.
-    """
+    """deviation: over seeds, None below `MIN_SEEDS`. standard_error: of a run, by the root mean square; may be None."""
 
     mean: float
     deviation: float | None

@@ -88,10 +88,7 @@ def compare(
 
 
 def _run(folder: ComparisonFolder, console: Console) -> Mapping[str, str]:
-    """All of it; whatever ends it early, it can be resumed, and the message gives the command for that.
-
-    Returns the runs that failed, and why.
-    """
+    """The runs that failed, and why. Whatever ends it early, the message gives the command that goes on with it."""
     from launch.compare.results import render_comparison, render_page
     from launch.compare.runs import ComparisonSession
     from launch.run_folder.folder import shown_path, sole_driver

@@ -43,10 +43,7 @@ _TEMPERATURE = "temperature="
 
 @dataclass(frozen=True)
 class ComparedMetric:
-    """One number over all objectives that have it, by label; `differences` are those of all but the reference.
-
-    group: of rollouts, as `top_p=0.9`. name: within its group.
-    """
+    """One number of the objectives that have it, by label. group: of rollouts, as `top_p=0.9`. name: within it."""
 
     group: str
     name: str

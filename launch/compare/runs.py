@@ -83,10 +83,7 @@ class ComparisonFolder:
         return self.path / "arms" / f"{self.path.name}-{label}-seed{seed}"
 
     def open_run(self, run: Path, settings: RunSettings, start: Path | None) -> RunSettings:
-        """Make a run's folder if it is not there; gives its settings.
-
-        start: run whose stages it begins with, done; None = it begins from nothing.
-        """
+        """Make a run's folder if there is none; gives its settings. start: the run, done, that it goes on from."""
         here = settings.model_copy(update={"runs_folder": str(run.parent)})
         if not (run / ENVIRONMENT_FILE).is_file():  # the last thing that is written before a run begins
             shutil.rmtree(run, ignore_errors=True)

@@ -133,10 +133,7 @@ def settings_for(checkpoint: Path, task_from: Path | None) -> RunSettings:
 
 
 def labelled(checkpoints: Sequence[Path]) -> list[Target]:
-    """Targets with labels as short as tells them apart: of stage, step and run as few as that takes, or whole paths.
-
-    Raises UserError where one is named twice.
-    """
+    """Targets with labels as short as tells them apart, at most the paths; UserError where one is named twice."""
     from launch.evaluation.results import Target
     from launch.run_folder.checkpoints import CHECKPOINTS_FOLDER
 

@@ -56,10 +56,7 @@ def load_for_evaluation(checkpoint: Checkpoint) -> PreTrainedModel:
 def held_out_metrics(
     model: PreTrainedModel, examples: Dataset, contract: TokenContract, max_length: int
 ) -> dict[str, Estimate]:
-    """The numbers of the module's description; errors are of texts, which are drawn as a whole.
-
-    examples: columns `prompt_ids` and `target_ids`.
-    """
+    """The numbers of the module's description, with errors over texts. examples: with `prompt_ids`, `target_ids`."""
     policy = TreePolicy(model, contract.backspace_id, contract.ids_without_token)
     ids = contract.backspace_id, contract.eos_id
     settings = TreeSettings(*ids, MAX_NODES_PER_BATCH, max_length, other_eos_ids=contract.other_eos_ids)

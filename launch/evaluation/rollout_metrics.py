@@ -79,10 +79,7 @@ class ReplayedRollouts:
         return Estimate.fraction(cases[actions], self.played.log[actions], self.logs.num_logs)
 
     def forced_taken_back(self, num_forced: int) -> tuple[Bool, Estimate]:
-        """[L] whether all tokens that were forced as first actions are gone at the end; how many of them are.
-
-        Raises ValueError where a rollout is too short to hold them.
-        """
+        """[L] whether all forced tokens are gone at the end; how many are. ValueError: a rollout is shorter."""
         if (self.logs.lengths < num_forced).any():
             raise ValueError(f"a rollout is shorter than the {num_forced} tokens that were forced in it")
         forced = self.logs.offsets[:-1, None] + np.arange(num_forced)
@@ -97,10 +94,7 @@ class ReplayedRollouts:
 def answer_metrics(
     rollouts: ReplayedRollouts, examples: Dataset, task: Task, num_forced: int = 0
 ) -> dict[str, Estimate]:
-    """All numbers of answers, the first `num_forced` tokens of each forced, and the first of those wrong.
-
-    Raises ValueError where the rollouts are not those of the examples.
-    """
+    """All numbers of answers, `num_forced` tokens forced, the first wrong; ValueError if they are of other examples."""
     correct = Estimate.fraction(_correct(rollouts, examples, task))
     if num_forced:
         _, taken_back = rollouts.forced_taken_back(num_forced)

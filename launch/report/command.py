@@ -39,10 +39,10 @@ def report(
 
 
 def write_report(run: Path, path: Path | None = None) -> list[str]:
-    """Write the report of a run; a reader never sees half of one.
+    """Write the report of a run, by default as `report.html` in its folder; a reader never sees half of one.
 
-    path: of the page; by default `report.html` in the run folder. Returns what could not be shown, and why; the page
-    says so too. UserError: see `gather`; or a file cannot be read, or the page not be written.
+    Returns what could not be shown, and why; the page says so too. UserError: see `gather`; or a file cannot be read or
+    written.
     """
     from launch.report.gather import gather
     from launch.report.page import render

@@ -42,12 +42,9 @@ _AXES_HEIGHT, _LEGEND_ROW = 1.9, 0.19
 
 
 def render_document(package: str, template: str, script: str = "", **names: object) -> str:
-    """The page.
+    """The page of a template in `assets` of a package; its style, script and `parts.html.j2` are the report's.
 
-    package: whose folder `assets` has the template; the style, the script and `parts.html.j2` are the report's.
-    script: file name of the page's script, if it has one.
-    names: what the template asks for, besides `style`, `script` and `policy`. A template shows a
-        `launch.report.document.Plot` with the macro `figure`.
+    script: file name, if there is one. names: what the template asks for, besides `style`, `script` and `policy`.
     """
     style, code = _asset("report.css"), _asset(script) if script else ""
     page = _environment(package).get_template(template)

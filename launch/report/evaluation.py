@@ -103,10 +103,9 @@ class EvaluationTable:
 
 
 def evaluation_table(run: Path, controls: Collection[str]) -> EvaluationTable | None:
-    """The evaluation of a run as a table, None where there is none.
+    """The evaluation of a run as a table, None where there is none. ValueError, OSError: its file cannot be read.
 
-    controls: labels of checkpoints that editing may be compared with. The last of them is the baseline; without one it
-    is that of the file. ValueError: the file is no evaluation. OSError: it cannot be read.
+    controls: labels of checkpoints to compare with; the last of them is the baseline, by default that of the file.
     """
     evaluation = read_evaluation(run)
     if evaluation is None:

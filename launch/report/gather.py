@@ -52,9 +52,7 @@ ActionKind = Literal["write", "backspace", "end"]
 
 
 class Action(NamedTuple):
-    """One action. text: of the token that was written. noise: the environment wrote another token than the policy
-    chose. logprob: in nats, as the actor stored it.
-    """
+    """text: of the token that was written. noise: it is not what the policy chose. logprob: in nats, as stored."""
 
     kind: ActionKind
     text: str
@@ -77,9 +75,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class StageMetrics:
-    """The logged steps of one stage. steps: [n] ascending; times: [n] seconds since 1970. values: [n] by metric, NaN
-    where a step has no finite value.
-    """
+    """The steps of one stage, [n] ascending; times in seconds since 1970; values by metric, NaN if not finite."""
 
     steps: Int64
     times: Float64
@@ -224,9 +220,7 @@ def _noted(report: Report, what: str) -> Iterator[None]:
 
 
 def sample_rollouts(snapshot: BufferSnapshot, tokenizer: PreTrainedTokenizerBase) -> list[Rollout]:
-    """Rollouts spread evenly over the stored ones, oldest first: of as many stretches of equal length, the first that
-    takes a token back, or the first of all where none does.
-    """
+    """Rollouts spread evenly, oldest first; of each stretch the first that takes a token back, or the first."""
     stored = snapshot.trajectories
     ours = np.flatnonzero(pc.equal(stored.column("source"), "policy").to_numpy())
     ours = ours[np.argsort(stored.column("created_at").cast(pa.int64()).to_numpy()[ours], kind="stable")]

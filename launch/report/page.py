@@ -54,10 +54,7 @@ def render(report: Report) -> str:
 def metric_plots(
     metrics: Mapping[str, StageMetrics], stages: Sequence[str], max_points: int = MAX_POINTS
 ) -> list[Plot]:
-    """A plot for each plan and for each metric that no plan names, if a stage has logged any of its metrics.
-
-    stages: whose metrics to draw. max_points: of each line.
-    """
+    """A plot for each plan and each metric in no plan, if one of `stages` logged it. max_points: of each line."""
     logged = {metric for stage in stages for metric in metrics[stage].values}
     planned = {metric for _, legend, _ in plans().values() for metric in legend}
     found = []
