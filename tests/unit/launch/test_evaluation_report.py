@@ -106,12 +106,12 @@ def test_json_has_every_number_with_its_error_and_paired_differences() -> None:
 
 def test_settings_of_the_command_line_replace_those_of_the_recipe() -> None:
     recipe = EvaluationSettings(examples=70, mauve=MauveSettings(clusters=7), decoding=("greedy",))
-    assert _changed(recipe, None, None, None, None, None) == recipe
-    found = _changed(recipe, 90, "top_p=0.9, contrastive", "both", "model", None)
+    assert _changed(recipe, None, None, None) == recipe
+    found = _changed(recipe, "top_p=0.9, contrastive", "model", None, examples=90, ban_deleted="both")
     assert (found.examples, found.decoding, found.ban_deleted) == (90, ("top_p=0.9", "contrastive"), "both")
     assert found.mauve == MauveSettings(features="model", clusters=7)
-    assert _changed(EvaluationSettings(), None, None, None, "encoder", 9).mauve == MauveSettings(clusters=9)
+    assert _changed(EvaluationSettings(), None, "encoder", 9).mauve == MauveSettings(clusters=9)
     with pytest.raises(ValueError, match="goes with --mauve"):
-        _changed(EvaluationSettings(), None, None, None, None, 9)
+        _changed(EvaluationSettings(), None, None, 9)
     with pytest.raises(ValueError, match="no decoding 'beam'"):
-        _changed(recipe, None, "greedy,beam", None, None, None)
+        _changed(recipe, "greedy,beam", None, None)
