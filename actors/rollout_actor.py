@@ -280,7 +280,8 @@ class RolloutActor:
             plan = self._experts.plan(rollouts.num_rows)
             drawn = self._engine.draw_next_tokens(plan.prefixes().rows())
             self._ranks.settle()
-            self._buffer.insert(self._experts.realise(plan, np.concatenate([log.actions for log in drawn])))
+            tokens = np.fromiter((log.actions[0] for log in drawn), np.int32, len(drawn))  # a plan may be without noise
+            self._buffer.insert(self._experts.realise(plan, tokens))
 
 
 def rollout_activity(

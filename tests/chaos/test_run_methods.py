@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     with TrainProcess(folder, RECIPE, "--no-evaluate", *overrides, environment=environment) as process:
         assert process.wait(RUN_TIMEOUT_S) == 1, process.printed()
         # The last stage asks for what no weight gives. It says so, and what was done before stands.
-        assert "feature never is 0 in all " in process.stderr.splitlines()[-1], process.printed()
+        assert "never over prompts lies between 0 and 0 in the " in process.stderr.splitlines()[-1], process.printed()
         assert "no weight of it gives a mean of 0.5" in process.stderr.splitlines()[-1]
         assert "Traceback" not in process.stderr
         process.assert_nothing_left()

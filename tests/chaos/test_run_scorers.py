@@ -54,4 +54,4 @@ def test_the_scorer_that_keeps_rollouts_from_the_buffer_is_named(
         assert f"reward ({name}){why}" in error
         assert "Traceback" not in process.printed()
         if function == "always_raises":
-            assert f" dropped (reward ({name}){why})" in process.stdout
+            assert f" rollouts, the last one because reward ({name}){why}" in process.stdout
