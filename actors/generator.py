@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from actors.engine.interface import EngineSettings, FinishedLog, Int32, SamplingSettings, logs_to_batch
+from actors.engine.interface import EngineSettings, FinishedRollout, Int32, SamplingSettings, rollouts_to_batch
 from buffer.trajectory.schema import TokenContract
 
 
@@ -63,15 +63,15 @@ class Generator:
             planted = [()] * len(group.prompts) if group.planted is None else group.planted
             for index, (prompt, forced) in enumerate(zip(group.prompts, planted, strict=True)):
                 self._engine.add(f"{name}/{index}", prompt, group.sampling, forced)
-        logs: dict[str, FinishedLog] = {}
+        rollouts: dict[str, FinishedRollout] = {}
         while self._engine.num_unfinished:
             finished = self._engine.step()
-            logs |= {log.request_id: log for log in finished}
+            rollouts |= {rollout.request_id: rollout for rollout in finished}
             if finished and on_finished is not None:
                 on_finished(len(finished))
         return {
-            name: logs_to_batch(
-                [logs[f"{name}/{index}"] for index in range(len(group.prompts))],
+            name: rollouts_to_batch(
+                [rollouts[f"{name}/{index}"] for index in range(len(group.prompts))],
                 self._engine.contract,
                 task=task,
                 actor="generator",

@@ -1,4 +1,4 @@
-"""One rollout actor: a vLLM engine kept full of prompts, whose finished action logs go to the replay buffer.
+"""One rollout actor: a vLLM engine kept full of prompts, whose finished trajectories go to the replay buffer.
 
 `run` holds the engine and is the only code that touches it; the control methods (`announce`, `set_paused`, `drain`,
 `status`) set flags that `run` reads between two engine steps. So new weights need not wait for a rollout to end: one
@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings, logs_to_batch
+from actors.engine.interface import EngineSettings, FinishedRollout, SamplingSettings, rollouts_to_batch
 from actors.engine.rank_group import RankGroup
 from actors.scoring import RolloutScoring
 from actors.settings import ActorsSettings, ScoringSettings
@@ -41,7 +41,7 @@ WAITING_FOR_WEIGHTS = "waiting for weights"
 DRAINING = "draining"
 PAUSED = "paused"
 FINISHING = "finishing rollouts before new weights"
-HELD_BACK = "ahead of the learner"
+THROTTLED = "ahead of the learner"
 GENERATING = "generating"
 
 NUM_RATE_SAMPLES = 10
@@ -141,7 +141,7 @@ class RolloutActor:
         self._paused = self._draining = False
         self._first_version = 0
         self._fingerprint: str | None = None
-        self._finished: list[FinishedLog] = []
+        self._finished: list[FinishedRollout] = []
         self._buffer = BufferClient(nearest(shards, ray.get_runtime_context().get_node_id()), first=number)
         self._num_requests = 0
         self._actions = self._backspaces = self._trajectories = self._dropped = 0
@@ -210,7 +210,7 @@ class RolloutActor:
         while True:
             finishing = self._take_newest_weights()
             self._activity = rollout_activity(
-                engine.version, self._first_version, self._draining, self._paused, self._buffer.held_back, finishing
+                engine.version, self._first_version, self._draining, self._paused, self._buffer.throttled, finishing
             )
             if self._activity == GENERATING:
                 self._fill_engine()
@@ -224,7 +224,7 @@ class RolloutActor:
             elif self._activity != GENERATING:
                 with self._commands:
                     self._commands.wait(timeout=IDLE_WAIT_S)
-            if len(self._finished) >= self._spec.settings.insert_rows or not engine.num_unfinished:
+            if len(self._finished) >= self._spec.settings.insert_batch_size or not engine.num_unfinished:
                 self._flush()
         self._flush()
         self._buffer.settle()
@@ -258,7 +258,7 @@ class RolloutActor:
         if not self._finished:
             return
         self._ranks.settle()  # nothing leaves this actor that its ranks have not all drawn
-        rollouts = logs_to_batch(
+        rollouts = rollouts_to_batch(
             self._finished,
             self._spec.contract,
             task=self._spec.task,
@@ -278,10 +278,10 @@ class RolloutActor:
         self._buffer.insert(rollouts)
         if self._experts is not None:
             plan = self._experts.plan(rollouts.num_rows)
-            drawn = self._engine.draw_next_tokens(plan.prefixes().rows())
+            drawn = self._engine.sample_next_tokens(plan.prefixes().rows())
             self._ranks.settle()
             tokens = np.fromiter((log.actions[0] for log in drawn), np.int32, len(drawn))  # a plan may be without noise
-            self._buffer.insert(self._experts.realise(plan, tokens))
+            self._buffer.insert(self._experts.execute(plan, tokens))
 
 
 def rollout_activity(
@@ -289,12 +289,12 @@ def rollout_activity(
     first_version: int,
     draining: bool,
     paused: bool,
-    held_back: Callable[[], bool],
+    throttled: Callable[[], bool],
     finishing: bool = False,
 ) -> str:
     """What an actor does between two engine steps; new rollouts are started with `GENERATING` only.
 
-    version: of the loaded weights. first_version: that the present stage asks for. held_back: whether every shard asked
+    version: of the loaded weights. first_version: that the present stage asks for. throttled: whether every shard asked
         for a pause; it is not called where another reason suffices. finishing: rollouts under way keep their weights.
     """
     if finishing:
@@ -305,4 +305,4 @@ def rollout_activity(
         return DRAINING
     if paused:
         return PAUSED
-    return HELD_BACK if held_back() else GENERATING
+    return THROTTLED if throttled() else GENERATING

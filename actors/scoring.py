@@ -27,7 +27,7 @@ from actors.settings import (
     WordSettings,
 )
 from buffer.experts.ragged import Ragged
-from buffer.trajectory.replay import ActionLogs, final_token_ids, replay
+from buffer.trajectory.replay import TrajectoryArrays, final_token_ids, replay
 from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:
@@ -95,12 +95,14 @@ class RolloutScoring:
         return rollouts.take(pa.array(kept, pa.int64())) if dropped else rollouts, dropped
 
     def _answers(self, rollouts: pa.RecordBatch) -> list[Answer]:
-        logs = ActionLogs.from_batch(rollouts)
-        offsets, ids = final_token_ids(logs, replay(logs, self._contract.backspace_id), self._contract.backspace_id)
+        trajectories = TrajectoryArrays.from_batch(rollouts)
+        offsets, ids = final_token_ids(
+            trajectories, replay(trajectories, self._contract.backspace_id), self._contract.backspace_id
+        )
         is_text = ~np.isin(ids, self._contract.eos_ids)
         kept_before = np.concatenate([[0], np.cumsum(is_text)])
         answers = Ragged(kept_before[offsets], ids[is_text])
-        prompts = Ragged(logs.prompt_offsets, logs.prompt_ids).rows()
+        prompts = Ragged(trajectories.prompt_offsets, trajectories.prompt_ids).rows()
         columns = zip(
             self._texts(prompts),
             self._texts(answers.rows()),

@@ -85,7 +85,7 @@ class ActorsSettings(Settings):
         1.0, gt=0.0, description="memory of an engine's key-value cache on CPU, in GiB (per process)"
     )
     enforce_eager: bool = Field(True, description="skip compilation: starts in seconds, generates 15-35 % slower")
-    insert_rows: PositiveInt = Field(64, description="finished trajectories per insert into the buffer")
+    insert_batch_size: PositiveInt = Field(64, description="finished trajectories per insert into the buffer")
     max_restarts: NonNegativeInt = Field(3, description="restarts of one actor in a row before the run gives up on it")
     start_timeout_s: float = Field(300.0, gt=0.0, description="longest wait for a new actor's engine")
     health_timeout_s: float = Field(60.0, gt=0.0, description="silence after which an actor is replaced")

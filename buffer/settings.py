@@ -150,7 +150,7 @@ class BufferSettings(Settings):
         ge=0,
         description="largest staleness (in published versions) a drawn trajectory may have; null = any",
     )
-    sampler: Literal["uniform", "fifo", "recency", "prioritised", "stratified"] = Field(
+    sampler: Literal["uniform", "fifo", "recency", "prioritized", "stratified"] = Field(
         "uniform",
         description="which live trajectories are drawn: all alike; the oldest; newer ones more often; those with a "
         "large soft-Bellman residual more often; as many of every task",
@@ -165,7 +165,7 @@ class BufferSettings(Settings):
         None,
         ge=0.0,
         le=1.0,
-        description="sampler=prioritised: weight of a trajectory is priority^exponent (0 = uniform); null = 0.6",
+        description="sampler=prioritized: weight of a trajectory is priority^exponent (0 = uniform); null = 0.6",
     )
     max_times_sampled: PositiveInt | None = Field(
         None, description="a trajectory that was drawn so often is evicted; null = any number of times"
@@ -195,7 +195,7 @@ class BufferSettings(Settings):
     max_age_s: float | None = Field(
         None, gt=0.0, description="trajectories created longer ago than this many seconds are evicted; null = never"
     )
-    compact_below: float = Field(
+    compaction_threshold: float = Field(
         0.5,
         ge=0.0,
         le=1.0,
@@ -225,7 +225,7 @@ class BufferSettings(Settings):
             )
         if self.fsync_interval_s is not None and self.fsync != "interval":
             raise ValueError(f"fsync_interval_s has no effect with fsync={self.fsync}: leave it out")
-        for name, sampler in (("recency_exponent", "recency"), ("priority_exponent", "prioritised")):
+        for name, sampler in (("recency_exponent", "recency"), ("priority_exponent", "prioritized")):
             if getattr(self, name) is not None and self.sampler != sampler:
                 raise ValueError(f"{name} has no effect with sampler={self.sampler}: leave it out")
         ratio = 1.0 if self.samples_per_insert is None else self.samples_per_insert

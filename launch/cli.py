@@ -76,7 +76,7 @@ def train(
 ) -> None:
     """Train a model, show how it goes, and evaluate it at the end.
 
-    [dim]Example:[/dim] sequencematch train launch/recipes/arithmetic_cpu.yaml actors.count=2 stages.trunk.steps=500
+    [dim]Example:[/dim] sequencematch train launch/recipes/arithmetic_cpu.yaml actors.count=2 stages.pretrain.steps=500
 
     Ctrl-C ends the run after the current step, with a checkpoint.
     """
@@ -166,7 +166,7 @@ def export(
     ] = False,
     license_id: Annotated[
         str | None,
-        typer.Option("--license", metavar="ID", help="Licence for the card; by default that of the base model."),
+        typer.Option("--license", metavar="ID", help="License for the card; by default that of the base model."),
     ] = None,
 ) -> None:
     """Write a trained model where others can use it: Hugging Face format, tokenizer and model card.
@@ -180,7 +180,7 @@ def export(
     typer.echo(f"exported {exported.checkpoint} to {exported.out}")
     if exported.license is None:
         typer.echo(
-            f"no licence is known: write it into {exported.out}/README.md, or export with --license ID", err=True
+            f"no license is known: write it into {exported.out}/README.md, or export with --license ID", err=True
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from buffer.trajectory.replay import ActionLogs, replay, surviving_events
+from buffer.trajectory.replay import TrajectoryArrays, replay, surviving_events
 from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _CUT_OFF = "…"
 FLOOR_MARK = "│"  # prompt and answer may run together otherwise: `77?` and `6128`
-# A generated control character must not reach the terminal: it could move the cursor or set colours.
+# A generated control character must not reach the terminal: it could move the cursor or set colors.
 _VISIBLE = {
     code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), 127, *range(0x80, 0xA0)) if chr(code) not in "\n\t"
 }
@@ -59,7 +59,7 @@ class RolloutView:
         return text
 
     def plain(self) -> str:
-        """For a file or a log; the answer only, without the prompt."""
+        """For a file or a trajectory; the answer only, without the prompt."""
         parts = []
         for segment in self.segments:
             text = f"{{{segment.text}}}" if segment.foreign else segment.text
@@ -72,18 +72,18 @@ def view_rollout(
     index: int,
     tokenizer: PreTrainedTokenizerBase,
     contract: TokenContract,
-    num_planted: int = 0,
+    num_forced: int = 0,
 ) -> RolloutView:
-    """The trajectory at `index`, `num_planted` actions of it forced; ValueError where it takes back at the floor."""
+    """The trajectory at `index`, `num_forced` actions of it forced; ValueError where it takes back at the floor."""
     row = batch.slice(index, 1)
-    log = ActionLogs.from_batch(row)
-    played = replay(log, contract.backspace_id)
-    survives = surviving_events(log, played, contract.backspace_id)
-    foreign = (log.realised != log.actions) | (played.time < num_planted)
-    prompt_ids = log.prompt_ids.tolist()
+    trajectory = TrajectoryArrays.from_batch(row)
+    played = replay(trajectory, contract.backspace_id)
+    survives = surviving_events(trajectory, played, contract.backspace_id)
+    foreign = (trajectory.executed != trajectory.actions) | (played.time < num_forced)
+    prompt_ids = trajectory.prompt_ids.tolist()
     text, segments = list(prompt_ids), []
     hidden = {contract.backspace_id, *contract.eos_ids}
-    written = zip(log.realised.tolist(), survives.tolist(), foreign.tolist(), strict=True)
+    written = zip(trajectory.executed.tolist(), survives.tolist(), foreign.tolist(), strict=True)
     # A segment ends where something is not shown, and where the kind changes.
     for kind, run in groupby(written, lambda each: None if each[0] in hidden else each[1:]):
         ids = [token for token, _, _ in run]

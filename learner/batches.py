@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from buffer.service.client import BufferClient
-from buffer.service.shard import DrawRequest
-from buffer.store.shard import DrawKey, DrawResult
-from buffer.trajectory.replay import ActionLogs, Int64
+from buffer.service.shard import SampleRequest
+from buffer.store.shard import SampleKey, SampleResult
+from buffer.trajectory.replay import Int64, TrajectoryArrays
 from buffer.trajectory.staleness import VersionRange, staleness
-from learner.objectives.base import LogCounts
+from learner.objectives.base import BatchCounts
 from learner.ranks import RankLostError, Ranks
-from learner.state_tree.batch import TreeBatch, TreeSettings, build_tree_batch, checked_logs
+from learner.state_tree.batch import TreeBatch, TreeSettings, build_tree_batch, checked_trajectories
 from learner.state_tree.trie import Trie, build_trie
 
 Float32 = npt.NDArray[np.float32]
@@ -66,7 +66,7 @@ class BufferSource:
         self._timeout_s = timeout_s
         self._newest_version = newest_version
         self._stop_requested = stop_requested
-        self._drawn: tuple[DrawResult | None, ...] = ()
+        self._drawn: tuple[SampleResult | None, ...] = ()
         self.staleness: Int64 = np.zeros(0, dtype=np.int64)
         """Of each trajectory of the newest draw, in published versions."""
 
@@ -77,8 +77,8 @@ class BufferSource:
 
     def draw(self, count: int) -> pa.RecordBatch:
         """Wait for `count` trajectories; StopRequestedError where the run is to stop. Raises as `BufferClient.draw`."""
-        key = DrawKey(self._stage, self._step, self._source)
-        request = DrawRequest(key, count, self._newest_version(), self._first_version)
+        key = SampleKey(self._stage, self._step, self._source)
+        request = SampleRequest(key, count, self._newest_version(), self._first_version)
         self._drawn = self._buffer.draw(request, self._timeout_s, self._check_stop)
         drawn = [part for part in self._drawn if part is not None]
         self._step += 1
@@ -149,13 +149,13 @@ class SharedBatchSource:
             return stream.read_next_batch()
 
 
-def count_logs(batch: pa.RecordBatch) -> LogCounts:
+def count_batch(batch: pa.RecordBatch) -> BatchCounts:
     """Counts of the whole batch, whatever share of it is evaluated here."""
     ended = batch.column("finish_reason").to_numpy(zero_copy_only=False) == "eos"
-    return LogCounts(
-        logs=batch.num_rows,
-        actions=int(ActionLogs.from_batch(batch).lengths.sum()),
-        truncated_logs=batch.num_rows - int(np.count_nonzero(ended)),
+    return BatchCounts(
+        trajectories=batch.num_rows,
+        actions=int(TrajectoryArrays.from_batch(batch).lengths.sum()),
+        truncated_trajectories=batch.num_rows - int(np.count_nonzero(ended)),
     )
 
 
@@ -167,13 +167,13 @@ def share_of_rank(batch: pa.RecordBatch, rank: int, size: int, backspace_id: int
     """
     if size == 1:
         return batch
-    logs = ActionLogs.from_batch(batch)
-    _, first, group = np.unique(_prompts(logs), return_index=True, return_inverse=True)
+    trajectories = TrajectoryArrays.from_batch(batch)
+    _, first, group = np.unique(_prompts(trajectories), return_index=True, return_inverse=True)
     group = np.argsort(np.argsort(first))[group]  # counted in the order of first appearance
-    appended = np.concatenate([[0], np.cumsum(logs.realised != backspace_id)])
-    num_answer_nodes = appended[logs.offsets[1:]] - appended[logs.offsets[:-1]]
+    appended = np.concatenate([[0], np.cumsum(trajectories.executed != backspace_id)])
+    num_answer_nodes = appended[trajectories.offsets[1:]] - appended[trajectories.offsets[:-1]]
     nodes = np.bincount(group, weights=num_answer_nodes).astype(np.int64)
-    nodes[group] += np.diff(logs.prompt_offsets)  # not `np.add.at`: the prompt counts once per group
+    nodes[group] += np.diff(trajectories.prompt_offsets)  # not `np.add.at`: the prompt counts once per group
     load = np.zeros(size, dtype=np.int64)
     rank_of_group = np.empty(len(nodes), dtype=np.int64)
     for index in np.argsort(-nodes, kind="stable"):
@@ -182,12 +182,12 @@ def share_of_rank(batch: pa.RecordBatch, rank: int, size: int, backspace_id: int
     return batch.take(pa.array(np.flatnonzero(rank_of_group[group] == rank)))
 
 
-def priorities_of_draw(
+def priorities_of_sample(
     drawn: pa.RecordBatch, passes: Sequence[tuple[tuple[str, ...], Tensor]], ranks: Ranks
 ) -> Float32:
     """[n] the priority of each drawn trajectory, in the order of the draw; all ranks call this together.
 
-    passes: of this rank, ids and [L] priorities of each. Every drawn log was in a pass of one rank.
+    passes: of this rank, ids and [L] priorities of each. Every drawn trajectory was in a pass of one rank.
     """
     own_ids = pa.array([name for ids, _ in passes for name in ids], pa.string())
     own = np.concatenate([np.zeros(0, dtype=np.float32), *(each.float().cpu().numpy() for _, each in passes)])
@@ -198,27 +198,30 @@ def priorities_of_draw(
 
 
 def build_micro_batches(batch: pa.RecordBatch, settings: TreeSettings) -> list[TreeBatch]:
-    """State trees of a batch of trajectories; each log is in exactly one of them.
+    """State trees of a batch of trajectories; each trajectory is in exactly one of them.
 
     Logs whose prompts begin alike are kept together, so that they share nodes. A tree batch holds at most
-    `max_nodes_per_batch` nodes, but at least one log; they are about equally large. Raises as `build_tree_batch`.
+    `max_tokens_per_micro_batch` nodes, but at least one trajectory; they are about equally large. Raises as
+    `build_tree_batch`.
     """
     parts = [batch]
     num_elements = len(batch.column("actions").flatten()) + len(batch.column("prompt_ids").flatten())
-    if num_elements > settings.max_nodes_per_batch:
-        logs, played, _ = checked_logs(batch, settings)
-        members = _split(logs, build_trie(logs, played, settings.backspace_id), settings.max_nodes_per_batch)
+    if num_elements > settings.max_tokens_per_micro_batch:
+        trajectories, played, _ = checked_trajectories(batch, settings)
+        members = _split(
+            trajectories, build_trie(trajectories, played, settings.backspace_id), settings.max_tokens_per_micro_batch
+        )
         parts = [batch.take(pa.array(rows)) for rows in members]
     return [build_tree_batch(part, settings) for part in parts]
 
 
-def _split(logs: ActionLogs, trie: Trie, max_nodes: int) -> list[Int64]:
+def _split(trajectories: TrajectoryArrays, trie: Trie, max_nodes: int) -> list[Int64]:
     """Logs of each tree batch, ascending; those at hand in lexicographic order of the prompts go together."""
-    order = np.argsort(_prompts(logs), kind="stable")
+    order = np.argsort(_prompts(trajectories), kind="stable")
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
-    pair_rank = rank[trie.pair_log]
-    # For every node of every log: the last log before it in the order that holds the node too.
+    pair_rank = rank[trie.pair_trajectory]
+    # For every node of every trajectory: the last trajectory before it in the order that holds the node too.
     by_node = np.lexsort((pair_rank, trie.pair_node))
     node, node_rank = trie.pair_node[by_node], pair_rank[by_node]
     previous = np.full(len(node), -1)
@@ -236,7 +239,7 @@ def _split(logs: ActionLogs, trie: Trie, max_nodes: int) -> list[Int64]:
 
 
 def _fill(previous_by_rank: list[Int64], max_nodes: int) -> list[int]:
-    """Rank of the first log of each tree batch, a new batch where the next log would not fit."""
+    """Rank of the first log of each tree batch, a new batch where the next trajectory would not fit."""
     begins, num_nodes = [0], 0
     for rank, previous in enumerate(previous_by_rank):
         new = int(np.count_nonzero(previous < begins[-1]))
@@ -247,10 +250,10 @@ def _fill(previous_by_rank: list[Int64], max_nodes: int) -> list[int]:
     return begins
 
 
-def _prompts(logs: ActionLogs) -> npt.NDArray[np.bytes_]:
+def _prompts(trajectories: TrajectoryArrays) -> npt.NDArray[np.bytes_]:
     """[L] prompts as fixed-width big-endian byte strings, which sort as the prompts do."""
-    lengths = np.diff(logs.prompt_offsets)
+    lengths = np.diff(trajectories.prompt_offsets)
     width = int(lengths.max())
-    padded = np.zeros((logs.num_logs, width), dtype=">u4")
-    padded[np.arange(width) < lengths[:, None]] = logs.prompt_ids.astype(np.uint32) + 1  # 0 is the end
+    padded = np.zeros((trajectories.num_trajectories, width), dtype=">u4")
+    padded[np.arange(width) < lengths[:, None]] = trajectories.prompt_ids.astype(np.uint32) + 1  # 0 is the end
     return padded.view(f"S{4 * width}").ravel()

@@ -37,9 +37,10 @@ _SEED_OFFSET = 1  # from the seed of a stage's own stream, whose examples are no
 
 @dataclass(frozen=True)
 class TaughtRow:
-    """num_logs: demonstrations that the row was fitted to. The rest: `BackspaceEvidence.odds` on NUM_UNSEEN others."""
+    """num_trajectories: demonstrations that the row was fitted to. The rest: `BackspaceEvidence.odds` on NUM_UNSEEN
+    others."""
 
-    num_logs: int
+    num_trajectories: int
     after_mistake: float
     after_right: float
     nats: float
@@ -50,8 +51,8 @@ class TaughtRow:
         found = [f"{value:.2f} {where}" for where, value in after.items() if not math.isnan(value)]
         judged = f"its probability is {' and '.join(found)}, {self.nats:.2f} nats per action for backspace or not"
         return (
-            f"the model has never seen backspace: its row is fitted to {self.num_logs} demonstrations; on {NUM_UNSEEN} "
-            f"others {judged if found else 'backspace could never be taken'}"
+            f"the model has never seen backspace: its row is fitted to {self.num_trajectories} demonstrations; on "
+            f"{NUM_UNSEEN} others {judged if found else 'backspace could never be taken'}"
         )
 
 
@@ -73,16 +74,16 @@ class Demonstrations:
         if not self._stream.needs_policy:
             return self._stream.draw(count)
         plan = self._stream.plan(count)
-        return self._stream.realise(plan, self._own_mistakes(plan))
+        return self._stream.execute(plan, self._own_mistakes(plan))
 
     def _own_mistakes(self, plan: NoisePlan) -> Int32:
         """[K] what the policy writes in place of the right tokens at the positions of `plan`, by one pass over them."""
-        clean = self._stream.realise(replace(plan, positions=plan.positions[:0]), np.empty(0, dtype=np.int32))
+        clean = self._stream.execute(replace(plan, positions=plan.positions[:0]), np.empty(0, dtype=np.int32))
         first = dict(zip(clean.column("id").to_pylist(), plan.targets.offsets[:-1].tolist(), strict=True))
         tokens = np.zeros(len(plan.targets.values), dtype=np.int64)
 
         def draw(tree: TreeBatch, logits: StateLogits) -> Tensor:
-            # An action of a clean log is a token of its target.
+            # An action of a clean trajectory is a token of its target.
             places = (
                 torch.tensor([first[name] for name in tree.trajectories.ids])[tree.actions.trajectory.cpu()]
                 + tree.actions.time.cpu()

@@ -14,7 +14,7 @@ from learner.settings.stages import LearnerSettings
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """What each rank starts with. prioritised_replay: whether the buffer draws by priorities and is told them.
+    """What each rank starts with. prioritized_replay: whether the buffer draws by priorities and is told them.
     features: names of those that rollouts have, in their order. offers_backspace: whether backspace is an action at
     all, of experts as of rollouts.
     """
@@ -26,7 +26,7 @@ class LearnerSpec:
     run_folder: str
     seed: int
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
-    prioritised_replay: bool = False
+    prioritized_replay: bool = False
     features: tuple[str, ...] = ()
     offers_backspace: bool = True
 

@@ -1,7 +1,7 @@
 """Publishing the weights of the moment: one announcement, no waiting for actors.
 
 Engines, checkpoints and exports know neither adapters nor 4-bit layers nor shards. They get one plain tensor at a time
-under the names of the base model: W + (alpha / rank) B A where a layer is adapted, W restored where it is quantised,
+under the names of the base model: W + (alpha / rank) B A where a layer is adapted, W restored where it is quantized,
 gathered from all ranks where it is sharded, rounded to what the model computes in where training holds it in float32.
 """
 
@@ -32,7 +32,7 @@ from buffer.weights import (
     merge_low_rank,
     pack_tensors,
 )
-from learner.model.adapters import ADAPTER_NAME, adapted_layers, dequantise, is_quantised
+from learner.model.adapters import ADAPTER_NAME, adapted_layers, dequantize, is_quantised
 from learner.precision import published_dtype
 from learner.ranks import Ranks, gathered
 from learner.settings.stages import PublishMode
@@ -187,7 +187,7 @@ class _Source:
 
     def base(self) -> Tensor:
         """Without the adapter."""
-        return dequantise(self.tensor) if is_quantised(self.tensor) else gathered(self.tensor).to(self.dtype)
+        return dequantize(self.tensor) if is_quantised(self.tensor) else gathered(self.tensor).to(self.dtype)
 
     def factors(self) -> dict[str, Tensor]:
         """A and B of the adapter by the names under which they travel, as this rank holds them."""

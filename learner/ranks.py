@@ -6,7 +6,7 @@ together (a *collective*) each of them must do in the same order. A rank that fa
 wait has a time-out, and whoever started the ranks ends all of them when one has failed.
 
 What lies outside the decoder layers belongs to FSDP's root and stays gathered from the forward to the end of the
-backward pass. Losses are normalised by global counts, so gradients are *summed* over the ranks, in float32.
+backward pass. Losses are normalized by global counts, so gradients are *summed* over the ranks, in float32.
 """
 
 from __future__ import annotations
@@ -121,17 +121,18 @@ def open_rendezvous(host: str, size: int, timeout_s: float) -> dist.TCPStore:
     )
 
 
-def join_ranks(rank: int, size: int, meeting: dist.TCPStore | tuple[str, int], timeout_s: float) -> Ranks:
+def join_ranks(rank: int, size: int, rendezvous: dist.TCPStore | tuple[str, int], timeout_s: float) -> Ranks:
     """Become one of `size` ranks; returns when all of them are there. Tensors in host memory travel by gloo, those of a
     GPU by NCCL.
 
-    meeting: the store of `open_rendezvous` (rank 0), or its host and port (the others). timeout_s: longest wait for the
+    rendezvous: the store of `open_rendezvous` (rank 0), or its host and port (the others). timeout_s: longest wait for
+    the
     others, here (RankLostError: not all came) and in every collective from now on.
     """
     timeout = timedelta(seconds=timeout_s)
-    _keep_to_loopback(meeting[0] if isinstance(meeting, tuple) else meeting.host)
+    _keep_to_loopback(rendezvous[0] if isinstance(rendezvous, tuple) else rendezvous.host)
     try:
-        store = dist.TCPStore(*meeting, size, is_master=False, timeout=timeout) if rank else meeting
+        store = dist.TCPStore(*rendezvous, size, is_master=False, timeout=timeout) if rank else rendezvous
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except dist.DistError as error:
@@ -154,13 +155,13 @@ def _first_line(error: BaseException) -> str:
 
 def shard(policy: TreePolicy, ranks: Ranks) -> None:
     """Share the policy's weights among the ranks, in place; all ranks hold the same weights before. ValueError: the
-    model is quantised, and cannot be cut."""
+    model is quantized, and cannot be cut."""
     if ranks.size == 1:
         return
     for name, parameter in policy.model.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(
-                f"a quantised model cannot be shared among ranks ({name} is {parameter.dtype}): set "
+                f"a quantized model cannot be shared among ranks ({name} is {parameter.dtype}): set "
                 "learner.num_ranks=1, or train it without quantization"
             )
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (ranks.size,))

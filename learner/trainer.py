@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from buffer.trajectory.staleness import VersionRange
-from learner.batches import BatchSource, Float32, build_micro_batches, count_logs, priorities_of_draw, share_of_rank
+from learner.batches import BatchSource, Float32, build_micro_batches, count_batch, priorities_of_sample, share_of_rank
 from learner.checkpoints.checkpoint import TrainingState
-from learner.metrics.watch import behaviour_metrics, finish_behaviour_metrics
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, combine_metrics, is_finite
+from learner.metrics.watch import behavior_metrics, finish_behavior_metrics
+from learner.objectives.base import BatchCounts, EvaluatedTrajectories, Metrics, Objective, combine_metrics, is_finite
 from learner.ranks import Ranks, clip_gradients, load_optimizer_state, synchronise_gradients, whole_optimizer_state
 from learner.settings.stages import OptimizerSettings, StageSettings
 from learner.state_tree.batch import TreeBatch, TreeSettings
@@ -41,16 +41,16 @@ _SIZES = ("num_actions", "num_nodes", "num_nodes_unshared", "num_padded_nodes")
 
 
 @dataclass(frozen=True)
-class _Draw:
+class _Sample:
     """What one source gave for the step, of all ranks. is_rollouts: of the policy, not of the experts."""
 
     batch: pa.RecordBatch
-    counts: LogCounts
-    loss: Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]
+    counts: BatchCounts
+    loss: Callable[[EvaluatedTrajectories], tuple[Tensor, Metrics]]
     is_rollouts: bool = False
 
 
-_Pass = tuple[TreeBatch, _Draw]
+_Pass = tuple[TreeBatch, _Sample]
 """One forward and backward pass: a part of this rank's share of a draw."""
 
 
@@ -123,68 +123,70 @@ class Trainer:
         self.step += 1
         if self._report_priorities is not None:
             assert rollouts is not None, "priorities are those of rollouts"
-            self._report_priorities(priorities_of_draw(rollouts.batch, priorities, self._ranks))
+            self._report_priorities(priorities_of_sample(rollouts.batch, priorities, self._ranks))
         sizes = {name: int(combined.pop(name)) for name in _SIZES}
         seconds = time.perf_counter() - started
         return {
-            **finish_behaviour_metrics({name: float(value) for name, value in combined.items()}),
+            **finish_behavior_metrics({name: float(value) for name, value in combined.items()}),
             "gradient_norm": gradient_norm,
             "learning_rate": learning_rate,
             "step_s": seconds,
             "data_wait_s": drawn - started,
             "actions_per_s": sizes["num_actions"] / seconds,
-            "nodes_per_s": sizes["num_nodes"] / seconds,
+            "unique_tokens_per_s": sizes["num_nodes"] / seconds,
             "sharing_ratio": sizes["num_nodes_unshared"] / sizes["num_nodes"],
-            "padding_share": 1.0 - sizes["num_nodes"] / sizes["num_padded_nodes"],
+            "padding_fraction": 1.0 - sizes["num_nodes"] / sizes["num_padded_nodes"],
         }
 
-    def _draw(self) -> list[_Draw]:
-        draws, data_counts = [], LogCounts(0, 0, 0)
+    def _draw(self) -> list[_Sample]:
+        draws, data_counts = [], BatchCounts(0, 0, 0)
         if self._objective.settings.needs_experts:
             experts = self._experts.draw(self._stage.batch_size)
-            data_counts = count_logs(experts)
-            draws.append(_Draw(experts, data_counts, partial(self._objective.data_loss, step=self.step)))
+            data_counts = count_batch(experts)
+            draws.append(_Sample(experts, data_counts, partial(self._objective.data_loss, step=self.step)))
         if self._rollouts is not None:
             rollouts = self._rollouts.draw(self._stage.rollout_batch_size)
             newest = int(VersionRange.from_batch(rollouts).newest.max())
             loss = partial(self._rollout_loss, data_counts=data_counts, newest=newest)
-            draws.append(_Draw(rollouts, count_logs(rollouts), loss, is_rollouts=True))
+            draws.append(_Sample(rollouts, count_batch(rollouts), loss, is_rollouts=True))
         return draws
 
-    def _passes(self, draws: list[_Draw]) -> list[_Pass]:
+    def _passes(self, draws: list[_Sample]) -> list[_Pass]:
         """This rank's passes over its shares of the draws: as many at every rank, since FSDP gathers in each."""
         passes = [(tree, draw) for draw in draws for tree in self._trees_of(draw.batch)]
         missing = self._ranks.maximum(len(passes)) - len(passes)
         if missing:
             nothing = replace(draws[0], is_rollouts=False)
-            passes += missing * [(self._tree_without_logs(nothing.batch), nothing)]
+            passes += missing * [(self._tree_without_trajectories(nothing.batch), nothing)]
         return passes
 
     def _trees_of(self, batch: pa.RecordBatch) -> list[TreeBatch]:
-        """State trees of this rank's share; a tree without logs where there is none, so that metrics exist."""
+        """State trees of this rank's share; a tree without trajectories where there is none, so that metrics exist."""
         share = share_of_rank(batch, self._ranks.rank, self._ranks.size, self._trees.backspace_id)
-        return build_micro_batches(share, self._trees) if share.num_rows else [self._tree_without_logs(batch)]
+        return build_micro_batches(share, self._trees) if share.num_rows else [self._tree_without_trajectories(batch)]
 
-    def _tree_without_logs(self, batch: pa.RecordBatch) -> TreeBatch:
+    def _tree_without_trajectories(self, batch: pa.RecordBatch) -> TreeBatch:
         """A small tree on which every loss, gradient and count is zero."""
         return build_micro_batches(batch.slice(0, 1), self._trees)[0].without_trajectories()
 
-    def _rollout_loss(self, logs: EvaluatedLogs, data_counts: LogCounts, newest: int) -> tuple[Tensor, Metrics]:
+    def _rollout_loss(
+        self, trajectories: EvaluatedTrajectories, data_counts: BatchCounts, newest: int
+    ) -> tuple[Tensor, Metrics]:
         """That of the objective, with the metrics of every objective; newest: policy version in the step's draw."""
-        loss, metrics = self._objective.rollout_loss(logs, data_counts, self.step)
-        return loss, metrics | behaviour_metrics(logs, self._trees.backspace_id, newest)
+        loss, metrics = self._objective.rollout_loss(trajectories, data_counts, self.step)
+        return loss, metrics | behavior_metrics(trajectories, self._trees.backspace_id, newest)
 
     def _accumulate(self, passes: list[_Pass]) -> tuple[Metrics, float, list[tuple[tuple[str, ...], Tensor]]]:
         """Gradients of the step, summed over passes and ranks and clipped. Gives metrics and sizes; the norm before
-        clipping; ids and priorities of each prioritised pass of this rank."""
+        clipping; ids and priorities of each prioritized pass of this rank."""
         self._optimizer.zero_grad(set_to_none=True)
         shares, priorities = [], []
         for number, (tree, draw) in enumerate(passes, start=1):
             synchronise_gradients(self._policy, enabled=number == len(passes))
-            logs = self._objective.evaluate(self._policy, tree.to(self._policy.device), draw.counts, self.step)
-            loss, metrics = draw.loss(logs)
+            trajectories = self._objective.evaluate(self._policy, tree.to(self._policy.device), draw.counts, self.step)
+            loss, metrics = draw.loss(trajectories)
             if draw.is_rollouts and self._report_priorities is not None:
-                priorities.append((tree.trajectories.ids, self._objective.priorities(logs)))
+                priorities.append((tree.trajectories.ids, self._objective.priorities(trajectories)))
             loss.backward()
             shares.append(metrics)
         shares.append({name: torch.tensor(sum(getattr(tree, name) for tree, _ in passes)) for name in _SIZES})
@@ -192,7 +194,7 @@ class Trainer:
         gradient_norm = float(clip_gradients(self._policy, self._stage.optimizer.max_grad_norm))
         return metrics, gradient_norm, priorities
 
-    def _blame(self, draws: list[_Draw]) -> str:
+    def _blame(self, draws: list[_Sample]) -> str:
         """Names the trajectories that alone have no finite loss, as what is not a number spreads in a pass. Every rank
         looks at all of them, since the passes of the ranks go together."""
         blamed = []
@@ -200,8 +202,10 @@ class Trainer:
             for row, name in enumerate(draw.batch.column("id").to_pylist()):
                 (tree,) = build_micro_batches(draw.batch.slice(row, 1), self._trees)
                 with torch.no_grad():
-                    logs = self._objective.evaluate(self._policy, tree.to(self._policy.device), draw.counts, self.step)
-                if not is_finite(logs, draw.loss):
+                    trajectories = self._objective.evaluate(
+                        self._policy, tree.to(self._policy.device), draw.counts, self.step
+                    )
+                if not is_finite(trajectories, draw.loss):
                     blamed.append(name)
         if not blamed:
             return "Every trajectory alone has a finite loss: the gradient overflowed inside the model"

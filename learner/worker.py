@@ -85,17 +85,17 @@ class LearnerWorker:
 
     # Training group
 
-    def open_meeting(self) -> tuple[str, int]:
+    def open_rendezvous(self) -> tuple[str, int]:
         """At rank 0 of several: host and port where the ranks find each other."""
         settings = self._spec.settings
         host = ray.util.get_node_ip_address()
-        self._meeting = open_rendezvous(host, settings.num_ranks, settings.collective_timeout_s)
-        return host, self._meeting.port
+        self._rendezvous = open_rendezvous(host, settings.num_ranks, settings.collective_timeout_s)
+        return host, self._rendezvous.port
 
-    def join(self, meeting: tuple[str, int]) -> None:
+    def join(self, rendezvous: tuple[str, int]) -> None:
         """Become one of several ranks; returns when all of them are there. RankLostError: they were not, in time."""
         settings = self._spec.settings
-        where = self._meeting if self._rank == 0 else meeting
+        where = self._rendezvous if self._rank == 0 else rendezvous
         self._ranks = join_ranks(self._rank, settings.num_ranks, where, settings.collective_timeout_s)
 
     def prepare(self) -> PreparedRun | None:
@@ -131,7 +131,7 @@ class LearnerWorker:
         self._trees = TreeSettings(
             backspace_id=self._contract.backspace_id,
             eos_id=self._contract.eos_id,
-            max_nodes_per_batch=self._spec.settings.max_nodes_per_batch,
+            max_tokens_per_micro_batch=self._spec.settings.max_tokens_per_micro_batch,
             max_positions=max_length,
             offers_backspace=self._spec.offers_backspace,
             other_eos_ids=self._contract.other_eos_ids,
@@ -179,7 +179,7 @@ class LearnerWorker:
             SharedBatchSource(self._ranks, experts, self._stop.is_set),
             SharedBatchSource(self._ranks, rollouts, self._stop.is_set) if needs_rollouts else None,
             self._ranks,
-            partial(_report_priorities, rollouts) if self._spec.prioritised_replay and needs_rollouts else None,
+            partial(_report_priorities, rollouts) if self._spec.prioritized_replay and needs_rollouts else None,
         )
         store = self._checkpoints(stage.name)
         resumed = self._restore(stage, store, trainer, stream)
@@ -207,7 +207,7 @@ class LearnerWorker:
                 Progress(stage.name, 0, stage.steps, -1, first_version, {}, self._contract),
                 self._policy.model,
                 self._task.tokenizer,
-                self._release_draws,
+                self._release_samples,
             ) as checkpoints,
         ):
 
@@ -228,7 +228,7 @@ class LearnerWorker:
                     metrics["policy_version"] = self._newest_version()
                 self._report(stage, trainer.step, metrics, staleness, watch, log)
                 checkpoints.after_step(metrics)
-                if uses_actors and trainer.step % stage.publish_every_steps == 0 and objective.renews_proposal():
+                if uses_actors and trainer.step % stage.publish_every_steps == 0 and objective.should_publish():
                     self._publish()
                 if trainer.step % self._spec.settings.checkpoint_every_steps == 0 and not trainer.finished:
                     save()
@@ -357,7 +357,7 @@ class LearnerWorker:
         self._ranks.maximum(step)
         return store.folder(step)
 
-    def _release_draws(self, progress: Progress) -> None:
+    def _release_samples(self, progress: Progress) -> None:
         """No draw before a durable checkpoint will be repeated."""
         note_durable(self._folder, progress)
         if self._buffer is not None:

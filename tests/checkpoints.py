@@ -18,7 +18,7 @@ CONTRACT = TokenContract(vocab_size=16, backspace_id=3, eos_id=2, tokenizer_hash
 def progress_at(step: int, **changes: object) -> Progress:
     """Progress of a stage of 40 steps."""
     fields = {
-        "stage": "trunk",
+        "stage": "pretrain",
         "step": step,
         "stage_steps": 40,
         "policy_version": 3,

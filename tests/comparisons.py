@@ -11,8 +11,8 @@ from launch.evaluation.results import CheckpointResult
 from launch.settings.recipe import read_recipe
 from launch.statistics import Estimate
 
-OBJECTIVES = "mle,behaviour_cloning,sequencematch:alpha=0.1,beta_steps=50,unlikelihood,emo"
-LABELS = ("mle", "behaviour_cloning", "sequencematch-alpha-0.1-beta_steps-50", "unlikelihood", "emo", "kl_control")
+OBJECTIVES = "mle,behavior_cloning,sequencematch:alpha=0.1,bc_weight_steps=50,unlikelihood,emo"
+LABELS = ("mle", "behavior_cloning", "sequencematch-alpha-0.1-bc_weight_steps-50", "unlikelihood", "emo", "kl_control")
 
 TEMPERATURES = (1.0, 0.85, 0.7)
 COST = {"steps": 400, "actions": 100_000, "seconds": 12.0}

@@ -1,4 +1,5 @@
-"""Objectives on hand-made logs: every one of the registry with settings that reach its branches, trees, counts."""
+"""Objectives on hand-made trajectories: every one of the registry with settings that reach its branches, trees,
+counts."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from pydantic import TypeAdapter
 
 from learner.objectives import make_objective
-from learner.objectives.base import LogCounts, Objective
+from learner.objectives.base import BatchCounts, Objective
 from learner.ranks import Ranks
 from learner.settings.objectives import ObjectiveSettings
 from learner.state_tree.batch import TreeBatch
@@ -20,7 +21,7 @@ EXPERT_LOGS = [
     Log([1, 4], [5, 6, EOS], id="a"),
     Log([1, 4], [5, 7, BACKSPACE, 6, EOS], id="b"),
     Log([1, 4], [5, 5, 6, 5], finish_reason="max_length", id="c"),
-    Log([1, 4, 5], [6, BACKSPACE, 6, EOS], realised={0: 7}, id="d"),
+    Log([1, 4, 5], [6, BACKSPACE, 6, EOS], executed={0: 7}, id="d"),
 ]
 
 
@@ -40,7 +41,7 @@ ROLLOUT_LOGS = [
 POINTWISE = [{"feature": "f"}]
 OBJECTIVES: dict[str, dict[str, object]] = {
     "mle": {},
-    "behaviour_cloning": {},
+    "behavior_cloning": {},
     "unlikelihood": {},
     "emo": {},
     "emo, mode 2": {"mode": 2, "ratio_cap": 3.0},
@@ -53,10 +54,10 @@ OBJECTIVES: dict[str, dict[str, object]] = {
     "gdc": {"constraints": POINTWISE},
     "gdc_pp": {"constraints": POINTWISE},
     "f_dpg": {"constraints": POINTWISE, "divergence": "js"},
-    "sequencematch": {"beta_start": 0.0, "beta_end": 0.0},
-    "sequencematch, half": {"beta_start": 0.5, "beta_end": 0.5},
-    "sequencematch, printed": {"beta_start": 0.5, "beta_end": 0.5, "estimator": "printed", "divergence": "kl"},
-    "sequencematch, uniform": {"beta_start": 0.0, "beta_end": 0.0, "estimator": "uniform", "alpha": 0.1},
+    "sequencematch": {"bc_weight_start": 0.0, "bc_weight_end": 0.0},
+    "sequencematch, half": {"bc_weight_start": 0.5, "bc_weight_end": 0.5},
+    "sequencematch, printed": {"bc_weight_start": 0.5, "bc_weight_end": 0.5, "estimator": "paper", "divergence": "kl"},
+    "sequencematch, uniform": {"bc_weight_start": 0.0, "bc_weight_end": 0.0, "estimator": "uniform", "alpha": 0.1},
 }
 """By name, and a comma and more where there are several; settings beside the name."""
 
@@ -73,10 +74,10 @@ def objective_of(name: str, base: TreePolicy | None = None, features: Sequence[s
     return make_objective(made, Ranks(), lambda: base, features)
 
 
-def counts_of(*trees: TreeBatch) -> LogCounts:
+def counts_of(*trees: TreeBatch) -> BatchCounts:
     """Of these trees together."""
-    return LogCounts(
-        logs=sum(tree.num_trajectories for tree in trees),
+    return BatchCounts(
+        trajectories=sum(tree.num_trajectories for tree in trees),
         actions=sum(tree.num_actions for tree in trees),
-        truncated_logs=sum(int(tree.trajectories.truncated.sum()) for tree in trees),
+        truncated_trajectories=sum(int(tree.trajectories.truncated.sum()) for tree in trees),
     )

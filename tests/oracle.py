@@ -21,11 +21,11 @@ from buffer.trajectory.schema import SAMPLING_TYPE
 
 @dataclass(frozen=True)
 class Log:
-    """One action log. `realised` names the positions where noise replaced the label."""
+    """One trajectory. `executed` names the positions where noise replaced the label."""
 
     prompt: list[int]
     actions: list[int]
-    realised: dict[int, int] = field(default_factory=dict)
+    executed: dict[int, int] = field(default_factory=dict)
     finish_reason: str = "eos"
     source: str = "expert"
     id: str = ""
@@ -38,43 +38,50 @@ class Log:
     features: list[float] | None = None
 
 
-def to_batch(logs: Sequence[Log]) -> pa.RecordBatch:
+def to_batch(trajectories: Sequence[Log]) -> pa.RecordBatch:
     """The columns of the trajectory schema that the learner reads."""
-    realised = [[log.realised.get(t) for t in range(len(log.actions))] if log.realised else None for log in logs]
+    executed = [
+        [trajectory.executed.get(t) for t in range(len(trajectory.actions))] if trajectory.executed else None
+        for trajectory in trajectories
+    ]
     ids = pa.list_(pa.int32())
     return pa.RecordBatch.from_pydict(
         {
-            "id": pa.array([log.id for log in logs], pa.string()),
-            "source": pa.array([log.source for log in logs], pa.string()),
-            "prompt_ids": pa.array([log.prompt for log in logs], ids),
-            "actions": pa.array([log.actions for log in logs], ids),
-            "realised": pa.array(realised, ids),
-            "logprobs": pa.array([log.logprobs for log in logs], pa.list_(pa.float32())),
-            "policy_version": pa.array([log.versions for log in logs], ids),
-            "finish_reason": pa.array([log.finish_reason for log in logs], pa.string()),
+            "id": pa.array([trajectory.id for trajectory in trajectories], pa.string()),
+            "source": pa.array([trajectory.source for trajectory in trajectories], pa.string()),
+            "prompt_ids": pa.array([trajectory.prompt for trajectory in trajectories], ids),
+            "actions": pa.array([trajectory.actions for trajectory in trajectories], ids),
+            "executed": pa.array(executed, ids),
+            "logprobs": pa.array([trajectory.logprobs for trajectory in trajectories], pa.list_(pa.float32())),
+            "policy_version": pa.array([trajectory.versions for trajectory in trajectories], ids),
+            "finish_reason": pa.array([trajectory.finish_reason for trajectory in trajectories], pa.string()),
             "sampling": pa.array(
                 [
                     None
-                    if log.temperature is None
-                    else {"temperature": log.temperature, "top_p": log.top_p, "floor_mask": log.offers_backspace}
-                    for log in logs
+                    if trajectory.temperature is None
+                    else {
+                        "temperature": trajectory.temperature,
+                        "top_p": trajectory.top_p,
+                        "backspace": trajectory.offers_backspace,
+                    }
+                    for trajectory in trajectories
                 ],
                 SAMPLING_TYPE,
             ),
-            "reward": pa.array([log.reward for log in logs], pa.float32()),
-            "features": pa.array([log.features for log in logs], pa.list_(pa.float32())),
+            "reward": pa.array([trajectory.reward for trajectory in trajectories], pa.float32()),
+            "features": pa.array([trajectory.features for trajectory in trajectories], pa.list_(pa.float32())),
         }
     )
 
 
-def states(log: Log, backspace_id: int) -> list[list[int]]:
-    """Texts s_0 .. s_N of a log, prompt included."""
-    text = list(log.prompt)
+def states(trajectory: Log, backspace_id: int) -> list[list[int]]:
+    """Texts s_0 .. s_N of a trajectory, prompt included."""
+    text = list(trajectory.prompt)
     texts = [list(text)]
-    for t, action in enumerate(log.actions):
-        token = log.realised.get(t, action)
+    for t, action in enumerate(trajectory.actions):
+        token = trajectory.executed.get(t, action)
         if token == backspace_id:
-            assert len(text) > len(log.prompt)
+            assert len(text) > len(trajectory.prompt)
             text.pop()
         else:
             text.append(token)
@@ -84,23 +91,26 @@ def states(log: Log, backspace_id: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Walk:
-    """Values along one log: q[t] = l(a_t|s_t) for t < N and v[t] = V(s_t) for t <= N."""
+    """Values along one trajectory: q[t] = l(a_t|s_t) for t < N and v[t] = V(s_t) for t <= N."""
 
     q: list[Tensor]
     v: list[Tensor]
     truncated: bool
 
 
-def walk(model: PreTrainedModel, log: Log, backspace_id: int) -> Walk:
-    """Run every text of the log alone. At the floor backspace is no action, and nowhere if it was never offered."""
-    texts = states(log, backspace_id)
+def walk(model: PreTrainedModel, trajectory: Log, backspace_id: int) -> Walk:
+    """Run every text of the trajectory alone. At the floor backspace is no action, and nowhere if it was never
+    offered."""
+    texts = states(trajectory, backspace_id)
     logits = [model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1] for text in texts]
     values = []
     for text, row in zip(texts, logits, strict=True):
-        if len(text) == len(log.prompt) or not log.offers_backspace:
+        if len(text) == len(trajectory.prompt) or not trajectory.offers_backspace:
             row = torch.cat([row[:backspace_id], row[backspace_id + 1 :]])  # noqa: PLW2901
         values.append(row.exp().sum().log())
-    return Walk([logits[t][action] for t, action in enumerate(log.actions)], values, log.finish_reason != "eos")
+    return Walk(
+        [logits[t][action] for t, action in enumerate(trajectory.actions)], values, trajectory.finish_reason != "eos"
+    )
 
 
 PHI: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
@@ -145,7 +155,7 @@ class Terms:
     uniform: bool = False
 
     def weight(self, t: int) -> float:
-        """Of action t of a log."""
+        """Of action t of a trajectory."""
         return 1.0 if self.uniform else self.gamma**t
 
     def loop_weights(self, n: int) -> list[float]:
@@ -190,7 +200,7 @@ class Terms:
 
 
 def sequencematch_loss(
-    terms: Terms, data: Sequence[Walk], model: Sequence[Walk], *, mixture_coefficient: float, shared_start: bool
+    terms: Terms, data: Sequence[Walk], model: Sequence[Walk], *, mixture_scale: float, shared_start: bool
 ) -> Tensor:
     """-J per data action. With `shared_start` the model's value terms are V(s_0)/2 of the data, as if they
     began there."""
@@ -199,6 +209,6 @@ def sequencematch_loss(
         objective = objective - torch.stack([w.v[0] / 2 for w in data]).mean()
     else:
         objective = objective - torch.stack([terms.values(w) for w in model]).mean()
-    if mixture_coefficient:
-        objective = objective - mixture_coefficient * torch.stack([terms.squared_residual(w) for w in model]).mean()
+    if mixture_scale:
+        objective = objective - mixture_scale * torch.stack([terms.squared_residual(w) for w in model]).mean()
     return -objective * len(data) / sum(len(w.q) for w in data)

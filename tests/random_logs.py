@@ -1,4 +1,4 @@
-"""Small random action logs with backspaces, for tests of training where the data do not matter."""
+"""Small random trajectories with backspaces, for tests of training where the data do not matter."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pyarrow as pa
 from learner.state_tree.batch import TreeSettings
 from tests.trajectories import BACKSPACE, EOS, VOCAB, batch_of, expert_row, row
 
-MATCHING = {"name": "sequencematch", "alpha": 0.05, "beta_start": 0.9, "beta_end": 0.1, "beta_steps": 4}
-CLONING = {"name": "behaviour_cloning"}
-TREES = TreeSettings(backspace_id=BACKSPACE, eos_id=EOS, max_nodes_per_batch=48, max_positions=64)
+MATCHING = {"name": "sequencematch", "alpha": 0.05, "bc_weight_start": 0.9, "bc_weight_end": 0.1, "bc_weight_steps": 4}
+CLONING = {"name": "behavior_cloning"}
+TREES = TreeSettings(backspace_id=BACKSPACE, eos_id=EOS, max_tokens_per_micro_batch=48, max_positions=64)
 
 
 @dataclass
-class RandomLogs:
+class RandomTrajectories:
     """A batch source whose every draw is a function of its number."""
 
     source: str
@@ -24,10 +24,10 @@ class RandomLogs:
 
     def draw(self, count: int) -> pa.RecordBatch:
         self.draws += 1
-        return random_logs(self.source, count, seed=self.draws)
+        return random_trajectories(self.source, count, seed=self.draws)
 
 
-def random_logs(source: str, count: int, seed: int) -> pa.RecordBatch:
+def random_trajectories(source: str, count: int, seed: int) -> pa.RecordBatch:
     """Logs of 1 to 12 actions with backspaces on prompts that some of them share; those of the policy with scores."""
     generator = np.random.default_rng((seed, source == "expert"))
     rows = []

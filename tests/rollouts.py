@@ -40,7 +40,7 @@ def _row(task: Task, number: int, version: int) -> dict[str, object]:
         "policy_version": [version] * len(actions),
         "weights_fingerprint": f"weights-{version}",
         "finish_reason": "eos",
-        "sampling": {"temperature": 1.0, "top_p": 1.0, "floor_mask": True},
+        "sampling": {"temperature": 1.0, "top_p": 1.0, "backspace": True},
         "actor": "actor-0",
         "created_at": START,
     }

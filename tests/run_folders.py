@@ -12,7 +12,7 @@ from actors.rollout_actor import ActorStatus
 from buffer.experts.tasks import Task
 from buffer.service.shard import shard_folder
 from buffer.settings import BufferSettings
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from buffer.store.store import ReplayStore
 from launch.evaluation.report import write_evaluation
 from launch.evaluation.results import CheckpointResult, Evaluation
@@ -28,7 +28,7 @@ from learner.metrics.log import MetricsLog
 from tests.rollouts import rollouts
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "arithmetic_cpu.yaml"
-STEPS = {"trunk": 60, "sequencematch": 40, "mle_control": 40}
+STEPS = {"pretrain": 60, "sequencematch": 40, "mle_control": 40}
 VERSIONS = 4
 ROWS_PER_VERSION = 30
 CLOCK_STARTS = 1_700_000_000.0
@@ -96,7 +96,7 @@ def write_buffer(run: Path, task: Task) -> None:
     store = ReplayStore(folder, task.contract(), BufferSettings(capacity=400, min_size=1), seed=0)
     for version in range(VERSIONS):
         store.insert(rollouts(task, version * ROWS_PER_VERSION, ROWS_PER_VERSION, version))
-        assert store.draw(DrawKey("sequencematch", version, "policy"), 16, version) is not None
+        assert store.draw(SampleKey("sequencematch", version, "policy"), 16, version) is not None
     store.close()
     save_run_tokenizer(task.tokenizer, run)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from buffer.settings import BufferSettings
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from buffer.store.store import ReplayStore
 from tests.stores import events, live_ids, stored_rows
 from tests.trajectories import CONTRACT, ids_of, numbered
@@ -23,7 +23,7 @@ MOST_LINES = 60
 def settings_of(fsync: str) -> BufferSettings:
     """Small segments, so that sealing, compaction and deletion happen in every life."""
     return BufferSettings(
-        capacity=CAPACITY, min_size=1, max_staleness=3, segment_bytes=20_000, compact_below=0.9, fsync=fsync
+        capacity=CAPACITY, min_size=1, max_staleness=3, segment_bytes=20_000, compaction_threshold=0.9, fsync=fsync
     )
 
 
@@ -57,7 +57,7 @@ def write(folder: Path, fsync: str, tell: Callable[[str], None]) -> None:
         store.insert(numbered(first, BATCH, version=version))
         tell(f"inserted {first + BATCH}")
         if first % 3 == 0:
-            drawn = store.draw(DrawKey("s", first, "policy"), DRAWN, version)
+            drawn = store.draw(SampleKey("s", first, "policy"), DRAWN, version)
             assert drawn is not None
             tell(f"drew {first} {' '.join(ids_of(drawn.batch))}")
         if first % 13 == 0:
@@ -100,7 +100,7 @@ def check_kills(folder: Path, fsync: str, kills: int, seed: int) -> None:
         assert acknowledged.rows > before
         store = ReplayStore(folder, CONTRACT, settings_of(fsync), seed=0)
         for step, ids in acknowledged.draws.items():
-            again = store.draw(DrawKey("s", step, "policy"), DRAWN, store.newest_version + 100)
+            again = store.draw(SampleKey("s", step, "policy"), DRAWN, store.newest_version + 100)
             assert again is not None
             assert (again.repeated, ids_of(again.batch)) == (True, ids)
             repeated += 1

@@ -109,7 +109,7 @@ class Table:
     def loss(
         self, table: Tensor, data: Occupancy, model: Occupancy | None, divergence: Divergence, alpha: float
     ) -> Tensor:
-        """-J, collapsed, with exact expectations; `model` where the mixture penalises it."""
+        """-J, collapsed, with exact expectations; `model` where the mixture penalizes it."""
         values, margin = self.values(table), 0.1
         penalty = (data[0] * divergence.penalty(alpha * values.residual, margin)).sum()
         penalty = penalty + (data[1] * divergence.penalty(alpha * values.residual_eos, margin)).sum()

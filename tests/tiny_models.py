@@ -112,8 +112,8 @@ def perturbed(model: PreTrainedModel, seed: int, scale: float = 0.1) -> PreTrain
 
 
 @torch.no_grad()
-def make_constant(model: PreTrainedModel, favoured_id: int) -> None:
-    """Give a Llama with tied embeddings the same distribution at every text, in which `favoured_id` is most likely.
+def make_constant(model: PreTrainedModel, favored_id: int) -> None:
+    """Give a Llama with tied embeddings the same distribution at every text, in which `favored_id` is most likely.
 
     The final norm passes a constant on, and the head reads it.
     """
@@ -123,4 +123,4 @@ def make_constant(model: PreTrainedModel, favoured_id: int) -> None:
     embedding[:, 0] = 1.0
     model.model.norm.weight[0] = 1.0
     embedding[:, 1] = 0.0
-    embedding[favoured_id, 0] = 3.0
+    embedding[favored_id, 0] = 3.0

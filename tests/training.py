@@ -27,8 +27,8 @@ from learner.trainer import Trainer
 
 SEED = 5
 OPTIMIZER = {"learning_rate": 5e-3, "warmup_steps": 3}
-CLONING = {"name": "behaviour_cloning"}
-MATCHING = {"name": "sequencematch", "alpha": 0.05, "beta_start": 0.9, "beta_end": 0.1, "beta_steps": 8}
+CLONING = {"name": "behavior_cloning"}
+MATCHING = {"name": "sequencematch", "alpha": 0.05, "bc_weight_start": 0.9, "bc_weight_end": 0.1, "bc_weight_steps": 8}
 
 
 def make_model(task: Task, **changes) -> PreTrainedModel:
@@ -47,14 +47,16 @@ def make_stage(objective: dict[str, object], steps: int = 12, **changes) -> Stag
 
 
 def make_stream(task: Task, noise: float = 0.3) -> ExpertStream:
-    """Expert logs with wrong digits taken back; noise: their share."""
+    """expert trajectories with wrong digits taken back; noise: their share."""
     settings = NoiseSettings(kind="task", rate=noise) if noise else NoiseSettings(kind="none", rate=0.0)
     return task.expert_stream(settings, task.contract(), SEED)
 
 
 def make_trees(task: Task) -> TreeSettings:
     """Small enough for several micro-batches a step."""
-    return TreeSettings(backspace_id=task.backspace_id, eos_id=task.eos_id, max_nodes_per_batch=64, max_positions=40)
+    return TreeSettings(
+        backspace_id=task.backspace_id, eos_id=task.eos_id, max_tokens_per_micro_batch=64, max_positions=40
+    )
 
 
 @dataclass
@@ -87,7 +89,7 @@ class HandMadeRollouts:
             "logprobs": [-1.0] * len(actions),
             "policy_version": [0] * len(actions),
             "finish_reason": "eos",
-            "sampling": {"temperature": 1.0, "top_p": 1.0, "floor_mask": True},
+            "sampling": {"temperature": 1.0, "top_p": 1.0, "backspace": True},
             "actor": "a",
             "created_at": datetime.now(UTC),
         }
@@ -100,7 +102,7 @@ def make_trainer(
     experts: BatchSource | None = None,
     rollouts: BatchSource | None = None,
 ) -> Trainer:
-    """A trainer on expert logs of the task, and on hand-made rollouts where the objective needs some."""
+    """A trainer on expert trajectories of the task, and on hand-made rollouts where the objective needs some."""
     objective = make_objective(stage.objective)
     if objective.settings.needs_rollouts and rollouts is None:
         rollouts = HandMadeRollouts(task)

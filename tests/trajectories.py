@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 import numpy as np
 import pyarrow as pa
 
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from buffer.trajectory.schema import TokenContract, trajectory_schema
 
 BACKSPACE, EOS, VOCAB = 1, 2, 32
 CONTRACT = TokenContract(vocab_size=VOCAB, backspace_id=BACKSPACE, eos_id=EOS, tokenizer_hash="abc")
 BORN = datetime(2026, 1, 1, tzinfo=UTC)
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "floor_mask": True}
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "backspace": True}
 
 
 def row(id_: str, actions: Sequence[int] = (5, BACKSPACE, 6), **changes: object) -> dict[str, object]:
@@ -27,7 +27,7 @@ def row(id_: str, actions: Sequence[int] = (5, BACKSPACE, 6), **changes: object)
         "task": "copy",
         "prompt_ids": [7, 8],
         "actions": actions,
-        "realised": None,
+        "executed": None,
         "logprobs": [-0.5] * len(actions),
         "policy_version": [0] * len(actions),
         "weights_fingerprint": "f0",
@@ -82,6 +82,6 @@ def ids_of(batch: pa.RecordBatch) -> list[str]:
 _STEPS = itertools.count()
 
 
-def fresh_key(source: str = "policy") -> DrawKey:
+def fresh_key(source: str = "policy") -> SampleKey:
     """The key of a draw that nobody has made yet."""
-    return DrawKey("stage", next(_STEPS), source)
+    return SampleKey("stage", next(_STEPS), source)

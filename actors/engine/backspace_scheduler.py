@@ -118,7 +118,7 @@ class BackspaceScheduler(Scheduler):  # type: ignore[misc]  # vLLM ships no type
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
-        """Apply one sampled action. The ids go out unchanged: the request's output is its action log."""
+        """Apply one sampled action. The ids go out unchanged: the request's output is its trajectory."""
         state = decoding_state(request.sampling_params)
         if state is None:
             result: tuple[list[int], bool] = super()._update_request_with_output(
@@ -147,7 +147,7 @@ class BackspaceScheduler(Scheduler):  # type: ignore[misc]  # vLLM ships no type
         return new_token_ids, stopped
 
     @contextmanager
-    def others_held_back(self) -> Iterator[None]:
+    def others_throttled(self) -> Iterator[None]:
         """While open, only requests added inside are scheduled; all earlier ones wait and keep their place.
 
         Running requests are preempted first (they compute their text again afterwards), which also gives the

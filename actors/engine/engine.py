@@ -3,7 +3,7 @@
     engine = BackspaceEngine(EngineSettings(model_dir), contract)
     engine.add("a", prompt_ids, SamplingSettings(max_new_tokens=64, max_actions=128))
     while engine.num_unfinished:
-        logs += engine.step()
+        rollouts += engine.step()
 
 The engine lives in the process that creates it, one per process, and everything happens between two calls of `step`:
 weights are replaced, requests aborted, probes computed. It seeds torch's global random generator and takes its sampling
@@ -27,7 +27,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.engine.backspace_scheduler import EXTRA_ARGS_KEY, STOP_MAX_ACTIONS, DecodingState
 from actors.engine.checks import check_environment, check_fit, check_machine, check_vllm_config
-from actors.engine.interface import EngineSettings, FinishedLog, FinishReason, Float32, Int32, SamplingSettings
+from actors.engine.interface import EngineSettings, FinishedRollout, FinishReason, Float32, Int32, SamplingSettings
 from actors.engine.logits_processor import IDS_WITHOUT_TOKEN
 from actors.engine.weights import ExpectedTensors, load_in_place
 from buffer.trajectory.schema import TokenContract
@@ -83,7 +83,7 @@ class BackspaceEngine:
         self._llm = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         self._core = self._llm.engine_core.engine_core
         self._unfinished: dict[str, tuple[str, Int32]] = {}  # request id -> vLLM's id, prompt
-        self._ready: list[FinishedLog] = []  # finished inside a blocking call, handed out by the next step()
+        self._ready: list[FinishedRollout] = []  # finished inside a blocking call, handed out by the next step()
         self._failure: str | None = None
         self.version: int
         """Of the policy behind the next action: 0 of the weights in `model_dir`, `UNLOADED` without any."""
@@ -172,41 +172,41 @@ class BackspaceEngine:
         internal_id = self._llm.add_request(request_id, {"prompt_token_ids": prompt.tolist()}, params)
         self._unfinished[request_id] = internal_id, prompt
 
-    def step(self) -> list[FinishedLog]:
+    def step(self) -> list[FinishedRollout]:
         """Run one engine step (one action for every running request) and return the requests that ended."""
         self._check_usable()
         finished, self._ready = self._ready, []
         return finished + (self._step() if self._unfinished else [])
 
-    def abort(self, request_ids: Iterable[str]) -> list[FinishedLog]:
+    def abort(self, request_ids: Iterable[str]) -> list[FinishedRollout]:
         """End requests now and return what they did so far; ids that are not unfinished are ignored."""
-        logs = []
+        rollouts = []
         for request_id in request_ids:
             if request_id in self._unfinished:
                 internal_id, _ = self._unfinished[request_id]
                 state = self._llm.output_processor.request_states[internal_id]
                 output = state.make_request_output([], None, StopReason.ABORT, None)
-                logs.append(self._finish(request_id, output.outputs[0]))
+                rollouts.append(self._finish(request_id, output.outputs[0]))
                 self._llm.abort_request([internal_id], internal=True)
-        return logs
+        return rollouts
 
-    def draw_next_tokens(self, prefixes: Sequence[TokenIds]) -> list[FinishedLog]:
-        """Sample one next token for each prefix, backspace excluded; gives logs of one action, in their order.
+    def sample_next_tokens(self, prefixes: Sequence[TokenIds]) -> list[FinishedRollout]:
+        """Sample one next token for each prefix, backspace excluded; gives rollouts of one action, in their order.
 
         Other requests advance meanwhile; those that end are returned by the next `step`.
         """
         sampling = SamplingSettings(max_new_tokens=1, max_actions=1, backspace=False)
         names = dict.fromkeys(f"draw-{index}" for index in range(len(prefixes)))
-        drawn: dict[str, FinishedLog] = {}
+        drawn: dict[str, FinishedRollout] = {}
         try:
             for name, prefix in zip(names, prefixes, strict=True):
                 self.add(name, prefix, sampling)
             while len(drawn) < len(names):
-                for log in self._step():
-                    if log.request_id in names:
-                        drawn[log.request_id] = log
+                for rollout in self._step():
+                    if rollout.request_id in names:
+                        drawn[rollout.request_id] = rollout
                     else:
-                        self._ready.append(log)
+                        self._ready.append(rollout)
         except BaseException:
             self.abort(names)
             raise
@@ -257,7 +257,7 @@ class BackspaceEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         budget = self._core.scheduler.max_num_scheduled_tokens
-        with self._core.scheduler.others_held_back():
+        with self._core.scheduler.others_throttled():
             internal_id = self._llm.add_request("probe", {"prompt_token_ids": ids.tolist()}, params)
             for _ in range(math.ceil(len(ids) / budget) + 1):
                 if outputs := self._llm.step():
@@ -273,10 +273,10 @@ class BackspaceEngine:
         self._llm.engine_core.shutdown()
         compile_nothing(False)
 
-    def _step(self) -> list[FinishedLog]:
+    def _step(self) -> list[FinishedRollout]:
         return [self._finish(output.request_id, output.outputs[0]) for output in self._llm.step()]
 
-    def _finish(self, request_id: str, completion: CompletionOutput) -> FinishedLog:
+    def _finish(self, request_id: str, completion: CompletionOutput) -> FinishedRollout:
         """Translate what vLLM returns of a request, sampled with `logprobs=0` and `flat_logprobs=True`."""
         _, prompt_ids = self._unfinished.pop(request_id)
         reason = _FINISH_REASONS.get(completion.finish_reason)
@@ -286,7 +286,7 @@ class BackspaceEngine:
         versions = np.empty(len(actions), dtype=np.int32)
         for span in completion.weight_versions or ():
             versions[span.start : span.end] = int(span.version)
-        return FinishedLog(
+        return FinishedRollout(
             request_id=request_id,
             prompt_ids=prompt_ids,
             actions=actions,

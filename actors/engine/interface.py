@@ -38,7 +38,7 @@ class EngineSettings:
     model_dir: folder (or hub name) in Hugging Face format; weights in safetensors only, since other files are
         pickles, which run what they hold. `load_format="dummy"` reads only its config.json: the engine starts
         with random numbers and refuses requests until the first `load_weights`.
-    max_length: prompt + text after all deletions, in tokens. A log may hold more actions than that.
+    max_length: prompt + text after all deletions, in tokens. A rollout may hold more actions than that.
     actors: number format, memory, threads, compilation, and requests that share one step.
     max_batched_tokens: budget of one step; longer prompts are split over steps. None: vLLM's default.
     num_kv_blocks: overrides the number of cache blocks that `kv_cache_gib` gives (tests of preemption).
@@ -92,7 +92,7 @@ class SamplingSettings(RolloutSettings):
 
 
 @dataclass(frozen=True, eq=False)
-class FinishedLog:
+class FinishedRollout:
     """What the policy did in one request. T actions, P prompt tokens.
 
     prompt_ids: [P]. actions: [T] ids as sampled, backspaces and deleted tokens included.
@@ -109,8 +109,8 @@ class FinishedLog:
     finish_reason: FinishReason
 
 
-def logs_to_batch(
-    logs: Sequence[FinishedLog],
+def rollouts_to_batch(
+    rollouts: Sequence[FinishedRollout],
     contract: TokenContract,
     *,
     task: str,
@@ -118,21 +118,21 @@ def logs_to_batch(
     sampling: SamplingSettings,
     weights_fingerprint: str | None,
 ) -> pa.RecordBatch:
-    """Rows of the trajectory schema, one per log, without Python work per token.
+    """Rows of the trajectory schema, one per rollout, without Python work per token.
 
-    logs: finished requests of one `sampling`; their request ids become trajectory ids.
-    weights_fingerprint: of the newest version in the logs.
+    rollouts: finished requests of one `sampling`; their request ids become trajectory ids.
+    weights_fingerprint: of the newest version in the rollouts.
     """
     schema = _schema_of(contract)
-    by_action = _offsets([log.actions for log in logs])
-    columns = _equal_columns(contract, len(logs), task, actor, sampling, weights_fingerprint) | {
-        "id": pa.array([log.request_id for log in logs], pa.string()),
-        "prompt_ids": _lists([log.prompt_ids for log in logs], pa.int32()),
-        "actions": _lists([log.actions for log in logs], pa.int32(), by_action),
-        "logprobs": _lists([log.logprobs for log in logs], pa.float32(), by_action),
-        "policy_version": _lists([log.policy_version for log in logs], pa.int32(), by_action),
-        "finish_reason": pa.array([log.finish_reason for log in logs], pa.string()),
-        "created_at": pa.repeat(pa.scalar(datetime.now(UTC), schema.field("created_at").type), len(logs)),
+    by_action = _offsets([rollout.actions for rollout in rollouts])
+    columns = _equal_columns(contract, len(rollouts), task, actor, sampling, weights_fingerprint) | {
+        "id": pa.array([rollout.request_id for rollout in rollouts], pa.string()),
+        "prompt_ids": _lists([rollout.prompt_ids for rollout in rollouts], pa.int32()),
+        "actions": _lists([rollout.actions for rollout in rollouts], pa.int32(), by_action),
+        "logprobs": _lists([rollout.logprobs for rollout in rollouts], pa.float32(), by_action),
+        "policy_version": _lists([rollout.policy_version for rollout in rollouts], pa.int32(), by_action),
+        "finish_reason": pa.array([rollout.finish_reason for rollout in rollouts], pa.string()),
+        "created_at": pa.repeat(pa.scalar(datetime.now(UTC), schema.field("created_at").type), len(rollouts)),
     }
     return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
@@ -144,9 +144,9 @@ def _equal_columns(
     values = {
         "source": "policy",
         "task": task,
-        "realised": None,  # nothing was injected
+        "executed": None,  # nothing was injected
         "weights_fingerprint": fingerprint,
-        "sampling": {"temperature": sampling.temperature, "top_p": sampling.top_p, "floor_mask": sampling.backspace},
+        "sampling": {"temperature": sampling.temperature, "top_p": sampling.top_p, "backspace": sampling.backspace},
         "reward": None,
         "features": None,
         "actor": actor,

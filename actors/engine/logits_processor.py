@@ -1,6 +1,6 @@
 """Masks of the sampling distribution: ids without a token, backspace at the floor, planted tokens, banned tokens.
 
-They run before temperature and top-p, so the recorded log-probabilities are those of the renormalised distribution.
+They run before temperature and top-p, so the recorded log-probabilities are those of the renormalized distribution.
 """
 
 from __future__ import annotations

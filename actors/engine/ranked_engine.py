@@ -23,7 +23,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.outputs import ModelRunnerOutput
 
 from actors.engine.engine import BackspaceEngine, TokenIds
-from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings
+from actors.engine.interface import EngineSettings, FinishedRollout, SamplingSettings
 from buffer.trajectory.schema import TokenContract
 
 EngineCall = Callable[["RankedEngine"], object]
@@ -133,12 +133,12 @@ class LeadingEngine(RankedEngine):
         super().add(request_id, prompt_ids, sampling, planted)  # raises before the call is sent to the others
         self._unsent.append(methodcaller("add", request_id, prompt_ids, sampling, planted))
 
-    def abort(self, request_ids: Iterable[str]) -> list[FinishedLog]:
+    def abort(self, request_ids: Iterable[str]) -> list[FinishedRollout]:
         """See `BackspaceEngine.abort`."""
         ended = tuple(request_ids)
         self._unsent.append(methodcaller("abort", ended))
         return super().abort(ended)
 
-    def _step(self) -> list[FinishedLog]:
+    def _step(self) -> list[FinishedRollout]:
         with self._together(methodcaller("_step")):
             return super()._step()

@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from actors.rollout_actor import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS, ActorStatus
+from actors.rollout_actor import PAUSED, THROTTLED, WAITING_FOR_WEIGHTS, ActorStatus
 from actors.settings import ActorsSettings
 
 MAX_BACKOFF_S = 30.0
@@ -183,7 +183,7 @@ class PoolController:
         if status.trajectories > 0:
             self._failures.pop(name, None)
         # Of an actor that had to wait, the time to its first rollouts would say nothing about joining.
-        member.waited |= status.trajectories == 0 and status.activity in (WAITING_FOR_WEIGHTS, PAUSED, HELD_BACK)
+        member.waited |= status.trajectories == 0 and status.activity in (WAITING_FOR_WEIGHTS, PAUSED, THROTTLED)
         if status.trajectories > 0 and member.join_s is None and not member.waited:
             member.join_s = now_s - member.created_at_s
             self._note("actor_joined", name, f"{name} joined: first rollouts after {member.join_s:.1f} s")

@@ -1,10 +1,10 @@
-"""Backspace demonstrations: clean targets become action logs with planted mistakes that are taken back at once.
+"""Backspace demonstrations: clean targets become trajectories with planted mistakes that are taken back at once.
 
 With probability `rate` per target position, ... x_i, x_{i+1} ... becomes ... x_i, n, <backspace>, x_{i+1} ...
 The noise token n is the environment's doing: the action at x_i keeps its label x_{i+1}, and n is stored as
-what was *realised*. So one planted mistake makes three actions:
+what was *executed*. So one planted mistake makes three actions:
 
-    state         action (label)   realised
+    state         action (label)   executed
     s_i           x_{i+1}          n
     s_i n         <backspace>      <backspace>
     s_i           x_{i+1}          x_{i+1}
@@ -79,7 +79,7 @@ def insert_noise(
 ) -> tuple[Ragged, pa.ListArray]:
     """Plant `tokens` [K] before the target positions [K] (ascending, at most one each); void draws are left out.
 
-    Gives the schema's `actions` and `realised` of each row. `realised` is null where it is equal to the action, and a
+    Gives the schema's `actions` and `executed` of each row. `executed` is null where it is equal to the action, and a
     null list where the whole row is.
     """
     assert len(positions) == len(tokens), "one noise token for each position"
@@ -95,8 +95,8 @@ def insert_noise(
     noisy_row = np.zeros(actions.num_rows, dtype=np.bool_)
     noisy_row[np.searchsorted(targets.offsets, positions, side="right") - 1] = True
     in_noisy_row = np.repeat(noisy_row, actions.lengths)
-    realised, absent = np.zeros_like(actions.values), np.ones(len(actions.values), dtype=np.bool_)
-    realised[events], absent[events] = tokens[~void], False
-    values = pa.array(realised[in_noisy_row], pa.int32(), mask=absent[in_noisy_row])
+    executed, absent = np.zeros_like(actions.values), np.ones(len(actions.values), dtype=np.bool_)
+    executed[events], absent[events] = tokens[~void], False
+    values = pa.array(executed[in_noisy_row], pa.int32(), mask=absent[in_noisy_row])
     offsets = pa.array(np.concatenate([[0], np.cumsum(actions.lengths * noisy_row)]), pa.int32())
     return actions, pa.ListArray.from_arrays(offsets, values, mask=pa.array(~noisy_row))

@@ -93,7 +93,7 @@ class ExpertStream:
 
     With noise of kind `policy` the tokens come from the current policy: take a `plan`, have the engine
     continue each of its `prefixes` by one token (`<eos>` and backspace masked), and hand the tokens to
-    `realise`. The other kinds do the same inside `draw`.
+    `execute`. The other kinds do the same inside `draw`.
 
     Args:
         examples: columns `prompt_ids`, `target_ids` (not empty), and `noise_group` where there are candidates.
@@ -149,10 +149,10 @@ class ExpertStream:
         self._num_rows += count
         return plan
 
-    def realise(self, plan: NoisePlan, tokens: Int32) -> pa.RecordBatch:
+    def execute(self, plan: NoisePlan, tokens: Int32) -> pa.RecordBatch:
         """Expert trajectories of a plan with its noise tokens [K]; void ones are left out."""
         contract, targets, count = self._contract, plan.targets, plan.targets.num_rows
-        actions, realised = insert_noise(targets, plan.positions, tokens, contract.backspace_id, contract.eos_ids)
+        actions, executed = insert_noise(targets, plan.positions, tokens, contract.backspace_id, contract.eos_ids)
         serials = pa.array(np.arange(plan.serial, plan.serial + count)).cast(pa.string())
         ends_in_eos = targets.last_values == contract.eos_id
         columns = {
@@ -161,7 +161,7 @@ class ExpertStream:
             "task": pa.repeat(self._task, count),
             "prompt_ids": plan.prompts.to_arrow(),
             "actions": actions.to_arrow(),
-            "realised": realised,
+            "executed": executed,
             "finish_reason": pc.if_else(pa.array(ends_in_eos), "eos", "max_length"),
             "actor": pa.repeat(self._actor, count),
             "created_at": pa.repeat(pa.scalar(datetime.now(UTC), pa.timestamp("us", tz="UTC")), count),
@@ -172,14 +172,14 @@ class ExpertStream:
     def draw(self, count: int) -> pa.RecordBatch:
         """The next `count` expert trajectories; ValueError where the noise is the policy's."""
         if self.needs_policy:
-            raise ValueError("noise.kind=policy: the actors draw the tokens; use plan() and realise()")
+            raise ValueError("noise.kind=policy: the actors draw the tokens; use plan() and execute()")
         plan = self.plan(count)
         if self._candidates is None:
-            return self.realise(plan, np.empty(0, dtype=np.int32))
+            return self.execute(plan, np.empty(0, dtype=np.int32))
         generator = _uniforms((self._seed, 2), self._num_tokens)
         tokens = self._candidates.draw(plan.groups[plan.position_rows], generator)
         self._num_tokens += len(tokens)
-        return self.realise(plan, tokens)
+        return self.execute(plan, tokens)
 
     def state(self) -> dict[str, int]:
         """Counters for `load_state`; goes into a checkpoint."""

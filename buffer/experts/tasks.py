@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """A task, tokenised.
+    """A task, tokenized.
 
     train, held_out: columns `prompt_ids`, `target_ids` (int32 lists; a complete target ends in `<eos>`, a
         truncated one does not), `noise_group` (the row's group of noise candidates) and the task's own.
@@ -69,7 +69,7 @@ def load_task(
     backspace_id: int | None = None,
     max_length: int | None = None,
 ) -> Task:
-    """Load and tokenise a task.
+    """Load and tokenize a task.
 
     tokenizer: the model's; None makes a character tokenizer (for models trained from scratch). backspace_id: the
     model's backspace action; not needed where the tokenizer has a `<backspace>` token. max_length: longest text (prompt
@@ -80,7 +80,7 @@ def load_task(
         ImportError: a package that the task needs is not installed.
     """
     if isinstance(settings, TextTaskSettings):
-        # Checked before the tokenising, which can take long: every full window has this length.
+        # Checked before the tokenizing, which can take long: every full window has this length.
         prefix = 0 if tokenizer is None else len(prompt_prefix(tokenizer))
         length = prefix + settings.prompt_tokens + settings.target_tokens
         _check_length(length, max_length, f"a prompt and its target (prompt_tokens + target_tokens{' + bos' * prefix})")

@@ -161,7 +161,7 @@ def cut_examples(
     ValueError where no document is longer than a prompt, or a text encodes to `<eos>` or backspace."""
     cut = functools.partial(_cut_batch, settings=settings, tokenizer=tokenizer, backspace_id=backspace_id)
     examples = documents.with_format("arrow").map(
-        cut, batched=True, with_indices=True, remove_columns=["text"], desc="tokenise"
+        cut, batched=True, with_indices=True, remove_columns=["text"], desc="tokenize"
     )
     if len(examples) == 0:
         raise ValueError(

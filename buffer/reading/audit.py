@@ -28,7 +28,7 @@ from buffer.trajectory.schema import ROW, SOURCES
 
 
 @dataclass(frozen=True)
-class DrawLimits:
+class SampleLimits:
     """Limits of a run on its draws, None = none (see `buffer.settings.BufferSettings`)."""
 
     max_times_sampled: int | None
@@ -59,11 +59,11 @@ class Account:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found. rejected: trajectories refused on insert; num_draws: of whole batches, each once."""
+    """What an audit found. rejected: trajectories refused on insert; num_samples_drawn: of whole batches, each once."""
 
     accounts: tuple[Account, ...]
     rejected: int
-    num_draws: int
+    num_samples_drawn: int
     findings: tuple[Finding, ...]
 
 
@@ -135,7 +135,7 @@ _DRAWN = "SELECT shard, source, count(*) FROM drawn GROUP BY ALL"
 _REMOVED = "SELECT shard, source, reason, count(*) FROM named WHERE event = 'remove' GROUP BY ALL"
 
 
-def audit_buffer(buffer: Path, limits: DrawLimits, image: Callable[[Path], bytes] | None = None) -> AuditReport:
+def audit_buffer(buffer: Path, limits: SampleLimits, image: Callable[[Path], bytes] | None = None) -> AuditReport:
     """Check all shards below `buffer`; a damaged one is a finding. Raises as `read_shard`, which `image` is for."""
     findings: list[Finding] = []
     shards: dict[int, ShardSnapshot] = {}
@@ -148,7 +148,7 @@ def audit_buffer(buffer: Path, limits: DrawLimits, image: Callable[[Path], bytes
     return replace(report, findings=(*findings, *report.findings))
 
 
-def audit_shards(shards: Mapping[int, ShardSnapshot], limits: DrawLimits) -> AuditReport:
+def audit_shards(shards: Mapping[int, ShardSnapshot], limits: SampleLimits) -> AuditReport:
     """Check snapshots of the shards of one buffer, by their numbers."""
     if not shards:
         return AuditReport((), 0, 0, ())
@@ -185,7 +185,7 @@ def _database(shards: Mapping[int, ShardSnapshot]) -> duckdb.DuckDBPyConnection:
     return database
 
 
-def _check(database: duckdb.DuckDBPyConnection, check: str, limits: DrawLimits) -> Iterator[Finding]:
+def _check(database: duckdb.DuckDBPyConnection, check: str, limits: SampleLimits) -> Iterator[Finding]:
     values = {name: value for name, value in vars(limits).items() if f"${name}" in check}
     for shard, what, names in database.execute(_NAMED.format(check=check), values).fetchall():
         yield Finding(shard, what, tuple(names))

@@ -26,8 +26,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from buffer.processes import NoAnswerError, ProcessLostError, RemoteCall, end_actor, ended_calls
-from buffer.service.shard import BufferStatus, DrawRequest, InsertReply, Offer, ShardStatus, plan_parts
-from buffer.store.shard import DrawResult
+from buffer.service.shard import BufferStatus, InsertReply, Offer, SampleRequest, ShardStatus, plan_parts
+from buffer.store.shard import SampleResult
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -60,7 +60,7 @@ class BufferLostError(RuntimeError):
     """The process of a shard is gone for good."""
 
 
-class DrawTimeoutError(TimeoutError):
+class SampleTimeoutError(TimeoutError):
     """The buffer could not serve a draw in time; the message says what it lacked and whom it waited for."""
 
 
@@ -78,14 +78,14 @@ class Shard:
         """For messages."""
         return f"shard {self.index} of the replay buffer"
 
-    async def offer(self, request: DrawRequest) -> Offer:
+    async def offer(self, request: SampleRequest) -> Offer:
         """See `ReplayBufferService.offer`."""
         return await RemoteCall[Offer](self.name, self.handle.offer.remote(request)).answer(ANSWER_TIMEOUT_S)
 
-    async def take(self, request: DrawRequest, part: int) -> DrawResult | None:
+    async def take(self, request: SampleRequest, part: int) -> SampleResult | None:
         """See `ReplayBufferService.take`."""
         reference = self.handle.take.remote(request, part)
-        return await RemoteCall[DrawResult | None](self.name, reference).answer(ANSWER_TIMEOUT_S)
+        return await RemoteCall[SampleResult | None](self.name, reference).answer(ANSWER_TIMEOUT_S)
 
     async def wait_for_rows(self, inserts: int, timeout_s: float) -> bool:
         """See `ReplayBufferService.wait_for_rows`."""
@@ -147,7 +147,7 @@ class BufferClient:
         call = RemoteCall[InsertReply](shard.name, shard.handle.insert.remote(batch), task)
         self._inserts.append(_Insert(shard, call, batch.nbytes))
 
-    def held_back(self) -> bool:
+    def throttled(self) -> bool:
         """Whether every shard of the client has asked it to pause. Heeds answers; never waits. Raises as `insert`."""
         self._heed_answers()
         for shard in self.shards:
@@ -182,15 +182,16 @@ class BufferClient:
     # For the learner
 
     def draw(
-        self, request: DrawRequest, timeout_s: float, while_waiting: Callable[[], None] = lambda: None
-    ) -> tuple[DrawResult | None, ...]:
+        self, request: SampleRequest, timeout_s: float, while_waiting: Callable[[], None] = lambda: None
+    ) -> tuple[SampleResult | None, ...]:
         """The part of each shard in a draw, None where it has none; waits up to `timeout_s` for enough rows.
-        while_waiting: called every `STOP_POLL_S`; an error that it raises ends the wait. Raises as `draw_from_shards`,
+        while_waiting: called every `STOP_POLL_S`; an error that it raises ends the wait. Raises as
+        `sample_from_shards`,
         and OSError where the disk refused."""
         with _losses():
             return asyncio.run(self._draw(request, timeout_s, while_waiting))
 
-    def update_priorities(self, drawn: Sequence[DrawResult | None], priorities: Float32) -> None:
+    def update_priorities(self, drawn: Sequence[SampleResult | None], priorities: Float32) -> None:
         """Tell the shards how likely the rows of a draw, as `draw` gave it, are to be drawn again; the next draw waits
         for it. priorities: [n] in the order of the rows."""
         first = 0
@@ -207,9 +208,9 @@ class BufferClient:
             self._told.append(RemoteCall(shard.name, shard.handle.checkpointed.remote(stage, step)))
 
     async def _draw(
-        self, request: DrawRequest, timeout_s: float, while_waiting: Callable[[], None]
-    ) -> tuple[DrawResult | None, ...]:
-        drawing = asyncio.ensure_future(self._draw_when_told(request, timeout_s))
+        self, request: SampleRequest, timeout_s: float, while_waiting: Callable[[], None]
+    ) -> tuple[SampleResult | None, ...]:
+        drawing = asyncio.ensure_future(self._sample_when_told(request, timeout_s))
         try:
             while not (await asyncio.wait([drawing], timeout=STOP_POLL_S))[0]:
                 while_waiting()
@@ -217,10 +218,10 @@ class BufferClient:
         finally:
             drawing.cancel()
 
-    async def _draw_when_told(self, request: DrawRequest, timeout_s: float) -> tuple[DrawResult | None, ...]:
+    async def _sample_when_told(self, request: SampleRequest, timeout_s: float) -> tuple[SampleResult | None, ...]:
         while self._told:  # a shard may take calls in another order than they were sent in
             await self._told.pop().answer(ANSWER_TIMEOUT_S)
-        return await draw_from_shards(self.shards, request, timeout_s)
+        return await sample_from_shards(self.shards, request, timeout_s)
 
     # For the driver
 
@@ -273,9 +274,9 @@ def _losses() -> Iterator[None]:
         raise BufferLostError(f"{error}; what it accepted is on disk: resume the run") from None
 
 
-async def draw_from_shards(
-    shards: Sequence[Shard | ReplayBufferService], request: DrawRequest, timeout_s: float
-) -> tuple[DrawResult | None, ...]:
+async def sample_from_shards(
+    shards: Sequence[Shard | ReplayBufferService], request: SampleRequest, timeout_s: float
+) -> tuple[SampleResult | None, ...]:
     """One draw from all shards, the same again when it is repeated: the part of each, None where it has none.
 
     The shards are asked in two rounds: `offer` says what each has logged for this draw and could add, and changes
@@ -285,7 +286,7 @@ async def draw_from_shards(
     leaves the draw in just that state. So no shard that lacks rows holds up a draw that others can serve.
 
     Raises:
-        DrawTimeoutError: too few rows came in time; the message says what each shard lacks.
+        SampleTimeoutError: too few rows came in time; the message says what each shard lacks.
         ValueError: the draw can never be served, or had another size before.
     """
     if len(shards) == 1 and (drawn := await shards[0].take(request, request.count)) is not None:
@@ -302,14 +303,14 @@ async def draw_from_shards(
         if left_s <= 0:
             lacks = "; ".join(f"shard {index}: {offer.shortage}" for index, offer in enumerate(offers))
             where = f" from {len(offers)} shards: {lacks}" if len(offers) > 1 else f": {offers[0].shortage}"
-            raise DrawTimeoutError(
+            raise SampleTimeoutError(
                 f"waited {timeout_s:g} s for {request.count} {request.key.source} trajectories{where}"
             )
         if parts is None:
             await _wait_for_news(shards, offers, min(left_s, WAIT_SLICE_S))
 
 
-async def _take(shard: Shard | ReplayBufferService, request: DrawRequest, part: int) -> DrawResult | None:
+async def _take(shard: Shard | ReplayBufferService, request: SampleRequest, part: int) -> SampleResult | None:
     return await shard.take(request, part) if part else None
 
 

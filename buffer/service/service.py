@@ -8,7 +8,7 @@ loop, so the store needs no lock. Actors and learner are coupled in both directi
 
 A waiting draw always lifts the pause, so the two never wait for each other. Whatever the process is killed at, its
 calls can be asked for again at the one that Ray starts in its place: ids of trajectories and keys of draws say what was
-done already. What takes long (syncs on a timer, rewriting segments) is done in threads by `ShardUpkeep`.
+done already. What takes long (syncs on a timer, rewriting segments) is done in threads by `ShardMaintenance`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from buffer.processes import ignore_stop_signals
-from buffer.service.shard import DrawRequest, InsertReply, Offer, ShardStatus
+from buffer.service.shard import InsertReply, Offer, SampleRequest, ShardStatus
 from buffer.settings import BufferSettings
 from buffer.store.limiter import Limiter
-from buffer.store.shard import DrawResult
+from buffer.store.shard import SampleResult
 from buffer.store.store import ReplayStore
 from buffer.trajectory.schema import TokenContract
 
@@ -76,11 +76,11 @@ class ReplayBufferService:
         self._settings = settings
         self._started_s = time.monotonic()
         self._store = ReplayStore(Path(folder), contract, settings, seed, clock)
-        self._upkeep = ShardUpkeep(self._store, settings)
+        self._maintenance = ShardMaintenance(self._store, settings)
         self._limiter = Limiter(settings)
         self._changed = asyncio.Condition()
         self._inserts = 0
-        self._waiting_draws = 0
+        self._waiting_samples = 0
         self._last_insert_s: dict[str, float] = {}
         self._last_rejection = ""
         self._flight: FlightEndpoint | None = None
@@ -94,7 +94,7 @@ class ReplayBufferService:
     async def insert(self, batch: pa.RecordBatch) -> InsertReply:
         """Store a batch; on return the accepted rows are in the segment file. ValueError where it does not fit as a
         whole, OSError where the disk refuses, here and below."""
-        self._upkeep.ensure()
+        self._maintenance.ensure()
         result = self._store.insert(batch)
         if result.rejections:
             self._last_rejection = result.rejections[-1].reason
@@ -106,10 +106,10 @@ class ReplayBufferService:
             await self._notify()
         return InsertReply(result.accepted + result.present, result.rejections, pause=not self._demand())
 
-    async def offer(self, request: DrawRequest) -> Offer:
+    async def offer(self, request: SampleRequest) -> Offer:
         """What this shard can give to a draw, of which other shards may give a part. Drops rows that are too stale for
         it. ValueError where the draw can never be served, or had another size before."""
-        self._upkeep.ensure()
+        self._maintenance.ensure()
         key, store = request.key, self._store
         capacity = self._settings.capacity * self._settings.shards
         if request.count > capacity:
@@ -127,10 +127,10 @@ class ReplayBufferService:
         shortage = "" if logged + available >= request.count else self._shortage(request)
         return Offer(logged, live, available, self._inserts, shortage)
 
-    async def take(self, request: DrawRequest, part: int) -> DrawResult | None:
+    async def take(self, request: SampleRequest, part: int) -> SampleResult | None:
         """This shard's part of a draw: what it has logged for it, and as many more as `part` asks for. None where it
         cannot give so many, against its offer. ValueError where the draw had another size before."""
-        self._upkeep.ensure()
+        self._maintenance.ensure()
         key, store = request.key, self._store
         store.begin_stage(request.first_version)
         added = part - store.num_logged(key)
@@ -144,12 +144,12 @@ class ReplayBufferService:
     async def wait_for_rows(self, inserts: int, timeout_s: float) -> bool:
         """Wait until more than `inserts` inserts were taken (see `offer`); False if `timeout_s` passed first. Its
         caller is a draw that waits, so actors are not told to pause meanwhile."""
-        self._waiting_draws += 1
+        self._waiting_samples += 1
         try:
             await self._notify()
             return await self._wait(lambda: self._inserts != inserts, timeout_s)
         finally:
-            self._waiting_draws -= 1
+            self._waiting_samples -= 1
 
     async def wait_for_demand(self, timeout_s: float) -> bool:
         """Wait until actors that were told to pause may go on; False if `timeout_s` passed first (ask again)."""
@@ -173,12 +173,12 @@ class ReplayBufferService:
 
     async def status(self) -> ShardStatus:
         """State of now."""
-        self._upkeep.ensure()
+        self._maintenance.ensure()
         return ShardStatus(
             store=self._store.status(),
             capacity=self._settings.capacity,
             actors_paused=not self._demand(),
-            waiting_draws=self._waiting_draws,
+            waiting_samples=self._waiting_samples,
             pid=os.getpid(),
             host=socket.gethostname(),
             up_s=time.monotonic() - self._started_s,
@@ -189,10 +189,10 @@ class ReplayBufferService:
         """Make everything durable and let go of the folder."""
         if self._flight is not None:
             await asyncio.to_thread(self._flight.close)
-        await self._upkeep.stop()
+        await self._maintenance.stop()
         self._store.close()
 
-    def _shortage(self, request: DrawRequest) -> str:
+    def _shortage(self, request: SampleRequest) -> str:
         """Why a draw is not served, for people."""
         count, source = request.count, request.key.source
         status = self._store.status()
@@ -217,7 +217,7 @@ class ReplayBufferService:
         return message + f"last inserts: {', '.join(last)}"
 
     def _demand(self) -> bool:
-        return self._waiting_draws > 0 or self._limiter.wants_inserts(self._store.counters("policy"))
+        return self._waiting_samples > 0 or self._limiter.wants_inserts(self._store.counters("policy"))
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -232,7 +232,7 @@ class ReplayBufferService:
         return True
 
 
-class ShardUpkeep:
+class ShardMaintenance:
     """What a shard does beside inserts and draws: syncs on a timer, eviction by age, rewriting of segments. The store
     plans and commits on the event loop; what reads and writes files runs in a thread meanwhile."""
 
@@ -259,7 +259,7 @@ class ShardUpkeep:
         """End it; a rewriting under way is finished first, since another process may take the folder over."""
         self._stopping.set()
         if self._tasks and (await asyncio.wait(self._tasks, timeout=STOP_TIMEOUT_S))[1]:
-            logger.warning("the upkeep of the replay buffer did not end within %.0f s", STOP_TIMEOUT_S)
+            logger.warning("the maintenance of the replay buffer did not end within %.0f s", STOP_TIMEOUT_S)
 
     async def _repeat(self, interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -278,4 +278,4 @@ class ShardUpkeep:
             except OSError as error:
                 self._store.maintenance.fail(error)
         except OSError as error:  # the disk is full, say: inserts will raise it, and this is tried again
-            logger.warning("the upkeep of the replay buffer failed: %s", error)
+            logger.warning("the maintenance of the replay buffer failed: %s", error)

@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from buffer.settings import BufferSettings
-from buffer.store.shard import DrawKey, SourceCounters, StoreStatus
+from buffer.store.shard import SampleKey, SourceCounters, StoreStatus
 from buffer.trajectory.schema import SOURCES
 from buffer.trajectory.validation import Rejection
 
@@ -61,14 +61,14 @@ class InsertReply:
 
 
 @dataclass(frozen=True)
-class DrawRequest:
+class SampleRequest:
     """A draw that is asked for.
 
     count: rows, of all shards together. policy_version: newest version that the learner has published.
     first_version: of the weights that the stage's rollouts started with; older rows are of another stage.
     """
 
-    key: DrawKey
+    key: SampleKey
     count: int
     policy_version: int
     first_version: int = 0
@@ -127,14 +127,15 @@ def split(count: int, weights: Sequence[int], limits: Sequence[int]) -> list[int
 class ShardStatus:
     """State of one shard.
 
-    capacity: live rows per source, at most. actors_paused: they are ahead of the draws. waiting_draws: of the learner.
+    capacity: live rows per source, at most. actors_paused: they are ahead of the draws. waiting_samples: of the
+    learner.
     pid, host: of its process; up_s: seconds since that one started. flight: address of its Arrow Flight endpoint.
     """
 
     store: StoreStatus
     capacity: int
     actors_paused: bool
-    waiting_draws: int
+    waiting_samples: int
     pid: int
     host: str
     up_s: float
@@ -143,14 +144,14 @@ class ShardStatus:
     @property
     def state(self) -> str:
         """One word or two for people."""
-        if self.waiting_draws:
+        if self.waiting_samples:
             return "awaiting rows"
         return "ahead of the learner" if self.actors_paused else "serving"
 
     @property
     def troubles(self) -> list[str]:
         """What somebody should know of its folder."""
-        parts = [] if self.store.upkeep_error is None else [self.store.upkeep_error]
+        parts = [] if self.store.maintenance_error is None else [self.store.maintenance_error]
         if self.store.quarantined:
             parts.append(f"damaged and put aside: {', '.join(self.store.quarantined)}")
         return parts
@@ -174,9 +175,9 @@ class BufferStatus:
         return {source: _total([store.sources[source] for store in stores]) for source in SOURCES} if stores else {}
 
     @property
-    def waiting_draws(self) -> int:
+    def waiting_samples(self) -> int:
         """Draws that wait in some shard."""
-        return max((shard.waiting_draws for shard in self.answering), default=0)
+        return max((shard.waiting_samples for shard in self.answering), default=0)
 
     def summary(self) -> str:
         """One line for people."""
@@ -189,8 +190,8 @@ class BufferStatus:
                 line += f", {counters.replayed:,} drawn again"
             if counters.dropped_stale:
                 line += f", {counters.dropped_stale:,} stale"
-            if source == "policy" and counters.last_draw is not None:
-                line += f", staleness {counters.last_draw.staleness_mean:.1f}"
+            if source == "policy" and counters.last_sample is not None:
+                line += f", staleness {counters.last_sample.staleness_mean:.1f}"
             parts.append(line)
         if rejected := sum(shard.store.rejected for shard in self.answering):
             parts.append(f"{rejected:,} rejected")
@@ -208,5 +209,5 @@ def _total(counters: list[SourceCounters]) -> SourceCounters:
         draws=max(each.draws for each in counters),
         drawn=sum(each.drawn for each in counters),
         replayed=sum(each.replayed for each in counters),
-        last_draw=next((each.last_draw for each in counters if each.last_draw is not None), None),
+        last_sample=next((each.last_sample for each in counters if each.last_sample is not None), None),
     )

@@ -26,8 +26,8 @@ _FEW = (*CONTEXT, "reward", ROW)
 _ITEM_BYTES = 4  # of every list
 _INLINE_BYTES = 12
 _NULL_RUN = 1  # in the second number of the view of a run that is null, whose length is 0
-_NULL_ITEM = -1  # under a null in `realised`; no token has this id
-_REALISED = RUNS.index("realised")
+_NULL_ITEM = -1  # under a null in `executed`; no token has this id
+_EXECUTED = RUNS.index("executed")
 _SHIFTS = np.array([[0 if name == "id" else 2] for name in RUNS])  # an item of the run has 2^k bytes
 _MOST_ITEMS = 2**31 - 1
 _LARGE_BINARY = pc.CastOptions.safe(pa.large_binary())
@@ -35,8 +35,8 @@ _FEWEST_CONTEXTS = 1024
 
 
 def mark_null_items(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """With _NULL_ITEM as the value under each null in the lists of `realised`: a gather reads values alone."""
-    column = batch.column("realised")
+    """With _NULL_ITEM as the value under each null in the lists of `executed`: a gather reads values alone."""
+    column = batch.column("executed")
     if column.null_count == len(column) or not column.values.null_count:
         return batch
     column = pa.concat_arrays([column])  # without an offset
@@ -44,7 +44,7 @@ def mark_null_items(batch: pa.RecordBatch) -> pa.RecordBatch:
     buffers = [_bits(values.is_valid().to_numpy(zero_copy_only=False)), values.fill_null(_NULL_ITEM).buffers()[1]]
     items = pa.Array.from_buffers(values.type, len(values), buffers)
     column = pa.Array.from_buffers(column.type, len(column), column.buffers()[:2], children=[items])
-    return batch.set_column(batch.schema.get_field_index("realised"), batch.schema.field("realised"), column)
+    return batch.set_column(batch.schema.get_field_index("executed"), batch.schema.field("executed"), column)
 
 
 class Gather:
@@ -116,7 +116,7 @@ class Gather:
             return pa.Array.from_buffers(kind, count, [validity, offsets, values], num_null)
         num_items = values.size // _ITEM_BYTES
         item_validity = None
-        if run == _REALISED:
+        if run == _EXECUTED:
             item_validity = _bits(np.frombuffer(values, np.int32, num_items) != _NULL_ITEM)
         items = pa.Array.from_buffers(kind.value_type, num_items, [item_validity, values], -1 if item_validity else 0)
         return pa.Array.from_buffers(kind, count, [validity, offsets], num_null, children=[items])

@@ -29,14 +29,14 @@ DEFAULT_RECENCY_EXPONENT = 1.0
 DEFAULT_PRIORITY_EXPONENT = 0.6
 
 
-def draw_generator(seed: int, stage: str, step: int, source: str, num_drawn: int) -> np.random.Generator:
-    """The random numbers of a draw that gave `num_drawn` rows before: the same in any process. Good until the next
+def sample_generator(seed: int, stage: str, step: int, source: str, num_sampled: int) -> np.random.Generator:
+    """The random numbers of a draw that gave `num_sampled` rows before: the same in any process. Good until the next
     call.
 
     The name becomes the 128 bits of a PCG64 state, and as many of its increment, by hashing (XXH3), which takes a
     quarter of the time that numpy's `SeedSequence` takes.
     """
-    name = f"{seed} {step} {source} {num_drawn} {stage}".encode()
+    name = f"{seed} {step} {source} {num_sampled} {stage}".encode()
     _BITS.state = {
         "bit_generator": "PCG64",
         "state": {"state": xxhash.xxh3_128_intdigest(name), "inc": xxhash.xxh3_128_intdigest(name, seed=1) | 1},
@@ -98,7 +98,7 @@ def choose(
         case "recency":
             exponent = settings.recency_exponent
             return by_recency(num_rows, count, DEFAULT_RECENCY_EXPONENT if exponent is None else exponent, generator)
-        case "prioritised":
+        case "prioritized":
             exponent = settings.priority_exponent
             return by_priority(
                 priorities(), count, DEFAULT_PRIORITY_EXPONENT if exponent is None else exponent, generator

@@ -26,7 +26,7 @@ from buffer.trajectory.validation import Rejection, source_codes
 
 
 @dataclass(frozen=True)
-class DrawKey:
+class SampleKey:
     """Names one draw of a run. step: steps of the stage that were done before it."""
 
     stage: str
@@ -45,7 +45,7 @@ class InsertResult:
 
 
 @dataclass(frozen=True)
-class DrawResult:
+class SampleResult:
     """The rows of a draw. rows: their numbers in the shard, in the same order; policy_version: newest one known when
     they were drawn first; repeated: that was before."""
 
@@ -56,14 +56,14 @@ class DrawResult:
 
 
 @dataclass(frozen=True)
-class DrawStatistics:
+class SampleStatistics:
     """Means over the rows of one draw. Staleness in published versions, age in seconds since creation."""
 
     staleness_mean: float
     age_mean_s: float
 
     @classmethod
-    def of(cls, oldest_version: Int32, created_us: Int64, policy_version: int, at_s: float) -> DrawStatistics:
+    def of(cls, oldest_version: Int32, created_us: Int64, policy_version: int, at_s: float) -> SampleStatistics:
         """oldest_version: [n] of each row, NO_VERSION where it has none. created_us: [n]. policy_version: newest one
         known at the draw. at_s: time of the draw, in seconds since the epoch."""
         ages_s = np.maximum(at_s - created_us / 1e6, 0.0)
@@ -76,7 +76,7 @@ class SourceCounters:
 
     inserted, drawn (a row counts each time), removed (by reason, see `buffer.store.catalog`), draws: since the folder
     exists, without repeated draws; replayed (rows given again to a learner that repeats steps after a restart): since
-    this process opened it. live, last_draw: as of the status.
+    this process opened it. live, last_sample: as of the status.
     """
 
     inserted: int = 0
@@ -85,7 +85,7 @@ class SourceCounters:
     draws: int = 0
     drawn: int = 0
     replayed: int = 0
-    last_draw: DrawStatistics | None = None
+    last_sample: SampleStatistics | None = None
 
     @property
     def dropped_stale(self) -> int:
@@ -98,7 +98,8 @@ class StoreStatus:
     """Counters of a store.
 
     rejected: rows refused since the folder exists. size_bytes: of the segments, as far as they are filled.
-    quarantined: names of the damaged bytes that were put aside since the folder exists. upkeep_error: why files could
+    quarantined: names of the damaged bytes that were put aside since the folder exists. maintenance_error: why files
+    could
     not be rewritten or archived last.
     """
 
@@ -107,11 +108,11 @@ class StoreStatus:
     sealed_segments: int
     size_bytes: int
     quarantined: tuple[str, ...]
-    upkeep_error: str | None = None
+    maintenance_error: str | None = None
 
 
 @dataclass(frozen=True)
-class NotedDraw:
+class LoggedSample:
     """What this shard gave to a draw: row numbers, in order. policy_version: newest version known then; whole: rows of
     the draw over all shards.
 
@@ -141,13 +142,13 @@ class Shard:
         self.segments = Segments(folder, stored_schema(contract), settings, self.catalog)
         self.gather = Gather(self.table, self.segments)
         self.known = KnownIds(self.table, np.empty(0, np.uint64))
-        self.draws: dict[DrawKey, NotedDraw] = {}
+        self.draws: dict[SampleKey, LoggedSample] = {}
         """Those that no checkpoint covers yet: a learner that goes on from one is given the same rows again."""
         self.counts = {source: SourceCounters(removed=dict.fromkeys(REASONS, 0)) for source in SOURCES}
         self.newest_version = NO_VERSION
         self.first_version = 0
         self.rejected = 0
-        self._keeps_priorities = settings.sampler == "prioritised"
+        self._keeps_priorities = settings.sampler == "prioritized"
 
     @property
     def next_row(self) -> int:
@@ -226,7 +227,7 @@ class Shard:
         """An event of the catalog takes effect, except on stored bytes (`delete`)."""
         rows, table = event.row_numbers, self.table
         source, step, version = event.source or "", event.step or 0, event.version
-        key = DrawKey(event.stage or "", step, source)
+        key = SampleKey(event.stage or "", step, source)
         if event.kind == "stage":
             self.first_version = version or 0
         elif version is not None:
@@ -239,7 +240,7 @@ class Shard:
                 table.times_sampled[table.slots(rows[table.is_known(rows)])] += 1
                 if key in self.draws:  # an interruption left it incomplete
                     rows = np.concatenate([self.draws[key].rows, rows])
-                self.draws[key] = NotedDraw(rows, NO_VERSION if version is None else version, event.whole or 0)
+                self.draws[key] = LoggedSample(rows, NO_VERSION if version is None else version, event.whole or 0)
             case "remove":
                 self.counts[source].removed[event.reason or ""] += len(rows)
                 table.remove(rows)

@@ -25,8 +25,16 @@ from buffer.settings import BufferSettings
 from buffer.store.catalog import EventEntry
 from buffer.store.maintenance import Archive, Maintenance
 from buffer.store.recovery import open_shard, quarantined
-from buffer.store.sampling import choose, draw_generator
-from buffer.store.shard import DrawKey, DrawResult, DrawStatistics, InsertResult, NotedDraw, SourceCounters, StoreStatus
+from buffer.store.sampling import choose, sample_generator
+from buffer.store.shard import (
+    InsertResult,
+    LoggedSample,
+    SampleKey,
+    SampleResult,
+    SampleStatistics,
+    SourceCounters,
+    StoreStatus,
+)
 from buffer.store.table import Float32, hash_ids
 from buffer.trajectory.schema import SOURCES, TokenContract
 from buffer.trajectory.staleness import Int64
@@ -62,7 +70,7 @@ class ReplayStore:
         self._settings = settings
         self._seed = seed
         self._clock = clock
-        self._statistics: dict[str, Callable[[], DrawStatistics]] = {}  # of the last draw, by source
+        self._statistics: dict[str, Callable[[], SampleStatistics]] = {}  # of the last draw, by source
         folder.mkdir(parents=True, exist_ok=True)
         archive = None if settings.archive is None else Archive(settings.archive, folder)
         self._lock = FolderLock(folder)
@@ -121,7 +129,7 @@ class ReplayStore:
         self.maintenance.delete_unneeded()
         return InsertResult(good.num_rows, checked.rejections, int(known.sum()))
 
-    def draw(self, key: DrawKey, count: int, policy_version: int, whole: int | None = None) -> DrawResult | None:
+    def draw(self, key: SampleKey, count: int, policy_version: int, whole: int | None = None) -> SampleResult | None:
         """The rows that the draw `key` was given before, else `count` distinct live rows of its source, none staler
         than `max_staleness`. Same seed, key and contents: same rows.
 
@@ -147,7 +155,7 @@ class ReplayStore:
                 f"a draw of {count} trajectories can never be served: the buffer holds {self._settings.capacity} per "
                 "source; lower the batch or raise buffer.capacity"
             )
-        self._prepare_draw(policy_version)
+        self._prepare_sample(policy_version)
         rows = self._choose(key, count, noted)
         if rows is None:
             self.maintenance.delete_unneeded()
@@ -157,29 +165,29 @@ class ReplayStore:
         self.maintenance.delete_unneeded()
         return result
 
-    def num_logged(self, key: DrawKey) -> int:
+    def num_logged(self, key: SampleKey) -> int:
         """Rows that this shard gave to the draw before."""
         noted = self._shard.draws.get(key)
         return 0 if noted is None else len(noted.rows)
 
-    def num_available(self, key: DrawKey, whole: int, policy_version: int) -> int:
+    def num_available(self, key: SampleKey, whole: int, policy_version: int) -> int:
         """Rows that this shard could add to a draw of `whole` rows now, `min_size` aside; drops what must not be drawn.
         ValueError where the draw had another size before."""
         noted, table = self._noted(key, whole), self._shard.table
-        self._prepare_draw(policy_version)
+        self._prepare_sample(policy_version)
         num_given = 0 if noted is None else int(np.count_nonzero(table.is_live(noted.rows)))
         return self.num_live(key.source) - num_given
 
     def update_priorities(self, rows: Int64, priorities: Float32, source: str = "policy") -> None:
-        """Change how likely distinct rows of `source` are drawn with sampler=prioritised; rows that are gone are passed
+        """Change how likely distinct rows of `source` are drawn with sampler=prioritized; rows that are gone are passed
         over.
 
-        rows: [n] as in `DrawResult`. priorities: [n], finite and not negative.
+        rows: [n] as in `SampleResult`. priorities: [n], finite and not negative.
 
         Raises:
             ValueError: the sampler goes by no priorities, or they are not what they should be.
         """
-        if self._settings.sampler != "prioritised":
+        if self._settings.sampler != "prioritized":
             raise ValueError(f"priorities have no effect with buffer.sampler={self._settings.sampler}")
         if len(rows) != len(priorities) or len(np.unique(rows)) != len(rows):
             raise ValueError(f"{len(priorities)} priorities for {len(rows)} rows: each row needs one")
@@ -207,7 +215,7 @@ class ReplayStore:
             sealed_segments=len(shard.segments.stored) - 1,
             size_bytes=shard.segments.size_bytes,
             quarantined=self._quarantined,
-            upkeep_error=self.maintenance.error,
+            maintenance_error=self.maintenance.error,
         )
 
     def catalog_image(self) -> bytes:
@@ -232,19 +240,19 @@ class ReplayStore:
         self._shard.catalog.close()
         self._lock.release()
 
-    def _noted(self, key: DrawKey, whole: int) -> NotedDraw | None:
+    def _noted(self, key: SampleKey, whole: int) -> LoggedSample | None:
         noted = self._shard.draws.get(key)
         if noted is not None and noted.whole != whole:
             raise ValueError(_other_size(key, noted.whole, whole))
         return noted
 
-    def _prepare_draw(self, policy_version: int) -> None:
+    def _prepare_sample(self, policy_version: int) -> None:
         # A row of a newer version proves its publication, so staleness counts from the newest version known.
         if policy_version > self._shard.newest_version:
             self._shard.record(EventEntry("version", version=policy_version), durable=False)
         self.maintenance.drop_stale()
 
-    def _choose(self, key: DrawKey, count: int, noted: NotedDraw | None) -> Int64 | None:
+    def _choose(self, key: SampleKey, count: int, noted: LoggedSample | None) -> Int64 | None:
         """Live rows for a new draw, or for the rest of one; None where there are too few."""
         shard, table = self._shard, self._shard.table
         live = table.live_rows(key.source)
@@ -258,7 +266,7 @@ class ReplayStore:
             live = live[~np.isin(live, noted.rows)]
         if len(live) < least:
             return None
-        generator = draw_generator(self._seed, key.stage, key.step, key.source, num_given)
+        generator = sample_generator(self._seed, key.stage, key.step, key.source, num_given)
         places = choose(
             self._settings,
             len(live),
@@ -269,7 +277,7 @@ class ReplayStore:
         )
         return live[places]
 
-    def _note(self, key: DrawKey, rows: Int64, whole: int) -> None:
+    def _note(self, key: SampleKey, rows: Int64, whole: int) -> None:
         shard, table = self._shard, self._shard.table
         draw = EventEntry(
             "draw",
@@ -283,18 +291,22 @@ class ReplayStore:
         exhausted = self.maintenance.exhausted(rows, table.times_sampled[table.slots(rows)] + 1)
         shard.record(draw, *self.maintenance.removal(key.source, "sampled", exhausted))
 
-    def _answer(self, key: DrawKey, draw: NotedDraw, repeated: bool) -> DrawResult:
+    def _answer(self, key: SampleKey, draw: LoggedSample, repeated: bool) -> SampleResult:
         shard, table = self._shard, self._shard.table
         slots = table.slots(draw.rows)
         self._statistics[key.source] = partial(
-            DrawStatistics.of, table.oldest_version[slots], table.created_us[slots], draw.policy_version, self._clock()
+            SampleStatistics.of,
+            table.oldest_version[slots],
+            table.created_us[slots],
+            draw.policy_version,
+            self._clock(),
         )
-        return DrawResult(shard.gather.take(draw.rows), draw.rows, draw.policy_version, repeated)
+        return SampleResult(shard.gather.take(draw.rows), draw.rows, draw.policy_version, repeated)
 
     def _status_of(self, source: str) -> SourceCounters:
         counters, statistics = self.counters(source), self._statistics.get(source)
         removed = {reason: count for reason, count in sorted(counters.removed.items()) if count}
-        return replace(counters, removed=removed, last_draw=None if statistics is None else statistics())
+        return replace(counters, removed=removed, last_sample=None if statistics is None else statistics())
 
 
 def _check_source(source: str) -> None:
@@ -309,7 +321,7 @@ def _rejections(rejections: Sequence[Rejection]) -> list[EventEntry]:
     return [EventEntry("reject", reason=reason, ids=json.dumps(ids)) for reason, ids in by_reason.items()]
 
 
-def _other_size(key: DrawKey, before: int, now: int) -> str:
+def _other_size(key: SampleKey, before: int, now: int) -> str:
     return (
         f"step {key.step} of stage {key.stage!r} drew {before} {key.source} trajectories before it was interrupted, "
         f"and asks for {now} now: resume with the batch sizes that the run began with"

@@ -18,7 +18,7 @@ UInt64 = npt.NDArray[np.uint64]
 
 NO_ROWS: Int64 = np.empty(0, np.int64)
 
-RUNS = ("id", "prompt_ids", "actions", "realised", "logprobs", "policy_version", "features")
+RUNS = ("id", "prompt_ids", "actions", "executed", "logprobs", "policy_version", "features")
 """Columns of texts and lists, of which each row has its own piece of bytes."""
 
 FIRST_PRIORITY = 1.0

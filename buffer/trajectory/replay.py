@@ -1,8 +1,9 @@
-"""Replay of action logs: from the actions of many logs to the states they pass through, without a Python loop.
+"""Replay of trajectories: from the actions of many trajectories to the states they pass through, without a Python loop.
 
-A log without a backspace at the floor never clips, so the depth of the text after each action is a running sum of
+A trajectory without a backspace at the floor never clips, so the depth of the text after each action is a running sum
+of
 +1 (append) and -1 (backspace). The text at depth d after an action is the newest append that reached depth d: sorted
-by (log, depth, time), that is a running maximum over append positions. Both are plain vector operations.
+by (trajectory, depth, time), that is a running maximum over append positions. Both are plain vector operations.
 """
 
 from __future__ import annotations
@@ -21,42 +22,43 @@ FLOOR = -1
 
 
 @dataclass(frozen=True)
-class ActionLogs:
-    """Ragged action logs as flat arrays. L logs, A actions over all logs, P prompt tokens over all logs.
+class TrajectoryArrays:
+    """Ragged trajectories as flat arrays. L trajectories, A actions over all trajectories, P prompt tokens over all
+    trajectories.
 
-    offsets: [L+1] log i owns actions offsets[i]:offsets[i+1].
-    actions: [A] ids as chosen; realised: [A] ids as appended by the environment (equal to actions without noise).
+    offsets: [L+1] trajectory i owns actions offsets[i]:offsets[i+1].
+    actions: [A] ids as chosen; executed: [A] ids as appended by the environment (equal to actions without noise).
     prompt_offsets: [L+1], prompt_ids: [P].
     """
 
     offsets: Int64
     actions: Int32
-    realised: Int32
+    executed: Int32
     prompt_offsets: Int64
     prompt_ids: Int32
 
     @property
-    def num_logs(self) -> int:
+    def num_trajectories(self) -> int:
         """L."""
         return len(self.offsets) - 1
 
     @property
     def lengths(self) -> Int64:
-        """[L] actions per log."""
+        """[L] actions per trajectory."""
         return np.diff(self.offsets)
 
     @classmethod
-    def from_batch(cls, batch: pa.RecordBatch) -> ActionLogs:
-        """View the list columns of a trajectory batch; copies only where `realised` differs from `actions`."""
+    def from_batch(cls, batch: pa.RecordBatch) -> TrajectoryArrays:
+        """View the list columns of a trajectory batch; copies only where `executed` differs from `actions`."""
         offsets, actions = _flatten(batch.column("actions"))
-        realised = actions
-        column = batch.column("realised")
+        executed = actions
+        column = batch.column("executed")
         if column.null_count < len(column):
-            realised, values = actions.copy(), column.flatten()
+            executed, values = actions.copy(), column.flatten()
             present = np.repeat(column.is_valid().to_numpy(zero_copy_only=False), np.diff(offsets))
             noisy = np.flatnonzero(present)[values.is_valid().to_numpy(zero_copy_only=False)]
-            realised[noisy] = values.drop_null().to_numpy()
-        return cls(offsets, actions, realised, *_flatten(batch.column("prompt_ids")))
+            executed[noisy] = values.drop_null().to_numpy()
+        return cls(offsets, actions, executed, *_flatten(batch.column("prompt_ids")))
 
 
 def _flatten(column: pa.ListArray) -> tuple[Int64, Int32]:
@@ -66,61 +68,62 @@ def _flatten(column: pa.ListArray) -> tuple[Int64, Int32]:
 
 @dataclass(frozen=True)
 class Replay:
-    """States of replayed logs. Events are indexes into the flat actions; FLOOR is the end of the prompt.
+    """States of replayed trajectories. Events are indexes into the flat actions; FLOOR is the end of the prompt.
 
-    log: [A] log of each action. time: [A] index of the action within its log.
+    trajectory: [A] log of each action. time: [A] index of the action within its trajectory.
     depth: [A] answer length *after* the action.
     state: [A] event whose append made the last answer token *before* the action, or FLOOR.
     next_state: [A] the same *after* the action.
     """
 
-    log: Int64
+    trajectory: Int64
     time: Int64
     depth: Int64
     state: Int64
     next_state: Int64
 
 
-def replay(logs: ActionLogs, backspace_id: int) -> Replay:
-    """Replay all logs: backspace takes the last token back, every other *realised* id is appended. ValueError where a
-    log takes a token back at the floor."""
-    num_actions = len(logs.actions)
-    log = np.repeat(np.arange(logs.num_logs), logs.lengths)
-    time = np.arange(num_actions) - logs.offsets[:-1][log]
-    is_append = logs.realised != backspace_id
+def replay(trajectories: TrajectoryArrays, backspace_id: int) -> Replay:
+    """Replay all trajectories: backspace takes the last token back, every other *executed* id is appended. ValueError
+    where a
+    trajectory takes a token back at the floor."""
+    num_actions = len(trajectories.actions)
+    trajectory = np.repeat(np.arange(trajectories.num_trajectories), trajectories.lengths)
+    time = np.arange(num_actions) - trajectories.offsets[:-1][trajectory]
+    is_append = trajectories.executed != backspace_id
     running = np.cumsum(np.where(is_append, 1, -1))
-    before_log = np.concatenate([[0], running])[logs.offsets[:-1]]
-    depth = running - before_log[log]
+    before_trajectory = np.concatenate([[0], running])[trajectories.offsets[:-1]]
+    depth = running - before_trajectory[trajectory]
     if depth.min(initial=0) < 0:
-        bad = int(log[np.argmin(depth)])
+        bad = int(trajectory[np.argmin(depth)])
         raise ValueError(f"log {bad} takes a token back at the floor (the end of its prompt)")
-    # Sorted by (log, depth, time), the state after an action at depth d is the newest append to depth d so far.
-    order = np.lexsort((time, depth, log))
+    # Sorted by (trajectory, depth, time), the state after an action at depth d is the newest append to depth d so far.
+    order = np.lexsort((time, depth, trajectory))
     newest = np.maximum.accumulate(np.where(is_append[order], np.arange(num_actions), -1))
     next_state = np.empty(num_actions, dtype=np.int64)
     next_state[order] = order[newest]
     next_state[depth == 0] = FLOOR
     state = np.concatenate([[FLOOR], next_state[:-1]])[:num_actions]
     state[time == 0] = FLOOR
-    return Replay(log=log, time=time, depth=depth, state=state, next_state=next_state)
+    return Replay(trajectory=trajectory, time=time, depth=depth, state=state, next_state=next_state)
 
 
-def final_token_ids(logs: ActionLogs, played: Replay, backspace_id: int) -> tuple[Int64, Int32]:
-    """What is left of every answer at the end of its log: offsets [L+1] and token ids."""
-    kept = surviving_events(logs, played, backspace_id)
-    counts = np.bincount(played.log[kept], minlength=logs.num_logs)
+def final_token_ids(trajectories: TrajectoryArrays, played: Replay, backspace_id: int) -> tuple[Int64, Int32]:
+    """What is left of every answer at the end of its trajectory: offsets [L+1] and token ids."""
+    kept = surviving_events(trajectories, played, backspace_id)
+    counts = np.bincount(played.trajectory[kept], minlength=trajectories.num_trajectories)
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    return offsets, logs.realised[kept]
+    return offsets, trajectories.executed[kept]
 
 
-def surviving_events(logs: ActionLogs, played: Replay, backspace_id: int) -> npt.NDArray[np.bool_]:
-    """[A] True for appends that are still there at the end of their log.
+def surviving_events(trajectories: TrajectoryArrays, played: Replay, backspace_id: int) -> npt.NDArray[np.bool_]:
+    """[A] True for appends that are still there at the end of their trajectory.
 
-    An append that reached depth d survives iff every later depth of its log is >= d: compare with the reversed
-    running minimum, restarted per log by an offset that no depth reaches.
+    An append that reached depth d survives iff every later depth of its trajectory is >= d: compare with the reversed
+    running minimum, restarted per trajectory by an offset that no depth reaches.
     """
     span = int(played.depth.max(initial=0)) + 2
-    shifted = played.depth + played.log * span
+    shifted = played.depth + played.trajectory * span
     later_minimum = np.minimum.accumulate(shifted[::-1])[::-1]
-    survives: npt.NDArray[np.bool_] = (logs.realised != backspace_id) & (later_minimum >= shifted)
+    survives: npt.NDArray[np.bool_] = (trajectories.executed != backspace_id) & (later_minimum >= shifted)
     return survives

@@ -1,16 +1,16 @@
 """The wire contract between actors, buffer and learner: one Arrow row per trajectory.
 
-A trajectory is one *action log*: the ids the policy chose, `<backspace>` included, in order. Its states follow by
-replaying the log on a stack that starts at the prompt (`buffer.trajectory.replay`). Invariants, checked on
+A trajectory is one *trajectory*: the ids the policy chose, `<backspace>` included, in order. Its states follow by
+replaying the trajectory on a stack that starts at the prompt (`buffer.trajectory.replay`). Invariants, checked on
 insert by `buffer.trajectory.validation`:
 
-- `logprobs`, `policy_version` (policy rows) and `realised` (where present) are as long as `actions`;
-- ids lie in [0, vocab_size) and have a token; `prompt_ids` and `realised` never hold backspace;
-- what a step *appends* is `realised` where that is not null, else the action. `<eos>` is appended by the last step
+- `logprobs`, `policy_version` (policy rows) and `executed` (where present) are as long as `actions`;
+- ids lie in [0, vocab_size) and have a token; `prompt_ids` and `executed` never hold backspace;
+- what a step *appends* is `executed` where that is not null, else the action. `<eos>` is appended by the last step
   only, and exactly where `finish_reason` is `eos`. (An earlier *action* may be `<eos>`: the label of a step whose
   noise was appended instead.)
 - replay is defined at every step: no backspace at the floor (the end of the prompt), and none at all where
-  `sampling.floor_mask` says that it was never offered.
+  `sampling.backspace` says that it was never offered.
 
 Stored rows also have the number of the row.
 """
@@ -109,7 +109,7 @@ SAMPLING_TYPE = pa.struct(
         pa.field("temperature", pa.float32(), nullable=False),
         pa.field("top_p", pa.float32(), nullable=False),
         # Backspace was masked at the floor alone; False: it was masked everywhere, so no action is one.
-        pa.field("floor_mask", pa.bool_(), nullable=False),
+        pa.field("backspace", pa.bool_(), nullable=False),
     ]
 )
 
@@ -121,7 +121,7 @@ _FIELDS = [
     # Ids as the policy (or the expert) chose them, backspace included.
     pa.field("actions", pa.list_(pa.int32()), nullable=False),
     # What the environment appended instead, where noise was injected; null elements (or a null list) where equal.
-    pa.field("realised", pa.list_(pa.int32())),
+    pa.field("executed", pa.list_(pa.int32())),
     # Of the processed distribution (temperature, top-p, masks) the action was drawn from; null for experts.
     pa.field("logprobs", pa.list_(pa.float32())),
     # Version of the weights behind each action; null for experts.
@@ -163,8 +163,8 @@ def rows_of(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class Behaviour:
-    """What the policy that acted says of each of A actions, in the order of `ActionLogs`.
+class Behavior:
+    """What the policy that acted says of each of A actions, in the order of `TrajectoryArrays`.
 
     An action's stored log-probability is that of the distribution it was drawn from: logits over a temperature, cut to
     a nucleus (top-p), without backspace at the floor or anywhere. All of that but the nucleus can be repeated from
@@ -181,7 +181,7 @@ class Behaviour:
     offers_backspace: npt.NDArray[np.bool_]
 
     @classmethod
-    def from_batch(cls, batch: pa.RecordBatch) -> Behaviour:
+    def from_batch(cls, batch: pa.RecordBatch) -> Behavior:
         """Of each row of a validated trajectory batch."""
         lengths = batch.column("actions").value_lengths().to_numpy(zero_copy_only=False)
         log_prob = np.zeros(int(lengths.sum()), dtype=np.float32)
@@ -192,7 +192,7 @@ class Behaviour:
         whole = pc.equal(pc.struct_field(sampling, "top_p"), 1.0).fill_null(False)
         of_row = pc.if_else(whole, pc.struct_field(sampling, "temperature"), 0.0).fill_null(0.0)
         temperature = np.repeat(of_row.to_numpy(zero_copy_only=False).astype(np.float32), lengths)
-        offers_backspace = pc.struct_field(sampling, "floor_mask").fill_null(True).to_numpy(zero_copy_only=False)
+        offers_backspace = pc.struct_field(sampling, "backspace").fill_null(True).to_numpy(zero_copy_only=False)
         return cls(log_prob, version, np.where(has_log_prob, temperature, np.float32(0.0)), offers_backspace)
 
 

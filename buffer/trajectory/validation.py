@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from buffer.trajectory.replay import ActionLogs
+from buffer.trajectory.replay import TrajectoryArrays
 from buffer.trajectory.schema import FINISH_REASONS, SOURCES, TokenContract, trajectory_schema
 
 Bool = npt.NDArray[np.bool_]
@@ -38,7 +38,7 @@ MAX_TEXT_BYTES = 1024
 _REQUIRED = ("id", "source", "task", "prompt_ids", "actions", "finish_reason", "actor", "created_at")
 _FREE_TEXTS = ("id", "task", "weights_fingerprint", "actor")
 _NO_NULL_ELEMENTS = ("prompt_ids", "actions", "logprobs", "policy_version", "features")
-_LISTS = (*_NO_NULL_ELEMENTS, "realised")
+_LISTS = (*_NO_NULL_ELEMENTS, "executed")
 _SOURCES = pc.SetLookupOptions(value_set=pa.array(SOURCES))
 _FINISH_REASONS = pc.SetLookupOptions(value_set=pa.array(FINISH_REASONS))
 _POLICY, _EOS = SOURCES.index("policy"), FINISH_REASONS.index("eos")
@@ -263,8 +263,8 @@ def _check_structure(columns: _Columns, findings: _Findings) -> None:
         findings.refuse(too_long, f"features has more than {MAX_ROW_TOKENS:,} numbers")
     from_policy = columns.sources == _POLICY
     all_from_policy = bool(from_policy.all())
-    for name in ("logprobs", "policy_version", "realised"):
-        of_name, may_be_absent = lists[name], name == "realised"
+    for name in ("logprobs", "policy_version", "executed"):
+        of_name, may_be_absent = lists[name], name == "executed"
         if of_name.is_absent and may_be_absent:
             continue
         if all_from_policy and of_name.null is None and np.array_equal(of_name.offsets, actions.offsets):
@@ -279,7 +279,7 @@ def _check_structure(columns: _Columns, findings: _Findings) -> None:
 def _check_values(columns: _Columns, rows: Int64, contract: TokenContract, findings: _Findings) -> None:
     """Values and replay of structurally sound rows; rows: [n] index of each in the batch as sent."""
     by_name, lists = columns.by_name, columns.lists
-    for name in ("prompt_ids", "actions", "realised"):
+    for name in ("prompt_ids", "actions", "executed"):
         _check_ids(name, lists[name], rows, contract, findings)
     for name, least, greatest, reason in _VALUES:
         values = lists[name].elements.to_numpy()
@@ -304,7 +304,7 @@ def _check_values(columns: _Columns, rows: Int64, contract: TokenContract, findi
 
 def _check_ids(name: str, lists: _Lists, rows: Int64, contract: TokenContract, findings: _Findings) -> None:
     values, present = lists.elements, None
-    if values.null_count:  # in `realised`: nothing was injected there
+    if values.null_count:  # in `executed`: nothing was injected there
         present = _mask(values.is_valid())
         values = values.fill_null(0)
     values = values.to_numpy()
@@ -328,39 +328,40 @@ def _check_ids(name: str, lists: _Lists, rows: Int64, contract: TokenContract, f
 
 def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findings: _Findings) -> None:
     """The text that results: `<eos>` only as its last token, no backspace at the floor or where none was offered. What
-    counts is the realised token: noise may stand in for an `<eos>` that the expert chose."""
+    counts is the executed token: noise may stand in for an `<eos>` that the expert chose."""
     actions = columns.lists["actions"]
-    if not columns.lists["realised"].is_absent and columns.lists["realised"].lengths.any():
-        realised = ActionLogs.from_batch(columns.batch).realised
+    if not columns.lists["executed"].is_absent and columns.lists["executed"].lengths.any():
+        executed = TrajectoryArrays.from_batch(columns.batch).executed
     else:
-        realised = actions.elements.to_numpy()
+        executed = actions.elements.to_numpy()
     ends = np.zeros(len(rows), dtype=np.bool_)
-    is_eos = np.zeros(len(realised), dtype=np.bool_)
+    is_eos = np.zeros(len(executed), dtype=np.bool_)
     for eos_id in contract.eos_ids:  # few: quicker than `np.isin`
-        is_eos |= realised == eos_id
+        is_eos |= executed == eos_id
     if is_eos.any():
         eos = np.flatnonzero(is_eos)
-        log = np.searchsorted(actions.offsets, eos, side="right") - 1
-        is_last = eos == actions.offsets[log + 1] - 1
-        findings.refuse_rows(rows[log[~is_last]], "an action follows <eos>")
-        ends[log[is_last]] = True
+        trajectory = np.searchsorted(actions.offsets, eos, side="right") - 1
+        is_last = eos == actions.offsets[trajectory + 1] - 1
+        findings.refuse_rows(rows[trajectory[~is_last]], "an action follows <eos>")
+        ends[trajectory[is_last]] = True
     says = columns.finishes == _EOS
     findings.refuse_rows(rows[says & ~ends], "finish_reason is eos, but the last action is not <eos>")
     findings.refuse_rows(rows[ends & ~says], "the last action is <eos>, but finish_reason is not eos")
 
-    if len(backspaces := np.flatnonzero(realised == contract.backspace_id)):
+    if len(backspaces := np.flatnonzero(executed == contract.backspace_id)):
         # After t actions, k of them backspaces, the text is t - 2k tokens long: none is left to take back if t <= 2k.
-        # For the j-th backspace of the batch, at place p, and the first one f of its log, which begins at place b,
+        # For the j-th backspace of the batch, at place p, and the first one f of its trajectory, which begins at place
+        # b,
         # that is p - b <= 2 (j - f).
         firsts = np.searchsorted(backspaces, actions.offsets)
         floors = np.repeat(actions.offsets[:-1] - 2 * firsts[:-1], np.diff(firsts))
         at_floor = backspaces - 2 * np.arange(len(backspaces)) <= floors
-        log = np.searchsorted(actions.offsets, backspaces[at_floor], side="right") - 1
-        findings.refuse_rows(rows[log], "takes a token back at the floor (the end of its prompt)")
+        trajectory = np.searchsorted(actions.offsets, backspaces[at_floor], side="right") - 1
+        findings.refuse_rows(rows[trajectory], "takes a token back at the floor (the end of its prompt)")
         sampling = columns.by_name["sampling"]
-        if sampling.field("floor_mask").false_count:  # also of what stands under a null
-            never_offered = ~_mask(pc.struct_field(sampling, "floor_mask").fill_null(True))
-            reason = "takes a token back, and sampling.floor_mask says that backspace was never offered"
+        if sampling.field("backspace").false_count:  # also of what stands under a null
+            never_offered = ~_mask(pc.struct_field(sampling, "backspace").fill_null(True))
+            reason = "takes a token back, and sampling.backspace says that backspace was never offered"
             findings.refuse_rows(rows[never_offered & (np.diff(firsts) > 0)], reason)
 
 

@@ -46,7 +46,7 @@ def compare(
     """Train several objectives from the same start at the same budget, evaluate them, and say what is within noise.
 
     [dim]Example:[/dim] sequencematch compare launch/recipes/arithmetic_cpu.yaml
-    --objectives mle,behaviour_cloning,sequencematch:alpha=0.1 --seeds 3
+    --objectives mle,behavior_cloning,sequencematch:alpha=0.1 --seeds 3
 
     One run after the other. Ctrl-C ends the one under way with a checkpoint; --resume goes on. How: docs/compare.md.
     """

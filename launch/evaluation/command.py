@@ -80,7 +80,7 @@ def evaluate(
             if against is not None:
                 baseline = against.resolve()
                 checkpoints = [against, *(each for each in checkpoints if each.resolve() != baseline)]
-            targets = labelled(checkpoints)
+            targets = labeled(checkpoints)
             if keep_in is not None:
                 for folder in (keep_in, keep_in / ROLLOUTS_FOLDER):
                     provide_folder(folder, "keep the rollouts elsewhere with --output FOLDER")
@@ -132,7 +132,7 @@ def settings_for(checkpoint: Path, task_from: Path | None) -> RunSettings:
     return open_run_folder(run)[1]
 
 
-def labelled(checkpoints: Sequence[Path]) -> list[Target]:
+def labeled(checkpoints: Sequence[Path]) -> list[Target]:
     """Targets with labels as short as tells them apart, at most the paths; UserError where one is named twice."""
     from launch.evaluation.results import Target
     from launch.run_folder.checkpoints import CHECKPOINTS_FOLDER

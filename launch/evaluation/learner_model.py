@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actors.engine.interface import FinishedLog, Int32, logs_to_batch
+from actors.engine.interface import FinishedRollout, Int32, rollouts_to_batch
 from buffer.experts.ragged import Ragged
 from buffer.experts.stream import ExpertStream, NoisePlan
 from buffer.settings import NoiseSettings
@@ -61,7 +61,7 @@ def held_out_metrics(
     ids = contract.backspace_id, contract.eos_id
     settings = TreeSettings(*ids, MAX_NODES_PER_BATCH, max_length, other_eos_ids=contract.other_eos_ids)
     totals = np.zeros((5, len(examples)))
-    for tree in build_micro_batches(_expert_logs(examples, contract), settings):
+    for tree in build_micro_batches(_expert_trajectories(examples, contract), settings):
         # [A] log-sum-exp of the logits before each action, without backspace's
         values = policy.evaluate(tree.to(policy.device), lambda at, logits: logits.v_floor[at.actions.state])
         assert values.measured is not None
@@ -95,15 +95,15 @@ def _perplexity(loss: Float64, tokens: Float64) -> Estimate:
     return Estimate.linear(value, value * mean.influence, mean.count)
 
 
-def _expert_logs(examples: Dataset, contract: TokenContract) -> pa.RecordBatch:
-    """The held-out texts as logs without noise, in their order; their ids end in the number of the example."""
+def _expert_trajectories(examples: Dataset, contract: TokenContract) -> pa.RecordBatch:
+    """The held-out texts as rollouts without noise, in their order; their ids end in the number of the example."""
     columns = examples.select_columns(["prompt_ids", "target_ids"]).with_format("arrow")[:]
     prompts, targets = (Ragged.from_arrow(columns.column(name)) for name in ("prompt_ids", "target_ids"))
     nothing = np.zeros(0, dtype=np.int64)
     plan = NoisePlan(0, prompts, targets, np.zeros(len(examples), dtype=np.int64), positions=nothing)
     none = NoiseSettings(kind="none")
     stream = ExpertStream(examples, task="held-out", noise=none, contract=contract, seed=0, actor="evaluation")
-    return stream.realise(plan, np.zeros(0, dtype=np.int32))
+    return stream.execute(plan, np.zeros(0, dtype=np.int32))
 
 
 def contrastive_rollouts(
@@ -117,14 +117,14 @@ def contrastive_rollouts(
     """Continue every prompt of a group; rows of the trajectory schema in the order of its prompts."""
     assert group.contrastive is not None
     prompts, sampling = group.prompts, group.sampling
-    logs: dict[int, FinishedLog] = {}
+    rollouts: dict[int, FinishedRollout] = {}
     for batch in _batches_of_one_length(prompts):
         room = min(sampling.max_new_tokens, sampling.max_actions, max_length - len(prompts[batch[0]]))
         ids, logprobs = search(model, np.stack([prompts[index] for index in batch]), room, group.contrastive, contract)
         for index, actions, chosen in zip(batch, ids, logprobs, strict=True):
             ended = np.flatnonzero(np.isin(actions, contract.eos_ids))
             length = int(ended[0]) + 1 if len(ended) else len(actions)
-            logs[index] = FinishedLog(
+            rollouts[index] = FinishedRollout(
                 request_id=f"{group.name}/{index}",
                 prompt_ids=prompts[index],
                 actions=actions[:length],
@@ -133,8 +133,8 @@ def contrastive_rollouts(
                 finish_reason="eos" if len(ended) else "max_length",
             )
         on_finished(len(batch))
-    in_order = [logs[index] for index in range(len(prompts))]
-    return logs_to_batch(
+    in_order = [rollouts[index] for index in range(len(prompts))]
+    return rollouts_to_batch(
         in_order, contract, task=task, actor="contrastive", sampling=sampling, weights_fingerprint=None
     )
 

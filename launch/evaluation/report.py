@@ -38,7 +38,7 @@ class _Column:
     with_error: bool = True
 
     @property
-    def is_share(self) -> bool:
+    def is_fraction(self) -> bool:
         """Whether it is shown in per cent."""
         return "%" in self.heading
 
@@ -81,8 +81,8 @@ _ANSWER_TABLES: tuple[_Table, ...] = (
             *_RIGHT,
             _RECOVERED,
             _Column("back-\nspaces\n%", "backspace_rate", SAMPLED, with_error=False),
-            _Column("wrong\nundone\n%", "wrong_taken_back", SAMPLED, with_error=False),
-            _Column("right\nundone\n%", "right_taken_back", SAMPLED, with_error=False),
+            _Column("wrong\nundone\n%", "wrong_tokens_deleted", SAMPLED, with_error=False),
+            _Column("right\nundone\n%", "correct_tokens_deleted", SAMPLED, with_error=False),
             _Column("actions\nper\nanswer", "actions_per_answer", SAMPLED, with_error=False),
         ),
     ),
@@ -173,7 +173,7 @@ def _text(number: Estimate | None, column: _Column) -> str:
     """`87.4 ±1.5` (per cent for a share); a dash where nothing could be measured."""
     if number is None or number.value is None:
         return "-"
-    scale, digits = (100.0, 1) if column.is_share else (1.0, 2)
+    scale, digits = (100.0, 1) if column.is_fraction else (1.0, 2)
     error = number.standard_error if column.with_error else None
     return f"{scale * number.value:.{digits}f}" + ("" if error is None else f" ±{scale * error:.{digits}f}")
 

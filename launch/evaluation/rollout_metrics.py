@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from buffer.experts.ragged import Ragged
 from buffer.experts.tasks import Task
-from buffer.trajectory.replay import ActionLogs, Replay, replay, surviving_events
+from buffer.trajectory.replay import Replay, TrajectoryArrays, replay, surviving_events
 from buffer.trajectory.schema import TokenContract
 from launch.evaluation.rollouts import first_targets, references
 from launch.statistics import Bool, Estimate, Float64, Int64
@@ -48,26 +48,26 @@ class ReplayedRollouts:
 
     batch: pa.RecordBatch
     contract: TokenContract
-    logs: ActionLogs
+    trajectories: TrajectoryArrays
     played: Replay
 
     @classmethod
     def of(cls, batch: pa.RecordBatch, contract: TokenContract) -> ReplayedRollouts:
         """The rollouts of a batch of trajectories."""
-        logs = ActionLogs.from_batch(batch)
-        return cls(batch, contract, logs, replay(logs, contract.backspace_id))
+        trajectories = TrajectoryArrays.from_batch(batch)
+        return cls(batch, contract, trajectories, replay(trajectories, contract.backspace_id))
 
     @cached_property
     def survives(self) -> Bool:
         """[A] whether the token that an action appended is there at the end."""
-        return surviving_events(self.logs, self.played, self.contract.backspace_id)
+        return surviving_events(self.trajectories, self.played, self.contract.backspace_id)
 
     @cached_property
     def texts(self) -> Ragged:
         """What remains of each rollout, without `<eos>`."""
-        kept = self.survives & ~np.isin(self.logs.realised, self.contract.eos_ids)
-        lengths = np.bincount(self.played.log[kept], minlength=self.logs.num_logs)
-        return Ragged.from_lengths(lengths, self.logs.realised[kept])
+        kept = self.survives & ~np.isin(self.trajectories.executed, self.contract.eos_ids)
+        lengths = np.bincount(self.played.trajectory[kept], minlength=self.trajectories.num_trajectories)
+        return Ragged.from_lengths(lengths, self.trajectories.executed[kept])
 
     def ended_by(self, reason: str) -> Bool:
         """[L] whether a rollout has this finish reason."""
@@ -76,13 +76,13 @@ class ReplayedRollouts:
 
     def fraction_of(self, cases: Bool, actions: Bool | Int64) -> Estimate:
         """How often `cases` [A] are true of these actions."""
-        return Estimate.fraction(cases[actions], self.played.log[actions], self.logs.num_logs)
+        return Estimate.fraction(cases[actions], self.played.trajectory[actions], self.trajectories.num_trajectories)
 
-    def forced_taken_back(self, num_forced: int) -> tuple[Bool, Estimate]:
+    def forced_tokens_deleted(self, num_forced: int) -> tuple[Bool, Estimate]:
         """[L] whether all forced tokens are gone at the end; how many are. ValueError: a rollout is shorter."""
-        if (self.logs.lengths < num_forced).any():
+        if (self.trajectories.lengths < num_forced).any():
             raise ValueError(f"a rollout is shorter than the {num_forced} tokens that were forced in it")
-        forced = self.logs.offsets[:-1, None] + np.arange(num_forced)
+        forced = self.trajectories.offsets[:-1, None] + np.arange(num_forced)
         return np.logical_and.reduce(~self.survives[forced], axis=1), self.fraction_of(~self.survives, forced.ravel())
 
     def decoded(self, task: Task) -> list[str]:
@@ -97,18 +97,18 @@ def answer_metrics(
     """All numbers of answers, `num_forced` tokens forced, the first wrong; ValueError if they are of other examples."""
     correct = Estimate.fraction(_correct(rollouts, examples, task))
     if num_forced:
-        _, taken_back = rollouts.forced_taken_back(num_forced)
-        if (rollouts.logs.realised[rollouts.logs.offsets[:-1]] == first_targets(examples)).any():
+        _, taken_back = rollouts.forced_tokens_deleted(num_forced)
+        if (rollouts.trajectories.executed[rollouts.trajectories.offsets[:-1]] == first_targets(examples)).any():
             raise ValueError("a rollout begins with the right token: recovery is measured from a wrong one")
-        return {"recovery": correct, "planted_taken_back": taken_back}
+        return {"recovery": correct, "forced_tokens_deleted": taken_back}
     judged, right = _judge_tokens(rollouts, references(examples))
     return {
         "accuracy": correct,
         "empty_rate": Estimate.fraction(rollouts.texts.lengths == 0),
-        "actions_per_answer": Estimate.mean(rollouts.logs.lengths),
+        "actions_per_answer": Estimate.mean(rollouts.trajectories.lengths),
         **_editing_metrics(rollouts),
-        "wrong_taken_back": rollouts.fraction_of(~rollouts.survives, judged & ~right),
-        "right_taken_back": rollouts.fraction_of(~rollouts.survives, judged & right),
+        "wrong_tokens_deleted": rollouts.fraction_of(~rollouts.survives, judged & ~right),
+        "correct_tokens_deleted": rollouts.fraction_of(~rollouts.survives, judged & right),
     }
 
 
@@ -117,8 +117,8 @@ def text_metrics(rollouts: ReplayedRollouts, num_forced: int = 0) -> dict[str, E
     texts = rollouts.texts
     recovered = {}
     if num_forced:
-        all_gone, taken_back = rollouts.forced_taken_back(num_forced)
-        recovered = {"recovery": Estimate.fraction(all_gone), "planted_taken_back": taken_back}
+        all_gone, taken_back = rollouts.forced_tokens_deleted(num_forced)
+        recovered = {"recovery": Estimate.fraction(all_gone), "forced_tokens_deleted": taken_back}
     return {
         **recovered,
         **_editing_metrics(rollouts),
@@ -134,27 +134,27 @@ def rewrites(rollouts: ReplayedRollouts) -> tuple[Bool, Int64]:
     """[A] whether each action is a backspace that is followed at once by the token it took back; [L] longest run of
     these in each rollout, one every second action.
     """
-    tokens, log = rollouts.logs.realised, rollouts.played.log
+    tokens, trajectory = rollouts.trajectories.executed, rollouts.played.trajectory
     rewritten = np.zeros(len(tokens), dtype=np.bool_)
-    longest = np.zeros(rollouts.logs.num_logs, dtype=np.int64)
+    longest = np.zeros(rollouts.trajectories.num_trajectories, dtype=np.int64)
     candidates = np.flatnonzero(tokens[:-1] == rollouts.contract.backspace_id)
-    candidates = candidates[log[candidates] == log[candidates + 1]]
+    candidates = candidates[trajectory[candidates] == trajectory[candidates + 1]]
     rewritten[candidates] = tokens[candidates + 1] == tokens[rollouts.played.state[candidates]]
     # In a run every second action is a rewrite, so the actions of even and odd index are looked at apart.
     for parity in (0, 1):
-        hit, log_of_event = rewritten[parity::2], log[parity::2]
+        hit, trajectory_of_event = rewritten[parity::2], trajectory[parity::2]
         position = np.arange(len(hit))
-        begins = np.diff(log_of_event, prepend=-1) != 0
+        begins = np.diff(trajectory_of_event, prepend=-1) != 0
         breaks = np.where(hit, np.where(begins, position - 1, -1), position)
-        np.maximum.at(longest, log_of_event, position - np.maximum.accumulate(breaks))
+        np.maximum.at(longest, trajectory_of_event, position - np.maximum.accumulate(breaks))
     return rewritten, longest
 
 
 def _editing_metrics(rollouts: ReplayedRollouts) -> dict[str, Estimate]:
-    every = np.arange(len(rollouts.logs.actions))
-    is_backspace = rollouts.logs.actions == rollouts.contract.backspace_id
+    every = np.arange(len(rollouts.trajectories.actions))
+    is_backspace = rollouts.trajectories.actions == rollouts.contract.backspace_id
     rewritten, longest = rewrites(rollouts)
-    lengths = rollouts.logs.lengths.astype(np.float64), rollouts.texts.lengths.astype(np.float64)
+    lengths = rollouts.trajectories.lengths.astype(np.float64), rollouts.texts.lengths.astype(np.float64)
     return {
         "truncated_rate": Estimate.fraction(~rollouts.ended_by("eos")),
         "backspace_rate": rollouts.fraction_of(is_backspace, every),
@@ -182,18 +182,18 @@ def _judge_tokens(rollouts: ReplayedRollouts, references: Ragged) -> tuple[Bool,
     The number of mistakes in the text is a running sum over the rollout: an appended mistake adds one, taking one back
     subtracts it. A token is judged where that sum was zero before it.
     """
-    tokens, played = rollouts.logs.realised, rollouts.played
+    tokens, played = rollouts.trajectories.executed, rollouts.played
     is_append = tokens != rollouts.contract.backspace_id
     index = played.depth - 1
-    in_reference = is_append & (index < references.lengths[played.log])
+    in_reference = is_append & (index < references.lengths[played.trajectory])
     right = np.zeros(len(tokens), dtype=np.bool_)
-    at = references.offsets[:-1][played.log[in_reference]] + index[in_reference]
+    at = references.offsets[:-1][played.trajectory[in_reference]] + index[in_reference]
     right[in_reference] = references.values[at] == tokens[in_reference]
     is_mistake = is_append & ~right
     # A backspace takes back the token that made its state.
     change = np.where(is_append, is_mistake.astype(np.int64), -is_mistake[played.state].astype(np.int64))
     before = np.concatenate([[0], np.cumsum(change)])
-    mistakes = before[:-1] - before[rollouts.logs.offsets[:-1]][played.log]
+    mistakes = before[:-1] - before[rollouts.trajectories.offsets[:-1]][played.trajectory]
     return in_reference & (mistakes == 0) & ~np.isin(tokens, rollouts.contract.eos_ids), right
 
 

@@ -38,7 +38,7 @@ from launch.settings.evaluation import (
     ContrastiveSearch,
     Decoding,
     EvaluationSettings,
-    check_planting,
+    check_forced_prefix,
 )
 
 if TYPE_CHECKING:
@@ -82,22 +82,22 @@ def plan_groups(
     evaluation: EvaluationSettings,
     seed: int,
 ) -> list[RolloutGroup]:
-    """The usual groups, and those that the settings ask for. Raises ValueError as `check_planting` does."""
+    """The usual groups, and those that the settings ask for. Raises ValueError as `check_forced_prefix` does."""
     has_answers = task.is_correct is not None
-    check_planting(evaluation.decodings, rollout.max_new_tokens)
+    check_forced_prefix(evaluation.decodings, rollout.max_new_tokens)
     prompts = [np.asarray(ids, dtype=np.int32) for ids in examples["prompt_ids"]]
     usual = [Decoding(SAMPLED)] + ([Decoding(GREEDY, temperature=0.0)] if has_answers else [])
     usual += [decoding for decoding in evaluation.decodings if decoding.name not in {each.name for each in usual}]
     can_recover = recovery_obstacle(task, contract, examples, rollout) is None
     groups = []
-    for decoding in [*usual, Decoding(RECOVERY, temperature=0.0, num_planted=1)]:
+    for decoding in [*usual, Decoding(RECOVERY, temperature=0.0, num_forced=1)]:
         forced = None
-        if decoding.num_planted:
+        if decoding.num_forced:
             if not can_recover:
                 continue
             rng = np.random.default_rng(seed)
-            forced = wrong_tokens(examples, task.task_noise, contract, decoding.num_planted, rng).tolist()
-        temperature = 1.0 if decoding.num_planted and not has_answers else decoding.temperature
+            forced = wrong_tokens(examples, task.task_noise, contract, decoding.num_forced, rng).tolist()
+        temperature = 1.0 if decoding.num_forced and not has_answers else decoding.temperature
         backspace = rollout.backspace and decoding.contrastive is None
         sampling = SamplingSettings(
             max_new_tokens=rollout.max_new_tokens,

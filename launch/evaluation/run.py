@@ -122,11 +122,11 @@ def _shown(
         if number == 0:
             continue
         found = rollouts[group]
-        backspaces = found.logs.actions == found.contract.backspace_id
-        deletes = np.isin(np.arange(found.logs.num_logs), found.played.log[backspaces])
+        backspaces = found.trajectories.actions == found.contract.backspace_id
+        deletes = np.isin(np.arange(found.trajectories.num_trajectories), found.played.trajectory[backspaces])
         texts = found.decoded(task)
         for index in np.argsort(~deletes, kind="stable")[:number].tolist():
-            view = view_rollout(found.batch, index, task.tokenizer, found.contract, num_planted=int(group == RECOVERY))
+            view = view_rollout(found.batch, index, task.tokenizer, found.contract, num_forced=int(group == RECOVERY))
             is_correct = None
             if task.is_correct is not None:
                 is_correct = view.finish_reason == "eos" and task.is_correct(texts[index], examples[index])

@@ -48,15 +48,15 @@ METRICS = (
     Metric("buffer_capacity_rows", "gauge", ("shard",), "live rows per source, at most"),
     Metric("buffer_live_rows", "gauge", ("shard", "source"), "rows that can be drawn"),
     Metric("buffer_inserted_rows", "counter", ("shard", "source"), "rows inserted"),
-    Metric("buffer_drawn_rows", "counter", ("shard", "source"), "rows drawn, each time"),
+    Metric("buffer_sampled_rows", "counter", ("shard", "source"), "rows drawn, each time"),
     Metric("buffer_removed_rows", "counter", ("shard", "source", "reason"), "rows evicted or dropped"),
     Metric("buffer_rejected_rows", "counter", ("shard",), "rows refused on insert"),
     Metric("buffer_size_bytes", "gauge", ("shard",), "segment files"),
-    Metric("buffer_waiting_draws", "gauge", ("shard",), "draws that wait for rows"),
+    Metric("buffer_waiting_samples", "gauge", ("shard",), "draws that wait for rows"),
     Metric("buffer_actors_paused", "gauge", ("shard",), "1 = ahead of the learner"),
     Metric("buffer_quarantined_files", "gauge", ("shard",), "damaged, put aside"),
-    Metric("buffer_draw_staleness_versions", "gauge", ("shard", "source"), "mean over the newest draw"),
-    Metric("buffer_draw_age_seconds", "gauge", ("shard", "source"), "mean over the newest draw"),
+    Metric("buffer_sample_staleness_versions", "gauge", ("shard", "source"), "mean over the newest draw"),
+    Metric("buffer_sample_age_seconds", "gauge", ("shard", "source"), "mean over the newest draw"),
 )
 
 Sample = tuple[str, tuple[str, ...], float]
@@ -158,7 +158,7 @@ def _of_shard(name: str, shard: ShardStatus) -> Iterator[Sample]:
         buffer_capacity_rows=shard.capacity,
         buffer_rejected_rows=shard.store.rejected,
         buffer_size_bytes=shard.store.size_bytes,
-        buffer_waiting_draws=shard.waiting_draws,
+        buffer_waiting_samples=shard.waiting_samples,
         buffer_actors_paused=shard.actors_paused,
         buffer_quarantined_files=len(shard.store.quarantined),
     )
@@ -167,13 +167,13 @@ def _of_shard(name: str, shard: ShardStatus) -> Iterator[Sample]:
             (name, source),
             buffer_live_rows=counters.live,
             buffer_inserted_rows=counters.inserted,
-            buffer_drawn_rows=counters.drawn,
+            buffer_sampled_rows=counters.drawn,
         )
         for reason, count in counters.removed.items():
             yield from _with_labels((name, source, reason), buffer_removed_rows=count)
-        if (last := counters.last_draw) is not None:
+        if (last := counters.last_sample) is not None:
             yield from _with_labels(
                 (name, source),
-                buffer_draw_staleness_versions=last.staleness_mean,
-                buffer_draw_age_seconds=last.age_mean_s,
+                buffer_sample_staleness_versions=last.staleness_mean,
+                buffer_sample_age_seconds=last.age_mean_s,
             )

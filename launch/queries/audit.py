@@ -16,7 +16,7 @@ from launch.errors import setting_up
 from launch.queries.query import RunFolder, catalog_image
 
 if TYPE_CHECKING:
-    from buffer.reading.audit import AuditReport, DrawLimits
+    from buffer.reading.audit import AuditReport, SampleLimits
 
 SHOWN_NAMES = 10
 """Ids per finding on a terminal; the JSON has all."""
@@ -31,11 +31,11 @@ def audit(run: RunFolder, as_json: AsJson = False) -> None:
     [dim]Example:[/dim] sequencematch audit runs/arithmetic-20260101-120000
     """
     with reported_errors(), stdout_kept_clean(as_json), setting_up():
-        from buffer.reading.audit import DrawLimits, audit_buffer
+        from buffer.reading.audit import SampleLimits, audit_buffer
         from launch.run_folder.folder import BUFFER_FOLDER, open_run_folder
 
         folder, settings = open_run_folder(run)
-        limits = DrawLimits(settings.buffer.max_times_sampled, settings.buffer.max_staleness)
+        limits = SampleLimits(settings.buffer.max_times_sampled, settings.buffer.max_staleness)
         report = audit_buffer(folder / BUFFER_FOLDER, limits, partial(catalog_image, folder))
         if not as_json:
             _show(report, limits, Console())
@@ -45,7 +45,7 @@ def audit(run: RunFolder, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _show(report: AuditReport, limits: DrawLimits, console: Console) -> None:
+def _show(report: AuditReport, limits: SampleLimits, console: Console) -> None:
     """Reasons for which nothing was removed are left out."""
     from buffer.store.catalog import EVICTED, REASONS
 
@@ -60,7 +60,7 @@ def _show(report: AuditReport, limits: DrawLimits, console: Console) -> None:
         table.add_row(str(each.shard), each.source, *(f"{number:,}" for number in numbers))
     console.print(table)
     given = ", ".join(f"{name} {limit}" for name, limit in vars(limits).items() if limit is not None) or "none"
-    facts = f"{report.num_draws:,} draws, {report.rejected:,} trajectories rejected on insert; limits: {given}"
+    facts = f"{report.num_samples_drawn:,} draws, {report.rejected:,} trajectories rejected on insert; limits: {given}"
     console.print(facts, style="dim")
     if not report.findings:
         console.print("clean: every row is accounted for, no id twice, no draw beyond its limits", style="green")
@@ -71,7 +71,7 @@ def _show(report: AuditReport, limits: DrawLimits, console: Console) -> None:
         console.print(Text.assemble((f"{where}{finding.what}", "red"), f": {names}" if names else ""))
 
 
-def _to_json(report: AuditReport, limits: DrawLimits) -> dict[str, object]:
+def _to_json(report: AuditReport, limits: SampleLimits) -> dict[str, object]:
     """The same for programs, with all ids."""
     from buffer.store.catalog import EVICTED, REASONS
 
@@ -90,7 +90,7 @@ def _to_json(report: AuditReport, limits: DrawLimits) -> dict[str, object]:
             for each in report.accounts
         ],
         "rejected": report.rejected,
-        "draws": report.num_draws,
+        "draws": report.num_samples_drawn,
         "limits": vars(limits),
         "findings": [
             {"shard": finding.shard, "what": finding.what, "ids": list(finding.names)} for finding in report.findings

@@ -27,7 +27,7 @@ from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from buffer.experts.ragged import Ragged
 from buffer.reading.snapshot import BufferSnapshot, read_buffer
-from buffer.trajectory.replay import ActionLogs, final_token_ids, replay
+from buffer.trajectory.replay import TrajectoryArrays, final_token_ids, replay
 from buffer.trajectory.schema import TokenContract
 from launch.queries.query import catalog_image
 from launch.rollout_view import as_shown, view_rollout
@@ -46,14 +46,14 @@ T = TypeVar("T")
 
 TEXT_INPUTS = {
     "prompt_text": ("prompt_ids",),
-    "final_text": ("prompt_ids", "actions", "realised"),
-    "marked_text": ("prompt_ids", "actions", "realised", "finish_reason"),
+    "final_text": ("prompt_ids", "actions", "executed"),
+    "marked_text": ("prompt_ids", "actions", "executed", "finish_reason"),
 }
 """Per column of text, the columns of a trajectory that it is made of, in the order of the method's parameters."""
 
 _STORED = "stored_trajectories"  # DuckDB's own views of the Arrow tables; `trajectories` and `events` are made of them
 _LOGGED = "logged_events"
-_SQL_TYPES = {"prompt_ids": "INTEGER[]", "actions": "INTEGER[]", "realised": "INTEGER[]", "finish_reason": "VARCHAR"}
+_SQL_TYPES = {"prompt_ids": "INTEGER[]", "actions": "INTEGER[]", "executed": "INTEGER[]", "finish_reason": "VARCHAR"}
 _EVENT_VIEWS = """
     CREATE VIEW events AS SELECT * RENAME ("at" AS logged_at) FROM logged_events;
     CREATE VIEW draws AS
@@ -188,13 +188,15 @@ class TextColumns:
         return pa.array(self._decode_all(prompt_ids.to_pylist()), pa.string())
 
     def final_text(
-        self, prompt_ids: pa.ChunkedArray, actions: pa.ChunkedArray, realised: pa.ChunkedArray
+        self, prompt_ids: pa.ChunkedArray, actions: pa.ChunkedArray, executed: pa.ChunkedArray
     ) -> pa.StringArray:
         """[n] answers as they stand at the end, without `<eos>`; decoded in their place behind the prompt, because
         many tokenizers drop the space of a first token.
         """
-        logs = ActionLogs.from_batch(_batch(prompt_ids=prompt_ids, actions=actions, realised=realised))
-        offsets, ids = final_token_ids(logs, replay(logs, self._contract.backspace_id), self._contract.backspace_id)
+        trajectories = TrajectoryArrays.from_batch(_batch(prompt_ids=prompt_ids, actions=actions, executed=executed))
+        offsets, ids = final_token_ids(
+            trajectories, replay(trajectories, self._contract.backspace_id), self._contract.backspace_id
+        )
         answers = [part[~np.isin(part, self._contract.eos_ids)].tolist() for part in Ragged(offsets, ids).rows()]
         prompts: list[list[int]] = prompt_ids.to_pylist()
         starts = self._decode_all(prompts)
@@ -211,11 +213,11 @@ class TextColumns:
         self,
         prompt_ids: pa.ChunkedArray,
         actions: pa.ChunkedArray,
-        realised: pa.ChunkedArray,
+        executed: pa.ChunkedArray,
         finish_reason: pa.ChunkedArray,
     ) -> pa.StringArray:
         """[n] answers with their deletions, as `RolloutView.plain` writes them."""
-        batch = _batch(prompt_ids=prompt_ids, actions=actions, realised=realised, finish_reason=finish_reason)
+        batch = _batch(prompt_ids=prompt_ids, actions=actions, executed=executed, finish_reason=finish_reason)
         tokenizer = self._tokenizer()
         views = (view_rollout(batch, index, tokenizer, self._contract) for index in range(batch.num_rows))
         return pa.array([view.plain() for view in views], pa.string())

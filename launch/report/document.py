@@ -61,7 +61,7 @@ def number(value: float) -> str:
 
 def measured(value: float, info: MetricInfo) -> str:
     """A value of a metric: shares in per cent, `8.9 %`."""
-    return f"{_bare(value, info)}\N{NO-BREAK SPACE}%" if info.is_share else number(value)
+    return f"{_bare(value, info)}\N{NO-BREAK SPACE}%" if info.is_fraction else number(value)
 
 
 def interval_ends(interval: Interval, info: MetricInfo) -> str:
@@ -74,7 +74,7 @@ def interval_ends(interval: Interval, info: MetricInfo) -> str:
 def change(interval: Interval, info: MetricInfo) -> str:
     """A difference with its sign: `+75.6 points`."""
     sign = "+" if interval.value > 0 else MINUS if interval.value < 0 else "±"
-    return f"{sign}{_bare(abs(interval.value), info)}{' points' if info.is_share else ''}"
+    return f"{sign}{_bare(abs(interval.value), info)}{' points' if info.is_fraction else ''}"
 
 
 def moment(seconds: float) -> str:
@@ -83,7 +83,7 @@ def moment(seconds: float) -> str:
 
 
 def _bare(value: float, info: MetricInfo) -> str:
-    return f"{100 * value:.1f}".replace("-", MINUS) if info.is_share else number(value)
+    return f"{100 * value:.1f}".replace("-", MINUS) if info.is_fraction else number(value)
 
 
 @cache

@@ -20,32 +20,32 @@ class MetricInfo:
 
     title: str
     better: Direction = "neither"
-    is_share: bool = False
+    is_fraction: bool = False
     is_headline: bool = False
 
 
 METRICS = {
-    "accuracy": MetricInfo("right answers", "higher", is_share=True, is_headline=True),
-    "recovery": MetricInfo("recovered", "higher", is_share=True, is_headline=True),
-    "mauve": MetricInfo("MAUVE", "higher", is_share=True, is_headline=True),
+    "accuracy": MetricInfo("right answers", "higher", is_fraction=True, is_headline=True),
+    "recovery": MetricInfo("recovered", "higher", is_fraction=True, is_headline=True),
+    "mauve": MetricInfo("MAUVE", "higher", is_fraction=True, is_headline=True),
     "perplexity": MetricInfo("perplexity", "lower", is_headline=True),
     "perplexity_without_backspace": MetricInfo("perplexity without what backspace gets", "lower"),
-    "backspace_prob": MetricInfo("probability of backspace before a right token", "lower", is_share=True),
-    "diversity": MetricInfo("diversity (distinct 2- to 4-grams)", is_share=True),
-    "self_bleu": MetricInfo("self-BLEU (100 % = all texts alike)", is_share=True),
-    "planted_taken_back": MetricInfo("planted tokens taken back", "higher", is_share=True),
-    "wrong_taken_back": MetricInfo("wrong tokens taken back", "higher", is_share=True),
-    "right_taken_back": MetricInfo("right tokens taken back", "lower", is_share=True),
-    "backspace_rate": MetricInfo("backspaces among the actions", is_share=True),
+    "backspace_prob": MetricInfo("probability of backspace before a right token", "lower", is_fraction=True),
+    "diversity": MetricInfo("diversity (distinct 2- to 4-grams)", is_fraction=True),
+    "self_bleu": MetricInfo("self-BLEU (100 % = all texts alike)", is_fraction=True),
+    "forced_tokens_deleted": MetricInfo("planted tokens taken back", "higher", is_fraction=True),
+    "wrong_tokens_deleted": MetricInfo("wrong tokens taken back", "higher", is_fraction=True),
+    "correct_tokens_deleted": MetricInfo("right tokens taken back", "lower", is_fraction=True),
+    "backspace_rate": MetricInfo("backspaces among the actions", is_fraction=True),
     "actions_per_answer": MetricInfo("actions per answer"),
     "actions_per_final_token": MetricInfo("actions per final token"),
-    "rewritten_rate": MetricInfo("deleted tokens written again at once", "lower", is_share=True),
+    "rewritten_rate": MetricInfo("deleted tokens written again at once", "lower", is_fraction=True),
     "longest_rewrite_run": MetricInfo("longest loop of rewrites", "lower"),
-    "max_actions_rate": MetricInfo("stopped by the bound on actions", "lower", is_share=True),
-    "empty_rate": MetricInfo("empty answers", "lower", is_share=True),
-    "truncated_rate": MetricInfo("cut off by a limit", "lower", is_share=True),
+    "max_actions_rate": MetricInfo("stopped by the bound on actions", "lower", is_fraction=True),
+    "empty_rate": MetricInfo("empty answers", "lower", is_fraction=True),
+    "truncated_rate": MetricInfo("cut off by a limit", "lower", is_fraction=True),
     "tokens_per_text": MetricInfo("tokens per text"),
-    "distinct_4grams": MetricInfo("distinct 4-grams", "neither", is_share=True),
+    "distinct_4grams": MetricInfo("distinct 4-grams", "neither", is_fraction=True),
 }
 """What is known of a metric of `launch.evaluation`; others are shown by their name, as plain numbers."""
 

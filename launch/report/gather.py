@@ -17,7 +17,7 @@ import pyarrow.json
 from pydantic import BaseModel, ValidationError
 
 from buffer.reading.snapshot import BufferSnapshot, read_buffer
-from buffer.trajectory.replay import ActionLogs
+from buffer.trajectory.replay import TrajectoryArrays
 from buffer.trajectory.schema import TokenContract
 from launch.errors import UserError
 from launch.evaluation.report import SAMPLES_FOLDER
@@ -244,9 +244,9 @@ def sample_rollouts(snapshot: BufferSnapshot, tokenizer: PreTrainedTokenizerBase
 
 def read_rollout(row: pa.RecordBatch, tokenizer: PreTrainedTokenizerBase, contract: TokenContract) -> Rollout:
     """The trajectory of a batch of one policy row, which the buffer has validated."""
-    log, values = ActionLogs.from_batch(row), row.to_pylist()[0]
+    trajectory, values = TrajectoryArrays.from_batch(row), row.to_pylist()[0]
     text, actions = list(values["prompt_ids"]), []
-    columns = (values["actions"], log.realised.tolist(), values["logprobs"], values["policy_version"])
+    columns = (values["actions"], trajectory.executed.tolist(), values["logprobs"], values["policy_version"])
     special: dict[int, ActionKind] = dict.fromkeys(contract.eos_ids, "end")
     special[contract.backspace_id] = "backspace"
     for action, written, logprob, version in zip(*columns, strict=True):

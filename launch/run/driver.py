@@ -160,7 +160,7 @@ class RunProcesses:
             run_folder=str(self._folder),
             seed=settings.seed,
             trackers=settings.trackers,
-            prioritised_replay=settings.buffer.sampler == "prioritised",
+            prioritized_replay=settings.buffer.sampler == "prioritized",
             features=tuple(settings.scoring.features),
             offers_backspace=settings.actors.rollout.backspace,
         )
@@ -268,7 +268,7 @@ class RunProcesses:
         view = self._view
         if self._autoscaler is None or view.pool is None or view.buffer is None:
             return
-        seen = Observation.of(time.monotonic(), view.pool, draw_waits=view.buffer.waiting_draws > 0)
+        seen = Observation.of(time.monotonic(), view.pool, sample_waits=view.buffer.waiting_samples > 0)
         wanted = self._autoscaler.observe(seen)
         if wanted is not None:
             message = f"autoscaling asks for {wanted} actors instead of {seen.desired}"

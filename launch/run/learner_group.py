@@ -121,8 +121,8 @@ class LearnerGroup:
 
     def join(self) -> LearnerCall:
         """Let the ranks find each other; comes before everything else, where they are several."""
-        meeting = self.leader.open_meeting.options(concurrency_group="training").remote()
-        return self.call("join", meeting, task="find the other ranks")
+        rendezvous = self.leader.open_rendezvous.options(concurrency_group="training").remote()
+        return self.call("join", rendezvous, task="find the other ranks")
 
     def call(self, method: str, *arguments: object, task: str = "answer") -> LearnerCall:
         """Call a method of `LearnerWorker` on every rank. task: see `RemoteCall`."""

@@ -58,7 +58,7 @@ _KEPT_OF_A_RUN_WITHOUT_STEPS = {"lock", CONFIG_FILE, USED_CONFIGS_FOLDER, RUN_ID
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that two recipes have otherwise. key: as in an override, e.g. `stages.trunk.steps`."""
+    """A setting that two recipes have otherwise. key: as in an override, e.g. `stages.pretrain.steps`."""
 
     key: str
     before: object

@@ -32,7 +32,7 @@ class ContrastiveSearch:
 class Decoding:
     """How continuations are chosen. name: of the group of rollouts.
 
-    temperature: 0 is greedy. contrastive: not sampled, but searched for. num_planted: wrong tokens that an
+    temperature: 0 is greedy. contrastive: not sampled, but searched for. num_forced: wrong tokens that an
     answer, or a text, is made to begin with; texts are then sampled at temperature 1 in any case.
     """
 
@@ -40,7 +40,7 @@ class Decoding:
     temperature: float = 1.0
     top_p: float = 1.0
     contrastive: ContrastiveSearch | None = None
-    num_planted: int = 0
+    num_forced: int = 0
 
 
 def check_decodings(texts: Sequence[str]) -> None:
@@ -50,10 +50,10 @@ def check_decodings(texts: Sequence[str]) -> None:
         raise ValueError(f"a decoding is named twice: {', '.join(texts)}")
 
 
-def check_planting(decodings: Sequence[Decoding], max_new_tokens: int) -> None:
+def check_forced_prefix(decodings: Sequence[Decoding], max_new_tokens: int) -> None:
     """Raises ValueError where wrong tokens are to be planted, and an answer has no room for them."""
     for decoding in decodings:
-        if decoding.num_planted >= max_new_tokens:
+        if decoding.num_forced >= max_new_tokens:
             raise ValueError(
                 f"decoding {decoding.name} leaves no room for an answer: plant fewer tokens than "
                 f"actors.rollout.max_new_tokens={max_new_tokens}"
@@ -75,8 +75,8 @@ def parse_decoding(text: str) -> Decoding:
             return Decoding(f"top_p={top_p:g}", top_p=top_p)
         if kind == "temperature" and 0.0 < (temperature := float(value)) <= 10.0 and temperature != 1.0:
             return Decoding(f"temperature={temperature:g}", temperature=temperature)
-        if kind == RECOVERY and (num_planted := int(value)) >= 2:
-            return Decoding(f"{RECOVERY}={num_planted}", temperature=0.0, num_planted=num_planted)
+        if kind == RECOVERY and (num_forced := int(value)) >= 2:
+            return Decoding(f"{RECOVERY}={num_forced}", temperature=0.0, num_forced=num_forced)
         if kind == CONTRASTIVE:
             candidates, _, penalty = value.partition(":")
             search = ContrastiveSearch(int(candidates), float(penalty))

@@ -18,7 +18,7 @@ Tree = dict[str, object]
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
-    """Read `path` and apply overrides such as `actors.count=2` or `stages.trunk.steps=100`.
+    """Read `path` and apply overrides such as `actors.count=2` or `stages.pretrain.steps=100`.
 
     A stage is addressed by its name or its index; values are YAML.
     UserError: the file holds no mapping, an override is malformed, or a key or value is not accepted.

@@ -19,7 +19,7 @@ from actors.settings import (
 from buffer.settings import BufferSettings, NoiseSettings, OutputPath, Settings, TaskSettings
 from buffer.store.limiter import Limiter
 from launch.errors import UserError
-from launch.settings.evaluation import EvaluationSettings, check_planting
+from launch.settings.evaluation import EvaluationSettings, check_forced_prefix
 from learner.metrics.log import TrackerName
 from learner.settings.model import ModelSettings, PretrainedModelSettings, ScratchModelSettings
 from learner.settings.objectives import AdversarialJsSettings, ConstraintSettings, ScoreFunctionSettings, TargetSettings
@@ -97,7 +97,7 @@ class RunSettings(Settings):
                 f"evaluation.mauve compares free texts; answers of task {self.task.name} are right or wrong: leave it "
                 "out"
             )
-        check_planting(self.evaluation.decodings, self.actors.rollout.max_new_tokens)
+        check_forced_prefix(self.evaluation.decodings, self.actors.rollout.max_new_tokens)
         self._check_model()
         for stage in self.stages:
             self._check_stage(stage)
@@ -120,9 +120,9 @@ class RunSettings(Settings):
         drawing = [stage for stage in self.stages if stage.objective.needs_rollouts]
         for stage in drawing:
             Limiter(self.buffer).check(stage.rollout_batch_size)
-        if self.buffer.sampler == "prioritised" and not drawing:
+        if self.buffer.sampler == "prioritized" and not drawing:
             raise ValueError(
-                "buffer.sampler=prioritised goes by the soft-Bellman residuals of rollouts that were trained on, and "
+                "buffer.sampler=prioritized goes by the soft-Bellman residuals of rollouts that were trained on, and "
                 f"no stage draws any ({', '.join(stage.name for stage in self.stages)}): choose another sampler"
             )
         if self.scoring.scorers and not having:
@@ -168,7 +168,7 @@ class RunSettings(Settings):
                 f"{where} raises a reward, and the recipe has none: set scoring.reward, e.g. to {{kind: exact_answer}} "
                 "(docs/scoring.md)"
             )
-        self._check_rollouts_as_drawn(where)
+        self._check_rollouts_as_sampled(where)
         if isinstance(objective, TargetSettings):
             features = self.scoring.features
             for each in objective.constraints:
@@ -179,20 +179,20 @@ class RunSettings(Settings):
                     )
                 _check_constraint(each, features[each.feature])
 
-    def _check_rollouts_as_drawn(self, where: str) -> None:
+    def _check_rollouts_as_sampled(self, where: str) -> None:
         if self.actors.rollout.top_p < 1.0:
             raise ValueError(
                 f"{where} weighs rollouts by policy over sampler, and with actors.rollout.top_p="
                 f"{self.actors.rollout.top_p:g} the sampler never makes most of them: set it to 1"
             )
-        if self.buffer.sampler == "prioritised":
+        if self.buffer.sampler == "prioritized":
             raise ValueError(
-                f"{where} is an expectation over rollouts, which buffer.sampler=prioritised would not draw as they "
+                f"{where} is an expectation over rollouts, which buffer.sampler=prioritized would not draw as they "
                 "come: choose another sampler"
             )
 
     def _check_adversarial(self, where: str, stage: StageSettings, objective: AdversarialJsSettings) -> None:
-        self._check_rollouts_as_drawn(where)
+        self._check_rollouts_as_sampled(where)
         if stage.rollout_batch_size < 2:
             raise ValueError(
                 f"{where} compares each rollout with the others of its step: set rollout_batch_size to 2 or more"

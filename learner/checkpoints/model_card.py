@@ -143,7 +143,7 @@ does it inside vLLM and shows what was taken back. In plain transformers:
 {GENERATION_LOOP}```
 
 A generator that does not know the action must never sample it. `generation_config.json` says so (`suppress_tokens`),
-which `model.generate` of transformers honours; tell others with each request, e.g. by `logit_bias`
+which `model.generate` of transformers honors; tell others with each request, e.g. by `logit_bias`
 of `{{{backspace_id}: -100}}`.
 
 """

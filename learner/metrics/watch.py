@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from learner.objectives.base import EvaluatedLogs, Metrics
+from learner.objectives.base import EvaluatedTrajectories, Metrics
 from learner.settings.stages import StageSettings, WatchSettings
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def behaviour_metrics(rollouts: EvaluatedLogs, backspace_id: int, newest_version: int) -> Metrics:
-    """This call's shares; `finish_behaviour_metrics` makes means of them once those of all calls are combined.
+def behavior_metrics(rollouts: EvaluatedTrajectories, backspace_id: int, newest_version: int) -> Metrics:
+    """This call's shares; `finish_behavior_metrics` makes means of them once those of all calls are combined.
     newest_version: of all actions of the step's rollouts."""
     tree, values = rollouts.tree, rollouts.values
     metrics = {"backspace_rate": rollouts.mean_over_actions((tree.actions.label == backspace_id).to(values.v.dtype))}
@@ -31,15 +31,15 @@ def behaviour_metrics(rollouts: EvaluatedLogs, backspace_id: int, newest_version
         kept = difference.masked_fill(~chosen, 0.0)
         metrics[f"log_prob_mismatch{suffix}_mean"] = rollouts.mean_over_actions(kept)
         metrics[f"log_prob_mismatch{suffix}_max_abs"] = torch.cat([kept, kept.new_zeros(1)]).max()
-        metrics[f"log_prob_compared{suffix}_share"] = rollouts.mean_over_actions(chosen.to(values.v.dtype))
+        metrics[f"log_prob_compared{suffix}_fraction"] = rollouts.mean_over_actions(chosen.to(values.v.dtype))
     return metrics
 
 
-def finish_behaviour_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+def finish_behavior_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """From combined shares to means over the compared actions; 0 where none was compared, as their share then says."""
     finished = dict(metrics)
     for suffix in ("", "_stale"):
-        share = finished.get(f"log_prob_compared{suffix}_share", 0.0)
+        share = finished.get(f"log_prob_compared{suffix}_fraction", 0.0)
         if share > 0.0:
             finished[f"log_prob_mismatch{suffix}_mean"] /= share
     return finished
@@ -73,7 +73,7 @@ class Watch:
                 "backspace_rate",
                 "alarm_backspace_rate",
                 settings.max_backspace_rate,
-                "the policy takes back most of what it types: lower alpha or raise beta_end",
+                "the policy takes back most of what it types: lower alpha or raise bc_weight_end",
             ),
             _Alarm(
                 "log_prob_mismatch_mean",
@@ -84,9 +84,9 @@ class Watch:
                 min(2 * stage.publish_every_steps, stage.steps),
             ),
             _Alarm(
-                "unsatisfied_share",
+                "unsatisfied_fraction",
                 "alarm_unsatisfied",
-                settings.max_unsatisfied_share,
+                settings.max_unsatisfied_fraction,
                 "hardly a rollout meets the pointwise constraints, so next to nothing is learned: choose features that "
                 "the policy shows now and then, start from one that does, or raise rollout_batch_size",
             ),

@@ -3,9 +3,9 @@
 peft replaces the adapted layers inside the model, which keeps its class and its names otherwise. A tied output
 embedding is untied first: its copy is trained, while the input embedding stays frozen like the rest of the base.
 
-The frozen linear layers may be held in 4 bits (NF4 with doubly quantised scales: QLoRA, arXiv 2305.14314), through
-bitsandbytes. They are quantised one by one after loading, whatever format the weights came in, and the model's config
-keeps silent about it: what is published and saved are dequantised weights, so every reader sees an ordinary model.
+The frozen linear layers may be held in 4 bits (NF4 with doubly quantized scales: QLoRA, arXiv 2305.14314), through
+bitsandbytes. They are quantized one by one after loading, whatever format the weights came in, and the model's config
+keeps silent about it: what is published and saved are dequantized weights, so every reader sees an ordinary model.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def trained_unembedding(model: PreTrainedModel) -> str | None:
     return name
 
 
-def quantise_linear_layers(model: PreTrainedModel) -> None:
+def quantize_linear_layers(model: PreTrainedModel) -> None:
     """Replace (in place) every linear layer but the output embedding by a frozen one in NF4. ValueError: the model has
     no such layers; else it raises as `check_available`."""
     check_available()
@@ -140,12 +140,12 @@ def quantise_linear_layers(model: PreTrainedModel) -> None:
     linear = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not head]
     if not linear:
         raise ValueError(
-            f"quantization=nf4 has nothing to quantise: {type(model).__name__} is not made of plain linear layers; "
+            f"quantization=nf4 has nothing to quantize: {type(model).__name__} is not made of plain linear layers; "
             "leave quantization out"
         )
     for name, layer in linear:
         weight = layer.weight
-        quantised = Linear4bit(
+        quantized = Linear4bit(
             layer.in_features,
             layer.out_features,
             bias=layer.bias is not None,
@@ -155,12 +155,12 @@ def quantise_linear_layers(model: PreTrainedModel) -> None:
         )
         # Its fast path for CPUs packs the weight anew at the first forward pass without gradients, in a layout that is
         # rounded to bfloat16 and has no backward pass: training would go on with other weights.
-        quantised.support_avx512bf16_for_cpu = False
-        quantised.weight = Params4bit(
-            weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=quantised
+        quantized.support_avx512bf16_for_cpu = False
+        quantized.weight = Params4bit(
+            weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=quantized
         )
-        quantised.bias = layer.bias
-        model.set_submodule(name, quantised.to(weight.device).train(layer.training))
+        quantized.bias = layer.bias
+        model.set_submodule(name, quantized.to(weight.device).train(layer.training))
     # By this name peft knows the layers for what they are.
     model.is_loaded_in_4bit = True
 
@@ -170,15 +170,15 @@ def is_quantised(weight: Tensor) -> bool:
     return getattr(weight, "quant_state", None) is not None
 
 
-def dequantise(weight: Tensor) -> Tensor:
-    """A quantised weight as the layer multiplies with it; a new tensor."""
+def dequantize(weight: Tensor) -> Tensor:
+    """A quantized weight as the layer multiplies with it; a new tensor."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, weight.quant_state)
 
 
 def check_available() -> None:
-    """Quantise a small matrix and restore it. ValueError: bitsandbytes is not installed, or does not work here."""
+    """Quantize a small matrix and restore it. ValueError: bitsandbytes is not installed, or does not work here."""
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     except ImportError as error:

@@ -135,7 +135,7 @@ def _load_pretrained(settings: PretrainedModelSettings, dtype: torch.dtype) -> P
             )
         own: dict[str, object] = {"use_safetensors": True}  # of a name on the hub, too
     else:
-        # Dequantised on load: a quantised model can neither be trained nor saved in the usual format.
+        # Dequantized on load: a quantized model can neither be trained nor saved in the usual format.
         own = {"quantization_config": GgufConfig(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(
         source.name, dtype=dtype, attn_implementation="sdpa", **source.arguments(), **own
@@ -193,10 +193,10 @@ def _probe(model: PreTrainedModel) -> float:
     """Largest difference, as a share of the spread, of the logits of two texts as a tree and alone."""
     head = model.get_output_embeddings()
     device = head.weight.device
-    trunk, left, right = [1, 2], [3, 4], [4, 5]
+    pretrain, left, right = [1, 2], [3, 4], [4, 5]
     size = model.config.get_text_config().vocab_size
-    texts = torch.tensor([trunk + left, trunk + right], device=device) % size
-    nodes = torch.tensor([trunk + left + right], device=device) % size
+    texts = torch.tensor([pretrain + left, pretrain + right], device=device) % size
+    nodes = torch.tensor([pretrain + left + right], device=device) % size
     positions = torch.tensor([[0, 1, 2, 3, 2, 3]], device=device)
     mask = torch.ones(6, 6, dtype=torch.bool, device=device).tril()
     mask[4:, 2:4] = False

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from buffer.experts.tokenizer import token_contract
 from buffer.trajectory.schema import TokenContract
-from learner.model.adapters import add_adapters, declare_untied, quantise_linear_layers
+from learner.model.adapters import add_adapters, declare_untied, quantize_linear_layers
 from learner.model.backspace_row import initialise_backspace_row
 from learner.model.loading import check_supported, load_model, load_tokenizer
 from learner.precision import hold_trained_parameters
@@ -79,7 +79,7 @@ def load_policy(
     _mend_generation_config(model, contract, notes)
     if isinstance(settings, PretrainedModelSettings):
         if settings.quantization is not None:
-            quantise_linear_layers(model)
+            quantize_linear_layers(model)
         if settings.adapter is not None:
             add_adapters(model, settings.adapter, settings.name, settings.revision, settings.seed)
     check_supported(model)

@@ -16,7 +16,7 @@ from learner.state_tree.policy import TreePolicy
 
 OBJECTIVES: Mapping[str, type[Objective]] = {
     "mle": Likelihood,
-    "behaviour_cloning": Likelihood,
+    "behavior_cloning": Likelihood,
     "unlikelihood": Unlikelihood,
     "emo": Emo,
     "scheduled_sampling": ScheduledSampling,

@@ -1,10 +1,10 @@
-"""Generalised Jensen-Shannon divergence of whole texts, by a discriminator (Huszar 2015, arXiv 1511.05101).
+"""Generalized Jensen-Shannon divergence of whole texts, by a discriminator (Huszar 2015, arXiv 1511.05101).
 
 With P the data, Q the policy and M = pi P + (1 - pi) Q, all over whole texts after a prompt,
 
     JS_pi = pi KL(P || M) + (1 - pi) KL(Q || M),
 
-which vanishes at both ends of pi, so that JS_pi / (pi (1 - pi)) is minimised: KL(P || Q) as pi -> 0 (likelihood),
+which vanishes at both ends of pi, so that JS_pi / (pi (1 - pi)) is minimized: KL(P || Q) as pi -> 0 (likelihood),
 KL(Q || P) as pi -> 1. A discriminator gives s = log P/Q; with
 M/Q = 1 - pi + pi e^s the gradient is that of a score function,
 
@@ -37,7 +37,14 @@ from torch.nn.functional import layer_norm, logsigmoid, softplus
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import PreTrainedModel
 
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, data_metrics, rollout_metrics
+from learner.objectives.base import (
+    BatchCounts,
+    EvaluatedTrajectories,
+    Metrics,
+    Objective,
+    data_metrics,
+    rollout_metrics,
+)
 from learner.ranks import Ranks
 from learner.settings.objectives import AdversarialJsSettings, DiscriminatorSettings
 from learner.state_tree.attention import evaluate_nodes
@@ -77,7 +84,8 @@ class Discriminator(nn.Module):  # type: ignore[misc]
         return terms
 
     def log_ratio(self, tree: TreeBatch, pairs: Tensor | None) -> Tensor:
-        """[L] s of the last text of each log; 0 where nothing of an answer is left. pairs: what `states_and_tokens`
+        """[L] s of the last text of each trajectory; 0 where nothing of an answer is left. pairs: what
+        `states_and_tokens`
         measured of the policy; None exactly with a body of its own."""
         nodes, actions = tree.answer_nodes()
         states = tree.nodes.states
@@ -140,8 +148,9 @@ class AdversarialJs(Objective):
     """The policy by the score function, and beside it the discriminator by its cross-entropy.
 
     Both take one step per step, from the weights of before. In the first ones the policy waits, since Adam would
-    turn the noise of a discriminator that has learnt nothing yet into steps of full size. The policy learns from
-    rollouts alone, the discriminator from rollouts and expert logs, with a share `discriminator_prior` of real ones.
+    turn the noise of a discriminator that has learned nothing yet into steps of full size. The policy learns from
+    rollouts alone, the discriminator from rollouts and expert trajectories, with a share `discriminator_prior` of real
+    ones.
     """
 
     settings: AdversarialJsSettings
@@ -150,7 +159,7 @@ class AdversarialJs(Objective):
     _restored: Mapping[str, Tensor] = MappingProxyType({})
     _reward_mean = 0.0
 
-    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
+    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: BatchCounts, step: int) -> None:
         """Find the mean reward of the step's rollouts, with which each of them is compared."""
         self._discriminator_of(policy).zero_grad(set_to_none=True)
         total = torch.zeros(1, dtype=torch.float64)
@@ -160,54 +169,57 @@ class AdversarialJs(Objective):
                 pairs = policy.evaluate(tree, states_and_tokens).measured if self._reads_policy else None
                 scores = self._discriminator_of(policy).log_ratio(tree, pairs)
                 total += mixture_reward(scores, self.settings.pi).double().sum().cpu()
-        self._reward_mean = float(self.ranks.sum_vector(total)) / counts.logs
+        self._reward_mean = float(self.ranks.sum_vector(total)) / counts.trajectories
 
-    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
-        """One forward pass, and one of the discriminator's body if it has its own; `measured` is [L] s of each log.
-        Expert logs have no gradient in the policy. Ranks that share it get one of zero: all reduce together."""
+    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: BatchCounts, step: int) -> EvaluatedTrajectories:
+        """One forward pass, and one of the discriminator's body if it has its own; `measured` is [L] s of each
+        trajectory.
+        expert trajectories have no gradient in the policy. Ranks that share it get one of zero: all reduce together."""
         moves_policy = not bool(tree.trajectories.is_expert.all()) or isinstance(policy, FSDPModule)
         with torch.set_grad_enabled(torch.is_grad_enabled() and moves_policy):
             values = policy.evaluate(tree, states_and_tokens if self._reads_policy else None)
         scores = self._discriminator_of(policy).log_ratio(tree, values.measured)
-        return EvaluatedLogs(tree, values._replace(measured=scores), counts)
+        return EvaluatedTrajectories(tree, values._replace(measured=scores), counts)
 
-    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+    def data_loss(self, data: EvaluatedTrajectories, step: int) -> tuple[Tensor, Metrics]:
         scores, prior = data.values.measured, self.settings.discriminator_prior
         assert scores is not None
-        loss = prior * data.mean_over_logs(-logsigmoid(scores + _logit(prior)))
+        loss = prior * data.mean_over_trajectories(-logsigmoid(scores + _logit(prior)))
         metrics = data_metrics(
             data,
             loss,
             loss_discriminator=loss,
-            divergence_js=data.mean_over_logs(data_divergence(scores.detach(), self.settings.pi)),
-            log_ratio_mean=data.mean_over_logs(scores),
+            divergence_js=data.mean_over_trajectories(data_divergence(scores.detach(), self.settings.pi)),
+            log_ratio_mean=data.mean_over_trajectories(scores),
         )
         if data.values.q.requires_grad:
             loss = loss + 0.0 * data.values.log_prob.sum()
         return loss, metrics
 
-    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
+    def rollout_loss(
+        self, rollouts: EvaluatedTrajectories, data_counts: BatchCounts, step: int
+    ) -> tuple[Tensor, Metrics]:
         """The score function of the policy, per expert action, and what the discriminator loses on rollouts."""
         scores, prior, pi = rollouts.values.measured, self.settings.discriminator_prior, self.settings.pi
         assert scores is not None
         weight = importance_weights(rollouts)
         reward = mixture_reward(scores.detach(), pi)
-        coefficient = weight * leave_one_out_advantage(reward, self._reward_mean, rollouts.counts.logs)
-        gain = rollouts.mean_over_logs(coefficient[rollouts.tree.actions.trajectory] * rollouts.values.log_prob)
+        coefficient = weight * leave_one_out_advantage(reward, self._reward_mean, rollouts.counts.trajectories)
+        gain = rollouts.mean_over_trajectories(coefficient[rollouts.tree.actions.trajectory] * rollouts.values.log_prob)
         if step < self.settings.discriminator.warmup_steps:
             gain = 0.0 * gain
-        loss_policy = -gain * data_counts.logs / max(data_counts.actions, 1)
-        loss_discriminator = (1.0 - prior) * rollouts.mean_over_logs(weight * softplus(scores + _logit(prior)))
+        loss_policy = -gain * data_counts.trajectories / max(data_counts.actions, 1)
+        loss_discriminator = (1.0 - prior) * rollouts.mean_over_trajectories(weight * softplus(scores + _logit(prior)))
         loss = loss_policy + loss_discriminator
         return loss, rollout_metrics(
             rollouts,
             loss,
             loss_score_function=loss_policy,
             loss_discriminator=loss_discriminator,
-            divergence_js=-rollouts.mean_over_logs(weight * reward),
-            reward_mean=rollouts.mean_over_logs(reward),
-            log_ratio_mean_model=rollouts.mean_over_logs(scores),
-            importance_weight_mean=rollouts.mean_over_logs(weight),
+            divergence_js=-rollouts.mean_over_trajectories(weight * reward),
+            reward_mean=rollouts.mean_over_trajectories(reward),
+            log_ratio_mean_model=rollouts.mean_over_trajectories(scores),
+            importance_weight_mean=rollouts.mean_over_trajectories(weight),
             importance_weight_max_abs=torch.cat([weight, weight.new_zeros(1)]).max(),
         )
 
@@ -262,8 +274,8 @@ def leave_one_out_advantage(reward: Tensor, mean: float, count: int) -> Tensor:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def importance_weights(rollouts: EvaluatedLogs) -> Tensor:
-    """[L] Q(x) / mu(x) of each whole log, mu the policy that drew it, as it drew it."""
+def importance_weights(rollouts: EvaluatedTrajectories) -> Tensor:
+    """[L] Q(x) / mu(x) of each whole trajectory, mu the policy that drew it, as it drew it."""
     per_action = rollouts.values.log_prob - rollouts.tree.actions.behavior_log_prob
     return rollouts.tree.trajectories.sum_of_actions(per_action).exp()
 

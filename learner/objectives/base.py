@@ -1,9 +1,11 @@
-"""What an objective is: a function from evaluated action logs to a loss, and how it has the logs evaluated.
+"""What an objective is: a function from evaluated trajectories to a loss, and how it has the trajectories evaluated.
 
-Objectives differ in how they have a tree of logs evaluated (`Objective.evaluate`), in which draws they have a loss for,
+Objectives differ in how they have a tree of trajectories evaluated (`Objective.evaluate`), in which draws they have a
+loss for,
 and in what they remember between steps (`state`, which every checkpoint holds). Their settings say what they need.
 
-Sums are divided by *global* counts, never by the length of a log or by what one process happens to hold: a mean per
+Sums are divided by *global* counts, never by the length of a trajectory or by what one process happens to hold: a mean
+per
 sequence is not a proper scoring rule, and with global counts the gradients of micro-batches and ranks add up.
 """
 
@@ -32,50 +34,52 @@ maximum instead."""
 
 
 @dataclass(frozen=True)
-class LogCounts:
+class BatchCounts:
     """How much of something there is over all micro-batches and ranks of one optimizer step."""
 
-    logs: int
+    trajectories: int
     actions: int
-    truncated_logs: int
+    truncated_trajectories: int
 
     @property
-    def logs_per_action(self) -> float:
-        """From a mean over logs to the scale of one action."""
-        return self.logs / max(self.actions, 1)
+    def trajectories_per_action(self) -> float:
+        """From a mean over trajectories to the scale of one action."""
+        return self.trajectories / max(self.actions, 1)
 
 
 @dataclass(frozen=True)
-class EvaluatedLogs:
-    """Action logs with their values. `counts` are global: of the whole optimizer step, not of this tree."""
+class EvaluatedTrajectories:
+    """Action trajectories with their values. `counts` are global: of the whole optimizer step, not of this tree."""
 
     tree: TreeBatch
     values: ActionValues
-    counts: LogCounts
+    counts: BatchCounts
 
     @property
     def share(self) -> float:
-        """Of all logs of the step, those of this tree: what a constant of the step counts in its metrics."""
-        return self.tree.num_trajectories / max(self.counts.logs, 1)
+        """Of all trajectories of the step, those of this tree: what a constant of the step counts in its metrics."""
+        return self.tree.num_trajectories / max(self.counts.trajectories, 1)
 
     def mean_over_actions(self, per_action: Tensor) -> Tensor:
         """This call's share of the global mean of a [A] tensor."""
         return per_action.sum() / max(self.counts.actions, 1)
 
-    def mean_over_logs(self, terms: Tensor) -> Tensor:
-        """This call's share of the global mean over logs of a sum, given all terms of all its logs."""
-        return terms.sum() / max(self.counts.logs, 1)
+    def mean_over_trajectories(self, terms: Tensor) -> Tensor:
+        """This call's share of the global mean over trajectories of a sum, given all terms of all its trajectories."""
+        return terms.sum() / max(self.counts.trajectories, 1)
 
-    def mean_over_ended_logs(self, per_log: Tensor) -> Tensor:
-        """This call's share of the global mean of a [L] tensor over the logs that reached `<eos>`."""
-        ended = max(self.counts.logs - self.counts.truncated_logs, 1)
-        return per_log.masked_fill(self.tree.trajectories.truncated, 0.0).sum() / ended
+    def mean_over_ended_trajectories(self, per_trajectory: Tensor) -> Tensor:
+        """This call's share of the global mean of a [L] tensor over the trajectories that reached `<eos>`."""
+        ended = max(self.counts.trajectories - self.counts.truncated_trajectories, 1)
+        return per_trajectory.masked_fill(self.tree.trajectories.truncated, 0.0).sum() / ended
 
 
 @dataclass(eq=False)
 class Objective:
-    """One way to train. The loss of an optimizer step is the sum of `data_loss` over the micro-batches of expert logs
-    and of `rollout_loss` over those of policy logs, on all ranks. The metrics of both hold that share as `loss`.
+    """One way to train. The loss of an optimizer step is the sum of `data_loss` over the micro-batches of expert
+    trajectories
+    and of `rollout_loss` over those of policy trajectories, on all ranks. The metrics of both hold that share as
+    `loss`.
 
     ranks: that train together. base: the policy as it was at the start of the stage, frozen; where the settings need
     it. features: names of those that rollouts have, in their order. summation: over the vocabulary, of each action,
@@ -91,28 +95,33 @@ class Objective:
     def __post_init__(self) -> None:
         """An objective sets here what it begins with."""
 
-    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
+    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: BatchCounts, step: int) -> None:
         """Look at all rollouts of a step before any loss of it is asked for: for what concerns them together. All ranks
         call this together, each with trees of its own (not on the policy's device yet) and the global counts; only
         where rollouts are needed."""
 
-    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
-        """Have the logs of `tree` evaluated for optimizer step `step`; counts are global. All ranks call this together,
+    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: BatchCounts, step: int) -> EvaluatedTrajectories:
+        """Have the trajectories of `tree` evaluated for optimizer step `step`; counts are global. All ranks call this
+        together,
         and it runs the policy as many times at each."""
-        return EvaluatedLogs(tree, policy.evaluate(tree, summation=self.summation), counts)
+        return EvaluatedTrajectories(tree, policy.evaluate(tree, summation=self.summation), counts)
 
-    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
-        """This call's share of what expert logs add to the loss, at optimizer step `step` (from 0)."""
-        raise ValueError(f"objective {self.settings.name} takes no expert logs")
+    def data_loss(self, data: EvaluatedTrajectories, step: int) -> tuple[Tensor, Metrics]:
+        """This call's share of what expert trajectories add to the loss, at optimizer step `step` (from 0)."""
+        raise ValueError(f"objective {self.settings.name} takes no expert trajectories")
 
-    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
-        """This call's share of what policy logs add to the loss. data_counts: global, of the expert logs."""
+    def rollout_loss(
+        self, rollouts: EvaluatedTrajectories, data_counts: BatchCounts, step: int
+    ) -> tuple[Tensor, Metrics]:
+        """This call's share of what policy trajectories add to the loss. data_counts: global, of the expert
+        trajectories."""
         raise ValueError(f"objective {self.settings.name} takes no rollouts")
 
-    def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
-        """[L] how much there is to learn from each policy log, without gradient, for prioritised replay. ValueError:
+    def priorities(self, rollouts: EvaluatedTrajectories) -> Tensor:
+        """[L] how much there is to learn from each policy trajectory, without gradient, for prioritized replay.
+        ValueError:
         there are none, since draws that prefer some rollouts would have to be weighted for it."""
-        raise ValueError(f"objective {self.settings.name} takes no prioritised draws")
+        raise ValueError(f"objective {self.settings.name} takes no prioritized draws")
 
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
         """Given the combined metrics of a step: raise OutsideDomainError where the settings ask
@@ -122,7 +131,7 @@ class Objective:
         """Take a step with what the objective trains itself, just before the policy's weights move. All ranks call this
         together. FloatingPointError: its gradient is not finite, and nothing has moved."""
 
-    def renews_proposal(self) -> bool:
+    def should_publish(self) -> bool:
         """Whether the policy of now should be the one that makes rollouts: asked where it would be published, and the
         same at every rank."""
         return True
@@ -136,38 +145,41 @@ class Objective:
         assert not state, f"objective {self.settings.name} remembers nothing, and was given {sorted(state)}"
 
     def _of_all_ranks(self, rollouts: Sequence[TreeBatch]) -> list[TreeBatch]:
-        """Those of this rank, then trees without logs: as many at every rank, since FSDP gathers in each pass."""
+        """Those of this rank, then trees without trajectories: as many at every rank, since FSDP gathers in each
+        pass."""
         missing = self.ranks.maximum(len(rollouts)) - len(rollouts)
         return [*rollouts, *missing * [rollouts[0].without_trajectories()]]
 
 
-def cross_entropy(data: EvaluatedLogs) -> Tensor:
+def cross_entropy(data: EvaluatedTrajectories) -> Tensor:
     """This call's share of the mean negative log-probability of the labels."""
     return -data.mean_over_actions(data.values.log_prob)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def data_metrics(data: EvaluatedLogs, loss: Tensor, **own: Tensor) -> Metrics:
-    """What every objective reports of its expert logs, and what this one adds (detached)."""
-    found = {"loss": loss, "loss_behaviour_cloning": cross_entropy(data), **own, **_value_metrics(data)}
+def data_metrics(data: EvaluatedTrajectories, loss: Tensor, **own: Tensor) -> Metrics:
+    """What every objective reports of its expert trajectories, and what this one adds (detached)."""
+    found = {"loss": loss, "loss_behavior_cloning": cross_entropy(data), **own, **_value_metrics(data)}
     return {name: value.detach() for name, value in found.items()}
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def rollout_metrics(rollouts: EvaluatedLogs, loss: Tensor, **own: Tensor) -> Metrics:
+def rollout_metrics(rollouts: EvaluatedTrajectories, loss: Tensor, **own: Tensor) -> Metrics:
     """What every objective reports of its rollouts, and what this one adds (detached)."""
     of_values = {f"{name}_model": value for name, value in _value_metrics(rollouts).items()}
     return {name: value.detach() for name, value in {"loss": loss, **own, **of_values}.items()}
 
 
-def _value_metrics(logs: EvaluatedLogs) -> Metrics:
-    values = logs.values
+def _value_metrics(trajectories: EvaluatedTrajectories) -> Metrics:
+    values = trajectories.values
     return {
-        "log_prob_mean": logs.mean_over_actions(values.log_prob),
-        "value_mean": logs.mean_over_actions(values.v),
-        "value_eos_mean": logs.mean_over_ended_logs(values.v_final),
-        "backspace_prob": logs.mean_over_actions(values.log_prob_backspace.exp()),
-        "truncated_share": logs.mean_over_logs(logs.tree.trajectories.truncated.to(values.v.dtype)),
+        "log_prob_mean": trajectories.mean_over_actions(values.log_prob),
+        "value_mean": trajectories.mean_over_actions(values.v),
+        "value_eos_mean": trajectories.mean_over_ended_trajectories(values.v_final),
+        "backspace_prob": trajectories.mean_over_actions(values.log_prob_backspace.exp()),
+        "truncated_fraction": trajectories.mean_over_trajectories(
+            trajectories.tree.trajectories.truncated.to(values.v.dtype)
+        ),
     }
 
 
@@ -185,11 +197,13 @@ def combine_metrics(shares: Iterable[Mapping[str, Tensor]]) -> Metrics:
     return combined
 
 
-def is_finite(logs: EvaluatedLogs, loss: Callable[[EvaluatedLogs], tuple[Tensor, Metrics]]) -> bool:
+def is_finite(
+    trajectories: EvaluatedTrajectories, loss: Callable[[EvaluatedTrajectories], tuple[Tensor, Metrics]]
+) -> bool:
     """Whether `loss` and its gradient by the values are; the values may come from an evaluation without gradient."""
-    given = {name: value for name, value in logs.values._asdict().items() if value is not None}
+    given = {name: value for name, value in trajectories.values._asdict().items() if value is not None}
     leaves = {name: value.detach().clone().requires_grad_() for name, value in given.items()}
-    share, _ = loss(replace(logs, values=ActionValues(**leaves)))
+    share, _ = loss(replace(trajectories, values=ActionValues(**leaves)))
     share.backward()
     gradients = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
     return all(bool(tensor.isfinite().all()) for tensor in (share.detach(), *gradients))

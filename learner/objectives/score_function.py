@@ -32,7 +32,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, rollout_metrics
+from learner.objectives.base import BatchCounts, EvaluatedTrajectories, Metrics, Objective, rollout_metrics
 from learner.settings.objectives import KlControlSettings, ReinforceSettings
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import TreePolicy
@@ -45,7 +45,8 @@ class Rollouts:
     """What there is to know of N rollouts: float64, in host memory, without gradient.
 
     key, context: [N] numbers of trajectory and prompt, the same wherever these occur. log_pi, log_mu, log_base: [N] of
-    the whole log, under the policy of now, the one that made it, and the frozen one (nan where there is none). reward:
+    the whole trajectory, under the policy of now, the one that made it, and the frozen one (nan where there is none).
+    reward:
     [N] (nan where there is none). features: [N, F].
     """
 
@@ -91,11 +92,11 @@ class ScoreFunction(Objective, ABC):
     def learn(self, rollouts: Rollouts) -> None:
         """The step is taken: remember what the next ones need."""
 
-    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: LogCounts, step: int) -> None:
+    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: BatchCounts, step: int) -> None:
         table = self._gather(torch.cat([self._look_at(policy, tree) for tree in self._of_all_ranks(rollouts)]))
         if self.base is not None:
             self.base.release()
-        assert len(table) == counts.logs
+        assert len(table) == counts.trajectories
         key, context, log_pi, log_mu, log_base, reward = table[:, :_NUM_PLAIN_COLUMNS].unbind(1)
         gathered = Rollouts(key.long(), context.long(), log_pi, log_mu, log_base, reward, table[:, _NUM_PLAIN_COLUMNS:])
         sound = log_pi.isfinite() & (log_base.isfinite() if self.base is not None else True)
@@ -107,11 +108,13 @@ class ScoreFunction(Objective, ABC):
             coefficients[sound], self._metrics = self.weigh(self._rollouts)
         self._coefficient = dict(zip(key.long().tolist(), coefficients.tolist(), strict=True))
 
-    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
+    def rollout_loss(
+        self, rollouts: EvaluatedTrajectories, data_counts: BatchCounts, step: int
+    ) -> tuple[Tensor, Metrics]:
         """-c log pi, mean over the rollouts of the global batch."""
         tree, log_prob = rollouts.tree, rollouts.values.log_prob
         coefficients = log_prob.new_tensor([self._coefficient[_key(name)] for name in tree.trajectories.ids])
-        loss = -rollouts.mean_over_logs(coefficients[tree.actions.trajectory] * log_prob)
+        loss = -rollouts.mean_over_trajectories(coefficients[tree.actions.trajectory] * log_prob)
         of_step = {name: loss.new_tensor(value * rollouts.share) for name, value in self._metrics.items()}
         return loss, rollout_metrics(rollouts, loss, **of_step)
 
@@ -123,16 +126,23 @@ class ScoreFunction(Objective, ABC):
     def _look_at(self, policy: TreePolicy, tree: TreeBatch) -> Tensor:
         """[L, 6 + F] columns of `Rollouts`."""
         tree = tree.to(policy.device)
-        logs = tree.trajectories
+        trajectories = tree.trajectories
         log_pi, log_mu = (
-            logs.sum_of_actions(each.double())
+            trajectories.sum_of_actions(each.double())
             for each in (policy.evaluate(tree).log_prob, tree.actions.behavior_log_prob)
         )
         log_base = torch.full_like(log_pi, torch.nan)
         if self.base is not None:
-            log_base = logs.sum_of_actions(self.base.evaluate(tree).log_prob.double())
-        keys = torch.tensor([_key(name) for name in logs.ids], dtype=torch.float64)
-        columns = [logs.context, log_pi, log_mu, log_base, logs.reward, *logs.features.unbind(1)]
+            log_base = trajectories.sum_of_actions(self.base.evaluate(tree).log_prob.double())
+        keys = torch.tensor([_key(name) for name in trajectories.ids], dtype=torch.float64)
+        columns = [
+            trajectories.context,
+            log_pi,
+            log_mu,
+            log_base,
+            trajectories.reward,
+            *trajectories.features.unbind(1),
+        ]
         return torch.stack([keys, *(column.cpu().double() for column in columns)], dim=1)
 
     def _gather(self, own: Tensor) -> Tensor:
@@ -176,8 +186,8 @@ def leave_one_out_mean(values: Tensor, weight: Tensor) -> Tensor:
     own, which would cancel: equal values have exactly themselves as their mean."""
     others = weight.expand(len(weight), -1).clone().fill_diagonal_(0.0)
     total = others.sum(1)
-    centre = values[:1]  # differences from one of the values: exactly zero where all are equal
-    mean = centre + (others * (values - centre)).sum(1) / total
+    center = values[:1]  # differences from one of the values: exactly zero where all are equal
+    mean = center + (others * (values - center)).sum(1) / total
     return torch.where(total > 0, mean, 0.0)
 
 
@@ -191,7 +201,7 @@ def weight_metrics(weight: Tensor) -> dict[str, float]:
     """How far the rollouts are from the policy: the effective sample size is (sum w)^2 / sum w^2 of N (Kong 1992)."""
     squares = weight.square().sum()
     effective = torch.where(squares > 0, weight.sum().square() / squares, 0.0)
-    return {"importance_weight_mean": float(weight.mean()), "effective_sample_share": float(effective) / len(weight)}
+    return {"importance_weight_mean": float(weight.mean()), "effective_sample_fraction": float(effective) / len(weight)}
 
 
 def _key(name: str) -> int:

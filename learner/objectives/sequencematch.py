@@ -1,13 +1,13 @@
 """The SequenceMatch loss (Cundy & Ermon, arXiv 2306.05426): match the occupancy measures of data and model.
 
-With r_t = Q(s_t, a_t) - gamma V(s_{t+1}), a data log s_0..s_N and a model log u_0..u_M, both starting at the
-end of a prompt and ending in the absorbing `<eos>` state, maximise
+With r_t = Q(s_t, a_t) - gamma V(s_{t+1}), a data trajectory s_0..s_N and a model trajectory u_0..u_M, both starting at
+the end of a prompt and ending in the absorbing `<eos>` state, maximize
 
     J = sum_{t<N} gamma^t phi(alpha r_t) / alpha + gamma^N phi(alpha (1-gamma) V(s_N)) / (alpha (1-gamma))
         - sum_{t<N} gamma^t/2 [V(s_t) - gamma V(s_{t+1})] - gamma^N/2 V(s_N)
         - sum_{t<M} gamma^t/2 [V(u_t) - gamma V(u_{t+1})] - gamma^M/2 V(u_M).
 
-The `<eos>` terms are the closed form of the endless loop there. A truncated log has no absorbing state: it
+The `<eos>` terms are the closed form of the endless loop there. A truncated trajectory has no absorbing state: it
 keeps the value tails, which are exact for any policy, and its phi tail becomes the tangent gamma^N V(s_N);
 then J holds the observed terms only.
 
@@ -17,7 +17,7 @@ The value sums telescope to V at the start. With phi(x) = x - penalty(x) and a s
         - 1/alpha [ sum_t gamma^t penalty(alpha r_t) + gamma^N/(1-gamma) penalty(alpha (1-gamma) V(s_N)) ]
 
 (no `<eos>` part if truncated): the *collapsed* estimator, equal in expectation, with less variance. Model
-logs cancel out of it, except for the penalty that a mixture divergence puts on them: c E_model[(alpha r)^2],
+trajectories cancel out of it, except for the penalty that a mixture divergence puts on them: c E_model[(alpha r)^2],
 c = 1/(4 alpha) for the half-half mixture.
 
 The *uniform* estimator puts 1 for every gamma^t and gamma^N of the printed sums and keeps gamma inside r and the value
@@ -25,8 +25,9 @@ differences, as IQ-Learn (Garg et al., arXiv 2106.12142) samples its states. Lat
 the value sums telescope no more, so it is biased by O((1-gamma) N). The `<eos>` terms stay closed forms, as an endless
 loop of weight 1 has no sum. So it is the printed one in the limit gamma -> 1 at a fixed length.
 
-J is a mean over logs; it is scaled by data logs / data actions of the global batch, a constant of the batch,
-so that its scale is per action, as that of behaviour cloning is.
+J is a mean over trajectories; it is scaled by data trajectories / data actions of the global batch, a constant of the
+batch,
+so that its scale is per action, as that of behavior cloning is.
 
 Divergence = sup_r E_data[phi(r)] - E_model[r] (as in IQ-Learn). Every concave phi here has phi(0) = 0 and phi'(0) = 1,
 so it is written as phi(x) = x - penalty(x) with a convex penalty that vanishes to second order at 0: the linear part
@@ -46,8 +47,8 @@ import torch
 from torch import Tensor
 
 from learner.objectives.base import (
-    EvaluatedLogs,
-    LogCounts,
+    BatchCounts,
+    EvaluatedTrajectories,
     Metrics,
     Objective,
     OutsideDomainError,
@@ -65,7 +66,7 @@ class Divergence:
     penalty_inside: x - phi(x) where phi is defined, elementwise, without that difference where it would cancel.
     low, penalty_slope: phi is defined for x > low only; derivative of the penalty at a number there.
     penalises_rollouts: the reference is the half-half mixture of data and model, so that the squared residual of the
-        rollouts is penalised too.
+        rollouts is penalized too.
 
     From low + margin downwards phi goes on by its tangent: that keeps it concave and keeps a gradient back into the
     domain, which clamping would lose for ever. Which of the two holds is chosen element by element, so that the
@@ -105,7 +106,8 @@ DIVERGENCES = {
     # phi(x) = x - x^2 / 4, all x: E_data[(rho_model / rho_data - 1)^2]
     "chi2_mixture": Divergence(lambda x: x.square() / 4, penalises_rollouts=True),
     "chi2": Divergence(lambda x: x.square() / 4),
-    # phi(x) = log(1 + x), x > -1: KL(data || model). The textbook 1 + log x is the same shifted, but not defined at
+    # phi(x) = log(1 + x), x > -1: KL(data || model). The textbook 1 + trajectory x is the same shifted, but not
+    # defined at
     # ordinary initial logits.
     "kl": Divergence(lambda x: x - torch.log1p(x), -1.0, lambda x: x / (1.0 + x)),
     # phi(x) = 1 - exp(-x), all x: KL(model || data)
@@ -125,7 +127,7 @@ DIVERGENCES = {
 
 
 class SequenceMatch(Objective):
-    """beta * behaviour cloning + (1 - beta) * (-J), with beta annealed linearly."""
+    """beta * behavior cloning + (1 - beta) * (-J), with beta annealed linearly."""
 
     settings: SequenceMatchSettings
 
@@ -133,24 +135,24 @@ class SequenceMatch(Objective):
         settings = self.settings
         self.divergence = DIVERGENCES[settings.divergence]
         self.margin = settings.domain_margin
-        self.mixture_coefficient = settings.mixture_coefficient or 1.0 / (4.0 * settings.alpha)
+        self.mixture_scale = settings.mixture_scale or 1.0 / (4.0 * settings.alpha)
 
     def beta(self, step: int) -> float:
-        """Weight of behaviour cloning at optimizer step `step` of this objective."""
-        done = min(step / self.settings.beta_steps, 1.0)
-        return self.settings.beta_start + (self.settings.beta_end - self.settings.beta_start) * done
+        """Weight of behavior cloning at optimizer step `step` of this objective."""
+        done = min(step / self.settings.bc_weight_steps, 1.0)
+        return self.settings.bc_weight_start + (self.settings.bc_weight_end - self.settings.bc_weight_start) * done
 
-    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+    def data_loss(self, data: EvaluatedTrajectories, step: int) -> tuple[Tensor, Metrics]:
         """beta * cross-entropy + (1 - beta) * the terms of -J that stand under E_data."""
-        per_action = data.counts.logs_per_action
-        penalised = partial(self.divergence.penalty, margin=self.margin)
-        penalty = data.mean_over_logs(self._penalty_sum(data, penalised)) / self.settings.alpha * per_action
+        per_action = data.counts.trajectories_per_action
+        penalized = partial(self.divergence.penalty, margin=self.margin)
+        penalty = data.mean_over_trajectories(self._penalty_sum(data, penalized)) / self.settings.alpha * per_action
         if self.settings.estimator == "collapsed":
             weight = self._weight(data.tree.actions.time, data)
-            loss_sequencematch = penalty - data.mean_over_logs(weight * data.values.log_prob) * per_action
+            loss_sequencematch = penalty - data.mean_over_trajectories(weight * data.values.log_prob) * per_action
         else:
-            reward = data.mean_over_logs(self._phi_sum(data))
-            values = data.mean_over_logs(self._value_sum(data))
+            reward = data.mean_over_trajectories(self._phi_sum(data))
+            values = data.mean_over_trajectories(self._value_sum(data))
             loss_sequencematch = (values / 2 - reward) * per_action
         beta = self.beta(step)
         loss = beta * cross_entropy(data) + (1.0 - beta) * loss_sequencematch
@@ -163,22 +165,24 @@ class SequenceMatch(Objective):
             **self._residual_metrics(data, ""),
         )
         if self.divergence.penalty_slope is not None:
-            metrics["phi_outside_share"] = self._outside_share(data)
+            metrics["phi_outside_fraction"] = self._outside_fraction(data)
         return loss, metrics
 
-    def rollout_loss(self, rollouts: EvaluatedLogs, data_counts: LogCounts, step: int) -> tuple[Tensor, Metrics]:
+    def rollout_loss(
+        self, rollouts: EvaluatedTrajectories, data_counts: BatchCounts, step: int
+    ) -> tuple[Tensor, Metrics]:
         """(1 - beta) * the terms of -J that stand under E_model."""
         if not self.settings.needs_rollouts:
             return super().rollout_loss(rollouts, data_counts, step)
-        per_action = data_counts.logs_per_action
+        per_action = data_counts.trajectories_per_action
         loss_sequencematch = rollouts.values.q.new_zeros(())
         metrics: Metrics = {}
         if self.settings.estimator != "collapsed":
-            values = rollouts.mean_over_logs(self._value_sum(rollouts))
+            values = rollouts.mean_over_trajectories(self._value_sum(rollouts))
             loss_sequencematch = loss_sequencematch + values / 2 * per_action
         if self.divergence.penalises_rollouts:
-            squared = rollouts.mean_over_logs(self._penalty_sum(rollouts, torch.square))
-            penalty = self.mixture_coefficient * squared * per_action
+            squared = rollouts.mean_over_trajectories(self._penalty_sum(rollouts, torch.square))
+            penalty = self.mixture_scale * squared * per_action
             loss_sequencematch = loss_sequencematch + penalty
             metrics["penalty_model"] = penalty
         loss = (1.0 - self.beta(step)) * loss_sequencematch
@@ -186,80 +190,85 @@ class SequenceMatch(Objective):
         return loss, rollout_metrics(rollouts, loss, **metrics)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def priorities(self, rollouts: EvaluatedLogs) -> Tensor:
-        """[L] mean of |r| over the actions of each log, the soft-Bellman residuals; 0 for a log without actions. For
-        the TD errors of Q-learning, by which Schaul et al. 2016 (arXiv 1511.05952) prioritise."""
-        logs = rollouts.tree.trajectories
-        return logs.sum_of_actions(self._residual(rollouts).abs()) / logs.length.clamp(min=1)
+    def priorities(self, rollouts: EvaluatedTrajectories) -> Tensor:
+        """[L] mean of |r| over the actions of each trajectory, the soft-Bellman residuals; 0 for a trajectory without
+        actions. For
+        the TD errors of Q-learning, by which Schaul et al. 2016 (arXiv 1511.05952) prioritize."""
+        trajectories = rollouts.tree.trajectories
+        return trajectories.sum_of_actions(self._residual(rollouts).abs()) / trajectories.length.clamp(min=1)
 
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
         """With `domain_policy=stop`, raise OutsideDomainError once alpha r left the domain of phi."""
         if self.settings.domain_policy != "stop":
             return
-        share = float(metrics["phi_outside_share"])
+        share = float(metrics["phi_outside_fraction"])
         if share > 0.0:
             low = self.divergence.low
             raise OutsideDomainError(
                 f"step {step}: {100 * share:.2g} % of alpha r on the expert batch left the domain of divergence "
                 f"{self.settings.divergence} (below {low + self.margin:.3g}; phi ends at "
-                f"{low:.3g}). Lower alpha, clone behaviour for longer before this stage, choose a divergence "
+                f"{low:.3g}). Lower alpha, clone behavior for longer before this stage, choose a divergence "
                 "that has none (chi2_mixture, chi2, reverse_kl), or set domain_policy=project to go on by the tangent"
             )
 
-    def _residual(self, logs: EvaluatedLogs) -> Tensor:
+    def _residual(self, trajectories: EvaluatedTrajectories) -> Tensor:
         """[A] r = Q(s, a) - gamma V(s')."""
-        return logs.values.q - self.settings.gamma * logs.values.v_next
+        return trajectories.values.q - self.settings.gamma * trajectories.values.v_next
 
-    def _arguments(self, logs: EvaluatedLogs) -> tuple[Tensor, Tensor]:
+    def _arguments(self, trajectories: EvaluatedTrajectories) -> tuple[Tensor, Tensor]:
         """[A] alpha r of each action, and [L] alpha (1 - gamma) V(s_N) of each `<eos>`."""
         alpha, gamma = self.settings.alpha, self.settings.gamma
-        return alpha * self._residual(logs), alpha * (1.0 - gamma) * logs.values.v_final
+        return alpha * self._residual(trajectories), alpha * (1.0 - gamma) * trajectories.values.v_final
 
-    def _weight(self, times: Tensor, logs: EvaluatedLogs) -> Tensor:
+    def _weight(self, times: Tensor, trajectories: EvaluatedTrajectories) -> Tensor:
         """gamma^times (1 in the uniform estimator), in the type of the values."""
-        times = times.to(logs.values.q.dtype)
+        times = times.to(trajectories.values.q.dtype)
         return torch.ones_like(times) if self.settings.estimator == "uniform" else self.settings.gamma**times
 
-    def _penalty_sum(self, logs: EvaluatedLogs, penalty: Callable[[Tensor], Tensor]) -> Tensor:
+    def _penalty_sum(self, trajectories: EvaluatedTrajectories, penalty: Callable[[Tensor], Tensor]) -> Tensor:
         """[A + L] terms of sum_t gamma^t penalty(alpha r_t) and of its `<eos>` part (none if truncated)."""
-        observed, absorbed = (penalty(argument) for argument in self._arguments(logs))
-        absorbed = (absorbed / (1.0 - self.settings.gamma)).masked_fill(logs.tree.trajectories.truncated, 0.0)
-        return self._discounted(logs, observed, absorbed)
+        observed, absorbed = (penalty(argument) for argument in self._arguments(trajectories))
+        absorbed = (absorbed / (1.0 - self.settings.gamma)).masked_fill(trajectories.tree.trajectories.truncated, 0.0)
+        return self._discounted(trajectories, observed, absorbed)
 
-    def _phi_sum(self, logs: EvaluatedLogs) -> Tensor:
+    def _phi_sum(self, trajectories: EvaluatedTrajectories) -> Tensor:
         """[A + L] terms of sum_t gamma^t phi(alpha r_t) / alpha and of its tail."""
-        alpha, values = self.settings.alpha, logs.values
-        observed, absorbed = (self.divergence.phi(each, self.margin) for each in self._arguments(logs))
+        alpha, values = self.settings.alpha, trajectories.values
+        observed, absorbed = (self.divergence.phi(each, self.margin) for each in self._arguments(trajectories))
         absorbed = absorbed / (alpha * (1.0 - self.settings.gamma))
-        tail = torch.where(logs.tree.trajectories.truncated, values.v_final, absorbed)
-        return self._discounted(logs, observed / alpha, tail)
+        tail = torch.where(trajectories.tree.trajectories.truncated, values.v_final, absorbed)
+        return self._discounted(trajectories, observed / alpha, tail)
 
-    def _value_sum(self, logs: EvaluatedLogs) -> Tensor:
+    def _value_sum(self, trajectories: EvaluatedTrajectories) -> Tensor:
         """[A + L] terms of sum_t gamma^t [V(s_t) - gamma V(s_{t+1})] and of its tail gamma^N V(s_N)."""
-        values = logs.values
-        return self._discounted(logs, values.v - self.settings.gamma * values.v_next, values.v_final)
+        values = trajectories.values
+        return self._discounted(trajectories, values.v - self.settings.gamma * values.v_next, values.v_final)
 
-    def _discounted(self, logs: EvaluatedLogs, observed: Tensor, tail: Tensor) -> Tensor:
+    def _discounted(self, trajectories: EvaluatedTrajectories, observed: Tensor, tail: Tensor) -> Tensor:
         """[A + L] gamma^t observed_t of every action, and gamma^N tail of every log of N actions."""
-        weights = self._weight(torch.cat([logs.tree.actions.time, logs.tree.trajectories.length]), logs)
+        weights = self._weight(
+            torch.cat([trajectories.tree.actions.time, trajectories.tree.trajectories.length]), trajectories
+        )
         return weights * torch.cat([observed, tail])
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def _outside_share(self, logs: EvaluatedLogs) -> Tensor:
+    def _outside_fraction(self, trajectories: EvaluatedTrajectories) -> Tensor:
         """This call's share of the arguments of phi (of every action, and of `<eos>`) that left its domain."""
-        observed, absorbed = (self.divergence.outside(each, self.margin) for each in self._arguments(logs))
-        num_outside = (observed.sum() + (absorbed & ~logs.tree.trajectories.truncated).sum()).to(logs.values.q.dtype)
-        counts = logs.counts
-        return num_outside / max(counts.actions + counts.logs - counts.truncated_logs, 1)
+        observed, absorbed = (self.divergence.outside(each, self.margin) for each in self._arguments(trajectories))
+        num_outside = (observed.sum() + (absorbed & ~trajectories.tree.trajectories.truncated).sum()).to(
+            trajectories.values.q.dtype
+        )
+        counts = trajectories.counts
+        return num_outside / max(counts.actions + counts.trajectories - counts.truncated_trajectories, 1)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def _residual_metrics(self, logs: EvaluatedLogs, suffix: str) -> Metrics:
+    def _residual_metrics(self, trajectories: EvaluatedTrajectories, suffix: str) -> Metrics:
         """The mixture bounds |r| by 2 / alpha at its optimum (LS-IQ, arXiv 2303.00599)."""
-        residual = self._residual(logs)
-        magnitude = torch.cat([residual.abs(), residual.new_zeros(1)])  # a batch of empty logs has no maximum
+        residual = self._residual(trajectories)
+        magnitude = torch.cat([residual.abs(), residual.new_zeros(1)])  # a batch of empty trajectories has no maximum
         beyond = (residual.abs() > 2.0 / self.settings.alpha).to(residual.dtype)
         return {
-            f"r_mean{suffix}": logs.mean_over_actions(residual),
+            f"r_mean{suffix}": trajectories.mean_over_actions(residual),
             f"r{suffix}_max_abs": magnitude.max(),
-            f"r_share_beyond_bound{suffix}": logs.mean_over_actions(beyond),
+            f"r_fraction_beyond_bound{suffix}": trajectories.mean_over_actions(beyond),
         }

@@ -6,14 +6,15 @@ times only, or once. So the mean over all of them counts in each as one rollout 
 
     Z_c = (sum of its ratios + mean ratio of all prompts) / (n + 1).
 
-It is biased towards that mean, by a share 1 / (n + 1) of the difference; a prompt that was never seen before has the
+It is biased toward that mean, by a share 1 / (n + 1) of the difference; a prompt that was never seen before has the
 mean itself. For a rollout x both leave x itself out, so that neither depends on it: divided by Z_c, the direction of
 each prompt's own target stays unbiased, and only the weight of the prompt among the others is biased, by the above and
 by E[1 / Z_c] > 1 / E[Z_c], of the order of the variance of the ratios over n Z_c^2.
 
 **lambda**, for which an exponential family p(x) ~ w(x) exp(lambda . phi(x)) has given moments, on samples x_j with
-importance weights w_j, by self-normalised importance sampling: the lambda that makes E_p[phi] = target maximises the
-concave lambda . target - log sum_j w_j exp(lambda . phi_j), whose gradient is target - E_p[phi] and whose Hessian is
+importance weights w_j, by self-normalized importance sampling: the lambda that makes E_p[phi] = target maximizes the
+concave lambda . target - log sum_j w_j exp(lambda . phi_j), whose gradient is target - E_p[phi] and whose
+Hessian is
 -Cov_p[phi]. Newton's method finds it, with steps that are halved until the value rises.
 
 That is lambda of the joint law of prompt and text. A policy cannot change its prompts: one lambda for all of them has
@@ -24,7 +25,7 @@ samples that mean is
 
 and Newton's method goes on from the joint lambda until it is the target, with steps that are halved until the largest
 difference falls. With one prompt it is the target already. A prompt with n samples has a Z_c that is biased by the
-order of 1 / n towards the joint law; where each prompt has a single sample, lambda is that of the joint law.
+order of 1 / n toward the joint law; where each prompt has a single sample, lambda is that of the joint law.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class TargetAscent(ScoreFunction):
         # Of log pi over log mu under p_c, times Z; since the last look.
         self._gain = torch.zeros(1, dtype=torch.float64)
         self._weight = None if self._moments else torch.zeros(0, dtype=torch.float64)
-        # Columns: key, context, log a b / mu, features.
+        # Columns: key, context, trajectory a b / mu, features.
         self._samples = torch.zeros(0, 3 + len(self._moments), dtype=torch.float64)
 
     def weigh(self, rollouts: Rollouts) -> Weighed:
@@ -125,7 +125,7 @@ class TargetAscent(ScoreFunction):
         log_base = self._log_base(rollouts)
         metrics = {
             "constraint_gap": max(gaps),
-            "unsatisfied_share": float((log_base == -torch.inf).double().mean()),
+            "unsatisfied_fraction": float((log_base == -torch.inf).double().mean()),
             "kl_base": float(weighted_mean(rollouts.log_pi - rollouts.log_base, rollouts.weight)),
             **weight_metrics(rollouts.weight),
         }
@@ -147,7 +147,7 @@ class TargetAscent(ScoreFunction):
         counts = densities.ratio * densities.prompt_weight
         self._gain += (counts * (densities.log_pi - densities.log_mu)).sum()
 
-    def renews_proposal(self) -> bool:
+    def should_publish(self) -> bool:
         """Whether the policy of now should act: KL(p, pi) < KL(p, mu), by the steps since this was asked last.
 
         Both are -log Z_c + E_{p_c}[log(P / .)], a mean over prompts, so what decides is the sign of
@@ -182,7 +182,7 @@ class TargetAscent(ScoreFunction):
                 )
 
     def _log_base(self, rollouts: Rollouts) -> Tensor:
-        """[N] log a b: without the distributional constraints."""
+        """[N] trajectory a b: without the distributional constraints."""
         satisfied = (self._features_of(rollouts, self._pointwise) == 1).all(1)
         return rollouts.log_base.masked_fill(~satisfied, -torch.inf)
 

@@ -1,4 +1,4 @@
-"""Objectives of expert logs alone, action by action: likelihood, unlikelihood, EMO, scheduled sampling.
+"""Objectives of expert trajectories alone, action by action: likelihood, unlikelihood, EMO, scheduled sampling.
 
 All but likelihood are not consistent: with endless data their optimum is another distribution than that of the data,
 so compare them at matched entropy.
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM
 
-from learner.objectives.base import EvaluatedLogs, LogCounts, Metrics, Objective, cross_entropy, data_metrics
+from learner.objectives.base import BatchCounts, EvaluatedTrajectories, Metrics, Objective, cross_entropy, data_metrics
 from learner.settings.objectives import EmoSettings, ScheduledSamplingSettings, UnlikelihoodSettings
 from learner.state_tree.batch import TreeBatch
 from learner.state_tree.policy import StateLogits, TreePolicy
@@ -37,10 +37,11 @@ NEAR = 1e-2
 
 
 class Likelihood(Objective):
-    """-E_data[log p(a|s)], mean over the actions of the global batch. `mle` and `behaviour_cloning` differ in the logs
+    """-E_data[log p(a|s)], mean over the actions of the global batch. `mle` and `behavior_cloning` differ in the
+    trajectories
     they are fed, not in the formula."""
 
-    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+    def data_loss(self, data: EvaluatedTrajectories, step: int) -> tuple[Tensor, Metrics]:
         loss = cross_entropy(data)
         return loss, data_metrics(data, loss)
 
@@ -60,7 +61,7 @@ class Unlikelihood(Objective):
     def summation(self, tree: TreeBatch, weight: Tensor) -> ContextUnlikelihood:
         return ContextUnlikelihood(tree)
 
-    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+    def data_loss(self, data: EvaluatedTrajectories, step: int) -> tuple[Tensor, Metrics]:
         assert data.values.measured is not None
         unlikelihood = data.mean_over_actions(data.values.measured)
         loss = cross_entropy(data) + self.settings.weight * unlikelihood
@@ -146,7 +147,7 @@ class Emo(Objective):
         self._table = self._table.to(weight.device)
         return EarthMoverDistance(self._table, tree.actions.label)
 
-    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+    def data_loss(self, data: EvaluatedTrajectories, step: int) -> tuple[Tensor, Metrics]:
         assert data.values.measured is not None
         likelihood, distance = -data.values.log_prob, data.values.measured
         loss = data.mean_over_actions(emo_loss(likelihood, distance, self.settings.mode, self.settings.ratio_cap))
@@ -217,7 +218,8 @@ class ScheduledSampling(Objective):
 
     The first pass evaluates the true text. Then each token of an answer is kept with probability eps, or else replaced
     by one that the model draws where the token stood; the second pass evaluates the mixed text against the true labels,
-    and alone has a gradient. Prompts are always true. A token that several logs share is replaced for all of them.
+    and alone has a gradient. Prompts are always true. A token that several trajectories share is replaced for all of
+    them.
 
     The optimum mixes the conditional with the marginal distribution (Huszar 2015, arXiv 1511.05101), eps P(x2 | x1) +
     (1 - eps) P(x2) on texts of two tokens; at eps = 0 the model forgets what its text holds.
@@ -225,40 +227,41 @@ class ScheduledSampling(Objective):
 
     settings: ScheduledSamplingSettings
 
-    def truth_share(self, step: int) -> float:
+    def truth_fraction(self, step: int) -> float:
         """eps: the probability that a token of an answer is the true one, at optimizer step `step`."""
         k = self.settings.k
         if self.settings.schedule == "linear":
-            return max(self.settings.least_truth_share, k - self.settings.slope * step)
+            return max(self.settings.least_truth_fraction, k - self.settings.slope * step)
         if self.settings.schedule == "exponential":
             return float(k**step)
         exponent = math.log(k) - step / k  # k / (k + exp(step / k)), where that exponential would overflow
         return 1 / (1 + math.exp(-exponent)) if exponent >= 0 else math.exp(exponent) / (1 + math.exp(exponent))
 
-    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: LogCounts, step: int) -> EvaluatedLogs:
-        """Two forward passes. What is drawn depends on the seed, the step and the logs of the pass alone: a resumed run
+    def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: BatchCounts, step: int) -> EvaluatedTrajectories:
+        """Two forward passes. What is drawn depends on the seed, the step and the trajectories of the pass alone: a
+        resumed run
         repeats it."""
         key = "/".join([str(self.settings.seed), str(step), *tree.trajectories.ids])
         generator = torch.Generator(tree.nodes.token_ids.device).manual_seed(zlib.crc32(key.encode()))
-        mixing = partial(mixed_tokens, truth_share=self.truth_share(step), generator=generator)
+        mixing = partial(mixed_tokens, truth_fraction=self.truth_fraction(step), generator=generator)
         with torch.no_grad():
             tokens = policy.evaluate(tree, mixing).measured
         assert tokens is not None
         mixed = replace(tree, nodes=replace(tree.nodes, token_ids=tokens))
-        return EvaluatedLogs(mixed, policy.evaluate(mixed), counts)
+        return EvaluatedTrajectories(mixed, policy.evaluate(mixed), counts)
 
-    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+    def data_loss(self, data: EvaluatedTrajectories, step: int) -> tuple[Tensor, Metrics]:
         loss = cross_entropy(data)
-        truth_share = loss.new_tensor(self.truth_share(step) * data.share)
-        return loss, data_metrics(data, loss, truth_share=truth_share)
+        truth_fraction = loss.new_tensor(self.truth_fraction(step) * data.share)
+        return loss, data_metrics(data, loss, truth_fraction=truth_fraction)
 
 
-def mixed_tokens(tree: TreeBatch, logits: StateLogits, truth_share: float, generator: torch.Generator) -> Tensor:
-    """[N] the tokens of the tree, where those of answers are the model's with probability 1 - truth_share each."""
+def mixed_tokens(tree: TreeBatch, logits: StateLogits, truth_fraction: float, generator: torch.Generator) -> Tensor:
+    """[N] the tokens of the tree, where those of answers are the model's with probability 1 - truth_fraction each."""
     nodes, writers = tree.answer_nodes()
     start = tree.nodes.states[tree.trajectories.start][:, None]
     in_prompt = ((nodes <= start) & (tree.nodes.subtree_end[nodes] > start)).any(0)
-    is_model = torch.rand(tree.num_padded_nodes, generator=generator, device=nodes.device) >= truth_share
+    is_model = torch.rand(tree.num_padded_nodes, generator=generator, device=nodes.device) >= truth_fraction
     replaced = is_model[nodes] & ~in_prompt
     tokens = logits.sample_tokens(tree.actions.state[writers[replaced]], generator)
     return tree.nodes.token_ids.index_copy(0, nodes[replaced], tokens)

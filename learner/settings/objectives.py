@@ -1,4 +1,4 @@
-"""Settings of the objective: what training maximises, and what it needs for that."""
+"""Settings of the objective: what training maximizes, and what it needs for that."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ INFINITE_WHERE_FORBIDDEN = ("reverse_kl", "reverse_chi2")
 class BaseObjectiveSettings(Settings):
     """What every objective says of itself before anything starts.
 
-    needs_experts: whether it learns from expert logs. needs_base_model: whether rollouts are compared with the policy
+    needs_experts: whether it learns from expert trajectories. needs_base_model: whether rollouts are compared with the
+    policy
     as it was at the start of the stage. needs_reward: whether `scoring.reward` has to be set.
     """
 
@@ -36,19 +37,19 @@ class BaseObjectiveSettings(Settings):
 
     @property
     def uses_noise(self) -> bool:
-        """Whether expert logs demonstrate backspace."""
+        """Whether expert trajectories demonstrate backspace."""
         return False
 
 
 class LikelihoodSettings(BaseObjectiveSettings):
-    """Cross-entropy on expert logs. `mle` is for clean data, `behaviour_cloning` for noise and backspace."""
+    """Cross-entropy on expert trajectories. `mle` is for clean data, `behavior_cloning` for noise and backspace."""
 
-    name: Literal["mle", "behaviour_cloning"]
+    name: Literal["mle", "behavior_cloning"]
 
     @property
     def uses_noise(self) -> bool:
         """Maximum likelihood is the method without."""
-        return self.name == "behaviour_cloning"
+        return self.name == "behavior_cloning"
 
 
 class UnlikelihoodSettings(BaseObjectiveSettings):
@@ -80,14 +81,14 @@ class EmoSettings(BaseObjectiveSettings):
 class ScheduledSamplingSettings(BaseObjectiveSettings):
     """Texts that are partly the model's own, with the true labels (arXiv 1506.03099).
 
-    The share of true tokens at step i: max(least_truth_share, k - slope i), k^i, or k / (k + exp(i / k)).
+    The share of true tokens at step i: max(least_truth_fraction, k - slope i), k^i, or k / (k + exp(i / k)).
     """
 
     name: Literal["scheduled_sampling"]
     schedule: Literal["linear", "exponential", "inverse_sigmoid"] = "inverse_sigmoid"
     k: float = Field(100.0, gt=0.0, description="constant of the schedule: at most 1, below 1, at least 1")
     slope: float = Field(0.0, ge=0.0, description="decrease of the share per step; linear only")
-    least_truth_share: float = Field(0.0, ge=0.0, le=1.0, description="where the decrease ends; linear only")
+    least_truth_fraction: float = Field(0.0, ge=0.0, le=1.0, description="where the decrease ends; linear only")
     seed: int = Field(0, description="of what is replaced, and by what")
 
     @model_validator(mode="after")
@@ -97,7 +98,7 @@ class ScheduledSamplingSettings(BaseObjectiveSettings):
         if not is_met[self.schedule]:
             raise ValueError(f"k={self.k} must be {bounds[self.schedule]} with schedule={self.schedule}")
         if self.schedule != "linear":
-            self._refuse_without_effect(f"schedule={self.schedule}", "slope", "least_truth_share")
+            self._refuse_without_effect(f"schedule={self.schedule}", "slope", "least_truth_fraction")
         return self
 
 
@@ -118,7 +119,7 @@ class DiscriminatorSettings(Settings):
 
 
 class AdversarialJsSettings(BaseObjectiveSettings):
-    """Generalised Jensen-Shannon divergence of whole texts, by a discriminator (arXiv 1511.05101)."""
+    """Generalized Jensen-Shannon divergence of whole texts, by a discriminator (arXiv 1511.05101)."""
 
     needs_rollouts: ClassVar[bool] = True
     name: Literal["adversarial_js"]
@@ -127,7 +128,7 @@ class AdversarialJsSettings(BaseObjectiveSettings):
         ge=0.0,
         le=1.0,
         description="share of the data in the mixture that data and policy are compared with: near 0 the method is "
-        "maximum likelihood, at 1 it minimises KL(policy || data)",
+        "maximum likelihood, at 1 it minimizes KL(policy || data)",
     )
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
 
@@ -158,14 +159,14 @@ class SequenceMatchSettings(BaseObjectiveSettings):
         description="between the occupancy measures of data and model; `chi2_mixture`: of data and the half-half "
         "mixture, the method of the paper; `mle`: no penalty, the control",
     )
-    estimator: Literal["collapsed", "printed", "uniform"] = Field(
+    estimator: Literal["collapsed", "paper", "uniform"] = Field(
         "collapsed",
-        description="`collapsed`: value terms telescoped (least variance); `printed`: the sums of the paper; "
+        description="`collapsed`: value terms telescoped (least variance); `paper`: the sums of the paper; "
         "`uniform`: those sums with every discount gamma^t put to 1, as in IQ-Learn (denser signal, biased)",
     )
     alpha: float = Field(0.03, gt=0.0, description="weight of the penalty, a squared soft-Bellman residual")
     gamma: float = Field(0.998, gt=0.0, lt=1.0, description="discount per action")
-    mixture_coefficient: PositiveFloat | None = Field(
+    mixture_scale: PositiveFloat | None = Field(
         None, description="weight of E_model[(alpha r)^2]; null = 1/(4 alpha), balanced; 1 = the paper read literally"
     )
     domain_policy: Literal["project", "stop"] = Field(
@@ -174,13 +175,15 @@ class SequenceMatchSettings(BaseObjectiveSettings):
         "ends training",
     )
     domain_margin: float = Field(0.1, gt=0.0, lt=0.5, description="the domain counts as left this far above its end")
-    beta_start: float = Field(1.0, ge=0.0, le=1.0, description="weight of behaviour cloning at step 0")
-    beta_end: float = Field(0.2, ge=0.0, le=1.0, description="weight of behaviour cloning from beta_steps on")
-    beta_steps: PositiveInt = Field(150, description="steps of the linear change from beta_start to beta_end")
+    bc_weight_start: float = Field(1.0, ge=0.0, le=1.0, description="weight of behavior cloning at step 0")
+    bc_weight_end: float = Field(0.2, ge=0.0, le=1.0, description="weight of behavior cloning from bc_weight_steps on")
+    bc_weight_steps: PositiveInt = Field(
+        150, description="steps of the linear change from bc_weight_start to bc_weight_end"
+    )
 
     @property
     def needs_rollouts(self) -> bool:
-        """The mixture penalises rollouts; all estimators but the collapsed one sample value terms from them."""
+        """The mixture penalizes rollouts; all estimators but the collapsed one sample value terms from them."""
         return self.divergence == "chi2_mixture" or self.estimator != "collapsed"
 
     @field_validator("divergence", mode="before")
@@ -197,7 +200,7 @@ class SequenceMatchSettings(BaseObjectiveSettings):
     @model_validator(mode="after")
     def _check(self) -> SequenceMatchSettings:
         if self.divergence != "chi2_mixture":
-            self._refuse_without_effect(f"divergence={self.divergence}", "mixture_coefficient")
+            self._refuse_without_effect(f"divergence={self.divergence}", "mixture_scale")
         if self.divergence not in DIVERGENCES_WITH_DOMAIN:
             self._refuse_without_effect(f"divergence={self.divergence}", "domain_policy", "domain_margin")
         if self.divergence == "mle" and self.estimator == "uniform":

@@ -40,7 +40,7 @@ class OptimizerSettings(Settings):
 
 
 class StageSettings(Settings):
-    """One stretch of training with one objective. A recipe is a list of stages; arms share a trunk."""
+    """One stretch of training with one objective. A recipe is a list of stages; arms share a pretrain."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     start_from: str | None = Field(
@@ -73,7 +73,7 @@ class WatchSettings(Settings):
         "and the learner's own; an alarm where it stays beyond the bound for two intervals of publish_every_steps, so "
         "that weights do not arrive or an engine computes something else",
     )
-    max_unsatisfied_share: float = Field(
+    max_unsatisfied_fraction: float = Field(
         0.99,
         gt=0.0,
         lt=1.0,
@@ -99,7 +99,7 @@ class LearnerSettings(Settings):
     rank_timeout_s: PositiveFloat | None = Field(
         None, description="longest wait of a rank for the others, beyond rollouts and storage (null = 300)"
     )
-    max_nodes_per_batch: PositiveInt = Field(
+    max_tokens_per_micro_batch: PositiveInt = Field(
         2048, description="state-tree nodes per forward pass: bounds the memory of activations, not what is learned"
     )
     param_dtype: Dtype = Field(
@@ -121,7 +121,7 @@ class LearnerSettings(Settings):
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept per stage")
     checkpoint_best_metric: str | None = Field(
         None,
-        description="metric of the steps, e.g. loss_behaviour_cloning: the checkpoint before which its mean was least "
+        description="metric of the steps, e.g. loss_behavior_cloning: the checkpoint before which its mean was least "
         "is kept too",
     )
     checkpoint_dir: OutputPath | None = Field(

@@ -1,9 +1,9 @@
-"""The states of action logs as a tree, so that one forward pass evaluates every distinct state once.
+"""The states of trajectories as a tree, so that one forward pass evaluates every distinct state once.
 
 A node is an appended token; the text of a node is the path from the root to it, and a state is a node.
 `<backspace>` adds no node: it moves to the parent. A node attends to its ancestors and itself, its position is its
 depth, so its logits equal those of its text run alone. Texts that occur twice (a token retyped after a deletion, a
-prompt shared by several logs, a prompt that begins another one) are one node.
+prompt shared by several trajectories, a prompt that begins another one) are one node.
 
 Nodes are numbered in preorder (a node, then its subtrees one after another), over all trees of the batch: node j is
 an ancestor of i, or i itself, exactly if j <= i < subtree_end[j]. No N x N mask is needed to say so.
@@ -23,8 +23,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from buffer.trajectory.replay import FLOOR, ActionLogs, Int64, Replay, replay
-from buffer.trajectory.schema import Behaviour
+from buffer.trajectory.replay import FLOOR, Int64, Replay, TrajectoryArrays, replay
+from buffer.trajectory.schema import Behavior
 from learner.state_tree.trie import Bool, build_trie, preorder
 
 NODE_ALIGNMENT = 8
@@ -64,7 +64,7 @@ class Actions(_Columns):
     """The actions of all trajectories, one trajectory after another.
 
     trajectory, time: [A] index of the action's trajectory, and of the action in it. label: [A] id.
-    state, next_state: [A] text before and after the action (of the *realised* token), as an index into `Nodes.states`.
+    state, next_state: [A] text before and after the action (of the *executed* token), as an index into `Nodes.states`.
     backspace_masked, next_backspace_masked: [A] whether backspace is no action before and after this one: only the
         prompt is left, or the sampler never offered it.
     behavior_log_prob, behavior_version, behavior_temperature: [A] what the policy that acted said of the action (see
@@ -169,13 +169,13 @@ class TreeBatch:
 class TreeSettings:
     """How trajectories become state trees.
 
-    max_nodes_per_batch: see `learner.batches`. max_positions: longest text, in tokens.
+    max_tokens_per_micro_batch: see `learner.batches`. max_positions: longest text, in tokens.
     offers_backspace: False = backspace is no action in any state, whatever a trajectory says of itself.
     """
 
     backspace_id: int
     eos_id: int
-    max_nodes_per_batch: int
+    max_tokens_per_micro_batch: int
     max_positions: int
     offers_backspace: bool = True
     other_eos_ids: tuple[int, ...] = ()
@@ -183,9 +183,9 @@ class TreeSettings:
 
 def build_tree_batch(batch: pa.RecordBatch, settings: TreeSettings) -> TreeBatch:
     """Pack the trajectories of `batch` (schema of `buffer.trajectory.schema`) into one tree per distinct first token.
-    Raises as `checked_logs`; ValueError, too, where some logs have features that others lack."""
-    logs, played, truncated = checked_logs(batch, settings)
-    trie = build_trie(logs, played, settings.backspace_id)
+    Raises as `checked_trajectories`; ValueError, too, where some trajectories have features that others lack."""
+    trajectories, played, truncated = checked_trajectories(batch, settings)
+    trie = build_trie(trajectories, played, settings.backspace_id)
     number, subtree_end = preorder(trie)
     width = -(-trie.num_nodes // NODE_ALIGNMENT) * NODE_ALIGNMENT
     floor_node, appended_node = number[trie.prompt_node], number[trie.node_of_event]
@@ -196,16 +196,16 @@ def build_tree_batch(batch: pa.RecordBatch, settings: TreeSettings) -> TreeBatch
         return torch.from_numpy(padded)
 
     def nodes_of(events: Int64) -> Int64:
-        return np.where(events == FLOOR, floor_node[played.log], appended_node[events])
+        return np.where(events == FLOOR, floor_node[played.trajectory], appended_node[events])
 
     state, next_state = nodes_of(played.state), nodes_of(played.next_state)
-    final, final_at_floor = floor_node.copy(), np.ones(logs.num_logs, dtype=np.bool_)
-    acted = logs.lengths > 0
-    last_action = logs.offsets[1:][acted] - 1
+    final, final_at_floor = floor_node.copy(), np.ones(trajectories.num_trajectories, dtype=np.bool_)
+    acted = trajectories.lengths > 0
+    last_action = trajectories.offsets[1:][acted] - 1
     final[acted] = next_state[last_action]
     final_at_floor[acted] = played.next_state[last_action] == FLOOR
     states = np.unique(np.concatenate([floor_node, state, next_state]))
-    behavior = Behaviour.from_batch(batch)
+    behavior = Behavior.from_batch(batch)
     never_offered = ~(behavior.offers_backspace & settings.offers_backspace)
     tensor = torch.from_numpy
 
@@ -220,13 +220,13 @@ def build_tree_batch(batch: pa.RecordBatch, settings: TreeSettings) -> TreeBatch
             states=tensor(states),
         ),
         actions=Actions(
-            trajectory=tensor(played.log),
+            trajectory=tensor(played.trajectory),
             time=tensor(played.time),
-            label=tensor(logs.actions.astype(np.int64)),
+            label=tensor(trajectories.actions.astype(np.int64)),
             state=index_of(state),
             next_state=index_of(next_state),
-            backspace_masked=tensor((played.state == FLOOR) | never_offered[played.log]),
-            next_backspace_masked=tensor((played.next_state == FLOOR) | never_offered[played.log]),
+            backspace_masked=tensor((played.state == FLOOR) | never_offered[played.trajectory]),
+            next_backspace_masked=tensor((played.next_state == FLOOR) | never_offered[played.trajectory]),
             behavior_log_prob=tensor(behavior.log_prob),
             behavior_version=tensor(behavior.version),
             behavior_temperature=tensor(behavior.temperature),
@@ -234,7 +234,7 @@ def build_tree_batch(batch: pa.RecordBatch, settings: TreeSettings) -> TreeBatch
         ),
         trajectories=Trajectories(
             ids=tuple(batch.column("id").to_pylist()),
-            length=tensor(logs.lengths),
+            length=tensor(trajectories.lengths),
             truncated=tensor(truncated),
             start=index_of(floor_node),
             final=index_of(final),
@@ -242,15 +242,17 @@ def build_tree_batch(batch: pa.RecordBatch, settings: TreeSettings) -> TreeBatch
             is_expert=tensor(_column_equals(batch, "source", "expert")),
             reward=tensor(batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float32)),
             features=_features(batch.column("features")),
-            context=torch.tensor([_context(prompt) for prompt in np.split(logs.prompt_ids, logs.prompt_offsets[1:-1])]),
+            context=torch.tensor(
+                [_context(prompt) for prompt in np.split(trajectories.prompt_ids, trajectories.prompt_offsets[1:-1])]
+            ),
         ),
         num_nodes=trie.num_nodes,
-        num_nodes_unshared=len(trie.pair_log),
+        num_nodes_unshared=len(trie.pair_trajectory),
     )
 
 
 def _features(column: pa.ListArray) -> Tensor:
-    """[L, F]; every log has as many (else ValueError), or none has any."""
+    """[L, F]; every trajectory has as many (else ValueError), or none has any."""
     numbers = column.flatten().to_numpy(zero_copy_only=False)
     width = len(numbers) // len(column)
     lengths = column.value_lengths().fill_null(0).to_numpy()
@@ -263,40 +265,42 @@ def _context(prompt: npt.NDArray[np.int32]) -> int:
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(prompt).tobytes()) >> 12
 
 
-def checked_logs(batch: pa.RecordBatch, settings: TreeSettings) -> tuple[ActionLogs, Replay, Bool]:
-    """The logs of a batch, their states, and [L] whether each is truncated (did not end with `<eos>`). ValueError: the
-    batch or a prompt is empty, a text is longer than `max_positions`, or a log takes a token back at the floor or acts
+def checked_trajectories(batch: pa.RecordBatch, settings: TreeSettings) -> tuple[TrajectoryArrays, Replay, Bool]:
+    """The trajectories of a batch, their states, and [L] whether each is truncated (did not end with `<eos>`).
+    ValueError: the
+    batch or a prompt is empty, a text is longer than `max_positions`, or a trajectory takes a token back at the floor
+    or acts
     after `<eos>`."""
-    logs = ActionLogs.from_batch(batch)
-    if logs.num_logs == 0:
+    trajectories = TrajectoryArrays.from_batch(batch)
+    if trajectories.num_trajectories == 0:
         raise ValueError("cannot build a state tree from a batch without trajectories")
-    played = replay(logs, settings.backspace_id)
+    played = replay(trajectories, settings.backspace_id)
     truncated = ~_column_equals(batch, "finish_reason", "eos")
-    prompt_lengths = np.diff(logs.prompt_offsets)
+    prompt_lengths = np.diff(trajectories.prompt_offsets)
     if not prompt_lengths.all():
         raise ValueError(
             f"log {int(np.argmin(prompt_lengths))} has an empty prompt; start it with the <bos> token, so "
             "that the first action has a state"
         )
     longest = prompt_lengths.copy()
-    np.maximum.at(longest, played.log, prompt_lengths[played.log] + played.depth)
+    np.maximum.at(longest, played.trajectory, prompt_lengths[played.trajectory] + played.depth)
     if longest.max() > settings.max_positions:
         raise ValueError(
             f"log {int(np.argmax(longest))} has a text of {int(longest.max())} tokens, more than the "
             f"{settings.max_positions} positions of the model; lower the prompt or answer length"
         )
-    is_eos = np.isin(logs.realised, (settings.eos_id, *settings.other_eos_ids))
-    is_last = played.time == logs.lengths[played.log] - 1
-    at_floor = (logs.actions == settings.backspace_id) & (played.state == FLOOR)
-    num_wrong = np.bincount(played.log[at_floor | (is_eos & ~is_last)], minlength=logs.num_logs)
-    ends = np.bincount(played.log[is_eos & is_last], minlength=logs.num_logs)
+    is_eos = np.isin(trajectories.executed, (settings.eos_id, *settings.other_eos_ids))
+    is_last = played.time == trajectories.lengths[played.trajectory] - 1
+    at_floor = (trajectories.actions == settings.backspace_id) & (played.state == FLOOR)
+    num_wrong = np.bincount(played.trajectory[at_floor | (is_eos & ~is_last)], minlength=trajectories.num_trajectories)
+    ends = np.bincount(played.trajectory[is_eos & is_last], minlength=trajectories.num_trajectories)
     bad = (num_wrong > 0) | (ends == truncated)
     if bad.any():
         raise ValueError(
             f"log {int(np.argmax(bad))} takes a token back at the floor (the end of its prompt), or `<eos>` is not the "
             "last action exactly where finish_reason is `eos`"
         )
-    return logs, played, truncated
+    return trajectories, played, truncated
 
 
 def _column_equals(batch: pa.RecordBatch, name: str, value: str) -> Bool:

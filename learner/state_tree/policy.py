@@ -1,7 +1,8 @@
 """The policy as one module: whatever the learner computes with the model's weights goes through here.
 
 Q(s, a) is the logit of action a after text s, V(s) = logsumexp_a Q(s, a). At the floor (the end of the prompt)
-backspace is masked, as it is in the actors, so there V sums over the other actions only; so it does everywhere in a log
+backspace is masked, as it is in the actors, so there V sums over the other actions only; so it does everywhere in a
+trajectory
 whose sampler never offered backspace. Ids that no token has are no actions anywhere. `log_prob = q - v` then is the
 log-probability under the policy that acted.
 
@@ -43,7 +44,7 @@ from learner.state_tree.vocabulary import (
 
 
 class ActionValues(NamedTuple):
-    """Values along the logs of a `TreeBatch` (A actions, L logs), float32.
+    """Values along the trajectories of a `TreeBatch` (A actions, L trajectories), float32.
 
     q: [A] logit of the label. v, v_next: [A] value of the text before and after the action.
     v_start, v_final: [L] value of the first and the last text.
@@ -148,7 +149,8 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
     def evaluate(
         self, tree: TreeBatch, measurement: Measurement | None = None, summation: Summation | None = None
     ) -> ActionValues:
-        """Values along the logs of `tree` (on the model's device), by one forward pass of the model's transformer; at
+        """Values along the trajectories of `tree` (on the model's device), by one forward pass of the model's
+        transformer; at
         most one of `measurement` and `summation` gives `measured`. With several ranks, all call this together.
 
         The model must pass `learner.model.loading.check_supported`: Q is hidden state times row of the output
@@ -171,7 +173,7 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
 
     def forward(self, tree: TreeBatch, measurement: Measurement | None, summation: Summation | None) -> ActionValues:
         """Call `evaluate`: FSDP gathers the weights around this."""
-        actions, logs = tree.actions, tree.trajectories
+        actions, trajectories = tree.actions, tree.trajectories
         with self.autocast():
             states = _as_computed(evaluate_nodes(self.model, tree).index_select(0, tree.nodes.states))
             weight = _as_computed(self.model.get_output_embeddings().weight)
@@ -195,7 +197,9 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
             v_all = torch.logaddexp(v_floor, q_backspace)
             v = logits.v_of_actions(tree)
             v_next = torch.where(actions.next_backspace_masked, v_floor[actions.next_state], v_all[actions.next_state])
-            v_final = torch.where(logs.final_backspace_masked, v_floor[logs.final], v_all[logs.final])
+            v_final = torch.where(
+                trajectories.final_backspace_masked, v_floor[trajectories.final], v_all[trajectories.final]
+            )
             with torch.no_grad():
                 log_prob_backspace = (q_backspace[actions.state] - v).masked_fill(actions.backspace_masked, -torch.inf)
                 log_prob_at_temperature = q - v
@@ -204,10 +208,17 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
                     v_scaled, backspace_scaled, q_scaled, _ = values_of(scaled)
                     of_scaled = replace(logits, v_floor=v_scaled, q_backspace=backspace_scaled)
                     tempered = q_scaled - of_scaled.v_of_actions(tree)
-                    is_drawn_so = actions.behavior_temperature == temperature
-                    log_prob_at_temperature = torch.where(is_drawn_so, tempered, log_prob_at_temperature)
+                    is_sampled_so = actions.behavior_temperature == temperature
+                    log_prob_at_temperature = torch.where(is_sampled_so, tempered, log_prob_at_temperature)
             return ActionValues(
-                q, v, v_next, v_floor[logs.start], v_final, log_prob_backspace, log_prob_at_temperature, measured
+                q,
+                v,
+                v_next,
+                v_floor[trajectories.start],
+                v_final,
+                log_prob_backspace,
+                log_prob_at_temperature,
+                measured,
             )
 
     def sequence_logprobs(self, token_ids: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -1,8 +1,8 @@
-"""The trie of all texts that action logs pass through: which of their tokens stand for the same text.
+"""The trie of all texts that trajectories pass through: which of their tokens stand for the same text.
 
-Nodes are told apart without walking the logs: every (depth, token) pair has a pseudo-random 64-bit number,
+Nodes are told apart without walking the trajectories: every (depth, token) pair has a pseudo-random 64-bit number,
 and the key of a text is their sum modulo 2^64 (Zobrist hashing). An append adds its number, a backspace
-subtracts the number of the token it takes back, so the keys of all texts of a log are one running sum. Equal
+subtracts the number of the token it takes back, so the keys of all texts of a trajectory are one running sum. Equal
 keys are then checked to have equal parents and equal tokens, which by induction makes the result exact.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from buffer.trajectory.replay import FLOOR, ActionLogs, Int64, Replay
+from buffer.trajectory.replay import FLOOR, Int64, Replay, TrajectoryArrays
 
 UInt64 = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]
@@ -27,9 +27,10 @@ class Trie:
     """The K distinct texts of a batch, as nodes in the order of their keys.
 
     token, depth: [K] last token of the text and its position, from 0. parent: [K] text before that token, or ROOT.
-    first: [K] where the text occurs first, counting the prompts' tokens of all logs, then their appends.
-    prompt_node: [L] of each log's prompt. node_of_event: [A] text after each append (meaningless for a backspace).
-    pair_log, pair_node: distinct (log, node) pairs, ascending.
+    first: [K] where the text occurs first, counting the prompts' tokens of all trajectories, then their appends.
+    prompt_node: [L] of each trajectory's prompt. node_of_event: [A] text after each append (meaningless for a
+    backspace).
+    pair_trajectory, pair_node: distinct (trajectory, node) pairs, ascending.
     """
 
     token: Int64
@@ -38,7 +39,7 @@ class Trie:
     first: Int64
     prompt_node: Int64
     node_of_event: Int64
-    pair_log: Int64
+    pair_trajectory: Int64
     pair_node: Int64
 
     @property
@@ -47,47 +48,47 @@ class Trie:
         return len(self.first)
 
 
-def build_trie(logs: ActionLogs, played: Replay, backspace_id: int) -> Trie:
-    """The distinct texts that the prompts and the appends of all logs complete."""
-    prompt_lengths = np.diff(logs.prompt_offsets)
-    prompt_log = np.repeat(np.arange(logs.num_logs), prompt_lengths)
-    num_prompt_tokens = len(logs.prompt_ids)
-    prompt_depth = np.arange(num_prompt_tokens) - logs.prompt_offsets[:-1][prompt_log]
-    prompt_end = logs.prompt_offsets[1:] - 1
+def build_trie(trajectories: TrajectoryArrays, played: Replay, backspace_id: int) -> Trie:
+    """The distinct texts that the prompts and the appends of all trajectories complete."""
+    prompt_lengths = np.diff(trajectories.prompt_offsets)
+    prompt_trajectory = np.repeat(np.arange(trajectories.num_trajectories), prompt_lengths)
+    num_prompt_tokens = len(trajectories.prompt_ids)
+    prompt_depth = np.arange(num_prompt_tokens) - trajectories.prompt_offsets[:-1][prompt_trajectory]
+    prompt_end = trajectories.prompt_offsets[1:] - 1
 
-    is_append = logs.realised != backspace_id
+    is_append = trajectories.executed != backspace_id
     appends = np.flatnonzero(is_append)
-    append_log = played.log[appends]
-    # Elements are the prompt tokens of all logs, then their appends.
+    append_trajectory = played.trajectory[appends]
+    # Elements are the prompt tokens of all trajectories, then their appends.
     element_of_event = num_prompt_tokens + np.cumsum(is_append) - 1
     before = played.state[appends]
-    log = np.concatenate([prompt_log, append_log])
-    depth = np.concatenate([prompt_depth, prompt_lengths[append_log] + played.depth[appends] - 1])
-    token = np.concatenate([logs.prompt_ids, logs.realised[appends]]).astype(np.int64)
+    trajectory = np.concatenate([prompt_trajectory, append_trajectory])
+    depth = np.concatenate([prompt_depth, prompt_lengths[append_trajectory] + played.depth[appends] - 1])
+    token = np.concatenate([trajectories.prompt_ids, trajectories.executed[appends]]).astype(np.int64)
     parent = np.concatenate(
         [
             np.where(prompt_depth == 0, ROOT, np.arange(num_prompt_tokens) - 1),
-            np.where(before == FLOOR, prompt_end[append_log], element_of_event[before]),
+            np.where(before == FLOOR, prompt_end[append_trajectory], element_of_event[before]),
         ]
     )
 
     numbers = _pair_numbers(depth, token)
-    event_number = np.zeros(len(logs.actions), dtype=np.uint64)
+    event_number = np.zeros(len(trajectories.actions), dtype=np.uint64)
     event_number[appends] = numbers[num_prompt_tokens:]
     backspaces = np.flatnonzero(~is_append)
     event_number[backspaces] = -event_number[played.state[backspaces]]  # modulo 2^64
     prompt_sums = _wrapping_cumsum(numbers[:num_prompt_tokens])
     event_sums = _wrapping_cumsum(event_number)
-    prompt_keys = prompt_sums[1:] - prompt_sums[logs.prompt_offsets[:-1]][prompt_log]
-    append_keys = event_sums[1:][appends] - event_sums[logs.offsets[:-1]][append_log]
-    append_keys += prompt_keys[prompt_end][append_log]
+    prompt_keys = prompt_sums[1:] - prompt_sums[trajectories.prompt_offsets[:-1]][prompt_trajectory]
+    append_keys = event_sums[1:][appends] - event_sums[trajectories.offsets[:-1]][append_trajectory]
+    append_keys += prompt_keys[prompt_end][append_trajectory]
     keys, first, node = np.unique(np.concatenate([prompt_keys, append_keys]), return_index=True, return_inverse=True)
     node_of_parent = np.where(parent == ROOT, ROOT, node[parent])
     # By induction over the depth: equal parents and equal tokens for equal keys is equality of the texts.
     assert (node_of_parent == node_of_parent[first][node]).all(), "two texts share a 64-bit key"
     assert (token == token[first][node]).all(), "two texts share a 64-bit key"
 
-    pairs = np.unique(log * len(keys) + node)
+    pairs = np.unique(trajectory * len(keys) + node)
     return Trie(
         token=token[first],
         depth=depth[first],
@@ -95,7 +96,7 @@ def build_trie(logs: ActionLogs, played: Replay, backspace_id: int) -> Trie:
         first=first,
         prompt_node=node[prompt_end],
         node_of_event=node[element_of_event],
-        pair_log=pairs // len(keys),
+        pair_trajectory=pairs // len(keys),
         pair_node=pairs % len(keys),
     )
 
@@ -131,7 +132,7 @@ def preorder(trie: Trie) -> tuple[Int64, Int64]:
 
 
 def _pair_numbers(depth: Int64, token: Int64) -> UInt64:
-    """Pseudo-random 64-bit number of each (depth, token) pair: the SplitMix64 finaliser over the packed pair."""
+    """Pseudo-random 64-bit number of each (depth, token) pair: the SplitMix64 finalizer over the packed pair."""
     z = (depth.astype(np.uint64) << np.uint64(32)) + token.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -99,7 +99,7 @@ def measure_in_turn(backends: Mapping[str, Backend], repetitions: int, warm_ups:
     """
     found: dict[str, list[Mapping[str, Timed]]] = {name: [] for name in backends}
     for turn in range(-warm_ups, repetitions):
-        # Who goes first alternates, so that a drift of the machine favours nobody.
+        # Who goes first alternates, so that a drift of the machine favors nobody.
         for name in backends if turn % 2 == 0 else reversed(list(backends)):
             timed = backends[name]()
             if turn >= 0:

@@ -6,7 +6,7 @@ stores of fixed-size rows pay for padding. TorchRL's users pad with `tensordict.
 the same buffer with the quickest padding that numpy has. Inserts without packing are reported as `insert_packed`.
 Ratios of inserts are those of as many rows at a time as an actor sends; `rows_per_cpu_s_by_size` has the other sizes.
 Draws are so many that what the inserts left to do in the background, beside the first of them, counts for little. Bytes
-on disk are those before the first draw; what our record of the draws takes is `disk_bytes_per_drawn_row`.
+on disk are those before the first draw; what our record of the draws takes is `disk_bytes_per_sampled_row`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHOWN = {
     "by_cpu_time.insert_ratio_to_torchrl": "at least 3",
     "by_cpu_time.sample_ratio_to_torchrl": "at least 1.5",
     "by_cpu_time.disk_ratio_to_torchrl": "at most 0.65",
-    "sampling.draw_ms": "CPU time by live rows",
+    "sampling.sample_ms": "CPU time by live rows",
     "sampling.opening_cpu_s": "by live rows; at most 2 at 1,000,000",
     "memory_while_growing": "",
     "service_rows_per_s": "behind its Ray actor, with --service",
@@ -96,7 +96,7 @@ def bench(
             noted: {name: round(median(each.noted[noted]), digits) for name, each in stores.items()}
             for noted, digits in (
                 ("disk_bytes_per_row", None),
-                ("disk_bytes_per_drawn_row", 2),
+                ("disk_bytes_per_sampled_row", 2),
                 ("cold_major_faults", 1),
             )
         },
@@ -105,9 +105,9 @@ def bench(
         "service_rows_per_s": service_rows_per_s,
         "num_rows": rows,
         "actions_per_rollout": list(ACTIONS),
-        "insert_rows": list(INSERT_ROWS),
+        "insert_batch_size": list(INSERT_ROWS),
         "sent_rows": SENT_ROWS,
-        "drawn_rows": list(DRAWN_ROWS),
+        "sampled_rows": list(DRAWN_ROWS),
         "page_cache": "inserts: new files, written back by the kernel; warm: as the inserts left it; cold: dropped",
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {name: version(name) for name in ("pyarrow", "torch", "torchrl", "cpprb")},

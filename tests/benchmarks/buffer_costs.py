@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from buffer.settings import BufferSettings
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from buffer.store.store import ReplayStore
 from tests.benchmarks.backend import run_module
 from tests.benchmarks.buffer_load import CONTRACT, SENT_ROWS, as_arrow, make_rollouts, take
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 DRAWN_ROWS, DRAWS = 256, 30
-SAMPLERS = ("uniform", "fifo", "recency", "prioritised", "stratified")
+SAMPLERS = ("uniform", "fifo", "recency", "prioritized", "stratified")
 SHORT = {"actions": (4, 12), "prompt": (2, 6)}
 """A million of such rollouts fit anywhere, and rows, not bytes, are what `costs_by_size` counts."""
 BULK_ROWS = 1024
@@ -39,7 +39,8 @@ def costs_by_size(folder: Path, scales: Sequence[int]) -> dict[str, object]:
     """CPU time by the number of live rows, of one store that grows.
 
     Returns:
-        `sampler_ms`: sampler -> live rows -> milliseconds of a draw of 256 rows: choice, record and gather. `draw_ms`:
+        `sampler_ms`: sampler -> live rows -> milliseconds of a draw of 256 rows: choice, record and gather.
+        `sample_ms`:
         those of the default sampler. `draw_growth`, `sampler_growth`: largest over smallest. `opening_cpu_s`: live
         rows -> seconds to open the store, as after a restart of its process.
     """
@@ -56,7 +57,7 @@ def costs_by_size(folder: Path, scales: Sequence[int]) -> dict[str, object]:
             started_s = time.process_time()
             store = _open(folder, max(scales), sampler)
             opening_s.setdefault(str(scale), round(time.process_time() - started_s, 3))
-            if sampler == "prioritised":
+            if sampler == "prioritized":
                 store.update_priorities(np.arange(scale), np.random.default_rng(0).random(scale, dtype=np.float32))
             drawn_s = []
             for _ in range(DRAWS):
@@ -67,7 +68,7 @@ def costs_by_size(folder: Path, scales: Sequence[int]) -> dict[str, object]:
             store.close()
     growth = {name: round(max(each.values()) / min(each.values()), 2) for name, each in sampler_ms.items()}
     return {
-        "draw_ms": sampler_ms[SAMPLERS[0]],
+        "sample_ms": sampler_ms[SAMPLERS[0]],
         "draw_growth": growth[SAMPLERS[0]],
         "sampler_ms": sampler_ms,
         "sampler_growth": growth,
@@ -120,7 +121,7 @@ def service_rates(folder: Path, num_rows: int) -> dict[str, float]:
 
     from buffer.service.client import BufferClient, Shard
     from buffer.service.service import ReplayBufferService
-    from buffer.service.shard import DrawRequest
+    from buffer.service.shard import SampleRequest
     from tests.integration.local_ray import local_ray
 
     folder.mkdir()
@@ -139,8 +140,8 @@ def service_rates(folder: Path, num_rows: int) -> dict[str, float]:
             client = BufferClient([Shard(0, service)])
             started_s = time.perf_counter()
             for step in range(DRAWS):
-                key = DrawKey("bench", step, "policy")
-                client.draw(DrawRequest(key, DRAWN_ROWS, policy_version=0), ANSWER_TIMEOUT_S)
+                key = SampleKey("bench", step, "policy")
+                client.draw(SampleRequest(key, DRAWN_ROWS, policy_version=0), ANSWER_TIMEOUT_S)
             rates["sample"] = round(DRAWS * DRAWN_ROWS / (time.perf_counter() - started_s))
             ray.get(service.close.remote(), timeout=ANSWER_TIMEOUT_S)
             ray.kill(service)
@@ -168,7 +169,7 @@ def _open(folder: Path, capacity: int, sampler: str = "uniform") -> ReplayStore:
 
 
 def _draw(store: ReplayStore, step: int) -> None:
-    assert store.draw(DrawKey("bench", step, "policy"), DRAWN_ROWS, 0) is not None
+    assert store.draw(SampleKey("bench", step, "policy"), DRAWN_ROWS, 0) is not None
     store.checkpointed("bench", step + 1)
 
 

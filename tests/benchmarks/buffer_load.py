@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actors.engine.interface import FinishedLog, SamplingSettings, logs_to_batch
+from actors.engine.interface import FinishedRollout, SamplingSettings, rollouts_to_batch
 from actors.settings import ActorsSettings
 from buffer.trajectory.schema import TokenContract
 
@@ -19,12 +19,12 @@ FIRST_TEXT_ID = 4
 BACKSPACE_RATE = 0.1
 ACTIONS, PROMPT_TOKENS = (50, 500), (16, 64)
 """Fewest and most; stores of fixed-size rows reserve room for the most."""
-SENT_ROWS: int = ActorsSettings().insert_rows
+SENT_ROWS: int = ActorsSettings().insert_batch_size
 """Rows per insert that rates are told of: what an actor sends."""
 NUM_DISTINCT = 1024
 """Rollouts that are made; a store of more rows holds each of them several times, under ids of their own."""
 
-Rollouts = tuple[FinishedLog, ...]
+Rollouts = tuple[FinishedRollout, ...]
 Padded = dict[str, npt.NDArray[np.generic]]
 
 LISTS = {"prompt_ids": "int32", "actions": "int32", "logprobs": "float32", "policy_version": "int32"}
@@ -33,7 +33,7 @@ SCALARS = {
     **dict.fromkeys(("number", "created_at"), "int64"),
     **dict.fromkeys(("source", "finish_reason"), "uint8"),
     **dict.fromkeys(("temperature", "top_p", "reward"), "float32"),
-    "floor_mask": "bool",
+    "backspace": "bool",
 }
 
 
@@ -55,7 +55,7 @@ def make_rollouts(seed: int, actions: tuple[int, int] = ACTIONS, prompt: tuple[i
         ids[backspace] = CONTRACT.backspace_id
         prompt_length = generator.integers(prompt[0], prompt[1] + 1)
         made.append(
-            FinishedLog(
+            FinishedRollout(
                 request_id="",
                 prompt_ids=generator.integers(FIRST_TEXT_ID, CONTRACT.vocab_size, prompt_length, dtype=np.int32),
                 actions=ids,
@@ -67,7 +67,7 @@ def make_rollouts(seed: int, actions: tuple[int, int] = ACTIONS, prompt: tuple[i
     return tuple(made)
 
 
-def take(rollouts: Rollouts, first: int, count: int) -> list[FinishedLog]:
+def take(rollouts: Rollouts, first: int, count: int) -> list[FinishedRollout]:
     """The rollouts numbered first, first + 1, ...; each number has an id of its own."""
     return [
         replace(rollouts[number % len(rollouts)], request_id=f"bench-{number:012d}-0123456789abcdef")
@@ -75,12 +75,14 @@ def take(rollouts: Rollouts, first: int, count: int) -> list[FinishedLog]:
     ]
 
 
-def as_arrow(logs: Sequence[FinishedLog]) -> pa.RecordBatch:
+def as_arrow(logs: Sequence[FinishedRollout]) -> pa.RecordBatch:
     """As our actors send them."""
-    return logs_to_batch(logs, CONTRACT, task="bench", actor="actor-0", sampling=SAMPLING, weights_fingerprint="0" * 32)
+    return rollouts_to_batch(
+        logs, CONTRACT, task="bench", actor="actor-0", sampling=SAMPLING, weights_fingerprint="0" * 32
+    )
 
 
-def as_padded(logs: Sequence[FinishedLog]) -> Padded:
+def as_padded(logs: Sequence[FinishedRollout]) -> Padded:
     """As stores of fixed-size rows take them: every column of numbers, padded to the longest in the quickest way that
     numpy has. Text, which our store keeps too, is left out: numbers stand for it. So are columns that are null in a
     rollout without noise.
@@ -94,7 +96,7 @@ def as_padded(logs: Sequence[FinishedLog]) -> Padded:
     return padded | scalars(logs)
 
 
-def scalars(logs: Sequence[FinishedLog]) -> Padded:
+def scalars(logs: Sequence[FinishedRollout]) -> Padded:
     """The columns of one number per rollout."""
     count = len(logs)
     columns: Padded = {name: np.zeros(count, number) for name, number in SCALARS.items()}

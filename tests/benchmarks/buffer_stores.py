@@ -14,9 +14,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
-from actors.engine.interface import FinishedLog
+from actors.engine.interface import FinishedRollout
 from buffer.settings import BufferSettings
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from buffer.store.store import ReplayStore
 from tests.benchmarks.backend import Stopwatch, Timed
 from tests.benchmarks.buffer_load import (
@@ -66,7 +66,7 @@ class OurStore:
     def sample(self, count: int) -> Packed:
         """A logged draw, and after every tenth a checkpoint, as a learner makes them."""
         step = next(self._steps)
-        drawn = self._store.draw(DrawKey("bench", step, "policy"), count, 0)
+        drawn = self._store.draw(SampleKey("bench", step, "policy"), count, 0)
         assert drawn is not None
         if step % 10 == 9:
             self._store.checkpointed("bench", step + 1)
@@ -86,7 +86,7 @@ class TorchRLStore:
         # Draws are uniform, with replacement: its default sampler.
         self.insert, self.sample = self._buffer.extend, self._buffer.sample
 
-    def pack(self, logs: Sequence[FinishedLog]) -> Packed:
+    def pack(self, logs: Sequence[FinishedRollout]) -> Packed:
         import torch
         from tensordict import TensorDict, pad_sequence
 
@@ -139,7 +139,7 @@ def open_store(name: StoreName, folder: Path, num_rows: int) -> Store:
 class StoreBackend:
     """One kind of store; each repetition fills new stores and samples from one of them.
 
-    noted: by repetition, `disk_bytes_per_row` after the inserts, `disk_bytes_per_drawn_row` that a draw adds, and
+    noted: by repetition, `disk_bytes_per_row` after the inserts, `disk_bytes_per_sampled_row` that a draw adds, and
     `cold_major_faults`: page faults that read from the disk in the draws with an empty page cache.
     """
 
@@ -187,10 +187,10 @@ class StoreBackend:
             drop_page_cache(folder)
             with watch.time("sample_cold", DRAWN_ROWS[-1]):
                 store.sample(DRAWN_ROWS[-1])
-        num_drawn = (DRAWS + 1) * sum(DRAWN_ROWS) + COLD_DRAWS * DRAWN_ROWS[-1]
+        num_sampled = (DRAWS + 1) * sum(DRAWN_ROWS) + COLD_DRAWS * DRAWN_ROWS[-1]
         self.noted["cold_major_faults"].append(resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults)
         self.noted["disk_bytes_per_row"].append(stored_bytes / self._num_rows)
-        self.noted["disk_bytes_per_drawn_row"].append((disk_bytes(folder) - stored_bytes) / num_drawn)
+        self.noted["disk_bytes_per_sampled_row"].append((disk_bytes(folder) - stored_bytes) / num_sampled)
 
     def _insert_with_writers(self, watch: Stopwatch) -> None:
         (_, store), share = self._open(), self._num_rows // WRITERS

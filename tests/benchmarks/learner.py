@@ -1,6 +1,6 @@
 """The learner against Hugging Face's `Trainer` and TRL's `SFTTrainer`: trained tokens per second.
 
-All three minimise cross-entropy on the same tokens, from the same weights, in batches of the same texts (their losses
+All three minimize cross-entropy on the same tokens, from the same weights, in batches of the same texts (their losses
 are in the result: they agree). They take turns in one process, and medians are compared. Texts have equal lengths, so
 nobody pads; that the state tree needs no padding is an advantage that is not measured here.
 """
@@ -40,7 +40,7 @@ SHOWN = {
     "by_cpu_time.ratio_to_hf_trainer": "0.93 to 1 expected",
     "by_cpu_time.ratio_to_trl_sft": "",
     "by_cpu_time.ratio_shared_prompt": "at least 1.4",
-    "by_cpu_time.nodes_per_s": "by nodes per micro-batch",
+    "by_cpu_time.unique_tokens_per_s": "by nodes per micro-batch",
     "sharing_ratio": "",
     "model": "",
     "load_average": "",
@@ -59,7 +59,8 @@ def bench(
 
     Needs the extra `bench`. In the result, `ratio_to_hf_trainer` and `ratio_to_trl_sft` are our trained tokens per
     second over theirs on texts that share nothing; `ratio_shared_prompt`: over the Hugging Face trainer where 8 texts
-    share a prompt of half their length; `sharing_ratio`: nodes unshared over nodes there; `nodes_per_s`: by the size of
+    share a prompt of half their length; `sharing_ratio`: nodes unshared over nodes there; `unique_tokens_per_s`: by
+    the size of
     micro-batches; `loss`: of each over its first steps; `by_cpu_time`: the same ratios in time of this process.
     """
     if importlib.util.find_spec("trl") is None:
@@ -75,7 +76,7 @@ def bench(
         sizes = {"batch": batch, "length": length, "vocab_size": int(model.config.vocab_size), "steps": steps}
         plain = make_load(**sizes, seed=seed, prompt_length=1, texts_per_prompt=1)
         shared = make_load(**sizes, seed=seed, prompt_length=length // 2, texts_per_prompt=TEXTS_PER_PROMPT)
-    max_nodes = LearnerSettings().max_nodes_per_batch
+    max_nodes = LearnerSettings().max_tokens_per_micro_batch
     on_plain: dict[str, OurBackend | LibraryBackend] = {
         "ours": OurBackend(model, plain, max_nodes),
         "hf_trainer": LibraryBackend(model, plain, "hf_trainer"),
@@ -102,7 +103,7 @@ def bench(
         **_ratios(results, "wall_s"),
         "by_cpu_time": _ratios(results, "cpu_s"),
         "sharing_ratio": ours_shared.sharing_ratio,
-        "padding_share": ours_shared.padding_share,
+        "padding_fraction": ours_shared.padding_fraction,
         "loss": {
             load: {name: backend.first_loss for name, backend in backends.items()}
             for load, backends in (("plain", on_plain), ("shared_prompt", on_shared))
@@ -121,12 +122,13 @@ def bench(
 
 def _ratios(results: Mapping[str, Results], clock: Clock) -> dict[str, object]:
     plain, shared = (results[load].medians("actions", clock) for load in ("plain", "shared_prompt"))
-    nodes_per_s = results["by_size"].medians("nodes", clock)
+    unique_tokens_per_s = results["by_size"].medians("nodes", clock)
     return {
         "ratio_to_hf_trainer": plain["ours"] / plain["hf_trainer"],
         "ratio_to_trl_sft": plain["ours"] / plain["trl_sft"],
         "ratio_shared_prompt": shared["ours"] / shared["hf_trainer"],
         "actions_per_s": {"plain": plain, "shared_prompt": shared},
-        "nodes_per_s": nodes_per_s,
-        "nodes_per_s_slowest_over_fastest": min(nodes_per_s.values()) / max(nodes_per_s.values()),
+        "unique_tokens_per_s": unique_tokens_per_s,
+        "unique_tokens_per_s_slowest_over_fastest": min(unique_tokens_per_s.values())
+        / max(unique_tokens_per_s.values()),
     }

@@ -120,7 +120,7 @@ class OurBackend:
     first_loss: mean per trained token over the first measurement.
     """
 
-    def __init__(self, model: PreTrainedModel, load: Load, max_nodes_per_batch: int) -> None:
+    def __init__(self, model: PreTrainedModel, load: Load, max_tokens_per_micro_batch: int) -> None:
         stage = StageSettings(
             name="bench",
             objective=LikelihoodSettings(name="mle"),
@@ -134,11 +134,11 @@ class OurBackend:
             TreePolicy(copy.deepcopy(model), BACKSPACE_ID),
             make_objective(stage.objective),
             stage,
-            TreeSettings(BACKSPACE_ID, EOS_ID, max_nodes_per_batch, max_positions=load.ids.shape[1]),
+            TreeSettings(BACKSPACE_ID, EOS_ID, max_tokens_per_micro_batch, max_positions=load.ids.shape[1]),
             self._source,
             None,
         )
-        self.first_loss = self.sharing_ratio = self.padding_share = float("nan")
+        self.first_loss = self.sharing_ratio = self.padding_fraction = float("nan")
 
     def measure(self) -> dict[str, Timed]:
         """All steps from the first text of the load; the first does not count."""
@@ -149,7 +149,7 @@ class OurBackend:
         timed = self._load.timed(time.perf_counter() - wall_s, time.process_time() - cpu_s)
         if math.isnan(self.first_loss):
             self.first_loss = sum(row["loss"] for row in rows) / len(rows)
-        self.sharing_ratio, self.padding_share = rows[-1]["sharing_ratio"], rows[-1]["padding_share"]
+        self.sharing_ratio, self.padding_fraction = rows[-1]["sharing_ratio"], rows[-1]["padding_fraction"]
         return timed
 
 
@@ -221,7 +221,7 @@ def _trl_trainer(model: PreTrainedModel, settings: dict[str, object], **common: 
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
-    # Nothing is tokenised; the trainer wants a padding token to know.
+    # Nothing is tokenized; the trainer wants a padding token to know.
     words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": EOS_ID}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
     config = SFTConfig(**settings, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})

@@ -21,7 +21,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from actors.engine.engine import BackspaceEngine, compile_nothing
-from actors.engine.interface import FinishedLog, SamplingSettings
+from actors.engine.interface import FinishedRollout, SamplingSettings
 from tests.benchmarks.models import FIRST_TEXT_ID
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Measurement:
     num_actions: int
     wall_s: float
     num_backspaces: int = 0
-    logs: list[FinishedLog] = field(default_factory=list)
+    logs: list[FinishedRollout] = field(default_factory=list)
 
 
 class ForcedRateProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM ships no types
@@ -104,7 +104,7 @@ def _backspace_engine(load: Load) -> Callable[[], Measurement]:
         started_s = time.perf_counter()
         for index, prompt in enumerate(load.prompts):
             engine.add(str(index), prompt, sampling)
-        logs: list[FinishedLog] = []
+        logs: list[FinishedRollout] = []
         while engine.num_unfinished:
             logs += engine.step()
         wall_s = time.perf_counter() - started_s

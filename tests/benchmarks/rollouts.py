@@ -18,7 +18,7 @@ import ray
 import typer
 
 from actors.engine.checks import check_machine
-from actors.engine.interface import EngineSettings, FinishedLog, Int32, engine_environment
+from actors.engine.interface import EngineSettings, FinishedRollout, Int32, engine_environment
 from actors.settings import ActorsSettings
 from buffer.processes import RemoteCall
 from buffer.trajectory.schema import TokenContract
@@ -161,7 +161,7 @@ def _contract_of(checkpoint: Path) -> TokenContract:
     return open_checkpoint(checkpoint).contract
 
 
-def _max_logprob_error(model_dir: str, logs: Sequence[FinishedLog], contract: TokenContract) -> float:
+def _max_logprob_error(model_dir: str, logs: Sequence[FinishedRollout], contract: TokenContract) -> float:
     """Compare each recorded log-probability with a transformers forward on the text it was sampled from."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -170,10 +170,10 @@ def _max_logprob_error(model_dir: str, logs: Sequence[FinishedLog], contract: To
 
     distributions = Distributions(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval())
     texts = [texts_of(log, contract.backspace_id) for log in logs]
-    distributions.prepare({text for of_log in texts for text in of_log})
+    distributions.prepare({text for of_trajectory in texts for text in of_trajectory})
     worst = 0.0
-    for log, of_log in zip(logs, texts, strict=True):
-        for text, action, recorded in zip(of_log, log.actions.tolist(), log.logprobs.tolist(), strict=True):
+    for log, of_trajectory in zip(logs, texts, strict=True):
+        for text, action, recorded in zip(of_trajectory, log.actions.tolist(), log.logprobs.tolist(), strict=True):
             logits = distributions.logits(text)
             logits[[contract.backspace_id, *contract.eos_ids]] = -torch.inf
             forced = action == contract.backspace_id  # with probability one

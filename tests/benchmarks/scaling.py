@@ -19,12 +19,12 @@ from tests.benchmarks.scaling_plan import TIMED_RECIPE, StepTimes, make_plan, re
 
 COLUMNS = (
     "ranks,actors,steps_per_s=steps_/s,actions_per_s=actions_/s,samples_per_s=samples_/s,samples_per_insert=ratio,"
-    "staleness_mean=stale,dropped_share=drop,actors_held_back=held,learner_waiting=wait,buffer_busy=busy,"
+    "staleness_mean=stale,dropped_fraction=drop,actors_throttled=held,learner_waiting=wait,buffer_busy=busy,"
     "saturated=limit,failure=the run_would_end"
 )
 SHOWN = {
     f"points[{COLUMNS}]": "simulated; ratio: samples per insert; stale: mean staleness; drop: share of stale rollouts; "
-    "held, wait, busy: share of time that actors are held back, the learner waits, the busiest shard works",
+    "held, wait, busy: share of time that actors are throttled, the learner waits, the busiest shard works",
     "stage": "",
     "steps": "",
     "warmup": "",

@@ -15,7 +15,7 @@ import numpy as np
 import simpy
 
 from actors.pool.autoscaler import Autoscaler, Observation
-from buffer.service.client import DrawTimeoutError
+from buffer.service.client import SampleTimeoutError
 from buffer.store.limiter import Limiter
 from buffer.store.shard import SourceCounters
 from buffer.trajectory.staleness import Bool, Int32, Int64, stale_rows, staleness
@@ -26,9 +26,9 @@ IDLE_WAIT_S = 0.2
 MAX_INSERTS_IN_FLIGHT = 4
 
 STARTING, GENERATING, LOADING = "starting", "generating", "loading"
-HELD_BACK, INSERTING, WAITING = "held_back", "inserting", "waiting"
+THROTTLED, INSERTING, WAITING = "throttled", "inserting", "waiting"
 
-ROW = [("oldest", np.int32), ("times_drawn", np.int32), ("created_s", np.float64)]
+ROW = [("oldest", np.int32), ("times_sampled", np.int32), ("created_s", np.float64)]
 """oldest: version of the weights behind a rollout's first action."""
 
 REMOVED = ("capacity", "age", "sampled", "stale")
@@ -46,7 +46,8 @@ def simulate(plan: Plan, num_actors: int, num_ranks: int) -> Point:
 
     Returns:
         Rates and shares of the measured steps. virtual_s: how long these took. actions_per_s: of all engines;
-        samples_per_s: rows drawn. staleness_*: in published versions. dropped_share: of the inserted rows, dropped as
+        samples_per_s: rows drawn. staleness_*: in published versions. dropped_fraction: of the inserted rows, dropped
+        as
         stale. actors_*: share of the actors' time; learner_*: of the learner's; buffer_busy: of the busiest shard's.
         join_s: when every actor was at work. actors_at_end: other than `actors` where `actors.autoscale` changes their
         number. inserted, drawn, live, removed: rows of the whole simulation. failure: why a real run would have ended;
@@ -65,7 +66,7 @@ class _Buffer:
         self._rows = np.zeros(0, ROW)
         self._changed = env.event()
         self.demand = env.event()  # of actors that pause: when rows are wanted again
-        self.waiting_draws = 0
+        self.waiting_samples = 0
 
     @property
     def num_live(self) -> int:
@@ -88,23 +89,23 @@ class _Buffer:
         """The staleness of `count` rows, once so many may be drawn.
 
         Raises:
-            DrawTimeoutError: they did not come in time.
+            SampleTimeoutError: they did not come in time.
         """
         env, times, deadline_s = self._env, self._times, self._env.now + self._timeout_s
-        self.waiting_draws += 1
+        self.waiting_samples += 1
         yield env.timeout(times.call_s * min(len(self._shards), 2))  # several shards are asked before they give
         while (shortage := self._shortage(count, version)) is not None:
             self._notify()  # a waiting draw is demand
             if env.now >= deadline_s:
-                raise DrawTimeoutError(f"waited {self._timeout_s:g} s for {count} policy trajectories: {shortage}")
+                raise SampleTimeoutError(f"waited {self._timeout_s:g} s for {count} policy trajectories: {shortage}")
             yield self._changed | env.timeout(deadline_s - env.now)
-        self.waiting_draws -= 1
+        self.waiting_samples -= 1
         chosen = self._choose(count)
-        self._rows["times_drawn"][chosen] += 1
+        self._rows["times_sampled"][chosen] += 1
         self._counts["drawn"] += count
         behind = staleness(version, self._rows["oldest"][chosen])
         if self._settings.max_times_sampled is not None:
-            self._remove(self._rows["times_drawn"] >= self._settings.max_times_sampled, "sampled")
+            self._remove(self._rows["times_sampled"] >= self._settings.max_times_sampled, "sampled")
         self._notify()
         part_s = times.draw_s + -(-count // len(self._shards)) * times.draw_row_s
         yield env.all_of([env.process(self._work(shard, part_s)) for shard in range(len(self._shards))])
@@ -143,7 +144,7 @@ class _Buffer:
         return SourceCounters(int(self._counts["inserted"]), self.num_live, drawn=int(self._counts["drawn"]))
 
     def _has_demand(self) -> bool:
-        return self.waiting_draws > 0 or self._limiter.wants_inserts(self._traffic())
+        return self.waiting_samples > 0 or self._limiter.wants_inserts(self._traffic())
 
     def _notify(self) -> None:
         self._changed.succeed()
@@ -184,9 +185,9 @@ class _Actor:
             finishing = self._settings.weight_update == "drain" and self._run.version > self._version and len(ends) > 0
             if self._run.version > self._version and not finishing:
                 yield from self._load_weights()
-            held_back = self._demand is not None and not self._demand.triggered
+            throttled = self._demand is not None and not self._demand.triggered
             idle = finishing or self.draining or self._version < 0
-            self.activity = WAITING if idle else HELD_BACK if held_back else GENERATING
+            self.activity = WAITING if idle else THROTTLED if throttled else GENERATING
             num_new = self._settings.max_concurrent - len(ends) if self.activity == GENERATING else 0
             started = np.append(started, np.full(num_new, self._version, np.int32))
             ends = np.append(ends, step + self._generator.choice(self._lengths, num_new))
@@ -200,7 +201,7 @@ class _Actor:
                 break
             else:
                 yield from self._spend(self.activity, self._env.timeout(IDLE_WAIT_S))
-            if len(self._finished) >= self._settings.insert_rows or len(ends) == 0:
+            if len(self._finished) >= self._settings.insert_batch_size or len(ends) == 0:
                 yield from self._flush()
 
     def _load_weights(self) -> Process[None]:
@@ -280,8 +281,8 @@ class _Run:
                 now_s=self.env.now,
                 desired=len(activities),
                 working=sum(activity not in (STARTING, WAITING) for activity in activities),
-                held_back=activities.count(HELD_BACK),
-                draw_waits=self.buffer.waiting_draws > 0,
+                throttled=activities.count(THROTTLED),
+                sample_waits=self.buffer.waiting_samples > 0,
             )
             self._scale(autoscaler.observe(seen) or len(activities))
 
@@ -292,7 +293,7 @@ class _Run:
             yield from self._train_until(lambda: joined.triggered and steps["steps"] >= self.plan.warmup)
             self._begin, self._staleness = (self.env.now, self.counts.copy()), []
             yield from self._train_until(lambda: steps["steps"] >= self._begin[1]["steps"] + self.plan.steps)
-        except DrawTimeoutError as error:
+        except SampleTimeoutError as error:
             self._failure = str(error)
         self._end = (self.env.now, self.counts.copy())
 
@@ -318,7 +319,7 @@ class _Run:
         (begin_s, before), (end_s, after) = self._begin, self._end
         elapsed_s = end_s - begin_s
         count: Counts = defaultdict(float, {name: after[name] - before[name] for name in after})
-        working = (GENERATING, LOADING, HELD_BACK, INSERTING)
+        working = (GENERATING, LOADING, THROTTLED, INSERTING)
         actors_s = sum(count[activity] for activity in (*working, WAITING)) or 1.0
         behind = np.concatenate([np.zeros(0, np.int64), *self._staleness])
         return {
@@ -332,7 +333,7 @@ class _Run:
             "samples_per_insert": count["drawn"] / count["inserted"] if count["inserted"] else None,
             "staleness_mean": float(behind.mean()) if len(behind) else 0.0,
             "staleness_max": int(behind.max(initial=0)),
-            "dropped_share": count["stale"] / count["inserted"] if count["inserted"] else 0.0,
+            "dropped_fraction": count["stale"] / count["inserted"] if count["inserted"] else 0.0,
             **{f"actors_{activity}": count[activity] / actors_s for activity in working},
             **{f"learner_{part}": count[f"learner {part}"] / elapsed_s for part in LEARNER_PARTS},
             "buffer_busy": max(count[f"shard {shard}"] for shard in range(self.plan.buffer.shards)) / elapsed_s,

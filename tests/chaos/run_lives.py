@@ -10,13 +10,13 @@ from pathlib import Path
 from launch.run_folder.folder import CLUSTER_FILE, CONFIG_FILE
 from learner.checkpoints.store import read_progress
 from tests.checkpoints import checkpoints_of
-from tests.integration.train_process import ROOT, TrainProcess, log_of, metrics_of
+from tests.integration.train_process import ROOT, TrainProcess, metrics_of, trajectory_of
 
 STAGE = "sequencematch"
 STEPS = 5000
 LONG = (f"stages.{STAGE}.steps={STEPS}", f"stages.{STAGE}.optimizer.schedule=constant")
 """The stage has so many steps that no fault comes too late; `shorten` says how many the last life does. A learning rate
-that falls towards the last step would then fall sooner, and steps that are repeated would not be the same.
+that falls toward the last step would then fall sooner, and steps that are repeated would not be the same.
 """
 
 START_TIMEOUT_S = 200.0
@@ -85,7 +85,7 @@ def shorten(folder: Path, steps: int) -> None:
 
 def pool_events(folder: Path) -> list[str]:
     """What the actor pool has told since the run began, in all lives."""
-    return [line["message"] for line in log_of(folder) if line["role"] == "pool"]
+    return [line["message"] for line in trajectory_of(folder) if line["role"] == "pool"]
 
 
 def assert_same_steps(folder: Path, total: int, lost: set[int]) -> None:

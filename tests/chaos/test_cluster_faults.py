@@ -34,7 +34,7 @@ up its actor, also where the machine is busy.
 """
 OVERRIDES = (
     *TINY,
-    "stages.trunk.steps=5",
+    "stages.pretrain.steps=5",
     "stages.sequencematch.steps=100000",  # the test ends the run by SIGTERM when it has seen all
     "learner.checkpoint_every_steps=1000",
     "learner.resources.near=1",

@@ -22,7 +22,7 @@ END_TIMEOUT_S = 120.0
 GROW_TIMEOUT_S = 6
 OVERRIDES = (
     *TINY,
-    "stages.trunk.steps=5",
+    "stages.pretrain.steps=5",
     "stages.sequencematch.steps=100000",  # the test ends the run by SIGTERM when it has seen all
     "learner.checkpoint_every_steps=1000",
 )

@@ -22,14 +22,14 @@ import torch
 from safetensors.torch import load_file
 
 from buffer.experts.tasks import Task, load_task
-from buffer.service.client import draw_from_shards
+from buffer.service.client import sample_from_shards
 from buffer.service.service import ReplayBufferService
-from buffer.service.shard import DrawRequest
+from buffer.service.shard import SampleRequest
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
 from buffer.store import segments
 from buffer.store.catalog import CatalogWriter
 from buffer.store.gather import Gather
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from buffer.store.store import ReplayStore
 from learner import trainer as trainer_module
 from learner.checkpoints import checkpoint as checkpoint_module
@@ -52,7 +52,7 @@ ROWS_BEFORE, ROWS_PER_STEP, STEPS_PER_VERSION = 24, 5, 3
 MODEL = ScratchModelSettings(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32, max_positions=40)
 STAGE = StageSettings(
     name="stage",
-    objective=SequenceMatchSettings(alpha=0.05, beta_start=0.8, beta_end=0.2, beta_steps=STEPS),
+    objective=SequenceMatchSettings(alpha=0.05, bc_weight_start=0.8, bc_weight_end=0.2, bc_weight_steps=STEPS),
     steps=STEPS,
     batch_size=4,
     rollout_batch_size=6,
@@ -79,9 +79,9 @@ class ServiceSource:
             made_at = max(self.store.next_row - ROWS_BEFORE, 0) // ROWS_PER_STEP
             version = made_at // STEPS_PER_VERSION
             self.run(self.service.insert(rollouts(self.task, self.store.next_row, 1, version)))
-        key = DrawKey(STAGE.name, self.step, "policy")
-        request = DrawRequest(key, count, self.step // STEPS_PER_VERSION)
-        (result,) = self.run(draw_from_shards([self.service], request, timeout_s=1.0))
+        key = SampleKey(STAGE.name, self.step, "policy")
+        request = SampleRequest(key, count, self.step // STEPS_PER_VERSION)
+        (result,) = self.run(sample_from_shards([self.service], request, timeout_s=1.0))
         self.step += 1
         return result.batch
 
@@ -102,7 +102,10 @@ def live(task: Task, folder: Path) -> None:
     source = ServiceSource(service, service._store, task, loop.run_until_complete)
     stream = task.expert_stream(NoiseSettings(kind="task", rate=0.3), contract, seed=2)
     trees = TreeSettings(
-        backspace_id=task.backspace_id, eos_id=task.eos_id, max_nodes_per_batch=128, max_positions=MODEL.max_positions
+        backspace_id=task.backspace_id,
+        eos_id=task.eos_id,
+        max_tokens_per_micro_batch=128,
+        max_positions=MODEL.max_positions,
     )
     objective = make_objective(STAGE.objective)
     trainer = Trainer(TreePolicy(policy.model, task.backspace_id), objective, STAGE, trees, stream, source)

@@ -8,7 +8,7 @@ import pytest
 
 from launch.run.control import run_status
 from tests.chaos.run_lives import ended, wait_for_steps
-from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, log_of
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, trajectory_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -17,7 +17,7 @@ TIMEOUT_S = 200.0
 OVERRIDES = (
     *TINY,
     f"stages.{STAGE}.steps=100000",  # the test ends the run by Ctrl-C when it has seen all
-    "stages.trunk.steps=5",
+    "stages.pretrain.steps=5",
     "learner.checkpoint_every_steps=1000",
     "learner.health_timeout_s=600",
     "actors.num_cpus=0.5",
@@ -35,7 +35,7 @@ def test_the_number_of_actors_follows_the_learner(tmp_path: Path) -> None:
         process.wait_until(lambda: both_work(process), TIMEOUT_S, "the second actor")
         (learner,) = process.processes("ray::LearnerWorker")
         learner.suspend()  # the actors come to the limit of the ratio, and the limiter holds them back
-        process.wait_until(lambda: bool(log_of(folder, "actor_left")), TIMEOUT_S, "the end of the second actor")
+        process.wait_until(lambda: bool(trajectory_of(folder, "actor_left")), TIMEOUT_S, "the end of the second actor")
         learner.resume()
         wait_for_steps(process, folder, beyond=process.step(STAGE))
 
@@ -44,7 +44,7 @@ def test_the_number_of_actors_follows_the_learner(tmp_path: Path) -> None:
         assert life.code == 130, process.printed()
         assert f"go on with: sequencematch train --resume {folder}" in " ".join(process.stdout.split())
         assert life.checkpoint == life.step, "the checkpoint is of the last step that was taken"
-    decisions = [(line["before"], line["wanted"]) for line in log_of(folder, "autoscaled")]
+    decisions = [(line["before"], line["wanted"]) for line in trajectory_of(folder, "autoscaled")]
     assert decisions[:2] == [(1, 2), (2, 1)]
 
 

@@ -17,7 +17,7 @@ from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metr
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-ARMS, SEEDS, STEPS, TRUNK_STEPS = ("mle", "behaviour_cloning"), (0, 1), 6, 20
+ARMS, SEEDS, STEPS, TRUNK_STEPS = ("mle", "behavior_cloning"), (0, 1), 6, 20
 ARM_TIMEOUT_S = 300.0
 COMPARISON_TIMEOUT_S = 800.0
 RECIPE = (ARITHMETIC, *(override for override in TINY if not override.startswith("cluster.")))
@@ -88,12 +88,12 @@ def test_arms_of_a_seed_share_their_start_and_their_examples(compared: Compared)
     first_losses = {}
     for seed in SEEDS:
         start = compared.folder / "starts" / f"pair-start-seed{seed}"
-        assert [row["stage"] for row in metrics_of(start)] == TRUNK_STEPS * ["trunk"]
+        assert [row["stage"] for row in metrics_of(start)] == TRUNK_STEPS * ["pretrain"]
         for arm in ARMS:
-            trunk = compared.run(arm, seed) / "checkpoints" / "trunk"
-            assert trunk.resolve() == (start / "checkpoints" / "trunk").resolve()
+            pretrain = compared.run(arm, seed) / "checkpoints" / "pretrain"
+            assert pretrain.resolve() == (start / "checkpoints" / "pretrain").resolve()
             first_losses[arm, seed] = metrics_of(compared.run(arm, seed))[0]["loss"]
-    # Maximum likelihood on clean data and behaviour cloning on noise are different losses; so are the seeds.
+    # Maximum likelihood on clean data and behavior cloning on noise are different losses; so are the seeds.
     assert len(set(first_losses.values())) == len(ARMS) * len(SEEDS)
 
 
@@ -105,9 +105,9 @@ def test_the_table_and_its_files_hold_every_run(compared: Compared) -> None:
     assert tree["failures"] == {}
     # Corrected noise makes texts longer: at an equal number of steps, the arms are not trained on as many actions.
     actions = {(run["arm"], run["seed"]): run["actions"] for run in tree["runs"]}
-    assert actions["behaviour_cloning", 0] > actions["mle", 0]
+    assert actions["behavior_cloning", 0] > actions["mle", 0]
     (accuracy,) = (metric for metric in tree["metrics"] if metric["name"] == "greedy.accuracy")
-    difference = accuracy["differences"]["behaviour_cloning"]
+    difference = accuracy["differences"]["behavior_cloning"]
     assert (difference["basis"], difference["num_seeds"]) == ("examples", 2)
     evaluations = [compared.folder / "evaluation" / f"seed{seed}" / "evaluation.json" for seed in SEEDS]
     assert [json.loads(file.read_text())["seed"] for file in evaluations] == list(SEEDS)

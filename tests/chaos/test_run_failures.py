@@ -21,15 +21,15 @@ def test_a_step_that_is_not_finite_on_two_ranks(tmp_path: Path) -> None:
     overrides = (
         "trackers=[]",
         "stages.sequencematch.objective.divergence=mle",  # needs no rollouts, so the run has no actors
-        "stages.trunk.optimizer.learning_rate=1e30",
-        "stages.trunk.optimizer.warmup_steps=0",
+        "stages.pretrain.optimizer.learning_rate=1e30",
+        "stages.pretrain.optimizer.warmup_steps=0",
         "learner.num_ranks=2",
     )
     with TrainProcess(tmp_path, ARITHMETIC, "--no-evaluate", *TINY, *overrides) as process:
         assert process.wait(RUN_TIMEOUT_S) == 1, process.printed()
         process.assert_nothing_left()
         printed = " ".join(process.printed().split())
-        (checkpoint,) = checkpoints_of(process.folder / "checkpoints" / "trunk")
+        (checkpoint,) = checkpoints_of(process.folder / "checkpoints" / "pretrain")
         assert not (process.folder / "tensorboard").exists()
     assert "Traceback" not in printed
     assert "FloatingPointError: step 1: loss " in printed
@@ -38,8 +38,9 @@ def test_a_step_that_is_not_finite_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_cannot_be_born_ends_the_run_at_once(tmp_path: Path) -> None:
-    """Only the actor can know that its cache is too small; it is told without restarts, and while the trunk trains."""
-    error = refusal_of(tmp_path, ARITHMETIC, *TINY, "actors.kv_cache_gib=1e-6", "stages.trunk.steps=90000")
+    """Only the actor can know that its cache is too small; it is told without restarts, and while the pretrain
+    trains."""
+    error = refusal_of(tmp_path, ARITHMETIC, *TINY, "actors.kv_cache_gib=1e-6", "stages.pretrain.steps=90000")
     assert "actor-0 failed: ValueError: one text of" in error
     assert "actors.kv_cache_gib" in error
 

@@ -46,7 +46,7 @@ RAY_AGENTS_TIMEOUT_S = 120.0
 OVERRIDES = (
     *TINY,
     *LONG,
-    "stages.trunk.steps=5",
+    "stages.pretrain.steps=5",
     "stages.mle_control.steps=2",
     f"actors.health_timeout_s={ACTOR_TIMEOUT_S}",
     f"learner.health_timeout_s={LEARNER_TIMEOUT_S}",

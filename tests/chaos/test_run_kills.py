@@ -45,7 +45,7 @@ RESTARTED = "shard {} of the replay buffer died .* restarted from its segments"
 OVERRIDES = (
     *TINY,
     *LONG,
-    "stages.trunk.steps=5",
+    "stages.pretrain.steps=5",
     "stages.mle_control.steps=2",
     "buffer.shards=2",
     f"buffer.health_timeout_s={SHARD_TIMEOUT_S}",
@@ -140,9 +140,9 @@ def test_the_last_life_does_what_is_left_and_all_lives_took_the_same_steps(
         process.wait(START_TIMEOUT_S)
         assert ended(process, folder).code == 0, process.printed()
     assert_same_steps(folder, total, steps_lost(killed_learner, killed_buffer, interrupted_twice))
-    for stage, steps in (("trunk", 5), ("mle_control", 2)):
+    for stage, steps in (("pretrain", 5), ("mle_control", 2)):
         assert [row["step"] for row in metrics_of(folder, stage)] == list(range(1, steps + 1))
-    for stage in ("trunk", STAGE, "mle_control"):
+    for stage in ("pretrain", STAGE, "mle_control"):
         assert read_progress(checkpoints_of(folder / "checkpoints" / stage)[-1]).finished
     assert_every_draw_keeps_the_rules(folder)
 
@@ -154,7 +154,7 @@ def assert_every_draw_keeps_the_rules(folder: Path) -> None:
     settings = read_recipe(folder / CONFIG_FILE)
     parts: dict[tuple[str, int, str], int] = {}
     ids: list[str] = []
-    num_drawn = 0
+    num_sampled = 0
     shards = [read_shard(shard) for shard in present_shards(folder / BUFFER_FOLDER)]
     assert len(shards) == 2
     for shard in shards:
@@ -169,7 +169,7 @@ def assert_every_draw_keeps_the_rules(folder: Path) -> None:
             drawn = np.array(draw["rows"])
             assert len(set(draw["rows"])) == len(drawn)
             parts[key] = parts.get(key, 0) + len(drawn)
-            num_drawn += len(drawn)
+            num_sampled += len(drawn)
             assert draw["whole"] == 8
             assert (draw["policy_version"] - oldest[drawn]).max() <= settings.buffer.max_staleness
             assert {rows.column("source")[number].as_py() for number in draw["rows"]} == {draw["source"]}
@@ -177,7 +177,7 @@ def assert_every_draw_keeps_the_rules(folder: Path) -> None:
     newest = max(step for _, step, _ in parts)
     assert {step for _, step, _ in parts} == set(range(newest + 1))
     assert set(parts.values()) == {8}
-    assert num_drawn <= settings.buffer.samples_per_insert * len(ids)
+    assert num_sampled <= settings.buffer.samples_per_insert * len(ids)
 
 
 def wait_for_restart(process: TrainProcess, shard: int, deaths: int) -> None:

@@ -1,6 +1,7 @@
 """The methods that go by features of rollouts, in one run: without backspace, and with a scorer that fails at times.
 
-All stages start from the trunk, so what acts at their first steps are its weights: those rollouts are computed again.
+All stages start from the pretrain, so what acts at their first steps are its weights: those rollouts are computed
+again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from launch.settings.recipe import read_recipe
 from tests.checkpoints import checkpoints_of
 from tests.integration import failing_scores
 from tests.integration.test_run_arithmetic import FinishedRun, recompute
-from tests.integration.train_process import ROOT, TINY, TrainProcess, log_of, metrics_of, trajectories_of
+from tests.integration.train_process import ROOT, TINY, TrainProcess, metrics_of, trajectories_of, trajectory_of
 from tests.unit.actors.test_classifier import save as save_classifier
 
 RECIPE = "launch/recipes/arithmetic_kl_control_cpu.yaml"
@@ -48,13 +49,13 @@ FEATURES = {
 
 def stage(name: str, objective: dict[str, object]) -> dict[str, object]:
     sizes = {"steps": STEPS, "rollout_batch_size": 16, "publish_every_steps": 2}
-    return {"name": name, "start_from": "trunk", "objective": objective, **sizes}
+    return {"name": name, "start_from": "pretrain", "objective": objective, **sizes}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    trunk = {"name": "trunk", "objective": {"name": "mle"}, "steps": 60, "batch_size": 16}
-    stages = [trunk, *(stage(*method) for method in METHODS.items()), stage("out_of_reach", OUT_OF_REACH)]
+    pretrain = {"name": "pretrain", "objective": {"name": "mle"}, "steps": 60, "batch_size": 16}
+    stages = [pretrain, *(stage(*method) for method in METHODS.items()), stage("out_of_reach", OUT_OF_REACH)]
     classifier = save_classifier(tmp_path_factory.mktemp("classifier"), id2label={0: "dull", 1: "fine"})
     features = FEATURES | {"fine": {"kind": "classifier", "name": str(classifier), "label": "fine"}}
     overrides = [
@@ -64,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         f"scoring={json.dumps({'features': features})}",
         "actors.rollout.backspace=false",
         "actors.max_concurrent=16",
-        "actors.insert_rows=8",
+        "actors.insert_batch_size=8",
         "buffer.min_size=16",
     ]
     environment = os.environ | {"SEQUENCEMATCH_TRUSTED_MODULES": failing_scores.__name__, "PYTHONPATH": str(ROOT)}
@@ -103,14 +104,21 @@ def test_each_method_takes_its_steps(run: FinishedRun, name: str) -> None:
     assert rows[0]["kl_base"] == pytest.approx(0.0, abs=1e-4)
     assert rows[0]["importance_weight_mean"] == pytest.approx(1.0, abs=1e-3)
     assert rows[0]["log_prob_mismatch_max_abs"] < 1e-4
-    start, end = weights(run, "trunk"), weights(run, name)
+    start, end = weights(run, "pretrain"), weights(run, name)
     assert all(torch.equal(end[key], start[key]) for key in start) == (name == "never")
 
 
 def test_a_constraint_that_no_rollout_meets_is_said(run: FinishedRun) -> None:
     for row in metrics_of(run.folder, "never"):
-        assert (row["loss"], row["gradient_norm"], row["unsatisfied_share"], row["alarm_unsatisfied"]) == (0, 0, 1, 1)
-    assert any("hardly a rollout meets the pointwise constraints" in line["message"] for line in log_of(run.folder))
+        assert (row["loss"], row["gradient_norm"], row["unsatisfied_fraction"], row["alarm_unsatisfied"]) == (
+            0,
+            0,
+            1,
+            1,
+        )
+    assert any(
+        "hardly a rollout meets the pointwise constraints" in line["message"] for line in trajectory_of(run.folder)
+    )
 
 
 def test_rollouts_are_those_of_the_policy_without_backspace(run: FinishedRun) -> None:
@@ -119,7 +127,7 @@ def test_rollouts_are_those_of_the_policy_without_backspace(run: FinishedRun) ->
     backspace_id = run.contract.backspace_id
     masked, offered = [], []
     for row in run.rows:
-        assert row["sampling"] == {"temperature": 1.0, "top_p": 1.0, "floor_mask": False}
+        assert row["sampling"] == {"temperature": 1.0, "top_p": 1.0, "backspace": False}
         assert backspace_id not in row["actions"]
         if not set(row["policy_version"]) <= first_versions:
             continue
@@ -128,14 +136,14 @@ def test_rollouts_are_those_of_the_policy_without_backspace(run: FinishedRun) ->
             masked.append((list(text), len(text), action, recorded))  # every state as if it were the floor
             offered.append((list(text), 0, action, recorded))
             text.append(action)
-    model = AutoModelForCausalLM.from_pretrained(final(run, "trunk"))
+    model = AutoModelForCausalLM.from_pretrained(final(run, "pretrain"))
     assert len(masked) > 200
     assert max(abs(expected - recorded) for expected, recorded in recompute(run, model, masked)) < 1e-4
     assert max(abs(expected - recorded) for expected, recorded in recompute(run, model, offered)) > 1e-3
 
 
 def test_rollouts_without_a_number_are_dropped_and_the_run_goes_on(run: FinishedRun) -> None:
-    reasons = [line["message"] for line in log_of(run.folder) if line["event"] == "rollouts_dropped"]
+    reasons = [line["message"] for line in trajectory_of(run.folder) if line["event"] == "rollouts_dropped"]
     assert reasons
     assert all(
         re.search(r" feature small \(\S+:last_digit_is_small\) (raised ValueError: invalid literal|is nan)", reason)

@@ -34,7 +34,7 @@ stages:
     rollout_batch_size: 8
     publish_every_steps: 5
 learner: {{num_ranks: 2, checkpoint_every_steps: 10}}
-actors: {{count: 1, max_concurrent: 16, insert_rows: 8, rollout: {{max_new_tokens: 12, max_actions: 24}}}}
+actors: {{count: 1, max_concurrent: 16, insert_batch_size: 8, rollout: {{max_new_tokens: 12, max_actions: 24}}}}
 buffer: {{min_size: 16, segment_bytes: 8000}}
 cluster: {{num_cpus: 4, object_store_gib: 0.25}}
 """

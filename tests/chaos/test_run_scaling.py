@@ -32,7 +32,7 @@ SCALE_TIMEOUT_S = 120.0
 OVERRIDES = (
     *TINY,
     f"stages.{STAGE}.steps={STEPS}",
-    "stages.trunk.steps=5",
+    "stages.pretrain.steps=5",
     "learner.checkpoint_every_steps=1000",
     "noise.kind=policy",
     "actors.num_cpus=0.5",
@@ -174,5 +174,5 @@ def check_what_it_left(folder: Path) -> None:
     # Each of the three lives of an actor marks its trajectories with a prefix of its own.
     assert len({row["id"].rpartition("-")[0] for row in policy}) == 3
     experts = [row for row in rows if row["source"] == "expert"]
-    assert any(row["realised"] is not None for row in experts), "noise was injected"
+    assert any(row["executed"] is not None for row in experts), "noise was injected"
     assert any(contract.backspace_id in row["actions"] for row in experts), "and taken back"

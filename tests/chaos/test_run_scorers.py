@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 RUN_TIMEOUT_S = 200.0
 OVERRIDES = (
     *TINY,
-    "stages.trunk.steps=2",
+    "stages.pretrain.steps=2",
     "stages.sequencematch.objective={name: reinforce}",
     "scoring.timeout_s=1",
     "actors.max_restarts=1",

@@ -17,7 +17,7 @@ SILENCE_S = 15
 OVERRIDES = (
     *TINY,
     *LONG,
-    "stages.trunk.steps=5",
+    "stages.pretrain.steps=5",
     "actors.tensor_parallel_size=2",
     f"actors.health_timeout_s={SILENCE_S}",
 )

@@ -34,8 +34,8 @@ def elsewhere(tmp_path: Path) -> Path:
     recipe = yaml.safe_load((ROOT / ARITHMETIC).read_text())
     recipe["model"] |= {"hidden_size": 64, "num_heads": 2, "num_layers": 1}
     recipe["task"] |= {"train_questions": 200, "held_out_questions": 20}
-    (trunk,) = (stage for stage in recipe["stages"] if stage["name"] == "trunk")
-    recipe["stages"] = [trunk | {"steps": 20, "batch_size": 8}]
+    (pretrain,) = (stage for stage in recipe["stages"] if stage["name"] == "pretrain")
+    recipe["stages"] = [pretrain | {"steps": 20, "batch_size": 8}]
     del recipe["result"]  # a stage that is left out
     recipe |= {"runs_folder": str(tmp_path / "runs"), "evaluation": {}}
     folder = tmp_path / "elsewhere"
@@ -116,7 +116,7 @@ def test_a_recipe_runs_on_the_cluster_and_its_log_and_end_are_told_here(head: Ra
 
 
 def test_ctrl_c_ends_the_following_and_stop_ends_the_run_which_can_be_resumed(head: RayHead, elsewhere: Path) -> None:
-    long = ("short.yaml", "stages.trunk.steps=1000000", "learner.checkpoint_every_steps=1000000", "--no-evaluate")
+    long = ("short.yaml", "stages.pretrain.steps=1000000", "learner.checkpoint_every_steps=1000000", "--no-evaluate")
     folder = elsewhere.parent / "runs" / "endless"
 
     # The address that is given goes before that of the environment, other than in Ray's own client.
@@ -132,7 +132,7 @@ def test_ctrl_c_ends_the_following_and_stop_ends_the_run_which_can_be_resumed(he
     assert "the run goes on" in err
     assert f"ray job stop endless --address {head.address}" in err
     assert "RUNNING" in ray_job(head, "status", "endless")
-    assert json.loads(command_output(head, "status", str(folder), "--json"))["learner"]["stage"] == "trunk"
+    assert json.loads(command_output(head, "status", str(folder), "--json"))["learner"]["stage"] == "pretrain"
 
     code, out, err = run(head, elsewhere, *long, "--name", "endless")
     assert (code, out) == (2, "")
@@ -142,7 +142,7 @@ def test_ctrl_c_ends_the_following_and_stop_ends_the_run_which_can_be_resumed(he
     assert "stopped" in ray_job(head, "status", "endless")
     assert not drivers(head, "endless")
     assert not (folder / CLUSTER_FILE).exists()
-    (checkpoint,) = (folder / "checkpoints" / "trunk").glob("step-*")
+    (checkpoint,) = (folder / "checkpoints" / "pretrain").glob("step-*")
     stopped_at = int(checkpoint.name.removeprefix("step-"))
 
     assert run(head, elsewhere, "--resume", str(folder), "--no-wait")[0] == 0

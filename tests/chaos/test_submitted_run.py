@@ -62,7 +62,7 @@ def test_a_submitted_run_trains_with_actors_on_other_nodes_and_leaves_nothing(he
 
 
 def test_who_follows_a_run_is_told_when_its_cluster_dies(head: RayHead, tmp_path: Path) -> None:
-    follower = submit(head, tmp_path / "runs", "orphan", "stages.trunk.steps=1000000")
+    follower = submit(head, tmp_path / "runs", "orphan", "stages.pretrain.steps=1000000")
     folder = tmp_path / "runs" / "orphan"
     wait_until(lambda: metrics_of(folder) or follower.poll() is not None, TIMEOUT_S / 2, "a step of the run")
     assert follower.poll() is None, follower.communicate()

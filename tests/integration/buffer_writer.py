@@ -11,7 +11,7 @@ import struct
 import sys
 from pathlib import Path
 
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from tests.stores import open_store
 from tests.trajectories import batch_of, expert_row, row
 
@@ -44,7 +44,7 @@ def main(folder: Path, num_inserts: int) -> None:
         max_times_sampled=MAX_TIMES_SAMPLED,
         max_staleness=MAX_STALENESS,
         segment_bytes=12_000,
-        compact_below=0.9,
+        compaction_threshold=0.9,
         fsync="none",
     )
     acknowledged = os.open(acknowledged_file(folder), os.O_CREAT | os.O_WRONLY)
@@ -55,7 +55,7 @@ def main(folder: Path, num_inserts: int) -> None:
         assert store.insert(batch_of([numbered_row(number, version) for number in numbers])).accepted == len(numbers)
         os.pwrite(acknowledged, struct.pack("<q", store.next_row), 0)
         for source in ("policy", "expert"):
-            store.draw(DrawKey("stage", step, source), 3, version)
+            store.draw(SampleKey("stage", step, source), 3, version)
         if step % 7 == 0:
             store.checkpointed("stage", step + 1)
         if (plan := store.maintenance.plan()) is not None:

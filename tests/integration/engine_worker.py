@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from actors.engine.interface import EngineSettings, FinishedLog, engine_environment
+from actors.engine.interface import EngineSettings, FinishedRollout, engine_environment
 from actors.settings import ActorsSettings
 from buffer.trajectory.schema import TokenContract
 from tests.integration.traffic import Request
@@ -113,14 +113,14 @@ def small_engine(folder: Path | str, **changes: object) -> EngineSettings:
     )
 
 
-def answer(engine: BackspaceEngine, requests: Sequence[Request] = ()) -> list[FinishedLog]:
+def answer(engine: BackspaceEngine, requests: Sequence[Request] = ()) -> list[FinishedRollout]:
     """What the engine makes of these requests, and of those that it has already."""
     for request in requests:
         engine.add(request.request_id, request.prompt_ids, request.sampling)
-    logs = []
+    trajectories = []
     while engine.num_unfinished:
-        logs += engine.step()
-    return logs
+        trajectories += engine.step()
+    return trajectories
 
 
 def message_of(attempt: Callable[[], object]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from actors.engine.interface import FinishedLog
+from actors.engine.interface import FinishedRollout
 from actors.engine.rank_group import EngineRankError, RankGroup
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import WeightHandle, WeightManifest
@@ -43,9 +43,9 @@ class RankGroupWorker:
         abort_every: int,
         update_at: int,
         publication: Publication,
-    ) -> list[FinishedLog]:
+    ) -> list[FinishedRollout]:
         """Answer the requests; abort one of those under way now and then, and load new weights at a step."""
-        engine, logs = self._group.engine, []
+        engine, trajectories = self._group.engine, []
         for request in requests:
             engine.add(request.request_id, request.prompt_ids, request.sampling, planted[request.request_id])
         running = [request.request_id for request in requests]
@@ -53,14 +53,14 @@ class RankGroupWorker:
         while engine.num_unfinished:
             finished = engine.step()
             num_steps += 1
-            logs += finished
-            running = [name for name in running if name not in {log.request_id for log in finished}]
+            trajectories += finished
+            running = [name for name in running if name not in {trajectory.request_id for trajectory in finished}]
             if num_steps % abort_every == 0 and running:
-                logs += engine.abort([running.pop(0)])
+                trajectories += engine.abort([running.pop(0)])
             if num_steps == update_at:
                 self.load(publication)
         self._group.settle()
-        return logs
+        return trajectories
 
     def part(self, request: Request) -> str:
         """Take a number from rank 0's noise alone; gives how that is told."""

@@ -38,7 +38,7 @@ from learner.settings.model import AdapterSettings
 from learner.settings.stages import StageSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from tests.random_logs import CLONING, MATCHING, TREES, RandomLogs, random_logs
+from tests.random_trajectories import CLONING, MATCHING, TREES, RandomTrajectories, random_trajectories
 from tests.tiny_models import perturbed, tiny_model
 from tests.trajectories import BACKSPACE, CONTRACT, EOS, VOCAB
 
@@ -138,11 +138,12 @@ CASES = {
         dtype=torch.bfloat16,
         param_dtype=torch.float32,
     ),
-    "one log": Case("llama", True, experts=1, rollouts=0),
-    "three logs and one rollout": Case("llama", False, experts=3, rollouts=1),
+    "one trajectory": Case("llama", True, experts=1, rollouts=0),
+    "three trajectories and one rollout": Case("llama", False, experts=3, rollouts=1),
     "unlikelihood": Case("llama", True, experts=6, rollouts=0, objective={"name": "unlikelihood"}),
     "emo": Case("llama", False, experts=3, rollouts=0, objective={"name": "emo"}),
-    # What is drawn depends on which logs a pass holds, so here all tokens are true; there are two passes all the same.
+    # What is drawn depends on which trajectories a pass holds, so here all tokens are true; there are two passes all
+    # the same.
     "scheduled sampling": Case("llama", True, experts=6, rollouts=0, objective=ALL_TRUE),
     "adversarial": Case("llama", True, experts=6, rollouts=6, objective=ADVERSARIAL),
     "adversarial, two rollouts": Case("llama", False, experts=1, rollouts=2, objective=ADVERSARIAL),
@@ -164,7 +165,7 @@ def make_trainer(
     shard(policy, ranks)
 
     def shared(source: str) -> SharedBatchSource:
-        return SharedBatchSource(ranks, RandomLogs(source, drawn) if ranks.leads else None, lambda: False)
+        return SharedBatchSource(ranks, RandomTrajectories(source, drawn) if ranks.leads else None, lambda: False)
 
     stage = case.stage()
     rollouts = shared("policy") if case.rollouts else None
@@ -174,9 +175,9 @@ def make_trainer(
 
 
 def _frozen_start(case: Case, ranks: Ranks) -> TreePolicy:
-    """A neighbour of the model that is trained: else the first step would not see it."""
-    neighbour = perturbed(tiny_model(case.kind, tied=case.tied), seed=1, scale=0.01)
-    base = TreePolicy(neighbour.requires_grad_(False), BACKSPACE)
+    """A neighbor of the model that is trained: else the first step would not see it."""
+    neighbor = perturbed(tiny_model(case.kind, tied=case.tied), seed=1, scale=0.01)
+    base = TreePolicy(neighbor.requires_grad_(False), BACKSPACE)
     shard(base, ranks)
     return base
 
@@ -204,16 +205,16 @@ def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
     metrics += [trainer.train_step() for _ in range(count - 1)]
     probe = torch.from_numpy(policy.sequence_logprobs((5, 9, 4, 20)))
     final = weights(policy)
-    travelling = taken(policy)
+    traveling = taken(policy)
     shown = own_mistakes(ranks, policy)
-    fit_backspace_row(policy, build_micro_batches(random_logs("expert", FITTED_LOGS, seed=0), TREES))
+    fit_backspace_row(policy, build_micro_batches(random_trajectories("expert", FITTED_LOGS, seed=0), TREES))
     # No whole copies are left that would be read, or written to, in place of the parts.
     assert all(isinstance(parameter, DTensor) == (ranks.size > 1) for parameter in policy.parameters())
     return {
         "metrics": metrics,
         "gradients": gradients,
         "weights": final,
-        "taken": travelling,
+        "taken": traveling,
         "shown": shown,
         "fitted": weights(policy),
         "state": trainer.state(),
@@ -230,7 +231,7 @@ def own_mistakes(ranks: Ranks, policy: TreePolicy) -> Tensor:
     noise = NoiseSettings(kind="policy", rate=0.5)
     stream = ExpertStream(examples, task="random", noise=noise, contract=CONTRACT, seed=0)
     batch = Demonstrations(policy, stream, TREES, ranks, seed=ranks.rank).draw(FITTED_LOGS)
-    drawn = zlib.crc32(repr(batch.column("realised").to_pylist()).encode())
+    drawn = zlib.crc32(repr(batch.column("executed").to_pylist()).encode())
     assert ranks.sum_vector(torch.tensor([drawn])).tolist() == [ranks.size * drawn], "ranks hold other demonstrations"
     return torch.tensor(batch.column("actions").flatten().to_pylist())
 
@@ -285,7 +286,7 @@ def _be_rank(
         try:
             ranks = join_ranks(rank, size, ("127.0.0.1", ports.get(timeout=PROCESS_TIMEOUT_S)), timeout_s)
         except Empty:
-            raise TimeoutError("rank 0 did not open a meeting point") from None
+            raise TimeoutError("rank 0 did not open a rendezvous point") from None
     work(ranks, folder)
     dist.destroy_process_group()
 
@@ -314,7 +315,7 @@ class FailingSource:
         self._draws += 1
         if self._draws > 1:
             raise self._error
-        return random_logs("expert", count, seed=1)
+        return random_trajectories("expert", count, seed=1)
 
 
 def failing_draws(ranks: Ranks, folder: Path) -> None:
@@ -322,9 +323,9 @@ def failing_draws(ranks: Ranks, folder: Path) -> None:
     told = []
     for error in (StopRequestedError(), TimeoutError("no rollouts came")):
         source = SharedBatchSource(ranks, FailingSource(error) if ranks.leads else None, lambda: False)
-        assert source.draw(3).equals(random_logs("expert", 3, seed=1))
+        assert source.draw(3).equals(random_trajectories("expert", 3, seed=1))
         told.append(_error_of(source.draw, 3))
-    asked = SharedBatchSource(ranks, RandomLogs("expert") if ranks.leads else None, lambda: True)
+    asked = SharedBatchSource(ranks, RandomTrajectories("expert") if ranks.leads else None, lambda: True)
     told.append(_error_of(asked.draw, 3))
     (folder / f"draws {ranks.rank}.txt").write_text("\n".join(told))
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 from transformers import PreTrainedModel
 
-from actors.engine.interface import FinishedLog, SamplingSettings
+from actors.engine.interface import FinishedRollout, SamplingSettings
 from buffer.trajectory.schema import IdRanges
 from tests.tiny_models import BACKSPACE_ID, EOS_ID
 
@@ -36,7 +36,7 @@ class Comparison:
     errors: list[str] = field(default_factory=list)
 
 
-def texts_of(log: FinishedLog, backspace_id: int = BACKSPACE_ID) -> list[Text]:
+def texts_of(log: FinishedRollout, backspace_id: int = BACKSPACE_ID) -> list[Text]:
     """The reduced text (prompt included) before each action."""
     text = list(log.prompt_ids.tolist())
     texts = []
@@ -50,7 +50,7 @@ def texts_of(log: FinishedLog, backspace_id: int = BACKSPACE_ID) -> list[Text]:
 
 
 def compare(
-    logs: Sequence[FinishedLog],
+    logs: Sequence[FinishedRollout],
     samplings: Mapping[str, SamplingSettings],
     models: Mapping[int, PreTrainedModel],
     block_size: int = 32,

@@ -29,8 +29,8 @@ def test_buffer(capsys):
         buffer,
         found,
         "by_cpu_time rows_per_s rows_per_cpu_s bytes_per_s rows_per_cpu_s_by_size disk_bytes_per_row spread num_rows "
-        "disk_bytes_per_drawn_row cold_major_faults sampling memory_while_growing service_rows_per_s sent_rows "
-        "actions_per_rollout insert_rows drawn_rows page_cache repetitions seeds load_average versions",
+        "disk_bytes_per_sampled_row cold_major_faults sampling memory_while_growing service_rows_per_s sent_rows "
+        "actions_per_rollout insert_batch_size sampled_rows page_cache repetitions seeds load_average versions",
     )
     assert "ours_fsync_batch" in capsys.readouterr().out
     for clock in (found, found["by_cpu_time"]):
@@ -40,11 +40,11 @@ def test_buffer(capsys):
             for measure in ("insert", "insert_packed", "insert_4_writers"):
                 assert clock[f"{measure}_ratio_to_{rival}_fsync_batch"] > 0
         assert clock["disk_ratio_to_torchrl"] < 0.8
-    assert found["disk_bytes_per_drawn_row"]["torchrl"] == 0
+    assert found["disk_bytes_per_sampled_row"]["torchrl"] == 0
     assert set(found["rows_per_cpu_s_by_size"]["ours"]["insert"]) == {"8", "64", "256"}
     sampling = found["sampling"]
-    assert set(sampling["draw_ms"]) == set(sampling["opening_cpu_s"]) == {"512", "2048"}
-    assert set(sampling["sampler_ms"]) == {"uniform", "fifo", "recency", "prioritised", "stratified"}
+    assert set(sampling["sample_ms"]) == set(sampling["opening_cpu_s"]) == {"512", "2048"}
+    assert set(sampling["sampler_ms"]) == {"uniform", "fifo", "recency", "prioritized", "stratified"}
     sizes_mib = [point["disk_mib"] for point in found["memory_while_growing"]]
     assert sizes_mib == pytest.approx([0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4], abs=0.6)
     assert min(found["service_rows_per_s"][name] for name in ("insert_1_writers", "insert_4_writers", "sample")) > 0
@@ -82,16 +82,16 @@ def test_learner(monkeypatch):
     check(
         learner,
         found,
-        "ratio_to_hf_trainer ratio_to_trl_sft ratio_shared_prompt actions_per_s nodes_per_s by_cpu_time sharing_ratio "
-        "nodes_per_s_slowest_over_fastest padding_share loss model num_parameters batch length steps repetitions seeds "
-        "threads load_average versions",
+        "ratio_to_hf_trainer ratio_to_trl_sft ratio_shared_prompt actions_per_s unique_tokens_per_s by_cpu_time "
+        "sharing_ratio unique_tokens_per_s_slowest_over_fastest padding_fraction loss model num_parameters "
+        "batch length steps repetitions seeds threads load_average versions",
     )
     for clock in (found, found["by_cpu_time"]):
         assert min(clock[name] for name in ("ratio_to_hf_trainer", "ratio_to_trl_sft", "ratio_shared_prompt")) > 0
-        assert set(clock["nodes_per_s"]) == {"32", "128"}
+        assert set(clock["unique_tokens_per_s"]) == {"32", "128"}
         assert set(clock["actions_per_s"]["plain"]) == {"ours", "hf_trainer", "trl_sft"}
     assert found["sharing_ratio"] == pytest.approx(8 * 16 / (8 + 8 * 8), rel=0.02)
-    assert found["padding_share"] == pytest.approx(0.0, abs=0.05)
+    assert found["padding_fraction"] == pytest.approx(0.0, abs=0.05)
     for losses in found["loss"].values():
         # Equal but for the mass of backspace at the first action, which only we leave out.
         for loss in losses.values():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
-from buffer.reading.audit import DrawLimits, audit_buffer, audit_shards
+from buffer.reading.audit import SampleLimits, audit_buffer, audit_shards
 from buffer.reading.snapshot import ShardSnapshot, read_shard
 from tests.integration.buffer_writer import (
     CAPACITY,
@@ -20,7 +20,7 @@ from tests.integration.buffer_writer import (
     expected_actions,
 )
 
-LIMITS = DrawLimits(MAX_TIMES_SAMPLED, MAX_STALENESS)
+LIMITS = SampleLimits(MAX_TIMES_SAMPLED, MAX_STALENESS)
 NUM_INSERTS = 900
 MOST_INSERTED = 4
 """Rows of the largest insert of the writer."""

@@ -125,7 +125,7 @@ def test_rows_travel_both_ways_and_a_draw_waits_in_the_shard(start):
         drawing = threads.submit(source_of(buffer.shards).draw, 400)
         writer.insert(batch)
         writer.settle()
-        wait_until(lambda: statuses(buffer).waiting_draws == 1, TIMEOUT_S, "the draw to wait")
+        wait_until(lambda: statuses(buffer).waiting_samples == 1, TIMEOUT_S, "the draw to wait")
         writer.insert(numbered(300, 400).slice(0, 100))
         drawn = drawing.result(timeout=TIMEOUT_S)
     assert sorted(map(int, ids_of(drawn))) == list(range(400))
@@ -200,12 +200,12 @@ def test_shards_that_pause_are_passed_over_and_all_of_them_hold_the_writer_back(
     assert live_after(0, 10) == [10, 0]
     assert live_after(10, 3) == [10, 3]
     assert live_after(20, 3) == [10, 6], "shard 0 has asked for a pause"
-    assert not writer.held_back()
+    assert not writer.throttled()
     assert live_after(30, 4) == [10, 10]
-    assert writer.held_back()
+    assert writer.throttled()
     assert sum(live_after(40, 2)) == 22, "what is finished has to go somewhere"
     source_of(buffer.shards).draw(14)
-    wait_until(lambda: not writer.held_back(), TIMEOUT_S, "the draw to lift the pause")
+    wait_until(lambda: not writer.throttled(), TIMEOUT_S, "the draw to lift the pause")
 
 
 @ray.remote(num_cpus=0)
@@ -222,7 +222,7 @@ class Writer:
         while not self._stop.is_set():
             self._writer.insert(numbered(self._first + self._sent, 7))
             self._sent += 7
-            self._writer.held_back()
+            self._writer.throttled()
             time.sleep(0.002)
         self._writer.settle()
         return self._first, self._sent, self._writer.accepted, self._writer.rejected
@@ -244,18 +244,18 @@ def test_a_shard_that_is_killed_twice_comes_back_and_nothing_is_lost_or_doubled(
     watch = ShardWatch(buffer.shards, health_timeout_s=TIMEOUT_S)
     statuses(buffer, watch, lines)
 
-    def draw_some(seconds):
+    def sample_some(seconds):
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             drawn.append(source.draw(8))
 
-    draw_some(0.5)
+    sample_some(0.5)
     for _ in range(2):
         before = ray.get([writer.accepted.remote() for writer in writers], timeout=TIMEOUT_S)
         kill(buffer, 1)
-        draw_some(0.5)
+        sample_some(0.5)
         status = statuses(buffer, watch, lines)
-        draw_some(0.5)
+        sample_some(0.5)
         after = ray.get([writer.accepted.remote() for writer in writers], timeout=TIMEOUT_S)
         assert all(now > then for now, then in zip(after, before, strict=True)), "both writers went on"
     for writer in writers:
@@ -319,7 +319,7 @@ def test_a_shard_that_hangs_is_ended_and_comes_back_with_its_rows(start):
 
 
 def test_priorities_reach_the_shard_of_each_row(start):
-    buffer = start(sampler="prioritised", priority_exponent=1.0)
+    buffer = start(sampler="prioritized", priority_exponent=1.0)
     writer = writer_of(buffer.shards)
     for first in range(0, 100, 25):
         writer.insert(numbered(first, 25))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings
+from actors.engine.interface import EngineSettings, FinishedRollout, SamplingSettings
 from tests.integration.engine_worker import in_engine_process, in_engine_process_for, shared_engine, small_engine
 from tests.integration.reference import compare, texts_of
 from tests.integration.traffic import Request, rollouts, shared_prompts
@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 class Outcome:
     """What a scenario in the engine process brings back."""
 
-    logs: list[FinishedLog]
+    trajectories: list[FinishedRollout]
     num_preemptions: int
     free_blocks_before: int
     free_blocks_after: int
@@ -63,7 +63,7 @@ def generate(
     try:
         before = pool.get_num_free_blocks()
         waiting = list(reversed(requests))
-        logs: list[FinishedLog] = []
+        trajectories: list[FinishedRollout] = []
         running: list[str] = []
         num_steps = 0
         while waiting or engine.num_unfinished:
@@ -73,14 +73,14 @@ def generate(
                 engine.add(request.request_id, request.prompt_ids, request.sampling)
             finished = engine.step()
             num_steps += 1
-            running = [name for name in running if name not in {log.request_id for log in finished}]
-            logs += finished
+            running = [name for name in running if name not in {trajectory.request_id for trajectory in finished}]
+            trajectories += finished
             if reset_every and num_steps % reset_every == 0:
                 scheduler.reset_prefix_cache(reset_running_requests=True)
             if abort_every and num_steps % abort_every == 0 and running:
-                logs += engine.abort([running.pop(len(running) // 2)])
+                trajectories += engine.abort([running.pop(len(running) // 2)])
         compiled = torch._dynamo.utils.counters["frames"]["total"]
-        return Outcome(logs, preempted, before, pool.get_num_free_blocks(), compiled)
+        return Outcome(trajectories, preempted, before, pool.get_num_free_blocks(), compiled)
     finally:
         scheduler._preempt_request = preempt
 
@@ -94,8 +94,8 @@ def _check(
 ) -> None:
     """The least counts are far below what any seed gives: on another processor some rollouts go another way."""
     samplings = {request.request_id: request.sampling for request in requests}
-    assert sorted(log.request_id for log in outcome.logs) == sorted(samplings)
-    result = compare(outcome.logs, samplings, {0: model}, block_size, IDS_WITHOUT_TOKEN)
+    assert sorted(trajectory.request_id for trajectory in outcome.trajectories) == sorted(samplings)
+    result = compare(outcome.trajectories, samplings, {0: model}, block_size, IDS_WITHOUT_TOKEN)
     assert not result.errors, "\n".join(result.errors[:10])
     assert result.worst <= TOLERANCE
     assert result.worst_greedy_gap <= TOLERANCE
@@ -104,29 +104,29 @@ def _check(
     assert result.num_back_over_block_edge > 2
     assert outcome.free_blocks_after == outcome.free_blocks_before
     assert outcome.num_compiled == 0
-    for log in outcome.logs:
-        _check_limits(log, samplings[log.request_id])
+    for trajectory in outcome.trajectories:
+        _check_limits(trajectory, samplings[trajectory.request_id])
 
 
-def _check_limits(log: FinishedLog, sampling: SamplingSettings, max_length: int = 256) -> None:
-    """The finish reason is the first limit that the log met, and no limit was passed."""
-    texts = texts_of(log)
-    lengths = [len(text) - len(log.prompt_ids) for text in texts[1:]]
-    actions = log.actions.tolist()
+def _check_limits(trajectory: FinishedRollout, sampling: SamplingSettings, max_length: int = 256) -> None:
+    """The finish reason is the first limit that the trajectory met, and no limit was passed."""
+    texts = texts_of(trajectory)
+    lengths = [len(text) - len(trajectory.prompt_ids) for text in texts[1:]]
+    actions = trajectory.actions.tolist()
     final = lengths[-1] if lengths else 0
     if actions:
-        final = len(texts[-1]) - len(log.prompt_ids) + (-1 if actions[-1] == BACKSPACE_ID else 1)
+        final = len(texts[-1]) - len(trajectory.prompt_ids) + (-1 if actions[-1] == BACKSPACE_ID else 1)
     assert all(length < sampling.max_new_tokens for length in lengths)
     assert EOS_ID not in actions[:-1]
-    reached_length = final == sampling.max_new_tokens or len(log.prompt_ids) + final == max_length
-    if log.finish_reason == "aborted":
+    reached_length = final == sampling.max_new_tokens or len(trajectory.prompt_ids) + final == max_length
+    if trajectory.finish_reason == "aborted":
         assert len(actions) < sampling.max_actions
     elif actions[-1] == EOS_ID:
-        assert log.finish_reason == "eos"
+        assert trajectory.finish_reason == "eos"
     elif reached_length and actions[-1] != BACKSPACE_ID:
-        assert log.finish_reason == "max_length"
+        assert trajectory.finish_reason == "max_length"
     else:
-        assert log.finish_reason == "max_actions"
+        assert trajectory.finish_reason == "max_actions"
         assert len(actions) == sampling.max_actions
 
 
@@ -145,7 +145,7 @@ def test_few_blocks_force_preemption(model: PreTrainedModel, model_dir: Path) ->
 def test_mixed_traffic_with_aborts_and_forced_preemption(model: PreTrainedModel, model_dir: Path) -> None:
     requests = rollouts(60, seed=3, share_plain=0.4)
     outcome = in_engine_process(generate, small_engine(model_dir), requests, reset_every=40, abort_every=17)
-    assert sum(log.finish_reason == "aborted" for log in outcome.logs) > 3
+    assert sum(trajectory.finish_reason == "aborted" for trajectory in outcome.trajectories) > 3
     assert outcome.num_preemptions > 20
     _check(outcome, requests, model)
 
@@ -155,7 +155,7 @@ def test_next_turns_share_blocks_with_earlier_outputs(model: PreTrainedModel, mo
     settings = small_engine(model_dir)
     first = rollouts(30, seed=4, max_new_tokens=80, max_actions=160)
     outcome = in_engine_process(generate, settings, first)
-    texts = [[text for text in texts_of(log) if len(text) < 200] for log in outcome.logs]
+    texts = [[text for text in texts_of(trajectory) if len(text) < 200] for trajectory in outcome.trajectories]
     second = []
     for index, candidates in enumerate(texts):
         # The longest text that was ever reached, deleted parts included, and the last one.
@@ -164,7 +164,7 @@ def test_next_turns_share_blocks_with_earlier_outputs(model: PreTrainedModel, mo
             second.append(Request(f"{name}{index}", list(text), sampling))  # type: ignore[arg-type]
     outcome_second = in_engine_process(generate, settings, second)
     samplings = {request.request_id: request.sampling for request in second}
-    result = compare(outcome_second.logs, samplings, {0: model}, ids_without_token=IDS_WITHOUT_TOKEN)
+    result = compare(outcome_second.trajectories, samplings, {0: model}, ids_without_token=IDS_WITHOUT_TOKEN)
     assert not result.errors, "\n".join(result.errors[:10])
     _check(outcome, first, model)
 
@@ -174,7 +174,7 @@ def test_length_limit_counts_prompt_and_text(model: PreTrainedModel, model_dir: 
     prompts = shared_prompts(4, 230, seed=5)
     requests = [Request(f"r{i}", prompts[i % 4][: 200 + i], sampling) for i in range(12)]
     outcome = in_engine_process(generate, small_engine(model_dir), requests)
-    assert {log.finish_reason for log in outcome.logs} == {"max_length"}
+    assert {trajectory.finish_reason for trajectory in outcome.trajectories} == {"max_length"}
     _check(outcome, requests, model, min_returns_to_floor=0)  # texts of 200 tokens rarely go all the way back
 
 
@@ -186,11 +186,11 @@ def test_draws_after_a_roll_back_are_independent(model_dir: Path) -> None:
     outcome = in_engine_process(generate, small_engine(model_dir, max_batched_tokens=512), requests)
     expected = observed = variance = 0.0
     num_trials = 0
-    for log in outcome.logs:
-        actions = log.actions.tolist()
+    for trajectory in outcome.trajectories:
+        actions = trajectory.actions.tolist()
         for index in range(len(actions) - 2):
             if actions[index] != BACKSPACE_ID and actions[index + 1] == BACKSPACE_ID:
-                probability = math.exp(log.logprobs[index])
+                probability = math.exp(trajectory.logprobs[index])
                 expected += probability
                 variance += probability * (1 - probability)
                 observed += actions[index + 2] == actions[index]

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
-from actors.engine.interface import EngineSettings, FinishedLog, SamplingSettings
+from actors.engine.interface import EngineSettings, FinishedRollout, SamplingSettings
 from tests.integration.engine_worker import (
     EngineProcessFailed,
     answer,
@@ -150,7 +150,7 @@ def test_a_model_with_sliding_windows_does_not_start(tmp_path: Path) -> None:
     assert "window of 32 tokens: only plain full attention can be rolled back" in message
 
 
-def run_broken(engine_name: str, settings: EngineSettings, requests: list[Request]) -> list[FinishedLog]:
+def run_broken(engine_name: str, settings: EngineSettings, requests: list[Request]) -> list[FinishedRollout]:
     from tests.integration import broken_engines
 
     engine = fresh_engine(settings, getattr(broken_engines, engine_name))
@@ -162,13 +162,13 @@ def test_sharing_generated_blocks_would_be_noticed(tmp_path: Path) -> None:
     model = tiny_model(backspace_rate=0.35)
     settings = small_engine(save_tiny_model(tmp_path, model), max_concurrent=64, max_batched_tokens=None)
     requests = rollouts(40, seed=1, longest_prompt=33, max_new_tokens=80, max_actions=240, share_greedy=0.5)
-    logs: list[FinishedLog] = []
+    trajectories: list[FinishedRollout] = []
     failure = ""
     try:
-        logs = in_engine_process(run_broken, "SharedBlocksEngine", settings, requests)
+        trajectories = in_engine_process(run_broken, "SharedBlocksEngine", settings, requests)
     except EngineProcessFailed as died:
         failure = str(died)
-    result = compare(logs, {request.request_id: request.sampling for request in requests}, {0: model})
+    result = compare(trajectories, {request.request_id: request.sampling for request in requests}, {0: model})
     assert result.errors or "in cache_full_blocks" in failure
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
-from actors.engine.interface import EngineSettings, FinishedLog, Int32, SamplingSettings
+from actors.engine.interface import EngineSettings, FinishedRollout, Int32, SamplingSettings
 from buffer.trajectory.schema import TokenContract
 from tests.integration.engine_worker import answer, in_engine_process, message_of, shared_engine, small_engine
 from tests.integration.reference import compare, texts_of
@@ -34,35 +34,35 @@ def generate(
     planted: dict[str, list[int]],
     preempt_after_steps: tuple[int, ...] = (),
     contract: TokenContract = CONTRACT,
-) -> list[FinishedLog]:
+) -> list[FinishedRollout]:
     engine = shared_engine(settings, contract)
     for request in requests:
         engine.add(request.request_id, request.prompt_ids, request.sampling, planted.get(request.request_id, ()))
-    logs = []
+    trajectories = []
     num_steps = 0
     while engine.num_unfinished:
-        logs += engine.step()
+        trajectories += engine.step()
         num_steps += 1
         if num_steps in preempt_after_steps:
             engine._core.scheduler.reset_prefix_cache(reset_running_requests=True)
-    return logs
+    return trajectories
 
 
 def _assert_exact(
-    logs: list[FinishedLog], requests: list[Request], model: PreTrainedModel, **planted: list[int]
+    trajectories: list[FinishedRollout], requests: list[Request], model: PreTrainedModel, **planted: list[int]
 ) -> None:
-    result = compare(logs, {each.request_id: each.sampling for each in requests}, {0: model}, planted=planted)
+    result = compare(trajectories, {each.request_id: each.sampling for each in requests}, {0: model}, planted=planted)
     assert not result.errors, "\n".join(result.errors[:10])
 
 
 def test_max_actions_ends_a_policy_that_deletes_for_ever(settings: EngineSettings, model: PreTrainedModel) -> None:
     sampling = SamplingSettings(max_new_tokens=50, max_actions=41, temperature=0.0)
     requests = [Request("loop", shared_prompts(1, 20, seed=0)[0], sampling)]
-    (log,) = in_engine_process(generate, settings, requests, {})
-    assert log.finish_reason == "max_actions"
-    assert len(log.actions) == 41
-    assert (log.actions == BACKSPACE_ID).sum() == 20
-    _assert_exact([log], requests, model)
+    (trajectory,) = in_engine_process(generate, settings, requests, {})
+    assert trajectory.finish_reason == "max_actions"
+    assert len(trajectory.actions) == 41
+    assert (trajectory.actions == BACKSPACE_ID).sum() == 20
+    _assert_exact([trajectory], requests, model)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -71,19 +71,19 @@ def test_banned_tokens_break_the_loop_across_preemption(
 ) -> None:
     sampling = SamplingSettings(max_new_tokens=20, max_actions=120, temperature=temperature, ban_deleted=True)
     requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(shared_prompts(12, 40, seed=1))]
-    logs = in_engine_process(generate, settings, requests, {}, preempt_after_steps=(9, 30, 55))
-    _assert_exact(logs, requests, model)
+    trajectories = in_engine_process(generate, settings, requests, {}, preempt_after_steps=(9, 30, 55))
+    _assert_exact(trajectories, requests, model)
     num_deletions = 0
-    for log in logs:
-        texts = texts_of(log)
-        deleted = [(texts[i + 1][:-1], texts[i + 1][-1]) for i in range(len(texts) - 1) if _deletes(log, i + 1)]
+    for trajectory in trajectories:
+        texts = texts_of(trajectory)
+        deleted = [(texts[i + 1][:-1], texts[i + 1][-1]) for i in range(len(texts) - 1) if _deletes(trajectory, i + 1)]
         num_deletions += len(deleted)
         assert len(set(deleted)) == len(deleted), "a token was deleted twice at one state"
     assert num_deletions > 100
 
 
-def _deletes(log: FinishedLog, index: int) -> bool:
-    return bool(log.actions[index] == BACKSPACE_ID)
+def _deletes(trajectory: FinishedRollout, index: int) -> bool:
+    return bool(trajectory.actions[index] == BACKSPACE_ID)
 
 
 def test_greedy_with_bans_finishes_where_greedy_alone_does_not(settings: EngineSettings) -> None:
@@ -92,8 +92,8 @@ def test_greedy_with_bans_finishes_where_greedy_alone_does_not(settings: EngineS
     requests = [Request(f"alone{i}", prompt, alone) for i, prompt in enumerate(prompts)]
     banned = alone.model_copy(update={"ban_deleted": True})
     requests += [Request(f"banned{i}", prompt, banned) for i, prompt in enumerate(prompts)]
-    logs = in_engine_process(generate, settings, requests, {})
-    reasons = {log.request_id: log.finish_reason for log in logs}
+    trajectories = in_engine_process(generate, settings, requests, {})
+    reasons = {trajectory.request_id: trajectory.finish_reason for trajectory in trajectories}
     assert {reasons[f"alone{i}"] for i in range(6)} == {"max_actions"}
     assert sum(reasons[f"banned{i}"] != "max_actions" for i in range(6)) >= 4
 
@@ -104,15 +104,15 @@ def test_planted_tokens_are_forced_once(backspace: bool, settings: EngineSetting
     requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(shared_prompts(16, 33, seed=3))]
     planted = {f"r{i}": [100 + i, 50, 60, 70][: 1 + i % 4] for i in range(16)}
     # Preempted in the middle of the planted tokens, right after them, and later.
-    logs = in_engine_process(generate, settings, requests, planted, preempt_after_steps=(9, 11, 13, 20))
+    trajectories = in_engine_process(generate, settings, requests, planted, preempt_after_steps=(9, 11, 13, 20))
     num_deleted = 0
-    for log in logs:
-        forced = planted[log.request_id]
-        assert log.actions[: len(forced)].tolist() == forced
-        floor = len(log.prompt_ids)
-        num_deleted += sum(len(text) == floor for text in texts_of(log)[1:])
-    assert (num_deleted > 5) == backspace  # some logs took all of their planted tokens back and went on
-    _assert_exact(logs, requests, model, **planted)
+    for trajectory in trajectories:
+        forced = planted[trajectory.request_id]
+        assert trajectory.actions[: len(forced)].tolist() == forced
+        floor = len(trajectory.prompt_ids)
+        num_deleted += sum(len(text) == floor for text in texts_of(trajectory)[1:])
+    assert (num_deleted > 5) == backspace  # some trajectories took all of their planted tokens back and went on
+    _assert_exact(trajectories, requests, model, **planted)
 
 
 def test_each_eos_of_several_ends_a_rollout(settings: EngineSettings, model: PreTrainedModel) -> None:
@@ -121,26 +121,30 @@ def test_each_eos_of_several_ends_a_rollout(settings: EngineSettings, model: Pre
     requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(shared_prompts(16, 33, seed=5))]
     endless = sampling.model_copy(update={"ban_eos": True})
     banned = [replace(each, request_id=f"b{i}", sampling=endless) for i, each in enumerate(requests)]
-    logs = in_engine_process(generate, settings, [*requests, *banned], {}, contract=contract)
-    ends = {log.actions[-1] for log in logs if log.finish_reason == "eos"}
+    trajectories = in_engine_process(generate, settings, [*requests, *banned], {}, contract=contract)
+    ends = {trajectory.actions[-1] for trajectory in trajectories if trajectory.finish_reason == "eos"}
     assert len(ends & set(contract.other_eos_ids)) > 1
     assert ends <= set(contract.eos_ids)
-    for log in logs:
-        assert not np.isin(log.actions[: None if log.finish_reason != "eos" else -1], contract.eos_ids).any()
-        assert (log.finish_reason == "eos") <= log.request_id.startswith("r")
+    for trajectory in trajectories:
+        assert not np.isin(
+            trajectory.actions[: None if trajectory.finish_reason != "eos" else -1], contract.eos_ids
+        ).any()
+        assert (trajectory.finish_reason == "eos") <= trajectory.request_id.startswith("r")
     assert not compare(
-        [log for log in logs if log.request_id[0] == "r"], {r.request_id: sampling for r in requests}, {0: model}
+        [trajectory for trajectory in trajectories if trajectory.request_id[0] == "r"],
+        {r.request_id: sampling for r in requests},
+        {0: model},
     ).errors
 
 
 def draw_while_running(
     settings: EngineSettings, requests: list[Request], prefixes: list[Int32]
-) -> tuple[list[FinishedLog], list[FinishedLog], int]:
+) -> tuple[list[FinishedRollout], list[FinishedRollout], int]:
     engine = shared_engine(settings)
     for request in requests:
         engine.add(request.request_id, request.prompt_ids, request.sampling)
     engine.step()
-    drawn = engine.draw_next_tokens(prefixes)
+    drawn = engine.sample_next_tokens(prefixes)
     unfinished = engine.num_unfinished
     return drawn, answer(engine), unfinished
 
@@ -148,21 +152,21 @@ def draw_while_running(
 def test_draws_of_next_tokens_beside_running_requests(settings: EngineSettings, model: PreTrainedModel) -> None:
     requests = rollouts(20, seed=5, max_new_tokens=20, max_actions=30)
     prefixes = [prompt[: 5 + i] for i, prompt in enumerate(shared_prompts(40, 60, seed=6))]
-    drawn, logs, unfinished = in_engine_process(draw_while_running, settings, requests, prefixes)
+    drawn, trajectories, unfinished = in_engine_process(draw_while_running, settings, requests, prefixes)
     assert unfinished == len(requests), "a request that ended during the draws must come out of a later step"
-    _assert_exact(logs, requests, model)
-    for prefix, log in zip(prefixes, drawn, strict=True):
-        assert log.prompt_ids.tolist() == prefix.tolist()
-        assert len(log.actions) == 1
-        assert log.actions[0] != BACKSPACE_ID
+    _assert_exact(trajectories, requests, model)
+    for prefix, trajectory in zip(prefixes, drawn, strict=True):
+        assert trajectory.prompt_ids.tolist() == prefix.tolist()
+        assert len(trajectory.actions) == 1
+        assert trajectory.actions[0] != BACKSPACE_ID
     # <eos> has its share of the probability: a policy that would end there makes no mistake, so such a draw is void.
     sampling = SamplingSettings(max_new_tokens=1, max_actions=1, backspace=False)
-    result = compare(drawn, {log.request_id: sampling for log in drawn}, {0: model})
+    result = compare(drawn, {trajectory.request_id: sampling for trajectory in drawn}, {0: model})
     assert not result.errors, "\n".join(result.errors)
     assert result.num_actions == 40
 
 
-def abort_midway(settings: EngineSettings, requests: list[Request]) -> tuple[list[FinishedLog], int, int]:
+def abort_midway(settings: EngineSettings, requests: list[Request]) -> tuple[list[FinishedRollout], int, int]:
     engine = shared_engine(settings)
     before = engine._core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     for request in requests:
@@ -181,12 +185,12 @@ def test_abort_returns_what_was_done_so_far(settings: EngineSettings, model: Pre
     sampling = SamplingSettings(max_new_tokens=60, max_actions=100, ban_eos=True)
     prompts = shared_prompts(24, 20, seed=7)
     requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(prompts)]
-    logs, before, after = in_engine_process(abort_midway, settings, requests)
-    assert {log.finish_reason for log in logs} == {"aborted"}
-    assert sorted({len(log.actions) for log in logs})[0] == 0  # some never left the queue
-    assert max(len(log.actions) for log in logs) > 5
+    trajectories, before, after = in_engine_process(abort_midway, settings, requests)
+    assert {trajectory.finish_reason for trajectory in trajectories} == {"aborted"}
+    assert sorted({len(trajectory.actions) for trajectory in trajectories})[0] == 0  # some never left the queue
+    assert max(len(trajectory.actions) for trajectory in trajectories) > 5
     assert before == after
-    _assert_exact(logs, requests, model)
+    _assert_exact(trajectories, requests, model)
 
 
 def refusals(settings: EngineSettings) -> dict[str, str]:
@@ -207,7 +211,7 @@ def refusals(settings: EngineSettings) -> dict[str, str]:
     }
     engine.add("twice", [5], fine)
     messages["twice"] = message_of(lambda: engine.add("twice", [5], fine))
-    messages["bad draw"] = message_of(lambda: engine.draw_next_tokens([[5], [5, 999]]))
+    messages["bad draw"] = message_of(lambda: engine.sample_next_tokens([[5], [5, 999]]))
     messages["short probe"] = message_of(lambda: engine.probe([5]))
     messages["long probe"] = message_of(lambda: engine.probe([5] * 256))
     assert engine.num_unfinished == 1, "a refused request must leave nothing behind"

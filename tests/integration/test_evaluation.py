@@ -18,7 +18,7 @@ from rich.console import Console
 
 from buffer.experts.tasks import load_task
 from launch.errors import UserError
-from launch.evaluation.command import labelled, settings_for
+from launch.evaluation.command import labeled, settings_for
 from launch.evaluation.report import show_evaluation, write_evaluation
 from launch.evaluation.results import Evaluation, Target
 from launch.evaluation.rollouts import KeptRollouts
@@ -66,7 +66,7 @@ def checkpoint_of(run: Path, stage: str) -> Path:
 
 
 def evaluate_in_engine_process(run: Path, stages: list[str], settings: RunSettings) -> Evaluation:
-    targets = labelled([checkpoint_of(run, stage) for stage in stages])
+    targets = labeled([checkpoint_of(run, stage) for stage in stages])
     return evaluate(targets, settings, Console(file=io.StringIO()))
 
 
@@ -87,7 +87,7 @@ def evaluate_and_count(run: Path, settings: RunSettings, keep_in: Path, kill_aft
     console = Console(file=io.StringIO(), width=200)
     KeptRollouts.keep = counted
     try:
-        targets = labelled([checkpoint_of(run, stage) for stage in ("ender", "hesitant")])
+        targets = labeled([checkpoint_of(run, stage) for stage in ("ender", "hesitant")])
         evaluation = evaluate(targets, settings, console, keep_in)
     finally:
         KeptRollouts.keep = original
@@ -131,9 +131,9 @@ def test_numbers_of_known_policies(evaluation: Evaluation) -> None:
     assert ender.metrics[GREEDY]["empty_rate"].value == 1.0
     assert ender.metrics[GREEDY]["actions_per_answer"].value == 1.0
     assert ender.metrics[GREEDY]["accuracy"].value == 0.0
-    assert ender.metrics[RECOVERY]["planted_taken_back"].value == 0.0
+    assert ender.metrics[RECOVERY]["forced_tokens_deleted"].value == 0.0
     # The other takes what was planted back, each time, and nothing that was taken back is offered again.
-    assert hesitant.metrics[RECOVERY]["planted_taken_back"].value == 1.0
+    assert hesitant.metrics[RECOVERY]["forced_tokens_deleted"].value == 1.0
     assert hesitant.metrics[SAMPLED]["backspace_rate"].value > 0.2
     for result in evaluation.checkpoints:
         for numbers in result.metrics.values():
@@ -217,18 +217,18 @@ def test_prompts_that_cannot_be_answered(run: Path) -> None:
 def test_labels_tell_checkpoints_apart(run: Path, tmp_path: Path) -> None:
     ender = checkpoint_of(run, "ender")
     later = ender.with_name("step-000002")
-    assert [target.label for target in labelled([ender])] == ["ender"]
-    assert [target.label for target in labelled([ender, later])] == ["ender/step-000001", "ender/step-000002"]
-    assert [target.label for target in labelled([tmp_path / "model"])] == ["model"]
+    assert [target.label for target in labeled([ender])] == ["ender"]
+    assert [target.label for target in labeled([ender, later])] == ["ender/step-000001", "ender/step-000002"]
+    assert [target.label for target in labeled([tmp_path / "model"])] == ["model"]
     other = tmp_path / "other" / "checkpoints" / "ender" / "step-000001"
-    assert [target.label for target in labelled([ender, other])] == [run.name, "other"]
-    assert [target.label for target in labelled([ender, later, other])] == [
+    assert [target.label for target in labeled([ender, other])] == [run.name, "other"]
+    assert [target.label for target in labeled([ender, later, other])] == [
         f"{run.name}/ender/step-000001",
         f"{run.name}/ender/step-000002",
         "other/ender/step-000001",
     ]
     with pytest.raises(UserError, match="named twice"):
-        labelled([ender, ender])
+        labeled([ender, ender])
 
 
 def test_checkpoints_of_other_models_are_refused(run: Path, settings: RunSettings, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from actors.engine.interface import FinishedLog
+from actors.engine.interface import FinishedRollout
 from buffer.weights import WeightManifest, WeightPayload, fingerprint, pack_tensors, unpack
 from launch.export import export
 from learner.model.policy import Policy, load_policy
@@ -36,8 +36,8 @@ PROGRESS = progress_at(1, stage="sequencematch", stage_steps=1)
 class Outcome:
     """What the engine process brings back: rollouts of the export, rollouts of the push after it, its probe."""
 
-    exported: list[FinishedLog]
-    pushed: list[FinishedLog]
+    exported: list[FinishedRollout]
+    pushed: list[FinishedRollout]
     probe_logprobs: np.ndarray
 
 

@@ -78,7 +78,7 @@ def learn(
     steps: int,
     first_version: int,
     when_waiting: Callable[[LearnerWorker], object] | None = None,
-    prioritised_replay: bool = False,
+    prioritized_replay: bool = False,
 ) -> int:
     """One life of a learner: its stage up to step `steps`, with the checkpoint of its end; gives the step it reached.
 
@@ -86,14 +86,14 @@ def learn(
     """
     noise = NoiseSettings(kind="task", rate=0.3)
     settings = LearnerSettings(checkpoint_every_steps=2)
-    spec = LearnerSpec(MODEL, TASK, noise, settings, str(folder), seed=3, prioritised_replay=prioritised_replay)
+    spec = LearnerSpec(MODEL, TASK, noise, settings, str(folder), seed=3, prioritized_replay=prioritized_replay)
     worker = LearnerWorker(spec)
     run = worker.prepare()
     rollout_spec = RolloutSpec("{}", run.contract, run.task.name, ActorsSettings(), spec.noise, run.max_length)
     shards = [Shard(0, buffer)]
     pool = ray.remote(ActorPool).options(num_cpus=0).remote(rollout_spec, [ray.put(None)], shards, {}, 0)
     worker.connect(shards, pool, first_version)
-    objective = SequenceMatchSettings(beta_steps=5)
+    objective = SequenceMatchSettings(bc_weight_steps=5)
     stage = StageSettings(name="second", objective=objective, steps=steps, batch_size=4, rollout_batch_size=4)
     with ThreadPoolExecutor() as threads:
         helper = threads.submit(call_when_waiting, buffer, worker, when_waiting) if when_waiting else None
@@ -105,7 +105,7 @@ def learn(
 
 
 def call_when_waiting(buffer: ActorHandle, worker: LearnerWorker, then: Callable[[LearnerWorker], object]) -> None:
-    wait_until(lambda: status(buffer).waiting_draws, TIMEOUT_S, "the learner to wait for rollouts")
+    wait_until(lambda: status(buffer).waiting_samples, TIMEOUT_S, "the learner to wait for rollouts")
     then(worker)
 
 
@@ -167,9 +167,9 @@ def test_the_golden_loss_curve(task: Task, tmp_path: Path) -> None:
 
 
 def test_the_buffer_knows_the_priorities_of_a_step_before_it_gives_the_next(task: Task, tmp_path: Path) -> None:
-    buffer = start_buffer(tmp_path, task, sampler="prioritised", segment_bytes=2_000)
+    buffer = start_buffer(tmp_path, task, sampler="prioritized", segment_bytes=2_000)
     ray.get(buffer.insert.remote(rollouts(task, 0, 12, version=FIRST_VERSION + 1)), timeout=TIMEOUT_S)
-    assert learn(tmp_path, buffer, steps=5, first_version=FIRST_VERSION, prioritised_replay=True) == 5
+    assert learn(tmp_path, buffer, steps=5, first_version=FIRST_VERSION, prioritized_replay=True) == 5
     end_buffer(buffer)
     events = read_shard(tmp_path / "buffer").events.select(["event", "rows", "priorities"]).to_pylist()
     told = [event for event in events if event["event"] in ("draw", "priorities")]

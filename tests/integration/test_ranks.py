@@ -22,8 +22,8 @@ from tests.integration.rank_worker import (
 from tests.trajectories import BACKSPACE
 
 SIZES = (2, 4)
-# Times, and what depends on who evaluates which log: ranks share no nodes.
-PER_MACHINE = {"step_s", "data_wait_s", "actions_per_s", "nodes_per_s", "sharing_ratio", "padding_share"}
+# Times, and what depends on who evaluates which trajectory: ranks share no nodes.
+PER_MACHINE = {"step_s", "data_wait_s", "actions_per_s", "unique_tokens_per_s", "sharing_ratio", "padding_fraction"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

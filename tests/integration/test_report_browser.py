@@ -166,5 +166,5 @@ def test_a_comparison_shows_its_objectives_over_temperature(open_page: Open, tmp
     assert page.evaluate(BROKEN_IMAGES) == 0
     for summary in page.locator("summary").all():
         summary.click()
-    assert page.locator("#numbers").get_by_text("behaviour_cloning").last.is_visible()
+    assert page.locator("#numbers").get_by_text("behavior_cloning").last.is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360

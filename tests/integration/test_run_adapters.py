@@ -11,7 +11,7 @@ from buffer.experts.tasks import load_task
 from launch.settings.recipe import read_recipe
 from learner.model.policy import load_policy
 from learner.settings.model import ScratchModelSettings
-from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, log_of, metrics_of, trajectories_of
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of, trajectory_of
 
 RUN_TIMEOUT_S = 280.0
 PUBLICATIONS = 4  # in the stage with rollouts, after the two before its first step
@@ -36,8 +36,8 @@ def test_a_run_that_publishes_adapters_alone(tmp_path: Path) -> None:
         version for batch in trajectories_of(folder) for row in batch["policy_version"].to_pylist() for version in row
     }
     assert len(acted) >= 3
-    assert log_of(folder, "weights_loaded")
-    assert not [line for line in log_of(folder) if line["level"] != "info"]
+    assert trajectory_of(folder, "weights_loaded")
+    assert not [line for line in trajectory_of(folder) if line["level"] != "info"]
 
 
 def recipe_with_adapters(folder: Path) -> Path:

@@ -27,9 +27,9 @@ from launch.settings.run import RunSettings
 from learner.checkpoints.store import read_progress
 from learner.publication import publication_tensors
 from tests.checkpoints import checkpoints_of
-from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, log_of, metrics_of, trajectories_of
+from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of, trajectory_of
 
-STEPS = {"trunk": 20, "sequencematch": 40, "mle_control": 5}
+STEPS = {"pretrain": 20, "sequencematch": 40, "mle_control": 5}
 PUBLISH_EVERY = 10
 MAX_STALENESS = 2
 RUN_TIMEOUT_S = 280.0
@@ -55,7 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         folder = process.folder
     settings = read_recipe(folder / "config.yaml")
     task = load_task(settings.task, max_length=64)
-    model = AutoModelForCausalLM.from_pretrained(checkpoints_of(folder / "checkpoints" / "trunk")[-1])
+    model = AutoModelForCausalLM.from_pretrained(checkpoints_of(folder / "checkpoints" / "pretrain")[-1])
     contract = task.contract(model.config.vocab_size)
     batches = trajectories_of(folder)
     rows = pa.Table.from_batches(batches).to_pylist()
@@ -68,7 +68,7 @@ def checkpoint(run: FinishedRun, stage: str, step: int) -> Path:
 
 def models_by_version(run: FinishedRun) -> dict[int, PreTrainedModel]:
     """Version 0 is the initial model, version 1 what the stage starts from, then one every PUBLISH_EVERY steps."""
-    paths = {1: checkpoint(run, "trunk", STEPS["trunk"])}
+    paths = {1: checkpoint(run, "pretrain", STEPS["pretrain"])}
     for step in range(PUBLISH_EVERY, STEPS["sequencematch"] + 1, PUBLISH_EVERY):
         paths[1 + step // PUBLISH_EVERY] = checkpoint(run, "sequencematch", step)
     return {version: AutoModelForCausalLM.from_pretrained(path) for version, path in paths.items()}
@@ -128,7 +128,7 @@ def test_stored_log_probabilities_are_those_of_the_version_that_acted(run: Finis
         others = [other for other in models if other != version]
         wrong = models[min(others, key=lambda other: abs(other - version))]
         difference = max(abs(expected - recorded) for expected, recorded in recompute(run, wrong, actions))
-        assert difference > 1e-3, "the neighbouring version explains the rollouts as well, so this proves nothing"
+        assert difference > 1e-3, "the neighboring version explains the rollouts as well, so this proves nothing"
 
 
 @torch.no_grad()
@@ -174,7 +174,7 @@ def test_checkpoints_stand_alone(run: FinishedRun) -> None:
         assert tokenizer.eos_token_id == run.contract.eos_id
         model = AutoModelForCausalLM.from_pretrained(final)
         assert model.config.vocab_size == run.contract.vocab_size
-    # Both arms moved away from the trunk they share, each its own way.
+    # Both arms moved away from the pretrain they share, each its own way.
     weights = [
         AutoModelForCausalLM.from_pretrained(checkpoint(run, stage, steps)).get_input_embeddings().weight
         for stage, steps in STEPS.items()
@@ -200,7 +200,7 @@ def test_the_run_folder_is_that_of_a_run_that_ended(run: FinishedRun) -> None:
 
 
 def test_the_log_tells_the_run_from_beginning_to_end(run: FinishedRun) -> None:
-    lines = log_of(run.folder)
+    lines = trajectory_of(run.folder)
     assert {line["run"] for line in lines} == {run.folder.name}
     assert [lines[0]["event"], lines[-1]["event"]] == ["run_started", "run_finished"]
     begun = [line["stage"] for line in lines if line["event"] == "stage_started"]

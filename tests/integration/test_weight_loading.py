@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from actors.engine.interface import EngineSettings, FinishedLog, Float32, Int32
+from actors.engine.interface import EngineSettings, FinishedRollout, Float32, Int32
 from tests.integration.engine_worker import answer, fresh_engine, in_engine_process, message_of, small_engine
 from tests.integration.reference import compare, sequence_logprobs
 from tests.integration.traffic import Request, rollouts, shared_prompts
@@ -29,7 +29,7 @@ def _parameters(model: PreTrainedModel) -> Tensors:
 class UpdateOutcome:
     """Logs of requests that lived through updates, and what happened around the probes."""
 
-    logs: list[FinishedLog]
+    logs: list[FinishedRollout]
     probes: list[Float32]
     actions_moved_by_probes: int
     noise_moved_by_probes: bool
@@ -45,7 +45,7 @@ def update_in_flight(
     scheduler = engine._core.scheduler
     free_before = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     waiting = list(reversed(requests))
-    logs: list[FinishedLog] = []
+    logs: list[FinishedRollout] = []
     probes = []
     moved = 0
     noise_moved = False
@@ -198,7 +198,7 @@ def test_incomplete_or_foreign_updates_are_refused_by_name(tmp_path: Path) -> No
     assert len(fenced) == 3
 
 
-def skip_the_cache_reset(settings: EngineSettings, tensors: Tensors, requests: list[Request]) -> list[FinishedLog]:
+def skip_the_cache_reset(settings: EngineSettings, tensors: Tensors, requests: list[Request]) -> list[FinishedRollout]:
     """Negative control: load as `load_weights` does, but keep the key-value cache of the old weights."""
     from actors.engine.weights import load_in_place
 

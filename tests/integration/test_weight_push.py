@@ -19,7 +19,7 @@ import ray
 import torch
 from transformers import PreTrainedModel
 
-from actors.engine.interface import FinishedLog, SamplingSettings, engine_environment
+from actors.engine.interface import FinishedRollout, SamplingSettings, engine_environment
 from actors.pool.controller import PoolStatus
 from actors.pool.ray_pool import ActorPool
 from actors.rollout_actor import RolloutSpec
@@ -27,9 +27,9 @@ from actors.settings import ActorsSettings, RolloutSettings
 from buffer.reading.snapshot import read_shard
 from buffer.service.client import BufferClient, Shard
 from buffer.service.service import ReplayBufferService
-from buffer.service.shard import DrawRequest
+from buffer.service.shard import SampleRequest
 from buffer.settings import BufferSettings, NoiseSettings
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from buffer.weights import (
     WeightHandle,
     WeightManifest,
@@ -58,7 +58,7 @@ PROBE = make_probe(CONTRACT, seed=0)
 SETTINGS = ActorsSettings(
     count=1,
     max_concurrent=8,
-    insert_rows=4,
+    insert_batch_size=4,
     kv_cache_gib=0.05,
     max_restarts=2,
     rollout=RolloutSettings(max_new_tokens=12, max_actions=24),
@@ -117,13 +117,13 @@ class Push:
     def draw(self, count: int, version: int) -> list[dict[str, object]]:
         """`count` rows, drawn anew."""
         self._draws += 1
-        key = DrawKey("stage", self._draws, "policy")
-        (drawn,) = self.client.draw(DrawRequest(key, count, version), START_TIMEOUT_S)
+        key = SampleKey("stage", self._draws, "policy")
+        (drawn,) = self.client.draw(SampleRequest(key, count, version), START_TIMEOUT_S)
         assert drawn is not None
         rows: list[dict[str, object]] = drawn.batch.to_pylist()
         return rows
 
-    def rollouts_of(self, version: int, count: int) -> list[FinishedLog]:
+    def rollouts_of(self, version: int, count: int) -> list[FinishedRollout]:
         """`count` rollouts whose last action is of `version`, as the buffer holds them."""
         found: dict[str, dict[str, object]] = {}
 
@@ -145,8 +145,8 @@ class Push:
             ray.kill(actor)
 
 
-def as_log(row: dict[str, object]) -> FinishedLog:
-    return FinishedLog(
+def as_log(row: dict[str, object]) -> FinishedRollout:
+    return FinishedRollout(
         request_id=str(row["id"]),
         prompt_ids=np.array(row["prompt_ids"], dtype=np.int32),
         actions=np.array(row["actions"], dtype=np.int32),
@@ -156,7 +156,7 @@ def as_log(row: dict[str, object]) -> FinishedLog:
     )
 
 
-def assert_explained(logs: list[FinishedLog], models: dict[int, PreTrainedModel]) -> None:
+def assert_explained(logs: list[FinishedRollout], models: dict[int, PreTrainedModel]) -> None:
     """Every action's log-probability is what transformers computes with the weights of the action's version."""
     result = compare(logs, {log.request_id: SAMPLING for log in logs}, models)
     assert not result.errors, result.errors[:3]

@@ -33,8 +33,8 @@ TINY = (
     "model.num_layers=1",
     "task.train_questions=200",
     "task.held_out_questions=20",
-    "stages.trunk.steps=20",
-    "stages.trunk.batch_size=8",
+    "stages.pretrain.steps=20",
+    "stages.pretrain.batch_size=8",
     "stages.sequencematch.steps=40",
     "stages.sequencematch.batch_size=8",
     "stages.sequencematch.rollout_batch_size=8",
@@ -43,7 +43,7 @@ TINY = (
     "learner.checkpoint_every_steps=10",
     "learner.keep_checkpoints=9",
     "actors.max_concurrent=16",
-    "actors.insert_rows=8",
+    "actors.insert_batch_size=8",
     "buffer.min_size=16",
     "buffer.max_staleness=2",
     "buffer.samples_per_insert=2",
@@ -194,7 +194,7 @@ def metrics_of(folder: Path, stage: str | None = None) -> list[dict[str, float]]
     return [row for row in _lines(folder / "metrics.jsonl") if stage in (None, row["stage"])]
 
 
-def log_of(folder: Path, event: str | None = None) -> list[dict[str, Any]]:
+def trajectory_of(folder: Path, event: str | None = None) -> list[dict[str, Any]]:
     """Complete lines of a run's log, of one kind of event or of all."""
     return [line for line in _lines(folder / LOG_FILE) if event in (None, line["event"])]
 

@@ -21,23 +21,23 @@ from tests.benchmarks.scaling_plan import TIMED_RECIPE
 SETTINGS = AutoscaleSettings(min=1, max=16, window_s=10.0)
 
 
-def watch(scaler, desired, waited=0.0, held_back=0.0, seconds=10.0, start_s=0.0):
-    """All decisions while draws wait and actors are held back for such shares of the time."""
+def watch(scaler, desired, waited=0.0, throttled=0.0, seconds=10.0, start_s=0.0):
+    """All decisions while draws wait and actors are throttled for such shares of the time."""
     decisions = []
     for tick in range(int(seconds * 10) + 1):
         seen = Observation(
             now_s=start_s + tick / 10,
             desired=desired,
             working=desired,
-            held_back=desired if tick % 10 < 10 * held_back else 0,
-            draw_waits=tick % 10 < 10 * waited,
+            throttled=desired if tick % 10 < 10 * throttled else 0,
+            sample_waits=tick % 10 < 10 * waited,
         )
         decisions.append(scaler.observe(seen))
     return [decision for decision in decisions if decision is not None]
 
 
 @pytest.mark.parametrize(
-    ("desired", "waited", "held_back", "wanted"),
+    ("desired", "waited", "throttled", "wanted"),
     [
         (4, 0.0, 0.0, []),
         (4, 0.1, 0.0, []),  # below grow_above
@@ -53,15 +53,15 @@ def watch(scaler, desired, waited=0.0, held_back=0.0, seconds=10.0, start_s=0.0)
         (4, 0.3, 0.5, [6]),  # a learner that waits comes first
     ],
 )
-def test_the_number_follows_who_waits(desired, waited, held_back, wanted):
-    assert watch(Autoscaler(SETTINGS), desired, waited, held_back) == wanted
+def test_the_number_follows_who_waits(desired, waited, throttled, wanted):
+    assert watch(Autoscaler(SETTINGS), desired, waited, throttled) == wanted
 
 
 @pytest.mark.parametrize("working", [0, 3, 5])
 def test_the_window_begins_when_all_are_at_work(working):
     scaler = Autoscaler(SETTINGS)
     assert watch(scaler, 4, waited=0.5, seconds=9.5) == []
-    assert scaler.observe(Observation(9.6, 4, working, 0, draw_waits=True)) is None
+    assert scaler.observe(Observation(9.6, 4, working, 0, sample_waits=True)) is None
     assert watch(scaler, 4, waited=0.5, seconds=9.5, start_s=9.7) == []
     assert watch(scaler, 4, waited=0.5, seconds=1.0, start_s=19.3) == [8]
 
@@ -82,7 +82,7 @@ def test_a_steady_need_is_met_and_then_nothing_changes(need, count):
     history = [count]
     for _ in range(200):
         waited, idle = max(1.0 - count / need, 0.0), max(1.0 - need / count, 0.0)
-        # One long tick is a window whose shares are exact: held_back and draw_waits may be fractions here.
+        # One long tick is a window whose shares are exact: throttled and sample_waits may be fractions here.
         wanted = scaler.observe(Observation(now_s, count, count, idle * count, waited))
         now_s += 5.0
         if wanted is not None:
@@ -103,8 +103,8 @@ def test_what_counts_as_work():
         for number, activity in enumerate(activities)
     ]
     members += [MemberStatus("new", "running", 0, None), MemberStatus("old", "draining", 0, members[0].status)]
-    seen = Observation.of(5.0, PoolStatus(8, 3, tuple(members)), draw_waits=True)
-    assert seen == Observation(5.0, desired=8, working=3, held_back=1, draw_waits=True)
+    seen = Observation.of(5.0, PoolStatus(8, 3, tuple(members)), sample_waits=True)
+    assert seen == Observation(5.0, desired=8, working=3, throttled=1, sample_waits=True)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The banned-token stack against the rule it stands for, on random logs."""
+"""The banned-token stack against the rule it stands for, on random trajectories."""
 
 from __future__ import annotations
 

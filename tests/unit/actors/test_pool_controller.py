@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.pool.controller import MAX_BACKOFF_S, Failure, PoolController
-from actors.rollout_actor import HELD_BACK, PAUSED, WAITING_FOR_WEIGHTS, ActorStatus
+from actors.rollout_actor import PAUSED, THROTTLED, WAITING_FOR_WEIGHTS, ActorStatus
 from actors.settings import ActorsSettings
 
 SETTINGS = ActorsSettings(max_restarts=2, start_timeout_s=100.0, health_timeout_s=10.0, drain_timeout_s=20.0)
@@ -212,7 +212,7 @@ def test_the_time_to_join_is_that_to_the_first_rollouts_of_each_life():
     assert [member.join_s for member in pool.status.members] == [None], "a successor joins anew"
 
 
-@pytest.mark.parametrize("activity", [WAITING_FOR_WEIGHTS, PAUSED, HELD_BACK])
+@pytest.mark.parametrize("activity", [WAITING_FOR_WEIGHTS, PAUSED, THROTTLED])
 def test_who_is_made_to_wait_has_no_time_to_join(activity):
     pool = Pool(1)
     pool.start_all()

@@ -18,10 +18,10 @@ def never():
         ({"draining": True}, "draining"),
         ({"paused": True}, "paused"),
         ({"finishing": True}, "finishing rollouts before new weights"),
-        ({"held_back": lambda: True}, "ahead of the learner"),
-        ({"held_back": lambda: False}, "generating"),
+        ({"throttled": lambda: True}, "ahead of the learner"),
+        ({"throttled": lambda: False}, "generating"),
     ],
 )
 def test_activities_and_that_the_shards_are_asked_last(changes, activity):
-    now = {"version": 3, "first_version": 3, "draining": False, "paused": False, "held_back": never, **changes}
+    now = {"version": 3, "first_version": 3, "draining": False, "paused": False, "throttled": never, **changes}
     assert rollout_activity(**now) == activity

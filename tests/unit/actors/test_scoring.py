@@ -83,7 +83,7 @@ def test_scorers_of_texts(settings, texts, expected):
 
 
 def test_rows_get_reward_and_features_in_the_order_of_the_recipe(task):
-    """The text is what is left after all deletions; the length is that of the text, not of the log."""
+    """The text is what is left after all deletions; the length is that of the text, not of the trajectory."""
     settings = ScoringSettings.model_validate(
         {"reward": {"kind": "length"}, "features": {"z": {"kind": "word", "word": "13"}, "a": {"kind": "length"}}}
     )
@@ -99,8 +99,8 @@ def test_an_exact_answer_is_what_evaluation_calls_right(task):
     """By the task's own check; an answer that was cut off is not right."""
     right = [list(row["target_ids"]) for row in task.train.select(range(3))]
     rows = HandMadeRollouts(task).draw(3).to_pylist()
-    logs = [right[0], right[1][:-1], right[0]]  # right, without <eos>, right for another question
-    for row, actions in zip(rows, logs, strict=True):
+    trajectories = [right[0], right[1][:-1], right[0]]  # right, without <eos>, right for another question
+    for row, actions in zip(rows, trajectories, strict=True):
         row |= {"actions": actions, "logprobs": [-1.0] * len(actions), "policy_version": [0] * len(actions)}
     rows[1]["finish_reason"] = "max_length"
     batch = pa.RecordBatch.from_pylist(rows, schema=trajectory_schema(task.contract()))

@@ -22,11 +22,11 @@ DECODE_S = 0.1
 ACTOR_ROWS_PER_S = CONCURRENT / (LENGTH * DECODE_S)  # 20
 OVERRIDES = (
     "actors.max_concurrent=8",
-    "actors.insert_rows=8",
+    "actors.insert_batch_size=8",
     "stages.sequencematch.batch_size=8",
     "stages.sequencematch.rollout_batch_size=8",
     "stages.sequencematch.publish_every_steps=2",
-    "stages.trunk.rollout_batch_size=8",
+    "stages.pretrain.rollout_batch_size=8",
     "stages.mle_control.rollout_batch_size=8",
     "buffer.capacity=64",
     "buffer.min_size=16",
@@ -75,7 +75,7 @@ def test_more_actors_change_nothing_while_the_learner_is_the_bottleneck(actors):
     point = point_of(plan_of(learner_s=1.0), actors)  # 8 rows/s
     assert saturated(point) == "learner"
     assert point["steps_per_s"] == pytest.approx(1.0, rel=0.02)
-    assert point["actors_held_back"] == pytest.approx(1 - 8 / (actors * ACTOR_ROWS_PER_S), abs=0.1)
+    assert point["actors_throttled"] == pytest.approx(1 - 8 / (actors * ACTOR_ROWS_PER_S), abs=0.1)
     assert point["samples_per_insert"] == pytest.approx(1.0, rel=0.1), "the limiter holds the actors"
 
 
@@ -119,7 +119,7 @@ def test_staleness_grows_with_what_lies_in_the_buffer_and_its_bound_holds():
     assert deep["staleness_mean"] > fresh["staleness_mean"] + 0.3
     bounded = point_of(plan_of(1.0, "buffer.min_size=32", "buffer.max_staleness=2"), 2)
     assert deep["staleness_max"] > bounded["staleness_max"] == 2
-    assert bounded["dropped_share"] > 0.0
+    assert bounded["dropped_fraction"] > 0.0
     assert bounded["removed"]["stale"] > 0
 
 
@@ -161,7 +161,7 @@ def test_bad_times_are_named(tmp_path, text, message):
         ("actors.max_concurrent=65", None, "decode_step_s for 64 rollouts at most"),
         ("noise.kind=policy", None, "choose another noise.kind"),
         ("actors.start_timeout_s=2", None, "no engine would start"),
-        ("seed=1", "trunk", "those that do are: sequencematch"),
+        ("seed=1", "pretrain", "those that do are: sequencematch"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(override, stage, message):
@@ -184,9 +184,9 @@ def test_the_command_prints_one_object_or_a_table(tmp_path):
     assert found.keys() >= {"simulated", "stage", "steps", "warmup", "batch_per_rank", "times", "points"}
     fields = (
         "actors ranks virtual_s steps_per_s actions_per_s inserts_per_s samples_per_s samples_per_insert "
-        "staleness_mean staleness_max dropped_share actors_generating actors_loading actors_held_back actors_inserting "
-        "learner_training learner_publishing learner_waiting buffer_busy join_s actors_at_end saturated inserted drawn "
-        "live removed failure"
+        "staleness_mean staleness_max dropped_fraction actors_generating actors_loading actors_throttled "
+        "actors_inserting learner_training learner_publishing learner_waiting buffer_busy join_s actors_at_end "
+        "saturated inserted drawn live removed failure"
     )
     assert found["points"][0].keys() == set(fields.split())
     assert re.search(r" 1 +1 .* learner *\n +1 +2 .* learner *\n", run_command(*arguments).stdout)

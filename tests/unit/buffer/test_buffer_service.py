@@ -7,11 +7,11 @@ import asyncio
 import numpy as np
 import pytest
 
-from buffer.service.client import DrawTimeoutError, draw_from_shards
+from buffer.service.client import SampleTimeoutError, sample_from_shards
 from buffer.service.service import ReplayBufferService
-from buffer.service.shard import BufferStatus, DrawRequest
+from buffer.service.shard import BufferStatus, SampleRequest
 from buffer.settings import BufferSettings
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from tests.trajectories import CONTRACT, batch_of, expert_row, fresh_key, ids_of, numbered, row
 
 
@@ -32,8 +32,8 @@ def run_with_service(folder, scenario, seed=0, **changes):
 
 async def drawn(service, count, version, source="policy", timeout_s=60.0, key=None, first_version=0):
     """The result of a new draw, or of the one that `key` names."""
-    request = DrawRequest(key or fresh_key(source), count, version, first_version)
-    (part,) = await draw_from_shards([service], request, timeout_s)
+    request = SampleRequest(key or fresh_key(source), count, version, first_version)
+    (part,) = await sample_from_shards([service], request, timeout_s)
     return part
 
 
@@ -56,10 +56,10 @@ def test_a_draw_waits_until_enough_rows_are_live(tmp_path):
         await service.insert(numbered(0, 3))
         await started(asyncio.sleep(0))
         assert not task.done()
-        assert (await service.status()).waiting_draws == 1
+        assert (await service.status()).waiting_samples == 1
         await service.insert(numbered(3, 3))
         assert set(ids_of(await task)) <= {str(number) for number in range(6)}
-        assert (await service.status()).waiting_draws == 0
+        assert (await service.status()).waiting_samples == 0
 
     run_with_service(tmp_path, scenario, min_size=5)
 
@@ -79,10 +79,10 @@ def test_two_draws_wait_side_by_side(tmp_path):
 
 def test_a_time_out_names_whom_it_waited_for(tmp_path):
     async def scenario(service):
-        with pytest.raises(DrawTimeoutError, match=r"0 are live and 8 are needed; no actor has inserted anything"):
+        with pytest.raises(SampleTimeoutError, match=r"0 are live and 8 are needed; no actor has inserted anything"):
             await draw(service, 2, 0, timeout_s=0.05)
         await service.insert(batch_of([row("a", actor="actor-7"), row("b", [99], actor="actor-9"), row("c")]))
-        with pytest.raises(DrawTimeoutError) as caught:
+        with pytest.raises(SampleTimeoutError) as caught:
             await draw(service, 2, 0, timeout_s=0.05)
         message = str(caught.value)
         assert "waited 0.05 s for 2 policy trajectories: 2 are live and 8 are needed" in message
@@ -91,7 +91,7 @@ def test_a_time_out_names_whom_it_waited_for(tmp_path):
         assert "actor-0 0 s ago" in message
         with pytest.raises(TimeoutError, match="2 expert trajectories: 0 are live"):
             await draw(service, 2, 0, source="expert", timeout_s=0.05)
-        assert (await service.status()).waiting_draws == 0
+        assert (await service.status()).waiting_samples == 0
 
     run_with_service(tmp_path, scenario, min_size=8)
 
@@ -99,7 +99,7 @@ def test_a_time_out_names_whom_it_waited_for(tmp_path):
 def test_stale_rows_do_not_serve_a_waiting_draw(tmp_path):
     async def scenario(service):
         await service.insert(numbered(0, 10, version=0))
-        with pytest.raises(DrawTimeoutError, match=r"0 are live and 1 are needed; 10 were dropped as stale"):
+        with pytest.raises(SampleTimeoutError, match=r"0 are live and 1 are needed; 10 were dropped as stale"):
             await draw(service, 1, 5, timeout_s=0.05)
         task = await started(draw(service, 2, 5, timeout_s=20))
         await service.insert(numbered(10, 2, version=2))  # too old already
@@ -152,7 +152,7 @@ def test_draws_wait_beyond_the_samples_per_insert(tmp_path):
         for _ in range(3):
             await draw(service, 2, 0)
         with pytest.raises(
-            DrawTimeoutError, match=r"6 were drawn of 4 inserted, and samples_per_insert=1.5 asks for 2 more"
+            SampleTimeoutError, match=r"6 were drawn of 4 inserted, and samples_per_insert=1.5 asks for 2 more"
         ):
             await draw(service, 2, 0, timeout_s=0.05)
         task = await started(draw(service, 2, 0, timeout_s=20))
@@ -177,7 +177,7 @@ def test_expert_rows_do_not_count_as_ahead(tmp_path):
 
 def test_a_repeated_draw_is_answered_at_once_and_counts_for_nothing(tmp_path):
     """It neither waits for inserts nor lets more of them in: its rows were counted when they were drawn first."""
-    keys = [DrawKey("s", step, "policy") for step in range(3)]
+    keys = [SampleKey("s", step, "policy") for step in range(3)]
 
     async def first_life(service):
         await service.insert(numbered(0, 4))
@@ -187,10 +187,10 @@ def test_a_repeated_draw_is_answered_at_once_and_counts_for_nothing(tmp_path):
         again = [ids_of(await draw(service, 2, 9, key=key, timeout_s=0)) for key in keys[:2]]
         summary = BufferStatus((await service.status(),)).summary()
         assert "4 policy trajectories live of 4, 4 drawn, 4 drawn again, staleness 0.0" in summary
-        with pytest.raises(DrawTimeoutError, match="4 were drawn of 4 inserted"):
+        with pytest.raises(SampleTimeoutError, match="4 were drawn of 4 inserted"):
             await draw(service, 2, 9, key=keys[2], timeout_s=0.05)
         await service.checkpointed("s", 1)
-        with pytest.raises(DrawTimeoutError):
+        with pytest.raises(SampleTimeoutError):
             await draw(service, 2, 9, key=keys[0], timeout_s=0.05)
         assert ids_of(await draw(service, 2, 9, key=keys[1], timeout_s=0)) == again[1]
         return again
@@ -202,7 +202,7 @@ def test_a_repeated_draw_is_answered_at_once_and_counts_for_nothing(tmp_path):
 
 def test_a_waiting_draw_that_is_asked_for_twice_is_drawn_once(tmp_path):
     """A learner that was stopped leaves its draw waiting; the one after it asks for the same."""
-    key = DrawKey("s", 0, "policy")
+    key = SampleKey("s", 0, "policy")
 
     async def scenario(service):
         left = await started(draw(service, 4, 0, key=key))
@@ -259,4 +259,4 @@ def test_priorities_reach_the_draws(tmp_path):
         await service.update_priorities(first.rows, priorities)
         assert set(ids_of(await draw(service, 2, 0))) == {"7", "8"}
 
-    run_with_service(tmp_path, scenario, sampler="prioritised", priority_exponent=1.0)
+    run_with_service(tmp_path, scenario, sampler="prioritized", priority_exponent=1.0)

@@ -18,7 +18,7 @@ from buffer.experts.ragged import Ragged
 from buffer.experts.stream import ExpertStream, PromptStream
 from buffer.experts.tasks import Task, load_task
 from buffer.settings import ArithmeticTaskSettings, NoiseSettings
-from buffer.trajectory.replay import ActionLogs, final_token_ids, replay
+from buffer.trajectory.replay import TrajectoryArrays, final_token_ids, replay
 from buffer.trajectory.schema import trajectory_schema
 
 NUM_EXAMPLES = 30
@@ -59,11 +59,11 @@ def test_rows_keep_the_contract(task: Task) -> None:
     assert set(batch.column("finish_reason").to_pylist()) == {"eos"}
     for name in ("logprobs", "policy_version", "weights_fingerprint", "sampling", "reward", "features"):
         assert batch.column(name).null_count == 100
-    noisy = [row for row in batch.to_pylist() if row["realised"] is not None]
+    noisy = [row for row in batch.to_pylist() if row["executed"] is not None]
     assert 0 < len(noisy) < 100
     for row in noisy:
-        assert len(row["realised"]) == len(row["actions"])
-        assert not {task.eos_id, task.backspace_id} & set(row["realised"])
+        assert len(row["executed"]) == len(row["actions"])
+        assert not {task.eos_id, task.backspace_id} & set(row["executed"])
 
 
 @pytest.mark.parametrize("kind", ["none", "random", "task"])
@@ -74,12 +74,12 @@ def test_every_epoch_holds_every_clean_answer_once(task: Task, kind: str, rate: 
     orders = []
     for _ in range(2):
         batch = source.draw(NUM_EXAMPLES)
-        logs = ActionLogs.from_batch(batch)
-        answers = Ragged(*final_token_ids(logs, replay(logs, task.backspace_id), task.backspace_id))
+        trajectories = TrajectoryArrays.from_batch(batch)
+        answers = Ragged(*final_token_ids(trajectories, replay(trajectories, task.backspace_id), task.backspace_id))
         drawn = list(zip(batch.column("prompt_ids").to_pylist(), answers.to_arrow().to_pylist(), strict=True))
         assert sorted(drawn) == expected
         orders.append(drawn)
-        num_backspaces = int((logs.actions == task.backspace_id).sum())
+        num_backspaces = int((trajectories.actions == task.backspace_id).sum())
         assert (num_backspaces > 0) == (rate > 0 and kind != "none")
     assert orders[0] != orders[1]
 
@@ -87,24 +87,24 @@ def test_every_epoch_holds_every_clean_answer_once(task: Task, kind: str, rate: 
 def test_rate_and_kind_of_the_planted_tokens(task: Task) -> None:
     rate, count = 0.4, 60 * NUM_EXAMPLES
     batch = stream(task, kind="task", rate=rate).draw(count)
-    logs = ActionLogs.from_batch(batch)
+    trajectories = TrajectoryArrays.from_batch(batch)
     is_five = np.array(["In base 5," in task.tokenizer.decode(ids) for ids in batch.column("prompt_ids").to_pylist()])
-    base = np.repeat(np.where(is_five, 5, 10), logs.lengths)
-    is_planted = logs.actions != logs.realised
-    digits = np.array([int(digit) for digit in task.tokenizer.decode(logs.realised[is_planted])])
-    assert set(digits[base[is_planted] == 5].tolist()) == set(range(5))
-    assert set(digits[base[is_planted] == 10].tolist()) == set(range(10))
+    base = np.repeat(np.where(is_five, 5, 10), trajectories.lengths)
+    is_injected = trajectories.actions != trajectories.executed
+    digits = np.array([int(digit) for digit in task.tokenizer.decode(trajectories.executed[is_injected])])
+    assert set(digits[base[is_injected] == 5].tolist()) == set(range(5))
+    assert set(digits[base[is_injected] == 10].tolist()) == set(range(10))
     # Each position of the clean answers has one draw. Before a digit one draw in `base` is void; before <eos> and a
     # minus sign every digit is wrong.
-    is_position = ~is_planted & (logs.actions != task.backspace_id)
-    always_wrong = np.isin(logs.actions, [task.eos_id, task.tokenizer.convert_tokens_to_ids("-")])
+    is_position = ~is_injected & (trajectories.actions != task.backspace_id)
+    always_wrong = np.isin(trajectories.actions, [task.eos_id, task.tokenizer.convert_tokens_to_ids("-")])
     expected = rate * np.where(always_wrong, 1.0, 1 - 1 / base)[is_position].sum()
-    assert abs(is_planted.sum() - expected) < 5 * np.sqrt(is_position.sum() * rate * (1 - rate))
+    assert abs(is_injected.sum() - expected) < 5 * np.sqrt(is_position.sum() * rate * (1 - rate))
 
 
 def test_noise_is_fresh_every_epoch_and_differs_between_seeds(task: Task) -> None:
     def noise_of(batch: pa.RecordBatch) -> dict[tuple[int, ...], object]:
-        return {tuple(row["prompt_ids"]): row["realised"] for row in batch.to_pylist()}
+        return {tuple(row["prompt_ids"]): row["executed"] for row in batch.to_pylist()}
 
     source = stream(task, rate=0.5)
     first, second = noise_of(source.draw(NUM_EXAMPLES)), noise_of(source.draw(NUM_EXAMPLES))
@@ -133,10 +133,10 @@ def test_policy_noise_is_planned_here_and_drawn_elsewhere(task: Task) -> None:
         so_far = plan.targets.values[plan.targets.offsets[row] : position]
         assert prefix.tolist() == [*plan.prompts.rows()[row].tolist(), *so_far.tolist()]
     minus = task.tokenizer.convert_tokens_to_ids("-")
-    batch = source.realise(plan, np.full(len(plan.positions), minus, dtype=np.int32))
-    logs = ActionLogs.from_batch(batch)
-    planted = logs.realised != logs.actions
-    assert set(logs.realised[planted].tolist()) == {minus}
+    batch = source.execute(plan, np.full(len(plan.positions), minus, dtype=np.int32))
+    trajectories = TrajectoryArrays.from_batch(batch)
+    planted = trajectories.executed != trajectories.actions
+    assert set(trajectories.executed[planted].tolist()) == {minus}
     assert planted.sum() == (plan.targets.values[plan.positions] != minus).sum()
     assert batch.column("id")[0].as_py() == "actor-7/arithmetic/3/0"
     assert batch.column("actor")[0].as_py() == "actor-7"

@@ -12,7 +12,7 @@ from buffer.store import gather
 from tests.stores import open_store
 from tests.trajectories import BACKSPACE, EOS, batch_of, expert_row, numbered, row
 
-SAMPLING = {"temperature": 0.5, "top_p": 0.25, "floor_mask": False}
+SAMPLING = {"temperature": 0.5, "top_p": 0.25, "backspace": False}
 KINDS = {
     "policy": row("a", [5, BACKSPACE, 6]),
     "no action": row("a", []),
@@ -20,7 +20,7 @@ KINDS = {
     "short": row("a", [5, 6], prompt_ids=[7], task="b", actor="c" * 13),
     "inline": row("a", [5, 6, 7], prompt_ids=[7, 8, 9, 10]),
     "expert": expert_row("a", [5, 6, EOS]),
-    "noise": expert_row("a", [5, 6, EOS], realised=[None, 9, None]),
+    "noise": expert_row("a", [5, 6, EOS], executed=[None, 9, None]),
     "other sampling": row("a", [5], sampling=SAMPLING),
     "negative zero": row("a", [5], sampling={**SAMPLING, "temperature": -0.0}),
     "zero": row("a", [5], sampling={**SAMPLING, "temperature": 0.0}),

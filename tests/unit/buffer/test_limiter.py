@@ -36,10 +36,10 @@ def test_bounds_hold_and_one_side_can_always_go_on(ratio, min_size, count, spare
     inserted = drawn = 0
     for actors_turn in turns:
         traffic = rows(inserted, drawn, live=inserted)
-        can_insert, can_draw = chosen.wants_inserts(traffic), chosen.allowance(traffic) >= count
-        assert can_insert or can_draw
+        can_insert, can_sample = chosen.wants_inserts(traffic), chosen.allowance(traffic) >= count
+        assert can_insert or can_sample
         assert can_insert or inserted >= min_size, "the first draw is not kept from its rows"
-        if can_insert and (actors_turn or not can_draw):
+        if can_insert and (actors_turn or not can_sample):
             inserted += 1
         else:
             drawn += count

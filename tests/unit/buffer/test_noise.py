@@ -1,4 +1,4 @@
-"""Backspace demonstrations: against a slow oracle, and by what replay makes of the logs."""
+"""Backspace demonstrations: against a slow oracle, and by what replay makes of the trajectories."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from buffer.experts.noise import NoiseCandidates, insert_noise
 from buffer.experts.ragged import Ragged
-from buffer.trajectory.replay import ActionLogs, final_token_ids, replay
+from buffer.trajectory.replay import TrajectoryArrays, final_token_ids, replay
 
 EOS, BACKSPACE = 2, 3
 SLOT = st.tuples(st.integers(4, 9), st.none() | st.integers(0, 9))  # (label, what is drawn before it)
@@ -28,14 +28,14 @@ def ragged(rows: list[list[int]]) -> Ragged:
 def oracle(row: list[int], draws: list[int | None]) -> tuple[list[int], list[int | None]]:
     """One row, token by token, as the method describes it."""
     actions: list[int] = []
-    realised: list[int | None] = []
+    executed: list[int | None] = []
     for label, drawn in zip(row, draws, strict=True):
         if drawn is not None and drawn not in (label, EOS, BACKSPACE):
             actions += [label, BACKSPACE]
-            realised += [drawn, None]
+            executed += [drawn, None]
         actions.append(label)
-        realised.append(None)
-    return actions, realised
+        executed.append(None)
+    return actions, executed
 
 
 def noisy_rows(rows: list[list[int]], draws: list[list[int | None]]):
@@ -51,27 +51,27 @@ def test_insert_noise_equals_the_oracle_and_replays_to_the_clean_answer(examples
     # The last position of a complete answer is the one before <eos>; a truncated answer has none.
     rows = [[label for label, _ in answer] + ([EOS] if complete else []) for answer, _, complete in examples]
     draws = [[drawn for _, drawn in answer] + ([last] if complete else []) for answer, last, complete in examples]
-    noisy, realised = noisy_rows(rows, draws)
+    noisy, executed = noisy_rows(rows, draws)
     expected = [oracle(row, drawn) for row, drawn in zip(rows, draws, strict=True)]
     assert noisy.to_arrow().to_pylist() == [actions for actions, _ in expected]
-    assert realised.to_pylist() == [
+    assert executed.to_pylist() == [
         tokens if any(token is not None for token in tokens) else None for _, tokens in expected
     ]
 
     batch = pa.record_batch(
         {
             "actions": noisy.to_arrow(),
-            "realised": realised,
+            "executed": executed,
             "prompt_ids": pa.array([[5]] * len(rows), pa.list_(pa.int32())),
         }
     )
-    action_logs = ActionLogs.from_batch(batch)
+    action_logs = TrajectoryArrays.from_batch(batch)
     offsets, ids = final_token_ids(action_logs, replay(action_logs, BACKSPACE), BACKSPACE)
     assert Ragged(offsets, ids).to_arrow().to_pylist() == rows
 
 
 @pytest.mark.parametrize(
-    ("row", "draws", "actions", "realised"),
+    ("row", "draws", "actions", "executed"),
     [
         ([7, EOS], [None, 8], [7, EOS, BACKSPACE, EOS], [None, 8, None, None]),  # <eos> stays the label
         ([EOS], [9], [EOS, BACKSPACE, EOS], [9, None, None]),
@@ -80,15 +80,15 @@ def test_insert_noise_equals_the_oracle_and_replays_to_the_clean_answer(examples
         ([7, EOS], [BACKSPACE, None], [7, EOS], None),
     ],
 )
-def test_known_rows(row, draws, actions, realised) -> None:
+def test_known_rows(row, draws, actions, executed) -> None:
     found, column = noisy_rows([row], [draws])
-    assert (found.values.tolist(), column.to_pylist()) == (actions, [realised])
+    assert (found.values.tolist(), column.to_pylist()) == (actions, [executed])
 
 
 def test_no_eos_of_several_becomes_noise() -> None:
     tokens = np.array([EOS, 9, 4], dtype=np.int32)
-    _, realised = insert_noise(ragged([[7, 8, 6, EOS]]), np.array([0, 1, 2]), tokens, BACKSPACE, [EOS, 9])
-    assert realised.to_pylist() == [[None, None, 4, None, None, None]]
+    _, executed = insert_noise(ragged([[7, 8, 6, EOS]]), np.array([0, 1, 2]), tokens, BACKSPACE, [EOS, 9])
+    assert executed.to_pylist() == [[None, None, 4, None, None, None]]
 
 
 def test_candidates_are_drawn_with_their_chances_within_their_group() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from tests.stores import SMALL, crash, events, live_ids, open_store, stored_rows
 from tests.trajectories import batch_of, expert_row, ids_of, numbered, row
 
@@ -23,7 +23,7 @@ def sound(tmp_path_factory) -> Path:
     while store.status().sealed_segments < 1:
         number = store.next_row
         store.insert(batch_of([row(f"p{number}"), expert_row(f"e{number}"), row(f"q{number}")]))
-    store.draw(DrawKey("s", 0, "policy"), 1, 0)
+    store.draw(SampleKey("s", 0, "policy"), 1, 0)
     store.checkpointed("s", 1)
     store.insert(numbered(5000, 2))
     store.close()

@@ -63,7 +63,7 @@ def test_recency_follows_the_power_law_of_the_ranks(exponent):
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.6, 1.0])
-def test_prioritised_draws_in_proportion_to_powers_of_priorities(exponent):
+def test_prioritized_draws_in_proportion_to_powers_of_priorities(exponent):
     priorities = np.array([4.0, 1.0, 0.5, 2.0], dtype=np.float32)
     observed = draws(lambda count, generator: by_priority(priorities, count, exponent, generator), ROWS, 2)
     weights = {row: priority**exponent for row, priority in zip(ROWS, priorities.tolist(), strict=True)}
@@ -117,7 +117,7 @@ def nothing() -> np.ndarray:
     raise AssertionError("not looked at")
 
 
-@pytest.mark.parametrize("name", ["uniform", "fifo", "recency", "prioritised", "stratified"])
+@pytest.mark.parametrize("name", ["uniform", "fifo", "recency", "prioritized", "stratified"])
 def test_same_seed_same_rows_and_all_can_be_drawn(name):
     settings = BufferSettings(sampler=name, max_times_sampled=5)
     priorities = (1.0 + np.arange(1000) % 11).astype(np.float32)

@@ -31,11 +31,11 @@ def row(**changes):
         "task": "t",
         "prompt_ids": [5],
         "actions": [6, 3, 2],
-        "realised": [7, None, None],
+        "executed": [7, None, None],
         "logprobs": [-0.5, -1.0, -2.0],
         "policy_version": [0, 0, 1],
         "finish_reason": FINISH_REASONS[0],
-        "sampling": {"temperature": 1.0, "top_p": 1.0, "floor_mask": True},
+        "sampling": {"temperature": 1.0, "top_p": 1.0, "backspace": True},
         "actor": "a",
         "created_at": 0,
     }
@@ -44,7 +44,7 @@ def row(**changes):
 
 def test_contract_comes_back_from_a_file(tmp_path):
     schema = trajectory_schema(CONTRACT)
-    batch = pa.RecordBatch.from_pylist([row(), row(realised=None, sampling=None)], schema=schema)
+    batch = pa.RecordBatch.from_pylist([row(), row(executed=None, sampling=None)], schema=schema)
     with pa.ipc.new_file(tmp_path / "segment.arrow", schema) as writer:
         writer.write_batch(batch)
     with pa.ipc.open_file(pa.memory_map(str(tmp_path / "segment.arrow"))) as reader:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from buffer.service.client import DrawTimeoutError, draw_from_shards
+from buffer.service.client import SampleTimeoutError, sample_from_shards
 from buffer.service.service import ReplayBufferService
-from buffer.service.shard import DrawRequest, shard_folder, shard_seed, shard_settings
+from buffer.service.shard import SampleRequest, shard_folder, shard_seed, shard_settings
 from buffer.settings import BufferSettings
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from tests.trajectories import CONTRACT, ids_of, numbered
 
-KEY = DrawKey("s", 0, "policy")
+KEY = SampleKey("s", 0, "policy")
 
 
 def run_with_shards(folder, num_shards, scenario, **changes):
@@ -40,7 +40,7 @@ def run_with_shards(folder, num_shards, scenario, **changes):
 
 async def draw(shards, count, version=0, key=KEY, timeout_s=20.0, first_version=0):
     """The ids of each shard's part, in order."""
-    parts = await draw_from_shards(shards, DrawRequest(key, count, version, first_version), timeout_s)
+    parts = await sample_from_shards(shards, SampleRequest(key, count, version, first_version), timeout_s)
     return [[] if part is None else ids_of(part.batch) for part in parts]
 
 
@@ -77,7 +77,7 @@ class DyingShard:
 
 
 def test_parts_are_in_proportion_to_live_rows_and_repeated_in_the_next_life(tmp_path):
-    keys = [DrawKey("s", step, "policy") for step in range(5)]
+    keys = [SampleKey("s", step, "policy") for step in range(5)]
 
     async def first_life(services):
         for service, first, count in zip(services, (0, 100, 200), (60, 30, 10), strict=True):
@@ -108,7 +108,7 @@ def test_a_crash_between_two_parts_keeps_those_that_are_logged(tmp_path, takes_f
 
     async def second_life(services):
         await services[1].insert(numbered(200, 60))
-        before = [await service.offer(DrawRequest(KEY, 8, 5)) for service in services]
+        before = [await service.offer(SampleRequest(KEY, 8, 5)) for service in services]
         completed = await draw(services, 8, version=5)
         assert [offer.logged for offer in before] == [4, 4 if takes_first else 0]
         assert await draw(services, 8, version=6) == completed
@@ -153,10 +153,10 @@ def test_what_the_limiter_of_one_shard_keeps_back_the_other_gives(tmp_path):
     async def scenario(services):
         await services[0].insert(numbered(0, 10))
         await services[1].insert(numbered(100, 20))
-        await draw(services[:1], 10, key=DrawKey("s", 9, "policy"))  # one sample for each of its inserts
+        await draw(services[:1], 10, key=SampleKey("s", 9, "policy"))  # one sample for each of its inserts
         assert [len(part) for part in await draw(services, 6)] == [0, 6]
-        waiting = await started(draw(services, 16, key=DrawKey("s", 1, "policy")))
-        assert [(await service.offer(DrawRequest(KEY, 6, 0))).available for service in services] == [0, 14]
+        waiting = await started(draw(services, 16, key=SampleKey("s", 1, "policy")))
+        assert [(await service.offer(SampleRequest(KEY, 6, 0))).available for service in services] == [0, 14]
         await services[0].insert(numbered(200, 1))
         await asyncio.sleep(0.05)
         assert not waiting.done()
@@ -190,7 +190,7 @@ def test_a_draw_waits_for_rows_in_any_shard_and_lifts_every_pause(tmp_path):
         await services[0].insert(numbered(0, 3))
         waiting = await started(draw(services, 8))
         assert not waiting.done()
-        assert [(await service.status()).waiting_draws for service in services] == [1, 1]
+        assert [(await service.status()).waiting_samples for service in services] == [1, 1]
         await services[1].insert(numbered(10, 4))
         await asyncio.sleep(0.05)
         assert not waiting.done()
@@ -208,7 +208,7 @@ def test_a_draw_of_another_size_than_before_is_refused(tmp_path):
         with pytest.raises(ValueError, match="drew 8 policy trajectories before it was interrupted, and asks for 12"):
             await draw(services, 12)
         with pytest.raises(ValueError, match="201 trajectories can never be served: the buffer holds 200"):
-            await draw(services, 201, key=DrawKey("s", 1, "policy"))
+            await draw(services, 201, key=SampleKey("s", 1, "policy"))
 
     run_with_shards(tmp_path, 2, scenario)
 
@@ -223,7 +223,7 @@ def test_rows_of_an_earlier_stage_are_not_drawn_in_any_life(tmp_path):
 
     async def second_life(services):
         await services[0].insert(numbered(200, 20, version=3))
-        return await draw(services, 8, version=4, first_version=4, key=DrawKey("s", 1, "policy"))
+        return await draw(services, 8, version=4, first_version=4, key=SampleKey("s", 1, "policy"))
 
     for life in (first_life, second_life):
         assert [len(part) for part in run_with_shards(tmp_path, 2, life)] == [0, 8]
@@ -232,7 +232,7 @@ def test_rows_of_an_earlier_stage_are_not_drawn_in_any_life(tmp_path):
 def test_a_time_out_says_what_each_shard_lacks(tmp_path):
     async def scenario(services):
         await services[1].insert(numbered(0, 3))
-        with pytest.raises(DrawTimeoutError) as caught:
+        with pytest.raises(SampleTimeoutError) as caught:
             await draw(services, 8, timeout_s=0.05)
         message = str(caught.value)
         assert message.startswith("waited 0.05 s for 8 policy trajectories from 2 shards: shard 0: 0 are live")

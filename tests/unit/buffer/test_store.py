@@ -12,7 +12,7 @@ from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, num
 
 def test_rows_come_back_as_they_were_inserted(tmp_path):
     store = open_store(tmp_path / "b")
-    batch = batch_of([row("a", [5, 1, 6]), expert_row("e", [5, 6, 1, 6, 2], realised=[None, 9, None, None, None])])
+    batch = batch_of([row("a", [5, 1, 6]), expert_row("e", [5, 6, 1, 6, 2], executed=[None, 9, None, None, None])])
     assert store.insert(batch).accepted == 2
     assert draw(store, 1, 0).equals(batch.slice(0, 1))
     assert draw(store, 1, 0, "expert").equals(batch.slice(1, 1))
@@ -55,7 +55,7 @@ def test_statistics_of_a_draw(tmp_path):
     store = ReplayStore(tmp_path / "b", CONTRACT, BufferSettings(min_size=1), seed=0, clock=lambda: now_s)
     store.insert(batch_of([row("a", [5], policy_version=[1]), row("b", [5, 6], policy_version=[4, 6])]))
     draw(store, 2, 7)
-    found = store.status().sources["policy"].last_draw
+    found = store.status().sources["policy"].last_sample
     assert (found.staleness_mean, found.age_mean_s) == (4.5, 8.0)
     store.close()
 

@@ -1,4 +1,5 @@
-"""Any history of inserts, draws, checkpoints, upkeep, crashes and new settings against a slow model of plain dicts."""
+"""Any history of inserts, draws, checkpoints, maintenance, crashes and new settings against a slow model of plain
+dicts."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from buffer.reading.audit import DrawLimits, audit_buffer
+from buffer.reading.audit import SampleLimits, audit_buffer
 from buffer.settings import BufferSettings
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from buffer.store.store import ReplayStore
 from tests.stores import crash, events, stored_rows
 from tests.trajectories import BORN, CONTRACT, batch_of, expert_row, ids_of, row
@@ -56,10 +57,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.newest = -1
         self.first_version = 0
         self.next_step = 0
-        self.num_draws = Counter()
-        self.num_drawn = Counter()
-        self.drawn: dict[DrawKey, list[int]] = {}  # rows of what no checkpoint covers
-        self.whole: dict[DrawKey, int] = {}
+        self.num_samples_drawn = Counter()
+        self.num_sampled = Counter()
+        self.drawn: dict[SampleKey, list[int]] = {}  # rows of what no checkpoint covers
+        self.whole: dict[SampleKey, int] = {}
         self.rewrite = None
         self.was_interrupted = False  # with a rewriting that the archive knows of already
 
@@ -71,7 +72,7 @@ class StoreMachine(RuleBasedStateMachine):
             max_times_sampled=self.max_times,
             max_age_s=100.0,
             segment_bytes=6_000,
-            compact_below=0.7,
+            compaction_threshold=0.7,
             fsync="none",
             archive=None if self.archive is None else str(self.archive),
         )
@@ -133,14 +134,14 @@ class StoreMachine(RuleBasedStateMachine):
     def draw(self, source, version, count):
         if count > self.capacity:
             return
-        key = DrawKey("stage", self.next_step, source)
+        key = SampleKey("stage", self.next_step, source)
         result = self.store.draw(key, count, version)
         self.drop_stale(version)
         assert (result is None) == (len(self.live(source)) < count)
         if result is not None:
             assert (result.policy_version, result.repeated) == (self.newest, False)
             self.next_step += 1
-            self.num_draws[source] += 1
+            self.num_samples_drawn[source] += 1
             self.drawn[key], self.whole[key] = [], count
             self.take(key, result, count)
 
@@ -153,7 +154,7 @@ class StoreMachine(RuleBasedStateMachine):
         for number in rows[len(before) :]:
             assert (self.rows[number].fate, self.rows[number].source) == ("live", key.source)
             self.rows[number].times_sampled += 1
-        self.num_drawn[key.source] += len(rows) - len(before)
+        self.num_sampled[key.source] += len(rows) - len(before)
         self.drawn[key] = rows
         self.evict()
 
@@ -171,7 +172,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(source=st.sampled_from(SOURCES), parts=st.lists(st.integers(1, 4), min_size=2, max_size=3))
     def draw_in_parts(self, source, parts):
-        key, count = DrawKey("stage", self.next_step, source), 0
+        key, count = SampleKey("stage", self.next_step, source), 0
         for part in parts:
             count += part
             if count > self.capacity:
@@ -185,7 +186,7 @@ class StoreMachine(RuleBasedStateMachine):
                 break
             if not already:
                 self.next_step += 1
-                self.num_draws[source] += 1
+                self.num_samples_drawn[source] += 1
                 self.drawn[key], self.whole[key] = [], 20
             self.take(key, result, count)
 
@@ -207,7 +208,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.now_s += seconds
 
     @rule()
-    def plan_upkeep(self):
+    def plan_maintenance(self):
         plan = self.store.maintenance.plan()
         self.evict()
         if plan is not None:
@@ -216,7 +217,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.rewrite is not None)
     @rule()
-    def finish_upkeep(self):
+    def finish_maintenance(self):
         self.store.maintenance.finish(self.rewrite)
         self.rewrite = None
 
@@ -240,7 +241,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def audit(self):
-        found = audit_buffer(self.folder.parent, DrawLimits(max_times_sampled=None, max_staleness=2))
+        found = audit_buffer(self.folder.parent, SampleLimits(max_times_sampled=None, max_staleness=2))
         assert found.findings == ()
         assert all(each.inserted == each.live + sum(each.removed.values()) for each in found.accounts)
 
@@ -257,7 +258,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert counters.live == fates.pop("live", 0)
             assert counters.removed == fates
             assert counters.inserted == len(own) == counters.live + sum(counters.removed.values())
-            assert (counters.draws, counters.drawn) == (self.num_draws[source], self.num_drawn[source])
+            assert (counters.draws, counters.drawn) == (self.num_samples_drawn[source], self.num_sampled[source])
         assert all(self.store.num_logged(key) for key in self.drawn)
 
     @invariant()

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buffer.reading.audit import DrawLimits, audit_buffer
+from buffer.reading.audit import SampleLimits, audit_buffer
 from buffer.settings import BufferSettings
 from buffer.store.catalog import CatalogWriter
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from buffer.store.store import ReplayStore
 from tests.store_lives import check_kills
 from tests.stores import crash, events
@@ -28,7 +28,7 @@ STEPS = [
 """What changes a file so that another process sees it, or comes right after it; SQLite's commits are one step each."""
 
 SETTINGS = BufferSettings(
-    capacity=14, min_size=1, segment_bytes=6_000, max_times_sampled=2, compact_below=0.9, fsync="none"
+    capacity=14, min_size=1, segment_bytes=6_000, max_times_sampled=2, compaction_threshold=0.9, fsync="none"
 )
 
 
@@ -43,7 +43,7 @@ def work(folder: Path, acknowledge) -> None:
         batch = numbered(4 * step, 4)
         assert store.insert(batch).accepted == 4
         acknowledge("insert", step, ids_of(batch))
-        drawn = store.draw(DrawKey("s", step, "policy"), 3, 0)
+        drawn = store.draw(SampleKey("s", step, "policy"), 3, 0)
         acknowledge("draw", step, ids_of(drawn.batch))
         if step % 4 == 3:
             store.checkpointed("s", step - 1)
@@ -95,7 +95,7 @@ def check(folder: Path, acknowledged: list[list]) -> None:
     assert store.status().quarantined == ()
     for kind, step, ids in acknowledged:
         if kind == "draw" and step >= covered:
-            again = store.draw(DrawKey("s", step, "policy"), 3, 0)
+            again = store.draw(SampleKey("s", step, "policy"), 3, 0)
             assert again.repeated
             assert ids_of(again.batch) == ids
     removed = [row for event in events(folder, "remove") for row in event.row_numbers.tolist()]
@@ -110,13 +110,13 @@ def check(folder: Path, acknowledged: list[list]) -> None:
     drawn = np.concatenate([[], *(event.row_numbers for event in events(folder, "draw"))])
     assert np.unique(drawn, return_counts=True)[1].max(initial=0) <= 2
     # The insert that had no answer is repeated, and the work goes on.
-    audit = audit_buffer(folder.parent, DrawLimits(max_times_sampled=2, max_staleness=None))
+    audit = audit_buffer(folder.parent, SampleLimits(max_times_sampled=2, max_staleness=None))
     assert audit.findings == ()
     step = len(inserted) // 4
     result = store.insert(numbered(4 * step, 4))
     assert result.accepted + result.present == 4
     assert store.next_row == 4 * step + 4
-    assert store.draw(DrawKey("t", 0, "policy"), 3, 0) is not None
+    assert store.draw(SampleKey("t", 0, "policy"), 3, 0) is not None
     store.close()
 
 

@@ -14,7 +14,7 @@ import pytest
 from buffer import disk
 from buffer.settings import BufferSettings
 from buffer.store.catalog import CorruptStoreError, read_batches, read_events, row_checksum
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from buffer.store.store import ReplayStore
 from tests.stores import SMALL, crash, draw, live_ids, open_store, stored_rows
 from tests.trajectories import CONTRACT, numbered
@@ -164,7 +164,7 @@ def test_a_full_disk_is_told_with_its_place_and_changes_nothing(tmp_path, space)
     """SQLite itself refuses pages beyond a limit, as it does when the disk refuses them."""
     folder = tmp_path / "b"
     store = open_store(folder, capacity=60, segment_bytes=SMALL)
-    key = DrawKey("s", 0, "policy")
+    key = SampleKey("s", 0, "policy")
     store.insert(numbered(0, 20))
     drawn = store.draw(key, 10, 0)
     connection = store._shard.catalog._connection
@@ -175,7 +175,7 @@ def test_a_full_disk_is_told_with_its_place_and_changes_nothing(tmp_path, space)
     def work() -> None:
         for step in itertools.islice(steps, 1000):
             store.insert(numbered(step * 20, 20))
-            assert store.draw(DrawKey("s", step, "policy"), 10, 0) is not None
+            assert store.draw(SampleKey("s", step, "policy"), 10, 0) is not None
 
     with pytest.raises(OSError, match=r"No space left on device .*catalog\.db") as caught:
         work()
@@ -186,7 +186,7 @@ def test_a_full_disk_is_told_with_its_place_and_changes_nothing(tmp_path, space)
     for each in (store, copy):
         result = each.insert(numbered(step * 20, 20))
         assert (result.accepted, result.present) in ((20, 0), (0, 20))
-        assert each.draw(DrawKey("s", step, "policy"), 10, 0) is not None
+        assert each.draw(SampleKey("s", step, "policy"), 10, 0) is not None
         assert each.draw(key, 10, 0).batch.equals(drawn.batch)
         assert each.num_live("policy") == 60
         counters = each.status().sources["policy"]

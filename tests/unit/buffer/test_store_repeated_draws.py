@@ -6,11 +6,11 @@ import os
 
 import pytest
 
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from tests.stores import SMALL, crash, live_ids, open_store
 from tests.trajectories import batch_of, expert_row, ids_of, numbered
 
-KEY = DrawKey("stage", 0, "policy")
+KEY = SampleKey("stage", 0, "policy")
 
 
 def test_pinned_segments_are_deleted_after_the_checkpoint(tmp_path):
@@ -37,13 +37,13 @@ def test_a_repeated_draw_asks_neither_for_freshness_nor_for_a_minimal_size(tmp_p
     store.close()
     store = open_store(folder, max_staleness=1, min_size=8)
     store.begin_stage(50)
-    assert store.draw(DrawKey("stage", 1, "policy"), 4, 90) is None, "all rows are stale now"
+    assert store.draw(SampleKey("stage", 1, "policy"), 4, 90) is None, "all rows are stale now"
     again = store.draw(KEY, 4, 91)
     assert again.batch.equals(drawn.batch)
     assert again.policy_version == 4, "staleness is what it was when the rows were drawn"
     found = store.status().sources["policy"]
     assert (found.drawn, found.replayed, found.dropped_stale) == (4, 4, 8)
-    assert found.last_draw.staleness_mean == 1.0
+    assert found.last_sample.staleness_mean == 1.0
     assert store.newest_version == 90, "a repeated draw tells nothing about versions"
     store.close()
 
@@ -56,7 +56,7 @@ def test_a_new_draw_depends_on_seed_key_and_contents_alone(tmp_path):
         store = open_store(tmp_path / name, seed)
         store.insert(numbered(0, 20))
         store.insert(batch)
-        results = [store.draw(DrawKey(stage, step, source), 8, 0).batch for step in steps]
+        results = [store.draw(SampleKey(stage, step, source), 8, 0).batch for step in steps]
         store.close()
         return ids_of(results[-1])
 
@@ -79,7 +79,7 @@ def test_a_logged_draw_is_repeated_whatever_the_capacity_is_now(tmp_path):
     store = open_store(tmp_path / "b", capacity=4)
     assert store.draw(KEY, 6, 0).batch.equals(drawn.batch)
     with pytest.raises(ValueError, match="a draw of 6 trajectories can never be served: the buffer holds 4"):
-        store.draw(DrawKey("stage", 1, "policy"), 6, 0)
+        store.draw(SampleKey("stage", 1, "policy"), 6, 0)
     store.close()
 
 
@@ -91,7 +91,7 @@ def test_a_draw_whose_rows_were_lost_is_drawn_anew_for_good(tmp_path, caplog):
         store.insert(numbered(store.next_row, 10))
     store.insert(numbered(5000, 1))
     for step in range(1, 100):
-        kept = DrawKey("stage", step, "policy")
+        kept = SampleKey("stage", step, "policy")
         if "5000" in ids_of(store.draw(kept, 1, 0).batch):
             break
     else:

@@ -11,12 +11,12 @@ import pytest
 
 from buffer.store import maintenance
 from buffer.store.maintenance import SegmentUse, worth_rewriting
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from buffer.store.store import ReplayStore
 from tests.stores import SMALL, crash, live_ids, open_store, stored_rows
 from tests.trajectories import batch_of, expert_row, numbered, row
 
-KEY = DrawKey("stage", 0, "policy")
+KEY = SampleKey("stage", 0, "policy")
 
 
 def sparse_store(folder: Path, **changes: object) -> ReplayStore:
@@ -30,7 +30,7 @@ def sparse_store(folder: Path, **changes: object) -> ReplayStore:
     return store
 
 
-def upkeep_all(store: ReplayStore) -> int:
+def maintenance_all(store: ReplayStore) -> int:
     """Rewrite until nothing is worth it; gives how often."""
     times = 0
     while (plan := store.maintenance.plan()) is not None:
@@ -47,7 +47,7 @@ def test_compaction_keeps_what_is_live_or_pinned_and_disturbs_nobody(tmp_path):
     reader = {path: pa.memory_map(str(path)).read_buffer() for path in folder.glob("segment-*.arrows")}
     seen = {path: content.to_pybytes() for path, content in reader.items()}
     live = {source: live_ids(store, source) for source in ("policy", "expert")}
-    assert upkeep_all(store) >= 1
+    assert maintenance_all(store) >= 1
     after = store.status()
     assert after.sealed_segments < before.sealed_segments
     assert after.size_bytes < before.size_bytes / 2
@@ -55,7 +55,7 @@ def test_compaction_keeps_what_is_live_or_pinned_and_disturbs_nobody(tmp_path):
     for each in (store, open_store(crash(folder, tmp_path / "c"), capacity=20, segment_bytes=SMALL)):
         assert {source: live_ids(each, source) for source in live} == live
         assert each.draw(KEY, 4, 0).batch.equals(drawn.batch)
-        assert upkeep_all(each) == 0, "what was rewritten is left alone"
+        assert maintenance_all(each) == 0, "what was rewritten is left alone"
         each.close()
     gone = [path for path in reader if not path.exists()]
     assert gone
@@ -98,12 +98,15 @@ def test_an_archive_that_cannot_be_reached_blocks_deletion_only(tmp_path, caplog
     assert pauses_s[:3] == [1.0, 2.0, 4.0]
     assert max(pauses_s) == 60.0
     assert stored_rows(folder) == list(range(store.next_row)), "nothing was deleted"
-    assert "NotADirectoryError" in store.status().upkeep_error or "FileExistsError" in store.status().upkeep_error
+    assert (
+        "NotADirectoryError" in store.status().maintenance_error
+        or "FileExistsError" in store.status().maintenance_error
+    )
     assert "nothing was deleted, and it is tried again in 60 s" in caplog.text
     (tmp_path / "archive").unlink()
     now_s += 60.0
-    assert upkeep_all(store) >= 1
-    assert store.status().upkeep_error is None
+    assert maintenance_all(store) >= 1
+    assert store.status().maintenance_error is None
     assert sorted([*stored_rows(folder), *archived(tmp_path / "archive")]) == list(range(store.next_row))
     store.close()
 
@@ -127,7 +130,7 @@ def test_an_archive_that_is_none_is_refused(tmp_path):
     ],
 )
 def test_what_is_worth_rewriting(sizes, live, expected):
-    """Neighbours that fit into one segment of 100 bytes; needed by less than half, or small."""
+    """Neighbors that fit into one segment of 100 bytes; needed by less than half, or small."""
     segments = [
         SegmentUse(number, size, percent / 100) for number, (size, percent) in enumerate(zip(sizes, live, strict=True))
     ]
@@ -161,7 +164,7 @@ def test_priorities_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no effect with buffer\.sampler=uniform"):
         store.update_priorities(rows, ones)
     store.close()
-    store = open_store(tmp_path / "b", sampler="prioritised")
+    store = open_store(tmp_path / "b", sampler="prioritized")
     store.insert(numbered(0, 3))
     for bad_rows, bad in ((rows, ones[:2]), (np.zeros(3, dtype=np.int64), ones)):
         with pytest.raises(ValueError, match="each row needs one"):

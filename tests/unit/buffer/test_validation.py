@@ -22,13 +22,13 @@ GOOD = {
     "back to the floor and on": row("a", [5, 6, BACKSPACE, BACKSPACE, 7]),
     "log-probability rounded above zero": row("a", [5], logprobs=[1e-4]),
     "expert": expert_row("a"),
-    "expert with noise": expert_row("a", [5, 6, BACKSPACE, 6, EOS], realised=[None, 9, None, None, None]),
-    "noise instead of eos": expert_row("a", [5, EOS, BACKSPACE, EOS], realised=[None, 9, None, None]),
+    "expert with noise": expert_row("a", [5, 6, BACKSPACE, 6, EOS], executed=[None, 9, None, None, None]),
+    "noise instead of eos": expert_row("a", [5, EOS, BACKSPACE, EOS], executed=[None, 9, None, None]),
     "noise lifts a backspace off the floor": expert_row(
-        "a", [BACKSPACE, BACKSPACE], realised=[9, None], finish_reason="max_length"
+        "a", [BACKSPACE, BACKSPACE], executed=[9, None], finish_reason="max_length"
     ),
     "no sampling": row("a", sampling=None),
-    "no backspace, as none was offered": row("a", [5, 6], sampling={**SAMPLING, "floor_mask": False}),
+    "no backspace, as none was offered": row("a", [5, 6], sampling={**SAMPLING, "backspace": False}),
     "versions of three publications": row("a", [5, 6, 7], policy_version=[1, 2, 4]),
     "longest text": row("a", task="é" * 512),
     "reward and features": row("a", reward=-1.5, features=[0.0, 3e38]),
@@ -50,18 +50,18 @@ BAD = {
     "an expert trajectory with policy_version": expert_row("b", [5, EOS], policy_version=[0, 0]),
     "logprobs is not as long as actions": row("b", [5, 6], logprobs=[-1.0]),
     "policy_version is not as long as actions": row("b", [5, 6], policy_version=[0, 0, 0]),
-    "realised is not as long as actions": row("b", [5, 6], realised=[None]),
+    "executed is not as long as actions": row("b", [5, 6], executed=[None]),
     "prompt_ids holds an id outside": row("b", prompt_ids=[VOCAB]),
     "actions holds an id outside": row("b", [5, -1]),
-    "realised holds an id outside": row("b", [5], realised=[VOCAB]),
+    "executed holds an id outside": row("b", [5], executed=[VOCAB]),
     "prompt_ids holds backspace": row("b", prompt_ids=[5, BACKSPACE]),
-    "realised holds backspace": row("b", [5, 6], realised=[None, BACKSPACE]),
+    "executed holds backspace": row("b", [5, 6], executed=[None, BACKSPACE]),
     "logprobs holds a value that is no finite": row("b", [5], logprobs=[NAN]),
     "policy_version holds a negative version": row("b", [5], policy_version=[-1]),
     "an action follows <eos>": row("b", [EOS, 5], finish_reason="max_actions"),
     "finish_reason is eos, but": row("b", [5], finish_reason="eos"),
     "the last action is <eos>, but": row("b", [EOS], finish_reason="max_actions"),
-    "takes a token back, and sampling.floor_mask": row("b", sampling={**SAMPLING, "floor_mask": False}),
+    "takes a token back, and sampling.backspace": row("b", sampling={**SAMPLING, "backspace": False}),
     "takes a token back at the floor": row("b", [5, BACKSPACE, BACKSPACE, 5, 5]),
     "task is longer than 1,024 bytes": row("b", task="é" * 513),
     "features holds a null": row("b", features=[None]),
@@ -112,7 +112,7 @@ def test_each_eos_of_several_ends_a_text():
 
 
 def test_an_eos_at_the_end_that_noise_replaced_does_not_end_the_text():
-    bad = expert_row("b", [5, EOS], realised=[None, 9])
+    bad = expert_row("b", [5, EOS], executed=[None, 9])
     (rejection,) = validate(batch_of([bad]), CONTRACT).rejections
     assert rejection.reason.startswith("finish_reason is eos, but")
 
@@ -160,11 +160,11 @@ def test_a_huge_row_is_refused_by_name():
 def test_steps_without_noise_are_no_backspace_where_its_id_is_zero():
     contract = dataclasses.replace(CONTRACT, backspace_id=0)
     rows = [
-        expert_row("a", [5, 6, 0, EOS], realised=[None, 9, None, None]),
-        expert_row("b", [5, 6, 0, EOS], realised=[None, 0, None, None]),
+        expert_row("a", [5, 6, 0, EOS], executed=[None, 9, None, None]),
+        expert_row("b", [5, 6, 0, EOS], executed=[None, 0, None, None]),
     ]
     (rejection,) = validate(batch_of(rows, contract), contract).rejections
-    assert (rejection.id, rejection.reason) == ("b", "realised holds backspace")
+    assert (rejection.id, rejection.reason) == ("b", "executed holds backspace")
 
 
 def test_an_id_counts_once_per_batch():
@@ -195,7 +195,7 @@ def test_any_mixture_in_any_slice(names, cut_front, cut_back):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.lists(st.sampled_from([BACKSPACE, EOS, 3, 4]), max_size=6), min_size=1, max_size=5))
-def test_replay_rules_against_a_plain_stack(logs):
+def test_replay_rules_against_a_plain_stack(trajectories):
     def defined(actions):
         depth = 0
         for index, action in enumerate(actions):
@@ -206,8 +206,8 @@ def test_replay_rules_against_a_plain_stack(logs):
                 return False
         return True
 
-    validated = validate(batch_of([row(str(index), actions) for index, actions in enumerate(logs)]), CONTRACT)
-    assert ids_of(validated.good) == [str(index) for index, actions in enumerate(logs) if defined(actions)]
+    validated = validate(batch_of([row(str(index), actions) for index, actions in enumerate(trajectories)]), CONTRACT)
+    assert ids_of(validated.good) == [str(index) for index, actions in enumerate(trajectories) if defined(actions)]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_an_id_without_a_token_is_refused():
         row("hole", [5, 9, BACKSPACE]),
         row("in the prompt", prompt_ids=[5, 10]),
         row("beside them", [8, 11, 29]),
-        expert_row("as noise", [5, BACKSPACE, EOS], realised=[30, None, None]),
+        expert_row("as noise", [5, BACKSPACE, EOS], executed=[30, None, None]),
     ]
     result = validate(batch_of(rows, contract), contract)
     assert ids_of(result.good) == ["good", "beside them"]
@@ -267,5 +267,5 @@ def test_an_id_without_a_token_is_refused():
         "padding": "actions holds an id that has no token",
         "hole": "actions holds an id that has no token",
         "in the prompt": "prompt_ids holds an id that has no token",
-        "as noise": "realised holds an id that has no token",
+        "as noise": "executed holds an id that has no token",
     }

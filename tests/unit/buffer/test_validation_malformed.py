@@ -14,7 +14,7 @@ from tests.trajectories import BACKSPACE, CONTRACT, EOS, batch_of, expert_row, r
 
 ROWS = [
     row("a", [5, BACKSPACE, 6], reward=0.5, features=[1.0, 2.0]),
-    expert_row("b", [5, 6, EOS], realised=[None, 9, None]),
+    expert_row("b", [5, 6, EOS], executed=[None, 9, None]),
     row("c", [], weights_fingerprint=None, sampling=None),
     row("d", [5, 6, 7, EOS]),
 ]

@@ -43,7 +43,7 @@ def examples_with(answers: list[str], groups: list[int] | None = None) -> Datase
     )
 
 
-def logs_of(examples: Dataset, logs: list[str]) -> ReplayedRollouts:
+def trajectories_of(examples: Dataset, logs: list[str]) -> ReplayedRollouts:
     count = len(logs)
     rows = {
         "id": [str(index) for index in range(count)],
@@ -86,8 +86,15 @@ def values(metrics: dict[str, Estimate]) -> dict[str, float | None]:
 )
 def test_numbers_of_one_log(log: str, expected: tuple[float | None, ...]) -> None:
     examples = examples_with(["16"])
-    metrics = values(answer_metrics(logs_of(examples, [log]), examples, TASK))
-    names = ["accuracy", "empty_rate", "truncated_rate", "backspace_rate", "wrong_taken_back", "right_taken_back"]
+    metrics = values(answer_metrics(trajectories_of(examples, [log]), examples, TASK))
+    names = [
+        "accuracy",
+        "empty_rate",
+        "truncated_rate",
+        "backspace_rate",
+        "wrong_tokens_deleted",
+        "correct_tokens_deleted",
+    ]
     assert [metrics.pop(name) for name in names] == [None if x is None else pytest.approx(x) for x in expected]
     assert metrics["actions_per_answer"] == len(log)
 
@@ -127,13 +134,13 @@ def log_and_answer(draw: st.DrawFn) -> tuple[str, str]:
 @settings(max_examples=200, deadline=None)
 def test_judged_tokens_equal_the_oracle(pairs: list[tuple[str, str]]) -> None:
     examples = examples_with([answer for answer, _ in pairs])
-    batch = logs_of(examples, [log for _, log in pairs])
+    batch = trajectories_of(examples, [log for _, log in pairs])
     metrics = answer_metrics(batch, examples, TASK)
     verdicts = [oracle(answer, log) for answer, log in pairs]
     wrong = [taken_back for verdict in verdicts for taken_back in verdict[0]]
-    assert metrics["wrong_taken_back"] == Estimate.fraction(np.array(wrong, dtype=bool))
+    assert metrics["wrong_tokens_deleted"] == Estimate.fraction(np.array(wrong, dtype=bool))
     right = [taken_back for verdict in verdicts for taken_back in verdict[1]]
-    assert metrics["right_taken_back"] == Estimate.fraction(np.array(right, dtype=bool))
+    assert metrics["correct_tokens_deleted"] == Estimate.fraction(np.array(right, dtype=bool))
 
 
 def test_standard_errors() -> None:
@@ -148,7 +155,7 @@ def test_standard_errors() -> None:
 
 def test_rollouts_of_other_prompts_are_refused() -> None:
     examples = examples_with(["16", "17"])
-    batch = logs_of(examples, ["16.", "17."])
+    batch = trajectories_of(examples, ["16.", "17."])
     with pytest.raises(ValueError, match="do not have the same prompts in the same order"):
         answer_metrics(batch, examples.select([1, 0]), TASK)
     with pytest.raises(ValueError, match="2 rollouts and 1 examples"):
@@ -157,18 +164,18 @@ def test_rollouts_of_other_prompts_are_refused() -> None:
 
 def test_recovery() -> None:
     examples = examples_with(["16", "16", "16", "16"])
-    metrics = answer_metrics(logs_of(examples, ["7<16.", "71<<17.", "716.", "7<16"]), examples, TASK, 1)
+    metrics = answer_metrics(trajectories_of(examples, ["7<16.", "71<<17.", "716.", "7<16"]), examples, TASK, 1)
     assert metrics["recovery"] == Estimate.fraction(np.array([True, False, False, False]))
-    assert metrics["planted_taken_back"] == Estimate.fraction(np.array([True, True, False, True]))
-    several = answer_metrics(logs_of(examples, ["72<<16.", "71<6.", "71.", "77."]), examples, TASK, 2)
+    assert metrics["forced_tokens_deleted"] == Estimate.fraction(np.array([True, True, False, True]))
+    several = answer_metrics(trajectories_of(examples, ["72<<16.", "71<6.", "71.", "77."]), examples, TASK, 2)
     assert several["recovery"] == metrics["recovery"]
-    assert (several["planted_taken_back"].value, several["planted_taken_back"].count) == (3 / 8, 8)
+    assert (several["forced_tokens_deleted"].value, several["forced_tokens_deleted"].count) == (3 / 8, 8)
     for logs, num_forced, message in (
         (["7<16.", "16.", "7.", "7."], 1, "begins with the right token"),
         (["72<<16.", "71<6.", "71.", "7"], 2, "a rollout is shorter than the 2 tokens that were forced"),
     ):
         with pytest.raises(ValueError, match=message):
-            answer_metrics(logs_of(examples, logs), examples, TASK, num_forced)
+            answer_metrics(trajectories_of(examples, logs), examples, TASK, num_forced)
 
 
 @pytest.mark.parametrize("count", [1, 3])

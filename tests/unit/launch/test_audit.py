@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from buffer.reading.audit import DrawLimits, audit_buffer
+from buffer.reading.audit import SampleLimits, audit_buffer
 from buffer.store.catalog import CATALOG_NAME, EventEntry, row_checksum
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from launch.cli import app
 from launch.settings.recipe import read_recipe, write_recipe
 from tests.stores import SMALL, open_store
 from tests.trajectories import batch_of, expert_row, numbered, row
 
-LIMITS = DrawLimits(max_times_sampled=2, max_staleness=1)
+LIMITS = SampleLimits(max_times_sampled=2, max_staleness=1)
 RECIPE = Path("launch/recipes/arithmetic_cpu.yaml")
 AT_US = 1_800_000_000_000_000
 
@@ -28,7 +28,7 @@ def shard(run: Path, index: int = 0) -> Path:
     return run / "buffer" / f"shard-{index:03d}"
 
 
-def findings(run: Path, limits: DrawLimits = LIMITS) -> list[tuple[str, tuple[str, ...]]]:
+def findings(run: Path, limits: SampleLimits = LIMITS) -> list[tuple[str, tuple[str, ...]]]:
     return [(finding.what, finding.names) for finding in audit_buffer(run / "buffer", limits).findings]
 
 
@@ -38,10 +38,10 @@ def run(tmp_path: Path) -> Path:
     store = open_store(shard(tmp_path), max_staleness=1, max_times_sampled=2, segment_bytes=SMALL)
     store.insert(batch_of([row(f"p{number}", features=[0.0] * SMALL) for number in range(3)]))
     store.insert(batch_of([expert_row("e0")]))
-    assert store.draw(DrawKey("tune", 0, "policy"), 1, 0) is not None
+    assert store.draw(SampleKey("tune", 0, "policy"), 1, 0) is not None
     store.insert(batch_of([row("p3", policy_version=[2, 2, 2])]))
-    assert store.draw(DrawKey("tune", 1, "policy"), 1, 2) is not None
-    assert store.draw(DrawKey("tune", 1, "expert"), 1, 2) is not None
+    assert store.draw(SampleKey("tune", 1, "policy"), 1, 2) is not None
+    assert store.draw(SampleKey("tune", 1, "expert"), 1, 2) is not None
     store.insert(batch_of([row("p4", policy_version=[2, 2, 2])]))
     store.insert(batch_of([row("p4"), row("bad", actions=[99])]))
     store.close()
@@ -94,7 +94,7 @@ def test_what_a_store_leaves_is_clean_and_the_account_says_what_happened(run):
     assert (expert.source, expert.inserted, expert.live, expert.drawn) == ("expert", 1, 1, 1)
     assert (policy.source, policy.inserted, policy.live, policy.drawn) == ("policy", 5, 2, 2)
     assert {reason: count for reason, count in policy.removed.items() if count} == {"stale": 3}
-    assert (report.rejected, report.num_draws) == (1, 3)
+    assert (report.rejected, report.num_samples_drawn) == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_an_event_that_must_not_be_is_found(run, events, what, names):
 def test_limits_that_a_run_does_not_have_are_not_checked(run):
     append_events(run, draw([4, 5], version=5), draw([5, 4], 8), draw([4], 9))
     assert len(findings(run)) == 2
-    assert findings(run, DrawLimits(None, None)) == []
+    assert findings(run, SampleLimits(None, None)) == []
 
 
 def test_an_id_in_two_shards_is_found(run):

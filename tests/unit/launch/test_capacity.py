@@ -89,5 +89,5 @@ def test_the_plan_of_a_recipe() -> None:
     assert total(planned_roles(recipe)) == {"CPU": 7.0, "GPU": 2.5}, "capacity for the most actors there may be"
     assert total(planned_roles(recipe, 1)) == {"CPU": 3.0, "GPU": 0.5}
     assert any("5 x 1 CPU + 0.5 GPU" in line for line in plan_lines(recipe))
-    cloning = read_recipe(RECIPE, ["stages.sequencematch.objective={name: behaviour_cloning}"])
+    cloning = read_recipe(RECIPE, ["stages.sequencematch.objective={name: behavior_cloning}"])
     assert [role.name for role in planned_roles(cloning)] == [LEARNER], "no stage needs rollouts"

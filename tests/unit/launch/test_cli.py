@@ -152,7 +152,7 @@ def test_a_run_that_is_not_live_says_how_to_go_on(command: list[str], run_folder
 
 @pytest.mark.parametrize("command", [["evaluate"], ["generate", "--prompt", "1"]], ids=" ".join)
 def test_what_is_no_checkpoint_is_refused(command: list[str], run_folder: Path, tmp_path: Path) -> None:
-    stage = run_folder / "checkpoints" / "trunk"
+    stage = run_folder / "checkpoints" / "pretrain"
     stage.mkdir(parents=True)
     assert "no config.json" in fails_with(2, *command, str(stage))
     (stage / "config.json").write_text(json.dumps({"model_type": "llama"}))

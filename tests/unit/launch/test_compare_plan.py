@@ -40,52 +40,57 @@ def plan_of(
 
 
 def test_runs_differ_in_their_objective_alone() -> None:
-    plan = plan_of("mle,sequencematch,behaviour_cloning", "seed=5", steps=7)
+    plan = plan_of("mle,sequencematch,behavior_cloning", "seed=5", steps=7)
     assert plan.seeds == (5, 6)
     runs = [plan.run_settings(label, 6) for label in plan.objectives]
     for run in runs:
         assert run.seed == 6
-        assert [stage.name for stage in run.stages] == ["trunk", COMPARED_STAGE]
+        assert [stage.name for stage in run.stages] == ["pretrain", COMPARED_STAGE]
         assert run.stages[0] == runs[0].stages[0]
         same = runs[0].stages[1].model_copy(update={"objective": run.stages[1].objective})
         assert run.stages[1] == same
     compared = runs[0].stages[1]
-    assert (compared.start_from, compared.steps, compared.publish_every_steps) == ("trunk", 7, 10)
+    assert (compared.start_from, compared.steps, compared.publish_every_steps) == ("pretrain", 7, 10)
     assert runs[0].model_copy(update={"stages": ()}) == runs[2].model_copy(update={"stages": ()})
 
 
 def test_the_way_to_a_stage_leaves_other_stages_out() -> None:
     tree = read_recipe(ARITHMETIC).model_dump(mode="json")
-    trunk, first, control = tree["stages"]
-    tree["stages"] = [trunk, first, control | {"start_from": None}, control | {"name": "last", "start_from": "trunk"}]
+    pretrain, first, control = tree["stages"]
+    tree["stages"] = [
+        pretrain,
+        first,
+        control | {"start_from": None},
+        control | {"name": "last", "start_from": "pretrain"},
+    ]
     recipe = RunSettings.model_validate(tree)
     found = stages_before(recipe.stages, "mle_control")
-    assert [(stage.name, stage.start_from) for stage in found] == [("trunk", None), ("sequencematch", "trunk")]
-    assert [stage.name for stage in stages_before(recipe.stages, "last")] == ["trunk"]
+    assert [(stage.name, stage.start_from) for stage in found] == [("pretrain", None), ("sequencematch", "pretrain")]
+    assert [stage.name for stage in stages_before(recipe.stages, "last")] == ["pretrain"]
 
 
 def test_the_compared_stage_is_the_first_that_learns_from_rollouts() -> None:
     assert compared_stage(read_recipe(KL_CONTROL), None).name == "kl_control"
     expert_alone = read_recipe(ARITHMETIC, ["stages.sequencematch.objective={name: emo}"])
     assert compared_stage(expert_alone, None).name == "mle_control"
-    with pytest.raises(UserError, match="no stage 'mle_contrl'; it has trunk, sequencematch, mle_control"):
+    with pytest.raises(UserError, match="no stage 'mle_contrl'; it has pretrain, sequencematch, mle_control"):
         compared_stage(expert_alone, "mle_contrl")
     start = plan_of("mle,emo").start_settings(1)
     assert start is not None
-    assert ([stage.name for stage in start.stages], start.seed) == (["trunk"], 1)
-    assert plan_of("mle,emo", stage="trunk").start_settings(0) is None
+    assert ([stage.name for stage in start.stages], start.seed) == (["pretrain"], 1)
+    assert plan_of("mle,emo", stage="pretrain").start_settings(0) is None
 
 
 def test_an_objective_has_the_recipes_settings_then_its_own() -> None:
     plan = plan_of(
-        "sequencematch:alpha=0.5, beta_steps=9, sequencematch,mle", "stages.sequencematch.objective.gamma=0.9"
+        "sequencematch:alpha=0.5, bc_weight_steps=9, sequencematch,mle", "stages.sequencematch.objective.gamma=0.9"
     )
-    label = "sequencematch-alpha-0.5-beta_steps-9"
+    label = "sequencematch-alpha-0.5-bc_weight_steps-9"
     assert list(plan.objectives) == [label, "sequencematch", "mle"]
     assert plan.reference == label
     changed, plain = (plan.objectives[each].objective.model_dump() for each in (label, "sequencematch"))
-    assert (changed["alpha"], changed["beta_steps"], changed["gamma"]) == (0.5, 9, 0.9)
-    assert (plain["alpha"], plain["beta_steps"], plain["gamma"]) == (0.03, 150, 0.9)
+    assert (changed["alpha"], changed["bc_weight_steps"], changed["gamma"]) == (0.5, 9, 0.9)
+    assert (plain["alpha"], plain["bc_weight_steps"], plain["gamma"]) == (0.03, 150, 0.9)
 
 
 def test_what_is_of_rollouts_goes_where_there_are_none() -> None:
@@ -165,8 +170,8 @@ def plan_of_file(tmp_path: Path, content: str) -> ComparisonPlan:
 def test_an_objective_of_a_file_changes_the_recipe_for_itself(tmp_path: Path) -> None:
     plan = plan_of_file(
         tmp_path,
-        "plain: {name: behaviour_cloning}\n"
-        "noisy: {name: behaviour_cloning, recipe: [noise.kind=random, noise.rate=0.1]}\n"
+        "plain: {name: behavior_cloning}\n"
+        "noisy: {name: behavior_cloning, recipe: [noise.kind=random, noise.rate=0.1]}\n"
         "slow: {name: sequencematch, recipe: [stages.sequencematch.optimizer.learning_rate=1e-5,"
         " actors.rollout.backspace=false, noise.kind=none]}\n",
     )
@@ -184,7 +189,7 @@ def test_an_objective_of_a_file_changes_the_recipe_for_itself(tmp_path: Path) ->
     ("override", "part"),
     [
         ("task.max_digits=3", "would change what all objectives have in common"),
-        ("stages.trunk.steps=3", "would change what all objectives have in common"),
+        ("stages.pretrain.steps=3", "would change what all objectives have in common"),
         ("stages.sequencematch.steps=3", "would change what all objectives have in common"),
         ("stages.sequencematch.objective.alpha=0.5", "would change what all objectives have in common"),
         ("stages.sequencematch.objective={name: emo}", "would change what all objectives have in common"),
@@ -195,7 +200,7 @@ def test_an_objective_of_a_file_changes_the_recipe_for_itself(tmp_path: Path) ->
 )
 def test_what_an_objective_may_not_change_is_refused(tmp_path: Path, override: str, part: str) -> None:
     with pytest.raises(UserError) as caught:
-        plan_of_file(tmp_path, f"plain: {{name: mle}}\nnoisy: {{name: behaviour_cloning, recipe: ['{override}']}}\n")
+        plan_of_file(tmp_path, f"plain: {{name: mle}}\nnoisy: {{name: behavior_cloning, recipe: ['{override}']}}\n")
     assert part in str(caught.value)
 
 
@@ -228,7 +233,7 @@ def test_a_dry_run_makes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted(Path("docs/results/arms").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_objectives_of_the_documented_results_can_be_compared(file: Path) -> None:
-    name, stage = ("text", "behaviour_cloning") if file.stem.startswith("text") else ("arithmetic", None)
+    name, stage = ("text", "behavior_cloning") if file.stem.startswith("text") else ("arithmetic", None)
     recipe = read_recipe(Path(f"launch/recipes/{name}_cpu.yaml"))
     plan = make_plan(recipe, read_objectives(file), 1, stage=stage, steps=500)
     assert all(plan.run_settings(label, 0).stages[-1].steps == 500 for label in plan.objectives)

@@ -73,7 +73,7 @@ def test_few_seeds_are_named() -> None:
 def test_files_hold_every_run_and_say_what_failed(tmp_path: Path) -> None:
     estimates = estimates_of(3, LABELS[:3])
     del estimates[LABELS[1], 2]
-    failed = comparison_of(estimates, **{"x-behaviour_cloning-seed2": "it died"})
+    failed = comparison_of(estimates, **{"x-behavior_cloning-seed2": "it died"})
     tree = json.loads(failed.to_json())
     assert [(run["arm"], run["seed"]) for run in tree["runs"]] == list(estimates)
     assert {name: tree["runs"][0][name] for name in COST} == COST
@@ -84,14 +84,14 @@ def test_files_hold_every_run_and_say_what_failed(tmp_path: Path) -> None:
     assert accuracy["differences"][LABELS[1]]["num_seeds"] == 2
     assert accuracy["differences"][LABELS[1]]["basis"] == "examples"
     assert accuracy["differences"][LABELS[2]]["within_noise"] is False
-    assert "x-behaviour_cloning-seed2 failed: it died" in render_page(failed, new_comparison(tmp_path, OBJECTIVES))
-    assert "x-behaviour_cloning-seed2 failed: it died" in shown(failed)
+    assert "x-behavior_cloning-seed2 failed: it died" in render_page(failed, new_comparison(tmp_path, OBJECTIVES))
+    assert "x-behavior_cloning-seed2 failed: it died" in shown(failed)
     assert "†" in shown(failed), "two of three seeds: of the examples alone"
 
 
 def test_a_run_has_its_start_by_links_that_move_with_the_folder(tmp_path: Path) -> None:
     made = new_comparison(tmp_path / "runs")
-    checkpoint = made.start(0) / "checkpoints" / "trunk" / "step-000001"
+    checkpoint = made.start(0) / "checkpoints" / "pretrain" / "step-000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "progress.json").write_text("{}")
     for _ in range(2):  # a second time it is there already
@@ -100,7 +100,7 @@ def test_a_run_has_its_start_by_links_that_move_with_the_folder(tmp_path: Path) 
     shutil.move(tmp_path / "runs", tmp_path / "moved")
     opened = ComparisonFolder(moved, read_plan(moved))
     assert opened.plan == made.plan
-    assert (opened.run("mle", 0) / "checkpoints" / "trunk" / "step-000001" / "progress.json").read_text() == "{}"
+    assert (opened.run("mle", 0) / "checkpoints" / "pretrain" / "step-000001" / "progress.json").read_text() == "{}"
 
 
 def test_a_run_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
@@ -122,7 +122,13 @@ def test_a_comparison_is_not_begun_twice(tmp_path: Path) -> None:
 
 
 def test_the_cost_of_a_stage_counts_repeated_steps_once(tmp_path: Path) -> None:
-    rows = [("trunk", 1, 9.0), ("compared", 1, 2.0), ("compared", 2, 2.0), ("compared", 2, 0.5), ("compared", 3, 1.0)]
+    rows = [
+        ("pretrain", 1, 9.0),
+        ("compared", 1, 2.0),
+        ("compared", 2, 2.0),
+        ("compared", 2, 0.5),
+        ("compared", 3, 1.0),
+    ]
     lines = [
         json.dumps({"time": 0.0, "stage": stage, "step": step, "step_s": seconds, "actions_per_s": 100 / seconds})
         for stage, step, seconds in rows
@@ -199,7 +205,7 @@ def test_curves_over_temperature(tmp_path: Path) -> None:
     plot = temperature_plot(found.objectives, found.metrics())
     assert plot is not None
     cloning = plot.series[1]
-    assert (plot.title, cloning.name) == ("MAUVE over temperature", "behaviour_cloning")
+    assert (plot.title, cloning.name) == ("MAUVE over temperature", "behavior_cloning")
     assert cloning.x == sorted(TEMPERATURES)
     assert cloning.y == pytest.approx([75.0, 67.5, 60.0])
     assert (cloning.low, cloning.high) == (pytest.approx([73.0, 65.5, 58.0]), pytest.approx([77.0, 69.5, 62.0]))

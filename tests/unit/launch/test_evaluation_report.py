@@ -16,7 +16,7 @@ from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation
 from launch.settings.evaluation import EvaluationSettings, MauveSettings
 from launch.statistics import Estimate
 
-LABELS = ("mle_control", "behaviour_cloning")
+LABELS = ("mle_control", "behavior_cloning")
 
 
 def printed(evaluation: Evaluation, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -29,7 +29,14 @@ def printed(evaluation: Evaluation, capsys: pytest.CaptureFixture[str]) -> list[
 
 def answers_of(labels: Sequence[str], value: float) -> Evaluation:
     """Of so many checkpoints, all of whose numbers are the same."""
-    names = ("accuracy", "recovery", "backspace_rate", "wrong_taken_back", "right_taken_back", "actions_per_answer")
+    names = (
+        "accuracy",
+        "recovery",
+        "backspace_rate",
+        "wrong_tokens_deleted",
+        "correct_tokens_deleted",
+        "actions_per_answer",
+    )
     numbers = {group: dict.fromkeys(names, Estimate(value, 0.021, 500)) for group in ("sampled", "greedy", "recovery")}
     results = tuple(CheckpointResult(label, Path("step"), numbers) for label in labels)
     return Evaluation.of("arithmetic", 500, 0, results, {}, {})
@@ -77,19 +84,26 @@ def test_texts_by_decoding(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(text_evaluation(), capsys)
     assert sum(line.startswith("  temperature=0.7, banned ") for line in lines) == 4  # two tables, two checkpoints
     assert sum(line.startswith("  recovery ") for line in lines) == 4
-    assert sum(line.startswith("behaviour_cloning") for line in lines) == 4
-    (change,) = (line for line in lines if line.startswith("behaviour_cloning") and "+30.0" in line)
+    assert sum(line.startswith("behavior_cloning") for line in lines) == 4
+    (change,) = (line for line in lines if line.startswith("behavior_cloning") and "+30.0" in line)
     assert "~" not in change
     assert any("left out: accuracy (task text has no answers)" in line for line in lines)
 
 
 def test_further_decodings_of_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("accuracy", "recovery", "backspace_rate", "wrong_taken_back", "right_taken_back", "actions_per_answer")
+    names = (
+        "accuracy",
+        "recovery",
+        "backspace_rate",
+        "wrong_tokens_deleted",
+        "correct_tokens_deleted",
+        "actions_per_answer",
+    )
     arms = ("sampled", "greedy", "recovery", "temperature=0.7", "recovery, allowed")
     results = tuple(CheckpointResult(label, Path("step"), numbers_of(0.1, arms, names)) for label in LABELS)
     lines = printed(Evaluation.of("arithmetic", 200, 0, results, {}, {}), capsys)
     assert sum(line.startswith("  recovery, allowed") for line in lines) == 2
-    assert any(line.startswith("behaviour_cloning") and line.count("~") == 3 for line in lines)  # the same numbers
+    assert any(line.startswith("behavior_cloning") and line.count("~") == 3 for line in lines)  # the same numbers
 
 
 def test_json_has_every_number_with_its_error_and_paired_differences() -> None:

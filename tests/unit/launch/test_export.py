@@ -181,7 +181,7 @@ def test_the_card_tells_how_the_model_was_made(run, base, tmp_path):
     for words in (
         f"| base model | {base} |",
         "step 40 of 60",
-        "| objective | 60 steps of behaviour_cloning; then 60 steps of sequencematch (divergence=chi2_mixture",
+        "| objective | 60 steps of behavior_cloning; then 60 steps of sequencematch (divergence=chi2_mixture",
         "| data | text (dataset=sotu",
         "| adapters | LoRA (rank=",
         f"torch {torch.__version__}",
@@ -201,7 +201,9 @@ def test_a_run_is_exported_by_its_result_and_the_card_tells_what_that_is(base, t
             run / "checkpoints" / name, policy.model, policy.tokenizer, replace(PROGRESS, stage=name), STATE
         )
     numbers = {"recovery": {"recovery": Estimate(0.725, 0.02, 500)}}
-    measured = [CheckpointResult(name, Path("/elsewhere/step-000040"), numbers) for name in ("sequencematch", "trunk")]
+    measured = [
+        CheckpointResult(name, Path("/elsewhere/step-000040"), numbers) for name in ("sequencematch", "pretrain")
+    ]
     write_evaluation(Evaluation.of("arithmetic", 500, 0, measured, {}, {}), run)
 
     result, control = export(run, tmp_path / "result"), export(run, tmp_path / "control", stage="mle_control")
@@ -215,7 +217,7 @@ def test_a_run_is_exported_by_its_result_and_the_card_tells_what_that_is(base, t
     assert settings_for(run, None) == read_recipe(recipe, [f"runs_folder={tmp_path}/runs"])
 
 
-def test_the_licence(run, base, tmp_path):
+def test_the_license(run, base, tmp_path):
     checkpoint_in(run, trained(base, adapters=False))
     assert export(run, tmp_path / "a", license_id="apache-2.0").license == "apache-2.0"
     for index, text in enumerate(("# no front matter", "---\nlicense: [\n---\n", "---\ntags: [a]\n---\n")):
@@ -224,11 +226,11 @@ def test_the_licence(run, base, tmp_path):
     (base / "README.md").unlink()
     result = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "c")])
     assert result.exit_code == 0
-    assert "no licence is known" in result.stderr
+    assert "no license is known" in result.stderr
     assert "license" not in (tmp_path / "c" / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_licence_of_a_gguf_file_and_of_an_unknown_model(monkeypatch):
+def test_the_license_of_a_gguf_file_and_of_an_unknown_model(monkeypatch):
     import huggingface_hub.constants
 
     from launch.export import base_license
@@ -271,8 +273,8 @@ def test_bad_requests_are_told_in_one_line(run, base, tmp_path):
     assert "has no checkpoint of stage 'sequencematch' yet: `sequencematch train --resume" in fails(run, out)
     checkpoint = checkpoint_in(run, trained(base, adapters=False))
     assert "has no adapters" in fails(checkpoint, out, "--adapter-only")
-    assert "has no stage 'sm'; its stages are: behaviour_cloning, sequencematch" in fails(run, out, "--stage", "sm")
-    assert "chooses another (with checkpoints: sequencematch)" in fails(run, out, "--stage", "behaviour_cloning")
+    assert "has no stage 'sm'; its stages are: behavior_cloning, sequencematch" in fails(run, out, "--stage", "sm")
+    assert "chooses another (with checkpoints: sequencematch)" in fails(run, out, "--stage", "behavior_cloning")
     assert "is not a run folder: leave it out" in fails(checkpoint, out, "--stage", "sequencematch")
     assert "is neither a run folder nor a checkpoint" in fails(tmp_path / "nowhere", out)
     assert "is neither a run folder nor a checkpoint" in fails(tmp_path, out)

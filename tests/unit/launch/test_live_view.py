@@ -21,7 +21,7 @@ SETTINGS = read_recipe(Path("launch/recipes/arithmetic_cpu.yaml"))
 def view_of_a_running_stage() -> RunView:
     view = RunView("arithmetic-20260101-000000", SETTINGS.stages)
     view.elapsed_s = 83.0
-    view.results["trunk"] = StageResult("trunk", 1600, True, "checkpoint", 68.0)
+    view.results["pretrain"] = StageResult("pretrain", 1600, True, "checkpoint", 68.0)
     view.learner = LearnerStatus("sequencematch", 100, 400, 0.1, 11, "training", {"loss": 0.5})
     working = ActorStatus("actor-0", 10, 20_000, 4213.0, 2_000, 5_000, 0, 64, "ahead of the learner")
     view.pool = PoolStatus(
@@ -38,7 +38,7 @@ def text_of(view: RunView, width: int = 80) -> str:
 
 def test_the_display_shows_stage_step_loss_rate_version_backspaces_and_time_left() -> None:
     text = text_of(view_of_a_running_stage())
-    for expected in ("100/400", "loss 0.5000", "100 ms/step", "4,213", "v10", "10.0 %", "elapsed 1:23", "✓ trunk"):
+    for expected in ("100/400", "loss 0.5000", "100 ms/step", "4,213", "v10", "10.0 %", "elapsed 1:23", "✓ pretrain"):
         assert expected in text, text
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "…" not in text
@@ -100,7 +100,7 @@ def shard_of(live: int, **changes: object) -> ShardStatus:
 
 def test_shards_are_shown_with_fill_and_state_within_80_columns() -> None:
     view = view_of_a_running_stage()
-    view.buffer = BufferStatus((shard_of(12_288), None, shard_of(8_192, upkeep_error="no space left")))
+    view.buffer = BufferStatus((shard_of(12_288), None, shard_of(8_192, maintenance_error="no space left")))
     lines = text_of(view).splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert not any("…" in line for line in lines)

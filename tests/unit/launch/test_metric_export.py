@@ -8,7 +8,7 @@ import re
 from actors.pool.controller import MemberStatus, PoolStatus
 from actors.rollout_actor import ActorStatus
 from buffer.service.shard import BufferStatus, ShardStatus
-from buffer.store.shard import DrawStatistics, SourceCounters, StoreStatus
+from buffer.store.shard import SampleStatistics, SourceCounters, StoreStatus
 from launch.monitoring.live_view import RunView
 from launch.monitoring.metrics import METRICS, growth, samples
 from learner.messages import LearnerStatus
@@ -20,7 +20,7 @@ TABLE = ROOT / "docs" / "monitoring.md"
 
 def full_view(actions: int = 20_000) -> RunView:
     """Of a run in which everything has a value. actions: of the actor, since its birth."""
-    counters = SourceCounters(500, 400, {"capacity": 90, "stale": 10}, 7, 700, 0, DrawStatistics(1.5, 20.0))
+    counters = SourceCounters(500, 400, {"capacity": 90, "stale": 10}, 7, 700, 0, SampleStatistics(1.5, 20.0))
     store = StoreStatus({"policy": counters}, 2, 3, 4096, ("segment-000001.arrows",))
     status = ActorStatus("actor-0", 10, actions, 4213.0, 2_000, 5_000, 1, 64, "generating", dropped=3)
     return RunView(
@@ -46,7 +46,7 @@ def test_a_full_view_has_every_metric_with_its_labels() -> None:
     assert values["actor_join_seconds", "actor-0"] == 9.5
     assert values["actor_dropped", "actor-0"] == 3
     assert values["buffer_removed_rows", "0", "policy", "stale"] == 10
-    assert values["buffer_draw_age_seconds", "0", "policy"] == 20.0
+    assert values["buffer_sample_age_seconds", "0", "policy"] == 20.0
     assert (values["buffer_answers", "0"], values["buffer_answers", "1"]) == (1.0, 0.0)
 
 

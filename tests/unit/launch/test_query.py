@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner, Result
 
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from launch.cli import app
 from tests.stores import open_store
 from tests.trajectories import BORN, batch_of, expert_row, row
@@ -20,10 +20,10 @@ from tests.trajectories import BORN, batch_of, expert_row, row
 ROWS = (
     row("p0", [5, 6, 1, 9, 2], policy_version=[0, 0, 0, 1, 1]),
     expert_row("e0", [10, 11, 2]),
-    expert_row("e1", [12, 13, 1, 12, 2], realised=[None, 20, None, None, None], created_at=BORN + timedelta(seconds=2)),
+    expert_row("e1", [12, 13, 1, 12, 2], executed=[None, 20, None, None, None], created_at=BORN + timedelta(seconds=2)),
     row("p1", reward=0.5),
     row("p2", [4, 4], policy_version=[1, 1]),
-    row("p3", [30, 31], policy_version=[2, 2], realised=[None, 17]),
+    row("p3", [30, 31], policy_version=[2, 2], executed=[None, 17]),
     expert_row("e2", [3]),
     *(row(f"p{number}", [8, 2], policy_version=[3, 3]) for number in (4, 5, 6)),
 )
@@ -35,12 +35,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.yaml").write_text("name: golden\n")
     store = open_store(folder / "buffer" / "shard-000", max_staleness=2, sampler="fifo", max_times_sampled=9)
     store.insert(batch_of(ROWS[:4]))
-    assert store.draw(DrawKey("trunk", 0, "expert"), 2, 1) is not None
-    assert store.draw(DrawKey("tune", 0, "policy"), 2, 1) is not None
+    assert store.draw(SampleKey("pretrain", 0, "expert"), 2, 1) is not None
+    assert store.draw(SampleKey("tune", 0, "policy"), 2, 1) is not None
     store.checkpointed("tune", 1)
     store.insert(batch_of(ROWS[4:]))
-    assert store.draw(DrawKey("tune", 1, "policy"), 2, 3) is not None  # p0 and p1 are stale by now
-    assert store.draw(DrawKey("tune", 1, "expert"), 1, 3) is not None
+    assert store.draw(SampleKey("tune", 1, "policy"), 2, 3) is not None  # p0 and p1 are stale by now
+    assert store.draw(SampleKey("tune", 1, "expert"), 1, 3) is not None
     store.close()
     return folder
 
@@ -85,22 +85,22 @@ def test_a_join_over_rows_and_draws(run):
 
 def test_every_kind_of_value_in_every_format(run, tmp_path):
     sql = (
-        "select row, realised, sampling, reward, created_at, 'nan'::float as bad, sum(row) over () as total "
+        "select row, executed, sampling, reward, created_at, 'nan'::float as bad, sum(row) over () as total "
         "from trajectories where id in ('e1', 'p1') order by row"
     )
     rows = json.loads(stdout(run, sql, "--format", "json"))
     assert rows[0] == {
         "row": 2,
-        "realised": [None, 20, None, None, None],
+        "executed": [None, 20, None, None, None],
         "sampling": None,
         "reward": None,
         "created_at": "2026-01-01T00:00:02+00:00",
         "bad": None,
         "total": 5,
     }
-    assert rows[1]["sampling"] == {"temperature": 1.0, "top_p": 1.0, "floor_mask": True}
+    assert rows[1]["sampling"] == {"temperature": 1.0, "top_p": 1.0, "backspace": True}
     fields = list(csv.reader(io.StringIO(stdout(run, sql, "--format", "csv"))))
-    assert fields[0] == ["row", "realised", "sampling", "reward", "created_at", "bad", "total"]
+    assert fields[0] == ["row", "executed", "sampling", "reward", "created_at", "bad", "total"]
     assert fields[1] == ["2", "[null, 20, null, null, null]", "", "", "2026-01-01T00:00:02+00:00", "", "5"]
     file = tmp_path / "rows.arrows"
     assert stdout(run, sql, "--format", "arrow", "--output", str(file)) == ""

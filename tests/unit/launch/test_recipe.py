@@ -74,25 +74,25 @@ def test_a_stage_is_addressed_by_name_or_index(stage: str) -> None:
         ("actor.count=2", ["unknown key 'actor'", "did you mean 'actors'?"]),
         ("actors.cuont=2", ["actors: unknown key 'cuont'", "did you mean 'count'?"]),
         ("stages.sequencematch.objective.alhpa=1", ["did you mean 'alpha'?"]),
-        ("stages.trunk.objective.alpha=1", ["stages.0.objective: unknown key 'alpha'", "known keys: name"]),
+        ("stages.pretrain.objective.alpha=1", ["stages.0.objective: unknown key 'alpha'", "known keys: name"]),
         ("task.digits=2", ["task: unknown key 'digits'", "did you mean 'max_digits'?"]),
         ("actors.zzz=2", ["actors: unknown key 'zzz'", "known keys: autoscale, count"]),
         ("actors.count", ["key=value"]),
         ("=2", ["key=value"]),
         ("actors.count=[1", ["'[1' is not a YAML value"]),
         ("noise={kind: task, kind: random}", ["key 'kind' stands twice"]),
-        ("stages.nothing.steps=2", ["no entry 'nothing' (entries: trunk, sequencematch, mle_control)"]),
+        ("stages.nothing.steps=2", ["no entry 'nothing' (entries: pretrain, sequencematch, mle_control)"]),
         ("stages.3.steps=2", ["no entry '3'"]),
         ("name.first=x", ["nothing lies below"]),
         ("actors.count=many", ["actors.count", "valid integer"]),
-        ("stages.trunk.steps=0", ["stages.0.steps", "greater than 0"]),
+        ("stages.pretrain.steps=0", ["stages.0.steps", "greater than 0"]),
         ("noise.kind=loud", ["noise.kind", "'policy'"]),
         ("name=a/b", ["name", "pattern"]),
         ("actors.count=0", ["needs rollouts", "set actors.count to 1 or more"]),
-        ("result=trunc", ["result names 'trunc'", "trunk"]),
-        ("evaluation.stages=[trunc]", ["evaluation.stages names 'trunc'", "trunk"]),
-        ("stages.trunk.start_from=mle_control", ["not an earlier stage"]),
-        ("stages.mle_control.name=trunk", ["two stages are called 'trunk'"]),
+        ("result=trunc", ["result names 'trunc'", "pretrain"]),
+        ("evaluation.stages=[trunc]", ["evaluation.stages names 'trunc'", "pretrain"]),
+        ("stages.pretrain.start_from=mle_control", ["not an earlier stage"]),
+        ("stages.mle_control.name=pretrain", ["two stages are called 'pretrain'"]),
         ("learner.publish=adapter", ["the model has none: set model.adapter"]),
         ("buffer={capacity: 32, min_size: 32}", ["rollout_batch_size"]),
         ("trackers=[tensorboard, tensorboard]", ["names one twice"]),
@@ -113,14 +113,14 @@ def test_a_tolerance_in_which_no_step_could_draw_is_refused_with_one_that_would_
     fitting = [ratio, batch, "buffer.min_size=8", "buffer.samples_per_insert_tolerance=24.125"]
     assert read_recipe(ARITHMETIC, fitting).buffer.tolerance == 24.125
     # A stage that draws no rollouts may have any batch size.
-    read_recipe(ARITHMETIC, [*fitting, "stages.trunk.rollout_batch_size=500"])
+    read_recipe(ARITHMETIC, [*fitting, "stages.pretrain.rollout_batch_size=500"])
 
 
 def test_priorities_come_from_a_stage_that_draws_rollouts() -> None:
-    assert read_recipe(ARITHMETIC, ["buffer.sampler=prioritised"]).buffer.sampler == "prioritised"
+    assert read_recipe(ARITHMETIC, ["buffer.sampler=prioritized"]).buffer.sampler == "prioritized"
     overrides = ["stages.sequencematch.objective.divergence=chi2", "noise.kind=policy"]
-    message = error_of("buffer.sampler=prioritised", *overrides)
-    assert "no stage draws any (trunk, sequencematch, mle_control): choose another sampler" in message
+    message = error_of("buffer.sampler=prioritized", *overrides)
+    assert "no stage draws any (pretrain, sequencematch, mle_control): choose another sampler" in message
 
 
 def test_rollouts_are_not_needed_without_a_stage_that_draws_them() -> None:
@@ -222,7 +222,7 @@ ADVERSARIAL = ["stages.sequencematch.objective={name: adversarial_js, discrimina
         ("stages.sequencematch.rollout_batch_size=1", ["'sequencematch'", "set rollout_batch_size to 2 or more"]),
         ("stages.sequencematch.steps=50", ["warmup_steps=50 would never train", "steps=50"]),
         ("actors.rollout.top_p=0.9", ["actors.rollout.top_p=0.9", "set it to 1"]),
-        ("buffer.sampler=prioritised", ["choose another sampler"]),
+        ("buffer.sampler=prioritized", ["choose another sampler"]),
         ("learner.num_ranks=2", ["learner.num_ranks=2", "set learner.num_ranks=1 or discriminator.body=policy"]),
         ("actors.count=0", ["needs rollouts"]),
         ("stages.sequencematch.objective.discriminator.boddy=own", ["did you mean 'body'?"]),
@@ -244,8 +244,8 @@ def test_a_discriminator_may_read_a_policy_of_several_ranks_and_copies_no_body_i
 @pytest.mark.parametrize(
     "setting",
     [
-        "stages.trunk.optimizer.learning_rate={}",
-        "stages.trunk.optimizer.betas=[0.9, {}]",
+        "stages.pretrain.optimizer.learning_rate={}",
+        "stages.pretrain.optimizer.betas=[0.9, {}]",
         "stages.sequencematch.objective.alpha={}",
         "noise.rate={}",
         "model.initializer_range={}",
@@ -271,12 +271,12 @@ TEXT = Path("launch/recipes/text_cpu.yaml")
 @pytest.mark.parametrize(
     ("recipe", "overrides", "expected"),
     [
-        (TEXT, [], ["behaviour_cloning"]),
+        (TEXT, [], ["behavior_cloning"]),
         (TEXT, ["noise.kind=none"], []),
-        (TEXT, ["noise.kind=policy"], ["behaviour_cloning"]),
-        (TEXT, ["stages.behaviour_cloning.objective={name: mle}"], ["sequencematch"]),
-        (ARITHMETIC, [], ["sequencematch"]),  # its control starts from the trunk and shows none
-        (ARITHMETIC, ["stages.mle_control.objective={name: behaviour_cloning}"], ["sequencematch", "mle_control"]),
+        (TEXT, ["noise.kind=policy"], ["behavior_cloning"]),
+        (TEXT, ["stages.behavior_cloning.objective={name: mle}"], ["sequencematch"]),
+        (ARITHMETIC, [], ["sequencematch"]),  # its control starts from the pretrain and shows none
+        (ARITHMETIC, ["stages.mle_control.objective={name: behavior_cloning}"], ["sequencematch", "mle_control"]),
     ],
 )
 def test_the_first_stage_of_each_line_that_shows_any(recipe: Path, overrides: list[str], expected: list[str]) -> None:

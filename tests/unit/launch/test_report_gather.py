@@ -35,7 +35,7 @@ def write_lines(run: Path, rows: list[dict[str, object]], rest: str = "") -> Non
 
 def gathered(folder: Path) -> Report:
     """A run that has made a step, with the log that is there."""
-    write_metrics(folder, {"trunk": 1})
+    write_metrics(folder, {"pretrain": 1})
     return gather(folder)
 
 
@@ -134,13 +134,13 @@ def test_a_failure_is_quoted_and_a_torn_line_left_out(tmp_path: Path) -> None:
 
 def test_stages_of_the_same_start_are_drawn_together(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
-    write_metrics(run, {"trunk": 5})
+    write_metrics(run, {"pretrain": 5})
     page = render(gather(run))
-    assert "<summary>trunk</summary>" in page
+    assert "<summary>pretrain</summary>" in page
     assert "Under way, or killed" in page
     write_metrics(run)
     page = render(gather(run))
-    assert page.index("<summary>trunk</summary>") < page.index("<summary>sequencematch, mle_control</summary>")
+    assert page.index("<summary>pretrain</summary>") < page.index("<summary>sequencematch, mle_control</summary>")
     assert '<span class="badge finished">finished</span>' in page, "every stage has made all of its steps"
 
 

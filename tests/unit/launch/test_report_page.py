@@ -121,7 +121,7 @@ def test_what_cannot_be_reported_is_said_in_one_line(tmp_path: Path) -> None:
     assert "is not a run folder: it has no config.yaml" in refusal(str(tmp_path))
     run = new_run(tmp_path / "run")
     assert "has no data yet" in refusal(str(run))
-    write_metrics(run, {"trunk": 1})
+    write_metrics(run, {"pretrain": 1})
     no_folder = run / "config.yaml"
     assert f"folder {no_folder} cannot be written" in refusal(str(run), "--output", str(no_folder / "page.html"))
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_reported_is_said_in_one_line(tmp_path: Path) -> None:
 def test_numbers_have_three_digits_and_differences_signs_and_units() -> None:
     numbers = [document.number(value) for value in (0.0, 0.12345, -1.5, 1234.5, 3e-7)]
     assert numbers == ["0", "0.123", f"{MINUS}1.50", "1,234", f"3.00e{MINUS}07"]
-    share = MetricInfo("share", is_share=True)
+    share = MetricInfo("share", is_fraction=True)
     assert document.change(Interval(0.756, 0.7, 0.8), share) == "+75.6 points"
     assert document.change(Interval(-0.01, None, None), share) == f"{MINUS}1.0 points"
     assert document.interval_ends(Interval(0.5, 0.4, 0.6), share) == "40.0 to 60.0"

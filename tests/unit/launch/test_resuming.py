@@ -47,13 +47,13 @@ def test_every_setting_is_decided() -> None:
     assert undecided == [], "decide in launch/run_folder/resuming.py whether these may change when a run is resumed"
 
 
-BEGUN = {"trunk": 600}
-"""Of the recipe's stages the trunk is finished; the others have no step."""
+BEGUN = {"pretrain": 600}
+"""Of the recipe's stages the pretrain is finished; the others have no step."""
 
 
 def refusal(steps_taken: dict[str, int], *overrides: str) -> str:
-    trunk = f"stages.trunk.steps={BEGUN['trunk']}"
-    before, after = read_recipe(RECIPE, [trunk]), read_recipe(RECIPE, [trunk, *overrides])
+    pretrain = f"stages.pretrain.steps={BEGUN['pretrain']}"
+    before, after = read_recipe(RECIPE, [pretrain]), read_recipe(RECIPE, [pretrain, *overrides])
     changes = changes_between(before, after)
     assert len(changes) == len(overrides)
     try:
@@ -70,7 +70,7 @@ def refusal(steps_taken: dict[str, int], *overrides: str) -> str:
         "buffer.capacity=4096",
         "learner.checkpoint_dir=/elsewhere",
         "trackers=[]",
-        "stages.trunk.steps=700",
+        "stages.pretrain.steps=700",
         "stages.sequencematch.objective.alpha=0.3",
         "stages.sequencematch.batch_size=3",
     ],
@@ -81,7 +81,7 @@ def test_what_shaped_no_step_may_change(override: str) -> None:
 
 def test_a_start_that_is_said_otherwise_is_no_change() -> None:
     implied = read_recipe(RECIPE, ["stages.sequencematch.start_from=null"])
-    assert changes_between(implied, read_recipe(RECIPE, ["stages.sequencematch.start_from=trunk"])) == []
+    assert changes_between(implied, read_recipe(RECIPE, ["stages.sequencematch.start_from=pretrain"])) == []
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_a_start_that_is_said_otherwise_is_no_change() -> None:
         ("runs_folder=/elsewhere", "move its folder instead"),
         ("model.num_layers=1", "hold the model as it was begun"),
         ("buffer.archive=/elsewhere", "lie there"),
-        ("stages.trunk.steps=500", "has taken 600 steps"),
-        ("stages.trunk.batch_size=3", "raise stages.trunk.steps"),
+        ("stages.pretrain.steps=500", "has taken 600 steps"),
+        ("stages.pretrain.batch_size=3", "raise stages.pretrain.steps"),
     ],
 )
 def test_what_shaped_the_steps_may_not(override: str, why: str) -> None:
@@ -104,16 +104,16 @@ def test_what_shaped_the_steps_may_not(override: str, why: str) -> None:
 
 def test_the_objective_of_a_stage_stays_once_it_has_begun() -> None:
     before = read_recipe(RECIPE)
-    after = read_recipe(RECIPE, ["stages.trunk.objective={name: unlikelihood}"])
+    after = read_recipe(RECIPE, ["stages.pretrain.objective={name: unlikelihood}"])
     changes = changes_between(before, after)
     check_changes(changes, after, {})
     for steps, why in ((after.stages[0].steps, "nothing would come"), (3, "taken with it")):
         with pytest.raises(UserError, match=rf"objective\.name: .* -> unlikelihood .*{why}"):
-            check_changes(changes, after, {"trunk": steps})
+            check_changes(changes, after, {"pretrain": steps})
 
 
 def test_a_stage_that_others_have_begun_from_gets_no_more_steps() -> None:
-    assert "stage sequencematch has begun" in refusal(BEGUN | {"sequencematch": 0}, "stages.trunk.steps=700")
+    assert "stage sequencematch has begun" in refusal(BEGUN | {"sequencematch": 0}, "stages.pretrain.steps=700")
 
 
 def test_a_stage_may_leave_as_long_as_it_has_not_begun() -> None:

@@ -15,12 +15,12 @@ TOKENIZER = character_tokenizer("0123456789?")
 CONTRACT = token_contract(TOKENIZER, 3)
 
 
-def ids_of(log: str) -> list[int]:
+def ids_of(trajectory: str) -> list[int]:
     special = {"<": CONTRACT.backspace_id, ".": CONTRACT.eos_id}
-    return [special[c] if c in special else TOKENIZER.convert_tokens_to_ids(c) for c in log]
+    return [special[c] if c in special else TOKENIZER.convert_tokens_to_ids(c) for c in trajectory]
 
 
-def batch_of(prompt: list[int], actions: list[int], realised: list[int | None] | None = None) -> pa.RecordBatch:
+def batch_of(prompt: list[int], actions: list[int], executed: list[int | None] | None = None) -> pa.RecordBatch:
     int_list = pa.list_(pa.int32())
     finish = "eos" if actions[-1:] == [CONTRACT.eos_id] else "max_actions"
     # The rollout is the second row: views must look at their own row alone.
@@ -28,15 +28,15 @@ def batch_of(prompt: list[int], actions: list[int], realised: list[int | None] |
         {
             "prompt_ids": pa.array([[5], prompt], int_list),
             "actions": pa.array([[7, 3, CONTRACT.eos_id], actions], int_list),
-            "realised": pa.array([[8, None, None], realised], int_list),
+            "executed": pa.array([[8, None, None], executed], int_list),
             "finish_reason": ["eos", finish],
         }
     )
 
 
-def plain(log: str, realised: str | None = None, num_planted: int = 0) -> str:
-    other = None if realised is None else [None if c == "_" else ids_of(c)[0] for c in realised]
-    return view_rollout(batch_of(ids_of("1?"), ids_of(log), other), 1, TOKENIZER, CONTRACT, num_planted).plain()
+def plain(trajectory: str, executed: str | None = None, num_forced: int = 0) -> str:
+    other = None if executed is None else [None if c == "_" else ids_of(c)[0] for c in executed]
+    return view_rollout(batch_of(ids_of("1?"), ids_of(trajectory), other), 1, TOKENIZER, CONTRACT, num_forced).plain()
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def plain(log: str, realised: str | None = None, num_planted: int = 0) -> str:
         ("", "…"),
     ],
 )
-def test_plain_marks(log: str, expected: str) -> None:
-    assert plain(log) == expected
+def test_plain_marks(trajectory: str, expected: str) -> None:
+    assert plain(trajectory) == expected
 
 
 def test_planted_and_noise_tokens_are_marked() -> None:
-    assert plain("7<16.", num_planted=1) == "[-{7}-]16"
-    assert plain("716.", num_planted=1) == "{7}16"
+    assert plain("7<16.", num_forced=1) == "[-{7}-]16"
+    assert plain("716.", num_forced=1) == "{7}16"
     # Noise: the label of the first action is 1, the environment wrote 7.
     assert plain("1<16.", "7____") == "[-{7}-]16"
     # Noise before <eos>: its label ends nothing.
@@ -67,7 +67,7 @@ def test_planted_and_noise_tokens_are_marked() -> None:
 
 
 def test_rich_styles() -> None:
-    view = view_rollout(batch_of(ids_of("1?"), ids_of("78<<16")), 1, TOKENIZER, CONTRACT, num_planted=1)
+    view = view_rollout(batch_of(ids_of("1?"), ids_of("78<<16")), 1, TOKENIZER, CONTRACT, num_forced=1)
     text = view.rich()
     assert text.plain == "1?│7816…"
     styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}

@@ -26,14 +26,14 @@ def settings_with(*overrides: str) -> RunSettings:
 @pytest.mark.parametrize("place", ["null", "memory://runs", "{tmp_path}/elsewhere"])
 def test_stages_are_done_and_versions_known_wherever_checkpoints_are(tmp_path, place):
     place = place.format(tmp_path=tmp_path)
-    settings, folder = settings_with(f"learner.checkpoint_dir={place}", "stages.trunk.steps=3"), tmp_path / "run"
+    settings, folder = settings_with(f"learner.checkpoint_dir={place}", "stages.pretrain.steps=3"), tmp_path / "run"
     assert finished_stages(settings, folder) == {}
     assert newest_published(settings, folder, CONTRACT) == -1
-    write_progress(settings, folder, progress_at(3, stage="trunk", stage_steps=3, policy_version=-1))
+    write_progress(settings, folder, progress_at(3, stage="pretrain", stage_steps=3, policy_version=-1))
     write_progress(settings, folder, progress_at(8, stage="sequencematch", stage_steps=20, policy_version=6))
     write_progress(settings, folder, progress_at(9, stage="sequencematch", stage_steps=20, policy_version=7))
     (result,) = finished_stages(settings, folder).values()
-    assert (result.stage, result.step, result.finished) == ("trunk", 3, True)
+    assert (result.stage, result.step, result.finished) == ("pretrain", 3, True)
     assert newest_published(settings, folder, CONTRACT) == 7
     assert final_checkpoint(settings, folder, "sequencematch").name == "step-000009"
 
@@ -42,14 +42,14 @@ def test_checkpoints_of_other_tokens_are_refused_before_a_run_starts(tmp_path):
     settings = settings_with()
     write_progress(settings, tmp_path, progress_at(3))
     other = replace(CONTRACT, tokenizer_hash="other")
-    with pytest.raises(UserError, match=r"trunk/step-000003 was trained with other tokens .* or start a new run"):
+    with pytest.raises(UserError, match=r"pretrain/step-000003 was trained with other tokens .* or start a new run"):
         newest_published(settings, tmp_path, other)
 
 
 def test_a_damaged_checkpoint_is_refused_before_a_run_starts(tmp_path):
     settings = settings_with()
     write_progress(settings, tmp_path, progress_at(3))
-    (tmp_path / "checkpoints/trunk/step-000003" / PROGRESS_FILE).write_text("{")
+    (tmp_path / "checkpoints/pretrain/step-000003" / PROGRESS_FILE).write_text("{")
     with pytest.raises(UserError, match="step-000003 is not a training checkpoint"):
         finished_stages(settings, tmp_path)
 

@@ -148,7 +148,7 @@ def test_everything_is_printed_on_any_terminal(encoding: str) -> None:
     )
     assert (done.returncode, done.stderr.decode(encoding)) == (0, "\u2713\n" if encoding == "utf-8" else "?\n")
     output = done.stdout.decode(encoding)
-    assert "trunk" in output
+    assert "pretrain" in output
     assert ("caf\u00e9" if encoding != "ascii" else "caf?") in output
 
 
@@ -171,7 +171,7 @@ def test_files_are_read_as_utf8_in_any_locale(encoding: str) -> None:
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
-    checkpoint = new_run(tmp_path / "run") / "checkpoints" / "trunk" / "step-000001"
+    checkpoint = new_run(tmp_path / "run") / "checkpoints" / "pretrain" / "step-000001"
     checkpoint.mkdir(parents=True)
     result = CliRunner().invoke(app, ["evaluate", "--examples=2", str(checkpoint), "--output=/proc/nothing"])
     assert result.exit_code == 2

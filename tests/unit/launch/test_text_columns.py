@@ -37,7 +37,7 @@ LOGS = [
     log("plain", "1 ?", "16$"),
     log("edited", "2 ?", "17<6$"),
     log("all gone", "3 ?", "17<<"),
-    log("noise", "4 ?", "15<6$", realised=[None, ids("9")[0], None, None, None]),
+    log("noise", "4 ?", "15<6$", executed=[None, ids("9")[0], None, None, None]),
     log("empty", "5 ?", ""),
     log("control", "\n?", "1\x1b\n"),
 ]
@@ -94,7 +94,7 @@ def test_text_is_decoded_only_for_a_query_that_names_it():
 def test_a_run_without_the_right_tokenizer_says_so(tmp_path):
     with pytest.raises(ValueError, match="holds no tokenizer, neither in tokenizer/ nor in a checkpoint"):
         load_run_tokenizer(tmp_path, CONTRACT)
-    TOKENIZER.save_pretrained(tmp_path / "checkpoints" / "trunk" / "step-000010")
+    TOKENIZER.save_pretrained(tmp_path / "checkpoints" / "pretrain" / "step-000010")
     assert load_run_tokenizer(tmp_path, CONTRACT).get_vocab() == TOKENIZER.get_vocab()
     save_run_tokenizer(TOKENIZER, tmp_path)
     assert load_run_tokenizer(tmp_path, CONTRACT).get_vocab() == TOKENIZER.get_vocab()

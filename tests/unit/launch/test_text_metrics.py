@@ -44,7 +44,7 @@ def batch_of(logs: list[list[int]], reasons: list[str]) -> ReplayedRollouts:
         {
             "prompt_ids": pa.array([[9]] * len(logs), int_list),
             "actions": pa.array(logs, int_list),
-            "realised": pa.array([None] * len(logs), int_list),
+            "executed": pa.array([None] * len(logs), int_list),
             "finish_reason": reasons,
         }
     )
@@ -77,9 +77,9 @@ def test_texts_with_forced_tokens_are_recovered_when_all_of_those_are_gone() -> 
     reasons = ["eos"] * len(logs)
     one = text_metrics(batch_of(logs, reasons), num_forced=1)
     assert (one["recovery"].value, one["recovery"].count) == (3 / 4, len(logs))
-    assert one["planted_taken_back"].value == 3 / 4
+    assert one["forced_tokens_deleted"].value == 3 / 4
     two = text_metrics(batch_of(logs[1:3], reasons[1:3]), num_forced=2)
-    assert (two["recovery"].value, two["planted_taken_back"].value) == (1 / 2, 3 / 4)
+    assert (two["recovery"].value, two["forced_tokens_deleted"].value) == (1 / 2, 3 / 4)
     with pytest.raises(ValueError, match="a rollout is shorter than the 5 tokens"):
         text_metrics(batch_of(logs, reasons), 5)
     assert "recovery" not in text_metrics(batch_of(logs, reasons))

@@ -152,8 +152,8 @@ def test_what_cannot_change_is_refused_by_name_however_it_was_changed(finished: 
 
 
 def test_more_steps_are_taken_or_refused_aloud(finished: Path) -> None:
-    trunk = resume(finished, "stages.trunk.steps=10000")
-    assert (trunk.exit_code, "stage sequencematch has begun with the weights" in trunk.stderr) == (2, True)
+    pretrain = resume(finished, "stages.pretrain.steps=10000")
+    assert (pretrain.exit_code, "stage sequencematch has begun with the weights" in pretrain.stderr) == (2, True)
     fewer = resume(finished, "stages.mle_control.steps=3")
     assert (fewer.exit_code, "the stage has taken 400 steps" in fewer.stderr) == (2, True)
     idle = resume(finished, "stages.mle_control.optimizer.learning_rate=1e-4")
@@ -197,7 +197,7 @@ def test_checkpoints_elsewhere_are_found_from_every_folder_and_under_every_name(
     assert (result.exit_code, "is finished" in result.stdout) == (0, True)
     assert len(list((tmp_path / "kept").glob("mine-*/*/step-*"))) == 3
     settings = read_recipe(recipe, [f"runs_folder={tmp_path}/others", f"learner.checkpoint_dir={tmp_path}/kept"])
-    other = stage_checkpoints(settings, create_run_folder(settings, "mine"))["trunk"].location(1)
+    other = stage_checkpoints(settings, create_run_folder(settings, "mine"))["pretrain"].location(1)
     assert not Path(other).parents[1].exists(), "a run of the same name below another folder has its own"
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from learner.model.loading import checkpoint_activations
 from learner.state_tree.policy import TreePolicy
 from tests.unit.learner.test_state_tree import BACKSPACE, HARD, SIZES, build, tiny
-from tests.unit.learner.test_tree_attention import KINDS, grown_logs
+from tests.unit.learner.test_tree_attention import KINDS, grown_trajectories
 
 
 class MatrixProducts(TorchDispatchMode):
@@ -51,7 +51,7 @@ def test_values_and_gradients_are_the_same_bit_for_bit(kind):
 
 def test_less_memory_at_the_peak():
     """8 layers: their activations are most of what is held."""
-    tree = build(grown_logs(6, 7))
+    tree = build(grown_trajectories(6, 7))
     peaks = []
     for saves in (False, True):
         torch.manual_seed(0)

@@ -27,7 +27,7 @@ from tests.training import (
     train,
     weights_of,
 )
-from tests.unit.learner.test_adversarial_js import objective_of, policy_logs
+from tests.unit.learner.test_adversarial_js import objective_of, policy_trajectories
 from tests.unit.learner.test_score_functions import MAX_ACTIONS
 from tests.unit.learner.test_state_tree import BACKSPACE, HARD, build, tiny
 
@@ -36,18 +36,18 @@ ADVERSARIAL = {"name": "adversarial_js", "discriminator": {"warmup_steps": 1}}
 
 @pytest.mark.parametrize("logs", [HARD, HARD[::-1]], ids=["in order", "reversed"])
 @pytest.mark.parametrize("body", ["policy", "own"])
-def test_it_reads_the_last_text_of_each_log(body, logs):
+def test_it_reads_the_last_text_of_each_log(body, trajectories):
     """As its network says of each token after the text before it, run alone; the policy gets no gradient from that."""
     model = tiny("llama").double()
-    policy, tree, objective = TreePolicy(model, BACKSPACE), build(logs), objective_of(body)
+    policy, tree, objective = TreePolicy(model, BACKSPACE), build(trajectories), objective_of(body)
     found = objective.evaluate(policy, tree, counts_of(tree), 0).values.measured
     network = objective._discriminator
     reader = model.base_model if body == "policy" else network.body
     table = model.lm_head.weight if body == "policy" else network.body.embed_tokens.weight
-    for log, score in zip(logs, found, strict=True):
-        text = states(log, BACKSPACE)[-1]
+    for trajectory, score in zip(trajectories, found, strict=True):
+        text = states(trajectory, BACKSPACE)[-1]
         expected = torch.zeros((), dtype=torch.float64)
-        for length in range(len(log.prompt), len(text)):
+        for length in range(len(trajectory.prompt), len(text)):
             hidden = reader(input_ids=torch.tensor([text[:length]]), use_cache=False).last_hidden_state[0, -1]
             expected = expected + network(torch.stack([hidden, table[text[length]]])[None])[0]
         torch.testing.assert_close(score, expected)
@@ -59,7 +59,7 @@ def test_it_reads_the_last_text_of_each_log(body, logs):
 
 def test_at_first_the_discriminator_learns_alone():
     model, objective = tiny("gpt2"), objective_of(warmup_steps=3)
-    policy, tree = TreePolicy(model, BACKSPACE), build(policy_logs(HARD))
+    policy, tree = TreePolicy(model, BACKSPACE), build(policy_trajectories(HARD))
     counts = counts_of(tree)
     objective.prepare(policy, [tree], counts, 0)
     for step, moves in ((0, False), (2, False), (3, True)):
@@ -74,7 +74,7 @@ def test_a_body_of_its_own_leaves_the_policys_alone(recomputed):
     model = tiny("llama")
     if recomputed:
         checkpoint_activations(model)
-    policy, tree, objective = TreePolicy(model, BACKSPACE), build(policy_logs(HARD)), objective_of("own")
+    policy, tree, objective = TreePolicy(model, BACKSPACE), build(policy_trajectories(HARD)), objective_of("own")
     before, counts = weights_of(model), counts_of(tree)
     objective.prepare(policy, [tree], counts, 0)
     first = objective.evaluate(policy, tree, counts, 0)
@@ -173,7 +173,7 @@ class OwnRollouts:
         return pa.RecordBatch.from_pylist(rows, schema=HandMadeRollouts(self.task).draw(1).schema)
 
 
-def answer_shares(task: Task, model: PreTrainedModel, answers: str) -> list[float]:
+def answer_fractions(task: Task, model: PreTrainedModel, answers: str) -> list[float]:
     """Probability of each first token."""
     with torch.no_grad():
         logits = model(torch.tensor([list(task.train["prompt_ids"][0])])).logits[0, -1]
@@ -190,15 +190,15 @@ def answer_shares(task: Task, model: PreTrainedModel, answers: str) -> list[floa
     ],
 )
 def test_the_policy_learns_the_proportions_of_the_data(task, pi, body, steps, learning_rates):
-    """From three answers alike, towards 7 in three cases of four and 3 in the other; not the most frequent alone.
+    """From three answers alike, toward 7 in three cases of four and 3 in the other; not the most frequent alone.
 
     So few steps go about half of the way, and how far depends on how a processor rounds.
     """
     model = make_model(task)
     quick = {"learning_rate": 5e-3, "warmup_steps": 3, "schedule": "constant"}
-    trunk = make_stage({"name": "mle"}, 40, batch_size=9, optimizer=quick)
-    train(make_trainer(task, model, trunk, Answers(task, "735")), 40)
-    assert answer_shares(task, model, "735") == pytest.approx([1 / 3] * 3, abs=0.05)
+    pretrain = make_stage({"name": "mle"}, 40, batch_size=9, optimizer=quick)
+    train(make_trainer(task, model, pretrain, Answers(task, "735")), 40)
+    assert answer_fractions(task, model, "735") == pytest.approx([1 / 3] * 3, abs=0.05)
     discriminator = {"body": body, "learning_rate": learning_rates[1], "warmup_steps": steps // 6}
     stage = make_stage(
         {"name": "adversarial_js", "pi": pi, "discriminator": discriminator},
@@ -208,7 +208,7 @@ def test_the_policy_learns_the_proportions_of_the_data(task, pi, body, steps, le
         optimizer={"learning_rate": learning_rates[0], "warmup_steps": 0},
     )
     metrics = train(make_trainer(task, model, stage, Answers(task, "7773"), OwnRollouts(task, model)), steps)
-    seven, three, five = answer_shares(task, model, "735")
+    seven, three, five = answer_fractions(task, model, "735")
     assert seven > 0.45
     assert 0.15 < three < 0.4
     assert five < 0.2

@@ -126,9 +126,9 @@ def test_own_mistakes_are_what_the_model_would_write(pretrained: PretrainedModel
             logits = loaded.model(torch.from_numpy(prefix).long()[None]).logits[0, -1]
         logits[loaded.backspace_id] = -torch.inf
         certain.append(int(logits.argmax()))
-    expected = plan.realise(planned, np.array(certain, dtype=np.int32))
+    expected = plan.execute(planned, np.array(certain, dtype=np.int32))
     assert len(certain) > 30
-    for column in ("actions", "realised", "id"):
+    for column in ("actions", "executed", "id"):
         assert batch.column(column) == expected.column(column)
 
 

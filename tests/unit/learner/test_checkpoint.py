@@ -53,7 +53,7 @@ def test_a_checkpoint_is_a_hugging_face_model_with_its_tokenizer(save, model):
     assert_bit_identical(loaded.state_dict(), model.state_dict())
     assert AutoTokenizer.from_pretrained(path).get_vocab() == TOKENIZER.get_vocab()
     card = (path / "README.md").read_text(encoding="utf-8")
-    assert "| stage | `trunk`, step 7 of 40 |" in card
+    assert "| stage | `pretrain`, step 7 of 40 |" in card
     assert f"id {model.config.backspace_token_id}" in card
 
 
@@ -91,7 +91,7 @@ def test_training_state_is_read_without_running_code(save):
         read_training_state(path)
 
 
-@pytest.mark.parametrize("text", [None, "", "[1]", '{"stage": "trunk"}', '{"contract": {}, "other": 1}'])
+@pytest.mark.parametrize("text", [None, "", "[1]", '{"stage": "pretrain"}', '{"contract": {}, "other": 1}'])
 def test_what_is_no_progress_is_refused_with_its_place(save, text):
     path = save(7)
     (path / "progress.json").unlink()

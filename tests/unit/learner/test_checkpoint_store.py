@@ -52,7 +52,7 @@ def opened(request, tmp_path) -> Callable[[], CheckpointStore]:
     if storage.exists("/bucket"):
         storage.rm("/bucket", recursive=True)
     url = None if request.param == "local" else URL
-    return lambda: open_checkpoints(url, tmp_path / "run", "trunk")
+    return lambda: open_checkpoints(url, tmp_path / "run", "pretrain")
 
 
 def test_checkpoints_are_written_listed_read_and_removed(opened):
@@ -180,7 +180,7 @@ def test_a_kill_at_any_moment_leaves_a_complete_newest_checkpoint_in_storage(tmp
     storage = fsspec.filesystem("memory")
     if storage.exists("/bucket"):
         storage.rm("/bucket", recursive=True)
-    check_kill(lambda: RemoteCheckpoints(f"{URL}/run/trunk", tmp_path), monkeypatch, moment)
+    check_kill(lambda: RemoteCheckpoints(f"{URL}/run/pretrain", tmp_path), monkeypatch, moment)
     (name,) = {path.split("/")[5] for path in storage.find("/bucket")}
     assert name in ("step-000008", "step-000009")
 

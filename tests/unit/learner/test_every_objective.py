@@ -32,7 +32,7 @@ def objective(request) -> Objective:
 def shares_of(
     objective: Objective, policy: TreePolicy, experts: list[TreeBatch], rollouts: list[TreeBatch]
 ) -> list[tuple[Tensor, Metrics]]:
-    """Losses and metrics of the passes of a step, with the counts of the whole logs."""
+    """Losses and metrics of the passes of a step, with the counts of the whole trajectories."""
     data_counts, counts = counts_of(build(EXPERT_LOGS)), counts_of(build(ROLLOUT_LOGS))
     needs, shares = objective.settings, []
     if needs.needs_experts:
@@ -61,11 +61,15 @@ def test_every_objective_of_the_registry_is_here():
 
 @pytest.mark.parametrize("objective", [case for case in OBJECTIVES if case != "scheduled_sampling"], indirect=True)
 def test_a_step_is_the_same_however_it_is_cut(objective, policy):
-    """One tree, or one for each log: losses, metrics and gradients add up. What scheduled sampling draws depends on
+    """One tree, or one for each trajectory: losses, metrics and gradients add up. What scheduled sampling draws
+    depends on
     what is in a tree."""
     results = []
     for parts in (1, 2, 8):
-        trees = [[build(logs[n::parts]) for n in range(min(parts, len(logs)))] for logs in (EXPERT_LOGS, ROLLOUT_LOGS)]
+        trees = [
+            [build(trajectories[n::parts]) for n in range(min(parts, len(trajectories)))]
+            for trajectories in (EXPERT_LOGS, ROLLOUT_LOGS)
+        ]
         if objective.settings.needs_rollouts:
             objective.prepare(policy, trees[1], counts_of(*trees[1]), 0)
         shares = shares_of(objective, policy, *trees)

@@ -38,7 +38,7 @@ def documented() -> list[str]:
 
 
 def test_the_table_names_every_metric_once(task):
-    objectives = [CLONING, MATCHING, MATCHING | {"divergence": "js", "estimator": "printed"}]
+    objectives = [CLONING, MATCHING, MATCHING | {"divergence": "js", "estimator": "paper"}]
     objectives += [{"name": name} for name in ("unlikelihood", "emo", "scheduled_sampling", "adversarial_js")]
     found: set[str] = set()
     for objective in objectives:

@@ -21,13 +21,13 @@ def rows(folder):
 def test_a_line_per_step_can_be_read_at_once(tmp_path):
     started = time.time()
     with MetricsLog(tmp_path) as log:
-        log.write("trunk", 1, {"loss": 1.23456789, "tiny": 1.23456789e-12, "whole": 3})
+        log.write("pretrain", 1, {"loss": 1.23456789, "tiny": 1.23456789e-12, "whole": 3})
         assert len(rows(tmp_path)) == 1
         log.write("arm", 1, {"loss": 0.5})
     first, second = rows(tmp_path)
     assert int(started) <= first["time"] <= time.time() + 1.0  # rounded to milliseconds
     assert {name: first[name] for name in first if name != "time"} == {
-        "stage": "trunk",
+        "stage": "pretrain",
         "step": 1,
         "loss": 1.23457,  # six digits are enough for a curve
         "tiny": 1.23457e-12,
@@ -39,15 +39,15 @@ def test_a_line_per_step_can_be_read_at_once(tmp_path):
 def test_tensorboard_holds_the_same_numbers_by_stage(tmp_path):
     with MetricsLog(tmp_path) as log:
         for step in (1, 2):
-            log.write("trunk", step, {"loss": 1.0 / step})
+            log.write("pretrain", step, {"loss": 1.0 / step})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert events.Tags()["scalars"] == ["trunk/loss"]
-    assert [(event.step, event.value) for event in events.Scalars("trunk/loss")] == [(1, 1.0), (2, 0.5)]
+    assert events.Tags()["scalars"] == ["pretrain/loss"]
+    assert [(event.step, event.value) for event in events.Scalars("pretrain/loss")] == [(1, 1.0), (2, 0.5)]
 
 
 def test_numbers_that_are_not_finite_keep_the_file_standard_json(tmp_path):
     with MetricsLog(tmp_path) as log:
-        log.write("trunk", 1, {"nan": math.nan, "inf": math.inf, "loss": 1.0})
+        log.write("pretrain", 1, {"nan": math.nan, "inf": math.inf, "loss": 1.0})
     line = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
 
     def refuse(constant):
@@ -59,11 +59,11 @@ def test_numbers_that_are_not_finite_keep_the_file_standard_json(tmp_path):
 
 def test_a_line_cut_off_by_a_crash_does_not_spoil_the_next(tmp_path):
     with MetricsLog(tmp_path) as log:
-        log.write("trunk", 1, {"loss": 1.0})
+        log.write("pretrain", 1, {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"time": 1.0, "stage": "tru')
     with MetricsLog(tmp_path) as log:
-        log.write("trunk", 2, {"loss": 2.0})
+        log.write("pretrain", 2, {"loss": 2.0})
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
 
 
@@ -73,7 +73,7 @@ def test_a_killed_process_leaves_every_step_that_it_wrote(tmp_path):
         try:
             log = MetricsLog(tmp_path)
             for step in range(3):
-                log.write("trunk", step, {"loss": 1.0})
+                log.write("pretrain", step, {"loss": 1.0})
             os.kill(os.getpid(), signal.SIGKILL)
         finally:  # a failure must not go on as a second pytest
             os._exit(1)
@@ -86,7 +86,7 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
     with MetricsLog(tmp_path, ()) as log:
         os.dup2(full, log._file.fileno())
         with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
-            log.write("trunk", 1, {"loss": 1.0})
+            log.write("pretrain", 1, {"loss": 1.0})
     os.close(full)
 
 
@@ -95,7 +95,7 @@ def full_from_now_on(log, tmp_path):
     (events,) = (tmp_path / "tensorboard").iterdir()
     events.unlink()
     events.symlink_to("/dev/full")
-    log.write("trunk", 1, {"loss": 1.0})
+    log.write("pretrain", 1, {"loss": 1.0})
     return log
 
 

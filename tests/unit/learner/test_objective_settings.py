@@ -16,7 +16,7 @@ SEVEN = {"feature": "seven"}
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "sequencematch", "divergence": "chi2", "mixture_coefficient": 1.0}, "no effect"),
+        ({"name": "sequencematch", "divergence": "chi2", "mixture_scale": 1.0}, "no effect"),
         ({"name": "sequencematch", "divergence": "tv"}, r"exactly maximum likelihood \(choose divergence=mle\)"),
         ({"name": "sequencematch", "divergence": "mle", "estimator": "uniform"}, "V would grow without end"),
         ({"name": "sequencematch", "divergence": "reverse_kl", "domain_policy": "stop"}, "domain_policy has no effect"),
@@ -64,10 +64,10 @@ GDC = [
         (["actors.count=0"], "stage 'sequencematch' needs rollouts, but actors.count is 0"),
         (["scoring.reward=null"], "objective reinforce raises a reward, and the recipe has none: set scoring.reward"),
         (["actors.rollout.top_p=0.9"], "actors.rollout.top_p=0.9 the sampler never makes most of them"),
-        (["buffer.sampler=prioritised"], "reinforce is an expectation over rollouts"),
+        (["buffer.sampler=prioritized"], "reinforce is an expectation over rollouts"),
         (
-            ["actors.rollout.backspace=false", "stages.trunk.objective={name: behaviour_cloning}"],
-            "stage 'trunk': objective behaviour_cloning teaches to take noise back, and actors.rollout.backspace is",
+            ["actors.rollout.backspace=false", "stages.pretrain.objective={name: behavior_cloning}"],
+            "stage 'pretrain': objective behavior_cloning teaches to take noise back, and actors.rollout.backspace is",
         ),
         (["stages.sequencematch.objective={name: kl_control, beta: 0}"], "objective.beta: Input should be greater"),
     ],

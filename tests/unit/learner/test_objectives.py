@@ -1,4 +1,4 @@
-"""Losses, gradients and metrics against the float64 oracle, on logs that reach every branch."""
+"""Losses, gradients and metrics against the float64 oracle, on trajectories that reach every branch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from learner.objectives import make_objective
-from learner.objectives.base import EvaluatedLogs, combine_metrics
+from learner.objectives.base import EvaluatedTrajectories, combine_metrics
 from learner.objectives.sequencematch import DIVERGENCES
 from learner.settings.objectives import (
     LikelihoodSettings,
@@ -37,13 +37,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def walks(model):
-    """Every log run alone, by its `id()`; gradients through them need `retain_graph`."""
-    return {id(log): walk(model, log, BACKSPACE) for log in [*DATA, *MODEL]}
+    """Every trajectory run alone, by its `id()`; gradients through them need `retain_graph`."""
+    return {id(trajectory): walk(model, trajectory, BACKSPACE) for trajectory in [*DATA, *MODEL]}
 
 
-def evaluate(model, logs, counts=None) -> EvaluatedLogs:
-    tree = build(logs)
-    return EvaluatedLogs(tree, TreePolicy(model, BACKSPACE).evaluate(tree), counts or counts_of(tree))
+def evaluate(model, trajectories, counts=None) -> EvaluatedTrajectories:
+    tree = build(trajectories)
+    return EvaluatedTrajectories(tree, TreePolicy(model, BACKSPACE).evaluate(tree), counts or counts_of(tree))
 
 
 def total_loss(objective, data, rollouts, step):
@@ -60,24 +60,26 @@ def gradients(loss, model, retain_graph=False):
 
 
 def settings(**changes) -> SequenceMatchSettings:
-    return SequenceMatchSettings(**({"alpha": ALPHA, "gamma": GAMMA, "beta_start": 0.0, "beta_end": 0.0} | changes))
+    return SequenceMatchSettings(
+        **({"alpha": ALPHA, "gamma": GAMMA, "bc_weight_start": 0.0, "bc_weight_end": 0.0} | changes)
+    )
 
 
-@pytest.mark.parametrize("name", ["mle", "behaviour_cloning"])
+@pytest.mark.parametrize("name", ["mle", "behavior_cloning"])
 def test_likelihood(model, name):
     objective = make_objective(LikelihoodSettings(name=name))
     assert (objective.settings.name, objective.settings.needs_rollouts) == (name, False)
     loss, metrics = total_loss(objective, evaluate(model, DATA), None, step=0)
-    expected = oracle.cross_entropy([walk(model, log, BACKSPACE) for log in DATA])
+    expected = oracle.cross_entropy([walk(model, trajectory, BACKSPACE) for trajectory in DATA])
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(loss, model), gradients(expected, model))
-    assert float(metrics["loss_behaviour_cloning"]) == pytest.approx(expected.item())
+    assert float(metrics["loss_behavior_cloning"]) == pytest.approx(expected.item())
     with pytest.raises(ValueError, match="takes no rollouts"):
         total_loss(objective, evaluate(model, DATA), evaluate(model, MODEL), step=0)
 
 
 def estimators(divergence: str) -> list[str]:
-    return ["collapsed", "printed"] + (["uniform"] if divergence != "mle" else [])
+    return ["collapsed", "paper"] + (["uniform"] if divergence != "mle" else [])
 
 
 CASES = [
@@ -88,14 +90,14 @@ CASES = [
 ]
 SUBSETS = {
     "all": DATA,
-    "eos": [log for log in DATA if log.finish_reason == "eos"],
-    "truncated": [log for log in DATA if log.finish_reason != "eos"],
-    **{f"log {i}": [log] for i, log in enumerate(DATA) if log.actions},
+    "eos": [trajectory for trajectory in DATA if trajectory.finish_reason == "eos"],
+    "truncated": [trajectory for trajectory in DATA if trajectory.finish_reason != "eos"],
+    **{f"log {i}": [trajectory] for i, trajectory in enumerate(DATA) if trajectory.actions},
 }
 
 
 def is_quick(subset: str, coefficient: float | None) -> bool:
-    """Single logs are worth their time with the default coefficient."""
+    """Single trajectories are worth their time with the default coefficient."""
     return not subset.startswith("log") or coefficient is None
 
 
@@ -104,18 +106,19 @@ def is_quick(subset: str, coefficient: float | None) -> bool:
     [(*case, subset) for case in CASES for subset in SUBSETS if is_quick(subset, case[2])],
 )
 def test_sequencematch_against_the_oracle(model, walks, divergence, estimator, coefficient, subset):
-    """All logs together, by how they end, and each data log alone, so that no branch hides behind another."""
-    data_logs = SUBSETS[subset]
-    objective = make_objective(settings(divergence=divergence, estimator=estimator, mixture_coefficient=coefficient))
+    """All trajectories together, by how they end, and each data trajectory alone, so that no branch hides behind
+    another."""
+    data_trajectories = SUBSETS[subset]
+    objective = make_objective(settings(divergence=divergence, estimator=estimator, mixture_scale=coefficient))
     default = 1 / (4 * ALPHA) if divergence == "chi2_mixture" else 0.0
-    data = evaluate(model, data_logs)
+    data = evaluate(model, data_trajectories)
     rollouts = evaluate(model, MODEL) if objective.settings.needs_rollouts else None
     loss, _ = total_loss(objective, data, rollouts, step=0)
     expected = oracle.sequencematch_loss(
         oracle.Terms(divergence, ALPHA, GAMMA, SequenceMatchSettings().domain_margin, uniform=estimator == "uniform"),
-        [walks[id(log)] for log in data_logs],
-        [walks[id(log)] for log in MODEL],
-        mixture_coefficient=default if coefficient is None else coefficient,
+        [walks[id(trajectory)] for trajectory in data_trajectories],
+        [walks[id(trajectory)] for trajectory in MODEL],
+        mixture_scale=default if coefficient is None else coefficient,
         shared_start=estimator == "collapsed",
     )
     torch.testing.assert_close(loss, expected)
@@ -124,18 +127,18 @@ def test_sequencematch_against_the_oracle(model, walks, divergence, estimator, c
 
 @pytest.mark.parametrize("divergence", list(DIVERGENCES))
 def test_printed_equals_collapsed_with_a_shared_start(model, divergence):
-    shared = [log for log in HARD if log.prompt == [1, 4]]
-    rollouts = [log for log in MODEL if log.prompt == [1, 4]]
-    assert {log.finish_reason for log in shared} == {"eos", "max_actions"}
+    shared = [trajectory for trajectory in HARD if trajectory.prompt == [1, 4]]
+    rollouts = [trajectory for trajectory in MODEL if trajectory.prompt == [1, 4]]
+    assert {trajectory.finish_reason for trajectory in shared} == {"eos", "max_actions"}
     data, sampled = evaluate(model, shared), evaluate(model, rollouts)
     losses = {}
-    for estimator in ("printed", "collapsed"):
+    for estimator in ("paper", "collapsed"):
         objective = make_objective(settings(divergence=divergence, estimator=estimator))
         given = sampled if objective.settings.needs_rollouts else None
         losses[estimator], _ = total_loss(objective, data, given, step=0)
-    torch.testing.assert_close(losses["printed"], losses["collapsed"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(losses["paper"], losses["collapsed"], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
-        torch.autograd.grad(losses["printed"], list(model.parameters()), retain_graph=True),
+        torch.autograd.grad(losses["paper"], list(model.parameters()), retain_graph=True),
         gradients(losses["collapsed"], model),
         rtol=1e-9,
         atol=1e-12,
@@ -143,13 +146,13 @@ def test_printed_equals_collapsed_with_a_shared_start(model, divergence):
 
 
 def test_beta_is_annealed_linearly(model):
-    changes = {"beta_start": 0.8, "beta_end": 0.2, "beta_steps": 10}
+    changes = {"bc_weight_start": 0.8, "bc_weight_end": 0.2, "bc_weight_steps": 10}
     objective = make_objective(settings(**changes))
     data, sampled = evaluate(model, DATA), evaluate(model, MODEL)
     for step, beta in ((0, 0.8), (5, 0.5), (10, 0.2), (1000, 0.2)):
         loss, metrics = total_loss(objective, data, sampled, step)
         assert float(metrics["beta"]) == pytest.approx(beta)
-        mixed = beta * metrics["loss_behaviour_cloning"] + (1 - beta) * metrics["loss_sequencematch"]
+        mixed = beta * metrics["loss_behavior_cloning"] + (1 - beta) * metrics["loss_sequencematch"]
         torch.testing.assert_close(loss.detach(), mixed)
 
 
@@ -158,7 +161,7 @@ def test_metrics_say_what_they_are_named(model):
     _, metrics = total_loss(
         make_objective(settings(alpha=alpha)), evaluate(model, DATA), evaluate(model, MODEL), step=0
     )
-    walks = [walk(model, log, BACKSPACE) for log in DATA]
+    walks = [walk(model, trajectory, BACKSPACE) for trajectory in DATA]
     residuals = torch.stack([q - GAMMA * w.v[t + 1] for w in walks for t, q in enumerate(w.q)])
     log_probs = torch.stack([q - w.v[t] for w in walks for t, q in enumerate(w.q)])
     ended = [w.v[-1] for w in walks if not w.truncated]
@@ -167,12 +170,12 @@ def test_metrics_say_what_they_are_named(model):
     expected = {
         "r_mean": residuals.mean(),
         "r_max_abs": residuals.abs().max(),
-        "r_share_beyond_bound": beyond,
+        "r_fraction_beyond_bound": beyond,
         "log_prob_mean": log_probs.mean(),
         "value_mean": torch.stack([v for w in walks for v in w.v[:-1]]).mean(),
         "value_eos_mean": torch.stack(ended).mean(),
-        "truncated_share": torch.tensor(3 / 8),
-        "truncated_share_model": torch.tensor(1 / 3),
+        "truncated_fraction": torch.tensor(3 / 8),
+        "truncated_fraction_model": torch.tensor(1 / 3),
     }
     for name, value in expected.items():
         assert float(metrics[name]) == pytest.approx(value.item(), rel=1e-6), name

@@ -8,18 +8,18 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from buffer.store.shard import DrawKey
+from buffer.store.shard import SampleKey
 from learner.objectives import make_objective
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
-from tests.random_logs import MATCHING, TREES, random_logs
+from tests.random_trajectories import MATCHING, TREES, random_trajectories
 from tests.stores import crash, open_store
 from tests.tiny_models import tiny_model
 from tests.trajectories import BACKSPACE, numbered
 from tests.unit.buffer.test_samplers import SMALLEST_P_VALUE, p_value, successive_sampling
 from tests.unit.learner.test_priorities import residual_means, stage_of
 
-SETTINGS = {"sampler": "prioritised", "priority_exponent": 1.0, "fsync": "none", "capacity": 40}
+SETTINGS = {"sampler": "prioritized", "priority_exponent": 1.0, "fsync": "none", "capacity": 40}
 
 
 class FromStore:
@@ -30,7 +30,7 @@ class FromStore:
         self.step = 0
 
     def draw(self, count):
-        self.drawn = self.store.draw(DrawKey("s", self.step, "policy"), count, policy_version=0)
+        self.drawn = self.store.draw(SampleKey("s", self.step, "policy"), count, policy_version=0)
         self.step += 1
         return self.drawn.batch
 
@@ -40,7 +40,7 @@ class FromStore:
 
 class Experts:
     def draw(self, count):
-        return random_logs("expert", count, seed=3)
+        return random_trajectories("expert", count, seed=3)
 
 
 def trainer_on(rollouts, policy, count):
@@ -51,18 +51,18 @@ def trainer_on(rollouts, policy, count):
 
 def pairs(store, trials, stage):
     """How often each ordered draw of two rows came out; the draws change nothing but the log."""
-    keys = [DrawKey(stage, step, "policy") for step in range(trials)]
+    keys = [SampleKey(stage, step, "policy") for step in range(trials)]
     return Counter(tuple(store.draw(key, 2, policy_version=0).rows.tolist()) for key in keys)
 
 
 def test_a_step_moves_priorities_and_draws_follow(tmp_path):
     store = open_store(tmp_path / "b", **SETTINGS)
-    store.insert(random_logs("policy", 5, seed=8))
+    store.insert(random_trajectories("policy", 5, seed=8))
     policy = TreePolicy(tiny_model(), BACKSPACE)
     rollouts = FromStore(store)
     trainer = trainer_on(rollouts, policy, count=4)
     gamma = make_objective(stage_of(MATCHING).objective).settings.gamma
-    expected = residual_means(policy.model, random_logs("policy", 5, seed=8), gamma)
+    expected = residual_means(policy.model, random_trajectories("policy", 5, seed=8), gamma)
     trainer.train_step()
     drawn = rollouts.drawn.rows.tolist()
     unseen = set(range(5)) - set(drawn)
@@ -77,21 +77,21 @@ def test_a_step_moves_priorities_and_draws_follow(tmp_path):
 
 def test_priorities_survive_the_death_of_the_store(tmp_path):
     store = open_store(tmp_path / "b", **SETTINGS)
-    store.insert(random_logs("policy", 20, seed=8))
+    store.insert(random_trajectories("policy", 20, seed=8))
     rollouts = FromStore(store)
     trainer = trainer_on(rollouts, TreePolicy(tiny_model(), BACKSPACE), count=20)
     trainer.train_step()
     restored = open_store(crash(tmp_path / "b", tmp_path / "c"), **SETTINGS)
     assert pairs(restored, 50, "after") == pairs(store, 50, "after")
     unjudged = open_store(tmp_path / "d", **SETTINGS)
-    unjudged.insert(random_logs("policy", 20, seed=8))
+    unjudged.insert(random_trajectories("policy", 20, seed=8))
     assert pairs(unjudged, 50, "after") != pairs(store, 50, "after")
 
 
 def test_rollouts_that_came_after_the_last_report_are_seen_soon_after_a_restart(tmp_path):
     store = open_store(tmp_path / "b", **SETTINGS)
-    store.insert(random_logs("policy", 20, seed=8))
-    judged = store.draw(DrawKey("s", 0, "policy"), 20, 0).rows
+    store.insert(random_trajectories("policy", 20, seed=8))
+    judged = store.draw(SampleKey("s", 0, "policy"), 20, 0).rows
     store.update_priorities(judged, np.full(20, 100.0, dtype=np.float32))
     store.insert(numbered(0, 2))
     restored = open_store(crash(tmp_path / "b", tmp_path / "c"), **SETTINGS)
@@ -103,7 +103,7 @@ def test_rollouts_that_came_after_the_last_report_are_seen_soon_after_a_restart(
 def test_a_repeated_step_reports_the_same_again_and_leaves_the_same_priorities(tmp_path):
     """As after a kill: the store lives on, the learner goes back to its checkpoint, here the start."""
     store = open_store(tmp_path / "b", **SETTINGS)
-    store.insert(random_logs("policy", 20, seed=8))
+    store.insert(random_trajectories("policy", 20, seed=8))
     reports, after = [], []
     for _ in range(2):
         rollouts = FromStore(store)
@@ -121,7 +121,7 @@ def test_a_repeated_step_reports_the_same_again_and_leaves_the_same_priorities(t
 
 def test_priorities_that_are_none_are_refused(tmp_path):
     store = open_store(tmp_path / "b", **SETTINGS)
-    store.insert(random_logs("policy", 3, seed=8))
+    store.insert(random_trajectories("policy", 3, seed=8))
     for bad in ([1.0, np.nan, 1.0], [1.0, -0.5, 1.0], [1.0, np.inf, 1.0]):
         with pytest.raises(ValueError, match="finite number, not negative"):
             store.update_priorities(np.arange(3), np.array(bad, dtype=np.float32))

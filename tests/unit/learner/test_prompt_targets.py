@@ -143,9 +143,9 @@ def test_the_direction_is_that_of_the_mean_over_prompts(name, acting):
 def test_the_adaptive_proposal_is_judged_by_the_mean_over_prompts():
     for policy, is_nearer in ((OPTIMUM, True), (1 - OPTIMUM, False)):
         rule = rule_after_fit("gdc")
-        rule.renews_proposal()
+        rule.should_publish()
         rule.learn(rollouts_of(RATES, policy))
-        assert rule.renews_proposal() is is_nearer
+        assert rule.should_publish() is is_nearer
 
 
 def test_z_of_a_prompt_is_found_from_a_rollout_a_step():

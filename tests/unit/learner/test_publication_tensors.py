@@ -14,7 +14,7 @@ from learner.publication import frozen_tensors, low_rank_updates, publication_te
 from learner.settings.model import AdapterSettings
 from tests.tiny_models import tiny_model
 from tests.unit.learner.test_adapters import KINDS, adapted, train_a_little
-from tests.unit.learner.test_quantization import needs_bitsandbytes, quantised
+from tests.unit.learner.test_quantization import needs_bitsandbytes, quantized
 
 
 def copied(payload: WeightPayload) -> WeightPayload:
@@ -49,7 +49,7 @@ def in_bfloat16() -> PreTrainedModel:
         *(partial(adapted, kind, tied=tied) for kind, tied in KINDS),
         partial(adapted, tied=True, train_unembedding=False),
         in_bfloat16,  # merged weights are rounded as the learner rounds
-        pytest.param(quantised, marks=needs_bitsandbytes),
+        pytest.param(quantized, marks=needs_bitsandbytes),
     ],
 )
 def test_the_same_bits_arrive_each_time(make):

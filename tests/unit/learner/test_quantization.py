@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from learner.checkpoints.checkpoint import load_weights, read_training_state
-from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters, is_quantised, quantise_linear_layers
+from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters, is_quantised, quantize_linear_layers
 from learner.model.policy import load_policy
 from learner.publication import publication_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
@@ -34,9 +34,9 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 
 
-def quantised(*targets: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def quantized(*targets: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     model = tiny_model(tied=True).to(dtype)
-    quantise_linear_layers(model)
+    quantize_linear_layers(model)
     settings = AdapterSettings(rank=4, alpha=8.0, target_modules=targets or ("all-linear",))
     add_adapters(model, settings, base_name="base", revision=None, seed=0)
     return model
@@ -44,7 +44,7 @@ def quantised(*targets: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 @needs_bitsandbytes
 def test_layers_are_held_in_four_bits():
-    base, model = tiny_model(tied=True), quantised()
+    base, model = tiny_model(tied=True), quantized()
     layers = [layer.get_base_layer() for _, layer in adapted_layers(model)]
     assert len(layers) == 14
     assert all(is_quantised(layer.weight) for layer in layers)
@@ -60,8 +60,8 @@ def test_layers_are_held_in_four_bits():
 @needs_bitsandbytes
 @pytest.mark.parametrize("targets", [(), ("q_proj",)])
 def test_published_tensors_are_those_that_the_model_computes_with(targets):
-    """Layers that are quantised and not adapted included."""
-    model = train_a_little(quantised(*targets))
+    """Layers that are quantized and not adapted included."""
+    model = train_a_little(quantized(*targets))
     base = tiny_model(tied=True)
     published = dict(publication_tensors(model))
     assert set(published) == {*base.state_dict(), "lm_head.weight"}
@@ -74,7 +74,7 @@ def test_published_tensors_are_those_that_the_model_computes_with(targets):
 @needs_bitsandbytes
 def test_a_look_without_gradients_does_not_change_the_layers():
     """bitsandbytes repacks weights for CPUs on the first such pass, with rounding and without a backward pass."""
-    model = quantised()
+    model = quantized()
     before = model(torch.tensor([PROBE])).logits.detach()
     packed = {name: layer.get_base_layer().weight.clone() for name, layer in adapted_layers(model)}
     torch.testing.assert_close(logits(model), before, atol=1e-6, rtol=0)
@@ -86,12 +86,12 @@ def test_a_look_without_gradients_does_not_change_the_layers():
 
 @needs_bitsandbytes
 def test_a_saved_model_is_an_ordinary_one_and_training_goes_on_from_it(tmp_path):
-    model = train_a_little(quantised())
+    model = train_a_little(quantized())
     folder = write(tmp_path / "c", model)
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert not hasattr(plain.config, "quantization_config")
     torch.testing.assert_close(logits(plain), logits(model), atol=2e-5, rtol=0)
-    resumed = quantised()
+    resumed = quantized()
     load_weights(resumed, folder)
     torch.testing.assert_close(logits(resumed), logits(model), atol=1e-6, rtol=0)
 
@@ -100,7 +100,7 @@ def test_a_saved_model_is_an_ordinary_one_and_training_goes_on_from_it(tmp_path)
 def test_stopping_and_going_on_changes_nothing(task, tmp_path):
     steps, stop_at = 6, 4
     stage = make_stage(MATCHING, steps)
-    straight, first, second = (quantised() for _ in range(3))
+    straight, first, second = (quantized() for _ in range(3))
     expected = [row["loss"] for row in train(make_trainer(task, straight, stage), steps)]
     stream = make_stream(task)
     trainer = make_trainer(task, first, stage, stream)
@@ -127,14 +127,14 @@ def test_a_policy_in_four_bits(tmp_path):
 @needs_bitsandbytes
 def test_models_without_plain_linear_layers_are_refused():
     with pytest.raises(ValueError, match="GPT2LMHeadModel is not made of plain linear layers"):
-        quantise_linear_layers(tiny_model("gpt2"))
+        quantize_linear_layers(tiny_model("gpt2"))
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes, .* install the extra `qlora`"):
-        quantise_linear_layers(tiny_model())
+        quantize_linear_layers(tiny_model())
 
 
 @needs_bitsandbytes
@@ -154,5 +154,5 @@ def test_a_machine_on_which_the_library_does_not_work(monkeypatch, broken, messa
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", broken)
     model = tiny_model()
     with pytest.raises(ValueError, match=message):
-        quantise_linear_layers(model)
+        quantize_linear_layers(model)
     assert not any(is_quantised(parameter) for parameter in model.parameters())

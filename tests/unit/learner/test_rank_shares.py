@@ -7,9 +7,9 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.batches import build_micro_batches, count_logs, share_of_rank
+from learner.batches import build_micro_batches, count_batch, share_of_rank
 from tests.objectives import counts_of
-from tests.random_logs import TREES, random_logs
+from tests.random_trajectories import TREES, random_trajectories
 from tests.trajectories import BACKSPACE, batch_of, expert_row, ids_of, row
 
 
@@ -62,12 +62,12 @@ def test_tokens_taken_back_count_as_nodes_but_backspaces_do_not():
 
 def test_noise_that_was_realised_counts_as_what_it_was():
     """The label is backspace or not; what became a node is what the environment appended."""
-    noisy = expert_row("noisy", [5, 6, 7], realised=[8, None, None], prompt_ids=[9])
+    noisy = expert_row("noisy", [5, 6, 7], executed=[8, None, None], prompt_ids=[9])
     assert [ids_of(share) for share in shares_of(batch_of([noisy]), 2)] == [["noisy"], []]
 
 
 def test_one_rank_gets_the_batch_itself():
-    batch = random_logs("expert", 5, seed=0)
+    batch = random_trajectories("expert", 5, seed=0)
     assert share_of_rank(batch, 0, 1, BACKSPACE) is batch
 
 
@@ -77,5 +77,9 @@ def test_there_may_be_fewer_prompts_than_ranks():
 
 
 def test_counts_are_those_of_the_trees():
-    for batch in (random_logs("expert", 9, seed=1), random_logs("policy", 4, seed=2), batch_of([row("a", [])])):
-        assert count_logs(batch) == counts_of(*build_micro_batches(batch, TREES))
+    for batch in (
+        random_trajectories("expert", 9, seed=1),
+        random_trajectories("policy", 4, seed=2),
+        batch_of([row("a", [])]),
+    ):
+        assert count_batch(batch) == counts_of(*build_micro_batches(batch, TREES))

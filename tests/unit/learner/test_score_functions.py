@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from buffer.experts.tasks import Task
 from learner.objectives import make_objective
-from learner.objectives.base import LogCounts
+from learner.objectives.base import BatchCounts
 from learner.objectives.score_function import RewardAscent, Rollouts, ScoreFunction, leave_one_out_mean
 from learner.ranks import Ranks
 from learner.settings.objectives import KlControlSettings, ReinforceSettings
@@ -46,7 +46,7 @@ def model(seed: int) -> PreTrainedModel:
     return made
 
 
-def all_logs() -> list[Log]:
+def all_trajectories() -> list[Log]:
     """Every rollout of at most three actions, each scored: the reward says how often 1 is left at the end."""
 
     def go_on(actions: tuple[int, ...], text: tuple[int, ...]) -> Iterator[Log]:
@@ -76,7 +76,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    tree = build(all_logs())
+    tree = build(all_trajectories())
 
     def log_probs(of: PreTrainedModel) -> Tensor:
         values = TreePolicy(of, BACKSPACE).evaluate(tree)
@@ -164,7 +164,7 @@ def table(pi: Tensor, base: Tensor, **fields: Tensor) -> Rollouts:
 
 
 def test_golden_optimum_of_kl_control():
-    """R = phi, beta = 1: there all advantages are the same number, the value beta log Z."""
+    """R = phi, beta = 1: there all advantages are the same number, the value beta trajectory Z."""
     base, reward = torch.tensor([0.4, 0.3, 0.2, 0.1]).double(), torch.tensor([0.0, 0.0, 0.0, 1.0]).double()
     optimum = base * reward.exp() / (base * reward.exp()).sum()
     assert optimum.tolist() == pytest.approx([0.341347, 0.256010, 0.170673, 0.231969], abs=1e-6)
@@ -178,11 +178,11 @@ def both_rounds(
     objective: ScoreFunction, policy: TreePolicy, packs: list[list[Log]]
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and metrics of rollouts that lie in several passes."""
-    trees = [build(logs) for logs in packs]
+    trees = [build(trajectories) for trajectories in packs]
     counts = counts_of(*trees)
     objective.prepare(policy, trees, counts, 0)
     shares = [
-        objective.rollout_loss(objective.evaluate(policy, tree, counts, 0), LogCounts(0, 0, 0), 0) for tree in trees
+        objective.rollout_loss(objective.evaluate(policy, tree, counts, 0), BatchCounts(0, 0, 0), 0) for tree in trees
     ]
     names = shares[0][1]
     return torch.stack([loss for loss, _ in shares]).sum(), {
@@ -192,17 +192,20 @@ def both_rounds(
 
 def test_the_two_rounds_know_all_rollouts_however_they_are_packed(world):
     """And the stored log-probabilities, and those of the frozen model."""
-    logs = [replace(log, logprobs=[-0.5] * len(log.actions), temperature=1.0) for log in all_logs()]
+    trajectories = [
+        replace(trajectory, logprobs=[-0.5] * len(trajectory.actions), temperature=1.0)
+        for trajectory in all_trajectories()
+    ]
     policy, base = TreePolicy(world.policy, BACKSPACE), TreePolicy(model(2), BACKSPACE)
     objective = RewardAscent(KlControlSettings(name="kl_control", beta=0.7), base=base)
-    whole, metrics = both_rounds(objective, policy, [logs])
-    log_mu = torch.tensor([-0.5 * len(log.actions) for log in logs]).double()
+    whole, metrics = both_rounds(objective, policy, [trajectories])
+    log_mu = torch.tensor([-0.5 * len(trajectory.actions) for trajectory in trajectories]).double()
     coefficients = reward_ascent(0.7).weigh(replace(world.rollouts, log_mu=log_mu)).coefficients
     expected = -(coefficients * world.log_pi).mean()
     torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-6)  # coefficients travel in the model's own type
     assert metrics["reward_mean"] == pytest.approx(float(world.rollouts.reward.mean()))
     assert metrics["loss"] == pytest.approx(whole.item())
-    split, split_metrics = both_rounds(objective, policy, [logs[:3], logs[3:20], logs[20:]])
+    split, split_metrics = both_rounds(objective, policy, [trajectories[:3], trajectories[3:20], trajectories[20:]])
     torch.testing.assert_close(world.gradient(split), world.gradient(whole))
     assert split_metrics == pytest.approx(metrics)
 
@@ -223,7 +226,7 @@ class NoExperts:
     """Score functions draw none."""
 
     def draw(self, count: int) -> pa.RecordBatch:
-        raise AssertionError(f"{count} expert logs were asked for")
+        raise AssertionError(f"{count} expert trajectories were asked for")
 
 
 REINFORCE = {"name": "reinforce"}
@@ -292,11 +295,13 @@ def test_rollouts_without_a_reward_are_a_mistake_of_the_recipe(task):
 
 def test_what_score_functions_refuse(task):
     objective = make_objective(make_stage(REINFORCE).objective)
-    logs = objective.evaluate(TreePolicy(model(0), BACKSPACE), build(all_logs()), LogCounts(25, 60, 0), 0)
-    with pytest.raises(ValueError, match="reinforce takes no expert logs"):
-        objective.data_loss(logs, 0)
-    with pytest.raises(ValueError, match="reinforce takes no prioritised draws"):
-        objective.priorities(logs)
+    trajectories = objective.evaluate(
+        TreePolicy(model(0), BACKSPACE), build(all_trajectories()), BatchCounts(25, 60, 0), 0
+    )
+    with pytest.raises(ValueError, match="reinforce takes no expert trajectories"):
+        objective.data_loss(trajectories, 0)
+    with pytest.raises(ValueError, match="reinforce takes no prioritized draws"):
+        objective.priorities(trajectories)
 
 
 REINFORCE_RUN = ["stages.sequencematch.objective={name: reinforce}", "scoring.reward={kind: exact_answer}"]

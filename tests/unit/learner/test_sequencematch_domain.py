@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from learner.objectives import make_objective
-from learner.objectives.base import EvaluatedLogs, OutsideDomainError, combine_metrics
+from learner.objectives.base import EvaluatedTrajectories, OutsideDomainError, combine_metrics
 from learner.settings.objectives import (
     DIVERGENCES_WITH_DOMAIN,
     SequenceMatchSettings,
@@ -28,18 +28,20 @@ def model():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES_WITH_DOMAIN)
 def test_the_share_outside_the_domain_is_counted_and_stops_a_run_that_asks(model, divergence):
-    walks = {id(log): walk(model, log, BACKSPACE) for log in DATA}
+    walks = {id(trajectory): walk(model, trajectory, BACKSPACE) for trajectory in DATA}
     terms = oracle.Terms(divergence, ALPHA, GAMMA, MARGIN)
-    arguments = [ALPHA * r.item() for log in DATA for r in terms.residuals(walks[id(log)])]
-    arguments += [ALPHA * (1 - GAMMA) * w.v[-1].item() for log in DATA if not (w := walks[id(log)]).truncated]
+    arguments = [ALPHA * r.item() for trajectory in DATA for r in terms.residuals(walks[id(trajectory)])]
+    arguments += [
+        ALPHA * (1 - GAMMA) * w.v[-1].item() for trajectory in DATA if not (w := walks[id(trajectory)]).truncated
+    ]
     low = oracle.PHI[divergence][1] + MARGIN
     share = sum(x < low for x in arguments) / len(arguments)
     assert 0 < share < 1  # both branches of phi were tested
-    parts = [evaluate(model, logs, counts_of(build(DATA))) for logs in (DATA[:3], DATA[3:])]
+    parts = [evaluate(model, trajectories, counts_of(build(DATA))) for trajectories in (DATA[:3], DATA[3:])]
     for policy in ("project", "stop"):
         objective = make_objective(settings(divergence=divergence, domain_policy=policy))
         metrics = combine_metrics(objective.data_loss(part, step=7)[1] for part in parts)
-        assert float(metrics["phi_outside_share"]) == pytest.approx(share)
+        assert float(metrics["phi_outside_fraction"]) == pytest.approx(share)
         if policy != "stop":
             objective.check(metrics, step=7)
             continue
@@ -54,11 +56,13 @@ def test_a_tail_outside_the_domain_counts(model):
     values = TreePolicy(model, BACKSPACE).evaluate(tree)
     down = values._replace(q=values.q - 40.0, v_next=values.v_next - 40.0, v_final=values.v_final - 40.0)
     objective = make_objective(settings(divergence="kl"))
-    _, metrics = objective.data_loss(EvaluatedLogs(tree, down, counts_of(tree)), step=0)
-    assert float(metrics["phi_outside_share"]) == 1.0  # r = q - 0.9 v_next fell by 4, alpha r by 1.2; the tail as well
+    _, metrics = objective.data_loss(EvaluatedTrajectories(tree, down, counts_of(tree)), step=0)
+    assert (
+        float(metrics["phi_outside_fraction"]) == 1.0
+    )  # r = q - 0.9 v_next fell by 4, alpha r by 1.2; the tail as well
     up = down._replace(q=down.q + 40.0)
-    _, metrics = objective.data_loss(EvaluatedLogs(tree, up, counts_of(tree)), step=0)
-    assert float(metrics["phi_outside_share"]) == 0.5
+    _, metrics = objective.data_loss(EvaluatedTrajectories(tree, up, counts_of(tree)), step=0)
+    assert float(metrics["phi_outside_fraction"]) == 0.5
 
 
 def test_the_tail_of_a_truncated_log_is_no_argument_of_phi(model):
@@ -66,23 +70,23 @@ def test_the_tail_of_a_truncated_log_is_no_argument_of_phi(model):
     values = TreePolicy(model, BACKSPACE).evaluate(tree)
     down = values._replace(q=values.q + 9.0, v_final=values.v_final - 1000.0)
     objective = make_objective(settings(divergence="kl"))
-    _, metrics = objective.data_loss(EvaluatedLogs(tree, down, counts_of(tree)), step=0)
-    assert float(metrics["phi_outside_share"]) == 0.0
+    _, metrics = objective.data_loss(EvaluatedTrajectories(tree, down, counts_of(tree)), step=0)
+    assert float(metrics["phi_outside_fraction"]) == 0.0
 
 
 def test_inside_the_domain_nothing_stops(model):
     objective = make_objective(settings(divergence="kl", domain_policy="stop", alpha=0.01))
     _, metrics = objective.data_loss(evaluate(model, DATA), step=0)
-    assert float(metrics["phi_outside_share"]) == 0.0
+    assert float(metrics["phi_outside_fraction"]) == 0.0
     objective.check(metrics, step=0)
     for other in (settings(), settings(divergence="reverse_kl")):  # without a domain there is nothing to leave
         _, metrics = make_objective(other).data_loss(evaluate(model, DATA), step=0)
-        assert "phi_outside_share" not in metrics
+        assert "phi_outside_fraction" not in metrics
         make_objective(other).check(metrics, step=0)
 
 
 @pytest.mark.parametrize("margin", [1e-4, 1e-8])
-@pytest.mark.parametrize("estimator", ["collapsed", "printed"])
+@pytest.mark.parametrize("estimator", ["collapsed", "paper"])
 @pytest.mark.parametrize("divergence", DIVERGENCES_WITH_DOMAIN)
 def test_the_whole_gradient_in_float32_is_that_of_float64(divergence, estimator, margin):
     """Inside the domain, where it does not depend on the margin."""
@@ -93,7 +97,7 @@ def test_the_whole_gradient_in_float32_is_that_of_float64(divergence, estimator,
             settings(divergence=divergence, estimator=estimator, alpha=0.01, domain_margin=margin)
         )
         loss, metrics = objective.data_loss(evaluate(policy, DATA), step=7)
-        assert float(metrics["phi_outside_share"]) == 0.0
+        assert float(metrics["phi_outside_fraction"]) == 0.0
         loss.backward()
         gradients.append(torch.cat([each.grad.double().flatten() for each in policy.parameters()]))
     assert torch.cosine_similarity(*gradients, dim=0) > 1 - 1e-6

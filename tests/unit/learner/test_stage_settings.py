@@ -12,9 +12,9 @@ def stage(name: str, start_from: str | None = None) -> StageSettings:
     return StageSettings(name=name, start_from=start_from, objective={"name": "mle"}, steps=1)
 
 
-def test_a_trunk_with_arms_is_fine():
+def test_a_pretrain_with_arms_is_fine():
     check_stages(())
-    check_stages((stage("trunk"), stage("a", "trunk"), stage("b", "trunk"), stage("c", "a"), stage("d")))
+    check_stages((stage("pretrain"), stage("a", "pretrain"), stage("b", "pretrain"), stage("c", "a"), stage("d")))
 
 
 def test_a_name_used_twice():
@@ -27,7 +27,7 @@ def test_a_name_used_twice():
     [
         ((stage("a", "a"),), r"'a' starts from 'a', which is not an earlier stage \(earlier: none\)"),
         ((stage("a"), stage("b", "c"), stage("c")), r"'b' starts from 'c', .* \(earlier: a\)"),
-        ((stage("a"), stage("b"), stage("c", "trunk")), r"'c' starts from 'trunk', .* \(earlier: a, b\)"),
+        ((stage("a"), stage("b"), stage("c", "pretrain")), r"'c' starts from 'pretrain', .* \(earlier: a, b\)"),
     ],
 )
 def test_a_start_that_does_not_come_before(stages, message):
@@ -35,7 +35,7 @@ def test_a_start_that_does_not_come_before(stages, message):
         check_stages(stages)
 
 
-@pytest.mark.parametrize("name", ["", "Trunk", "a b", "../a", "a/b", "a\n"])
+@pytest.mark.parametrize("name", ["", "Pretrain", "a b", "../a", "a/b", "a\n"])
 def test_a_name_must_be_good_for_a_folder(name):
     with pytest.raises(ValidationError, match="name"):
         stage(name)

@@ -27,8 +27,8 @@ from tests.oracle import Log, states, to_batch
 BACKSPACE, EOS, VOCAB = 3, 2, 11
 
 
-def build(logs: list[Log], max_positions: int = 64, **settings) -> TreeBatch:
-    return build_tree_batch(to_batch(logs), TreeSettings(BACKSPACE, EOS, 10_000, max_positions, **settings))
+def build(trajectories: list[Log], max_positions: int = 64, **settings) -> TreeBatch:
+    return build_tree_batch(to_batch(trajectories), TreeSettings(BACKSPACE, EOS, 10_000, max_positions, **settings))
 
 
 def text_of(tree: TreeBatch, node: int) -> list[int]:
@@ -39,18 +39,18 @@ def text_of(tree: TreeBatch, node: int) -> list[int]:
     return tree.nodes.token_ids[seen].tolist()
 
 
-def check_against_replay(tree: TreeBatch, logs: list[Log]) -> None:
+def check_against_replay(tree: TreeBatch, trajectories: list[Log]) -> None:
     flat = 0
-    for i, log in enumerate(logs):
-        texts = states(log, BACKSPACE)
-        assert text_of(tree, int(tree.nodes.states[tree.trajectories.start[i]])) == log.prompt
+    for i, trajectory in enumerate(trajectories):
+        texts = states(trajectory, BACKSPACE)
+        assert text_of(tree, int(tree.nodes.states[tree.trajectories.start[i]])) == trajectory.prompt
         assert text_of(tree, int(tree.nodes.states[tree.trajectories.final[i]])) == texts[-1]
-        masked = [len(text) == len(log.prompt) or not log.offers_backspace for text in texts]
+        masked = [len(text) == len(trajectory.prompt) or not trajectory.offers_backspace for text in texts]
         assert bool(tree.trajectories.final_backspace_masked[i]) == masked[-1]
-        assert int(tree.trajectories.length[i]) == len(log.actions)
-        assert bool(tree.trajectories.truncated[i]) == (log.finish_reason != "eos")
-        assert bool(tree.trajectories.is_expert[i]) == (log.source == "expert")
-        for t, action in enumerate(log.actions):
+        assert int(tree.trajectories.length[i]) == len(trajectory.actions)
+        assert bool(tree.trajectories.truncated[i]) == (trajectory.finish_reason != "eos")
+        assert bool(tree.trajectories.is_expert[i]) == (trajectory.source == "expert")
+        for t, action in enumerate(trajectory.actions):
             assert (
                 int(tree.actions.trajectory[flat]),
                 int(tree.actions.time[flat]),
@@ -69,8 +69,8 @@ HARD = [
     Log([1, 4], [5, 6, EOS]),
     Log([1, 4], [5, 7, BACKSPACE, 6, EOS]),
     Log([1, 4], [5, BACKSPACE, 5, BACKSPACE, 6], finish_reason="max_actions", source="policy"),
-    Log([1, 4, 5], [6, EOS]),  # its prompt is another log's prompt and answer
-    Log([1, 4, 5], [6, BACKSPACE, 6, EOS], realised={0: 7}),  # noise: the label 6 stays, 7 is appended
+    Log([1, 4, 5], [6, EOS]),  # its prompt is another trajectory's prompt and answer
+    Log([1, 4, 5], [6, BACKSPACE, 6, EOS], executed={0: 7}),  # noise: the label 6 stays, 7 is appended
     Log([9], [8, BACKSPACE], finish_reason="aborted", source="policy"),  # ends at the floor
     Log([9], [], finish_reason="aborted", source="policy"),
     Log([1], [EOS]),
@@ -81,28 +81,35 @@ NEVER_OFFERED = Log(
 
 
 def test_states_are_those_of_replay():
-    logs = [*HARD, NEVER_OFFERED]
-    check_against_replay(build(logs), logs)
+    trajectories = [*HARD, NEVER_OFFERED]
+    check_against_replay(build(trajectories), trajectories)
 
 
 def test_backspace_is_no_action_where_the_run_has_none():
-    logs = [Log([1, 4], [5, 6, EOS]), NEVER_OFFERED]
-    tree = build(logs, offers_backspace=False)
+    trajectories = [Log([1, 4], [5, 6, EOS]), NEVER_OFFERED]
+    tree = build(trajectories, offers_backspace=False)
     for masked in (
         tree.actions.backspace_masked,
         tree.actions.next_backspace_masked,
         tree.trajectories.final_backspace_masked,
     ):
         assert masked.all()
-    check_against_replay(tree, [dataclasses.replace(log, offers_backspace=False) for log in logs])
+    check_against_replay(tree, [dataclasses.replace(trajectory, offers_backspace=False) for trajectory in trajectories])
 
 
 def test_every_text_is_one_node():
     tree = build(HARD)
-    prefixes = {tuple(text[:d]) for log in HARD for text in states(log, BACKSPACE) for d in range(1, len(text) + 1)}
+    prefixes = {
+        tuple(text[:d])
+        for trajectory in HARD
+        for text in states(trajectory, BACKSPACE)
+        for d in range(1, len(text) + 1)
+    }
     assert tree.num_nodes == len(prefixes)
-    per_log = [{tuple(t[:d]) for t in states(log, BACKSPACE) for d in range(1, len(t) + 1)} for log in HARD]
-    assert tree.num_nodes_unshared == sum(map(len, per_log))
+    per_trajectory = [
+        {tuple(t[:d]) for t in states(trajectory, BACKSPACE) for d in range(1, len(t) + 1)} for trajectory in HARD
+    ]
+    assert tree.num_nodes_unshared == sum(map(len, per_trajectory))
     assert tree.num_nodes < tree.num_nodes_unshared
     roots = tree.nodes.positions[: tree.num_nodes] == 0
     assert int(roots.sum()) == 2  # prompts begin with 1 and with 9: one node each
@@ -121,7 +128,7 @@ def check_preorder(tree: TreeBatch) -> None:
 
 
 def test_a_long_text_and_a_wide_tree():
-    """Depth and number of siblings far beyond those of the random logs below."""
+    """Depth and number of siblings far beyond those of the random trajectories below."""
     long = Log([1], [4 + i % 7 for i in range(300)] + [EOS])
     wide = [Log([1, 4], [4 + i, EOS], finish_reason="eos") for i in range(200)]
     tree = build([long, *wide], max_positions=1000)
@@ -131,12 +138,12 @@ def test_a_long_text_and_a_wide_tree():
 
 
 @st.composite
-def random_logs(draw: st.DrawFn) -> list[Log]:
-    logs = []
+def random_trajectories(draw: st.DrawFn) -> list[Log]:
+    trajectories = []
     for _ in range(draw(st.integers(1, 6))):
         prompt = draw(st.lists(st.sampled_from([1, 4, 5]), min_size=1, max_size=4))
         actions: list[int] = []
-        realised: dict[int, int] = {}
+        executed: dict[int, int] = {}
         depth = 0
         for choice in draw(st.lists(st.integers(0, 6), max_size=12)):
             if choice <= 2 and depth:
@@ -144,37 +151,44 @@ def random_logs(draw: st.DrawFn) -> list[Log]:
                 depth -= 1
                 continue
             if choice == 6:
-                realised[len(actions)] = 5
+                executed[len(actions)] = 5
             actions.append(4 + choice % 2)
             depth += 1
         ended = draw(st.booleans())
-        logs.append(Log(prompt, actions + [EOS] * ended, realised, "eos" if ended else "max_actions"))
-    return logs
+        trajectories.append(Log(prompt, actions + [EOS] * ended, executed, "eos" if ended else "max_actions"))
+    return trajectories
 
 
 @settings(max_examples=150, deadline=None)
-@given(logs=random_logs())
-def test_random_logs(logs):
-    tree = build(logs)
-    check_against_replay(tree, logs)
+@given(trajectories=random_trajectories())
+def test_random_logs(trajectories):
+    tree = build(trajectories)
+    check_against_replay(tree, trajectories)
     check_preorder(tree)
-    texts = {tuple(text[:d]) for log in logs for text in states(log, BACKSPACE) for d in range(1, len(text) + 1)}
+    texts = {
+        tuple(text[:d])
+        for trajectory in trajectories
+        for text in states(trajectory, BACKSPACE)
+        for d in range(1, len(text) + 1)
+    }
     assert {tuple(text_of(tree, node)) for node in range(tree.num_nodes)} == texts
     assert tree.num_nodes == len(texts)
 
 
 def test_each_eos_of_several_ends_a_log():
-    logs = [Log([5], [7, EOS]), Log([5], [7, 9])]
-    tree = build(logs, other_eos_ids=(9,))
+    trajectories = [Log([5], [7, EOS]), Log([5], [7, 9])]
+    tree = build(trajectories, other_eos_ids=(9,))
     assert tree.trajectories.truncated.tolist() == [False, False]
     with pytest.raises(ValueError, match="log 1 takes"):
-        build(logs)
+        build(trajectories)
 
 
 def test_a_slice_of_a_batch_is_like_its_copy():
-    logs = [dataclasses.replace(log, reward=float(n), features=[n, -1.0]) for n, log in enumerate(HARD)]
-    sliced = build_tree_batch(to_batch(logs).slice(2, 5), TreeSettings(BACKSPACE, EOS, 10_000, 64))
-    copied = build(logs[2:7])
+    trajectories = [
+        dataclasses.replace(trajectory, reward=float(n), features=[n, -1.0]) for n, trajectory in enumerate(HARD)
+    ]
+    sliced = build_tree_batch(to_batch(trajectories).slice(2, 5), TreeSettings(BACKSPACE, EOS, 10_000, 64))
+    copied = build(trajectories[2:7])
     for part in ("nodes", "actions", "trajectories"):
         for name, values in vars(getattr(sliced, part)).items():
             assert np.array_equal(values, getattr(getattr(copied, part), name)), name
@@ -182,11 +196,11 @@ def test_a_slice_of_a_batch_is_like_its_copy():
 
 
 def test_scores_and_contexts_of_logs():
-    """A log without a reward has none, features are all or none, and a context is a prompt."""
-    tree = build([dataclasses.replace(log, reward=None if n == 1 else 0.5) for n, log in enumerate(HARD)])
+    """A trajectory without a reward has none, features are all or none, and a context is a prompt."""
+    tree = build([dataclasses.replace(trajectory, reward=None if n == 1 else 0.5) for n, trajectory in enumerate(HARD)])
     assert tree.trajectories.reward.isnan().tolist() == [n == 1 for n in range(len(HARD))]
     assert tree.trajectories.features.shape == (len(HARD), 0)
-    prompts = [tuple(log.prompt) for log in HARD]
+    prompts = [tuple(trajectory.prompt) for trajectory in HARD]
     contexts = tree.trajectories.context.tolist()
     assert [[a == b for b in contexts] for a in contexts] == [[a == b for b in prompts] for a in prompts]
     assert [int(float(context)) for context in contexts] == contexts
@@ -200,7 +214,7 @@ def test_scores_and_contexts_of_logs():
         ([], "without trajectories"),
         ([Log([1], [EOS]), Log([], [EOS])], "log 1 has an empty prompt"),
         ([Log([1], [BACKSPACE, EOS])], "at the floor"),
-        ([Log([1], [BACKSPACE, EOS], realised={0: 5})], "at the floor"),
+        ([Log([1], [BACKSPACE, EOS], executed={0: 5})], "at the floor"),
         ([Log([1], [EOS, 5], finish_reason="max_actions")], "finish_reason is `eos`"),
         ([Log([1], [5, EOS], finish_reason="max_actions")], "finish_reason is `eos`"),
         ([Log([1], [5], finish_reason="eos")], "finish_reason is `eos`"),
@@ -208,9 +222,9 @@ def test_scores_and_contexts_of_logs():
         ([Log([1] * 65, [], finish_reason="aborted")], "65 tokens, more than the 64"),
     ],
 )
-def test_refusals(logs, message):
+def test_refusals(trajectories, message):
     with pytest.raises(ValueError, match=message):
-        build(logs)
+        build(trajectories)
 
 
 SIZES = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from learner.objectives import make_objective
-from learner.objectives.base import EvaluatedLogs
+from learner.objectives.base import EvaluatedTrajectories
 from learner.objectives.sequencematch import DIVERGENCES
 from learner.settings.objectives import SequenceMatchSettings
 from learner.state_tree.policy import ActionValues
@@ -24,8 +24,8 @@ NAMES = list(DIVERGENCES)
 MARGIN = 0.1
 
 
-def minimise(table: Table, name: str, alpha: float, data: Occupancy) -> Tensor:
-    """The optimum under data that visit everything: convex, so Newton's neighbour finds it. The mixture's rollouts are
+def minimize(table: Table, name: str, alpha: float, data: Occupancy) -> Tensor:
+    """The optimum under data that visit everything: convex, so Newton's neighbor finds it. The mixture's rollouts are
     those of the newest policy, again and again until nothing moves."""
     divergence, parameters = DIVERGENCES[name], table.zeros()
     rounds, iterations = (15, 60) if divergence.penalises_rollouts else (1, 500)
@@ -68,7 +68,7 @@ def test_the_optimal_residual_is_the_slope_of_the_divergence(name, alpha):
     """
     table = Table(depth=2, gamma=0.9)
     data = table.occupancy(expert(table))
-    optimum = minimise(table, name, alpha, data)
+    optimum = minimize(table, name, alpha, data)
     model, values = table.occupancy(table.policy(optimum)), table.values(optimum)
     rho_data, rho_model = table.flat(*data), table.flat(*model)
     x = alpha * table.flat(values.residual, values.residual_eos)
@@ -89,7 +89,7 @@ def test_a_small_alpha_recovers_the_data_policy(name):
     table = Table(depth=2, gamma=0.9)
     policy = expert(table)
     errors = [
-        (table.policy(minimise(table, name, alpha, table.occupancy(policy))) - policy).abs().max()
+        (table.policy(minimize(table, name, alpha, table.occupancy(policy))) - policy).abs().max()
         for alpha in (0.02, 0.005)
     ]
     assert errors[1] < 0.01
@@ -186,7 +186,7 @@ def test_the_table_is_the_objective(name):
         log_prob_at_temperature=torch.zeros(tree.num_actions),
     )
     assert BACKSPACE_ID not in tree.actions.label.tolist()
-    settings = SequenceMatchSettings(divergence=name, alpha=alpha, gamma=gamma, beta_start=0.0, beta_end=0.0)
-    loss, _ = make_objective(settings).data_loss(EvaluatedLogs(tree, values, counts_of(tree)), step=0)
+    settings = SequenceMatchSettings(divergence=name, alpha=alpha, gamma=gamma, bc_weight_start=0.0, bc_weight_end=0.0)
+    loss, _ = make_objective(settings).data_loss(EvaluatedTrajectories(tree, values, counts_of(tree)), step=0)
     expected = table.loss(noise, table.clean_occupancy(CLEAN), None, DIVERGENCES[name], alpha)
     torch.testing.assert_close(loss * tree.num_actions / tree.num_trajectories, expected)

@@ -223,12 +223,12 @@ def test_a_pointwise_constraint_that_nothing_meets_changes_nothing_and_is_said(d
         assert rule.weigh(rollouts).coefficients.tolist() == [0.0] * 4
     alarms, warnings = Watch(make_stage(CASES["gdc_pp"]), WatchSettings()).look(3, weighed.metrics)
     assert alarms["alarm_unsatisfied"] == 1
-    assert "unsatisfied_share 1 is beyond 0.99; hardly a rollout meets the pointwise constraints" in warnings[0]
+    assert "unsatisfied_fraction 1 is beyond 0.99; hardly a rollout meets the pointwise constraints" in warnings[0]
 
 
 @pytest.mark.parametrize("divergence", ["kl", "tv", "js", "chi2"])
 def test_one_rollout_that_meets_the_constraint_is_enough(divergence):
-    """Finite, and towards it: the others have no density at all."""
+    """Finite, and toward it: the others have no density at all."""
     rollouts = table(BASE, BASE, features=PHI[:, None])
     for rule in pointwise_rules(divergence):
         rule.learn(rollouts)
@@ -252,7 +252,7 @@ def test_the_adaptive_proposal_goes_to_whoever_is_nearer_to_the_target(nearer):
     pi, mu = (good, bad) if nearer else (bad, good)
     rollouts = Rollouts(*vars(table(mu, BASE, features=PHI[:, None])).values())
     rule = target_of("gdc", HALF, fit_samples=4)
-    assert not rule.renews_proposal()  # the policy has not moved, and may not be judged yet
+    assert not rule.should_publish()  # the policy has not moved, and may not be judged yet
     rule.learn(rollouts)
     # Each outcome counts alike in a mean over rollouts: so as mu would draw them.
     drawn = replace(rollouts, log_pi=pi.log(), log_mu=torch.full((4,), 0.25).double().log())
@@ -260,9 +260,9 @@ def test_the_adaptive_proposal_goes_to_whoever_is_nearer_to_the_target(nearer):
         torch.multinomial(mu, 4000, True, generator=torch.Generator().manual_seed(0))
     ]
     rule.learn(drawn)
-    assert rule.renews_proposal() is nearer
-    assert rule.renews_proposal() is False  # nothing was learned since
-    assert target_of("dpg").renews_proposal()
+    assert rule.should_publish() is nearer
+    assert rule.should_publish() is False  # nothing was learned since
+    assert target_of("dpg").should_publish()
 
 
 class RolloutsWithFeatures(ScoredRollouts):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from learner.objectives import make_objective, token_objectives
-from learner.objectives.base import EvaluatedLogs
+from learner.objectives.base import EvaluatedTrajectories
 from learner.objectives.token_objectives import Emo, ScheduledSampling, Unlikelihood, emo_loss
 from learner.settings.objectives import EmoSettings, ScheduledSamplingSettings, UnlikelihoodSettings
 from learner.state_tree import policy as policy_module
@@ -26,10 +26,10 @@ from tests.training import check_resume, make_stage, make_stream, make_trainer
 from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, VOCAB, build, text_of, tiny
 
 LOGS = [*HARD, Log([1, 4], [5, 5, 6, 5, 5, EOS]), Log([1, 4], [4, 4, 5], finish_reason="max_length")]
-"""Repeated tokens, labels that the context holds; backspace logs too, which the loss is as well defined for."""
+"""Repeated tokens, labels that the context holds; backspace trajectories too, which the loss is as well defined for."""
 
 WITHOUT_TOKEN = ((0, 1), (VOCAB - 1, VOCAB))
-"""Ids that the logs do not hold."""
+"""Ids that the trajectories do not hold."""
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +46,20 @@ def unsure():
     return model
 
 
-def evaluate(objective, model, logs=LOGS, step=0) -> EvaluatedLogs:
-    tree = build(logs)
+def evaluate(objective, model, trajectories=LOGS, step=0) -> EvaluatedTrajectories:
+    tree = build(trajectories)
     return objective.evaluate(TreePolicy(model, BACKSPACE, WITHOUT_TOKEN), tree, counts_of(tree), step)
 
 
-def dense(model, logs, ids_without_token=()) -> list[tuple[list[int], int, Tensor]]:
+def dense(model, trajectories, ids_without_token=()) -> list[tuple[list[int], int, Tensor]]:
     """Text, label and [V] log-probabilities of every action, each text run alone."""
     found = []
-    for log in logs:
-        for text, action in zip(states(log, BACKSPACE), log.actions, strict=False):
+    for trajectory in trajectories:
+        for text, action in zip(states(trajectory, BACKSPACE), trajectory.actions, strict=False):
             logits = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
             for begin, end in ids_without_token:
                 logits = logits.index_fill(0, torch.arange(begin, end), -torch.inf)
-            if len(text) == len(log.prompt):
+            if len(text) == len(trajectory.prompt):
                 logits = logits.index_fill(0, torch.tensor([BACKSPACE]), -torch.inf)
             found.append((text, action, logits.log_softmax(0)))
     return found
@@ -100,7 +100,7 @@ def test_unlikelihood_against_the_oracle(model, chunks):
         context = [token for token in set(text) if token != label]
         terms.append(-log_q[label] - 0.7 * torch.log(1 - log_q[context].exp()).sum())
     assert_same_loss_and_gradient(loss, torch.stack(terms).mean(), model)
-    assert float(metrics["loss_behaviour_cloning"] + 0.7 * metrics["loss_unlikelihood"]) == pytest.approx(loss.item())
+    assert float(metrics["loss_behavior_cloning"] + 0.7 * metrics["loss_unlikelihood"]) == pytest.approx(loss.item())
 
 
 def test_unlikelihood_is_finite_where_the_model_is_certain():
@@ -211,8 +211,8 @@ def scheduled(**settings) -> ScheduledSampling:
 @pytest.mark.parametrize(
     ("settings", "step", "expected"),
     [
-        ({"schedule": "linear", "k": 0.9, "slope": 0.01, "least_truth_share": 0.2}, 30, 0.6),
-        ({"schedule": "linear", "k": 0.9, "slope": 0.01, "least_truth_share": 0.2}, 1000, 0.2),
+        ({"schedule": "linear", "k": 0.9, "slope": 0.01, "least_truth_fraction": 0.2}, 30, 0.6),
+        ({"schedule": "linear", "k": 0.9, "slope": 0.01, "least_truth_fraction": 0.2}, 1000, 0.2),
         ({"schedule": "exponential", "k": 0.99}, 50, 0.99**50),
         ({"schedule": "inverse_sigmoid", "k": 20.0}, 0, 20 / 21),
         ({"schedule": "inverse_sigmoid", "k": 20.0}, 100, 20 / (20 + math.exp(5))),
@@ -220,7 +220,7 @@ def scheduled(**settings) -> ScheduledSampling:
     ],
 )
 def test_schedules(settings, step, expected):
-    assert scheduled(**settings).truth_share(step) == pytest.approx(expected, abs=1e-12)
+    assert scheduled(**settings).truth_fraction(step) == pytest.approx(expected, abs=1e-12)
 
 
 def test_prompts_and_labels_are_true_and_answers_are_the_models(unsure):
@@ -243,7 +243,7 @@ def test_prompts_and_labels_are_true_and_answers_are_the_models(unsure):
         assert BACKSPACE not in data.tree.nodes.token_ids
         replaced.append(data.tree.nodes.token_ids != tree.nodes.token_ids)
     ever = torch.stack(replaced).any(0)
-    in_prompt = {tuple(log.prompt[:n]) for log in LOGS for n in range(1, len(log.prompt) + 1)}
+    in_prompt = {tuple(trajectory.prompt[:n]) for trajectory in LOGS for n in range(1, len(trajectory.prompt) + 1)}
     expected = [tuple(text_of(tree, node)) not in in_prompt for node in range(tree.num_nodes)]
     assert ever[: tree.num_nodes].tolist() == expected
     assert not ever[tree.num_nodes :].any()
@@ -283,10 +283,10 @@ def test_tokens_are_drawn_from_the_softmax(chunks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("truth_share", "after_0", "after_1", "kl"),
+    ("truth_fraction", "after_0", "after_1", "kl"),
     [(1.0, 0.9, 0.2, 0.0), (0.5, 0.655, 0.305, 0.06836), (0.25, 0.5325, 0.3575, 0.13689), (0.0, 0.41, 0.41, 0.22905)],
 )
-def test_scheduled_sampling_is_not_consistent(truth_share, after_0, after_1, kl):
+def test_scheduled_sampling_is_not_consistent(truth_fraction, after_0, after_1, kl):
     """Texts of two tokens, P(x1 = 0) = .3, P(x2 = 0 | x1) = .9 and .2, in exact proportion: a transformer is trained
     to its optimum, whose conditionals are the golden numbers; those of the data only where all tokens are true. kl: of
     the data from that optimum; with none true it is the tokens' mutual information."""
@@ -295,10 +295,10 @@ def test_scheduled_sampling_is_not_consistent(truth_share, after_0, after_1, kl)
     model = GPT2LMHeadModel(config).eval()
     zero, one = 4, 5
     rows = {(zero, zero): 27, (zero, one): 3, (one, zero): 14, (one, one): 56}
-    logs = [Log([1], [*text, EOS], id=f"{n}") for text, count in rows.items() for n in range(count)]
-    policy, tree = TreePolicy(model, BACKSPACE), build(logs, max_positions=4)
+    trajectories = [Log([1], [*text, EOS], id=f"{n}") for text, count in rows.items() for n in range(count)]
+    policy, tree = TreePolicy(model, BACKSPACE), build(trajectories, max_positions=4)
     counts = counts_of(tree)
-    objective = scheduled(schedule="linear", k=max(truth_share, 1e-9))
+    objective = scheduled(schedule="linear", k=max(truth_fraction, 1e-9))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99))
     means, steps, averaged = torch.zeros(2), 600, 300
     for step in range(steps):
@@ -336,4 +336,4 @@ def test_training_learns_and_resumes_bit_for_bit(task, objective, tmp_path):
         return make_trainer(task, model, stage, stream)
 
     metrics = check_resume(task, make, 4, [2], tmp_path)
-    assert metrics[-1]["loss_behaviour_cloning"] < metrics[0]["loss_behaviour_cloning"]
+    assert metrics[-1]["loss_behavior_cloning"] < metrics[0]["loss_behavior_cloning"]

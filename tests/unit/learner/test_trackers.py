@@ -39,8 +39,8 @@ TWO_STAGES = """
     import numpy as np
     from learner.metrics.log import MetricsLog
     with MetricsLog(Path({folder!r}), ["{tracker}"]) as log:
-        log.write("trunk", 1, {{"loss": 2.0}})
-        log.write("trunk", 2, {{"loss": 1.5}})
+        log.write("pretrain", 1, {{"loss": 2.0}})
+        log.write("pretrain", 2, {{"loss": 1.5}})
         log.write("arm", 1, {{"loss": 1.0}}, {{"staleness": np.array([0, 0, 3])}})
     with MetricsLog(Path({folder!r}), ["{tracker}"]) as log:  # resumed
         log.write("arm", 2, {{"loss": 0.5}})
@@ -60,7 +60,7 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(monkeypatch, tm
 
 def test_no_tracker_leaves_the_file_alone(tmp_path):
     with MetricsLog(tmp_path, []) as log:
-        log.write("trunk", 1, {"loss": 1.0}, {"staleness": np.array([1])})
+        log.write("pretrain", 1, {"loss": 1.0}, {"staleness": np.array([1])})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert "staleness" not in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
 
@@ -96,10 +96,10 @@ def test_wandb_keeps_a_run_per_stage_in_the_run_folder(tmp_path):
     in_a_process(code, WANDB_MODE="offline", WANDB_SILENT="true")
     # By their files: folders of one run that begin in the same second are numbered.
     runs = {path.name for path in folder.glob("wandb/offline-run-*/*.wandb")}
-    assert runs == {"run-arithmetic-1-arm.wandb", "run-arithmetic-1-trunk.wandb"}
-    trunk = next(folder.glob("wandb/offline-run-*-trunk/*.wandb")).read_bytes()
-    assert b"loss" in trunk
-    assert b"arithmetic-1" in trunk
+    assert runs == {"run-arithmetic-1-arm.wandb", "run-arithmetic-1-pretrain.wandb"}
+    pretrain = next(folder.glob("wandb/offline-run-*-pretrain/*.wandb")).read_bytes()
+    assert b"loss" in pretrain
+    assert b"arithmetic-1" in pretrain
 
 
 @needs("trackio")
@@ -115,5 +115,5 @@ def test_trackio_keeps_a_run_per_stage_and_goes_on_in_it(tmp_path):
     in_a_process(code, TRACKIO_DIR=str(tmp_path / "trackio"))
     assert in_a_process(read, TRACKIO_DIR=str(tmp_path / "trackio")).splitlines() == [
         "arithmetic-1-arm [(1, 1.0), (2, 0.5)]",
-        "arithmetic-1-trunk [(1, 2.0), (2, 1.5)]",
+        "arithmetic-1-pretrain [(1, 2.0), (2, 1.5)]",
     ]

@@ -14,7 +14,7 @@ from learner.checkpoints.checkpoint import load_weights, read_training_state
 from learner.checkpoints.store import read_progress
 from learner.objectives import make_objective
 from learner.objectives.base import (
-    EvaluatedLogs,
+    EvaluatedTrajectories,
     Metrics,
     Objective,
 )
@@ -56,10 +56,10 @@ def test_metrics_describe_the_step(task):
     trees = [tree for batch in (experts, rollouts) for tree in build_micro_batches(batch, make_trees(task))]
     assert metrics["learning_rate"] == pytest.approx(5e-3 / 3)
     assert metrics["actions_per_s"] * metrics["step_s"] == pytest.approx(sum(tree.num_actions for tree in trees))
-    assert metrics["nodes_per_s"] * metrics["step_s"] == pytest.approx(sum(tree.num_nodes for tree in trees))
+    assert metrics["unique_tokens_per_s"] * metrics["step_s"] == pytest.approx(sum(tree.num_nodes for tree in trees))
     unshared = sum(tree.num_nodes_unshared for tree in trees)
     padded = sum(tree.num_padded_nodes for tree in trees)
-    assert metrics["padding_share"] == pytest.approx(1 - sum(tree.num_nodes for tree in trees) / padded)
+    assert metrics["padding_fraction"] == pytest.approx(1 - sum(tree.num_nodes for tree in trees) / padded)
     assert metrics["sharing_ratio"] == pytest.approx(unshared / sum(tree.num_nodes for tree in trees))
     assert 0 < metrics["data_wait_s"] < metrics["step_s"]
     assert all(type(value) is float for value in metrics.values())
@@ -189,7 +189,7 @@ class OverflowingObjective(Objective):
         super().__init__(objective_settings(**CLONING))
         self._broken = broken
 
-    def data_loss(self, data: EvaluatedLogs, step: int) -> tuple[Tensor, Metrics]:
+    def data_loss(self, data: EvaluatedTrajectories, step: int) -> tuple[Tensor, Metrics]:
         mean = data.values.v.mean()
         if step > 0:
             # The slope of a square root is infinite at 0, its value is not.
@@ -223,7 +223,7 @@ def test_trajectories_without_a_finite_loss_are_named(task):
         model.get_input_embeddings().weight[digit] = torch.nan
     experts = make_stream(task).draw(8)
     drawn = [*experts.to_pylist(), *HandMadeRollouts(task).draw(5).to_pylist()]
-    bad = [row["id"] for row in drawn if digit in [*row["prompt_ids"], *row["actions"], *(row.get("realised") or [])]]
+    bad = [row["id"] for row in drawn if digit in [*row["prompt_ids"], *row["actions"], *(row.get("executed") or [])]]
     assert 0 < len(bad) < 13
     assert "a/1" in bad
     message = f"Not finite on {len(bad)} of 13 trajectories: {', '.join(bad)}$"
@@ -239,8 +239,10 @@ def test_rollouts_reach_an_objective_that_needs_them(task):
     evaluated = []
     with torch.no_grad():
         for batch in (make_stream(task).draw(8), HandMadeRollouts(task).draw(5)):
-            (tree,) = build_micro_batches(batch, replace(trees, max_nodes_per_batch=10_000))
-            evaluated.append(EvaluatedLogs(tree, TreePolicy(model, task.backspace_id).evaluate(tree), counts_of(tree)))
+            (tree,) = build_micro_batches(batch, replace(trees, max_tokens_per_micro_batch=10_000))
+            evaluated.append(
+                EvaluatedTrajectories(tree, TreePolicy(model, task.backspace_id).evaluate(tree), counts_of(tree))
+            )
         experts, policy = evaluated
         expected = objective.data_loss(experts, 0)[0] + objective.rollout_loss(policy, experts.counts, 0)[0]
     metrics = make_trainer(task, model, stage, rollouts=rollouts).train_step()

@@ -19,18 +19,18 @@ from tests.unit.learner.test_state_tree import BACKSPACE, EOS, HARD, SIZES, VOCA
 KINDS = ("llama", "qwen2", "qwen3", "gpt2")
 
 
-def grown_logs(num_prompts: int = 3, rollouts: int = 7, length: int = 20) -> list[Log]:
+def grown_trajectories(num_prompts: int = 3, rollouts: int = 7, length: int = 20) -> list[Log]:
     """Groups of rollouts, some of which take tokens back."""
     generator = np.random.default_rng(0)
-    logs = []
+    trajectories = []
     for _ in range(num_prompts):
         prompt = generator.integers(4, VOCAB, length).tolist()
         for i in range(rollouts):
             answer = generator.integers(4, VOCAB, length).tolist()
             if i % 2:
                 answer[length // 2 : length // 2] = [4, 5, BACKSPACE, BACKSPACE]
-            logs.append(Log(prompt, [*answer, EOS]))
-    return logs
+            trajectories.append(Log(prompt, [*answer, EOS]))
+    return trajectories
 
 
 def alone(model, tree: TreeBatch, node: int) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_hidden_states_are_those_of_each_text_alone(kind, tile_size):
 @pytest.mark.parametrize("tile_size", [3, 16, 512], indirect=True)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_gradients_are_those_of_the_dense_mask(kind, tile_size):
-    tree = build(grown_logs())
+    tree = build(grown_trajectories())
     weight = torch.randn(tree.num_padded_nodes, 32, generator=torch.Generator().manual_seed(1))
     weight[tree.num_nodes :] = 0
     tiled, dense = tiny(kind).double(), tiny(kind).double()
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_the_dense_mask(kind, tile_size):
 def test_a_model_with_another_attention_gets_the_dense_mask(kind):
     tiled, eager = tiny(kind), tiny(kind)
     eager.set_attn_implementation("eager")
-    tree = build(grown_logs())
+    tree = build(grown_trajectories())
     found = evaluate_nodes(eager, tree)[: tree.num_nodes]
     assert eager.config._attn_implementation == "eager"
     torch.testing.assert_close(found, evaluate_nodes(tiled, tree)[: tree.num_nodes], rtol=0, atol=1e-5)
@@ -132,14 +132,16 @@ def visible(tree: TreeBatch, tile_size: int | None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tile_size", [None, 1, 5, 16, 32, 64])
-@pytest.mark.parametrize("logs", [HARD, grown_logs(), grown_logs(1, 1, 60)], ids=["hard", "groups", "chain"])
-def test_tiles_cover_every_pair_once(logs, tile_size):
-    tree = build(logs, max_positions=200)
+@pytest.mark.parametrize(
+    "logs", [HARD, grown_trajectories(), grown_trajectories(1, 1, 60)], ids=["hard", "groups", "chain"]
+)
+def test_tiles_cover_every_pair_once(trajectories, tile_size):
+    tree = build(trajectories, max_positions=200)
     assert torch.equal(visible(tree, tile_size), tree.attention_mask.long())
 
 
 def test_the_keys_of_a_tile_do_not_grow_with_the_batch():
-    few, many = build(grown_logs(2, 8)), build(grown_logs(40, 8))
+    few, many = build(grown_trajectories(2, 8)), build(grown_trajectories(40, 8))
     widest = [max(mask.shape[-1] for mask in tile_tree(tree).masks) for tree in (few, many)]
     assert many.num_nodes > 15 * few.num_nodes
     assert widest[1] <= 41 + 20 + 2 * tile_tree(many).tile_size
@@ -149,16 +151,16 @@ def test_the_keys_of_a_tile_do_not_grow_with_the_batch():
 def test_chains_of_equal_length_are_not_gathered():
     """As wide as a tile, they are a batch of texts without padding."""
     generator = np.random.default_rng(0)
-    logs = [Log([i], [*generator.integers(4, VOCAB, 126).tolist(), EOS]) for i in range(1000, 1032)]
-    tree = build(logs, max_positions=128)
+    trajectories = [Log([i], [*generator.integers(4, VOCAB, 126).tolist(), EOS]) for i in range(1000, 1032)]
+    tree = build(trajectories, max_positions=128)
     tiles = tile_tree(tree, 128)
     assert (tiles.order, tiles.keys) == (None, None)
     assert [tuple(mask.shape) for mask in tiles.masks] == [(32, 1, 128, 128)]
 
 
-@pytest.mark.parametrize("logs", [HARD, grown_logs()], ids=["hard", "groups"])
-def test_the_block_mask_is_the_dense_mask(logs):
-    tree = build(logs)
+@pytest.mark.parametrize("logs", [HARD, grown_trajectories()], ids=["hard", "groups"])
+def test_the_block_mask_is_the_dense_mask(trajectories):
+    tree = build(trajectories)
     blocks = block_mask(tree)
     size = tree.num_padded_nodes
     assert torch.equal(create_mask(blocks.mask_mod, 1, 1, size, size, device="cpu")[0, 0], tree.attention_mask)
@@ -168,7 +170,7 @@ def test_the_block_mask_is_the_dense_mask(logs):
 
 
 def test_blocks_of_other_trees_are_skipped():
-    tree = build(grown_logs(num_prompts=8, rollouts=8))
+    tree = build(grown_trajectories(num_prompts=8, rollouts=8))
     assert tree.num_padded_nodes > 1280
     assert block_mask(tree).sparsity() > 60  # per cent; a causal mask of that many blocks has about 45
 
@@ -176,7 +178,7 @@ def test_blocks_of_other_trees_are_skipped():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()
 def test_flex_attention_over_the_block_mask():
-    tree = build(grown_logs())
+    tree = build(grown_trajectories())
     size = tree.num_padded_nodes
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, size, 16, generator=generator)
@@ -197,7 +199,7 @@ def test_a_model_that_does_not_hand_the_tree_on_is_noticed():
 @torch.no_grad()
 def test_half_precision(dtype):
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    tree = build(grown_logs())
+    tree = build(grown_trajectories())
     expected = evaluate_nodes(model, tree)
     found = evaluate_nodes(model.to(dtype), tree)
     assert found.dtype == dtype

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from learner.metrics.trajectory import distribution_metrics
 from pydantic import ValidationError
 
 from launch.settings.recipe import read_recipe
-from learner.metrics.log import distribution_metrics
 from learner.metrics.watch import Watch
 from learner.settings.stages import WatchSettings
 from tests.training import CLONING, make_stage
@@ -27,7 +27,7 @@ def test_an_alarm_is_told_once_and_kept_as_a_metric():
     assert found == {"alarm_backspace_rate": 1.0}
     assert warnings == [
         "stage arm, step 2: backspace_rate 0.31 is beyond 0.3; the policy takes back most of what it types: lower "
-        "alpha or raise beta_end"
+        "alpha or raise bc_weight_end"
     ]
     assert watch.look(3, {"backspace_rate": 0.2}) == ({"alarm_backspace_rate": 0.0}, [])
     assert watch.look(4, {"backspace_rate": 0.4}) == ({"alarm_backspace_rate": 1.0}, [])
