@@ -96,10 +96,12 @@ def train(
             settings = read_recipe(options.path(recipe), changed)
         if dry_run:
             from launch.cluster.capacity import plan_lines
+            from launch.cluster.memory import memory_lines
             from launch.settings.recipe import to_yaml
 
-            plan = "".join(f"# {line}\n" for line in plan_lines(settings))
-            typer.echo(f"{to_yaml(settings)}\n# What Ray sets aside for the processes of the run:\n{plan}", nl=False)
+            plan = ["What Ray sets aside for the processes of the run:", *plan_lines(settings)]
+            plan += ["", "Memory in GiB, by formula (docs/guide.md); M: 10^6, B: bytes", *memory_lines(settings)]
+            typer.echo("\n# ".join([to_yaml(settings), *plan]))
             return
         from launch.run_folder.folder import check_run_name, is_run_folder
         from launch.training import resume_run, start_run

@@ -186,13 +186,13 @@ def missing_capacity(roles: Sequence[Role], nodes: Sequence[Node]) -> str | None
 def plan_lines(settings: RunSettings) -> list[str]:
     """The plan as a table for people: what Ray sets aside for each process of the run."""
     roles = planned_roles(settings)
-    rows = []
+    rows = [("driver", "1 x nothing", "with the actor pool; on this node, or the job's")]
     for role in roles:
         parts = "" if role.parts == 1 else f", each of {role.parts} processes on one node"
         rows.append((role.name, f"{role.count} x {_amounts(role.each)}", f"placement={role.placement}{parts}"))
     if len(roles) > 1:
         shards = f"{settings.buffer.shards} x nothing"
-        rows.append(("buffer", shards, "shards, on the driver's node and the others in turn"))
+        rows.append(("buffer", shards, "shards, on the nodes in turn, the driver's first"))
     rows.append(("all", _amounts(total(roles)), "together, to be free when the run starts"))
     width = max(len(amount) for _, amount, _ in rows)
     return [f"{name:<8} {amount:<{width}}  {note}" for name, amount, note in rows]
