@@ -4,13 +4,12 @@ they go to the buffer. A row without a finite number is dropped, with the reason
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +18,15 @@ import pyarrow as pa
 from actors.settings import (
     ClassifierSettings,
     ExactAnswerSettings,
-    FunctionSettings,
     LengthSettings,
     PatternSettings,
     ScorerSettings,
     ScoringSettings,
     WordSettings,
 )
+from buffer.custom import make_custom
 from buffer.experts.ragged import Ragged
+from buffer.settings import CustomSettings
 from buffer.trajectory.replay import TrajectoryArrays, final_token_ids, replay
 from buffer.trajectory.schema import TokenContract
 
@@ -51,15 +51,19 @@ class Answer:
     ended: bool
 
 
-Scorer = Callable[[Sequence[Answer]], Sequence[float] | npt.NDArray[np.floating]]
-"""Gives one number for each answer."""
+@runtime_checkable
+class Scorer(Protocol):
+    """What every scorer does; the class of a custom one makes one instance per actor."""
+
+    def __call__(self, answers: Sequence[Answer], /) -> Sequence[float] | npt.NDArray[np.floating]:
+        """One number for each answer."""
 
 
 class RolloutScoring:
     """The reward and the features of one run.
 
     settings: at least one scorer. tokenizer: of the task. examples: `prompt_ids` and `target_ids` of those that
-        prompts come from. ValueError: a function cannot be imported, or a classifier not loaded.
+        prompts come from. ValueError: a class or a classifier cannot be loaded.
     """
 
     def __init__(
@@ -146,7 +150,7 @@ class RolloutScoring:
                     scores = np.asarray(self._scorers[title](answers), dtype=np.float32)
                 if scores.shape != (len(answers),):
                     raise ValueError(f"an array of shape {scores.shape} for {len(answers)} answers")
-            except (Exception, SystemExit) as error:  # noqa: BLE001 (a user's function may raise anything)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 (a user's class may raise anything)
                 outcome.put(f"{title} raised {type(error).__name__}: {error}")
             else:
                 outcome.put(scores)
@@ -162,11 +166,11 @@ class RolloutScoring:
 
 
 def _title(name: str, settings: ScorerSettings) -> str:
-    """How messages call a scorer: `reward (my_rewards:score)`. name: see `ScoringSettings.scorers`."""
-    if isinstance(settings, FunctionSettings):
-        return f"{name} ({settings.function})"
-    model = f" {settings.name}" if isinstance(settings, ClassifierSettings) else ""
-    return f"{name} ({settings.kind}{model})"
+    """How messages call a scorer: `reward (my_rewards:Brief)`. name: see `ScoringSettings.scorers`."""
+    if isinstance(settings, CustomSettings):
+        return f"{name} ({settings.path})"
+    model = f" {settings.model}" if isinstance(settings, ClassifierSettings) else ""
+    return f"{name} ({settings.name}{model})"
 
 
 def _with_column(batch: pa.RecordBatch, name: str, column: pa.Array) -> pa.RecordBatch:
@@ -176,7 +180,7 @@ def _with_column(batch: pa.RecordBatch, name: str, column: pa.Array) -> pa.Recor
 
 
 def make_scorer(settings: ScorerSettings) -> Scorer:
-    """The scorer that `settings` describe; a ValueError if its function cannot be imported, or its model not loaded."""
+    """The scorer that `settings` describe; a ValueError if its class or its model cannot be loaded."""
     if isinstance(settings, PatternSettings):
         return _matches(settings.pattern, settings.ignore_case)
     if isinstance(settings, WordSettings):
@@ -188,7 +192,7 @@ def make_scorer(settings: ScorerSettings) -> Scorer:
         return _length(settings)
     if isinstance(settings, ClassifierSettings):
         return Classifier(settings)
-    return _function(settings)
+    return make_custom(settings, Scorer)  # type: ignore[type-abstract]
 
 
 def _matches(pattern: str, ignore_case: bool) -> Scorer:
@@ -202,20 +206,6 @@ def _length(settings: LengthSettings) -> Scorer:
     low = settings.at_least or 0
     high = np.inf if settings.at_most is None else settings.at_most
     return lambda answers: [float(low <= answer.num_tokens <= high) for answer in answers]
-
-
-def _function(settings: FunctionSettings) -> Scorer:
-    module, _, name = settings.function.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ValueError(
-            f"function {settings.function} cannot be imported ({error}): install its module where the actors run, or "
-            "put its folder on PYTHONPATH"
-        ) from error
-    if not callable(function):
-        raise ValueError(f"module {module} has no function {name}")
-    return lambda answers: function([answer.prompt for answer in answers], [answer.text for answer in answers])
 
 
 class Classifier:
@@ -232,7 +222,7 @@ class Classifier:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self._settings = settings
-        name = settings.name
+        name = settings.model
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.revision, trust_remote_code=False)
             self._model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -290,14 +280,14 @@ class Classifier:
 def _column_of(config: PretrainedConfig, settings: ClassifierSettings) -> int:
     labels = [config.id2label[index] for index in range(config.num_labels)]
     if settings.label is None and len(labels) > 1:
-        raise ValueError(f"classifier {settings.name!r} has several labels, set one: {', '.join(labels)}")
+        raise ValueError(f"classifier {settings.model!r} has several labels, set one: {', '.join(labels)}")
     if settings.label is None:
         return 0
     if len(labels) == 1:
         raise ValueError(
-            f"classifier {settings.name!r} has one output, and no label {settings.label!r} to tell from others: leave "
+            f"classifier {settings.model!r} has one output, and no label {settings.label!r} to tell from others: leave "
             "label out, and its number counts"
         )
     if settings.label not in labels:
-        raise ValueError(f"classifier {settings.name!r} has no label {settings.label!r}; it has: {', '.join(labels)}")
+        raise ValueError(f"classifier {settings.model!r} has no label {settings.label!r}; it has: {', '.join(labels)}")
     return labels.index(settings.label)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from buffer.settings import LocalPath, Settings
+from buffer.settings import CustomSettings, LocalPath, Settings
 
 VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this."""
@@ -126,7 +126,7 @@ class ActorsSettings(Settings):
 class PatternSettings(Settings):
     """1 where a regular expression matches somewhere in the answer, else 0."""
 
-    kind: Literal["pattern"]
+    name: Literal["pattern"]
     pattern: str = Field(min_length=1, description="regular expression, as of Python's `re`")
     ignore_case: bool = False
 
@@ -143,7 +143,7 @@ class PatternSettings(Settings):
 class WordSettings(Settings):
     """1 where the answer holds a word (or several in a row) that stands alone, else 0."""
 
-    kind: Literal["word"]
+    name: Literal["word"]
     word: str = Field(min_length=1)
     ignore_case: bool = True
 
@@ -151,13 +151,13 @@ class WordSettings(Settings):
 class ExactAnswerSettings(Settings):
     """1 where the answer is the right one and ended with `<eos>`, else 0; of tasks that have right answers."""
 
-    kind: Literal["exact_answer"]
+    name: Literal["exact_answer"]
 
 
 class LengthSettings(Settings):
     """Tokens of the answer, `<eos>` not counted; with bounds 1 where the length lies within them, else 0."""
 
-    kind: Literal["length"]
+    name: Literal["length"]
     at_least: NonNegativeInt | None = None
     at_most: NonNegativeInt | None = None
 
@@ -176,8 +176,8 @@ class LengthSettings(Settings):
 class ClassifierSettings(Settings):
     """What a Hugging Face sequence classifier says of the answer: the probability of a label, or its only output."""
 
-    kind: Literal["classifier"]
-    name: LocalPath = Field(min_length=1, description="Hugging Face name or folder of the classifier, as safetensors")
+    name: Literal["classifier"]
+    model: LocalPath = Field(min_length=1, description="Hugging Face name or folder of the classifier, as safetensors")
     revision: str | None = Field(None, description="branch, tag or commit on the Hugging Face hub")
     label: str | None = Field(
         None, description="whose probability counts; null = the model has one output, which counts as it is"
@@ -193,28 +193,15 @@ class ClassifierSettings(Settings):
         return self
 
 
-class FunctionSettings(Settings):
-    """A function of your own, `score(prompts, answers)`: two lists of texts, to as many numbers.
-
-    It runs in the rollout actors. So that no recipe of a stranger runs code unnoticed, its module has to be named
-    outside of the recipe too (see `launch.settings.run`).
-    """
-
-    kind: Literal["function"]
-    function: str = Field(
-        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="MODULE:NAME of a function that the actors can import"
-    )
-
-
 ScorerSettings = Annotated[
-    PatternSettings | WordSettings | ExactAnswerSettings | LengthSettings | ClassifierSettings | FunctionSettings,
-    Field(discriminator="kind"),
+    PatternSettings | WordSettings | ExactAnswerSettings | LengthSettings | ClassifierSettings | CustomSettings,
+    Field(discriminator="name"),
 ]
 
 
 def is_binary(settings: ScorerSettings) -> bool | None:
-    """Whether a scorer gives 0 or 1 alone; None where only its function knows."""
-    if isinstance(settings, FunctionSettings):
+    """Whether a scorer gives 0 or 1 alone; None where only its class knows."""
+    if isinstance(settings, CustomSettings):
         return None
     if isinstance(settings, ClassifierSettings):
         return settings.at_least is not None

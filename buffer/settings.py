@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    PositiveInt,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 class Settings(BaseModel):
@@ -31,6 +44,32 @@ class Settings(BaseModel):
         for name in names:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect with {where}; leave it out")
+
+
+class CustomSettings(Settings):
+    """A class of the user's own: see `buffer.custom`."""
+
+    name: Literal["custom"]
+    path: str = Field(description="MODULE:CLASS that every process of the run can import")
+    options: dict[str, JsonValue] = Field({}, description="what the class itself checks, by its class `Options`")
+
+    @field_validator("path")
+    @classmethod
+    def _names_a_class(cls, path: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path):
+            raise ValueError(f"{path!r} is not of the form MODULE:CLASS, e.g. my_parts.rewards:Brief")
+        return path
+
+    def __str__(self) -> str:
+        return f"custom ({self.path})"
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the class."""
+        return self.path.partition(":")[0]
 
 
 ABSOLUTE_PATHS = {"absolute_paths": True}
@@ -113,7 +152,13 @@ class TextTaskSettings(Settings):
         return self
 
 
-TaskSettings = ArithmeticTaskSettings | TextTaskSettings
+TaskSettings = ArithmeticTaskSettings | TextTaskSettings | CustomSettings
+
+SamplerName = Literal["uniform", "fifo", "recency", "prioritized", "stratified"]
+SamplerSettings = Annotated[
+    Annotated[SamplerName, Tag("named")] | Annotated[CustomSettings, Tag("custom")],
+    Discriminator(lambda given: "custom" if isinstance(given, dict | CustomSettings) else "named"),
+]
 
 
 class FlightSettings(Settings):
@@ -150,10 +195,11 @@ class BufferSettings(Settings):
         ge=0,
         description="largest staleness (in published versions) a drawn trajectory may have; null = any",
     )
-    sampler: Literal["uniform", "fifo", "recency", "prioritized", "stratified"] = Field(
+    sampler: SamplerSettings = Field(
         "uniform",
         description="which live trajectories are drawn: all alike; the oldest; newer ones more often; those with a "
-        "large soft-Bellman residual more often; as many of every task",
+        "large soft-Bellman residual more often; as many of every task; {name: custom, ...}: those that a class of "
+        "your own chooses",
     )
     recency_exponent: float | None = Field(
         None,

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,23 +60,34 @@ def _spell(number: int, base: int) -> str:
 
 def question_examples(settings: ArithmeticTaskSettings, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The questions, those to train on first. Raises as `generate_questions`."""
-    from datasets import Dataset, Features, List, Value
-
     questions = generate_questions(settings)
     bases = sorted(set(settings.bases))
-    prompts = tokenizer([q.question for q in questions], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([q.answer for q in questions], add_special_tokens=False)["input_ids"]
+    columns = {"question": [q.question for q in questions], "answer": [q.answer for q in questions]}
+    return paired_examples(columns, [bases.index(q.base) for q in questions], tokenizer)
+
+
+def paired_examples(
+    columns: Mapping[str, Sequence[str]], noise_groups: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """Examples of two columns of text, a prompt and its complete answer, with `prompt_ids`, `target_ids` and
+    `noise_group`. Text that spells a special token stays text.
+    """
+    from datasets import Dataset, Features, List, Value
+
+    prompts, answers = (
+        tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for texts in columns.values()
+    )
     prefix = prompt_prefix(tokenizer)
-    columns = {
-        "question": [q.question for q in questions],
-        "answer": [q.answer for q in questions],
+    tokenized = {
         "prompt_ids": [prefix + ids for ids in prompts],
         "target_ids": [[*ids, tokenizer.eos_token_id] for ids in answers],
-        "noise_group": [bases.index(q.base) for q in questions],
+        "noise_group": noise_groups,
     }
-    text, ids, number = Value("string"), List(Value("int32")), Value("int32")
-    features = Features(question=text, answer=text, prompt_ids=ids, target_ids=ids, noise_group=number)
-    return Dataset.from_dict(columns, features=features)
+    ids = List(Value("int32"))
+    texts = dict.fromkeys(columns, Value("string"))
+    features = Features({**texts, "prompt_ids": ids, "target_ids": ids, "noise_group": Value("int32")})
+    return Dataset.from_dict({**columns, **tokenized}, features=features)
 
 
 def digit_candidates(settings: ArithmeticTaskSettings, tokenizer: PreTrainedTokenizerBase) -> NoiseCandidates:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 
+from buffer.custom import make_custom
 from buffer.experts import arithmetic, text
 from buffer.experts.noise import NoiseCandidates
 from buffer.experts.ragged import Ragged
 from buffer.experts.stream import ExpertStream
 from buffer.experts.tokenizer import backspace_token_id, character_tokenizer, prompt_prefix, token_contract
-from buffer.settings import NoiseSettings, TaskSettings, TextTaskSettings
+from buffer.settings import CustomSettings, NoiseSettings, TaskSettings, TextTaskSettings
 from buffer.trajectory.schema import TokenContract
 
 if TYPE_CHECKING:
@@ -62,6 +63,18 @@ class Task:
         return self.train.select_columns(["prompt_ids", "target_ids"]).with_format("arrow")[:]
 
 
+@runtime_checkable
+class CustomTask(Protocol):
+    """What the class of a custom task has to be. A method `is_correct(answer, example)` says whether a text answers an
+    example, which is a mapping with `prompt` and `target`; without it no answer is right or wrong.
+    """
+
+    def examples(self) -> tuple[Sequence[tuple[str, str]], Sequence[tuple[str, str]]]:
+        """(prompt, target) pairs of text, without special tokens: those to train on, and those held out. The same at
+        every call, in every process.
+        """
+
+
 def load_task(
     settings: TaskSettings,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -76,7 +89,8 @@ def load_task(
     and target) the model can take, in tokens; None = not checked.
 
     Raises:
-        ValueError: the settings cannot be met, or a text would not fit into `max_length`.
+        ValueError: the settings cannot be met (a class: see `buffer.custom`), or a text would not fit into
+            `max_length`.
         ImportError: a package that the task needs is not installed.
     """
     if isinstance(settings, TextTaskSettings):
@@ -86,6 +100,10 @@ def load_task(
         _check_length(length, max_length, f"a prompt and its target (prompt_tokens + target_tokens{' + bos' * prefix})")
         documents = text.load_documents(settings)
         tokenizer = character_tokenizer(set().union(*documents["text"])) if tokenizer is None else tokenizer
+    elif isinstance(settings, CustomSettings):
+        custom = make_custom(settings, CustomTask)  # type: ignore[type-abstract]
+        pairs, num_train = _pairs_of(settings, custom)
+        tokenizer = character_tokenizer(set().union(*(a + b for a, b in pairs))) if tokenizer is None else tokenizer
     elif tokenizer is None:
         tokenizer = character_tokenizer(arithmetic.ALPHABET)
     backspace_id = backspace_token_id(tokenizer) if backspace_id is None else backspace_id
@@ -97,15 +115,23 @@ def load_task(
         )
         if settings.max_examples is not None and settings.max_examples < len(train):
             train = train.shuffle(seed=settings.seed).select(range(settings.max_examples))
-        task_noise = text.unigram_candidates(train, tokenizer)
+        task_noise, is_correct = text.unigram_candidates(train, tokenizer), None
     else:
-        examples = arithmetic.question_examples(settings, tokenizer)
-        columns = examples.with_format("arrow")[:]
-        lengths = sum(Ragged.from_arrow(columns.column(name)).lengths for name in ("prompt_ids", "target_ids"))
+        if isinstance(settings, CustomSettings):
+            columns = {"prompt": [prompt for prompt, _ in pairs], "target": [target for _, target in pairs]}
+            examples = arithmetic.paired_examples(columns, [0] * len(pairs), tokenizer)
+        else:
+            examples, num_train = arithmetic.question_examples(settings, tokenizer), settings.train_questions
+        lengths = sum(
+            Ragged.from_arrow(examples.with_format("arrow")[:].column(name)).lengths
+            for name in ("prompt_ids", "target_ids")
+        )
         _check_length(int(np.max(lengths)), max_length, "the longest question with its answer")
-        train = examples.select(range(settings.train_questions))
-        held_out = examples.select(range(settings.train_questions, len(examples)))
-        task_noise = arithmetic.digit_candidates(settings, tokenizer)
+        train, held_out = examples.select(range(num_train)), examples.select(range(num_train, len(examples)))
+        if isinstance(settings, CustomSettings):
+            task_noise, is_correct = text.unigram_candidates(train, tokenizer), getattr(custom, "is_correct", None)
+        else:
+            task_noise, is_correct = arithmetic.digit_candidates(settings, tokenizer), arithmetic.answers_question
     special = {*tokenizer.all_special_ids, backspace_id}
     ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
     return Task(
@@ -117,8 +143,19 @@ def load_task(
         eos_id=tokenizer.eos_token_id,
         task_noise=task_noise,
         random_noise=NoiseCandidates.uniform([np.array(ordinary, dtype=np.int32)]),
-        is_correct=None if isinstance(settings, TextTaskSettings) else arithmetic.answers_question,
+        is_correct=is_correct,
     )
+
+
+def _pairs_of(settings: CustomSettings, custom: CustomTask) -> tuple[list[tuple[str, str]], int]:
+    """The examples of a custom task, those to train on first, and how many those are."""
+    train, held_out = custom.examples()
+    if not (train and held_out):
+        raise ValueError(
+            f"{settings.path} gives {len(train)} examples to train on and {len(held_out)} that are held out: give at "
+            "least one of each"
+        )
+    return [*train, *held_out], len(train)
 
 
 def _check_length(length: int, max_length: int | None, what: str) -> None:

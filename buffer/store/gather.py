@@ -9,10 +9,14 @@ Other columns have few distinct values: each combination of them (a context) is 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from buffer.store.sampling import Column
 from buffer.store.segments import Segments
 from buffer.store.table import RUNS, ReplayTable
 from buffer.trajectory.schema import ROW, rows_of
@@ -71,9 +75,14 @@ class Gather:
         """No row of this segment is taken any more."""
         self._pending = {place: length for place, length in self._pending.items() if place[0] != segment}
 
-    def tasks(self, rows: Int64) -> Int32:
-        """[n] codes of the tasks of rows; equal ones mean the same task."""
+    def column(self, name: Column, rows: Int64) -> npt.NDArray[Any]:
+        """[n] what a sampler may know of each row."""
+        if name not in ("reward", "task"):
+            column: npt.NDArray[Any] = getattr(self._table, name)
+            return column[self._table.slots(rows)]
         self._describe()
+        if name == "reward":
+            return self._table.reward[self._table.slots(rows)]
         assert self._contexts is not None, "there are rows"
         codes: Int32 = self._contexts.column("task").dictionary_encode().indices.to_numpy()
         return codes[self._table.context[self._table.slots(rows)]]

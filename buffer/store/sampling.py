@@ -8,12 +8,15 @@ are the rows with the largest log(weight) + Gumbel noise (Efraimidis and Spiraki
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from buffer.settings import BufferSettings
+from buffer.custom import make_custom
+from buffer.settings import BufferSettings, CustomSettings
 from buffer.store.table import Float32
 from buffer.trajectory.staleness import Int32, Int64
 
@@ -27,6 +30,28 @@ _GENERATOR = np.random.Generator(_BITS)
 
 DEFAULT_RECENCY_EXPONENT = 1.0
 DEFAULT_PRIORITY_EXPONENT = 0.6
+
+Column = Literal["created_us", "oldest_version", "times_sampled", "reward", "task", "priority"]
+"""What samplers may ask of live rows. created_us: microseconds since the epoch; oldest_version: of the policies that
+acted, -1 of an expert; reward: nan where there is none; task: a code, equal ones mean the same task; priority: of the
+sampler `prioritized` alone.
+"""
+ReadColumn = Callable[[Column], npt.NDArray[Any]]
+"""Gives [n] a value for each live row, the oldest row first; not to be written to."""
+Choose = Callable[[int, int, np.random.Generator, ReadColumn], Int64]
+"""See `Sampler.choose`."""
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What the class of a custom sampler has to be; each shard makes one instance."""
+
+    def choose(self, num_rows: int, count: int, generator: np.random.Generator, column: ReadColumn) -> Int64:
+        """[count] distinct places among `num_rows` live rows of one source, the oldest row first; count <= num_rows.
+
+        The choice has to follow from the arguments alone: with random numbers of `generator`, the same seed gives the
+        same run.
+        """
 
 
 def sample_generator(seed: int, stage: str, step: int, source: str, num_sampled: int) -> np.random.Generator:
@@ -85,11 +110,10 @@ def choose(
     num_rows: int,
     count: int,
     generator: np.random.Generator,
-    priorities: Callable[[], Float32],
-    tasks: Callable[[], Int32],
+    column: ReadColumn,
 ) -> Int64:
-    """[count] places of `num_rows` live rows, the oldest row first, as `buffer.sampler` says. priorities, tasks: give
-    [n] of each row, where the sampler goes by them."""
+    """[count] places of `num_rows` live rows, the oldest row first, as a named `buffer.sampler` says. column: gives a
+    value per row, where the sampler goes by it."""
     match settings.sampler:
         case "uniform":
             return uniform(num_rows, count, generator)
@@ -101,10 +125,31 @@ def choose(
         case "prioritized":
             exponent = settings.priority_exponent
             return by_priority(
-                priorities(), count, DEFAULT_PRIORITY_EXPONENT if exponent is None else exponent, generator
+                column("priority"), count, DEFAULT_PRIORITY_EXPONENT if exponent is None else exponent, generator
             )
         case "stratified":
-            return by_task(tasks(), count, generator)
+            return by_task(column("task"), count, generator)
+    raise AssertionError(f"{settings.sampler} is no name of a sampler")
+
+
+def make_sampler(settings: BufferSettings) -> Choose:
+    """The sampler that `buffer.sampler` names. ValueError: see `buffer.custom.make_custom`."""
+    if not isinstance(settings.sampler, CustomSettings):
+        return partial(choose, settings)
+    path, sampler = settings.sampler.path, make_custom(settings.sampler, Sampler)  # type: ignore[type-abstract]
+
+    def choose_checked(num_rows: int, count: int, generator: np.random.Generator, column: ReadColumn) -> Int64:
+        places = np.asarray(sampler.choose(num_rows, count, generator, column))
+        distinct = np.unique(places)
+        is_chosen = places.shape == (count,) and places.dtype.kind == "i" and len(distinct) == count
+        if not is_chosen or distinct[0] < 0 or distinct[-1] >= num_rows:
+            given = np.array2string(places, threshold=8)
+            raise ValueError(
+                f"{path} has to choose {count} distinct integers from 0 to {num_rows - 1}: it gave {given}"
+            )
+        return places.astype(np.int64)
+
+    return choose_checked
 
 
 def _successive(log_weights: Float64, count: int, generator: np.random.Generator) -> Int64:

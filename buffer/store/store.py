@@ -25,7 +25,7 @@ from buffer.settings import BufferSettings
 from buffer.store.catalog import EventEntry
 from buffer.store.maintenance import Archive, Maintenance
 from buffer.store.recovery import open_shard, quarantined
-from buffer.store.sampling import choose, sample_generator
+from buffer.store.sampling import make_sampler, sample_generator
 from buffer.store.shard import (
     InsertResult,
     LoggedSample,
@@ -62,12 +62,14 @@ class ReplayStore:
 
         Raises:
             ValueError: another process has the folder open, an earlier version of this program wrote it, its rows
-                follow another token contract, or the archive's URL names no file system.
+                follow another token contract, the archive's URL names no file system, or there is no such sampler
+                (see `buffer.custom.make_custom`).
             CorruptStoreError: the catalog is damaged.
         """
         self._folder = folder
         self._contract = contract
         self._settings = settings
+        self._sample = make_sampler(settings)
         self._seed = seed
         self._clock = clock
         self._statistics: dict[str, Callable[[], SampleStatistics]] = {}  # of the last draw, by source
@@ -267,15 +269,7 @@ class ReplayStore:
         if len(live) < least:
             return None
         generator = sample_generator(self._seed, key.stage, key.step, key.source, num_given)
-        places = choose(
-            self._settings,
-            len(live),
-            missing,
-            generator,
-            priorities=lambda: table.priority[table.slots(live)],
-            tasks=lambda: shard.gather.tasks(live),
-        )
-        return live[places]
+        return live[self._sample(len(live), missing, generator, lambda name: shard.gather.column(name, live))]
 
     def _note(self, key: SampleKey, rows: Int64, whole: int) -> None:
         shard, table = self._shard, self._shard.table

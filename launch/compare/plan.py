@@ -17,7 +17,7 @@ from buffer.settings import Settings
 from launch.errors import UserError
 from launch.run_folder.folder import check_run_name
 from launch.settings.recipe import Tree, apply_override, explain, read_yaml, settings_from
-from launch.settings.run import RunSettings, check_trusted, needs_actors
+from launch.settings.run import RunSettings, needs_actors
 from learner.settings.objectives import ObjectiveSettings
 from learner.settings.stages import StageSettings, stages_before
 
@@ -162,7 +162,9 @@ def make_plan(
             f"learner.checkpoint_dir={recipe.learner.checkpoint_dir}: the runs of a comparison share a start, and lie "
             "in one folder with it; leave checkpoint_dir out, and let runs_folder say where"
         )
-    check_trusted(recipe.scoring)
+    from launch.run.checks import check_custom_parts
+
+    check_custom_parts(recipe)
     labels: dict[ComparedObjective, str] = {}
     for label, each in objectives.items():
         if each in labels:

@@ -10,6 +10,8 @@ import numpy as np
 from rich.console import Console
 
 from actors.engine.checks import check_machine
+from buffer.custom import check_trusted
+from buffer.settings import CustomSettings
 from launch.errors import setting_up
 from launch.evaluation.mauve_score import KMEANS_STARTS, RESAMPLES, check_mauve, mauve_scorer
 from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, ShownRollout, Target
@@ -49,6 +51,8 @@ def evaluate(
     rollout, asked = settings.actors.rollout, settings.evaluation.mauve
     with console.status("loading the task"), setting_up():
         check_machine(enforce_eager=True)
+        if isinstance(settings.task, CustomSettings):
+            check_trusted(settings.task, "task")
         checkpoints = {target.label: open_checkpoint(target.checkpoint) for target in targets}
         first, *others = checkpoints.values()
         for other in others:

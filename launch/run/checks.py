@@ -7,14 +7,34 @@ from collections.abc import Callable, Sequence
 
 import pyarrow.compute as pc
 
+from actors.scoring import Scorer
 from actors.settings import check_division
-from buffer.experts.tasks import Task
+from buffer.custom import check_trusted, custom_class, custom_options, make_custom
+from buffer.experts.tasks import CustomTask, Task
+from buffer.store.sampling import Sampler
 from launch.errors import UserError, setting_up
-from launch.settings.run import RunSettings
+from launch.settings.run import RunSettings, custom_parts
 from learner.messages import PreparedRun
+from learner.objectives import objective_class
 from learner.publication import PROBE_TOKENS
-from learner.settings.objectives import EmoSettings
+from learner.settings.objectives import CustomObjectiveSettings, EmoSettings
 from learner.settings.stages import StageSettings
+
+
+def check_custom_parts(settings: RunSettings) -> None:
+    """UserError for a class of the user's own whose module nobody trusts, that cannot be loaded, or that does not
+    accept its options.
+    """
+    kinds: dict[str, type] = {"task": CustomTask, "buffer.sampler": Sampler}
+    with setting_up():
+        for key, part in custom_parts(settings).items():
+            check_trusted(part, key)
+            if isinstance(part, CustomObjectiveSettings):
+                objective_class(part)
+            elif key in kinds:
+                make_custom(part, kinds[key])
+            else:  # a scorer may load a model where the actors are
+                custom_options(part, custom_class(part, Scorer))  # type: ignore[type-abstract]
 
 
 def check_prepared(settings: RunSettings, run: PreparedRun, check_task: Callable[[Task], None] | None) -> None:

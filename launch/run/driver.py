@@ -32,12 +32,12 @@ from launch.monitoring.metrics import MetricExporter
 from launch.monitoring.run_log import RunLog
 from launch.run.buffer_shards import STATUS_TIMEOUT_S as SHARD_TIMEOUT_S
 from launch.run.buffer_shards import ShardWatch, check_buffer, start_buffer
-from launch.run.checks import check_prepared, engine_length
+from launch.run.checks import check_custom_parts, check_prepared, engine_length
 from launch.run.learner_group import LearnerFailedError, LearnerGroup, learner_status
 from launch.run_folder.checkpoints import check_checkpoints, finished_stages, newest_published
 from launch.run_folder.folder import BUFFER_FOLDER
 from launch.run_folder.task import check_examples, save_run_tokenizer
-from launch.settings.run import RunSettings, check_trusted, introduces_backspace, needs_actors
+from launch.settings.run import RunSettings, introduces_backspace, needs_actors
 from learner.messages import LearnerSpec, PreparedRun, StageResult
 from learner.settings.stages import StageSettings, with_explicit_starts
 
@@ -67,10 +67,10 @@ def train(
     ValueError or an ImportError, a task that does not suit what is to follow.
 
     Raises:
-        UserError: the settings cannot be met (model, task, cluster), or run code that nobody vouched for.
+        UserError: the settings cannot be met (model, task, cluster), or a class of the user's own is refused.
         RunFailedError: an actor or the learner could not go on; the message names who.
     """
-    check_trusted(settings.scoring)
+    check_custom_parts(settings)
     check_checkpoints(settings, folder)
     view = RunView(folder.name, settings.stages, results=finished_stages(settings, folder))
     with lost_processes_reported(), LiveView(console, view) as live, RunLog(folder) as log:

@@ -29,6 +29,7 @@ RULES = (
     ("task.*", "it decides which examples there are"),
     ("noise.*", _SHAPED_THE_STEPS),
     ("model.*", "the checkpoints hold the model as it was begun"),
+    ("stages.*.objective.*", _SHAPED_THE_STEPS),
     ("stages.*.steps", _MAY_CHANGE),  # within the bounds of `_refusal_in_stage`
     ("stages.*.optimizer.*", _MAY_CHANGE),
     ("stages.*.batch_size", _MAY_CHANGE),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,28 @@ from launch.errors import UserError
 from launch.settings.run import RunSettings
 
 Tree = dict[str, object]
+Recipe = Path | str | Mapping[str, object] | RunSettings
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
-    """Read `path` and apply overrides such as `actors.count=2` or `stages.pretrain.steps=100`.
+def read_recipe(recipe: Recipe, overrides: Sequence[str] = ()) -> RunSettings:
+    """A recipe with overrides such as `actors.count=2` or `stages.pretrain.steps=100`; it is a YAML file, or what
+    such a file holds, or settings.
 
     A stage is addressed by its name or its index; values are YAML.
     UserError: the file holds no mapping, an override is malformed, or a key or value is not accepted.
     """
-    tree = read_yaml(path, "recipe", "the packaged ones are in launch/recipes/")
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no settings; a recipe is a YAML mapping (see launch/recipes/)")
+    if isinstance(recipe, RunSettings):
+        tree, where = recipe.model_dump(mode="json"), "recipe"
+    elif isinstance(recipe, Mapping):
+        tree, where = json.loads(json.dumps(recipe)), "recipe"
+    else:
+        content = read_yaml(Path(recipe), "recipe", "the packaged ones are in launch/recipes/")
+        if not isinstance(content, dict):
+            raise UserError(f"{recipe} holds no settings; a recipe is a YAML mapping (see launch/recipes/)")
+        tree, where = content, str(recipe)
     for override in overrides:
         apply_override(tree, override)
-    return settings_from(tree, str(path))
+    return settings_from(tree, where)
 
 
 def settings_from(tree: Tree, where: str) -> RunSettings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -10,23 +9,18 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from actors.settings import (
     ActorsSettings,
     ExactAnswerSettings,
-    FunctionSettings,
     ScorerSettings,
     ScoringSettings,
     check_division,
     is_binary,
 )
-from buffer.settings import BufferSettings, NoiseSettings, OutputPath, Settings, TaskSettings
+from buffer.settings import BufferSettings, CustomSettings, NoiseSettings, OutputPath, Settings, TaskSettings
 from buffer.store.limiter import Limiter
-from launch.errors import UserError
 from launch.settings.evaluation import EvaluationSettings, check_forced_prefix
 from learner.metrics.log import TrackerName
 from learner.settings.model import ModelSettings, PretrainedModelSettings, ScratchModelSettings
-from learner.settings.objectives import AdversarialJsSettings, ConstraintSettings, ScoreFunctionSettings, TargetSettings
+from learner.settings.objectives import AdversarialJsSettings, ConstraintSettings, TargetSettings
 from learner.settings.stages import LearnerSettings, StageSettings, check_stages, stages_before
-
-TRUSTED_MODULES = "SEQUENCEMATCH_TRUSTED_MODULES"
-"""Environment variable with the names of modules, separated by commas."""
 
 
 class ClusterSettings(Settings):
@@ -92,7 +86,7 @@ class RunSettings(Settings):
         if self.result_stage not in names:
             raise ValueError(f"result names {self.result!r}, the stages are: {', '.join(names)}")
         self._check_rollouts()
-        if self.evaluation.mauve is not None and self.task.name != "text":
+        if self.evaluation.mauve is not None and self.task.name not in ("text", "custom"):
             raise ValueError(
                 f"evaluation.mauve compares free texts; answers of task {self.task.name} are right or wrong: leave it "
                 "out"
@@ -157,27 +151,24 @@ class RunSettings(Settings):
                 f"{where} teaches to take noise back, and actors.rollout.backspace is off: leave that out, set "
                 "noise.kind=none, or choose an objective without noise (mle, kl_control, ...)"
             )
-        if isinstance(objective, ScoreFunctionSettings):
-            self._check_score_function(where, objective)
-        if isinstance(objective, AdversarialJsSettings):
-            self._check_adversarial(where, stage, objective)
-
-    def _check_score_function(self, where: str, objective: ScoreFunctionSettings) -> None:
         if objective.needs_reward and self.scoring.reward is None:
             raise ValueError(
-                f"{where} raises a reward, and the recipe has none: set scoring.reward, e.g. to {{kind: exact_answer}} "
+                f"{where} raises a reward, and the recipe has none: set scoring.reward, e.g. to {{name: exact_answer}} "
                 "(docs/scoring.md)"
             )
-        self._check_rollouts_as_sampled(where)
-        if isinstance(objective, TargetSettings):
-            features = self.scoring.features
-            for each in objective.constraints:
-                if each.feature not in features:
-                    raise ValueError(
-                        f"{where} constrains feature {each.feature!r}, which scoring.features does not have (it has: "
-                        f"{', '.join(features) or 'none'})"
-                    )
-                _check_constraint(each, features[each.feature])
+        if objective.needs_rollouts_as_sampled:
+            self._check_rollouts_as_sampled(where)
+        features = self.scoring.features
+        for name in objective.needs_features:
+            if name not in features:
+                raise ValueError(
+                    f"{where} needs feature {name!r}, which scoring.features does not have (it has: "
+                    f"{', '.join(features) or 'none'})"
+                )
+        for constraint in objective.constraints if isinstance(objective, TargetSettings) else ():
+            _check_constraint(constraint, features[constraint.feature])
+        if isinstance(objective, AdversarialJsSettings):
+            self._check_adversarial(where, stage, objective)
 
     def _check_rollouts_as_sampled(self, where: str) -> None:
         if self.actors.rollout.top_p < 1.0:
@@ -192,7 +183,6 @@ class RunSettings(Settings):
             )
 
     def _check_adversarial(self, where: str, stage: StageSettings, objective: AdversarialJsSettings) -> None:
-        self._check_rollouts_as_sampled(where)
         if stage.rollout_batch_size < 2:
             raise ValueError(
                 f"{where} compares each rollout with the others of its step: set rollout_batch_size to 2 or more"
@@ -246,12 +236,8 @@ def needs_actors(stage: StageSettings, noise: NoiseSettings) -> bool:
     return stage.objective.needs_rollouts or (stage.objective.uses_noise and noise.kind == "policy")
 
 
-def check_trusted(scoring: ScoringSettings) -> None:
-    """Raise UserError for a scorer that runs code of a module that whoever runs the recipe has not named outside it."""
-    trusted = {name.strip() for name in os.environ.get(TRUSTED_MODULES, "").split(",")}
-    for name, settings in scoring.scorers.items():
-        if isinstance(settings, FunctionSettings) and (module := settings.function.partition(":")[0]) not in trusted:
-            raise UserError(
-                f"{name} of the recipe runs code, function {settings.function}. Read it, and if you trust it say so "
-                f"with {TRUSTED_MODULES}={module} in the environment (`submit`: --env {TRUSTED_MODULES}={module})"
-            )
+def custom_parts(settings: RunSettings) -> dict[str, CustomSettings]:
+    """The classes of the user's own that a run loads, by the key of the setting."""
+    parts = {"task": settings.task, "buffer.sampler": settings.buffer.sampler, **settings.scoring.scorers}
+    objectives = {f"stages.{stage.name}.objective": stage.objective for stage in settings.stages}
+    return {key: part for key, part in (parts | objectives).items() if isinstance(part, CustomSettings)}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -86,6 +87,8 @@ class Objective:
     which `evaluate` measures; a method of an objective that has one.
     """
 
+    Options: ClassVar[type[BaseObjectiveSettings]] = BaseObjectiveSettings
+    """The class of the settings of an objective of the user's own: `options` of the recipe, and what it needs."""
     settings: BaseObjectiveSettings
     ranks: Ranks = field(default_factory=Ranks)
     base: TreePolicy | None = None

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from buffer.settings import LocalPath, Settings
+from buffer.custom import check_trusted, custom_class, custom_options
+from buffer.settings import CustomSettings, LocalPath, Settings
 
 DIVERGENCES_WITH_DOMAIN = ("kl", "js", "hellinger")
 """Those whose phi is not defined for every number."""
@@ -20,13 +29,15 @@ INFINITE_WHERE_FORBIDDEN = ("reverse_kl", "reverse_chi2")
 class BaseObjectiveSettings(Settings):
     """What every objective says of itself before anything starts.
 
-    needs_experts: whether it learns from expert trajectories. needs_base_model: whether rollouts are compared with the
-    policy
-    as it was at the start of the stage. needs_reward: whether `scoring.reward` has to be set.
+    needs_experts: whether it learns from expert trajectories. needs_rollouts_as_sampled: whether its loss is an
+    expectation over all rollouts, each with its probability under the policy that made it. needs_base_model: whether
+    rollouts are compared with the policy as it was at the start of the stage. needs_reward: whether `scoring.reward`
+    has to be set.
     """
 
-    name: str
+    name: str = "custom"
     needs_experts: ClassVar[bool] = True
+    needs_rollouts_as_sampled: ClassVar[bool] = False
     needs_base_model: ClassVar[bool] = False
     needs_reward: ClassVar[bool] = False
 
@@ -36,9 +47,55 @@ class BaseObjectiveSettings(Settings):
         return False
 
     @property
+    def needs_features(self) -> tuple[str, ...]:
+        """Names of the features that `scoring.features` has to have."""
+        return ()
+
+    @property
     def uses_noise(self) -> bool:
         """Whether expert trajectories demonstrate backspace."""
         return False
+
+
+class CustomObjectiveSettings(CustomSettings):
+    """An objective of the user's own.
+
+    Its class says what it needs; that is recorded here, so that a run's settings can be read without running its code.
+    The class is asked (which runs its code, where its module is trusted) only where a recipe leaves one of these out.
+    """
+
+    needs_experts: bool = True
+    needs_rollouts: bool = False
+    needs_rollouts_as_sampled: bool = False
+    needs_base_model: bool = False
+    needs_reward: bool = False
+    needs_features: tuple[str, ...] = ()
+    uses_noise: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ask_class(cls, given: object) -> object:
+        needs = cls.model_fields.keys() - CustomSettings.model_fields.keys()
+        if not isinstance(given, dict) or given.keys() >= needs:
+            return given
+        try:
+            settings = CustomSettings.model_validate({key: value for key, value in given.items() if key not in needs})
+        except ValidationError:  # the fields report it
+            return given
+        check_trusted(settings, "objective")
+        options = custom_objective_options(settings)
+        return {name: getattr(options, name) for name in needs} | given
+
+
+def custom_objective_options(settings: CustomSettings) -> BaseObjectiveSettings:
+    """The options of an objective of the user's own, which say what it needs. ValueError: see `buffer.custom`."""
+    options = custom_options(settings, custom_class(settings, object))
+    if not isinstance(options, BaseObjectiveSettings):
+        raise ValueError(
+            f"{settings.path} is no objective: derive it from learner.objectives.base.Objective, and its class "
+            "`Options`, if it has one, from learner.settings.objectives.BaseObjectiveSettings"
+        )
+    return options
 
 
 class LikelihoodSettings(BaseObjectiveSettings):
@@ -122,6 +179,7 @@ class AdversarialJsSettings(BaseObjectiveSettings):
     """Generalized Jensen-Shannon divergence of whole texts, by a discriminator (arXiv 1511.05101)."""
 
     needs_rollouts: ClassVar[bool] = True
+    needs_rollouts_as_sampled: ClassVar[bool] = True
     name: Literal["adversarial_js"]
     pi: float = Field(
         0.5,
@@ -216,6 +274,7 @@ class ScoreFunctionSettings(BaseObjectiveSettings):
 
     needs_experts: ClassVar[bool] = False
     needs_rollouts: ClassVar[bool] = True
+    needs_rollouts_as_sampled: ClassVar[bool] = True
 
 
 class ReinforceSettings(ScoreFunctionSettings):
@@ -252,9 +311,14 @@ class TargetSettings(ScoreFunctionSettings):
         1024, description="distinct rollouts on which the weights of constraints with a target are fitted first"
     )
 
+    @property
+    def needs_features(self) -> tuple[str, ...]:
+        """Those that are constrained."""
+        return tuple(each.feature for each in self.constraints)
+
     @model_validator(mode="after")
     def _check_names(self) -> TargetSettings:
-        names = [each.feature for each in self.constraints]
+        names = self.needs_features
         if len(set(names)) < len(names):
             raise ValueError(f"constraints name a feature twice: {', '.join(names)}")
         return self
@@ -308,6 +372,7 @@ ObjectiveSettings = Annotated[
     | DpgSettings
     | GdcSettings
     | FDpgSettings
-    | SequenceMatchSettings,
+    | SequenceMatchSettings
+    | CustomObjectiveSettings,
     Field(discriminator="name"),
 ]

@@ -41,9 +41,9 @@ FITTED = ("dpg", "gdc", "f_dpg")
 OUT_OF_REACH = {"name": "dpg", "constraints": [{"feature": "never", "target": 0.5}], "fit_samples": 16}
 STEPS = 8
 FEATURES = {
-    "small": {"kind": "function", "function": f"{failing_scores.__name__}:last_digit_is_small"},
-    "brief": {"kind": "length", "at_most": 2},
-    "never": {"kind": "word", "word": "never"},
+    "small": {"name": "custom", "path": f"{failing_scores.__name__}:LastDigitIsSmall"},
+    "brief": {"name": "length", "at_most": 2},
+    "never": {"name": "word", "word": "never"},
 }
 
 
@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     pretrain = {"name": "pretrain", "objective": {"name": "mle"}, "steps": 60, "batch_size": 16}
     stages = [pretrain, *(stage(*method) for method in METHODS.items()), stage("out_of_reach", OUT_OF_REACH)]
     classifier = save_classifier(tmp_path_factory.mktemp("classifier"), id2label={0: "dull", 1: "fine"})
-    features = FEATURES | {"fine": {"kind": "classifier", "name": str(classifier), "label": "fine"}}
+    features = FEATURES | {"fine": {"name": "classifier", "model": str(classifier), "label": "fine"}}
     overrides = [
         *(each for each in TINY if each.startswith(("model.", "cluster.")) or each == "buffer.fsync=none"),
         f"stages={json.dumps(stages)}",
@@ -146,7 +146,7 @@ def test_rollouts_without_a_number_are_dropped_and_the_run_goes_on(run: Finished
     reasons = [line["message"] for line in trajectory_of(run.folder) if line["event"] == "rollouts_dropped"]
     assert reasons
     assert all(
-        re.search(r" feature small \(\S+:last_digit_is_small\) (raised ValueError: invalid literal|is nan)", reason)
+        re.search(r" feature small \(\S+:LastDigitIsSmall\) (raised ValueError: invalid literal|is nan)", reason)
         for reason in reasons
     )
     assert all(row["features"][0] in (0.0, 1.0) for row in run.rows)

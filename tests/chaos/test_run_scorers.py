@@ -23,12 +23,12 @@ OVERRIDES = (
 
 
 @pytest.mark.parametrize(
-    ("function", "data_timeout_s", "what", "why"),
+    ("scorer", "data_timeout_s", "what", "why"),
     [
-        ("always_raises", 40, "the actors dropped ", " raised RuntimeError: no connection to the judge"),
+        ("AlwaysRaises", 40, "the actors dropped ", " raised RuntimeError: no connection to the judge"),
         # An actor has to start twice before the learner ceases to wait.
         (
-            "never_returns",
+            "NeverReturns",
             RUN_TIMEOUT_S,
             "actor-0 failed 2 times in a row",
             " did not return within scoring.timeout_s=1",
@@ -36,13 +36,13 @@ OVERRIDES = (
     ],
 )
 def test_the_scorer_that_keeps_rollouts_from_the_buffer_is_named(
-    tmp_path: Path, function: str, data_timeout_s: float, what: str, why: str
+    tmp_path: Path, scorer: str, data_timeout_s: float, what: str, why: str
 ) -> None:
-    name = f"{failing_scores.__name__}:{function}"
+    name = f"{failing_scores.__name__}:{scorer}"
     overrides = (
         *OVERRIDES,
         f"learner.data_timeout_s={data_timeout_s}",
-        f"scoring.reward={{kind: function, function: {name}}}",
+        f"scoring.reward={{name: custom, path: '{name}'}}",
     )
     environment = os.environ | {"SEQUENCEMATCH_TRUSTED_MODULES": failing_scores.__name__, "PYTHONPATH": str(ROOT)}
     with TrainProcess(tmp_path, ARITHMETIC, "--no-evaluate", *overrides, environment=environment) as process:
@@ -53,5 +53,5 @@ def test_the_scorer_that_keeps_rollouts_from_the_buffer_is_named(
         assert what in error
         assert f"reward ({name}){why}" in error
         assert "Traceback" not in process.printed()
-        if function == "always_raises":
+        if scorer == "AlwaysRaises":
             assert f" rollouts, the last one because reward ({name}){why}" in process.stdout

@@ -49,7 +49,7 @@ def logits_alone(folder: Path, text: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_the_probability_of_a_label_is_that_of_the_text_alone(folder, batch_size):
-    settings = ClassifierSettings(kind="classifier", name=str(folder), label="fine", batch_size=batch_size)
+    settings = ClassifierSettings(name="classifier", model=str(folder), label="fine", batch_size=batch_size)
     texts = [text for text in TEXTS if text]
     found = make_scorer(settings)([answer for answer in ANSWERS if answer.text])
     expected = [float(logits_alone(folder, text).softmax(-1)[1]) for text in texts]
@@ -60,13 +60,13 @@ def test_the_probability_of_a_label_is_that_of_the_text_alone(folder, batch_size
 @pytest.mark.parametrize("at_least", [None, 0.5])
 def test_a_text_without_a_token_has_no_number_in_any_company(folder, at_least):
     """Most tokenizers begin each text with a token of their own; this one does not."""
-    scorer = make_scorer(ClassifierSettings(kind="classifier", name=str(folder), label="fine", at_least=at_least))
+    scorer = make_scorer(ClassifierSettings(name="classifier", model=str(folder), label="fine", at_least=at_least))
     assert np.isnan(scorer(ANSWERS[3:4])).all()
     assert np.isnan(scorer(ANSWERS)).tolist() == [False, False, False, True, False]
 
 
 def test_it_can_read_the_prompt_and_give_yes_or_no(folder):
-    prompted = ClassifierSettings(kind="classifier", name=str(folder), label="odd", with_prompt=True)
+    prompted = ClassifierSettings(name="classifier", model=str(folder), label="odd", with_prompt=True)
     expected = [float(logits_alone(folder, f"so {text}").softmax(-1)[2]) for text in TEXTS]
     assert list(make_scorer(prompted)(ANSWERS)) == pytest.approx(expected, abs=1e-5)
     middle = sorted(expected)[2]
@@ -76,10 +76,10 @@ def test_it_can_read_the_prompt_and_give_yes_or_no(folder):
 
 def test_one_output_counts_as_it_is_and_labels_that_go_together_do_not_compete(tmp_path):
     reward = save(tmp_path / "reward", num_labels=1)
-    found = make_scorer(ClassifierSettings(kind="classifier", name=str(reward)))(ANSWERS[:1])
+    found = make_scorer(ClassifierSettings(name="classifier", model=str(reward)))(ANSWERS[:1])
     assert found[0] == pytest.approx(float(logits_alone(reward, "good")[0]), abs=1e-5)
     both = save(tmp_path / "both", num_labels=2, problem_type="multi_label_classification")
-    found = make_scorer(ClassifierSettings(kind="classifier", name=str(both), label="LABEL_1"))(ANSWERS[:1])
+    found = make_scorer(ClassifierSettings(name="classifier", model=str(both), label="LABEL_1"))(ANSWERS[:1])
     assert found[0] == pytest.approx(float(logits_alone(both, "good").sigmoid()[1]), abs=1e-5)
 
 
@@ -94,13 +94,13 @@ def test_one_output_counts_as_it_is_and_labels_that_go_together_do_not_compete(t
     ],
 )
 def test_models_that_cannot_score(tmp_path, label, made, message):
-    settings = ClassifierSettings(kind="classifier", name=str(save(tmp_path, **made)), label=label)
+    settings = ClassifierSettings(name="classifier", model=str(save(tmp_path, **made)), label=label)
     with pytest.raises(ValueError, match=message):
         make_scorer(settings)
 
 
 def test_a_folder_that_holds_none_and_a_bound_without_a_meaning(tmp_path):
     with pytest.raises(ValueError, match=r"classifier '.*nothing' cannot be loaded"):
-        make_scorer(ClassifierSettings(kind="classifier", name=str(tmp_path / "nothing"), label="x"))
+        make_scorer(ClassifierSettings(name="classifier", model=str(tmp_path / "nothing"), label="x"))
     with pytest.raises(ValueError, match=r"at_least=2 is a bound on a probability"):
-        ClassifierSettings(kind="classifier", name="x", label="y", at_least=2.0)
+        ClassifierSettings(name="classifier", model="x", label="y", at_least=2.0)

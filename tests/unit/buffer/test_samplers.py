@@ -110,21 +110,20 @@ def test_stratified_goes_by_the_rows_alone_not_by_the_codes_of_their_tasks():
 
 def test_fifo_gives_the_oldest_in_order():
     settings = BufferSettings(sampler="fifo", max_times_sampled=5)
-    assert choose(settings, 4, 3, np.random.default_rng(0), nothing, nothing).tolist() == [0, 1, 2]
+    assert choose(settings, 4, 3, np.random.default_rng(0), nothing).tolist() == [0, 1, 2]
 
 
-def nothing() -> np.ndarray:
+def nothing(name: str) -> np.ndarray:
     raise AssertionError("not looked at")
 
 
 @pytest.mark.parametrize("name", ["uniform", "fifo", "recency", "prioritized", "stratified"])
 def test_same_seed_same_rows_and_all_can_be_drawn(name):
     settings = BufferSettings(sampler=name, max_times_sampled=5)
-    priorities = (1.0 + np.arange(1000) % 11).astype(np.float32)
-    tasks = (np.arange(1000) % 7).astype(np.int32)
+    columns = {"priority": (1.0 + np.arange(1000) % 11).astype(np.float32), "task": np.arange(1000, dtype=np.int32) % 7}
 
     def sample(count, seed):
-        return choose(settings, 1000, count, np.random.default_rng(seed), lambda: priorities, lambda: tasks).tolist()
+        return choose(settings, 1000, count, np.random.default_rng(seed), columns.__getitem__).tolist()
 
     first, second, other = (sample(50, seed) for seed in (1, 1, 2))
     assert first == second

@@ -256,7 +256,7 @@ def test_a_discriminator_may_read_a_policy_of_several_ranks_and_copies_no_body_i
         "actors.rollout.temperature={}",
         "buffer.max_age_s={}",
         "cluster.object_store_gib={}",
-        "scoring.reward={{kind: classifier, name: x, at_least: {}}}",
+        "scoring.reward={{name: classifier, model: x, at_least: {}}}",
     ],
 )
 def test_a_number_that_is_not_finite_is_refused(setting: str, number: str) -> None:

@@ -56,7 +56,7 @@ def gradients_of(objective: Objective, policy: TreePolicy, shares: list[tuple[Te
 def test_every_objective_of_the_registry_is_here():
     kinds = get_args(get_args(ObjectiveSettings)[0])
     names = {name for kind in kinds for name in get_args(kind.model_fields["name"].annotation)}
-    assert {case.split(",")[0] for case in OBJECTIVES} == names
+    assert {case.split(",")[0] for case in OBJECTIVES} == names - {"custom"}  # which is any class: test_custom.py
 
 
 @pytest.mark.parametrize("objective", [case for case in OBJECTIVES if case != "scheduled_sampling"], indirect=True)

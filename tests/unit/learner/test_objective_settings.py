@@ -51,9 +51,9 @@ def test_settings_that_are_refused(values, message):
         objective_settings(**values)
 
 
-REINFORCE = ["stages.sequencematch.objective={name: reinforce}", "scoring.reward={kind: exact_answer}"]
+REINFORCE = ["stages.sequencematch.objective={name: reinforce}", "scoring.reward={name: exact_answer}"]
 GDC = [
-    "scoring.features={seven: {kind: word, word: '7'}, length: {kind: length}}",
+    "scoring.features={seven: {name: word, word: '7'}, length: {name: length}}",
     "stages.sequencematch.objective={name: gdc_pp, constraints: [{feature: seven, target: 0.5}]}",
 ]
 
@@ -84,7 +84,7 @@ def test_recipes_with_a_reward_that_are_refused(overrides, message):
     [
         (
             "{feature: eight}",
-            "constrains feature 'eight', which scoring.features does not have (it has: seven, length)",
+            "needs feature 'eight', which scoring.features does not have (it has: seven, length)",
         ),
         ("{feature: seven, target: 1.0}", "leave target out, which makes it a pointwise constraint"),
         ("{feature: seven, target: -0.5}", "its mean cannot be -0.5"),

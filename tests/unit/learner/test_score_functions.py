@@ -304,4 +304,4 @@ def test_what_score_functions_refuse(task):
         objective.priorities(trajectories)
 
 
-REINFORCE_RUN = ["stages.sequencematch.objective={name: reinforce}", "scoring.reward={kind: exact_answer}"]
+REINFORCE_RUN = ["stages.sequencematch.objective={name: reinforce}", "scoring.reward={name: exact_answer}"]
