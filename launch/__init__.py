@@ -1,5 +1,6 @@
 """The command line, and what it does with the other rooms.
 
+api             the functions that scripts import, and that the commands call
 cli, training, submit, generation, rollout_view     commands without a folder of their own, and what they share
 settings/       what a recipe says
 run_folder/     what a run leaves on disk

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,7 +19,6 @@ from launch import commands as options
 from launch.commands import reported_errors, stdout_kept_clean
 from launch.compare.command import compare
 from launch.errors import UserError, setting_up
-from launch.evaluation.command import evaluate
 from launch.queries.audit import audit
 from launch.queries.query import query
 from launch.report.command import report
@@ -81,37 +80,34 @@ def train(
     Ctrl-C ends the run after the current step, with a checkpoint.
     """
     with reported_errors():
-        from launch.settings.recipe import read_recipe
+        from launch import api
 
         recipe, changed = options.recipe_or_resume(recipe, overrides or [], resume, name, resume_if_exists)
         if resume is not None:
             if dry_run:
                 raise UserError(f"--dry-run resolves a recipe; the resolved one of a run is in {resume}/config.yaml")
-            from launch.training import resume_run
-
-            resume_run(resume, Console(), evaluate_after, overrides=changed)
+            api.resume(resume, changed, evaluate=evaluate_after, console=Console())
             return
         assert recipe is not None
+        if not dry_run:
+            api.train(
+                options.path(recipe),
+                changed,
+                name=name,
+                resume_if_exists=resume_if_exists,
+                evaluate=evaluate_after,
+                console=Console(),
+            )
+            return
+        from launch.cluster.capacity import plan_lines
+        from launch.cluster.memory import memory_lines
+        from launch.settings.recipe import read_recipe, to_yaml
+
         with setting_up():
             settings = read_recipe(options.path(recipe), changed)
-        if dry_run:
-            from launch.cluster.capacity import plan_lines
-            from launch.cluster.memory import memory_lines
-            from launch.settings.recipe import to_yaml
-
-            plan = ["What Ray sets aside for the processes of the run:", *plan_lines(settings)]
-            plan += ["", "Memory in GiB, by formula (docs/guide.md); M: 10^6, B: bytes", *memory_lines(settings)]
-            typer.echo("\n# ".join([to_yaml(settings), *plan]))
-            return
-        from launch.run_folder.folder import check_run_name, is_run_folder
-        from launch.training import resume_run, start_run
-
-        chosen = None if name is None else check_run_name(name)
-        existing = Path(settings.runs_folder) / chosen if chosen is not None and resume_if_exists else None
-        if existing is not None and is_run_folder(existing):
-            resume_run(existing, Console(), evaluate_after, recipe=settings)
-        else:
-            start_run(settings, chosen, Console(), evaluate_after)
+        plan = ["What Ray sets aside for the processes of the run:", *plan_lines(settings)]
+        plan += ["", "Memory in GiB, by formula (docs/guide.md); M: 10^6, B: bytes", *memory_lines(settings)]
+        typer.echo("\n# ".join([to_yaml(settings), *plan]))
 
 
 @app.command()
@@ -132,19 +128,14 @@ def generate(
     [dim]Example:[/dim] sequencematch generate runs/RUN --prompt "What is 12 + 9?"
     """
     with reported_errors(), stdout_kept_clean(as_json):
-        from actors.engine.checks import check_machine
-        from launch.generation import encode_prompt, open_checkpoint, rollout_text, rollout_to_json
-        from launch.generation import generate as generate_rollouts
-        from launch.run_folder.checkpoints import checkpoint_of
+        from launch import api
+        from launch.generation import rollout_text, rollout_to_json
 
         console = Console(stderr=as_json)
-        with setting_up():
-            check_machine(enforce_eager=True)
-            opened = open_checkpoint(checkpoint_of(source, stage))
-            prompt_ids = encode_prompt(opened, prompt)
-        views = generate_rollouts(
-            opened,
-            prompt_ids,
+        rollouts = api.generate(
+            source,
+            prompt,
+            stage=stage,
             count=count,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
@@ -152,10 +143,81 @@ def generate(
             console=console,
         )
         if not as_json:
-            for view in views:
-                console.print(rollout_text(view, console), soft_wrap=True)
+            for rollout in rollouts:
+                console.print(rollout_text(rollout, console), soft_wrap=True)
     if as_json:
-        typer.echo(json.dumps({"prompt": prompt, "seed": seed, "rollouts": [rollout_to_json(view) for view in views]}))
+        typer.echo(
+            json.dumps({"prompt": prompt, "seed": seed, "rollouts": [rollout_to_json(each) for each in rollouts]})
+        )
+
+
+@app.command()
+def evaluate(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(parser=options.path, metavar="RUN_OR_CHECKPOINT", help="Of one model; of a run its result."),
+    ],
+    against: Annotated[
+        Path | None,
+        typer.Option(parser=options.path, metavar="RUN_OR_CHECKPOINT", help="Baseline; by default the first."),
+    ] = None,
+    task_from: Annotated[
+        Path | None,
+        typer.Option(parser=options.path, metavar="RUN|RECIPE", help="By default the run above a checkpoint."),
+    ] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Held-out examples, at most.")] = None,
+    decoding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Further ways to decode, with commas: greedy, top_p=P, temperature=T, contrastive[=K:ALPHA], "
+            "recovery=K.",
+        ),
+    ] = None,
+    ban_deleted: Annotated[
+        Literal["usual", "both"] | None,
+        typer.Option(help="Ban tokens that were taken back: in greedy decoding only, or each with and without."),
+    ] = None,
+    mauve: Annotated[
+        Literal["encoder", "model"] | None, typer.Option(help="MAUVE, with these features (needs the extra `mauve`).")
+    ] = None,
+    mauve_clusters: Annotated[int | None, typer.Option(min=2, help="Ten texts are needed for each.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            parser=options.path, metavar="FOLDER", help="For results and rollouts; by default in the run folder."
+        ),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure checkpoints on the held-out examples of their task, side by side.
+
+    An evaluation that was interrupted goes on where it was when it is repeated.
+
+    [dim]Examples:[/dim]
+
+    sequencematch evaluate runs/RUN/checkpoints/*/step-000400 --examples 200
+
+    sequencematch evaluate A B --against MLE --decoding greedy,top_p=0.95,temperature=0.7 --mauve encoder
+    """
+    with reported_errors(), stdout_kept_clean(as_json):
+        from launch import api
+        from launch.evaluation.report import show_evaluation
+
+        if mauve_clusters is not None and mauve is None:
+            raise UserError("--mauve-clusters goes with --mauve encoder or --mauve model")
+        mauve_settings = {"mauve.features": mauve, "mauve.clusters": mauve_clusters}
+        decodings = None if decoding is None else f"[{decoding}]"
+        given = {"examples": examples, "ban_deleted": ban_deleted, "decoding": decodings, **mauve_settings}
+        overrides = [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
+        console = Console(stderr=as_json)
+        evaluation = api.evaluate(
+            checkpoints, overrides, against=against, task_from=task_from, output=output, console=console
+        )
+        if not as_json:
+            show_evaluation(evaluation, Console())
+    if as_json:
+        typer.echo(json.dumps(evaluation.to_json()))
 
 
 @app.command()
@@ -269,7 +331,6 @@ def submit(
     raise typer.Exit(exit_code)
 
 
-app.command()(evaluate)
 app.command()(audit)
 app.command()(compare)
 app.command()(query)

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from buffer.disk import is_disk_full
-from launch.errors import EXIT_RUN_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RunFailedError, UserError
+from launch.errors import EXIT_RUN_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, RunFailedError, RunStoppedError, UserError
 from launch.stop_signals import stop_exit_code, stop_signals_interrupt
 
 
@@ -91,6 +91,8 @@ def reported_errors() -> Iterator[None]:
         if not is_disk_full(error):
             raise
         _end(f"{error}; make room there, then repeat the command", EXIT_USER_ERROR)
+    except RunStoppedError:  # the console says how to go on
+        raise typer.Exit(stop_exit_code()) from None
     except KeyboardInterrupt:
         _end("interrupted", stop_exit_code())
 

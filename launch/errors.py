@@ -24,6 +24,12 @@ class RunFailedError(Exception):
     """A run that started well and could not go on. The message names who failed; the command exits with 1."""
 
 
+class RunStoppedError(KeyboardInterrupt):
+    """A signal stopped a run; its newest step has a checkpoint, and `resume` goes on. It is a KeyboardInterrupt, so
+    that `except Exception` of a script does not take a stop for a failure.
+    """
+
+
 @contextmanager
 def setting_up() -> Iterator[None]:
     """Around what meets the user's files, models and values: ValueError, OSError and ImportError become UserError, all

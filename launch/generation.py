@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from rich.text import Text
@@ -24,10 +26,13 @@ from actors.engine.interface import EngineSettings, SamplingSettings, engine_env
 from actors.generator import Generator, PromptGroup
 from actors.settings import ActorsSettings
 from buffer.trajectory.schema import TokenContract
+from buffer.trajectory.staleness import Bool, Int32
 from launch.rollout_view import FLOOR_MARK, RolloutView, view_rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Float32 = npt.NDArray[np.float32]
 
 ENGINE = ActorsSettings(dtype="float32", max_concurrent=64, kv_cache_gib=0.5)
 ACTIONS_PER_NEW_TOKEN = 4
@@ -143,31 +148,59 @@ def encode_prompt(checkpoint: Checkpoint, prompt: str) -> list[int]:
     return ids
 
 
+@dataclass(frozen=True, eq=False)
+class Rollout(RolloutView):
+    """A generated rollout; `text` is its answer, `segments` has what was deleted too.
+
+    actions: [T] token ids as chosen, backspaces included. logprobs: [T] of each action under the distribution that it
+    was sampled from, in nats. is_backspace: [T].
+    """
+
+    actions: Int32
+    logprobs: Float32
+    is_backspace: Bool
+
+    @property
+    def num_deletions(self) -> int:
+        """Tokens that were deleted."""
+        return int(self.is_backspace.sum())
+
+
 def generate(
     checkpoint: Checkpoint,
-    prompt_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     *,
     count: int,
     temperature: float,
     max_new_tokens: int,
     seed: int,
     console: Console,
-) -> list[RolloutView]:
-    """`count` rollouts; each ends at `<eos>`, at `max_new_tokens`, or where the model's context is full."""
+) -> list[Rollout]:
+    """`count` rollouts of each prompt (token ids), prompt by prompt, by one engine. Each ends at `<eos>`, at
+    `max_new_tokens`, or where the model's context is full.
+    """
     sampling = SamplingSettings(
         max_new_tokens=max_new_tokens,
         max_actions=ACTIONS_PER_NEW_TOKEN * max_new_tokens,
         temperature=temperature,
         ban_deleted=temperature == 0.0,  # a greedy policy that takes a token back would write it again, for ever
     )
-    group = PromptGroup([np.asarray(prompt_ids, dtype=np.int32)] * count, sampling)
+    group = PromptGroup([np.asarray(ids, dtype=np.int32) for ids in prompts for _ in range(count)], sampling)
+    longest = max(map(len, prompts)) + max_new_tokens
     with (
         console.status("starting the engine"),
-        running_generator(checkpoint, len(prompt_ids) + max_new_tokens, seed) as generator,
+        running_generator(checkpoint, longest, seed) as generator,
     ):
         generator.load(checkpoint.folder)
         batch = generator.generate({"rollouts": group}, task="generate")["rollouts"]
-    return [view_rollout(batch, index, checkpoint.tokenizer, checkpoint.contract) for index in range(count)]
+    return [_rollout(batch, index, checkpoint) for index in range(batch.num_rows)]
+
+
+def _rollout(batch: pa.RecordBatch, index: int, checkpoint: Checkpoint) -> Rollout:
+    view = view_rollout(batch, index, checkpoint.tokenizer, checkpoint.contract)
+    actions, logprobs = (batch.column(name)[index].values.to_numpy() for name in ("actions", "logprobs"))
+    is_backspace = actions == checkpoint.contract.backspace_id
+    return Rollout(view.prompt, view.segments, view.finish_reason, actions, logprobs, is_backspace)
 
 
 def rollout_text(view: RolloutView, console: Console) -> Text:
@@ -180,7 +213,7 @@ def rollout_text(view: RolloutView, console: Console) -> Text:
 def rollout_to_json(view: RolloutView) -> dict[str, object]:
     """text: what remains; log: the same with the marks of `RolloutView.plain`; segments: as they were written."""
     return {
-        "text": "".join(segment.text for segment in view.segments if not segment.deleted),
+        "text": view.text,
         "log": view.plain(),
         "finish_reason": view.finish_reason,
         "segments": [asdict(segment) for segment in view.segments],

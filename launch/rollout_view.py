@@ -46,6 +46,11 @@ class RolloutView:
     segments: tuple[Segment, ...]
     finish_reason: str
 
+    @property
+    def text(self) -> str:
+        """The answer: what remains of it at the end."""
+        return "".join(segment.text for segment in self.segments if not segment.deleted)
+
     def rich(self) -> Text:
         """For a terminal."""
         from rich.text import Text

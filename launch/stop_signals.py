@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,13 +19,14 @@ _received: list[int] = []
 
 @contextmanager
 def stop_signals_interrupt() -> Iterator[None]:
-    """While active, a stop signal raises KeyboardInterrupt in the main thread, which must be the caller.
+    """While active, a stop signal raises KeyboardInterrupt in the main thread. Called by another thread, it changes
+    nothing: Python allows signal handlers to the main thread alone.
 
     A job system may send several signals, from several places: after the first one only Ctrl-C raises again. The
     handlers are set explicitly, because a process that a script starts in the background inherits an ignored SIGINT.
     """
     _received.clear()
-    before = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS if _is_main_thread()}
     try:
         yield
     finally:
@@ -40,8 +42,8 @@ def stop_handlers_kept() -> Iterator[None]:
     neither Ray's servers nor Python reset it. Ctrl-C waits until the body is done, since an interrupted `ray.init`
     leaves threads that crash the process at its end; a second one does not wait.
     """
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    on_interrupt, num_interrupts = before[signal.SIGINT], 0
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS if _is_main_thread()}
+    on_interrupt, num_interrupts = before.get(signal.SIGINT), 0
 
     def defer(number: int, frame: FrameType | None) -> None:
         nonlocal num_interrupts
@@ -73,6 +75,10 @@ def stop_requested() -> bool:
 def stop_exit_code() -> int:
     """The exit code of a command that a signal stopped: the one that came first decides."""
     return EXIT_STOPPED if _received and _received[0] != signal.SIGINT else EXIT_INTERRUPTED
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import typer
 from rich.console import Console
 
 from actors.engine.checks import check_machine
 from buffer.disk import is_disk_full
 from launch.cluster.connection import cluster_to_join
-from launch.errors import RunFailedError, UserError, setting_up
+from launch.errors import RunFailedError, RunStoppedError, UserError, setting_up
 from launch.evaluation.report import SAMPLES_FOLDER, show_evaluation, write_evaluation
 from launch.evaluation.results import EVALUATION_FILE, EVALUATION_FOLDER, Target, read_evaluation
 from launch.evaluation.run import check_evaluation, evaluate
@@ -25,15 +24,14 @@ from launch.run_folder.folder import create_run_folder, has_begun, open_run_fold
 from launch.run_folder.resuming import resumed_settings
 from launch.settings.recipe import read_recipe, with_absolute_paths
 from launch.settings.run import RunSettings, needs_actors
-from launch.stop_signals import stop_exit_code
 
 
-def start_run(settings: RunSettings, name: str | None, console: Console, evaluate_after: bool) -> None:
-    """Train a new run and evaluate it. A run that is refused before its first step leaves no folder.
+def start_run(settings: RunSettings, name: str | None, console: Console, evaluate_after: bool) -> Path:
+    """Train a new run, evaluate it, and give its folder. A run that is refused before its first step leaves none.
 
     Raises:
         UserError: the run cannot be had as the settings ask. RunFailedError: see `launch.run.driver.train`.
-        typer.Exit: it was asked to stop, see `launch.stop_signals.stop_exit_code`.
+        RunStoppedError: a signal stopped it.
     """
     with setting_up():
         folder, settings = open_run_folder(create_run_folder(settings, name))
@@ -44,6 +42,7 @@ def start_run(settings: RunSettings, name: str | None, console: Console, evaluat
             if not has_begun(folder) and (isinstance(error, UserError) or is_disk_full(error)):
                 shutil.rmtree(folder)  # the same command, mended, needs the name
             raise
+    return folder
 
 
 def resume_run(
@@ -100,7 +99,7 @@ def _run_and_report(settings: RunSettings, folder: Path, console: Console, evalu
         raise
     if not finished:
         _say_how_to_resume(console, shown, "interrupted")
-        raise typer.Exit(stop_exit_code())
+        raise RunStoppedError(f"run {folder} was stopped by a signal: go on with `launch.api.resume`")
     _finish(folder, settings, console, evaluate_after)
 
 

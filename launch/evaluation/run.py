@@ -12,14 +12,17 @@ from rich.console import Console
 from actors.engine.checks import check_machine
 from buffer.custom import check_trusted
 from buffer.settings import CustomSettings
-from launch.errors import setting_up
+from launch.errors import UserError, setting_up
 from launch.evaluation.mauve_score import KMEANS_STARTS, RESAMPLES, check_mauve, mauve_scorer
 from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation, ShownRollout, Target
 from launch.evaluation.rollout_metrics import ReplayedRollouts, answer_metrics, text_metrics
 from launch.evaluation.rollouts import KeptRollouts, make_rollouts, plan_groups, recovery_obstacle
 from launch.generation import open_checkpoint, progress_bar
 from launch.rollout_view import view_rollout
+from launch.run_folder.checkpoints import CHECKPOINTS_FOLDER, run_of
+from launch.run_folder.folder import run_config
 from launch.settings.evaluation import RECOVERY, SAMPLED
+from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
 from launch.statistics import Estimate
 
@@ -136,3 +139,29 @@ def _shown(
                 is_correct = view.finish_reason == "eos" and task.is_correct(texts[index], examples[index])
             shown.append(ShownRollout(group, view, is_correct))
     return tuple(shown)
+
+
+def settings_for(checkpoint: Path, task_from: Path | None, overrides: Sequence[str] = ()) -> RunSettings:
+    """Settings of a run folder or a recipe; by default of the run that the checkpoint lies in, else UserError."""
+    if task_from is not None:
+        return read_recipe(run_config(task_from) if task_from.is_dir() else task_from, overrides)
+    if not checkpoint.is_dir():
+        raise UserError(f"no checkpoint at {checkpoint}")
+    run = run_of(checkpoint)
+    if run is None:
+        raise UserError(f"{checkpoint} does not lie in a run folder: name its task with --task-from RUN or RECIPE")
+    return read_recipe(run_config(run), overrides)
+
+
+def labeled(checkpoints: Sequence[Path]) -> list[Target]:
+    """Targets with labels as short as tells them apart, at most the paths; UserError where one is named twice."""
+    folders = [checkpoint.resolve() for checkpoint in checkpoints]
+    names = []
+    for folder in folders:
+        *_, run, kind, stage, step = ("", "", "", *folder.parts)
+        names.append((run, stage, step) if kind == CHECKPOINTS_FOLDER else ("", step, step))
+    for template in ("{1}", "{1}/{2}", "{0}", "{0}/{1}", "{0}/{1}/{2}", "{3}"):
+        labels = [template.format(*each, folder) for each, folder in zip(names, folders, strict=True)]
+        if len(set(labels)) == len(labels):
+            return [Target(*pair) for pair in zip(labels, checkpoints, strict=True)]
+    raise UserError("the same checkpoint is named twice")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.json
 from pydantic import BaseModel, ValidationError
 
 from buffer.reading.snapshot import BufferSnapshot, read_buffer
@@ -24,7 +23,8 @@ from launch.evaluation.report import SAMPLES_FOLDER
 from launch.monitoring.run_log import LOG_FILE
 from launch.report.evaluation import EvaluationTable, evaluation_table
 from launch.rollout_view import continuation, decode
-from launch.run_folder.folder import BUFFER_FOLDER, ENVIRONMENT_FILE, METRICS_FILE, run_config
+from launch.run_folder.folder import BUFFER_FOLDER, ENVIRONMENT_FILE, run_config
+from launch.run_folder.metrics import KEYS, metrics_table
 from launch.run_folder.task import load_run_tokenizer
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
@@ -40,7 +40,6 @@ RUN_STATES = {
     "run_failed": "failed",
 }
 """What a run is after these events; a run that is not finished may be under way or killed."""
-_KEYS = pa.schema([("time", pa.float64()), ("stage", pa.string()), ("step", pa.int64())])
 
 MAX_ROLLOUTS = 24
 MAX_ACTIONS = 6000
@@ -167,35 +166,20 @@ def gather(run: Path) -> Report:
 
 
 def read_metrics(run: Path) -> dict[str, StageMetrics]:
-    """The stages of `metrics.jsonl` in the order in which they began; none where there is no line yet.
-
-    Of two lines of one stage and step the later one counts (see `learner.metrics.log`); half a line at the end is left
-    out. UserError: a complete line is no JSON object.
-    """
-    path = run / METRICS_FILE
-    content = path.read_bytes() if path.is_file() else b""
-    content = content[: content.rfind(b"\n") + 1]
-    if not content:
-        return {}
-    try:
-        table = pa.json.read_json(pa.BufferReader(content), parse_options=pa.json.ParseOptions(explicit_schema=_KEYS))
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    """The stages in the order in which they began; none where there is no line yet. Raises as `metrics_table`."""
+    table = metrics_table(run)
     return {stage: _stage_metrics(table, stage) for stage in pc.unique(table.column("stage")).to_pylist()}
 
 
 def _stage_metrics(table: pa.Table, stage: str) -> StageMetrics:
     rows = table.filter(pc.equal(table.column("stage"), stage))
-    logged = rows.column("step").to_numpy()
-    steps, newest = np.unique(logged[::-1], return_index=True)
-    rows = rows.take(len(logged) - 1 - newest)
     values = {
         name: rows.column(name).cast(pa.float64()).to_numpy(zero_copy_only=False)
         for name in rows.column_names
-        if name not in _KEYS.names and rows.column(name).null_count < len(rows)
+        if name not in KEYS.names and rows.column(name).null_count < len(rows)
     }
     values = {name: np.where(np.isfinite(column), column, np.nan) for name, column in values.items()}
-    return StageMetrics(steps, rows.column("time").to_numpy(), values)
+    return StageMetrics(rows.column("step").to_numpy(), rows.column("time").to_numpy(), values)
 
 
 def _read_log(path: Path) -> Iterator[LogLine]:

@@ -5,6 +5,8 @@ Every function raises UserError where the place of the checkpoints cannot be rea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from buffer.processes import run_id
@@ -56,6 +58,28 @@ def finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResul
         if steps and store.progress(steps[-1]).step >= stage.steps:
             results[stage.name] = StageResult(stage.name, steps[-1], True, store.location(steps[-1]), 0.0)
     return results
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """A checkpoint of a run. location: its folder, or its URL where `learner.checkpoint_dir` is one; metrics: mean of
+    each over the steps since the checkpoint before.
+    """
+
+    stage: str
+    step: int
+    location: str
+    metrics: Mapping[str, float]
+
+
+@setting_up()
+def list_checkpoints(settings: RunSettings, folder: Path) -> list[RunCheckpoint]:
+    """Every checkpoint of a run, in the order of the stages and their steps."""
+    return [
+        RunCheckpoint(stage, step, store.location(step), store.progress(step).metrics)
+        for stage, store in stage_checkpoints(settings, folder).items()
+        for step in store.steps()
+    ]
 
 
 @setting_up()

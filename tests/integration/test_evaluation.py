@@ -12,18 +12,19 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from rich.console import Console
 
 from buffer.experts.tasks import load_task
+from launch.api import generate
 from launch.errors import UserError
-from launch.evaluation.command import labeled, settings_for
 from launch.evaluation.report import show_evaluation, write_evaluation
 from launch.evaluation.results import Evaluation, Target
 from launch.evaluation.rollouts import KeptRollouts
-from launch.evaluation.run import evaluate
-from launch.generation import encode_prompt, generate, open_checkpoint, rollout_to_json
+from launch.evaluation.run import evaluate, labeled, settings_for
+from launch.generation import Rollout, encode_prompt, open_checkpoint, rollout_to_json
 from launch.settings.evaluation import GREEDY, RECOVERY, SAMPLED
 from launch.settings.recipe import read_recipe, write_recipe
 from launch.settings.run import RunSettings
@@ -94,18 +95,8 @@ def evaluate_and_count(run: Path, settings: RunSettings, keep_in: Path, kill_aft
     return made, evaluation, console.file.getvalue()
 
 
-def generate_in_engine_process(checkpoint: Path, prompt: str, temperature: float) -> list[dict[str, object]]:
-    opened = open_checkpoint(checkpoint)
-    views = generate(
-        opened,
-        encode_prompt(opened, prompt),
-        count=6,
-        temperature=temperature,
-        max_new_tokens=5,
-        seed=0,
-        console=Console(file=io.StringIO()),
-    )
-    return [rollout_to_json(view) for view in views]
+def generate_in_engine_process(checkpoint: Path, prompts: list[str], temperature: float) -> list[Rollout]:
+    return generate(checkpoint, prompts, count=3, temperature=temperature, max_new_tokens=5)
 
 
 @pytest.fixture(scope="module")
@@ -192,13 +183,19 @@ def test_report_files_and_table(evaluation: Evaluation, tmp_path: Path) -> None:
 
 
 def test_generation_shows_deletions_and_stops_at_the_bound(run: Path) -> None:
+    prompts = ["In base 10, what is 1 + 1?", "In base 10, what is 12 - 3?"]
     for temperature in (0.0, 1.0):
         rollouts = in_engine_process_for(
-            120.0, generate_in_engine_process, checkpoint_of(run, "hesitant"), "In base 10, what is 1 + 1?", temperature
+            120.0, generate_in_engine_process, checkpoint_of(run, "hesitant"), prompts, temperature
         )
-        assert len(rollouts) == 6
-        assert all(len(str(rollout["text"])) <= 5 * len("<bos>") for rollout in rollouts)
-        assert any("[-" in str(rollout["log"]) for rollout in rollouts)
+        assert [rollout.prompt for rollout in rollouts] == [prompt for prompt in prompts for _ in range(3)]
+        assert all(len(rollout.text) <= 5 * len("<bos>") for rollout in rollouts)
+        assert any("[-" in str(rollout_to_json(rollout)["log"]) for rollout in rollouts)
+        for rollout in rollouts:
+            assert len(rollout.actions) == len(rollout.logprobs) == len(rollout.is_backspace)
+            assert rollout.num_deletions == sum(rollout.is_backspace)
+            assert np.isfinite(rollout.logprobs).all()
+            assert (rollout.num_deletions > 0) == any(segment.deleted for segment in rollout.segments)
 
 
 def test_prompts_that_cannot_be_answered(run: Path) -> None:

@@ -16,18 +16,30 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from buffer.custom import TRUSTED_MODULES
 from buffer.experts.tasks import load_task
 from buffer.trajectory.schema import TokenContract
 from buffer.trajectory.validation import validate
 from buffer.weights import fingerprint, pack_tensors
+from launch.api import open_run
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
 from learner.checkpoints.store import read_progress
 from learner.publication import publication_tensors
+from tests import custom_parts
 from tests.checkpoints import checkpoints_of
-from tests.integration.train_process import ARITHMETIC, TINY, TrainProcess, metrics_of, trajectories_of, trajectory_of
+from tests.integration.train_process import (
+    ARITHMETIC,
+    ROOT,
+    TINY,
+    TrainProcess,
+    metrics_of,
+    trajectories_of,
+    trajectory_of,
+)
 
 STEPS = {"pretrain": 20, "sequencematch": 40, "mle_control": 5}
 PUBLISH_EVERY = 10
@@ -209,3 +221,39 @@ def test_the_log_tells_the_run_from_beginning_to_end(run: FinishedRun) -> None:
     loaded = [line["version"] for line in lines if line["event"] == "weights_loaded"]
     assert loaded
     assert loaded == sorted(loaded)
+
+
+def own(name: str, **options: object) -> dict[str, object]:
+    return {"name": "custom", "path": f"{custom_parts.__name__}:{name}", "options": options}
+
+
+def test_a_run_of_parts_of_the_users_own(tmp_path: Path) -> None:
+    """Objective, task, scorer and sampler, each in the processes that load it, and in an evaluation."""
+    stage = {"name": "own", "objective": own("Doubled", weight=1.5), "steps": 8}
+    recipe = {
+        **{"name": "own", "task": own("Listed", held_out=6), "evaluation": {"examples": 6}},
+        "model": {"source": "scratch", "hidden_size": 64, "num_heads": 2, "num_layers": 1, "max_positions": 64},
+        "stages": [stage | {"batch_size": 8, "rollout_batch_size": 8}],
+        "scoring": {"reward": own("Near", scale=0.5)},
+        "buffer": {"min_size": 16, "sampler": own("Newest")},
+        "actors": {"rollout": {"max_new_tokens": 8, "max_actions": 16}, "insert_batch_size": 8, "kv_cache_gib": 0.25},
+        "cluster": {"num_cpus": 4, "object_store_gib": 0.25},
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    environment = os.environ | {TRUSTED_MODULES: custom_parts.__name__, "PYTHONPATH": str(ROOT)}
+    with TrainProcess(tmp_path / "runs", str(file), environment=environment) as process:
+        assert process.wait(RUN_TIMEOUT_S) == 0, process.printed()
+        process.assert_nothing_left()
+        run = open_run(process.folder)  # here the module is not trusted, and nothing of it runs
+    assert run.metrics("own").column("step").to_pylist() == list(range(1, 9))
+    rows = run.query("select prompt_text, final_text, reward from trajectories").to_pylist()
+    assert rows
+    for found in rows:
+        sum_of_digits = str(sum(map(int, found["prompt_text"].rstrip("=").split("+"))))
+        assert found["reward"] == 1.0 - 0.5 * abs(len(found["final_text"]) - len(sum_of_digits))
+    drawn = run.query('select step, list("row") as rows from draws group by step').to_pylist()
+    assert len(drawn) == 8
+    assert all(each["rows"] == sorted(each["rows"], reverse=True) for each in drawn), "the newest first"
+    assert run.evaluation is not None
+    assert "accuracy" in run.evaluation.checkpoints[0].metrics["greedy"]

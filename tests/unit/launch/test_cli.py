@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from launch.cli import app
 from launch.errors import UserError
+from launch.evaluation.run import settings_for
 from launch.run_folder.folder import LiveCluster, create_run_folder, sole_driver, write_cluster
 from launch.settings.recipe import read_recipe
 
@@ -175,3 +176,13 @@ def test_the_script_exits_with_the_code_and_without_a_traceback() -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "error: no recipe at nowhere.yaml; the packaged ones are in launch/recipes/\n"
+
+
+def test_settings_of_an_evaluation_replace_those_of_the_run(run_folder: Path) -> None:
+    overrides = ["evaluation.examples=90", "evaluation.decoding=[top_p=0.9,contrastive=5:0.6]"]
+    found = settings_for(run_folder, None, overrides).evaluation
+    assert (found.examples, found.decoding) == (90, ("top_p=0.9", "contrastive=5:0.6"))
+    run = str(run_folder)
+    assert "no decoding 'beam'" in fails_with(2, "evaluate", run, "--decoding", "greedy,beam")
+    assert "goes with --mauve" in fails_with(2, "evaluate", run, "--mauve-clusters", "9")
+    assert "right or wrong: leave it out" in fails_with(2, "evaluate", run, "--mauve", "model", "--mauve-clusters", "9")

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch.evaluation.command import _changed
 from launch.evaluation.report import render_evaluation
 from launch.evaluation.results import HELD_OUT, CheckpointResult, Evaluation
-from launch.settings.evaluation import EvaluationSettings, MauveSettings
 from launch.statistics import Estimate
 
 LABELS = ("mle_control", "behavior_cloning")
@@ -116,16 +114,3 @@ def test_json_has_every_number_with_its_error_and_paired_differences() -> None:
     assert change["value"] == pytest.approx(0.3)
     assert change["standard_error"] == pytest.approx(0.0, abs=1e-9)  # what the examples share cancels
     assert change["within_noise"] is False
-
-
-def test_settings_of_the_command_line_replace_those_of_the_recipe() -> None:
-    recipe = EvaluationSettings(examples=70, mauve=MauveSettings(clusters=7), decoding=("greedy",))
-    assert _changed(recipe, None, None, None) == recipe
-    found = _changed(recipe, "top_p=0.9, contrastive", "model", None, examples=90, ban_deleted="both")
-    assert (found.examples, found.decoding, found.ban_deleted) == (90, ("top_p=0.9", "contrastive"), "both")
-    assert found.mauve == MauveSettings(features="model", clusters=7)
-    assert _changed(EvaluationSettings(), None, "encoder", 9).mauve == MauveSettings(clusters=9)
-    with pytest.raises(ValueError, match="goes with --mauve"):
-        _changed(EvaluationSettings(), None, None, 9)
-    with pytest.raises(ValueError, match="no decoding 'beam'"):
-        _changed(recipe, "greedy,beam", None, None)

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.evaluation.command import settings_for
 from launch.evaluation.report import write_evaluation
 from launch.evaluation.results import CheckpointResult, Evaluation
+from launch.evaluation.run import settings_for
 from launch.export import export
 from launch.run_folder.checkpoints import checkpoint_of, stage_checkpoints
 from launch.run_folder.folder import create_run_folder
