@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from buffer.experts.arithmetic import ALPHABET
+from buffer.settings import ArithmeticTaskSettings
 from launch.settings.run import RunSettings, needs_actors
 from learner.settings.model import ALL_LINEAR, AdapterSettings, ScratchModelSettings
 
@@ -54,9 +55,11 @@ def model_size(settings: RunSettings) -> ModelSize | None:
     """The size of the run's model; None where its config is not on this machine, or is not counted here."""
     model = settings.model
     if isinstance(model, ScratchModelSettings):
+        if not isinstance(settings.task, ArithmeticTaskSettings):
+            return None
         sizes = {"hidden_size": model.hidden_size, "n_positions": model.max_positions, "model_type": model.architecture}
         sizes |= {"num_hidden_layers": model.num_layers, "num_attention_heads": model.num_heads}
-        vocab = len(ALPHABET) + 4  # of the one task that makes a tokenizer; padding, <bos>, <eos>, <backspace>
+        vocab = len(ALPHABET) + 4  # the task's tokenizer: padding, <bos>, <eos>, <backspace>
         return count_parameters(
             {**model.model_dump(), **sizes, "vocab_size": vocab, "tie_word_embeddings": model.tie_embeddings}
         )
@@ -170,7 +173,7 @@ def memory_lines(settings: RunSettings) -> list[str]:
             ("buffer", buffer.shards, SERVICE_GIB, ()),
         ]
     if size is None:
-        lines = ["The size of the model is unknown until it is loaded (no config.json here)."]
+        lines = ["The size of the model is unknown until it is loaded (nothing here says it)."]
     else:
         trained = size.trained(getattr(settings.model, "adapter", None))
         lines = [f"The model has {_count(size.total)} parameters; {_count(trained)} are trained."]

@@ -96,6 +96,12 @@ def test_a_model_from_scratch_is_counted_without_its_tokenizer(kind: str, tied: 
     assert size.total == in_all(policy.model)
 
 
+def test_the_tokenizer_of_another_task_is_not_guessed() -> None:
+    recipe = read_recipe(RECIPE)
+    text = read_recipe(PRETRAINED).task
+    assert model_size(recipe.model_copy(update={"task": text})) is None
+
+
 def test_another_architecture_is_not_guessed() -> None:
     assert count_parameters({**SMALL, "model_type": "gpt_neox"}) is None
     assert count_parameters({}) is None
