@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from actors.engine.interface import EngineSettings, FinishedRollout, SamplingSettings, rollouts_to_batch
+from actors.engine.interface import EngineSettings, FinishedRollout, Int32, SamplingSettings, rollouts_to_batch
 from actors.engine.rank_group import RankGroup
 from actors.scoring import RolloutScoring
 from actors.settings import ActorsSettings, ScoringSettings
 from buffer.experts.stream import ExpertStream, PromptStream
-from buffer.processes import ignore_stop_signals
+from buffer.processes import NoAnswerError, ignore_stop_signals
 from buffer.service.client import BufferClient, Shard, nearest
 from buffer.settings import NoiseSettings
 from buffer.trajectory.schema import TokenContract
@@ -46,6 +46,9 @@ GENERATING = "generating"
 
 NUM_RATE_SAMPLES = 10
 """The pool asks for the status twice a second, so the rate of actions is that of the last 5 s."""
+
+ANSWER_TIMEOUT_S = 300.0
+"""Longest wait for the answers of one actor to the held-out questions."""
 
 IDLE_WAIT_S = 0.2
 """An actor without work asks again after this time whether it may go on."""
@@ -83,6 +86,7 @@ class RolloutSpec:
     config_json: the model's config.json. max_length: prompt and text, in tokens.
     noise: of the expert trajectories; with kind `policy` the actors make those too.
     scoring: of the rollouts; None = they are not scored. tokenizer: of the task; needed where they are.
+    questions: held-out prompts [P] that an actor answers when its pool asks.
     """
 
     config_json: str
@@ -93,10 +97,12 @@ class RolloutSpec:
     max_length: int
     scoring: ScoringSettings | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    questions: Sequence[Int32] = ()
 
 
 class RolloutActor:
-    """A Ray actor with two concurrency groups: `generation` (one thread: `run`) and `control`."""
+    """A Ray actor with three concurrency groups: `generation` (one thread: `run`), `control`, and `evaluation` (one
+    thread, which waits for answers to held-out questions)."""
 
     def __init__(self, name: str, spec: RolloutSpec, examples: pa.Table, shards: Sequence[Shard], number: int) -> None:
         """Build the engine; the first rollouts wait for the first weights.
@@ -140,6 +146,8 @@ class RolloutActor:
         self._newest: tuple[WeightManifest, WeightHandle] | None = None
         self._paused = self._draining = False
         self._first_version = 0
+        self._asked: int | None = None
+        self._answers: pa.RecordBatch | None = None
         self._fingerprint: str | None = None
         self._finished: list[FinishedRollout] = []
         self._buffer = BufferClient(nearest(shards, ray.get_runtime_context().get_node_id()), first=number)
@@ -195,6 +203,23 @@ class RolloutActor:
             weights_note=self._ranks.intake.note,
         )
 
+    # Evaluation group ------------------------------------------------------------
+
+    def answer(self, version: int) -> pa.RecordBatch:
+        """Answer the held-out questions with weights of `version` or newer, between two steps of the rollouts.
+
+        Gives rows in the order of the questions, all of one version. They are no rollouts: the buffer does not get
+        them, and no counter counts them. NoAnswerError: it takes longer than `ANSWER_TIMEOUT_S`.
+        """
+        with self._commands:
+            self._asked, self._answers = version, None
+            self._commands.notify_all()
+            self._commands.wait_for(lambda: self._answers is not None, ANSWER_TIMEOUT_S)
+            self._asked = None
+            if self._answers is None:
+                raise NoAnswerError(f"{self._name} did not answer the held-out questions in {ANSWER_TIMEOUT_S:g} s")
+            return self._answers
+
     # Generation group ------------------------------------------------------------
 
     def run(self) -> None:
@@ -212,6 +237,8 @@ class RolloutActor:
             self._activity = rollout_activity(
                 engine.version, self._first_version, self._draining, self._paused, self._buffer.throttled, finishing
             )
+            if not self._draining:
+                self._answer_questions()
             if self._activity == GENERATING:
                 self._fill_engine()
             if engine.num_unfinished:
@@ -244,6 +271,24 @@ class RolloutActor:
         self._ranks.take_weights(manifest, handle)
         self._fingerprint = manifest.fingerprint
         return False
+
+    def _answer_questions(self) -> None:
+        """Answer, if that is asked and the weights are new enough: greedily, as in an evaluation of checkpoints."""
+        with self._commands:
+            if self._asked is None or self._answers is not None or self._engine.version < self._asked:
+                return
+        rollout = self._spec.settings.rollout
+        greedy = {"temperature": 0.0, "top_p": 1.0, "ban_deleted": rollout.backspace}
+        sampling = SamplingSettings(**{**rollout.model_dump(), **greedy})
+        finished = self._engine.complete(self._spec.questions, sampling)
+        self._ranks.settle()
+        contract, task = self._spec.contract, self._spec.task
+        answers = rollouts_to_batch(
+            finished, contract, task=task, actor=self._name, sampling=sampling, weights_fingerprint=self._fingerprint
+        )
+        with self._commands:
+            self._answers = answers
+            self._commands.notify_all()
 
     def _fill_engine(self) -> None:
         missing = self._spec.settings.max_concurrent - self._engine.num_unfinished

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from buffer.experts.tasks import Task
 from buffer.settings import NoiseSettings, TaskSettings
 from buffer.trajectory.schema import TokenContract
 from learner.metrics.log import TrackerName
+from learner.settings.held_out import HeldOutSettings
 from learner.settings.model import ModelSettings
 from learner.settings.stages import LearnerSettings
 
@@ -29,6 +30,7 @@ class LearnerSpec:
     prioritized_replay: bool = False
     features: tuple[str, ...] = ()
     offers_backspace: bool = True
+    held_out: HeldOutSettings = field(default_factory=HeldOutSettings)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class LearnerStatus:
     metrics: dict[str, float]  # of the newest step
     warnings: tuple[str, ...] = ()  # of the whole run, oldest first
     notes: tuple[str, ...] = ()  # likewise; what it did that nobody asked for
+    held_out: dict[str, float] = field(default_factory=dict)  # of the stage: `StageEvaluation.state`
+    questions_version: int = -1  # newest weights with which an actor is to answer held-out questions
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,6 @@ class StageResult:
 
     stage: str
     step: int
-    finished: bool  # False: stopped on request, resumable
+    finished: bool  # also where it stopped early; False: stopped on request, resumable
     checkpoint: str  # folder of its newest checkpoint
     seconds: float

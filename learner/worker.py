@@ -38,6 +38,7 @@ from learner.checkpoints.store import (
 )
 from learner.checkpoints.writer import StageCheckpoints
 from learner.demonstrations import teach_backspace_row
+from learner.held_out import StageEvaluation, evaluation_of
 from learner.messages import LearnerSpec, LearnerStatus, PreparedRun, StageResult
 from learner.metrics.log import Int64, MetricsLog, check_trackers, distribution_metrics
 from learner.metrics.watch import Watch
@@ -70,6 +71,7 @@ class LearnerWorker:
         self._policy: TreePolicy
         self._task: Task
         self._contract: TokenContract
+        self._evaluation: StageEvaluation
         self._buffer: BufferClient | None = None
         self._publisher: WeightPublisher | None = None
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -82,6 +84,10 @@ class LearnerWorker:
     def request_stop(self) -> None:
         """End the running stage after its current step, with a checkpoint; the learner trains no further one."""
         self._stop.set()
+
+    def report_answers(self, version: int, metrics: dict[str, float]) -> None:
+        """See `StageEvaluation.report_answers`."""
+        self._evaluation.report_answers(version, metrics)
 
     # Training group
 
@@ -164,20 +170,22 @@ class LearnerWorker:
         torch.set_num_threads(stage.num_threads)
         started = time.monotonic()
         needs_rollouts = stage.objective.needs_rollouts
-        base = partial(self._frozen_start, stage)
-        objective = make_objective(stage.objective, self._ranks, base, self._spec.features)
+        objective = make_objective(
+            stage.objective, self._ranks, partial(self._frozen_start, stage), self._spec.features
+        )
         noise = self._spec.noise if stage.objective.uses_noise else NoiseSettings(kind="none", rate=0.0)
         stream = self._expert_stream(stage, noise)
         experts = self._buffer_source(stage, "expert") if stream is None else stream
         rollouts = self._buffer_source(stage, "policy") if needs_rollouts else None
+        self._evaluation = evaluation_of(self._spec, self._task, self._contract, self._trees, self._ranks)
         trainer = Trainer(
             self._policy,
             objective,
             stage,
             self._trees,
             # A stop is asked for before a draw, for all ranks at once, and by rank 0 while it waits for rollouts.
-            SharedBatchSource(self._ranks, experts, self._stop.is_set),
-            SharedBatchSource(self._ranks, rollouts, self._stop.is_set) if needs_rollouts else None,
+            SharedBatchSource(self._ranks, experts, self._is_to_stop),
+            SharedBatchSource(self._ranks, rollouts, self._is_to_stop) if needs_rollouts else None,
             self._ranks,
             partial(_report_priorities, rollouts) if self._spec.prioritized_replay and needs_rollouts else None,
         )
@@ -212,7 +220,7 @@ class LearnerWorker:
         ):
 
             def save() -> None:
-                checkpoints.save(trainer.step, trainer.state, position, self._newest_version())
+                checkpoints.save(trainer.step, trainer.state, position, self._newest_version(), self._evaluation.state)
 
             while not trainer.finished:
                 try:
@@ -223,21 +231,21 @@ class LearnerWorker:
                 except StopRequestedError:
                     break  # maybe after the expert part of a step that is not done: `position` is from before it
                 position = {} if stream is None else stream.state()
-                staleness = None if rollouts is None else rollouts.staleness
                 if uses_actors:
                     metrics["policy_version"] = self._newest_version()
-                self._report(stage, trainer.step, metrics, staleness, watch, log)
+                self._report(stage, trainer.step, metrics, None if rollouts is None else rollouts.staleness, watch, log)
                 checkpoints.after_step(metrics)
                 if uses_actors and trainer.step % stage.publish_every_steps == 0 and objective.should_publish():
-                    self._publish()
+                    self._evaluation.published(trainer.step, self._publish().newest_version, stage.publish_every_steps)
                 if trainer.step % self._spec.settings.checkpoint_every_steps == 0 and not trainer.finished:
                     save()
             save()
             checkpoints.wait()
+        self._note(self._evaluation.early_stop(stage.name, trainer.step))
         if not self._ranks.leads:
             return None
-        seconds = time.monotonic() - started
-        return StageResult(stage.name, trainer.step, trainer.finished, store.location(trainer.step), seconds)
+        finished = trainer.finished or self._evaluation.stops_early
+        return StageResult(stage.name, trainer.step, finished, store.location(trainer.step), time.monotonic() - started)
 
     def _report(
         self,
@@ -248,13 +256,15 @@ class LearnerWorker:
         watch: Watch,
         log: MetricsLog | None,
     ) -> None:
-        """Log a step and take it into the status; adds alarms and `staleness` [n] of the rollouts to `metrics`."""
+        """Evaluate, log a step and take it into the status; adds alarms and `staleness` [n] of the rollouts to
+        `metrics`. All ranks call this together."""
+        held_out = self._evaluation.after_step(self._policy, step, stage.steps)
         histograms = {} if staleness is None else {"staleness": staleness}
         metrics |= {} if staleness is None else distribution_metrics("staleness", staleness)
         alarms, warnings = watch.look(step, metrics)
         metrics |= alarms
         if log is not None:
-            log.write(stage.name, step, metrics, histograms)
+            log.write(stage.name, step, metrics | held_out, histograms)
         self._step_seconds.append(metrics["step_s"])
         self._status = replace(
             self._status,
@@ -265,6 +275,8 @@ class LearnerWorker:
             policy_version=self._newest_version(),
             activity="training",
             metrics=metrics,
+            held_out=dict(self._evaluation.state),
+            questions_version=self._evaluation.questions_version,
             warnings=(*self._status.warnings, *warnings),
         )
 
@@ -296,6 +308,10 @@ class LearnerWorker:
         self._publisher.publish(self._policy)
         return self._publisher
 
+    def _is_to_stop(self) -> bool:
+        """Whether the stage is to end before its last step."""
+        return self._stop.is_set() or self._evaluation.stops_early
+
     def _start_rollouts(self, resumed: Progress | None) -> int:
         """Let the actors go on with the weights of now; gives the version that the stage's rollouts started with."""
         publisher = self._publish()
@@ -313,6 +329,7 @@ class LearnerWorker:
             load_weights(self._policy.model, folder)
             self._note(trainer.load_state(read_training_state(folder)))
             progress = read_progress(folder)
+            self._evaluation.load_state(progress.held_out)
             if stream is not None:
                 stream.load_state(progress.expert_stream)
             return progress

@@ -191,16 +191,19 @@ class BackspaceEngine:
         return rollouts
 
     def sample_next_tokens(self, prefixes: Sequence[TokenIds]) -> list[FinishedRollout]:
-        """Sample one next token for each prefix, backspace excluded; gives rollouts of one action, in their order.
+        """Sample one next token for each prefix, backspace excluded; gives rollouts of one action. See `complete`."""
+        return self.complete(prefixes, SamplingSettings(max_new_tokens=1, max_actions=1, backspace=False))
+
+    def complete(self, prompts: Sequence[TokenIds], sampling: SamplingSettings) -> list[FinishedRollout]:
+        """Run requests to their end, all with the present weights; gives them in the order of their prompts.
 
         Other requests advance meanwhile; those that end are returned by the next `step`.
         """
-        sampling = SamplingSettings(max_new_tokens=1, max_actions=1, backspace=False)
-        names = dict.fromkeys(f"draw-{index}" for index in range(len(prefixes)))
+        names = dict.fromkeys(f"complete-{index}" for index in range(len(prompts)))
         drawn: dict[str, FinishedRollout] = {}
         try:
-            for name, prefix in zip(names, prefixes, strict=True):
-                self.add(name, prefix, sampling)
+            for name, prompt in zip(names, prompts, strict=True):
+                self.add(name, prompt, sampling)
             while len(drawn) < len(names):
                 for rollout in self._step():
                     if rollout.request_id in names:

@@ -13,14 +13,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.rank_group import EngineRankError
 from actors.pool.controller import ActorState, Failure, PoolController, PoolStatus
-from actors.rollout_actor import ActorStatus, RolloutActor, RolloutSpec
-from buffer.processes import RemoteCall, ignore_stop_signals
+from actors.rollout_actor import ANSWER_TIMEOUT_S, ActorStatus, RolloutActor, RolloutSpec
+from buffer.processes import NoAnswerError, ProcessLostError, RemoteCall, ignore_stop_signals
 from buffer.service.client import Shard
 from buffer.weights import WeightHandle, WeightManifest
 
@@ -93,6 +94,21 @@ class ActorPool:
         """Rollouts again, with weights of `first_version` (those the stage starts with) or newer."""
         self._set_paused(False, first_version)
 
+    async def answer(self, version: int) -> pa.RecordBatch:
+        """Have an actor answer the held-out questions (see `RolloutActor.answer`); where it does not, another one.
+        NoAnswerError: none did, and why."""
+        reasons = []
+        for name, process in list(self._processes.items()):
+            if process.run is None or process.leaving:
+                continue
+            answers = process.actor.answer.options(concurrency_group="evaluation").remote(version)
+            try:
+                return await RemoteCall(name, answers, "answer the held-out questions").answer(ANSWER_TIMEOUT_S)
+            except (NoAnswerError, ProcessLostError) as error:
+                reasons.append(str(error).strip().splitlines()[-1])
+        why = "; ".join(reasons) or "no actor is running"
+        raise NoAnswerError(f"nobody answered the held-out questions, weights v{version}: {why}")
+
     async def status(self) -> PoolStatus:
         """Counts and the last known status of every actor."""
         if self._supervisor is not None and self._supervisor.done() and not self._stopping:
@@ -128,7 +144,7 @@ class ActorPool:
         planned = self._nodes[number] if number < len(self._nodes) else ""
         unplanned = "SPREAD" if self._spec.settings.placement == "spread" else "DEFAULT"
         actor = (
-            ray.remote(concurrency_groups={"generation": 1, "control": 4})(RolloutActor)
+            ray.remote(concurrency_groups={"generation": 1, "control": 4, "evaluation": 1})(RolloutActor)
             .options(
                 scheduling_strategy=at_best_on(planned) if planned else unplanned,
                 num_cpus=needs.pop("CPU"),

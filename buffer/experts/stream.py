@@ -197,6 +197,17 @@ class ExpertStream:
         self._num_rows, self._num_choices, self._num_tokens = state["rows"], state["choices"], state["tokens"]
 
 
+def clean_trajectories(examples: Dataset, contract: TokenContract) -> pa.RecordBatch:
+    """Examples as expert trajectories without noise, in their order; their ids end in the number of the example."""
+    columns = examples.select_columns(["prompt_ids", "target_ids"]).with_format("arrow")[:]
+    prompts, targets = (Ragged.from_arrow(columns.column(name)) for name in ("prompt_ids", "target_ids"))
+    nothing = np.zeros(0, dtype=np.int64)
+    plan = NoisePlan(0, prompts, targets, np.zeros(len(examples), dtype=np.int64), positions=nothing)
+    none = NoiseSettings(kind="none")
+    stream = ExpertStream(examples, task="held-out", noise=none, contract=contract, seed=0, actor="evaluation")
+    return stream.execute(plan, np.zeros(0, dtype=np.int32))
+
+
 class PromptStream:
     """Prompts of a task's examples, in an order of the seed; every actor has a seed of its own."""
 

@@ -58,6 +58,11 @@ class Task:
             self.train, task=self.name, noise=noise, contract=contract, seed=seed, candidates=candidates
         )
 
+    def held_out_examples(self, count: int, seed: int) -> Dataset:
+        """At most `count` held-out examples. With one seed, fewer of them are the first of more."""
+        examples = self.held_out.shuffle(seed=seed)
+        return examples.select(range(min(count, len(examples))))
+
     def example_table(self) -> pa.Table:
         """`prompt_ids` and `target_ids` of the training examples: what rollout actors are given."""
         return self.train.select_columns(["prompt_ids", "target_ids"]).with_format("arrow")[:]

@@ -21,9 +21,7 @@ import pyarrow as pa
 import torch
 
 from actors.engine.interface import FinishedRollout, Int32, rollouts_to_batch
-from buffer.experts.ragged import Ragged
-from buffer.experts.stream import ExpertStream, NoisePlan
-from buffer.settings import NoiseSettings
+from buffer.experts.stream import clean_trajectories
 from buffer.trajectory.schema import TokenContract
 from launch.evaluation.rollouts import RolloutGroup
 from launch.generation import Checkpoint, library_chatter_held
@@ -61,7 +59,7 @@ def held_out_metrics(
     ids = contract.backspace_id, contract.eos_id
     settings = TreeSettings(*ids, MAX_NODES_PER_BATCH, max_length, other_eos_ids=contract.other_eos_ids)
     totals = np.zeros((5, len(examples)))
-    for tree in build_micro_batches(_expert_trajectories(examples, contract), settings):
+    for tree in build_micro_batches(clean_trajectories(examples, contract), settings):
         # [A] log-sum-exp of the logits before each action, without backspace's
         values = policy.evaluate(tree.to(policy.device), lambda at, logits: logits.v_floor[at.actions.state])
         assert values.measured is not None
@@ -93,17 +91,6 @@ def _perplexity(loss: Float64, tokens: Float64) -> Estimate:
     assert mean.influence is not None
     value = float(np.exp(mean.value))
     return Estimate.linear(value, value * mean.influence, mean.count)
-
-
-def _expert_trajectories(examples: Dataset, contract: TokenContract) -> pa.RecordBatch:
-    """The held-out texts as rollouts without noise, in their order; their ids end in the number of the example."""
-    columns = examples.select_columns(["prompt_ids", "target_ids"]).with_format("arrow")[:]
-    prompts, targets = (Ragged.from_arrow(columns.column(name)) for name in ("prompt_ids", "target_ids"))
-    nothing = np.zeros(0, dtype=np.int64)
-    plan = NoisePlan(0, prompts, targets, np.zeros(len(examples), dtype=np.int64), positions=nothing)
-    none = NoiseSettings(kind="none")
-    stream = ExpertStream(examples, task="held-out", noise=none, contract=contract, seed=0, actor="evaluation")
-    return stream.execute(plan, np.zeros(0, dtype=np.int32))
 
 
 def contrastive_rollouts(

@@ -95,7 +95,7 @@ def answer_metrics(
     rollouts: ReplayedRollouts, examples: Dataset, task: Task, num_forced: int = 0
 ) -> dict[str, Estimate]:
     """All numbers of answers, `num_forced` tokens forced, the first wrong; ValueError if they are of other examples."""
-    correct = Estimate.fraction(_correct(rollouts, examples, task))
+    correct = Estimate.fraction(correct_answers(rollouts, examples, task))
     if num_forced:
         _, taken_back = rollouts.forced_tokens_deleted(num_forced)
         if (rollouts.trajectories.executed[rollouts.trajectories.offsets[:-1]] == first_targets(examples)).any():
@@ -165,7 +165,8 @@ def _editing_metrics(rollouts: ReplayedRollouts) -> dict[str, Estimate]:
     }
 
 
-def _correct(rollouts: ReplayedRollouts, examples: Dataset, task: Task) -> Bool:
+def correct_answers(rollouts: ReplayedRollouts, examples: Dataset, task: Task) -> Bool:
+    """[L] whether each answer is right and ended by `<eos>`; ValueError if they are of other examples."""
     prompts = examples.select_columns(["prompt_ids"]).with_format("arrow")[:].column("prompt_ids")
     if prompts.to_pylist() != rollouts.batch.column("prompt_ids").to_pylist():
         counts = f"{rollouts.batch.num_rows} rollouts and {len(examples)} examples"

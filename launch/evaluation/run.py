@@ -67,8 +67,7 @@ def evaluate(
         datasets.disable_progress_bars()  # they would tear the command's own display
         backspace_id = first.contract.backspace_id
         task = load_task(settings.task, first.tokenizer, backspace_id=backspace_id, max_length=first.max_length)
-        examples = task.held_out.shuffle(seed=settings.seed)
-        examples = examples.select(range(min(settings.evaluation.examples, len(examples))))
+        examples = task.held_out_examples(settings.evaluation.examples, settings.seed)
         check_evaluation(settings, task)
         groups = plan_groups(task, first.contract, examples, rollout, settings.evaluation, settings.seed)
         longest = max(len(prompt) for prompt in groups[0].prompts) + rollout.max_new_tokens

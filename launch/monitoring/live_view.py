@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from rich.text import Text
 from buffer.service.shard import BufferStatus
 from launch.run_folder.folder import TOKEN_FILE, TOKEN_VARIABLE
 from learner.messages import LearnerStatus, StageResult
+from learner.settings.held_out import ANSWERS_STEP, HELD_OUT_ACCURACY, HELD_OUT_LOSS
 from learner.settings.stages import StageSettings
 
 if TYPE_CHECKING:  # imports Ray
@@ -95,6 +96,8 @@ def render(view: RunView) -> RenderableType:
     time_left = "" if left is None else f"   about {clock(left)} left"
     head = Text.assemble((view.title, "bold"), f"   elapsed {clock(view.elapsed_s)}{time_left}")
     parts: list[RenderableType] = [head, _stage_table(view)]
+    if view.learner is not None:
+        parts += [Text(line) for line in _held_out(view.learner.held_out)]
     if view.pool is not None:
         parts.append(_actor_table(view.pool))
     if view.buffer is not None:
@@ -109,6 +112,7 @@ def plain_line(view: RunView) -> str:
     parts = [f"[{clock(view.elapsed_s)}]"]
     if (learner := view.learner) is not None and learner.stage:
         parts.append(f"{learner.stage} {learner.step}/{learner.stage_steps} {_loss(learner)}")
+        parts += _held_out(learner.held_out)
     if view.pool is not None:
         parts.append(_actors_line(view.pool))
     if view.buffer is not None:
@@ -168,6 +172,7 @@ def _stage_table(view: RunView) -> Table:
         if (result := view.results.get(stage.name)) is not None:
             mark = Text("✓", "green") if result.finished else mark
             step, details = result.step, clock(result.seconds)
+            details += "  stopped early" if result.finished and step < stage.steps else ""
         elif (learner := view.learner) is not None and learner.stage == stage.name:
             mark, style, step = Text("▸", "bold"), "bold", learner.step
             details = f"{_loss(learner)}  {1e3 * learner.seconds_per_step:.0f} ms/step"
@@ -205,6 +210,17 @@ def _table(names: Sequence[str], numbers: Sequence[str]) -> Table:
 
 def _loss(learner: LearnerStatus) -> str:
     return f"loss {learner.metrics.get('loss', float('nan')):.4f}"
+
+
+def _held_out(found: Mapping[str, float]) -> Iterator[str]:
+    """The newest numbers of the evaluations of a stage, with the steps that they belong to."""
+    if HELD_OUT_LOSS in found:
+        loss, step, best, best_step = (found[HELD_OUT_LOSS + end] for end in ("", "_step", "_best", "_best_step"))
+        yield f"held-out loss {loss:.4f} at step {step:.0f} (best {best:.4f} at step {best_step:.0f})"
+    if ANSWERS_STEP in found:
+        right = f"{100 * found[HELD_OUT_ACCURACY]:.1f} % right, " if HELD_OUT_ACCURACY in found else ""
+        deletions = f"{found['held_out_deletions_per_answer']:.2f} deletions each"
+        yield f"held-out answers at step {found[ANSWERS_STEP]:.0f}: {right}{deletions}"
 
 
 def _flight_lines(buffer: BufferStatus) -> list[Text]:

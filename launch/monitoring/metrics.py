@@ -117,7 +117,7 @@ def samples(view: RunView) -> Iterator[Sample]:
                 learner_stage_steps=learner.stage_steps,
                 learner_step_seconds=learner.seconds_per_step,
             )
-            for name, value in learner.metrics.items():
+            for name, value in {**learner.metrics, **learner.held_out}.items():
                 yield from _with_labels((learner.stage, name), learner_metric=value)
     if view.pool is not None:
         yield from _with_labels((), actors_desired=view.pool.desired)

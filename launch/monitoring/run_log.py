@@ -29,11 +29,12 @@ Role = Literal["driver", "learner", "pool", "actor", "buffer"]
 Value = str | int | float | None
 _RunStateEvent = Literal["run_started", "run_finished", "run_stopped", "run_failed"]
 _DriverEvent = Literal["setting_changed", "processes_placed", "room_awaited", "autoscaled", "process_warning"]
+_AnswersEvent = Literal["questions_answered", "questions_skipped"]
 _LearnerEvent = Literal["stage_started", "weights_published", "learner_note", "learner_warning"]
 _ActorEvent = Literal["actor_state", "actor_gone", "rollouts_dropped"]
 _WeightsEvent = Literal["weights_awaited", "weights_loaded", "weights_verified"]
 _ShardEvent = Literal["shard_silent", "shard_damaged", "shard_serving"]
-RunEvent = Literal[_RunStateEvent, _DriverEvent, _LearnerEvent, _ActorEvent, _WeightsEvent, _ShardEvent]
+RunEvent = Literal[_RunStateEvent, _DriverEvent, _AnswersEvent, _LearnerEvent, _ActorEvent, _WeightsEvent, _ShardEvent]
 
 
 class _Fact(NamedTuple):

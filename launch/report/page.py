@@ -16,6 +16,8 @@ from launch.report.evaluation import GROUPS, change_outcome
 from launch.report.gather import RUN_STATES, Report, StageMetrics
 from launch.settings.recipe import to_yaml
 from launch.settings.run import RunSettings
+from launch.statistics import Float64
+from learner.settings.held_out import ANSWERS_STEP, HELD_OUT_LOSS
 
 SHOWN_HAPPENINGS = 200
 MAX_ACTORS = 12
@@ -23,6 +25,9 @@ MAX_ACTORS = 12
 ALL_POINTS = 10_000
 """Of all lines of metrics together, as long as each has `MIN_POINTS`: what bounds the size of the page."""
 MIN_POINTS = 20
+
+ANSWERS_WEIGHTS = {ANSWERS_STEP, "held_out_answers_version"}
+"""Which weights answers belong to. They have no plot: their step is the horizontal position of the answers."""
 
 _Plan = tuple[str, dict[str, str], str]
 
@@ -58,19 +63,29 @@ def metric_plots(
     logged = {metric for stage in stages for metric in metrics[stage].values}
     planned = {metric for _, legend, _ in plans().values() for metric in legend}
     found = []
-    others: dict[str, _Plan] = {name: ("", {name: name}, "") for name in sorted(logged - planned)}
+    others: dict[str, _Plan] = {name: ("", {name: name}, "") for name in sorted(logged - planned - ANSWERS_WEIGHTS)}
     for title, (unit, legend, caption) in (plans() | others).items():
         series = []
         for color, stage in enumerate(stages):
             for dash, metric in enumerate(legend):
                 if metric not in metrics[stage].values:
                     continue
-                line = thin(metrics[stage].steps.astype(np.float64), metrics[stage].values[metric], max_points)
+                line = thin(*_points(metrics[stage], metric), max_points)
                 label = stage if len(legend) == 1 else f"{stage}: {legend[metric]}"
                 series.append(Series(label, *line, color, dash))
         if series:
             found.append(Plot(title, unit, caption, "step", tuple(series)))
     return found
+
+
+def _points(metrics: StageMetrics, metric: str) -> tuple[Float64, Float64]:
+    """Steps and values of a metric. Evaluations are at some steps only; those by answers belong to an earlier step than
+    that of their line."""
+    steps, values = metrics.steps.astype(np.float64), metrics.values[metric]
+    if not metric.startswith("held_out_"):
+        return steps, values
+    known = np.isfinite(values)
+    return (steps if metric == HELD_OUT_LOSS else metrics.values[ANSWERS_STEP])[known], values[known]
 
 
 @cache

@@ -13,10 +13,12 @@ from buffer.custom import check_trusted, custom_class, custom_options, make_cust
 from buffer.experts.tasks import CustomTask, Task
 from buffer.store.sampling import Sampler
 from launch.errors import UserError, setting_up
+from launch.run.held_out import questions_of
 from launch.settings.run import RunSettings, custom_parts
 from learner.messages import PreparedRun
 from learner.objectives import objective_class
 from learner.publication import PROBE_TOKENS
+from learner.settings.held_out import HELD_OUT_ACCURACY
 from learner.settings.objectives import CustomObjectiveSettings, EmoSettings
 from learner.settings.stages import StageSettings
 
@@ -41,11 +43,14 @@ def check_prepared(settings: RunSettings, run: PreparedRun, check_task: Callable
     """UserError for model, task and settings that do not suit each other. check_task: see `launch.run.driver.train`."""
     rollout = settings.actors.rollout
     prompt: int = pc.max(pc.list_value_length(run.task.example_table()["prompt_ids"])).as_py()
+    prompt = max([prompt, *map(len, questions_of(settings, run.task))])
     if prompt + rollout.max_new_tokens > run.max_length:
         raise UserError(
             f"a prompt of {prompt} tokens and actors.rollout.max_new_tokens={rollout.max_new_tokens} exceed "
             f"the model's context of {run.max_length} tokens: lower one of them or choose a longer context"
         )
+    if settings.evaluation.stop_metric == HELD_OUT_ACCURACY and run.task.is_correct is None:
+        raise UserError("evaluation.stop_metric=held_out_accuracy: the task has no right answers; choose held_out_loss")
     check_cost_models(settings.stages, run.contract.vocab_size)
     with setting_up():
         check_division(settings.actors.tensor_parallel_size, json.loads(run.config_json))
@@ -59,6 +64,8 @@ def engine_length(settings: RunSettings, run: PreparedRun) -> int:
     prompts, targets = (pc.list_value_length(examples[name]) for name in ("prompt_ids", "target_ids"))
     answers = pc.max_element_wise(targets, settings.actors.rollout.max_new_tokens)
     longest: int = pc.max(pc.add(prompts, answers)).as_py()
+    questions = questions_of(settings, run.task)
+    longest = max(longest, max(map(len, questions), default=0) + settings.actors.rollout.max_new_tokens)
     return min(run.max_length, max(longest, PROBE_TOKENS) + 1)
 
 

@@ -33,6 +33,7 @@ from launch.monitoring.run_log import RunLog
 from launch.run.buffer_shards import STATUS_TIMEOUT_S as SHARD_TIMEOUT_S
 from launch.run.buffer_shards import ShardWatch, check_buffer, start_buffer
 from launch.run.checks import check_custom_parts, check_prepared, engine_length
+from launch.run.held_out import HeldOutQuestions, questions_of
 from launch.run.learner_group import LearnerFailedError, LearnerGroup, learner_status
 from launch.run_folder.checkpoints import check_checkpoints, finished_stages, newest_published
 from launch.run_folder.folder import BUFFER_FOLDER
@@ -106,6 +107,7 @@ class RunProcesses:
         self._pool: ActorHandle | None = None
         self._buffer: BufferClient | None = None
         self._shard_watch: ShardWatch | None = None
+        self._questions: HeldOutQuestions | None = None
         self._metrics = MetricExporter(folder.name)
         autoscale = settings.actors.autoscale
         self._autoscaler = None if autoscale is None else Autoscaler(autoscale)
@@ -163,6 +165,7 @@ class RunProcesses:
             prioritized_replay=settings.buffer.sampler == "prioritized",
             features=tuple(settings.scoring.features),
             offers_backspace=settings.actors.rollout.backspace,
+            held_out=settings.evaluation.held_out,
         )
         self._learner = LearnerGroup(spec, self._capacity.learner)
         return self._learner
@@ -202,6 +205,7 @@ class RunProcesses:
             max_length=engine_length(settings, run),
             scoring=settings.scoring if settings.scoring.scorers else None,
             tokenizer=run.task.tokenizer,
+            questions=questions_of(settings, run.task),
         )
         # Not on a node that only holds actors: it would be lost with that node, and the run with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -211,6 +215,7 @@ class RunProcesses:
             .options(name=POOL_NAME, num_cpus=0, scheduling_strategy=here)
             .remote(spec, [ray.put(run.task.example_table())], buffer.shards, environment, settings.actors.count)
         )
+        self._questions = HeldOutQuestions(settings, run.task, run.contract)
         self._call_pool(self._pool.pause.remote(), "pause")  # until the learner has published the first weights
         self._call_pool(self._pool.start.remote(self._capacity.release_actors()), "start")
         first_version = max(buffer.newest_version(START_TIMEOUT_S, self._live.refresh), newest_version) + 1
@@ -252,6 +257,8 @@ class RunProcesses:
             view.buffer = self._buffer.status(SHARD_TIMEOUT_S)
             for line in self._shard_watch.look(view.buffer):
                 self._warn(line)
+            if self._questions is not None:
+                self._questions.follow(view.learner, self._learner.leader, self._pool, self._log)
             if self._stopping_since is None:
                 self._autoscale(self._pool)
         self._metrics.export(view)

@@ -42,10 +42,10 @@ def check_checkpoints(settings: RunSettings, folder: Path) -> None:
 
 @setting_up()
 def steps_taken(settings: RunSettings, folder: Path) -> dict[str, int]:
-    """Step of the newest checkpoint of each stage that has begun; 0 of one that has none yet."""
-    begun = logged_stages(folder)
-    steps = {name: store.steps() for name, store in stage_checkpoints(settings, folder).items()}
-    return {name: max(found, default=0) for name, found in steps.items() if found or name in begun}
+    """Steps done by the newest checkpoint of each stage that has begun; 0 of one that has none yet."""
+    begun, stores = logged_stages(folder), stage_checkpoints(settings, folder)
+    newest = {name: store.progress(steps[-1]) for name, store in stores.items() if (steps := store.steps())}
+    return dict.fromkeys(begun & stores.keys(), 0) | {name: progress.steps_done for name, progress in newest.items()}
 
 
 @setting_up()
@@ -55,7 +55,7 @@ def finished_stages(settings: RunSettings, folder: Path) -> dict[str, StageResul
     for stage in settings.stages:
         store = stores[stage.name]
         steps = store.steps()
-        if steps and store.progress(steps[-1]).step >= stage.steps:
+        if steps and store.progress(steps[-1]).steps_done >= stage.steps:
             results[stage.name] = StageResult(stage.name, steps[-1], True, store.location(steps[-1]), 0.0)
     return results
 

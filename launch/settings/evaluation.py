@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from buffer.settings import Settings
+from learner.settings.held_out import HeldOutSettings
 
 TEXTS_PER_CLUSTER = 10
 
@@ -108,9 +109,12 @@ class MauveSettings(Settings):
         return TEXTS_PER_CLUSTER * self.clusters
 
 
-class EvaluationSettings(Settings):
-    """What is measured when training is done."""
+class EvaluationSettings(HeldOutSettings):
+    """What is measured during training (the settings of `HeldOutSettings`, and `questions`), and when it is done."""
 
+    questions: PositiveInt = Field(
+        64, description="held-out prompts, at most, that an actor answers greedily each time during training"
+    )
     stages: tuple[str, ...] = Field(
         (), description="stages whose final checkpoints are compared; empty = the last stage"
     )
@@ -135,7 +139,9 @@ class EvaluationSettings(Settings):
         return texts
 
     @model_validator(mode="after")
-    def _check_mauve(self) -> EvaluationSettings:
+    def _check(self) -> EvaluationSettings:
+        if self.every_steps is None:
+            self._refuse_without_effect("every_steps=null", "questions")
         if self.mauve is not None and self.examples < self.mauve.required_texts:
             raise ValueError(
                 f"evaluation.mauve with clusters={self.mauve.clusters} needs {self.mauve.required_texts} texts "
@@ -143,6 +149,11 @@ class EvaluationSettings(Settings):
                 f"to {self.mauve.required_texts}, or lower clusters to {max(2, self.examples // TEXTS_PER_CLUSTER)}"
             )
         return self
+
+    @property
+    def held_out(self) -> HeldOutSettings:
+        """What the learner needs of it."""
+        return HeldOutSettings.model_validate(self.model_dump(include=set(HeldOutSettings.model_fields)))
 
     @property
     def decodings(self) -> tuple[Decoding, ...]:

@@ -18,6 +18,7 @@ from buffer.settings import BufferSettings, CustomSettings, NoiseSettings, Outpu
 from buffer.store.limiter import Limiter
 from launch.settings.evaluation import EvaluationSettings, check_forced_prefix
 from learner.metrics.log import TrackerName
+from learner.settings.held_out import HELD_OUT_ACCURACY, HELD_OUT_LOSS
 from learner.settings.model import ModelSettings, PretrainedModelSettings, ScratchModelSettings
 from learner.settings.objectives import AdversarialJsSettings, ConstraintSettings, TargetSettings
 from learner.settings.stages import LearnerSettings, StageSettings, check_stages, stages_before
@@ -91,11 +92,32 @@ class RunSettings(Settings):
                 f"evaluation.mauve compares free texts; answers of task {self.task.name} are right or wrong: leave it "
                 "out"
             )
+        self._check_held_out()
         check_forced_prefix(self.evaluation.decodings, self.actors.rollout.max_new_tokens)
         self._check_model()
         for stage in self.stages:
             self._check_stage(stage)
         return self
+
+    def _check_held_out(self) -> None:
+        evaluation, best = self.evaluation, self.learner.checkpoint_best_metric
+        has_actors = any(needs_actors(stage, self.noise) for stage in self.stages)
+        if evaluation.stop_metric == HELD_OUT_ACCURACY and (self.task.name == "text" or not has_actors):
+            raise ValueError(
+                "evaluation.stop_metric=held_out_accuracy needs a stage with rollout actors and a task with right "
+                "answers: choose held_out_loss"
+            )
+        steps = self.learner.checkpoint_every_steps
+        if best == HELD_OUT_LOSS and (evaluation.every_steps is None or steps % evaluation.every_steps):
+            raise ValueError(
+                "learner.checkpoint_best_metric=held_out_loss compares checkpoints by the loss of their weights: set "
+                f"evaluation.every_steps to {steps} (learner.checkpoint_every_steps) or to a divisor of it"
+            )
+        if best is not None and best != HELD_OUT_LOSS and best.startswith("held_out_"):
+            raise ValueError(
+                f"learner.checkpoint_best_metric={best} is known only some steps after the checkpoint of its weights "
+                "is written, and training does not wait for it: choose held_out_loss, or a metric of the steps"
+            )
 
     def _check_rollouts(self) -> None:
         """Actors, buffer and scoring against what the stages do with rollouts."""

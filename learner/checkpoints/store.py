@@ -20,6 +20,7 @@ import fsspec
 from buffer.disk import is_disk_full, sync_folder, writing_to
 from buffer.processes import run_id
 from buffer.trajectory.schema import TokenContract
+from learner.settings.held_out import STOPPED_EARLY
 
 PROGRESS_FILE = "progress.json"
 DURABLE_FILE = "checkpoints.json"
@@ -33,7 +34,7 @@ class Progress:
 
     policy_version: newest published; -1 before any. first_policy_version: what the stage's rollouts started with; -1
     in a stage without rollouts. expert_stream: position in the expert data. metrics: mean of each over the steps since
-    the checkpoint before.
+    the checkpoint before, and `held_out_loss` where it was measured at this step. held_out: `StageEvaluation.state`.
     """
 
     stage: str
@@ -44,10 +45,16 @@ class Progress:
     expert_stream: dict[str, int]
     contract: TokenContract
     metrics: dict[str, float] = field(default_factory=dict)
+    held_out: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def steps_done(self) -> int:
+        """Those taken; all that the stage was to take where evaluations ended it early (`evaluation.patience`)."""
+        return self.stage_steps if STOPPED_EARLY in self.held_out else self.step
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.stage_steps
+        return self.steps_done >= self.stage_steps
 
     def to_json(self) -> str:
         """As it stands in the file."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from learner.checkpoints.checkpoint import Snapshot, TrainingState, take_snapshot
 from learner.checkpoints.store import CheckpointStore, Progress, remove_superseded, step_name
 from learner.ranks import Ranks, all_finite
+from learner.settings.held_out import HELD_OUT_LOSS
 from learner.settings.stages import LearnerSettings
 
 
@@ -126,7 +127,7 @@ class StageCheckpoints(CheckpointWriter):
         """Take note of a step, and of a write that has ended. ValueError: the step lacks the metric that says which
         checkpoint is best. Else it raises as `poll`."""
         best = self._settings.checkpoint_best_metric
-        if best is not None and best not in metrics:
+        if best is not None and best != HELD_OUT_LOSS and best not in metrics:
             names = ", ".join(sorted(metrics))
             raise ValueError(f"learner.checkpoint_best_metric={best} is no metric of this stage; it has: {names}")
         self._steps += 1
@@ -135,12 +136,17 @@ class StageCheckpoints(CheckpointWriter):
         self.poll()
 
     def save(
-        self, step: int, state: Callable[[], TrainingState], expert_position: dict[str, int], policy_version: int
+        self,
+        step: int,
+        state: Callable[[], TrainingState],
+        expert_position: dict[str, int],
+        policy_version: int,
+        held_out: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Begin to write a checkpoint of now, unless there is one of this step already; waits for the one before.
-        state: gives what the next step depends on besides the weights; called at every rank. Raises as
-        `CheckpointWriter.wait`, and FloatingPointError where the weights are not finite, so the checkpoint before is
-        the last good one."""
+        state: gives what the next step depends on besides the weights; called at every rank. held_out: see
+        `Progress`. Raises as `CheckpointWriter.wait`, and FloatingPointError where the weights are not finite, so
+        the checkpoint before is the last good one."""
         if self._saved_step == step:
             return
         if not all_finite(self._model, self._ranks):
@@ -156,7 +162,9 @@ class StageCheckpoints(CheckpointWriter):
             step=step,
             policy_version=policy_version,
             expert_stream=expert_position,
-            metrics={name: total / self._steps for name, total in self._metric_sums.items() if math.isfinite(total)},
+            metrics={name: total / self._steps for name, total in self._metric_sums.items() if math.isfinite(total)}
+            | ({HELD_OUT_LOSS: held_out[HELD_OUT_LOSS]} if held_out.get(f"{HELD_OUT_LOSS}_step") == step else {}),
+            held_out=dict(held_out),
         )
         self._steps, self._metric_sums = 0, {}
         snapshot = take_snapshot(self._model, self._tokenizer, progress, training_state, keep=self._ranks.leads)

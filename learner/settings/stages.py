@@ -122,7 +122,7 @@ class LearnerSettings(Settings):
     checkpoint_best_metric: str | None = Field(
         None,
         description="metric of the steps, e.g. loss_behavior_cloning: the checkpoint before which its mean was least "
-        "is kept too",
+        "is kept too; held_out_loss (with evaluation.every_steps): the one with the least loss on held-out examples",
     )
     checkpoint_dir: OutputPath | None = Field(
         None,

@@ -27,6 +27,7 @@ from buffer.settings import NoiseSettings
 from buffer.weights import WeightManifest, fingerprint, pack_tensors, unpack
 from learner.batches import Float32, SharedBatchSource, StopRequestedError, build_micro_batches
 from learner.demonstrations import Demonstrations
+from learner.held_out import HeldOutLoss
 from learner.model.adapters import add_adapters
 from learner.model.backspace_row import fit_backspace_row
 from learner.model.loading import checkpoint_activations
@@ -200,6 +201,8 @@ def first_steps(ranks: Ranks, case: Case, count: int) -> dict[str, object]:
     report = (lambda reported: priorities.append(torch.from_numpy(reported))) if case.has_priorities else None
     policy, trainer = make_trainer(case, ranks, report_priorities=report)
     metrics = [trainer.train_step()]
+    held_out = HeldOutLoss(random_trajectories("expert", 5, seed=9), TREES, ranks)  # not a part of what is trained on
+    metrics[0]["held_out_loss"] = held_out.measure(policy)
     trained = {name: parameter for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
     gradients = {name: gathered(parameter.grad) for name, parameter in trained.items()}
     metrics += [trainer.train_step() for _ in range(count - 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from buffer.service.service import ReplayBufferService
 from buffer.service.shard import ShardStatus
 from buffer.settings import ArithmeticTaskSettings, BufferSettings, NoiseSettings
 from learner.messages import LearnerSpec
+from learner.settings.held_out import HeldOutSettings
 from learner.settings.model import ScratchModelSettings
 from learner.settings.objectives import SequenceMatchSettings
 from learner.settings.stages import LearnerSettings, StageSettings
@@ -40,6 +42,8 @@ TASK = ArithmeticTaskSettings(max_digits=1, train_questions=40, held_out_questio
 MODEL = ScratchModelSettings(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32, max_positions=40)
 FIRST_VERSION = 10
 """Of the learner's first publication; the stage starts with the next one."""
+
+NOT_EVALUATED = HeldOutSettings()
 
 GOLDEN_LOSSES = [3.48875, 3.48602, 3.52743, 3.53245, 3.58042, 3.53825, 3.59351, 3.60855, 3.52965, 3.58452]
 
@@ -79,6 +83,8 @@ def learn(
     first_version: int,
     when_waiting: Callable[[LearnerWorker], object] | None = None,
     prioritized_replay: bool = False,
+    held_out: HeldOutSettings = NOT_EVALUATED,
+    **changes: object,
 ) -> int:
     """One life of a learner: its stage up to step `steps`, with the checkpoint of its end; gives the step it reached.
 
@@ -87,6 +93,7 @@ def learn(
     noise = NoiseSettings(kind="task", rate=0.3)
     settings = LearnerSettings(checkpoint_every_steps=2)
     spec = LearnerSpec(MODEL, TASK, noise, settings, str(folder), seed=3, prioritized_replay=prioritized_replay)
+    spec = replace(spec, held_out=held_out)
     worker = LearnerWorker(spec)
     run = worker.prepare()
     rollout_spec = RolloutSpec("{}", run.contract, run.task.name, ActorsSettings(), spec.noise, run.max_length)
@@ -94,7 +101,9 @@ def learn(
     pool = ray.remote(ActorPool).options(num_cpus=0).remote(rollout_spec, [ray.put(None)], shards, {}, 0)
     worker.connect(shards, pool, first_version)
     objective = SequenceMatchSettings(bc_weight_steps=5)
-    stage = StageSettings(name="second", objective=objective, steps=steps, batch_size=4, rollout_batch_size=4)
+    stage = StageSettings(
+        name="second", objective=objective, steps=steps, batch_size=4, rollout_batch_size=4, **changes
+    )
     with ThreadPoolExecutor() as threads:
         helper = threads.submit(call_when_waiting, buffer, worker, when_waiting) if when_waiting else None
         result = worker.run_stage(stage)
@@ -107,6 +116,29 @@ def learn(
 def call_when_waiting(buffer: ActorHandle, worker: LearnerWorker, then: Callable[[LearnerWorker], object]) -> None:
     wait_until(lambda: status(buffer).waiting_samples, TIMEOUT_S, "the learner to wait for rollouts")
     then(worker)
+
+
+def test_answers_that_come_while_the_learner_waits_are_metrics_of_the_next_step(task: Task, tmp_path: Path) -> None:
+    buffer = start_buffer(tmp_path, task, samples_per_insert=1.0, samples_per_insert_tolerance=4.0)
+    own = FIRST_VERSION + 1
+    ray.get(buffer.insert.remote(rollouts(task, 0, 8, version=own)), timeout=TIMEOUT_S)
+
+    def answer(worker: LearnerWorker) -> None:
+        worker.report_answers(own, {"held_out_accuracy": 0.25})  # published before the first step, not after one
+        worker.report_answers(own + 1, {"held_out_accuracy": 0.5})
+        ray.get(buffer.insert.remote(rollouts(task, 8, 8, version=own)), timeout=TIMEOUT_S)
+
+    assert (
+        learn(
+            tmp_path, buffer, 4, FIRST_VERSION, answer, held_out=HeldOutSettings(every_steps=2), publish_every_steps=2
+        )
+        == 4
+    )
+    end_buffer(buffer)
+    rows = metrics_of(tmp_path)
+    (answered,) = (row for row in rows if "held_out_accuracy" in row)
+    assert (answered["step"], answered["held_out_accuracy"], answered["held_out_answers_step"]) == (3, 0.5, 2)
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [2, 4]
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:

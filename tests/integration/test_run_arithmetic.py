@@ -61,7 +61,9 @@ class FinishedRun:
 def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     # As on a machine without a compiler, and without what another run may have compiled: eager engines compile nothing.
     bare = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
-    with TrainProcess(tmp_path_factory.mktemp("runs"), ARITHMETIC, "--no-evaluate", *TINY, environment=bare) as process:
+    evaluated = f"evaluation={{every_steps: {PUBLISH_EVERY}, questions: 8}}"
+    overrides = ("--no-evaluate", *TINY, evaluated)
+    with TrainProcess(tmp_path_factory.mktemp("runs"), ARITHMETIC, *overrides, environment=bare) as process:
         assert process.wait(RUN_TIMEOUT_S) == 0, process.printed()
         process.assert_nothing_left()
         folder = process.folder
@@ -94,9 +96,27 @@ def test_every_step_of_every_stage_is_logged_once_with_finite_numbers(run: Finis
         numbers = [value for name, value in row.items() if name != "stage"]
         assert all(value is not None and math.isfinite(value) for value in numbers), row
     for stage in STEPS:
-        names = {frozenset(row) for row in metrics_of(run.folder, stage)}
+        rows = metrics_of(run.folder, stage)
+        names = {frozenset(name for name in row if not name.startswith("held_out_")) for row in rows}
         assert len(names) == 1, f"metrics of {stage} come and go"
         assert (names.pop() >= ROLLOUT_METRICS) == (stage == "sequencematch")
+
+
+def test_evaluations_are_logged_and_leave_the_rollouts_alone(run: FinishedRun) -> None:
+    for stage, steps in STEPS.items():
+        evaluated = [row["step"] for row in metrics_of(run.folder, stage) if "held_out_loss" in row]
+        assert evaluated == sorted({*range(PUBLISH_EVERY, steps + 1, PUBLISH_EVERY), steps})
+    lines = trajectory_of(run.folder)
+    answered = [line for line in lines if line["event"] == "questions_answered"]
+    assert answered, "no actor answered"
+    told = [line["held_out_accuracy"] for line in answered]
+    for row in metrics_of(run.folder, "sequencematch"):
+        if "held_out_accuracy" in row:
+            assert row["held_out_answers_version"] == 1 + row["held_out_answers_step"] // PUBLISH_EVERY
+            assert row["held_out_accuracy"] == pytest.approx(told.pop(0), rel=1e-5)
+    task = load_task(run.settings.task, max_length=64)
+    training = {tuple(ids) for ids in task.train["prompt_ids"]}
+    assert {tuple(row["prompt_ids"]) for row in run.rows} <= training, "an answer is in the buffer"
 
 
 def test_rollouts_reach_the_learner_within_the_staleness_bound(run: FinishedRun) -> None:

@@ -63,6 +63,8 @@ SETTINGS = ActorsSettings(
     max_restarts=2,
     rollout=RolloutSettings(max_new_tokens=12, max_actions=24),
 )
+QUESTIONS = [np.array(ids, dtype=np.int32) for ids in ([250, 9], [251, 10, 11], *([252, 30 + i] for i in range(12)))]
+"""More than the engine works on at a time; no prompt of the examples is one of them."""
 SAMPLING = SamplingSettings(max_new_tokens=12, max_actions=24)
 
 
@@ -82,10 +84,10 @@ class Push:
         actors: ActorsSettings = SETTINGS,
         mode: PublishMode = "full",
     ) -> None:
-        self._folder = folder / "buffer"
+        self.folder = folder / "buffer"
         settings = BufferSettings(capacity=100_000, min_size=1, fsync="none")
         service = ray.remote(ReplayBufferService).options(num_cpus=0)
-        self.buffer = service.remote(str(self._folder), CONTRACT, settings, 0)
+        self.buffer = service.remote(str(self.folder), CONTRACT, settings, 0)
         shards = [Shard(0, self.buffer)]
         self.client = BufferClient(shards)
         generator = np.random.default_rng(0)
@@ -98,6 +100,7 @@ class Push:
             settings=actors,
             noise=NoiseSettings(kind="none", rate=0.0),
             max_length=64,
+            questions=QUESTIONS,
         )
         environment = engine_environment() | {"PYTHONPATH": str(ROOT)}
         self.pool = ray.remote(ActorPool).options(num_cpus=0).remote(spec, [ray.put(examples)], shards, environment, 1)
@@ -136,7 +139,7 @@ class Push:
 
     def versions_of_all(self) -> list[set[int]]:
         """The versions of each rollout that was ever stored."""
-        stored = read_shard(self._folder).stored.column("policy_version").to_pylist()
+        stored = read_shard(self.folder).stored.column("policy_version").to_pylist()
         return [set(versions) for versions in stored]
 
     def stop(self) -> None:
@@ -175,6 +178,7 @@ def test_pushes_reach_the_engine_and_wrong_ones_fence_the_actor(tmp_path: Path) 
         models[version] = perturbed(models[version - 1], seed=version)
     push = Push(tmp_path, models[0])
     push_good_weights(push, models)
+    ask_in_the_middle_of_rollouts(push, models)
     push_wrong_weights(push, models[2])
     push.stop()
 
@@ -246,23 +250,39 @@ def push_good_weights(push: Push, models: dict[int, PreTrainedModel]) -> None:
     assert not any(event.kind == "actor_failed" for event in push.status().events)
 
 
+def ask_in_the_middle_of_rollouts(push: Push, models: dict[int, PreTrainedModel]) -> None:
+    """An actor answers greedily, with one version of the weights though a newer one comes; no answer is a rollout."""
+    asked = push.pool.answer.remote(3)
+    push.publisher.publish(policy_of(models[1]))
+    rows = ray.get(asked, timeout=START_TIMEOUT_S).to_pylist()
+    assert [row["prompt_ids"] for row in rows] == [ids.tolist() for ids in QUESTIONS]
+    (version,) = {version for row in rows for version in row["policy_version"]}
+    assert version in (3, 4)
+    sampling = SAMPLING.model_copy(update={"temperature": 0.0, "ban_deleted": True})
+    result = compare([as_log(row) for row in rows], {row["id"]: sampling for row in rows}, {3: models[2], 4: models[1]})
+    assert not result.errors, result.errors[:3]
+    push.wait_until(lambda status: version_of(status) == 4, "the actor to load the weights that waited for the answers")
+    stored = read_shard(push.folder).stored.column("prompt_ids").to_pylist()
+    assert not any(ids in stored for ids in (row["prompt_ids"] for row in rows)), "an answer is in the buffer"
+
+
 def push_wrong_weights(push: Push, model: PreTrainedModel) -> None:
-    """Versions 4 to 6: the first meets a running actor, the others meet its successors at birth."""
-    good, payload = publication(model, version=4)
+    """Versions 5 to 7: the first meets a running actor, the others meet its successors at birth."""
+    good, payload = publication(model, version=5)
     name = good.tensors[1].name
     lacking = {key: array for key, array in payload.items() if key != name}
     assert name in failure_after(push, good, lacking)
     changed = dict(payload)
     changed[name] = changed[name].copy()
     changed[name].reshape(-1)[0] += 1e-3
-    assert "the bytes changed on their way" in failure_after(push, replace(good, version=5), changed)
+    assert "the bytes changed on their way" in failure_after(push, replace(good, version=6), changed)
     shifted = tuple(value + (0.05 if index == 3 else 0.0) for index, value in enumerate(good.probe_logprobs))
-    reason = failure_after(push, replace(good, version=6, probe_logprobs=shifted), payload)
+    reason = failure_after(push, replace(good, version=7, probe_logprobs=shifted), payload)
     assert "the engine does not compute with the published weights" in reason
     assert "at token 4" in reason
     push.wait_until(lambda status: status.failure is not None, "the pool to give up")
     assert "failed 3 times in a row" in str(push.status().failure)
-    assert max(version for row in push.draw(ROWS, 3) for version in row["policy_version"]) <= 3
+    assert max(version for row in push.draw(ROWS, 4) for version in row["policy_version"]) <= 4
 
 
 def version_of(status: PoolStatus) -> int:

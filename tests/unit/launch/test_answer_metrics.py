@@ -19,6 +19,7 @@ from buffer.settings import ArithmeticTaskSettings
 from buffer.trajectory.schema import trajectory_schema
 from launch.evaluation.rollout_metrics import ReplayedRollouts, answer_metrics
 from launch.evaluation.rollouts import recovery_obstacle, wrong_tokens
+from launch.run.held_out import numbers_of_answers
 from launch.statistics import Estimate
 
 TASK = load_task(ArithmeticTaskSettings(bases=(2, 10), max_digits=2, train_questions=40, held_out_questions=60))
@@ -60,6 +61,22 @@ def trajectories_of(examples: Dataset, logs: list[str]) -> ReplayedRollouts:
     schema = trajectory_schema(CONTRACT)
     absent = {field.name: [None] * count for field in schema if field.name not in rows}
     return ReplayedRollouts.of(pa.RecordBatch.from_pydict({**rows, **absent}, schema=schema), CONTRACT)
+
+
+def test_the_metrics_of_answers_during_training() -> None:
+    """One of three right; three backspaces in three answers of twelve actions."""
+    examples = examples_with(["16", "7", "25"])
+    answers = trajectories_of(examples, ["17<6.", "8.", "2<3<."]).batch
+    assert numbers_of_answers(answers, examples, TASK, CONTRACT) == {
+        "held_out_accuracy": pytest.approx(1 / 3),
+        "held_out_deletions_per_answer": 1.0,
+        "held_out_backspace_rate": pytest.approx(3 / 12),
+        "held_out_answers_version": 0.0,
+    }
+    text = dataclasses.replace(TASK, is_correct=None)
+    assert "held_out_accuracy" not in numbers_of_answers(answers, examples, text, CONTRACT)
+    with pytest.raises(ValueError, match="do not have the same prompts"):
+        numbers_of_answers(answers, examples.select([1, 0, 2]), TASK, CONTRACT)
 
 
 def values(metrics: dict[str, Estimate]) -> dict[str, float | None]:

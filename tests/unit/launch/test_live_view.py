@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,28 @@ def test_the_display_shows_stage_step_loss_rate_version_backspaces_and_time_left
     assert "…" not in text
     # 300 steps of this stage and 400 of the control, at 0.1 s each.
     assert "about 1:10 left" in text
+
+
+def test_evaluations_are_shown_with_the_steps_they_belong_to() -> None:
+    view = view_of_a_running_stage()
+    assert "held-out" not in text_of(view) + plain_line(view)
+    found = {"held_out_loss": 0.41, "held_out_loss_step": 100, "held_out_loss_best": 0.4, "held_out_loss_best_step": 50}
+    view.learner = replace(view.learner, held_out=found)
+    assert "held-out loss 0.4100 at step 100 (best 0.4000 at step 50)" in text_of(view)
+    answers = {"held_out_accuracy": 0.625, "held_out_deletions_per_answer": 0.5, "held_out_answers_step": 80}
+    view.learner = replace(view.learner, held_out=found | answers)
+    assert "answers at step 80: 62.5 % right, 0.50 deletions each" in " ".join(text_of(view).split())
+    assert "answers at step 80: 62.5 % right, 0.50 deletions each" in plain_line(view)
+    del view.learner.held_out["held_out_accuracy"]  # of a task without right answers
+    assert "answers at step 80: 0.50 deletions each" in plain_line(view)
+
+
+def test_a_stage_that_stopped_early_says_so() -> None:
+    view = view_of_a_running_stage()
+    assert "stopped early" not in text_of(
+        replace(view, results={"pretrain": StageResult("pretrain", 3000, True, "", 9.0)})
+    )
+    assert "1600/3000 1:08  stopped early" in text_of(view)
 
 
 def test_an_actor_without_weights_has_none_yet() -> None:

@@ -96,6 +96,11 @@ def test_a_stage_is_addressed_by_name_or_index(stage: str) -> None:
         ("learner.publish=adapter", ["the model has none: set model.adapter"]),
         ("buffer={capacity: 32, min_size: 32}", ["rollout_batch_size"]),
         ("trackers=[tensorboard, tensorboard]", ["names one twice"]),
+        ("evaluation={loss_examples: 9}", ["evaluation: loss_examples has no effect with every_steps=null"]),
+        ("evaluation={questions: 9}", ["evaluation: questions has no effect with every_steps=null"]),
+        ("evaluation={patience: 2}", ["evaluation: patience has no effect with every_steps=null"]),
+        ("evaluation={every_steps: 5, stop_metric: held_out_accuracy}", ["no effect with patience=null"]),
+        ("learner.checkpoint_best_metric=held_out_accuracy", ["known only some steps after", "choose held_out_loss"]),
         ("trackers=[mlflow]", ["'tensorboard', 'wandb' or 'trackio'"]),
         ("stages.sequencematch.objective.divergence=tv", ["exactly maximum likelihood (choose divergence=mle)"]),
     ],
@@ -103,6 +108,18 @@ def test_a_stage_is_addressed_by_name_or_index(stage: str) -> None:
 def test_what_is_wrong_is_named_with_what_to_write_instead(override: str, parts: list[str]) -> None:
     message = error_of(override)
     assert all(part in message for part in parts), message
+
+
+def test_evaluation_during_training_is_refused_what_the_run_cannot_give() -> None:
+    best = "learner.checkpoint_best_metric=held_out_loss"
+    assert read_recipe(ARITHMETIC, ["evaluation.every_steps=250", best]).evaluation.held_out.every_steps == 250
+    for every in ("300", "null"):
+        message = error_of(f"evaluation.every_steps={every}", best)
+        assert "compares checkpoints by the loss of their weights: set evaluation.every_steps to 500" in message
+    accuracy = "evaluation={every_steps: 5, patience: 2, stop_metric: held_out_accuracy}"
+    assert read_recipe(ARITHMETIC, [accuracy]).evaluation.patience == 2
+    data_only = ("stages.sequencematch.objective={name: mle}", "actors.count=0")
+    assert "needs a stage with rollout actors" in error_of(accuracy, *data_only)
 
 
 def test_a_tolerance_in_which_no_step_could_draw_is_refused_with_one_that_would_do() -> None:

@@ -15,7 +15,7 @@ from launch.errors import UserError
 from launch.monitoring.run_log import LOG_FILE, RunEvent, RunLog
 from launch.report.document import MAX_POINTS, thin
 from launch.report.gather import MAX_ROLLOUTS, Report, gather, read_metrics, sample_rollouts
-from launch.report.page import metric_plots, plans, render, version_plot
+from launch.report.page import ANSWERS_WEIGHTS, metric_plots, plans, render, version_plot
 from tests.run_folders import (
     VERSIONS,
     Clock,
@@ -82,8 +82,24 @@ def test_plots_name_documented_metrics_once_and_leave_none_out(tmp_path: Path) -
     assert set(planned) <= documented
     write_lines(tmp_path, [{"stage": "a", "step": 1, "of_tomorrow": 1.0} | dict.fromkeys(documented, 2.0)])
     plots = metric_plots(read_metrics(tmp_path), ["a"])
-    assert sum(len(plot.series) for plot in plots) == len(documented) + 1
-    assert {plot.title for plot in plots} - plans().keys() == {*documented, "of_tomorrow"} - set(planned)
+    assert sum(len(plot.series) for plot in plots) == len(documented - ANSWERS_WEIGHTS) + 1
+    unplanned = {*documented, "of_tomorrow"} - set(planned) - ANSWERS_WEIGHTS
+    assert {plot.title for plot in plots} - plans().keys() == unplanned
+
+
+def test_evaluations_are_drawn_as_lines_at_the_steps_of_their_weights(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"stage": "a", "step": step, "loss": 1.0} for step in range(1, 41)]
+    for step, value in ((10, 0.5), (20, 0.4), (40, 0.3)):
+        rows[step - 1]["held_out_loss"] = value
+    for step, value in ((13, 0.1), (25, 0.2)):
+        rows[step - 1] |= {"held_out_accuracy": value, "held_out_answers_step": 10 * (step // 10)}
+    write_lines(tmp_path, rows)
+    plots = metric_plots(read_metrics(tmp_path), ["a"])
+    drawn = {plot.title: plot.series[0] for plot in plots}
+    loss, accuracy = drawn["Loss on held-out examples"], drawn["Right answers to held-out questions"]
+    assert (list(loss.x), list(loss.y)) == ([10, 20, 40], [0.5, 0.4, 0.3])
+    assert (list(accuracy.x), list(accuracy.y)) == ([10, 20], [0.1, 0.2])
+    assert len(drawn["Loss"].x) == 40
 
 
 def test_pushes_are_those_that_the_driver_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.errors import UserError
-from launch.run_folder.checkpoints import final_checkpoint, finished_stages, newest_published
+from launch.run_folder.checkpoints import final_checkpoint, finished_stages, newest_published, steps_taken
 from launch.settings.recipe import read_recipe
 from launch.settings.run import RunSettings
 from learner.checkpoints.store import PROGRESS_FILE
@@ -36,6 +36,16 @@ def test_stages_are_done_and_versions_known_wherever_checkpoints_are(tmp_path, p
     assert (result.stage, result.step, result.finished) == ("pretrain", 3, True)
     assert newest_published(settings, folder, CONTRACT) == 7
     assert final_checkpoint(settings, folder, "sequencematch").name == "step-000009"
+
+
+def test_a_stage_that_stopped_early_is_done(tmp_path):
+    settings = settings_with("stages.pretrain.steps=40")
+    write_progress(settings, tmp_path, progress_at(3))
+    assert (finished_stages(settings, tmp_path), steps_taken(settings, tmp_path)) == ({}, {"pretrain": 3})
+    write_progress(settings, tmp_path, progress_at(5, held_out={"stopped_early": 1.0}))
+    result = finished_stages(settings, tmp_path)["pretrain"]
+    assert (result.step, result.finished, steps_taken(settings, tmp_path)) == (5, True, {"pretrain": 40})
+    assert finished_stages(settings_with("stages.pretrain.steps=41"), tmp_path) == {}, "more steps continue it"
 
 
 def test_checkpoints_of_other_tokens_are_refused_before_a_run_starts(tmp_path):

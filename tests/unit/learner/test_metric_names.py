@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from buffer.experts.tasks import Task
+from launch.run.held_out import numbers_of_answers
 from learner.metrics.log import distribution_metrics
 from learner.metrics.watch import Watch
 from learner.settings.stages import WatchSettings
@@ -53,6 +54,9 @@ def test_the_table_names_every_metric_once(task):
     alarms, _ = Watch(make_stage(MATCHING), WatchSettings()).look(1, metrics)
     found |= metrics.keys() | alarms.keys()
     found |= distribution_metrics("staleness", np.zeros(1, dtype=np.int64)).keys() | {"policy_version"}
+    examples = task.train.select(range(2))
+    answers = numbers_of_answers(rollouts(task, first=0, count=2, version=0), examples, task, task.contract())
+    found |= {"held_out_loss", "held_out_answers_step"} | answers.keys()
     names = documented()
     assert len(names) == len(set(names))
     assert set(names) == found
