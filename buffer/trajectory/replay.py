@@ -96,7 +96,7 @@ def replay(trajectories: TrajectoryArrays, backspace_id: int) -> Replay:
     depth = running - before_trajectory[trajectory]
     if depth.min(initial=0) < 0:
         bad = int(trajectory[np.argmin(depth)])
-        raise ValueError(f"log {bad} takes a token back at the floor (the end of its prompt)")
+        raise ValueError(f"trajectory {bad} takes a token back at the floor (the end of its prompt)")
     # Sorted by (trajectory, depth, time), the state after an action at depth d is the newest append to depth d so far.
     order = np.lexsort((time, depth, trajectory))
     newest = np.maximum.accumulate(np.where(is_append[order], np.arange(num_actions), -1))

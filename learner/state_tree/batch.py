@@ -279,14 +279,14 @@ def checked_trajectories(batch: pa.RecordBatch, settings: TreeSettings) -> tuple
     prompt_lengths = np.diff(trajectories.prompt_offsets)
     if not prompt_lengths.all():
         raise ValueError(
-            f"log {int(np.argmin(prompt_lengths))} has an empty prompt; start it with the <bos> token, so "
+            f"trajectory {int(np.argmin(prompt_lengths))} has an empty prompt; start it with the <bos> token, so "
             "that the first action has a state"
         )
     longest = prompt_lengths.copy()
     np.maximum.at(longest, played.trajectory, prompt_lengths[played.trajectory] + played.depth)
     if longest.max() > settings.max_positions:
         raise ValueError(
-            f"log {int(np.argmax(longest))} has a text of {int(longest.max())} tokens, more than the "
+            f"trajectory {int(np.argmax(longest))} has a text of {int(longest.max())} tokens, more than the "
             f"{settings.max_positions} positions of the model; lower the prompt or answer length"
         )
     is_eos = np.isin(trajectories.executed, (settings.eos_id, *settings.other_eos_ids))
@@ -297,8 +297,8 @@ def checked_trajectories(batch: pa.RecordBatch, settings: TreeSettings) -> tuple
     bad = (num_wrong > 0) | (ends == truncated)
     if bad.any():
         raise ValueError(
-            f"log {int(np.argmax(bad))} takes a token back at the floor (the end of its prompt), or `<eos>` is not the "
-            "last action exactly where finish_reason is `eos`"
+            f"trajectory {int(np.argmax(bad))} takes a token back at the floor (the end of its prompt), or `<eos>` is not "
+            "the last action exactly where finish_reason is `eos`"
         )
     return trajectories, played, truncated
 

@@ -60,7 +60,9 @@ def check_against_a_stack(batch: pa.RecordBatch, trajectories: list[Log]) -> Non
         np.diff(found.prompt_offsets), [len(trajectory.prompt) for trajectory in trajectories]
     )
 
-    expected: dict[str, list[int]] = {name: [] for name in ("log", "time", "depth", "state", "next_state", "executed")}
+    expected: dict[str, list[int]] = {
+        name: [] for name in ("trajectory", "time", "depth", "state", "next_state", "executed")
+    }
     survivors: list[int] = []
     answers: list[list[int]] = []
     event = 0
@@ -81,7 +83,7 @@ def check_against_a_stack(batch: pa.RecordBatch, trajectories: list[Log]) -> Non
         answers.append([token for _, token in stack])
 
     played = replay(found, BACKSPACE)
-    for name in ("log", "time", "depth", "state", "next_state"):
+    for name in ("trajectory", "time", "depth", "state", "next_state"):
         np.testing.assert_array_equal(getattr(played, name), expected[name], err_msg=name)
         assert getattr(played, name).dtype == np.int64
     np.testing.assert_array_equal(found.executed, expected["executed"])
@@ -170,7 +172,7 @@ def test_list_columns_are_viewed_not_copied():
 
 
 @pytest.mark.parametrize(
-    ("logs", "culprit"),
+    ("trajectories", "culprit"),
     [
         ([Log([4], [BACKSPACE])], 0),
         ([Log([4], [5]), Log([4], []), Log([4], [5, BACKSPACE, BACKSPACE, 5, 5])], 2),  # back above it at the end

@@ -81,7 +81,7 @@ def test_unpacked_tensors_are_views_of_the_payload():
 def test_read_only_arrays_load_without_a_warning():
     payload, manifest = publish(state_dict())
     for array in payload.values():
-        array.flags.writable = False
+        array.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(list(unpack(payload, manifest))) == 5

@@ -217,7 +217,7 @@ def test_a_run_is_exported_by_its_result_and_the_card_tells_what_that_is(base, t
     assert settings_for(run, None) == read_recipe(recipe, [f"runs_folder={tmp_path}/runs"])
 
 
-def test_the_license(run, base, tmp_path):
+def test_the_terms_of_use(run, base, tmp_path):
     checkpoint_in(run, trained(base, adapters=False))
     assert export(run, tmp_path / "a", license_id="apache-2.0").license == "apache-2.0"
     for index, text in enumerate(("# no front matter", "---\nlicense: [\n---\n", "---\ntags: [a]\n---\n")):

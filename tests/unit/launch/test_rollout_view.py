@@ -40,7 +40,7 @@ def plain(trajectory: str, executed: str | None = None, num_forced: int = 0) -> 
 
 
 @pytest.mark.parametrize(
-    ("log", "expected"),
+    ("trajectory", "expected"),
     [
         ("16.", "16"),
         ("17<6.", "1[-7-]6"),

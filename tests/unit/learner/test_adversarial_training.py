@@ -34,7 +34,7 @@ from tests.unit.learner.test_state_tree import BACKSPACE, HARD, build, tiny
 ADVERSARIAL = {"name": "adversarial_js", "discriminator": {"warmup_steps": 1}}
 
 
-@pytest.mark.parametrize("logs", [HARD, HARD[::-1]], ids=["in order", "reversed"])
+@pytest.mark.parametrize("trajectories", [HARD, HARD[::-1]], ids=["in order", "reversed"])
 @pytest.mark.parametrize("body", ["policy", "own"])
 def test_it_reads_the_last_text_of_each_log(body, trajectories):
     """As its network says of each token after the text before it, run alone; the policy gets no gradient from that."""

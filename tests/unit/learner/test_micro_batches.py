@@ -67,7 +67,7 @@ def test_logs_of_a_prompt_stay_together():
 
 
 def test_a_draw_that_is_bad_is_refused_before_it_is_cut():
-    with pytest.raises(ValueError, match="log 8 has an empty prompt"):
+    with pytest.raises(ValueError, match="trajectory 8 has an empty prompt"):
         cut(to_batch([*HARD, Log([], [EOS])]), 4)
     with pytest.raises(ValueError, match="without trajectories"):
         cut(to_batch(HARD).slice(0, 0), 4)

@@ -92,7 +92,7 @@ SUBSETS = {
     "all": DATA,
     "eos": [trajectory for trajectory in DATA if trajectory.finish_reason == "eos"],
     "truncated": [trajectory for trajectory in DATA if trajectory.finish_reason != "eos"],
-    **{f"log {i}": [trajectory] for i, trajectory in enumerate(DATA) if trajectory.actions},
+    **{f"trajectory {i}": [trajectory] for i, trajectory in enumerate(DATA) if trajectory.actions},
 }
 
 

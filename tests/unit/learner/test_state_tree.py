@@ -179,7 +179,7 @@ def test_each_eos_of_several_ends_a_log():
     trajectories = [Log([5], [7, EOS]), Log([5], [7, 9])]
     tree = build(trajectories, other_eos_ids=(9,))
     assert tree.trajectories.truncated.tolist() == [False, False]
-    with pytest.raises(ValueError, match="log 1 takes"):
+    with pytest.raises(ValueError, match="trajectory 1 takes"):
         build(trajectories)
 
 
@@ -209,10 +209,10 @@ def test_scores_and_contexts_of_logs():
 
 
 @pytest.mark.parametrize(
-    ("logs", "message"),
+    ("trajectories", "message"),
     [
         ([], "without trajectories"),
-        ([Log([1], [EOS]), Log([], [EOS])], "log 1 has an empty prompt"),
+        ([Log([1], [EOS]), Log([], [EOS])], "trajectory 1 has an empty prompt"),
         ([Log([1], [BACKSPACE, EOS])], "at the floor"),
         ([Log([1], [BACKSPACE, EOS], executed={0: 5})], "at the floor"),
         ([Log([1], [EOS, 5], finish_reason="max_actions")], "finish_reason is `eos`"),

@@ -133,7 +133,7 @@ def visible(tree: TreeBatch, tile_size: int | None) -> torch.Tensor:
 
 @pytest.mark.parametrize("tile_size", [None, 1, 5, 16, 32, 64])
 @pytest.mark.parametrize(
-    "logs", [HARD, grown_trajectories(), grown_trajectories(1, 1, 60)], ids=["hard", "groups", "chain"]
+    "trajectories", [HARD, grown_trajectories(), grown_trajectories(1, 1, 60)], ids=["hard", "groups", "chain"]
 )
 def test_tiles_cover_every_pair_once(trajectories, tile_size):
     tree = build(trajectories, max_positions=200)
@@ -158,7 +158,7 @@ def test_chains_of_equal_length_are_not_gathered():
     assert [tuple(mask.shape) for mask in tiles.masks] == [(32, 1, 128, 128)]
 
 
-@pytest.mark.parametrize("logs", [HARD, grown_trajectories()], ids=["hard", "groups"])
+@pytest.mark.parametrize("trajectories", [HARD, grown_trajectories()], ids=["hard", "groups"])
 def test_the_block_mask_is_the_dense_mask(trajectories):
     tree = build(trajectories)
     blocks = block_mask(tree)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from learner.metrics.trajectory import distribution_metrics
 from pydantic import ValidationError
 
 from launch.settings.recipe import read_recipe
+from learner.metrics.log import distribution_metrics
 from learner.metrics.watch import Watch
 from learner.settings.stages import WatchSettings
 from tests.training import CLONING, make_stage
