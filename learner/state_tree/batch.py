@@ -297,8 +297,8 @@ def checked_trajectories(batch: pa.RecordBatch, settings: TreeSettings) -> tuple
     bad = (num_wrong > 0) | (ends == truncated)
     if bad.any():
         raise ValueError(
-            f"trajectory {int(np.argmax(bad))} takes a token back at the floor (the end of its prompt), or `<eos>` is not "
-            "the last action exactly where finish_reason is `eos`"
+            f"trajectory {int(np.argmax(bad))} takes a token back at the floor (the end of its prompt), or "
+            "`<eos>` is not the last action exactly where finish_reason is `eos`"
         )
     return trajectories, played, truncated
 
