@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from buffer.trajectory.staleness import VersionRange
 from learner.batches import BatchSource, Float32, build_micro_batches, count_batch, priorities_of_sample, share_of_rank
 from learner.checkpoints.checkpoint import TrainingState
-from learner.metrics.watch import behavior_metrics, finish_behavior_metrics
+from learner.metrics.alarms import behavior_metrics, finish_behavior_metrics
 from learner.objectives.base import BatchCounts, EvaluatedTrajectories, Metrics, Objective, combine_metrics, is_finite
 from learner.ranks import Ranks, clip_gradients, load_optimizer_state, synchronise_gradients, whole_optimizer_state
 from learner.settings.stages import OptimizerSettings, StageSettings
@@ -106,7 +106,7 @@ class Trainer:
         with self._ranks.exchange(f"step {self.step}"):
             if rollouts is not None:
                 trees = [tree for tree, draw in passes if draw.is_rollouts]
-                self._objective.prepare(self._policy, trees, rollouts.counts, self.step)
+                self._objective.begin_step(self._policy, trees, rollouts.counts, self.step)
             combined, gradient_norm, priorities = self._accumulate(passes)
         loss = float(combined["loss"])
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
@@ -115,7 +115,7 @@ class Trainer:
                 f"lower the learning rate or alpha. {self._blame(draws)}"
             )
         self._objective.check(combined, self.step)
-        self._objective.advance()
+        self._objective.optimizer_step()
         learning_rate = self._learning_rate()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate

@@ -40,8 +40,8 @@ from learner.checkpoints.writer import StageCheckpoints
 from learner.demonstrations import teach_backspace_row
 from learner.held_out import StageEvaluation, evaluation_of
 from learner.messages import LearnerSpec, LearnerStatus, PreparedRun, StageResult
+from learner.metrics.alarms import MetricAlarms
 from learner.metrics.log import Int64, MetricsLog, check_trackers, distribution_metrics
-from learner.metrics.watch import Watch
 from learner.model.loading import checkpoint_activations
 from learner.model.policy import Policy, load_policy
 from learner.objectives import make_objective
@@ -203,7 +203,7 @@ class LearnerWorker:
             if isinstance(source, BufferSource):
                 source.seek(trainer.step, first_version)
         position = {} if stream is None else stream.state()
-        watch = Watch(stage, self._spec.settings.watch)
+        alarms = MetricAlarms(stage, self._spec.settings.alarms)
         self._step_seconds.clear()
         with (
             self._ranks.exchange(f"stage {stage.name}"),
@@ -233,7 +233,9 @@ class LearnerWorker:
                 position = {} if stream is None else stream.state()
                 if uses_actors:
                     metrics["policy_version"] = self._newest_version()
-                self._report(stage, trainer.step, metrics, None if rollouts is None else rollouts.staleness, watch, log)
+                self._report(
+                    stage, trainer.step, metrics, None if rollouts is None else rollouts.staleness, alarms, log
+                )
                 checkpoints.after_step(metrics)
                 if uses_actors and trainer.step % stage.publish_every_steps == 0 and objective.should_publish():
                     self._evaluation.published(trainer.step, self._publish().newest_version, stage.publish_every_steps)
@@ -253,7 +255,7 @@ class LearnerWorker:
         step: int,
         metrics: dict[str, float],
         staleness: Int64 | None,
-        watch: Watch,
+        alarms: MetricAlarms,
         log: MetricsLog | None,
     ) -> None:
         """Evaluate, log a step and take it into the status; adds alarms and `staleness` [n] of the rollouts to
@@ -261,8 +263,8 @@ class LearnerWorker:
         held_out = self._evaluation.after_step(self._policy, step, stage.steps)
         histograms = {} if staleness is None else {"staleness": staleness}
         metrics |= {} if staleness is None else distribution_metrics("staleness", staleness)
-        alarms, warnings = watch.look(step, metrics)
-        metrics |= alarms
+        raised, warnings = alarms.check(step, metrics)
+        metrics |= raised
         if log is not None:
             log.write(stage.name, step, metrics | held_out, histograms)
         self._step_seconds.append(metrics["step_s"])

@@ -63,7 +63,7 @@ class TensorBoardTracker:
 
     @contextmanager
     def _place_named(self) -> Iterator[None]:
-        """TensorBoard's own thread writes, and hands on its errors without a place."""
+        """Add the path to an error: TensorBoard's writer thread raises errors without one."""
         try:
             yield
         except OSError as error:
@@ -72,12 +72,11 @@ class TensorBoardTracker:
 
 
 class OnlineTracker:
-    """Weights & Biases or trackio. Every stage is a run of its own in the group of the whole run, so that the arms of a
-    recipe can be laid over one another; a resumed stage goes on in its run.
+    """Weights & Biases or trackio. Each stage is one run of the tracker, all in one group, so that their curves share a
+    plot; a resumed stage continues its run.
 
-    Where that is kept, and whether it leaves this machine, their own settings say (`WANDB_MODE=offline` keeps it in the
-    run folder, `TRACKIO_DIR` is trackio's folder). Steps of Weights & Biases only grow: of steps that a resumed stage
-    takes again, those of its first life stay.
+    The tracker's own settings say where the metrics go (`WANDB_MODE=offline`: the run folder; `TRACKIO_DIR`: trackio's
+    folder). Weights & Biases refuses to go back in steps: if a resumed stage repeats steps, the old values stay.
     """
 
     def __init__(self, name: Literal["wandb", "trackio"], run_folder: Path) -> None:

@@ -190,13 +190,13 @@ def _obstacles(model: PreTrainedModel) -> Iterator[str]:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _probe(model: PreTrainedModel) -> float:
-    """Largest difference, as a share of the spread, of the logits of two texts as a tree and alone."""
+    """Largest difference between the logits of two texts in one tree and of each alone, in standard deviations."""
     head = model.get_output_embeddings()
     device = head.weight.device
-    pretrain, left, right = [1, 2], [3, 4], [4, 5]
+    shared, left, right = [1, 2], [3, 4], [4, 5]
     size = model.config.get_text_config().vocab_size
-    texts = torch.tensor([pretrain + left, pretrain + right], device=device) % size
-    nodes = torch.tensor([pretrain + left + right], device=device) % size
+    texts = torch.tensor([shared + left, shared + right], device=device) % size
+    nodes = torch.tensor([shared + left + right], device=device) % size
     positions = torch.tensor([[0, 1, 2, 3, 2, 3]], device=device)
     mask = torch.ones(6, 6, dtype=torch.bool, device=device).tril()
     mask[4:, 2:4] = False

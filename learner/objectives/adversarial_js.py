@@ -159,7 +159,7 @@ class AdversarialJs(Objective):
     _restored: Mapping[str, Tensor] = MappingProxyType({})
     _reward_mean = 0.0
 
-    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: BatchCounts, step: int) -> None:
+    def begin_step(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: BatchCounts, step: int) -> None:
         """Find the mean reward of the step's rollouts, with which each of them is compared."""
         self._discriminator_of(policy).zero_grad(set_to_none=True)
         total = torch.zeros(1, dtype=torch.float64)
@@ -223,8 +223,8 @@ class AdversarialJs(Objective):
             importance_weight_max_abs=torch.cat([weight, weight.new_zeros(1)]).max(),
         )
 
-    def advance(self) -> None:
-        assert self._discriminator is not None, "advance() comes after prepare()"
+    def optimizer_step(self) -> None:
+        assert self._discriminator is not None, "optimizer_step() comes after begin_step()"
         self._discriminator.step(self.ranks)
 
     def state(self) -> dict[str, Tensor]:

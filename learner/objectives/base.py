@@ -98,7 +98,7 @@ class Objective:
     def __post_init__(self) -> None:
         """An objective sets here what it begins with."""
 
-    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: BatchCounts, step: int) -> None:
+    def begin_step(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: BatchCounts, step: int) -> None:
         """Look at all rollouts of a step before any loss of it is asked for: for what concerns them together. All ranks
         call this together, each with trees of its own (not on the policy's device yet) and the global counts; only
         where rollouts are needed."""
@@ -130,7 +130,7 @@ class Objective:
         """Given the combined metrics of a step: raise OutsideDomainError where the settings ask
         to stop at the end of the divergence's domain, and it was left."""
 
-    def advance(self) -> None:
+    def optimizer_step(self) -> None:
         """Take a step with what the objective trains itself, just before the policy's weights move. All ranks call this
         together. FloatingPointError: its gradient is not finite, and nothing has moved."""
 

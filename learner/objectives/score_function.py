@@ -92,7 +92,7 @@ class ScoreFunction(Objective, ABC):
     def learn(self, rollouts: Rollouts) -> None:
         """The step is taken: remember what the next ones need."""
 
-    def prepare(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: BatchCounts, step: int) -> None:
+    def begin_step(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: BatchCounts, step: int) -> None:
         table = self._gather(torch.cat([self._look_at(policy, tree) for tree in self._of_all_ranks(rollouts)]))
         if self.base is not None:
             self.base.release()
@@ -118,8 +118,8 @@ class ScoreFunction(Objective, ABC):
         of_step = {name: loss.new_tensor(value * rollouts.share) for name, value in self._metrics.items()}
         return loss, rollout_metrics(rollouts, loss, **of_step)
 
-    def advance(self) -> None:
-        assert self._rollouts is not None, "advance() comes after prepare()"
+    def optimizer_step(self) -> None:
+        assert self._rollouts is not None, "optimizer_step() comes after begin_step()"
         self.learn(self._rollouts)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -20,14 +20,14 @@ The value sums telescope to V at the start. With phi(x) = x - penalty(x) and a s
 trajectories cancel out of it, except for the penalty that a mixture divergence puts on them: c E_model[(alpha r)^2],
 c = 1/(4 alpha) for the half-half mixture.
 
-The *uniform* estimator puts 1 for every gamma^t and gamma^N of the printed sums and keeps gamma inside r and the value
-differences, as IQ-Learn (Garg et al., arXiv 2106.12142) samples its states. Late actions weigh as much as early ones;
-the value sums telescope no more, so it is biased by O((1-gamma) N). The `<eos>` terms stay closed forms, as an endless
-loop of weight 1 has no sum. So it is the printed one in the limit gamma -> 1 at a fixed length.
+The *uniform* estimator replaces every gamma^t and gamma^N of the sums as the paper prints them by 1 and keeps gamma in
+r and in the differences of values, as IQ-Learn (Garg et al., arXiv 2106.12142) samples its states. Late actions weigh
+as much as early ones. The sums of values no longer telescope, so the estimate is biased by O((1-gamma) N). The `<eos>`
+terms stay closed forms, since an endless loop of weight 1 has no sum. At a fixed length the limit gamma -> 1 is the
+same for both.
 
-J is a mean over trajectories; it is scaled by data trajectories / data actions of the global batch, a constant of the
-batch,
-so that its scale is per action, as that of behavior cloning is.
+J is a mean over trajectories. It is multiplied by data trajectories / data actions of the global batch, a constant, so
+that its scale is per action, as that of behavior cloning is.
 
 Divergence = sup_r E_data[phi(r)] - E_model[r] (as in IQ-Learn). Every concave phi here has phi(0) = 0 and phi'(0) = 1,
 so it is written as phi(x) = x - penalty(x) with a convex penalty that vanishes to second order at 0: the linear part

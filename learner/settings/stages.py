@@ -40,7 +40,7 @@ class OptimizerSettings(Settings):
 
 
 class StageSettings(Settings):
-    """One stretch of training with one objective. A recipe is a list of stages; arms share a pretrain."""
+    """Training with one objective for a number of steps. Several stages of a recipe may start from the same one."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     start_from: str | None = Field(
@@ -57,7 +57,7 @@ class StageSettings(Settings):
     num_threads: PositiveInt = Field(1, description="CPU threads of the learner; more only where the actors idle")
 
 
-class WatchSettings(Settings):
+class AlarmSettings(Settings):
     """Bounds beyond which a metric is an alarm: a line on the display, once a stage, and a metric of its own."""
 
     max_backspace_rate: float = Field(
@@ -132,7 +132,7 @@ class LearnerSettings(Settings):
     checkpoint_timeout_s: PositiveFloat = Field(600.0, description="longest wait for a checkpoint to be written")
     data_timeout_s: PositiveFloat = Field(300.0, description="longest wait for rollouts before the run is ended")
     health_timeout_s: PositiveFloat = Field(300.0, description="silence of the learner after which the run is ended")
-    watch: WatchSettings = WatchSettings()
+    alarms: AlarmSettings = AlarmSettings()
 
     @property
     def collective_timeout_s(self) -> float:

@@ -268,7 +268,7 @@ def test_a_discriminator_may_read_a_policy_of_several_ranks_and_copies_no_body_i
         "model.initializer_range={}",
         "learner.num_gpus={}",
         "learner.resources={{x: {}}}",
-        "learner.watch.max_log_prob_mismatch={}",
+        "learner.alarms.max_log_prob_mismatch={}",
         "actors.health_timeout_s={}",
         "actors.rollout.temperature={}",
         "buffer.max_age_s={}",

@@ -121,11 +121,11 @@ def finished(tmp_path: Path) -> Path:
 
 def test_a_change_is_named_written_down_and_kept(finished: Path) -> None:
     """Up to the end of a run of which nothing is left to train, so that no Ray starts."""
-    first = resume(finished, "--no-evaluate", "actors.count=2", "learner.watch.max_backspace_rate=0.4")
+    first = resume(finished, "--no-evaluate", "actors.count=2", "learner.alarms.max_backspace_rate=0.4")
     assert (first.exit_code, first.stderr) == (0, "")
     named = "changed since the run was last started: "
     assert first.stdout.splitlines()[:2] == [
-        f"{named}learner.watch.max_backspace_rate: 0.35 -> 0.4",
+        f"{named}learner.alarms.max_backspace_rate: 0.35 -> 0.4",
         f"{named}actors.count: 1 -> 2",
     ]
     log = [json.loads(line)["message"] for line in (finished / LOG_FILE).read_text().splitlines()]

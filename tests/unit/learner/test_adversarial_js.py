@@ -219,11 +219,11 @@ def test_a_constant_reward_has_no_gradient_at_all():
     model, objective = tiny("gpt2"), objective_of(pi=0.3)
     policy, tree = TreePolicy(model, BACKSPACE), build(policy_trajectories(HARD))
     counts = counts_of(tree)
-    objective.prepare(policy, [tree], counts, 0)
+    objective.begin_step(policy, [tree], counts, 0)
     with torch.no_grad():
         for parameter in objective._discriminator.head[2].parameters():
             parameter.zero_()
-    objective.prepare(policy, [tree], counts, 0)
+    objective.begin_step(policy, [tree], counts, 0)
     rollouts = objective.evaluate(policy, tree, counts, 0)
     assert importance_weights(rollouts).std() > 0
     objective.rollout_loss(rollouts, counts, 0)[0].backward()

@@ -61,7 +61,7 @@ def test_at_first_the_discriminator_learns_alone():
     model, objective = tiny("gpt2"), objective_of(warmup_steps=3)
     policy, tree = TreePolicy(model, BACKSPACE), build(policy_trajectories(HARD))
     counts = counts_of(tree)
-    objective.prepare(policy, [tree], counts, 0)
+    objective.begin_step(policy, [tree], counts, 0)
     for step, moves in ((0, False), (2, False), (3, True)):
         model.zero_grad()
         objective.rollout_loss(objective.evaluate(policy, tree, counts, step), counts, step)[0].backward()
@@ -76,10 +76,10 @@ def test_a_body_of_its_own_leaves_the_policys_alone(recomputed):
         checkpoint_activations(model)
     policy, tree, objective = TreePolicy(model, BACKSPACE), build(policy_trajectories(HARD)), objective_of("own")
     before, counts = weights_of(model), counts_of(tree)
-    objective.prepare(policy, [tree], counts, 0)
+    objective.begin_step(policy, [tree], counts, 0)
     first = objective.evaluate(policy, tree, counts, 0)
     objective.rollout_loss(first, counts, 0)[0].backward()
-    objective.advance()
+    objective.optimizer_step()
     assert_bit_identical(weights_of(model), before)
     with torch.no_grad():
         moved = objective.evaluate(policy, tree, counts, 0).values.measured

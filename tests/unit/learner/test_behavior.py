@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from buffer.trajectory.schema import Behavior
-from learner.metrics.watch import behavior_metrics, finish_behavior_metrics
+from learner.metrics.alarms import behavior_metrics, finish_behavior_metrics
 from learner.objectives.base import EvaluatedTrajectories, combine_metrics
 from learner.state_tree import policy as policy_module
 from learner.state_tree.policy import TreePolicy

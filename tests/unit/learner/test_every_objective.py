@@ -71,7 +71,7 @@ def test_a_step_is_the_same_however_it_is_cut(objective, policy):
             for trajectories in (EXPERT_LOGS, ROLLOUT_LOGS)
         ]
         if objective.settings.needs_rollouts:
-            objective.prepare(policy, trees[1], counts_of(*trees[1]), 0)
+            objective.begin_step(policy, trees[1], counts_of(*trees[1]), 0)
         shares = shares_of(objective, policy, *trees)
         metrics = combine_metrics(metrics for _, metrics in shares)
         results.append((metrics, gradients_of(objective, policy, shares)))
@@ -88,7 +88,7 @@ def test_a_tree_without_trajectories_adds_nothing(objective, policy):
     counted = empty[0][0]
     assert (counted.num_trajectories, counted.num_actions, counted.num_nodes, counted.num_nodes_unshared) == (0,) * 4
     if objective.settings.needs_rollouts:
-        objective.prepare(policy, [*full[1], *empty[1]], counts_of(*full[1]), 0)
+        objective.begin_step(policy, [*full[1], *empty[1]], counts_of(*full[1]), 0)
     shares = shares_of(objective, policy, *empty)
     for (loss, metrics), (_, expected) in zip(shares, shares_of(objective, policy, *full), strict=True):
         assert loss.item() == 0.0

@@ -81,7 +81,7 @@ class Gradients:
         data_counts, counts = counts_of(EXPERTS), counts_of(ROLLOUTS)
         found: list[Tensor] = []
         if objective.settings.needs_rollouts:
-            objective.prepare(self.policy, [ROLLOUTS], counts, 0)
+            objective.begin_step(self.policy, [ROLLOUTS], counts, 0)
             evaluated = objective.evaluate(self.policy, ROLLOUTS, counts, 0)
             loss, _ = objective.rollout_loss(evaluated, data_counts, 0)
             found += torch.autograd.grad(loss, [self.states[False, ROLLOUTS.trajectories.ids], weight])

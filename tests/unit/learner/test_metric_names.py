@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from buffer.experts.tasks import Task
 from launch.run.held_out import numbers_of_answers
+from learner.metrics.alarms import MetricAlarms
 from learner.metrics.log import distribution_metrics
-from learner.metrics.watch import Watch
-from learner.settings.stages import WatchSettings
+from learner.settings.stages import AlarmSettings
 from tests.rollouts import rollouts
 from tests.training import CLONING, MATCHING, make_model, make_stage, make_trainer
 from tests.unit.learner.test_score_functions import KL_CONTROL, REINFORCE, ScoredRollouts, make_score_trainer
@@ -45,13 +45,13 @@ def test_the_table_names_every_metric_once(task):
     for objective in objectives:
         trainer = make_trainer(task, make_model(task), make_stage(objective), rollouts=_rollouts_for(objective, task))
         metrics = trainer.train_step()
-        alarms, _ = Watch(make_stage(MATCHING), WatchSettings()).look(1, metrics)
+        alarms, _ = MetricAlarms(make_stage(MATCHING), AlarmSettings()).check(1, metrics)
         found |= metrics.keys() | alarms.keys()
     for objective in (REINFORCE, KL_CONTROL):
         trainer = make_score_trainer(task, make_model(task), objective, ScoredRollouts(task))
         found |= trainer.train_step().keys()
     metrics = make_target_trainer(task, make_model(task), CASES["gdc_pp"]).train_step()
-    alarms, _ = Watch(make_stage(MATCHING), WatchSettings()).look(1, metrics)
+    alarms, _ = MetricAlarms(make_stage(MATCHING), AlarmSettings()).check(1, metrics)
     found |= metrics.keys() | alarms.keys()
     found |= distribution_metrics("staleness", np.zeros(1, dtype=np.int64)).keys() | {"policy_version"}
     examples = task.train.select(range(2))

@@ -180,7 +180,7 @@ def both_rounds(
     """Loss and metrics of rollouts that lie in several passes."""
     trees = [build(trajectories) for trajectories in packs]
     counts = counts_of(*trees)
-    objective.prepare(policy, trees, counts, 0)
+    objective.begin_step(policy, trees, counts, 0)
     shares = [
         objective.rollout_loss(objective.evaluate(policy, tree, counts, 0), BatchCounts(0, 0, 0), 0) for tree in trees
     ]

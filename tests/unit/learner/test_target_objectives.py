@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from buffer.experts.tasks import Task
-from learner.metrics.watch import Watch
+from learner.metrics.alarms import MetricAlarms
 from learner.objectives import make_objective
 from learner.objectives.score_function import Rollouts, Weighed
 from learner.objectives.target_estimates import PartitionFunction, fit_moments
 from learner.objectives.target_rules import Densities, TargetAscent, advantages
 from learner.ranks import Ranks
 from learner.settings.objectives import FDivergence
-from learner.settings.stages import WatchSettings
+from learner.settings.stages import AlarmSettings
 from learner.state_tree.policy import TreePolicy
 from learner.trainer import Trainer
 from tests.objectives import objective_of
@@ -221,7 +221,7 @@ def test_a_pointwise_constraint_that_nothing_meets_changes_nothing_and_is_said(d
         assert all(math.isfinite(value) for value in weighed.metrics.values())
         rule.learn(rollouts)
         assert rule.weigh(rollouts).coefficients.tolist() == [0.0] * 4
-    alarms, warnings = Watch(make_stage(CASES["gdc_pp"]), WatchSettings()).look(3, weighed.metrics)
+    alarms, warnings = MetricAlarms(make_stage(CASES["gdc_pp"]), AlarmSettings()).check(3, weighed.metrics)
     assert alarms["alarm_unsatisfied"] == 1
     assert "unsatisfied_fraction 1 is beyond 0.99; hardly a rollout meets the pointwise constraints" in warnings[0]
 

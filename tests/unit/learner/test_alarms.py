@@ -10,33 +10,33 @@ import pytest
 from pydantic import ValidationError
 
 from launch.settings.recipe import read_recipe
+from learner.metrics.alarms import MetricAlarms
 from learner.metrics.log import distribution_metrics
-from learner.metrics.watch import Watch
-from learner.settings.stages import WatchSettings
+from learner.settings.stages import AlarmSettings
 from tests.training import CLONING, make_stage
 
 
-def watch_of(**bounds: float) -> Watch:
-    return Watch(make_stage(CLONING, steps=1, name="arm"), WatchSettings(**bounds))
+def alarms_of(**bounds: float) -> MetricAlarms:
+    return MetricAlarms(make_stage(CLONING, steps=1, name="arm"), AlarmSettings(**bounds))
 
 
 def test_an_alarm_is_told_once_and_kept_as_a_metric():
-    watch = watch_of(max_backspace_rate=0.3)
-    assert watch.look(1, {"loss": 9.0, "backspace_rate": 0.3}) == ({"alarm_backspace_rate": 0.0}, [])
-    found, warnings = watch.look(2, {"backspace_rate": 0.31})
+    metric_alarms = alarms_of(max_backspace_rate=0.3)
+    assert metric_alarms.check(1, {"loss": 9.0, "backspace_rate": 0.3}) == ({"alarm_backspace_rate": 0.0}, [])
+    found, warnings = metric_alarms.check(2, {"backspace_rate": 0.31})
     assert found == {"alarm_backspace_rate": 1.0}
     assert warnings == [
         "stage arm, step 2: backspace_rate 0.31 is beyond 0.3; the policy takes back most of what it types: lower "
         "alpha or raise bc_weight_end"
     ]
-    assert watch.look(3, {"backspace_rate": 0.2}) == ({"alarm_backspace_rate": 0.0}, [])
-    assert watch.look(4, {"backspace_rate": 0.4}) == ({"alarm_backspace_rate": 1.0}, [])
+    assert metric_alarms.check(3, {"backspace_rate": 0.2}) == ({"alarm_backspace_rate": 0.0}, [])
+    assert metric_alarms.check(4, {"backspace_rate": 0.4}) == ({"alarm_backspace_rate": 1.0}, [])
 
 
 def test_each_metric_has_its_own_alarm_and_a_number_that_is_none_raises_it():
-    watch = watch_of(max_log_prob_mismatch=0.5)
-    assert watch.look(2, {"loss": 1.0}) == ({}, [])
-    found, warnings = watch.look(7, {"backspace_rate": 0.1, "log_prob_mismatch_mean": math.nan})
+    metric_alarms = alarms_of(max_log_prob_mismatch=0.5)
+    assert metric_alarms.check(2, {"loss": 1.0}) == ({}, [])
+    found, warnings = metric_alarms.check(7, {"backspace_rate": 0.1, "log_prob_mismatch_mean": math.nan})
     assert found == {"alarm_backspace_rate": 0.0, "alarm_log_prob_mismatch": 1.0}
     (warning,) = warnings
     assert warning.startswith("stage arm, step 7: log_prob_mismatch_mean nan is beyond 0.5; rollouts do not come from")
@@ -55,13 +55,13 @@ HEALTHY = [
 
 def warnings_of(mismatches: list[float], *overrides: str) -> list[str]:
     stage = read_recipe(Path("launch/recipes/arithmetic_cpu.yaml"), overrides).stages[1]
-    watch = Watch(stage, WatchSettings())
-    looked = [watch.look(step, {"log_prob_mismatch_mean": value}) for step, value in enumerate(mismatches, 1)]
+    metric_alarms = MetricAlarms(stage, AlarmSettings())
+    looked = [metric_alarms.check(step, {"log_prob_mismatch_mean": value}) for step, value in enumerate(mismatches, 1)]
     return [warning for _, warnings in looked for warning in warnings]
 
 
 def test_a_learner_that_moves_fast_between_two_publications_is_no_alarm() -> None:
-    assert max(HEALTHY) > WatchSettings().max_log_prob_mismatch
+    assert max(HEALTHY) > AlarmSettings().max_log_prob_mismatch
     assert warnings_of(HEALTHY) == []
 
 
@@ -82,7 +82,7 @@ def test_a_stage_of_few_steps_is_watched_to_its_end() -> None:
 def test_a_bound_that_no_policy_can_reach_is_refused():
     """Every backspace takes back an action: there are never more of them than of the others."""
     with pytest.raises(ValidationError, match=r"less than 0\.5"):
-        WatchSettings(max_backspace_rate=0.5)
+        AlarmSettings(max_backspace_rate=0.5)
 
 
 def test_a_distribution_in_scalars():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from learner.objectives.base import EvaluatedTrajectories, Metrics
-from learner.settings.stages import StageSettings, WatchSettings
+from learner.settings.stages import AlarmSettings, StageSettings
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -56,7 +56,7 @@ class _Alarm:
     steps: int = 1
 
 
-class Watch:
+class MetricAlarms:
     """Looks at the metrics of every step of a stage.
 
     The learner moves away from the weights that it published; rollouts of new ones bring the difference back. So engine
@@ -64,7 +64,7 @@ class Watch:
     before rollouts of its weights arrive.
     """
 
-    def __init__(self, stage: StageSettings, settings: WatchSettings) -> None:
+    def __init__(self, stage: StageSettings, settings: AlarmSettings) -> None:
         self._stage = stage.name
         self._raised: set[str] = set()
         self._beyond: Counter[str] = Counter()
@@ -92,7 +92,7 @@ class Watch:
             ),
         )
 
-    def look(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
+    def check(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
         """Metrics of the alarms whose metric is there (1 = beyond the bound), and warnings not given before."""
         found: dict[str, float] = {}
         warnings = []
