@@ -18,12 +18,12 @@ from buffer.trajectory.schema import TokenContract
 class PromptGroup:
     """Prompts that are sampled alike.
 
-    prompts: token ids, one array [P] per request. planted: per prompt, ids that are forced as its first actions.
+    prompts: token ids, one array [P] per request. forced_prefixes: per prompt, ids of its first actions.
     """
 
     prompts: Sequence[Int32]
     sampling: SamplingSettings
-    planted: Sequence[Sequence[int]] | None = None
+    forced_prefixes: Sequence[Sequence[int]] | None = None
 
 
 class Generator:
@@ -60,8 +60,8 @@ class Generator:
             that it ended. ValueError: a prompt does not fit into the engine's `max_length`.
         """
         for name, group in groups.items():
-            planted = [()] * len(group.prompts) if group.planted is None else group.planted
-            for index, (prompt, forced) in enumerate(zip(group.prompts, planted, strict=True)):
+            prefixes = [()] * len(group.prompts) if group.forced_prefixes is None else group.forced_prefixes
+            for index, (prompt, forced) in enumerate(zip(group.prompts, prefixes, strict=True)):
                 self._engine.add(f"{name}/{index}", prompt, group.sampling, forced)
         rollouts: dict[str, FinishedRollout] = {}
         while self._engine.num_unfinished:

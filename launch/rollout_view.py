@@ -1,8 +1,8 @@
 """One rollout made visible: what was written, what was taken back, and what was not the policy's own.
 
-On a terminal, deleted tokens are struck through in red, kept ones green, planted and noise tokens yellow, and the
+On a terminal, deleted tokens are struck through in red, kept ones green, forced and noise tokens yellow, and the
 prompt is dim and ends with a bar. As plain text, `1[-7-]6` is a 7 that was taken back, and `{7}` a token that was
-planted or drawn as noise, so that `[-{7}-]6` is a planted mistake that was corrected. `…` ends a rollout that was cut
+forced or drawn as noise, so that `[-{7}-]6` is an injected error that was corrected. `…` ends a rollout that was cut
 off.
 """
 
@@ -31,7 +31,7 @@ _VISIBLE = {
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of one kind. `foreign`: planted, or noise."""
+    """Consecutive tokens of one kind. `foreign`: forced, or noise."""
 
     text: str
     deleted: bool

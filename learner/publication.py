@@ -32,7 +32,7 @@ from buffer.weights import (
     merge_low_rank,
     pack_tensors,
 )
-from learner.model.adapters import ADAPTER_NAME, adapted_layers, dequantize, is_quantised
+from learner.model.adapters import ADAPTER_NAME, adapted_layers, dequantize, is_quantized
 from learner.precision import published_dtype
 from learner.ranks import Ranks, gathered
 from learner.settings.stages import PublishMode
@@ -187,7 +187,7 @@ class _Source:
 
     def base(self) -> Tensor:
         """Without the adapter."""
-        return dequantize(self.tensor) if is_quantised(self.tensor) else gathered(self.tensor).to(self.dtype)
+        return dequantize(self.tensor) if is_quantized(self.tensor) else gathered(self.tensor).to(self.dtype)
 
     def factors(self) -> dict[str, Tensor]:
         """A and B of the adapter by the names under which they travel, as this rank holds them."""

@@ -182,7 +182,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def synchronise_gradients(policy: TreePolicy, enabled: bool) -> None:
+def synchronize_gradients(policy: TreePolicy, enabled: bool) -> None:
     """Whether the next backward pass sums gradients over the ranks; without, they pile up where they are."""
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(enabled)

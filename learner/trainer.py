@@ -26,7 +26,7 @@ from learner.batches import BatchSource, Float32, build_micro_batches, count_bat
 from learner.checkpoints.checkpoint import TrainingState
 from learner.metrics.alarms import behavior_metrics, finish_behavior_metrics
 from learner.objectives.base import BatchCounts, EvaluatedTrajectories, Metrics, Objective, combine_metrics, is_finite
-from learner.ranks import Ranks, clip_gradients, load_optimizer_state, synchronise_gradients, whole_optimizer_state
+from learner.ranks import Ranks, clip_gradients, load_optimizer_state, synchronize_gradients, whole_optimizer_state
 from learner.settings.stages import OptimizerSettings, StageSettings
 from learner.state_tree.batch import TreeBatch, TreeSettings
 from learner.state_tree.policy import TreePolicy
@@ -182,7 +182,7 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         shares, priorities = [], []
         for number, (tree, draw) in enumerate(passes, start=1):
-            synchronise_gradients(self._policy, enabled=number == len(passes))
+            synchronize_gradients(self._policy, enabled=number == len(passes))
             trajectories = self._objective.evaluate(self._policy, tree.to(self._policy.device), draw.counts, self.step)
             loss, metrics = draw.loss(trajectories)
             if draw.is_rollouts and self._report_priorities is not None:

@@ -35,7 +35,7 @@ class DecodingState:
     Both see the same object, which travels in the request's sampling parameters inside one process. So it survives a
     preemption, after which vLLM rebuilds everything else about a request from its reduced text.
 
-    planted: ids forced as the first actions, in order. Counted by actions: once deleted they stay deleted.
+    forced_prefix: ids forced as the first actions, in order. Counted by actions: once deleted they stay deleted.
     always_masked: ids that are never sampled.
     num_cacheable_tokens: leading tokens whose key-value blocks may be shared; None where nothing is ever rewritten.
     banned: banned[d] holds the ids deleted at the current text's prefix of d generated tokens. A stack is
@@ -45,7 +45,7 @@ class DecodingState:
     backspace_id: int
     allow_backspace: bool
     max_actions: int
-    planted: tuple[int, ...] = ()
+    forced_prefix: tuple[int, ...] = ()
     always_masked: tuple[int, ...] = ()
     ban_deleted: bool = False
     num_cacheable_tokens: int | None = None
@@ -54,8 +54,8 @@ class DecodingState:
 
     @property
     def forced_token(self) -> int | None:
-        """The planted id that the next action must be, if any is left."""
-        return self.planted[self.num_actions] if self.num_actions < len(self.planted) else None
+        """The id of the forced prefix that the next action must be, if any is left."""
+        return self.forced_prefix[self.num_actions] if self.num_actions < len(self.forced_prefix) else None
 
     def is_backspace(self, token_id: int) -> bool:
         """True where this id takes a token back instead of being appended."""

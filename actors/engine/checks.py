@@ -91,7 +91,7 @@ def check_vllm_config(config: VllmConfig) -> None:
         ),
         "data_parallel_size must be 1: actors share the work": parallel.data_parallel_size > 1,
         # vLLM's own executors go by names; a class is `RankExecutor`.
-        "tensor_parallel_size must be 1 unless each rank is an engine of its own (RankedEngine): planted and banned "
+        "tensor_parallel_size must be 1 unless each rank is an engine of its own (RankedEngine): forced and banned "
         "tokens live in the engine's own process": (
             parallel.tensor_parallel_size > 1 and not isinstance(parallel.distributed_executor_backend, type)
         ),

@@ -124,11 +124,13 @@ class BackspaceEngine:
         """Number format that it computes in, e.g. `bfloat16`."""
         return str(self._llm.model_config.dtype).removeprefix("torch.")
 
-    def add(self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, planted: TokenIds = ()) -> None:
+    def add(
+        self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, forced_prefix: TokenIds = ()
+    ) -> None:
         """Queue a request.
 
         request_id: unique among the unfinished requests. prompt_ids: [P], P >= 1; the floor is its end.
-        planted: ids that are forced as the first actions. The model may take them back afterwards.
+        forced_prefix: ids that are forced as the first actions. The model may take them back afterwards.
 
         Raises:
             ValueError: ids, lengths or limits don't fit; the message says which.
@@ -138,21 +140,23 @@ class BackspaceEngine:
         if request_id in self._unfinished:
             raise ValueError(f"request id {request_id!r} is already in use")
         prompt = self._token_ids(prompt_ids, "prompt_ids", self.contract.backspace_id)
-        forced = self._token_ids(planted, "planted", self.contract.backspace_id, *self.contract.eos_ids)
+        forced = self._token_ids(forced_prefix, "forced_prefix", self.contract.backspace_id, *self.contract.eos_ids)
         if not 1 <= len(prompt) < self.settings.max_length:
             raise ValueError(
                 f"a prompt needs 1 to {self.settings.max_length - 1} tokens, because max_length="
                 f"{self.settings.max_length} counts the text too; request {request_id!r} has {len(prompt)}"
             )
-        room = min(sampling.max_new_tokens, sampling.max_actions, self.settings.max_length - len(prompt))
-        if len(forced) > room:
-            raise ValueError(f"request {request_id!r} plants {len(forced)} tokens, its limits leave room for {room}")
+        limit = min(sampling.max_new_tokens, sampling.max_actions, self.settings.max_length - len(prompt))
+        if len(forced) > limit:
+            raise ValueError(
+                f"request {request_id!r} has a forced prefix of {len(forced)} tokens, its limits allow {limit}"
+            )
         masked = () if sampling.backspace else (self.contract.backspace_id,)
         state = DecodingState(
             backspace_id=self.contract.backspace_id,
             allow_backspace=sampling.backspace,
             max_actions=sampling.max_actions,
-            planted=tuple(forced.tolist()),
+            forced_prefix=tuple(forced.tolist()),
             always_masked=(*masked, *self.contract.eos_ids) if sampling.ban_eos else masked,
             ban_deleted=sampling.ban_deleted,
         )

@@ -96,7 +96,7 @@ class FinishedRollout:
     """What the policy did in one request. T actions, P prompt tokens.
 
     prompt_ids: [P]. actions: [T] ids as sampled, backspaces and deleted tokens included.
-    logprobs: [T] of the distribution each action was drawn from (after masks, temperature and top-p); planted
+    logprobs: [T] of the distribution each action was drawn from (after masks, temperature and top-p); forced
         actions have 0, they were certain. Greedy actions have the log-probability at temperature 1.
     policy_version: [T] version of the weights behind each action.
     """

@@ -1,4 +1,4 @@
-"""Masks of the sampling distribution: ids without a token, backspace at the floor, planted tokens, banned tokens.
+"""Masks of the sampling distribution: ids without a token, backspace at the floor, forced tokens, banned tokens.
 
 They run before temperature and top-p, so the recorded log-probabilities are those of the renormalized distribution.
 """
@@ -57,7 +57,7 @@ class BackspaceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM s
                 self._rows[source] = replaced
         rows = self._rows.items()
         self._floor_rows = [(row, s.backspace_id, out) for row, (s, out) in rows if s.allow_backspace]
-        self._special_rows = [(row, s) for row, (s, _) in rows if s.ban_deleted or s.planted]
+        self._special_rows = [(row, s) for row, (s, _) in rows if s.ban_deleted or s.forced_prefix]
         self._always_masked.set([(row, token_id) for row, (s, _) in rows for token_id in s.always_masked])
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:

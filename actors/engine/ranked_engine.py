@@ -128,10 +128,12 @@ class LeadingEngine(RankedEngine):
         self._together = together
         super().__init__(settings, contract, place)
 
-    def add(self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, planted: TokenIds = ()) -> None:
+    def add(
+        self, request_id: str, prompt_ids: TokenIds, sampling: SamplingSettings, forced_prefix: TokenIds = ()
+    ) -> None:
         """See `BackspaceEngine.add`."""
-        super().add(request_id, prompt_ids, sampling, planted)  # raises before the call is sent to the others
-        self._unsent.append(methodcaller("add", request_id, prompt_ids, sampling, planted))
+        super().add(request_id, prompt_ids, sampling, forced_prefix)  # raises before the call is sent to the others
+        self._unsent.append(methodcaller("add", request_id, prompt_ids, sampling, forced_prefix))
 
     def abort(self, request_ids: Iterable[str]) -> list[FinishedRollout]:
         """See `BackspaceEngine.abort`."""

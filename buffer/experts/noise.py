@@ -1,8 +1,8 @@
-"""Backspace demonstrations: clean targets become trajectories with planted mistakes that are taken back at once.
+"""Backspace demonstrations: clean targets become trajectories with injected errors that are taken back at once.
 
 With probability `rate` per target position, ... x_i, x_{i+1} ... becomes ... x_i, n, <backspace>, x_{i+1} ...
 The noise token n is the environment's doing: the action at x_i keeps its label x_{i+1}, and n is stored as
-what was *executed*. So one planted mistake makes three actions:
+what was *executed*. So one injected error makes three actions:
 
     state         action (label)   executed
     s_i           x_{i+1}          n

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from buffer.service.flight import FlightEndpoint
 
 DEFAULT_SYNC_INTERVAL_S = 1.0
-UPKEEP_INTERVAL_S = 2.0
+MAINTENANCE_INTERVAL_S = 2.0
 STOP_TIMEOUT_S = 60.0
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,9 @@ class ShardMaintenance:
     """What a shard does beside inserts and draws: syncs on a timer, eviction by age, rewriting of segments. The store
     plans and commits on the event loop; what reads and writes files runs in a thread meanwhile."""
 
-    def __init__(self, store: ReplayStore, settings: BufferSettings, interval_s: float = UPKEEP_INTERVAL_S) -> None:
+    def __init__(
+        self, store: ReplayStore, settings: BufferSettings, interval_s: float = MAINTENANCE_INTERVAL_S
+    ) -> None:
         """interval_s: between two looks at what is to be done."""
         self._store = store
         self._loops: list[tuple[float, Callable[[], Awaitable[None]]]] = [(interval_s, self._tidy)]

@@ -98,21 +98,21 @@ class Comparison:
         tree = {
             "task": self.task,
             "budget": f"{self.steps:,} steps",
-            "arms": list(self.objectives),
+            "objectives": list(self.objectives),
             "reference": self.reference,
             "seeds": list(self.seeds),
             "confidence": CONFIDENCE,
             "metrics": [
                 {
                     "name": f"{metric.group}.{metric.name}",
-                    "arms": {label: found._asdict() for label, found in metric.spreads.items()},
+                    "objectives": {label: found._asdict() for label, found in metric.spreads.items()},
                     "differences": {label: found.to_json() for label, found in metric.differences.items()},
                 }
                 for metric in self.metrics()
             ],
             "runs": [
                 {
-                    "arm": label,
+                    "objective": label,
                     "seed": seed,
                     **self.costs[label, seed],
                     "metrics": {

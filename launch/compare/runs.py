@@ -1,6 +1,6 @@
 """The runs of a comparison: the folder that they lie in, and doing those that are not done.
 
-runs/NAME/  comparison.yaml  lock  starts/NAME-start-seed<s>/  arms/NAME-<objective>-seed<s>/  evaluation/seed<s>/
+runs/NAME/  comparison.yaml  lock  starts/NAME-start-seed<s>/  objectives/NAME-<objective>-seed<s>/  evaluation/seed<s>/
             compare.html  compare.json
 
 The run of an objective has the checkpoints of its start by relative links: nothing is trained or stored twice, and the
@@ -80,7 +80,7 @@ class ComparisonFolder:
 
     def run(self, label: str, seed: int) -> Path:
         """The run of an objective."""
-        return self.path / "arms" / f"{self.path.name}-{label}-seed{seed}"
+        return self.path / "objectives" / f"{self.path.name}-{label}-seed{seed}"
 
     def open_run(self, run: Path, settings: RunSettings, start: Path | None) -> RunSettings:
         """Make a run's folder if there is none; gives its settings. start: the run, done, that it goes on from."""

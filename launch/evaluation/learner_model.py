@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-MAX_NODES_PER_BATCH = 2048
+MAX_TOKENS_PER_MICRO_BATCH = 2048
 BATCH_PROMPTS = 16
 
 
@@ -57,7 +57,7 @@ def held_out_metrics(
     """The numbers of the module's description, with errors over texts. examples: with `prompt_ids`, `target_ids`."""
     policy = TreePolicy(model, contract.backspace_id, contract.ids_without_token)
     ids = contract.backspace_id, contract.eos_id
-    settings = TreeSettings(*ids, MAX_NODES_PER_BATCH, max_length, other_eos_ids=contract.other_eos_ids)
+    settings = TreeSettings(*ids, MAX_TOKENS_PER_MICRO_BATCH, max_length, other_eos_ids=contract.other_eos_ids)
     totals = np.zeros((5, len(examples)))
     for tree in build_micro_batches(clean_trajectories(examples, contract), settings):
         # [A] log-sum-exp of the logits before each action, without backspace's

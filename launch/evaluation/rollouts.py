@@ -62,7 +62,7 @@ class RolloutGroup(PromptGroup):
     @property
     def num_forced(self) -> int:
         """How many tokens each answer begins with that were forced; the first is wrong."""
-        return len(self.planted[0]) if self.planted else 0
+        return len(self.forced_prefixes[0]) if self.forced_prefixes else 0
 
 
 def recovery_obstacle(task: Task, contract: TokenContract, examples: Dataset, rollout: RolloutSettings) -> str | None:
@@ -265,7 +265,7 @@ def rollouts_key(weights: str, group: RolloutGroup, contract: TokenContract, max
         "weights": weights,
         "contract": asdict(contract),
         "prompts": [prompt.tolist() for prompt in group.prompts],
-        "planted": None if group.planted is None else [list(ids) for ids in group.planted],
+        "forced_prefixes": None if group.forced_prefixes is None else [list(ids) for ids in group.forced_prefixes],
         "sampling": group.sampling.model_dump(),
         "contrastive": None if group.contrastive is None else asdict(group.contrastive),
         "max_length": max_length,

@@ -33,7 +33,7 @@ METRICS = {
     "backspace_prob": MetricInfo("probability of backspace before a right token", "lower", is_fraction=True),
     "diversity": MetricInfo("diversity (distinct 2- to 4-grams)", is_fraction=True),
     "self_bleu": MetricInfo("self-BLEU (100 % = all texts alike)", is_fraction=True),
-    "forced_tokens_deleted": MetricInfo("planted tokens taken back", "higher", is_fraction=True),
+    "forced_tokens_deleted": MetricInfo("forced tokens taken back", "higher", is_fraction=True),
     "wrong_tokens_deleted": MetricInfo("wrong tokens taken back", "higher", is_fraction=True),
     "correct_tokens_deleted": MetricInfo("right tokens taken back", "lower", is_fraction=True),
     "backspace_rate": MetricInfo("backspaces among the actions", is_fraction=True),
@@ -58,7 +58,7 @@ def metric_info(name: str) -> MetricInfo:
 GROUPS = {
     "greedy": "greedy",
     "sampled": "sampled",
-    "recovery": "after a planted wrong first token",
+    "recovery": "after a forced wrong first token",
     "held_out": "on held-out texts",
 }
 """Titles of the groups that the verdict is made of; others are further ways of decoding."""

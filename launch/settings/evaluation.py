@@ -52,7 +52,7 @@ def check_decodings(texts: Sequence[str]) -> None:
 
 
 def check_forced_prefix(decodings: Sequence[Decoding], max_new_tokens: int) -> None:
-    """Raises ValueError where wrong tokens are to be planted, and an answer has no room for them."""
+    """ValueError: wrong tokens are to be forced, and an answer is too short for them."""
     for decoding in decodings:
         if decoding.num_forced >= max_new_tokens:
             raise ValueError(
@@ -87,7 +87,7 @@ def parse_decoding(text: str) -> Decoding:
     raise ValueError(
         f"no decoding {text!r}: choose from {_KNOWN} (top_p between 0 and 1; temperature above 0 and other than 1, "
         "which is ancestral; contrastive=K:ALPHA with K from 2 on and ALPHA from 0 to 1; recovery=K with K from 2 on, "
-        "since one planted token is always measured)"
+        "since one forced token is always measured)"
     )
 
 
@@ -123,7 +123,7 @@ class EvaluationSettings(HeldOutSettings):
     decoding: tuple[str, ...] = Field(
         (),
         description="further ways to decode, beside those that are always measured: greedy, top_p=P, temperature=T, "
-        "contrastive or contrastive=K:ALPHA; recovery=K: after K planted wrong tokens",
+        "contrastive or contrastive=K:ALPHA; recovery=K: after K forced wrong tokens",
     )
     ban_deleted: Literal["usual", "both"] = Field(
         "usual",

@@ -165,7 +165,7 @@ def quantize_linear_layers(model: PreTrainedModel) -> None:
     model.is_loaded_in_4bit = True
 
 
-def is_quantised(weight: Tensor) -> bool:
+def is_quantized(weight: Tensor) -> bool:
     """Whether a weight is held in 4 bits."""
     return getattr(weight, "quant_state", None) is not None
 

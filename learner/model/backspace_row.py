@@ -66,7 +66,7 @@ class BackspaceEvidence:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def initialise_backspace_row(
+def initialize_backspace_row(
     model: PreTrainedModel, backspace_id: int, seed: int, ids_without_token: IdRanges = ()
 ) -> None:
     """Set the backspace row of the embeddings (in place) to the mean row of the tokens plus small seeded noise."""

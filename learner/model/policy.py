@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from buffer.experts.tokenizer import token_contract
 from buffer.trajectory.schema import TokenContract
 from learner.model.adapters import add_adapters, declare_untied, quantize_linear_layers
-from learner.model.backspace_row import initialise_backspace_row
+from learner.model.backspace_row import initialize_backspace_row
 from learner.model.loading import check_supported, load_model, load_tokenizer
 from learner.precision import hold_trained_parameters
 from learner.settings.model import Dtype, PretrainedModelSettings, ScratchModelSettings
@@ -74,7 +74,7 @@ def load_policy(
     contract = token_contract(tokenizer, backspace_id, vocab_size, other_eos_ids)
     is_new = getattr(model.config, "backspace_token_id", None) != backspace_id
     if is_new:
-        initialise_backspace_row(model, backspace_id, settings.seed, contract.ids_without_token)
+        initialize_backspace_row(model, backspace_id, settings.seed, contract.ids_without_token)
         model.config.backspace_token_id = backspace_id
     _mend_generation_config(model, contract, notes)
     if isinstance(settings, PretrainedModelSettings):

@@ -65,7 +65,7 @@ class Divergence:
 
     penalty_inside: x - phi(x) where phi is defined, elementwise, without that difference where it would cancel.
     low, penalty_slope: phi is defined for x > low only; derivative of the penalty at a number there.
-    penalises_rollouts: the reference is the half-half mixture of data and model, so that the squared residual of the
+    penalizes_rollouts: the reference is the half-half mixture of data and model, so that the squared residual of the
         rollouts is penalized too.
 
     From low + margin downwards phi goes on by its tangent: that keeps it concave and keeps a gradient back into the
@@ -79,7 +79,7 @@ class Divergence:
     penalty_inside: Callable[[Tensor], Tensor]
     low: float = -math.inf
     penalty_slope: Callable[[float], float] | None = None
-    penalises_rollouts: bool = False
+    penalizes_rollouts: bool = False
 
     def penalty(self, x: Tensor, margin: float) -> Tensor:
         """x - phi(x), elementwise; by the tangent below low + margin."""
@@ -104,7 +104,7 @@ class Divergence:
 
 DIVERGENCES = {
     # phi(x) = x - x^2 / 4, all x: E_data[(rho_model / rho_data - 1)^2]
-    "chi2_mixture": Divergence(lambda x: x.square() / 4, penalises_rollouts=True),
+    "chi2_mixture": Divergence(lambda x: x.square() / 4, penalizes_rollouts=True),
     "chi2": Divergence(lambda x: x.square() / 4),
     # phi(x) = log(1 + x), x > -1: KL(data || model). The textbook 1 + trajectory x is the same shifted, but not
     # defined at
@@ -180,7 +180,7 @@ class SequenceMatch(Objective):
         if self.settings.estimator != "collapsed":
             values = rollouts.mean_over_trajectories(self._value_sum(rollouts))
             loss_sequencematch = loss_sequencematch + values / 2 * per_action
-        if self.divergence.penalises_rollouts:
+        if self.divergence.penalizes_rollouts:
             squared = rollouts.mean_over_trajectories(self._penalty_sum(rollouts, torch.square))
             penalty = self.mixture_scale * squared * per_action
             loss_sequencematch = loss_sequencematch + penalty

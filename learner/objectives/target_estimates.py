@@ -170,8 +170,8 @@ def _joint_fit(features: Tensor, log_weight: Tensor, goal: Tensor) -> Tensor | N
 
     def covariance(weight: Tensor) -> Tensor:
         probability = (log_weight + features @ weight).softmax(0)
-        centred = features - probability @ features
-        return (probability[:, None] * centred).T @ centred
+        centered = features - probability @ features
+        return (probability[:, None] * centered).T @ centered
 
     return _newton(torch.zeros(len(goal), dtype=torch.float64), look, covariance)
 

@@ -26,7 +26,7 @@ from launch.errors import UserError
 from tests.benchmarks.backend import Clock, Repetitions, Results, Seed, circumstances, measure_in_turn
 from tests.benchmarks.buffer_costs import costs_by_size, memory_while_growing, service_rates
 from tests.benchmarks.buffer_load import ACTIONS, SENT_ROWS, make_rollouts
-from tests.benchmarks.buffer_stores import DRAWN_ROWS, INSERT_ROWS, StoreBackend, StoreName
+from tests.benchmarks.buffer_stores import DRAWN_ROWS, INSERT_SIZES, StoreBackend, StoreName
 
 RIVALS: tuple[StoreName, ...] = ("torchrl", "torchrl_hand_padded", "cpprb")
 MEASURES = ("insert", "insert_packed", "insert_4_writers", "sample_warm", "sample_cold")
@@ -88,7 +88,7 @@ def bench(
         "rows_per_cpu_s_by_size": {
             name: {
                 kind: {str(size): round(results.medians(f"{work}_{size}", "cpu_s")[name]) for size in sizes}
-                for kind, work, sizes in (("insert", "insert", INSERT_ROWS), ("sample", "sample_warm", DRAWN_ROWS))
+                for kind, work, sizes in (("insert", "insert", INSERT_SIZES), ("sample", "sample_warm", DRAWN_ROWS))
             }
             for name in stores
         },
@@ -105,7 +105,7 @@ def bench(
         "service_rows_per_s": service_rows_per_s,
         "num_rows": rows,
         "actions_per_rollout": list(ACTIONS),
-        "insert_batch_size": list(INSERT_ROWS),
+        "insert_batch_size": list(INSERT_SIZES),
         "sent_rows": SENT_ROWS,
         "sampled_rows": list(DRAWN_ROWS),
         "page_cache": "inserts: new files, written back by the kernel; warm: as the inserts left it; cold: dropped",

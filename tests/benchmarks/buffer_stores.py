@@ -36,7 +36,7 @@ StoreName = Literal["ours", "ours_fsync_batch", "torchrl", "torchrl_hand_padded"
 Packed = Any
 """Rollouts in the form that a store takes and gives."""
 
-INSERT_ROWS = (8, 64, 256)
+INSERT_SIZES = (8, 64, 256)
 DRAWN_ROWS = (64, 128, 256)
 DRAWS = 600
 COLD_DRAWS = 3
@@ -154,7 +154,7 @@ class StoreBackend:
         sizes; `sample_cold` with an empty page cache.
         """
         watch = Stopwatch()
-        for size in INSERT_ROWS:  # each in a store of its own, so that each pays for the files that its rows fill
+        for size in INSERT_SIZES:  # each in a store of its own, so that each pays for the files that its rows fill
             folder, store = self._open()
             for first in range(0, self._num_rows, size):
                 logs = take(self._rollouts, first, min(size, self._num_rows - first))
@@ -167,7 +167,7 @@ class StoreBackend:
             store.close()
         self._insert_with_writers(watch)
         timed = watch.timed
-        timed |= {f"insert_{size}": timed[f"pack_{size}"] + timed[f"insert_packed_{size}"] for size in INSERT_ROWS}
+        timed |= {f"insert_{size}": timed[f"pack_{size}"] + timed[f"insert_packed_{size}"] for size in INSERT_SIZES}
         timed |= {"insert": timed[f"insert_{SENT_ROWS}"], "insert_packed": timed[f"insert_packed_{SENT_ROWS}"]}
         return timed | {"sample_warm": sum((timed[f"sample_warm_{n}"] for n in DRAWN_ROWS), Timed(0, 0.0, 0.0))}
 

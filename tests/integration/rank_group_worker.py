@@ -39,7 +39,7 @@ class RankGroupWorker:
     def generate(
         self,
         requests: Sequence[Request],
-        planted: Mapping[str, Sequence[int]],
+        forced_prefixes: Mapping[str, Sequence[int]],
         abort_every: int,
         update_at: int,
         publication: Publication,
@@ -47,7 +47,7 @@ class RankGroupWorker:
         """Answer the requests; abort one of those under way now and then, and load new weights at a step."""
         engine, trajectories = self._group.engine, []
         for request in requests:
-            engine.add(request.request_id, request.prompt_ids, request.sampling, planted[request.request_id])
+            engine.add(request.request_id, request.prompt_ids, request.sampling, forced_prefixes[request.request_id])
         running = [request.request_id for request in requests]
         num_steps = 0
         while engine.num_unfinished:

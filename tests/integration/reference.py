@@ -25,7 +25,7 @@ BORDER = 1e-5
 
 @dataclass
 class Comparison:
-    """What was compared. worst: largest |difference| in nats over all actions that were not planted."""
+    """What was compared. worst: largest |difference| in nats over all actions that were not forced."""
 
     worst: float = 0.0
     num_actions: int = 0
@@ -55,11 +55,11 @@ def compare(
     models: Mapping[int, PreTrainedModel],
     block_size: int = 32,
     ids_without_token: IdRanges = (),
-    planted: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    forced_prefixes: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> Comparison:
     """Compare every action of every log with the model of its policy version.
 
-    planted: ids that were forced as the first actions, by request.
+    forced_prefixes: ids that were forced as the first actions, by request.
     """
     without_token = [token_id for begin, end in ids_without_token for token_id in range(begin, end)]
     result = Comparison()
@@ -83,9 +83,9 @@ def compare(
             if len(text) < prompt_length + (action == BACKSPACE_ID):
                 result.errors.append(f"{log.request_id} action {index}: backspace at the floor")
                 break
-            if index < len(planted.get(log.request_id, ())):
+            if index < len(forced_prefixes.get(log.request_id, ())):
                 if recorded != 0.0:
-                    result.errors.append(f"{log.request_id} action {index}: planted with {recorded}")
+                    result.errors.append(f"{log.request_id} action {index}: forced with {recorded}")
                 continue
             logits = distributions[int(log.policy_version[index])].logits(text)
             # A deletion's own entry in `banned` belongs to the shorter text, so it does not bear on this one.

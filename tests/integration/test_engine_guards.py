@@ -172,7 +172,7 @@ def test_sharing_generated_blocks_would_be_noticed(tmp_path: Path) -> None:
     assert result.errors or "in cache_full_blocks" in failure
 
 
-def test_a_missing_floor_mask_would_be_noticed(tmp_path: Path) -> None:
+def test_a_missing_mask_at_the_floor_would_be_noticed(tmp_path: Path) -> None:
     settings = small_engine(save_tiny_model(tmp_path, tiny_model(backspace_rate=0.35)))
     with pytest.raises(EngineProcessFailed, match="backspace at the floor"):
         in_engine_process(run_broken, "NoFloorEngine", settings, rollouts(20))

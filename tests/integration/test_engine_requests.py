@@ -1,4 +1,4 @@
-"""What single requests can ask for: floor and limits, planted tokens, banned tokens, draws, aborts, refusals."""
+"""What single requests can ask for: floor and limits, forced tokens, banned tokens, draws, aborts, refusals."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ def settings(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -
 def generate(
     settings: EngineSettings,
     requests: list[Request],
-    planted: dict[str, list[int]],
+    forced_prefixes: dict[str, list[int]],
     preempt_after_steps: tuple[int, ...] = (),
     contract: TokenContract = CONTRACT,
 ) -> list[FinishedRollout]:
     engine = shared_engine(settings, contract)
     for request in requests:
-        engine.add(request.request_id, request.prompt_ids, request.sampling, planted.get(request.request_id, ()))
+        engine.add(
+            request.request_id, request.prompt_ids, request.sampling, forced_prefixes.get(request.request_id, ())
+        )
     trajectories = []
     num_steps = 0
     while engine.num_unfinished:
@@ -49,9 +51,11 @@ def generate(
 
 
 def _assert_exact(
-    trajectories: list[FinishedRollout], requests: list[Request], model: PreTrainedModel, **planted: list[int]
+    trajectories: list[FinishedRollout], requests: list[Request], model: PreTrainedModel, **forced_prefixes: list[int]
 ) -> None:
-    result = compare(trajectories, {each.request_id: each.sampling for each in requests}, {0: model}, planted=planted)
+    result = compare(
+        trajectories, {each.request_id: each.sampling for each in requests}, {0: model}, forced_prefixes=forced_prefixes
+    )
     assert not result.errors, "\n".join(result.errors[:10])
 
 
@@ -99,20 +103,20 @@ def test_greedy_with_bans_finishes_where_greedy_alone_does_not(settings: EngineS
 
 
 @pytest.mark.parametrize("backspace", [True, False])
-def test_planted_tokens_are_forced_once(backspace: bool, settings: EngineSettings, model: PreTrainedModel) -> None:
+def test_forced_tokens_are_forced_once(backspace: bool, settings: EngineSettings, model: PreTrainedModel) -> None:
     sampling = SamplingSettings(max_new_tokens=30, max_actions=40, backspace=backspace)
     requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(shared_prompts(16, 33, seed=3))]
-    planted = {f"r{i}": [100 + i, 50, 60, 70][: 1 + i % 4] for i in range(16)}
-    # Preempted in the middle of the planted tokens, right after them, and later.
-    trajectories = in_engine_process(generate, settings, requests, planted, preempt_after_steps=(9, 11, 13, 20))
+    forced_prefixes = {f"r{i}": [100 + i, 50, 60, 70][: 1 + i % 4] for i in range(16)}
+    # Preempted in the middle of the forced tokens, right after them, and later.
+    trajectories = in_engine_process(generate, settings, requests, forced_prefixes, preempt_after_steps=(9, 11, 13, 20))
     num_deleted = 0
     for trajectory in trajectories:
-        forced = planted[trajectory.request_id]
+        forced = forced_prefixes[trajectory.request_id]
         assert trajectory.actions[: len(forced)].tolist() == forced
         floor = len(trajectory.prompt_ids)
         num_deleted += sum(len(text) == floor for text in texts_of(trajectory)[1:])
-    assert (num_deleted > 5) == backspace  # some trajectories took all of their planted tokens back and went on
-    _assert_exact(trajectories, requests, model, **planted)
+    assert (num_deleted > 5) == backspace  # some trajectories took all of their forced tokens back and went on
+    _assert_exact(trajectories, requests, model, **forced_prefixes)
 
 
 def test_each_eos_of_several_ends_a_rollout(settings: EngineSettings, model: PreTrainedModel) -> None:
@@ -202,9 +206,9 @@ def refusals(settings: EngineSettings) -> dict[str, str]:
         "foreign id": ([5, 256], fine, []),
         "negative id": ([5, -1], fine, []),
         "backspace in the prompt": ([5, BACKSPACE_ID], fine, []),
-        "planted eos": ([5], fine, [EOS_ID]),
-        "planted backspace": ([5], fine, [BACKSPACE_ID]),
-        "too much planted": ([5], fine, [7] * 6),
+        "forced eos": ([5], fine, [EOS_ID]),
+        "forced backspace": ([5], fine, [BACKSPACE_ID]),
+        "too much forced": ([5], fine, [7] * 6),
     }
     messages = {
         name: message_of(lambda request=request: engine.add("refused", *request)) for name, request in attempts.items()
@@ -227,9 +231,9 @@ def test_bad_requests_are_refused_with_a_reason(settings: EngineSettings) -> Non
         "foreign id": "prompt_ids holds ids outside of the vocabulary of 256",
         "negative id": "prompt_ids holds ids outside",
         "backspace in the prompt": "prompt_ids holds id 3",
-        "planted eos": "planted holds id 2",
-        "planted backspace": "planted holds id 3",
-        "too much planted": "plants 6 tokens, its limits leave room for 5",
+        "forced eos": "forced_prefix holds id 2",
+        "forced backspace": "forced_prefix holds id 3",
+        "too much forced": "a forced prefix of 6 tokens, its limits allow 5",
         "twice": "'twice' is already in use",
         "bad draw": "prompt_ids holds ids outside",
         "short probe": "this one has 1",

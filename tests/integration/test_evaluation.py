@@ -118,12 +118,12 @@ def test_numbers_of_known_policies(evaluation: Evaluation) -> None:
     assert (evaluation.task, evaluation.num_examples, evaluation.has_answers) == ("arithmetic", NUM_EXAMPLES, True)
     ender, hesitant = evaluation.checkpoints
     assert (ender.label, hesitant.label) == ("ender", "hesitant")
-    # Greedily it ends at once, so that no answer is right, and a planted token stays.
+    # Greedily it ends at once, so that no answer is right, and a forced token stays.
     assert ender.metrics[GREEDY]["empty_rate"].value == 1.0
     assert ender.metrics[GREEDY]["actions_per_answer"].value == 1.0
     assert ender.metrics[GREEDY]["accuracy"].value == 0.0
     assert ender.metrics[RECOVERY]["forced_tokens_deleted"].value == 0.0
-    # The other takes what was planted back, each time, and nothing that was taken back is offered again.
+    # The other takes what was forced back, each time, and nothing that was taken back is offered again.
     assert hesitant.metrics[RECOVERY]["forced_tokens_deleted"].value == 1.0
     assert hesitant.metrics[SAMPLED]["backspace_rate"].value > 0.2
     for result in evaluation.checkpoints:
@@ -168,7 +168,7 @@ def test_report_files_and_table(evaluation: Evaluation, tmp_path: Path) -> None:
     assert number["n"] == NUM_EXAMPLES
     samples = (tmp_path / "samples" / "hesitant.txt").read_text()
     assert samples.count("│") == 4  # between prompt and answer
-    assert samples.count("[-{") == 2  # the planted tokens, taken back
+    assert samples.count("[-{") == 2  # the forced tokens, taken back
     console = Console(file=io.StringIO(), width=80)
     show_evaluation(evaluation, console)
     shown = console.file.getvalue()

@@ -80,7 +80,7 @@ def test_every_way_to_decode_a_policy_that_takes_everything_back(settings: RunSe
         "sampled", "greedy", "top_p=0.9", "contrastive=3:0.5", "recovery",
         "sampled, banned", "greedy, allowed", "top_p=0.9, banned", "recovery, banned", "held_out",
     ]  # fmt: skip
-    # What was planted is taken back before it writes anything of its own.
+    # What was forced is taken back before it writes anything of its own.
     assert metrics["recovery"]["recovery"].value > 0.9
     assert "recovery" not in metrics["sampled"]
     # Greedily it writes, takes back, and writes the same again until the actions are used up; with the ban it moves on.

@@ -55,18 +55,18 @@ def test_the_layers_are_divided_and_every_action_is_that_of_the_whole_model(
     shapes = ray.get(worker.tensor_shapes.remote(), timeout=TIMEOUT_S)
     assert shapes["model.embed_tokens.weight"][0] == VOCAB_SIZE // SIZE
     random_state = random.Random(3)
-    requests, planted = [], {}
+    requests, forced_prefixes = [], {}
     for request in rollouts(60, seed=3, share_plain=0.1):
         banning = request.sampling.backspace and random_state.random() < 0.3
         sampling = request.sampling.model_copy(update={"ban_deleted": banning})
         requests.append(replace(request, sampling=sampling))
         forced = random_state.randrange(4) if random_state.random() < 0.3 else 0
-        planted[request.request_id] = [random_state.randrange(FIRST_TEXT_ID, VOCAB_SIZE) for _ in range(forced)]
-    call = worker.generate.remote(requests, planted, 13, 60, offered(senders[1], models[1], 1))
+        forced_prefixes[request.request_id] = [random_state.randrange(FIRST_TEXT_ID, VOCAB_SIZE) for _ in range(forced)]
+    call = worker.generate.remote(requests, forced_prefixes, 13, 60, offered(senders[1], models[1], 1))
     logs = ray.get(call, timeout=TIMEOUT_S)
     samplings = {request.request_id: request.sampling for request in requests}
     assert sorted(log.request_id for log in logs) == sorted(samplings)
-    result = compare(logs, samplings, models, planted=planted)
+    result = compare(logs, samplings, models, forced_prefixes=forced_prefixes)
     assert not result.errors, "\n".join(result.errors[:10])
     assert result.worst <= 1e-4
     assert result.num_backspaces > 0.05 * result.num_actions
@@ -74,7 +74,7 @@ def test_the_layers_are_divided_and_every_action_is_that_of_the_whole_model(
     assert result.num_back_over_block_edge > 2
     assert any(set(log.policy_version) == {0, 1} for log in logs), "no rollout lived through the update"
     assert sum(log.finish_reason == "aborted" for log in logs) > 3
-    assert sum(min(len(log.actions), len(planted[log.request_id])) for log in logs) > 5
+    assert sum(min(len(log.actions), len(forced_prefixes[log.request_id])) for log in logs) > 5
 
 
 def test_ranks_that_draw_other_tokens_are_found_out(worker: ActorHandle) -> None:

@@ -84,7 +84,7 @@ def test_every_epoch_holds_every_clean_answer_once(task: Task, kind: str, rate: 
     assert orders[0] != orders[1]
 
 
-def test_rate_and_kind_of_the_planted_tokens(task: Task) -> None:
+def test_rate_and_kind_of_the_injected_tokens(task: Task) -> None:
     rate, count = 0.4, 60 * NUM_EXAMPLES
     batch = stream(task, kind="task", rate=rate).draw(count)
     trajectories = TrajectoryArrays.from_batch(batch)
@@ -135,9 +135,9 @@ def test_policy_noise_is_planned_here_and_drawn_elsewhere(task: Task) -> None:
     minus = task.tokenizer.convert_tokens_to_ids("-")
     batch = source.execute(plan, np.full(len(plan.positions), minus, dtype=np.int32))
     trajectories = TrajectoryArrays.from_batch(batch)
-    planted = trajectories.executed != trajectories.actions
-    assert set(trajectories.executed[planted].tolist()) == {minus}
-    assert planted.sum() == (plan.targets.values[plan.positions] != minus).sum()
+    injected = trajectories.executed != trajectories.actions
+    assert set(trajectories.executed[injected].tolist()) == {minus}
+    assert injected.sum() == (plan.targets.values[plan.positions] != minus).sum()
     assert batch.column("id")[0].as_py() == "actor-7/arithmetic/3/0"
     assert batch.column("actor")[0].as_py() == "actor-7"
 

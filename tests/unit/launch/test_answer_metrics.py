@@ -197,17 +197,17 @@ def test_recovery() -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_forced_tokens_are_digits_of_the_base_and_the_first_is_wrong(count: int) -> None:
-    planted, again = (
+    forced, again = (
         wrong_tokens(TASK.held_out, TASK.task_noise, CONTRACT, count, np.random.default_rng(0)) for _ in range(2)
     )
-    assert planted.shape == (len(TASK.held_out), count)
-    assert planted.tolist() == again.tolist()
-    for tokens, example in zip(planted.tolist(), TASK.held_out, strict=True):
+    assert forced.shape == (len(TASK.held_out), count)
+    assert forced.tolist() == again.tolist()
+    for tokens, example in zip(forced.tolist(), TASK.held_out, strict=True):
         base = 2 if "In base 2," in example["question"] else 10
         digits = [TASK.tokenizer.decode([token]) for token in tokens]
         assert set(digits) <= set("0123456789"[:base])
         assert not example["answer"].startswith(digits[0])
-    assert all(len(set(column)) > 5 for column in planted.T.tolist())
+    assert all(len(set(column)) > 5 for column in forced.T.tolist())
 
 
 def test_examples_without_a_wrong_token_are_counted_by_their_group() -> None:

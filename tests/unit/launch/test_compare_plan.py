@@ -231,7 +231,7 @@ def test_a_dry_run_makes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("file", sorted(Path("docs/results/arms").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(Path("docs/results/objectives").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_objectives_of_the_documented_results_can_be_compared(file: Path) -> None:
     name, stage = ("text", "behavior_cloning") if file.stem.startswith("text") else ("arithmetic", None)
     recipe = read_recipe(Path(f"launch/recipes/{name}_cpu.yaml"))

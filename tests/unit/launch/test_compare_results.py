@@ -75,12 +75,12 @@ def test_files_hold_every_run_and_say_what_failed(tmp_path: Path) -> None:
     del estimates[LABELS[1], 2]
     failed = comparison_of(estimates, **{"x-behavior_cloning-seed2": "it died"})
     tree = json.loads(failed.to_json())
-    assert [(run["arm"], run["seed"]) for run in tree["runs"]] == list(estimates)
+    assert [(run["objective"], run["seed"]) for run in tree["runs"]] == list(estimates)
     assert {name: tree["runs"][0][name] for name in COST} == COST
     assert tree["budget"] == "400 steps"
     (accuracy, *_) = tree["metrics"]
     assert accuracy["name"] == "greedy.accuracy"
-    assert accuracy["arms"]["mle"].keys() == {"mean", "deviation", "standard_error", "num_seeds"}
+    assert accuracy["objectives"]["mle"].keys() == {"mean", "deviation", "standard_error", "num_seeds"}
     assert accuracy["differences"][LABELS[1]]["num_seeds"] == 2
     assert accuracy["differences"][LABELS[1]]["basis"] == "examples"
     assert accuracy["differences"][LABELS[2]]["within_noise"] is False
@@ -195,7 +195,7 @@ def test_reports_are_linked_and_what_went_wrong_stays_text(tmp_path: Path) -> No
     report.parent.mkdir(parents=True)
     report.write_text("")
     html = render_page(comparison_of(estimates_of(3, ("mle", "emo")), run="<script>alert(1)</script>"), folder)
-    assert re.findall(r'href="(arms[^"]*)"', html) == ["arms/pair-emo-seed1/report.html"]
+    assert re.findall(r'href="(objectives[^"]*)"', html) == ["objectives/pair-emo-seed1/report.html"]
     assert "<script>alert" not in html
     assert "&lt;script&gt;alert(1)" in html
 

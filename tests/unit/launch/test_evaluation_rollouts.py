@@ -79,7 +79,7 @@ def test_other_decodings_are_refused_with_what_there_is(text: str) -> None:
         EvaluationSettings(decoding=("top_p=0.9", "top_p=0.90"))
 
 
-def test_mistakes_of_several_tokens_are_planted_where_that_makes_sense() -> None:
+def test_mistakes_of_several_tokens_are_forced_where_that_makes_sense() -> None:
     groups = {each.name: each for each in groups_of(decoding=("recovery=3",), ban_deleted="both")}
     assert [groups[name].num_forced for name in (SAMPLED, RECOVERY, "recovery=3", "recovery=3, allowed")] == [
         0,
@@ -87,7 +87,7 @@ def test_mistakes_of_several_tokens_are_planted_where_that_makes_sense() -> None
         3,
         3,
     ]
-    one, three = (groups[name].planted for name in (RECOVERY, "recovery=3"))
+    one, three = (groups[name].forced_prefixes for name in (RECOVERY, "recovery=3"))
     assert one is not None
     assert three is not None
     assert [tokens[0] for tokens in three] == [token for (token,) in one], "the same mistake, and more of it"
@@ -187,7 +187,7 @@ def test_twins_differ_in_the_ban_alone() -> None:
         sampling, other = groups[name].sampling, groups[twin].sampling
         assert sampling.ban_deleted != other.ban_deleted
         assert sampling.model_copy(update={"ban_deleted": other.ban_deleted}) == other
-    assert groups["recovery, allowed"].planted == groups[RECOVERY].planted
+    assert groups["recovery, allowed"].forced_prefixes == groups[RECOVERY].forced_prefixes
     without = groups_of(rollout=RolloutSettings(backspace=False), ban_deleted="both")
     assert [each.name for each in without] == [SAMPLED, GREEDY, RECOVERY]
     assert not any(each.sampling.backspace or each.sampling.ban_deleted for each in without)
@@ -227,7 +227,7 @@ def test_keys_tell_apart_all_that_determines_rollouts() -> None:
         rollouts_key("w", groups[0], contract, 20, 1),
         rollouts_key("w", groups[0], dataclasses.replace(contract, backspace_id=1), 20, 0),
         rollouts_key("w", groups_of(rollout=RolloutSettings(max_new_tokens=6, max_actions=9))[0], contract, 20, 0),
-        rollouts_key("w", groups_of(seed=5)[-1], contract, 20, 0),  # other tokens are planted
+        rollouts_key("w", groups_of(seed=5)[-1], contract, 20, 0),  # other tokens are forced
     ]
     assert len(set(keys)) == len(keys)
     assert rollouts_key("w", groups_of()[0], contract, 20, 0) == keys[0]

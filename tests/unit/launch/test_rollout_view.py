@@ -57,7 +57,7 @@ def test_plain_marks(trajectory: str, expected: str) -> None:
     assert plain(trajectory) == expected
 
 
-def test_planted_and_noise_tokens_are_marked() -> None:
+def test_forced_and_noise_tokens_are_marked() -> None:
     assert plain("7<16.", num_forced=1) == "[-{7}-]16"
     assert plain("716.", num_forced=1) == "{7}16"
     # Noise: the label of the first action is 1, the environment wrote 7.

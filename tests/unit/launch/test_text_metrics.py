@@ -72,7 +72,7 @@ def test_texts_with_forced_tokens_are_recovered_when_all_of_those_are_gone() -> 
         [4, 3, 6, 2],  # gone at once
         [4, 5, 6, 3, 3, 3, 7, 2],  # later
         [4, 5, 3, 4, 2],  # the second one only
-        [4, 3, 4, 5, 2],  # the same token written again is not the one that was planted
+        [4, 3, 4, 5, 2],  # the same token written again is not the one that was forced
     ]
     reasons = ["eos"] * len(logs)
     one = text_metrics(batch_of(logs, reasons), num_forced=1)

@@ -21,7 +21,7 @@ def test_the_settings_know_which_divergences_have_a_domain():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_phi_is_normalised_and_concave(name):
+def test_phi_is_normalized_and_concave(name):
     """phi(0) = 0, phi'(0) = 1, phi'' <= 0: what the collapsed form takes for granted."""
     phi = DIVERGENCES[name].phi
     zero = torch.zeros((), dtype=torch.float64, requires_grad=True)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from learner.checkpoints.checkpoint import load_weights, read_training_state
-from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters, is_quantised, quantize_linear_layers
+from learner.model.adapters import adapted_layers, adapter_tensors, add_adapters, is_quantized, quantize_linear_layers
 from learner.model.policy import load_policy
 from learner.publication import publication_tensors
 from learner.settings.model import AdapterSettings, PretrainedModelSettings
@@ -47,8 +47,8 @@ def test_layers_are_held_in_four_bits():
     base, model = tiny_model(tied=True), quantized()
     layers = [layer.get_base_layer() for _, layer in adapted_layers(model)]
     assert len(layers) == 14
-    assert all(is_quantised(layer.weight) for layer in layers)
-    assert not is_quantised(model.get_output_embeddings().weight)
+    assert all(is_quantized(layer.weight) for layer in layers)
+    assert not is_quantized(model.get_output_embeddings().weight)
     packed_bytes = sum(layer.weight.numel() for layer in layers)
     assert packed_bytes == sum(p.numel() for n, p in base.named_parameters() if n.endswith("proj.weight")) // 2
     published = dict(publication_tensors(model))  # adapters do nothing yet
@@ -121,7 +121,7 @@ def test_a_policy_in_four_bits(tmp_path):
     name = saved(tmp_path, word_tokenizer())
     settings = PretrainedModelSettings(name=name, dtype="float32", adapter=AdapterSettings(rank=2), quantization="nf4")
     policy = load_policy(settings)
-    assert all(is_quantised(layer.get_base_layer().weight) for _, layer in adapted_layers(policy.model))
+    assert all(is_quantized(layer.get_base_layer().weight) for _, layer in adapted_layers(policy.model))
 
 
 @needs_bitsandbytes
@@ -155,4 +155,4 @@ def test_a_machine_on_which_the_library_does_not_work(monkeypatch, broken, messa
     model = tiny_model()
     with pytest.raises(ValueError, match=message):
         quantize_linear_layers(model)
-    assert not any(is_quantised(parameter) for parameter in model.parameters())
+    assert not any(is_quantized(parameter) for parameter in model.parameters())

@@ -60,7 +60,7 @@ def test_tokens_taken_back_count_as_nodes_but_backspaces_do_not():
     assert [ids_of(share) for share in shares_of(batch_of(rows), 2)] == [["long"], ["a", "b"]]
 
 
-def test_noise_that_was_realised_counts_as_what_it_was():
+def test_noise_that_was_executed_counts_as_what_it_was():
     """The label is backspace or not; what became a node is what the environment appended."""
     noisy = expert_row("noisy", [5, 6, 7], executed=[8, None, None], prompt_ids=[9])
     assert [ids_of(share) for share in shares_of(batch_of([noisy]), 2)] == [["noisy"], []]

@@ -28,10 +28,10 @@ def minimize(table: Table, name: str, alpha: float, data: Occupancy) -> Tensor:
     """The optimum under data that visit everything: convex, so Newton's neighbor finds it. The mixture's rollouts are
     those of the newest policy, again and again until nothing moves."""
     divergence, parameters = DIVERGENCES[name], table.zeros()
-    rounds, iterations = (15, 60) if divergence.penalises_rollouts else (1, 500)
+    rounds, iterations = (15, 60) if divergence.penalizes_rollouts else (1, 500)
     for _ in range(rounds):
         model = None
-        if divergence.penalises_rollouts:
+        if divergence.penalizes_rollouts:
             with torch.no_grad():
                 model = table.occupancy(table.policy(parameters))
         optimizer = torch.optim.LBFGS(
@@ -74,7 +74,7 @@ def test_the_optimal_residual_is_the_slope_of_the_divergence(name, alpha):
     x = alpha * table.flat(values.residual, values.residual_eos)
     divergence = DIVERGENCES[name]
     assert not divergence.outside(x, MARGIN).any()
-    if divergence.penalises_rollouts:
+    if divergence.penalizes_rollouts:
         torch.testing.assert_close(x, 2 * (rho_data - rho_model) / (rho_data + rho_model), rtol=0, atol=1e-4)
         assert x.abs().max() <= 2
     else:
@@ -110,7 +110,7 @@ def trained_on_clean_data(name: str, alpha: float) -> tuple[Table, Tensor]:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         model = None
-        if divergence.penalises_rollouts:
+        if divergence.penalizes_rollouts:
             with torch.no_grad():
                 model = table.occupancy(table.policy(parameters))
         optimizer.zero_grad()
