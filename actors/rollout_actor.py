@@ -1,6 +1,6 @@
 """One rollout actor: a vLLM engine kept full of prompts, whose finished trajectories go to the replay buffer.
 
-`run` holds the engine and is the only code that touches it; the control methods (`announce`, `set_paused`, `drain`,
+`run` holds the engine and is the only code that touches it; the control methods (`notify`, `set_paused`, `drain`,
 `status`) set flags that `run` reads between two engine steps. So new weights need not wait for a rollout to end: one
 that is under way goes on with them, and each of its actions records its version. With
 `weight_update: drain` they do wait, and each rollout has one version.
@@ -163,7 +163,7 @@ class RolloutActor:
         """The actor's name, once its engine stands."""
         return self._name
 
-    def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+    def notify(self, manifest: WeightManifest, handle: WeightHandle) -> None:
         """Announce new weights; `run` loads the newest ones before its next engine step."""
         with self._commands:
             if self._newest is None or manifest.version > self._newest[0].version:
@@ -200,7 +200,7 @@ class RolloutActor:
             activity=self._activity,
             dropped=self._dropped,
             drop_reason=self._drop_reason,
-            weights_note=self._ranks.intake.note,
+            weights_note=self._ranks.loader.note,
         )
 
     # Evaluation group ------------------------------------------------------------
@@ -233,7 +233,7 @@ class RolloutActor:
         """
         engine, backspace_id = self._engine, self._spec.contract.backspace_id
         while True:
-            finishing = self._take_newest_weights()
+            finishing = self._load_newest_weights()
             self._activity = rollout_activity(
                 engine.version, self._first_version, self._draining, self._paused, self._buffer.throttled, finishing
             )
@@ -257,7 +257,7 @@ class RolloutActor:
         self._buffer.settle()
         self._activity = "left"
 
-    def _take_newest_weights(self) -> bool:
+    def _load_newest_weights(self) -> bool:
         """Load the newest announced weights, if there are any; gives whether rollouts are to be finished before."""
         with self._commands:
             newest = self._newest
@@ -268,7 +268,7 @@ class RolloutActor:
         self._flush()  # what finished with the present weights carries their fingerprint
         manifest, handle = newest
         self._activity = f"loading weights {manifest.version}"
-        self._ranks.take_weights(manifest, handle)
+        self._ranks.load_weights(manifest, handle)
         self._fingerprint = manifest.fingerprint
         return False
 
@@ -294,7 +294,7 @@ class RolloutActor:
         missing = self._spec.settings.max_concurrent - self._engine.num_unfinished
         if missing <= 0:
             return
-        for prompt_ids in self._prompts.draw(missing).rows():
+        for prompt_ids in self._prompts.sample(missing).rows():
             self._engine.add(f"{self._id_prefix}-{self._num_requests}", prompt_ids, self._sampling)
             self._num_requests += 1
 

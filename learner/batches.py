@@ -40,7 +40,7 @@ class StopRequestedError(Exception):
 class BatchSource(Protocol):
     """Trajectories for one step; `buffer.experts.stream.ExpertStream` is one, `BufferSource` another."""
 
-    def draw(self, count: int) -> pa.RecordBatch:
+    def sample(self, count: int) -> pa.RecordBatch:
         """Exactly `count` trajectories."""
 
 
@@ -75,11 +75,11 @@ class BufferSource:
         self._step = step
         self._first_version = first_version
 
-    def draw(self, count: int) -> pa.RecordBatch:
-        """Wait for `count` trajectories; StopRequestedError where the run is to stop. Raises as `BufferClient.draw`."""
+    def sample(self, count: int) -> pa.RecordBatch:
+        """Wait for `count` trajectories; StopRequestedError if the run is to stop. As `BufferClient.sample` else."""
         key = SampleKey(self._stage, self._step, self._source)
         request = SampleRequest(key, count, self._newest_version(), self._first_version)
-        self._drawn = self._buffer.draw(request, self._timeout_s, self._check_stop)
+        self._drawn = self._buffer.sample(request, self._timeout_s, self._check_stop)
         drawn = [part for part in self._drawn if part is not None]
         self._step += 1
         self.staleness = np.concatenate(
@@ -109,16 +109,16 @@ class SharedBatchSource:
         self._source = source
         self._stop_requested = stop_requested
 
-    def draw(self, count: int) -> pa.RecordBatch:
+    def sample(self, count: int) -> pa.RecordBatch:
         """Exactly `count` trajectories, the same at every rank. StopRequestedError at every rank where the run is to
         stop; RankLostError where rank 0 could not draw (it raises the reason itself), or cannot be reached."""
         if self._source is None:
             return self._receive()
         if self._ranks.size == 1:
-            return self._draw(self._source, count)
+            return self._sample(self._source, count)
         announcement = _FAILURE
         try:
-            batch = self._draw(self._source, count)
+            batch = self._sample(self._source, count)
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, batch.schema) as stream:
                 stream.write_batch(batch)
@@ -133,10 +133,10 @@ class SharedBatchSource:
         self._ranks.broadcast_bytes(torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy()))
         return batch
 
-    def _draw(self, source: BatchSource, count: int) -> pa.RecordBatch:
+    def _sample(self, source: BatchSource, count: int) -> pa.RecordBatch:
         if self._stop_requested():
             raise StopRequestedError
-        return source.draw(count)
+        return source.sample(count)
 
     def _receive(self) -> pa.RecordBatch:
         (announcement,) = self._ranks.broadcast_numbers([_FAILURE])

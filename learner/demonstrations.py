@@ -69,10 +69,10 @@ class Demonstrations:
         self._ranks = ranks
         self._generator = torch.Generator(policy.device).manual_seed(seed)
 
-    def draw(self, count: int) -> pa.RecordBatch:
+    def sample(self, count: int) -> pa.RecordBatch:
         """The next `count`. All ranks call this together, and get the same."""
         if not self._stream.needs_policy:
-            return self._stream.draw(count)
+            return self._stream.sample(count)
         plan = self._stream.plan(count)
         return self._stream.execute(plan, self._own_mistakes(plan))
 
@@ -116,12 +116,12 @@ def teach_backspace_row(
     batches: list[pa.RecordBatch] = []
     num_backspaces = num_actions = 0
     while num_backspaces < NUM_BACKSPACES and num_actions < MAX_ACTIONS:
-        batches.append(demonstrations.draw(_LOGS_PER_DRAW))
+        batches.append(demonstrations.sample(_LOGS_PER_DRAW))
         actions = batches[-1].column("actions").flatten()
         num_actions += len(actions)
         num_backspaces += pc.sum(pc.equal(actions, contract.backspace_id)).as_py()
     if num_backspaces == 0:
         return None
     row = fit_backspace_row(policy, build_micro_batches(pa.concat_batches(batches), settings))
-    unseen = gather_evidence(policy, build_micro_batches(demonstrations.draw(NUM_UNSEEN), settings))
+    unseen = gather_evidence(policy, build_micro_batches(demonstrations.sample(NUM_UNSEEN), settings))
     return TaughtRow(len(batches) * _LOGS_PER_DRAW, *unseen.odds(row))

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 PROBE_TOKENS = 16
-ANNOUNCE_TIMEOUT_S = 60.0
+NOTIFY_TIMEOUT_S = 60.0
 
 
 class WeightPublisher:
@@ -67,7 +67,7 @@ class WeightPublisher:
         self._sender = WeightSender()
         self._static_entries: tuple[TensorEntry, ...] | None = None  # None: not sent yet
         self._static_digests: dict[str, bytes] = {}
-        self._announced: RemoteCall[None] | None = None
+        self._notified: RemoteCall[None] | None = None
         self.newest_times: dict[str, float] = {}
         """Seconds that each part of the newest publication held the learner. pack: merging and gathering. fingerprint:
         what is left of it after the probe, beside which it is computed. offer: the snapshot, and the call to the pool.
@@ -82,8 +82,8 @@ class WeightPublisher:
         """Publish the weights without waiting for any actor; gives their version. All ranks call this together.
         TimeoutError where the pool has not answered the previous announcement yet, RankLostError where another rank
         failed."""
-        if self._announced is not None:
-            self._announced.result(ANNOUNCE_TIMEOUT_S)
+        if self._notified is not None:
+            self._notified.result(NOTIFY_TIMEOUT_S)
         with self._ranks.exchange("a publication"):
             self._publish(policy)
         self._next_version += 1
@@ -120,8 +120,8 @@ class WeightPublisher:
             probe_logprobs=probe_logprobs,
             updates=low_rank_updates(policy.model) if alone else (),
         )
-        announced = self._pool.announce.remote(manifest, self._sender.publish(payload))
-        self._announced = RemoteCall("the actor pool", announced, f"take weights version {manifest.version}")
+        announced = self._pool.notify.remote(manifest, self._sender.publish(payload))
+        self._notified = RemoteCall("the actor pool", announced, f"take weights version {manifest.version}")
         times = (packed - started, probed - packed, hashed - probed, time.perf_counter() - hashed)
         self.newest_times = dict(zip(("pack", "learner_probe", "fingerprint", "offer"), times, strict=True))
 

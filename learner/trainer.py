@@ -99,7 +99,7 @@ class Trainer:
             RankLostError: another rank failed.
         """
         started = time.perf_counter()
-        draws = self._draw()
+        draws = self._sample()
         drawn = time.perf_counter()
         rollouts = next((draw for draw in draws if draw.is_rollouts), None)
         passes = self._passes(draws)
@@ -138,14 +138,14 @@ class Trainer:
             "padding_fraction": 1.0 - sizes["num_nodes"] / sizes["num_padded_nodes"],
         }
 
-    def _draw(self) -> list[_Sample]:
+    def _sample(self) -> list[_Sample]:
         draws, data_counts = [], BatchCounts(0, 0, 0)
         if self._objective.settings.needs_experts:
-            experts = self._experts.draw(self._stage.batch_size)
+            experts = self._experts.sample(self._stage.batch_size)
             data_counts = count_batch(experts)
             draws.append(_Sample(experts, data_counts, partial(self._objective.data_loss, step=self.step)))
         if self._rollouts is not None:
-            rollouts = self._rollouts.draw(self._stage.rollout_batch_size)
+            rollouts = self._rollouts.sample(self._stage.rollout_batch_size)
             newest = int(VersionRange.from_batch(rollouts).newest.max())
             loss = partial(self._rollout_loss, data_counts=data_counts, newest=newest)
             draws.append(_Sample(rollouts, count_batch(rollouts), loss, is_rollouts=True))

@@ -22,7 +22,7 @@ class RandomTrajectories:
     source: str
     draws: int = 0
 
-    def draw(self, count: int) -> pa.RecordBatch:
+    def sample(self, count: int) -> pa.RecordBatch:
         self.draws += 1
         return random_trajectories(self.source, count, seed=self.draws)
 

@@ -96,7 +96,7 @@ def write_buffer(run: Path, task: Task) -> None:
     store = ReplayStore(folder, task.contract(), BufferSettings(capacity=400, min_size=1), seed=0)
     for version in range(VERSIONS):
         store.insert(rollouts(task, version * ROWS_PER_VERSION, ROWS_PER_VERSION, version))
-        assert store.draw(SampleKey("sequencematch", version, "policy"), 16, version) is not None
+        assert store.sample(SampleKey("sequencematch", version, "policy"), 16, version) is not None
     store.close()
     save_run_tokenizer(task.tokenizer, run)
 

@@ -57,7 +57,7 @@ def write(folder: Path, fsync: str, tell: Callable[[str], None]) -> None:
         store.insert(numbered(first, BATCH, version=version))
         tell(f"inserted {first + BATCH}")
         if first % 3 == 0:
-            drawn = store.draw(SampleKey("s", first, "policy"), DRAWN, version)
+            drawn = store.sample(SampleKey("s", first, "policy"), DRAWN, version)
             assert drawn is not None
             tell(f"drew {first} {' '.join(ids_of(drawn.batch))}")
         if first % 13 == 0:
@@ -100,7 +100,7 @@ def check_kills(folder: Path, fsync: str, kills: int, seed: int) -> None:
         assert acknowledged.rows > before
         store = ReplayStore(folder, CONTRACT, settings_of(fsync), seed=0)
         for step, ids in acknowledged.draws.items():
-            again = store.draw(SampleKey("s", step, "policy"), DRAWN, store.newest_version + 100)
+            again = store.sample(SampleKey("s", step, "policy"), DRAWN, store.newest_version + 100)
             assert again is not None
             assert (again.repeated, ids_of(again.batch)) == (True, ids)
             repeated += 1

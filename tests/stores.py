@@ -27,7 +27,7 @@ def open_store(folder: Path, seed: int = 0, **changes: object) -> ReplayStore:
 def draw(store: ReplayStore, count: int, version: int, source: str = "policy") -> pa.RecordBatch | None:
     """A new draw whose step is covered by a checkpoint at once, so that nothing stays pinned."""
     key = fresh_key(source)
-    result = store.draw(key, count, version)
+    result = store.sample(key, count, version)
     if result is None:
         return None
     store.checkpointed(key.stage, key.step + 1)

@@ -68,7 +68,7 @@ class HandMadeRollouts:
     next_row: int = 0
     counts: list[int] = field(default_factory=list)
 
-    def draw(self, count: int) -> pa.RecordBatch:
+    def sample(self, count: int) -> pa.RecordBatch:
         self.counts.append(count)
         rows = [self._row(self.next_row + i) for i in range(count)]
         self.next_row += count

@@ -20,7 +20,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.interface import EngineSettings
-from actors.engine.weights import WeightIntake
+from actors.engine.weights import WeightLoader
 from buffer.processes import NoAnswerError, ProcessLostError, RemoteCall, ignore_stop_signals
 from buffer.trajectory.schema import TokenContract
 from buffer.weights import WeightHandle, WeightManifest, WeightMismatchError
@@ -63,7 +63,7 @@ class EngineRank:
         from actors.engine.ranked_engine import RankedEngine
 
         self._engine: RankedEngine = RankedEngine(settings, contract, place)
-        self._intake = WeightIntake(self._engine)
+        self._loader = WeightLoader(self._engine)
         return self._engine.digest
 
     def repeat(self, calls: Sequence[EngineCall], publication: Publication | None) -> int:
@@ -71,7 +71,7 @@ class EngineRank:
         for call in calls:
             call(self._engine)
         if publication is not None:
-            self._intake.take(*publication)
+            self._loader.load(*publication)
         return self._engine.digest
 
 
@@ -103,7 +103,7 @@ class RankGroup:
             from actors.engine.engine import BackspaceEngine
 
             self.engine = BackspaceEngine(settings, contract)
-        self.intake = WeightIntake(self.engine)
+        self.loader = WeightLoader(self.engine)
 
     def _divided(self, settings: EngineSettings, contract: TokenContract) -> LeadingEngine:
         size = settings.actors.tensor_parallel_size
@@ -126,11 +126,11 @@ class RankGroup:
             self._leader = LeadingEngine(settings, contract, places[0], self._unsent, self._repeated)
         return self._leader
 
-    def take_weights(self, manifest: WeightManifest, handle: WeightHandle) -> None:
-        """Load a publication into the engines of all ranks; each takes it itself. Raises as `WeightIntake.take`."""
+    def load_weights(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+        """Load a publication into the engines of all ranks; each takes it itself. Raises as `WeightLoader.load`."""
         alone = self._leader is None
         with nullcontext() if alone else self._repeated(publication=(manifest, handle)):
-            self.intake.take(manifest, handle)
+            self.loader.load(manifest, handle)
 
     def settle(self) -> None:
         """Wait until all ranks have made the calls of rank 0; an EngineRankError where they drew other tokens."""

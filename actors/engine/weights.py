@@ -124,7 +124,7 @@ class Proof:
         return self.change is not None and self.change <= self.margin
 
 
-class WeightIntake:
+class WeightLoader:
     """Loads publications into one engine, between two of its steps."""
 
     def __init__(self, engine: BackspaceEngine) -> None:
@@ -148,7 +148,7 @@ class WeightIntake:
             )
         return None
 
-    def take(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+    def load(self, manifest: WeightManifest, handle: WeightHandle) -> None:
         """Load a publication.
 
         Raises:

@@ -78,13 +78,13 @@ class ActorPool:
         self._controller.scale(desired)
         return await self.status()
 
-    async def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+    async def notify(self, manifest: WeightManifest, handle: WeightHandle) -> None:
         """Tell every running actor of new weights, and later joiners of the newest; a ValueError if they are older."""
         if manifest.version <= self._newest_version:
             raise ValueError(f"weights version {manifest.version} announced after version {self._newest_version}")
         self._newest = (manifest, handle)
         for actor in self._staying():
-            _control(actor.announce, manifest, handle)
+            _control(actor.notify, manifest, handle)
 
     async def pause(self) -> None:
         """No new rollouts until `resume`: a stage that needs none leaves the cores to the learner."""
@@ -160,7 +160,7 @@ class ActorPool:
     def start_actor(self, name: str) -> None:
         process = self._processes[name]
         if self._newest is not None:
-            _control(process.actor.announce, *self._newest)
+            _control(process.actor.notify, *self._newest)
         _control(process.actor.set_paused, self._paused, self._first_version)
         process.run = asyncio.ensure_future(process.actor.run.options(concurrency_group="generation").remote())
 

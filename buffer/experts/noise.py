@@ -56,7 +56,7 @@ class NoiseCandidates:
         offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in groups])]).astype(np.int64)
         return cls(np.concatenate(groups).astype(np.int32), np.concatenate(cumulative), offsets)
 
-    def draw(self, groups: Int64, rng: np.random.Generator) -> Int32:
+    def sample(self, groups: Int64, rng: np.random.Generator) -> Int32:
         """[K] one id for each of the groups [K] (a single group serves all); takes exactly K doubles from `rng`."""
         if len(self.group_offsets) == 2:
             groups = np.zeros_like(groups)

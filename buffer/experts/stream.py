@@ -169,7 +169,7 @@ class ExpertStream:
         absent = {field.name: pa.nulls(count, field.type) for field in self._schema if field.name not in columns}
         return pa.RecordBatch.from_pydict({**columns, **absent}, schema=self._schema)
 
-    def draw(self, count: int) -> pa.RecordBatch:
+    def sample(self, count: int) -> pa.RecordBatch:
         """The next `count` expert trajectories; ValueError where the noise is the policy's."""
         if self.needs_policy:
             raise ValueError("noise.kind=policy: the actors draw the tokens; use plan() and execute()")
@@ -177,7 +177,7 @@ class ExpertStream:
         if self._candidates is None:
             return self.execute(plan, np.empty(0, dtype=np.int32))
         generator = _uniforms((self._seed, 2), self._num_tokens)
-        tokens = self._candidates.draw(plan.groups[plan.position_rows], generator)
+        tokens = self._candidates.sample(plan.groups[plan.position_rows], generator)
         self._num_tokens += len(tokens)
         return self.execute(plan, tokens)
 
@@ -215,7 +215,7 @@ class PromptStream:
         self._examples = _Examples(examples, ["prompt_ids"], (seed, 3))
         self._num_rows = 0
 
-    def draw(self, count: int) -> Ragged:
+    def sample(self, count: int) -> Ragged:
         """The next `count` prompts."""
         rows = self._examples.take(self._num_rows, count)
         self._num_rows += count

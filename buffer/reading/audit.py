@@ -54,16 +54,16 @@ class Account:
     inserted: int
     live: int
     removed: dict[str, int]
-    drawn: int
+    sampled: int
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found. rejected: trajectories refused on insert; num_samples_drawn: of whole batches, each once."""
+    """What an audit found. rejected: trajectories refused on insert; num_samples: of whole batches, each once."""
 
     accounts: tuple[Account, ...]
     rejected: int
-    num_samples_drawn: int
+    num_samples: int
     findings: tuple[Finding, ...]
 
 

@@ -82,9 +82,9 @@ class Shard:
         """See `ReplayBufferService.offer`."""
         return await RemoteCall[Offer](self.name, self.handle.offer.remote(request)).answer(ANSWER_TIMEOUT_S)
 
-    async def take(self, request: SampleRequest, part: int) -> SampleResult | None:
-        """See `ReplayBufferService.take`."""
-        reference = self.handle.take.remote(request, part)
+    async def sample(self, request: SampleRequest, part: int) -> SampleResult | None:
+        """See `ReplayBufferService.sample`."""
+        reference = self.handle.sample.remote(request, part)
         return await RemoteCall[SampleResult | None](self.name, reference).answer(ANSWER_TIMEOUT_S)
 
     async def wait_for_rows(self, inserts: int, timeout_s: float) -> bool:
@@ -181,7 +181,7 @@ class BufferClient:
 
     # For the learner
 
-    def draw(
+    def sample(
         self, request: SampleRequest, timeout_s: float, while_waiting: Callable[[], None] = lambda: None
     ) -> tuple[SampleResult | None, ...]:
         """The part of each shard in a draw, None where it has none; waits up to `timeout_s` for enough rows.
@@ -189,7 +189,7 @@ class BufferClient:
         `sample_from_shards`,
         and OSError where the disk refused."""
         with _losses():
-            return asyncio.run(self._draw(request, timeout_s, while_waiting))
+            return asyncio.run(self._sample(request, timeout_s, while_waiting))
 
     def update_priorities(self, drawn: Sequence[SampleResult | None], priorities: Float32) -> None:
         """Tell the shards how likely the rows of a draw, as `draw` gave it, are to be drawn again; the next draw waits
@@ -207,7 +207,7 @@ class BufferClient:
         for shard in self.shards:
             self._told.append(RemoteCall(shard.name, shard.handle.checkpointed.remote(stage, step)))
 
-    async def _draw(
+    async def _sample(
         self, request: SampleRequest, timeout_s: float, while_waiting: Callable[[], None]
     ) -> tuple[SampleResult | None, ...]:
         drawing = asyncio.ensure_future(self._sample_when_told(request, timeout_s))
@@ -280,7 +280,7 @@ async def sample_from_shards(
     """One draw from all shards, the same again when it is repeated: the part of each, None where it has none.
 
     The shards are asked in two rounds: `offer` says what each has logged for this draw and could add, and changes
-    nothing; `take` logs a part and answers it. A part is logged under the draw's key before it is answered, so a lost
+    nothing; `sample` logs a part and answers it. A part is logged under the draw's key before it is answered, so a lost
     answer is asked for again. A draw that an interruption left with some of its parts logged is completed: the parts
     that are there stay, the rest is divided anew. A shard whose offer no longer holds (its rows went stale in between)
     leaves the draw in just that state. So no shard that lacks rows holds up a draw that others can serve.
@@ -289,14 +289,14 @@ async def sample_from_shards(
         SampleTimeoutError: too few rows came in time; the message says what each shard lacks.
         ValueError: the draw can never be served, or had another size before.
     """
-    if len(shards) == 1 and (drawn := await shards[0].take(request, request.count)) is not None:
+    if len(shards) == 1 and (drawn := await shards[0].sample(request, request.count)) is not None:
         return (drawn,)  # in one call, where nothing is to be divided
     deadline = time.monotonic() + timeout_s
     while True:
         offers = await asyncio.gather(*(shard.offer(request) for shard in shards))
         parts = plan_parts(request.count, offers)
         if parts is not None:
-            taken = await asyncio.gather(*map(_take, shards, [request] * len(shards), parts))
+            taken = await asyncio.gather(*map(_sample_part, shards, [request] * len(shards), parts))
             if sum(0 if drawn is None else drawn.batch.num_rows for drawn in taken) == request.count:
                 return tuple(taken)
         left_s = deadline - time.monotonic()
@@ -310,8 +310,8 @@ async def sample_from_shards(
             await _wait_for_news(shards, offers, min(left_s, WAIT_SLICE_S))
 
 
-async def _take(shard: Shard | ReplayBufferService, request: SampleRequest, part: int) -> SampleResult | None:
-    return await shard.take(request, part) if part else None
+async def _sample_part(shard: Shard | ReplayBufferService, request: SampleRequest, part: int) -> SampleResult | None:
+    return await shard.sample(request, part) if part else None
 
 
 async def _wait_for_news(

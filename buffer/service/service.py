@@ -120,14 +120,14 @@ class ReplayBufferService:
         store.begin_stage(request.first_version)
         available = store.num_available(key, request.count, request.policy_version)
         live, logged = store.num_live(key.source), store.num_logged(key)
-        if store.counters(key.source).drawn == 0 and live < self._settings.min_size:
+        if store.counters(key.source).sampled == 0 and live < self._settings.min_size:
             available = 0
         if key.source == "policy":
             available = min(available, self._limiter.allowance(self._store.counters("policy")))
         shortage = "" if logged + available >= request.count else self._shortage(request)
         return Offer(logged, live, available, self._inserts, shortage)
 
-    async def take(self, request: SampleRequest, part: int) -> SampleResult | None:
+    async def sample(self, request: SampleRequest, part: int) -> SampleResult | None:
         """This shard's part of a draw: what it has logged for it, and as many more as `part` asks for. None where it
         cannot give so many, against its offer. ValueError where the draw had another size before."""
         self._maintenance.ensure()
@@ -136,7 +136,7 @@ class ReplayBufferService:
         added = part - store.num_logged(key)
         if key.source == "policy" and added > self._limiter.allowance(self._store.counters("policy")):
             return None
-        result = store.draw(key, part, request.policy_version, whole=request.count)
+        result = store.sample(key, part, request.policy_version, whole=request.count)
         if result is not None:
             await self._notify()
         return result
@@ -197,13 +197,13 @@ class ReplayBufferService:
         count, source = request.count, request.key.source
         status = self._store.status()
         counters = status.sources[source]
-        needed = count if counters.draws else max(count, self._settings.min_size)
+        needed = count if counters.sample_calls else max(count, self._settings.min_size)
         if counters.live < needed:
             message = f"{counters.live} are live and {needed} are needed; "
         else:
             more = self._limiter.inserts_needed(count, self._store.counters("policy"))
             message = (
-                f"{counters.drawn} were drawn of {counters.inserted} inserted, and samples_per_insert="
+                f"{counters.sampled} were drawn of {counters.inserted} inserted, and samples_per_insert="
                 f"{self._settings.samples_per_insert} asks for {more} more inserts first; "
             )
         if counters.dropped_stale:
@@ -241,7 +241,7 @@ class ShardMaintenance:
     ) -> None:
         """interval_s: between two looks at what is to be done."""
         self._store = store
-        self._loops: list[tuple[float, Callable[[], Awaitable[None]]]] = [(interval_s, self._tidy)]
+        self._loops: list[tuple[float, Callable[[], Awaitable[None]]]] = [(interval_s, self._maintain)]
         if settings.fsync == "interval":
             interval_s = settings.fsync_interval_s or DEFAULT_SYNC_INTERVAL_S
             self._loops.append((interval_s, lambda: asyncio.to_thread(store.prepare_sync())))
@@ -270,7 +270,7 @@ class ShardMaintenance:
                 return
             await work()
 
-    async def _tidy(self) -> None:
+    async def _maintain(self) -> None:
         try:
             plan = self._store.maintenance.plan()
             if plan is None:

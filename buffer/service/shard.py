@@ -185,7 +185,7 @@ class BufferStatus:
         for source, counters in self.sources.items():
             if counters.inserted == 0:
                 continue
-            line = f"{counters.live:,} {source} trajectories live of {counters.inserted:,}, {counters.drawn:,} drawn"
+            line = f"{counters.live:,} {source} trajectories live of {counters.inserted:,}, {counters.sampled:,} drawn"
             if counters.replayed:
                 line += f", {counters.replayed:,} drawn again"
             if counters.dropped_stale:
@@ -206,8 +206,8 @@ def _total(counters: list[SourceCounters]) -> SourceCounters:
         inserted=sum(each.inserted for each in counters),
         live=sum(each.live for each in counters),
         removed=dict(sum((Counter(each.removed) for each in counters), Counter())),
-        draws=max(each.draws for each in counters),
-        drawn=sum(each.drawn for each in counters),
+        sample_calls=max(each.sample_calls for each in counters),
+        sampled=sum(each.sampled for each in counters),
         replayed=sum(each.replayed for each in counters),
         last_sample=next((each.last_sample for each in counters if each.last_sample is not None), None),
     )

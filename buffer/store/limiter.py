@@ -43,17 +43,17 @@ class Limiter:
         """Rows that may be drawn now; `sys.maxsize` without a ratio."""
         if self._settings.samples_per_insert is None:
             return sys.maxsize
-        return max(math.floor(self._ratio * policy.inserted - policy.drawn - self._low + _ROUNDING), 0)
+        return max(math.floor(self._ratio * policy.inserted - policy.sampled - self._low + _ROUNDING), 0)
 
     def inserts_needed(self, count: int, policy: SourceCounters) -> int:
         """How many more rows have to come before `count` rows may be drawn."""
         if self.allowance(policy) >= count:
             return 0
-        return math.ceil((self._low + policy.drawn + count - _ROUNDING) / self._ratio) - policy.inserted
+        return math.ceil((self._low + policy.sampled + count - _ROUNDING) / self._ratio) - policy.inserted
 
     def wants_inserts(self, policy: SourceCounters) -> bool:
         """Whether one more row is welcome; if not, actors are to pause (unless a draw waits)."""
-        offered = min(self._ratio * policy.inserted - policy.drawn, self._ratio * policy.live)
+        offered = min(self._ratio * policy.inserted - policy.sampled, self._ratio * policy.live)
         return offered + self._ratio <= self._high + _ROUNDING
 
     def check(self, count: int) -> None:

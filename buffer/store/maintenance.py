@@ -336,7 +336,7 @@ class Maintenance:
             if each.size is not None:
                 num_rows = sum(batch.num_rows for batch in each.batches)
                 uses.append(SegmentUse(each.number, each.size, num_needed[each.number] / max(num_rows, 1)))
-        return worth_rewriting(uses, self._settings.compaction_threshold, shard.segments.room)
+        return worth_rewriting(uses, self._settings.compaction_threshold, shard.segments.capacity_bytes)
 
     def _plan(self, numbers: Sequence[int]) -> RewritePlan:
         table, segments, pinned = self._shard.table, self._shard.segments, self._shard.pinned_rows

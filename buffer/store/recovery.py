@@ -161,7 +161,7 @@ class _Recovery:
                 )
             if len(own):
                 events.append(EventEntry("delete", source=source, rows=own.tobytes()))
-        for key, draw in shard.draws.items():
+        for key, draw in shard.logged_samples.items():
             if np.isin(draw.rows, lost).any():
                 logger.warning("%s: rows of %s are lost; on resume that step draws others", shard.folder, key)
                 events.append(EventEntry("forget", stage=key.stage, step=key.step, source=key.source))
@@ -222,7 +222,7 @@ class _Recovery:
             logger.warning("%s: cut %d bytes of an unfinished insert off its end", path, len(rest))
         end = segments.end_of(number)
         os.truncate(path, end)  # what follows is zeros then
-        os.truncate(path, max(end, segments.room))
+        os.truncate(path, max(end, segments.capacity_bytes))
         segments.map(number)
 
     def _holds_message(self, tail: pa.Buffer, start: int, rest: bytes) -> bool:

@@ -105,7 +105,7 @@ class Segments:
         self.stored: dict[int, Segment] = {}
         self.buffers: list[pa.Buffer] = []
         """What is mapped into memory, by place; empty where nothing is."""
-        self.room = min(settings.segment_bytes, MOST_BYTES)
+        self.capacity_bytes = min(settings.segment_bytes, MOST_BYTES)
         """Bytes that a new file has."""
         self._catalog = catalog
         self._syncs_each_batch = settings.fsync == "batch"
@@ -199,14 +199,14 @@ class Segments:
         self._let_go(self._descriptor, self.end_of(self._number))
 
     def _make_room(self, num_bytes: int) -> None:
-        room, begin = os.fstat(self._descriptor).st_size, self.end_of(self._number)
-        if begin + num_bytes > room and begin > self.header.size:
+        capacity_bytes, begin = os.fstat(self._descriptor).st_size, self.end_of(self._number)
+        if begin + num_bytes > capacity_bytes and begin > self.header.size:
             self._seal(num_bytes)
-            room, begin = os.fstat(self._descriptor).st_size, self.header.size
+            capacity_bytes, begin = os.fstat(self._descriptor).st_size, self.header.size
         end = begin + num_bytes
         if end > MOST_BYTES:
             raise ValueError(f"a batch of {num_bytes:,} bytes is too large for a segment: insert fewer rows at once")
-        if end > room:  # a batch larger than a segment
+        if end > capacity_bytes:  # a batch larger than a segment
             os.ftruncate(self._descriptor, end)
             self.map(self._number)
 
@@ -224,7 +224,7 @@ class Segments:
         new = SegmentEntry(self.take_number(), None)
         path = segment_path(self.folder, new.number)
         try:
-            create_segment(path, self.header, max(self.room, self.header.size + num_bytes))
+            create_segment(path, self.header, max(self.capacity_bytes, self.header.size + num_bytes))
             self._catalog.commit([*sealed, new])
         except OSError:
             path.unlink(missing_ok=True)
@@ -243,11 +243,11 @@ class Segments:
         os.close(descriptor)
 
 
-def create_segment(path: Path, header: pa.Buffer, room: int) -> None:
-    """A new segment of `room` bytes, durable with its name."""
+def create_segment(path: Path, header: pa.Buffer, capacity_bytes: int) -> None:
+    """A new segment of `capacity_bytes` bytes, durable with its name."""
     with path.open("wb") as file:
         file.write(header)
-        file.truncate(max(room, header.size))
+        file.truncate(max(capacity_bytes, header.size))
         file.flush()
         os.fsync(file.fileno())
     sync_folder(path.parent)

@@ -82,8 +82,8 @@ class SourceCounters:
     inserted: int = 0
     live: int = 0
     removed: dict[str, int] = field(default_factory=dict)
-    draws: int = 0
-    drawn: int = 0
+    sample_calls: int = 0
+    sampled: int = 0
     replayed: int = 0
     last_sample: SampleStatistics | None = None
 
@@ -142,7 +142,7 @@ class Shard:
         self.segments = Segments(folder, stored_schema(contract), settings, self.catalog)
         self.gather = Gather(self.table, self.segments)
         self.known = KnownIds(self.table, np.empty(0, np.uint64))
-        self.draws: dict[SampleKey, LoggedSample] = {}
+        self.logged_samples: dict[SampleKey, LoggedSample] = {}
         """Those that no checkpoint covers yet: a learner that goes on from one is given the same rows again."""
         self.counts = {source: SourceCounters(removed=dict.fromkeys(REASONS, 0)) for source in SOURCES}
         self.newest_version = NO_VERSION
@@ -158,7 +158,7 @@ class Shard:
     @property
     def pinned_rows(self) -> Int64:
         """[n] rows of draws that may be repeated, so that their bytes are kept though they may cease to be live."""
-        return np.unique(np.concatenate([NO_ROWS, *(draw.rows for draw in self.draws.values())]))
+        return np.unique(np.concatenate([NO_ROWS, *(draw.rows for draw in self.logged_samples.values())]))
 
     def append(self, batch: pa.RecordBatch, hashes: UInt64, events: Sequence[EventEntry] = ()) -> None:
         """Store validated rows, which are live then. hashes: of their ids. events: committed with them. After an
@@ -235,22 +235,26 @@ class Shard:
         match event.kind:
             case "draw":
                 counts = self.counts[source]
-                counts.draws += key not in self.draws
-                counts.drawn += len(rows)
+                counts.sample_calls += key not in self.logged_samples
+                counts.sampled += len(rows)
                 table.times_sampled[table.slots(rows[table.is_known(rows)])] += 1
-                if key in self.draws:  # an interruption left it incomplete
-                    rows = np.concatenate([self.draws[key].rows, rows])
-                self.draws[key] = LoggedSample(rows, NO_VERSION if version is None else version, event.whole or 0)
+                if key in self.logged_samples:  # an interruption left it incomplete
+                    rows = np.concatenate([self.logged_samples[key].rows, rows])
+                self.logged_samples[key] = LoggedSample(
+                    rows, NO_VERSION if version is None else version, event.whole or 0
+                )
             case "remove":
                 self.counts[source].removed[event.reason or ""] += len(rows)
                 table.remove(rows)
             case "checkpoint":
                 # Stages follow one another, so no other one goes on.
-                self.draws = {
-                    each: draw for each, draw in self.draws.items() if each.stage == key.stage and each.step >= step
+                self.logged_samples = {
+                    each: draw
+                    for each, draw in self.logged_samples.items()
+                    if each.stage == key.stage and each.step >= step
                 }
             case "forget":
-                self.draws.pop(key, None)
+                self.logged_samples.pop(key, None)
             case "reject":
                 self.rejected += len(json.loads(event.ids or "[]"))
             case "priorities":

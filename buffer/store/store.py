@@ -131,7 +131,7 @@ class ReplayStore:
         self.maintenance.delete_unneeded()
         return InsertResult(good.num_rows, checked.rejections, int(known.sum()))
 
-    def draw(self, key: SampleKey, count: int, policy_version: int, whole: int | None = None) -> SampleResult | None:
+    def sample(self, key: SampleKey, count: int, policy_version: int, whole: int | None = None) -> SampleResult | None:
         """The rows that the draw `key` was given before, else `count` distinct live rows of its source, none staler
         than `max_staleness`. Same seed, key and contents: same rows.
 
@@ -163,13 +163,13 @@ class ReplayStore:
             self.maintenance.delete_unneeded()
             return None
         self._note(key, rows, whole)
-        result = self._answer(key, self._shard.draws[key], repeated=False)
+        result = self._answer(key, self._shard.logged_samples[key], repeated=False)
         self.maintenance.delete_unneeded()
         return result
 
     def num_logged(self, key: SampleKey) -> int:
         """Rows that this shard gave to the draw before."""
-        noted = self._shard.draws.get(key)
+        noted = self._shard.logged_samples.get(key)
         return 0 if noted is None else len(noted.rows)
 
     def num_available(self, key: SampleKey, whole: int, policy_version: int) -> int:
@@ -243,7 +243,7 @@ class ReplayStore:
         self._lock.release()
 
     def _noted(self, key: SampleKey, whole: int) -> LoggedSample | None:
-        noted = self._shard.draws.get(key)
+        noted = self._shard.logged_samples.get(key)
         if noted is not None and noted.whole != whole:
             raise ValueError(_other_size(key, noted.whole, whole))
         return noted
@@ -260,7 +260,7 @@ class ReplayStore:
         live = table.live_rows(key.source)
         if noted is None:
             missing, num_given = count, 0
-            has_begun = shard.counts[key.source].draws > 0
+            has_begun = shard.counts[key.source].sample_calls > 0
             least = count if has_begun else max(count, self._settings.min_size)
         else:
             num_given = len(noted.rows)

@@ -139,7 +139,7 @@ def _actors_line(pool: PoolStatus) -> str:
 
 
 def _shard_table(buffer: BufferStatus) -> Table:
-    table = _table(("shard", "state"), ("live", "fill", "inserted", "drawn", "experts", "on disk"))
+    table = _table(("shard", "state"), ("live", "fill", "inserted", "sampled", "experts", "on disk"))
     for index, shard in enumerate(buffer.shards):
         if shard is None:
             table.add_row(str(index), "no answer")
@@ -151,7 +151,7 @@ def _shard_table(buffer: BufferStatus) -> Table:
             f"{policy.live:,}",
             f"{100 * policy.live / shard.capacity:.0f} %",
             f"{policy.inserted:,}",
-            f"{policy.drawn:,}",
+            f"{policy.sampled:,}",
             f"{expert.live:,}",
             f"{shard.store.size_bytes / 2**20:,.1f} MiB",
         )

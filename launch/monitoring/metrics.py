@@ -167,7 +167,7 @@ def _of_shard(name: str, shard: ShardStatus) -> Iterator[Sample]:
             (name, source),
             buffer_live_rows=counters.live,
             buffer_inserted_rows=counters.inserted,
-            buffer_sampled_rows=counters.drawn,
+            buffer_sampled_rows=counters.sampled,
         )
         for reason, count in counters.removed.items():
             yield from _with_labels((name, source, reason), buffer_removed_rows=count)

@@ -53,14 +53,14 @@ def _show(report: AuditReport, limits: SampleLimits, console: Console) -> None:
     reasons = [reason for reason in REASONS if any(each.removed[reason] for each in accounts)]
     table = Table("shard", "source", box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     removed = [f"{'evicted' if reason in EVICTED else 'dropped'}\n{reason}" for reason in reasons]
-    for name in ("inserted", "live", *removed, "drawn"):
+    for name in ("inserted", "live", *removed, "sampled"):
         table.add_column(name, justify="right")
     for each in accounts:
-        numbers = each.inserted, each.live, *(each.removed[reason] for reason in reasons), each.drawn
+        numbers = each.inserted, each.live, *(each.removed[reason] for reason in reasons), each.sampled
         table.add_row(str(each.shard), each.source, *(f"{number:,}" for number in numbers))
     console.print(table)
     given = ", ".join(f"{name} {limit}" for name, limit in vars(limits).items() if limit is not None) or "none"
-    facts = f"{report.num_samples_drawn:,} draws, {report.rejected:,} trajectories rejected on insert; limits: {given}"
+    facts = f"{report.num_samples:,} draws, {report.rejected:,} trajectories rejected on insert; limits: {given}"
     console.print(facts, style="dim")
     if not report.findings:
         console.print("clean: every row is accounted for, no id twice, no draw beyond its limits", style="green")
@@ -85,12 +85,12 @@ def _to_json(report: AuditReport, limits: SampleLimits) -> dict[str, object]:
                 "live": each.live,
                 "evicted": {reason: each.removed[reason] for reason in REASONS if reason in EVICTED},
                 "dropped": {reason: each.removed[reason] for reason in REASONS if reason not in EVICTED},
-                "drawn": each.drawn,
+                "sampled": each.sampled,
             }
             for each in report.accounts
         ],
         "rejected": report.rejected,
-        "draws": report.num_samples_drawn,
+        "samples": report.num_samples,
         "limits": vars(limits),
         "findings": [
             {"shard": finding.shard, "what": finding.what, "ids": list(finding.names)} for finding in report.findings

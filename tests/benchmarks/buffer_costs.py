@@ -62,7 +62,7 @@ def costs_by_size(folder: Path, scales: Sequence[int]) -> dict[str, object]:
             drawn_s = []
             for _ in range(DRAWS):
                 started_s = time.process_time()
-                _draw(store, next(steps))
+                _sample(store, next(steps))
                 drawn_s.append(time.process_time() - started_s)
             sampler_ms[sampler][str(scale)] = round(1e3 * median(drawn_s), 4)
             store.close()
@@ -96,7 +96,7 @@ def _grow(folder: Path, size_bytes: int) -> list[dict[str, float]]:
             store.insert(as_arrow(take(rollouts, inserted, SENT_ROWS)))
             inserted += SENT_ROWS
             if inserted % (64 * SENT_ROWS) == 0:
-                _draw(store, inserted)
+                _sample(store, inserted)
         memory = psutil.Process().memory_info()
         sizes = {
             "disk_mib": store.status().size_bytes,
@@ -141,7 +141,7 @@ def service_rates(folder: Path, num_rows: int) -> dict[str, float]:
             started_s = time.perf_counter()
             for step in range(DRAWS):
                 key = SampleKey("bench", step, "policy")
-                client.draw(SampleRequest(key, DRAWN_ROWS, policy_version=0), ANSWER_TIMEOUT_S)
+                client.sample(SampleRequest(key, DRAWN_ROWS, policy_version=0), ANSWER_TIMEOUT_S)
             rates["sample"] = round(DRAWS * DRAWN_ROWS / (time.perf_counter() - started_s))
             ray.get(service.close.remote(), timeout=ANSWER_TIMEOUT_S)
             ray.kill(service)
@@ -168,8 +168,8 @@ def _open(folder: Path, capacity: int, sampler: str = "uniform") -> ReplayStore:
     return ReplayStore(folder, CONTRACT, BufferSettings.model_validate(settings), seed=0)
 
 
-def _draw(store: ReplayStore, step: int) -> None:
-    assert store.draw(SampleKey("bench", step, "policy"), DRAWN_ROWS, 0) is not None
+def _sample(store: ReplayStore, step: int) -> None:
+    assert store.sample(SampleKey("bench", step, "policy"), DRAWN_ROWS, 0) is not None
     store.checkpointed("bench", step + 1)
 
 

@@ -66,7 +66,7 @@ class OurStore:
     def sample(self, count: int) -> Packed:
         """A logged draw, and after every tenth a checkpoint, as a learner makes them."""
         step = next(self._steps)
-        drawn = self._store.draw(SampleKey("bench", step, "policy"), count, 0)
+        drawn = self._store.sample(SampleKey("bench", step, "policy"), count, 0)
         assert drawn is not None
         if step % 10 == 9:
             self._store.checkpointed("bench", step + 1)

@@ -108,7 +108,7 @@ class LoadSource:
         self._trajectories = trajectories
         self.next = 0
 
-    def draw(self, count: int) -> pa.RecordBatch:
+    def sample(self, count: int) -> pa.RecordBatch:
         """The next `count` trajectories."""
         self.next += count
         return self._trajectories.slice(self.next - count, count)

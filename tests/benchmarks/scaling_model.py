@@ -85,7 +85,7 @@ class _Buffer:
         self._notify()
         return not self._has_demand()
 
-    def draw(self, count: int, version: int) -> Process[Int64]:
+    def sample(self, count: int, version: int) -> Process[Int64]:
         """The staleness of `count` rows, once so many may be drawn.
 
         Raises:
@@ -102,7 +102,7 @@ class _Buffer:
         self.waiting_samples -= 1
         chosen = self._choose(count)
         self._rows["times_sampled"][chosen] += 1
-        self._counts["drawn"] += count
+        self._counts["sampled"] += count
         behind = staleness(version, self._rows["oldest"][chosen])
         if self._settings.max_times_sampled is not None:
             self._remove(self._rows["times_sampled"] >= self._settings.max_times_sampled, "sampled")
@@ -118,7 +118,7 @@ class _Buffer:
             self._remove(stale_rows(self._rows["oldest"], version - settings.max_staleness), "stale")
         if settings.max_age_s is not None:
             self._remove(self._rows["created_s"] < self._env.now - settings.max_age_s, "age")
-        needed = count if self._counts["drawn"] else max(count, settings.min_size)
+        needed = count if self._counts["sampled"] else max(count, settings.min_size)
         if self.num_live < needed:
             return f"{self.num_live} are live and {needed} are needed"
         if self._limiter.allowance(self._traffic()) < count:
@@ -141,7 +141,7 @@ class _Buffer:
             self._rows = self._rows[~gone]
 
     def _traffic(self) -> SourceCounters:
-        return SourceCounters(int(self._counts["inserted"]), self.num_live, drawn=int(self._counts["drawn"]))
+        return SourceCounters(int(self._counts["inserted"]), self.num_live, sampled=int(self._counts["sampled"]))
 
     def _has_demand(self) -> bool:
         return self.waiting_samples > 0 or self._limiter.wants_inserts(self._traffic())
@@ -302,7 +302,7 @@ class _Run:
         step_s = self.plan.times.step_s(stage.batch_size + stage.rollout_batch_size, self._num_ranks)
         while not done():
             began_s = self.env.now
-            self._staleness.append((yield from self.buffer.draw(stage.rollout_batch_size, self.version)))
+            self._staleness.append((yield from self.buffer.sample(stage.rollout_batch_size, self.version)))
             counts["learner waiting"] += self.env.now - began_s
             yield self.env.timeout(step_s)
             counts["learner training"] += step_s
@@ -329,8 +329,8 @@ class _Run:
             "steps_per_s": count["steps"] / elapsed_s,
             "actions_per_s": count["actions"] / elapsed_s,
             "inserts_per_s": count["inserted"] / elapsed_s,
-            "samples_per_s": count["drawn"] / elapsed_s,
-            "samples_per_insert": count["drawn"] / count["inserted"] if count["inserted"] else None,
+            "samples_per_s": count["sampled"] / elapsed_s,
+            "samples_per_insert": count["sampled"] / count["inserted"] if count["inserted"] else None,
             "staleness_mean": float(behind.mean()) if len(behind) else 0.0,
             "staleness_max": int(behind.max(initial=0)),
             "dropped_fraction": count["stale"] / count["inserted"] if count["inserted"] else 0.0,
@@ -340,7 +340,7 @@ class _Run:
             "join_s": join_s,
             "actors_at_end": len(self._actors),
             "inserted": int(self.counts["inserted"]),
-            "drawn": int(self.counts["drawn"]),
+            "sampled": int(self.counts["sampled"]),
             "live": self.buffer.num_live,
             "removed": {reason: int(self.counts[reason]) for reason in REMOVED if self.counts[reason]},
             "failure": self._failure,

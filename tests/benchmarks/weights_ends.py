@@ -139,7 +139,7 @@ class Relay:
         self._actors = actors
         self._taken: list[ray.ObjectRef[Taken]] = []
 
-    def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+    def notify(self, manifest: WeightManifest, handle: WeightHandle) -> None:
         self._taken = [actor.take.remote(manifest, handle) for actor in self._actors]
 
     def newest(self) -> list[ray.ObjectRef[Taken]]:

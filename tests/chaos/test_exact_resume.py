@@ -74,7 +74,7 @@ class ServiceSource:
     run: Callable
     step: int = 0
 
-    def draw(self, count: int) -> pa.RecordBatch:
+    def sample(self, count: int) -> pa.RecordBatch:
         while self.store.next_row < ROWS_BEFORE + ROWS_PER_STEP * self.step:
             made_at = max(self.store.next_row - ROWS_BEFORE, 0) // ROWS_PER_STEP
             version = made_at // STEPS_PER_VERSION
@@ -182,7 +182,7 @@ class KillPoint:
 
 
 POINTS = [
-    KillPoint("before a draw", ReplayStore, "draw", dying_before, (0, STEPS)),
+    KillPoint("before a draw", ReplayStore, "sample", dying_before, (0, STEPS)),
     KillPoint("in the middle of an insert", segments.os, "pwrite", dying_half_way, (2, 80)),
     KillPoint("between segment and catalog", CatalogWriter, "commit", dying_before, (2, 80)),
     KillPoint("between catalog and answer", Gather, "take", dying_before, (0, STEPS)),

@@ -50,7 +50,7 @@ class Watched:
         self._process = process
         self._asked = 0
         self.pool = PoolStatus(0, -1, ())
-        self.drawn = {"policy": 0, "expert": 0}
+        self.sampled = {"policy": 0, "expert": 0}
 
     def wait_for_pool(self, states: dict[str, str], what: str) -> None:
         """Until the members are exactly these, by name."""
@@ -70,7 +70,7 @@ class Watched:
         assert status.pool is not None
         assert status.buffer is not None
         self.pool = status.pool
-        self.drawn = {source: counters.drawn for source, counters in status.buffer.sources.items()}
+        self.sampled = {source: counters.sampled for source, counters in status.buffer.sources.items()}
 
 
 def test_actors_come_go_and_die_while_the_learner_trains(tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_actors_come_go_and_die_while_the_learner_trains(tmp_path: Path) -> None
         process.wait_until(lambda: len(process.processes("RolloutActor")) == 1, SCALE_TIMEOUT_S, "its process to end")
         run.wait_for_steps(10)
         run.ask()
-        assert run.drawn["policy"] > 0
-        assert run.drawn["expert"] > 0
+        assert run.sampled["policy"] > 0
+        assert run.sampled["expert"] > 0
 
         process.terminate()
         assert process.wait(SCALE_TIMEOUT_S) == 75, process.printed()

@@ -55,7 +55,7 @@ def main(folder: Path, num_inserts: int) -> None:
         assert store.insert(batch_of([numbered_row(number, version) for number in numbers])).accepted == len(numbers)
         os.pwrite(acknowledged, struct.pack("<q", store.next_row), 0)
         for source in ("policy", "expert"):
-            store.draw(SampleKey("stage", step, source), 3, version)
+            store.sample(SampleKey("stage", step, source), 3, version)
         if step % 7 == 0:
             store.checkpointed("stage", step + 1)
         if (plan := store.maintenance.plan()) is not None:

@@ -34,7 +34,7 @@ class RankGroupWorker:
 
     def load(self, publication: Publication) -> None:
         """Bring all ranks to these weights."""
-        self._group.take_weights(*publication)
+        self._group.load_weights(*publication)
 
     def generate(
         self,

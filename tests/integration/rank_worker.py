@@ -233,7 +233,7 @@ def own_mistakes(ranks: Ranks, policy: TreePolicy) -> Tensor:
     examples = pa.table({"prompt_ids": [[7]] * FITTED_LOGS, "target_ids": targets})
     noise = NoiseSettings(kind="policy", rate=0.5)
     stream = ExpertStream(examples, task="random", noise=noise, contract=CONTRACT, seed=0)
-    batch = Demonstrations(policy, stream, TREES, ranks, seed=ranks.rank).draw(FITTED_LOGS)
+    batch = Demonstrations(policy, stream, TREES, ranks, seed=ranks.rank).sample(FITTED_LOGS)
     drawn = zlib.crc32(repr(batch.column("executed").to_pylist()).encode())
     assert ranks.sum_vector(torch.tensor([drawn])).tolist() == [ranks.size * drawn], "ranks hold other demonstrations"
     return torch.tensor(batch.column("actions").flatten().to_pylist())
@@ -314,7 +314,7 @@ class FailingSource:
         self._error = error
         self._draws = 0
 
-    def draw(self, count: int) -> pa.RecordBatch:
+    def sample(self, count: int) -> pa.RecordBatch:
         self._draws += 1
         if self._draws > 1:
             raise self._error
@@ -326,10 +326,10 @@ def failing_draws(ranks: Ranks, folder: Path) -> None:
     told = []
     for error in (StopRequestedError(), TimeoutError("no rollouts came")):
         source = SharedBatchSource(ranks, FailingSource(error) if ranks.leads else None, lambda: False)
-        assert source.draw(3).equals(random_trajectories("expert", 3, seed=1))
-        told.append(_error_of(source.draw, 3))
+        assert source.sample(3).equals(random_trajectories("expert", 3, seed=1))
+        told.append(_error_of(source.sample, 3))
     asked = SharedBatchSource(ranks, RandomTrajectories("expert") if ranks.leads else None, lambda: True)
-    told.append(_error_of(asked.draw, 3))
+    told.append(_error_of(asked.sample, 3))
     (folder / f"draws {ranks.rank}.txt").write_text("\n".join(told))
 
 

@@ -87,7 +87,7 @@ def writer_of(shards, number=0, **changes):
 def stored_ids(folder, index):
     """Ids of all rows of a shard, read from its segment files after it has ended."""
     store = ReplayStore(shard_folder(folder, index), CONTRACT, shard_settings(settings_of(), index), seed=0)
-    drawn = store.draw(fresh_key(), store.num_live("policy"), store.newest_version)
+    drawn = store.sample(fresh_key(), store.num_live("policy"), store.newest_version)
     store.close()
     return ids_of(drawn.batch)
 
@@ -104,15 +104,15 @@ def test_writers_take_turns_and_draws_are_in_proportion(start):
     other.insert(numbered(100, 60))
     other.settle()
     source = source_of(buffer.shards)
-    batch = source.draw(12)
+    batch = source.sample(12)
     assert Counter(int(id_) >= 10 and (int(id_) >= 100 or int(id_) // 10 % 2 == 1) for id_ in ids_of(batch)) == {
         False: 3,
         True: 9,
     }
     assert len(source.staleness) == 12
     source.seek(0, first_version=0)
-    assert source.draw(12).equals(batch)
-    assert statuses(buffer).sources["policy"].drawn == 12
+    assert source.sample(12).equals(batch)
+    assert statuses(buffer).sources["policy"].sampled == 12
     assert [shard.handle for shard in find_buffer(2).shards] == [shard.handle for shard in buffer.shards]
     assert find_buffer(3) is None
 
@@ -122,7 +122,7 @@ def test_rows_travel_both_ways_and_a_draw_waits_in_the_shard(start):
     writer = writer_of(buffer.shards)
     batch = numbered(0, 300)
     with ThreadPoolExecutor(1) as threads:
-        drawing = threads.submit(source_of(buffer.shards).draw, 400)
+        drawing = threads.submit(source_of(buffer.shards).sample, 400)
         writer.insert(batch)
         writer.settle()
         wait_until(lambda: statuses(buffer).waiting_samples == 1, TIMEOUT_S, "the draw to wait")
@@ -204,7 +204,7 @@ def test_shards_that_pause_are_passed_over_and_all_of_them_hold_the_writer_back(
     assert live_after(30, 4) == [10, 10]
     assert writer.throttled()
     assert sum(live_after(40, 2)) == 22, "what is finished has to go somewhere"
-    source_of(buffer.shards).draw(14)
+    source_of(buffer.shards).sample(14)
     wait_until(lambda: not writer.throttled(), TIMEOUT_S, "the draw to lift the pause")
 
 
@@ -247,7 +247,7 @@ def test_a_shard_that_is_killed_twice_comes_back_and_nothing_is_lost_or_doubled(
     def sample_some(seconds):
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            drawn.append(source.draw(8))
+            drawn.append(source.sample(8))
 
     sample_some(0.5)
     for _ in range(2):
@@ -268,7 +268,7 @@ def test_a_shard_that_is_killed_twice_comes_back_and_nothing_is_lost_or_doubled(
     source.seek(0, first_version=0)
     for step, batch in enumerate(drawn):
         assert len(set(ids_of(batch))) == 8
-        assert source.draw(8).equals(batch), step
+        assert source.sample(8).equals(batch), step
     status = statuses(buffer)
     assert status.sources["policy"].inserted == sum(sent for _, sent, _, _ in ends)
     buffer.close()
@@ -288,7 +288,7 @@ def test_a_shard_that_cannot_come_back_is_named(start, tmp_path):
     with pytest.raises(ProcessLostError, match=r"shard 1 of the replay buffer could not start: .*catalog"):
         statuses(buffer)
     with pytest.raises(BufferLostError, match=LOST):
-        source_of(buffer.shards).draw(4)
+        source_of(buffer.shards).sample(4)
     writer.insert(numbered(10, 10))
     with pytest.raises(BufferLostError, match=LOST):
         writer.settle()
@@ -325,10 +325,10 @@ def test_priorities_reach_the_shard_of_each_row(start):
         writer.insert(numbered(first, 25))
     writer.settle()
     source = source_of(buffer.shards)
-    ids = ids_of(source.draw(100))
+    ids = ids_of(source.sample(100))
     wanted = {"3", "30", "33", "70"}  # two of each shard
     source.report_priorities(np.where(np.isin(ids, list(wanted)), 1.0, 0.0).astype(np.float32))
-    assert set(ids_of(source.draw(4))) == wanted
+    assert set(ids_of(source.sample(4))) == wanted
 
 
 def test_live_rows_over_flight_also_after_a_kill_and_not_after_the_end(start, tmp_path, monkeypatch):
@@ -372,11 +372,11 @@ def test_a_stop_ends_a_draw_that_waits(start):
     timer = threading.Timer(0.3, asked.set)
     timer.start()
     with pytest.raises(StopRequestedError):
-        source_of(buffer.shards, stop=asked.is_set).draw(4)
+        source_of(buffer.shards, stop=asked.is_set).sample(4)
     with pytest.raises(TimeoutError, match="from 2 shards: shard 0: 0 are live"):
-        source_of(buffer.shards, timeout_s=0.2).draw(4)
+        source_of(buffer.shards, timeout_s=0.2).sample(4)
     with pytest.raises(TimeoutError, match="0 are live and 4 are needed"):
-        source_of(buffer.shards[:1], timeout_s=0.2).draw(4)
+        source_of(buffer.shards[:1], timeout_s=0.2).sample(4)
 
 
 def test_a_run_folder_that_a_node_does_not_see_is_refused(tmp_path):

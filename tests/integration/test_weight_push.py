@@ -117,11 +117,11 @@ class Push:
     ) -> None:
         wait_until(lambda: condition(self.status()), timeout_s, lambda: f"{what}; the pool: {self.status()}")
 
-    def draw(self, count: int, version: int) -> list[dict[str, object]]:
+    def sample(self, count: int, version: int) -> list[dict[str, object]]:
         """`count` rows, drawn anew."""
         self._draws += 1
         key = SampleKey("stage", self._draws, "policy")
-        (drawn,) = self.client.draw(SampleRequest(key, count, version), START_TIMEOUT_S)
+        (drawn,) = self.client.sample(SampleRequest(key, count, version), START_TIMEOUT_S)
         assert drawn is not None
         rows: list[dict[str, object]] = drawn.batch.to_pylist()
         return rows
@@ -131,7 +131,9 @@ class Push:
         found: dict[str, dict[str, object]] = {}
 
         def are_there(status: PoolStatus) -> bool:
-            found.update((row["id"], row) for row in self.draw(count, version) if row["policy_version"][-1] == version)
+            found.update(
+                (row["id"], row) for row in self.sample(count, version) if row["policy_version"][-1] == version
+            )
             return len(found) >= count
 
         self.wait_until(are_there, f"rollouts of version {version}")
@@ -282,7 +284,7 @@ def push_wrong_weights(push: Push, model: PreTrainedModel) -> None:
     assert "at token 4" in reason
     push.wait_until(lambda status: status.failure is not None, "the pool to give up")
     assert "failed 3 times in a row" in str(push.status().failure)
-    assert max(version for row in push.draw(ROWS, 4) for version in row["policy_version"]) <= 4
+    assert max(version for row in push.sample(ROWS, 4) for version in row["policy_version"]) <= 4
 
 
 def version_of(status: PoolStatus) -> int:
@@ -303,7 +305,7 @@ def failure_after(push: Push, manifest: WeightManifest, payload: WeightPayload) 
     """Announce it, wait for the actor that loads it to fail; gives the reason that the pool tells."""
     before = len(failures(push.status()))
     handle = WeightSender().publish(payload)
-    ray.get(push.pool.announce.remote(manifest, handle), timeout=ANSWER_TIMEOUT_S)
+    ray.get(push.pool.notify.remote(manifest, handle), timeout=ANSWER_TIMEOUT_S)
     push.wait_until(lambda status: len(failures(status)) > before, f"version {manifest.version} to be refused")
     # The successor must meet the next publication, so that this object may go.
     reason = failures(push.status())[before]
@@ -325,7 +327,7 @@ def test_publishing_is_a_snapshot() -> None:
         def __init__(self) -> None:
             self.payload: WeightPayload = {}
 
-        def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+        def notify(self, manifest: WeightManifest, handle: WeightHandle) -> None:
             self.payload = {name: array.copy() for name, array in WeightReceiver().fetch(handle).items()}
 
         def received(self) -> WeightPayload:
@@ -350,7 +352,7 @@ def test_frozen_tensors_travel_once() -> None:
         def __init__(self) -> None:
             self.handles: list[WeightHandle] = []
 
-        def announce(self, manifest: WeightManifest, handle: WeightHandle) -> None:
+        def notify(self, manifest: WeightManifest, handle: WeightHandle) -> None:
             self.handles.append(handle)
 
         def static(self) -> list[str | None]:

@@ -101,7 +101,7 @@ def test_rows_get_reward_and_features_in_the_order_of_the_recipe(task):
     settings = ScoringSettings.model_validate(
         {"reward": {"name": "length"}, "features": {"z": {"name": "word", "word": "13"}, "a": {"name": "length"}}}
     )
-    scored, dropped = score(task, settings, HandMadeRollouts(task).draw(3))  # 13, 7 and 6, all with <eos>
+    scored, dropped = score(task, settings, HandMadeRollouts(task).sample(3))  # 13, 7 and 6, all with <eos>
     assert dropped == {}
     assert scored.schema.equals(trajectory_schema(task.contract()), check_metadata=True)
     assert validate(scored, task.contract()).rejections == ()
@@ -112,7 +112,7 @@ def test_rows_get_reward_and_features_in_the_order_of_the_recipe(task):
 def test_an_exact_answer_is_what_evaluation_calls_right(task):
     """By the task's own check; an answer that was cut off is not right."""
     right = [list(row["target_ids"]) for row in task.train.select(range(3))]
-    rows = HandMadeRollouts(task).draw(3).to_pylist()
+    rows = HandMadeRollouts(task).sample(3).to_pylist()
     trajectories = [right[0], right[1][:-1], right[0]]  # right, without <eos>, right for another question
     for row, actions in zip(rows, trajectories, strict=True):
         row |= {"actions": actions, "logprobs": [-1.0] * len(actions), "policy_version": [0] * len(actions)}
@@ -133,14 +133,14 @@ def test_an_exact_answer_is_what_evaluation_calls_right(task):
 )
 def test_rollouts_that_have_no_number_are_dropped_with_the_reason(task, name, kept, reason):
     settings = ScoringSettings(reward=custom(name))
-    scored, dropped = score(task, settings, HandMadeRollouts(task).draw(3))
+    scored, dropped = score(task, settings, HandMadeRollouts(task).sample(3))
     assert scored.column("id").to_pylist() == kept
     assert dropped["a/1"] == reason
     assert len(dropped) + len(kept) == 3
 
 
 def test_a_number_that_is_none_and_a_wrong_count(task):
-    rollouts = HandMadeRollouts(task, answers=("46", "1")).draw(2)
+    rollouts = HandMadeRollouts(task, answers=("46", "1")).sample(2)
     scored, dropped = score(task, ScoringSettings(reward=custom("Picky")), rollouts)
     assert dropped == {"a/0": f"reward ({__name__}:Picky) is nan"}
     assert scored.column("reward").to_pylist() == [1]
@@ -153,7 +153,7 @@ def test_a_scorer_that_does_not_return_is_named_and_not_asked_again(task):
     settings = ScoringSettings(features={"f": custom("Hanging")}, timeout_s=0.1)
     try:
         with pytest.raises(TimeoutError, match=r"feature f \(.*:Hanging\) did not return within .*=0\.1 for 3"):
-            score(task, settings, HandMadeRollouts(task).draw(3))
+            score(task, settings, HandMadeRollouts(task).sample(3))
     finally:
         RELEASED.set()
 

@@ -48,7 +48,7 @@ def test_all_trainers_get_the_same_tokens_and_prompts_are_shared():
     load = make_load(**SIZES)
     source = LoadSource(load.trajectories(64))
     for step in range(2):
-        texts = [row["prompt_ids"] + row["actions"] for row in source.draw(16).to_pylist()]
+        texts = [row["prompt_ids"] + row["actions"] for row in source.sample(16).to_pylist()]
         assert texts == load.ids.reshape(2, 16, 12)[step].tolist()
     assert len({tuple(text[:6]) for text in load.ids}) == 4
     assert len({tuple(text) for text in load.ids}) == 32

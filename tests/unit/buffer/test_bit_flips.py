@@ -39,7 +39,7 @@ def pristine(tmp_path_factory):
             rows |= {row["id"]: row for row in each.to_pylist()}
         if number % 2:
             key = fresh_key()
-            store.draw(key, 4, number // 2)
+            store.sample(key, 4, number // 2)
             store.checkpointed(key.stage, key.step)
     store.close()
     copy = shutil.copytree(folder, folder.with_name("copy"))

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for first in range(0, 12, 3):
             rows = [row(f"{shard}-{number}", reward=1.0) for number in range(first, first + 3)]
             store.insert(batch_of([{**each, "actions": [5, contract.backspace_id, 6]} for each in rows], contract))
-            assert store.draw(fresh_key(), 2, 0) is not None
+            assert store.sample(fresh_key(), 2, 0) is not None
         store.close()
     return folder
 

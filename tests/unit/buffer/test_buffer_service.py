@@ -209,7 +209,7 @@ def test_a_waiting_draw_that_is_asked_for_twice_is_drawn_once(tmp_path):
         again = await started(draw(service, 4, 0, key=key))
         await service.insert(numbered(0, 20))
         assert ids_of(await left) == ids_of(await again)
-        assert (await service.status()).store.sources["policy"].drawn == 4
+        assert (await service.status()).store.sources["policy"].sampled == 4
 
     run_with_service(tmp_path, scenario)
 

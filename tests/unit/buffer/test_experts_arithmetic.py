@@ -88,13 +88,13 @@ def test_task_is_disjoint_and_complete() -> None:
         assert task.is_correct(answer, example)
         assert not task.is_correct(answer + "0", example)
         base = int(example["question"].split()[2].rstrip(","))
-        drawn = task.task_noise.draw(np.full(500, example["noise_group"]), np.random.default_rng(0))
+        drawn = task.task_noise.sample(np.full(500, example["noise_group"]), np.random.default_rng(0))
         assert set(task.tokenizer.decode(drawn)) == set("0123456789abcdef"[:base])
 
 
 def test_random_noise_is_every_ordinary_token() -> None:
     task = load_task(SMALL)
-    drawn = task.random_noise.draw(np.zeros(5000, dtype=np.int64), np.random.default_rng(0))
+    drawn = task.random_noise.sample(np.zeros(5000, dtype=np.int64), np.random.default_rng(0))
     assert set(drawn.tolist()) == set(range(4, 4 + len(ALPHABET)))
 
 

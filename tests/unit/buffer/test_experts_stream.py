@@ -41,17 +41,17 @@ def rows(batches: list[pa.RecordBatch]) -> list[dict[str, object]]:
 @given(st.lists(st.integers(0, 45), min_size=1, max_size=6), st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_a_stream_does_not_depend_on_how_it_is_drawn_or_interrupted(task: Task, counts: list[int], stop: int) -> None:
-    whole = rows([stream(task).draw(sum(counts))])
+    whole = rows([stream(task).sample(sum(counts))])
     first = stream(task)
-    parts = [first.draw(count) for count in counts[:stop]]
+    parts = [first.sample(count) for count in counts[:stop]]
     resumed = stream(task)
     resumed.load_state(json.loads(json.dumps(first.state())))
-    parts += [resumed.draw(count) for count in counts[stop:]]
+    parts += [resumed.sample(count) for count in counts[stop:]]
     assert rows(parts) == whole
 
 
 def test_rows_keep_the_contract(task: Task) -> None:
-    batch = stream(task, rate=0.5).draw(100)
+    batch = stream(task, rate=0.5).sample(100)
     assert batch.schema.equals(trajectory_schema(task.contract()), check_metadata=True)
     batch.validate(full=True)
     assert len(set(batch.column("id").to_pylist())) == 100
@@ -73,7 +73,7 @@ def test_every_epoch_holds_every_clean_answer_once(task: Task, kind: str, rate: 
     source = stream(task, kind=kind, rate=rate)
     orders = []
     for _ in range(2):
-        batch = source.draw(NUM_EXAMPLES)
+        batch = source.sample(NUM_EXAMPLES)
         trajectories = TrajectoryArrays.from_batch(batch)
         answers = Ragged(*final_token_ids(trajectories, replay(trajectories, task.backspace_id), task.backspace_id))
         drawn = list(zip(batch.column("prompt_ids").to_pylist(), answers.to_arrow().to_pylist(), strict=True))
@@ -86,7 +86,7 @@ def test_every_epoch_holds_every_clean_answer_once(task: Task, kind: str, rate: 
 
 def test_rate_and_kind_of_the_injected_tokens(task: Task) -> None:
     rate, count = 0.4, 60 * NUM_EXAMPLES
-    batch = stream(task, kind="task", rate=rate).draw(count)
+    batch = stream(task, kind="task", rate=rate).sample(count)
     trajectories = TrajectoryArrays.from_batch(batch)
     is_five = np.array(["In base 5," in task.tokenizer.decode(ids) for ids in batch.column("prompt_ids").to_pylist()])
     base = np.repeat(np.where(is_five, 5, 10), trajectories.lengths)
@@ -107,8 +107,8 @@ def test_noise_is_fresh_every_epoch_and_differs_between_seeds(task: Task) -> Non
         return {tuple(row["prompt_ids"]): row["executed"] for row in batch.to_pylist()}
 
     source = stream(task, rate=0.5)
-    first, second = noise_of(source.draw(NUM_EXAMPLES)), noise_of(source.draw(NUM_EXAMPLES))
-    other = noise_of(stream(task, seed=1, rate=0.5).draw(NUM_EXAMPLES))
+    first, second = noise_of(source.sample(NUM_EXAMPLES)), noise_of(source.sample(NUM_EXAMPLES))
+    other = noise_of(stream(task, seed=1, rate=0.5).sample(NUM_EXAMPLES))
     assert first.keys() == second.keys() == other.keys()
     assert first != second
     assert first != other
@@ -124,7 +124,7 @@ def test_policy_noise_is_planned_here_and_drawn_elsewhere(task: Task) -> None:
         actor="actor-7",
     )
     with pytest.raises(ValueError, match="the actors draw the tokens"):
-        source.draw(4)
+        source.sample(4)
     plan = source.plan(20)
     prefixes = plan.prefixes()
     assert prefixes.num_rows == len(plan.positions) > 0
@@ -168,12 +168,12 @@ def test_contract_of_other_tokens_is_refused(task: Task) -> None:
 @settings(max_examples=25, deadline=None)
 def test_prompts_are_seeded_and_cover_every_epoch(task: Task, counts: list[int]) -> None:
     source = PromptStream(task.train, seed=5)
-    drawn = [source.draw(count) for count in counts]
+    drawn = [source.sample(count) for count in counts]
     assert [batch.num_rows for batch in drawn] == counts
     prompts = [prompt.tolist() for batch in drawn for prompt in batch.rows()]
     for start in range(0, len(prompts) - NUM_EXAMPLES + 1, NUM_EXAMPLES):
         assert sorted(prompts[start : start + NUM_EXAMPLES]) == sorted(task.train["prompt_ids"])
-    whole, other = (PromptStream(task.example_table(), seed).draw(sum(counts) + 40) for seed in (5, 6))
+    whole, other = (PromptStream(task.example_table(), seed).sample(sum(counts) + 40) for seed in (5, 6))
     assert [prompt.tolist() for prompt in whole.rows()][: len(prompts)] == prompts
     assert whole.values.tolist() != other.values.tolist()
 
@@ -182,7 +182,7 @@ def test_a_task_passes_between_processes(task: Task) -> None:
     received = pickle.loads(pickle.dumps(task))
     assert received.contract() == task.contract()
     original, copy = (t.expert_stream(NoiseSettings(), t.contract(), seed=0) for t in (task, received))
-    assert rows([copy.draw(50)]) == rows([original.draw(50)])
+    assert rows([copy.sample(50)]) == rows([original.sample(50)])
     assert received.is_correct("12", {"answer": "12"})
 
 

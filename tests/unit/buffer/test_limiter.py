@@ -13,8 +13,8 @@ from buffer.store.shard import SourceCounters
 LARGE = 10_000
 
 
-def rows(inserted, drawn, live):
-    return SourceCounters(inserted=inserted, drawn=drawn, live=live)
+def rows(inserted, sampled, live):
+    return SourceCounters(inserted=inserted, sampled=sampled, live=live)
 
 
 def limiter(**changes):
@@ -33,33 +33,33 @@ def test_bounds_hold_and_one_side_can_always_go_on(ratio, min_size, count, spare
     tolerance = (count + ratio) / 2 + spare
     chosen = limiter(samples_per_insert=ratio, samples_per_insert_tolerance=tolerance, min_size=min_size)
     chosen.check(count)
-    inserted = drawn = 0
+    inserted = sampled = 0
     for actors_turn in turns:
-        traffic = rows(inserted, drawn, live=inserted)
+        traffic = rows(inserted, sampled, live=inserted)
         can_insert, can_sample = chosen.wants_inserts(traffic), chosen.allowance(traffic) >= count
         assert can_insert or can_sample
         assert can_insert or inserted >= min_size, "the first draw is not kept from its rows"
         if can_insert and (actors_turn or not can_sample):
             inserted += 1
         else:
-            drawn += count
-        balance = ratio * (inserted - min_size) - drawn
+            sampled += count
+        balance = ratio * (inserted - min_size) - sampled
         assert balance <= tolerance + 1e-9
-        assert balance >= -tolerance - 1e-9 or drawn == 0  # below before the first draw, for want of rows
+        assert balance >= -tolerance - 1e-9 or sampled == 0  # below before the first draw, for want of rows
 
 
 @given(
     ratio=st.sampled_from([0.3, 1.0, 2.5]),
     count=st.integers(1, 50),
     inserted=st.integers(0, 99),
-    drawn=st.integers(0, 99),
+    sampled=st.integers(0, 99),
 )
-def test_as_many_inserts_as_it_says_are_needed(ratio, count, inserted, drawn):
+def test_as_many_inserts_as_it_says_are_needed(ratio, count, inserted, sampled):
     chosen = limiter(samples_per_insert=ratio, samples_per_insert_tolerance=30.0, min_size=5)
-    needed = chosen.inserts_needed(count, rows(inserted, drawn, inserted))
-    assert chosen.allowance(rows(inserted + needed, drawn, inserted)) >= count
+    needed = chosen.inserts_needed(count, rows(inserted, sampled, inserted))
+    assert chosen.allowance(rows(inserted + needed, sampled, inserted)) >= count
     assume(needed)
-    assert chosen.allowance(rows(inserted + needed - 1, drawn, inserted)) < count
+    assert chosen.allowance(rows(inserted + needed - 1, sampled, inserted)) < count
 
 
 def test_a_tolerance_with_no_room_for_a_draw_is_refused_with_the_smallest_that_has():

@@ -96,7 +96,7 @@ def test_candidates_are_drawn_with_their_chances_within_their_group() -> None:
         [np.array([4, 5, 6], np.int32), np.array([5, 7], np.int32)], [np.array([1.0, 0.0, 3.0]), np.array([1.0, 1.0])]
     )
     groups = np.tile(np.array([0, 1, 1, 0]), 25_000)
-    tokens = candidates.draw(groups, np.random.default_rng(1))
+    tokens = candidates.sample(groups, np.random.default_rng(1))
     for group, chances in ((0, {4: 0.25, 6: 0.75}), (1, {5: 0.5, 7: 0.5})):
         of_group = tokens[groups == group]
         ids, counts = np.unique(of_group, return_counts=True)
@@ -114,7 +114,7 @@ class _LastDouble(np.random.Generator):
 
 def test_a_draw_that_rounds_up_stays_in_its_group() -> None:
     candidates = NoiseCandidates.uniform([np.array([4], np.int32), np.array([5, 6], np.int32), np.array([7], np.int32)])
-    tokens = candidates.draw(np.array([0, 1, 2]), _LastDouble(np.random.PCG64(0)))
+    tokens = candidates.sample(np.array([0, 1, 2]), _LastDouble(np.random.PCG64(0)))
     assert tokens.tolist() == [4, 6, 7]
 
 

@@ -23,7 +23,7 @@ def sound(tmp_path_factory) -> Path:
     while store.status().sealed_segments < 1:
         number = store.next_row
         store.insert(batch_of([row(f"p{number}"), expert_row(f"e{number}"), row(f"q{number}")]))
-    store.draw(SampleKey("s", 0, "policy"), 1, 0)
+    store.sample(SampleKey("s", 0, "policy"), 1, 0)
     store.checkpointed("s", 1)
     store.insert(numbered(5000, 2))
     store.close()

@@ -120,7 +120,7 @@ def test_no_logs_and_only_empty_logs():
 
 
 @st.composite
-def random_trajectories(draw: st.DrawFn) -> list[Log]:
+def random_trajectories(draw: st.SampleFn) -> list[Log]:
     tokens = st.integers(3, VOCAB - 1)
     moves = st.lists(st.tuples(st.booleans(), tokens, st.none() | tokens), max_size=14)
     trajectories = []

@@ -12,7 +12,7 @@ from tests.trajectories import ids_of, numbered
 
 
 def sampled_ids(store, step, count):
-    result = store.draw(SampleKey("s", step, "policy"), count, 0)
+    result = store.sample(SampleKey("s", step, "policy"), count, 0)
     return None if result is None else ids_of(result.batch)
 
 
@@ -27,7 +27,7 @@ def test_a_queue_gives_everything_once_and_in_order_also_over_a_crash(tmp_path):
         assert sampled_ids(store, step, 2) == given[-1], "a repeated draw"
     assert [name for pair in given for name in pair] == [str(number) for number in range(12)]
     counters = store.status().sources["policy"]
-    assert (counters.live, counters.removed, counters.drawn) == (6, {"sampled": 12}, 12)
+    assert (counters.live, counters.removed, counters.sampled) == (6, {"sampled": 12}, 12)
     assert sampled_ids(store, 6, 7) is None
 
 

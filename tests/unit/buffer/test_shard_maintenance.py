@@ -46,7 +46,7 @@ def fill(store):
     for first in range(0, 160, 2):
         store.insert(numbered(first, 1, version=0))
         store.insert(numbered(first + 1, 1, version=9))
-    assert store.draw(fresh_key(), 1, 9) is not None
+    assert store.sample(fresh_key(), 1, 9) is not None
     assert store.num_live("policy") == 80
 
 
@@ -67,15 +67,15 @@ def test_segments_are_rewritten_while_inserts_and_draws_go_on(tmp_path, monkeypa
     async def scenario(store, maintenance):
         fill(store)
         key = fresh_key()
-        before = store.draw(key, 15, 9)
+        before = store.sample(key, 15, 9)
         maintenance.ensure()
         await until(running.is_set)
         size_bytes = store.status().size_bytes
         store.insert(numbered(300, 10, version=9))
-        assert store.draw(fresh_key(), 20, 9) is not None
+        assert store.sample(fresh_key(), 20, 9) is not None
         go_on.set()
         await until(lambda: store.status().size_bytes < 0.7 * size_bytes)
-        assert ids_of(store.draw(key, 15, 9).batch) == ids_of(before.batch)
+        assert ids_of(store.sample(key, 15, 9).batch) == ids_of(before.batch)
 
     run_with_maintenance(tmp_path, scenario, **SPARSE)
     store = ReplayStore(tmp_path, CONTRACT, BufferSettings(min_size=1, **SPARSE), seed=0)
@@ -129,7 +129,7 @@ def test_a_rewriting_that_fails_is_told_and_nothing_is_lost(tmp_path, monkeypatc
         await until(lambda: store.status().maintenance_error is not None)
         assert "no space left" in store.status().maintenance_error
         maintenance.ensure()  # not for the callers to fail
-        assert store.draw(fresh_key(), 20, 9) is not None
+        assert store.sample(fresh_key(), 20, 9) is not None
 
     run_with_maintenance(tmp_path, scenario, **SPARSE)
 

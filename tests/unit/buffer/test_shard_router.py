@@ -45,7 +45,7 @@ async def draw(shards, count, version=0, key=KEY, timeout_s=20.0, first_version=
 
 
 async def drawn_by_each(services):
-    return [(await service.status()).store.sources["policy"].drawn for service in services]
+    return [(await service.status()).store.sources["policy"].sampled for service in services]
 
 
 async def started(coroutine):
@@ -70,9 +70,9 @@ class DyingShard:
     def __getattr__(self, name):
         return getattr(self.service, name)
 
-    async def take(self, *arguments):
+    async def sample(self, *arguments):
         if self.takes_first:
-            await self.service.take(*arguments)
+            await self.service.sample(*arguments)
         raise ShardLostError
 
 
@@ -132,9 +132,9 @@ def test_a_shard_that_logged_its_part_gives_the_rest_where_the_other_cannot(tmp_
         await services[1].insert(numbered(100, 20, version=3))
 
         class Late(DyingShard):
-            async def take(self, *arguments):
+            async def sample(self, *arguments):
                 await self.service.insert(numbered(200, 1, version=9))
-                return await self.service.take(*arguments)
+                return await self.service.sample(*arguments)
 
         parts = await draw([services[0], Late(services[1], takes_first=True)], 8, version=5)
         assert [len(part) for part in parts] in ([7, 1], [8, 0])

@@ -57,7 +57,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.newest = -1
         self.first_version = 0
         self.next_step = 0
-        self.num_samples_drawn = Counter()
+        self.num_samples = Counter()
         self.num_sampled = Counter()
         self.drawn: dict[SampleKey, list[int]] = {}  # rows of what no checkpoint covers
         self.whole: dict[SampleKey, int] = {}
@@ -131,21 +131,21 @@ class StoreMachine(RuleBasedStateMachine):
         self.evict()
 
     @rule(source=st.sampled_from(SOURCES), version=st.integers(0, 8), count=st.integers(1, 12))
-    def draw(self, source, version, count):
+    def sample(self, source, version, count):
         if count > self.capacity:
             return
         key = SampleKey("stage", self.next_step, source)
-        result = self.store.draw(key, count, version)
+        result = self.store.sample(key, count, version)
         self.drop_stale(version)
         assert (result is None) == (len(self.live(source)) < count)
         if result is not None:
             assert (result.policy_version, result.repeated) == (self.newest, False)
             self.next_step += 1
-            self.num_samples_drawn[source] += 1
+            self.num_samples[source] += 1
             self.drawn[key], self.whole[key] = [], count
-            self.take(key, result, count)
+            self.check(key, result, count)
 
-    def take(self, key, result, count):
+    def check(self, key, result, count):
         rows = result.rows.tolist()
         assert ids_of(result.batch) == [self.rows[number].id for number in rows]
         assert len(set(rows)) == len(rows) == count
@@ -165,7 +165,7 @@ class StoreMachine(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(list(self.drawn)))
         rows = self.drawn[key]
         if len(rows) <= self.capacity:
-            result = self.store.draw(key, len(rows), 1000, self.whole[key])
+            result = self.store.sample(key, len(rows), 1000, self.whole[key])
             assert result.repeated
             assert result.rows.tolist() == rows
             assert ids_of(result.batch) == [self.rows[number].id for number in rows]
@@ -177,7 +177,7 @@ class StoreMachine(RuleBasedStateMachine):
             count += part
             if count > self.capacity:
                 break
-            result = self.store.draw(key, count, 0, whole=20)
+            result = self.store.sample(key, count, 0, whole=20)
             self.drop_stale(0)
             already = self.drawn.get(key, [])
             available = sum(number not in already for number, each in enumerate(self.rows) if each in self.live(source))
@@ -186,9 +186,9 @@ class StoreMachine(RuleBasedStateMachine):
                 break
             if not already:
                 self.next_step += 1
-                self.num_samples_drawn[source] += 1
+                self.num_samples[source] += 1
                 self.drawn[key], self.whole[key] = [], 20
-            self.take(key, result, count)
+            self.check(key, result, count)
 
     @rule(back=st.integers(0, 3))
     def checkpoint(self, back):
@@ -258,7 +258,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert counters.live == fates.pop("live", 0)
             assert counters.removed == fates
             assert counters.inserted == len(own) == counters.live + sum(counters.removed.values())
-            assert (counters.draws, counters.drawn) == (self.num_samples_drawn[source], self.num_sampled[source])
+            assert (counters.sample_calls, counters.sampled) == (self.num_samples[source], self.num_sampled[source])
         assert all(self.store.num_logged(key) for key in self.drawn)
 
     @invariant()

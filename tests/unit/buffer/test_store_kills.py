@@ -43,7 +43,7 @@ def work(folder: Path, acknowledge) -> None:
         batch = numbered(4 * step, 4)
         assert store.insert(batch).accepted == 4
         acknowledge("insert", step, ids_of(batch))
-        drawn = store.draw(SampleKey("s", step, "policy"), 3, 0)
+        drawn = store.sample(SampleKey("s", step, "policy"), 3, 0)
         acknowledge("draw", step, ids_of(drawn.batch))
         if step % 4 == 3:
             store.checkpointed("s", step - 1)
@@ -95,7 +95,7 @@ def check(folder: Path, acknowledged: list[list]) -> None:
     assert store.status().quarantined == ()
     for kind, step, ids in acknowledged:
         if kind == "draw" and step >= covered:
-            again = store.draw(SampleKey("s", step, "policy"), 3, 0)
+            again = store.sample(SampleKey("s", step, "policy"), 3, 0)
             assert again.repeated
             assert ids_of(again.batch) == ids
     removed = [row for event in events(folder, "remove") for row in event.row_numbers.tolist()]
@@ -116,7 +116,7 @@ def check(folder: Path, acknowledged: list[list]) -> None:
     result = store.insert(numbered(4 * step, 4))
     assert result.accepted + result.present == 4
     assert store.next_row == 4 * step + 4
-    assert store.draw(SampleKey("t", 0, "policy"), 3, 0) is not None
+    assert store.sample(SampleKey("t", 0, "policy"), 3, 0) is not None
     store.close()
 
 

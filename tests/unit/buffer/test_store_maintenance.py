@@ -23,7 +23,7 @@ def sparse_store(folder: Path, **changes: object) -> ReplayStore:
     """Three sealed segments at least, in which few rows are live: those of the experts, and of one logged draw."""
     store = open_store(folder, capacity=20, segment_bytes=SMALL, **changes)
     store.insert(batch_of([expert_row("e0"), *(row(f"p{number}") for number in range(12))]))
-    store.draw(KEY, 4, 0)
+    store.sample(KEY, 4, 0)
     for step in range(1, 12):
         store.insert(batch_of([expert_row(f"e{step}"), *(row(f"p{12 * step + number}") for number in range(12))]))
     assert store.status().sealed_segments >= 3
@@ -42,7 +42,7 @@ def maintenance_all(store: ReplayStore) -> int:
 def test_compaction_keeps_what_is_live_or_pinned_and_disturbs_nobody(tmp_path):
     folder = tmp_path / "b"
     store = sparse_store(folder)
-    drawn = store.draw(KEY, 4, 0)
+    drawn = store.sample(KEY, 4, 0)
     before = store.status()
     reader = {path: pa.memory_map(str(path)).read_buffer() for path in folder.glob("segment-*.arrows")}
     seen = {path: content.to_pybytes() for path, content in reader.items()}
@@ -54,7 +54,7 @@ def test_compaction_keeps_what_is_live_or_pinned_and_disturbs_nobody(tmp_path):
     assert len(list(folder.glob("segment-*.arrows"))) == after.sealed_segments + 1
     for each in (store, open_store(crash(folder, tmp_path / "c"), capacity=20, segment_bytes=SMALL)):
         assert {source: live_ids(each, source) for source in live} == live
-        assert each.draw(KEY, 4, 0).batch.equals(drawn.batch)
+        assert each.sample(KEY, 4, 0).batch.equals(drawn.batch)
         assert maintenance_all(each) == 0, "what was rewritten is left alone"
         each.close()
     gone = [path for path in reader if not path.exists()]
@@ -150,7 +150,7 @@ def test_what_is_made_durable_when(tmp_path, monkeypatch, fsync, per_insert, dra
     monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(fdatasync(descriptor)))
     store.insert(numbered(0, 5))
     assert (len(synced), synchronous()) == (per_insert, 1), "the catalog is not synced for an insert"
-    store.draw(KEY, 2, 0)
+    store.sample(KEY, 2, 0)
     assert (len(synced), synchronous()) == (per_insert, draws)
     synced.clear()
     store.prepare_sync()()

@@ -166,7 +166,7 @@ def test_a_full_disk_is_told_with_its_place_and_changes_nothing(tmp_path, space)
     store = open_store(folder, capacity=60, segment_bytes=SMALL)
     key = SampleKey("s", 0, "policy")
     store.insert(numbered(0, 20))
-    drawn = store.draw(key, 10, 0)
+    drawn = store.sample(key, 10, 0)
     connection = store._shard.catalog._connection
     (pages,) = connection.execute("pragma page_count").fetchone()
     connection.execute(f"pragma max_page_count={pages + space}")
@@ -175,7 +175,7 @@ def test_a_full_disk_is_told_with_its_place_and_changes_nothing(tmp_path, space)
     def work() -> None:
         for step in itertools.islice(steps, 1000):
             store.insert(numbered(step * 20, 20))
-            assert store.draw(SampleKey("s", step, "policy"), 10, 0) is not None
+            assert store.sample(SampleKey("s", step, "policy"), 10, 0) is not None
 
     with pytest.raises(OSError, match=r"No space left on device .*catalog\.db") as caught:
         work()
@@ -186,8 +186,8 @@ def test_a_full_disk_is_told_with_its_place_and_changes_nothing(tmp_path, space)
     for each in (store, copy):
         result = each.insert(numbered(step * 20, 20))
         assert (result.accepted, result.present) in ((20, 0), (0, 20))
-        assert each.draw(SampleKey("s", step, "policy"), 10, 0) is not None
-        assert each.draw(key, 10, 0).batch.equals(drawn.batch)
+        assert each.sample(SampleKey("s", step, "policy"), 10, 0) is not None
+        assert each.sample(key, 10, 0).batch.equals(drawn.batch)
         assert each.num_live("policy") == 60
         counters = each.status().sources["policy"]
         assert counters.inserted == each.next_row == counters.live + sum(counters.removed.values())

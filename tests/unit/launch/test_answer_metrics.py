@@ -136,7 +136,7 @@ def oracle(answer: str, log: str) -> tuple[list[bool], list[bool]]:
 
 
 @st.composite
-def log_and_answer(draw: st.DrawFn) -> tuple[str, str]:
+def log_and_answer(draw: st.SampleFn) -> tuple[str, str]:
     answer = draw(st.text("12-", min_size=1, max_size=3))
     depth, log = 0, ""
     for token in draw(st.lists(st.sampled_from("12-<<"), max_size=12)):

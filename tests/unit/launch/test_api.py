@@ -83,7 +83,7 @@ def test_the_buffer_of_a_live_run(tmp_path: Path) -> None:
     for count in (1, 2):
         store.insert(batch_of([row(f"a{count}")]))
         assert run.buffer().num_rows == count
-    assert store.draw(SampleKey("sequencematch", 0, "policy"), 1, 1) is not None
+    assert store.sample(SampleKey("sequencematch", 0, "policy"), 1, 1) is not None
     assert sorted(run.buffer().column("times_sampled").to_pylist()) == [0, 1]
     store.close()
 

@@ -38,10 +38,10 @@ def run(tmp_path: Path) -> Path:
     store = open_store(shard(tmp_path), max_staleness=1, max_times_sampled=2, segment_bytes=SMALL)
     store.insert(batch_of([row(f"p{number}", features=[0.0] * SMALL) for number in range(3)]))
     store.insert(batch_of([expert_row("e0")]))
-    assert store.draw(SampleKey("tune", 0, "policy"), 1, 0) is not None
+    assert store.sample(SampleKey("tune", 0, "policy"), 1, 0) is not None
     store.insert(batch_of([row("p3", policy_version=[2, 2, 2])]))
-    assert store.draw(SampleKey("tune", 1, "policy"), 1, 2) is not None
-    assert store.draw(SampleKey("tune", 1, "expert"), 1, 2) is not None
+    assert store.sample(SampleKey("tune", 1, "policy"), 1, 2) is not None
+    assert store.sample(SampleKey("tune", 1, "expert"), 1, 2) is not None
     store.insert(batch_of([row("p4", policy_version=[2, 2, 2])]))
     store.insert(batch_of([row("p4"), row("bad", actions=[99])]))
     store.close()
@@ -91,10 +91,10 @@ def test_what_a_store_leaves_is_clean_and_the_account_says_what_happened(run):
     report = audit_buffer(run / "buffer", LIMITS)
     assert report.findings == ()
     expert, policy = report.accounts
-    assert (expert.source, expert.inserted, expert.live, expert.drawn) == ("expert", 1, 1, 1)
-    assert (policy.source, policy.inserted, policy.live, policy.drawn) == ("policy", 5, 2, 2)
+    assert (expert.source, expert.inserted, expert.live, expert.sampled) == ("expert", 1, 1, 1)
+    assert (policy.source, policy.inserted, policy.live, policy.sampled) == ("policy", 5, 2, 2)
     assert {reason: count for reason, count in policy.removed.items() if count} == {"stale": 3}
-    assert (report.rejected, report.num_samples_drawn) == (1, 3)
+    assert (report.rejected, report.num_samples) == (1, 3)
 
 
 @pytest.mark.parametrize(

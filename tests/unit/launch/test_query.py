@@ -35,12 +35,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.yaml").write_text("name: golden\n")
     store = open_store(folder / "buffer" / "shard-000", max_staleness=2, sampler="fifo", max_times_sampled=9)
     store.insert(batch_of(ROWS[:4]))
-    assert store.draw(SampleKey("pretrain", 0, "expert"), 2, 1) is not None
-    assert store.draw(SampleKey("tune", 0, "policy"), 2, 1) is not None
+    assert store.sample(SampleKey("pretrain", 0, "expert"), 2, 1) is not None
+    assert store.sample(SampleKey("tune", 0, "policy"), 2, 1) is not None
     store.checkpointed("tune", 1)
     store.insert(batch_of(ROWS[4:]))
-    assert store.draw(SampleKey("tune", 1, "policy"), 2, 3) is not None  # p0 and p1 are stale by now
-    assert store.draw(SampleKey("tune", 1, "expert"), 1, 3) is not None
+    assert store.sample(SampleKey("tune", 1, "policy"), 2, 3) is not None  # p0 and p1 are stale by now
+    assert store.sample(SampleKey("tune", 1, "expert"), 1, 3) is not None
     store.close()
     return folder
 

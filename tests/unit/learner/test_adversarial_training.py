@@ -111,7 +111,7 @@ def test_stopping_and_going_on_changes_nothing(task, tmp_path, body):
 
     def make(model: PreTrainedModel, step: int) -> Trainer:
         stream = make_stream(task)
-        stream.draw(step * stage.batch_size)
+        stream.sample(step * stage.batch_size)
         rollouts = HandMadeRollouts(task, next_row=step * stage.rollout_batch_size)
         return make_trainer(task, model, stage, stream, rollouts)
 
@@ -126,13 +126,13 @@ class Answers:
     answers: str
     draws: int = 0
 
-    def draw(self, count: int) -> pa.RecordBatch:
-        rows = HandMadeRollouts(self.task, tuple(self.answers), next_row=self.draws).draw(count).to_pylist()
+    def sample(self, count: int) -> pa.RecordBatch:
+        rows = HandMadeRollouts(self.task, tuple(self.answers), next_row=self.draws).sample(count).to_pylist()
         self.draws += count
         prompt = list(self.task.train["prompt_ids"][0])
         expert = {"source": "expert", "prompt_ids": prompt, "logprobs": None, "policy_version": None, "sampling": None}
         return pa.RecordBatch.from_pylist(
-            [row | expert for row in rows], schema=HandMadeRollouts(self.task).draw(1).schema
+            [row | expert for row in rows], schema=HandMadeRollouts(self.task).sample(1).schema
         )
 
 
@@ -145,9 +145,9 @@ class OwnRollouts:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     @torch.no_grad()
-    def draw(self, count: int) -> pa.RecordBatch:
+    def sample(self, count: int) -> pa.RecordBatch:
         prompt = list(self.task.train["prompt_ids"][0])
-        rows = HandMadeRollouts(self.task).draw(count).to_pylist()
+        rows = HandMadeRollouts(self.task).sample(count).to_pylist()
         texts = [list(prompt) for _ in rows]
         for row in rows:
             row |= {"prompt_ids": prompt, "actions": [], "logprobs": [], "finish_reason": "max_actions"}
@@ -170,7 +170,7 @@ class OwnRollouts:
                     text.pop()
                 else:
                     text.append(action)
-        return pa.RecordBatch.from_pylist(rows, schema=HandMadeRollouts(self.task).draw(1).schema)
+        return pa.RecordBatch.from_pylist(rows, schema=HandMadeRollouts(self.task).sample(1).schema)
 
 
 def answer_fractions(task: Task, model: PreTrainedModel, answers: str) -> list[float]:

@@ -91,7 +91,7 @@ def test_a_pretrained_model_takes_back_about_as_often_as_it_is_shown(
     settings = TreeSettings(loaded.backspace_id, loaded.tokenizer.eos_token_id, 512, 64)
     stream = TASK.expert_stream(noise, contract, seed=99)
     others = Demonstrations(policy, stream, settings, Ranks(), seed=1)
-    unseen = gather_evidence(policy, build_micro_batches(others.draw(200), settings))
+    unseen = gather_evidence(policy, build_micro_batches(others.sample(200), settings))
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     nats = []
     for _ in range(2):
@@ -118,7 +118,7 @@ def test_own_mistakes_are_what_the_model_would_write(pretrained: PretrainedModel
     contract = TASK.contract(loaded.model.config.vocab_size)
     settings = TreeSettings(loaded.backspace_id, loaded.tokenizer.eos_token_id, 48, 64)
     drawn, plan = (TASK.expert_stream(OWN_NOISE, contract, seed=5) for _ in range(2))
-    batch = Demonstrations(policy, drawn, settings, Ranks(), seed=0).draw(50)
+    batch = Demonstrations(policy, drawn, settings, Ranks(), seed=0).sample(50)
     planned = plan.plan(50)
     certain = []
     for prefix in planned.prefixes().rows():
@@ -146,7 +146,7 @@ def test_the_evidence_is_that_of_the_model_itself(pretrained: PretrainedModelSet
     """Of one log: hidden states and sums over the tokens by the model's own forward pass on each reduced text."""
     loaded = load_policy(pretrained)
     contract = TASK.contract(loaded.model.config.vocab_size)
-    batch = TASK.expert_stream(NOISE, contract, seed=5).draw(1)
+    batch = TASK.expert_stream(NOISE, contract, seed=5).sample(1)
     (tree,) = build_micro_batches(batch, TreeSettings(loaded.backspace_id, loaded.tokenizer.eos_token_id, 512, 64))
     found = gather_evidence(TreePolicy(loaded.model, loaded.backspace_id), [tree])
     prompt, actions = batch.column("prompt_ids")[0].as_py(), batch.column("actions")[0].as_py()

@@ -27,7 +27,7 @@ class RolloutsOfTwoVersions:
     def __init__(self, task: Task) -> None:
         self._task = task
 
-    def draw(self, count: int) -> pa.RecordBatch:
+    def sample(self, count: int) -> pa.RecordBatch:
         halves = [rollouts(self._task, first=0, count=count // 2, version=0)]
         halves.append(rollouts(self._task, first=count // 2, count=count - count // 2, version=1))
         return pa.Table.from_batches(halves).combine_chunks().to_batches()[0]

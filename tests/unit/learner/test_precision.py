@@ -50,7 +50,7 @@ def load(folder: str, param_dtype: str = "float32", dtype: str = "bfloat16", ada
 def mean_loss(task, model: PreTrainedModel) -> float:
     """Of 64 demonstrations."""
     policy = TreePolicy(model, task.backspace_id)
-    trees = build_micro_batches(make_stream(task, noise=0.0).draw(64), make_trees(task))
+    trees = build_micro_batches(make_stream(task, noise=0.0).sample(64), make_trees(task))
     with torch.no_grad():
         return -float(torch.cat([policy.evaluate(tree).log_prob for tree in trees]).mean())
 
@@ -98,7 +98,7 @@ def test_products_are_of_bfloat16(task, pretrained):
     seen = []
     layer = policy.model.model.layers[0].mlp.up_proj
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    (tree,) = build_micro_batches(make_stream(task).draw(4), make_trees(task))
+    (tree,) = build_micro_batches(make_stream(task).sample(4), make_trees(task))
 
     def measure(tree, logits):
         seen.extend([logits.hidden.dtype, logits.weight.dtype, logits.v_floor.dtype])
@@ -167,7 +167,7 @@ def test_a_discriminator_with_a_body_of_its_own_is_trained_in_float32(task, pret
     seen = []
     layer = discriminator.body.layers[0].mlp.up_proj
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    (tree,) = build_micro_batches(make_stream(task).draw(4), make_trees(task))
+    (tree,) = build_micro_batches(make_stream(task).sample(4), make_trees(task))
     assert discriminator.log_ratio(tree, None).dtype == torch.float32
     assert seen == [torch.bfloat16]
 

@@ -60,7 +60,7 @@ class GivenTrajectories:
     def __init__(self, batch):
         self._batch = batch
 
-    def draw(self, count):
+    def sample(self, count):
         assert count == self._batch.num_rows
         return self._batch
 

@@ -29,8 +29,8 @@ class FromStore:
         self.store = store
         self.step = 0
 
-    def draw(self, count):
-        self.drawn = self.store.draw(SampleKey("s", self.step, "policy"), count, policy_version=0)
+    def sample(self, count):
+        self.drawn = self.store.sample(SampleKey("s", self.step, "policy"), count, policy_version=0)
         self.step += 1
         return self.drawn.batch
 
@@ -39,7 +39,7 @@ class FromStore:
 
 
 class Experts:
-    def draw(self, count):
+    def sample(self, count):
         return random_trajectories("expert", count, seed=3)
 
 
@@ -52,7 +52,7 @@ def trainer_on(rollouts, policy, count):
 def pairs(store, trials, stage):
     """How often each ordered draw of two rows came out; the draws change nothing but the log."""
     keys = [SampleKey(stage, step, "policy") for step in range(trials)]
-    return Counter(tuple(store.draw(key, 2, policy_version=0).rows.tolist()) for key in keys)
+    return Counter(tuple(store.sample(key, 2, policy_version=0).rows.tolist()) for key in keys)
 
 
 def test_a_step_moves_priorities_and_draws_follow(tmp_path):
@@ -91,7 +91,7 @@ def test_priorities_survive_the_death_of_the_store(tmp_path):
 def test_rollouts_that_came_after_the_last_report_are_seen_soon_after_a_restart(tmp_path):
     store = open_store(tmp_path / "b", **SETTINGS)
     store.insert(random_trajectories("policy", 20, seed=8))
-    judged = store.draw(SampleKey("s", 0, "policy"), 20, 0).rows
+    judged = store.sample(SampleKey("s", 0, "policy"), 20, 0).rows
     store.update_priorities(judged, np.full(20, 100.0, dtype=np.float32))
     store.insert(numbered(0, 2))
     restored = open_store(crash(tmp_path / "b", tmp_path / "c"), **SETTINGS)

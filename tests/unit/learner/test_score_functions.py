@@ -225,7 +225,7 @@ class ScoredRollouts(HandMadeRollouts):
 class NoExperts:
     """Score functions draw none."""
 
-    def draw(self, count: int) -> pa.RecordBatch:
+    def sample(self, count: int) -> pa.RecordBatch:
         raise AssertionError(f"{count} expert trajectories were asked for")
 
 
@@ -276,7 +276,7 @@ def test_rollouts_that_spoil_a_step_are_named(task):
     with torch.no_grad():
         policy.get_input_embeddings().weight[task.tokenizer.get_vocab()["2"]] = torch.nan
     rollouts = ScoredRollouts(task)
-    drawn = ScoredRollouts(task).draw(6).to_pylist()
+    drawn = ScoredRollouts(task).sample(6).to_pylist()
     two = task.tokenizer.get_vocab()["2"]
     bad = [row["id"] for row in drawn if two in [*row["prompt_ids"], *row["actions"]]]
     assert 0 < len(bad) < 6

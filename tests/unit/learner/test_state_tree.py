@@ -138,7 +138,7 @@ def test_a_long_text_and_a_wide_tree():
 
 
 @st.composite
-def random_trajectories(draw: st.DrawFn) -> list[Log]:
+def random_trajectories(draw: st.SampleFn) -> list[Log]:
     trajectories = []
     for _ in range(draw(st.integers(1, 6))):
         prompt = draw(st.lists(st.sampled_from([1, 4, 5]), min_size=1, max_size=4))

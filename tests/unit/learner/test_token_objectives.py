@@ -332,7 +332,7 @@ def test_training_learns_and_resumes_bit_for_bit(task, objective, tmp_path):
 
     def make(model, step: int) -> Trainer:
         stream = make_stream(task, noise=0.0)
-        stream.draw(step * stage.batch_size)
+        stream.sample(step * stage.batch_size)
         return make_trainer(task, model, stage, stream)
 
     metrics = check_resume(task, make, 4, [2], tmp_path)

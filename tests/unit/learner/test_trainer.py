@@ -51,7 +51,7 @@ def test_the_loss_falls_on_the_task(task):
 def test_metrics_describe_the_step(task):
     stage = make_stage(MATCHING)
     trainer = make_trainer(task, make_model(task), stage)
-    experts, rollouts = make_stream(task).draw(8), HandMadeRollouts(task).draw(5)
+    experts, rollouts = make_stream(task).sample(8), HandMadeRollouts(task).sample(5)
     metrics = trainer.train_step()
     trees = [tree for batch in (experts, rollouts) for tree in build_micro_batches(batch, make_trees(task))]
     assert metrics["learning_rate"] == pytest.approx(5e-3 / 3)
@@ -221,8 +221,8 @@ def test_trajectories_without_a_finite_loss_are_named(task):
     digit = task.tokenizer.get_vocab()["7"]
     with torch.no_grad():
         model.get_input_embeddings().weight[digit] = torch.nan
-    experts = make_stream(task).draw(8)
-    drawn = [*experts.to_pylist(), *HandMadeRollouts(task).draw(5).to_pylist()]
+    experts = make_stream(task).sample(8)
+    drawn = [*experts.to_pylist(), *HandMadeRollouts(task).sample(5).to_pylist()]
     bad = [row["id"] for row in drawn if digit in [*row["prompt_ids"], *row["actions"], *(row.get("executed") or [])]]
     assert 0 < len(bad) < 13
     assert "a/1" in bad
@@ -238,7 +238,7 @@ def test_rollouts_reach_an_objective_that_needs_them(task):
     objective, trees = make_objective(stage.objective), make_trees(task)
     evaluated = []
     with torch.no_grad():
-        for batch in (make_stream(task).draw(8), HandMadeRollouts(task).draw(5)):
+        for batch in (make_stream(task).sample(8), HandMadeRollouts(task).sample(5)):
             (tree,) = build_micro_batches(batch, replace(trees, max_tokens_per_micro_batch=10_000))
             evaluated.append(
                 EvaluatedTrajectories(tree, TreePolicy(model, task.backspace_id).evaluate(tree), counts_of(tree))
