@@ -1,4 +1,4 @@
-"""The live display of a run: stages, learner, actors and buffer; plain lines where the output is no terminal."""
+"""The live display of a run: stages, learner, actors and buffer; plain lines if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BAR_WIDTH = 14
 
 @dataclass
 class RunView:
-    """What is known of a run at one moment."""
+    """The status of a run at one moment."""
 
     title: str
     stages: Sequence[StageSettings]
@@ -40,7 +40,7 @@ class RunView:
     elapsed_s: float = 0.0
 
     def seconds_left(self) -> float | None:
-        """Estimate from the seconds per step of the running stage; of later stages nothing better is known."""
+        """Estimate from the seconds per step of the running stage, which it uses for later stages too."""
         learner = self.learner
         if learner is None or learner.seconds_per_step == 0.0:
             return None
@@ -50,7 +50,7 @@ class RunView:
 
 
 class LiveView:
-    """Shows a `RunView`; a context manager, so that the terminal is given back whatever happens."""
+    """Shows a `RunView`; as a context manager it restores the terminal after any error."""
 
     def __init__(self, console: Console, view: RunView) -> None:
         self.view = view
@@ -71,7 +71,7 @@ class LiveView:
             self._live.stop()
 
     def refresh(self) -> None:
-        """Draw the view as it is now, below what the learner has said since the last time."""
+        """Show the current view, below new notes and warnings of the learner."""
         if (learner := self.view.learner) is not None:
             for note in learner.notes[self._notes :]:
                 self.say(note)
@@ -86,7 +86,7 @@ class LiveView:
             self._console.print(plain_line(self.view), markup=False, highlight=False, soft_wrap=True)
 
     def say(self, message: str, style: str | None = None) -> None:
-        """A line that stays."""
+        """Print a line that stays above the display."""
         self._console.print(message, style=style, markup=False, highlight=False)
 
 
@@ -147,7 +147,7 @@ def _shard_table(buffer: BufferStatus) -> Table:
         policy, expert = shard.store.sources["policy"], shard.store.sources["expert"]
         table.add_row(
             str(index),
-            "in trouble" if shard.troubles else shard.state,
+            "damaged" if shard.troubles else shard.state,
             f"{policy.live:,}",
             f"{100 * policy.live / shard.capacity:.0f} %",
             f"{policy.inserted:,}",
@@ -213,7 +213,7 @@ def _loss(learner: LearnerStatus) -> str:
 
 
 def _held_out(found: Mapping[str, float]) -> Iterator[str]:
-    """The newest numbers of the evaluations of a stage, with the steps that they belong to."""
+    """The newest numbers of evaluations during a stage, with their steps."""
     if HELD_OUT_LOSS in found:
         loss, step, best, best_step = (found[HELD_OUT_LOSS + end] for end in ("", "_step", "_best", "_best_step"))
         yield f"held-out loss {loss:.4f} at step {step:.0f} (best {best:.4f} at step {best_step:.0f})"
@@ -224,7 +224,7 @@ def _held_out(found: Mapping[str, float]) -> Iterator[str]:
 
 
 def _flight_lines(buffer: BufferStatus) -> list[Text]:
-    """Where other programs can read the live rows, one line for each shard that has an endpoint."""
+    """Addresses where other programs can read the live rows, one line for each shard that has one."""
     lines = [
         f"shard {index} over Arrow Flight: {shard.flight}"
         for index, shard in enumerate(buffer.shards)

@@ -1,4 +1,4 @@
-"""What the driver knows of a run, as Ray metrics: the agent of its node offers them to Prometheus."""
+"""The status of a run as Ray metrics, which the driver sets and Ray's agent on its node exports to Prometheus."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launch.monitoring.live_view import RunView
 
 
 class Metric(NamedTuple):
-    """labels: beside `run`. help: one line, with the unit where the name does not hold it."""
+    """labels: in addition to `run`. help: one line, with the unit if the name has none."""
 
     name: str
     kind: Literal["gauge", "counter"]
@@ -22,7 +22,7 @@ class Metric(NamedTuple):
 
     @property
     def exported_name(self) -> str:
-        """As Prometheus sees it: Ray puts `ray_` before each name on its endpoint, and `_total` behind a counter."""
+        """The name in Prometheus: Ray adds `ray_` before each name, and `_total` after that of a counter."""
         return f"ray_sequencematch_{self.name}{'_total' if self.kind == 'counter' else ''}"
 
 
@@ -33,38 +33,38 @@ METRICS = (
     Metric("learner_policy_version", "gauge", (), "newest published weights, -1 = none"),
     Metric("learner_metric", "gauge", ("stage", "metric"), "metric of the newest step, as in docs/metrics.md"),
     Metric("actors_desired", "gauge", (), "rollout actors wanted"),
-    Metric("actor_running", "gauge", ("actor",), "1 = takes part, 0 = starts or has gone"),
+    Metric("actor_running", "gauge", ("actor",), "1 = running, 0 = starting or ended"),
     Metric("actor_failures", "gauge", ("actor",), "failures in a row"),
-    Metric("actor_join_seconds", "gauge", ("actor",), "from its making to its first rollouts, unless made to wait"),
+    Metric("actor_join_seconds", "gauge", ("actor",), "from its creation to its first rollouts, unless it had to wait"),
     Metric("actor_policy_version", "gauge", ("actor",), "loaded weights, -1 = none"),
     Metric("actor_actions_per_second", "gauge", ("actor",), "over the last seconds"),
-    Metric("actor_in_flight_rollouts", "gauge", ("actor",), "rollouts under way"),
+    Metric("actor_in_flight_rollouts", "gauge", ("actor",), "rollouts in progress"),
     Metric("actor_actions", "counter", ("actor",), "actions sampled"),
     Metric("actor_backspaces", "counter", ("actor",), "backspaces sampled"),
-    Metric("actor_trajectories", "counter", ("actor",), "rollouts handed to the buffer"),
+    Metric("actor_trajectories", "counter", ("actor",), "rollouts inserted into the buffer"),
     Metric("actor_rejected", "counter", ("actor",), "rollouts that the buffer refused"),
     Metric("actor_dropped", "counter", ("actor",), "rollouts without a finite reward or feature"),
-    Metric("buffer_answers", "gauge", ("shard",), "1 = the shard answers, 0 = it restarts"),
+    Metric("buffer_answers", "gauge", ("shard",), "1 = the shard answers, 0 = it does not"),
     Metric("buffer_capacity_rows", "gauge", ("shard",), "live rows per source, at most"),
-    Metric("buffer_live_rows", "gauge", ("shard", "source"), "rows that can be drawn"),
+    Metric("buffer_live_rows", "gauge", ("shard", "source"), "rows that can be sampled"),
     Metric("buffer_inserted_rows", "counter", ("shard", "source"), "rows inserted"),
-    Metric("buffer_sampled_rows", "counter", ("shard", "source"), "rows drawn, each time"),
+    Metric("buffer_sampled_rows", "counter", ("shard", "source"), "rows sampled, with repetitions"),
     Metric("buffer_removed_rows", "counter", ("shard", "source", "reason"), "rows evicted or dropped"),
     Metric("buffer_rejected_rows", "counter", ("shard",), "rows refused on insert"),
     Metric("buffer_size_bytes", "gauge", ("shard",), "segment files"),
-    Metric("buffer_waiting_samples", "gauge", ("shard",), "draws that wait for rows"),
+    Metric("buffer_waiting_samples", "gauge", ("shard",), "samples that wait for rows"),
     Metric("buffer_actors_paused", "gauge", ("shard",), "1 = ahead of the learner"),
-    Metric("buffer_quarantined_files", "gauge", ("shard",), "damaged, put aside"),
-    Metric("buffer_sample_staleness_versions", "gauge", ("shard", "source"), "mean over the newest draw"),
-    Metric("buffer_sample_age_seconds", "gauge", ("shard", "source"), "mean over the newest draw"),
+    Metric("buffer_quarantined_files", "gauge", ("shard",), "damaged files, moved aside"),
+    Metric("buffer_sample_staleness_versions", "gauge", ("shard", "source"), "mean over the newest sample"),
+    Metric("buffer_sample_age_seconds", "gauge", ("shard", "source"), "mean over the newest sample"),
 )
 
 Sample = tuple[str, tuple[str, ...], float]
-"""Name of the metric, values of its labels beside `run`, value; a counter's value is its count so far."""
+"""Name of the metric, values of its labels without `run`, value; a counter's value is its total."""
 
 
 class MetricExporter:
-    """Hands the samples of one run to Ray. Made when this process has joined Ray."""
+    """Sets the Ray metrics of one run. Create it after this process has joined Ray."""
 
     def __init__(self, run: str) -> None:
         """run: value of the label `run`."""
@@ -79,7 +79,7 @@ class MetricExporter:
         self._actors: set[str] = set()
 
     def export(self, view: RunView) -> None:
-        """Set every gauge and move every counter to what the view says."""
+        """Set every gauge and advance every counter to the values of the view."""
         for name, labels, value in samples(view):
             self._record(name, labels, value)
         if view.pool is not None:
@@ -102,7 +102,7 @@ class MetricExporter:
 
 
 def growth(before: float, now: float) -> float:
-    """By how much a counter went on; one that fell belongs to a new process and began at 0."""
+    """The increase of a counter; a counter that fell belongs to a new process and began at 0."""
     return now - before if now >= before else now
 
 

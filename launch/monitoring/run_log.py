@@ -1,7 +1,7 @@
-"""What happened in a run, as JSON lines in RUN/logs/run.jsonl: each with run, role, index, event, version and step.
+"""The events of a run as JSON lines in RUN/logs/run.jsonl: each with run, role, index, event, version and step.
 
-Programs decide by `event` and the fields beside it; `message` is the sentence for people. The driver writes the log,
-because it hears of everything, also where the run's processes share no file system with it.
+Programs read `event` and its fields; `message` is for people. The driver writes the log, because it polls all
+processes, also those that share no file system with it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Level = Literal["info", "warning", "error"]
 Role = Literal["driver", "learner", "pool", "actor", "buffer"]
 Value = str | int | float | None
 _RunStateEvent = Literal["run_started", "run_finished", "run_stopped", "run_failed"]
-_DriverEvent = Literal["setting_changed", "processes_placed", "room_awaited", "autoscaled", "process_warning"]
+_DriverEvent = Literal["setting_changed", "processes_placed", "capacity_awaited", "autoscaled", "process_warning"]
 _AnswersEvent = Literal["questions_answered", "questions_skipped"]
 _LearnerEvent = Literal["stage_started", "weights_published", "learner_note", "learner_warning"]
 _ActorEvent = Literal["actor_state", "actor_gone", "rollouts_dropped"]
@@ -37,8 +37,8 @@ _ShardEvent = Literal["shard_silent", "shard_damaged", "shard_serving"]
 RunEvent = Literal[_RunStateEvent, _DriverEvent, _AnswersEvent, _LearnerEvent, _ActorEvent, _WeightsEvent, _ShardEvent]
 
 
-class _Fact(NamedTuple):
-    """What is told of a process once for each new message."""
+class _Event(NamedTuple):
+    """An event of a process. It is logged again only when its message changes."""
 
     event: RunEvent
     message: str
@@ -47,23 +47,23 @@ class _Fact(NamedTuple):
 
 
 class RunLog:
-    """Appends to the log of a run: what it is told, and what changed from one view of the run to the next."""
+    """Appends to the log of a run: events that it is given, and changes from one view of the run to the next."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: of the run; its name is the run's."""
+        """folder: the run folder; its name is the name of the run."""
         self._run = folder.name
         self._path = folder / LOG_FILE
         self._path.parent.mkdir(exist_ok=True)
-        self._refusal: OSError | None = None
-        self._file = self._path.open("a+b", buffering=0)  # a reader follows the lines as they come
+        self._write_error: OSError | None = None
+        self._file = self._path.open("a+b", buffering=0)  # unbuffered: others read lines while they are written
         if self._path.is_file() and self._file.tell():
             self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":  # torn by the death of an earlier driver, or by a full disk
+            if self._file.read(1) != b"\n":  # an earlier driver died, or the disk was full, within a line
                 self._append("\n")
         self._learner: LearnerStatus | None = None
         self._members: dict[str, MemberStatus] = {}
         self._newest_event = -1
-        self._told: dict[tuple[Role, int], dict[RunEvent, str]] = {}
+        self._logged: dict[tuple[Role, int], dict[RunEvent, str]] = {}
 
     def __enter__(self) -> RunLog:
         return self
@@ -83,10 +83,10 @@ class RunLog:
         values: Mapping[str, Value] = MappingProxyType({}),
         index: int = 0,
     ) -> None:
-        """One line. values: fields of the event, and the `version` of an actor's weights, else the newest published.
+        """Append one line. values: fields of the event; `version` is the newest published one unless they hold another.
 
-        index: number of the process among those of its role. A refusal of the disk is raised by the next `follow`, so
-        that it never hinders a run that is ending.
+        index: number of the process within its role. An error of the disk is raised by the next `follow`, so that it
+        cannot interrupt the end of a run.
         """
         learner = self._learner
         published = None if learner is None or learner.policy_version < 0 else learner.policy_version
@@ -106,35 +106,36 @@ class RunLog:
         self._append(json.dumps(line, ensure_ascii=False) + "\n")
 
     def follow(self, view: RunView) -> None:
-        """Write down what is new in the view; RunFailedError if the disk has refused a line."""
+        """Log what changed since the last view; RunFailedError if a line could not be written."""
         if view.learner is not None:
             self._follow_learner(view.learner)
         if view.pool is not None:
             self._follow_pool(view.pool)
         for index, shard in enumerate(view.buffer.shards if view.buffer else ()):
-            self._tell("buffer", index, _shard_fact(shard))
-        if self._refusal is not None:
-            raise RunFailedError(f"{self._path} cannot be written: {self._refusal}; make room or give permission there")
+            self._log_changes("buffer", index, _shard_event(shard))
+        if self._write_error is not None:
+            error = self._write_error
+            raise RunFailedError(f"{self._path} cannot be written: {error}; free space there, or allow writing")
 
     def _append(self, line: str) -> None:
-        """Write a line whole, or its beginning and nothing after it."""
-        if self._refusal is not None:
+        """Write a line; after an error nothing more is written."""
+        if self._write_error is not None:
             return
         content = line.encode()
         try:
             while content:
                 content = content[self._file.write(content) :]
         except OSError as error:
-            self._refusal = error
+            self._write_error = error
 
     def _follow_learner(self, learner: LearnerStatus) -> None:
         before, self._learner = self._learner, learner
-        version, facts = learner.policy_version, []
+        version, events = learner.policy_version, []
         if learner.stage:
-            facts.append(_Fact("stage_started", f"stage {learner.stage} has begun"))
+            events.append(_Event("stage_started", f"stage {learner.stage} has begun"))
         if version >= 0:
-            facts.append(_Fact("weights_published", f"published weights v{version}"))
-        self._tell("learner", 0, *facts)
+            events.append(_Event("weights_published", f"published weights v{version}"))
+        self._log_changes("learner", 0, *events)
         for note in learner.notes[len(before.notes) if before else 0 :]:
             self.write("info", "learner", "learner_note", note)
         for warning in learner.warnings[len(before.warnings) if before else 0 :]:
@@ -148,18 +149,18 @@ class RunLog:
                 self.write(level, "pool", event.kind, event.message, {"actor": event.actor})
         members = {member.name: member for member in pool.members}
         for name in self._members.keys() - members.keys():
-            self._tell("actor", _index(name), _Fact("actor_gone", "gone", _counters(self._members[name])))
+            self._log_changes("actor", _index(name), _Event("actor_gone", "gone", _counters(self._members[name])))
         for name, member in members.items():
-            self._tell("actor", _index(name), *_actor_facts(member))
+            self._log_changes("actor", _index(name), *_actor_events(member))
         self._members = members
 
-    def _tell(self, role: Role, index: int, *facts: _Fact) -> None:
-        """Write down the facts that the process did not have before, or with another message."""
-        before = self._told.get((role, index), {})
-        for fact in facts:
-            if before.get(fact.event) != fact.message:
-                self.write(fact.level, role, fact.event, fact.message, fact.values, index)
-        self._told[role, index] = {fact.event: fact.message for fact in facts}
+    def _log_changes(self, role: Role, index: int, *events: _Event) -> None:
+        """Log the events of a process that are new or have another message."""
+        before = self._logged.get((role, index), {})
+        for event in events:
+            if before.get(event.event) != event.message:
+                self.write(event.level, role, event.event, event.message, event.values, index)
+        self._logged[role, index] = {event.event: event.message for event in events}
 
 
 def _index(actor: str) -> int:
@@ -167,32 +168,32 @@ def _index(actor: str) -> int:
 
 
 def _counters(member: MemberStatus) -> dict[str, Value]:
-    """What every line of an actor has; its version is None before its first weights."""
+    """Fields of every line of an actor; `version` is None before its first weights."""
     if member.status is None:
         return {"version": None, "actions": None}
     version = member.status.policy_version
     return {"version": None if version < 0 else version, "actions": member.status.actions}
 
 
-def _actor_facts(member: MemberStatus) -> Iterator[_Fact]:
+def _actor_events(member: MemberStatus) -> Iterator[_Event]:
     status, counters = member.status, _counters(member)
-    yield _Fact("actor_state", member.state, {**counters, "state": member.state})
+    yield _Event("actor_state", member.state, {**counters, "state": member.state})
     if status is None:
         return
     if status.policy_version < 0:
-        yield _Fact("weights_awaited", "waits for its first weights", counters)
+        yield _Event("weights_awaited", "waits for its first weights", counters)
     else:
-        yield _Fact("weights_loaded", f"has weights v{status.policy_version}", counters)
+        yield _Event("weights_loaded", f"has weights v{status.policy_version}", counters)
     if (reason := status.drop_reason) is not None:
         values: dict[str, Value] = {**counters, "dropped": status.dropped, "reason": reason}
-        yield _Fact("rollouts_dropped", f"drops rollouts, the last one because {reason}", values, "warning")
+        yield _Event("rollouts_dropped", f"drops rollouts, the last one because {reason}", values, "warning")
     if (note := status.weights_note) is not None:
-        yield _Fact("weights_verified", note, counters)
+        yield _Event("weights_verified", note, counters)
 
 
-def _shard_fact(shard: ShardStatus | None) -> _Fact:
+def _shard_event(shard: ShardStatus | None) -> _Event:
     if shard is None:
-        return _Fact("shard_silent", "does not answer", level="warning")
+        return _Event("shard_silent", "does not answer", level="warning")
     if shard.troubles:
-        return _Fact("shard_damaged", "; ".join(shard.troubles), level="warning")
-    return _Fact("shard_serving", f"serving, process {shard.pid}", {"pid": shard.pid})
+        return _Event("shard_damaged", "; ".join(shard.troubles), level="warning")
+    return _Event("shard_serving", f"serving, process {shard.pid}", {"pid": shard.pid})

@@ -1,8 +1,8 @@
 """The replay buffer of a run: one Ray actor for each shard, over `RUN/buffer/shard-KKK`.
 
-Ray restarts a shard whose process dies, at best on its node: it opens its folder again, and Ray repeats the calls that
-were not answered, which does no harm. Ray takes an actor for alive as long as its process is there, so a shard whose
-process hangs is ended here, and Ray restarts it as after a death.
+Ray restarts a shard whose process dies, if possible on the same node. The shard opens its folder again, and Ray repeats
+the unanswered calls; a repeated call changes nothing. Ray does not notice a process that hangs, so `ShardWatch` kills
+it, and Ray restarts the shard as after a crash.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from launch.errors import RunFailedError, UserError
 from launch.run_folder.folder import flight_token
 
 MAX_RESTARTS = 4
-"""Deaths of one shard that a run survives; somebody has to look for the cause of more."""
+"""Restarts of one shard; a shard that dies more often has a defect that a restart does not repair."""
 
 PLACED_BYTES = 1
-"""Of memory: Ray puts a process that asks for nothing at all on a node by chance, whatever its scheduling strategy."""
+"""Of memory: for a process that requests no resource, Ray ignores the scheduling strategy and picks a random node."""
 
 STATUS_TIMEOUT_S = 3.0
-"""A shard that is restarted answers later; it is shown as silent meanwhile."""
+"""A shard that restarts takes longer; the status shows it as silent until then."""
 
 
 def check_buffer(folder: Path, contract: TokenContract, settings: BufferSettings) -> None:
-    """Open the buffer of a run that resumes once here: a Ray actor whose constructor fails gives only a traceback.
-    UserError: a shard cannot be opened, or the run had more shards than it has now.
+    """Open each shard of a resumed run once in this process: an error in a Ray actor would show only a traceback.
+    UserError: a shard cannot be opened, or the run had more shards than now.
     """
     present = present_shards(folder)
     if len(present) > settings.shards:
@@ -57,7 +57,7 @@ def check_buffer(folder: Path, contract: TokenContract, settings: BufferSettings
 
 
 def start_buffer(folder: Path, contract: TokenContract, settings: BufferSettings, seed: int) -> BufferClient:
-    """Start the shards of a run in its folder `folder`; they are ready when the first call is answered."""
+    """Start the shards of a run over `folder`; they are ready when the first call is answered."""
     folder.mkdir(parents=True, exist_ok=True)
     nodes = [node.node_id for node in live_nodes()]
     token = flight_token(folder.parent) if settings.flight.enabled else None
@@ -66,10 +66,10 @@ def start_buffer(folder: Path, contract: TokenContract, settings: BufferSettings
         node_id = nodes[index % len(nodes)]
         actor = ray.remote(ReplayBufferService).options(
             name=_actor_name(index),
-            num_cpus=0,  # its work is short beside that of engines and learner
+            num_cpus=0,  # it needs little CPU compared with engines and learner
             memory=PLACED_BYTES,
             max_restarts=MAX_RESTARTS,
-            max_task_retries=-1,  # of a call that its death left unanswered, as often as it is restarted
+            max_task_retries=-1,  # repeat calls that a restart left unanswered
             scheduling_strategy=at_best_on(node_id),
         )
         handle = actor.remote(
@@ -83,15 +83,15 @@ def find_buffer(count: int) -> BufferClient | None:
     """The `count` shards of the live run that this process has joined; None where the run has no buffer (yet)."""
     try:
         return BufferClient([Shard(index, ray.get_actor(_actor_name(index))) for index in range(count)])
-    except ValueError:  # Ray's answer for a name that nobody has
+    except ValueError:  # Ray raises this for an unknown name
         return None
 
 
 class ShardWatch:
-    """Notices which shards were restarted, and ends those whose process hangs."""
+    """Detects which shards were restarted, and kills those whose process hangs."""
 
     def __init__(self, shards: Sequence[Shard], health_timeout_s: float) -> None:
-        """health_timeout_s: silence of a process that Ray takes for alive after which it is ended."""
+        """health_timeout_s: a process that Ray reports as alive is killed after this time without an answer."""
         self._shards = shards
         self._health_timeout_s = health_timeout_s
         self._pids: dict[int, int] = {}
@@ -99,7 +99,7 @@ class ShardWatch:
         self._ended: dict[int, int] = {}
 
     def look(self, status: BufferStatus) -> list[str]:
-        """A line on each shard that came back or is ended; RunFailedError if one hangs and cannot be ended."""
+        """A message for each shard that restarted or is killed; RunFailedError if one hangs and cannot be killed."""
         lines = []
         for shard, answer in zip(self._shards, status.shards, strict=True):
             if answer is None:
@@ -144,5 +144,5 @@ def _kill(pid: int) -> None:
 
 
 def _actor_name(index: int) -> str:
-    """Of a shard's actor, in the namespace of the run."""
+    """The Ray actor of a shard, in the namespace of the run."""
     return f"buffer-{index}"

@@ -1,4 +1,4 @@
-"""What is checked of a run once its model and task are loaded, before anything expensive starts."""
+"""Checks of a run once its model and task are loaded, before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from learner.settings.stages import StageSettings
 
 
 def check_custom_parts(settings: RunSettings) -> None:
-    """UserError for a class of the user's own whose module nobody trusts, that cannot be loaded, or that does not
+    """UserError for a class of the user's own whose module is not trusted, that cannot be loaded, or that does not
     accept its options.
     """
     kinds: dict[str, type] = {"task": CustomTask, "buffer.sampler": Sampler}
@@ -35,7 +35,7 @@ def check_custom_parts(settings: RunSettings) -> None:
                 objective_class(part)
             elif key in kinds:
                 make_custom(part, kinds[key])
-            else:  # a scorer may load a model where the actors are
+            else:  # do not create a scorer here: it may load a model that only the actors' nodes have
                 custom_options(part, custom_class(part, Scorer))  # type: ignore[type-abstract]
 
 
@@ -59,7 +59,7 @@ def check_prepared(settings: RunSettings, run: PreparedRun, check_task: Callable
 
 
 def engine_length(settings: RunSettings, run: PreparedRun) -> int:
-    """Longest text that an engine will hold, in tokens: often far less than the model's context."""
+    """Longest text of the run in tokens, for the engines: often far less than the model's context."""
     examples = run.task.example_table()
     prompts, targets = (pc.list_value_length(examples[name]) for name in ("prompt_ids", "target_ids"))
     answers = pc.max_element_wise(targets, settings.actors.rollout.max_new_tokens)
@@ -70,7 +70,7 @@ def engine_length(settings: RunSettings, run: PreparedRun) -> int:
 
 
 def check_cost_models(stages: Sequence[StageSettings], vocab_size: int) -> None:
-    """UserError for a model that gives a stage its costs (`emo`) and is not there, or has another vocabulary."""
+    """UserError if the cost model of a stage (`emo`) cannot be loaded or has another vocabulary."""
     for stage in stages:
         if not isinstance(stage.objective, EmoSettings) or stage.objective.cost_model is None:
             continue

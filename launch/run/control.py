@@ -1,6 +1,6 @@
-"""Looking at and steering a live run from another shell: `sequencematch status` and `sequencematch scale`.
+"""Inspect and control a live run from another shell: `sequencematch status` and `sequencematch scale`.
 
-Every function raises UserError where the run is not live, and RunFailedError where a process does not answer.
+Every function raises UserError if the run is not live, and RunFailedError if a process does not answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ANSWER_TIMEOUT_S = 15.0
 
 
 def run_status(path: Path) -> RunView:
-    """Ask the processes of a live run how they are; without pool and buffer where the run has no actors (yet)."""
+    """Request the status of all processes of a live run; pool and buffer are None while the run has no actors."""
     folder, settings = open_run_folder(path)
     cluster_file = folder / CLUSTER_FILE
     view = RunView(folder.name, settings.stages, results=finished_stages(settings, folder))
@@ -58,7 +58,8 @@ def status_to_json(path: Path, view: RunView) -> dict[str, object]:
 
 
 def scale_run(path: Path, count: int) -> PoolStatus:
-    """Set the number of rollout actors of a live run, for which there must be room; returns before they come or go."""
+    """Set the number of rollout actors of a live run; returns before they start or stop. UserError: the cluster has too
+    little capacity."""
     folder, settings = open_run_folder(path)
     with _live_run(folder):
         pool = _find(POOL_NAME)
@@ -71,7 +72,7 @@ def scale_run(path: Path, count: int) -> PoolStatus:
 
 
 def catalog_image(path: Path, shard: Path) -> bytes:
-    """The catalog of the shard in a folder, asked of the live run: see `buffer.reading.snapshot.read_shard`."""
+    """Fetch the catalog of the shard in folder `shard` from the live run: see `buffer.reading.snapshot.read_shard`."""
     folder, settings = open_run_folder(path)
     with _live_run(folder):
         if (buffer := find_buffer(settings.buffer.shards)) is None:
@@ -82,7 +83,7 @@ def catalog_image(path: Path, shard: Path) -> bytes:
 
 @contextmanager
 def _live_run(folder: Path) -> Iterator[ActorHandle]:
-    """Connect to a live run; gives its learner, which every run has from its first moment."""
+    """Connect to a live run; yields its learner, the first process that a run starts."""
     cluster = read_cluster(folder)
     with lost_processes_reported(), ExitStack() as stack:
         try:
@@ -102,5 +103,5 @@ def _find(name: str) -> ActorHandle | None:
     """A named actor in the namespace of the run."""
     try:
         return ray.get_actor(name)
-    except ValueError:  # Ray's answer for a name that nobody has
+    except ValueError:  # Ray raises this for an unknown name
         return None

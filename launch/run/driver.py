@@ -1,6 +1,6 @@
 """The driver of a run: creates buffer, learner and actor pool on Ray, runs the stages, and ends all it started.
 
-While a stage runs, the driver asks the processes how they are, shows and logs it, and follows the load with actors.
+While a stage runs, the driver polls the status of all processes, shows and logs it, and adapts the number of actors.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ from learner.messages import LearnerSpec, PreparedRun, StageResult
 from learner.settings.stages import StageSettings, with_explicit_starts
 
 START_TIMEOUT_S = 120.0
-"""Of a process without a model; a busy machine takes long to import."""
+"""For a process without a model; imports take long on a busy machine."""
 PREPARE_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 10.0
-"""Of the actor pool, beyond the time that its actors have to finish."""
+"""For the actor pool, in addition to the time that its actors have to finish."""
 STATUS_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 120.0
-"""Of silence, where the settings say nothing else."""
+"""Longest time without an answer, for processes that have no setting for it."""
 
 POOL = "the actor pool"
 POOL_NAME = "pool"
-"""Of the actor pool, within the namespace of the run."""
+"""Name of the Ray actor in the namespace of the run."""
 
 T = TypeVar("T")
 
@@ -64,12 +64,12 @@ def train(
 ) -> bool:
     """Run every stage that is not done yet. Ctrl-C ends the run after the current step, with a checkpoint.
 
-    Gives whether the run is finished; else it was stopped on request and can be resumed. check_task: refuses, by a
-    ValueError or an ImportError, a task that does not suit what is to follow.
+    Returns whether the run is finished; if not, it was stopped on request and can be resumed. check_task: raises
+    ValueError or ImportError if the evaluation after the run cannot use the task.
 
     Raises:
         UserError: the settings cannot be met (model, task, cluster), or a class of the user's own is refused.
-        RunFailedError: an actor or the learner could not go on; the message names who.
+        RunFailedError: a process failed; the message names it.
     """
     check_custom_parts(settings)
     check_checkpoints(settings, folder)
@@ -133,7 +133,7 @@ class RunProcesses:
                 result = self._view.results[stage.name] = self._run_stage(learner, stage)
                 if not result.finished or self._stopping_since is not None:
                     break
-        except KeyboardInterrupt:  # between two stages: nothing is under way that a checkpoint does not hold
+        except KeyboardInterrupt:  # between two stages: checkpoints hold everything
             pass
 
     def stop(self) -> None:
@@ -141,8 +141,8 @@ class RunProcesses:
         lines: list[str | None] = []
         if self._pool is not None:
             drain_s = self._settings.actors.drain_timeout_s
-            goodbye = RemoteCall[None](POOL, self._pool.stop.remote(drain_s), "stop")
-            lines.append(end_actor(self._pool, goodbye, drain_s + END_TIMEOUT_S))
+            stopping = RemoteCall[None](POOL, self._pool.stop.remote(drain_s), "stop")
+            lines.append(end_actor(self._pool, stopping, drain_s + END_TIMEOUT_S))
         if self._buffer is not None:
             lines += self._buffer.close()
         for line in filter(None, lines):
@@ -171,9 +171,9 @@ class RunProcesses:
         return self._learner
 
     def _wait_for_capacity(self, missing: str) -> None:
-        note = f"waiting for room: {missing}"
+        note = f"waiting for free capacity: {missing}"
         if self._view.note != note:
-            self._log.write("info", "driver", "room_awaited", note, {"missing": missing})
+            self._log.write("info", "driver", "capacity_awaited", note, {"missing": missing})
         self._note(note)
 
     def _prepare(self, learner: LearnerGroup, check_task: Callable[[Task], None] | None) -> PreparedRun:
@@ -207,7 +207,7 @@ class RunProcesses:
             tokenizer=run.task.tokenizer,
             questions=questions_of(settings, run.task),
         )
-        # Not on a node that only holds actors: it would be lost with that node, and the run with it.
+        # On the driver's node: if the pool were on a node of actors, the loss of that node would end the run.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         environment = engine_environment(settings.actors.num_threads)
         self._pool = (
@@ -226,7 +226,7 @@ class RunProcesses:
         RemoteCall[None](POOL, reference, task).result(START_TIMEOUT_S, self._live.refresh)
 
     def _run_stage(self, learner: LearnerGroup, stage: StageSettings) -> StageResult:
-        if self._pool is not None:  # no new rollouts, until the learner has published where the stage starts
+        if self._pool is not None:  # until the learner has published the weights that the stage starts from
             self._call_pool(self._pool.pause.remote(), "pause")
         call = learner.call("run_stage", stage, introduces_backspace(self._settings, stage))
         while True:
@@ -247,7 +247,7 @@ class RunProcesses:
                 learner.request_stop()
 
     def _refresh(self) -> None:
-        """Ask all processes how they are; who is too busy to answer is shown as last seen, for a while."""
+        """Poll all processes. One that is too busy to answer keeps its last status until its timeout."""
         view = self._view
         assert self._learner is not None
         health_timeout_s = self._settings.learner.health_timeout_s
@@ -271,7 +271,7 @@ class RunProcesses:
             raise RunFailedError(f"the learner did not stop within {STOP_TIMEOUT_S:.0f} s")
 
     def _autoscale(self, pool: ActorHandle) -> None:
-        """Follow the limiter's waits with the number of actors, as `sequencematch scale` would."""
+        """Adapt the number of actors to the limiter's waits, as `sequencematch scale` would."""
         view = self._view
         if self._autoscaler is None or view.pool is None or view.buffer is None:
             return
@@ -283,7 +283,7 @@ class RunProcesses:
             view.pool = self._ask(RemoteCall[PoolStatus](POOL, pool.scale.remote(wanted)), view.pool)
 
     def _ask(self, call: RemoteCall[T], last: T | None, health_timeout_s: float = HEALTH_TIMEOUT_S) -> T | None:
-        """The answer, or the last one where none comes in time. RunFailedError: none has come for too long."""
+        """The answer, or `last` if none comes in time. RunFailedError: no answer for `health_timeout_s`."""
         asked_at = time.monotonic()
         try:
             answer = call.result(min(STATUS_TIMEOUT_S, health_timeout_s))
@@ -299,7 +299,7 @@ class RunProcesses:
         return answer
 
     def _note(self, note: str) -> None:
-        """Show what the run is doing beside training."""
+        """Show what the run does while it does not train."""
         self._view.note = note
         self._live.refresh()
 
@@ -309,5 +309,5 @@ class RunProcesses:
 
 
 def pool_status(pool: ActorHandle) -> RemoteCall[PoolStatus]:
-    """Ask the pool of actors how they are."""
+    """Request the status of the actor pool."""
     return RemoteCall(POOL, pool.status.remote())

@@ -1,7 +1,7 @@
 """Held-out questions during training: an actor answers, the driver counts, the learner logs.
 
-Nobody waits for the answers: the driver asks the pool when the learner has published the weights of an evaluated step,
-and fetches the answers while it looks after the run. So their numbers come in the line of a later step.
+Training does not wait for the answers. The driver asks the pool once the learner has published the weights of an
+evaluated step, and polls for the answers. So their metrics are in the line of a later step.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class HeldOutQuestions:
         self._call: RemoteCall[pa.RecordBatch] | None = None
 
     def follow(self, status: LearnerStatus | None, learner: ActorHandle, pool: ActorHandle, log: RunLog) -> None:
-        """Ask where the learner's status wants it, and hand on what was answered. learner: rank 0."""
+        """Ask the pool when the learner's status requests it; send the metrics of answers to `learner`, rank 0."""
         if self._call is not None and self._call.done():
             try:
                 answers = self._call.result(ANSWER_TIMEOUT_S)
@@ -68,7 +68,7 @@ class HeldOutQuestions:
         if self._call is None:
             self._call = RemoteCall("the actor pool", pool.answer.remote(self._seen), "answer held-out questions")
         else:
-            why = "the answers to those before have not come yet"
+            why = "the previous questions are not answered yet"
             log.write("warning", "driver", "questions_skipped", f"held-out questions, weights v{self._seen}: {why}")
 
 

@@ -1,4 +1,4 @@
-"""The learner's processes as the driver sees them: one call goes to all ranks, and one error comes back.
+"""The learner's processes, for the driver: each call goes to all ranks, and at most one error is raised.
 
 These are plain Ray actors in one placement group, not a Ray Train worker group: docs/ranks.md says why.
 """
@@ -21,11 +21,11 @@ from learner.ranks import RankLostError
 from learner.worker import LearnerWorker
 
 LEARNER_NAME = "learner"
-"""Of rank 0, in the namespace of the run; the others have their number behind it."""
+"""Ray name of rank 0 in the namespace of the run; other ranks append their number."""
 
 ANSWER_TIMEOUT_S = 60.0
 CAUSE_TIMEOUT_S = 15.0
-"""After a rank has lost the others: longest wait for the one that knows why."""
+"""After a rank has lost another one: longest wait for the error of the rank that failed first."""
 
 
 class LearnerFailedError(RunFailedError):
@@ -37,7 +37,7 @@ class LearnerFailedError(RunFailedError):
 
 
 class LearnerCall:
-    """A call that all ranks are working on."""
+    """A call to all ranks that is not done yet."""
 
     def __init__(self, calls: Sequence[RemoteCall[object]]) -> None:
         """calls: one to each rank."""
@@ -45,12 +45,12 @@ class LearnerCall:
         self._failed_at: float | None = None
 
     def wait(self, timeout_s: float, while_waiting: Callable[[], None]) -> object:
-        """What rank 0 gives, once all ranks are done. May be called again after an error of `while_waiting`.
+        """The result of rank 0, once all ranks are done. May be called again after an error of `while_waiting`.
 
         while_waiting: called every `POLL_S`, and once more at the end.
 
         Raises:
-            LearnerFailedError: a rank failed, whatever the others do; of several, one that knows why.
+            LearnerFailedError: a rank failed; if several did, the error of one that did not only lose another rank.
             NoAnswerError: they are not done within `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
@@ -65,7 +65,7 @@ class LearnerCall:
                 raise pending[0].silence(timeout_s)
 
     def _raise_failure(self, ended: Sequence[RemoteCall[object]], *, someone_works: bool) -> None:
-        """Raise the error of the rank that failed first in truth; return where there is none, or none is known yet."""
+        """Raise the error that caused the failure; return if no rank failed, or while the cause is not known yet."""
         errors = [error for call in ended if (error := _error_of(call)) is not None]
         for error in errors:
             if not isinstance(error.cause, RankLostError):
@@ -91,7 +91,7 @@ def _error_of(call: RemoteCall[object]) -> LearnerFailedError | None:
 
 
 class LearnerGroup:
-    """One actor for each rank of the learner; they start at once and are ready when the first call is."""
+    """One Ray actor for each rank of the learner; they are ready when the first call is done."""
 
     def __init__(self, spec: LearnerSpec, placement: PlacementGroup) -> None:
         """placement: has a bundle for each rank."""
@@ -120,7 +120,7 @@ class LearnerGroup:
         self.leader.request_stop.options(concurrency_group="control").remote()
 
     def join(self) -> LearnerCall:
-        """Let the ranks find each other; comes before everything else, where they are several."""
+        """Connect the ranks; with several ranks, before every other call."""
         rendezvous = self.leader.open_rendezvous.options(concurrency_group="training").remote()
         return self.call("join", rendezvous, task="find the other ranks")
 
@@ -132,11 +132,11 @@ class LearnerGroup:
         return LearnerCall([RemoteCall(*each, task) for each in zip(self._names, references, strict=True)])
 
     def stop(self) -> None:
-        """End the processes, whatever they do."""
+        """Kill the processes."""
         for actor in self._actors:
             ray.kill(actor)
 
 
 def learner_status(leader: ActorHandle) -> RemoteCall[LearnerStatus]:
-    """Ask rank 0 where training stands; it answers beside its work."""
+    """Request the status of rank 0, which answers while it trains."""
     return RemoteCall("the learner", leader.status.options(concurrency_group="control").remote())

@@ -49,7 +49,7 @@ def test_a_cluster_grows_and_shrinks_with_a_run(tmp_path: Path) -> None:
             ) as process,
         ):
             process.wait_until(lambda: process.step("sequencematch") >= 5, START_TIMEOUT_S, "steps with rollouts")
-            waited = "waiting for room: the plan needs 2 CPU (1 for learner, 1 for actors), the cluster has 0 free"
+            waited = "capacity: the plan needs 2 CPU (1 for learner, 1 for actors), the cluster has 0 free"
             assert waited in (process.folder / LOG_FILE).read_text()
             assert len(head.raylets()) == 3
 

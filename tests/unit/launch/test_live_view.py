@@ -130,7 +130,7 @@ def test_shards_are_shown_with_fill_and_state_within_80_columns() -> None:
     rows = {line.split()[0]: line for line in lines if line[:1].isdigit()}
     assert "ahead of the learner  12,288  75 %   123,456  234,567        0  117.7 MiB" in rows["0"]
     assert "no answer" in rows["1"]
-    assert "in trouble" in rows["2"]
+    assert "damaged" in rows["2"]
     assert "50 %" in rows["2"]
     text = " ".join(" ".join(lines).split())
     assert "20,480 policy trajectories live of 246,912" in text

@@ -118,7 +118,7 @@ def test_a_full_disk_ends_the_run_and_hinders_nothing_on_the_way_out(tmp_path: P
     (tmp_path / LOG_FILE).symlink_to("/dev/full")
     with RunLog(tmp_path) as log:
         log.write("info", "driver", "run_started", "the run begins")
-        with pytest.raises(RunFailedError, match=r"run\.jsonl cannot be written: .*No space left.*; make room"):
+        with pytest.raises(RunFailedError, match=r"run\.jsonl cannot be written: .*No space left.*; free space there"):
             log.follow(RunView(tmp_path.name, [], learner=LEARNER))
         log.write("warning", "driver", "process_warning", "a shard did not end by itself")
 
