@@ -200,7 +200,7 @@ class Terms:
 
 
 def sequencematch_loss(
-    terms: Terms, data: Sequence[Walk], model: Sequence[Walk], *, mixture_scale: float, shared_start: bool
+    terms: Terms, data: Sequence[Walk], model: Sequence[Walk], *, rollout_penalty: float, shared_start: bool
 ) -> Tensor:
     """-J per data action. With `shared_start` the model's value terms are V(s_0)/2 of the data, as if they
     began there."""
@@ -209,6 +209,6 @@ def sequencematch_loss(
         objective = objective - torch.stack([w.v[0] / 2 for w in data]).mean()
     else:
         objective = objective - torch.stack([terms.values(w) for w in model]).mean()
-    if mixture_scale:
-        objective = objective - mixture_scale * torch.stack([terms.squared_residual(w) for w in model]).mean()
+    if rollout_penalty:
+        objective = objective - rollout_penalty * torch.stack([terms.squared_residual(w) for w in model]).mean()
     return -objective * len(data) / sum(len(w.q) for w in data)

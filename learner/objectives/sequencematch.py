@@ -18,7 +18,7 @@ The value sums telescope to V at the start. With phi(x) = x - penalty(x) and a s
 
 (no `<eos>` part if truncated): the *collapsed* estimator, equal in expectation, with less variance. Model
 trajectories cancel out of it, except for the penalty that a mixture divergence puts on them: c E_model[(alpha r)^2],
-c = 1/(4 alpha) for the half-half mixture.
+c = mixture_scale / (4 alpha) for the half-half mixture; 1 with mixture_scale=paper.
 
 The *uniform* estimator replaces every gamma^t and gamma^N of the sums as the paper prints them by 1 and keeps gamma in
 r and in the differences of values, as IQ-Learn (Garg et al., arXiv 2106.12142) samples its states. Late actions weigh
@@ -135,7 +135,8 @@ class SequenceMatch(Objective):
         settings = self.settings
         self.divergence = DIVERGENCES[settings.divergence]
         self.margin = settings.domain_margin
-        self.mixture_scale = settings.mixture_scale or 1.0 / (4.0 * settings.alpha)
+        scale = settings.mixture_scale
+        self.rollout_penalty_coefficient = 1.0 if scale == "paper" else scale / (4.0 * settings.alpha)
 
     def beta(self, step: int) -> float:
         """Weight of behavior cloning at optimizer step `step` of this objective."""
@@ -182,7 +183,7 @@ class SequenceMatch(Objective):
             loss_sequencematch = loss_sequencematch + values / 2 * per_action
         if self.divergence.penalizes_rollouts:
             squared = rollouts.mean_over_trajectories(self._penalty_sum(rollouts, torch.square))
-            penalty = self.mixture_scale * squared * per_action
+            penalty = self.rollout_penalty_coefficient * squared * per_action
             loss_sequencematch = loss_sequencematch + penalty
             metrics["penalty_model"] = penalty
         loss = (1.0 - self.beta(step)) * loss_sequencematch

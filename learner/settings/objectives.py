@@ -224,8 +224,10 @@ class SequenceMatchSettings(BaseObjectiveSettings):
     )
     alpha: float = Field(0.03, gt=0.0, description="weight of the penalty, a squared soft-Bellman residual")
     gamma: float = Field(0.998, gt=0.0, lt=1.0, description="discount per action")
-    mixture_scale: PositiveFloat | None = Field(
-        None, description="weight of E_model[(alpha r)^2]; null = 1/(4 alpha), balanced; 1 = the paper read literally"
+    mixture_scale: PositiveFloat | Literal["paper"] = Field(
+        1.0,
+        description="scale of the coefficient of E_model[(alpha r)^2]: 1 gives 1/(4 alpha), which balances data and "
+        "rollouts; `paper`: the coefficient is 1, as the paper reads literally",
     )
     domain_policy: Literal["project", "stop"] = Field(
         "project",

@@ -16,7 +16,7 @@ SEVEN = {"feature": "seven"}
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "sequencematch", "divergence": "chi2", "mixture_scale": 1.0}, "no effect"),
+        ({"name": "sequencematch", "divergence": "chi2", "mixture_scale": "paper"}, "no effect"),
         ({"name": "sequencematch", "divergence": "tv"}, r"exactly maximum likelihood \(choose divergence=mle\)"),
         ({"name": "sequencematch", "divergence": "mle", "estimator": "uniform"}, "V would grow without end"),
         ({"name": "sequencematch", "divergence": "reverse_kl", "domain_policy": "stop"}, "domain_policy has no effect"),
