@@ -18,7 +18,7 @@ Over whole texts the optimum is Q = P. Token by token (a one-hot label against t
 divergence is not consistent: where a binary choice has probability .7, at pi = .5 its optimum is .817.
 
 The output of the discriminator is s(x) = logit D(x) - logit(prior), where D is the probability that x is real and
-`prior` the share of real examples it is trained with. At its optimum s = log P/Q whatever the prior was. s(x) is a sum
+`prior` the fraction of real examples it is trained with. At its optimum s = log P/Q for any prior. s(x) is a sum
 over the tokens of the answer, as log P/Q is where both write token by token: a small network sees the hidden state of
 the text before a token, and the token's embedding.
 """
@@ -58,8 +58,8 @@ _NETWORK, _OPTIMIZER = "network.", "optimizer."
 
 
 class Discriminator(nn.Module):  # type: ignore[misc]
-    """A head of two layers on pairs of states and tokens, and its optimizer; whole at every rank. policy: as it is at
-    the start of the stage; an own body begins as a copy of it."""
+    """A head of two layers on pairs of states and tokens, and its optimizer; not sharded. policy: that of the start of
+    the stage; a body of its own starts as a copy of it."""
 
     def __init__(self, settings: DiscriminatorSettings, policy: TreePolicy) -> None:
         assert settings.body == "policy" or not isinstance(policy, FSDPModule), "a part of a body cannot be copied"
@@ -78,15 +78,14 @@ class Discriminator(nn.Module):  # type: ignore[misc]
         self._optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.0)
 
     def forward(self, pairs: Tensor) -> Tensor:
-        """[K] what each token adds to s, given [K, 2, H] states and embeddings, whose scales do not matter."""
+        """[K] each token's term of s, given [K, 2, H] states and embeddings, which are normalized first."""
         pairs = pairs.to(self.head[0].weight.dtype)
         terms: Tensor = self.head(layer_norm(pairs, pairs.shape[-1:]).flatten(1)).squeeze(1)
         return terms
 
     def log_ratio(self, tree: TreeBatch, pairs: Tensor | None) -> Tensor:
-        """[L] s of the last text of each trajectory; 0 where nothing of an answer is left. pairs: what
-        `states_and_tokens`
-        measured of the policy; None exactly with a body of its own."""
+        """[L] s of the last text of each trajectory; 0 for an empty answer. pairs: from `states_and_tokens`, or None if
+        the discriminator has a body of its own."""
         nodes, actions = tree.answer_nodes()
         states = tree.nodes.states
         if self.body is not None:
@@ -103,8 +102,8 @@ class Discriminator(nn.Module):  # type: ignore[misc]
         return (is_left & is_answer).to(terms.dtype) @ terms
 
     def step(self, ranks: Ranks) -> None:
-        """Move the weights by what the backward passes of all ranks left; all of them call this together.
-        FloatingPointError: the gradient is not finite; nothing has moved."""
+        """Update the weights by the gradients of all ranks, which call this together. FloatingPointError: the gradient
+        is not finite; nothing was updated."""
         trained = [parameter for parameter in self.parameters() if parameter.grad is not None]
         if ranks.size > 1:
             gradients = [parameter.grad for parameter in trained]
@@ -145,12 +144,11 @@ def states_and_tokens(tree: TreeBatch, logits: StateLogits) -> Tensor:
 
 
 class AdversarialJs(Objective):
-    """The policy by the score function, and beside it the discriminator by its cross-entropy.
+    """Trains the policy by the score function and the discriminator by its cross-entropy.
 
-    Both take one step per step, from the weights of before. In the first ones the policy waits, since Adam would
-    turn the noise of a discriminator that has learned nothing yet into steps of full size. The policy learns from
-    rollouts alone, the discriminator from rollouts and expert trajectories, with a share `discriminator_prior` of real
-    ones.
+    Each optimizer step updates both. During the first `warmup_steps` the policy does not change, since Adam would turn
+    the noise of an untrained discriminator into steps of full size. The policy learns from rollouts alone, the
+    discriminator from rollouts and expert trajectories, of which `discriminator_prior` is the fraction of experts.
     """
 
     settings: AdversarialJsSettings
@@ -160,7 +158,7 @@ class AdversarialJs(Objective):
     _reward_mean = 0.0
 
     def begin_step(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: BatchCounts, step: int) -> None:
-        """Find the mean reward of the step's rollouts, with which each of them is compared."""
+        """Compute the mean reward of the step's rollouts, the baseline of each."""
         self._discriminator_of(policy).zero_grad(set_to_none=True)
         total = torch.zeros(1, dtype=torch.float64)
         with torch.no_grad():
@@ -173,8 +171,8 @@ class AdversarialJs(Objective):
 
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: BatchCounts, step: int) -> EvaluatedTrajectories:
         """One forward pass, and one of the discriminator's body if it has its own; `measured` is [L] s of each
-        trajectory.
-        expert trajectories have no gradient in the policy. Ranks that share it get one of zero: all reduce together."""
+        trajectory. Expert trajectories give the policy no gradient; with FSDP they give one of zero, since all ranks
+        reduce together."""
         moves_policy = not bool(tree.trajectories.is_expert.all()) or isinstance(policy, FSDPModule)
         with torch.set_grad_enabled(torch.is_grad_enabled() and moves_policy):
             values = policy.evaluate(tree, states_and_tokens if self._reads_policy else None)
@@ -232,7 +230,7 @@ class AdversarialJs(Objective):
         return dict(self._restored) if self._discriminator is None else self._discriminator.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the discriminator of `state()`; it is made when the policy is first seen."""
+        """Restore the discriminator of `state()`, which is created at the next use of the policy."""
         self._restored = dict(state)
         self._discriminator = None
 
@@ -275,7 +273,7 @@ def leave_one_out_advantage(reward: Tensor, mean: float, count: int) -> Tensor:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def importance_weights(rollouts: EvaluatedTrajectories) -> Tensor:
-    """[L] Q(x) / mu(x) of each whole trajectory, mu the policy that drew it, as it drew it."""
+    """[L] Q(x) / mu(x) of each whole trajectory, with mu the distribution that it was sampled from."""
     per_action = rollouts.values.log_prob - rollouts.tree.actions.behavior_log_prob
     return rollouts.tree.trajectories.sum_of_actions(per_action).exp()
 

@@ -25,18 +25,17 @@ from learner.state_tree.policy import ActionValues, Summation, TreePolicy
 
 
 class OutsideDomainError(ArithmeticError):
-    """The loss was asked for where its divergence is not defined; the weights are as they were before the step."""
+    """The loss is outside the domain of its divergence; the weights are those from before the step."""
 
 
 Metrics = dict[str, Tensor]
-"""Scalars without gradient. Each is this call's *share*: over the micro-batches and ranks of one optimizer
-step the shares add up to the value (a mean over the global batch); names that end in `_max_abs` combine by
-maximum instead."""
+"""Scalars without gradient. Each is the *part* that this call contributes: the parts of all micro-batches and ranks of
+an optimizer step add up to the value (a mean over the global batch). Of names in `_max_abs` the maximum is taken."""
 
 
 @dataclass(frozen=True)
 class BatchCounts:
-    """How much of something there is over all micro-batches and ranks of one optimizer step."""
+    """Global counts: over all micro-batches and ranks of one optimizer step."""
 
     trajectories: int
     actions: int
@@ -44,51 +43,50 @@ class BatchCounts:
 
     @property
     def trajectories_per_action(self) -> float:
-        """From a mean over trajectories to the scale of one action."""
+        """Factor from a mean over trajectories to the scale of one action."""
         return self.trajectories / max(self.actions, 1)
 
 
 @dataclass(frozen=True)
 class EvaluatedTrajectories:
-    """Action trajectories with their values. `counts` are global: of the whole optimizer step, not of this tree."""
+    """Trajectories with their values. `counts` are global: of the whole optimizer step, not of this tree."""
 
     tree: TreeBatch
     values: ActionValues
     counts: BatchCounts
 
     @property
-    def share(self) -> float:
-        """Of all trajectories of the step, those of this tree: what a constant of the step counts in its metrics."""
+    def fraction(self) -> float:
+        """This tree's fraction of the step's trajectories: the weight of a constant of the step in its metrics."""
         return self.tree.num_trajectories / max(self.counts.trajectories, 1)
 
     def mean_over_actions(self, per_action: Tensor) -> Tensor:
-        """This call's share of the global mean of a [A] tensor."""
+        """This call's part of the global mean of a [A] tensor."""
         return per_action.sum() / max(self.counts.actions, 1)
 
     def mean_over_trajectories(self, terms: Tensor) -> Tensor:
-        """This call's share of the global mean over trajectories of a sum, given all terms of all its trajectories."""
+        """This call's part of the global mean over trajectories of a sum, given the terms of all its trajectories."""
         return terms.sum() / max(self.counts.trajectories, 1)
 
     def mean_over_ended_trajectories(self, per_trajectory: Tensor) -> Tensor:
-        """This call's share of the global mean of a [L] tensor over the trajectories that reached `<eos>`."""
+        """This call's part of the global mean of a [L] tensor over the trajectories that reached `<eos>`."""
         ended = max(self.counts.trajectories - self.counts.truncated_trajectories, 1)
         return per_trajectory.masked_fill(self.tree.trajectories.truncated, 0.0).sum() / ended
 
 
 @dataclass(eq=False)
 class Objective:
-    """One way to train. The loss of an optimizer step is the sum of `data_loss` over the micro-batches of expert
-    trajectories
-    and of `rollout_loss` over those of policy trajectories, on all ranks. The metrics of both hold that share as
-    `loss`.
+    """A way to train. The loss of an optimizer step is the sum of `data_loss` over the micro-batches of expert
+    trajectories and of `rollout_loss` over those of policy trajectories, on all ranks. The metrics of both hold their
+    part of it as `loss`.
 
-    ranks: that train together. base: the policy as it was at the start of the stage, frozen; where the settings need
-    it. features: names of those that rollouts have, in their order. summation: over the vocabulary, of each action,
-    which `evaluate` measures; a method of an objective that has one.
+    ranks: those that train together. base: the frozen policy from the start of the stage, if the settings need it.
+    features: names of the rollouts' features, in their order. summation: sum over the vocabulary for each action, which
+    `evaluate` measures; None without one.
     """
 
     Options: ClassVar[type[BaseObjectiveSettings]] = BaseObjectiveSettings
-    """The class of the settings of an objective of the user's own: `options` of the recipe, and what it needs."""
+    """Settings class of an objective of the user's own: `options` of the recipe, and what it needs."""
     settings: BaseObjectiveSettings
     ranks: Ranks = field(default_factory=Ranks)
     base: TreePolicy | None = None
@@ -96,79 +94,73 @@ class Objective:
     summation: Summation | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        """An objective sets here what it begins with."""
+        """A subclass sets its initial state here."""
 
     def begin_step(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: BatchCounts, step: int) -> None:
-        """Look at all rollouts of a step before any loss of it is asked for: for what concerns them together. All ranks
-        call this together, each with trees of its own (not on the policy's device yet) and the global counts; only
-        where rollouts are needed."""
+        """Process all rollouts of a step together, before any loss of the step. Called only if the objective needs
+        rollouts, by all ranks together, each with its own trees (not on the policy's device yet) and global counts."""
 
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: BatchCounts, step: int) -> EvaluatedTrajectories:
-        """Have the trajectories of `tree` evaluated for optimizer step `step`; counts are global. All ranks call this
-        together,
-        and it runs the policy as many times at each."""
+        """Evaluate the trajectories of `tree` for optimizer step `step`; counts are global. All ranks call this
+        together, and each runs the policy equally often."""
         return EvaluatedTrajectories(tree, policy.evaluate(tree, summation=self.summation), counts)
 
     def data_loss(self, data: EvaluatedTrajectories, step: int) -> tuple[Tensor, Metrics]:
-        """This call's share of what expert trajectories add to the loss, at optimizer step `step` (from 0)."""
+        """This call's part of the loss of expert trajectories, at optimizer step `step` (from 0)."""
         raise ValueError(f"objective {self.settings.name} takes no expert trajectories")
 
     def rollout_loss(
         self, rollouts: EvaluatedTrajectories, data_counts: BatchCounts, step: int
     ) -> tuple[Tensor, Metrics]:
-        """This call's share of what policy trajectories add to the loss. data_counts: global, of the expert
-        trajectories."""
+        """This call's part of the loss of policy trajectories. data_counts: global, of the expert trajectories."""
         raise ValueError(f"objective {self.settings.name} takes no rollouts")
 
     def priorities(self, rollouts: EvaluatedTrajectories) -> Tensor:
-        """[L] how much there is to learn from each policy trajectory, without gradient, for prioritized replay.
-        ValueError:
-        there are none, since draws that prefer some rollouts would have to be weighted for it."""
-        raise ValueError(f"objective {self.settings.name} takes no prioritized draws")
+        """[L] priority of each policy trajectory for prioritized replay, without gradient. ValueError: the objective
+        has none, since it would have to weight rollouts that are sampled more often."""
+        raise ValueError(f"objective {self.settings.name} takes no prioritized samples")
 
     def check(self, metrics: Mapping[str, Tensor], step: int) -> None:
-        """Given the combined metrics of a step: raise OutsideDomainError where the settings ask
-        to stop at the end of the divergence's domain, and it was left."""
+        """Raise OutsideDomainError if the step left the domain of the divergence and the settings ask to stop then.
+        metrics: of the whole step."""
 
     def optimizer_step(self) -> None:
-        """Take a step with what the objective trains itself, just before the policy's weights move. All ranks call this
-        together. FloatingPointError: its gradient is not finite, and nothing has moved."""
+        """Update the parameters that the objective trains itself, just before the policy's are updated. All ranks call
+        this together. FloatingPointError: its gradient is not finite; nothing was updated."""
 
     def should_publish(self) -> bool:
-        """Whether the policy of now should be the one that makes rollouts: asked where it would be published, and the
-        same at every rank."""
+        """Whether to publish the current weights, at a step where publication is due; the same at every rank."""
         return True
 
     def state(self) -> dict[str, Tensor]:
-        """What the next steps depend on besides the weights; the same at every rank."""
+        """The state besides the weights that later steps depend on; the same at every rank."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`."""
-        assert not state, f"objective {self.settings.name} remembers nothing, and was given {sorted(state)}"
+        """Restore `state()`."""
+        assert not state, f"objective {self.settings.name} has no state, and was given {sorted(state)}"
 
     def _of_all_ranks(self, rollouts: Sequence[TreeBatch]) -> list[TreeBatch]:
-        """Those of this rank, then trees without trajectories: as many at every rank, since FSDP gathers in each
-        pass."""
+        """This rank's trees, then empty ones: equally many at every rank, since FSDP gathers in each pass."""
         missing = self.ranks.maximum(len(rollouts)) - len(rollouts)
         return [*rollouts, *missing * [rollouts[0].without_trajectories()]]
 
 
 def cross_entropy(data: EvaluatedTrajectories) -> Tensor:
-    """This call's share of the mean negative log-probability of the labels."""
+    """This call's part of the mean negative log-probability of the labels."""
     return -data.mean_over_actions(data.values.log_prob)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def data_metrics(data: EvaluatedTrajectories, loss: Tensor, **own: Tensor) -> Metrics:
-    """What every objective reports of its expert trajectories, and what this one adds (detached)."""
+    """Metrics of every objective on its expert trajectories, and the objective's `own` ones; detached."""
     found = {"loss": loss, "loss_behavior_cloning": cross_entropy(data), **own, **_value_metrics(data)}
     return {name: value.detach() for name, value in found.items()}
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def rollout_metrics(rollouts: EvaluatedTrajectories, loss: Tensor, **own: Tensor) -> Metrics:
-    """What every objective reports of its rollouts, and what this one adds (detached)."""
+    """Metrics of every objective on its rollouts, and the objective's `own` ones; detached."""
     of_values = {f"{name}_model": value for name, value in _value_metrics(rollouts).items()}
     return {name: value.detach() for name, value in {"loss": loss, **own, **of_values}.items()}
 
@@ -186,11 +178,11 @@ def _value_metrics(trajectories: EvaluatedTrajectories) -> Metrics:
     }
 
 
-def combine_metrics(shares: Iterable[Mapping[str, Tensor]]) -> Metrics:
-    """Put the shares of micro-batches or ranks together, as the naming rule of `Metrics` says."""
+def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> Metrics:
+    """Combine the parts of micro-batches or ranks by the rule of `Metrics`."""
     combined: Metrics = {}
-    for share in shares:
-        for name, value in share.items():
+    for part in parts:
+        for name, value in part.items():
             if name not in combined:
                 combined[name] = value
             elif name.endswith("_max_abs"):
@@ -203,10 +195,10 @@ def combine_metrics(shares: Iterable[Mapping[str, Tensor]]) -> Metrics:
 def is_finite(
     trajectories: EvaluatedTrajectories, loss: Callable[[EvaluatedTrajectories], tuple[Tensor, Metrics]]
 ) -> bool:
-    """Whether `loss` and its gradient by the values are; the values may come from an evaluation without gradient."""
+    """Whether `loss` and its gradient with respect to the values are finite. The values need no gradient."""
     given = {name: value for name, value in trajectories.values._asdict().items() if value is not None}
     leaves = {name: value.detach().clone().requires_grad_() for name, value in given.items()}
-    share, _ = loss(replace(trajectories, values=ActionValues(**leaves)))
-    share.backward()
+    part, _ = loss(replace(trajectories, values=ActionValues(**leaves)))
+    part.backward()
     gradients = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
-    return all(bool(tensor.isfinite().all()) for tensor in (share.detach(), *gradients))
+    return all(bool(tensor.isfinite().all()) for tensor in (part.detach(), *gradients))

@@ -1,12 +1,12 @@
 """Objectives that climb along a score function: E_mu[c(x) grad log pi(x)] over whole rollouts x.
 
-Here pi is the policy of now, mu the one that made the rollout, whose log-probability the actor stored, and x the log of
-all actions, backspaces and `<eos>` included; where a rollout was cut off, its actions up to there. pi is taken at
-temperature 1, whatever the actors sampled at: mu is what they sampled from.
+Here pi is the current policy, and mu the one that made the rollout; the actor stored its log-probabilities. x is the
+whole sequence of actions, backspaces and `<eos>` included, or those before the rollout was truncated. pi is taken at
+temperature 1, and mu is the distribution that the actors sampled from, whatever their temperature.
 
-The coefficient c of a rollout may depend on all rollouts of the step, which lie in several passes and at several ranks.
-So a step has two rounds: the first evaluates all rollouts without gradient and gathers a few numbers of each at every
-rank (`Rollouts`), from which the coefficients are found; the second has the gradient, of -sum_i c_i log pi(x_i) / N.
+The coefficient c of a rollout may depend on all rollouts of the step, which are in several passes and at several ranks.
+So a step has two rounds. The first evaluates all rollouts without gradient and gathers a few numbers of each at every
+rank (`Rollouts`); the coefficients follow from these. The second has the gradient, of -sum_i c_i log pi(x_i) / N.
 
 Two methods raise a reward R (`RewardAscent`); those with a target distribution: `learner.objectives.target_rules`.
 
@@ -42,12 +42,11 @@ _NUM_PLAIN_COLUMNS = 6
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What there is to know of N rollouts: float64, in host memory, without gradient.
+    """N rollouts as numbers: float64, in host memory, without gradient.
 
-    key, context: [N] numbers of trajectory and prompt, the same wherever these occur. log_pi, log_mu, log_base: [N] of
-    the whole trajectory, under the policy of now, the one that made it, and the frozen one (nan where there is none).
-    reward:
-    [N] (nan where there is none). features: [N, F].
+    key, context: [N] numbers of trajectory and prompt, equal for equal ones. log_pi, log_mu, log_base: [N] of the whole
+    trajectory, under the current policy, the one that made it, and the frozen one (nan without one). reward: [N] (nan
+    without one). features: [N, F].
     """
 
     key: Tensor
@@ -78,7 +77,7 @@ class Weighed(NamedTuple):
 
 
 class ScoreFunction(Objective, ABC):
-    """The two rounds. Methods differ in how rollouts are weighed, and in what is learned from them beside that."""
+    """The two rounds of a step. Methods differ in the coefficients, and in what else they learn from rollouts."""
 
     _rollouts: Rollouts | None = None
     _coefficient: Mapping[int, float] = MappingProxyType({})
@@ -86,11 +85,11 @@ class ScoreFunction(Objective, ABC):
 
     @abstractmethod
     def weigh(self, rollouts: Rollouts) -> Weighed:
-        """The coefficients of a step, from its rollouts and what was learned before. ValueError: they lack what the
-        method needs."""
+        """The coefficients of a step, from its rollouts and the state so far. ValueError: the rollouts lack a reward or
+        a feature that the method needs."""
 
     def learn(self, rollouts: Rollouts) -> None:
-        """The step is taken: remember what the next ones need."""
+        """Update the state for later steps, after the loss of a step."""
 
     def begin_step(self, policy: TreePolicy, rollouts: Sequence[TreeBatch], counts: BatchCounts, step: int) -> None:
         table = self._gather(torch.cat([self._look_at(policy, tree) for tree in self._of_all_ranks(rollouts)]))
@@ -115,7 +114,7 @@ class ScoreFunction(Objective, ABC):
         tree, log_prob = rollouts.tree, rollouts.values.log_prob
         coefficients = log_prob.new_tensor([self._coefficient[_key(name)] for name in tree.trajectories.ids])
         loss = -rollouts.mean_over_trajectories(coefficients[tree.actions.trajectory] * log_prob)
-        of_step = {name: loss.new_tensor(value * rollouts.share) for name, value in self._metrics.items()}
+        of_step = {name: loss.new_tensor(value * rollouts.fraction) for name, value in self._metrics.items()}
         return loss, rollout_metrics(rollouts, loss, **of_step)
 
     def optimizer_step(self) -> None:
@@ -159,7 +158,7 @@ class ScoreFunction(Objective, ABC):
 
 
 class RewardAscent(ScoreFunction):
-    """reinforce and kl_control. It remembers nothing."""
+    """reinforce and kl_control. It has no state."""
 
     settings: ReinforceSettings | KlControlSettings
 

@@ -31,7 +31,7 @@ that its scale is per action, as that of behavior cloning is.
 
 Divergence = sup_r E_data[phi(r)] - E_model[r] (as in IQ-Learn). Every concave phi here has phi(0) = 0 and phi'(0) = 1,
 so it is written as phi(x) = x - penalty(x) with a convex penalty that vanishes to second order at 0: the linear part
-turns into log-likelihood, the penalty is what the divergence adds to it. Total variation is not among them. Its phi is
+turns into log-likelihood, and the divergence adds the penalty. Total variation is not offered. Its phi is
 r where |r| <= 1/2 on data *and* model samples, a bound and not a penalty: while the bound is inactive the loss is
 exactly maximum likelihood, and clipping on the data alone collapses.
 """
@@ -68,9 +68,9 @@ class Divergence:
     penalizes_rollouts: the reference is the half-half mixture of data and model, so that the squared residual of the
         rollouts is penalized too.
 
-    From low + margin downwards phi goes on by its tangent: that keeps it concave and keeps a gradient back into the
-    domain, which clamping would lose for ever. Which of the two holds is chosen element by element, so that the
-    tangent, whose slope grows as margin^-2, has no part in a value or a gradient inside.
+    Below low + margin the tangent replaces phi. So phi stays concave, and its gradient leads back into the domain;
+    clamping would have no gradient there. The choice is made per element, so that the tangent, whose slope grows as
+    margin^-2, affects no value and no gradient inside the domain.
 
     Values are computed in float64, whatever the type of x: float32 cannot tell low + margin from low at a margin of
     1e-8, and loses the digits of 2 - exp(-x) near the end of the domain of js. There are as many as actions.
@@ -90,7 +90,7 @@ class Divergence:
         return (x.double() - self._penalty(x.double(), margin)).to(x.dtype)
 
     def outside(self, x: Tensor, margin: float) -> Tensor:
-        """Where the tangent is in force: x < low + margin."""
+        """Where the tangent replaces phi: x < low + margin."""
         return x.double() < self.low + margin
 
     def _penalty(self, x: Tensor, margin: float) -> Tensor:
@@ -106,9 +106,8 @@ DIVERGENCES = {
     # phi(x) = x - x^2 / 4, all x: E_data[(rho_model / rho_data - 1)^2]
     "chi2_mixture": Divergence(lambda x: x.square() / 4, penalizes_rollouts=True),
     "chi2": Divergence(lambda x: x.square() / 4),
-    # phi(x) = log(1 + x), x > -1: KL(data || model). The textbook 1 + trajectory x is the same shifted, but not
-    # defined at
-    # ordinary initial logits.
+    # phi(x) = log(1 + x), x > -1: KL(data || model). The textbook's 1 + log x is the same, shifted by 1, but is not
+    # defined at ordinary initial logits.
     "kl": Divergence(lambda x: x - torch.log1p(x), -1.0, lambda x: x / (1.0 + x)),
     # phi(x) = 1 - exp(-x), all x: KL(model || data)
     "reverse_kl": Divergence(lambda x: torch.expm1(-x) + x),
@@ -123,7 +122,7 @@ DIVERGENCES = {
     # phi(x) = x, all x: the collapsed loss is discounted maximum likelihood
     "mle": Divergence(torch.zeros_like),
 }
-"""By the name that `SequenceMatchSettings.divergence` gives."""
+"""Keys: values of `SequenceMatchSettings.divergence`."""
 
 
 class SequenceMatch(Objective):
@@ -162,7 +161,7 @@ class SequenceMatch(Objective):
             loss,
             loss_sequencematch=loss_sequencematch,
             penalty_data=penalty,
-            beta=loss.new_tensor(beta * data.share),
+            beta=loss.new_tensor(beta * data.fraction),
             **self._residual_metrics(data, ""),
         )
         if self.divergence.penalty_slope is not None:
@@ -192,9 +191,8 @@ class SequenceMatch(Objective):
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def priorities(self, rollouts: EvaluatedTrajectories) -> Tensor:
-        """[L] mean of |r| over the actions of each trajectory, the soft-Bellman residuals; 0 for a trajectory without
-        actions. For
-        the TD errors of Q-learning, by which Schaul et al. 2016 (arXiv 1511.05952) prioritize."""
+        """[L] mean of the soft-Bellman residuals |r| over the actions of each trajectory; 0 for one without actions.
+        They replace the TD errors of Q-learning, by which Schaul et al. 2016 (arXiv 1511.05952) prioritize."""
         trajectories = rollouts.tree.trajectories
         return trajectories.sum_of_actions(self._residual(rollouts).abs()) / trajectories.length.clamp(min=1)
 
@@ -246,7 +244,7 @@ class SequenceMatch(Objective):
         return self._discounted(trajectories, values.v - self.settings.gamma * values.v_next, values.v_final)
 
     def _discounted(self, trajectories: EvaluatedTrajectories, observed: Tensor, tail: Tensor) -> Tensor:
-        """[A + L] gamma^t observed_t of every action, and gamma^N tail of every log of N actions."""
+        """[A + L] gamma^t observed_t of every action, and gamma^N tail of every trajectory of N actions."""
         weights = self._weight(
             torch.cat([trajectories.tree.actions.time, trajectories.tree.trajectories.length]), trajectories
         )
@@ -254,7 +252,7 @@ class SequenceMatch(Objective):
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _outside_fraction(self, trajectories: EvaluatedTrajectories) -> Tensor:
-        """This call's share of the arguments of phi (of every action, and of `<eos>`) that left its domain."""
+        """This call's part of the fraction of arguments of phi (of actions and `<eos>`) outside its domain."""
         observed, absorbed = (self.divergence.outside(each, self.margin) for each in self._arguments(trajectories))
         num_outside = (observed.sum() + (absorbed & ~trajectories.tree.trajectories.truncated).sum()).to(
             trajectories.values.q.dtype

@@ -10,9 +10,9 @@ dpg, gdc   E_mu[(P / mu) (Z / Z_c) grad log pi]
 gdc_pp     E_mu[((P / mu) (Z / Z_c) - Z pi / mu) grad log pi]: a baseline of Z alone would be biased with stale actors
 f_dpg      -E_mu[(pi / mu) (f'(pi / p_c) - B) grad log pi], B the mean of the other rollouts
 
-With one prompt Z / Z_c is 1. How Z_c and lambda are estimated: `learner.objectives.target_estimates`. `dpg` and `gdc`
-agree for any mu and differ in who acts: with a KL-adaptive proposal the actors keep the policy that they have until
-that of now is nearer to the target.
+With one prompt Z / Z_c is 1. `learner.objectives.target_estimates` estimates Z_c and lambda. `dpg` and `gdc` agree for
+any mu. They differ in the policy that acts: with a KL-adaptive proposal the actors keep their weights until the current
+ones are nearer to the target.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Densities:
 
     @property
     def prompt_weight(self) -> Tensor:
-        """[N] mean of Z over Z of the prompt: with it the ratio is a mean over prompts of p_c / mu, but for a factor
-        that all share."""
+        """[N] mean of Z over Z of the prompt: times this the ratio is a mean over prompts of p_c / mu, up to a common
+        factor."""
         return prompt_weights(self.z, self.z_mean)
 
     @property
@@ -69,7 +69,7 @@ def advantages(settings: TargetSettings, densities: Densities) -> Tensor:
     if not isinstance(settings, FDpgSettings):
         gradient = densities.ratio * densities.prompt_weight
         return gradient - densities.z_mean * densities.weight if settings.name == "gdc_pp" else gradient
-    known = densities.z > 0  # a rollout whose Z nobody has an idea of yet has no say
+    known = densities.z > 0  # without an estimate of Z a rollout has no weight
     log_t = torch.where(known, densities.log_pi + densities.z.log() - densities.log_target, 0.0)
     slope = F_SLOPES[settings.divergence](log_t)
     weight = densities.weight * known
@@ -99,7 +99,7 @@ F_SLOPES: dict[FDivergence, Callable[[Tensor], Tensor]] = {
 
 
 class TargetAscent(ScoreFunction):
-    """Fit lambda first, while nothing moves; then go by the advantages."""
+    """Fits lambda first, with zero coefficients; then the coefficients are the advantages."""
 
     settings: TargetSettings
 
@@ -109,7 +109,7 @@ class TargetAscent(ScoreFunction):
         self._moments = [each for each in self.settings.constraints if each.target is not None]
         self._adaptive = isinstance(self.settings, GdcSettings) and self.settings.proposal == "kl_adaptive"
         self._z = PartitionFunction()
-        # Of log pi over log mu under p_c, times Z; since the last look.
+        # Of log pi over log mu under p_c, times Z; since the last call of `should_publish`.
         self._gain = torch.zeros(1, dtype=torch.float64)
         self._weight = None if self._moments else torch.zeros(0, dtype=torch.float64)
         # Columns: key, context, trajectory a b / mu, features.
@@ -137,8 +137,8 @@ class TargetAscent(ScoreFunction):
         return Weighed(advantages(self.settings, densities), metrics)
 
     def learn(self, rollouts: Rollouts) -> None:
-        """Gather samples until lambda can be fitted (raises as `fit_moments`); after that Z, and which policy is nearer
-        to the target."""
+        """Collect samples until lambda can be fitted (raises as `fit_moments`); then update Z and the gain that decides
+        about publication."""
         if self._weight is None:
             self._collect(rollouts)
             return
@@ -148,13 +148,13 @@ class TargetAscent(ScoreFunction):
         self._gain += (counts * (densities.log_pi - densities.log_mu)).sum()
 
     def should_publish(self) -> bool:
-        """Whether the policy of now should act: KL(p, pi) < KL(p, mu), by the steps since this was asked last.
+        """Whether KL(p, pi) < KL(p, mu), by the steps since the last call.
 
-        Both are -log Z_c + E_{p_c}[log(P / .)], a mean over prompts, so what decides is the sign of
-        E_mu[(P / mu) / Z_c log(pi / mu)].
+        Both are -log Z_c + E_{p_c}[log(P / .)], a mean over prompts, so the sign of E_mu[(P / mu) / Z_c log(pi / mu)]
+        decides.
         """
         if self._weight is None:
-            return False  # nothing has moved
+            return False  # the weights have not changed
         nearer = not self._adaptive or float(self._gain) > 0
         self._gain = torch.zeros_like(self._gain)
         return nearer
@@ -199,7 +199,7 @@ class TargetAscent(ScoreFunction):
         log_weight = self._log_base(rollouts) - rollouts.log_mu
         plain = torch.stack([rollouts.key.double(), rollouts.context.double(), log_weight], dim=1)
         new = torch.cat([plain, self._features_of(rollouts, self._moments)], dim=1)
-        new = new[~torch.isin(new[:, 0], self._samples[:, 0])]  # a draw may give what another one gave
+        new = new[~torch.isin(new[:, 0], self._samples[:, 0])]  # two samples may hold the same rollout
         self._samples = torch.cat([self._samples, new])
         if len(self._samples) < self.settings.fit_samples:
             return

@@ -1,7 +1,7 @@
 """Objectives of expert trajectories alone, action by action: likelihood, unlikelihood, EMO, scheduled sampling.
 
-All but likelihood are not consistent: with endless data their optimum is another distribution than that of the data,
-so compare them at matched entropy.
+All but likelihood are inconsistent: with infinite data their optimum differs from the distribution of the data. Compare
+them at matched entropy.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ from learner.state_tree.policy import StateLogits, TreePolicy
 from learner.state_tree.vocabulary import CHUNK_ELEMENTS
 
 LEAST_COMPLEMENT = 1e-5
-"""1 - q(c) counts as no less than this: the slope of log(1 - q) is endless at q = 1."""
+"""Lower bound of 1 - q(c): the slope of log(1 - q) is infinite at q = 1."""
 
 PROBABLE = 0.75
-"""A context token with more than this probability has its slope kept apart from that of the others."""
+"""The slope of a context token with more than this probability is summed separately from the others."""
 
 EPSILON = 1e-10
-"""Keeps the ratio of the two losses of EMO defined."""
+"""Added to the denominator of the ratio of the two losses of EMO."""
 
 NEAR = 1e-2
 """Costs below this are found without the cosine, whose rounding error is of the order of 1e-7 in float32."""
 
 
 class Likelihood(Objective):
-    """-E_data[log p(a|s)], mean over the actions of the global batch. `mle` and `behavior_cloning` differ in the
-    trajectories
-    they are fed, not in the formula."""
+    """-E_data[log p(a|s)], mean over the actions of the global batch. `mle` and `behavior_cloning` have the same
+    formula and different trajectories."""
 
     def data_loss(self, data: EvaluatedTrajectories, step: int) -> tuple[Tensor, Metrics]:
         loss = cross_entropy(data)
@@ -47,7 +46,7 @@ class Likelihood(Objective):
 
 
 class Unlikelihood(Objective):
-    """Likelihood, less of what the context already holds (Welleck et al. 2019, arXiv 1908.04319).
+    """Likelihood, minus tokens that the context already holds (Welleck et al. 2019, arXiv 1908.04319).
 
     Per action with label y after text s, and C the distinct tokens of s (its prompt included) but y,
 
@@ -154,7 +153,7 @@ class Emo(Objective):
         return loss, data_metrics(data, loss, loss_earth_mover=data.mean_over_actions(distance))
 
     def state(self) -> dict[str, Tensor]:
-        """The frozen table: the weights of a checkpoint no longer are those that it was copied from."""
+        """The frozen table: no checkpoint holds the weights that it was copied from."""
         return {} if self._table is None else {"table": self._table}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -162,7 +161,7 @@ class Emo(Objective):
 
 
 def _output_embedding(name: str) -> Tensor:
-    """[V, d] of a model in the Hugging Face format; the rest of the model is let go."""
+    """[V, d] of a model in the Hugging Face format; the rest of the model is freed."""
     try:
         model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
     except OSError as error:
@@ -222,7 +221,7 @@ class ScheduledSampling(Objective):
     them.
 
     The optimum mixes the conditional with the marginal distribution (Huszar 2015, arXiv 1511.05101), eps P(x2 | x1) +
-    (1 - eps) P(x2) on texts of two tokens; at eps = 0 the model forgets what its text holds.
+    (1 - eps) P(x2) on texts of two tokens; at eps = 0 the model ignores its text.
     """
 
     settings: ScheduledSamplingSettings
@@ -238,9 +237,8 @@ class ScheduledSampling(Objective):
         return 1 / (1 + math.exp(-exponent)) if exponent >= 0 else math.exp(exponent) / (1 + math.exp(exponent))
 
     def evaluate(self, policy: TreePolicy, tree: TreeBatch, counts: BatchCounts, step: int) -> EvaluatedTrajectories:
-        """Two forward passes. What is drawn depends on the seed, the step and the trajectories of the pass alone: a
-        resumed run
-        repeats it."""
+        """Two forward passes. The replaced tokens depend only on seed, step and the trajectories of the pass, so that a
+        resumed run repeats them."""
         key = "/".join([str(self.settings.seed), str(step), *tree.trajectories.ids])
         generator = torch.Generator(tree.nodes.token_ids.device).manual_seed(zlib.crc32(key.encode()))
         mixing = partial(mixed_tokens, truth_fraction=self.truth_fraction(step), generator=generator)
@@ -252,7 +250,7 @@ class ScheduledSampling(Objective):
 
     def data_loss(self, data: EvaluatedTrajectories, step: int) -> tuple[Tensor, Metrics]:
         loss = cross_entropy(data)
-        truth_fraction = loss.new_tensor(self.truth_fraction(step) * data.share)
+        truth_fraction = loss.new_tensor(self.truth_fraction(step) * data.fraction)
         return loss, data_metrics(data, loss, truth_fraction=truth_fraction)
 
 

@@ -95,5 +95,5 @@ def test_an_objective_without_rollouts_has_no_priorities():
     batch = random_trajectories("expert", 2, seed=1)
     tree = build_micro_batches(batch, TREES)[0]
     logs = EvaluatedTrajectories(tree, TreePolicy(tiny_model(), BACKSPACE).evaluate(tree), count_batch(batch))
-    with pytest.raises(ValueError, match="behavior_cloning takes no prioritized draws"):
+    with pytest.raises(ValueError, match="behavior_cloning takes no prioritized samples"):
         make_objective(stage_of(CLONING).objective).priorities(logs)

@@ -300,7 +300,7 @@ def test_what_score_functions_refuse(task):
     )
     with pytest.raises(ValueError, match="reinforce takes no expert trajectories"):
         objective.data_loss(trajectories, 0)
-    with pytest.raises(ValueError, match="reinforce takes no prioritized draws"):
+    with pytest.raises(ValueError, match="reinforce takes no prioritized samples"):
         objective.priorities(trajectories)
 
 
