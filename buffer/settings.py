@@ -106,8 +106,8 @@ class NoiseSettings(Settings):
 
     kind: NoiseKind = Field(
         "task",
-        description="what a noise token is drawn from: the whole vocabulary, plausible wrong tokens of the "
-        "task, or the current policy (drawn by the actors)",
+        description="what a noise token is sampled from: the whole vocabulary, plausible wrong tokens of the "
+        "task, or the current policy (sampled by the actors)",
     )
     rate: float = Field(0.3, ge=0.0, lt=1.0, description="chance of a noise token per position of the answer")
 
@@ -117,7 +117,7 @@ class ArithmeticTaskSettings(Settings):
 
     name: Literal["arithmetic"] = "arithmetic"
     bases: tuple[Annotated[int, Field(ge=2, le=16)], ...] = Field(
-        (10,), min_length=1, description="number bases to draw questions from, 2 to 16, equally likely"
+        (10,), min_length=1, description="number bases to sample questions from, 2 to 16, equally likely"
     )
     max_digits: PositiveInt = Field(2, description="digits per operand, at most")
     train_questions: PositiveInt = 2000
@@ -193,11 +193,11 @@ class BufferSettings(Settings):
     max_staleness: int | None = Field(
         None,
         ge=0,
-        description="largest staleness (in published versions) a drawn trajectory may have; null = any",
+        description="largest staleness (in published versions) a sampled trajectory may have; null = any",
     )
     sampler: SamplerSettings = Field(
         "uniform",
-        description="which live trajectories are drawn: all alike; the oldest; newer ones more often; those with a "
+        description="which live trajectories are sampled: all alike; the oldest; newer ones more often; those with a "
         "large soft-Bellman residual more often; as many of every task; {name: custom, ...}: those that a class of "
         "your own chooses",
     )
@@ -214,20 +214,20 @@ class BufferSettings(Settings):
         description="sampler=prioritized: weight of a trajectory is priority^exponent (0 = uniform); null = 0.6",
     )
     max_times_sampled: PositiveInt | None = Field(
-        None, description="a trajectory that was drawn so often is evicted; null = any number of times"
+        None, description="a trajectory that was sampled so often is evicted; null = any number of times"
     )
-    min_size: PositiveInt = Field(64, description="live trajectories of a source before the first draw from it")
+    min_size: PositiveInt = Field(64, description="live trajectories of a source before the first sample from it")
     samples_per_insert: float | None = Field(
         None,
         gt=0.0,
-        description="draws per inserted policy trajectory in the long run: draws wait for inserts, and actors for "
-        "draws, to keep to it; null = draws never wait for inserts",
+        description="samples per inserted policy trajectory in the long run; samples wait for inserts, and actors for "
+        "samples; null = samples never wait for inserts",
     )
     samples_per_insert_tolerance: float | None = Field(
         None,
         gt=0.0,
-        description="how many draws more or less than samples_per_insert * (inserted - min_size) there may be; null = "
-        "samples_per_insert * min_size, or without samples_per_insert: actors pause when `capacity` ahead of the draws",
+        description="allowed difference between samples and samples_per_insert * (inserted - min_size); null = "
+        "samples_per_insert * min_size, or without samples_per_insert: actors pause when `capacity` ahead of samples",
     )
     segment_bytes: PositiveInt = Field(64 * 2**20, description="size at which a segment file is sealed")
     fsync: Literal["batch", "interval", "none"] = Field(
@@ -288,7 +288,7 @@ class BufferSettings(Settings):
             )
         if self.sampler == "fifo" and self.max_times_sampled is None:
             raise ValueError(
-                "sampler=fifo without max_times_sampled draws the same oldest trajectories again and again: set "
+                "sampler=fifo without max_times_sampled samples the same oldest trajectories again and again: set "
                 "max_times_sampled=1 for a queue"
             )
         return self

@@ -1,15 +1,15 @@
-"""Checks that every trajectory of a replay buffer is accounted for, on the folder of a live run or a finished one.
+"""Checks that a replay buffer accounts for every trajectory, on the folder of a live run or of a finished one.
 
 Per shard, and then over all shards:
 
     accounting   inserted = live + evicted (by reason) + dropped (by reason); every row is in one of them, once
     ids          no id belongs to two rows
-    draws        only rows that were inserted, live, of the stage and of the source asked for; each at most
-                 `max_times_sampled` times, none staler than `max_staleness`; no draw larger than it was asked for
+    samples      only rows that were inserted, live, of the stage and of the source asked for; each at most
+                 `max_times_sampled` times, none staler than `max_staleness`; no sample larger than requested
     files        checksums of segments and catalog (verified by the snapshot)
 
-The events of the catalog say what happened, its batches and the segments say what is there: an error in either shows as
-a contradiction. Each check is one query over both. Staleness can be checked for rows whose bytes are still there.
+The events of the catalog say what happened; its batches and the segments say what is stored. An error in either is a
+contradiction. Each check is one query over both. Staleness can be checked only for rows whose bytes are still stored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from buffer.trajectory.schema import ROW, SOURCES
 
 @dataclass(frozen=True)
 class SampleLimits:
-    """Limits of a run on its draws, None = none (see `buffer.settings.BufferSettings`)."""
+    """Limits of a run on its samples, None = none (see `buffer.settings.BufferSettings`)."""
 
     max_times_sampled: int | None
     max_staleness: int | None
@@ -37,8 +37,8 @@ class SampleLimits:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that must not be. shard: None where it concerns several; names: ids of the trajectories concerned,
-    `row N` where nobody knows the id of a row."""
+    """A broken rule. shard: None where it concerns several; names: ids of the trajectories concerned, `row N` where
+    the id of a row is not stored."""
 
     shard: int | None
     what: str
@@ -47,7 +47,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Account:
-    """Rows of one source in one shard. removed: by reason; drawn: each row counts every time."""
+    """Rows of one source in one shard. removed: by reason; sampled: each row counts every time."""
 
     shard: int
     source: str
@@ -68,7 +68,7 @@ class AuditReport:
 
 
 # entries: each row of a batch and of a deletion. known: each row that was ever inserted, with its id if one is known.
-# drawn: a line per row and draw, with what was true then: when the row was removed, which version its stage began with.
+# sampled: one line per row and sample event, with the event of the row's removal and the first version of the stage.
 _TABLES = """
     CREATE TABLE named AS SELECT * EXCLUDE ("rows", ids, priorities), unnest("rows") AS "row", unnest(ids) AS id
         FROM events WHERE event IN ('remove', 'delete');
@@ -78,12 +78,12 @@ _TABLES = """
     CREATE TABLE known AS SELECT DISTINCT ON (shard, "row") * FROM entries;
     CREATE TABLE removed AS
         SELECT shard, "row", count(*) AS times, min(seq) AS seq FROM named WHERE event = 'remove' GROUP BY ALL;
-    CREATE TABLE drawn AS
-        SELECT draw.*, known.source AS own_source, known.oldest, removed.seq AS removed_seq FROM
+    CREATE TABLE sampled AS
+        SELECT sample.*, known.source AS own_source, known.oldest, removed.seq AS removed_seq FROM
         (SELECT * EXCLUDE ("rows", ids, priorities), unnest("rows") AS "row" FROM
             (SELECT *, coalesce(last_value(CASE WHEN event = 'stage' THEN policy_version END IGNORE NULLS)
                 OVER (PARTITION BY shard ORDER BY seq ROWS UNBOUNDED PRECEDING), 0) AS first_version FROM events)
-            WHERE event = 'draw') AS draw
+            WHERE event = 'draw') AS sample
         LEFT JOIN known USING (shard, "row") LEFT JOIN removed USING (shard, "row");
 """
 
@@ -96,18 +96,18 @@ _CHECKS = (
     WHERE event = 'delete'""",
     """SELECT shard, 'in a segment, though it was deleted' AS what, "row" FROM entries
     GROUP BY shard, "row" HAVING count(*) > 1""",
-    """SELECT shard, 'drawn before it was inserted' AS what, "row" FROM drawn WHERE "row" >= next_row""",
-    """SELECT shard, 'drawn after it ceased to be live' AS what, "row" FROM drawn WHERE removed_seq < seq""",
-    """SELECT shard, 'drawn as a trajectory of the other source' AS what, "row" FROM drawn
+    """SELECT shard, 'sampled before it was inserted' AS what, "row" FROM sampled WHERE "row" >= next_row""",
+    """SELECT shard, 'sampled after it ceased to be live' AS what, "row" FROM sampled WHERE removed_seq < seq""",
+    """SELECT shard, 'sampled as a trajectory of the other source' AS what, "row" FROM sampled
     WHERE own_source <> source""",
-    """SELECT shard, 'drawn in a later stage than it was made for' AS what, "row" FROM drawn
+    """SELECT shard, 'sampled in a later stage than it was made for' AS what, "row" FROM sampled
     WHERE oldest <> -1 AND oldest < first_version""",
-    """SELECT shard, 'given twice in one draw' AS what, "row" FROM drawn
+    """SELECT shard, 'given twice in one sample' AS what, "row" FROM sampled
     GROUP BY shard, seq, "row" HAVING count(*) > 1""",
-    """SELECT shard, 'drawn ' || count(*) || ' times; max_times_sampled is ' || $max_times_sampled AS what, "row"
-    FROM drawn GROUP BY shard, "row" HAVING count(*) > $max_times_sampled""",
-    """SELECT shard, 'drawn with a staleness of ' || policy_version - oldest || '; max_staleness is ' || $max_staleness
-    AS what, "row" FROM drawn WHERE oldest <> -1 AND policy_version - oldest > $max_staleness""",
+    """SELECT shard, 'sampled ' || count(*) || ' times; max_times_sampled is ' || $max_times_sampled AS what, "row"
+    FROM sampled GROUP BY shard, "row" HAVING count(*) > $max_times_sampled""",
+    """SELECT shard, 'sampled with a staleness of ' || policy_version - oldest || '; max_staleness is ' ||
+    $max_staleness AS what, "row" FROM sampled WHERE oldest <> -1 AND policy_version - oldest > $max_staleness""",
 )
 """Each gives the rows that break a rule. A limit that a run does not have is null, which nothing exceeds."""
 
@@ -121,17 +121,18 @@ _REPEATED_IDS = """
     GROUP BY id HAVING count(*) > 1 ORDER BY id
 """
 
-# A draw that lost rows to damage is forgotten, and the learner is given others in their place.
-_DRAWS = """
-    SELECT stage, step, source, sum(len("rows"))::BIGINT, min(whole), max(whole) FROM events AS draw
+# A sample that lost rows to damage is forgotten, and the learner is given others in their place.
+_SAMPLES = """
+    SELECT stage, step, source, sum(len("rows"))::BIGINT, min(whole), max(whole) FROM events AS sample
     WHERE event = 'draw' AND NOT EXISTS (
-        SELECT 1 FROM events AS later WHERE later.event = 'forget' AND later.shard = draw.shard AND later.seq > draw.seq
-        AND (later.stage, later.step, later.source) = (draw.stage, draw.step, draw.source))
+        SELECT 1 FROM events AS later WHERE later.event = 'forget' AND later.shard = sample.shard
+        AND later.seq > sample.seq
+        AND (later.stage, later.step, later.source) = (sample.stage, sample.step, sample.source))
     GROUP BY ALL ORDER BY ALL
 """
 
 _ROWS = "SELECT shard, source, live, count(*) FROM known GROUP BY ALL"
-_DRAWN = "SELECT shard, source, count(*) FROM drawn GROUP BY ALL"
+_SAMPLED = "SELECT shard, source, count(*) FROM sampled GROUP BY ALL"
 _REMOVED = "SELECT shard, source, reason, count(*) FROM named WHERE event = 'remove' GROUP BY ALL"
 
 
@@ -162,13 +163,13 @@ def audit_shards(shards: Mapping[int, ShardSnapshot], limits: SampleLimits) -> A
                 findings.append(Finding(each.shard, what, ()))
         for id_, places in database.execute(_REPEATED_IDS).fetchall():
             findings.append(Finding(None, f"one id for {len(places)} rows: {', '.join(places)}", (id_,)))
-        draws = database.execute(_DRAWS).fetchall()
-        for stage, step, source, given, whole, largest in draws:
+        samples = database.execute(_SAMPLES).fetchall()
+        for stage, step, source, given, whole, largest in samples:
             if given > whole or whole != largest:
-                name = f"draw of {source} trajectories for step {step} of stage {stage!r}"
+                name = f"sample of {source} trajectories for step {step} of stage {stage!r}"
                 findings.append(Finding(None, f"{name}: {given} rows given of {whole} asked for", ()))
         rejected = database.execute("SELECT sum(len(ids))::BIGINT FROM events WHERE event = 'reject'").fetchone()
-    return AuditReport(tuple(accounts), (rejected or (0,))[0] or 0, len(draws), tuple(findings))
+    return AuditReport(tuple(accounts), (rejected or (0,))[0] or 0, len(samples), tuple(findings))
 
 
 def _database(shards: Mapping[int, ShardSnapshot]) -> duckdb.DuckDBPyConnection:
@@ -193,12 +194,13 @@ def _check(database: duckdb.DuckDBPyConnection, check: str, limits: SampleLimits
 
 def _accounts(database: duckdb.DuckDBPyConnection, shards: Iterable[int]) -> Iterator[Account]:
     """Of every shard and source."""
-    rows, drawn, removed = (
-        {tuple(key): count for *key, count in database.execute(query).fetchall()} for query in (_ROWS, _DRAWN, _REMOVED)
+    rows, sampled, removed = (
+        {tuple(key): count for *key, count in database.execute(query).fetchall()}
+        for query in (_ROWS, _SAMPLED, _REMOVED)
     )
     for shard in shards:
         for source in SOURCES:
             live = rows.get((shard, source, True), 0)
             inserted = live + rows.get((shard, source, False), 0)
             of_source = {reason: removed.get((shard, source, reason), 0) for reason in REASONS}
-            yield Account(shard, source, inserted, live, of_source, drawn.get((shard, source), 0))
+            yield Account(shard, source, inserted, live, of_source, sampled.get((shard, source), 0))

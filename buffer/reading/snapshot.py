@@ -77,9 +77,9 @@ class ShardSnapshot:
     """One shard at one moment.
 
     stored: all rows of its segments (`stored_schema`), n of them, numbers ascending. oldest_version: [n] as the catalog
-    says. live: [n] whether a draw may give the row; the others wait for their segment to be deleted, or may still be
-    drawn again. times_sampled: [n] draws of the row; a draw that was repeated counts once. next_row: every number below
-    was given to a row. events: what happened (`EVENT_SCHEMA`). newest_version: newest policy version seen.
+    says. live: [n] whether a new sample may give the row; the others wait for their segment to be deleted, or belong to
+    a sample that may be repeated. times_sampled: [n] samples of the row; a repeated sample counts once. next_row: the
+    number of the next row to be inserted. events: in order (`EVENT_SCHEMA`). newest_version: newest policy version.
     """
 
     contract: TokenContract
@@ -214,8 +214,8 @@ def _read(folder: Path, catalog: sqlite3.Connection) -> ShardSnapshot:
     rows = np.concatenate([np.empty(0, np.int64), *(batch.row_numbers for batch in batches)])
     if np.any(np.diff(rows) <= 0):
         raise CorruptStoreError(f"{folder}: the row numbers of its batches do not ascend, so two of them share rows")
-    drawn = _rows_of(events, "draw")
-    drawn = drawn[np.isin(drawn, rows)]  # segments of the others are deleted
+    sampled = _rows_of(events, "draw")
+    sampled = sampled[np.isin(sampled, rows)]  # segments of the others are deleted
     versions = [
         *(batch.newest_version for batch in batches),
         *(event.version for event in events if event.kind != "stage" and event.version is not None),
@@ -227,7 +227,7 @@ def _read(folder: Path, catalog: sqlite3.Connection) -> ShardSnapshot:
         stored=stored,
         oldest_version=np.concatenate([np.empty(0, FACTS), *(batch.row_facts for batch in batches)])["oldest_version"],
         live=~np.isin(rows, _rows_of(events, "remove")),
-        times_sampled=np.bincount(np.searchsorted(rows, drawn), minlength=len(rows)).astype(np.int32),
+        times_sampled=np.bincount(np.searchsorted(rows, sampled), minlength=len(rows)).astype(np.int32),
         events=_events_table(events, stored),
     )
 

@@ -1,11 +1,10 @@
-"""The replay buffer of a run as the other processes use it: actors insert, the learner draws, the driver asks.
+"""The client of a run's replay buffer: actors insert, the learner samples, the driver reads the status.
 
-Inserts are sent without waiting, in turn to the shards of the client, and answered while the caller works on. Those
-that no shard has answered yet are bounded, in number and in bytes: beyond that the caller waits.
+The client sends inserts to its shards in turn, without waiting. It bounds the number and the bytes of unanswered
+inserts: beyond the bounds the caller waits.
 
-A shard that died is restarted by Ray, which sends the unanswered calls again, each to the shard it was for: a
-trajectory that is stored there already counts as accepted, since its id is known. It is never sent to another shard,
-which could not know that.
+Ray restarts a shard that died and sends the unanswered calls to it again. The shard knows the ids of the trajectories
+that it has stored, and counts them as accepted. No call is sent to another shard, which could not know those ids.
 
 Ray pickles a record batch column by column, with the column's buffers beside the pickle: no row becomes a Python
 object, and the reader maps the buffers where they are. A *slice* is the exception: its pickle carries the whole buffers
@@ -35,13 +34,13 @@ if TYPE_CHECKING:
     from buffer.service.service import ReplayBufferService
 
 ANSWER_TIMEOUT_S = 120.0
-"""Beyond the time that a call itself may wait: a shard that died needs some to come back, more with a large folder."""
+"""Added to the time that a call itself may wait: a shard needs time to restart, more with a large folder."""
 
 DEMAND_POLL_S = 10.0
-"""Longest wait in a shard for demand; then it is asked again."""
+"""Longest wait in a shard for demand; then the client asks again."""
 
 WAIT_SLICE_S = 1.0
-"""Longest wait in a shard for news; a wait that nobody needs any more ends by itself after so long."""
+"""Longest wait in a shard for new rows; a wait that nobody needs any more ends after this time."""
 
 MAX_BYTES_IN_FLIGHT = 16 * 2**20
 MAX_INSERTS_IN_FLIGHT = 4
@@ -50,7 +49,7 @@ STOP_POLL_S = 0.5
 CLOSE_TIMEOUT_S = 60.0
 
 SLACK_BYTES = 4096
-"""More bytes than its rows need, by which a batch is taken for a slice; alignment and validity bitmaps need some."""
+"""A batch that holds this many bytes more than its rows need is a slice; alignment and bitmaps need fewer."""
 
 Float32 = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -61,13 +60,13 @@ class BufferLostError(RuntimeError):
 
 
 class SampleTimeoutError(TimeoutError):
-    """The buffer could not serve a draw in time; the message says what it lacked and whom it waited for."""
+    """Too few rows came in time for a sample; the message says what was missing and which actors inserted last."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: handle of its actor, a `ReplayBufferService`, and the node it was placed on. Its methods are those of
-    the service, called from another process; they raise as `RemoteCall.answer`, too."""
+    """One shard: handle of its actor, a `ReplayBufferService`, and the node it was placed on. Its methods call
+    those of the service; they also raise what `RemoteCall.answer` raises."""
 
     index: int
     handle: ActorHandle
@@ -108,13 +107,14 @@ class _Insert:
 class BufferClient:
     """Calls to the shards of one buffer. Not thread-safe.
 
-    Inserts and draws raise BufferLostError where a shard is gone for good, and NoAnswerError where one is silent for
-    `ANSWER_TIMEOUT_S` longer than it may wait.
+    `insert` and `sample` raise BufferLostError where a shard is gone for good, and NoAnswerError where one does not
+    answer within `ANSWER_TIMEOUT_S` after its allowed wait.
     """
 
     def __init__(self, shards: Sequence[Shard], first: int = 0, max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT) -> None:
-        """shards: all of the buffer for draws; for inserts those to write to. first: which of them takes the first
-        insert (modulo their number). max_bytes_in_flight: may be unanswered; a larger batch is sent alone."""
+        """shards: all shards where the client samples; where it inserts, those to write to. first: index of the shard
+        that gets the first insert (modulo their number). max_bytes_in_flight: limit of unanswered bytes; a larger
+        batch is sent alone."""
         self.shards = tuple(shards)
         self.accepted = 0
         self.rejected = 0
@@ -122,25 +122,25 @@ class BufferClient:
         self._max_bytes_in_flight = max_bytes_in_flight
         self._inserts: list[_Insert] = []
         self._demands: dict[int, RemoteCall[bool]] = {}  # of shards that asked for a pause
-        self._told: list[RemoteCall[None]] = []  # that no draw has waited for yet
+        self._pending_updates: list[RemoteCall[None]] = []  # the next sample waits for them
 
     # For actors
 
     @property
     def bytes_in_flight(self) -> int:
-        """Bytes of inserts that are not answered yet."""
+        """Bytes of unanswered inserts."""
         return sum(insert.size_bytes for insert in self._inserts)
 
     def insert(self, batch: pa.RecordBatch) -> None:
-        """Send a batch; waits while more than the allowed inserts or bytes would be unanswered. ValueError where a
-        shard refuses a batch as a whole, OSError where its disk does."""
+        """Send a batch; waits while too many inserts or bytes are unanswered. ValueError where a shard refused a whole
+        batch, OSError where its disk refused."""
         batch = compact(batch)
         self._heed_answers()
         free_bytes = self._max_bytes_in_flight - batch.nbytes
         while self._inserts and (self.bytes_in_flight > free_bytes or len(self._inserts) >= MAX_INSERTS_IN_FLIGHT):
             self._finish(self._inserts[0])
         in_turn = [self.shards[(self._turn + offset) % len(self.shards)] for offset in range(len(self.shards))]
-        # What is finished has to go somewhere, also where all have asked for a pause.
+        # A finished rollout is sent even if every shard has asked for a pause.
         shard = next((shard for shard in in_turn if shard.index not in self._demands), in_turn[0])
         self._turn += 1
         task = f"take a batch of {batch.nbytes:,} bytes"
@@ -148,7 +148,7 @@ class BufferClient:
         self._inserts.append(_Insert(shard, call, batch.nbytes))
 
     def throttled(self) -> bool:
-        """Whether every shard of the client has asked it to pause. Heeds answers; never waits. Raises as `insert`."""
+        """Whether every shard of the client has asked it to pause. Reads answers; never waits. Raises as `insert`."""
         self._heed_answers()
         for shard in self.shards:
             call = self._demands.get(shard.index)
@@ -184,61 +184,62 @@ class BufferClient:
     def sample(
         self, request: SampleRequest, timeout_s: float, while_waiting: Callable[[], None] = lambda: None
     ) -> tuple[SampleResult | None, ...]:
-        """The part of each shard in a draw, None where it has none; waits up to `timeout_s` for enough rows.
+        """What each shard gives to the sample, None where it gives nothing; waits up to `timeout_s` for enough rows.
         while_waiting: called every `STOP_POLL_S`; an error that it raises ends the wait. Raises as
-        `sample_from_shards`,
-        and OSError where the disk refused."""
+        `sample_from_shards`, and OSError where the disk refused."""
         with _losses():
             return asyncio.run(self._sample(request, timeout_s, while_waiting))
 
-    def update_priorities(self, drawn: Sequence[SampleResult | None], priorities: Float32) -> None:
-        """Tell the shards how likely the rows of a draw, as `draw` gave it, are to be drawn again; the next draw waits
-        for it. priorities: [n] in the order of the rows."""
+    def update_priorities(self, sampled: Sequence[SampleResult | None], priorities: Float32) -> None:
+        """Send the shards new priorities for the rows that `sample` gave; the next sample waits until they are set.
+        priorities: [n] in the order of the rows."""
         first = 0
-        for shard, part in zip(self.shards, drawn, strict=True):
+        for shard, part in zip(self.shards, sampled, strict=True):
             if part is not None:
                 own = priorities[first : first + len(part.rows)]
-                self._told.append(RemoteCall(shard.name, shard.handle.update_priorities.remote(part.rows, own)))
+                self._pending_updates.append(
+                    RemoteCall(shard.name, shard.handle.update_priorities.remote(part.rows, own))
+                )
                 first += len(part.rows)
-        assert first == len(priorities), "one priority for each trajectory of the draw"
+        assert first == len(priorities), "one priority for each trajectory of the sample"
 
     def checkpointed(self, stage: str, step: int) -> None:
-        """Tell the shards that no draw of `stage` before `step` will be repeated; the next draw waits for it."""
+        """Tell the shards that no sample of `stage` before `step` will be repeated; the next sample waits for that."""
         for shard in self.shards:
-            self._told.append(RemoteCall(shard.name, shard.handle.checkpointed.remote(stage, step)))
+            self._pending_updates.append(RemoteCall(shard.name, shard.handle.checkpointed.remote(stage, step)))
 
     async def _sample(
         self, request: SampleRequest, timeout_s: float, while_waiting: Callable[[], None]
     ) -> tuple[SampleResult | None, ...]:
-        drawing = asyncio.ensure_future(self._sample_when_told(request, timeout_s))
+        sampling = asyncio.ensure_future(self._sample_when_told(request, timeout_s))
         try:
-            while not (await asyncio.wait([drawing], timeout=STOP_POLL_S))[0]:
+            while not (await asyncio.wait([sampling], timeout=STOP_POLL_S))[0]:
                 while_waiting()
-            return drawing.result()
+            return sampling.result()
         finally:
-            drawing.cancel()
+            sampling.cancel()
 
     async def _sample_when_told(self, request: SampleRequest, timeout_s: float) -> tuple[SampleResult | None, ...]:
-        while self._told:  # a shard may take calls in another order than they were sent in
-            await self._told.pop().answer(ANSWER_TIMEOUT_S)
+        while self._pending_updates:  # a shard may execute calls in another order than they were sent
+            await self._pending_updates.pop().answer(ANSWER_TIMEOUT_S)
         return await sample_from_shards(self.shards, request, timeout_s)
 
     # For the driver
 
     def newest_version(self, timeout_s: float, while_waiting: Callable[[], None]) -> int:
-        """Newest policy version that a shard knows of, -1 before any; waits until all shards are open. Raises as
-        `RemoteCall.result`, of which `while_waiting` is."""
+        """Newest policy version that a shard knows, -1 before any; waits until all shards are open. while_waiting,
+        errors: as in `RemoteCall.result`."""
         calls = [RemoteCall[int](each.name, each.handle.newest_version.remote(), "open") for each in self.shards]
         return max(call.result(timeout_s, while_waiting) for call in calls)
 
     def status(self, timeout_s: float) -> BufferStatus:
-        """The status of every shard, None where it is silent. ProcessLostError where one is gone for good."""
+        """The status of every shard, None where it does not answer. ProcessLostError where one is gone for good."""
         deadline = time.monotonic() + timeout_s
         calls = [RemoteCall[ShardStatus](shard.name, shard.handle.status.remote()) for shard in self.shards]
         return BufferStatus(tuple(_status(call, deadline) for call in calls))
 
     def close(self) -> list[str]:
-        """Let every shard make its rows durable, then end the processes; gives a line on each that had to be killed."""
+        """Close every shard, which makes its rows durable, and end its process; gives a line for each killed one."""
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         calls = [(shard, RemoteCall[None](shard.name, shard.handle.close.remote(), "close")) for shard in self.shards]
         lines = [end_actor(shard.handle, call, deadline - time.monotonic()) for shard, call in calls]
@@ -246,7 +247,7 @@ class BufferClient:
 
 
 def compact(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The same rows, holding no bytes but their own: the batch itself, or a copy where it is a slice of a larger."""
+    """The same rows without other bytes: the batch itself, or a copy where it is a slice of a larger batch."""
     if batch.get_total_buffer_size() <= batch.nbytes + batch.nbytes // 8 + SLACK_BYTES:
         return batch
     # The IPC format writes the rows of a slice only.
@@ -271,33 +272,33 @@ def _losses() -> Iterator[None]:
     try:
         yield
     except ProcessLostError as error:
-        raise BufferLostError(f"{error}; what it accepted is on disk: resume the run") from None
+        raise BufferLostError(f"{error}; the rows that it accepted are on disk: resume the run") from None
 
 
 async def sample_from_shards(
     shards: Sequence[Shard | ReplayBufferService], request: SampleRequest, timeout_s: float
 ) -> tuple[SampleResult | None, ...]:
-    """One draw from all shards, the same again when it is repeated: the part of each, None where it has none.
+    """What each shard gives to one sample, None where it gives nothing. The same request gets the same rows again.
 
-    The shards are asked in two rounds: `offer` says what each has logged for this draw and could add, and changes
-    nothing; `sample` logs a part and answers it. A part is logged under the draw's key before it is answered, so a lost
-    answer is asked for again. A draw that an interruption left with some of its parts logged is completed: the parts
-    that are there stay, the rest is divided anew. A shard whose offer no longer holds (its rows went stale in between)
-    leaves the draw in just that state. So no shard that lacks rows holds up a draw that others can serve.
+    The client asks in two rounds. `offer` says how many rows a shard has logged for this sample and how many it could
+    add; it logs nothing. `sample` logs the shard's rows under the key of the sample, then answers with them. So a lost
+    answer can be asked for again. An interruption may leave a sample with the rows of some shards only. The next call
+    completes it: logged rows stay, and the missing number is divided among the shards anew. The same happens where rows
+    became stale between the two rounds. So a shard without rows never blocks a sample that the others can serve.
 
     Raises:
         SampleTimeoutError: too few rows came in time; the message says what each shard lacks.
-        ValueError: the draw can never be served, or had another size before.
+        ValueError: the sample can never be served, or had another size before.
     """
-    if len(shards) == 1 and (drawn := await shards[0].sample(request, request.count)) is not None:
-        return (drawn,)  # in one call, where nothing is to be divided
+    if len(shards) == 1 and (sampled := await shards[0].sample(request, request.count)) is not None:
+        return (sampled,)  # in one call, where nothing is to be divided
     deadline = time.monotonic() + timeout_s
     while True:
         offers = await asyncio.gather(*(shard.offer(request) for shard in shards))
         parts = plan_parts(request.count, offers)
         if parts is not None:
             taken = await asyncio.gather(*map(_sample_part, shards, [request] * len(shards), parts))
-            if sum(0 if drawn is None else drawn.batch.num_rows for drawn in taken) == request.count:
+            if sum(0 if sampled is None else sampled.batch.num_rows for sampled in taken) == request.count:
                 return tuple(taken)
         left_s = deadline - time.monotonic()
         if left_s <= 0:
@@ -317,7 +318,7 @@ async def _sample_part(shard: Shard | ReplayBufferService, request: SampleReques
 async def _wait_for_news(
     shards: Sequence[Shard | ReplayBufferService], offers: Sequence[Offer], timeout_s: float
 ) -> None:
-    """Until one shard has taken rows since its offer."""
+    """Wait until one shard has stored rows since its offer."""
     waits = [
         asyncio.ensure_future(shard.wait_for_rows(offer.inserts, timeout_s))
         for shard, offer in zip(shards, offers, strict=True)

@@ -4,9 +4,9 @@
               (see `buffer.trajectory.schema.stored_schema`)
     ticket    the source
 
-Each answer is a snapshot read from the shard's files (see `buffer.reading.snapshot`), mapped, and sent from there: it
-needs nothing of the store and holds up neither inserts nor draws for longer than the interpreter needs. Every call has
-to bring the token as `authorization: Bearer TOKEN`; calls that are not about reading are refused.
+Each answer is a snapshot of the shard's files (see `buffer.reading.snapshot`), which are mapped and sent. It does not
+use the store, so it delays inserts and samples no longer than it holds the interpreter. Every call must bring the token
+as `authorization: Bearer TOKEN`; calls other than reads are refused.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""One shard of the replay buffer as a process: a store behind a door where actors hand in and the learner draws.
+"""One shard of the replay buffer as a process: actors insert into its store, and the learner samples from it.
 
 The launcher makes it a Ray actor (`ray.remote(ReplayBufferService)`). All methods that wait are coroutines on one event
-loop, so the store needs no lock. Actors and learner are coupled in both directions (see `buffer.store.limiter`):
+loop, so the store needs no lock. Actors and learner wait for each other (see `buffer.store.limiter`):
 
-    actors pause   while the draws are too far behind the inserts, and no draw is waiting
-    draws wait     while they would run ahead of the inserts, or too few rows are live
+    actors pause   while the samples are too far behind the inserts, and no sample is waiting
+    samples wait   while they would run ahead of the inserts, or too few rows are live
 
-A waiting draw always lifts the pause, so the two never wait for each other. Whatever the process is killed at, its
-calls can be asked for again at the one that Ray starts in its place: ids of trajectories and keys of draws say what was
-done already. What takes long (syncs on a timer, rewriting segments) is done in threads by `ShardMaintenance`.
+A waiting sample always ends the pause, so the two never wait at the same time. If the process is killed, Ray starts
+another one, and every call can be repeated there: the ids of trajectories and the keys of samples say what was done
+already. `ShardMaintenance` does slow work (syncs on a timer, rewriting segments) in threads.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 class ReplayBufferService:
-    """A replay store that waits: draws for rows, actors for demand."""
+    """A replay store whose callers can wait: a sample for rows, an actor for demand."""
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class ReplayBufferService:
         flight_token: str | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Open the store in `folder`. settings: of this shard. seed: of its draws. flight_token: for who reads over
-        Arrow Flight, where the settings open that. clock: seconds since the epoch.
+        """Open the store in `folder`. settings: of this shard. seed: of its samples. flight_token: readers
+        present it to the Arrow Flight endpoint, if the settings enable that. clock: seconds since the epoch.
 
         Raises:
             ValueError: see `ReplayStore`, or this node does not see the run folder.
@@ -70,7 +70,7 @@ class ReplayBufferService:
         ignore_stop_signals()
         if not Path(folder).parent.is_dir():
             raise ValueError(
-                f"{Path(folder).parent} is not there on this node ({socket.gethostname()}): the run folder has to lie "
+                f"{Path(folder).parent} does not exist on this node ({socket.gethostname()}): the run folder must be "
                 "on storage that every node with a shard sees; set runs_folder, or buffer.shards=1"
             )
         self._settings = settings
@@ -107,15 +107,15 @@ class ReplayBufferService:
         return InsertReply(result.accepted + result.present, result.rejections, pause=not self._demand())
 
     async def offer(self, request: SampleRequest) -> Offer:
-        """What this shard can give to a draw, of which other shards may give a part. Drops rows that are too stale for
-        it. ValueError where the draw can never be served, or had another size before."""
+        """How many rows this shard can give to a sample; other shards may give more. Drops rows that are too stale.
+        ValueError where the sample can never be served, or had another size before."""
         self._maintenance.ensure()
         key, store = request.key, self._store
         capacity = self._settings.capacity * self._settings.shards
         if request.count > capacity:
             raise ValueError(
-                f"a draw of {request.count} trajectories can never be served: the buffer holds {capacity} per source; "
-                "lower the batch or raise buffer.capacity"
+                f"a sample of {request.count} trajectories can never be served: the buffer holds {capacity} per "
+                "source; lower the batch or raise buffer.capacity"
             )
         store.begin_stage(request.first_version)
         available = store.num_available(key, request.count, request.policy_version)
@@ -128,8 +128,8 @@ class ReplayBufferService:
         return Offer(logged, live, available, self._inserts, shortage)
 
     async def sample(self, request: SampleRequest, part: int) -> SampleResult | None:
-        """This shard's part of a draw: what it has logged for it, and as many more as `part` asks for. None where it
-        cannot give so many, against its offer. ValueError where the draw had another size before."""
+        """`part` rows for a sample: those that the shard has logged for it, and new ones. None where it can no longer
+        give so many. ValueError where the sample had another size before."""
         self._maintenance.ensure()
         key, store = request.key, self._store
         store.begin_stage(request.first_version)
@@ -142,8 +142,8 @@ class ReplayBufferService:
         return result
 
     async def wait_for_rows(self, inserts: int, timeout_s: float) -> bool:
-        """Wait until more than `inserts` inserts were taken (see `offer`); False if `timeout_s` passed first. Its
-        caller is a draw that waits, so actors are not told to pause meanwhile."""
+        """Wait until the shard has stored more than `inserts` inserts (see `offer`); False if `timeout_s` passed first.
+        A sample waits meanwhile, so the shard asks no actor to pause."""
         self._waiting_samples += 1
         try:
             await self._notify()
@@ -152,15 +152,15 @@ class ReplayBufferService:
             self._waiting_samples -= 1
 
     async def wait_for_demand(self, timeout_s: float) -> bool:
-        """Wait until actors that were told to pause may go on; False if `timeout_s` passed first (ask again)."""
+        """Wait until paused actors may continue; False if `timeout_s` passed first (ask again)."""
         return await self._wait(self._demand, timeout_s)
 
     async def update_priorities(self, rows: Int64, priorities: Float32) -> None:
-        """How likely these policy rows of the shard are drawn from now on; see `ReplayStore.update_priorities`."""
+        """Set the priorities of policy rows of the shard; see `ReplayStore.update_priorities`."""
         self._store.update_priorities(rows, priorities)
 
     async def checkpointed(self, stage: str, step: int) -> None:
-        """The learner has a durable checkpoint of `stage` after `step` steps: it will repeat no draw before it."""
+        """The learner has a durable checkpoint of `stage` after `step` steps: it will repeat no sample before it."""
         self._store.checkpointed(stage, step)
 
     async def newest_version(self) -> int:
@@ -172,7 +172,7 @@ class ReplayBufferService:
         return self._store.catalog_image()
 
     async def status(self) -> ShardStatus:
-        """State of now."""
+        """The current state."""
         self._maintenance.ensure()
         return ShardStatus(
             store=self._store.status(),
@@ -186,14 +186,14 @@ class ReplayBufferService:
         )
 
     async def close(self) -> None:
-        """Make everything durable and let go of the folder."""
+        """Make everything durable and release the folder."""
         if self._flight is not None:
             await asyncio.to_thread(self._flight.close)
         await self._maintenance.stop()
         self._store.close()
 
     def _shortage(self, request: SampleRequest) -> str:
-        """Why a draw is not served, for people."""
+        """Why the shard cannot serve a sample, as text for users."""
         count, source = request.count, request.key.source
         status = self._store.status()
         counters = status.sources[source]
@@ -203,7 +203,7 @@ class ReplayBufferService:
         else:
             more = self._limiter.inserts_needed(count, self._store.counters("policy"))
             message = (
-                f"{counters.sampled} were drawn of {counters.inserted} inserted, and samples_per_insert="
+                f"{counters.sampled} were sampled of {counters.inserted} inserted, and samples_per_insert="
                 f"{self._settings.samples_per_insert} asks for {more} more inserts first; "
             )
         if counters.dropped_stale:
@@ -233,13 +233,13 @@ class ReplayBufferService:
 
 
 class ShardMaintenance:
-    """What a shard does beside inserts and draws: syncs on a timer, eviction by age, rewriting of segments. The store
-    plans and commits on the event loop; what reads and writes files runs in a thread meanwhile."""
+    """The background work of a shard: syncs on a timer, eviction by age, rewriting of segments. The store plans and
+    commits on the event loop; a thread reads and writes the files."""
 
     def __init__(
         self, store: ReplayStore, settings: BufferSettings, interval_s: float = MAINTENANCE_INTERVAL_S
     ) -> None:
-        """interval_s: between two looks at what is to be done."""
+        """interval_s: time between two checks for work."""
         self._store = store
         self._loops: list[tuple[float, Callable[[], Awaitable[None]]]] = [(interval_s, self._maintain)]
         if settings.fsync == "interval":
@@ -249,8 +249,8 @@ class ShardMaintenance:
         self._tasks: list[asyncio.Task[None]] = []
 
     def ensure(self) -> None:
-        """Begin, where it has not begun: nobody else starts it in a process that was restarted. OSError where a sync on
-        the timer failed, so what was acknowledged may not be durable; no call is served then."""
+        """Start the background tasks if they do not run yet, as after a restart of the process. OSError where a sync on
+        the timer failed: acknowledged rows may not be durable, so every later call fails."""
         if not self._tasks and not self._stopping.is_set():
             self._tasks = [asyncio.create_task(self._repeat(*loop)) for loop in self._loops]
         for task in self._tasks:
@@ -258,7 +258,7 @@ class ShardMaintenance:
                 task.result()
 
     async def stop(self) -> None:
-        """End it; a rewriting under way is finished first, since another process may take the folder over."""
+        """End the background tasks; a rewrite in progress finishes first, since another process may open the folder."""
         self._stopping.set()
         if self._tasks and (await asyncio.wait(self._tasks, timeout=STOP_TIMEOUT_S))[1]:
             logger.warning("the maintenance of the replay buffer did not end within %.0f s", STOP_TIMEOUT_S)
@@ -279,5 +279,5 @@ class ShardMaintenance:
                 self._store.maintenance.finish(await asyncio.to_thread(plan.run))
             except OSError as error:
                 self._store.maintenance.fail(error)
-        except OSError as error:  # the disk is full, say: inserts will raise it, and this is tried again
+        except OSError as error:  # such as a full disk: inserts raise it too, and the work is tried again
             logger.warning("the maintenance of the replay buffer failed: %s", error)

@@ -1,9 +1,9 @@
-"""The shards of a run's buffer as other processes see them: where they lie, and what passes between them and a client.
+"""The folders of a buffer's shards, and the messages between a shard and its clients.
 
-    RUN/buffer/shard-000/  shard-001/  ...      one folder per shard, also where there is one only
+    RUN/buffer/shard-000/  shard-001/  ...      one folder per shard, also if there is only one
 
-A shard holds its share of the capacity and waits for its share of the first rows, so that the settings of a run mean
-the same with any number of shards.
+Each shard gets an equal fraction of the capacity and of `min_size`, so the settings of a run mean the same with any
+number of shards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FOLDER_PREFIX = "shard-"
 
 
 def shard_folder(buffer_folder: Path, index: int) -> Path:
-    """Where a shard of the buffer in `buffer_folder` lies."""
+    """Folder of a shard of the buffer in `buffer_folder`."""
     return buffer_folder / f"{_FOLDER_PREFIX}{index:03d}"
 
 
@@ -33,7 +33,7 @@ def present_shards(buffer_folder: Path) -> list[Path]:
 
 
 def shard_settings(settings: BufferSettings, index: int) -> BufferSettings:
-    """What a shard starts with: its share of what counts rows of the whole buffer, rounded up, and its own port."""
+    """Settings of one shard: its fraction of each number of rows, rounded up, and its own port."""
     shards, tolerance, flight = settings.shards, settings.samples_per_insert_tolerance, settings.flight
     return settings.model_copy(
         update={
@@ -46,14 +46,14 @@ def shard_settings(settings: BufferSettings, index: int) -> BufferSettings:
 
 
 def shard_seed(seed: int, index: int) -> int:
-    """Seed of a shard's draws: the run's own for the first, others for the others."""
+    """Seed of a shard's samples; the first shard has the seed of the run."""
     return seed + (index << 32)
 
 
 @dataclass(frozen=True)
 class InsertReply:
-    """accepted: rows that are stored, those of an earlier insert that is repeated included; rejections: the others,
-    with reasons; pause: call `wait_for_demand` before going on."""
+    """accepted: rows that are stored, by this insert or by an earlier one that it repeats; rejections: the other rows,
+    with reasons; pause: call `wait_for_demand` before the next rollout."""
 
     accepted: int
     rejections: tuple[Rejection, ...]
@@ -62,10 +62,10 @@ class InsertReply:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A draw that is asked for.
+    """Asks for a sample.
 
     count: rows, of all shards together. policy_version: newest version that the learner has published.
-    first_version: of the weights that the stage's rollouts started with; older rows are of another stage.
+    first_version: first weights of the stage; rows with older actions belong to another stage.
     """
 
     key: SampleKey
@@ -76,13 +76,13 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Offer:
-    """What one shard can give to one draw.
+    """How many rows one shard can give to one sample.
 
-    logged: rows that it gave to this draw before, by its catalog. live: live rows of the draw's source.
-    available: rows that it could add now; at most those live rows that it has not logged, fewer where its limiter
-        says so.
-    inserts: inserts that it has taken; to be told when there are more (`wait_for_rows`).
-    shortage: why it cannot give all of the draw, for people.
+    logged: rows that the catalog has for this sample. live: live rows of the sample's source.
+    available: rows that it could add now; at most the live rows that it has not logged, fewer where its limiter
+        requires that.
+    inserts: inserts that it has stored; `wait_for_rows` waits for more.
+    shortage: why it cannot give the whole sample, as text for users.
     """
 
     logged: int
@@ -93,16 +93,16 @@ class Offer:
 
 
 def plan_parts(count: int, offers: Sequence[Offer]) -> list[int] | None:
-    """Rows that each shard gives to a draw of `count`, those that it has logged included; None while they lack rows."""
+    """Rows that each shard gives to a sample of `count`, logged ones included; None while there are too few."""
     missing = count - sum(offer.logged for offer in offers)
-    assert missing >= 0, "a shard refuses a draw that had another size before"
+    assert missing >= 0, "a shard refuses a sample that had another size before"
     added = split(missing, [offer.live for offer in offers], [offer.available for offer in offers])
     return None if added is None else [offer.logged + part for offer, part in zip(offers, added, strict=True)]
 
 
 def split(count: int, weights: Sequence[int], limits: Sequence[int]) -> list[int] | None:
-    """Divide `count` in proportion to `weights`, in whole numbers, no part beyond its limit; None where the limits do
-    not allow it. What a limited part cannot take is divided among the others in the same way."""
+    """Divide `count` in proportion to `weights`, in whole numbers, no part above its limit; None where the limits add
+    up to less. The excess of a limited part is divided among the others in the same way."""
     assert all(limit <= weight for limit, weight in zip(limits, weights, strict=True)), "no part without weight"
     if sum(limits) < count:
         return None
@@ -127,9 +127,9 @@ def split(count: int, weights: Sequence[int], limits: Sequence[int]) -> list[int
 class ShardStatus:
     """State of one shard.
 
-    capacity: live rows per source, at most. actors_paused: they are ahead of the draws. waiting_samples: of the
-    learner.
-    pid, host: of its process; up_s: seconds since that one started. flight: address of its Arrow Flight endpoint.
+    capacity: live rows per source, at most. actors_paused: inserts are too far ahead of samples. waiting_samples:
+    samples of the learner that wait. pid, host: of its process; up_s: seconds since the process started.
+    flight: address of its Arrow Flight endpoint.
     """
 
     store: StoreStatus
@@ -143,14 +143,14 @@ class ShardStatus:
 
     @property
     def state(self) -> str:
-        """One word or two for people."""
+        """A short text for users."""
         if self.waiting_samples:
             return "awaiting rows"
         return "ahead of the learner" if self.actors_paused else "serving"
 
     @property
     def troubles(self) -> list[str]:
-        """What somebody should know of its folder."""
+        """Problems of its folder, as texts for users."""
         parts = [] if self.store.maintenance_error is None else [self.store.maintenance_error]
         if self.store.quarantined:
             parts.append(f"damaged and put aside: {', '.join(self.store.quarantined)}")
@@ -159,7 +159,7 @@ class ShardStatus:
 
 @dataclass(frozen=True)
 class BufferStatus:
-    """State of the whole buffer. shards: None for one that did not answer: it is starting, or being restarted."""
+    """State of the whole buffer. shards: None for a shard that did not answer, since it is starting."""
 
     shards: tuple[ShardStatus | None, ...]
 
@@ -170,24 +170,26 @@ class BufferStatus:
 
     @property
     def sources(self) -> dict[str, SourceCounters]:
-        """Counters by source, summed over the shards that answered; the newest draw is that of the first of them."""
+        """Counters by source, summed over the shards that answered; the newest sample is that of the first of them."""
         stores = [shard.store for shard in self.answering]
         return {source: _total([store.sources[source] for store in stores]) for source in SOURCES} if stores else {}
 
     @property
     def waiting_samples(self) -> int:
-        """Draws that wait in some shard."""
+        """Largest number of waiting samples in one shard."""
         return max((shard.waiting_samples for shard in self.answering), default=0)
 
     def summary(self) -> str:
-        """One line for people."""
+        """One line for users."""
         parts = []
         for source, counters in self.sources.items():
             if counters.inserted == 0:
                 continue
-            line = f"{counters.live:,} {source} trajectories live of {counters.inserted:,}, {counters.sampled:,} drawn"
+            line = (
+                f"{counters.live:,} {source} trajectories live of {counters.inserted:,}, {counters.sampled:,} sampled"
+            )
             if counters.replayed:
-                line += f", {counters.replayed:,} drawn again"
+                line += f", {counters.replayed:,} sampled again"
             if counters.dropped_stale:
                 line += f", {counters.dropped_stale:,} stale"
             if source == "policy" and counters.last_sample is not None:

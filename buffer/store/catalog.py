@@ -1,9 +1,9 @@
-"""The catalog of a shard: one SQLite file that says where rows are stored and what happened to them, event by event.
-docs/buffer.md describes its tables, and what follows from them.
+"""The catalog of a shard: one SQLite file with the place of each row and the events of the shard, in order.
+docs/buffer.md describes its tables.
 
-What changes together is one transaction of `CatalogWriter`. Readers need shared memory with the writer, so they have to
-be on its host. On a file system that several hosts share SQLite cannot offer that: there the writer holds the file
-alone (`locking_mode=EXCLUSIVE`), and readers get `CatalogWriter.image`.
+`CatalogWriter` commits related changes in one transaction. SQLite readers share memory with the writer, so they must be
+on its host. On a file system that several hosts share, the writer opens the file exclusively
+(`locking_mode=EXCLUSIVE`), and readers get `CatalogWriter.image`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from buffer.trajectory.staleness import Int64
 
 CATALOG_NAME = "catalog.db"
 LAYOUTS = ("segment-*", "consumption-*", "manifest.json")
-"""Files of shards, of earlier versions of this program too: without a catalog nobody knows what they hold."""
+"""Files of shards, also of earlier versions of this program; without a catalog their rows cannot be used."""
 FORMAT = 4
 
 EventKind = Literal["draw", "checkpoint", "stage", "version", "remove", "delete", "forget", "reject", "priorities"]
 RemovalReason = Literal["capacity", "age", "sampled", "stale", "stage", "quarantine"]
 
 EVICTED = ("capacity", "age", "sampled")
-"""Reasons to remove a row that could have been drawn: too many rows, too old, drawn `max_times_sampled` times."""
+"""Reasons to remove a row that could have been sampled: too many rows, too old, sampled `max_times_sampled` times."""
 
 REASONS = (*EVICTED, "stale", "stage", "quarantine")
-"""Why a row ceases to be live; the others must not or cannot be drawn: `max_staleness`, an earlier stage, damage."""
+"""Why a row ceases to be live. Rows dropped for the last three must not be sampled: `max_staleness`, an earlier stage,
+damage."""
 
 WAL_BYTES = 2**20
 """The write-ahead log is cut to this size when SQLite has copied it into the database (every 1,000 pages)."""
@@ -50,7 +51,7 @@ _REFUSED = {
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
     sqlite3.SQLITE_PERM: errno.EACCES,
 }
-"""SQLite's codes of errors that are no damage of the file."""
+"""SQLite's error codes that do not mean a damaged file."""
 
 _JOURNAL_MODE = slice(18, 20)
 """Bytes of a database's header: 2 with a write-ahead log, which a database in memory cannot have, else 1."""
@@ -64,7 +65,7 @@ FACTS = np.dtype(
         ("source", "u1"),  # index into SOURCES
     ]
 )
-"""What the catalog holds of each stored row."""
+"""The catalog's record of each stored row."""
 
 TABLES = """
 create table if not exists meta(key text primary key, value text not null, checksum blob not null) without rowid;
@@ -147,7 +148,7 @@ class EventEntry(NamedTuple):
 
 
 class Deletion(NamedTuple):
-    """Batches (by first row) and segments (by number) that count no longer."""
+    """Batches (by first row) and segments (by number) to delete from the catalog."""
 
     batches: Sequence[int]
     segments: Sequence[int] = ()
@@ -158,7 +159,7 @@ _Statement = tuple[str, tuple[object, ...]]
 
 
 def segment_path(folder: Path, number: int) -> Path:
-    """Where segment `number` of the shard in `folder` lies, be it sealed or not."""
+    """Path of segment `number` of the shard in `folder`, sealed or not."""
     return folder / f"segment-{number:06d}.arrows"
 
 
@@ -173,17 +174,17 @@ def row_checksum(values: tuple[object, ...]) -> bytes:
 
 
 def read_segments(connection: sqlite3.Connection, path: Path) -> list[SegmentEntry]:
-    """The files that count, by number. A damaged row is a `CorruptStoreError` here and below."""
+    """The segments, by number. A damaged row is a `CorruptStoreError` here and below."""
     return [SegmentEntry(*row) for row in _checked(connection, path, "segments", "number")]
 
 
 def read_batches(connection: sqlite3.Connection, path: Path) -> list[BatchEntry]:
-    """Where rows are stored, by row number."""
+    """The stored batches, by row number."""
     return [BatchEntry(*row) for row in _checked(connection, path, "batches", "first_row")]
 
 
 def read_events(connection: sqlite3.Connection, path: Path) -> Iterator[EventEntry]:
-    """What happened, in order; a missing event is a `CorruptStoreError`, too."""
+    """The events, in order; a missing event is a `CorruptStoreError`, too."""
     for number, row in enumerate(_checked(connection, path, "events", "seq"), start=1):
         event = EventEntry(*row)
         if event.seq != number:
@@ -197,10 +198,10 @@ def read_meta(connection: sqlite3.Connection, path: Path) -> dict[str, str]:
 
 
 def corrupt(path: Path, what: str) -> CorruptStoreError:
-    """The error of a catalog that cannot be used. what: is wrong with it."""
+    """The error for a catalog that cannot be used. what: the damage."""
     return CorruptStoreError(
         f"{path} is damaged ({what}): restore it from a copy, or move {path.parent} away to begin with an empty "
-        "buffer; without it nobody knows which trajectories were sampled and removed"
+        "buffer; only the catalog says which trajectories were sampled and removed"
     )
 
 
@@ -215,8 +216,8 @@ def _checked(connection: sqlite3.Connection, path: Path, table: str, key: str) -
 class CatalogWriter:
     """The catalog of a shard whose folder is locked. Not thread-safe.
 
-    In SQLite's write-ahead mode a commit survives the death of the process in any case. It survives a loss of power
-    when it is synced (`synchronous=FULL`), or a later one is. An OSError of any method says that the disk refused, and
+    In SQLite's write-ahead mode a commit always survives the death of the process. It survives a loss of power after
+    a sync of it (`synchronous=FULL`) or of a later commit. An OSError of any method means that the disk refused; then
     nothing has changed.
     """
 
@@ -264,7 +265,7 @@ class CatalogWriter:
         return segments, batches
 
     def events(self) -> Iterator[EventEntry]:
-        """What happened, in order."""
+        """The events, in order."""
         with self._reading():
             for event in read_events(self._connection, self.path):
                 self._num_events = event.seq
@@ -295,19 +296,19 @@ class CatalogWriter:
         self._num_events, self.next_row = num_events, next_row
 
     def prepare_sync(self) -> Callable[[], None]:
-        """A function that makes every commit until now durable; it may run in any thread, also after `close`."""
+        """A function that makes every commit until now durable; it may run in any thread, even after `close`."""
         return sync_later(os.open(f"{self.path}-wal", os.O_RDONLY))
 
     def image(self) -> bytes:
-        """The catalog of now as a database of its own, for `sqlite3.Connection.deserialize`, or as a file; called in
-        any thread."""
+        """A copy of the current catalog as a database, for `sqlite3.Connection.deserialize` or as a file; any thread
+        may call this."""
         with self._lock, self._reading():
             content = bytearray(self._connection.serialize())
         content[_JOURNAL_MODE] = b"\1\1"
         return bytes(content)
 
     def close(self) -> None:
-        """Copy the write-ahead log into the database, where no reader prevents it, and let go of the file."""
+        """Copy the write-ahead log into the database, unless a reader prevents that, and close the file."""
         self._connection.close()
 
     def _check(self, contract: TokenContract) -> None:

@@ -1,10 +1,10 @@
 """Copies rows out of mapped segments, from many batches at once.
 
-Of each text and list of a row (a run of bytes) the table keeps a view, as Arrow's type `binary_view` has it: four
-32-bit numbers, (length, -, segment, place); a run of 12 bytes or fewer stands in the view itself, after its length. So
-the runs of a draw are one array over the mapped segments, and Arrow's cast to binary copies them into one piece of
-memory.
-Other columns have few distinct values: each combination of them (a context) is kept once, and a row has its number.
+Each text and each list of a row is a run of bytes. The table keeps a view of each run, in the layout of Arrow's type
+`binary_view`: four 32-bit numbers, (length, -, segment, place). A run of 12 bytes or fewer is stored in the view, after
+its length. So the runs of a sample are one array over the mapped segments, and Arrow's cast to binary copies them
+into one buffer. Other columns have few distinct values: each combination of them (a context) is kept once, and a row
+has the number of its context.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Gather:
         sizes = ends[:, -1].tolist()
         ends >>= _SHIFTS[runs]
         if (most := int(ends[:, -1].max())) > _MOST_ITEMS:
-            raise ValueError(f"{count} rows with {most} elements are too many for a batch: draw fewer at once")
+            raise ValueError(f"{count} rows with {most} elements are too many for a batch: sample fewer at once")
         described = pa.Array.from_buffers(
             pa.binary_view(), len(runs) * count, [None, pa.py_buffer(views), *self._segments.buffers], null_count=0
         )
@@ -134,7 +134,7 @@ class Gather:
         """The other columns that are not null in all rows."""
         assert self._contexts is not None, "there are rows"
         table, contexts = self._table, self._repeated
-        # The only one there is, for each row; it is kept, since most draws are as large as the one before.
+        # The only one there is, for each row; it is kept, since most samples are as large as the one before.
         if contexts is None or contexts.num_rows != len(slots) or self._contexts.num_rows > 1:
             contexts = self._repeated = self._contexts.take(pa.array(table.context[slots]))
         found = dict(zip(CONTEXT, contexts.columns, strict=True))

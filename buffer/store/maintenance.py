@@ -1,13 +1,13 @@
-"""What leaves a shard: rows that cease to be live, and sealed segments that nobody needs or that are worth a rewriting
-without the rows that nobody needs any longer, beside the work of the store.
+"""Maintenance of a shard: evicts and drops rows, deletes sealed segments that are not needed, and rewrites segments
+without the rows that are not needed, while the store works.
 
     plan     what to rewrite, decided by the store                                  quick
-    run      archive what leaves, write the new file; reads files that never        slow, in any thread
-             change, so the store goes on meanwhile
-    finish   one transaction of the catalog, then the old files go                  quick
+    run      archive rows that are removed, write the new file; it reads files      slow, in any thread
+             that never change, so the store works meanwhile
+    finish   one transaction of the catalog, then delete the old files              quick
 
-Rows that cease to be needed while it runs are in the new file all the same, and leave with a later rewriting. A reader
-that has mapped an old file keeps it until it lets go.
+Rows that become unneeded while `run` works are still in the new file; a later rewriting removes them. A reader that has
+mapped an old file can use it until it unmaps the file.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from buffer.trajectory.staleness import Int32, Int64, VersionRange, stale_rows
 
 BATCH_ROWS = 2**12
 BATCH_BYTES = 2**22
-"""Rows are written in batches of about these sizes, however few are left of those that they come from."""
+"""Approximate sizes of the batches that a rewriting writes."""
 
 SMALL_FRACTION = 0.25
 """A segment below this fraction of `segment_bytes` joins its neighbors in a rewriting."""
 
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
-"""Pauses after a rewriting that failed, each twice as long as the one before."""
+"""Pauses after a failed rewriting; each is twice as long as the one before."""
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ class Maintenance:
             self._remove(source, "sampled", self.exhausted(rows, table.times_sampled[table.slots(rows)]))
 
     def drop_stale(self) -> None:
-        """Remove what must not be drawn; staleness counts from the newest version known."""
+        """Remove what must not be sampled; staleness counts from the newest version known."""
         self._evict_aged()
         shard, max_staleness = self._shard, self._settings.max_staleness
         state = (shard.newest_version, shard.first_version, shard.next_row)
@@ -260,7 +260,7 @@ class Maintenance:
         self._swept = state
 
     def exhausted(self, rows: Int64, times_sampled: Int32) -> Int64:
-        """[k] those of these rows that were drawn `max_times_sampled` times or more, ascending."""
+        """[k] those of these rows that were sampled `max_times_sampled` times or more, ascending."""
         limit = self._settings.max_times_sampled
         return NO_ROWS if limit is None else np.sort(rows[times_sampled >= limit])
 

@@ -1,13 +1,13 @@
-"""Opening a shard: from its catalog and its segments to what a store works with.
+"""Opens a shard: rebuilds the state in memory from its catalog and its segments.
 
-What the catalog says is what happened. The segments are checked against it: a batch whose bytes changed is put into
-quarantine, and its live rows are removed for that reason. Complete batches behind the last one of the catalog are
-adopted, since an insert syncs its segment alone; the bytes of an unfinished insert are cut off.
+The catalog is authoritative, and the segments are checked against it. A batch whose bytes changed is moved to
+quarantine, and its live rows are removed with that reason. Complete batches behind the last batch of the catalog are
+added to it, since an insert syncs its segment alone; the bytes of an unfinished insert are cut off.
 
     quarantine/segment-000003.arrows.1024-2048        damaged bytes of the segment
     quarantine/segment-000003.arrows.1024-2048.txt    what was wrong, and which rows were lost
 
-What lies there is never read again; it is kept for whoever wants to rescue rows by hand.
+The program never reads these files again; a user can recover rows from them by hand.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_shard(folder: Path, contract: TokenContract, settings: BufferSettings, clock: Callable[[], float]) -> Shard:
-    """Open the files in `folder`, which is locked, or make them.
+    """Open the files in the locked `folder`, or create them.
 
     Raises:
         CorruptStoreError: the catalog is damaged. OSError: the disk refused.
@@ -56,7 +56,7 @@ def open_shard(folder: Path, contract: TokenContract, settings: BufferSettings, 
 
 
 def quarantined(folder: Path) -> tuple[str, ...]:
-    """Names of what was put aside since the folder exists."""
+    """Names of the quarantined bytes since the folder was created."""
     return tuple(sorted(path.name.removesuffix(".txt") for path in (folder / QUARANTINE).glob("*.txt")))
 
 
@@ -97,7 +97,7 @@ class _Recovery:
         shard.known = KnownIds(shard.table, _hashes(deleted))
 
     def _delete_unlisted(self) -> None:
-        # A crash left a new file before its commit, or an old one after it.
+        # A crash can leave a new file before its commit, or an old file after it.
         folder = self._shard.folder
         listed = {segment_path(folder, entry.number) for entry in self._segments}
         for path in set(folder.glob("segment-*")) - listed:
@@ -111,8 +111,8 @@ class _Recovery:
             with path.open("r+b") as file:
                 found = file.read(len(header))
                 if len(found) == len(header) and found != header:
-                    # It is known, and costs no row; who reads the file with Arrow needs it.
-                    logger.warning("%s: the schema at its begin was damaged, and is written anew", path)
+                    # The schema is known, so no row is lost; Arrow needs it to read the file.
+                    logger.warning("%s: the schema at its start was damaged; it is written again", path)
                     file.seek(0)
                     file.write(header)
         return self._shard.segments.add(entry)
@@ -161,9 +161,9 @@ class _Recovery:
                 )
             if len(own):
                 events.append(EventEntry("delete", source=source, rows=own.tobytes()))
-        for key, draw in shard.logged_samples.items():
-            if np.isin(draw.rows, lost).any():
-                logger.warning("%s: rows of %s are lost; on resume that step draws others", shard.folder, key)
+        for key, sample in shard.logged_samples.items():
+            if np.isin(sample.rows, lost).any():
+                logger.warning("%s: rows of %s are lost; on resume that step samples others", shard.folder, key)
                 events.append(EventEntry("forget", stage=key.stage, step=key.step, source=key.source))
         changes: list[Change] = [Deletion([entry.first_row for entry in damaged]), *events]
         shard.catalog.commit(changes)

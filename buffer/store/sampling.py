@@ -1,8 +1,8 @@
-"""Which live rows a draw takes: distinct ones, by a law that looks at all of them.
+"""The samplers: each chooses distinct rows among all live rows.
 
-What is chosen follows from the live rows and the generator alone, not from how they came about: a store that was opened
-again draws what the first one would have drawn. Successive draws without replacement, each in proportion to a weight,
-are the rows with the largest log(weight) + Gumbel noise (Efraimidis and Spirakis 2006; Kool et al. 2019, section 2.3).
+The choice depends on the live rows and the generator alone, so a store that was closed and opened again chooses the
+same rows. Weighted sampling without replacement takes the rows with the largest log(weight) + Gumbel noise (Efraimidis
+and Spirakis 2006; Kool et al. 2019, section 2.3).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from buffer.trajectory.staleness import Int32, Int64
 Float64 = npt.NDArray[np.float64]
 
 SMALLEST_PRIORITY = 1e-6
-"""A lower priority counts as this one, so that every live row can be drawn."""
+"""A lower priority counts as this one, so that every live row can be sampled."""
 
 _BITS = np.random.PCG64(0)
 _GENERATOR = np.random.Generator(_BITS)
@@ -32,19 +32,19 @@ DEFAULT_RECENCY_EXPONENT = 1.0
 DEFAULT_PRIORITY_EXPONENT = 0.6
 
 Column = Literal["created_us", "oldest_version", "times_sampled", "reward", "task", "priority"]
-"""What samplers may ask of live rows. created_us: microseconds since the epoch; oldest_version: of the policies that
-acted, -1 of an expert; reward: nan where there is none; task: a code, equal ones mean the same task; priority: of the
-sampler `prioritized` alone.
+"""The values of live rows that a sampler may read. created_us: microseconds since the epoch; oldest_version: of the
+policies that acted, -1 of an expert; reward: nan where there is none; task: a code, equal ones mean the same task;
+priority: set only with sampler=prioritized.
 """
 ReadColumn = Callable[[Column], npt.NDArray[Any]]
-"""Gives [n] a value for each live row, the oldest row first; not to be written to."""
+"""Gives [n] values, one for each live row, the oldest row first; read-only."""
 Choose = Callable[[int, int, np.random.Generator, ReadColumn], Int64]
 """See `Sampler.choose`."""
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What the class of a custom sampler has to be; each shard makes one instance."""
+    """Interface of a custom sampler; each shard makes one instance."""
 
     def choose(self, num_rows: int, count: int, generator: np.random.Generator, column: ReadColumn) -> Int64:
         """[count] distinct places among `num_rows` live rows of one source, the oldest row first; count <= num_rows.
@@ -55,11 +55,11 @@ class Sampler(Protocol):
 
 
 def sample_generator(seed: int, stage: str, step: int, source: str, num_sampled: int) -> np.random.Generator:
-    """The random numbers of a draw that gave `num_sampled` rows before: the same in any process. Good until the next
-    call.
+    """Random generator for the rows of a sample after the first `num_sampled`; the same in any process. The next call
+    resets it.
 
-    The name becomes the 128 bits of a PCG64 state, and as many of its increment, by hashing (XXH3), which takes a
-    quarter of the time that numpy's `SeedSequence` takes.
+    The name is hashed (XXH3) to the 128 bits of a PCG64 state and 128 bits of its increment, which takes a quarter of
+    the time of numpy's `SeedSequence`.
     """
     name = f"{seed} {step} {source} {num_sampled} {stage}".encode()
     _BITS.state = {
@@ -153,7 +153,7 @@ def make_sampler(settings: BufferSettings) -> Choose:
 
 
 def _successive(log_weights: Float64, count: int, generator: np.random.Generator) -> Int64:
-    """[count] places in the order of successive draws without replacement."""
+    """[count] places in the order of successive samples without replacement."""
     keys = log_weights + generator.gumbel(size=len(log_weights))
     best = np.argpartition(-keys, count - 1)[:count]
     return best[np.argsort(-keys[best])]

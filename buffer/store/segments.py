@@ -1,11 +1,11 @@
 """The segments of a shard: files in the Arrow IPC stream format, which any Arrow library reads.
 
     segment-000001.arrows    sealed: never changes, mapped into memory
-    segment-000002.arrows    takes inserts: it has its full size from the beginning, and what is not written yet is
-                             zeros, which mean the end of the stream to Arrow
+    segment-000002.arrows    takes inserts: it has its full size from the beginning; unwritten bytes are zeros, which
+                             Arrow reads as the end of the stream
 
-Each message of rows has a checksum of its own bytes in its metadata. So a batch that is in the file, but not in the
-catalog, is known as complete: a loss of power may leave that, since an insert syncs the segment alone.
+Each message of rows has a checksum of its own bytes in its metadata. It proves that a batch in the file is complete if
+the catalog does not have it: a loss of power may cause that, since an insert syncs the segment alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from buffer.settings import BufferSettings
 from buffer.store.catalog import BatchEntry, CatalogWriter, SegmentEntry, segment_path
 
 MOST_BYTES = 2**31 - 1
-"""Of a segment: a view of a row (see `buffer.store.gather`) holds its place in 32 bits."""
+"""Largest size of a segment: a view of a row (see `buffer.store.gather`) has 32 bits for its place."""
 
 _MORE_BYTES = 512  # more than the metadata take
 
@@ -37,8 +37,8 @@ _CHECKSUM = re.compile(re.escape(_CHECKSUM_PREFIX) + rb"([0-9a-f]{32})")
 
 
 class MessageEncoder:
-    """Encodes batches of one schema in memory that is used again, since the first touch of a page costs several times
-    what it costs to copy into it. Not thread-safe."""
+    """Encodes batches of one schema into reused memory, since the first write to a new page costs several times as much
+    as a copy into it. Not thread-safe."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = schema
@@ -46,7 +46,7 @@ class MessageEncoder:
         self._memory: memoryview = memoryview(b"")
 
     def encode(self, batch: pa.RecordBatch) -> memoryview:
-        """The message of `batch` with its checksum; good until the next call."""
+        """The message of `batch` with its checksum; valid until the next call."""
         most_bytes = self._header_bytes + pa.ipc.get_record_batch_size(batch) + _MORE_BYTES
         if most_bytes > len(self._memory):
             self._memory = np.empty(most_bytes, dtype=np.uint8).data
@@ -60,7 +60,7 @@ class MessageEncoder:
 
 
 def read_message(content: pa.Buffer, start: int, schema: pa.Schema) -> tuple[pa.RecordBatch, int] | None:
-    """The batch that begins at byte `start`, and where it ends; None where no complete one does."""
+    """The batch that begins at byte `start`, and where it ends; None where no complete batch begins there."""
     source = pa.BufferReader(content.slice(start))
     try:
         message = pa.ipc.read_message(source)
@@ -95,18 +95,18 @@ class Segment:
 
 
 class Segments:
-    """Which segments an open shard has, where each batch lies, and the file that takes inserts. Not thread-safe."""
+    """The segments of an open shard, the place of each batch, and the file that takes inserts. Not thread-safe."""
 
     def __init__(self, folder: Path, schema: pa.Schema, settings: BufferSettings, catalog: CatalogWriter) -> None:
-        """schema: of stored rows. Before the first `write` come `add`, `add_message` and `begin_inserts`."""
+        """schema: of stored rows. Call `add`, `add_message` and `begin_inserts` before the first `write`."""
         self.folder = folder
         self.schema = schema
         self.header = schema.serialize()
         self.stored: dict[int, Segment] = {}
         self.buffers: list[pa.Buffer] = []
-        """What is mapped into memory, by place; empty where nothing is."""
+        """Mapped contents, by place; empty where nothing is mapped."""
         self.capacity_bytes = min(settings.segment_bytes, MOST_BYTES)
-        """Bytes that a new file has."""
+        """Size of a new file."""
         self._catalog = catalog
         self._syncs_each_batch = settings.fsync == "batch"
         self._encoder = MessageEncoder(schema)
@@ -117,7 +117,7 @@ class Segments:
         self._descriptor = -1
 
     def add(self, entry: SegmentEntry) -> pa.Buffer:
-        """A segment of the catalog; gives its content."""
+        """Register a segment of the catalog; gives its content."""
         if not self._free_places:
             self._free_places.append(len(self.buffers))
             self.buffers.append(pa.py_buffer(b""))
@@ -126,7 +126,7 @@ class Segments:
         return self.map(entry.number)
 
     def map(self, number: int) -> pa.Buffer:
-        """Map a segment as it is now; gives its content, which is empty where the file is missing."""
+        """Map the current file of a segment; gives its content, empty where the file is missing."""
         path = segment_path(self.folder, number)
         has_bytes = path.exists() and path.stat().st_size > 0
         content = pa.memory_map(str(path)).read_buffer() if has_bytes else pa.py_buffer(b"")
@@ -134,27 +134,27 @@ class Segments:
         return content
 
     def content(self, number: int) -> pa.Buffer:
-        """Of a segment."""
+        """Content of a segment."""
         return self.buffers[self.stored[number].place]
 
     def add_message(self, entry: BatchEntry) -> None:
-        """A batch of the catalog."""
+        """Register a batch of the catalog."""
         self.stored[entry.segment].batches.append(entry._replace(facts=b""))
 
     def remove(self, number: int) -> None:
-        """The catalog holds this segment no longer; who still holds a part of its content keeps the file mapped."""
+        """Delete a segment that the catalog no longer has; whoever still uses its content keeps the file mapped."""
         place = self.stored.pop(number).place
         self.buffers[place] = pa.py_buffer(b"")
         self._free_places.append(place)
         segment_path(self.folder, number).unlink(missing_ok=True)
 
     def take_number(self) -> int:
-        """Of a new file."""
+        """Reserve the number of a new file."""
         self._next_number += 1
         return self._next_number - 1
 
     def end_of(self, number: int) -> int:
-        """Where the committed bytes of a segment end."""
+        """Offset at which the committed bytes of a segment end."""
         segment = self.stored[number]
         if segment.size is not None:
             return segment.size
@@ -167,7 +167,7 @@ class Segments:
         return sum(map(self.end_of, self.stored))
 
     def begin_inserts(self) -> None:
-        """Go on with the segment that takes inserts, or begin the first one."""
+        """Continue the segment that takes inserts, or create the first one."""
         unsealed = [each.number for each in self.stored.values() if each.size is None]
         if unsealed:
             self._open(*unsealed)
@@ -175,9 +175,9 @@ class Segments:
             self._begin(0)
 
     def write(self, batch: pa.RecordBatch) -> tuple[int, int, memoryview]:
-        """Put a batch behind the committed bytes, where it counts with its commit; until then the next one takes its
-        place. Gives segment, offset and message, which is good until the next call. ValueError where the batch is too
-        large for a file, OSError where the disk refused."""
+        """Write a batch behind the committed bytes; without a commit of it, the next batch overwrites it. Gives
+        segment, offset and message, which is valid until the next call. ValueError where the batch is too large for a
+        file, OSError where the disk refused."""
         message = self._encoder.encode(batch)
         self._make_room(len(message))
         rest = message
@@ -195,7 +195,7 @@ class Segments:
         return sync_later(os.dup(self._descriptor))
 
     def close(self) -> None:
-        """Make every batch durable; the segment that takes inserts gives back the room that it has left."""
+        """Make every batch durable, and truncate the segment that takes inserts to its committed bytes."""
         self._let_go(self._descriptor, self.end_of(self._number))
 
     def _make_room(self, num_bytes: int) -> None:
@@ -220,7 +220,7 @@ class Segments:
         self.map(number)
 
     def _begin(self, num_bytes: int, *sealed: SegmentEntry) -> None:
-        """A new segment takes inserts, with room for so many bytes at least."""
+        """Create a segment for inserts, with capacity for at least `num_bytes`."""
         new = SegmentEntry(self.take_number(), None)
         path = segment_path(self.folder, new.number)
         try:
@@ -244,7 +244,7 @@ class Segments:
 
 
 def create_segment(path: Path, header: pa.Buffer, capacity_bytes: int) -> None:
-    """A new segment of `capacity_bytes` bytes, durable with its name."""
+    """Create a segment of `capacity_bytes`; the file and its name are durable on return."""
     with path.open("wb") as file:
         file.write(header)
         file.truncate(max(capacity_bytes, header.size))

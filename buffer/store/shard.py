@@ -1,7 +1,7 @@
-"""An open shard: its files, its catalog and what both mean in memory; what it answers, and what it tells of itself.
+"""An open shard: its files, its catalog and their state in memory; the results and the status of a store.
 
-Whatever happens is committed to the catalog first and takes effect in memory then, so that a full disk changes nothing.
-An opening applies the same events again.
+The shard commits every event to the catalog before the event takes effect in memory, so a full disk changes nothing.
+Opening a shard applies the same events again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from buffer.trajectory.validation import Rejection, source_codes
 
 @dataclass(frozen=True)
 class SampleKey:
-    """Names one draw of a run. step: steps of the stage that were done before it."""
+    """Identifies one sample of a run. step: number of steps of the stage before it."""
 
     stage: str
     step: int
@@ -36,8 +36,8 @@ class SampleKey:
 
 @dataclass(frozen=True)
 class InsertResult:
-    """accepted: rows stored by this insert (see `fsync` of the settings); present: rows that were stored already, as
-    when an insert is repeated after a lost answer; rejections: the others, with reasons."""
+    """accepted: rows stored by this insert (see `fsync` of the settings); present: rows that were stored before, as by
+    an insert whose answer was lost; rejections: the other rows, with reasons."""
 
     accepted: int
     rejections: tuple[Rejection, ...]
@@ -46,8 +46,8 @@ class InsertResult:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """The rows of a draw. rows: their numbers in the shard, in the same order; policy_version: newest one known when
-    they were drawn first; repeated: that was before."""
+    """The rows of a sample. rows: their numbers in the shard, in the same order; policy_version: newest version known
+    when they were first sampled; repeated: whether an earlier call got the same rows."""
 
     batch: pa.RecordBatch
     rows: Int64
@@ -57,7 +57,7 @@ class SampleResult:
 
 @dataclass(frozen=True)
 class SampleStatistics:
-    """Means over the rows of one draw. Staleness in published versions, age in seconds since creation."""
+    """Means over the rows of one sample. Staleness in published versions, age in seconds since creation."""
 
     staleness_mean: float
     age_mean_s: float
@@ -65,7 +65,7 @@ class SampleStatistics:
     @classmethod
     def of(cls, oldest_version: Int32, created_us: Int64, policy_version: int, at_s: float) -> SampleStatistics:
         """oldest_version: [n] of each row, NO_VERSION where it has none. created_us: [n]. policy_version: newest one
-        known at the draw. at_s: time of the draw, in seconds since the epoch."""
+        known at the sample. at_s: time of the sample, in seconds since the epoch."""
         ages_s = np.maximum(at_s - created_us / 1e6, 0.0)
         return cls(float(staleness(policy_version, oldest_version).mean()), float(ages_s.mean()))
 
@@ -74,9 +74,9 @@ class SampleStatistics:
 class SourceCounters:
     """Rows of one source: inserted = live + removed.
 
-    inserted, drawn (a row counts each time), removed (by reason, see `buffer.store.catalog`), draws: since the folder
-    exists, without repeated draws; replayed (rows given again to a learner that repeats steps after a restart): since
-    this process opened it. live, last_sample: as of the status.
+    inserted, removed (by reason, see `buffer.store.catalog`), sample_calls, sampled (a row counts each time): since the
+    folder was created, without repeated samples. replayed: rows given again to a learner that repeats steps after a
+    restart, since this process opened the folder. live, last_sample: at the time of the status.
     """
 
     inserted: int = 0
@@ -89,7 +89,7 @@ class SourceCounters:
 
     @property
     def dropped_stale(self) -> int:
-        """Rows that were dropped because the weights behind them are too old: by versions, or of an earlier stage."""
+        """Rows dropped because their weights are too old: by version, or of an earlier stage."""
         return self.removed.get("stale", 0) + self.removed.get("stage", 0)
 
 
@@ -97,10 +97,9 @@ class SourceCounters:
 class StoreStatus:
     """Counters of a store.
 
-    rejected: rows refused since the folder exists. size_bytes: of the segments, as far as they are filled.
-    quarantined: names of the damaged bytes that were put aside since the folder exists. maintenance_error: why files
-    could
-    not be rewritten or archived last.
+    rejected: rows refused since the folder was created. size_bytes: filled bytes of the segments. quarantined: names of
+    the damaged bytes that were moved to quarantine since then. maintenance_error: why the last rewriting or archiving
+    of files failed.
     """
 
     sources: dict[str, SourceCounters]
@@ -113,13 +112,13 @@ class StoreStatus:
 
 @dataclass(frozen=True)
 class LoggedSample:
-    """What this shard gave to a draw: row numbers, in order. policy_version: newest version known then; whole: rows of
-    the draw over all shards.
+    """Rows that this shard gave to a sample, in order. policy_version: newest version known then; whole: rows of the
+    sample over all shards.
 
-    Versions go on over a restart: weights that are published again on the way get new numbers, and a draw is repeated
-    without a look at staleness, since its rows were fresh when they were first drawn. New draws count staleness from
-    the new numbers. They exceed the old ones by the publications that a restart adds or repeats, so a bound on
-    staleness is then kept more strictly, never less.
+    Version numbers continue after a restart: weights that are published again get new numbers. A sample is repeated
+    without a check of staleness, since its rows were fresh when they were first sampled. New samples count staleness
+    from the new numbers. These exceed the old ones by the publications that the restart adds or repeats, so the bound
+    on staleness becomes stricter, never weaker.
     """
 
     rows: Int64
@@ -143,7 +142,7 @@ class Shard:
         self.gather = Gather(self.table, self.segments)
         self.known = KnownIds(self.table, np.empty(0, np.uint64))
         self.logged_samples: dict[SampleKey, LoggedSample] = {}
-        """Those that no checkpoint covers yet: a learner that goes on from one is given the same rows again."""
+        """Samples that no checkpoint covers yet: a resumed learner gets the same rows again."""
         self.counts = {source: SourceCounters(removed=dict.fromkeys(REASONS, 0)) for source in SOURCES}
         self.newest_version = NO_VERSION
         self.first_version = 0
@@ -152,18 +151,18 @@ class Shard:
 
     @property
     def next_row(self) -> int:
-        """Rows inserted since the folder exists."""
+        """Rows inserted since the folder was created."""
         return self.catalog.next_row
 
     @property
     def pinned_rows(self) -> Int64:
-        """[n] rows of draws that may be repeated, so that their bytes are kept though they may cease to be live."""
-        return np.unique(np.concatenate([NO_ROWS, *(draw.rows for draw in self.logged_samples.values())]))
+        """[n] rows of samples that may be repeated; their bytes are kept even if they are no longer live."""
+        return np.unique(np.concatenate([NO_ROWS, *(sample.rows for sample in self.logged_samples.values())]))
 
     def append(self, batch: pa.RecordBatch, hashes: UInt64, events: Sequence[EventEntry] = ()) -> None:
-        """Store validated rows, which are live then. hashes: of their ids. events: committed with them. After an
-        OSError they are not stored, unless the process dies before the next insert: then they may be. ValueError where
-        the batch is too large for a file."""
+        """Store validated rows, which become live. hashes: of their ids. events: committed with them. After an OSError
+        they are not stored; if the process dies before the next insert, they may be. ValueError where the batch is too
+        large for a file."""
         rows = np.arange(self.next_row, self.next_row + batch.num_rows)
         segment, offset, message = self.segments.write(mark_null_items(with_rows(batch, rows)))
         self.add(batch, hashes, segment, offset, message, events)
@@ -177,7 +176,7 @@ class Shard:
         message: memoryview,
         events: Sequence[EventEntry] = (),
     ) -> None:
-        """A batch whose message is in its segment counts from now on; see `append`."""
+        """Commit a batch whose message is in its segment; see `append`."""
         versions = VersionRange.from_batch(batch)
         facts = np.empty(batch.num_rows, FACTS)
         facts["hash"], facts["oldest_version"] = hashes, versions.oldest
@@ -206,14 +205,14 @@ class Shard:
             self.apply(event)
 
     def add_rows(self, rows: Int64, facts: npt.NDArray[np.void], segments: Int64 | int, newest_version: int) -> None:
-        """Rows of the catalog, ascending, above all before, are live. segments: of each."""
+        """Mark rows of the catalog as live; numbers ascend, above all earlier ones. segments: of each row."""
         self.table.add(rows, facts, segments)
         self.newest_version = max(self.newest_version, newest_version)
         for source, count in zip(SOURCES, np.bincount(facts["source"], minlength=len(SOURCES)).tolist(), strict=True):
             self.counts[source].inserted += count
 
     def add_message(self, entry: BatchEntry) -> None:
-        """The bytes of a batch are where the catalog says."""
+        """Register where the bytes of a batch are stored."""
         self.segments.add_message(entry)
         self.gather.add(entry.segment, entry.offset, entry.length)
 
@@ -224,7 +223,7 @@ class Shard:
             self.apply(event)
 
     def apply(self, event: EventEntry) -> None:
-        """An event of the catalog takes effect, except on stored bytes (`delete`)."""
+        """Apply an event of the catalog, except to stored bytes (`delete`)."""
         rows, table = event.row_numbers, self.table
         source, step, version = event.source or "", event.step or 0, event.version
         key = SampleKey(event.stage or "", step, source)
@@ -247,10 +246,10 @@ class Shard:
                 self.counts[source].removed[event.reason or ""] += len(rows)
                 table.remove(rows)
             case "checkpoint":
-                # Stages follow one another, so no other one goes on.
+                # Only one stage runs at a time, so samples of the others are never repeated.
                 self.logged_samples = {
-                    each: draw
-                    for each, draw in self.logged_samples.items()
+                    each: sample
+                    for each, sample in self.logged_samples.items()
                     if each.stage == key.stage and each.step >= step
                 }
             case "forget":

@@ -1,11 +1,11 @@
-"""The replay store of one shard: durable inserts, capacity, age, strict staleness, draws that can be repeated.
+"""The replay store of one shard: durable inserts, capacity, age, strict staleness, samples that can be repeated.
 
     insert: validate -> bytes in the open segment -> catalog (acknowledged) -> evict beyond capacity and age
-    draw:   known to the catalog? the same rows again. Else: drop what must not be drawn -> choose -> catalog -> gather
+    sample: known to the catalog? the same rows again. Else: drop stale rows -> choose -> catalog -> gather
 
-Rows of each source are kept apart: capacity counts per source, and a draw names its source. The catalog says first
-what happens, with its reason; memory follows when the commit succeeded, so that a full disk changes nothing. Rows that
-are no longer live stay on disk as long as a draw pins them, then leave with their file, or with a rewriting of it.
+Capacity counts per source, and each sample has one source. The store commits every event with its reason to the
+catalog, and changes its memory after the commit, so a full disk changes nothing. Rows that are no longer live stay on
+disk while a sample pins them. Then they are deleted with their file, or when the file is rewritten.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from buffer.trajectory.validation import Rejection, validate
 class ReplayStore:
     """The trajectories of one folder. One process at a time, not thread-safe.
 
-    maintenance: what takes long, beside the work of the store. An OSError of any method says that the disk refused;
-    the call may be repeated, and finds what was stored or drawn all the same.
+    maintenance: eviction, deletion and rewriting of files. An OSError of any method means that the disk refused; the
+    call may be repeated, and finds what was stored or sampled before the error.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class ReplayStore:
     ) -> None:
         """Open `folder`, creating it where absent, and restore its live rows.
 
-        seed: of the draws. clock: seconds since the epoch.
+        seed: of the samples. clock: seconds since the epoch.
 
         Raises:
             ValueError: another process has the folder open, an earlier version of this program wrote it, its rows
-                follow another token contract, the archive's URL names no file system, or there is no such sampler
+                follow another token contract, the archive's URL names no file system, or the sampler does not exist
                 (see `buffer.custom.make_custom`).
             CorruptStoreError: the catalog is damaged.
         """
@@ -72,7 +72,7 @@ class ReplayStore:
         self._sample = make_sampler(settings)
         self._seed = seed
         self._clock = clock
-        self._statistics: dict[str, Callable[[], SampleStatistics]] = {}  # of the last draw, by source
+        self._statistics: dict[str, Callable[[], SampleStatistics]] = {}  # of the last sample, by source
         folder.mkdir(parents=True, exist_ok=True)
         archive = None if settings.archive is None else Archive(settings.archive, folder)
         self._lock = FolderLock(folder)
@@ -89,12 +89,12 @@ class ReplayStore:
 
     @property
     def newest_version(self) -> int:
-        """Newest policy version seen in a row or at a draw; -1 before any."""
+        """Newest policy version in a row or of a sample request; -1 before any."""
         return self._shard.newest_version
 
     @property
     def next_row(self) -> int:
-        """Rows inserted since the folder exists."""
+        """Rows inserted since the folder was created."""
         return self._shard.next_row
 
     def num_live(self, source: str) -> int:
@@ -103,7 +103,7 @@ class ReplayStore:
         return self._shard.table.num_live(source)
 
     def counters(self, source: str) -> SourceCounters:
-        """Of now, but for the statistics of the last draw."""
+        """Current counters, without the statistics of the last sample."""
         counts = self._shard.counts[source]
         counts.live = self._shard.table.num_live(source)
         return counts
@@ -111,11 +111,11 @@ class ReplayStore:
     def insert(self, batch: pa.RecordBatch) -> InsertResult:
         """Validate and store a batch; on return the accepted rows are in the segment and in the catalog.
 
-        A row whose id is stored already, or was deleted lately, is passed over and counted as present, so that an
-        insert may be repeated when its answer was lost.
+        A row whose id is already stored, or was deleted recently, is skipped and counted as present, so an insert whose
+        answer was lost may be repeated.
 
         Raises:
-            ValueError: the batch as a whole does not fit (see `buffer.trajectory.validation.validate`).
+            ValueError: the whole batch is refused (see `buffer.trajectory.validation.validate`).
         """
         checked = validate(batch, self._contract)
         good, hashes = checked.good, hash_ids(checked.good.column("id"))
@@ -132,17 +132,17 @@ class ReplayStore:
         return InsertResult(good.num_rows, checked.rejections, int(known.sum()))
 
     def sample(self, key: SampleKey, count: int, policy_version: int, whole: int | None = None) -> SampleResult | None:
-        """The rows that the draw `key` was given before, else `count` distinct live rows of its source, none staler
-        than `max_staleness`. Same seed, key and contents: same rows.
+        """The rows that the sample `key` got before; for a new key, `count` distinct live rows of its source, none
+        staler than `max_staleness`. Same seed, key and contents: same rows.
 
-        policy_version: newest published version as far as the caller knows. whole: rows of the draw over all shards,
-        of which this one gives `count`; None = all of them. A part that was given before is completed to `count`.
-        None while too few rows are live: fewer than `count`, or than `min_size` before the first draw. For a new draw
-        rows that must not be drawn are dropped for good first, whatever comes of it.
+        policy_version: newest published version that the caller knows. whole: rows of the sample over all shards, of
+        which this shard gives `count`; None = all of them. If the sample got fewer rows before, it gets the missing
+        ones. None while too few rows are live: fewer than `count`, or than `min_size` before the first sample. A new
+        sample first drops stale rows, also where the answer is None.
 
         Raises:
-            ValueError: `count` is not in 1..capacity (of a new draw), the source is unknown, or the draw had another
-                size before.
+            ValueError: `count` is not in 1..capacity (of a new sample), the source is unknown, or the sample had
+                another size before.
         """
         _check_source(key.source)
         whole = count if whole is None else whole
@@ -154,7 +154,7 @@ class ReplayStore:
             return self._answer(key, noted, repeated=True)
         if not 1 <= count <= self._settings.capacity:
             raise ValueError(
-                f"a draw of {count} trajectories can never be served: the buffer holds {self._settings.capacity} per "
+                f"a sample of {count} trajectories can never be served: the buffer holds {self._settings.capacity} per "
                 "source; lower the batch or raise buffer.capacity"
             )
         self._prepare_sample(policy_version)
@@ -168,48 +168,47 @@ class ReplayStore:
         return result
 
     def num_logged(self, key: SampleKey) -> int:
-        """Rows that this shard gave to the draw before."""
+        """Rows that this shard gave to the sample so far."""
         noted = self._shard.logged_samples.get(key)
         return 0 if noted is None else len(noted.rows)
 
     def num_available(self, key: SampleKey, whole: int, policy_version: int) -> int:
-        """Rows that this shard could add to a draw of `whole` rows now, `min_size` aside; drops what must not be drawn.
-        ValueError where the draw had another size before."""
+        """Rows that this shard could add to a sample of `whole` rows now, `min_size` aside; drops stale rows first.
+        ValueError where the sample had another size before."""
         noted, table = self._noted(key, whole), self._shard.table
         self._prepare_sample(policy_version)
         num_given = 0 if noted is None else int(np.count_nonzero(table.is_live(noted.rows)))
         return self.num_live(key.source) - num_given
 
     def update_priorities(self, rows: Int64, priorities: Float32, source: str = "policy") -> None:
-        """Change how likely distinct rows of `source` are drawn with sampler=prioritized; rows that are gone are passed
-        over.
+        """Set the priorities of distinct rows of `source` for sampler=prioritized; deleted rows are skipped.
 
         rows: [n] as in `SampleResult`. priorities: [n], finite and not negative.
 
         Raises:
-            ValueError: the sampler goes by no priorities, or they are not what they should be.
+            ValueError: the sampler uses no priorities, or a priority is invalid.
         """
         if self._settings.sampler != "prioritized":
             raise ValueError(f"priorities have no effect with buffer.sampler={self._settings.sampler}")
         if len(rows) != len(priorities) or len(np.unique(rows)) != len(rows):
-            raise ValueError(f"{len(priorities)} priorities for {len(rows)} rows: each row needs one")
+            raise ValueError(f"{len(priorities)} priorities for {len(rows)} rows: give each row one")
         if not np.all(np.isfinite(priorities) & (priorities >= 0.0)):
-            raise ValueError("a priority is a finite number, not negative")
+            raise ValueError("a priority must be finite and not negative")
         blob = priorities.astype("<f4").tobytes()
         self._shard.record(EventEntry("priorities", source=source, rows=rows.astype("<i8").tobytes(), priorities=blob))
 
     def checkpointed(self, stage: str, step: int) -> None:
-        """The learner has a durable checkpoint of `stage` after `step` steps: no draw before it will be repeated."""
+        """The learner has a durable checkpoint of `stage` after `step` steps: no sample before it will be repeated."""
         self._shard.record(EventEntry("checkpoint", stage=stage, step=step))
         self.maintenance.delete_unneeded()
 
     def begin_stage(self, first_version: int) -> None:
-        """From now on no policy row with an action older than `first_version` is drawn, nor one that still comes in."""
+        """From now on no policy row with an action older than `first_version` is sampled, even if inserted later."""
         if first_version != self._shard.first_version:
             self._shard.record(EventEntry("stage", version=first_version))
 
     def status(self) -> StoreStatus:
-        """Counters of now."""
+        """The current counters."""
         shard = self._shard
         return StoreStatus(
             sources={source: self._status_of(source) for source in SOURCES},
@@ -221,13 +220,13 @@ class ReplayStore:
         )
 
     def catalog_image(self) -> bytes:
-        """The catalog of now as an SQLite database of its own, for readers that cannot open the file: those on other
-        hosts, where the folder lies on a file system that hosts share (see `sqlite3.Connection.deserialize`)."""
+        """A copy of the current catalog as an SQLite database, for readers on other hosts, which cannot open the file
+        on a shared file system (see `sqlite3.Connection.deserialize`)."""
         return self._shard.catalog.image()
 
     def prepare_sync(self) -> Callable[[], None]:
-        """What `fsync_interval_s` asks for, as a function that may run in any thread, also while the store works."""
-        # Rows before what is said of them.
+        """A function that makes every commit until now durable; it may run in any thread while the store works."""
+        # Segments first: the catalog must not name rows that are not durable.
         syncs = (self._shard.segments.prepare_sync(), self._shard.catalog.prepare_sync())
 
         def sync() -> None:
@@ -237,7 +236,7 @@ class ReplayStore:
         return sync
 
     def close(self) -> None:
-        """Make everything durable and let go of the folder; the store is of no use afterwards."""
+        """Make everything durable and release the folder; the store cannot be used afterwards."""
         self._shard.segments.close()
         self._shard.catalog.close()
         self._lock.release()
@@ -255,7 +254,7 @@ class ReplayStore:
         self.maintenance.drop_stale()
 
     def _choose(self, key: SampleKey, count: int, noted: LoggedSample | None) -> Int64 | None:
-        """Live rows for a new draw, or for the rest of one; None where there are too few."""
+        """Live rows for a new sample, or for the missing part of one; None where there are too few."""
         shard, table = self._shard, self._shard.table
         live = table.live_rows(key.source)
         if noted is None:
@@ -273,7 +272,7 @@ class ReplayStore:
 
     def _note(self, key: SampleKey, rows: Int64, whole: int) -> None:
         shard, table = self._shard, self._shard.table
-        draw = EventEntry(
+        sample = EventEntry(
             "draw",
             stage=key.stage,
             step=key.step,
@@ -283,19 +282,19 @@ class ReplayStore:
             rows=rows.tobytes(),
         )
         exhausted = self.maintenance.exhausted(rows, table.times_sampled[table.slots(rows)] + 1)
-        shard.record(draw, *self.maintenance.removal(key.source, "sampled", exhausted))
+        shard.record(sample, *self.maintenance.removal(key.source, "sampled", exhausted))
 
-    def _answer(self, key: SampleKey, draw: LoggedSample, repeated: bool) -> SampleResult:
+    def _answer(self, key: SampleKey, sample: LoggedSample, repeated: bool) -> SampleResult:
         shard, table = self._shard, self._shard.table
-        slots = table.slots(draw.rows)
+        slots = table.slots(sample.rows)
         self._statistics[key.source] = partial(
             SampleStatistics.of,
             table.oldest_version[slots],
             table.created_us[slots],
-            draw.policy_version,
+            sample.policy_version,
             self._clock(),
         )
-        return SampleResult(shard.gather.take(draw.rows), draw.rows, draw.policy_version, repeated)
+        return SampleResult(shard.gather.take(sample.rows), sample.rows, sample.policy_version, repeated)
 
     def _status_of(self, source: str) -> SourceCounters:
         counters, statistics = self.counters(source), self._statistics.get(source)
@@ -317,6 +316,6 @@ def _rejections(rejections: Sequence[Rejection]) -> list[EventEntry]:
 
 def _other_size(key: SampleKey, before: int, now: int) -> str:
     return (
-        f"step {key.step} of stage {key.stage!r} drew {before} {key.source} trajectories before it was interrupted, "
-        f"and asks for {now} now: resume with the batch sizes that the run began with"
+        f"step {key.step} of stage {key.stage!r} sampled {before} {key.source} trajectories before the run was "
+        f"interrupted, and asks for {now} now: resume with the batch sizes that the run began with"
     )

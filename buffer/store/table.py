@@ -1,4 +1,4 @@
-"""What is kept in memory of the rows of a shard: numpy columns with a slot per row number, and which ids are known."""
+"""The index in memory of a shard's rows: numpy columns with a slot per row number, and the known ids."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ UInt64 = npt.NDArray[np.uint64]
 NO_ROWS: Int64 = np.empty(0, np.int64)
 
 RUNS = ("id", "prompt_ids", "actions", "executed", "logprobs", "policy_version", "features")
-"""Columns of texts and lists, of which each row has its own piece of bytes."""
+"""Columns of texts and lists: each row has a run of bytes in each."""
 
 FIRST_PRIORITY = 1.0
-"""Of a row that comes when no other of its source is live. Priorities count relative to each other."""
+"""Priority of a row that is inserted when no other row of its source is live. Only ratios of priorities matter."""
 
 NOT_STORED = -1
-"""In the place of a segment's number."""
+"""Stands for a segment's number where the bytes of a row are deleted."""
 
 REMEMBERED_ROWS = 65_536
-"""Deleted rows whose ids are still known."""
+"""Number of deleted rows whose ids are still known."""
 
 _COLUMNS = (*(FACTS.names or ()), "segment", "live", "times_sampled", "context", "reward", "views")
 _FEWEST_SLOTS = 1024
@@ -36,11 +36,11 @@ _MOST_RECENT_IDS = 65_536
 
 
 class ReplayTable:
-    """The rows from number `base` on, one slot each, whatever became of them.
+    """All rows from number `base` on, live or not, one slot each.
 
     Columns, with a value per slot: hash (of the id), created_us, oldest_version, priority, source (index into SOURCES);
-    segment (NOT_STORED: its bytes are gone); live (whether a draw may give it); times_sampled. `buffer.store.gather`
-    fills the others: views, of each run four numbers; context, reward.
+    segment (NOT_STORED: its bytes are deleted); live (whether a sample may give it); times_sampled.
+    `buffer.store.gather` fills the others: views (four numbers for each run), context, reward.
     """
 
     def __init__(self) -> None:
@@ -83,8 +83,8 @@ class ReplayTable:
         return known
 
     def add(self, rows: Int64, facts: npt.NDArray[np.void], segments: Int64 | int) -> None:
-        """Rows are stored and live from now on. rows: [n] ascending, above all before; facts: [n] of `FACTS`; segments:
-        that of each."""
+        """Add stored, live rows. rows: [n] ascending, above all earlier ones; facts: [n] of `FACTS`; segments: of each
+        row."""
         if not self._size:
             self.base = int(rows[0])
         self._resize(int(rows[-1]) + 1)
@@ -99,7 +99,7 @@ class ReplayTable:
         return self._num_live[SOURCES.index(source)]
 
     def live_rows(self, source: str) -> Int64:
-        """[n] live rows of `source`, ascending; not to be written to."""
+        """[n] live rows of `source`, ascending; read-only."""
         if source not in self._live_rows:
             live = self.live[self.filled]
             if self.num_live(source) < sum(self._num_live):
@@ -108,7 +108,7 @@ class ReplayTable:
         return self._live_rows[source]
 
     def oldest(self, source: str, count: int) -> Int64:
-        """[count] the live rows of `source` that came first, found without a look at all; there are as many."""
+        """[count] oldest live rows of `source`, found without a scan of all rows; there must be so many."""
         begin, width = int(self.live[self.filled].argmax()), count
         while True:
             window = slice(begin, min(begin + width, self._size))
@@ -124,18 +124,18 @@ class ReplayTable:
         return found
 
     def largest_priority(self, source: str) -> float:
-        """Of the live rows of `source`; FIRST_PRIORITY where there is none."""
+        """Largest priority of the live rows of `source`; FIRST_PRIORITY where there is none."""
         rows = self.live_rows(source)
         return float(self.priority[self.slots(rows)].max()) if len(rows) else FIRST_PRIORITY
 
     def remove(self, rows: Int64) -> None:
-        """These live rows are no longer so."""
+        """Mark live rows as not live."""
         slots = self.slots(rows)
         self.live[slots] = False
         self._count(slots, -1)
 
     def move(self, rows: Int64, segment: int) -> None:
-        """The bytes of these rows lie in another segment from now on; NOT_STORED: they are gone."""
+        """Record the new segment of the bytes of these rows; NOT_STORED: they are deleted."""
         slots = self.slots(rows)
         live = slots[self.live[slots]]
         self._count(live, -1)
@@ -145,7 +145,7 @@ class ReplayTable:
             self._trim()
 
     def _count(self, slots: Int64, sign: int) -> None:
-        """These slots became live, or ceased to be."""
+        """Count slots that became live (sign 1) or not live (-1)."""
         self._live_rows.clear()
         for index, count in enumerate(np.bincount(self.source[slots], minlength=len(SOURCES)).tolist()):
             self._num_live[index] += sign * count
@@ -160,7 +160,7 @@ class ReplayTable:
         self._size = size
 
     def _trim(self) -> None:
-        """Forget the rows at the front whose bytes are gone, once they are half of all."""
+        """Remove the rows at the front whose bytes are deleted, once they are half of all."""
         is_stored = self.is_stored
         front = int(is_stored.argmax()) if is_stored.any() else self._size
         if front > max(self._size // 2, _FEWEST_SLOTS):
@@ -177,29 +177,29 @@ class ReplayTable:
 
 
 class KnownIds:
-    """Which ids a shard has seen: those of stored rows, and of the rows that were deleted last.
+    """The ids that a shard has seen: those of stored rows, and of recently deleted rows.
 
-    An insert whose answer was lost is repeated, and its rows may have been removed and deleted meanwhile; they are
-    remembered for a while so that they are not taken for new ones. What is kept of an id is a 64-bit hash. Two ids
-    share one in some 3 of 10^8 cases for a million ids: the one that comes later is then taken for present.
+    An insert whose answer was lost is repeated, and its rows may have been deleted meanwhile. The shard remembers their
+    ids for a while, so that it does not store them twice. It keeps a 64-bit hash of each id. With a million ids, two of
+    them share a hash in about 3 of 10^8 cases: the later row is then counted as present.
     """
 
     def __init__(self, table: ReplayTable, deleted: UInt64) -> None:
-        """table: of the stored rows. deleted: [n] hashes of deleted ones, the last one last."""
+        """table: of the stored rows. deleted: [n] hashes of deleted rows, the newest last."""
         self._table = table
         self._deleted = deleted[-REMEMBERED_ROWS:]
         self._merge()
 
     def add(self, hashes: UInt64) -> None:
-        """Ids of rows that are stored from now on."""
+        """Add ids of new rows."""
         self._recent.update(hashes.tolist())
 
     def delete(self, hashes: UInt64) -> None:
-        """Ids of rows that are stored no longer."""
+        """Mark ids as those of deleted rows."""
         self._deleted = np.concatenate([self._deleted, hashes])[-REMEMBERED_ROWS:]
 
     def knows(self, hashes: UInt64) -> Bool:
-        """[n] whether each id is known; of all deleted ones, those deleted last are, and older ones may be."""
+        """[n] whether each id is known; of deleted rows, the last REMEMBERED_ROWS are known and older ones may be."""
         if len(self._recent) > _MOST_RECENT_IDS:
             self._merge()
         known: Bool = self._sorted[np.searchsorted(self._sorted, hashes)] == hashes

@@ -122,7 +122,7 @@ _FIELDS = [
     pa.field("actions", pa.list_(pa.int32()), nullable=False),
     # What the environment appended instead, where noise was injected; null elements (or a null list) where equal.
     pa.field("executed", pa.list_(pa.int32())),
-    # Of the processed distribution (temperature, top-p, masks) the action was drawn from; null for experts.
+    # Of the processed distribution (temperature, top-p, masks) the action was sampled from; null for experts.
     pa.field("logprobs", pa.list_(pa.float32())),
     # Version of the weights behind each action; null for experts.
     pa.field("policy_version", pa.list_(pa.int32())),
@@ -164,15 +164,15 @@ def rows_of(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Behavior:
-    """What the policy that acted says of each of A actions, in the order of `TrajectoryArrays`.
+    """The acting policy's record of each of A actions, in the order of `TrajectoryArrays`.
 
-    An action's stored log-probability is that of the distribution it was drawn from: logits over a temperature, cut to
-    a nucleus (top-p), without backspace at the floor or anywhere. All of that but the nucleus can be repeated from
-    logits alone.
+    An action's stored log-probability is that of the distribution it was sampled from: logits over a temperature, cut
+    to a nucleus (top-p), with backspace masked at the floor or everywhere. All of that except the nucleus can be
+    computed again from logits alone.
 
     log_prob: [A] as stored; 0 where none is (experts). version: [A] of the weights; NO_VERSION for experts.
-    temperature: [A] that log_prob can be repeated at; 0 where it cannot be (none stored, or drawn from a nucleus).
-    offers_backspace: [L] whether a row's actions were drawn with backspace among them; True for experts.
+    temperature: [A] that log_prob can be repeated at; 0 where it cannot be (none stored, or sampled from a nucleus).
+    offers_backspace: [L] whether a row's actions were sampled with backspace among them; True for experts.
     """
 
     log_prob: Float32

@@ -5,7 +5,7 @@ versions, because actors load new weights in mid-rollout. Its staleness at polic
 
     staleness = n - min(versions of its actions)
 
-The oldest action decides, so a bound on staleness bounds every action of every row that is drawn.
+The oldest action decides, so a bound on staleness bounds every action of every row that is sampled.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class VersionRange:
 
 def staleness(policy_version: int | Int64, oldest: Int32) -> Int64:
     """[n] staleness at `policy_version`, one for all or [n], of rows with the version `oldest`; 0 where they have none,
-    or are newer (an actor may load a publication before the learner's next draw)."""
+    or are newer (an actor may load a publication before the learner's next sample)."""
     behind = policy_version - oldest.astype(np.int64)
     return np.where(oldest == NO_VERSION, 0, np.maximum(behind, 0))
 

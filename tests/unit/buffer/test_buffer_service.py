@@ -152,7 +152,7 @@ def test_draws_wait_beyond_the_samples_per_insert(tmp_path):
         for _ in range(3):
             await draw(service, 2, 0)
         with pytest.raises(
-            SampleTimeoutError, match=r"6 were drawn of 4 inserted, and samples_per_insert=1.5 asks for 2 more"
+            SampleTimeoutError, match=r"6 were sampled of 4 inserted, and samples_per_insert=1.5 asks for 2 more"
         ):
             await draw(service, 2, 0, timeout_s=0.05)
         task = await started(draw(service, 2, 0, timeout_s=20))
@@ -186,8 +186,8 @@ def test_a_repeated_draw_is_answered_at_once_and_counts_for_nothing(tmp_path):
     async def second_life(service):
         again = [ids_of(await draw(service, 2, 9, key=key, timeout_s=0)) for key in keys[:2]]
         summary = BufferStatus((await service.status(),)).summary()
-        assert "4 policy trajectories live of 4, 4 drawn, 4 drawn again, staleness 0.0" in summary
-        with pytest.raises(SampleTimeoutError, match="4 were drawn of 4 inserted"):
+        assert "4 policy trajectories live of 4, 4 sampled, 4 sampled again, staleness 0.0" in summary
+        with pytest.raises(SampleTimeoutError, match="4 were sampled of 4 inserted"):
             await draw(service, 2, 9, key=keys[2], timeout_s=0.05)
         await service.checkpointed("s", 1)
         with pytest.raises(SampleTimeoutError):
@@ -227,10 +227,10 @@ def test_summary_is_one_line_for_people(tmp_path):
 
     empty, full, sharded = run_with_service(tmp_path, scenario)
     assert empty == "buffer: empty"
-    assert "10 policy trajectories live of 10, 4 drawn, staleness 2.0" in full
+    assert "10 policy trajectories live of 10, 4 sampled, staleness 2.0" in full
     assert "1 expert trajectories live of 1" in full
     assert "1 rejected" in full
-    assert "20 policy trajectories live of 20, 8 drawn, staleness 2.0" in sharded
+    assert "20 policy trajectories live of 20, 8 sampled, staleness 2.0" in sharded
     assert "2 rejected; shard 1: does not answer" in sharded
 
 

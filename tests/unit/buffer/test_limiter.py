@@ -65,7 +65,7 @@ def test_as_many_inserts_as_it_says_are_needed(ratio, count, inserted, sampled):
 def test_a_tolerance_with_no_room_for_a_draw_is_refused_with_the_smallest_that_has():
     tight = {"samples_per_insert": 2.0, "min_size": 4}
     with pytest.raises(
-        ValueError, match=r"tolerance of 8 draws\. Set buffer\.samples_per_insert_tolerance to 17 or more"
+        ValueError, match=r"tolerance of 8 samples\. Set buffer\.samples_per_insert_tolerance to 17 or more"
     ):
         limiter(**tight).check(32)
     limiter(**tight, samples_per_insert_tolerance=17.0).check(32)

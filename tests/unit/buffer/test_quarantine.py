@@ -160,7 +160,7 @@ def test_a_damaged_header_costs_nothing(tmp_path, caplog):
     flip(path, 100)
     store = open_store(tmp_path / "b")
     assert live_ids(store) == {str(number) for number in range(9)}
-    assert f"{path}: the schema at its begin was damaged, and is written anew" in caplog.text
+    assert f"{path}: the schema at its start was damaged; it is written again" in caplog.text
     store.insert(numbered(9, 3))
     store.close()
     with path.open("rb") as file:

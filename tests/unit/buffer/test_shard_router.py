@@ -205,7 +205,9 @@ def test_a_draw_of_another_size_than_before_is_refused(tmp_path):
         for service, first in zip(services, (0, 100), strict=True):
             await service.insert(numbered(first, 20))
         await draw(services, 8)
-        with pytest.raises(ValueError, match="drew 8 policy trajectories before it was interrupted, and asks for 12"):
+        with pytest.raises(
+            ValueError, match="sampled 8 policy trajectories before the run was interrupted, and asks for 12"
+        ):
             await draw(services, 12)
         with pytest.raises(ValueError, match="201 trajectories can never be served: the buffer holds 200"):
             await draw(services, 201, key=SampleKey("s", 1, "policy"))

@@ -27,7 +27,7 @@ def test_draws_have_no_repetition_and_wait_for_enough(tmp_path):
     store.insert(numbered(9, 1))
     assert len(set(ids_of(draw(store, 10, 0)))) == 10
     assert draw(store, 11, 0) is None
-    with pytest.raises(ValueError, match=r"a draw of 21 trajectories can never be served: the buffer holds 20"):
+    with pytest.raises(ValueError, match=r"a sample of 21 trajectories can never be served: the buffer holds 20"):
         draw(store, 21, 0)
     with pytest.raises(ValueError, match="source 'critic' is none of expert, policy"):
         draw(store, 1, 0, "critic")

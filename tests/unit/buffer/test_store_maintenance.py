@@ -167,7 +167,7 @@ def test_priorities_that_make_no_sense_are_refused(tmp_path):
     store = open_store(tmp_path / "b", sampler="prioritized")
     store.insert(numbered(0, 3))
     for bad_rows, bad in ((rows, ones[:2]), (np.zeros(3, dtype=np.int64), ones)):
-        with pytest.raises(ValueError, match="each row needs one"):
+        with pytest.raises(ValueError, match="give each row one"):
             store.update_priorities(bad_rows, bad)
     for value in (np.nan, -1.0, np.inf):
         with pytest.raises(ValueError, match="finite number, not negative"):

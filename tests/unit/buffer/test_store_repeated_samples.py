@@ -78,7 +78,7 @@ def test_a_logged_draw_is_repeated_whatever_the_capacity_is_now(tmp_path):
     store.close()
     store = open_store(tmp_path / "b", capacity=4)
     assert store.sample(KEY, 6, 0).batch.equals(drawn.batch)
-    with pytest.raises(ValueError, match="a draw of 6 trajectories can never be served: the buffer holds 4"):
+    with pytest.raises(ValueError, match="a sample of 6 trajectories can never be served: the buffer holds 4"):
         store.sample(SampleKey("stage", 1, "policy"), 6, 0)
     store.close()
 
@@ -103,7 +103,7 @@ def test_a_draw_whose_rows_were_lost_is_drawn_anew_for_good(tmp_path, caplog):
         assert not store.num_logged(KEY)
         assert ids_of(store.sample(kept, 1, 0).batch) == ["5000"]
         store.close()
-    assert caplog.text.count("step=0, source='policy') are lost; on resume that step draws others") == 1
+    assert caplog.text.count("step=0, source='policy') are lost; on resume that step samples others") == 1
     store = open_store(tmp_path / "b", capacity=1000, segment_bytes=SMALL)
     (number,) = map(int, ids_of(store.sample(KEY, 1, 0).batch))
     assert number >= 10, "those before were lost"
@@ -155,9 +155,9 @@ def test_the_part_of_a_shard_is_completed_after_an_interruption(tmp_path):
         assert again.repeated
         assert again.batch.equals(whole.batch)
         parts.append(ids_of(whole.batch))
-        with pytest.raises(ValueError, match=r"drew 12 policy trajectories .* asks for 13 now"):
+        with pytest.raises(ValueError, match=r"sampled 12 policy trajectories .* asks for 13 now"):
             each.sample(KEY, 7, 0, whole=13)
-        with pytest.raises(ValueError, match=r"drew 7 policy trajectories .* asks for 5 now"):
+        with pytest.raises(ValueError, match=r"sampled 7 policy trajectories .* asks for 5 now"):
             each.sample(KEY, 5, 0, whole=12)
         assert each.status().sources["policy"].sampled == each.counters("policy").sampled
         each.close()

@@ -100,18 +100,18 @@ def test_what_a_store_leaves_is_clean_and_the_account_says_what_happened(run):
 @pytest.mark.parametrize(
     ("events", "what", "names"),
     [
-        ([draw([0])], "drawn after it ceased to be live", ("p0",)),
-        ([draw([3])], "drawn as a trajectory of the other source", ("e0",)),
-        ([draw([4, 4])], "given twice in one draw", ("p3",)),
-        ([draw([4, 5]), draw([5, 4], 8)], "drawn 3 times; max_times_sampled is 2", ("p3",)),
-        ([draw([5, 4], version=5)], "drawn with a staleness of 3; max_staleness is 1", ("p3", "p4")),
-        ([{"kind": "stage", "version": 3}, draw([5])], "drawn in a later stage than it was made for", ("p4",)),
-        ([draw([6])], "drawn before it was inserted", ("row 6",)),
+        ([draw([0])], "sampled after it ceased to be live", ("p0",)),
+        ([draw([3])], "sampled as a trajectory of the other source", ("e0",)),
+        ([draw([4, 4])], "given twice in one sample", ("p3",)),
+        ([draw([4, 5]), draw([5, 4], 8)], "sampled 3 times; max_times_sampled is 2", ("p3",)),
+        ([draw([5, 4], version=5)], "sampled with a staleness of 3; max_staleness is 1", ("p3", "p4")),
+        ([{"kind": "stage", "version": 3}, draw([5])], "sampled in a later stage than it was made for", ("p4",)),
+        ([draw([6])], "sampled before it was inserted", ("row 6",)),
         ([deletion([5])], "deleted, though it was live", ("p4",)),
         ([removal([5]), deletion([5])], "in a segment, though it was deleted", ("p4",)),
         ([draw([6])], "in no segment, though neither evicted nor dropped", ("row 6",)),
         ([removal([1, 5]), removal([5])], "removed 2 times", ("p1", "p4")),
-        ([draw([4, 5], whole=1)], "draw of policy trajectories for step 7 of stage 'tune': 2 rows given of 1", ()),
+        ([draw([4, 5], whole=1)], "sample of policy trajectories for step 7 of stage 'tune': 2 rows given of 1", ()),
     ],
 )
 def test_an_event_that_must_not_be_is_found(run, events, what, names):
@@ -167,11 +167,11 @@ def test_the_command_ends_with_0_1_or_2(run, tmp_path_factory):
     append_events(run, draw([4, 5]), draw([5, 4], 8))
     found = command(run)
     assert found.exit_code == 1
-    assert "shard 0: drawn 3 times; max_times_sampled is 2: p3" in found.stdout
+    assert "shard 0: sampled 3 times; max_times_sampled is 2: p3" in found.stdout
     as_json = command(run, "--json")
     assert as_json.exit_code == 1
     assert json.loads(as_json.stdout)["findings"] == [
-        {"shard": 0, "what": "drawn 3 times; max_times_sampled is 2", "ids": ["p3"]}
+        {"shard": 0, "what": "sampled 3 times; max_times_sampled is 2", "ids": ["p3"]}
     ]
 
     nowhere = tmp_path_factory.mktemp("empty")

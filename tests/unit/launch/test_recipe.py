@@ -125,7 +125,7 @@ def test_evaluation_during_training_is_refused_what_the_run_cannot_give() -> Non
 def test_a_tolerance_in_which_no_step_could_draw_is_refused_with_one_that_would_do() -> None:
     ratio, batch = "buffer.samples_per_insert=0.25", "stages.sequencematch.rollout_batch_size=48"
     message = error_of(ratio, batch, "buffer.min_size=8")
-    assert "a draw of 48 policy trajectories does not fit" in message
+    assert "a sample of 48 policy trajectories does not fit" in message
     assert "Set buffer.samples_per_insert_tolerance to 24.125 or more" in message
     fitting = [ratio, batch, "buffer.min_size=8", "buffer.samples_per_insert_tolerance=24.125"]
     assert read_recipe(ARITHMETIC, fitting).buffer.tolerance == 24.125
