@@ -170,7 +170,7 @@ def test_priorities_that_make_no_sense_are_refused(tmp_path):
         with pytest.raises(ValueError, match="give each row one"):
             store.update_priorities(bad_rows, bad)
     for value in (np.nan, -1.0, np.inf):
-        with pytest.raises(ValueError, match="finite number, not negative"):
+        with pytest.raises(ValueError, match="must be finite and not negative"):
             store.update_priorities(rows, np.array([1.0, 1.0, value], dtype=np.float32))
     store.close()
 
