@@ -1,8 +1,8 @@
 """From the replay buffer to the state trees of a rank.
 
-Rank 0 alone draws: `SharedBatchSource` gives what it drew to all ranks, and lets them stop together. Which part of a
-batch a rank evaluates is a pure function of the batch, so that the ranks need not talk. Its rows are cut into
-micro-batches, whose state trees are evaluated and freed one after another; priorities go back.
+Only rank 0 samples: `SharedBatchSource` broadcasts its batch to all ranks, and lets them stop together. A pure function
+of the batch decides which part a rank evaluates, so the ranks need not communicate. A rank cuts its rows into
+micro-batches and evaluates their state trees one after another. Priorities go back to the buffer.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from learner.state_tree.trie import Trie, build_trie
 Float32 = npt.NDArray[np.float32]
 
 _STOP, _FAILURE = -1, -2
-"""Announced in place of a batch's size."""
+"""Broadcast instead of the size of a batch."""
 
 
 class StopRequestedError(Exception):
-    """The run was asked to stop while the learner waited for data."""
+    """The run was asked to stop before the learner had the data of a step."""
 
 
 class BatchSource(Protocol):
@@ -45,7 +45,7 @@ class BatchSource(Protocol):
 
 
 class BufferSource:
-    """The draws of one stage from the replay buffer: from all of its shards, in proportion to what they hold."""
+    """Samples of one stage from the replay buffer: from all of its shards, in proportion to their live rows."""
 
     def __init__(
         self,
@@ -56,8 +56,8 @@ class BufferSource:
         newest_version: Callable[[], int],
         stop_requested: Callable[[], bool],
     ) -> None:
-        """source: "policy" or "expert". newest_version: published at the time of a draw; staleness counts from it.
-        stop_requested: asked while waiting."""
+        """source: "policy" or "expert". newest_version: newest published one when called; staleness counts from it.
+        stop_requested: called while waiting."""
         self._buffer = buffer
         self._stage = stage
         self._source = source
@@ -68,10 +68,10 @@ class BufferSource:
         self._stop_requested = stop_requested
         self._drawn: tuple[SampleResult | None, ...] = ()
         self.staleness: Int64 = np.zeros(0, dtype=np.int64)
-        """Of each trajectory of the newest draw, in published versions."""
+        """[n] staleness of each trajectory of the newest sample, in published versions."""
 
     def seek(self, step: int, first_version: int) -> None:
-        """Go on with a stage that has done `step` steps, and whose rollouts started with `first_version`."""
+        """Set the position: the stage has done `step` steps, and its rollouts started with `first_version`."""
         self._step = step
         self._first_version = first_version
 
@@ -88,7 +88,7 @@ class BufferSource:
         return drawn[0].batch if len(drawn) == 1 else pa.concat_batches([part.batch for part in drawn])
 
     def report_priorities(self, priorities: Float32) -> None:
-        """Tell the buffer how likely the rows of the newest draw are to be drawn again: [n], in their order."""
+        """Send the buffer the priorities [n] of the rows of the newest sample, in their order."""
         self._buffer.update_priorities(self._drawn, priorities)
 
     def _check_stop(self) -> None:
@@ -97,21 +97,21 @@ class BufferSource:
 
 
 class SharedBatchSource:
-    """A batch source for every rank, around the one that only rank 0 has. Batches travel as Arrow streams; each comes
-    after an announcement of its size, or of why there is none."""
+    """A batch source for every rank, around the one that only rank 0 has. Rank 0 broadcasts the size of each batch, or
+    why there is none, and then the batch as an Arrow stream."""
 
     def __init__(
         self, ranks: Ranks, source: BatchSource | None, stop_requested: Callable[[], bool] = lambda: False
     ) -> None:
-        """source: at rank 0; None elsewhere. stop_requested: asked at rank 0 before each draw."""
+        """source: at rank 0; None elsewhere. stop_requested: called at rank 0 before each sample."""
         assert (source is not None) == ranks.leads
         self._ranks = ranks
         self._source = source
         self._stop_requested = stop_requested
 
     def sample(self, count: int) -> pa.RecordBatch:
-        """Exactly `count` trajectories, the same at every rank. StopRequestedError at every rank where the run is to
-        stop; RankLostError where rank 0 could not draw (it raises the reason itself), or cannot be reached."""
+        """Exactly `count` trajectories, the same at every rank. StopRequestedError at every rank if the run has to
+        stop; RankLostError if rank 0 could not sample (it raises the reason itself), or is lost."""
         if self._source is None:
             return self._receive()
         if self._ranks.size == 1:
@@ -127,7 +127,7 @@ class SharedBatchSource:
         except StopRequestedError:
             announcement = _STOP
             raise
-        finally:  # also where the draw fails: the others wait for this
+        finally:  # also after an error: the others wait for this
             self._ranks.broadcast_numbers([announcement])
         # A copy: torch takes no read-only memory.
         self._ranks.broadcast_bytes(torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy()))
@@ -143,14 +143,14 @@ class SharedBatchSource:
         if announcement == _STOP:
             raise StopRequestedError
         if announcement == _FAILURE:
-            raise RankLostError(f"learner rank {self._ranks.rank}: rank 0 could not draw a batch")
+            raise RankLostError(f"learner rank {self._ranks.rank}: rank 0 could not sample a batch")
         payload = self._ranks.broadcast_bytes(torch.empty(announcement, dtype=torch.uint8))
         with pa.ipc.open_stream(pa.py_buffer(payload.numpy())) as stream:
             return stream.read_next_batch()
 
 
 def count_batch(batch: pa.RecordBatch) -> BatchCounts:
-    """Counts of the whole batch, whatever share of it is evaluated here."""
+    """Counts of the whole batch, of which this rank evaluates a part."""
     ended = batch.column("finish_reason").to_numpy(zero_copy_only=False) == "eos"
     return BatchCounts(
         trajectories=batch.num_rows,
@@ -159,11 +159,11 @@ def count_batch(batch: pa.RecordBatch) -> BatchCounts:
     )
 
 
-def share_of_rank(batch: pa.RecordBatch, rank: int, size: int, backspace_id: int) -> pa.RecordBatch:
+def part_of_rank(batch: pa.RecordBatch, rank: int, size: int, backspace_id: int) -> pa.RecordBatch:
     """The rows of `batch` that `rank` of `size` evaluates, in their order; each row goes to exactly one rank.
 
-    Logs of one prompt stay together, since they share its nodes. The largest group goes first, each to the rank that
-    has the fewest nodes so far (at worst 4/3 of the best balance). Shares may be empty.
+    Trajectories of one prompt stay together, since they share its nodes. Groups are assigned in descending size, each
+    to the rank with the fewest nodes so far (at worst 4/3 of the best balance). A part may be empty.
     """
     if size == 1:
         return batch
@@ -185,9 +185,9 @@ def share_of_rank(batch: pa.RecordBatch, rank: int, size: int, backspace_id: int
 def priorities_of_sample(
     drawn: pa.RecordBatch, passes: Sequence[tuple[tuple[str, ...], Tensor]], ranks: Ranks
 ) -> Float32:
-    """[n] the priority of each drawn trajectory, in the order of the draw; all ranks call this together.
+    """[n] the priority of each sampled trajectory, in the order of the sample; all ranks call this together.
 
-    passes: of this rank, ids and [L] priorities of each. Every drawn trajectory was in a pass of one rank.
+    passes: ids and [L] priorities of this rank's passes. Every sampled trajectory was in a pass of one rank.
     """
     own_ids = pa.array([name for ids, _ in passes for name in ids], pa.string())
     own = np.concatenate([np.zeros(0, dtype=np.float32), *(each.float().cpu().numpy() for _, each in passes)])
@@ -200,7 +200,7 @@ def priorities_of_sample(
 def build_micro_batches(batch: pa.RecordBatch, settings: TreeSettings) -> list[TreeBatch]:
     """State trees of a batch of trajectories; each trajectory is in exactly one of them.
 
-    Logs whose prompts begin alike are kept together, so that they share nodes. A tree batch holds at most
+    Trajectories whose prompts begin alike are kept together, so that they share nodes. A tree batch holds at most
     `max_tokens_per_micro_batch` nodes, but at least one trajectory; they are about equally large. Raises as
     `build_tree_batch`.
     """
@@ -216,7 +216,7 @@ def build_micro_batches(batch: pa.RecordBatch, settings: TreeSettings) -> list[T
 
 
 def _split(trajectories: TrajectoryArrays, trie: Trie, max_nodes: int) -> list[Int64]:
-    """Logs of each tree batch, ascending; those at hand in lexicographic order of the prompts go together."""
+    """Trajectories of each tree batch, ascending; neighbors in the lexicographic order of the prompts go together."""
     order = np.argsort(_prompts(trajectories), kind="stable")
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
@@ -239,7 +239,7 @@ def _split(trajectories: TrajectoryArrays, trie: Trie, max_nodes: int) -> list[I
 
 
 def _fill(previous_by_rank: list[Int64], max_nodes: int) -> list[int]:
-    """Rank of the first log of each tree batch, a new batch where the next trajectory would not fit."""
+    """Rank of the first trajectory of each tree batch, a new batch where the next trajectory would not fit."""
     begins, num_nodes = [0], 0
     for rank, previous in enumerate(previous_by_rank):
         new = int(np.count_nonzero(previous < begins[-1]))

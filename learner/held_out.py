@@ -15,7 +15,7 @@ import torch
 from buffer.experts.stream import clean_trajectories
 from buffer.experts.tasks import Task
 from buffer.trajectory.schema import TokenContract
-from learner.batches import build_micro_batches, count_batch, share_of_rank
+from learner.batches import build_micro_batches, count_batch, part_of_rank
 from learner.messages import LearnerSpec
 from learner.ranks import Ranks
 from learner.settings.held_out import ANSWERS_STEP, HELD_OUT_LOSS, STOPPED_EARLY, HeldOutSettings
@@ -25,13 +25,13 @@ from learner.state_tree.policy import TreePolicy
 
 class HeldOutLoss:
     """Mean negative log-probability, in nats, of a token of the held-out targets (`<eos>` of complete ones included),
-    under the policy: the probability that backspace has is lost to the tokens."""
+    under the policy; probability of backspace is missing from the tokens."""
 
     def __init__(self, targets: pa.RecordBatch, trees: TreeSettings, ranks: Ranks) -> None:
         """targets: trajectories without noise, the same at every rank. All ranks call this together."""
         self._ranks = ranks
         self._num_tokens = count_batch(targets).actions
-        share = share_of_rank(targets, ranks.rank, ranks.size, trees.backspace_id)
+        share = part_of_rank(targets, ranks.rank, ranks.size, trees.backspace_id)
         own = build_micro_batches(share, trees) if share.num_rows else []
         empty = build_micro_batches(targets.slice(0, 1), trees)[0].without_trajectories()
         self._trees = [*own, *[empty] * (ranks.maximum(len(own)) - len(own))]  # FSDP gathers in each pass
@@ -48,21 +48,21 @@ class HeldOutLoss:
 
 
 class StageEvaluation:
-    """The evaluations of one stage, and what they decide. Without `evaluation.every_steps` it does nothing."""
+    """The evaluations of one stage, and its early stopping. Without `evaluation.every_steps` it does nothing."""
 
     def __init__(self, settings: HeldOutSettings, loss: HeldOutLoss | None) -> None:
-        """loss: given exactly where `every_steps` is set."""
+        """loss: given exactly if `every_steps` is set."""
         self._settings = settings
         self._loss = loss
         self._published_at: dict[int, int] = {}
         self._answers: SimpleQueue[tuple[int, dict[str, float]]] = SimpleQueue()
         self.questions_version = -1
-        """Newest weights with which an actor is to answer held-out questions; -1 before any."""
+        """Newest weights with which an actor has to answer held-out questions; -1 before any."""
         self.state: dict[str, float] = {}
         """Newest numbers. Of the loss and of `stop_metric` also the best value, its step, and the evaluations since."""
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Go on from the `state` in a checkpoint; one that stopped early is given more steps."""
+        """Restore the `state` of a checkpoint; a stage that stopped early gets more steps."""
         self.state = {name: value for name, value in state.items() if name != STOPPED_EARLY}
 
     def published(self, step: int, version: int, publish_every_steps: int) -> None:
@@ -73,7 +73,7 @@ class StageEvaluation:
             self.questions_version = version
 
     def report_answers(self, version: int, metrics: dict[str, float]) -> None:
-        """Hand in the metrics of answers with weights of `version`, from any thread, for the line of the next step."""
+        """Add the metrics of answers with weights of `version` to the next step; called from any thread."""
         self._answers.put((version, metrics))
 
     def after_step(self, policy: TreePolicy, step: int, last_step: int) -> dict[str, float]:
@@ -98,11 +98,11 @@ class StageEvaluation:
 
     @property
     def stops_early(self) -> bool:
-        """Whether the stage is to end before its last step, by `evaluation.patience`."""
+        """Whether `evaluation.patience` ends the stage before its last step."""
         return STOPPED_EARLY in self.state
 
     def early_stop(self, stage: str, step: int) -> str | None:
-        """Why the stage has ended after `step`, for people; None where it has not stopped early."""
+        """A note for the user why the stage ended after `step`; None if it did not stop early."""
         if not self.stops_early:
             return None
         metric = self._settings.stop_metric
@@ -113,7 +113,7 @@ class StageEvaluation:
         )
 
     def _judge(self, metric: str, value: float, step: int) -> None:
-        """Compare a number with the best one so far; of equal ones the first is the best."""
+        """Compare a number with the best one so far; on a tie the first stays the best."""
         best, since_best = self.state.get(f"{metric}_best"), f"{metric}_since_best"
         if best is None or (value < best if metric == HELD_OUT_LOSS else value > best):
             self.state |= {f"{metric}_best": value, f"{metric}_best_step": step, since_best: 0}
@@ -127,7 +127,7 @@ class StageEvaluation:
 def evaluation_of(
     spec: LearnerSpec, task: Task, contract: TokenContract, trees: TreeSettings, ranks: Ranks
 ) -> StageEvaluation:
-    """That of a stage, on held-out examples that the seed of the run chooses. All ranks call this together."""
+    """The evaluation of a stage, on held-out examples chosen by the run's seed. All ranks call this together."""
     if spec.held_out.every_steps is None:
         return StageEvaluation(spec.held_out, None)
     targets = clean_trajectories(task.held_out_examples(spec.held_out.loss_examples, spec.seed), contract)

@@ -1,4 +1,4 @@
-"""What the driver and the learner's processes pass to each other."""
+"""Messages between the driver and the learner's processes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from learner.settings.stages import LearnerSettings
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """What each rank starts with. prioritized_replay: whether the buffer draws by priorities and is told them.
-    features: names of those that rollouts have, in their order. offers_backspace: whether backspace is an action at
-    all, of experts as of rollouts.
+    """What each rank starts with. prioritized_replay: whether the buffer samples by priorities, which the
+    learner reports. features: names of the rollouts' features, in their order. offers_backspace: whether backspace is
+    an action at all, of experts as of rollouts.
     """
 
     model: ModelSettings
@@ -35,7 +35,7 @@ class LearnerSpec:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What the other processes need to know of model and task. max_length: longest text, in tokens."""
+    """Model and task, for the other processes. max_length: longest text, in tokens."""
 
     config_json: str
     contract: TokenContract
@@ -45,7 +45,7 @@ class PreparedRun:
 
 @dataclass(frozen=True)
 class LearnerStatus:
-    """Where the learner is now."""
+    """The progress of the learner."""
 
     stage: str
     step: int
@@ -55,9 +55,9 @@ class LearnerStatus:
     activity: str
     metrics: dict[str, float]  # of the newest step
     warnings: tuple[str, ...] = ()  # of the whole run, oldest first
-    notes: tuple[str, ...] = ()  # likewise; what it did that nobody asked for
+    notes: tuple[str, ...] = ()  # likewise; what the learner did by itself
     held_out: dict[str, float] = field(default_factory=dict)  # of the stage: `StageEvaluation.state`
-    questions_version: int = -1  # newest weights with which an actor is to answer held-out questions
+    questions_version: int = -1  # newest weights with which an actor has to answer held-out questions
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Publishing the weights of the moment: one announcement, no waiting for actors.
+"""Publishing the current weights: the learner notifies the actor pool and does not wait for actors.
 
-Engines, checkpoints and exports know neither adapters nor 4-bit layers nor shards. They get one plain tensor at a time
-under the names of the base model: W + (alpha / rank) B A where a layer is adapted, W restored where it is quantized,
-gathered from all ranks where it is sharded, rounded to what the model computes in where training holds it in float32.
+Engines, checkpoints and exports read neither adapters nor 4-bit layers nor shards. They get plain tensors under the
+names of the base model: W + (alpha / rank) B A of an adapted layer, W dequantized if it is quantized, gathered from all
+ranks if it is sharded, and rounded to `model.dtype` if training holds it in float32.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ NOTIFY_TIMEOUT_S = 60.0
 
 
 class WeightPublisher:
-    """Numbers the publications of a run and announces each to the actor pool. Every rank makes the same calls; rank 0
-    alone sends, a copy, so the optimizer may write to the weights as soon as `publish` returns."""
+    """Numbers the publications of a run and notifies the actor pool of each. Every rank makes the same calls. Only rank
+    0 sends, and it sends a copy, so the optimizer may change the weights as soon as `publish` returns."""
 
     def __init__(
         self,
@@ -69,8 +69,9 @@ class WeightPublisher:
         self._static_digests: dict[str, bytes] = {}
         self._notified: RemoteCall[None] | None = None
         self.newest_times: dict[str, float] = {}
-        """Seconds that each part of the newest publication held the learner. pack: merging and gathering. fingerprint:
-        what is left of it after the probe, beside which it is computed. offer: the snapshot, and the call to the pool.
+        """Seconds that the learner spent on each part of the newest publication. pack: merging and gathering.
+        fingerprint: the rest of it after the probe, which runs at the same time. offer: the snapshot, and the call to
+        the pool.
         """
 
     @property
@@ -90,7 +91,7 @@ class WeightPublisher:
         return self.newest_version
 
     def resume_rollouts(self, first_version: int) -> None:
-        """Let the pool's actors generate, with weights of `first_version` or newer."""
+        """Let the actors generate, with weights of `first_version` or newer."""
         if self._ranks.leads:
             self._pool.resume.remote(first_version)
 
@@ -104,7 +105,7 @@ class WeightPublisher:
                 self._sender.set_static(static)
         payload, entries = self._pack(trained_tensors(policy.model) if alone else publication_tensors(policy.model))
         packed = time.perf_counter()
-        with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter to the probe's forward pass
+        with ThreadPoolExecutor(1) as beside:  # hashing releases the interpreter lock for the probe's forward pass
             hashing = beside.submit(digest_tensors, entries, payload)
             probe_logprobs = tuple(policy.sequence_logprobs(self._probe_token_ids).tolist())
             probed = time.perf_counter()
@@ -126,7 +127,7 @@ class WeightPublisher:
         self.newest_times = dict(zip(("pack", "learner_probe", "fingerprint", "offer"), times, strict=True))
 
     def _pack(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[WeightPayload, tuple[TensorEntry, ...]]:
-        """At ranks other than 0 nothing is kept, but every tensor is gathered in the same order."""
+        """Other ranks than 0 keep nothing, but gather every tensor in the same order."""
         if self._ranks.leads:
             return pack_tensors(tensors)
         for _ in tensors:
@@ -135,7 +136,7 @@ class WeightPublisher:
 
 
 def make_probe(contract: TokenContract, seed: int) -> tuple[int, ...]:
-    """A fixed pseudo-random sequence of PROBE_TOKENS ids of a text: of tokens, neither backspace nor `<eos>`."""
+    """A fixed pseudo-random text of PROBE_TOKENS ids, without backspace and `<eos>`."""
     candidates = np.setdiff1d(np.flatnonzero(contract.has_token()), [contract.backspace_id, contract.eos_id])
     return tuple(np.random.default_rng(seed).choice(candidates, size=PROBE_TOKENS).tolist())
 
@@ -151,7 +152,7 @@ def publication_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def low_rank_updates(model: PreTrainedModel) -> tuple[LowRankUpdate, ...]:
-    """What is to be merged when frozen and trained tensors travel apart."""
+    """The updates that actors merge if frozen and trained tensors are sent separately."""
     updates = []
     for source in _sources(model):
         if source.adapter is not None:
@@ -162,14 +163,14 @@ def low_rank_updates(model: PreTrainedModel) -> tuple[LowRankUpdate, ...]:
 
 
 def frozen_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of what training does not change, without adapters: it has to travel once. All ranks iterate."""
+    """(name, tensor) of frozen weights, without adapters; they are sent once. All ranks iterate."""
     for source in _sources(model):
         if not source.tensor.requires_grad:
             yield source.name, source.base()
 
 
 def trained_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of what training changes: A and B of each adapter, other trained tensors. All ranks iterate."""
+    """(name, tensor) of trained weights: A and B of each adapter, other trained tensors. All ranks iterate."""
     for source in _sources(model):
         yield from ((name, gathered(factor)) for name, factor in source.factors().items())
         if source.tensor.requires_grad:
@@ -178,7 +179,7 @@ def trained_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class _Source:
-    """One tensor of the base model, not yet as it is published. adapter: what training adds to it, if anything."""
+    """One tensor of the base model before publication. adapter: the adapter of its layer, if it has one."""
 
     name: str
     tensor: Tensor
@@ -190,7 +191,7 @@ class _Source:
         return dequantize(self.tensor) if is_quantized(self.tensor) else gathered(self.tensor).to(self.dtype)
 
     def factors(self) -> dict[str, Tensor]:
-        """A and B of the adapter by the names under which they travel, as this rank holds them."""
+        """A and B of the adapter by their published names, as this rank holds them."""
         if self.adapter is None:
             return {}
         layers = {"lora_A": self.adapter.lora_A, "lora_B": self.adapter.lora_B}

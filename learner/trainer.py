@@ -1,11 +1,11 @@
-"""The training loop of one stage: draw trajectories, one forward pass per tree batch, one step of AdamW.
+"""The training loop of one stage: sample trajectories, one forward pass per tree batch, one step of AdamW.
 
-The loop knows neither Ray nor the disk: data, publication, metrics and checkpoints come in as seams, so that it runs
-alone in a test. `learner.worker` wires it to a run. With several ranks every one of them runs this loop, on the same
-batches; each evaluates its share, and what is decided on (loss, gradient norm) is the same everywhere.
+The loop uses neither Ray nor the disk: its caller passes the data sources and handles publication, metrics and
+checkpoints, so a test can run it alone; `learner.worker` connects it to a run. With several ranks each of them runs
+this loop on the same batches and evaluates its part. Loss and gradient norm are the same at every rank.
 
-The learning rate of a step is a function of the settings and the number of the step, so a checkpoint holds no schedule,
-and a run that is resumed with other settings follows those.
+The learning rate of a step is a function of the settings and the step number. So a checkpoint holds no schedule, and a
+run that is resumed with other settings follows those.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from buffer.trajectory.staleness import VersionRange
-from learner.batches import BatchSource, Float32, build_micro_batches, count_batch, priorities_of_sample, share_of_rank
+from learner.batches import BatchSource, Float32, build_micro_batches, count_batch, part_of_rank, priorities_of_sample
 from learner.checkpoints.checkpoint import TrainingState
 from learner.metrics.alarms import behavior_metrics, finish_behavior_metrics
 from learner.objectives.base import BatchCounts, EvaluatedTrajectories, Metrics, Objective, combine_metrics, is_finite
@@ -37,12 +37,12 @@ NAMED_TRAJECTORIES = 20
 """Ids in an error message, at most."""
 
 _SIZES = ("num_actions", "num_nodes", "num_nodes_unshared", "num_padded_nodes")
-"""Of tree batches, summed over a step for its metrics."""
+"""Sizes of tree batches that are summed over a step for its metrics."""
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """What one source gave for the step, of all ranks. is_rollouts: of the policy, not of the experts."""
+    """The sample of one source for a step, for all ranks. is_rollouts: from the policy, not from experts."""
 
     batch: pa.RecordBatch
     counts: BatchCounts
@@ -51,15 +51,15 @@ class _Sample:
 
 
 _Pass = tuple[TreeBatch, _Sample]
-"""One forward and backward pass: a part of this rank's share of a draw."""
+"""One forward and backward pass: a micro-batch of this rank's part of a sample."""
 
 
 class Trainer:
     """One stage of training, step by step.
 
-    policy: sharded among `ranks`, if they are several. experts: drawn where the objective needs them. rollouts: given
-    exactly where it needs them. Both give the same at every rank. report_priorities: called after each step with the
-    priority of each rollout in the order of the draw; at every rank or at none.
+    policy: sharded if there are several `ranks`. experts: used if the objective needs them. rollouts: given exactly if
+    it needs them. Both sources give the same at every rank. report_priorities: called after each step with the
+    priority of each rollout in the order of the sample; at every rank or at none.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class Trainer:
         return self.step >= self._stage.steps
 
     def train_step(self) -> dict[str, float]:
-        """Draw, evaluate, step; gives the metrics of the step.
+        """Sample, evaluate, update the weights; returns the metrics of the step.
 
         Raises:
             FloatingPointError: the loss or the gradient is not finite, on the trajectories that it names, or see
-                `Objective.advance`; the weights are as they were before. OutsideDomainError: see `Objective.check`; the
-                weights likewise.
+                `Objective.optimizer_step`; the weights are as they were before. OutsideDomainError: see
+                `Objective.check`; the weights likewise.
             RankLostError: another rank failed.
         """
         started = time.perf_counter()
@@ -152,7 +152,7 @@ class Trainer:
         return draws
 
     def _passes(self, draws: list[_Sample]) -> list[_Pass]:
-        """This rank's passes over its shares of the draws: as many at every rank, since FSDP gathers in each."""
+        """This rank's passes over its parts of the samples: equally many at every rank, since FSDP gathers in each."""
         passes = [(tree, draw) for draw in draws for tree in self._trees_of(draw.batch)]
         missing = self._ranks.maximum(len(passes)) - len(passes)
         if missing:
@@ -161,8 +161,8 @@ class Trainer:
         return passes
 
     def _trees_of(self, batch: pa.RecordBatch) -> list[TreeBatch]:
-        """State trees of this rank's share; a tree without trajectories where there is none, so that metrics exist."""
-        share = share_of_rank(batch, self._ranks.rank, self._ranks.size, self._trees.backspace_id)
+        """State trees of this rank's part; one without trajectories if it is empty, so that metrics exist."""
+        share = part_of_rank(batch, self._ranks.rank, self._ranks.size, self._trees.backspace_id)
         return build_micro_batches(share, self._trees) if share.num_rows else [self._tree_without_trajectories(batch)]
 
     def _tree_without_trajectories(self, batch: pa.RecordBatch) -> TreeBatch:
@@ -172,7 +172,8 @@ class Trainer:
     def _rollout_loss(
         self, trajectories: EvaluatedTrajectories, data_counts: BatchCounts, newest: int
     ) -> tuple[Tensor, Metrics]:
-        """That of the objective, with the metrics of every objective; newest: policy version in the step's draw."""
+        """The loss of the objective, with the metrics of every objective. newest: newest policy version in the
+        sample."""
         loss, metrics = self._objective.rollout_loss(trajectories, data_counts, self.step)
         return loss, metrics | behavior_metrics(trajectories, self._trees.backspace_id, newest)
 
@@ -195,8 +196,8 @@ class Trainer:
         return metrics, gradient_norm, priorities
 
     def _blame(self, draws: list[_Sample]) -> str:
-        """Names the trajectories that alone have no finite loss, as what is not a number spreads in a pass. Every rank
-        looks at all of them, since the passes of the ranks go together."""
+        """Name the trajectories whose loss alone is not finite, since one of them makes a whole pass not finite. Every
+        rank evaluates all of them, since the ranks run their passes together."""
         blamed = []
         for draw in draws:
             for row, name in enumerate(draw.batch.column("id").to_pylist()):
@@ -214,8 +215,8 @@ class Trainer:
         return f"Not finite on {len(blamed)} of {drawn} trajectories: {', '.join(blamed[:NAMED_TRAJECTORIES])}{more}"
 
     def state(self) -> TrainingState:
-        """Everything but the weights that the next step depends on, apart from the data sources, whatever the number of
-        ranks. All of them call this together; those other than 0 get it without the optimizer's tensors."""
+        """The state besides weights and data sources that later steps depend on; it fits any number of ranks. All ranks
+        call this together; only rank 0 gets the optimizer's tensors."""
         return {
             "step": self.step,
             "optimizer": whole_optimizer_state(self._optimizer, self._ranks),
@@ -225,9 +226,8 @@ class Trainer:
         }
 
     def load_state(self, state: TrainingState) -> str | None:
-        """Go on from `state()` of the same stage, of any number of ranks; every rank gives the whole state. Settings
-        and number of steps are those of now. Gives how far that makes the learning rate jump, for people; None where it
-        does not."""
+        """Restore `state()` of the same stage, saved by any number of ranks; every rank passes the whole state. The
+        current settings and number of steps apply. Returns a note for the user if they change the learning rate."""
         self.step = state["step"]
         load_optimizer_state(self._optimizer, state["optimizer"])
         torch.set_rng_state(state["random_state"])
@@ -247,7 +247,7 @@ class Trainer:
 
 
 def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters; weight decay spares vectors (norms, biases)."""
+    """AdamW over all trainable parameters, without weight decay for vectors (norms, biases)."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trainable if parameter.dim() > 1]
     vectors = [parameter for parameter in trainable if parameter.dim() <= 1]
@@ -261,8 +261,8 @@ def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch
 
 
 def learning_rate_factor(step: int, settings: OptimizerSettings, steps: int) -> float:
-    """Share of the peak learning rate at `step` (from 0) of `steps`: linear warm-up, then constant or a cosine down to
-    `final_fraction` of the peak at the last step."""
+    """Fraction of the peak learning rate at `step` (from 0) of `steps`: linear warm-up, then constant or a cosine down
+    to `final_fraction` of the peak at the last step."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":

@@ -1,7 +1,7 @@
-"""The learner: Ray actors that share the model and train it stage by stage, one actor a rank.
+"""The learner: Ray actors that train one model stage by stage, one actor for each rank.
 
-All ranks get the same calls. Rank 0 leads (see `learner.ranks`): it alone draws, publishes, logs and writes;
-where its work needs the parts of the model that the others hold, they take part.
+All ranks get the same calls. Rank 0 leads (see `learner.ranks`): it alone samples, publishes, logs and writes. The
+other ranks take part in these calls if rank 0 needs their parts of the model.
 """
 
 from __future__ import annotations
@@ -99,17 +99,17 @@ class LearnerWorker:
         return host, self._rendezvous.port
 
     def join(self, rendezvous: tuple[str, int]) -> None:
-        """Become one of several ranks; returns when all of them are there. RankLostError: they were not, in time."""
+        """Become one of several ranks; returns once all have joined. RankLostError: not all joined in time."""
         settings = self._spec.settings
         where = self._rendezvous if self._rank == 0 else rendezvous
         self._ranks = join_ranks(self._rank, settings.num_ranks, where, settings.collective_timeout_s)
 
     def prepare(self) -> PreparedRun | None:
-        """Load model and task; gives None at ranks other than 0.
+        """Load model and task; returns None at ranks other than 0.
 
         Raises:
-            ValueError, OSError, ImportError: the model, the task or a tracker cannot be had as the settings ask, or no
-            checkpoint could be saved.
+            ValueError, OSError, ImportError: the settings ask for a model, task or tracker that cannot be loaded, or a
+            checkpoint could not be saved.
         """
         check_trackers(self._spec.trackers)
         torch.manual_seed(self._spec.seed)
@@ -148,7 +148,7 @@ class LearnerWorker:
         return PreparedRun(config_json, self._contract, self._task, max_length)
 
     def connect(self, shards: Sequence[Shard], pool: ActorHandle, first_version: int) -> None:
-        """Publish the initial weights to `pool`, so that every actor proves its engine early. shards: of the replay
+        """Publish the initial weights to `pool`, so that every actor verifies its engine early. shards: of the replay
         buffer. first_version: of this publication; beyond 0 when a run resumes."""
         if self._ranks.leads:
             self._buffer = BufferClient(shards)
@@ -157,15 +157,15 @@ class LearnerWorker:
         self._publish()
 
     def run_stage(self, stage: StageSettings, introduces_backspace: bool = False) -> StageResult | None:
-        """Train one stage to its end, or until a stop is requested; goes on from its newest checkpoint. Gives None at
-        ranks other than 0.
+        """Train one stage to its end, or until a stop is requested, from its newest checkpoint if it has one. Returns
+        None at ranks other than 0.
 
-        introduces_backspace: it is the first that shows any, so that a new row for it is fitted to them before.
+        introduces_backspace: the stage is the first with backspaces, so a new row for backspace is fitted before it.
 
         Raises:
-            TimeoutError: no rollouts came in time, or a checkpoint was not written in time. CheckpointWriteError: it
-            could not be written. FloatingPointError, OutsideDomainError: training diverged; the last good step has a
-            checkpoint. RankLostError: another rank failed.
+            TimeoutError: rollouts did not arrive in time, or a checkpoint was not written in time.
+            CheckpointWriteError: it could not be written. FloatingPointError, OutsideDomainError: training diverged;
+            the last good step has a checkpoint. RankLostError: another rank failed.
         """
         torch.set_num_threads(stage.num_threads)
         started = time.monotonic()
@@ -183,7 +183,7 @@ class LearnerWorker:
             objective,
             stage,
             self._trees,
-            # A stop is asked for before a draw, for all ranks at once, and by rank 0 while it waits for rollouts.
+            # All ranks check for a stop before each sample, and rank 0 also while it waits for rollouts.
             SharedBatchSource(self._ranks, experts, self._is_to_stop),
             SharedBatchSource(self._ranks, rollouts, self._is_to_stop) if needs_rollouts else None,
             self._ranks,
@@ -225,11 +225,11 @@ class LearnerWorker:
             while not trainer.finished:
                 try:
                     metrics = trainer.train_step()
-                except (FloatingPointError, OutsideDomainError):  # at every rank; the weights are of the last good step
+                except (FloatingPointError, OutsideDomainError):  # at every rank; the step changed no weights
                     save()
                     raise
                 except StopRequestedError:
-                    break  # maybe after the expert part of a step that is not done: `position` is from before it
+                    break  # maybe after a step has sampled experts, but not rollouts: `position` is from before it
                 position = {} if stream is None else stream.state()
                 if uses_actors:
                     metrics["policy_version"] = self._newest_version()
@@ -258,8 +258,8 @@ class LearnerWorker:
         alarms: MetricAlarms,
         log: MetricsLog | None,
     ) -> None:
-        """Evaluate, log a step and take it into the status; adds alarms and `staleness` [n] of the rollouts to
-        `metrics`. All ranks call this together."""
+        """Evaluate and log a step and update the status; adds alarms and `staleness` [n] of the rollouts to `metrics`.
+        All ranks call this together."""
         held_out = self._evaluation.after_step(self._policy, step, stage.steps)
         histograms = {} if staleness is None else {"staleness": staleness}
         metrics |= {} if staleness is None else distribution_metrics("staleness", staleness)
@@ -283,7 +283,7 @@ class LearnerWorker:
         )
 
     def _expert_stream(self, stage: StageSettings, noise: NoiseSettings) -> ExpertStream | None:
-        """None with noise from the policy (then the actors make the expert trajectories), and at ranks other than 0."""
+        """None at ranks other than 0, and with noise from the policy: then actors make the expert trajectories."""
         if noise.kind == "policy" or not self._ranks.leads:
             return None
         # Stages that start from the same one see the same examples in the same order.
@@ -291,7 +291,7 @@ class LearnerWorker:
         return self._task.expert_stream(noise, self._contract, seed)
 
     def _note(self, note: object) -> None:
-        """Tell people what was done that nobody asked for; None where there is nothing."""
+        """Add a note for the user about something that the learner did by itself; None adds nothing."""
         if note is not None:
             self._status = replace(self._status, notes=(*self._status.notes, str(note)))
 
@@ -311,21 +311,22 @@ class LearnerWorker:
         return self._publisher
 
     def _is_to_stop(self) -> bool:
-        """Whether the stage is to end before its last step."""
+        """Whether the stage has to end before its last step."""
         return self._stop.is_set() or self._evaluation.stops_early
 
     def _start_rollouts(self, resumed: Progress | None) -> int:
-        """Let the actors go on with the weights of now; gives the version that the stage's rollouts started with."""
+        """Let the actors resume with the current weights; returns the first version of the stage's rollouts."""
         publisher = self._publish()
         publisher.resume_rollouts(publisher.newest_version)
-        # A resumed stage goes on with the rollouts since its start, unless it was finished and is given more steps:
-        # others may have been made by another stage.
+        # A resumed stage uses the rollouts since its start, unless it was finished and gets more steps: then later
+        # rollouts may be those of another stage.
         return publisher.newest_version if resumed is None or resumed.finished else resumed.first_policy_version
 
     def _restore(
         self, stage: StageSettings, store: CheckpointStore, trainer: Trainer, stream: ExpertStream | None
     ) -> Progress | None:
-        """Load the stage's newest checkpoint and give its progress, or else the weights of the stage it starts from."""
+        """Load the stage's newest checkpoint and return its progress, or else the weights of the stage it starts
+        from."""
         if store.steps():
             folder = self._newest_checkpoint(store)
             load_weights(self._policy.model, folder)
@@ -349,7 +350,7 @@ class LearnerWorker:
             load_weights(policy.model, self._newest_checkpoint(start))
 
     def _frozen_start(self, stage: StageSettings) -> TreePolicy:
-        """The policy as `stage` finds it, with weights of its own that nothing moves."""
+        """A frozen copy of the policy at the start of `stage`."""
         settings = self._spec.model
         tokenizer = self._task.tokenizer if isinstance(settings, ScratchModelSettings) else None
         with torch.random.fork_rng(devices=[]):
@@ -359,7 +360,7 @@ class LearnerWorker:
         return self._placed(made)
 
     def _placed(self, loaded: Policy) -> TreePolicy:
-        """On the device, and shared among the ranks before: the device need not hold all of it."""
+        """Shard the policy among the ranks, then move it to the device, which need not hold all of it."""
         policy = TreePolicy(loaded.model, loaded.backspace_id, self._contract.ids_without_token)
         shard(policy, self._ranks)
         policy.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -369,7 +370,7 @@ class LearnerWorker:
         return open_checkpoints(self._spec.settings.checkpoint_dir, self._folder, stage)
 
     def _newest_checkpoint(self, store: CheckpointStore) -> Path:
-        """Its folder; where it has to be fetched, rank 0 does that before the others look."""
+        """Its folder. Rank 0 downloads it, if necessary, before the others use it."""
         step = store.steps()[-1]
         if self._ranks.leads:
             store.folder(step)
@@ -377,13 +378,13 @@ class LearnerWorker:
         return store.folder(step)
 
     def _release_samples(self, progress: Progress) -> None:
-        """No draw before a durable checkpoint will be repeated."""
+        """Let the buffer forget samples before a durable checkpoint: no step before it is repeated."""
         note_durable(self._folder, progress)
         if self._buffer is not None:
             self._buffer.checkpointed(progress.stage, progress.step)
 
 
 def _report_priorities(rollouts: BufferSource | None, priorities: Float32) -> None:
-    """Tell the buffer; at ranks other than 0, which have no source, they are known already."""
+    """Send priorities to the buffer, from rank 0: the others have no source."""
     if rollouts is not None:
         rollouts.report_priorities(priorities)

@@ -1,8 +1,8 @@
-"""What shows that a run goes wrong in a way that its loss does not: rollouts as the policy that acted saw them, against
-what the learner says of them now, and alarms.
+"""Faults of a run that its loss does not show: log-probabilities of rollouts at the engine and at the learner, and
+alarms.
 
-For actions of the newest weights the difference of log-probabilities is what the engine computes otherwise than the
-learner, and the steps that the learner took since. For older ones it is mostly the distance that the policy went.
+For actions of the newest weights the difference comes from numerics of the engine and from the learner's steps since
+the publication. For older weights it is mostly the change of the policy.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from learner.settings.stages import AlarmSettings, StageSettings
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def behavior_metrics(rollouts: EvaluatedTrajectories, backspace_id: int, newest_version: int) -> Metrics:
-    """This call's shares; `finish_behavior_metrics` makes means of them once those of all calls are combined.
-    newest_version: of all actions of the step's rollouts."""
+    """This call's parts; once all are combined, `finish_behavior_metrics` turns them into means. newest_version: of all
+    actions of the step's rollouts."""
     tree, values = rollouts.tree, rollouts.values
     metrics = {"backspace_rate": rollouts.mean_over_actions((tree.actions.label == backspace_id).to(values.v.dtype))}
     difference = (values.log_prob_at_temperature - tree.actions.behavior_log_prob).abs()
@@ -36,18 +36,18 @@ def behavior_metrics(rollouts: EvaluatedTrajectories, backspace_id: int, newest_
 
 
 def finish_behavior_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """From combined shares to means over the compared actions; 0 where none was compared, as their share then says."""
+    """Combined parts as means over the compared actions; 0 if none was compared (see the fraction of compared ones)."""
     finished = dict(metrics)
     for suffix in ("", "_stale"):
-        share = finished.get(f"log_prob_compared{suffix}_fraction", 0.0)
-        if share > 0.0:
-            finished[f"log_prob_mismatch{suffix}_mean"] /= share
+        fraction = finished.get(f"log_prob_compared{suffix}_fraction", 0.0)
+        if fraction > 0.0:
+            finished[f"log_prob_mismatch{suffix}_mean"] /= fraction
     return finished
 
 
 @dataclass(frozen=True)
 class _Alarm:
-    """metric: what is bounded. name: of the alarm's own metric, 0 or 1. steps: beyond the bound, in a row, make one."""
+    """metric: the bounded one. name: of the alarm's own metric, 0 or 1. steps: in a row beyond the bound before it."""
 
     metric: str
     name: str
@@ -57,11 +57,10 @@ class _Alarm:
 
 
 class MetricAlarms:
-    """Looks at the metrics of every step of a stage.
+    """Checks the metrics of every step of a stage.
 
-    The learner moves away from the weights that it published; rollouts of new ones bring the difference back. So engine
-    and learner have to disagree for two intervals between publications before that is a fault: the first may pass
-    before rollouts of its weights arrive.
+    Between publications the learner's weights move away from those of the rollouts. So a mismatch is a fault only if it
+    lasts for two publication intervals: during the first one, rollouts of the new weights may not have arrived.
     """
 
     def __init__(self, stage: StageSettings, settings: AlarmSettings) -> None:
@@ -73,27 +72,27 @@ class MetricAlarms:
                 "backspace_rate",
                 "alarm_backspace_rate",
                 settings.max_backspace_rate,
-                "the policy takes back most of what it types: lower alpha or raise bc_weight_end",
+                "the policy deletes most of the tokens that it writes: lower alpha or raise bc_weight_end",
             ),
             _Alarm(
                 "log_prob_mismatch_mean",
                 "alarm_log_prob_mismatch",
                 settings.max_log_prob_mismatch,
                 "rollouts do not come from the learner's policy: publish more often, lower the learning rate, or see "
-                "whether the engine's number format is too coarse",
+                "whether the engine computes in a too coarse number format",
                 min(2 * stage.publish_every_steps, stage.steps),
             ),
             _Alarm(
                 "unsatisfied_fraction",
                 "alarm_unsatisfied",
                 settings.max_unsatisfied_fraction,
-                "hardly a rollout meets the pointwise constraints, so next to nothing is learned: choose features that "
-                "the policy shows now and then, start from one that does, or raise rollout_batch_size",
+                "few rollouts meet the pointwise constraints, so the policy learns almost nothing: choose features "
+                "that some of its rollouts have, start from a policy with such rollouts, or raise rollout_batch_size",
             ),
         )
 
     def check(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
-        """Metrics of the alarms whose metric is there (1 = beyond the bound), and warnings not given before."""
+        """Metrics of the alarms whose metric exists (1 = beyond the bound), and warnings that are new in this stage."""
         found: dict[str, float] = {}
         warnings = []
         for alarm in self._alarms:

@@ -37,7 +37,7 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise ImportError(
-                f"tracker {name!r} is not installed: pip install 'sequencematch[{name}]', or take it out of `trackers`"
+                f"tracker {name!r} is not installed: pip install 'sequencematch[{name}]', or remove it from `trackers`"
             )
 
 
@@ -50,7 +50,7 @@ class TensorBoardTracker:
         self._events = SummaryWriter(str(run_folder / "tensorboard"))
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Int64]) -> None:
-        """Raises OSError, which names the folder, where the disk refused, now or at an earlier step."""
+        """OSError, which names the folder: this or an earlier step could not be written."""
         with self._place_named():
             for name, value in metrics.items():
                 self._events.add_scalar(f"{stage}/{name}", value, step)
@@ -103,10 +103,10 @@ class OnlineTracker:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` (every line at once, so that a killed run keeps its curve) and to the trackers.
+    """Appends to `metrics.jsonl` (each line at once, so that a killed run keeps its metrics) and to the trackers.
 
-    Numbers that are not finite are null in the file, since JSON has none. A run that resumes writes the steps after
-    its checkpoint again: of two lines of one stage and step the later one counts.
+    Numbers that are not finite are null in the file, since JSON has none. A resumed run writes the steps after its
+    checkpoint again: the last line of a stage and step is valid.
     """
 
     def __init__(self, run_folder: Path, trackers: Sequence[TrackerName] = ("tensorboard",)) -> None:
@@ -118,13 +118,13 @@ class MetricsLog:
         ]
         self._path = run_folder / "metrics.jsonl"
         _drop_unfinished_line(self._path)
-        self._file = self._path.open("ab", buffering=0)  # so nothing is left to be written by `close`
+        self._file = self._path.open("ab", buffering=0)  # so that `close` has nothing to write
 
     def write(
         self, stage: str, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Int64] | None = None
     ) -> None:
         """Log one step of a stage. histograms: samples whose distribution the trackers show; not in the file. OSError:
-        the disk refused; the file may end in a part of the line."""
+        the line was not written, or only a part of it."""
         row: dict[str, str | int | float | None] = {"time": round(time.time(), 3), "stage": stage, "step": step}
         row |= {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in metrics.items()}
         content = f"{json.dumps(row, allow_nan=False)}\n".encode()
@@ -132,7 +132,7 @@ class MetricsLog:
             while content:
                 content = content[self._file.write(content) :]
         except OSError as error:
-            error.filename = str(self._path)  # a descriptor says nothing to whoever has to make room
+            error.filename = str(self._path)  # the error names only a descriptor
             raise
         for tracker in self._trackers:
             tracker.write(stage, step, metrics, histograms or {})
@@ -152,12 +152,12 @@ class MetricsLog:
         try:
             self.close()
         except OSError:
-            if error is None:  # else the disk that is full has said so, and what ended the stage is told
+            if error is None:  # else the first error is raised
                 raise
 
 
 def _drop_unfinished_line(path: Path) -> None:
-    """Cut off what stands after the last line break: the rest of a line that a crash of the machine kept short."""
+    """Truncate after the last line break: a crash of the machine may leave a part of a line."""
     if path.exists():
         content = path.read_bytes()
         end = content.rfind(b"\n") + 1

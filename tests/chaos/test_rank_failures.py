@@ -24,8 +24,8 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("rank", "told"),
     [
         (0, "TimeoutError: no rollouts came"),
-        (1, "RankLostError: learner rank 1: rank 0 could not draw a batch"),
-        (2, "RankLostError: learner rank 2: rank 0 could not draw a batch"),
+        (1, "RankLostError: learner rank 1: rank 0 could not sample a batch"),
+        (2, "RankLostError: learner rank 2: rank 0 could not sample a batch"),
     ],
 )
 def test_a_stop_or_a_failure_at_rank_0_reaches_all(failed, rank, told):

@@ -116,9 +116,7 @@ def test_a_constraint_that_no_rollout_meets_is_said(run: FinishedRun) -> None:
             1,
             1,
         )
-    assert any(
-        "hardly a rollout meets the pointwise constraints" in line["message"] for line in trajectory_of(run.folder)
-    )
+    assert any("few rollouts meet the pointwise constraints" in line["message"] for line in trajectory_of(run.folder))
 
 
 def test_rollouts_are_those_of_the_policy_without_backspace(run: FinishedRun) -> None:

@@ -26,8 +26,8 @@ def test_an_alarm_is_told_once_and_kept_as_a_metric():
     found, warnings = metric_alarms.check(2, {"backspace_rate": 0.31})
     assert found == {"alarm_backspace_rate": 1.0}
     assert warnings == [
-        "stage arm, step 2: backspace_rate 0.31 is beyond 0.3; the policy takes back most of what it types: lower "
-        "alpha or raise bc_weight_end"
+        "stage arm, step 2: backspace_rate 0.31 is beyond 0.3; the policy deletes most of the tokens that it "
+        "writes: lower alpha or raise bc_weight_end"
     ]
     assert metric_alarms.check(3, {"backspace_rate": 0.2}) == ({"alarm_backspace_rate": 0.0}, [])
     assert metric_alarms.check(4, {"backspace_rate": 0.4}) == ({"alarm_backspace_rate": 1.0}, [])

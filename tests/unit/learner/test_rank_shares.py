@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.batches import build_micro_batches, count_batch, share_of_rank
+from learner.batches import build_micro_batches, count_batch, part_of_rank
 from tests.objectives import counts_of
 from tests.random_trajectories import TREES, random_trajectories
 from tests.trajectories import BACKSPACE, batch_of, expert_row, ids_of, row
@@ -18,7 +18,7 @@ def prompts_of(batch: pa.RecordBatch) -> list[tuple[int, ...]]:
 
 
 def shares_of(batch: pa.RecordBatch, size: int) -> list[pa.RecordBatch]:
-    return [share_of_rank(batch, rank, size, BACKSPACE) for rank in range(size)]
+    return [part_of_rank(batch, rank, size, BACKSPACE) for rank in range(size)]
 
 
 def num_nodes(batch: pa.RecordBatch) -> int:
@@ -68,7 +68,7 @@ def test_noise_that_was_executed_counts_as_what_it_was():
 
 def test_one_rank_gets_the_batch_itself():
     batch = random_trajectories("expert", 5, seed=0)
-    assert share_of_rank(batch, 0, 1, BACKSPACE) is batch
+    assert part_of_rank(batch, 0, 1, BACKSPACE) is batch
 
 
 def test_there_may_be_fewer_prompts_than_ranks():

@@ -223,7 +223,7 @@ def test_a_pointwise_constraint_that_nothing_meets_changes_nothing_and_is_said(d
         assert rule.weigh(rollouts).coefficients.tolist() == [0.0] * 4
     alarms, warnings = MetricAlarms(make_stage(CASES["gdc_pp"]), AlarmSettings()).check(3, weighed.metrics)
     assert alarms["alarm_unsatisfied"] == 1
-    assert "unsatisfied_fraction 1 is beyond 0.99; hardly a rollout meets the pointwise constraints" in warnings[0]
+    assert "unsatisfied_fraction 1 is beyond 0.99; few rollouts meet the pointwise constraints" in warnings[0]
 
 
 @pytest.mark.parametrize("divergence", ["kl", "tv", "js", "chi2"])
