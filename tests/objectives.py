@@ -56,7 +56,7 @@ OBJECTIVES: dict[str, dict[str, object]] = {
     "f_dpg": {"constraints": POINTWISE, "divergence": "js"},
     "sequencematch": {"bc_weight_start": 0.0, "bc_weight_end": 0.0},
     "sequencematch, half": {"bc_weight_start": 0.5, "bc_weight_end": 0.5},
-    "sequencematch, printed": {"bc_weight_start": 0.5, "bc_weight_end": 0.5, "estimator": "paper", "divergence": "kl"},
+    "sequencematch, paper": {"bc_weight_start": 0.5, "bc_weight_end": 0.5, "estimator": "paper", "divergence": "kl"},
     "sequencematch, uniform": {"bc_weight_start": 0.0, "bc_weight_end": 0.0, "estimator": "uniform", "alpha": 0.1},
 }
 """By name, and a comma and more where there are several; settings beside the name."""

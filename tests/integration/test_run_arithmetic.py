@@ -206,7 +206,7 @@ def test_checkpoints_stand_alone(run: FinishedRun) -> None:
         assert tokenizer.eos_token_id == run.contract.eos_id
         model = AutoModelForCausalLM.from_pretrained(final)
         assert model.config.vocab_size == run.contract.vocab_size
-    # Both arms moved away from the pretrain they share, each its own way.
+    # Both stages moved away from the pretrain they share, each its own way.
     weights = [
         AutoModelForCausalLM.from_pretrained(checkpoint(run, stage, steps)).get_input_embeddings().weight
         for stage, steps in STEPS.items()

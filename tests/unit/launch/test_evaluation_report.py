@@ -61,14 +61,14 @@ def text_evaluation() -> Evaluation:
         "mauve", "diversity", "self_bleu", "entropy_2gram_bits", "tokens_per_text", "truncated_rate",
         "backspace_rate", "actions_per_final_token", "rewritten_rate", "longest_rewrite_run", "max_actions_rate",
     )  # fmt: skip
-    arms = ("sampled", "greedy", "top_p=0.95", "temperature=0.7", "temperature=0.7, banned")
+    groups = ("sampled", "greedy", "top_p=0.95", "temperature=0.7", "temperature=0.7, banned")
     held_out = ("perplexity", "perplexity_without_backspace", "backspace_prob")
     recovered = (*names, "recovery")
     results = tuple(
         CheckpointResult(
             label,
             Path("step"),
-            numbers_of(shift, arms, names)
+            numbers_of(shift, groups, names)
             | numbers_of(shift, ("recovery",), recovered)
             | numbers_of(20 + shift, (HELD_OUT,), held_out),
             (),
@@ -97,8 +97,8 @@ def test_further_decodings_of_answers(capsys: pytest.CaptureFixture[str]) -> Non
         "correct_tokens_deleted",
         "actions_per_answer",
     )
-    arms = ("sampled", "greedy", "recovery", "temperature=0.7", "recovery, allowed")
-    results = tuple(CheckpointResult(label, Path("step"), numbers_of(0.1, arms, names)) for label in LABELS)
+    groups = ("sampled", "greedy", "recovery", "temperature=0.7", "recovery, allowed")
+    results = tuple(CheckpointResult(label, Path("step"), numbers_of(0.1, groups, names)) for label in LABELS)
     lines = printed(Evaluation.of("arithmetic", 200, 0, results, {}, {}), capsys)
     assert sum(line.startswith("  recovery, allowed") for line in lines) == 2
     assert any(line.startswith("behavior_cloning") and line.count("~") == 3 for line in lines)  # the same numbers

@@ -97,21 +97,21 @@ def test_differences_example_by_example_have_the_smaller_error() -> None:
     assert seeds.basis == "seeds"
 
 
-def test_arms_and_seeds_without_the_metric_are_left_out() -> None:
-    arms = {
+def test_objectives_and_seeds_without_the_metric_are_left_out() -> None:
+    objectives = {
         "a": runs(0.5, 0.6, 0.7, 0.8),
         "none": runs(None, None, math.inf, math.nan),
         "some": runs(0.7, None, 0.7, math.inf),
         "absent": {},
     }
-    assert {arm for arm, by_seed in arms.items() if spread(by_seed) is not None} == {"a", "some"}
+    assert {name for name, by_seed in objectives.items() if spread(by_seed) is not None} == {"a", "some"}
     several = {0: Estimate(1.0, 0.3, 9), 1: Estimate(2.0, 0.4, 9), 2: Estimate(None, None, 0), 3: Estimate(6.0, 0.0, 9)}
     assert spread(several) == Spread(3.0, pytest.approx(math.sqrt(7.0)), pytest.approx(math.sqrt(0.25 / 3)), 3)
-    found = differences_to("a", arms, {})
+    found = differences_to("a", objectives, {})
     assert set(found) == {"some"}
     assert found["some"].num_seeds == 2
     assert found["some"].value == pytest.approx(0.1)
-    assert differences_to("absent", arms, {}) == {}
+    assert differences_to("absent", objectives, {}) == {}
 
 
 def test_holm_against_known_values() -> None:
@@ -121,14 +121,14 @@ def test_holm_against_known_values() -> None:
     assert holm([]) == []
 
 
-def test_one_in_many_arms_has_to_stand_out_further() -> None:
-    """p = 0.0455 passes alone; among three arms it does not, while a difference of 5 errors does."""
+def test_one_in_many_objectives_has_to_stand_out_further() -> None:
+    """p = 0.0455 passes alone; among three objectives it does not, while a difference of 5 errors does."""
     reference, doubtful = runs(0.5), runs(0.5 + 2 * 0.05 * math.sqrt(2))
     alone = differences_to("ref", {"ref": reference, "b": doubtful}, {})["b"]
     assert alone.within_noise is False
-    arms = {"ref": reference, "b": doubtful, "c": runs(0.5), "d": runs(0.5 + 5 * 0.05 * math.sqrt(2))}
-    among = differences_to("ref", arms, {})
-    assert {arm: found.within_noise for arm, found in among.items()} == {"b": True, "c": True, "d": False}
+    objectives = {"ref": reference, "b": doubtful, "c": runs(0.5), "d": runs(0.5 + 5 * 0.05 * math.sqrt(2))}
+    among = differences_to("ref", objectives, {})
+    assert {name: found.within_noise for name, found in among.items()} == {"b": True, "c": True, "d": False}
     assert among["b"].p_value == pytest.approx(alone.p_value)
 
 

@@ -17,7 +17,7 @@ from tests.training import CLONING, make_stage
 
 
 def alarms_of(**bounds: float) -> MetricAlarms:
-    return MetricAlarms(make_stage(CLONING, steps=1, name="arm"), AlarmSettings(**bounds))
+    return MetricAlarms(make_stage(CLONING, steps=1, name="own"), AlarmSettings(**bounds))
 
 
 def test_an_alarm_is_told_once_and_kept_as_a_metric():
@@ -26,7 +26,7 @@ def test_an_alarm_is_told_once_and_kept_as_a_metric():
     found, warnings = metric_alarms.check(2, {"backspace_rate": 0.31})
     assert found == {"alarm_backspace_rate": 1.0}
     assert warnings == [
-        "stage arm, step 2: backspace_rate 0.31 is beyond 0.3; the policy deletes most of the tokens that it "
+        "stage own, step 2: backspace_rate 0.31 is beyond 0.3; the policy deletes most of the tokens that it "
         "writes: lower alpha or raise bc_weight_end"
     ]
     assert metric_alarms.check(3, {"backspace_rate": 0.2}) == ({"alarm_backspace_rate": 0.0}, [])
@@ -39,7 +39,7 @@ def test_each_metric_has_its_own_alarm_and_a_number_that_is_none_raises_it():
     found, warnings = metric_alarms.check(7, {"backspace_rate": 0.1, "log_prob_mismatch_mean": math.nan})
     assert found == {"alarm_backspace_rate": 0.0, "alarm_log_prob_mismatch": 1.0}
     (warning,) = warnings
-    assert warning.startswith("stage arm, step 7: log_prob_mismatch_mean nan is beyond 0.5; rollouts do not come from")
+    assert warning.startswith("stage own, step 7: log_prob_mismatch_mean nan is beyond 0.5; rollouts do not come from")
 
 
 # The first steps of the stage of launch/recipes/arithmetic_cpu.yaml that has rollouts, as a run had them: the learning

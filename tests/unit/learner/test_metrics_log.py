@@ -23,7 +23,7 @@ def test_a_line_per_step_can_be_read_at_once(tmp_path):
     with MetricsLog(tmp_path) as log:
         log.write("pretrain", 1, {"loss": 1.23456789, "tiny": 1.23456789e-12, "whole": 3})
         assert len(rows(tmp_path)) == 1
-        log.write("arm", 1, {"loss": 0.5})
+        log.write("cloning", 1, {"loss": 0.5})
     first, second = rows(tmp_path)
     assert int(started) <= first["time"] <= time.time() + 1.0  # rounded to milliseconds
     assert {name: first[name] for name in first if name != "time"} == {
@@ -33,7 +33,7 @@ def test_a_line_per_step_can_be_read_at_once(tmp_path):
         "tiny": 1.23457e-12,
         "whole": 3.0,
     }
-    assert (second["stage"], second["step"], second["loss"]) == ("arm", 1, 0.5)
+    assert (second["stage"], second["step"], second["loss"]) == ("cloning", 1, 0.5)
 
 
 def test_tensorboard_holds_the_same_numbers_by_stage(tmp_path):

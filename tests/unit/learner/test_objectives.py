@@ -126,7 +126,7 @@ def test_sequencematch_against_the_oracle(model, walks, divergence, estimator, s
 
 
 @pytest.mark.parametrize("divergence", list(DIVERGENCES))
-def test_printed_equals_collapsed_with_a_shared_start(model, divergence):
+def test_paper_equals_collapsed_with_a_shared_start(model, divergence):
     shared = [trajectory for trajectory in HARD if trajectory.prompt == [1, 4]]
     rollouts = [trajectory for trajectory in MODEL if trajectory.prompt == [1, 4]]
     assert {trajectory.finish_reason for trajectory in shared} == {"eos", "max_actions"}

@@ -41,9 +41,9 @@ TWO_STAGES = """
     with MetricsLog(Path({folder!r}), ["{tracker}"]) as log:
         log.write("pretrain", 1, {{"loss": 2.0}})
         log.write("pretrain", 2, {{"loss": 1.5}})
-        log.write("arm", 1, {{"loss": 1.0}}, {{"staleness": np.array([0, 0, 3])}})
+        log.write("cloning", 1, {{"loss": 1.0}}, {{"staleness": np.array([0, 0, 3])}})
     with MetricsLog(Path({folder!r}), ["{tracker}"]) as log:  # resumed
-        log.write("arm", 2, {{"loss": 0.5}})
+        log.write("cloning", 2, {{"loss": 0.5}})
 """
 
 
@@ -67,10 +67,10 @@ def test_no_tracker_leaves_the_file_alone(tmp_path):
 
 def test_tensorboard_shows_distributions(tmp_path):
     tracker = TensorBoardTracker(tmp_path)
-    tracker.write("arm", 3, {"loss": 1.0}, {"staleness": np.array([0, 0, 0, 5])})
+    tracker.write("cloning", 3, {"loss": 1.0}, {"staleness": np.array([0, 0, 0, 5])})
     tracker.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0}).Reload()
-    (event,) = events.Histograms("arm/staleness")
+    (event,) = events.Histograms("cloning/staleness")
     assert (event.step, event.histogram_value.num, event.histogram_value.max) == (3, 4, 5)
 
 
@@ -96,7 +96,7 @@ def test_wandb_keeps_a_run_per_stage_in_the_run_folder(tmp_path):
     in_a_process(code, WANDB_MODE="offline", WANDB_SILENT="true")
     # By their files: folders of one run that begin in the same second are numbered.
     runs = {path.name for path in folder.glob("wandb/offline-run-*/*.wandb")}
-    assert runs == {"run-arithmetic-1-arm.wandb", "run-arithmetic-1-pretrain.wandb"}
+    assert runs == {"run-arithmetic-1-cloning.wandb", "run-arithmetic-1-pretrain.wandb"}
     pretrain = next(folder.glob("wandb/offline-run-*-pretrain/*.wandb")).read_bytes()
     assert b"loss" in pretrain
     assert b"arithmetic-1" in pretrain
@@ -114,6 +114,6 @@ def test_trackio_keeps_a_run_per_stage_and_goes_on_in_it(tmp_path):
     code = TWO_STAGES.format(folder=str(folder), tracker="trackio")
     in_a_process(code, TRACKIO_DIR=str(tmp_path / "trackio"))
     assert in_a_process(read, TRACKIO_DIR=str(tmp_path / "trackio")).splitlines() == [
-        "arithmetic-1-arm [(1, 1.0), (2, 0.5)]",
+        "arithmetic-1-cloning [(1, 1.0), (2, 0.5)]",
         "arithmetic-1-pretrain [(1, 2.0), (2, 1.5)]",
     ]
