@@ -1,9 +1,9 @@
-"""Rollout actors: vLLM engines in which the model can take tokens back.
+"""Rollout actors: vLLM engines in which the model can delete its tokens.
 
 rollout_actor   one actor: prompts in, rollouts to the buffer, weights loaded between two steps
 generator       rollouts of a checkpoint, without a run
 engine/         vLLM with backspace inside it: interface, scheduler, logits processor, weights, ranks
-pool/           all actors of a run: which there are (controller), how many (autoscaler), their processes (ray_pool)
-scoring         rewards and features of what they wrote
-settings        of actors, of how they sample, and of how rollouts are scored
+pool/           all actors of a run: their states (controller), number (autoscaler) and processes (ray_pool)
+scoring         rewards and features of rollouts
+settings        of actors, sampling and scoring
 """

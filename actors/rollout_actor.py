@@ -1,9 +1,9 @@
-"""One rollout actor: a vLLM engine kept full of prompts, whose finished trajectories go to the replay buffer.
+"""One rollout actor: it keeps a vLLM engine full of prompts and sends finished trajectories to the replay buffer.
 
-`run` holds the engine and is the only code that touches it; the control methods (`notify`, `set_paused`, `drain`,
-`status`) set flags that `run` reads between two engine steps. So new weights need not wait for a rollout to end: one
-that is under way goes on with them, and each of its actions records its version. With
-`weight_update: drain` they do wait, and each rollout has one version.
+`run` is the only code that uses the engine. The control methods (`notify`, `set_paused`, `drain`) set flags that `run`
+reads between engine steps. With `weight_update: in_flight` new weights are loaded while rollouts are unfinished: these
+continue with the new weights, and each action records its version. With `weight_update: drain` the actor finishes its
+rollouts first, so each rollout has one version.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ANSWER_TIMEOUT_S = 300.0
 """Longest wait for the answers of one actor to the held-out questions."""
 
 IDLE_WAIT_S = 0.2
-"""An actor without work asks again after this time whether it may go on."""
+"""Time after which an actor without work checks again for work."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class ActorStatus:
 
     policy_version: of the loaded weights; -1 before the first ones. actions_per_s: over the last seconds.
     trajectories: finished and sent to the buffer. rejected: refused by the buffer.
-    activity: what it does now: `GENERATING`, "loading weights 3", ...
-    dropped: rollouts without a finite reward or feature. drop_reason: of the newest of them.
-    weights_note: how the newest weights were proven, where there is something to say of it.
+    activity: what it does at the moment: `GENERATING`, "loading weights 3", ...
+    dropped: rollouts without a finite reward or feature. drop_reason: of the newest one.
+    weights_note: remark on the check of the newest weights, if there is one.
     """
 
     name: str
@@ -81,11 +81,11 @@ class ActorStatus:
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    """What every actor of a run gets; its weights come from the learner.
+    """Specification of every actor of a run; the learner sends the weights.
 
     config_json: the model's config.json. max_length: prompt and text, in tokens.
     noise: of the expert trajectories; with kind `policy` the actors make those too.
-    scoring: of the rollouts; None = they are not scored. tokenizer: of the task; needed where they are.
+    scoring: of the rollouts; None = no scores. tokenizer: of the task; scoring needs it.
     questions: held-out prompts [P] that an actor answers when its pool asks.
     """
 
@@ -108,20 +108,20 @@ class RolloutActor:
         """Build the engine; the first rollouts wait for the first weights.
 
         examples: `prompt_ids` and `target_ids` of the task's training examples.
-        number: of this actor in its pool; each number begins with another shard.
+        number: of this actor in its pool; it selects the first shard to insert into.
 
         Raises:
             ValueError: the engine cannot be built, or a scorer cannot be imported.
-            EngineRankError: a process of a divided engine did not come, or failed.
+            EngineRankError: a process of an engine with several ranks did not start, or failed.
         """
         ignore_stop_signals()
         self._name = name
         self._spec = spec
-        # A respawned actor must repeat neither the random draws nor the trajectory ids of its predecessor.
-        life = uuid.uuid4()
-        self._id_prefix = f"{name}-{life.hex[:8]}"
-        life_number = life.int % 2**31
-        self._prompts = PromptStream(examples, life_number)
+        # A replacement must repeat neither the random draws nor the trajectory ids of the actor before it.
+        instance = uuid.uuid4()
+        self._id_prefix = f"{name}-{instance.hex[:8]}"
+        seed = instance.int % 2**31
+        self._prompts = PromptStream(examples, seed)
         self._experts = None
         if spec.noise.kind == "policy":
             self._experts = ExpertStream(
@@ -129,7 +129,7 @@ class RolloutActor:
                 task=spec.task,
                 noise=spec.noise,
                 contract=spec.contract,
-                seed=life_number,
+                seed=seed,
                 actor=self._id_prefix,
             )
         self._scoring = None
@@ -138,7 +138,7 @@ class RolloutActor:
             self._scoring = RolloutScoring(spec.scoring, spec.tokenizer, spec.contract, examples)
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(spec.config_json, encoding="utf-8")
-            settings = EngineSettings(folder, spec.max_length, spec.settings, seed=life_number, load_format="dummy")
+            settings = EngineSettings(folder, spec.max_length, spec.settings, seed=seed, load_format="dummy")
             self._ranks = RankGroup(name, settings, spec.contract)
         self._engine = self._ranks.engine
         self._sampling = SamplingSettings(**spec.settings.rollout.model_dump())
@@ -160,25 +160,25 @@ class RolloutActor:
     # Control group ------------------------------------------------------------
 
     def ready(self) -> str:
-        """The actor's name, once its engine stands."""
+        """The actor's name, once its engine is built."""
         return self._name
 
     def notify(self, manifest: WeightManifest, handle: WeightHandle) -> None:
-        """Announce new weights; `run` loads the newest ones before its next engine step."""
+        """Record new weights; `run` loads the newest ones before its next engine step."""
         with self._commands:
             if self._newest is None or manifest.version > self._newest[0].version:
                 self._newest = (manifest, handle)
             self._commands.notify_all()
 
     def set_paused(self, paused: bool, first_version: int) -> None:
-        """Start no new rollouts while paused, nor with weights older than `first_version`; finish those under way."""
+        """Start no rollouts while paused, nor with weights older than `first_version`; unfinished ones continue."""
         with self._commands:
             self._paused = paused
             self._first_version = first_version
             self._commands.notify_all()
 
     def drain(self) -> None:
-        """Finish what is under way, send it to the buffer, and let `run` return."""
+        """Finish the rollouts, send them to the buffer, and let `run` return."""
         with self._commands:
             self._draining = True
             self._commands.notify_all()
@@ -208,8 +208,8 @@ class RolloutActor:
     def answer(self, version: int) -> pa.RecordBatch:
         """Answer the held-out questions with weights of `version` or newer, between two steps of the rollouts.
 
-        Gives rows in the order of the questions, all of one version. They are no rollouts: the buffer does not get
-        them, and no counter counts them. NoAnswerError: it takes longer than `ANSWER_TIMEOUT_S`.
+        Gives rows in the order of the questions, all of one version. The buffer does not get them, and no counter
+        counts them. NoAnswerError: it takes longer than `ANSWER_TIMEOUT_S`.
         """
         with self._commands:
             self._asked, self._answers = version, None
@@ -226,10 +226,10 @@ class RolloutActor:
         """Generate until drained.
 
         Raises:
-            WeightMismatchError: the engine does not compute with the published weights; the actor is fenced, its
-                unfinished rollouts are dropped, and its pool replaces it.
-            EngineRankError: a process of its engine is lost, or has parted from the others.
-            TimeoutError: a shard of the buffer did not take a batch in time. BufferLostError: it is gone for good.
+            WeightMismatchError: the engine does not compute with the published weights. The actor is fenced: its
+                unfinished rollouts are dropped, and the pool replaces it.
+            EngineRankError: a rank of its engine died or failed, or sampled other tokens than rank 0.
+            TimeoutError: a shard of the buffer did not store a batch in time. BufferLostError: it is gone for good.
         """
         engine, backspace_id = self._engine, self._spec.contract.backspace_id
         while True:
@@ -242,10 +242,10 @@ class RolloutActor:
             if self._activity == GENERATING:
                 self._fill_engine()
             if engine.num_unfinished:
-                logs = engine.step()
-                self._finished += logs
-                self._actions += sum(len(log.actions) for log in logs)
-                self._backspaces += sum(int((log.actions == backspace_id).sum()) for log in logs)
+                rollouts = engine.step()
+                self._finished += rollouts
+                self._actions += sum(len(rollout.actions) for rollout in rollouts)
+                self._backspaces += sum(int((rollout.actions == backspace_id).sum()) for rollout in rollouts)
             elif self._draining:
                 break
             elif self._activity != GENERATING:
@@ -258,14 +258,14 @@ class RolloutActor:
         self._activity = "left"
 
     def _load_newest_weights(self) -> bool:
-        """Load the newest announced weights, if there are any; gives whether rollouts are to be finished before."""
+        """Load the newest weights, if they are new; True where the actor must finish its rollouts first."""
         with self._commands:
             newest = self._newest
         if newest is None or newest[0].version == self._engine.version:
             return False
         if self._spec.settings.weight_update == "drain" and self._engine.num_unfinished:
             return True
-        self._flush()  # what finished with the present weights carries their fingerprint
+        self._flush()  # finished rollouts carry the fingerprint of the present weights
         manifest, handle = newest
         self._activity = f"loading weights {manifest.version}"
         self._ranks.load_weights(manifest, handle)
@@ -273,7 +273,7 @@ class RolloutActor:
         return False
 
     def _answer_questions(self) -> None:
-        """Answer, if that is asked and the weights are new enough: greedily, as in an evaluation of checkpoints."""
+        """Answer a pending request if the weights are new enough; greedily, like an evaluation of checkpoints."""
         with self._commands:
             if self._asked is None or self._answers is not None or self._engine.version < self._asked:
                 return
@@ -299,10 +299,10 @@ class RolloutActor:
             self._num_requests += 1
 
     def _flush(self) -> None:
-        """Send finished rollouts to the buffer, and as many expert trajectories where their noise is the policy's."""
+        """Send finished rollouts to the buffer, and as many expert trajectories if the policy makes their noise."""
         if not self._finished:
             return
-        self._ranks.settle()  # nothing leaves this actor that its ranks have not all drawn
+        self._ranks.settle()  # send nothing before all ranks have sampled the same tokens
         rollouts = rollouts_to_batch(
             self._finished,
             self._spec.contract,
@@ -317,15 +317,16 @@ class RolloutActor:
             rollouts, dropped = self._scoring.score(rollouts)
             self._dropped += len(dropped)
             self._drop_reason = next(reversed(dropped.values()), self._drop_reason)
-        self._trajectories += num_finished  # now, so that an actor whose scorer never returns does not look healthy
+        self._trajectories += num_finished  # after scoring: an actor whose scorer never returns must not look healthy
         if rollouts.num_rows == 0:
             return
         self._buffer.insert(rollouts)
         if self._experts is not None:
             plan = self._experts.plan(rollouts.num_rows)
-            drawn = self._engine.sample_next_tokens(plan.prefixes().rows())
+            sampled = self._engine.sample_next_tokens(plan.prefixes().rows())
             self._ranks.settle()
-            tokens = np.fromiter((log.actions[0] for log in drawn), np.int32, len(drawn))  # a plan may be without noise
+            # A plan may have no noise.
+            tokens = np.fromiter((rollout.actions[0] for rollout in sampled), np.int32, len(sampled))
             self._buffer.insert(self._experts.execute(plan, tokens))
 
 
@@ -337,10 +338,10 @@ def rollout_activity(
     throttled: Callable[[], bool],
     finishing: bool = False,
 ) -> str:
-    """What an actor does between two engine steps; new rollouts are started with `GENERATING` only.
+    """The activity of an actor; it starts new rollouts only with `GENERATING`.
 
-    version: of the loaded weights. first_version: that the present stage asks for. throttled: whether every shard asked
-        for a pause; it is not called where another reason suffices. finishing: rollouts under way keep their weights.
+    version: of the loaded weights. first_version: oldest version that the stage allows. throttled: whether every shard
+        asked for a pause; called only if no other reason applies. finishing: the rollouts must end before an update.
     """
     if finishing:
         return FINISHING

@@ -1,15 +1,15 @@
-"""How many rollout actors a run wants, by who waits for whom: decisions only, taken from what is seen of the run.
+"""Decides the number of rollout actors from observed waiting times; it does not start or end actors.
 
-The limiter of the buffer makes the slower side felt: a draw of the learner waits where actors are too few, actors are
-throttled where they are too many. Over a window in which all actors work, let
+The buffer's limiter makes the learner wait for samples if there are too few actors, and throttles actors if there are
+too many. Over a window in which all actors work, let
 
-    w  share of the time in which a draw waits        the learner could go up to 1 / (1 - w) times as fast
-    h  share of the actors' time in which they are    (1 - h) of each actor is in use
+    w  fraction of the time in which a sample waits       the learner could run up to 1 / (1 - w) times as fast
+    h  fraction of the actors' time in which they are     (1 - h) of each actor is in use
        throttled
 
-With w of `grow_above` or more the pool of n actors grows to n / (1 - w), at most to twice its size. Else, what is in
-use and the headroom asked for tell how many are enough: n (1 - h) / (1 - headroom), and the others leave. The two do
-not answer each other: a pool that shrank is still larger than what was in use.
+If w is at least `grow_above`, the pool of n actors grows to n / (1 - w), at most to twice its size. Otherwise it
+shrinks to n (1 - h) / (1 - headroom). The pool does not oscillate: after it shrank, it is still
+larger than the part in use.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _ROUNDING = 1e-9
 class Observation:
     """The run at one moment.
 
-    desired: actors that there should be. working: those that are throttled or generate; the others start, leave, or
-        have no work in this stage. sample_waits: of the learner, for rollouts. throttled: actors that the limiter
-        stops.
+    desired: target number of actors. working: actors that are throttled or generate; the others start, leave, or have
+        no work in this stage. sample_waits: whether the learner waits for rollouts. throttled: actors that the limiter
+        pauses.
     """
 
     now_s: float
@@ -41,7 +41,7 @@ class Observation:
 
     @classmethod
     def of(cls, now_s: float, pool: PoolStatus, sample_waits: bool) -> Observation:
-        """What a pool's status says. now_s: on any clock that does not go back."""
+        """From the status of a pool. now_s: on a monotonic clock."""
         running = [member.status for member in pool.members if member.state == "running" and member.status is not None]
         activities = [status.activity for status in running]
         return cls(
@@ -54,7 +54,7 @@ class Observation:
 
 
 class Autoscaler:
-    """Looks at the run for a window, decides, and looks again; keeps nothing from one window to the next."""
+    """Observes the run for one window, then decides; keeps nothing from one window to the next."""
 
     def __init__(self, settings: AutoscaleSettings) -> None:
         self._settings = settings
@@ -62,7 +62,7 @@ class Autoscaler:
         self._window_s = self._waited_s = self._throttled_s = 0.0
 
     def observe(self, seen: Observation) -> int | None:
-        """The number of actors from now on; None = as it is. What is seen counts until the next call."""
+        """The new number of actors; None = no change. The state in `seen` is assumed to last until the next call."""
         last, self._last = self._last, seen
         if seen.working != seen.desired or last is None or last.desired != seen.desired:
             self._forget()  # actors come or go, or the stage has no rollouts

@@ -1,13 +1,12 @@
-"""Which actors are in the pool and what becomes of each: decisions only, so that they can be tested without Ray.
+"""Decides when actors of the pool start, drain and are replaced; it has no Ray code, so tests need no Ray.
 
 The states of an actor:
 
     starting --ready--> running --drain--> draining --left--> gone
         |                  |                   |
-        +-- error, silence or lost process ----+--> replaced after a back-off (or gone, where it was leaving)
+        +-- error, silence or lost process ----+--> replaced after a back-off (or gone, if it was draining)
 
-The controller is given the time and asks for the state of each actor's process; its decisions are carried out at once,
-without waiting.
+The caller passes the time. The controller reads the state of each actor's process and acts at once, without waiting.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ PoolEventKind = Literal[
 
 @dataclass(frozen=True)
 class MemberStatus:
-    """An actor as its pool sees it.
+    """The pool's view of an actor.
 
-    state: "starting", "running", "draining". status: None until it has answered once.
-    join_s: from its creation to its first rollouts; None before, or where it was made to wait.
+    state: "starting", "running", "draining". status: None until its first answer.
+    join_s: from its creation to its first rollouts; None before, or where it had to wait for other reasons.
     """
 
     name: str
@@ -52,7 +51,7 @@ class MemberStatus:
 
 @dataclass(frozen=True)
 class PoolEvent:
-    """Something that the pool did or saw. number: counts the events of a pool. actor: its name, empty for the pool."""
+    """An action or observation of the pool. number: counts its events. actor: its name, empty for the pool."""
 
     number: int
     kind: PoolEventKind
@@ -62,7 +61,7 @@ class PoolEvent:
 
 @dataclass(frozen=True)
 class PoolStatus:
-    """events: newest last. failure: why the pool has given up. refused: because the settings cannot be met."""
+    """events: newest last. failure: why the pool gave up. refused: whether the settings caused that."""
 
     desired: int
     newest_version: int
@@ -72,7 +71,7 @@ class PoolStatus:
     refused: bool = False
 
     def losses(self) -> str:
-        """What kept rollouts from the buffer, for people; empty where nothing did."""
+        """Why rollouts did not reach the buffer, as text for users; empty if none was lost."""
         losing = [member.status for member in self.members if member.status is not None and member.status.dropped]
         texts = []
         if losing:
@@ -84,7 +83,7 @@ class PoolStatus:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an actor cannot go on. in_vain: a successor would too. traceback: its end, where reason is too little."""
+    """Why an actor failed. in_vain: a replacement would fail too. traceback: its end, if the reason is not enough."""
 
     reason: str
     in_vain: bool = False
@@ -95,26 +94,26 @@ class Failure:
 
 
 ActorState = Literal["starting", "ready", "running", "left"] | Failure
-"""Of an actor's process: its engine starts; it waits for `start`; it generates (or drains); it is done; it failed."""
+"""State of an actor's process: engine starts; waits for `start_actor`; generates or drains; ended; failed."""
 
 
 class ActorProcesses(Protocol):
-    """The processes behind the names of the actors. Nothing here waits."""
+    """The processes of the actors, by name. No method waits."""
 
     def actor_state(self, name: str) -> ActorState:
-        """Of an actor that was created and not removed."""
+        """State of an actor that was created and not removed."""
 
     def create_actor(self, name: str, number: int) -> None:
-        """Begin to make an actor. number: of its place in the pool, from 0."""
+        """Start to create an actor. number: its index in the pool, from 0."""
 
     def start_actor(self, name: str) -> None:
         """Give a ready actor the newest weights and let it generate."""
 
     def drain_actor(self, name: str) -> None:
-        """Ask an actor to finish what is under way and to leave."""
+        """Ask an actor to finish its rollouts and to end."""
 
     def remove_actor(self, name: str) -> None:
-        """End an actor by force, or forget one that has ended."""
+        """Kill an actor, or forget one that has ended."""
 
 
 @dataclass
@@ -126,7 +125,7 @@ class _Member:
     last_answer_at_s: float = 0.0
     status: ActorStatus | None = None
     join_s: float | None = None
-    waited: bool = False  # for a stage, for weights or for the learner, before its first rollouts
+    waited: bool = False  # before its first rollouts: paused, throttled or without weights
 
 
 class PoolController:
@@ -134,7 +133,7 @@ class PoolController:
 
     def __init__(self, desired: int, settings: ActorsSettings, processes: ActorProcesses) -> None:
         self.desired = desired
-        """Actors that there should be; fewer than were asked for where the controller gave up on some."""
+        """Target number of actors; lower than requested after the controller gave up on some."""
         self._failure: str | None = None
         self._refused = False
         self._settings = settings
@@ -148,11 +147,11 @@ class PoolController:
 
     @property
     def names(self) -> list[str]:
-        """Of all actors, oldest first."""
+        """Names of all actors, oldest first."""
         return list(self._members)
 
     def status(self, newest_version: int) -> PoolStatus:
-        """All actors, oldest first, with their last answers. newest_version: of the announced weights."""
+        """All actors, oldest first, with their last answers. newest_version: of the weights."""
         members = (
             MemberStatus(member.name, member.state, self._failures.get(member.name, 0), member.status, member.join_s)
             for member in self._members.values()
@@ -169,12 +168,12 @@ class PoolController:
         self.desired = desired
 
     def close(self) -> None:
-        """From now on every actor is surplus, and none is made any more."""
+        """Set the target to 0 and create no more actors."""
         self._closed = True
         self.desired = 0
 
     def heard_from(self, name: str, status: ActorStatus, now_s: float) -> None:
-        """An actor has answered; the answer of one that has left meanwhile is ignored."""
+        """Record the answer of an actor; the answer of a removed actor is ignored."""
         member = self._members.get(name)
         if member is None:
             return
@@ -182,14 +181,14 @@ class PoolController:
         member.last_answer_at_s = now_s
         if status.trajectories > 0:
             self._failures.pop(name, None)
-        # Of an actor that had to wait, the time to its first rollouts would say nothing about joining.
+        # If an actor had to wait, the time to its first rollouts is not the time that it needed to start.
         member.waited |= status.trajectories == 0 and status.activity in (WAITING_FOR_WEIGHTS, PAUSED, THROTTLED)
         if status.trajectories > 0 and member.join_s is None and not member.waited:
             member.join_s = now_s - member.created_at_s
             self._note("actor_joined", name, f"{name} joined: first rollouts after {member.join_s:.1f} s")
 
     def reconcile(self, now_s: float) -> None:
-        """Update the state of every actor, then drain or create actors until there are as many as desired."""
+        """Update the state of every actor, then drain or create actors until their number is `desired`."""
         for member in list(self._members.values()):
             self._update(member, self._processes.actor_state(member.name), now_s)
         staying = [member for member in self._members.values() if member.state != "draining"]
@@ -199,7 +198,7 @@ class PoolController:
             self._fill(now_s, self.desired - len(staying))
 
     def end(self, name: str, kind: PoolEventKind, message: str) -> None:
-        """End an actor by force."""
+        """Kill an actor."""
         del self._members[name]
         self._processes.remove_actor(name)
         self._note(kind, name, message)

@@ -1,8 +1,8 @@
 """The pool of rollout actors on Ray: their processes, their health, and the newest weights for each.
 
-`actors.pool.controller` decides what becomes of each actor. The pool is an asyncio Ray actor, so a call on it returns
-at once whatever its actors do: the learner announces weights without waiting, and `sequencematch scale` works from any
-shell of the cluster.
+`actors.pool.controller` decides when actors start, drain and are replaced. The pool is an asyncio Ray actor, so its
+methods return at once even if its actors are busy: the learner notifies it of weights without waiting, and
+`sequencematch scale` works from any shell of the cluster.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Process:
 
 
 class ActorPool:
-    """Keeps `desired` rollout actors alive and hands each the newest weights; to its controller it is `ActorProcesses`.
+    """Keeps `desired` rollout actors running with the newest weights; implements `ActorProcesses` for its controller.
 
     prompts: list with one reference to the Arrow table of training examples (kept in the object store).
     shards: of the replay buffer. environment: variables of the actor processes. desired: actors to start with.
@@ -68,7 +68,7 @@ class ActorPool:
         self._supervisor: asyncio.Task[None] | None = None
 
     async def start(self, nodes: Sequence[str] = ()) -> None:
-        """Begin supervision. nodes: ids of those planned for the actors, by their number; Ray chooses the others."""
+        """Begin supervision. nodes: planned node ids, by actor number; Ray chooses the nodes of further actors."""
         self._nodes = nodes
         if self._supervisor is None:
             self._supervisor = asyncio.create_task(self._supervise())
@@ -79,24 +79,24 @@ class ActorPool:
         return await self.status()
 
     async def notify(self, manifest: WeightManifest, handle: WeightHandle) -> None:
-        """Tell every running actor of new weights, and later joiners of the newest; a ValueError if they are older."""
+        """Notify every running actor of new weights, and later actors of the newest; ValueError if they are older."""
         if manifest.version <= self._newest_version:
-            raise ValueError(f"weights version {manifest.version} announced after version {self._newest_version}")
+            raise ValueError(f"weights version {manifest.version} published after version {self._newest_version}")
         self._newest = (manifest, handle)
         for actor in self._staying():
             _control(actor.notify, manifest, handle)
 
     async def pause(self) -> None:
-        """No new rollouts until `resume`: a stage that needs none leaves the cores to the learner."""
+        """Start no new rollouts until `resume`, for a stage that needs none."""
         self._set_paused(True, self._first_version)
 
     async def resume(self, first_version: int) -> None:
-        """Rollouts again, with weights of `first_version` (those the stage starts with) or newer."""
+        """Start rollouts again, with weights of `first_version` (the first ones of the stage) or newer."""
         self._set_paused(False, first_version)
 
     async def answer(self, version: int) -> pa.RecordBatch:
-        """Have an actor answer the held-out questions (see `RolloutActor.answer`); where it does not, another one.
-        NoAnswerError: none did, and why."""
+        """Let an actor answer the held-out questions (see `RolloutActor.answer`); if it fails, ask the next one.
+        NoAnswerError: none answered; the message says why."""
         reasons = []
         for name, process in list(self._processes.items()):
             if process.run is None or process.leaving:
@@ -107,16 +107,16 @@ class ActorPool:
             except (NoAnswerError, ProcessLostError) as error:
                 reasons.append(str(error).strip().splitlines()[-1])
         why = "; ".join(reasons) or "no actor is running"
-        raise NoAnswerError(f"nobody answered the held-out questions, weights v{version}: {why}")
+        raise NoAnswerError(f"no actor answered the held-out questions with weights version {version}: {why}")
 
     async def status(self) -> PoolStatus:
         """Counts and the last known status of every actor."""
         if self._supervisor is not None and self._supervisor.done() and not self._stopping:
-            self._supervisor.result()  # a defect in supervision must not look like a quiet pool
+            self._supervisor.result()  # an error in supervision must not look like a healthy pool
         return self._controller.status(self._newest_version)
 
     async def stop(self, timeout_s: float) -> None:
-        """Drain every actor for at most `timeout_s` seconds, then end what is left."""
+        """Drain every actor for at most `timeout_s` seconds, then kill the remaining ones."""
         self._stopping = True
         controller = self._controller
         controller.close()
@@ -178,7 +178,7 @@ class ActorPool:
             calls = [RemoteCall[ActorStatus](name, _control(actor.status)) for name, actor in running.items()]
             answers = await asyncio.gather(*(call.answer(STATUS_TIMEOUT_S) for call in calls), return_exceptions=True)
             for name, answer in zip(running, answers, strict=True):
-                if isinstance(answer, ActorStatus):  # of the others `reconcile` learns by their silence or death
+                if isinstance(answer, ActorStatus):  # `reconcile` detects the others by their silence or death
                     self._controller.heard_from(name, answer, time.monotonic())
             self._controller.reconcile(time.monotonic())
             await asyncio.sleep(SUPERVISION_INTERVAL_S)
@@ -202,25 +202,25 @@ def at_best_on(node_id: str) -> object:
 
 
 def _control(method: ray.actor.ActorMethod, *arguments: object) -> ray.ObjectRef:
-    """Call beside the generation loop, which occupies the group of its own."""
+    """Call a method in the control group, since the generation loop occupies its own group."""
     return method.options(concurrency_group="control").remote(*arguments)
 
 
 def failure_of(error: BaseException, starting: bool) -> Failure:
-    """Of the error that a call ended with. An actor whose constructor raised will raise the next time, too."""
+    """The failure for the error of a call. An actor whose constructor raised would raise again."""
     text = ANSI_COLOR.sub("", str(error)).strip()
     if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
         reason = text.splitlines()[-1]  # the rest is the traceback of the constructor
-        # A process of a divided engine that dies early is like an actor that does: it may live the next time.
+        # A rank that dies early is like an actor that dies early: the next attempt may succeed.
         in_vain = starting and EngineRankError.__name__ not in reason
-        # Our own refusals say all.
+        # A ValueError of our own needs no traceback.
         return Failure(reason, in_vain, "" if reason.startswith(ValueError.__name__) else _end_of(text))
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     return Failure(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}", traceback=_end_of(text))
 
 
 def _end_of(text: str) -> str:
-    """Whole lines, where there are several; a compiler's own words stand near the end."""
+    """The last lines; the error of a compiler is near the end."""
     if len(text) <= TRACEBACK_CHARACTERS:
         return text
     end = text[-TRACEBACK_CHARACTERS:]
