@@ -38,9 +38,10 @@ def compare(
     stage: Annotated[str | None, typer.Option(help="By default the first that learns from rollouts.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the folder of the comparison.")] = None,
     resume: Annotated[
-        Path | None, typer.Option(parser=path, metavar="FOLDER", help="Go on with this comparison; what is done stays.")
+        Path | None,
+        typer.Option(parser=path, metavar="FOLDER", help="Continue this one; finished runs are kept."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it, print what would be done, and leave.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the comparison, print its plan, and exit.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train several objectives from the same start at the same budget, evaluate them, and say what is within noise.
@@ -48,7 +49,8 @@ def compare(
     [dim]Example:[/dim] sequencematch compare launch/recipes/arithmetic_cpu.yaml
     --objectives mle,behavior_cloning,sequencematch:alpha=0.1 --seeds 3
 
-    One run after the other. Ctrl-C ends the one under way with a checkpoint; --resume goes on. How: docs/compare.md.
+    The runs take place one after another. Ctrl-C ends the current one with a checkpoint; --resume continues. Details:
+    docs/compare.md.
     """
     with reported_errors(), stdout_kept_clean(as_json):
         if (recipe is None) == (resume is None):
@@ -61,7 +63,7 @@ def compare(
             given = {"--objectives": objectives, "--objectives-file": objectives_file, "--steps": steps}
             given |= {"--stage": stage, "--name": name}
             if fixed := [option for option, value in given.items() if value is not None]:
-                raise UserError(f"{fixed[0]} is for a new comparison; {resume} goes on as it was begun")
+                raise UserError(f"{fixed[0]} is for a new comparison; {resume} continues with its own plan")
             plan = read_plan(resume, seeds)
         else:
             with setting_up():
@@ -88,7 +90,8 @@ def compare(
 
 
 def _run(folder: ComparisonFolder, console: Console) -> Mapping[str, str]:
-    """The runs that failed, and why. Whatever ends it early, the message gives the command that goes on with it."""
+    """Run the comparison; returns the runs that failed, and why. A message after an early end names the command that
+    continues it."""
     from launch.compare.results import render_comparison, render_page
     from launch.compare.runs import ComparisonSession
     from launch.run_folder.folder import shown_path, sole_driver

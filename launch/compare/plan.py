@@ -1,7 +1,6 @@
-"""What a comparison does: which objectives, in which stage of a recipe, from which start, for how long.
+"""The plan of a comparison: its objectives, the compared stage of a recipe, its start, and its steps.
 
-The compared stage has the same name in all runs, so that the random numbers that a run takes by seed, stage and step
-are the same.
+The compared stage has the same name in all runs, because random numbers depend on seed, stage and step.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from learner.settings.stages import StageSettings, stages_before
 PLAN_FILE = "comparison.yaml"
 COMPARED_STAGE = "compared"
 CHANGEABLE = ("noise", "actors", "buffer")
-"""Sections of the recipe that an objective may have its own of, besides the compared stage: no start reads them."""
+"""Sections of the recipe that an objective may override besides the compared stage: the start does not use them."""
 FIXED_IN_STAGE = ("objective", "steps", "name", "start_from")
-"""What the compared stage of an objective has from the comparison."""
+"""Settings of the compared stage that the comparison sets."""
 
 _BETWEEN_OBJECTIVES = re.compile(r"\s*,[\s,]*(?=[^,=]*(?:[:,]|$))")
 """Commas before KEY= stand between the settings of one objective."""
@@ -41,7 +40,8 @@ class ComparedObjective(Settings):
 
     @classmethod
     def from_tree(cls, tree: Tree, where: str) -> ComparedObjective:
-        """Of what a stage of a recipe or a file of objectives holds; UserError, which begins with `where`, if not."""
+        """Parse an objective of a stage or of a file of objectives; UserError, which begins with `where`, if it is
+        wrong."""
         overrides = tree.pop("recipe", [])
         if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
             raise UserError(f"{where}: recipe is no list of overrides, as in `recipe: [noise.rate=0.1]`")
@@ -57,8 +57,8 @@ class ComparedObjective(Settings):
 class ComparisonPlan(Settings):
     """A comparison; `comparison.yaml` in its folder.
 
-    stage: of the recipe, whose batch sizes, optimizer and publication all objectives have, unless they say otherwise.
-    objectives: by label; the first is what the others are compared with. steps: the budget of the compared stage.
+    stage: of the recipe; all objectives use its batch sizes, optimizer and publication, unless they override them.
+    objectives: by label; the others are compared with the first. steps: the budget of the compared stage.
     """
 
     recipe: RunSettings
@@ -78,12 +78,12 @@ class ComparisonPlan(Settings):
         return stages_before(self.recipe.stages, self.stage)
 
     def start_settings(self, seed: int) -> RunSettings | None:
-        """The run before the compared stage; None where that is the recipe's first."""
+        """The run before the compared stage; None if that is the first of the recipe."""
         before = self.stages_before
         return _run_settings(self.recipe, before, seed, "the start of the comparison") if before else None
 
     def run_settings(self, label: str, seed: int) -> RunSettings:
-        """The run of one objective; UserError where it does not accept the steps, or the recipe its changes."""
+        """The run of one objective; UserError if its steps or overrides are not valid."""
         tree = self.recipe.model_dump(mode="json")
         stage = f"stages.{self.stage}"
         for override in self.objectives[label].recipe:
@@ -106,15 +106,15 @@ class ComparisonPlan(Settings):
         return _run_settings(recipe, (*before, compared), seed, f"objective {label}")
 
     def to_yaml(self) -> str:
-        """As it stands in its file."""
+        """The content of its file."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
 
 
 def parse_objectives(text: str, stages: tuple[StageSettings, ...]) -> dict[str, ComparedObjective]:
     """Objectives `name` or `name:key=value,key=value`, separated by commas, by label.
 
-    An objective that `stages` (the first of them that has it) uses has the settings from there, then its own. Raises
-    UserError where one is unknown, malformed or named twice.
+    If one of `stages` has the objective, the settings of the first such stage are its defaults. UserError: an objective
+    is unknown, malformed or named twice.
     """
     found: dict[str, ComparedObjective] = {}
     for spec in _BETWEEN_OBJECTIVES.split(text.strip(" ,")):
@@ -133,9 +133,9 @@ def parse_objectives(text: str, stages: tuple[StageSettings, ...]) -> dict[str, 
 
 
 def read_objectives(path: Path) -> dict[str, ComparedObjective]:
-    """Objectives of a YAML file, by label, as a stage of a recipe has them; `recipe` lists overrides for one alone.
+    """Objectives of a YAML file by label, written as in a stage; `recipe` lists overrides for this objective.
 
-    Raises UserError where the file holds no such mapping, or a label cannot be in the name of a run.
+    UserError: the file holds no such mapping, or a label cannot be a part of a run's name.
     """
     tree = read_yaml(path, "file of objectives")
     if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
@@ -153,14 +153,14 @@ def make_plan(
     stage: str | None = None,
     steps: int | None = None,
 ) -> ComparisonPlan:
-    """Check every objective before anything starts; UserError where one does not suit. steps: default as the stage."""
+    """Check every objective before anything starts; UserError if one is not valid. steps: by default the stage's."""
     compared = compared_stage(recipe, stage)
     if len(objectives) < 2:
         raise UserError("name at least two objectives to compare, as in --objectives mle,sequencematch")
     if recipe.learner.checkpoint_dir is not None:
         raise UserError(
-            f"learner.checkpoint_dir={recipe.learner.checkpoint_dir}: the runs of a comparison share a start, and lie "
-            "in one folder with it; leave checkpoint_dir out, and let runs_folder say where"
+            f"learner.checkpoint_dir={recipe.learner.checkpoint_dir}: the runs of a comparison link to the "
+            "checkpoints of their start in one folder; leave checkpoint_dir out, and choose the place with runs_folder"
         )
     from launch.run.checks import check_custom_parts
 
@@ -178,14 +178,14 @@ def make_plan(
 
 
 def read_plan(folder: Path, num_seeds: int | None = None) -> ComparisonPlan:
-    """The plan of an existing comparison; UserError where there is none. num_seeds: others than it was begun with."""
+    """The plan of an existing comparison; UserError if there is none. num_seeds: a new number of seeds."""
     file = folder / PLAN_FILE
     if not file.is_file():
         raise UserError(f"{folder} is not the folder of a comparison: it has no {PLAN_FILE}")
     try:
         plan = ComparisonPlan.model_validate(read_yaml(file, "plan"))
     except ValidationError as error:
-        raise UserError(f"{file} is not what `sequencematch compare` wrote there: {error}") from None
+        raise UserError(f"{file} is not a plan that `sequencematch compare` can read: {error}") from None
     return plan if num_seeds is None else plan.model_copy(update={"seeds": _seeds(plan.recipe, num_seeds)})
 
 
@@ -204,11 +204,12 @@ def _seeds(recipe: RunSettings, count: int) -> tuple[int, ...]:
 
 
 def _run_settings(recipe: RunSettings, stages: tuple[StageSettings, ...], seed: int, where: str) -> RunSettings:
-    """The recipe with other stages; UserError, which begins with `where`, if they lack something, as a reward."""
+    """The recipe with other stages; UserError, which begins with `where`, if a setting they need (a reward) is
+    missing."""
     tree = recipe.model_dump(mode="json")
     tree |= {"stages": [stage.model_dump(mode="json") for stage in stages], "seed": seed, "result": None}
     tree["evaluation"]["stages"] = []
-    tree["learner"]["checkpoint_best_metric"] = None  # not every objective has it, and the final checkpoints count
+    tree["learner"]["checkpoint_best_metric"] = None  # not every objective has it; final checkpoints are compared
     if not any(needs_actors(stage, recipe.noise) for stage in stages):
-        del tree["scoring"], tree["buffer"]  # both are of rollouts alone, and refused where there are none
+        del tree["scoring"], tree["buffer"]  # these settings are refused in a run without rollouts
     return settings_from(tree, where)

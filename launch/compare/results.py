@@ -1,4 +1,4 @@
-"""What a comparison found, and its three forms: `compare.json`, a table on the terminal, a page."""
+"""The results of a comparison in three forms: `compare.json`, a table on the terminal, and a page."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ Key = tuple[str, int]
 _MARKS = {True: "≈", False: "≠", None: "?"}
 _OF_EXAMPLES = "†"
 _VERDICT = (
-    "≈ within noise, ≠ beyond it: p at most 0.05 with Holm's correction for the objectives of a number. Over the "
-    "numbers nothing is corrected: of many, one in twenty stands out by chance."
+    "≈ within noise, ≠ beyond it: p at most 0.05 with Holm's correction over the objectives, for each number. There is "
+    "no correction over the numbers: by chance alone, one in twenty is beyond noise."
 )
 _OVER_TEMPERATURE = ("accuracy", "mauve", "diversity")
 _TEMPERATURE = "temperature="
@@ -43,7 +43,7 @@ _TEMPERATURE = "temperature="
 
 @dataclass(frozen=True)
 class ComparedMetric:
-    """One number of the objectives that have it, by label. group: of rollouts, as `top_p=0.9`. name: within it."""
+    """A number of all objectives that have it, by label. group: of rollouts, e.g. `top_p=0.9`. name: in the group."""
 
     group: str
     name: str
@@ -52,7 +52,7 @@ class ComparedMetric:
 
     @property
     def beyond_noise(self) -> list[str]:
-        """The objectives whose difference to the reference chance does not explain."""
+        """The objectives whose difference to the reference is beyond noise."""
         return [label for label, found in self.differences.items() if found.within_noise is False]
 
 
@@ -60,7 +60,7 @@ class ComparedMetric:
 class Comparison:
     """A finished comparison. objectives: labels; the first is the reference. failures: of runs, by their names.
 
-    runs: those that were evaluated. costs: of the same runs, see `stage_cost`.
+    runs: the evaluated ones. costs: of the same runs, see `stage_cost`.
     """
 
     task: str
@@ -129,7 +129,7 @@ class Comparison:
 
 
 def stage_cost(run: Path) -> dict[str, float]:
-    """Steps of the compared stage, actions of experts and rollouts in them, seconds with the waits for data."""
+    """Steps of the compared stage, their actions (experts and rollouts), and seconds, waits for data included."""
     stage = read_metrics(run)[COMPARED_STAGE]
     seconds = stage.values["step_s"]
     actions = round(float((stage.values["actions_per_s"] * seconds).sum()))
@@ -137,7 +137,7 @@ def stage_cost(run: Path) -> dict[str, float]:
 
 
 def render_comparison(comparison: Comparison) -> RenderableType:
-    """A block for what the runs took and for each number, with a line for each objective."""
+    """A block for the costs and for each number, with a line for each objective."""
     count, reference = len(comparison.seeds), comparison.reference
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("", overflow="fold")
@@ -164,14 +164,14 @@ def render_comparison(comparison: Comparison) -> RenderableType:
 def _caption(num_seeds: int, reference: str) -> str:
     if num_seeds < MIN_SEEDS:
         return (
-            f"Nothing can be said about the spread over seeds: {num_seeds} of the {MIN_SEEDS} that it takes. In "
-            f"brackets: standard error of one run. The difference to {reference} has the 95 % interval that the "
-            "examples alone leave; it is about these very runs, not about the objectives."
+            f"The spread over seeds is unknown: it needs {MIN_SEEDS} seeds, and there are {num_seeds}. In brackets: "
+            f"standard error of one run. The 95 % interval of the difference to {reference} comes from the examples "
+            "alone; it holds for these runs, not for the objectives."
         )
     return (
         f"± standard deviation over seeds; in brackets: standard error of one run. The difference to {reference} has "
-        f"its 95 % interval (Student's t, paired by seed; {_OF_EXAMPLES}: from the examples alone, since all seeds "
-        "differ alike or are too few)."
+        f"its 95 % interval (Student's t, paired by seed; {_OF_EXAMPLES}: from the examples alone, since the "
+        "difference is the same for all seeds, or there are too few seeds)."
     )
 
 
@@ -190,7 +190,7 @@ def _difference_text(found: Difference, scale: float, num_seeds: int) -> Text:
 
 
 def _number(value: float, scale: float) -> str:
-    """With the decimals that suit a number whose largest mean is `scale`; fractions without the zero at the front."""
+    """Format a number with decimals for a largest mean of `scale`; fractions have no leading zero."""
     if scale <= 1.0:
         text = f"{value:.3f}"
         return text.removeprefix("0") if value < 1.0 else text
@@ -224,9 +224,9 @@ def render_page(comparison: Comparison, folder: ComparisonFolder) -> str:
 
 
 def temperature_plot(objectives: Sequence[str], metrics: Sequence[ComparedMetric]) -> Plot | None:
-    """The first of accuracy, MAUVE and diversity that was measured at two temperatures, as curves of the objectives.
+    """Curves of the objectives over temperature, for the first of accuracy, MAUVE and diversity with two temperatures.
 
-    A policy that is merely sharper scores like one that is sampled at a lower temperature.
+    They show whether a policy is only sharper: then it scores like one that is sampled at a lower temperature.
     """
     for name in _OVER_TEMPERATURE:
         at = {_temperature_of(metric.group): metric.spreads for metric in metrics if metric.name == name}
@@ -247,7 +247,7 @@ def temperature_plot(objectives: Sequence[str], metrics: Sequence[ComparedMetric
 
 
 def _temperature_of(group: str) -> float | None:
-    """At which a group of rollouts was sampled; None of greedy and other ones, and of those with the ban changed."""
+    """The temperature of a group of rollouts; None for greedy and other groups, and for those with another ban."""
     if group == SAMPLED:
         return 1.0
     return float(group.removeprefix(_TEMPERATURE)) if group.startswith(_TEMPERATURE) and "," not in group else None

@@ -1,10 +1,10 @@
-"""The runs of a comparison: the folder that they lie in, and doing those that are not done.
+"""The folder of a comparison, and the session that does its missing runs.
 
 runs/NAME/  comparison.yaml  lock  starts/NAME-start-seed<s>/  objectives/NAME-<objective>-seed<s>/  evaluation/seed<s>/
             compare.html  compare.json
 
-The run of an objective has the checkpoints of its start by relative links: nothing is trained or stored twice, and the
-folder can be moved as a whole.
+The run of an objective has relative links to the checkpoints of its start, so nothing is trained or stored twice, and
+the folder can be moved as a whole.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ from launch.settings.run import RunSettings
 
 @dataclass(frozen=True)
 class ComparisonFolder:
-    """Where the runs of a comparison lie. path: absolute."""
+    """The folder of a comparison with its plan. path: absolute."""
 
     path: Path
     plan: ComparisonPlan
 
     @classmethod
     def create(cls, plan: ComparisonPlan, name: str | None) -> ComparisonFolder:
-        """A new comparison; UserError where the folder is there already, cannot have that name, or would be lost with
-        the job that this process is. name: by default the recipe's with date and time.
+        """Create a comparison; UserError if the folder exists, the name is not valid, or the folder would be lost with
+        the Ray job of this process. name: by default the recipe's with date and time.
         """
         if RAY_JOB_VARIABLE in os.environ:
             check_outlives_job(plan.recipe)
@@ -64,14 +64,14 @@ class ComparisonFolder:
             path.mkdir(parents=True)
         except FileExistsError:
             raise UserError(
-                f"there is a folder {path} already: go on with it by `--resume {path}`, or choose another --name"
+                f"folder {path} exists: continue it with `--resume {path}`, or choose another --name"
             ) from None
         comparison = cls(path.resolve(), plan)
         comparison.write_plan()
         return comparison
 
     def write_plan(self) -> None:
-        """Note what the comparison is from now on."""
+        """Write the current plan to its file."""
         (self.path / PLAN_FILE).write_text(self.plan.to_yaml(), encoding="utf-8")
 
     def start(self, seed: int) -> Path:
@@ -83,9 +83,9 @@ class ComparisonFolder:
         return self.path / "objectives" / f"{self.path.name}-{label}-seed{seed}"
 
     def open_run(self, run: Path, settings: RunSettings, start: Path | None) -> RunSettings:
-        """Make a run's folder if there is none; gives its settings. start: the run, done, that it goes on from."""
+        """Create a run's folder if there is none; returns its settings. start: the finished run that it starts from."""
         here = settings.model_copy(update={"runs_folder": str(run.parent)})
-        if not (run / ENVIRONMENT_FILE).is_file():  # the last thing that is written before a run begins
+        if not (run / ENVIRONMENT_FILE).is_file():  # written last: without it the folder is incomplete
             shutil.rmtree(run, ignore_errors=True)
             create_run_folder(here, run.name)
         if start is not None:
@@ -102,7 +102,7 @@ class ComparisonFolder:
 
 
 class ComparisonSession:
-    """One go at a comparison: one run after the other, a seed's runs evaluated when they are done, nothing repeated."""
+    """Does the missing runs one after another, and evaluates the runs of a seed once they are done."""
 
     def __init__(self, folder: ComparisonFolder, console: Console) -> None:
         self._folder = folder
@@ -114,9 +114,9 @@ class ComparisonSession:
         self._num_runs = len(plan.seeds) * (len(plan.objectives) + bool(plan.stages_before))
 
     def run(self) -> Comparison:
-        """Train what is not done, and evaluate what is. The runs after one that fails are done all the same.
+        """Train and evaluate. If a run fails, the session continues with the next one.
 
-        Raises UserError where a run cannot be set up, and KeyboardInterrupt where it was asked to stop.
+        UserError: a run cannot be set up. KeyboardInterrupt: a stop was requested.
         """
         plan, folder = self._plan, self._folder
         results: dict[Key, CheckpointResult] = {}
@@ -133,10 +133,10 @@ class ComparisonSession:
         return Comparison(task, plan.steps, labels, plan.seeds, results, costs, self._failures)
 
     def _train(self, title: str, run: Path, settings: RunSettings, start: Path | None) -> None:
-        """Do one run, unless it is done or what it starts from is missing."""
+        """Do one run, unless it is done or its start has failed."""
         self._position += 1
         if start is not None and start.name in self._failures:
-            self._fail(run, f"{start.name}, from which it starts, failed")
+            self._fail(run, f"its start {start.name} failed")
             return
         if self._folder.is_finished(run, settings):
             return
@@ -163,7 +163,7 @@ class ComparisonSession:
         self._console.print(f"[yellow]{escape(f'{run.name} failed: {why}')}[/yellow]", highlight=False, soft_wrap=True)
 
     def _measure(self, seed: int) -> tuple[CheckpointResult, ...]:
-        """The runs of a seed that are done, evaluated unless a file has the numbers of them all."""
+        """Results of the finished runs of a seed, from a file if it has all of them."""
         runs = {label: self._folder.run(label, seed) for label in self._plan.objectives}
         runs = {label: run for label, run in runs.items() if run.name not in self._failures}
         if not runs:

@@ -18,12 +18,13 @@ def report(
     run: Annotated[Path, typer.Argument(parser=path, help="Run folder, of a live run or a finished one.")],
     output: Annotated[
         Path | None,
-        typer.Option(parser=path, metavar="FILE", help="Where to; by default report.html in the run folder."),
+        typer.Option(parser=path, metavar="FILE", help="Output file; by default report.html in the run folder."),
     ] = None,
 ) -> None:
     """Write one HTML page about a run: curves, evaluation, weight pushes, rollouts to step through.
 
-    The page holds all that it shows and loads nothing, so it can be sent around. `train` writes it at its end.
+    The page is one file that loads nothing from the network, so you can send it to others. `train` writes it at its
+    end.
 
     [dim]Example:[/dim] sequencematch report runs/arithmetic-20260101-120000
     """
@@ -39,10 +40,10 @@ def report(
 
 
 def write_report(run: Path, path: Path | None = None) -> list[str]:
-    """Write the report of a run, by default as `report.html` in its folder; a reader never sees half of one.
+    """Write the report of a run, by default as `report.html` in its folder, in one step (write and rename).
 
-    Returns what could not be shown, and why; the page says so too. UserError: see `gather`; or a file cannot be read or
-    written.
+    Returns notes on what could not be shown; the page has them too. UserError: see `gather`, or a file cannot be read
+    or written.
     """
     from launch.report.gather import gather
     from launch.report.page import render
@@ -56,7 +57,7 @@ def write_report(run: Path, path: Path | None = None) -> list[str]:
         temporary.rename(path)
     except OSError as error:
         if is_disk_full(error):
-            raise  # the command names the place that needs room
+            raise  # the command names the full disk
         raise UserError(str(error)) from None
     finally:
         temporary.unlink(missing_ok=True)

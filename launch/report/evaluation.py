@@ -1,4 +1,4 @@
-"""The numbers of an evaluation with their intervals, and what they say about editing."""
+"""The numbers of an evaluation with their intervals, and the verdict on deletions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Outcome = Literal["better", "worse"]
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """How a number is shown. better: the direction that a user wants; is_headline: it can carry the verdict."""
+    """How a number is shown. better: the direction that a user wants. is_headline: it is a part of the verdict."""
 
     title: str
     better: Direction = "neither"
@@ -29,29 +29,29 @@ METRICS = {
     "recovery": MetricInfo("recovered", "higher", is_fraction=True, is_headline=True),
     "mauve": MetricInfo("MAUVE", "higher", is_fraction=True, is_headline=True),
     "perplexity": MetricInfo("perplexity", "lower", is_headline=True),
-    "perplexity_without_backspace": MetricInfo("perplexity without what backspace gets", "lower"),
+    "perplexity_without_backspace": MetricInfo("perplexity without backspace", "lower"),
     "backspace_prob": MetricInfo("probability of backspace before a right token", "lower", is_fraction=True),
     "diversity": MetricInfo("diversity (distinct 2- to 4-grams)", is_fraction=True),
     "self_bleu": MetricInfo("self-BLEU (100 % = all texts alike)", is_fraction=True),
-    "forced_tokens_deleted": MetricInfo("forced tokens taken back", "higher", is_fraction=True),
-    "wrong_tokens_deleted": MetricInfo("wrong tokens taken back", "higher", is_fraction=True),
-    "correct_tokens_deleted": MetricInfo("right tokens taken back", "lower", is_fraction=True),
+    "forced_tokens_deleted": MetricInfo("forced tokens deleted", "higher", is_fraction=True),
+    "wrong_tokens_deleted": MetricInfo("wrong tokens deleted", "higher", is_fraction=True),
+    "correct_tokens_deleted": MetricInfo("correct tokens deleted", "lower", is_fraction=True),
     "backspace_rate": MetricInfo("backspaces among the actions", is_fraction=True),
     "actions_per_answer": MetricInfo("actions per answer"),
     "actions_per_final_token": MetricInfo("actions per final token"),
     "rewritten_rate": MetricInfo("deleted tokens written again at once", "lower", is_fraction=True),
     "longest_rewrite_run": MetricInfo("longest loop of rewrites", "lower"),
-    "max_actions_rate": MetricInfo("stopped by the bound on actions", "lower", is_fraction=True),
+    "max_actions_rate": MetricInfo("stopped at the limit of actions", "lower", is_fraction=True),
     "empty_rate": MetricInfo("empty answers", "lower", is_fraction=True),
     "truncated_rate": MetricInfo("cut off by a limit", "lower", is_fraction=True),
     "tokens_per_text": MetricInfo("tokens per text"),
     "distinct_4grams": MetricInfo("distinct 4-grams", "neither", is_fraction=True),
 }
-"""What is known of a metric of `launch.evaluation`; others are shown by their name, as plain numbers."""
+"""Known metrics of `launch.evaluation`; others are shown by their name, as plain numbers."""
 
 
 def metric_info(name: str) -> MetricInfo:
-    """What is known of a metric."""
+    """How a metric is shown."""
     return METRICS.get(name, MetricInfo(name.replace("_", " ")))
 
 
@@ -61,11 +61,11 @@ GROUPS = {
     "recovery": "after a forced wrong first token",
     "held_out": "on held-out texts",
 }
-"""Titles of the groups that the verdict is made of; others are further ways of decoding."""
+"""Titles of the groups in the verdict; other groups are other decodings."""
 
 
 class Cell(NamedTuple):
-    """One checkpoint's number. change: against the baseline, None for itself and where nothing was measured."""
+    """A number of one checkpoint. change: to the baseline; None for the baseline itself and without a measurement."""
 
     number: Estimate | None
     change: Difference | None
@@ -83,7 +83,8 @@ class Measure:
 
 @dataclass(frozen=True)
 class EvaluationTable:
-    """labels: of the checkpoints, in the order of the cells. baseline: index of what the others are set against."""
+    """labels: of the checkpoints, in the order of the cells. baseline: index of the checkpoint that the others are
+    compared with."""
 
     evaluation: Evaluation
     labels: list[str]
@@ -92,7 +93,7 @@ class EvaluationTable:
 
     @property
     def findings(self) -> list[tuple[str, Measure, Cell]]:
-        """What was compared, by the label of the checkpoint: headlines, or the first numbers where there are none."""
+        """Label, number and change of every comparison: of headlines, or of the first numbers without any."""
         headlines = [measure for measure in self.measures if measure.info.is_headline and measure.group in GROUPS]
         return [
             (label, measure, measure.cells[index])
@@ -103,7 +104,7 @@ class EvaluationTable:
 
 
 def evaluation_table(run: Path, controls: Collection[str]) -> EvaluationTable | None:
-    """The evaluation of a run as a table, None where there is none. ValueError, OSError: its file cannot be read.
+    """The evaluation of a run as a table; None if there is none. ValueError, OSError: its file cannot be read.
 
     controls: labels of checkpoints to compare with; the last of them is the baseline, by default that of the file.
     """
@@ -121,7 +122,7 @@ def evaluation_table(run: Path, controls: Collection[str]) -> EvaluationTable | 
 
 
 def change_outcome(change: Difference | None, info: MetricInfo) -> Outcome | None:
-    """What a difference means; None within noise, where that is unknown, and where no direction is better."""
+    """The meaning of a difference; None within noise, if that is unknown, and if no direction is better."""
     if change is None or change.within_noise is not False or info.better == "neither":
         return None
     return "better" if (change.value > 0.0) == (info.better == "higher") else "worse"
@@ -143,7 +144,7 @@ def _measure(evaluation: Evaluation, baseline: CheckpointResult, group: str, nam
 
 
 def _paired(reference: str, ours: CheckpointResult, other: CheckpointResult, group: str, name: str) -> Estimate | None:
-    """`ours` - `other` as it was measured example by example, where one of them is the file's reference."""
+    """`ours` - `other`, measured example by example, if one of them is the file's reference."""
     if other.label == reference:
         return ours.differences.get(group, {}).get(name)
     found = other.differences.get(group, {}).get(name) if ours.label == reference else None

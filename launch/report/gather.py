@@ -1,4 +1,4 @@
-"""All that a report shows of a run, read from its folder while the run goes on, or after it."""
+"""The data of a report, read from the folder of a live or a finished run."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ RUN_STATES = {
     "run_stopped": "stopped",
     "run_failed": "failed",
 }
-"""What a run is after these events; a run that is not finished may be under way or killed."""
+"""The state of a run after these events; a run that is not finished may be running or killed."""
 
 MAX_ROLLOUTS = 24
 MAX_ACTIONS = 6000
-"""Of all shown rollouts together: what bounds the size of the page."""
+"""Actions of all shown rollouts together, to limit the size of the page."""
 CONTEXT_TOKENS = 8
-"""Tokens before an action that its text is decoded behind; what a tokenizer does to a token looks no further back."""
+"""Tokens of context that an action is decoded with; earlier ones do not change its text."""
 
 ActionKind = Literal["write", "backspace", "end"]
 
 
 class Action(NamedTuple):
-    """text: of the token that was written. noise: it is not what the policy chose. logprob: in nats, as stored."""
+    """text: of the token that was written. noise: the policy did not choose it. logprob: in nats, as stored."""
 
     kind: ActionKind
     text: str
@@ -62,7 +62,7 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class Rollout:
-    """A stored rollout. reward: None where nothing scored it."""
+    """A stored rollout. reward: None if no scorer scored it."""
 
     actor: str
     created_at: float
@@ -95,7 +95,7 @@ class LogLine(BaseModel):
 
 @dataclass
 class Report:
-    """What the page shows. Parts that the run does not have, or that cannot be read, are empty; `notes` say why.
+    """The content of the page. Missing or unreadable parts are empty; `notes` say why.
 
     metrics: by stage, of those with a step. samples: answers of the evaluation, by checkpoint.
     """
@@ -113,21 +113,21 @@ class Report:
 
     @property
     def began_at(self) -> float:
-        """When its log began, in seconds since 1970; without a log, the first step."""
+        """Time of the first log line, in seconds since 1970; without a log, of the first step."""
         return self.log[0].time if self.log else min(float(each.times[0]) for each in self.metrics.values())
 
     @property
     def last_at(self) -> float:
-        """Of the newest line of any file."""
+        """Time of the newest line of any file."""
         return max([float(each.times[-1]) for each in self.metrics.values()] + [line.time for line in self.log[-1:]])
 
     @property
-    def happenings(self) -> list[LogLine]:
+    def notable_events(self) -> list[LogLine]:
         """Starts, stops, failures, restarts and alarms."""
         return [line for line in self.log if line.level != "info" or line.event in RUN_STATES]
 
     def versions(self) -> dict[str, list[tuple[float, int]]]:
-        """By process, when the driver saw which version of the weights there, in seconds since the run began."""
+        """By process: when the driver first saw each version of the weights, in seconds since the start of the run."""
         found: dict[str, list[tuple[float, int]]] = defaultdict(list)
         for line in self.log:
             if line.version is not None and line.event in ("weights_published", "weights_loaded"):
@@ -143,7 +143,7 @@ def gather(run: Path) -> Report:
     settings = read_recipe(run_config(run))
     metrics = read_metrics(run)
     if not metrics:
-        raise UserError(f"{run} has no data yet: no step was logged; ask again when training has begun")
+        raise UserError(f"{run} has no data yet: no step was logged; try again once training has begun")
     environment = run / ENVIRONMENT_FILE
     report = Report(
         name=run.resolve().name,
@@ -166,7 +166,7 @@ def gather(run: Path) -> Report:
 
 
 def read_metrics(run: Path) -> dict[str, StageMetrics]:
-    """The stages in the order in which they began; none where there is no line yet. Raises as `metrics_table`."""
+    """The stages in the order in which they began; none without a line. Raises as `metrics_table`."""
     table = metrics_table(run)
     return {stage: _stage_metrics(table, stage) for stage in pc.unique(table.column("stage")).to_pylist()}
 
@@ -183,7 +183,7 @@ def _stage_metrics(table: pa.Table, stage: str) -> StageMetrics:
 
 
 def _read_log(path: Path) -> Iterator[LogLine]:
-    """A line that a crash tore is left out."""
+    """Lines that a crash left incomplete are skipped."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -196,7 +196,7 @@ def _read_log(path: Path) -> Iterator[LogLine]:
 
 @contextmanager
 def _noted(report: Report, what: str) -> Iterator[None]:
-    """Where a part of the folder cannot be read, the page shows the rest and names the part."""
+    """Turn an error while reading a part of the run folder into a note; the page shows the rest."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -204,7 +204,7 @@ def _noted(report: Report, what: str) -> Iterator[None]:
 
 
 def sample_rollouts(snapshot: BufferSnapshot, tokenizer: PreTrainedTokenizerBase) -> list[Rollout]:
-    """Rollouts spread evenly, oldest first; of each stretch the first that takes a token back, or the first."""
+    """Rollouts at even distances, oldest first; of each group the first with a deletion, or the first."""
     stored = snapshot.trajectories
     ours = np.flatnonzero(pc.equal(stored.column("source"), "policy").to_numpy())
     ours = ours[np.argsort(stored.column("created_at").cast(pa.int64()).to_numpy()[ours], kind="stable")]

@@ -1,4 +1,4 @@
-"""The report of a run as a page; `assets/plots.yaml` names the metrics that are drawn together."""
+"""The report of a run as a page; `assets/plots.yaml` names the metrics that share a plot."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from launch.settings.run import RunSettings
 from launch.statistics import Float64
 from learner.settings.held_out import ANSWERS_STEP, HELD_OUT_LOSS
 
-SHOWN_HAPPENINGS = 200
+SHOWN_EVENTS = 200
 MAX_ACTORS = 12
-"""Actors that are drawn; more lines cannot be told apart."""
+"""Plotted actors, at most; more lines cannot be distinguished."""
 ALL_POINTS = 10_000
-"""Of all lines of metrics together, as long as each has `MIN_POINTS`: what bounds the size of the page."""
+"""Points of all lines together, to limit the size of the page; each line has at least `MIN_POINTS`."""
 MIN_POINTS = 20
 
 ANSWERS_WEIGHTS = {ANSWERS_STEP, "held_out_answers_version"}
-"""Which weights answers belong to. They have no plot: their step is the horizontal position of the answers."""
+"""Metrics that name the weights of answers. They have no plot: answers are plotted at their step."""
 
 _Plan = tuple[str, dict[str, str], str]
 
@@ -50,7 +50,7 @@ def render(report: Report) -> str:
         rollout_data=[(rollout.prompt, rollout.actions) for rollout in report.rollouts],
         plots={", ".join(names): metric_plots(report.metrics, names, max_points) for names in groups},
         versions=version_plot(report),
-        happenings=report.happenings[-SHOWN_HAPPENINGS:],
+        notable_events=report.notable_events[-SHOWN_EVENTS:],
         group_titles=GROUPS,
         outcome=change_outcome,
     )
@@ -79,8 +79,8 @@ def metric_plots(
 
 
 def _points(metrics: StageMetrics, metric: str) -> tuple[Float64, Float64]:
-    """Steps and values of a metric. Evaluations are at some steps only; those by answers belong to an earlier step than
-    that of their line."""
+    """Steps and values of a metric. Only some steps have evaluations; answers belong to an earlier step than the line
+    that holds them."""
     steps, values = metrics.steps.astype(np.float64), metrics.values[metric]
     if not metric.startswith("held_out_"):
         return steps, values
@@ -96,9 +96,9 @@ def plans() -> dict[str, _Plan]:
 
 
 def version_plot(report: Report) -> Plot | None:
-    """The versions of the weights that learner and actors had over time; None where there were none."""
+    """Versions of the weights at the learner and the actors over time; None without any."""
     versions = report.versions()
-    # Stages without rollouts may come before the second version, for as long as they like.
+    # Before the second version there may be long stages without rollouts, which would fill the plot.
     first = min((version for points in versions.values() for _, version in points), default=0)
     later = {name: [point for point in points if point[1] > first] for name, points in versions.items()}
     versions = {name: points for name, points in later.items() if points} or versions
@@ -110,24 +110,24 @@ def version_plot(report: Report) -> Plot | None:
         kept = np.linspace(0, len(points) - 1, min(len(points), MAX_POINTS)).round().astype(int)
         x, y = zip(*(points[index] for index in kept), strict=True)
         series.append(Series(name, x, y, color=color))
-    left_out = f" Of {len(versions):,} processes {len(names)} are drawn." if len(versions) > len(names) else ""
+    left_out = f" Of {len(versions):,} processes {len(names)} are plotted." if len(versions) > len(names) else ""
     caption = f"When the driver saw which version at the learner and at each actor.{left_out}"
     return Plot("Weights over time", "version", caption, "seconds", tuple(series), is_stairs=True) if series else None
 
 
 def _stage_groups(settings: RunSettings, metrics: Collection[str]) -> list[list[str]]:
-    """The stages with a step, together with those that start from the same weights; of other lengths are the others."""
+    """Stages with a step, grouped by the weights that they start from."""
     groups: dict[str | None, list[str]] = {}
     before = None
     for stage in settings.stages:
         groups.setdefault(stage.start_from or before, []).append(stage.name)
         before = stage.name
-    drawn = [[name for name in names if name in metrics] for names in groups.values()]
-    return [names for names in drawn if names]
+    plotted = [[name for name in names if name in metrics] for names in groups.values()]
+    return [names for names in plotted if names]
 
 
 def _state(report: Report) -> tuple[str, str]:
-    """Whether the run is done, and what else is to say of it. A run without recent lines may be alive or dead."""
+    """The state of the run and a note on it. A run whose log does not end with a state may be running or killed."""
     steps = {name: int(each.steps[-1]) for name, each in report.metrics.items()}
     newest = next((line for line in reversed(report.log) if line.event in RUN_STATES), None)
     state = RUN_STATES[newest.event] if newest else "not finished"
@@ -136,6 +136,6 @@ def _state(report: Report) -> tuple[str, str]:
     if newest and state == "failed":
         return state, newest.message
     if state == "stopped":
-        return state, f"Stopped on request. It goes on with: sequencematch train --resume {report.name}"
+        return state, f"Stopped on request. Continue it with: sequencematch train --resume {report.name}"
     silent = clock(max(0.0, report.made_at - report.last_at))
-    return state, f"Under way, or killed: its last line was written {silent} before this report."
+    return state, f"Running, or killed: its last log line was written {silent} before this report."

@@ -111,7 +111,7 @@ def test_the_table_and_its_files_hold_every_run(compared: Compared) -> None:
     assert (difference["basis"], difference["num_seeds"]) == ("examples", 2)
     evaluations = [compared.folder / "evaluation" / f"seed{seed}" / "evaluation.json" for seed in SEEDS]
     assert [json.loads(file.read_text())["seed"] for file in evaluations] == list(SEEDS)
-    assert "Nothing can be said about the spread over seeds" in compared.stdout
+    assert "The spread over seeds is unknown" in compared.stdout
     page = (compared.folder / "compare.html").read_text()
     reports = [f"objectives/{run.name}/report.html" for run in (compared.folder / "objectives").iterdir()]
     assert len(reports) == len(SEEDS) * len(OBJECTIVES)

@@ -1,7 +1,7 @@
 "use strict";
 // Steps through a rollout: the text after each action, and what is known of that action. Only text nodes are made of data.
 
-const BOUNDS = [0.01, 0.1, 0.5, 0.9]; // of the probability of a token that was taken back, between its colors
+const BOUNDS = [0.01, 0.1, 0.5, 0.9]; // probabilities of a deleted token between its colors
 
 class Stepper {
   constructor(panel, rollouts) {

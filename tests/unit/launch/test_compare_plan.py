@@ -109,7 +109,7 @@ def test_a_plan_survives_writing(tmp_path: Path) -> None:
     assert read_plan(tmp_path) == plan
     assert read_plan(tmp_path, 4).seeds == (0, 1, 2, 3)
     (tmp_path / "comparison.yaml").write_text("objectives: {}")
-    with pytest.raises(UserError, match=r"is not what `sequencematch compare` wrote"):
+    with pytest.raises(UserError, match=r"is not a plan that `sequencematch compare` can read"):
         read_plan(tmp_path)
     with pytest.raises(UserError, match="not the folder of a comparison"):
         read_plan(tmp_path / "elsewhere")

@@ -64,7 +64,7 @@ def test_numbers_differences_and_marks() -> None:
 
 def test_few_seeds_are_named() -> None:
     text = shown(comparison_of(estimates_of(2, LABELS[:2])))
-    assert "Nothing can be said about the spread over seeds: 2 of the 3 that it takes" in text
+    assert "The spread over seeds is unknown: it needs 3 seeds, and there are 2" in text
     assert "12.50 (0.25)" in text
     assert "+0.00 ±0.49 ≈" in text
     assert "Student" not in text

@@ -121,7 +121,7 @@ def test_pushes_are_those_that_the_driver_saw(tmp_path: Path, monkeypatch: pytes
         "actor 0": [1, 2, 3, 3],
         "actor 1": [2, 2],
     }, "from the second version to the end of the run"
-    assert [line.event for line in report.happenings] == ["run_started", "learner_warning", "run_finished"]
+    assert [line.event for line in report.notable_events] == ["run_started", "learner_warning", "run_finished"]
 
 
 def test_the_state_is_that_of_the_newest_start(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_stages_of_the_same_start_are_drawn_together(tmp_path: Path) -> None:
     write_metrics(run, {"pretrain": 5})
     page = render(gather(run))
     assert "<summary>pretrain</summary>" in page
-    assert "Under way, or killed" in page
+    assert "Running, or killed" in page
     write_metrics(run)
     page = render(gather(run))
     assert page.index("<summary>pretrain</summary>") < page.index("<summary>sequencematch, mle_control</summary>")
