@@ -1,5 +1,5 @@
-"""Generation outside of training: one engine that answers groups of prompts with the weights of a checkpoint. Creating
-a `Generator` imports vLLM, before which the process needs `engine_environment`.
+"""Generation outside of training: one engine answers groups of prompts with the weights of a checkpoint. Creating a
+`Generator` imports vLLM; set `engine_environment` before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from buffer.trajectory.schema import TokenContract
 
 @dataclass(frozen=True, eq=False)
 class PromptGroup:
-    """Prompts that are sampled alike.
+    """Prompts with the same sampling settings.
 
     prompts: token ids, one array [P] per request. forced_prefixes: per prompt, ids of its first actions.
     """
@@ -27,7 +27,7 @@ class PromptGroup:
 
 
 class Generator:
-    """An engine and the weights it holds; one per process. ValueError: it cannot be built from the model folder."""
+    """An engine with the weights of a checkpoint; one per process. ValueError: it cannot be built."""
 
     def __init__(self, settings: EngineSettings, contract: TokenContract) -> None:
         from actors.engine.engine import BackspaceEngine
@@ -37,8 +37,8 @@ class Generator:
     def load(self, checkpoint: Path) -> None:
         """Replace the weights, in place, by those of a checkpoint of the same model.
 
-        The sampling noise starts anew, so that what a checkpoint generates does not depend on what was generated
-        before, and the checkpoints of a comparison meet the same noise.
+        The sampling noise starts again from the seed, so the texts of a checkpoint do not depend on earlier calls, and
+        all checkpoints of a comparison get the same noise.
         ValueError: the folder holds no safetensors file, or tensors of another model.
         """
         import torch

@@ -1,10 +1,10 @@
-"""Backspace inside vLLM: a scheduler that shortens a request when the model takes a token back.
+"""Backspace inside vLLM: a scheduler that shortens a request when the model deletes a token.
 
-The scheduler is the only owner of a request's length. Each step it tells the V1 runner how many tokens are computed and
-how many were generated, and the runner cuts its own copy to that. Popping a token here is therefore the whole
-roll-back: the next step runs the last remaining token again (one ordinary decode step) and overwrites its key-value
-entry with the same value. That is safe only in a block nobody else reads, so a request with backspace neither shares
-nor looks up a block that holds its last prompt token or anything after it.
+Only the scheduler owns a request's length. In each step it tells the V1 runner how many tokens are computed and how
+many were generated, and the runner cuts its own copy to that length. So popping a token here is the whole roll-back:
+the next step runs the last token again (one ordinary decode step) and overwrites its key-value entry with the same
+value. That is safe only in a block that no other request reads. So a request with backspace neither shares nor looks up
+a block with its last prompt token or any later token.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ STOP_MAX_ACTIONS = "max_actions"
 
 @dataclass(slots=True)
 class DecodingState:
-    """What scheduler and logits processor know of one request beyond its text.
+    """State of one request beyond its text, for scheduler and logits processor.
 
-    Both see the same object, which travels in the request's sampling parameters inside one process. So it survives a
-    preemption, after which vLLM rebuilds everything else about a request from its reduced text.
+    Both use the same object in the request's sampling parameters, inside one process. So it survives a preemption,
+    after which vLLM rebuilds the rest of the request from its shortened text.
 
-    forced_prefix: ids forced as the first actions, in order. Counted by actions: once deleted they stay deleted.
+    forced_prefix: ids forced as the first actions, in order. Counted by actions: deleted ones are not forced again.
     always_masked: ids that are never sampled.
-    num_cacheable_tokens: leading tokens whose key-value blocks may be shared; None where nothing is ever rewritten.
+    num_cacheable_tokens: leading tokens whose key-value blocks may be shared; None where no block is rewritten.
     banned: banned[d] holds the ids deleted at the current text's prefix of d generated tokens. A stack is
-        enough: a text that was taken back can't come back, because its last token is banned from then on.
+        enough: a deleted text cannot occur again, because its last token is banned from then on.
     """
 
     backspace_id: int
@@ -54,11 +54,11 @@ class DecodingState:
 
     @property
     def forced_token(self) -> int | None:
-        """The id of the forced prefix that the next action must be, if any is left."""
+        """The id that the next action must be, if the forced prefix has not ended."""
         return self.forced_prefix[self.num_actions] if self.num_actions < len(self.forced_prefix) else None
 
     def is_backspace(self, token_id: int) -> bool:
-        """True where this id takes a token back instead of being appended."""
+        """Whether this id deletes a token and is not appended."""
         return self.allow_backspace and token_id == self.backspace_id
 
     def record_append(self) -> None:
@@ -68,7 +68,7 @@ class DecodingState:
             self.banned.append([])
 
     def record_deletion(self, deleted_id: int) -> None:
-        """Count a backspace that took `deleted_id` back."""
+        """Count a backspace that deleted `deleted_id`."""
         self.num_actions += 1
         if self.ban_deleted:
             self.banned.pop()
@@ -95,7 +95,7 @@ class BackspaceScheduler(Scheduler):  # type: ignore[misc]  # vLLM ships no type
         cache_blocks = coordinator.cache_blocks
 
         def cache_private_blocks(request: Request, num_computed_tokens: int) -> None:
-            """Stop the prefix cache at the last block that a request can't rewrite any more."""
+            """Stop the prefix cache at the last block that the request can no longer rewrite."""
             state = decoding_state(request.sampling_params)
             if state is not None and state.num_cacheable_tokens is not None:
                 num_computed_tokens = min(num_computed_tokens, state.num_cacheable_tokens)

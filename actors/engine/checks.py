@@ -1,5 +1,5 @@
-"""Refusals before an engine starts: a machine or an environment that lacks something, and features of vLLM with which
-taking tokens back would be wrong or unproved. Imports nothing heavy: commands call `check_machine` first.
+"""Checks before an engine starts: of the machine, of the environment, and of features of vLLM with which deletions
+would be wrong or untested. Does not import vLLM at the top, since commands call `check_machine` first.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 KERNEL_LIBRARIES = {"libnuma.so.1": "libnuma1"}
-"""Shared libraries of vLLM's CPU kernels, with the Debian packages that hold them."""
+"""Shared libraries of vLLM's CPU kernels -> their Debian packages."""
 
 
 def check_machine(enforce_eager: bool) -> None:
     """Refuse a machine on which an engine cannot start or would fail at its first step.
 
-    The CPU build of vLLM compiles only where it is asked to (`enforce_eager=False`), with a C++ compiler; on GPUs
-    Triton compiles the launchers of kernels in any case, with a C compiler. Both include Python's headers.
-    The ValueError names all that is missing, and the Debian packages that bring it.
+    The CPU build of vLLM compiles only with `enforce_eager=False`, with a C++ compiler. On GPUs Triton always compiles
+    the launchers of kernels, with a C compiler. Both include Python's headers. The ValueError names everything that is
+    missing and its Debian packages.
     """
     on_cpu = _is_cpu_build()
     missing = {name: package for name, package in KERNEL_LIBRARIES.items() if on_cpu and not _loads(name)}
@@ -49,7 +49,7 @@ def check_machine(enforce_eager: bool) -> None:
 
 
 def _is_cpu_build() -> bool:
-    """As vLLM itself tells it: by the name or the version of its package."""
+    """Whether the version of the package names a CPU build, as vLLM itself checks."""
     try:
         return "cpu" in importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -65,7 +65,7 @@ def _loads(library: str) -> bool:
 
 
 def check_environment() -> None:
-    """Raise a RuntimeError where a variable of the environment has another value than backspace needs."""
+    """RuntimeError where an environment variable has another value than backspace needs."""
     for name, value in REQUIRED_ENVIRONMENT.items():
         if os.environ.get(name) != value:
             raise RuntimeError(
@@ -75,7 +75,7 @@ def check_environment() -> None:
 
 
 def check_vllm_config(config: VllmConfig) -> None:
-    """Raise a ValueError where scheduler or runner can't roll a request back; it names the settings and why."""
+    """ValueError where scheduler or runner cannot roll a request back; it names the settings and the reasons."""
     parallel = config.parallel_config
     problems = {
         "async_scheduling must be False: the next step is launched before the scheduler sees a backspace": (
@@ -90,7 +90,7 @@ def check_vllm_config(config: VllmConfig) -> None:
             parallel.pipeline_parallel_size > 1
         ),
         "data_parallel_size must be 1: actors share the work": parallel.data_parallel_size > 1,
-        # vLLM's own executors go by names; a class is `RankExecutor`.
+        # vLLM's own executors are strings; a class is `RankExecutor`.
         "tensor_parallel_size must be 1 unless each rank is an engine of its own (RankedEngine): forced and banned "
         "tokens live in the engine's own process": (
             parallel.tensor_parallel_size > 1 and not isinstance(parallel.distributed_executor_backend, type)

@@ -1,13 +1,13 @@
-"""A vLLM engine in which the model can take tokens back.
+"""A vLLM engine in which the model can delete its tokens.
 
     engine = BackspaceEngine(EngineSettings(model_dir), contract)
     engine.add("a", prompt_ids, SamplingSettings(max_new_tokens=64, max_actions=128))
     while engine.num_unfinished:
         rollouts += engine.step()
 
-The engine lives in the process that creates it, one per process, and everything happens between two calls of `step`:
-weights are replaced, requests aborted, probes computed. It seeds torch's global random generator and takes its sampling
-noise from there. Set `engine_environment()` before the process imports vLLM.
+A process creates at most one engine and runs it itself. Between two calls of `step` the caller can load weights, abort
+requests and compute probes. The engine seeds torch's global random generator and takes its sampling noise from it. Set
+`engine_environment()` before the process imports vLLM.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ UNLOADED = -1
 """Version of weights that were never loaded (`load_format="dummy"`)."""
 
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "eos", "length": "max_length", "abort": "aborted"}
-"""By vLLM's names."""
+"""Keys: vLLM's names."""
 
 
 def compile_nothing(enforce_eager: bool) -> None:
-    """For this process, from now on; False: compile what torch is asked to, as usual.
+    """Switch torch's compiler off in this process; False switches it on.
 
     vLLM's own `enforce_eager` still compiles two helpers of sampling, for 8 s at every start, with a compiler that a
     machine may lack. TORCH_COMPILE_DISABLE would have to be set before torch is imported.
@@ -53,12 +53,11 @@ def compile_nothing(enforce_eager: bool) -> None:
 class BackspaceEngine:
     """One engine. Not thread-safe; every method returns between two engine steps.
 
-    contract: what the ids mean. Backspace is never part of the model's input; an `<eos>` can't be taken back; ids
-        without a token are never sampled, and no prompt may hold one.
+    contract: meaning of the ids. Backspace is never part of the model's input; `<eos>` cannot be deleted; ids without
+        a token are never sampled, and no prompt may have one.
 
     Raises:
-        ValueError: vLLM was configured, or the model is built, in a way that can't be rolled back; or the machine
-            lacks something.
+        ValueError: the model or the configuration of vLLM does not support deletions, or the machine lacks something.
         RuntimeError: the environment lacks what `engine_environment` asks for.
     """
 
@@ -83,10 +82,10 @@ class BackspaceEngine:
         self._llm = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         self._core = self._llm.engine_core.engine_core
         self._unfinished: dict[str, tuple[str, Int32]] = {}  # request id -> vLLM's id, prompt
-        self._ready: list[FinishedRollout] = []  # finished inside a blocking call, handed out by the next step()
+        self._ready: list[FinishedRollout] = []  # finished inside a blocking call, returned by the next step()
         self._failure: str | None = None
         self.version: int
-        """Of the policy behind the next action: 0 of the weights in `model_dir`, `UNLOADED` without any."""
+        """Policy version of the next action: 0 for the weights in `model_dir`, `UNLOADED` without weights."""
         self._set_version(UNLOADED if settings.load_format == "dummy" else 0)
 
     def _engine_args(self, settings: EngineSettings) -> EngineArgs:
@@ -130,7 +129,7 @@ class BackspaceEngine:
         """Queue a request.
 
         request_id: unique among the unfinished requests. prompt_ids: [P], P >= 1; the floor is its end.
-        forced_prefix: ids that are forced as the first actions. The model may take them back afterwards.
+        forced_prefix: ids that are forced as the first actions. The model may delete them afterwards.
 
         Raises:
             ValueError: ids, lengths or limits don't fit; the message says which.
@@ -183,7 +182,7 @@ class BackspaceEngine:
         return finished + (self._step() if self._unfinished else [])
 
     def abort(self, request_ids: Iterable[str]) -> list[FinishedRollout]:
-        """End requests now and return what they did so far; ids that are not unfinished are ignored."""
+        """End requests now and return their actions so far; ids that are not unfinished are ignored."""
         rollouts = []
         for request_id in request_ids:
             if request_id in self._unfinished:
@@ -199,35 +198,35 @@ class BackspaceEngine:
         return self.complete(prefixes, SamplingSettings(max_new_tokens=1, max_actions=1, backspace=False))
 
     def complete(self, prompts: Sequence[TokenIds], sampling: SamplingSettings) -> list[FinishedRollout]:
-        """Run requests to their end, all with the present weights; gives them in the order of their prompts.
+        """Run requests to their end with the present weights; gives them in the order of their prompts.
 
-        Other requests advance meanwhile; those that end are returned by the next `step`.
+        Other requests advance meanwhile; the next `step` returns those that ended.
         """
         names = dict.fromkeys(f"complete-{index}" for index in range(len(prompts)))
-        drawn: dict[str, FinishedRollout] = {}
+        completed: dict[str, FinishedRollout] = {}
         try:
             for name, prompt in zip(names, prompts, strict=True):
                 self.add(name, prompt, sampling)
-            while len(drawn) < len(names):
+            while len(completed) < len(names):
                 for rollout in self._step():
                     if rollout.request_id in names:
-                        drawn[rollout.request_id] = rollout
+                        completed[rollout.request_id] = rollout
                     else:
                         self._ready.append(rollout)
         except BaseException:
             self.abort(names)
             raise
-        return [drawn[name] for name in names]
+        return [completed[name] for name in names]
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replace all weights in place. Unfinished requests go on from their current text, whose key-value cache is
-        computed again, so every later action is one of the new policy alone, and carries `version`.
+        """Replace all weights in place. Unfinished requests continue from their current text. Their key-value cache is
+        computed again, so every later action comes from the new policy alone and carries `version`.
 
         tensors: Hugging Face name and tensor of every parameter, read during the call only. A tied pair counts as one
-            and may come under both names.
+            and may have both names.
 
         Raises:
-            ValueError: a tensor is missing, unknown or misshapen, or the version goes back; nothing was changed.
+            ValueError: a tensor is missing, unknown or misshapen, or the version decreases; nothing was changed.
             RuntimeError: loading failed half-way; this engine refuses all further work.
         """
         self._check_not_fenced()
@@ -245,8 +244,8 @@ class BackspaceEngine:
     def probe(self, token_ids: TokenIds) -> Float32:
         """Log-probabilities of a fixed sequence [N] under the current weights, by the engine's own kernels.
 
-        Unfinished requests wait meanwhile: they neither advance nor lose their place, and the noise they will
-        be sampled with does not change.
+        Unfinished requests wait meanwhile: they neither advance nor lose their place, and their sampling noise does
+        not change.
 
         Gives [N-1]: log p(token_ids[i+1] | token_ids[:i+1]) over the whole vocabulary, backspace and ids without a
         token included.
@@ -256,7 +255,7 @@ class BackspaceEngine:
         if not 2 <= len(ids) < self.settings.max_length:
             raise ValueError(f"a probe needs 2 to {self.settings.max_length - 1} tokens, this one has {len(ids)}")
         params = SamplingParams(
-            temperature=0.0,  # draws no noise
+            temperature=0.0,  # uses no noise
             max_tokens=1,
             prompt_logprobs=0,
             flat_logprobs=True,
@@ -284,7 +283,7 @@ class BackspaceEngine:
         return [self._finish(output.request_id, output.outputs[0]) for output in self._llm.step()]
 
     def _finish(self, request_id: str, completion: CompletionOutput) -> FinishedRollout:
-        """Translate what vLLM returns of a request, sampled with `logprobs=0` and `flat_logprobs=True`."""
+        """Convert vLLM's output of a request, sampled with `logprobs=0` and `flat_logprobs=True`."""
         _, prompt_ids = self._unfinished.pop(request_id)
         reason = _FINISH_REASONS.get(completion.finish_reason)
         if reason is None:

@@ -1,5 +1,5 @@
-"""What goes into a rollout engine and what comes out: its settings, those of a request, and finished requests as rows
-of the trajectory schema. Imports nothing heavy, so that whoever only names these types need not load vLLM.
+"""The types of a rollout engine: its settings, the settings of a request, and finished requests as rows of the
+trajectory schema. Does not import vLLM, so other modules can use these types cheaply.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FinishReason = Literal["eos", "max_length", "max_actions", "aborted"]
 assert get_args(FinishReason) == FINISH_REASONS
 
 REQUIRED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-"""One process, because scheduler, sampler and weights are reached directly; the V1 runner, because it alone
-rolls a request back when the scheduler shortens it and draws fresh noise afterwards."""
+"""One process, because we access scheduler, sampler and weights directly. The V1 runner, because only it rolls a
+request back when the scheduler shortens it, and samples with new noise afterwards."""
 
 _schema_of = lru_cache(maxsize=8)(trajectory_schema)
 
@@ -35,8 +35,8 @@ _schema_of = lru_cache(maxsize=8)(trajectory_schema)
 class EngineSettings:
     """One engine, in the process that creates it.
 
-    model_dir: folder (or hub name) in Hugging Face format; weights in safetensors only, since other files are
-        pickles, which run what they hold. `load_format="dummy"` reads only its config.json: the engine starts
+    model_dir: folder (or hub name) in Hugging Face format; weights in safetensors only, since pickles
+        can execute code. `load_format="dummy"` reads only its config.json: the engine starts
         with random numbers and refuses requests until the first `load_weights`.
     max_length: prompt + text after all deletions, in tokens. A rollout may hold more actions than that.
     actors: number format, memory, threads, compilation, and requests that share one step.
@@ -72,12 +72,12 @@ def engine_environment(num_threads: int = 1) -> dict[str, str]:
 
 
 class SamplingSettings(RolloutSettings):
-    """How one request is sampled: `max_new_tokens` bounds the text *after deletions*, `max_actions` what leads to it.
+    """How one request is sampled. `max_new_tokens` bounds the text *after deletions*, `max_actions` the actions.
 
     temperature: 0 is greedy.
-    ban_deleted: a token that was deleted at a state is not offered there again. Inference only: the sampled
-        distribution is then not a function of the text, which training assumes.
-    ban_eos: <eos> is never sampled: only a limit ends the rollout.
+    ban_deleted: a token that was deleted at a state is masked there. Inference only: training assumes that the
+        distribution depends on the text alone.
+    ban_eos: <eos> is never sampled, so only a limit ends the rollout.
     """
 
     temperature: float = Field(1.0, ge=0.0)
@@ -93,11 +93,11 @@ class SamplingSettings(RolloutSettings):
 
 @dataclass(frozen=True, eq=False)
 class FinishedRollout:
-    """What the policy did in one request. T actions, P prompt tokens.
+    """The actions of the policy in one request. T actions, P prompt tokens.
 
     prompt_ids: [P]. actions: [T] ids as sampled, backspaces and deleted tokens included.
-    logprobs: [T] of the distribution each action was drawn from (after masks, temperature and top-p); forced
-        actions have 0, they were certain. Greedy actions have the log-probability at temperature 1.
+    logprobs: [T] of the distribution each action was sampled from (after masks, temperature and top-p); forced
+        actions have 0. Greedy actions have the log-probability at temperature 1.
     policy_version: [T] version of the weights behind each action.
     """
 
@@ -144,7 +144,7 @@ def _equal_columns(
     values = {
         "source": "policy",
         "task": task,
-        "executed": None,  # nothing was injected
+        "executed": None,  # no injected errors
         "weights_fingerprint": fingerprint,
         "sampling": {"temperature": sampling.temperature, "top_p": sampling.top_p, "backspace": sampling.backspace},
         "reward": None,
@@ -156,7 +156,7 @@ def _equal_columns(
 
 
 def _offsets(arrays: Sequence[npt.NDArray[np.generic]]) -> Int32:
-    """[n + 1] where each array begins when they are joined, and where the last one ends."""
+    """[n + 1] offsets of the concatenated arrays."""
     offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
     np.cumsum(np.fromiter(map(len, arrays), np.int32, len(arrays)), out=offsets[1:])
     return offsets

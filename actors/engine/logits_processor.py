@@ -19,8 +19,8 @@ IDS_WITHOUT_TOKEN = "sequencematch_ids_without_token"
 class BackspaceLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM ships no types
     """Applies each request's `DecodingState` to its row of the batch.
 
-    In a step of ordinary rollouts the work is one scan for empty outputs; tensors of masked cells are built
-    when the set of masked rows changes, not per step.
+    A step of ordinary rollouts costs one scan for empty outputs. Tensors of masked cells are built only when the set
+    of masked cells changes.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
@@ -96,7 +96,7 @@ class _Cells:
             logits[self._index[0], self._index[1]] = value
 
     def keep_only(self, logits: torch.Tensor) -> None:
-        """Give the cells all the probability of their rows."""
+        """Mask all other ids in the rows of these cells."""
         if self._pairs:
             logits[self._index[0]] = -torch.inf
             self.fill(logits, 0.0)

@@ -1,9 +1,9 @@
 """The engine of one actor, and the other processes of a large model's engine (`actors.tensor_parallel_size`).
 
-The actor is rank 0. It makes the others as Ray actors of its own, so that they end with it, on its node, with the
-resources that Ray has set aside for it. They repeat each call of its engine; Ray keeps the order. None is waited for:
-they keep step by exchanging tensors. What they answer, a digest of all that they drew, is compared with the actor's own
-after later steps, and before rollouts leave it.
+The actor is rank 0. It creates the other ranks as Ray actors on its node; they use the resources that Ray reserved for
+it, and end with it. They repeat each call of its engine, in the same order. Rank 0 does not wait for their answers: the
+exchange of tensors synchronizes the ranks. Each answer is a digest of all sampled tokens. The actor compares it with
+its own after later steps, and before it sends rollouts.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 NUM_UNANSWERED = 8
-"""Calls that other ranks may be behind. A step cannot end without all ranks, so they are one or two in practice."""
+"""Unanswered calls of the other ranks, at most. A step needs all ranks, so there are one or two in practice."""
 
 BLAME_TIMEOUT_S = 5.0
-"""Ray tells of a dead process later than its broken connections do."""
+"""Longest wait for Ray to report a dead rank; its connections break earlier."""
 
 Publication = tuple[WeightManifest, WeightHandle]
 
 
 class EngineRankError(RuntimeError):
-    """A rank died, failed, fell silent, or draws other tokens than the rest: the actor is of no more use."""
+    """A rank died, failed, does not answer, or sampled other tokens than rank 0. The actor cannot be used any more."""
 
 
 class EngineRank:
@@ -52,7 +52,7 @@ class EngineRank:
         ignore_stop_signals()
         if visible_gpus is not None:
             os.environ[VISIBLE_GPUS] = visible_gpus
-        import actors.engine.ranked_engine  # noqa: F401  # takes seconds, for which nobody is to wait in the group
+        import actors.engine.ranked_engine  # noqa: F401  # takes seconds: load it before the ranks connect
 
     def ready(self) -> int:
         """Returns once vLLM is loaded."""
@@ -76,14 +76,14 @@ class EngineRank:
 
 
 class RankGroup:
-    """Rank 0's engine, the weights that come into it, and the other ranks, if there are any.
+    """Rank 0's engine, its weight loader, and the other ranks, if there are any.
 
-    settings: of each rank; the folder of the model may be gone once this returns. `actors` says how many ranks there
-        are; its `start_timeout_s` bounds the wait for their start, its `health_timeout_s` later ones.
+    settings: of each rank; the folder of the model is not needed after the creation. `actors` has the number of ranks;
+        `start_timeout_s` bounds the wait for their start, `health_timeout_s` later waits.
 
     Raises (on creation):
         ValueError: the engine cannot be built.
-        EngineRankError: a rank did not come, or failed.
+        EngineRankError: a rank did not start, or failed.
     """
 
     def __init__(self, name: str, settings: EngineSettings, contract: TokenContract) -> None:
@@ -99,7 +99,7 @@ class RankGroup:
             self.engine = self._divided(settings, contract)
             self.settle()
         else:
-            # Here, not at the top: whoever only names these classes should not load vLLM for it.
+            # Not at the top: importing these classes should not load vLLM.
             from actors.engine.engine import BackspaceEngine
 
             self.engine = BackspaceEngine(settings, contract)
@@ -127,26 +127,26 @@ class RankGroup:
         return self._leader
 
     def load_weights(self, manifest: WeightManifest, handle: WeightHandle) -> None:
-        """Load a publication into the engines of all ranks; each takes it itself. Raises as `WeightLoader.load`."""
+        """Load a publication into the engines of all ranks; each rank fetches it. Raises as `WeightLoader.load`."""
         alone = self._leader is None
         with nullcontext() if alone else self._repeated(publication=(manifest, handle)):
             self.loader.load(manifest, handle)
 
     def settle(self) -> None:
-        """Wait until all ranks have made the calls of rank 0; an EngineRankError where they drew other tokens."""
+        """Wait until all ranks have made the calls of rank 0; EngineRankError where they sampled other tokens."""
         while self._pending:
             self._check_oldest()
 
     def _repeated(self, *calls: EngineCall, publication: Publication | None = None) -> AbstractContextManager[None]:
-        """As long as rank 0 makes these calls, which are sent to the others here."""
+        """Send these calls to the other ranks; open while rank 0 makes them itself."""
         sent = [*self._unsent, *calls]
         self._unsent.clear()
         return self._together([rank.repeat.remote(sent, publication) for rank in self._others])
 
     @contextmanager
     def _together(self, answers: list[ray.ObjectRef]) -> Iterator[None]:
-        """While rank 0 makes the call that the others will have answered by `answers`."""
-        # Those of the last step are hardly here yet, and asking costs as much as the answer.
+        """Open while rank 0 makes the call that the others answer with `answers`."""
+        # The answers of the last step are rarely there yet, and a check costs as much as reading them.
         while len(self._pending) > 1 and (
             len(self._pending) > NUM_UNANSWERED or all(call.done() for call in self._pending[0][0])
         ):
@@ -155,9 +155,9 @@ class RankGroup:
         try:
             yield
         except WeightMismatchError:
-            raise  # all ranks have found the same
+            raise  # all ranks find the same mismatch
         except RuntimeError as error:
-            # Who is lost has failed first, and the others for want of it.
+            # A dead rank is the cause; the others failed because it is missing.
             ray.wait(answers, num_returns=len(answers), timeout=BLAME_TIMEOUT_S)
             together = f"{len(answers) + 1} ranks of {self._name} failed together"
             _, reason = min(filter(None, (_failure(call, 0.0) for call in calls)), default=(0, together))
@@ -170,7 +170,7 @@ class RankGroup:
         for call in calls:
             if _answer(call, self._timeout_s) != digest:
                 raise EngineRankError(
-                    f"{call.who} has drawn other tokens than rank 0; the rollouts since the last hand-over are "
+                    f"{call.who} sampled other tokens than rank 0; the rollouts since the last flush are "
                     "dropped. If it happens again, set actors.tensor_parallel_size=1"
                 )
 
@@ -186,13 +186,13 @@ def _answer(call: RemoteCall[int], timeout_s: float) -> int:
 
 
 def _failure(call: RemoteCall[int], timeout_s: float) -> tuple[int, str] | None:
-    """What went wrong with a rank, by how far it is from being the consequence of something else."""
+    """Order of the cause (0 = most likely the first failure) and description of a failed call; None if it succeeded."""
     try:
         call.result(timeout_s)
     except ray.exceptions.RayTaskError as error:
         return 2, f"{call.who} failed: {type(error.cause).__name__}: {_first_line(error.cause)}"
     except NoAnswerError:
-        return 1, f"{call.who} is silent" + (f" for {timeout_s:g} s" if timeout_s else "")
+        return 1, f"{call.who} did not answer" + (f" for {timeout_s:g} s" if timeout_s else "")
     except ProcessLostError:
         return 0, f"{call.who} died"
     return None

@@ -1,6 +1,6 @@
-"""Engines that are ranks of one model: each holds a part of every layer. All make the same calls in the same order, so
-that they schedule and draw alike; the logits are gathered by all of them, bit for bit the same. Rank 0, a
-`LeadingEngine`, is used like any engine, and its calls are sent to the others, which repeat them.
+"""Engines that are ranks of one model: each has a part of every layer. All ranks make the same calls in the same order
+and gather the same logits, bit for bit, so they schedule and sample alike. Callers use rank 0, a `LeadingEngine`, like
+any engine; the other ranks repeat its calls.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from actors.engine.interface import EngineSettings, FinishedRollout, SamplingSet
 from buffer.trajectory.schema import TokenContract
 
 EngineCall = Callable[["RankedEngine"], object]
-"""A call of a method, which each rank makes on its own engine: by `operator.methodcaller`, which can be sent."""
+"""A method call that each rank makes on its own engine; `operator.methodcaller`, since Ray can pickle it."""
 
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Of an engine among the `size` ranks of a model, all on one machine; rank 0 leads.
+    """The place of an engine among the `size` ranks of a model, all on one machine; rank 0 leads.
 
-    rendezvous_file: path that all of them name, in a folder of their own; not needed once they are connected.
+    rendezvous_file: the same path on all ranks, in a folder of their own; not needed after they have connected.
     timeout_s: longest wait for the others, when they connect and in every collective.
     """
 
@@ -47,41 +47,41 @@ class RankPlace:
 class RankExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM ships no types
     """vLLM's executor in the engine's own process, as one rank of the process group that the engine has joined.
 
-    vLLM's `external_launcher` is nearly that, but gives all ranks of one machine, of whatever engine, the same name in
-    shared memory.
+    vLLM's `external_launcher` is similar, but gives all ranks of all engines on a machine the same name in shared
+    memory.
     """
 
     digest: int = 0
-    """Of all tokens drawn so far and their log-probabilities: the same on all ranks, or they have parted."""
+    """Digest of all sampled tokens and their log-probabilities; equal on all ranks unless they have diverged."""
 
     def _distributed_args(self) -> tuple[str, int, int]:
         rank = dist.get_rank()
-        # On CPU vLLM would let ranks of one name exchange tensors in shared memory, where they wait for each other in
-        # a loop that neither a rank's death nor a time-out ends. By names that differ they use the process group.
+        # On CPU, ranks with the same name exchange tensors in shared memory. There they wait in a loop that neither a
+        # rank's death nor a time-out ends. With different names they use the process group.
         return f"rank-{rank}", rank, rank
 
     def sample_tokens(self, grammar_output: GrammarOutput | None, non_block: bool = False) -> ModelRunnerOutput:
-        """Draw a token for each row of the batch."""
-        assert not non_block, "needs batches in flight, of pipeline parallelism"
+        """Sample a token for each row of the batch."""
+        assert not non_block, "only pipeline parallelism has batches in flight"
         output: ModelRunnerOutput = super().sample_tokens(grammar_output)
-        if output.logprobs is not None:  # a probe alone draws nothing
-            for drawn in (output.logprobs.logprob_token_ids, output.logprobs.logprobs):
-                self.digest = zlib.crc32(drawn.tobytes(), self.digest)
+        if output.logprobs is not None:  # a step with only a probe samples nothing
+            for sampled in (output.logprobs.logprob_token_ids, output.logprobs.logprobs):
+                self.digest = zlib.crc32(sampled.tobytes(), self.digest)
         return output
 
 
 class RankedEngine(BackspaceEngine):
-    """An engine that holds a part of each layer. It works only while the other ranks make the same calls.
+    """An engine that has a part of each layer. It works only while the other ranks make the same calls.
 
-    The constructors of all ranks return together. A RuntimeError is raised where the others were not there in time,
-    here or in any later step.
+    The constructors of all ranks return together. The constructor and every later step raise RuntimeError where another
+    rank did not take part in time.
     """
 
     def __init__(self, settings: EngineSettings, contract: TokenContract, place: RankPlace) -> None:
         self._place = place
         loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}  # Linux, macOS
         for library in ("GLOO", "NCCL") if loopback else ():
-            # They would listen where the machine's name leads.
+            # By default they use the address of the host name, which may be unreachable.
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", min(loopback))
         dist.init_process_group(
             current_platform.dist_backend,
@@ -91,29 +91,29 @@ class RankedEngine(BackspaceEngine):
             timeout=timedelta(seconds=place.timeout_s),
         )
         super().__init__(settings, contract)
-        torch.manual_seed(settings.seed)  # building may have taken numbers, another amount on each rank
+        torch.manual_seed(settings.seed)  # each rank may have used a different count of numbers so far
 
     def _engine_args(self, settings: EngineSettings) -> EngineArgs:
         args = super()._engine_args(settings)
         args.tensor_parallel_size = self._place.size
         args.distributed_executor_backend = RankExecutor
-        # Of the groups that vLLM makes itself.
+        # For the process groups that vLLM creates.
         args.distributed_timeout_seconds = args.cpu_distributed_timeout_seconds = max(1, round(self._place.timeout_s))
         return args
 
     @property
     def digest(self) -> int:
-        """Of all that was drawn so far; the same on all ranks after the same calls."""
+        """Digest of all sampled tokens; equal on all ranks after the same calls."""
         executor = self._core.model_executor
         assert isinstance(executor, RankExecutor)
         return executor.digest
 
 
 class LeadingEngine(RankedEngine):
-    """Rank 0. `load_weights` and `probe` are left to the owner: each rank has to be brought to them with its own data.
+    """Rank 0. It does not send `load_weights` and `probe` to the other ranks: their owner calls them with its own data.
 
-    unsent: gains the calls that the other ranks have to make before the next step.
-    together: sends a call to all other ranks, after those unsent, and lasts as long as this rank makes it itself.
+    unsent: list to which it appends calls that the other ranks make before the next step.
+    together: sends a call to all other ranks, after the unsent ones; open while rank 0 makes the call itself.
     """
 
     def __init__(

@@ -1,14 +1,14 @@
-"""New weights into a running engine: every tensor in its place, and a proof that the engine computes with them.
+"""Loads new weights into a running engine and proves that the engine computes with them.
 
 On CPU vLLM packs each linear layer into a GEMM handle and drops the plain weight; its layerwise reload restores the
 plain layout, loads, and packs again. It misses a language model head that is tied to the embedding, which keeps its own
-packed copy of the *old* weights. The bytes that were sent show nothing of this; only log-probabilities do.
+packed copy of the *old* weights. A check of the sent bytes cannot detect this; only log-probabilities can.
 
 So each publication carries a probe: a fixed sequence, and the learner's log-probabilities of it. Learner and engine
-round at different places. How far they are apart with the first weights of an engine is the noise of this pair; for
-these a bound by number format stands, far below what missing weights show. Later weights are taken for loaded where the
-engine is no farther from the learner's probe of them than noise explains, and nearer to it than to the probe of the
-weights before. Where new and previous weights differ by less than the noise, the fingerprint alone proves them.
+round differently. Their difference with the first weights of an engine is the noise of this pair. A limit by number
+format applies to it, far below the effect of missing weights. Later weights count as loaded if the engine's distance to
+the learner's probe is within the noise, and smaller than its distance to the probe of the previous weights. Where new
+and previous weights differ by less than the noise, the fingerprint alone proves them.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ if TYPE_CHECKING:
     from actors.engine.engine import BackspaceEngine
 
 NOISE_MARGIN = 4.0
-"""So many times the noise is still noise: measured, a healthy engine is off by up to 1.9 times its first error."""
+"""Errors up to this multiple of the noise are allowed; measured: up to 1.9 times the first error."""
 
 _HALF = frozenset({"bfloat16", "float16"})
 
 _FIRST_LIMIT, _FIRST_LIMIT_HALF = 1e-3, 0.5
-"""Largest error with the first weights. Measured: below 1e-5, and 0.002 to 0.18 where one side is in half precision."""
+"""Largest error with the first weights. Measured: below 1e-5; in half precision 0.002 to 0.18."""
 
 _LEAST_MARGIN, _LEAST_MARGIN_HALF = 2e-4, 0.02
-"""By the engine's format."""
+"""Smallest margins, by the engine's format."""
 
 _LEAST_FRACTION_HALF = 0.04
-"""Of the spread of the learner's log-probabilities. Half precision rounds in proportion to the logits, and these grow:
-a model from scratch shows a noise of 0.001 nats untrained and of 0.05 trained. Measured: 0.005 to 0.02 of the spread.
+"""Smallest margin as a fraction of the standard deviation of the learner's log-probabilities. Half precision rounds
+in proportion to the logits, which grow in training: a model from scratch had 0.001 nats of noise, and 0.05 trained.
+Measured: 0.005 to 0.02.
 """
 
 
 class ExpectedTensors:
-    """Tensors of a checkpoint in Hugging Face naming, by config.json alone: the model is built without storage."""
+    """The tensors of a checkpoint, by Hugging Face name, from config.json alone; no storage is allocated."""
 
     def __init__(self, model_dir: str) -> None:
         import torch
@@ -56,12 +57,12 @@ class ExpectedTensors:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=False))
         # A tied pair is one parameter; the first name stands for it, as in the model's own checkpoints.
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        # Others may come along that repeat one (tied weights) or are buffers.
+        # An update may also have the second name of a tied pair, or buffers.
         self._known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._known |= {name for name, _ in model.named_buffers()}
 
     def check(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Raise a ValueError that names the tensor that is missing, unknown, repeated or of the wrong shape."""
+        """ValueError that names a tensor that is missing, unknown, repeated or of the wrong shape."""
         received: set[str] = set()
         for name, tensor in tensors:
             if name in received:
@@ -83,8 +84,8 @@ class ExpectedTensors:
 def load_in_place(model: torch.nn.Module, config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Replace all weights of vLLM's `model` by `tensors` (Hugging Face names, checked by `ExpectedTensors`).
 
-    The tensors are only read and not kept. Where it raises, e.g. because vLLM left a parameter of the model unloaded,
-    the model is half new: don't use it any more.
+    The tensors are read and not kept. After an error, for example because vLLM did not load a parameter, the model is
+    a mixture of old and new weights and must not be used.
     """
     import torch
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -105,7 +106,7 @@ def load_in_place(model: torch.nn.Module, config: ModelConfig, tensors: Iterable
 
 @dataclass(frozen=True)
 class Proof:
-    """What the probe said of the weights that an engine has loaded. Errors and differences are root mean squares over
+    """Result of the probe for the loaded weights of an engine. Errors and differences are root mean squares over
     the tokens of the probe, in nats.
 
     probe_logprobs: the learner's, of these weights. error: of the engine. noise: error with the engine's first weights.
@@ -120,7 +121,7 @@ class Proof:
 
     @property
     def by_fingerprint_alone(self) -> bool:
-        """The probe could not tell these weights from those before."""
+        """Whether the probe cannot distinguish these weights from the previous ones."""
         return self.change is not None and self.change <= self.margin
 
 
@@ -134,7 +135,7 @@ class WeightLoader:
 
     @property
     def note(self) -> str | None:
-        """What people should know of the proof: the noise of this engine, and where it hides what a push changes."""
+        """A remark for users: the noise of this engine, or that it exceeds the change of the newest weights."""
         proof = self._proof
         if proof is not None and proof.change is None:
             return (
@@ -153,7 +154,7 @@ class WeightLoader:
 
         Raises:
             WeightMismatchError: the bytes changed on their way, or the engine does not compute with them.
-            ValueError: they are not those of this model; and what `WeightReceiver.fetch` raises, with nothing changed.
+            ValueError: they belong to another model. Also raises as `WeightReceiver.fetch`. Nothing is changed then.
         """
         payload = self._receiver.fetch(handle)
         verify_fingerprint(payload, manifest)
@@ -165,9 +166,9 @@ class WeightLoader:
 def prove(
     manifest: WeightManifest, engine_logprobs: npt.NDArray[np.floating], before: Proof | None, engine_dtype: str
 ) -> Proof:
-    """Judge the engine's log-probabilities [P-1] of the probe; WeightMismatchError if they are of other weights.
+    """Check the engine's log-probabilities [P-1] of the probe; WeightMismatchError if they belong to other weights.
 
-    before: of the weights that the engine had, which need not be those of the version before; None of its first ones.
+    before: proof of the engine's previous weights (versions may be skipped); None for its first weights.
     engine_dtype: the engine's number format, named as in the manifest.
     """
     new = np.asarray(manifest.probe_logprobs, dtype=np.float64)
@@ -182,7 +183,7 @@ def prove(
         # A learner that publishes in half precision may have computed the probe in it.
         is_half = bool(_HALF & {engine_dtype, *(entry.dtype for entry in manifest.tensors)})
         limit = _FIRST_LIMIT_HALF if is_half else _FIRST_LIMIT
-        if not error <= limit:  # also of what is not a number
+        if not error <= limit:  # also if it is nan
             raise _mismatch(manifest, found, new, f"at most {limit:g} with its first weights")
         return Proof(manifest.probe_logprobs, error, error, _margin(error, new, engine_dtype))
     previous = np.asarray(before.probe_logprobs, dtype=np.float64)

@@ -39,7 +39,7 @@ def test_an_actor_goes_with_any_of_its_processes_and_the_run_goes_on(tmp_path: P
         process.terminate()
         assert ended(process, folder).code == 75, process.printed()
     hanging, dead = failures(folder)
-    assert "EngineRankError: rank 1 of actor-0 is silent: " in hanging
+    assert "EngineRankError: rank 1 of actor-0 did not answer: " in hanging
     assert "EngineRankError: rank 1 of actor-0 died" in dead
     assert_audit_is_clean(folder)
 

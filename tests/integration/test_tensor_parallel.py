@@ -81,7 +81,7 @@ def test_ranks_that_draw_other_tokens_are_found_out(worker: ActorHandle) -> None
     sampling = SamplingSettings(max_new_tokens=20, max_actions=20, backspace=False, ban_eos=True)
     request = Request("parting", shared_prompts(1, 8, seed=0)[0], sampling)
     told = ray.get(worker.part.remote(request), timeout=TIMEOUT_S)
-    assert "rank 1 of the actor has drawn other tokens than rank 0" in told
+    assert "rank 1 of the actor sampled other tokens than rank 0" in told
 
 
 def test_an_actor_that_dies_takes_its_other_processes_along(worker: ActorHandle) -> None:
