@@ -1,4 +1,4 @@
-"""The train command after its settings are read: the run itself, its evaluation, and what is said at the end."""
+"""The train command after its settings are read: the run, its evaluation, and the messages at its end."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from launch.settings.run import RunSettings, needs_actors
 
 
 def start_run(settings: RunSettings, name: str | None, console: Console, evaluate_after: bool) -> Path:
-    """Train a new run, evaluate it, and give its folder. A run that is refused before its first step leaves none.
+    """Train a new run, evaluate it, and return its folder. A run that is refused before its first step leaves none.
 
     Raises:
-        UserError: the run cannot be had as the settings ask. RunFailedError: see `launch.run.driver.train`.
+        UserError: the settings cannot be met. RunFailedError: see `launch.run.driver.train`.
         RunStoppedError: a signal stopped it.
     """
     with setting_up():
@@ -40,7 +40,7 @@ def start_run(settings: RunSettings, name: str | None, console: Console, evaluat
             _run_and_report(settings, folder, console, evaluate_after)
         except (UserError, OSError) as error:
             if not has_begun(folder) and (isinstance(error, UserError) or is_disk_full(error)):
-                shutil.rmtree(folder)  # the same command, mended, needs the name
+                shutil.rmtree(folder)  # the corrected command needs the name
             raise
     return folder
 
@@ -48,9 +48,9 @@ def start_run(settings: RunSettings, name: str | None, console: Console, evaluat
 def resume_run(
     path: Path, console: Console, evaluate_after: bool, overrides: Sequence[str] = (), recipe: RunSettings | None = None
 ) -> None:
-    """Train all stages of a run that are not done, and evaluate it; of a finished run only say that it is.
+    """Train all stages of a run that are not done, and evaluate it; a finished run only gets a message.
 
-    Settings that have changed are named. overrides: of the run's own settings. recipe: what they are to be instead.
+    Changed settings are printed. overrides: of the run's own settings. recipe: replaces the run's own settings.
     Raises as `start_run`.
     """
     run_config(path)
@@ -114,7 +114,7 @@ def _finish(folder: Path, settings: RunSettings, console: Console, evaluate_afte
             show_evaluation(evaluation, console)
             _say(console, f"\nall numbers: {shown}/{EVALUATION_FILE}, rollouts: {shown}/{SAMPLES_FOLDER}/")
         is_evaluated = True
-    finally:  # whatever ended the evaluation, a signal or a defect too: training is done, and nothing of it is lost
+    finally:  # after any error or signal: training is done, and its result is saved
         if not is_evaluated:
             checkpoints = ", ".join(str(shown_path(target.checkpoint)) for target in _targets(settings, folder))
             _say(
@@ -129,7 +129,7 @@ def _finish(folder: Path, settings: RunSettings, console: Console, evaluate_afte
 
 
 def _targets(settings: RunSettings, folder: Path) -> list[Target]:
-    """The checkpoints that the recipe wants to have evaluated."""
+    """The checkpoints that the recipe evaluates."""
     stages = settings.evaluation.stages or (settings.result_stage,)
     return [Target(stage, final_checkpoint(settings, folder, stage)) for stage in stages]
 

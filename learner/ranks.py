@@ -1,9 +1,9 @@
-"""The ranks of a learner: processes that take one optimizer step together, each on its share of the batch and with its
+"""The ranks of a learner: processes that take each optimizer step together, each on its part of the batch and with its
 part of every weight, gradient and moment (FSDP2).
 
-Rank 0 leads: it draws the data, decides whether to go on, publishes, logs and writes checkpoints. What the ranks do
-together (a *collective*) each of them must do in the same order. A rank that fails leaves the others waiting, so every
-wait has a time-out, and whoever started the ranks ends all of them when one has failed.
+Rank 0 leads: it samples the data, decides whether to continue, publishes, logs and writes checkpoints. All ranks must
+call *collectives* in the same order. If a rank fails, the others wait for it. So every wait has a timeout, and the
+process that started the ranks ends all of them once one has failed.
 
 What lies outside the decoder layers belongs to FSDP's root and stays gathered from the forward to the end of the
 backward pass. Losses are normalized by global counts, so gradients are *summed* over the ranks, in float32.
@@ -31,7 +31,7 @@ from learner.state_tree.policy import TreePolicy
 
 
 class RankLostError(RuntimeError):
-    """This rank could not go on with the others. Another one's error, or the end of its process, may say why."""
+    """This rank has lost another one. The cause may be the error of another rank or the end of its process."""
 
 
 class Ranks:
@@ -107,7 +107,7 @@ class Ranks:
 
 
 def open_rendezvous(host: str, size: int, timeout_s: float) -> dist.TCPStore:
-    """Where `size` ranks find each other, held by this process; its `port` is a free one of the address `host`."""
+    """Open the store where `size` ranks find each other, in this process, at a free `port` of the address `host`."""
     family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
     listening = socket.create_server((host, 0), family=family)  # left to itself, the store listens on every interface
     return dist.TCPStore(
@@ -126,8 +126,7 @@ def join_ranks(rank: int, size: int, rendezvous: dist.TCPStore | tuple[str, int]
     GPU by NCCL.
 
     rendezvous: the store of `open_rendezvous` (rank 0), or its host and port (the others). timeout_s: longest wait for
-    the
-    others, here (RankLostError: not all came) and in every collective from now on.
+    the others, here (RankLostError: not all came) and in every collective from now on.
     """
     timeout = timedelta(seconds=timeout_s)
     _keep_to_loopback(rendezvous[0] if isinstance(rendezvous, tuple) else rendezvous.host)
@@ -183,7 +182,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def synchronize_gradients(policy: TreePolicy, enabled: bool) -> None:
-    """Whether the next backward pass sums gradients over the ranks; without, they pile up where they are."""
+    """Whether the next backward pass sums gradients over the ranks; if not, each rank accumulates its own."""
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(enabled)
 

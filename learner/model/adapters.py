@@ -5,7 +5,7 @@ embedding is untied first: its copy is trained, while the input embedding stays 
 
 The frozen linear layers may be held in 4 bits (NF4 with doubly quantized scales: QLoRA, arXiv 2305.14314), through
 bitsandbytes. They are quantized one by one after loading, whatever format the weights came in, and the model's config
-keeps silent about it: what is published and saved are dequantized weights, so every reader sees an ordinary model.
+does not mention it: published and saved weights are dequantized, so readers get an ordinary model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PEFT_PREFIX = "base_model.model."
 """What peft's files put before the names of a model's own modules."""
 
 _LARGEST_RELATIVE_ERROR = 0.2
-"""Of an NF4 round trip of normal numbers, as a share of their spread: it is about 0.09 where the library works."""
+"""Error of an NF4 round trip of normal numbers, in standard deviations: about 0.09 if the library works."""
 
 
 def add_adapters(

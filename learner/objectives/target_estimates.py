@@ -6,7 +6,7 @@ times only, or once. So the mean over all of them counts in each as one rollout 
 
     Z_c = (sum of its ratios + mean ratio of all prompts) / (n + 1).
 
-It is biased toward that mean, by a share 1 / (n + 1) of the difference; a prompt that was never seen before has the
+It is biased toward that mean, by a fraction 1 / (n + 1) of the difference; a prompt that was never seen before has the
 mean itself. For a rollout x both leave x itself out, so that neither depends on it: divided by Z_c, the direction of
 each prompt's own target stays unbiased, and only the weight of the prompt among the others is biased, by the above and
 by E[1 / Z_c] > 1 / E[Z_c], of the order of the variance of the ratios over n Z_c^2.
@@ -14,8 +14,7 @@ by E[1 / Z_c] > 1 / E[Z_c], of the order of the variance of the ratios over n Z_
 **lambda**, for which an exponential family p(x) ~ w(x) exp(lambda . phi(x)) has given moments, on samples x_j with
 importance weights w_j, by self-normalized importance sampling: the lambda that makes E_p[phi] = target maximizes the
 concave lambda . target - log sum_j w_j exp(lambda . phi_j), whose gradient is target - E_p[phi] and whose
-Hessian is
--Cov_p[phi]. Newton's method finds it, with steps that are halved until the value rises.
+Hessian is -Cov_p[phi]. Newton's method finds it, with steps that are halved until the value rises.
 
 That is lambda of the joint law of prompt and text. A policy cannot change its prompts: one lambda for all of them has
 to make the *mean over prompts* of E_{p_c}[phi] the target. With u_j = w_j exp(lambda . phi_j) and Z_c of the other
@@ -43,7 +42,7 @@ MAX_CONTEXTS = 2**17
 
 MAX_ITERATIONS = 100
 TOLERANCE = 1e-6
-"""Largest difference of a moment from its target, as a share of the range of its feature."""
+"""Largest difference of a moment from its target, as a fraction of the range of its feature."""
 
 TELLING_SAMPLES = 32
 """A prompt with fewer samples may have values of a feature that they do not show."""

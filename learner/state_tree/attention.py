@@ -1,7 +1,7 @@
 """Attention of transformers' models over a state tree, chosen by device, without a change to any model class.
 
 A model that runs PyTorch's fused attention (`sdpa`) is switched to the attention function of this file. It gives
-exactly `sdpa` unless it is told of a tree: then it runs dense kernels over tiles, or on a GPU `flex_attention` with a
+exactly `sdpa` unless it gets a tree: then it runs dense kernels over tiles, or on a GPU `flex_attention` with a
 block mask. A model with another attention gets the dense N x N mask, added to its scores.
 
 A tile is T queries in preorder. A node that a query of the tile sees lies in the tile, or else is an ancestor of the

@@ -257,7 +257,7 @@ def _features(column: pa.ListArray) -> Tensor:
     width = len(numbers) // len(column)
     lengths = column.value_lengths().fill_null(0).to_numpy()
     if (lengths != width).any():
-        raise ValueError(f"logs of one batch have between {lengths.min()} and {lengths.max()} features")
+        raise ValueError(f"trajectories of one batch have between {lengths.min()} and {lengths.max()} features")
     return torch.from_numpy(numbers.reshape(len(column), width).astype(np.float32))
 
 
@@ -268,9 +268,8 @@ def _context(prompt: npt.NDArray[np.int32]) -> int:
 def checked_trajectories(batch: pa.RecordBatch, settings: TreeSettings) -> tuple[TrajectoryArrays, Replay, Bool]:
     """The trajectories of a batch, their states, and [L] whether each is truncated (did not end with `<eos>`).
     ValueError: the
-    batch or a prompt is empty, a text is longer than `max_positions`, or a trajectory takes a token back at the floor
-    or acts
-    after `<eos>`."""
+    batch or a prompt is empty, a text is longer than `max_positions`, or a trajectory deletes a token at the floor or
+    acts after `<eos>`."""
     trajectories = TrajectoryArrays.from_batch(batch)
     if trajectories.num_trajectories == 0:
         raise ValueError("cannot build a state tree from a batch without trajectories")

@@ -1,9 +1,8 @@
 """The policy as one module: whatever the learner computes with the model's weights goes through here.
 
 Q(s, a) is the logit of action a after text s, V(s) = logsumexp_a Q(s, a). At the floor (the end of the prompt)
-backspace is masked, as it is in the actors, so there V sums over the other actions only; so it does everywhere in a
-trajectory
-whose sampler never offered backspace. Ids that no token has are no actions anywhere. `log_prob = q - v` then is the
+backspace is masked, as it is in the actors, so V sums over the other actions only; so it does in all states of a
+trajectory whose sampler never offered backspace. Ids without a token are never actions. So `log_prob = q - v` is the
 log-probability under the policy that acted.
 
 Ranks that share the weights hold only a part of each; FSDP puts the parts together when the *root* module runs. The
@@ -117,7 +116,7 @@ class StateLogits:
 
 
 Measurement = Callable[[TreeBatch, StateLogits], Tensor]
-"""What else an objective wants to know of the states, without gradient. As a `Summation` it runs inside the model's
+"""A further measurement of the states for an objective, without gradient. As a `Summation` it runs inside the model's
 forward pass, where the ranks have the output embedding whole; a tensor of states x vocabulary is forbidden to it."""
 
 Summation = Callable[[TreeBatch, Tensor], VocabularySum]
@@ -150,8 +149,8 @@ class TreePolicy(nn.Module):  # type: ignore[misc]
         self, tree: TreeBatch, measurement: Measurement | None = None, summation: Summation | None = None
     ) -> ActionValues:
         """Values along the trajectories of `tree` (on the model's device), by one forward pass of the model's
-        transformer; at
-        most one of `measurement` and `summation` gives `measured`. With several ranks, all call this together.
+        transformer; at most one of `measurement` and `summation` gives `measured`. With several ranks, all call this
+        together.
 
         The model must pass `learner.model.loading.check_supported`: Q is hidden state times row of the output
         embedding, nothing else.

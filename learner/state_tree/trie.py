@@ -1,8 +1,8 @@
-"""The trie of all texts that trajectories pass through: which of their tokens stand for the same text.
+"""The trie of all texts that trajectories pass through: which of their tokens end the same text.
 
-Nodes are told apart without walking the trajectories: every (depth, token) pair has a pseudo-random 64-bit number,
+Nodes are identified without a loop over the trajectories: every (depth, token) pair has a pseudo-random 64-bit number,
 and the key of a text is their sum modulo 2^64 (Zobrist hashing). An append adds its number, a backspace
-subtracts the number of the token it takes back, so the keys of all texts of a trajectory are one running sum. Equal
+subtracts the number of the token that it deletes, so the keys of all texts of a trajectory are one running sum. Equal
 keys are then checked to have equal parents and equal tokens, which by induction makes the result exact.
 """
 
@@ -28,9 +28,8 @@ class Trie:
 
     token, depth: [K] last token of the text and its position, from 0. parent: [K] text before that token, or ROOT.
     first: [K] where the text occurs first, counting the prompts' tokens of all trajectories, then their appends.
-    prompt_node: [L] of each trajectory's prompt. node_of_event: [A] text after each append (meaningless for a
-    backspace).
-    pair_trajectory, pair_node: distinct (trajectory, node) pairs, ascending.
+    prompt_node: [L] of each trajectory's prompt. node_of_event: [A] text after each append (undefined for a
+    backspace). pair_trajectory, pair_node: distinct (trajectory, node) pairs, ascending.
     """
 
     token: Int64
