@@ -1,8 +1,7 @@
 """Replay of trajectories: from the actions of many trajectories to the states they pass through, without a Python loop.
 
 A trajectory without a backspace at the floor never clips, so the depth of the text after each action is a running sum
-of
-+1 (append) and -1 (backspace). The text at depth d after an action is the newest append that reached depth d: sorted
+of +1 (append) and -1 (backspace). The text at depth d after an action is the newest append that reached depth d: sorted
 by (trajectory, depth, time), that is a running maximum over append positions. Both are plain vector operations.
 """
 
@@ -85,8 +84,7 @@ class Replay:
 
 def replay(trajectories: TrajectoryArrays, backspace_id: int) -> Replay:
     """Replay all trajectories: backspace takes the last token back, every other *executed* id is appended. ValueError
-    where a
-    trajectory takes a token back at the floor."""
+    where a trajectory takes a token back at the floor."""
     num_actions = len(trajectories.actions)
     trajectory = np.repeat(np.arange(trajectories.num_trajectories), trajectories.lengths)
     time = np.arange(num_actions) - trajectories.offsets[:-1][trajectory]

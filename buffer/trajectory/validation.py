@@ -351,8 +351,7 @@ def _check_replay(columns: _Columns, rows: Int64, contract: TokenContract, findi
     if len(backspaces := np.flatnonzero(executed == contract.backspace_id)):
         # After t actions, k of them backspaces, the text is t - 2k tokens long: none is left to take back if t <= 2k.
         # For the j-th backspace of the batch, at place p, and the first one f of its trajectory, which begins at place
-        # b,
-        # that is p - b <= 2 (j - f).
+        # b, that is p - b <= 2 (j - f).
         firsts = np.searchsorted(backspaces, actions.offsets)
         floors = np.repeat(actions.offsets[:-1] - 2 * firsts[:-1], np.diff(firsts))
         at_floor = backspaces - 2 * np.arange(len(backspaces)) <= floors

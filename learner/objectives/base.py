@@ -1,12 +1,11 @@
 """What an objective is: a function from evaluated trajectories to a loss, and how it has the trajectories evaluated.
 
 Objectives differ in how they have a tree of trajectories evaluated (`Objective.evaluate`), in which draws they have a
-loss for,
-and in what they remember between steps (`state`, which every checkpoint holds). Their settings say what they need.
+loss for, and in what they remember between steps (`state`, which every checkpoint holds). Their settings say what they
+need.
 
 Sums are divided by *global* counts, never by the length of a trajectory or by what one process happens to hold: a mean
-per
-sequence is not a proper scoring rule, and with global counts the gradients of micro-batches and ranks add up.
+per sequence is not a proper scoring rule, and with global counts the gradients of micro-batches and ranks add up.
 """
 
 from __future__ import annotations

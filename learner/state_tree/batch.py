@@ -267,9 +267,8 @@ def _context(prompt: npt.NDArray[np.int32]) -> int:
 
 def checked_trajectories(batch: pa.RecordBatch, settings: TreeSettings) -> tuple[TrajectoryArrays, Replay, Bool]:
     """The trajectories of a batch, their states, and [L] whether each is truncated (did not end with `<eos>`).
-    ValueError: the
-    batch or a prompt is empty, a text is longer than `max_positions`, or a trajectory deletes a token at the floor or
-    acts after `<eos>`."""
+    ValueError: the batch or a prompt is empty, a text is longer than `max_positions`, or a trajectory deletes a token
+    at the floor or acts after `<eos>`."""
     trajectories = TrajectoryArrays.from_batch(batch)
     if trajectories.num_trajectories == 0:
         raise ValueError("cannot build a state tree from a batch without trajectories")

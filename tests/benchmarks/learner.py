@@ -59,9 +59,8 @@ def bench(
 
     Needs the extra `bench`. In the result, `ratio_to_hf_trainer` and `ratio_to_trl_sft` are our trained tokens per
     second over theirs on texts that share nothing; `ratio_shared_prompt`: over the Hugging Face trainer where 8 texts
-    share a prompt of half their length; `sharing_ratio`: nodes unshared over nodes there; `unique_tokens_per_s`: by
-    the size of
-    micro-batches; `loss`: of each over its first steps; `by_cpu_time`: the same ratios in time of this process.
+    share a prompt of half their length; `sharing_ratio`: nodes unshared over nodes there; `unique_tokens_per_s`: by the
+    size of micro-batches; `loss`: of each over its first steps; `by_cpu_time`: the same ratios in time of this process.
     """
     if importlib.util.find_spec("trl") is None:
         raise UserError("TRL is not installed; it comes with the extra `bench` (pip install 'sequencematch[bench]')")

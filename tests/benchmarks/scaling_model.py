@@ -47,8 +47,7 @@ def simulate(plan: Plan, num_actors: int, num_ranks: int) -> Point:
     Returns:
         Rates and shares of the measured steps. virtual_s: how long these took. actions_per_s: of all engines;
         samples_per_s: rows drawn. staleness_*: in published versions. dropped_fraction: of the inserted rows, dropped
-        as
-        stale. actors_*: share of the actors' time; learner_*: of the learner's; buffer_busy: of the busiest shard's.
+        as stale. actors_*: share of the actors' time; learner_*: of the learner's; buffer_busy: of the busiest shard's.
         join_s: when every actor was at work. actors_at_end: other than `actors` where `actors.autoscale` changes their
         number. inserted, drawn, live, removed: rows of the whole simulation. failure: why a real run would have ended;
         the rates are those before that.

@@ -61,9 +61,8 @@ def test_every_objective_of_the_registry_is_here():
 
 @pytest.mark.parametrize("objective", [case for case in OBJECTIVES if case != "scheduled_sampling"], indirect=True)
 def test_a_step_is_the_same_however_it_is_cut(objective, policy):
-    """One tree, or one for each trajectory: losses, metrics and gradients add up. What scheduled sampling draws
-    depends on
-    what is in a tree."""
+    """One tree, or one for each trajectory: losses, metrics and gradients add up. What scheduled sampling draws depends
+    on what is in a tree."""
     results = []
     for parts in (1, 2, 8):
         trees = [
