@@ -31,7 +31,7 @@ from tests.processes import wait_until
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
 TIMEOUT_S = 60.0
-LOST = r"shard 1 of the replay buffer could not start: .*catalog.*; what it accepted is on disk: resume the run"
+LOST = r"shard 1 of the replay buffer could not start: .*catalog.*; the rows that it accepted are on disk: resume"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -383,5 +383,5 @@ def test_a_run_folder_that_a_node_does_not_see_is_refused(tmp_path):
     handle = ray.remote(ReplayBufferService).remote(
         str(tmp_path / "elsewhere" / "buffer" / "shard-000"), CONTRACT, settings_of(), 0
     )
-    with pytest.raises(ray.exceptions.RayActorError, match="is not there on this node"):
+    with pytest.raises(ray.exceptions.RayActorError, match="does not exist on this node"):
         ray.get(handle.status.remote(), timeout=TIMEOUT_S)
