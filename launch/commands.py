@@ -90,7 +90,7 @@ def reported_errors() -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error):
             raise
-        _end(f"{error}; make room there, then repeat the command", EXIT_USER_ERROR)
+        _end(f"{error}; free space there, then repeat the command", EXIT_USER_ERROR)
     except RunStoppedError:  # the console says how to go on
         raise typer.Exit(stop_exit_code()) from None
     except KeyboardInterrupt:

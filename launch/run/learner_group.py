@@ -80,7 +80,7 @@ def _error_of(call: RemoteCall[object]) -> LearnerFailedError | None:
     try:
         call.result(ANSWER_TIMEOUT_S)
     except ray.exceptions.RayTaskError as error:
-        remedy = "; make room there, then resume the run" if is_disk_full(error.cause) else ""
+        remedy = "; free space there, then resume the run" if is_disk_full(error.cause) else ""
         message = f"{call.who} failed: {type(error.cause).__name__}: {error.cause}{remedy}"
         failure = LearnerFailedError(message, error.cause)
         failure.__cause__ = error  # its traceback

@@ -86,7 +86,7 @@ class CheckpointWriter:
         if error is not None:
             newest = "the start of the stage" if self._newest_step is None else step_name(self._newest_step)
             raise CheckpointWriteError(
-                f"checkpoint {self._place()} could not be written: {type(error).__name__}: {error}; make room or give "
+                f"checkpoint {self._place()} could not be written: {type(error).__name__}: {error}; free space or give "
                 f"permission there, then resume the run from {newest}"
             ) from error
         self._under_way = None

@@ -146,7 +146,7 @@ def test_a_learner_that_hangs_ends_the_run_with_what_to_do(hung_learner: Life) -
 def test_a_full_disk_ends_the_run_with_what_to_do(full_disk: Life | None) -> None:
     if full_disk is None:
         pytest.skip("a disk of known size needs the right to mount (CAP_SYS_ADMIN)")
-    assert_failed(full_disk, "make room")  # whoever meets it first: learner, buffer, checkpoint or the driver's log
+    assert_failed(full_disk, "free space")  # whoever meets it first: learner, buffer, checkpoint or the driver's log
     assert str(full_disk.folder) in full_disk.errors[0]
 
 

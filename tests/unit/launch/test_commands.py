@@ -22,7 +22,7 @@ from launch.errors import RunFailedError, UserError, setting_up
         (
             OSError(errno.ENOSPC, "full", "/disk"),
             2,
-            "error: [Errno 28] full: '/disk'; make room there, then repeat the command\n",
+            "error: [Errno 28] full: '/disk'; free space there, then repeat the command\n",
         ),
     ],
 )
