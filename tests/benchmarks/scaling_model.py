@@ -46,10 +46,10 @@ def simulate(plan: Plan, num_actors: int, num_ranks: int) -> Point:
 
     Returns:
         Rates and shares of the measured steps. virtual_s: how long these took. actions_per_s: of all engines;
-        samples_per_s: rows drawn. staleness_*: in published versions. dropped_fraction: of the inserted rows, dropped
+        samples_per_s: rows sampled. staleness_*: in published versions. dropped_fraction: of the inserted rows, dropped
         as stale. actors_*: share of the actors' time; learner_*: of the learner's; buffer_busy: of the busiest shard's.
         join_s: when every actor was at work. actors_at_end: other than `actors` where `actors.autoscale` changes their
-        number. inserted, drawn, live, removed: rows of the whole simulation. failure: why a real run would have ended;
+        number. inserted, sampled, live, removed: rows of the whole simulation. failure: why a real run would have ended;
         the rates are those before that.
     """
     return _Run(plan, num_actors, num_ranks).point()
@@ -101,7 +101,7 @@ class _Buffer:
         self.waiting_samples -= 1
         chosen = self._choose(count)
         self._rows["times_sampled"][chosen] += 1
-        self._counts["sampled"] += count
+        self._counts["samples"] += count
         behind = staleness(version, self._rows["oldest"][chosen])
         if self._settings.max_times_sampled is not None:
             self._remove(self._rows["times_sampled"] >= self._settings.max_times_sampled, "sampled")
@@ -117,7 +117,7 @@ class _Buffer:
             self._remove(stale_rows(self._rows["oldest"], version - settings.max_staleness), "stale")
         if settings.max_age_s is not None:
             self._remove(self._rows["created_s"] < self._env.now - settings.max_age_s, "age")
-        needed = count if self._counts["sampled"] else max(count, settings.min_size)
+        needed = count if self._counts["samples"] else max(count, settings.min_size)
         if self.num_live < needed:
             return f"{self.num_live} are live and {needed} are needed"
         if self._limiter.allowance(self._traffic()) < count:
@@ -140,7 +140,7 @@ class _Buffer:
             self._rows = self._rows[~gone]
 
     def _traffic(self) -> SourceCounters:
-        return SourceCounters(int(self._counts["inserted"]), self.num_live, sampled=int(self._counts["sampled"]))
+        return SourceCounters(int(self._counts["inserted"]), self.num_live, sampled=int(self._counts["samples"]))
 
     def _has_demand(self) -> bool:
         return self.waiting_samples > 0 or self._limiter.wants_inserts(self._traffic())
@@ -328,8 +328,8 @@ class _Run:
             "steps_per_s": count["steps"] / elapsed_s,
             "actions_per_s": count["actions"] / elapsed_s,
             "inserts_per_s": count["inserted"] / elapsed_s,
-            "samples_per_s": count["sampled"] / elapsed_s,
-            "samples_per_insert": count["sampled"] / count["inserted"] if count["inserted"] else None,
+            "samples_per_s": count["samples"] / elapsed_s,
+            "samples_per_insert": count["samples"] / count["inserted"] if count["inserted"] else None,
             "staleness_mean": float(behind.mean()) if len(behind) else 0.0,
             "staleness_max": int(behind.max(initial=0)),
             "dropped_fraction": count["stale"] / count["inserted"] if count["inserted"] else 0.0,
@@ -339,7 +339,7 @@ class _Run:
             "join_s": join_s,
             "actors_at_end": len(self._actors),
             "inserted": int(self.counts["inserted"]),
-            "sampled": int(self.counts["sampled"]),
+            "sampled": int(self.counts["samples"]),
             "live": self.buffer.num_live,
             "removed": {reason: int(self.counts[reason]) for reason in REMOVED if self.counts[reason]},
             "failure": self._failure,

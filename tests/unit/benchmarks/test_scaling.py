@@ -186,7 +186,7 @@ def test_the_command_prints_one_object_or_a_table(tmp_path):
         "actors ranks virtual_s steps_per_s actions_per_s inserts_per_s samples_per_s samples_per_insert "
         "staleness_mean staleness_max dropped_fraction actors_generating actors_loading actors_throttled "
         "actors_inserting learner_training learner_publishing learner_waiting buffer_busy join_s actors_at_end "
-        "saturated inserted drawn live removed failure"
+        "saturated inserted sampled live removed failure"
     )
     assert found["points"][0].keys() == set(fields.split())
     assert re.search(r" 1 +1 .* learner *\n +1 +2 .* learner *\n", run_command(*arguments).stdout)

@@ -123,5 +123,5 @@ def test_priorities_that_are_none_are_refused(tmp_path):
     store = open_store(tmp_path / "b", **SETTINGS)
     store.insert(random_trajectories("policy", 3, seed=8))
     for bad in ([1.0, np.nan, 1.0], [1.0, -0.5, 1.0], [1.0, np.inf, 1.0]):
-        with pytest.raises(ValueError, match="finite number, not negative"):
+        with pytest.raises(ValueError, match="finite and not negative"):
             store.update_priorities(np.arange(3), np.array(bad, dtype=np.float32))
