@@ -25,7 +25,7 @@ SHOWN_NAMES = 10
 def audit(run: RunFolder, as_json: AsJson = False) -> None:
     """Check that every trajectory of a run is accounted for, also while the run goes on.
 
-    Inserted = live + evicted + dropped, no id twice, no draw beyond the limits of the run, log and files consistent.
+    Inserted = live + evicted + dropped, no id twice, no row sampled beyond the limits, log and files consistent.
     Exit code 0: all is well; 1: it is not, and the ids are named.
 
     [dim]Example:[/dim] sequencematch audit runs/arithmetic-20260101-120000
@@ -60,10 +60,10 @@ def _show(report: AuditReport, limits: SampleLimits, console: Console) -> None:
         table.add_row(str(each.shard), each.source, *(f"{number:,}" for number in numbers))
     console.print(table)
     given = ", ".join(f"{name} {limit}" for name, limit in vars(limits).items() if limit is not None) or "none"
-    facts = f"{report.num_samples:,} draws, {report.rejected:,} trajectories rejected on insert; limits: {given}"
+    facts = f"{report.num_samples:,} samples, {report.rejected:,} trajectories rejected on insert; limits: {given}"
     console.print(facts, style="dim")
     if not report.findings:
-        console.print("clean: every row is accounted for, no id twice, no draw beyond its limits", style="green")
+        console.print("clean: every row is accounted for, no id twice, none sampled beyond its limits", style="green")
     for finding in report.findings:
         where = "" if finding.shard is None else f"shard {finding.shard}: "
         more = len(finding.names) - SHOWN_NAMES

@@ -49,8 +49,8 @@ def simulate(plan: Plan, num_actors: int, num_ranks: int) -> Point:
         samples_per_s: rows sampled. staleness_*: in published versions. dropped_fraction: of the inserted rows, dropped
         as stale. actors_*: share of the actors' time; learner_*: of the learner's; buffer_busy: of the busiest shard's.
         join_s: when every actor was at work. actors_at_end: other than `actors` where `actors.autoscale` changes their
-        number. inserted, sampled, live, removed: rows of the whole simulation. failure: why a real run would have ended;
-        the rates are those before that.
+        number. inserted, sampled, live, removed: rows of the whole simulation. failure: why a real run would have
+        ended; the rates are those before that.
     """
     return _Run(plan, num_actors, num_ranks).point()
 
