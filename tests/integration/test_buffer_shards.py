@@ -30,6 +30,7 @@ from tests.integration.local_ray import local_ray
 from tests.processes import wait_until
 from tests.trajectories import CONTRACT, fresh_key, ids_of, numbered
 
+START_TIMEOUT_S = 240.0
 TIMEOUT_S = 60.0
 LOST = r"shard 1 of the replay buffer could not start: .*catalog.*; the rows that it accepted are on disk: resume"
 
@@ -238,6 +239,7 @@ def test_a_shard_that_is_killed_twice_comes_back_and_nothing_is_lost_or_doubled(
     buffer = start()
     make = Writer.options(max_concurrency=3)
     writers = [make.remote(buffer.shards, number) for number in range(2)]
+    ray.get([writer.accepted.remote() for writer in writers], timeout=START_TIMEOUT_S)  # a busy machine starts slowly
     running = [writer.run.remote() for writer in writers]
     source = source_of(buffer.shards)
     lines, drawn = [], []
