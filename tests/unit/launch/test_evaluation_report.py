@@ -25,17 +25,21 @@ def printed(evaluation: Evaluation, capsys: pytest.CaptureFixture[str]) -> list[
     return lines
 
 
+ANSWER_METRICS = (
+    "accuracy",
+    "recovery",
+    "backspace_rate",
+    "wrong_tokens_deleted",
+    "correct_tokens_deleted",
+    "actions_per_answer",
+)
+
+
 def answers_of(labels: Sequence[str], value: float) -> Evaluation:
     """Of so many checkpoints, all of whose numbers are the same."""
-    names = (
-        "accuracy",
-        "recovery",
-        "backspace_rate",
-        "wrong_tokens_deleted",
-        "correct_tokens_deleted",
-        "actions_per_answer",
-    )
-    numbers = {group: dict.fromkeys(names, Estimate(value, 0.021, 500)) for group in ("sampled", "greedy", "recovery")}
+    numbers = {
+        group: dict.fromkeys(ANSWER_METRICS, Estimate(value, 0.021, 500)) for group in ("sampled", "greedy", "recovery")
+    }
     results = tuple(CheckpointResult(label, Path("step"), numbers) for label in labels)
     return Evaluation.of("arithmetic", 500, 0, results, {}, {})
 
@@ -89,16 +93,8 @@ def test_texts_by_decoding(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_further_decodings_of_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    names = (
-        "accuracy",
-        "recovery",
-        "backspace_rate",
-        "wrong_tokens_deleted",
-        "correct_tokens_deleted",
-        "actions_per_answer",
-    )
     groups = ("sampled", "greedy", "recovery", "temperature=0.7", "recovery, allowed")
-    results = tuple(CheckpointResult(label, Path("step"), numbers_of(0.1, groups, names)) for label in LABELS)
+    results = tuple(CheckpointResult(label, Path("step"), numbers_of(0.1, groups, ANSWER_METRICS)) for label in LABELS)
     lines = printed(Evaluation.of("arithmetic", 200, 0, results, {}, {}), capsys)
     assert sum(line.startswith("  recovery, allowed") for line in lines) == 2
     assert any(line.startswith("behavior_cloning") and line.count("~") == 3 for line in lines)  # the same numbers

@@ -164,7 +164,7 @@ def table(pi: Tensor, base: Tensor, **fields: Tensor) -> Rollouts:
 
 
 def test_golden_optimum_of_kl_control():
-    """R = phi, beta = 1: there all advantages are the same number, the value beta trajectory Z."""
+    """R = phi, beta = 1: there all advantages are the same number, the value beta log Z."""
     base, reward = torch.tensor([0.4, 0.3, 0.2, 0.1]).double(), torch.tensor([0.0, 0.0, 0.0, 1.0]).double()
     optimum = base * reward.exp() / (base * reward.exp()).sum()
     assert optimum.tolist() == pytest.approx([0.341347, 0.256010, 0.170673, 0.231969], abs=1e-6)
